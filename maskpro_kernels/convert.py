@@ -1,0 +1,170 @@
+"""Masked layers into a model, and finished masks out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from .functional import LOGIT_DTYPES, top_n_mask
+from .masks import gap_for_flip_rate, initial_codes
+from .modules import Clock, MaskedLinear, check_gap, masked_layers
+from .ops import mask_weight
+from .pattern import NMPattern
+
+DEFAULT_GAP = 10.0
+
+
+@dataclass
+class Conversion:
+    """What ``convert`` did.
+
+    Attributes:
+        converted: names of the layers that are MaskedLinear now, in the order of their layer ids.
+        skipped: names of the nn.Linear layers left as they were, each with the reason.
+        gap: the gap between kept and dropped logits.
+    """
+
+    converted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    gap: float = DEFAULT_GAP
+
+
+def convert(
+    model: nn.Module,
+    pattern: str | NMPattern,
+    targets: Sequence[str] | None = None,
+    init: str | Mapping[str, Tensor] = "magnitude",
+    gap: float = DEFAULT_GAP,
+    flip_rate: float | None = None,
+    calibration: Iterable | None = None,
+) -> Conversion:
+    """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights are shared, not copied.
+
+    Args:
+        model: any module that contains nn.Linear layers.
+        pattern: "N:M" or NMPattern.
+        targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all
+            but the output head, layers tied to an embedding, and layers that the pattern does not fit.
+        init: "magnitude", "wanda" (needs ``calibration``) or {name: group codes}; see ``initial_codes``.
+        gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
+        flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
+        calibration: batches for "wanda", each a tensor, a tuple or a mapping given to the model.
+
+    Returns:
+        A Conversion: names converted, names left out with the reason, and the gap.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, a weight is not finite, or nothing is left
+            to convert. The model is then as it was.
+    """
+    pattern = NMPattern(pattern)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
+    check_gap(gap)
+    if flip_rate is not None:
+        if gap != DEFAULT_GAP:
+            raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
+        gap = gap_for_flip_rate(flip_rate, pattern)
+    layers, skipped = _select(model, pattern, targets)
+    for name, layer in layers.items():
+        if layer.weight.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
+    codes = initial_codes(layers, pattern, init, model, calibration)
+
+    all_clocks: dict[torch.device, Clock] = {}
+    replacements = {}
+    for layer_id, (name, layer) in enumerate(layers.items()):
+        device = layer.weight.device
+        clock = all_clocks.setdefault(device, Clock(device=device))
+        replacements[id(layer)] = MaskedLinear.from_linear(
+            layer, pattern, codes.pop(name), gap, layer=layer_id, clock=clock
+        )
+    _replace(model, replacements)
+    return Conversion(list(layers), skipped, gap)
+
+
+def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
+    """Bake the top-N masks in: every MaskedLinear becomes an nn.Linear with exact zeros, in place.
+
+    Args:
+        model: a converted model.
+        to: "dense".
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if ``to`` is unknown, or the model has no MaskedLinear.
+    """
+    if to != "dense":
+        raise ValueError(f'to: expected "dense", got {to!r}')
+    replacements = {}
+    with torch.no_grad():
+        for layer in masked_layers(model).values():
+            codes = top_n_mask(layer.logits.detach(), layer.pattern)
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            weight = mask_weight(layer.weight.detach().contiguous(), codes, layer.pattern.m)
+            linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            linear.bias = layer.bias
+            replacements[id(layer)] = linear.train(layer.training)
+    _replace(model, replacements)
+    return model
+
+
+def _select(
+    model: nn.Module, pattern: NMPattern, targets: Sequence[str] | None
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """(layers to convert by name, reason by name of the layers left out)."""
+    # subclasses compute something else than x @ w.T + b, or rely on their type
+    linears = {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
+    if not linears:
+        raise ValueError("model: expected a module that contains nn.Linear layers, got none")
+    if targets is None:
+        reasons = {name: _reason_against(model, module, pattern) for name, module in linears.items()}
+        skipped = {name: reason for name, reason in reasons.items() if reason}
+        chosen = {name: module for name, module in linears.items() if name not in skipped}
+        if not chosen:
+            raise ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {skipped}")
+        return chosen, skipped
+    if isinstance(targets, str):
+        raise TypeError(f"targets: expected a sequence of fnmatch patterns, got the str {targets!r}")
+    targets = list(targets)
+    for target in targets:
+        if not any(fnmatchcase(name, target) for name in linears):
+            raise ValueError(f"targets: expected each to match an nn.Linear, {target!r} matches none")
+    chosen = {n: module for n, module in linears.items() if any(fnmatchcase(n, target) for target in targets)}
+    if not chosen:
+        raise ValueError("targets: expected at least one pattern, got none")
+    for name, module in chosen.items():
+        if module.in_features % pattern.m:
+            raise ValueError(
+                f"targets: expected in_features divisible by {pattern.m}, got {module.in_features} in {name}"
+            )
+    return chosen, {name: "matches no target" for name in linears if name not in chosen}
+
+
+def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> str | None:
+    """Why a layer is not converted by default."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if linear is head:
+        return "output head"
+    embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    if any(weight is linear.weight for weight in embeddings):
+        return "weight tied to an embedding"
+    if linear.in_features % pattern.m:
+        return f"in_features {linear.in_features} not divisible by {pattern.m}"
+    return None
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put a replacement wherever a module with that id stands, under every name it has."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])

@@ -1,0 +1,89 @@
+"""Checkpoints of learned masks: the logits of a model's masked layers, written so that no half file is ever seen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .modules import MaskedLinear
+
+
+def check_output(folder: str | Path) -> None:
+    """Refuses an output folder that would mix with what is already there; creates nothing.
+
+    Raises:
+        ValueError: if ``folder`` exists and is not empty, or it or a folder above it is a file or not writable.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    # Told now: after hours of learning it would be too late.
+    if not there.is_dir():
+        raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: no permission in {str(there)!r}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty")
+
+
+def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes the logits of all MaskedLinear modules of a model to a safetensors file.
+
+    Args:
+        model: has at least one MaskedLinear.
+        path: of the file; an existing file is replaced only once the new one is safe on disk.
+        metadata: strings stored beside the tensors.
+
+    Raises:
+        TypeError: if ``metadata`` holds something else than strings.
+        ValueError: if ``model`` has no MaskedLinear.
+        OSError: if the file cannot be written.
+    """
+    wrong = next((item for item in metadata.items() if not all(isinstance(part, str) for part in item)), None)
+    if wrong is not None:
+        raise TypeError(f"metadata: expected strings as names and values, got {wrong!r}")
+    tensors = {
+        name: module.logits.detach().contiguous()
+        for name, module in model.named_modules()
+        if isinstance(module, MaskedLinear)
+    }
+    if not tensors:
+        raise ValueError("model: expected at least one MaskedLinear, got none")
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The new name is itself lost in a crash unless the folder reaches the disk too.
+    _sync(path.parent)
+
+
+def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads what :func:`save_logits` wrote.
+
+    Returns:
+        (logits, metadata): module name -> tensor [out, K] in the dtype it was saved in, on the CPU; and the strings.
+
+    Raises:
+        ValueError: if the file is not a safetensors file.
+        OSError: if it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"path: expected a safetensors file, got {str(path)!r}: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

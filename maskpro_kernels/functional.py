@@ -1,0 +1,405 @@
+"""The public functions: arguments are checked once, here, before anything happens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops, philox
+from .pattern import NMPattern
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Scalar = int | Tensor
+
+
+def sample_mask(
+    logits: Tensor,
+    pattern: str | NMPattern,
+    *,
+    temperature: float = 1.0,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Tensor:
+    """Draw N of every M weights without replacement from softmax(logits / temperature).
+
+    Gumbel-top-N: the N largest logit / temperature + noise are kept. The draw is a pure function of
+    the logits and of (seed, step, layer, draw, group index), whatever the device. Noise spans
+    [-3.13, 22.87]: no draw crosses a gap above 26, and rates are exact to 1% up to a gap of 21.
+
+    Args:
+        logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
+        pattern: "N:M" or NMPattern.
+        temperature: positive; at most 1e30 and at least 1e-30.
+        seed: int or 0-dim int64 tensor.
+        step: int in [0, 2**32) or 0-dim int64 tensor.
+        layer: id in [0, 2**32). Two layers with the same id draw the same noise.
+        draw: id in [0, 2**16) of one of several draws in a step.
+        group_offset: index in the whole layer of the first group, where ``logits`` is a shard.
+        group_row_stride: groups in a row of the whole layer; default: of the given logits.
+
+    Returns:
+        Group codes [..., K / M]: bit i is set where weight i of the group is kept; uint8 for M <= 8,
+        int32 above.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    matrix = _matrix("logits", logits, pattern)
+    inverse = _inverse_temperature(temperature)
+    seed, step = _counter_tensors(logits.device, seed, step)
+    _check_int("draw", draw, philox.MAX_DRAWS)
+    shard = _shard(matrix, pattern, layer, draw, group_offset, group_row_stride)
+    codes = ops.sample_mask(matrix, pattern.n, pattern.m, inverse, seed, step, *shard)
+    return codes.view(*logits.shape[:-1], logits.shape[-1] // pattern.m)
+
+
+def sample_masked_weight(
+    weight: Tensor,
+    logits: Tensor,
+    pattern: str | NMPattern,
+    *,
+    temperature: float = 1.0,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Tensor:
+    """The weight under the mask that ``sample_mask`` draws from the same arguments, exact zeros elsewhere.
+
+    Args:
+        weight: float32, bfloat16 or float16, shaped and placed like ``logits``. Gradients flow to it.
+        logits and the others: as for ``sample_mask``.
+
+    Returns:
+        Tensor like ``weight``, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    matrix = _matrix("logits", logits, pattern)
+    _check_like("weight", weight, logits)
+    inverse = _inverse_temperature(temperature)
+    seed, step = _counter_tensors(logits.device, seed, step)
+    _check_int("draw", draw, philox.MAX_DRAWS)
+    shard = _shard(matrix, pattern, layer, draw, group_offset, group_row_stride)
+    weights = _matrix("weight", weight, pattern)
+    masked = ops.sample_masked_weight(weights, matrix.detach(), pattern.n, pattern.m, inverse, seed, step, *shard)
+    return masked.view(weight.shape)
+
+
+def top_n_mask(scores: Tensor, pattern: str | NMPattern) -> Tensor:
+    """Group codes of the N largest scores of every group, ties to the lower index.
+
+    Args:
+        scores: float32, bfloat16 or float16 [..., K], K divisible by M, no NaN.
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        Group codes [..., K / M].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    codes = ops.top_n_mask(_matrix("scores", scores, pattern), pattern.n, pattern.m)
+    return codes.view(*scores.shape[:-1], scores.shape[-1] // pattern.m)
+
+
+def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
+    """Group codes [..., K / M] of a bool mask [..., K].
+
+    Raises:
+        TypeError: if ``mask`` is not a bool tensor.
+        ValueError: if K is not divisible by M, or a group does not keep exactly N.
+    """
+    pattern = NMPattern(pattern)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {_describe(mask)}")
+    _check_groups("mask", mask, pattern)
+    groups = mask.unflatten(-1, (-1, pattern.m))
+    kept = groups.sum(-1, dtype=torch.int32)
+    wrong = (kept != pattern.n).nonzero()
+    if len(wrong):
+        where = tuple(wrong[0].tolist())
+        raise ValueError(
+            f"mask: expected exactly {pattern.n} of every {pattern.m} kept, "
+            f"got {int(kept[where])} in group {where} ({len(wrong)} groups differ)"
+        )
+    code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
+    for i in range(pattern.m):
+        code |= groups[..., i].to(torch.int32) << i
+    return code.to(pattern.code_dtype)
+
+
+def expand_mask(codes: Tensor, pattern: str | NMPattern) -> Tensor:
+    """bool mask [..., K] of group codes [..., K / M].
+
+    Raises:
+        TypeError: if ``codes`` does not have the pattern's code dtype.
+        ValueError: if ``codes`` has no dimension.
+    """
+    pattern = NMPattern(pattern)
+    check_codes("codes", codes, pattern)
+    bits = torch.arange(pattern.m, device=codes.device, dtype=codes.dtype)
+    return (codes[..., None] >> bits & 1).to(torch.bool).flatten(-2)
+
+
+def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Tensor:
+    """log p(S) of drawing each group's mask S from softmax(logits), in any order; differentiable in the logits.
+
+    Exact without cancellation: up to N = 4 by recursion over the subsets of S, above by quadrature over
+    the first dropped arrival (100 to 200 nodes: slow, meant for checks rather than for training).
+
+    Args:
+        logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
+        codes: group codes [..., K / M] that keep exactly N.
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        float32 [..., K / M].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    matrix = _matrix("logits", logits, pattern)
+    check_codes("codes", codes, pattern, logits)
+    flat = codes.reshape(matrix.shape[0], -1).contiguous()
+    return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m).view(codes.shape)
+
+
+def score_update_(
+    logits: Tensor,
+    coef: float | Tensor | Sequence[float | Tensor],
+    *,
+    pattern: str | NMPattern,
+    temperature: float = 1.0,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int | Sequence[int] = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Tensor:
+    """logits -= sum of coef * score, in place; the masks are drawn again from their counters.
+
+    The score is the gradient of log p(S) in the logits at the temperature of the draw. Up to N = 4 it
+    is exact; above, it is the unbiased estimate from the arrival times of the draw, whose mean given S
+    is the exact score. All scores are taken at the logits as given, which are read once and written
+    once. 16-bit logits are rounded stochastically, once, so small updates are right on average.
+
+    Args:
+        logits: float32, bfloat16 or float16 [..., K], K divisible by M; changed.
+        coef: float or 0-dim tensor, or a sequence of K of them with ``draw`` a sequence of K ids.
+        pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride: as they were
+            given to ``sample_mask``.
+
+    Returns:
+        ``logits``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the logits are then untouched.
+    """
+    pattern = NMPattern(pattern)
+    _matrix("logits", logits, pattern)
+    inverse = _inverse_temperature(temperature)
+    coefs, draws = _coefs_and_draws(coef, draw)
+    seed, step = _counter_tensors(logits.device, seed, step)
+    with torch.no_grad():
+        device = logits.device
+        coef_tensor = torch.stack([_on_device(c, torch.float32, device) for c in coefs])
+        draw_tensor = torch.stack([_on_device(i, torch.int64, device) for i in draws])
+        matrix = logits.detach().reshape(-1, logits.shape[-1]).contiguous()
+        layer, offset, stride = _shard(matrix, pattern, layer, None, group_offset, group_row_stride)
+        ops.score_update_(
+            matrix, coef_tensor, pattern.n, pattern.m, inverse, seed, step, layer, draw_tensor, offset, stride
+        )
+        if matrix.data_ptr() != logits.data_ptr():
+            logits.copy_(matrix.view(logits.shape))
+    return logits
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pattern: str | NMPattern,
+    temperature: float = 1.0,
+    log_prob: bool = True,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear layer under a drawn mask: (x @ (weight * mask).T + bias, log-probability of the mask).
+
+    Gradients flow to x, weight, bias, and through the log-probability to the logits (the score).
+
+    Args:
+        x: [..., K] in the weight's dtype.
+        weight: float32, bfloat16 or float16 [out, K].
+        logits: float32, bfloat16 or float16 [out, K].
+        bias: [out] or None.
+        log_prob: whether to compute the log-probability.
+        The others: as for ``sample_mask``.
+
+    Returns:
+        y [..., out], and the sum over the layer of log p(S), 0-dim float32, or None if not asked for.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"weight: expected a tensor [out, K], got {_describe(weight)}")
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}], got {_describe(x)}")
+    counter = {
+        "temperature": temperature,
+        "seed": seed,
+        "step": step,
+        "layer": layer,
+        "draw": draw,
+        "group_offset": group_offset,
+        "group_row_stride": group_row_stride,
+    }
+    masked = sample_masked_weight(weight, logits, pattern, **counter)
+    y = torch.nn.functional.linear(x, masked, bias)
+    if not log_prob:
+        return y, None
+    codes = sample_mask(logits.detach(), pattern, **counter)
+    scaled = logits if temperature == 1.0 else logits / temperature
+    return y, mask_log_prob(scaled, codes, pattern).sum()
+
+
+def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
+    """Raise unless ``codes`` are group codes of the pattern, and fit ``like`` [..., K] where it is given."""
+    if not isinstance(codes, Tensor) or codes.dtype != pattern.code_dtype:
+        raise TypeError(f"{name}: expected group codes of dtype {pattern.code_dtype}, got {_describe(codes)}")
+    if codes.dim() == 0:
+        raise ValueError(f"{name}: expected group codes [..., K / M], got a 0-dim tensor")
+    if like is None:
+        return
+    expected = (*like.shape[:-1], like.shape[-1] // pattern.m)
+    if tuple(codes.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected} for {pattern}, got {tuple(codes.shape)}")
+    if codes.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {codes.device}")
+
+
+def _describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
+    if tensor.dim() == 0 or tensor.shape[-1] % pattern.m:
+        raise ValueError(f"{name}: expected a last dimension divisible by {pattern.m}, got {_describe(tensor)}")
+
+
+def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
+    """The tensor as a contiguous matrix [rows, K]."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_describe(tensor)}")
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {_describe(tensor)}")
+    _check_groups(name, tensor, pattern)
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+
+
+def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor {list(like.shape)} on {like.device}, got {_describe(tensor)}")
+
+
+def _check_int(name: str, value: int, limit: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+    if not 0 <= value < limit:
+        raise ValueError(f"{name}: expected an int in [0, {limit}), got {value}")
+
+
+def _inverse_temperature(temperature: float) -> float:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: expected a float, got {_describe(temperature)}")
+    if not math.isfinite(temperature) or not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"temperature: expected a positive float in [1e-30, 1e30], got {temperature}")
+    return 1.0 / temperature
+
+
+def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor; a Python number is filled on the device, which neither copies nor synchronises."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _counter_tensors(device: torch.device, seed: Scalar, step: Scalar) -> tuple[Tensor, Tensor]:
+    for name, value, low, high in (("seed", seed, -(1 << 63), 1 << 63), ("step", step, 0, philox.MAX_STEPS)):
+        if isinstance(value, Tensor):
+            if value.dim() != 0 or value.dtype != torch.int64:
+                raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {_describe(value)}")
+        elif isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {_describe(value)}")
+        elif not low <= value < high:
+            raise ValueError(f"{name}: expected an int in [{low}, {high}), got {value}")
+    return _on_device(seed, torch.int64, device), _on_device(step, torch.int64, device)
+
+
+def _shard(matrix: Tensor, pattern: NMPattern, layer, draw, offset, stride) -> tuple[int, ...]:
+    """(layer, draw, offset, row stride) checked; without the draw where it is None."""
+    rows, groups = matrix.shape[0], matrix.shape[1] // pattern.m
+    _check_int("layer", layer, philox.MAX_LAYERS)
+    _check_int("group_offset", offset, philox.MAX_GROUPS)
+    if stride is None:
+        stride = groups
+    else:
+        _check_int("group_row_stride", stride, philox.MAX_GROUPS)
+        if stride < groups:
+            raise ValueError(
+                f"group_row_stride: expected at least the {groups} groups of a row of the given tensor, got {stride}"
+            )
+    last = offset + (rows - 1) * stride + groups
+    if last > philox.MAX_GROUPS:
+        raise ValueError(f"group_offset: expected group indices below {philox.MAX_GROUPS}, got up to {last}")
+    return (layer, offset, stride) if draw is None else (layer, draw, offset, stride)
+
+
+def _coefs_and_draws(coef, draw) -> tuple[list, list[int]]:
+    several = isinstance(draw, Sequence)
+    draws = list(draw) if several else [draw]
+    listed = isinstance(coef, Sequence) or (isinstance(coef, Tensor) and coef.dim() == 1)
+    if listed != several:
+        raise ValueError("coef: expected a sequence exactly where draw is one")
+    coefs = list(coef) if listed else [coef]
+    if len(coefs) != len(draws) or not coefs:
+        raise ValueError(f"coef: expected one for each of the {len(draws)} draws, at least one, got {len(coefs)}")
+    for c in coefs:
+        if isinstance(c, Tensor):
+            if c.dim() != 0 or not c.dtype.is_floating_point:
+                raise ValueError(f"coef: expected a float or a 0-dim floating-point tensor, got {_describe(c)}")
+        elif isinstance(c, bool) or not isinstance(c, (int, float)):
+            raise TypeError(f"coef: expected a float or a 0-dim tensor, got {_describe(c)}")
+        elif not math.isfinite(c):
+            raise ValueError(f"coef: expected a finite number, got {c}")
+    for i in draws:
+        _check_int("draw", i, philox.MAX_DRAWS)
+    if len(set(draws)) != len(draws):
+        raise ValueError(f"draw: expected distinct ids, got {draws}")
+    return coefs, draws

@@ -1,0 +1,244 @@
+"""Draw, top-N, log-probability and score update: one program, a run of consecutive groups.
+
+Tensors are contiguous. ``total`` is the number of groups, ``columns`` those in a row of the tensor.
+The group with flat index p has the index offset + p in the whole layer, or, where rows of a shard lie
+further apart (WHOLE false), offset + p // columns * row_stride + p % columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..pattern import code_dtype
+from ..reference import quadrature_grid
+from . import device as d
+from .launch import launch
+
+COUNTER = ["layer", "draw", "offset", "row_stride", "columns", "total"]
+
+
+@triton.jit
+def group_words_index(offset, row_stride, columns, first, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """uint32 index in the whole layer of BLOCK consecutive groups; first is an int64 scalar."""
+    local = tl.arange(0, BLOCK)
+    if WHOLE:
+        index = (first + offset).to(tl.uint32) + local.to(tl.uint32)
+    else:
+        flat = first + local
+        index = (offset + flat // columns * row_stride + flat % columns).to(tl.uint32)
+    return index
+
+
+@triton.jit
+def tile_offsets(first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """(offsets [BLOCK, M] from the first group's first weight, which of them exist)."""
+    group = tl.arange(0, BLOCK)[:, None]
+    inside = first + group < total
+    return group * M + tl.arange(0, M)[None, :], inside
+
+
+@triton.jit
+def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The M columns of a run of groups, float32."""
+    offsets, inside = tile_offsets(first, total, M, BLOCK)
+    return d.split_columns(tl.load(pointer + first * M + offsets, mask=inside, other=0.0).to(tl.float32), M)
+
+
+@triton.jit
+def store_columns(pointer, columns, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    offsets, inside = tile_offsets(first, total, M, BLOCK)
+    tile = d.join_columns(columns, M)
+    tl.store(pointer + first * M + offsets, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_codes(pointer, first, total, BLOCK: tl.constexpr):
+    local = tl.arange(0, BLOCK)
+    return tl.load(pointer + first + local, mask=first + local < total, other=0).to(tl.int32)
+
+
+@triton.jit
+def store_codes(pointer, codes, first, total, BLOCK: tl.constexpr):
+    local = tl.arange(0, BLOCK)
+    tl.store(pointer + first + local, codes.to(pointer.dtype.element_ty), mask=first + local < total)
+
+
+@triton.jit
+def store_masked(out, weight, kept, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The weight where kept, exact zeros elsewhere."""
+    w = load_columns(weight, first, total, M, BLOCK)
+    masked = ()
+    for i in tl.static_range(M):
+        masked = masked + (tl.where(kept[i], w[i], 0.0),)
+    store_columns(out, masked, first, total, M, BLOCK)
+
+
+@triton.jit
+def drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
+          N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Kept columns of a draw."""
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
+    group = group_words_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+    return d.top_n(d.drawn_keys(z, group, M, tl.load(seed), tl.load(step), layer, draw), N, M)
+
+
+@triton.jit(do_not_specialize=COUNTER)
+def sample_mask_kernel(logits, codes, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total,
+                       N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    kept = drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
+                 N, M, BLOCK, WHOLE)  # fmt: skip
+    store_codes(codes, d.encode(kept, M), first, total, BLOCK)
+
+
+@triton.jit(do_not_specialize=COUNTER)
+def sample_masked_weight_kernel(logits, weight, out, inv_temperature, seed, step, layer, draw, offset, row_stride,
+                                columns, total, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+                                WHOLE: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    kept = drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
+                 N, M, BLOCK, WHOLE)  # fmt: skip
+    store_masked(out, weight, kept, first, total, M, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def top_n_mask_kernel(scores, codes, total, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
+    store_codes(codes, d.encode(kept, M), first, total, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def mask_weight_kernel(weight, codes, out, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    kept = d.decode(load_codes(codes, first, total, BLOCK), M)
+    store_masked(out, weight, kept, first, total, M, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def mask_log_prob_kernel(logits, codes, out, total, NODES: tl.constexpr, STEP: tl.constexpr,
+                         N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), 1.0, M)
+    code = load_codes(codes, first, total, BLOCK)
+    if N <= d.EXACT_SCORE_MAX_N:
+        log_prob = d.exact_log_prob(z, d.decode(code, M), N, M)
+    else:
+        log_prob = d.quadrature_log_prob(z, code, NODES, STEP, M)
+    store_codes(out, log_prob, first, total, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def mask_score_kernel(logits, codes, grad, out, total, NODES: tl.constexpr, STEP: tl.constexpr,
+                      N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), 1.0, M)
+    code = load_codes(codes, first, total, BLOCK)
+    if N <= d.EXACT_SCORE_MAX_N:
+        scores = d.exact_score(z, d.decode(code, M), N, M)
+    else:
+        scores = d.quadrature_score(z, code, NODES, STEP, M)
+    local = tl.arange(0, BLOCK)
+    g = tl.load(grad + first + local, mask=first + local < total, other=0.0)
+    scaled = ()
+    for i in tl.static_range(M):
+        scaled = scaled + (scores[i] * g,)
+    store_columns(out, scaled, first, total, M, BLOCK)
+
+
+@triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total"])
+def score_update_kernel(logits, coef, inv_temperature, seed, step, layer, draws, offset, row_stride, columns, total,
+                        DRAWS: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+                        WHOLE: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    x = load_columns(logits, first, total, M, BLOCK)
+    z = d.scaled(x, inv_temperature, M)
+    group = group_words_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+    seed_value = tl.load(seed)
+    step_value = tl.load(step)
+    delta = x
+    for k in tl.static_range(DRAWS):
+        keys = d.drawn_keys(z, group, M, seed_value, step_value, layer, tl.load(draws + k))
+        kept = d.top_n(keys, N, M)
+        if N <= d.EXACT_SCORE_MAX_N:
+            scores = d.exact_score(z, kept, N, M)
+        else:
+            scores = d.arrival_score(z, keys, kept, M)
+        scale = tl.load(coef + k) * inv_temperature
+        terms = ()
+        for i in tl.static_range(M):
+            terms = terms + (d.add_term(delta[i], scores[i] * scale, k == 0),)
+        delta = terms
+    if M == 32:
+        # 32 columns of logits, z, keys and scores do not fit 255 registers; the cache still holds the logits
+        x = load_columns(logits, first, total, M, BLOCK)
+    new = ()
+    for i in tl.static_range(M):
+        new = new + (x[i] - delta[i],)
+    if logits.dtype.element_ty != tl.float32:
+        new = d.round_group(new, group, M, seed_value, step_value, layer, tl.load(draws), logits.dtype.element_ty)
+    store_columns(logits, new, first, total, M, BLOCK)
+
+
+def _counter(logits, m, seed, step, layer, draw, offset, row_stride):
+    groups = logits.shape[1] // m
+    return (seed, step, layer, draw, offset, row_stride, groups, logits.numel() // m), row_stride == groups
+
+
+def sample_mask(logits, n, m, inv_temperature, seed, step, layer, draw, offset, row_stride):
+    """``reference.sample_mask`` as one kernel."""
+    codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m), device=logits.device)
+    counter, whole = _counter(logits, m, seed, step, layer, draw, offset, row_stride)
+    launch(sample_mask_kernel, "sample_mask", m, codes.numel(), logits.device,
+           logits, codes, inv_temperature, *counter, N=n, WHOLE=whole)  # fmt: skip
+    return codes
+
+
+def sample_masked_weight(weight, logits, n, m, inv_temperature, seed, step, layer, draw, offset, row_stride):
+    """``reference.sample_masked_weight`` as one kernel."""
+    out = torch.empty_like(weight)
+    counter, whole = _counter(logits, m, seed, step, layer, draw, offset, row_stride)
+    launch(sample_masked_weight_kernel, "sample_masked_weight", m, counter[-1], logits.device,
+           logits, weight, out, inv_temperature, *counter, N=n, WHOLE=whole)  # fmt: skip
+    return out
+
+
+def top_n_mask(scores, n, m):
+    """``reference.top_n_mask`` as one kernel."""
+    codes = torch.empty(scores.shape[0], scores.shape[1] // m, dtype=code_dtype(m), device=scores.device)
+    launch(top_n_mask_kernel, "top_n_mask", m, codes.numel(), scores.device, scores, codes, codes.numel(), N=n)
+    return codes
+
+
+def mask_weight(weight, codes, m):
+    """``reference.mask_weight`` as one kernel."""
+    out = torch.empty_like(weight)
+    launch(mask_weight_kernel, "mask_weight", m, codes.numel(), weight.device, weight, codes, out, codes.numel())
+    return out
+
+
+def mask_log_prob(logits, codes, n, m):
+    """``reference.mask_log_prob`` as one kernel."""
+    nodes, step = quadrature_grid(n)
+    out = torch.empty(codes.shape, dtype=torch.float32, device=logits.device)
+    launch(mask_log_prob_kernel, "mask_log_prob", m, codes.numel(), logits.device,
+           logits, codes, out, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+    return out
+
+
+def mask_score(logits, codes, grad, n, m):
+    """``reference.mask_score`` as one kernel."""
+    nodes, step = quadrature_grid(n)
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    launch(mask_score_kernel, "mask_score", m, codes.numel(), logits.device,
+           logits, codes, grad, out, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+    return out
+
+
+def score_update_(logits, coef, n, m, inv_temperature, seed, step, layer, draws, offset, row_stride):
+    """``reference.score_update_`` as one kernel: logits read once and written once, however many draws."""
+    counter, whole = _counter(logits, m, seed, step, layer, draws, offset, row_stride)
+    launch(score_update_kernel, "score_update", m, counter[-1], logits.device,
+           logits, coef, inv_temperature, *counter, DRAWS=coef.numel(), N=n, WHOLE=whole)  # fmt: skip

@@ -1,0 +1,142 @@
+"""Initial masks, and what a gap between kept and dropped logits means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .functional import check_codes, top_n_mask
+from .modules import initial_logits
+from .pattern import NMPattern
+
+__all__ = ["flip_rate", "gap_for_flip_rate", "initial_codes", "initial_logits", "run_batch"]
+
+
+def flip_rate(gap: float, pattern: str | NMPattern) -> float:
+    """Probability that a draw leaves the initial mask of its group: N logits at ``gap``, M - N at 0.
+
+    p(stay) = prod over k < N of (N - k) e^gap / ((N - k) e^gap + M - N).
+    """
+    pattern = NMPattern(pattern)
+    dropped = (pattern.m - pattern.n) * math.exp(-gap)
+    return -math.expm1(-sum(math.log1p(dropped / k) for k in range(1, pattern.n + 1)))
+
+
+def gap_for_flip_rate(rate: float, pattern: str | NMPattern) -> float:
+    """The gap at which a share ``rate`` of the groups leaves the initial mask in a draw.
+
+    Raises:
+        ValueError: if ``rate`` lies outside what gaps from 0 to 26 give.
+    """
+    low, high = 0.0, 26.0
+    rarest, commonest = flip_rate(high, pattern), flip_rate(low, pattern)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rarest <= rate <= commonest:
+        raise ValueError(f"flip_rate: expected a float in [{rarest:.2g}, {commonest:.4g}] for {pattern}, got {rate!r}")
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if flip_rate(middle, pattern) > rate else (low, middle)
+    return (low + high) / 2
+
+
+def run_batch(model: nn.Module, batch) -> None:
+    """Give a batch to the model: a mapping as keywords, a tuple or list as arguments, anything else as it is."""
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def initial_codes(
+    layers: Mapping[str, nn.Module],
+    pattern: str | NMPattern,
+    init: str | Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    calibration: Iterable | None = None,
+) -> dict[str, Tensor]:
+    """Group codes of an initial mask for every layer.
+
+    Args:
+        layers: modules with a ``weight`` [out, K], by name.
+        pattern: "N:M" or NMPattern.
+        init: "magnitude": the N largest |w| of each group; "wanda": the N largest |w| * ||x||, ||x|| the
+            norm of the input column over the calibration batches (Sun et al. 2023, arXiv 2306.11695);
+            or {name: group codes [out, K / M]}.
+        model: the model that the layers are part of; needed for "wanda".
+        calibration: batches for the model, each a tensor, a tuple or a mapping; needed for "wanda".
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    if isinstance(init, Mapping):
+        return _given_codes(layers, pattern, init)
+    if init == "magnitude":
+        return {name: top_n_mask(layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
+    if init != "wanda":
+        raise ValueError(f'init: expected "magnitude", "wanda" or a mapping of names to group codes, got {init!r}')
+    if model is None or calibration is None:
+        raise ValueError('calibration: expected batches for init="wanda", got none')
+    squares = input_squares(model, layers, calibration)
+    return {
+        name: top_n_mask(layer.weight.detach().abs().float() * squares[name].sqrt(), pattern)
+        for name, layer in layers.items()
+    }
+
+
+def _given_codes(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    unknown, missing = sorted(init.keys() - layers.keys()), sorted(layers.keys() - init.keys())
+    if unknown or missing:
+        raise ValueError(f"init: expected codes for exactly the layers converted; unknown {unknown}, missing {missing}")
+    codes = {}
+    for name, layer in layers.items():
+        codes[name] = init[name].to(layer.weight.device) if isinstance(init[name], Tensor) else init[name]
+        check_codes(f"init[{name!r}]", codes[name], pattern, layer.weight)
+        value = codes[name].to(torch.int64)
+        kept = sum(value >> i & 1 for i in range(pattern.m))
+        beyond = torch.any(value >> pattern.m != 0) if pattern.m < 32 else False
+        if torch.any(kept != pattern.n) or beyond:
+            raise ValueError(f"init[{name!r}]: expected codes that keep exactly {pattern.n} of {pattern.m}")
+    return codes
+
+
+def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Iterable) -> dict[str, Tensor]:
+    """Sum of squares of every input column of every layer over the calibration batches, float32 [K] by name.
+
+    Raises:
+        ValueError: if there is no batch, or a layer sees none of them.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def add(module, args):
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            # norms by column accumulate in float32 without a float32 copy of x
+            squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return add
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    training = model.training
+    model.eval()
+    batches = 0
+    try:
+        with torch.inference_mode():
+            for batch in calibration:
+                run_batch(model, batch)
+                batches += 1
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not batches:
+        raise ValueError("calibration: expected at least one batch, got none")
+    unseen = [name for name in layers if name not in sums]
+    if unseen:
+        raise ValueError(f"calibration: expected batches that reach every layer, {unseen} saw no input")
+    return sums

@@ -1,0 +1,203 @@
+"""MaskedLinear, a drop-in nn.Linear whose weights stand under a learned N:M mask."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .functional import check_codes, expand_mask, mask_log_prob, sample_mask, sample_masked_weight, top_n_mask
+from .ops import mask_weight
+from .pattern import NMPattern
+
+
+class Clock(nn.Module):
+    """Seed and step of the draws, 0-dim int64 buffers that all layers of a model share.
+
+    A shared submodule stays shared when the model is moved or copied.
+    """
+
+    seed: Tensor
+    step: Tensor
+
+    def __init__(self, seed: int = 0, device: torch.device | str | None = None):
+        super().__init__()
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device))
+        self.register_buffer("step", torch.tensor(0, dtype=torch.int64, device=device))
+
+
+def check_gap(gap: float) -> None:
+    """Raise unless ``gap`` can stand between kept and dropped logits."""
+    if isinstance(gap, bool) or not isinstance(gap, (int, float)):
+        raise TypeError(f"gap: expected a float, got {type(gap).__name__}")
+    if not math.isfinite(gap) or gap < 0:
+        raise ValueError(f"gap: expected a finite float of at least 0, got {gap}")
+
+
+def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float) -> Tensor:
+    """float32 logits [..., K] of group codes [..., K / M]: ``gap`` where kept, 0 where dropped.
+
+    Raises:
+        TypeError, ValueError: ``codes`` are not group codes, ``gap`` is not finite and at least 0.
+    """
+    check_gap(gap)
+    return expand_mask(codes, pattern) * torch.tensor(gap, dtype=torch.float32, device=codes.device)
+
+
+class MaskedLinear(nn.Module):
+    """nn.Linear under an N:M mask with one logit a weight.
+
+    In training mode the mask is drawn anew at the current step of ``clock``; in eval mode it keeps
+    the N largest logits of each group. ``forward`` returns y alone and changes no state.
+
+    Args:
+        weight: float32, bfloat16 or float16 [out, K], K divisible by M. Kept as a frozen Parameter.
+        bias: [out] or None.
+        logits: float32, bfloat16 or float16 [out, K].
+        pattern: "N:M" or NMPattern.
+        layer: id of the layer in the counter; layers with the same id draw the same noise.
+        clock: seed and step, shared by the layers of a model; default: one of its own.
+
+    Raises:
+        TypeError, ValueError: shapes or dtypes are not as above.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        logits: Tensor,
+        pattern: str | NMPattern,
+        *,
+        layer: int = 0,
+        clock: Clock | None = None,
+    ):
+        super().__init__()
+        self.pattern = NMPattern(pattern)
+        if weight.dim() != 2 or weight.shape[1] % self.pattern.m:
+            raise ValueError(f"weight: expected [out, K] with K divisible by {self.pattern.m}, got {list(weight.shape)}")
+        if logits.shape != weight.shape:
+            raise ValueError(f"logits: expected shape {list(weight.shape)}, got {list(logits.shape)}")
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.logits = nn.Parameter(logits)
+        self.layer = layer
+        self.clock = Clock(device=weight.device) if clock is None else clock
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        pattern: str | NMPattern,
+        init: str | Tensor = "magnitude",
+        gap: float = 10.0,
+        *,
+        layer: int = 0,
+        clock: Clock | None = None,
+    ) -> MaskedLinear:
+        """A MaskedLinear that shares the weight and bias of ``linear``.
+
+        Args:
+            linear: float32, bfloat16 or float16, in_features divisible by M.
+            pattern: "N:M" or NMPattern.
+            init: "magnitude" for the N largest weights of each group, or group codes [out, K / M].
+            gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
+            layer, clock: as for the class.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or a weight is not finite.
+        """
+        pattern = NMPattern(pattern)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
+        check_gap(gap)
+        if not torch.isfinite(linear.weight).all():
+            raise ValueError("linear: expected finite weights, got NaN or infinity")
+        if isinstance(init, Tensor):
+            check_codes("init", init, pattern, linear.weight)
+            codes = init
+        elif init == "magnitude":
+            codes = top_n_mask(linear.weight.detach().abs(), pattern)
+        else:
+            raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
+        logits = initial_logits(codes, pattern, gap)
+        return cls(linear.weight, linear.bias, logits, pattern, layer=layer, clock=clock).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., K]."""
+        return nn.functional.linear(x, self.masked_weight(), self.bias)
+
+    def masked_weight(self) -> Tensor:
+        """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
+        if self.training:
+            return sample_masked_weight(self.weight, self.logits, self.pattern, **self.counter())
+        weight = self.weight.contiguous()
+        return mask_weight(weight, top_n_mask(self.logits.detach(), self.pattern), self.pattern.m)
+
+    def drawn_codes(self) -> Tensor:
+        """Group codes [out, K / M] of the draw at the current step."""
+        return sample_mask(self.logits.detach(), self.pattern, **self.counter())
+
+    def log_prob(self) -> Tensor:
+        """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
+        return mask_log_prob(self.logits, self.drawn_codes(), self.pattern).sum()
+
+    def counter(self) -> dict:
+        """The counter of the current step, as keywords of the functions that draw."""
+        return {"seed": self.clock.seed, "step": self.clock.step, "layer": self.layer}
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.layer, self.pattern.n, self.pattern.m])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        layer, n, m = state.tolist()
+        if (n, m) != (self.pattern.n, self.pattern.m):
+            raise ValueError(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m}")
+        self.layer = layer
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}, layer={self.layer}"
+        )
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
+    """The MaskedLinear modules of a model by name, in the order of their layer ids.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    if not layers:
+        raise ValueError("model: expected a model with MaskedLinear layers, got none; call convert first")
+    return layers
+
+
+def clocks(model: nn.Module) -> list[Clock]:
+    """The distinct clocks of a model: one, or one a device where layers are spread over several."""
+    return list({id(layer.clock): layer.clock for layer in masked_layers(model).values()}.values())
+
+
+def advance(model: nn.Module) -> None:
+    """Step += 1 on the device: every layer draws a new mask from here on.
+
+    All forwards between two calls see the same masks.
+
+    Raises:
+        ValueError: if the model has no MaskedLinear.
+    """
+    for clock in clocks(model):
+        clock.step.add_(1)
+
+
+def log_prob(model: nn.Module) -> Tensor:
+    """log-probability of the masks of the current step, summed over all layers: 0-dim float32, differentiable.
+
+    Raises:
+        ValueError: if the model has no MaskedLinear.
+    """
+    terms = [layer.log_prob() for layer in masked_layers(model).values()]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()

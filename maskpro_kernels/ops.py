@@ -1,0 +1,263 @@
+"""The operations as torch custom ops, and the one rule of dispatch.
+
+CUDA tensors go to the kernels; CPU tensors go to the kernels under Triton's interpreter
+(``TRITON_INTERPRET=1``), else to the reference: compiled by torch.compile where a C++ compiler is
+there, else eager. All routes give the same bits. Arguments are checked in ``functional``, not here:
+matrices are contiguous and two-dimensional, seed and step 0-dim int64 tensors on the same device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .pattern import code_dtype
+
+
+def interpreting() -> bool:
+    """Whether CPU tensors go to the kernels through Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def compiler_available() -> bool:
+    """Whether torch.compile finds a C++ compiler on this machine."""
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception:  # torch raises types of its own that differ between releases
+        return False
+    return True
+
+
+@functools.cache
+def _kernels():
+    return importlib.import_module("maskpro_kernels.kernels.sampling")
+
+
+@functools.cache
+def compiled(name: str, **constants: int) -> Callable:
+    """``reference.<name>`` with those constants bound, as one compiled graph for all shapes."""
+    function = getattr(reference, name)
+
+    def bound(*args):
+        return function(*args, **constants)
+
+    # Without the heuristics inductor falls back to scalar code for the strided reads of a group
+    graph = torch.compile(bound, dynamic=True, fullgraph=True, options={"cpp.enable_tiling_heuristics": False})
+
+    def run(*args):
+        # Module-level float constants must be constants of the graph, and every pattern is a graph
+        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=512), torch.no_grad():
+            return graph(*args)
+
+    return run
+
+
+_compilation_failed = False
+
+
+def _reference(name: str, args: tuple, scalars: tuple = (), **constants: int):
+    """Run the reference, compiled where possible; ``scalars`` become 0-dim tensors so that no value is compiled in."""
+    global _compilation_failed
+    tensors = [torch.tensor(s, dtype=torch.float32 if isinstance(s, float) else torch.int64) for s in scalars]
+    if compiler_available() and not _compilation_failed:
+        try:
+            return compiled(name, **constants)(*args, *tensors)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            _compilation_failed = True
+            first_line = str(error).splitlines()[0]
+            warnings.warn(f"torch.compile failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
+    return getattr(reference, name)(*args, *tensors, **constants)
+
+
+def _uses_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
+
+
+@torch.library.custom_op("maskpro::sample_mask", mutates_args=())
+def sample_mask(
+    logits: Tensor,
+    n: int,
+    m: int,
+    inv_temperature: float,
+    seed: Tensor,
+    step: Tensor,
+    layer: int,
+    draw: int,
+    group_offset: int,
+    group_row_stride: int,
+) -> Tensor:
+    """Group codes [rows, K / M] of a draw from logits [rows, K]."""
+    counter = (layer, draw, group_offset, group_row_stride)
+    if _uses_kernels(logits):
+        return _kernels().sample_mask(logits, n, m, inv_temperature, seed, step, *counter)
+    return _reference("sample_mask", (logits, seed, step), (inv_temperature, *counter), n=n, m=m)
+
+
+@sample_mask.register_fake
+def _(logits, n, m, *_):
+    return logits.new_empty((logits.shape[0], logits.shape[1] // m), dtype=code_dtype(m))
+
+
+@torch.library.custom_op("maskpro::sample_masked_weight", mutates_args=())
+def sample_masked_weight(
+    weight: Tensor,
+    logits: Tensor,
+    n: int,
+    m: int,
+    inv_temperature: float,
+    seed: Tensor,
+    step: Tensor,
+    layer: int,
+    draw: int,
+    group_offset: int,
+    group_row_stride: int,
+) -> Tensor:
+    """The weight [rows, K] under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
+    counter = (layer, draw, group_offset, group_row_stride)
+    if _uses_kernels(logits):
+        return _kernels().sample_masked_weight(weight, logits, n, m, inv_temperature, seed, step, *counter)
+    return _reference("sample_masked_weight", (weight, logits, seed, step), (inv_temperature, *counter), n=n, m=m)
+
+
+@sample_masked_weight.register_fake
+def _(weight, *_):
+    return torch.empty_like(weight)
+
+
+def _sample_masked_weight_context(ctx, inputs, output):
+    _, logits, n, m, inv_temperature, seed, step, *counter = inputs
+    ctx.save_for_backward(logits, seed, step)
+    ctx.constants = (n, m, inv_temperature, counter)
+
+
+def _sample_masked_weight_backward(ctx, grad):
+    logits, seed, step = ctx.saved_tensors
+    n, m, inv_temperature, counter = ctx.constants
+    # the mask is drawn again: masking is linear in the weight
+    masked = sample_masked_weight(grad.contiguous(), logits, n, m, inv_temperature, seed, step, *counter)
+    return masked, *[None] * 10
+
+
+sample_masked_weight.register_autograd(_sample_masked_weight_backward, setup_context=_sample_masked_weight_context)
+
+
+@torch.library.custom_op("maskpro::top_n_mask", mutates_args=())
+def top_n_mask(scores: Tensor, n: int, m: int) -> Tensor:
+    """Group codes [rows, K / M] of the N largest scores [rows, K], ties to the lower index."""
+    if _uses_kernels(scores):
+        return _kernels().top_n_mask(scores, n, m)
+    return _reference("top_n_mask", (scores,), n=n, m=m)
+
+
+@top_n_mask.register_fake
+def _(scores, n, m):
+    return scores.new_empty((scores.shape[0], scores.shape[1] // m), dtype=code_dtype(m))
+
+
+@torch.library.custom_op("maskpro::mask_weight", mutates_args=())
+def mask_weight(weight: Tensor, codes: Tensor, m: int) -> Tensor:
+    """The weight [rows, K] under the mask of codes [rows, K / M], exact zeros elsewhere."""
+    if _uses_kernels(weight):
+        return _kernels().mask_weight(weight, codes, m)
+    return _reference("mask_weight", (weight, codes), m=m)
+
+
+@mask_weight.register_fake
+def _(weight, codes, m):
+    return torch.empty_like(weight)
+
+
+def _mask_weight_context(ctx, inputs, output):
+    _, codes, ctx.m = inputs
+    ctx.save_for_backward(codes)
+
+
+def _mask_weight_backward(ctx, grad):
+    (codes,) = ctx.saved_tensors
+    return mask_weight(grad.contiguous(), codes, ctx.m), None, None
+
+
+mask_weight.register_autograd(_mask_weight_backward, setup_context=_mask_weight_context)
+
+
+@torch.library.custom_op("maskpro::mask_score", mutates_args=())
+def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int) -> Tensor:
+    """grad [rows, K / M] times the gradient of log p(S) in logits, float32 [rows, K]."""
+    if _uses_kernels(logits):
+        return _kernels().mask_score(logits, codes, grad, n, m)
+    if n > reference.EXACT_SCORE_MAX_N:
+        # the quadrature's hundred nodes would be unrolled into a graph that takes minutes to compile
+        return reference.mask_score(logits, codes, grad, n=n, m=m)
+    return _reference("mask_score", (logits, codes, grad), n=n, m=m)
+
+
+@mask_score.register_fake
+def _(logits, *_):
+    return torch.empty_like(logits, dtype=torch.float32)
+
+
+@torch.library.custom_op("maskpro::mask_log_prob", mutates_args=())
+def mask_log_prob(logits: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
+    """log p(S) of the masks with those codes, float32 [rows, K / M]."""
+    if _uses_kernels(logits):
+        return _kernels().mask_log_prob(logits, codes, n, m)
+    if n > reference.EXACT_SCORE_MAX_N:
+        return reference.mask_log_prob(logits, codes, n=n, m=m)
+    return _reference("mask_log_prob", (logits, codes), n=n, m=m)
+
+
+@mask_log_prob.register_fake
+def _(logits, codes, n, m):
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def _mask_log_prob_context(ctx, inputs, output):
+    logits, codes, ctx.n, ctx.m = inputs
+    ctx.save_for_backward(logits, codes)
+
+
+def _mask_log_prob_backward(ctx, grad):
+    logits, codes = ctx.saved_tensors
+    return mask_score(logits, codes, grad.contiguous(), ctx.n, ctx.m).to(logits.dtype), None, None, None
+
+
+mask_log_prob.register_autograd(_mask_log_prob_backward, setup_context=_mask_log_prob_context)
+
+
+@torch.library.custom_op("maskpro::score_update_", mutates_args=("logits",))
+def score_update_(
+    logits: Tensor,
+    coef: Tensor,
+    n: int,
+    m: int,
+    inv_temperature: float,
+    seed: Tensor,
+    step: Tensor,
+    layer: int,
+    draws: Tensor,
+    group_offset: int,
+    group_row_stride: int,
+) -> None:
+    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draws[k]); coef float32, draws int64 [draws]."""
+    if _uses_kernels(logits):
+        _kernels().score_update_(
+            logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offset, group_row_stride
+        )
+    else:
+        scalars = (inv_temperature, layer, group_offset, group_row_stride)
+        _reference("score_update_", (logits, coef, seed, step, draws), scalars, n=n, m=m)
+
+
+@score_update_.register_fake
+def _(logits, *_):
+    return None

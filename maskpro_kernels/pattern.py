@@ -1,0 +1,54 @@
+"""N:M patterns and group codes, the integers in which masks travel."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+GROUP_SIZES = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, init=False)
+class NMPattern:
+    """N of every M consecutive weights along the input dimension are kept.
+
+    Args:
+        pattern: "N:M" with M in {2, 4, 8, 16, 32} and 1 <= N < M, or another NMPattern.
+
+    Raises:
+        TypeError: if ``pattern`` is neither a str nor an NMPattern.
+        ValueError: if the text is not "N:M", or N and M are out of range.
+    """
+
+    n: int
+    m: int
+
+    def __init__(self, pattern: str | NMPattern):
+        if isinstance(pattern, NMPattern):
+            n, m = pattern.n, pattern.m
+        elif isinstance(pattern, str):
+            match = re.fullmatch(r"(\d+):(\d+)", pattern)
+            if match is None:
+                raise ValueError(f'pattern: expected "N:M" such as "2:4", got {pattern!r}')
+            n, m = int(match[1]), int(match[2])
+        else:
+            raise TypeError(f'pattern: expected a str such as "2:4" or an NMPattern, got {type(pattern).__name__}')
+        if m not in GROUP_SIZES or not 1 <= n < m:
+            raise ValueError(f"pattern: expected N:M with M in {GROUP_SIZES} and 1 <= N < M, got {n}:{m}")
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "m", m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """dtype of a group code: uint8 for M <= 8, int32 above."""
+        return code_dtype(self.m)
+
+
+def code_dtype(m: int) -> torch.dtype:
+    """dtype that holds one group code of ``m`` weights."""
+    return torch.uint8 if m <= 8 else torch.int32

@@ -1,0 +1,206 @@
+"""The training loop: forwards under drawn masks, one scalar a step back to the logits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .estimators import Reinforce
+from .functional import score_update_, top_n_mask
+from .modules import advance, clocks, masked_layers
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step saw.
+
+    Attributes:
+        step: index of the step, from 0.
+        loss: loss of the batch under the drawn masks.
+        residual: that loss less the batch's loss under the initial masks.
+        advantage: the residual less the tracker.
+        tracker: the tracker after the step.
+        flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
+        tokens: elements of the batch's input ids.
+        seconds: wall-clock time of the step.
+    """
+
+    step: int
+    loss: float
+    residual: float
+    advantage: float
+    tracker: float
+    flip_rate: float
+    tokens: int
+    seconds: float
+
+
+class MaskTrainer:
+    """Learns the masks of a converted model by policy gradient, with forward passes only.
+
+    The initial masks m_0 are the top-N masks of the logits at construction. Their losses are computed
+    once a batch, before the logits first move; so ``batches`` is a finite sequence, visited in order and
+    again from the start. Modules other than MaskedLinear run in eval mode.
+
+    Args:
+        model: a model with MaskedLinear layers, see ``convert``.
+        loss_fn: ``loss_fn(model, batch)`` -> 0-dim tensor. Compute it in float32: in bfloat16 the
+            residual drowns in rounding.
+        batches: sequence of batches, in whatever form ``loss_fn`` takes.
+        estimator: turns residuals into advantages, see ``Reinforce``.
+        seed: seed of all draws.
+        output_dir: folder for ``metrics.jsonl``, one line a step; made if missing.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
+            as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[nn.Module, object], Tensor],
+        batches: Sequence,
+        estimator: Reinforce,
+        *,
+        seed: int,
+        output_dir: str | Path | None = None,
+    ):
+        self.layers = masked_layers(model)
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn: expected a callable, got {type(loss_fn).__name__}")
+        if not isinstance(batches, Sequence):
+            raise TypeError(f"batches: expected a sequence, got {type(batches).__name__}")
+        if not len(batches):
+            raise ValueError("batches: expected at least one batch, got none")
+        if not isinstance(estimator, Reinforce):
+            raise TypeError(f"estimator: expected Reinforce, got {type(estimator).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"seed: expected an int of 64 bits, got {seed!r}")
+        for name, layer in self.layers.items():
+            if not torch.isfinite(layer.logits).all():
+                raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batches = batches
+        self.estimator = estimator
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.steps_done = 0
+        self._initial_losses: list[float] | None = None
+        for clock in clocks(model):
+            clock.seed.fill_(seed)
+            clock.step.fill_(0)
+
+    def run(self, steps: int, progress: bool = True) -> list[StepRecord]:
+        """Take ``steps`` steps under a progress bar and return their records.
+
+        Raises:
+            ValueError: if ``steps`` is not an int of at least 1.
+            FloatingPointError: see ``step``.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps: expected an int of at least 1, got {steps!r}")
+        self._losses_of_initial_masks(progress)
+        records = []
+        with tqdm(total=steps, desc="learning", unit="step", disable=not progress) as bar:
+            for _ in range(steps):
+                record = self.step()
+                records.append(record)
+                bar.set_postfix(
+                    loss=f"{record.loss:.4f}",
+                    residual=f"{record.residual:+.2e}",
+                    advantage=f"{record.advantage:+.2e}",
+                    flips=f"{record.flip_rate:.1e}",
+                    tokens_per_s=f"{record.tokens / record.seconds:.0f}",
+                )
+                bar.update()
+        return records
+
+    def step(self) -> StepRecord:
+        """One forward under newly drawn masks, one update of all logits.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; logits and tracker are then as before the step.
+        """
+        start = time.perf_counter()
+        index = self.steps_done % len(self.batches)
+        initial_loss = self._losses_of_initial_masks(progress=False)[index]
+        batch = self.batches[index]
+        with torch.inference_mode():
+            with self._modes(drawing=True):
+                loss = float(self.loss_fn(self.model, batch))
+            residual = loss - initial_loss
+            if not math.isfinite(residual):
+                raise FloatingPointError(f"loss of step {self.steps_done}: expected a finite number, got {loss}")
+            flip_rate = self._flip_rate()
+            advantage = self.estimator.advantage(residual)
+            for layer in self.layers.values():
+                coef = self.estimator.lr * advantage
+                score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
+            advance(self.model)
+        record = StepRecord(
+            step=self.steps_done,
+            loss=loss,
+            residual=residual,
+            advantage=advantage,
+            tracker=self.estimator.delta,
+            flip_rate=flip_rate,
+            tokens=count_tokens(batch),
+            seconds=time.perf_counter() - start,
+        )
+        self.steps_done += 1
+        if self.output_dir is not None:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+        return record
+
+    def _losses_of_initial_masks(self, progress: bool) -> list[float]:
+        """Loss of every batch under m_0, computed once, in the composition the steps will use."""
+        if self._initial_losses is None:
+            losses = []
+            with torch.inference_mode(), self._modes(drawing=False):
+                for batch in tqdm(self.batches, desc="initial losses", unit="batch", disable=not progress):
+                    losses.append(float(self.loss_fn(self.model, batch)))
+            bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+            if bad:
+                raise FloatingPointError(f"loss under the initial masks: expected finite numbers, batches {bad} give none")
+            self._initial_losses = losses
+        return self._initial_losses
+
+    def _flip_rate(self) -> float:
+        """Share of groups whose draw left the top-N mask, in the layer whose turn it is."""
+        layer = list(self.layers.values())[self.steps_done % len(self.layers)]
+        return float((layer.drawn_codes() != top_n_mask(layer.logits, layer.pattern)).float().mean())
+
+    @contextmanager
+    def _modes(self, drawing: bool):
+        """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        for layer in self.layers.values():
+            layer.train(drawing)
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def count_tokens(batch) -> int:
+    """Elements of a batch's input ids: those of the tensor, of "input_ids", or of the first element."""
+    if isinstance(batch, Mapping):
+        batch = batch["input_ids"] if "input_ids" in batch else next(iter(batch.values()))
+    elif isinstance(batch, (tuple, list)):
+        batch = batch[0]
+    return batch.numel() if isinstance(batch, Tensor) else 0

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from maskpro_kernels import cli
+from maskpro_kernels.data import load_text, windows
+from maskpro_kernels.evaluation import perplexity
+from maskpro_kernels.export import load_logits
+
+SETTINGS = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24".split()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """Folder with a tiny model, `model`, and a text, `text.txt`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(inputs):
+    """Folder of a finished run."""
+    output = inputs / "runs" / "one"
+    assert cli.main(learn(inputs, output)) == 0
+    return output
+
+
+def learn(inputs, output, *more):
+    sources = ["--model", str(inputs / "model"), "--data", str(inputs / "text.txt"), "--device", "cpu"]
+    return ["learn", *sources, *SETTINGS, "--dtype", "float32", "--output", str(output), *more]
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def nonzeros(model, name, m=4):
+    return (model.get_submodule(name).weight.view(-1, m) != 0).sum(1)
+
+
+def test_learn_writes_a_checkpoint_that_has_the_perplexity_it_reports(inputs, run):
+    written = report(run)
+    model = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert len(written["converted"]) == 14 and "lm_head" not in written["converted"]
+    dense = tiny_model()
+    for name in written["converted"]:
+        assert (nonzeros(model, name) == 2).all()
+        weight, kept = dense.get_submodule(name).weight, model.get_submodule(name).weight
+        assert torch.equal(kept, weight * (kept != 0))
+    test = windows(load_text(str(inputs / "text.txt"))["test"], tokenizer, 24)[:5]
+    table = {row["method"]: row for row in written["table"]}
+    assert list(table) == ["dense", "magnitude", "wanda", "learned"]
+    assert table["learned"]["perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
+    assert table["dense"]["perplexity"] == pytest.approx(perplexity(dense, test), rel=1e-6)
+    assert all(row["seconds"] >= 0 for row in table.values())
+
+
+def test_learn_writes_the_whole_record(run):
+    written = report(run)
+    assert sorted(os.listdir(run)) == sorted(
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        + ["logits.safetensors", "report.json", "residual.png"]
+    )
+    assert written["pattern"] == "2:4" and written["settings"]["seed"] == 0 and written["gap"] == 10
+    assert {"python", "torch", "transformers"} <= set(written["versions"])
+    assert len(written["steps"]) == 3
+    assert {"step", "loss", "residual", "advantage", "tracker", "flip_rate"} <= set(written["steps"][0])
+    assert written["flipped_groups"] == sum(written["flipped_groups_by_layer"].values())
+    assert (run / "residual.png").read_bytes().startswith(b"\x89PNG")
+    logits, metadata = load_logits(run / "logits.safetensors")
+    assert logits.keys() == set(written["converted"]) and metadata["pattern"] == "2:4"
+    assert written["groups"] == sum(tensor.numel() for tensor in logits.values()) // 4
+
+
+def test_learn_prints_the_table(inputs, tmp_path, capsys):
+    assert cli.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].split() == ["method", "perplexity", "seconds"]
+    assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "learned"]
+    assert "groups differ from the magnitude mask" in lines[5]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (nonzeros(model, "model.layers.1.mlp.down_proj") == 1).all()
+    assert report(tmp_path)["settings"]["flip_rate"] == 0.05
+
+
+def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
+    assert cli.main(learn(inputs, tmp_path / "again")) == 0
+    assert cli.main(learn(inputs, tmp_path / "other", "--seed", "1")) == 0
+    first, again, other = (
+        load_logits(folder / "logits.safetensors")[0] for folder in (run, tmp_path / "again", tmp_path / "other")
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
+    options = f"--data {inputs / 'text.txt'} --eval-windows 5 --eval-length 24 --dtype float32 --device cpu".split()
+    table = {row["method"]: row["perplexity"] for row in report(run)["table"]}
+    assert cli.main(["eval", str(run), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"perplexity {table['learned']:.2f} over 120 tokens"
+    assert lines[1] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
+    assert cli.main(["eval", str(inputs / "model"), *options]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"perplexity {table['dense']:.2f} over 120 tokens"]
+
+
+def test_export_rebuilds_the_checkpoint(run, tmp_path):
+    assert cli.main(["export", str(run), str(tmp_path / "float32"), "--dtype", "float32"]) == 0
+    assert cli.main(["export", str(run), str(tmp_path / "bfloat16")]) == 0
+    learned, exported, short = map(
+        AutoModelForCausalLM.from_pretrained, (run, tmp_path / "float32", tmp_path / "bfloat16")
+    )
+    assert short.dtype == torch.bfloat16
+    state = exported.state_dict()
+    assert state.keys() == learned.state_dict().keys()
+    for name, tensor in learned.state_dict().items():
+        assert torch.equal(tensor, state[name])
+        assert torch.equal(tensor.bfloat16(), short.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--pattern", "4:2", "pattern: expected N:M with"),
+        ("--pattern", "2:5", "pattern: expected N:M with"),
+        ("--pattern", "two", 'pattern: expected "N:M"'),
+        ("--steps", "0", "steps: expected at least 1, got 0"),
+        ("--batch-size", "0", "batch_size: expected at least 1, got 0"),
+        ("--batch-size", "1000", "batch_size: expected 1 to"),
+        ("--seq-len", "1", "seq_len: expected at least 2, got 1"),
+        ("--seq-len", "100000", "text: expected at least 100000 tokens"),
+        ("--calibration-batches", "0", "calibration_batches: expected at least 1, got 0"),
+        ("--eval-windows", "0", "eval_windows: expected at least 1, got 0"),
+        ("--eval-length", "100000", "text: expected at least 100000 tokens"),
+        ("--gap", "0", "gap: expected a positive number, got 0"),
+        ("--gap", "nan", "gap: expected a positive number, got nan"),
+        ("--flip-rate", "1", "flip_rate: expected a fraction between 0 and 1, got 1"),
+        ("--lr", "nan", "lr"),
+        ("--alpha", "1.5", "alpha"),
+        ("--seed", "-1", "seed: expected at least 0, got -1"),
+        ("--device", "abacus", "device: expected a device of this machine, got 'abacus'"),
+        ("--model", "/no/such/folder", "no such folder"),
+        ("--data", "EMPTY", "the text is empty"),
+        ("--data", "FOLDER", "source: expected a text file, got the folder"),
+        ("--output", "FULL", "output: expected a new or empty folder"),
+    ],
+)
+def test_learn_refuses_bad_input(inputs, tmp_path, capsys, option, value, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    places = {"EMPTY": tmp_path / "empty.txt", "FOLDER": tmp_path, "FULL": tmp_path / "full"}
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output", option, str(places.get(value, value))), message)
+
+
+def test_learn_refuses_a_model_without_linears(inputs, tmp_path, capsys, monkeypatch):
+    class Unigram(torch.nn.Embedding):
+        def forward(self, input_ids, use_cache=False):
+            return type("Output", (), {"logits": super().forward(input_ids)})
+
+    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype: (Unigram(40, 40), tiny_tokenizer()))
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "Linear")
+
+
+def test_learn_refuses_non_finite_weights(inputs, tmp_path, capsys, monkeypatch):
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype: (model, tiny_tokenizer()))
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "model.layers.1.mlp.up_proj")
+
+
+def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda package: None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[demo]'")
+
+
+def test_gap_excludes_flip_rate(inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(learn(inputs, tmp_path / "output", "--gap", "5", "--flip-rate", "0.1"))
+    assert refusal.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--eval-windows", "0"), "eval_windows: expected at least 1"),
+        (("--data", "EMPTY"), "the text is empty"),
+        (("--device", "abacus"), "device: expected"),
+    ],
+)
+def test_eval_refuses_bad_input(inputs, tmp_path, capsys, change, message):
+    (tmp_path / "empty.txt").touch()
+    change = [str(tmp_path / "empty.txt") if part == "EMPTY" else part for part in change]
+    arguments = ["eval", str(inputs / "model"), "--data", str(inputs / "text.txt"), *change]
+    refuses(capsys, tmp_path, arguments, message)
+
+
+def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
+    arguments = ["eval", str(tmp_path / "missing"), "--data", str(inputs / "text.txt")]
+    refuses(capsys, tmp_path, arguments, "no such folder")
+
+
+def test_export_refuses_what_is_no_run(inputs, run, tmp_path, capsys):
+    output = str(tmp_path / "output")
+    refuses(capsys, tmp_path, ["export", str(inputs / "model"), output], "report.json")
+    refuses(capsys, tmp_path, ["export", str(run), str(run)], "output: expected a new or empty folder")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "report.json").write_text('{"model": "x"}')
+    refuses(capsys, tmp_path, ["export", str(broken), output], "run: expected a report of `maskpro learn`")
+    (broken / "report.json").write_text((run / "report.json").read_text())
+    (broken / "logits.safetensors").write_text("nothing")
+    refuses(capsys, tmp_path, ["export", str(broken), output], "path: expected a safetensors file")
+
+
+@pytest.mark.parametrize("command", [[], ["learn"], ["eval"], ["export"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, "--help"])
+    assert end.value.code == 0
+    assert "usage: maskpro" in capsys.readouterr().out
+
+
+def refuses(capsys, folder, arguments, message):
+    """The command ends with 2 and one line that holds the message, and the folder is as before."""
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if "error" in line]
+    assert len(errors) == 1 and errors[0].startswith("maskpro: error: ") and message in errors[0]
+    assert captured.err.splitlines()[-1] == errors[0]
+    assert captured.out == ""
+    assert sorted(folder.rglob("*")) == before

