@@ -12,12 +12,11 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import philox, reference
 from .pattern import code_dtype
 
 
@@ -43,25 +42,6 @@ def _kernels():
     return importlib.import_module("maskpro_kernels.kernels.sampling")
 
 
-@functools.cache
-def compiled(name: str, **constants: int) -> Callable:
-    """``reference.<name>`` with those constants bound, as one compiled graph for all shapes."""
-    function = getattr(reference, name)
-
-    def bound(*args):
-        return function(*args, **constants)
-
-    # Without the heuristics inductor falls back to scalar code for the strided reads of a group
-    graph = torch.compile(bound, dynamic=True, fullgraph=True, options={"cpp.enable_tiling_heuristics": False})
-
-    def run(*args):
-        # Module-level float constants must be constants of the graph, and every pattern is a graph
-        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=512), torch.no_grad():
-            return graph(*args)
-
-    return run
-
-
 _compilation_failed = False
 
 
@@ -71,7 +51,7 @@ def _reference(name: str, args: tuple, scalars: tuple = (), **constants: int):
     tensors = [torch.tensor(s, dtype=torch.float32 if isinstance(s, float) else torch.int64) for s in scalars]
     if compiler_available() and not _compilation_failed:
         try:
-            return compiled(name, **constants)(*args, *tensors)
+            return getattr(compiled, name)(*args, *tensors, **constants)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             _compilation_failed = True
             first_line = str(error).splitlines()[0]

@@ -5,8 +5,9 @@ On the paths of draw, log-probability and score stand only correctly rounded IEE
 in a fixed order, and the two polynomials below. So eager torch, compiled torch, Triton's
 interpreter and every GPU give the same bits.
 
-Logits, weights and codes are [rows, K] and [rows, K / M], contiguous. Inside, a group is a list of
-M "columns", tensors [rows, K / M] that hold the same position of every group.
+Logits and weights are contiguous matrices [rows, K], codes [rows, K / M]. Functions named ``group_...``
+take any number of groups [..., M], and where they draw, each one's index in the whole layer. Inside,
+groups are a list of M "columns", tensors [...] that hold the same position of every group.
 """
 
 from __future__ import annotations
@@ -100,14 +101,19 @@ def gumbel(r):
     return 0.0 - ln(e, e - 1.0)
 
 
-def columns(x, m):
-    """The M columns of [rows, K]: a list of [rows, K / M]."""
-    return list(x.view(x.shape[0], x.shape[1] // m, m).unbind(-1))
+def grouped(x, m):
+    """[rows, K] as [rows, K / M, M]."""
+    return x.view(x.shape[0], x.shape[1] // m, m)
+
+
+def columns(x):
+    """The M columns of groups [..., M]."""
+    return list(x.unbind(-1))
 
 
 def uncolumns(xs):
-    """[rows, K] from its M columns."""
-    return torch.stack(xs, dim=-1).flatten(-2)
+    """Groups [..., M] from their columns."""
+    return torch.stack(xs, dim=-1)
 
 
 def scaled(xs, inv_temperature):
@@ -145,42 +151,22 @@ def decode(codes, m):
     return [(code >> i & 1) != 0 for i in range(m)]
 
 
-def drawn_keys(z, seed, step, layer, draw, group_offset, group_row_stride):
+def drawn_keys(z, group, seed, step, layer, draw):
     """Scaled logits plus Gumbel noise."""
-    group = philox.group_index(z[0].shape[0], z[0].shape[1], group_offset, group_row_stride, z[0].device)
     words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
     return [z_i + gumbel(r) for z_i, r in zip(z, words, strict=True)]
 
 
-def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
-    """Group codes of a draw."""
-    z = scaled(columns(logits, m), inv_temperature)
-    keys = drawn_keys(z, seed, step, layer, draw, group_offset, group_row_stride)
-    return encode(top_n(keys, n), code_dtype(m))
-
-
-def sample_masked_weight(
-    weight, logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m
-):
-    """The weight under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
-    z = scaled(columns(logits, m), inv_temperature)
-    keys = drawn_keys(z, seed, step, layer, draw, group_offset, group_row_stride)
-    return masked(weight, top_n(keys, n))
-
-
-def top_n_mask(scores, *, n, m):
-    """Group codes of the N largest scores."""
-    return encode(top_n(columns(scores, m), n), code_dtype(m))
-
-
-def mask_weight(weight, codes, *, m):
-    """The weight under the mask of group codes, exact zeros elsewhere."""
-    return masked(weight, decode(codes, m))
+def group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n):
+    """Kept columns of a draw."""
+    z = scaled(columns(logits), inv_temperature)
+    return top_n(drawn_keys(z, group, seed, step, layer, draw), n)
 
 
 def masked(weight, kept):
+    """Groups of the weight where kept, exact zeros elsewhere."""
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    return uncolumns([torch.where(k, w, zero) for w, k in zip(columns(weight, len(kept)), kept, strict=True)])
+    return uncolumns([torch.where(k, w, zero) for w, k in zip(columns(weight), kept, strict=True)])
 
 
 def fixed_sum(xs):
@@ -487,21 +473,6 @@ def quadrature_score(z, kept, n):
     return [torch.where(k, mean, 0.0 - e_i * share) for mean, e_i, k in zip(means, e, kept, strict=True)]
 
 
-def mask_log_prob(logits, codes, *, n, m):
-    """log p(S) of the masks with those codes, float32 [rows, K / M]."""
-    z = scaled(columns(logits, m), 1.0)
-    kept = decode(codes, m)
-    return exact_log_prob(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_log_prob(z, kept, n)
-
-
-def mask_score(logits, codes, grad, *, n, m):
-    """Gradient of sum(grad * log p(S)) in the logits, float32 [rows, K]; grad float32 [rows, K / M]."""
-    z = scaled(columns(logits, m), 1.0)
-    kept = decode(codes, m)
-    scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_score(z, kept, n)
-    return uncolumns([s * grad for s in scores])
-
-
 def round_stochastically(x, r, dtype):
     """float32 rounded up or down to a 16-bit dtype's grid with probability by distance, still float32.
 
@@ -526,38 +497,107 @@ def round_stochastically(x, r, dtype):
     return torch.where((x.abs() < torch.inf) & (x != 0.0), rounded, x)
 
 
-def updated_logits(
-    logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m
-):
-    """logits - sum over k of coef[k] * score(mask of draw draws[k]), [rows, K] in the logits' dtype.
+def group_sample_mask(logits, group, seed, step, inv_temperature, layer, draw, *, n):
+    kept = group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n)
+    return encode(kept, code_dtype(logits.shape[-1]))
 
-    All scores are taken at the given logits; coef float32 [draws], draws int64 [draws]. 16-bit logits
-    are rounded stochastically, once, with words of the rounding stream under the first draw's id.
-    """
-    xs = [x.to(torch.float32) for x in columns(logits, m)]
+
+def group_sample_masked_weight(weight, logits, group, seed, step, inv_temperature, layer, draw, *, n):
+    return masked(weight, group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n))
+
+
+def group_top_n_mask(scores, *, n):
+    return encode(top_n(columns(scores), n), code_dtype(scores.shape[-1]))
+
+
+def group_mask_weight(weight, codes):
+    return masked(weight, decode(codes, weight.shape[-1]))
+
+
+def group_mask_log_prob(logits, codes, *, n):
+    z = scaled(columns(logits), 1.0)
+    kept = decode(codes, len(z))
+    return exact_log_prob(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_log_prob(z, kept, n)
+
+
+def group_mask_score(logits, codes, grad, *, n):
+    z = scaled(columns(logits), 1.0)
+    kept = decode(codes, len(z))
+    scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_score(z, kept, n)
+    return uncolumns([s * grad for s in scores])
+
+
+def group_score_update_(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
+    xs = [x.to(torch.float32) for x in columns(logits)]
     z = scaled(xs, inv_temperature)
     delta = None
     for k in range(coef.shape[0]):
-        keys = drawn_keys(z, seed, step, layer, draws[k], group_offset, group_row_stride)
+        keys = drawn_keys(z, group, seed, step, layer, draws[k])
         kept = top_n(keys, n)
         scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else arrival_score(z, keys, kept)
         # d z / d logits is 1 / temperature
         scale = coef[k] * inv_temperature
         terms = [s * scale for s in scores]
         delta = terms if delta is None else [d + t for d, t in zip(delta, terms, strict=True)]
-    new = [x - d for x, d in zip(xs, delta, strict=True)]
+    new = uncolumns([x - d for x, d in zip(xs, delta, strict=True)])
     if logits.dtype != torch.float32:
-        rows, groups = new[0].shape
-        group = philox.group_index(rows, groups, group_offset, group_row_stride, logits.device)
-        words = philox.group_words(group, m, philox.STREAM_ROUNDING, seed, step, layer, draws[0])
-        new = [round_stochastically(x, r, logits.dtype) for x, r in zip(new, words, strict=True)]
-    return uncolumns(new).to(logits.dtype)
+        new = group_round_logits(new, group, seed, step, draws, layer, dtype=logits.dtype)
+    logits.copy_(new)
+
+
+def group_round_logits(x, group, seed, step, draws, layer, *, dtype):
+    """float32 groups rounded stochastically to a 16-bit dtype."""
+    words = philox.group_words(group, x.shape[-1], philox.STREAM_ROUNDING, seed, step, layer, draws[0])
+    rounded = [round_stochastically(x_i, r, dtype) for x_i, r in zip(columns(x), words, strict=True)]
+    return uncolumns(rounded).to(dtype)
+
+
+def group_index(x, group_offset, group_row_stride, m):
+    """Index in the whole layer of every group of a matrix [rows, K], int64 [rows, K / M]."""
+    return philox.group_index(x.shape[0], x.shape[1] // m, group_offset, group_row_stride, x.device)
+
+
+def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
+    """Group codes [rows, K / M] of a draw."""
+    group = group_index(logits, group_offset, group_row_stride, m)
+    return group_sample_mask(grouped(logits, m), group, seed, step, inv_temperature, layer, draw, n=n)
+
+
+def sample_masked_weight(
+    weight, logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m
+):
+    """The weight [rows, K] under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
+    group = group_index(logits, group_offset, group_row_stride, m)
+    return group_sample_masked_weight(
+        grouped(weight, m), grouped(logits, m), group, seed, step, inv_temperature, layer, draw, n=n
+    ).view(weight.shape)
+
+
+def top_n_mask(scores, *, n, m):
+    """Group codes [rows, K / M] of the N largest scores, ties to the lower index."""
+    return group_top_n_mask(grouped(scores, m), n=n)
+
+
+def mask_weight(weight, codes, *, m):
+    """The weight [rows, K] under the mask of group codes, exact zeros elsewhere."""
+    return group_mask_weight(grouped(weight, m), codes).view(weight.shape)
+
+
+def mask_log_prob(logits, codes, *, n, m):
+    """log p(S) of the masks with those codes, float32 [rows, K / M]."""
+    return group_mask_log_prob(grouped(logits, m), codes, n=n)
+
+
+def mask_score(logits, codes, grad, *, n, m):
+    """Gradient of sum(grad * log p(S)) in the logits, float32 [rows, K]; grad float32 [rows, K / M]."""
+    return group_mask_score(grouped(logits, m), codes, grad, n=n).view(logits.shape)
 
 
 def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):
-    """``updated_logits`` written into the logits."""
-    logits.copy_(
-        updated_logits(
-            logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, n=n, m=m
-        )
-    )
+    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draws[k]), in place.
+
+    All scores are taken at the given logits; coef float32 [draws], draws int64 [draws]. 16-bit logits
+    are rounded stochastically, once, with words of the rounding stream under the first draw's id.
+    """
+    group = group_index(logits, group_offset, group_row_stride, m)
+    group_score_update_(grouped(logits, m), group, seed, step, coef, draws, inv_temperature, layer, n=n)

@@ -95,5 +95,5 @@ def _amd(asm) -> Built:
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return Built(asm, field("vgpr_count"), spills, field("private_segment_fixed_size"))
+    # scalar registers spill to lanes of vector registers, not to memory
+    return Built(asm, field("vgpr_count"), field("vgpr_spill_count"), field("private_segment_fixed_size"))

@@ -1,0 +1,146 @@
+"""Reference, compiled reference and kernel give the same bits, whatever the route."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from maskpro_kernels import compiled, reference
+from maskpro_kernels.kernels import sampling
+
+PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
+OTHERS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m) if (n, m) not in PATTERNS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEED, STEP, LAYER, DRAW = 0x123456789ABCDEF, 77, 5, 3
+TEMPERATURE = 1 / 0.7
+
+
+@functools.cache
+def problem(m: int, dtype: torch.dtype, groups: int):
+    """Logits with gaps, ties and large values; a number of groups that no block or row divides."""
+    generator = torch.Generator().manual_seed(m)
+    logits = torch.randn(groups, m, generator=generator) * 4
+    logits[: groups // 4] = logits[: groups // 4].round()
+    logits[groups // 4 : groups // 2] *= 8
+    return logits.to(dtype).view(1, -1)
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+
+
+def draw(route, n, m, logits):
+    groups = logits.numel() // m
+    if route is sampling:
+        return sampling.sample_mask(logits, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, DRAW, 11, groups)
+    scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, groups)]
+    return route.sample_mask(logits, *scalars, n=n, m=m)
+
+
+def update(route, n, m, logits):
+    logits, groups = logits.clone(), logits.numel() // m
+    coef, draws = torch.tensor([0.37]), torch.tensor([DRAW])
+    if route is sampling:
+        sampling.score_update_(
+            logits, coef, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, draws, 11, groups
+        )
+    else:
+        scalars = [scalar(s) for s in (TEMPERATURE, LAYER, 11, groups)]
+        route.score_update_(logits, coef, scalar(SEED), scalar(STEP), draws, *scalars, n=n, m=m)
+    return logits
+
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_all_routes_draw_the_same_masks(n, m, dtype, launched):
+    logits = problem(m, dtype, 1_000_003)
+    expected = draw(reference, n, m, logits)
+    assert torch.equal(draw(sampling, n, m, logits), expected)
+    assert launched["sample_mask"] == 1
+    assert torch.equal(draw(compiled, n, m, logits), expected)
+    kept = sum(expected.to(torch.int64) >> i & 1 for i in range(m))
+    assert (kept == n).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_kernel_and_reference_update_to_the_same_bits(n, m, dtype, launched):
+    logits = problem(m, dtype, 1_000_003)
+    expected = update(reference, n, m, logits)
+    assert not torch.equal(expected, logits)
+    assert torch.equal(bits(update(sampling, n, m, logits)), bits(expected))
+    assert launched["score_update"] == 1
+
+
+# compiling the update of 8:16 takes a minute
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS[:3], pytest.param(8, 16, marks=pytest.mark.slow)])
+def test_compiled_and_eager_reference_update_to_the_same_bits(n, m, dtype):
+    logits = problem(m, dtype, 1_000_003)
+    assert torch.equal(bits(update(compiled, n, m, logits)), bits(update(reference, n, m, logits)))
+
+
+def test_the_compiled_route_runs_compiled_graphs():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    logits = problem(4, torch.float32, 5_003)
+    assert torch.equal(draw(compiled, 2, 4, logits), draw(reference, 2, 4, logits))
+    assert torch.equal(update(compiled, 2, 4, logits), update(reference, 2, 4, logits))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # other shapes run the same graphs
+    draw(compiled, 2, 4, problem(4, torch.float32, 9_000).view(9, -1))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), OTHERS)
+def test_kernel_and_reference_agree_for_every_pattern(n, m, dtype):
+    logits = problem(m, dtype, 1 << 14)
+    assert torch.equal(draw(sampling, n, m, logits), draw(reference, n, m, logits))
+    assert torch.equal(bits(update(sampling, n, m, logits)), bits(update(reference, n, m, logits)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 8)])
+def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
+    logits = problem(m, torch.float32, 4_003)
+    weight = torch.randn(logits.shape).to(dtype)
+    weight[0, :5] = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan]).to(dtype)
+    codes = draw(sampling, n, m, logits)
+    mask = (codes.to(torch.int64)[..., None] >> torch.arange(m) & 1).bool().view(weight.shape)
+    expected = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    counter = (scalar(SEED), scalar(STEP), LAYER, DRAW, 11, logits.numel() // m)
+    scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, logits.numel() // m)]
+    for result in (
+        sampling.sample_masked_weight(weight, logits, n, m, TEMPERATURE, *counter),
+        reference.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
+        compiled.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
+        sampling.mask_weight(weight, codes, m),
+        reference.mask_weight(weight, codes, m=m),
+        compiled.mask_weight(weight, codes, m=m),
+    ):
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+        zero = result == 0
+        assert not torch.signbit(result[zero & ~mask]).any()
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (5, 8)])
+def test_log_prob_and_score_have_the_same_bits_on_all_routes(n, m):
+    logits = problem(m, torch.float32, 515)
+    codes = draw(reference, n, m, logits)
+    grad = torch.randn(codes.shape)
+    routes = (reference, compiled) if n <= reference.EXACT_SCORE_MAX_N else (reference,)
+    for route in routes:
+        assert torch.equal(route.mask_log_prob(logits, codes, n=n, m=m), sampling.mask_log_prob(logits, codes, n, m))
+        assert torch.equal(
+            route.mask_score(logits, codes, grad, n=n, m=m), sampling.mask_score(logits, codes, grad, n, m)
+        )
