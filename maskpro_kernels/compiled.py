@@ -77,7 +77,7 @@ def _apply(
     results = []
     if count:
         results.append(graph(name, consecutive_at, **constants)(*in_rows, *rest))
-    if count < rows * groups:
+    if count < rows * groups or not count:
         results.append(getattr(reference, f"group_{name}")(*left_over, *rest, **constants))
     if results[0] is None:
         return None
@@ -88,7 +88,7 @@ def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, 
     """``reference.sample_mask``."""
     rest = (seed, step, inv_temperature, layer, draw)
     codes = _apply("sample_mask", [logits.float()], [], rest, m, (group_offset, group_row_stride), n=n)
-    return codes.view(logits.shape[0], -1)
+    return codes.view(logits.shape[0], logits.shape[1] // m)
 
 
 def sample_masked_weight(
@@ -102,7 +102,7 @@ def sample_masked_weight(
 
 def top_n_mask(scores, *, n, m):
     """``reference.top_n_mask``."""
-    return _apply("top_n_mask", [scores.float()], [], (), m, n=n).view(scores.shape[0], -1)
+    return _apply("top_n_mask", [scores.float()], [], (), m, n=n).view(scores.shape[0], scores.shape[1] // m)
 
 
 def mask_weight(weight, codes, *, m):

@@ -160,7 +160,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
     """log p(S) of drawing each group's mask S from softmax(logits), in any order; differentiable in the logits.
 
     Exact without cancellation: up to N = 4 by recursion over the subsets of S, above by quadrature over
-    the first dropped arrival (100 to 200 nodes: slow, meant for checks rather than for training).
+    the first dropped arrival (150 to 300 nodes: slow, meant for checks rather than for training).
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
@@ -176,7 +176,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
     pattern = NMPattern(pattern)
     matrix = _matrix("logits", logits, pattern)
     check_codes("codes", codes, pattern, logits)
-    flat = codes.reshape(matrix.shape[0], -1).contiguous()
+    flat = codes.reshape(matrix.shape[0], matrix.shape[1] // pattern.m).contiguous()
     return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m).view(codes.shape)
 
 
@@ -213,7 +213,7 @@ def score_update_(
         TypeError, ValueError: an argument is not as above; the logits are then untouched.
     """
     pattern = NMPattern(pattern)
-    _matrix("logits", logits, pattern)
+    matrix = _matrix("logits", logits, pattern).detach()
     inverse = _inverse_temperature(temperature)
     coefs, draws = _coefs_and_draws(coef, draw)
     seed, step = _counter_tensors(logits.device, seed, step)
@@ -221,7 +221,6 @@ def score_update_(
         device = logits.device
         coef_tensor = torch.stack([_on_device(c, torch.float32, device) for c in coefs])
         draw_tensor = torch.stack([_on_device(i, torch.int64, device) for i in draws])
-        matrix = logits.detach().reshape(-1, logits.shape[-1]).contiguous()
         layer, offset, stride = _shard(matrix, pattern, layer, None, group_offset, group_row_stride)
         ops.score_update_(
             matrix, coef_tensor, pattern.n, pattern.m, inverse, seed, step, layer, draw_tensor, offset, stride
@@ -320,7 +319,7 @@ def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {_describe(tensor)}")
     _check_groups(name, tensor, pattern)
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:

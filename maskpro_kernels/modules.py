@@ -76,7 +76,9 @@ class MaskedLinear(nn.Module):
         super().__init__()
         self.pattern = NMPattern(pattern)
         if weight.dim() != 2 or weight.shape[1] % self.pattern.m:
-            raise ValueError(f"weight: expected [out, K] with K divisible by {self.pattern.m}, got {list(weight.shape)}")
+            raise ValueError(
+                f"weight: expected [out, K] with K divisible by {self.pattern.m}, got {list(weight.shape)}"
+            )
         if logits.shape != weight.shape:
             raise ValueError(f"logits: expected shape {list(weight.shape)}, got {list(logits.shape)}")
         self.out_features, self.in_features = weight.shape

@@ -16,7 +16,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import philox, reference
+from . import compiled, reference
 from .pattern import code_dtype
 
 
@@ -176,7 +176,7 @@ def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int) -> T
     if _uses_kernels(logits):
         return _kernels().mask_score(logits, codes, grad, n, m)
     if n > reference.EXACT_SCORE_MAX_N:
-        # the quadrature's hundred nodes would be unrolled into a graph that takes minutes to compile
+        # the quadrature's nodes would be unrolled into a graph that takes minutes to compile
         return reference.mask_score(logits, codes, grad, n=n, m=m)
     return _reference("mask_score", (logits, codes, grad), n=n, m=m)
 

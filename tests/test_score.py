@@ -93,6 +93,7 @@ def confident_cases(pattern):
                 code = random_code(n, m, generator)
                 kept = gap - kept_spread * torch.rand(n, generator=generator)
                 dropped = 0.0 - dropped_spread * torch.rand(m - n, generator=generator)
+                dropped[0] = 0.0
                 groups.append(placed(kept, dropped, code, m))
                 codes.append(code)
     return torch.stack(groups), codes
@@ -124,6 +125,7 @@ def kernel_gradient(logits, codes, pattern):
     return logits.grad.cpu()
 
 
+DIRECT_SCORES = pytest.mark.parametrize("score", [reference_score, kernel_score], ids=["reference", "kernel"])
 SCORES = pytest.mark.parametrize(
     "score", [reference_score, kernel_score, kernel_gradient], ids=["reference", "kernel", "gradient"]
 )
@@ -154,14 +156,14 @@ def test_worked_example(score):
     assert (worked - torch.tensor([[0.0, 2 / 3, -1 / 3, -1 / 3]])).abs().max() < 1e-4
 
 
-@SCORES
+@DIRECT_SCORES
 @pytest.mark.parametrize("pattern", EXACT_PATTERNS + LARGE_PATTERNS)
 def test_scores_of_a_group_sum_to_zero(score, pattern):
     """log p(S) does not change when the whole group shifts."""
     assert score(*wide_cases(pattern), pattern).double().sum(1).abs().max() < 2e-6
 
 
-@SCORES
+@DIRECT_SCORES
 @pytest.mark.parametrize("pattern", LARGE_PATTERNS)
 def test_quadrature_score_is_within_2e_6_of_60_digits(score, pattern):
     error = score(*wide_cases(pattern), pattern).double() - exact_scores(wide_cases, pattern)
@@ -218,17 +220,23 @@ def huge_cases(pattern):
     return torch.stack(groups), codes
 
 
+@cache
+def exact_huge_log_probs(pattern):
+    rows = [quadrature_log_prob(x.tolist(), c) for x, c in zip(*huge_cases(pattern), strict=True)]
+    return torch.tensor([float(row) for row in rows], dtype=torch.float64)
+
+
 @LOG_PROBS
 @pytest.mark.parametrize("pattern", ["5:8", "16:32", "31:32"])
 def test_log_prob_is_exact_up_to_31_of_32(log_prob, pattern):
-    rows = [quadrature_log_prob(x.tolist(), c) for x, c in zip(*huge_cases(pattern), strict=True)]
-    exact = torch.tensor([float(row) for row in rows], dtype=torch.float64)
+    exact = exact_huge_log_probs(pattern)
     error = (log_prob(*huge_cases(pattern), pattern).double() - exact).abs()
     assert (error <= 2e-6 * exact.abs().clamp(min=1.0)).all()
 
 
 def test_the_two_high_precision_formulas_agree():
-    for x, code in zip(*wide_cases("5:8"), strict=True):
+    logits, codes = wide_cases("5:8")
+    for x, code in list(zip(logits, codes, strict=True))[::12]:
         exact = exact_log_prob(x.tolist(), code)
         assert abs(quadrature_log_prob(x.tolist(), code) - exact) < 1e-20 * max(1, abs(exact))
 
@@ -263,6 +271,8 @@ def kernel_update(logits, pattern, seed, temperature=1.0):
     return (moved.cpu().double() - logits) / AMPLIFIED
 
 
+# The eager reference takes seconds for what the kernel does at once; that both have the same bits is tested elsewhere
+DRAWS = {reference_update: 1 << 15, kernel_update: 1 << 16}
 UPDATES = pytest.mark.parametrize("update", [reference_update, kernel_update], ids=["reference", "kernel"])
 
 
@@ -289,10 +299,10 @@ def steep_group(m):
 @pytest.mark.parametrize("pattern", ["5:8", "8:16"])
 def test_mean_estimate_given_the_set_is_the_exact_score(update, pattern):
     group = steep_group(NMPattern(pattern).m)
-    codes, scores = drawn_scores(update, group, pattern, seed=31, count=1 << 17)
+    codes, scores = drawn_scores(update, group, pattern, seed=31, count=DRAWS[update])
     drawn, counts = codes.unique(return_counts=True)
     for i in counts.argsort(descending=True)[:4].tolist():
-        assert counts[i] > 500
+        assert counts[i] > 100
         code = int(drawn[i])
         exact = torch.tensor([float(s) for s in exact_score(group.tolist(), code)], dtype=torch.float64)
         assert_mean(scores[codes == code], exact)
@@ -305,7 +315,7 @@ def test_mean_reward_times_score_is_the_enumerated_gradient(update, pattern, tem
     n, m = sizes(pattern)
     group = steep_group(m)
     reward = torch.randn(1 << m, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    codes, scores = drawn_scores(update, group, pattern, seed=32, count=1 << 17, temperature=temperature)
+    codes, scores = drawn_scores(update, group, pattern, seed=32, count=DRAWS[update], temperature=temperature)
     logits = group.double().requires_grad_()
     sets = torch.from_numpy(subset_codes(n, m))
     expected = (set_probabilities(logits / temperature, n) * reward[sets]).sum()
@@ -318,7 +328,7 @@ def test_mean_reward_times_score_is_the_enumerated_gradient(update, pattern, tem
 def test_estimate_at_gap_10_varies_far_less_than_the_score_of_the_drawn_order(update, pattern):
     n, m = sizes(pattern)
     group = torch.where(torch.arange(m) < n, 10.0, 0.0)
-    count = 1 << 16
+    count = DRAWS[update]
     codes, scores = drawn_scores(update, group, pattern, seed=33, count=count)
     words = philox.group_words(
         torch.arange(count), m, philox.STREAM_DRAW, torch.tensor(33), torch.tensor(0), layer=0, draw=0

@@ -441,10 +441,11 @@ def decode_tile(code, M: tl.constexpr):
 def log_arrivals(z, kept, M: tl.constexpr):
     """z - ln(sum of dropped exp z), a tile [G, M]."""
     e, dropped_sum = dropped_softmax(z, kept, M)
-    log_sum = largest_dropped(z, kept, M) + ln(dropped_sum, dropped_sum - 1.0)
+    log_sum = ln(dropped_sum, dropped_sum - 1.0)
+    largest = largest_dropped(z, kept, M)
     result = ()
     for i in tl.static_range(M):
-        result = result + (z[i] - log_sum,)
+        result = result + (z[i] - largest - log_sum,)
     return join_columns(result, M)
 
 

@@ -1,0 +1,129 @@
+"""What an import loads, and which module may import which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import maskpro_kernels
+
+ROOT = Path(maskpro_kernels.__file__).parent
+
+# A module may import only from those before it
+ORDER = [
+    "pattern",
+    "philox",
+    "reference",
+    "compiled",
+    "kernels.device",
+    "kernels.launch",
+    "kernels.sampling",
+    "ops",
+    "functional",
+    "modules",
+    "estimators",
+    "trainer",
+    "masks",
+    "convert",
+    "data",
+    "evaluation",
+    "export",
+    "hf",
+    "cli",
+]
+
+
+def module_name(path: Path) -> str:
+    """Name below the package: "" for its own __init__, "kernels" for that of kernels."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+PACKAGES = {name for name, path in SOURCES.items() if path.name == "__init__.py"}
+EXPORTS = {
+    alias.asname or alias.name: node.module
+    for node in ast.parse(SOURCES[""].read_text()).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
+
+def own_module(base: str, name: str) -> str:
+    """The module of ours that ``from base import name`` reaches: a submodule, or what holds the name."""
+    if base == "" and name in EXPORTS:
+        return EXPORTS[name]
+    submodule = f"{base}.{name}" if base else name
+    return submodule if submodule in SOURCES else base
+
+
+def imported(module: str, lazy: bool) -> set[str]:
+    """Modules that a module imports: ours as ".name", others by their first name.
+
+    Args:
+        lazy: whether imports inside functions count.
+    """
+    package = module.split(".") if module in PACKAGES else module.split(".")[:-1]
+    found = set()
+    pending = list(ast.parse(SOURCES[module].read_text()).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not lazy:
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {"." + ".".join(n[1:]) if n[0] == "maskpro_kernels" else n[0] for n in names}
+        elif isinstance(node, ast.ImportFrom):
+            path = node.module.split(".") if node.module else []
+            if node.level:
+                base = [*package[: len(package) - node.level + 1], *path]
+            elif path[0] == "maskpro_kernels":
+                base = path[1:]
+            else:
+                found.add(path[0])
+                continue
+            found |= {"." + own_module(".".join(base), alias.name) for alias in node.names}
+    return found
+
+
+def test_order_names_every_module():
+    assert set(ORDER) == SOURCES.keys() - PACKAGES
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_down_the_order(module):
+    above = ORDER[ORDER.index(module) :]
+    ours = {name[1:] for name in imported(module, lazy=False) if name.startswith(".")}
+    assert ours <= set(ORDER), "imports a package as a whole"
+    assert not ours & set(above)
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"), [("triton", "kernels."), ("transformers", "hf")], ids=["triton", "transformers"]
+)
+def test_library_is_imported_in_one_place(library, allowed):
+    users = [module for module in SOURCES if library in imported(module, lazy=True)]
+    assert users
+    assert all(module.startswith(allowed) for module in users), users
+
+
+def test_import_of_the_package_is_light():
+    heavy = ["triton", "transformers", "matplotlib", "datasets"]
+    code = f"import sys, maskpro_kernels; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", maskpro_kernels.__all__)
+def test_public_name_exists(name):
+    assert hasattr(maskpro_kernels, name)
+    assert getattr(maskpro_kernels, name).__doc__
+
+
+def test_all_lists_what_the_package_imports():
+    assert sorted(maskpro_kernels.__all__) == sorted(EXPORTS)

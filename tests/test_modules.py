@@ -1,0 +1,263 @@
+"""MaskedLinear as a drop-in nn.Linear, and the clock that the layers of a model share."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels import ops
+from maskpro_kernels.modules import Clock, clocks
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def a_linear(bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(16, 6, bias=bias, dtype=dtype)
+
+
+def two_layers() -> nn.Sequential:
+    """Equal weights on one clock: only the layer ids differ. At a gap of 1 most steps change a mask."""
+    model = nn.Sequential(a_linear(), nn.ReLU(), nn.Linear(6, 16), nn.Sequential(a_linear()))
+    mk.convert(model, "2:4", targets=["0", "3.0"], gap=1.0)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (0, 16)])
+def test_stands_in_for_a_linear(shape, bias, dtype, training):
+    linear = a_linear(bias, dtype)
+    layer = mk.MaskedLinear.from_linear(linear, "2:4").train(training)
+    x = torch.randn(shape, dtype=dtype)
+    codes = layer.drawn_codes() if training else mk.top_n_mask(linear.weight.detach().abs(), "2:4")
+    weight = linear.weight * mk.expand_mask(codes, "2:4")
+    y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, nn.functional.linear(x, weight, linear.bias))
+    assert (layer.in_features, layer.out_features, layer.bias is not None) == (16, 6, bias)
+
+
+def test_shares_the_weight_and_keeps_logits_in_float32():
+    linear = a_linear(dtype=torch.bfloat16)
+    layer = mk.MaskedLinear.from_linear(linear, "2:4", gap=7.0)
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()
+    assert layer.logits.dtype == torch.float32
+    kept = mk.expand_mask(mk.top_n_mask(linear.weight.detach().abs(), "2:4"), "2:4")
+    assert torch.equal(layer.logits, torch.where(kept, 7.0, 0.0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_takes_the_mode_of_the_linear(training):
+    assert mk.MaskedLinear.from_linear(a_linear().train(training), "2:4").training is training
+
+
+def test_codes_may_be_given():
+    codes = torch.full((6, 4), 0b1100, dtype=torch.uint8)
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", init=codes).eval()
+    assert torch.equal(mk.top_n_mask(layer.logits.detach(), "2:4"), codes)
+    assert torch.equal(layer.masked_weight(), layer.weight * mk.expand_mask(codes, "2:4"))
+
+
+def test_training_draws_at_the_step_of_the_clock():
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0, layer=5, clock=Clock(seed=9)).train()
+    draws = []
+    for step in range(3):
+        drawn = mk.sample_mask(layer.logits.detach(), "2:4", seed=9, step=step, layer=5)
+        assert torch.equal(layer.drawn_codes(), drawn)
+        assert torch.equal(layer.masked_weight() != 0, mk.expand_mask(drawn, "2:4"))
+        draws.append(drawn)
+        mk.advance(layer)
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
+
+
+def test_eval_does_not_depend_on_the_step():
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0).eval()
+    x = torch.randn(3, 16)
+    before = layer(x)
+    mk.advance(layer)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_changes_no_state(training):
+    model = two_layers().train(training)
+    before = state(model)
+    x = torch.randn(3, 16)
+    first = model(x)
+    assert torch.equal(model(x), first)
+    assert_same_state(state(model), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_reaches_x_and_not_the_frozen_weight(training):
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0).train(training)
+    assert not layer.weight.requires_grad and layer.logits.requires_grad
+    x = torch.randn(3, 16, requires_grad=True)
+    upstream = torch.randn(3, 6)
+    layer(x).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ layer.masked_weight(), rtol=1e-6, atol=1e-6)
+    assert layer.weight.grad is None and layer.logits.grad is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"linear": nn.Conv1d(4, 4, 1)}, TypeError, "^linear: expected nn.Linear"),
+        ({"linear": nn.Linear(6, 4)}, ValueError, "divisible by 4"),
+        ({"linear": nn.Linear(8, 4, dtype=torch.float64)}, TypeError, "float64"),
+        ({"pattern": "4:2"}, ValueError, "^pattern: "),
+        ({"pattern": 3}, TypeError, "^pattern: "),
+        ({"init": "wanda"}, ValueError, "^init: "),
+        ({"init": None}, ValueError, "^init: "),
+        ({"init": torch.full((6, 4), 3)}, TypeError, "^init: .*uint8"),
+        ({"init": torch.full((6, 3), 3, dtype=torch.uint8)}, ValueError, r"^init: expected shape \(6, 4\)"),
+        ({"init": torch.full((6, 4), 7, dtype=torch.uint8)}, ValueError, "^init: .*exactly 2 of"),
+        ({"gap": -1.0}, ValueError, "^gap: "),
+        ({"gap": torch.inf}, ValueError, "^gap: "),
+        ({"gap": "10"}, TypeError, "^gap: "),
+        ({"layer": -1}, ValueError, "^layer: "),
+        ({"layer": 1 << 32}, ValueError, "^layer: "),
+    ],
+)
+def test_from_linear_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mk.MaskedLinear.from_linear(**{"linear": a_linear(), "pattern": "2:4"} | arguments)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_from_linear_refuses_weights_that_are_not_finite(value):
+    linear = a_linear()
+    with torch.no_grad():
+        linear.weight[2, 3] = value
+    with pytest.raises(ValueError, match="^linear: expected finite weights"):
+        mk.MaskedLinear.from_linear(linear, "2:4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": torch.zeros(8)}, "^weight: "),
+        ({"weight": torch.zeros(2, 6)}, "^weight: "),
+        ({"logits": torch.zeros(2, 4)}, "^logits: "),
+        ({"weight": torch.zeros(2, 8, dtype=torch.float64)}, "^weight: "),
+        ({"logits": torch.zeros(2, 8, dtype=torch.float64)}, "^logits: "),
+        ({"logits": torch.zeros(2, 8, dtype=torch.int32)}, "^logits: "),
+        ({"bias": torch.zeros(3)}, "^bias: "),
+    ],
+)
+def test_constructor_refuses(arguments, message):
+    good = {"weight": torch.zeros(2, 8), "bias": torch.zeros(2), "logits": torch.zeros(2, 8), "pattern": "2:4"}
+    with pytest.raises((TypeError, ValueError), match=message):
+        mk.MaskedLinear(**good | arguments)
+
+
+def test_state_dict_round_trip():
+    model = two_layers()
+    with torch.no_grad():
+        for layer in (model[0], model[3][0]):
+            layer.logits.normal_()
+            layer.clock.seed.fill_(11)
+    model[0].layer, model[3][0].layer = 8, 3
+    mk.advance(model)
+    fresh = two_layers()
+    fresh.load_state_dict(model.state_dict())
+    assert_same_state(state(fresh), state(model))
+    assert (fresh[0].layer, fresh[3][0].layer) == (8, 3)
+    assert fresh[0].clock is fresh[3][0].clock
+    assert (int(fresh[0].clock.seed), int(fresh[0].clock.step)) == (11, 1)
+    for layer, same in ((model[0], fresh[0]), (model[3][0], fresh[3][0])):
+        assert torch.equal(layer.drawn_codes(), same.drawn_codes())
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "4:8"])
+def test_state_of_another_pattern_is_refused(pattern):
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4")
+    other = mk.MaskedLinear.from_linear(a_linear(seed=1), pattern)
+    before = state(layer)
+    with pytest.raises(ValueError, match=f"expected logits of pattern 2:4, got {pattern}"):
+        layer.load_state_dict(other.state_dict())
+    assert_same_state(state(layer), before)
+
+
+MOVES = {
+    "to": lambda model: model.to(torch.float16),
+    "to_meta": lambda model: model.to("meta"),
+    "deepcopy": copy.deepcopy,
+    "apply": lambda model: model._apply(lambda tensor: tensor.clone()),
+    "one_layer": lambda model: (model[0]._apply(lambda tensor: tensor.clone()), model)[1],
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_clock_stays_shared(move):
+    model = MOVES[move](two_layers())
+    first, second = model[0], model[3][0]
+    assert first.clock is second.clock
+    assert len(clocks(model)) == 1
+    assert first.clock.step.dtype == torch.int64
+    mk.advance(model)
+    if move != "to_meta":
+        assert int(first.clock.step) == int(second.clock.step) == 1
+
+
+def test_copy_has_a_clock_of_its_own():
+    model = two_layers()
+    mk.advance(copy.deepcopy(model))
+    assert int(model[0].clock.step) == 0
+
+
+def test_layers_with_different_ids_draw_different_masks():
+    model = two_layers()
+    first, second = model[0], model[3][0]
+    assert (first.layer, second.layer) == (0, 1)
+    assert torch.equal(first.logits, second.logits)
+    assert not torch.equal(first.drawn_codes(), second.drawn_codes())
+    second.layer = first.layer
+    assert torch.equal(first.drawn_codes(), second.drawn_codes())
+
+
+def test_log_prob_of_a_model_is_the_sum_over_its_layers():
+    model = two_layers()
+    mk.advance(model)
+    layers = [model[0], model[3][0]]
+    terms = [mk.mask_log_prob(layer.logits.detach(), layer.drawn_codes(), "2:4").sum() for layer in layers]
+    total = mk.log_prob(model)
+    assert total.shape == () and total.dtype == torch.float32
+    torch.testing.assert_close(total, sum(terms), rtol=1e-6, atol=0)
+    total.backward()
+    for layer in layers:
+        moved = mk.score_update_(layer.logits.detach().clone(), 1.0, pattern="2:4", **layer.counter())
+        torch.testing.assert_close(layer.logits.grad, layer.logits.detach() - moved, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [mk.advance, mk.log_prob])
+def test_model_without_masked_layers_is_refused(function):
+    with pytest.raises(ValueError, match="^model: expected a model with MaskedLinear layers"):
+        function(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_forward_runs_on_the_kernels(monkeypatch, launched):
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4")
+    monkeypatch.setattr(ops, "interpreting", lambda: True)
+    layer.train()(torch.randn(3, 16))
+    layer.eval()(torch.randn(3, 16))
+    assert launched == {"sample_masked_weight": 1, "top_n_mask": 1, "mask_weight": 1}

@@ -1,0 +1,358 @@
+"""REINFORCE with residual and tracker, and the loop around it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import maskpro_kernels as mk
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+GAP = 2.0
+
+
+def a_model(gap: float = GAP) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    mk.convert(model, "2:4", gap=gap)
+    return model
+
+
+def some_batches(count: int = 3) -> list[torch.Tensor]:
+    return list(torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(1)))
+
+
+def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+def a_trainer(model: nn.Module, seed: int = 11, **arguments) -> mk.MaskTrainer:
+    estimator = arguments.pop("estimator", None) or mk.Reinforce(lr=2.0, alpha=0.75)
+    loss, batches = arguments.pop("loss_fn", loss_fn), arguments.pop("batches", some_batches())
+    return mk.MaskTrainer(model, loss, batches, estimator, seed=seed, **arguments)
+
+
+def logits_of(model: nn.Module) -> list[torch.Tensor]:
+    return [module.logits.detach().clone() for module in model.modules() if isinstance(module, mk.MaskedLinear)]
+
+
+def assert_equal_logits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"lr": 0.0}, ValueError, "lr"),
+        ({"lr": -1.0}, ValueError, "lr"),
+        ({"lr": math.inf}, ValueError, "lr"),
+        ({"lr": math.nan}, ValueError, "lr"),
+        ({"lr": "50"}, TypeError, "lr"),
+        ({"lr": True}, TypeError, "lr"),
+        ({"lr": None}, TypeError, "lr"),
+        ({"alpha": -0.1}, ValueError, "alpha"),
+        ({"alpha": 1.1}, ValueError, "alpha"),
+        ({"alpha": math.nan}, ValueError, "alpha"),
+        ({"alpha": "0.9"}, TypeError, "alpha"),
+        ({"tracker": "during"}, ValueError, "tracker"),
+        ({"tracker": None}, ValueError, "tracker"),
+    ],
+)
+def test_estimator_refuses(arguments, error, name):
+    with pytest.raises(error, match=f"^{name}: expected .*got "):
+        mk.Reinforce(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("tracker", "alpha", "advantages", "deltas"),
+    [
+        # residuals 1, 2, -4; all values are exact in binary
+        ("after", 0.75, [1.0, 1.75, -4.6875], [0.25, 0.6875, -0.484375]),
+        ("before", 0.75, [0.75, 1.3125, -3.515625], [0.25, 0.6875, -0.484375]),
+        ("after", 0.0, [1.0, 1.0, -6.0], [1.0, 2.0, -4.0]),
+        ("before", 0.0, [0.0, 0.0, 0.0], [1.0, 2.0, -4.0]),
+        ("after", 1.0, [1.0, 2.0, -4.0], [0.0, 0.0, 0.0]),
+        ("before", 1.0, [1.0, 2.0, -4.0], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_tracker_by_hand(tracker, alpha, advantages, deltas):
+    estimator = mk.Reinforce(lr=1.0, alpha=alpha, tracker=tracker)
+    assert estimator.delta == 0.0
+    for residual, advantage, delta in zip([1.0, 2.0, -4.0], advantages, deltas, strict=True):
+        assert estimator.advantage(residual) == advantage
+        assert estimator.delta == delta
+
+
+def test_defaults_are_the_papers():
+    estimator = mk.Reinforce()
+    assert (estimator.lr, estimator.alpha, estimator.tracker) == (50.0, 0.99, "after")
+
+
+def under_masks(model: nn.Module, batch: torch.Tensor, codes: list[torch.Tensor]) -> float:
+    """The loss with the masks of those codes, by torch alone."""
+    first, second = model[0], model[2]
+    weights = [layer.weight * mk.expand_mask(c, "2:4") for layer, c in zip((first, second), codes, strict=True)]
+    hidden = nn.functional.linear(batch, weights[0], first.bias)
+    return float(nn.functional.linear(hidden, weights[1], second.bias).square().mean())
+
+
+@pytest.mark.parametrize("tracker", ["after", "before"])
+def test_steps_are_the_updates_worked_by_hand(tracker):
+    model, batches, lr, alpha, seed = a_model(), some_batches(2), 2.0, 0.75, 11
+    trainer = a_trainer(model, seed, batches=batches, estimator=mk.Reinforce(lr, alpha, tracker))
+    initial = [mk.top_n_mask(logits, "2:4") for logits in logits_of(model)]
+    expected, delta = logits_of(model), 0.0
+    for step in range(3):
+        batch = batches[step % 2]
+        counters = [{"seed": seed, "step": step, "layer": layer} for layer in range(2)]
+        drawn = [mk.sample_mask(z, "2:4", **counter) for z, counter in zip(expected, counters, strict=True)]
+        residual = under_masks(model, batch, drawn) - under_masks(model, batch, initial)
+        moved = alpha * delta + (1 - alpha) * residual
+        advantage = residual - (delta if tracker == "after" else moved)
+        delta = moved
+        watched = step % 2
+        flip_rate = float((drawn[watched] != mk.top_n_mask(expected[watched], "2:4")).float().mean())
+        for logits, counter in zip(expected, counters, strict=True):
+            mk.score_update_(logits, lr * advantage, pattern="2:4", **counter)
+
+        record = trainer.step()
+        assert_equal_logits(logits_of(model), expected)
+        assert (record.step, record.tokens) == (step, batch.numel())
+        assert record.loss == under_masks(model, batch, drawn)
+        assert (record.residual, record.advantage, record.tracker) == (residual, advantage, delta)
+        assert record.flip_rate == flip_rate
+        assert record.seconds > 0
+        assert advantage != 0 and flip_rate > 0
+        assert int(model[0].clock.step) == step + 1
+
+
+def test_same_seed_same_bits_another_seed_not():
+    runs = []
+    for seed in (5, 5, 6):
+        model = a_model()
+        losses = [record.loss for record in a_trainer(model, seed).run(4, progress=False)]
+        runs.append((losses, logits_of(model)))
+    assert runs[0][0] == runs[1][0]
+    assert_equal_logits(runs[0][1], runs[1][1])
+    assert runs[0][0] != runs[2][0]
+    assert not any(torch.equal(a, b) for a, b in zip(runs[0][1], runs[2][1], strict=True))
+
+
+def test_construction_sets_the_clock():
+    model = a_model()
+    mk.advance(model)
+    a_trainer(model, seed=-(1 << 63))
+    assert (int(model[0].clock.seed), int(model[0].clock.step)) == (-(1 << 63), 0)
+
+
+def test_initial_losses_come_once_a_batch_before_the_logits_move():
+    model, batches = a_model(), some_batches(3)
+    start, initial, drawn = logits_of(model), [], []
+
+    def recording(module, batch):
+        index = next(i for i, b in enumerate(batches) if b is batch)
+        if module[0].training:
+            drawn.append(index)
+        else:
+            initial.append(index)
+            assert_equal_logits(logits_of(module), start)
+        return loss_fn(module, batch)
+
+    trainer = a_trainer(model, batches=batches, loss_fn=recording)
+    trainer.run(4, progress=False)
+    trainer.step()
+    assert initial == [0, 1, 2]
+    assert drawn == [0, 1, 2, 0, 1]
+
+
+def test_steps_alone_and_in_a_run_are_the_same():
+    one, other = a_model(), a_model()
+    trainer = a_trainer(one)
+    stepped = [trainer.step() for _ in range(4)]
+    ran = a_trainer(other).run(4, progress=False)
+    assert [(r.step, r.loss, r.advantage) for r in stepped] == [(r.step, r.loss, r.advantage) for r in ran]
+    assert_equal_logits(logits_of(one), logits_of(other))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_changes_nothing(value):
+    model, bad = a_model(), []
+    trainer = a_trainer(model, loss_fn=lambda m, b: loss_fn(m, b) + (value if bad else 0.0))
+    trainer.run(2, progress=False)
+    before, delta = logits_of(model), trainer.estimator.delta
+    assert delta != 0
+    bad.append(True)
+    with pytest.raises(FloatingPointError, match="loss of step 2: expected a finite number"):
+        trainer.step()
+    assert_equal_logits(logits_of(model), before)
+    assert trainer.estimator.delta == delta
+    assert trainer.steps_done == int(model[0].clock.step) == 2
+    bad.clear()
+    assert trainer.step().step == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_initial_loss_that_is_not_finite_names_the_batch(value):
+    model, batches = a_model(), some_batches(3)
+    before = logits_of(model)
+    trainer = a_trainer(model, batches=batches, loss_fn=lambda m, b: loss_fn(m, b) + (value if b is batches[1] else 0))
+    with pytest.raises(FloatingPointError, match=r"initial masks: expected finite numbers, batches \[1\]"):
+        trainer.step()
+    assert_equal_logits(logits_of(model), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_stays_off_and_modes_are_restored(training):
+    model = a_model().train(training)
+    model[2].train(not training)
+    modes = [module.training for module in model.modules()]
+    seen = []
+
+    def watching(module, batch):
+        seen.append((module.training, module[0].training, module[1].training, module[2].training))
+        return loss_fn(module, batch)
+
+    trainer = a_trainer(model, batches=some_batches(1), loss_fn=watching)
+    trainer.step()
+    assert seen == [(False, False, False, False), (False, True, False, True)]
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_modes_are_restored_after_an_error_in_the_loss():
+    model = a_model().train()
+
+    def failing(module, batch):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        a_trainer(model, loss_fn=failing).step()
+    assert all(module.training for module in model.modules())
+
+
+def test_forwards_run_under_inference_mode():
+    model, seen = a_model(), []
+
+    def watching(module, batch):
+        y = module(batch)
+        seen.append((torch.is_inference_mode_enabled(), y.is_inference()))
+        return y.square().mean()
+
+    a_trainer(model, batches=some_batches(1), loss_fn=watching).run(2, progress=False)
+    assert seen == [(True, True)] * 3
+    # the logits stay what autograd and a checkpoint can use
+    assert not model[0].logits.is_inference() and model[0].logits.requires_grad
+    mk.log_prob(model).backward()
+    assert model[0].logits.grad.abs().sum() > 0
+
+
+def test_residual_is_zero_when_no_group_flips():
+    model = a_model(gap=60.0)
+    before = logits_of(model)
+    for record in a_trainer(model).run(4, progress=False):
+        assert record.residual == record.advantage == record.tracker == record.flip_rate == 0.0
+    assert_equal_logits(logits_of(model), before)
+
+
+def test_weights_and_biases_never_move():
+    model = a_model()
+    frozen = {name: t.clone() for name, t in model.state_dict().items() if name.endswith(("weight", "bias"))}
+    a_trainer(model).run(3, progress=False)
+    assert len(frozen) == 4
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": nn.Sequential(nn.Linear(4, 4))}, ValueError, "^model: expected a model with MaskedLinear"),
+        ({"loss_fn": None}, TypeError, "^loss_fn: "),
+        ({"batches": []}, ValueError, "^batches: expected at least one batch"),
+        ({"batches": iter(some_batches())}, TypeError, "^batches: expected a sequence"),
+        ({"batches": (b for b in some_batches())}, TypeError, "^batches: expected a sequence"),
+        ({"batches": None}, TypeError, "^batches: expected a sequence"),
+        ({"estimator": object()}, TypeError, "^estimator: "),
+        ({"estimator": mk.Reinforce}, TypeError, "^estimator: "),
+        ({"seed": 1 << 63}, ValueError, "^seed: "),
+        ({"seed": -(1 << 63) - 1}, ValueError, "^seed: "),
+        ({"seed": 1.0}, (TypeError, ValueError), "^seed: "),
+        ({"seed": True}, (TypeError, ValueError), "^seed: "),
+        ({"seed": None}, (TypeError, ValueError), "^seed: "),
+    ],
+)
+def test_trainer_refuses(arguments, error, message, tmp_path):
+    model = a_model()
+    mk.advance(model)
+    folder = tmp_path / "out"
+    with pytest.raises(error, match=message):
+        a_trainer(**{"model": model, "output_dir": folder} | arguments)
+    assert not folder.exists()
+    assert (int(model[0].clock.seed), int(model[0].clock.step)) == (0, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(value, tmp_path):
+    model = a_model()
+    with torch.no_grad():
+        model[2].logits[1, 2] = value
+    with pytest.raises(ValueError, match="^model: expected finite logits.* in 2$"):
+        a_trainer(model, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.0, True, None, "3"])
+def test_run_refuses_wrong_steps(steps):
+    model = a_model()
+    before = logits_of(model)
+    with pytest.raises((TypeError, ValueError), match="^steps: expected an int of at least 1"):
+        a_trainer(model).run(steps)
+    assert_equal_logits(logits_of(model), before)
+
+
+def test_metrics_are_written_a_line_a_step(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    trainer = a_trainer(a_model(), output_dir=folder)
+    records = [*trainer.run(2, progress=False), trainer.step()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [vars(record) for record in records]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+
+
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_trainer(a_model()).run(2, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_shows_what_the_step_saw(capsys):
+    a_trainer(a_model()).run(2)
+    shown = capsys.readouterr().err
+    for word in ("initial losses", "learning", "loss=", "residual=", "advantage=", "flips=", "tokens_per_s="):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens"),
+    [
+        (torch.zeros(2, 3), 6),
+        ((torch.zeros(2, 3), torch.zeros(9)), 6),
+        ({"labels": torch.zeros(9), "input_ids": torch.zeros(2, 3)}, 6),
+        ({"x": torch.zeros(2, 3), "y": torch.zeros(9)}, 6),
+        ("text", 0),
+    ],
+    ids=["tensor", "tuple", "input_ids", "first_value", "no_tensor"],
+)
+def test_tokens_of_a_batch(batch, tokens):
+    trainer = a_trainer(a_model(), batches=[batch], loss_fn=lambda model, _: model(torch.ones(16)).sum())
+    assert trainer.step().tokens == tokens
+
+
+@pytest.mark.parametrize("batch", [(), [], {}], ids=["tuple", "list", "mapping"])
+def test_an_empty_batch_has_no_tokens(batch):
+    trainer = a_trainer(a_model(), batches=[batch], loss_fn=lambda model, _: model(torch.ones(16)).sum())
+    assert trainer.step().tokens == 0
