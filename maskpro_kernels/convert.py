@@ -134,13 +134,24 @@ def _select(
         return chosen, skipped
     if isinstance(targets, str):
         raise TypeError(f"targets: expected a sequence of fnmatch patterns, got the str {targets!r}")
-    targets = list(targets)
+    if not isinstance(targets, Sequence):
+        raise TypeError(f"targets: expected a sequence of fnmatch patterns, got {type(targets).__name__} {targets!r}")
     for target in targets:
-        if not any(fnmatchcase(name, target) for name in linears):
+        if not isinstance(target, str):
+            raise TypeError(f"targets: expected a sequence of str, got {type(target).__name__} {target!r} in it")
+    # a layer that stands in several places answers to each of its names
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    matched = set()
+    for target in targets:
+        found = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
+        if not found:
             raise ValueError(f"targets: expected each to match an nn.Linear, {target!r} matches none")
-    chosen = {n: module for n, module in linears.items() if any(fnmatchcase(n, target) for target in targets)}
-    if not chosen:
-        raise ValueError("targets: expected at least one pattern, got none")
+        matched.update(found)
+    if not matched:
+        raise ValueError(f"targets: expected at least one pattern, got {targets!r}")
+    chosen = {name: module for name, module in linears.items() if name in matched}
     for name, module in chosen.items():
         if module.in_features % pattern.m:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops, philox
 from .pattern import NMPattern
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Scalar = int | Tensor
@@ -214,6 +215,8 @@ def score_update_(
     """
     pattern = NMPattern(pattern)
     matrix = _matrix("logits", logits, pattern).detach()
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
     inverse = _inverse_temperature(temperature)
     coefs, draws = _coefs_and_draws(coef, draw)
     seed, step = _counter_tensors(logits.device, seed, step)
@@ -266,8 +269,16 @@ def masked_linear(
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, K], got {_describe(weight)}")
+    if weight.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {_describe(weight)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}], got {_describe(x)}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {_describe(x)}")
+    if bias is not None and (
+        not isinstance(bias, Tensor) or bias.shape != weight.shape[:1] or bias.dtype != weight.dtype
+    ):
+        raise ValueError(f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype}, got {_describe(bias)}")
     counter = {
         "temperature": temperature,
         "seed": seed,
@@ -301,6 +312,22 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {codes.device}")
 
 
+def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
+    """Raise unless every code keeps exactly N of M; waits for the device."""
+    value = codes.to(torch.int64)
+    kept = sum(value >> i & 1 for i in range(pattern.m))
+    if pattern.m < 32:
+        # bits beyond the group count as too many
+        kept = kept + (value >> pattern.m != 0) * pattern.m
+    wrong = (kept != pattern.n).nonzero()
+    if len(wrong):
+        where = tuple(wrong[0].tolist())
+        raise ValueError(
+            f"{name}: expected codes that keep exactly {pattern.n} of {pattern.m}, "
+            f"got {int(codes[where])} in group {where}"
+        )
+
+
 def _describe(value) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
@@ -308,7 +335,7 @@ def _describe(value) -> str:
 
 
 def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
-    if tensor.dim() == 0 or tensor.shape[-1] % pattern.m:
+    if tensor.dim() == 0 or tensor.shape[-1] == 0 or tensor.shape[-1] % pattern.m:
         raise ValueError(f"{name}: expected a last dimension divisible by {pattern.m}, got {_describe(tensor)}")
 
 
@@ -383,9 +410,11 @@ def _shard(matrix: Tensor, pattern: NMPattern, layer, draw, offset, stride) -> t
 def _coefs_and_draws(coef, draw) -> tuple[list, list[int]]:
     several = isinstance(draw, Sequence)
     draws = list(draw) if several else [draw]
+    if isinstance(coef, str):
+        raise TypeError(f"coef: expected a float, a 0-dim tensor or a sequence of them, got {_describe(coef)}")
     listed = isinstance(coef, Sequence) or (isinstance(coef, Tensor) and coef.dim() == 1)
     if listed != several:
-        raise ValueError("coef: expected a sequence exactly where draw is one")
+        raise ValueError(f"coef: expected a sequence exactly where draw is one, got {coef!r} for draw {draw!r}")
     coefs = list(coef) if listed else [coef]
     if len(coefs) != len(draws) or not coefs:
         raise ValueError(f"coef: expected one for each of the {len(draws)} draws, at least one, got {len(coefs)}")
@@ -395,8 +424,8 @@ def _coefs_and_draws(coef, draw) -> tuple[list, list[int]]:
                 raise ValueError(f"coef: expected a float or a 0-dim floating-point tensor, got {_describe(c)}")
         elif isinstance(c, bool) or not isinstance(c, (int, float)):
             raise TypeError(f"coef: expected a float or a 0-dim tensor, got {_describe(c)}")
-        elif not math.isfinite(c):
-            raise ValueError(f"coef: expected a finite number, got {c}")
+        elif not abs(c) <= FLOAT32_MAX:
+            raise ValueError(f"coef: expected a number finite in float32, got {c}")
     for i in draws:
         _check_int("draw", i, philox.MAX_DRAWS)
     if len(set(draws)) != len(draws):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .functional import check_codes, top_n_mask
-from .modules import initial_logits
+from .functional import check_codes, check_exactly_n, top_n_mask
+from .modules import evaluating, initial_logits
 from .pattern import NMPattern
 
 __all__ = ["flip_rate", "gap_for_flip_rate", "initial_codes", "initial_logits", "run_batch"]
@@ -96,11 +96,7 @@ def _given_codes(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapp
     for name, layer in layers.items():
         codes[name] = init[name].to(layer.weight.device) if isinstance(init[name], Tensor) else init[name]
         check_codes(f"init[{name!r}]", codes[name], pattern, layer.weight)
-        value = codes[name].to(torch.int64)
-        kept = sum(value >> i & 1 for i in range(pattern.m))
-        beyond = torch.any(value >> pattern.m != 0) if pattern.m < 32 else False
-        if torch.any(kept != pattern.n) or beyond:
-            raise ValueError(f"init[{name!r}]: expected codes that keep exactly {pattern.n} of {pattern.m}")
+        check_exactly_n(f"init[{name!r}]", codes[name], pattern)
     return codes
 
 
@@ -121,17 +117,16 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
 
         return add
 
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    training = model.training
-    model.eval()
     batches = 0
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             for batch in calibration:
                 run_batch(model, batch)
                 batches += 1
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if not batches:

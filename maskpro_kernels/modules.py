@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .functional import check_codes, expand_mask, mask_log_prob, sample_mask, sample_masked_weight, top_n_mask
+from .functional import (
+    LOGIT_DTYPES,
+    check_codes,
+    check_exactly_n,
+    expand_mask,
+    mask_log_prob,
+    sample_mask,
+    sample_masked_weight,
+    top_n_mask,
+)
 from .ops import mask_weight
 from .pattern import NMPattern
+from .philox import MAX_LAYERS
 
 
 class Clock(nn.Module):
@@ -75,12 +87,18 @@ class MaskedLinear(nn.Module):
     ):
         super().__init__()
         self.pattern = NMPattern(pattern)
-        if weight.dim() != 2 or weight.shape[1] % self.pattern.m:
-            raise ValueError(
-                f"weight: expected [out, K] with K divisible by {self.pattern.m}, got {list(weight.shape)}"
-            )
+        m = self.pattern.m
+        for name, tensor in (("weight", weight), ("logits", logits)):
+            if tensor.dtype not in LOGIT_DTYPES:
+                raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        if weight.dim() != 2 or weight.shape[1] % m:
+            raise ValueError(f"weight: expected [out, K] with K divisible by {m}, got {list(weight.shape)}")
         if logits.shape != weight.shape:
             raise ValueError(f"logits: expected shape {list(weight.shape)}, got {list(logits.shape)}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape {[weight.shape[0]]}, got {list(bias.shape)}")
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
+            raise ValueError(f"layer: expected an int in [0, {MAX_LAYERS}), got {layer!r}")
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -119,6 +137,7 @@ class MaskedLinear(nn.Module):
             raise ValueError("linear: expected finite weights, got NaN or infinity")
         if isinstance(init, Tensor):
             check_codes("init", init, pattern, linear.weight)
+            check_exactly_n("init", init, pattern)
             codes = init
         elif init == "magnitude":
             codes = top_n_mask(linear.weight.detach().abs(), pattern)
@@ -154,16 +173,32 @@ class MaskedLinear(nn.Module):
         return torch.tensor([self.layer, self.pattern.n, self.pattern.m])
 
     def set_extra_state(self, state: Tensor) -> None:
-        layer, n, m = state.tolist()
-        if (n, m) != (self.pattern.n, self.pattern.m):
-            raise ValueError(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m}")
-        self.layer = layer
+        self.layer = int(state[0])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        saved = state_dict.get(f"{prefix}_extra_state")
+        if saved is not None and saved.tolist()[1:] != [self.pattern.n, self.pattern.m]:
+            _, n, m = saved.tolist()
+            raise ValueError(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}, layer={self.layer}"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; each one's own mode is restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:

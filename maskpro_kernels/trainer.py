@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .estimators import Reinforce
-from .functional import score_update_, top_n_mask
-from .modules import advance, clocks, masked_layers
+from .functional import FLOAT32_MAX, score_update_, top_n_mask
+from .modules import advance, clocks, evaluating, masked_layers
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class StepRecord:
 class MaskTrainer:
     """Learns the masks of a converted model by policy gradient, with forward passes only.
 
-    The initial masks m_0 are the top-N masks of the logits at construction. Their losses are computed
-    once a batch, before the logits first move; so ``batches`` is a finite sequence, visited in order and
+    The initial masks m_0 are the top-N masks of the logits at the first step. Their losses are computed
+    once a batch, before the logits move; so ``batches`` is a finite sequence, visited in order and
     again from the start. Modules other than MaskedLinear run in eval mode.
 
     Args:
@@ -78,7 +78,7 @@ class MaskTrainer:
         self.layers = masked_layers(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a callable, got {type(loss_fn).__name__}")
-        if not isinstance(batches, Sequence):
+        if not isinstance(batches, Sequence) or isinstance(batches, str):
             raise TypeError(f"batches: expected a sequence, got {type(batches).__name__}")
         if not len(batches):
             raise ValueError("batches: expected at least one batch, got none")
@@ -131,7 +131,7 @@ class MaskTrainer:
         """One forward under newly drawn masks, one update of all logits.
 
         Raises:
-            FloatingPointError: if the loss is not finite; logits and tracker are then as before the step.
+            FloatingPointError: if the loss or the update is not finite; logits and tracker are then as before the step.
         """
         start = time.perf_counter()
         index = self.steps_done % len(self.batches)
@@ -144,9 +144,13 @@ class MaskTrainer:
             if not math.isfinite(residual):
                 raise FloatingPointError(f"loss of step {self.steps_done}: expected a finite number, got {loss}")
             flip_rate = self._flip_rate()
+            delta = self.estimator.delta
             advantage = self.estimator.advantage(residual)
+            coef = self.estimator.lr * advantage
+            if not abs(coef) <= FLOAT32_MAX:
+                self.estimator.delta = delta
+                raise FloatingPointError(f"lr * advantage of step {self.steps_done}: expected a float32, got {coef}")
             for layer in self.layers.values():
-                coef = self.estimator.lr * advantage
                 score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
             advance(self.model)
         record = StepRecord(
@@ -188,21 +192,16 @@ class MaskTrainer:
     @contextmanager
     def _modes(self, drawing: bool):
         """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        for layer in self.layers.values():
-            layer.train(drawing)
-        try:
+        with evaluating(self.model):
+            for layer in self.layers.values():
+                layer.train(drawing)
             yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def count_tokens(batch) -> int:
     """Elements of a batch's input ids: those of the tensor, of "input_ids", or of the first element."""
     if isinstance(batch, Mapping):
-        batch = batch["input_ids"] if "input_ids" in batch else next(iter(batch.values()))
+        batch = batch["input_ids"] if "input_ids" in batch else next(iter(batch.values()), None)
     elif isinstance(batch, (tuple, list)):
-        batch = batch[0]
+        batch = batch[0] if batch else None
     return batch.numel() if isinstance(batch, Tensor) else 0

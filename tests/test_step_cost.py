@@ -1,0 +1,173 @@
+"""Time and memory of a training step beyond the model's own forward.
+
+Measured in child processes without Triton's interpreter, on the route that users get.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+# out x in of the linears of one of SmolLM2-135M's 30 blocks
+BLOCK_SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+# All 30 blocks are alike: these stand for them, on both sides
+TIMED_BLOCKS = 3
+ROUNDS = 5
+LARGEST_COST = 1 / 8
+
+LAYERS, WIDTH, BATCH = 8, 1024, 32
+MEMORY_SLACK = 0.05
+
+GAP = 10.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def in_child(*arguments: str) -> dict:
+    """What this file prints when run with those arguments."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BENCHMARKS), environment.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_step_costs_at_most_an_eighth_of_the_eager_formulation():
+    seconds = in_child("cost")
+    ours, eager = statistics.median(seconds["ours"]), statistics.median(seconds["eager"])
+    assert ours <= LARGEST_COST * eager, f"{eager / ours:.1f} times faster: {seconds}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
+    peaks = in_child("memory", dtype)
+    extra = peaks["step"] - peaks["plain"]
+    assert extra >= peaks["logits"], "the measurement missed the logits"
+    allowed = (1 + MEMORY_SLACK) * (peaks["logits"] + peaks["masked_weight"])
+    assert extra <= allowed, f"{extra} bytes, {allowed:.0f} allowed: {peaks}"
+
+
+def seconds_of(function) -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_cost() -> dict:
+    """Seconds by round of one draw and one update of all layers of the timed blocks."""
+    import eager
+
+    import maskpro_kernels as mk
+    from maskpro_kernels.modules import initial_logits
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    weights, logits = [], []
+    for shape in BLOCK_SHAPES * TIMED_BLOCKS:
+        weight = torch.randn(shape, generator=generator, device=DEVICE)
+        logits.append(initial_logits(mk.top_n_mask(weight.abs(), "2:4"), "2:4", GAP))
+        weights.append(weight.bfloat16())
+    # each side moves its own logits
+    eager_logits = [layer.clone() for layer in logits]
+    layers = range(len(weights))
+    seed, step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (11, 0))
+    coef = 1e-3
+
+    def our_step():
+        for i in layers:
+            mk.sample_masked_weight(weights[i], logits[i], "2:4", seed=seed, step=step, layer=i)
+        for i in layers:
+            mk.score_update_(logits[i], coef, pattern="2:4", seed=seed, step=step, layer=i)
+        step.add_(1)
+
+    def eager_step():
+        masks = [eager.draw(weights[i], eager_logits[i], generator)[0] for i in layers]
+        for i in layers:
+            eager.update_(eager_logits[i], masks[i], coef)
+
+    seconds = {"ours": [], "eager": []}
+    with torch.inference_mode():
+        our_step()
+        eager_step()
+        for _ in range(ROUNDS):
+            seconds["ours"].append(seconds_of(our_step))
+            seconds["eager"].append(seconds_of(eager_step))
+    return seconds
+
+
+def plain_model(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [module for _ in range(LAYERS) for module in (nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU())]
+    return nn.Sequential(*blocks).to(DEVICE, dtype).eval()
+
+
+def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).float().square().mean()
+
+
+def peak_bytes(measured, before=lambda: None) -> int:
+    """Most bytes of tensors that lived at once in ``measured``, beyond those that lived before ``before``.
+
+    Every allocation counts, by torch's own records.
+    """
+    if DEVICE == "cuda":
+        at_start = torch.cuda.memory_allocated()
+        before()
+        torch.cuda.reset_peak_memory_stats()
+        measured()
+        return torch.cuda.max_memory_allocated() - at_start
+    allocated = 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        before()
+        with torch.profiler.record_function("measured"):
+            measured()
+    records = sorted(profile.events(), key=lambda event: event.time_range.start)
+    raise NotImplementedError(len(records), allocated)
+
+
+def measure_memory(dtype_name: str) -> dict:
+    """Peak bytes of a plain model's forward, and of a step of its converted self beyond the same start."""
+    import maskpro_kernels as mk
+
+    dtype = getattr(torch, dtype_name)
+    batch = torch.randn(BATCH, WIDTH, device=DEVICE, dtype=dtype)
+
+    def converted(model: nn.Module) -> mk.MaskTrainer:
+        mk.convert(model, "2:4", gap=GAP)
+        trainer = mk.MaskTrainer(model, loss_fn, [batch], mk.Reinforce(lr=1.0), seed=0)
+        trainer.step()
+        return trainer
+
+    # compilation and the caches it fills are not the step's
+    converted(plain_model(dtype))
+    model = plain_model(dtype)
+    with torch.inference_mode():
+        loss_fn(model, batch)
+        plain = peak_bytes(lambda: loss_fn(model, batch))
+    trainers = []
+    step = peak_bytes(lambda: trainers[0].step(), before=lambda: trainers.append(converted(model)))
+    layers = trainers[0].layers.values()
+    return {
+        "plain": plain,
+        "step": step,
+        "logits": sum(layer.logits.nbytes for layer in layers),
+        "masked_weight": max(layer.weight.nbytes for layer in layers),
+    }
+
+
+if __name__ == "__main__":
+    measurement, *options = sys.argv[1:]
+    print(json.dumps({"cost": measure_cost, "memory": measure_memory}[measurement](*options)))
