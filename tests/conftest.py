@@ -19,15 +19,6 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(
 hypothesis.settings.load_profile("default")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
-
-
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
     """torch.empty as the kernels call it holds NaN or all ones, so that an element left unwritten shows."""

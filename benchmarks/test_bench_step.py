@@ -1,0 +1,124 @@
+"""A training step's own work on one layer under 2:4: draw the masked weight, update the logits, both.
+
+The eager formulation keeps the mask from draw to update; the other two draw it again.
+"""
+
+from __future__ import annotations
+
+import eager
+import pytest
+import torch
+from conftest import DEVICE
+
+import maskpro_kernels as mk
+from maskpro_kernels import reference
+from maskpro_kernels.modules import initial_logits
+
+PATTERN, N, M = "2:4", 2, 4
+DTYPE = "bfloat16 weight, float32 logits"
+GAP = 10.0
+SEED, STEP, LAYER, DRAW = 11, 3, 5, 0
+# Small enough that thousands of timed updates leave the logits near where they were
+COEF = 1e-6
+CHECKED_COEF = 0.37
+# The eager score loses digits to the cancellation in 1 - p
+EAGER_SCORE_ERROR = 1e-3
+# Linears of SmolLM2-135M; on a GPU also one that does not fit its cache
+SHAPES = [(1536, 576), (576, 1536)] + ([(14336, 4096)] if DEVICE == "cuda" else [])
+
+
+class Layer:
+    """A layer's tensors, and the step by each provider on them."""
+
+    def __init__(self, shape: tuple[int, int]):
+        self.generator = torch.Generator(DEVICE).manual_seed(0)
+        weight = torch.randn(shape, generator=self.generator, device=DEVICE)
+        self.weight = weight.bfloat16()
+        self.logits = initial_logits(reference.top_n_mask(weight.abs(), n=N, m=M), PATTERN, GAP)
+        # draws then leave the initial mask in places, and the score has something to say
+        self.logits += torch.randn(shape, generator=self.generator, device=DEVICE)
+        self.seed, self.step, self.layer, self.draw, self.offset, self.row_stride = (
+            torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, STEP, LAYER, DRAW, 0, shape[1] // M)
+        )
+        self.inverse_temperature = torch.tensor(1.0, device=DEVICE)
+        self.counter = {"seed": self.seed, "step": self.step, "layer": LAYER, "draw": DRAW}
+        self.mask = self.eager_draw()[0]
+
+    def our_draw(self):
+        return mk.sample_masked_weight(self.weight, self.logits, PATTERN, **self.counter)
+
+    def our_update(self, coef=COEF):
+        mk.score_update_(self.logits, coef, pattern=PATTERN, **self.counter)
+
+    def our_step(self):
+        self.our_draw()
+        self.our_update()
+
+    def reference_draw(self):
+        shard = (self.layer, self.draw, self.offset, self.row_stride)
+        return reference.sample_masked_weight(
+            self.weight, self.logits, self.seed, self.step, self.inverse_temperature, *shard, n=N, m=M
+        )
+
+    def reference_update(self, coef=COEF):
+        counter = (self.seed, self.step, self.draw[None], self.inverse_temperature)
+        shard = (self.layer, self.offset, self.row_stride)
+        coefs = torch.tensor([coef], device=DEVICE)
+        reference.score_update_(self.logits, coefs, *counter, *shard, n=N, m=M)
+
+    def reference_step(self):
+        self.reference_draw()
+        self.reference_update()
+
+    def eager_draw(self):
+        return eager.draw(self.weight, self.logits, self.generator)
+
+    def eager_update(self):
+        eager.update_(self.logits, self.mask, COEF)
+
+    def eager_step(self):
+        mask, _ = self.eager_draw()
+        eager.update_(self.logits, mask, COEF)
+
+    def after(self, update) -> torch.Tensor:
+        """The logits after one ``update``, which is then undone."""
+        before = self.logits.clone()
+        update(CHECKED_COEF)
+        moved = self.logits.clone()
+        self.logits.copy_(before)
+        return moved
+
+    def check(self) -> None:
+        """Ours and the reference agree bit for bit; the eager formulation draws and scores the same law."""
+        masked = self.our_draw()
+        assert torch.equal(masked, self.reference_draw())
+        assert torch.equal(self.after(self.our_update), self.after(self.reference_update))
+
+        mask, eager_masked = self.eager_draw()
+        assert (mask.view(-1, M).sum(-1) == N).all()
+        assert torch.equal(eager_masked, torch.where(mask, self.weight, 0))
+        top = mk.expand_mask(reference.top_n_mask(self.logits, n=N, m=M), PATTERN)
+        ours, eagers = (self.left_the_top(drawn, top) for drawn in (masked != 0, mask))
+        assert abs(ours - eagers) <= 6 * (ours + eagers) ** 0.5, (ours, eagers)
+
+        codes = mk.pack_mask(mask, PATTERN)
+        exact = reference.mask_score(self.logits, codes, torch.ones_like(codes, dtype=torch.float32), n=N, m=M)
+        torch.testing.assert_close(eager.score(self.logits, mask), exact, rtol=0, atol=EAGER_SCORE_ERROR)
+
+    @staticmethod
+    def left_the_top(drawn: torch.Tensor, top: torch.Tensor) -> int:
+        return int((drawn != top).view(-1, M).any(-1).sum())
+
+
+@pytest.mark.parametrize("op", ["draw", "update", "draw+update"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_step(shape, op, compare):
+    with torch.inference_mode():
+        layer = Layer(shape)
+        providers = {
+            "draw": (layer.our_draw, layer.reference_draw, layer.eager_draw),
+            "update": (layer.our_update, layer.reference_update, layer.eager_update),
+            "draw+update": (layer.our_step, layer.reference_step, layer.eager_step),
+        }[op]
+        named = dict(zip(("ours", "eager reference", "eager formulation"), providers, strict=True))
+        compare(layer.check, named, op=op, pattern=PATTERN, shape=shape, dtype=DTYPE)
