@@ -13,7 +13,10 @@ import torch
 import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDS = 15
+MOST_ROUNDS = 15
+FEWEST_ROUNDS = 5
+# Slow providers get fewer rounds
+CASE_SECONDS = 3.0
 # A sample repeats short calls until the clock's and the synchronisation's share is small
 SHORTEST_SAMPLE_SECONDS = 0.01
 ROWS = pytest.StashKey[list]()
@@ -98,19 +101,24 @@ def compare(environment, request) -> Callable[..., None]:
 
     def run(gate: Callable[[], None], providers: Mapping[str, Callable[[], object]], **case) -> None:
         gate()
-        calls = {}
+        calls, round_seconds = {}, 0.0
         for name, function in providers.items():
             function()
-            calls[name] = max(1, round(SHORTEST_SAMPLE_SECONDS / sample(function, 1)))
+            once = sample(function, 1)
+            calls[name] = max(1, round(SHORTEST_SAMPLE_SECONDS / once))
+            round_seconds += calls[name] * once
+        rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(CASE_SECONDS / round_seconds)))
         seconds = {name: [] for name in providers}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, function in providers.items():
                 seconds[name].append(sample(function, calls[name]))
         probabilities = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
         rows = []
         for name, values in seconds.items():
             q20, median, q80 = torch.tensor(values, dtype=torch.float64).quantile(probabilities).tolist()
-            rows.append({**case, "provider": name, "median": median, "q20": q20, "q80": q80, **environment})
+            rows.append(
+                {**case, "provider": name, "median": median, "q20": q20, "q80": q80, "rounds": rounds, **environment}
+            )
         request.config.stash[ROWS] += rows
         path = request.config.getoption("rows")
         if path is not None:

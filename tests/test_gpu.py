@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from maskpro_kernels import advance, convert, mask_log_prob, sample_mask, sample_masked_weight, score_update_, top_n_mask
+from maskpro_kernels import (
+    advance,
+    convert,
+    mask_log_prob,
+    sample_mask,
+    sample_masked_weight,
+    score_update_,
+    top_n_mask,
+)
 from maskpro_kernels.modules import masked_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("eager_reference")]
