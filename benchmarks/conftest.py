@@ -28,6 +28,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    # Threads that wait for each other on a busy machine would charge a provider for each of its operations
+    torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter, config):

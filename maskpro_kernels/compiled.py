@@ -7,7 +7,7 @@ One serves all dtypes of logits too: 16-bit logits are widened before it, a laye
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from . import philox, reference
 
 # A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
 ROW = 32
+
+# Groups in one call of the score update, whose graph holds a copy of the logits it writes
+PIECE = 1 << 15
 
 
 @functools.cache
@@ -39,7 +42,8 @@ def graph(name: str, consecutive_at: int | None, **constants: int | torch.dtype)
 
     def run(*args):
         # Module-level float constants must be constants of the graph, and every pattern is a graph
-        with torch._dynamo.config.patch(specialize_float=True, recompile_limit=512), torch.no_grad():
+        limits = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
+        with torch._dynamo.config.patch(specialize_float=True, **limits), torch.no_grad():
             return traced(*args)
 
     return run
@@ -84,6 +88,20 @@ def _apply(
     return results[0] if len(results) == 1 else torch.cat([result.flatten() for result in results])
 
 
+def _pieces(logits, group_offset, group_row_stride, m) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(matrix, group offset, group row stride) of parts of a matrix, so that temporaries stay in cache.
+
+    Where rows of a shard lie apart, the one part is the whole matrix.
+    """
+    if group_row_stride != logits.shape[1] // m:
+        yield logits, group_offset, group_row_stride
+        return
+    groups = logits.view(-1, m)
+    for start in range(0, len(groups), PIECE):
+        part = groups[start : start + PIECE]
+        yield part.view(1, -1), group_offset + start, torch.tensor(len(part))
+
+
 def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
     """``reference.sample_mask``."""
     rest = (seed, step, inv_temperature, layer, draw)
@@ -122,9 +140,11 @@ def mask_score(logits, codes, grad, *, n, m):
 
 def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):
     """``reference.score_update_``."""
-    shard = (group_offset, group_row_stride)
-    wide = logits.float()
-    _apply("score_update_", [wide], [], (seed, step, coef, draws, inv_temperature, layer), m, shard, n=n)
-    if logits.dtype != torch.float32:
-        rounded = _apply("round_logits", [wide], [], (seed, step, draws, layer), m, shard, dtype=logits.dtype)
-        logits.copy_(rounded.view(logits.shape))
+    rest = (seed, step, coef, draws, inv_temperature, layer)
+    for piece, offset, row_stride in _pieces(logits, group_offset, group_row_stride, m):
+        wide = piece.float()
+        _apply("score_update_", [wide], [], rest, m, (offset, row_stride), n=n)
+        if piece.dtype != torch.float32:
+            shard = (offset, row_stride)
+            rounded = _apply("round_logits", [wide], [], (seed, step, draws, layer), m, shard, dtype=piece.dtype)
+            piece.copy_(rounded.view(piece.shape))

@@ -17,6 +17,8 @@ from .pattern import NMPattern
 
 DEFAULT_GAP = 10.0
 
+BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
+
 
 @dataclass
 class Conversion:
@@ -81,9 +83,10 @@ def convert(
     replacements = {}
     for layer_id, (name, layer) in enumerate(layers.items()):
         device = layer.weight.device
-        clock = all_clocks.setdefault(device, Clock(device=device))
+        if device not in all_clocks:
+            all_clocks[device] = Clock(device=device)
         replacements[id(layer)] = MaskedLinear.from_linear(
-            layer, pattern, codes.pop(name), gap, layer=layer_id, clock=clock
+            layer, pattern, codes.pop(name), gap, layer=layer_id, clock=all_clocks[device]
         )
     _replace(model, replacements)
     return Conversion(list(layers), skipped, gap)
@@ -97,7 +100,7 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
         to: "dense".
 
     Returns:
-        ``model``.
+        ``model``, or its nn.Linear where the model itself is a MaskedLinear.
 
     Raises:
         ValueError: if ``to`` is unknown, or the model has no MaskedLinear.
@@ -114,7 +117,7 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
             linear.bias = layer.bias
             replacements[id(layer)] = linear.train(layer.training)
     _replace(model, replacements)
-    return model
+    return replacements.get(id(model), model)
 
 
 def _select(
@@ -125,8 +128,12 @@ def _select(
     linears = {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
     if not linears:
         raise ValueError("model: expected a module that contains nn.Linear layers, got none")
+    bypassed = _bypassed(model)
     if targets is None:
-        reasons = {name: _reason_against(model, module, pattern) for name, module in linears.items()}
+        reasons = {
+            name: BYPASSED if name in bypassed else _reason_against(model, module, pattern)
+            for name, module in linears.items()
+        }
         skipped = {name: reason for name, reason in reasons.items() if reason}
         chosen = {name: module for name, module in linears.items() if name not in skipped}
         if not chosen:
@@ -153,11 +160,23 @@ def _select(
         raise ValueError(f"targets: expected at least one pattern, got {targets!r}")
     chosen = {name: module for name, module in linears.items() if name in matched}
     for name, module in chosen.items():
+        if name in bypassed:
+            raise ValueError(f"targets: expected layers that run as modules, got {name}: {BYPASSED}")
         if module.in_features % pattern.m:
             raise ValueError(
                 f"targets: expected in_features divisible by {pattern.m}, got {module.in_features} in {name}"
             )
     return chosen, {name: "matches no target" for name in linears if name not in chosen}
+
+
+def _bypassed(model: nn.Module) -> set[str]:
+    """Names of layers whose weights a parent reads past the module."""
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for child in ("linear1", "linear2")
+    }
 
 
 def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> str | None:

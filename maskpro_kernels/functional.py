@@ -218,7 +218,7 @@ def score_update_(
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
     inverse = _inverse_temperature(temperature)
-    coefs, draws = _coefs_and_draws(coef, draw)
+    coefs, draws = _coefs_and_draws(coef, draw, inverse)
     seed, step = _counter_tensors(logits.device, seed, step)
     with torch.no_grad():
         device = logits.device
@@ -228,7 +228,7 @@ def score_update_(
         ops.score_update_(
             matrix, coef_tensor, pattern.n, pattern.m, inverse, seed, step, layer, draw_tensor, offset, stride
         )
-        if matrix.data_ptr() != logits.data_ptr():
+        if not logits.is_contiguous():
             logits.copy_(matrix.view(logits.shape))
     return logits
 
@@ -293,8 +293,10 @@ def masked_linear(
     if not log_prob:
         return y, None
     codes = sample_mask(logits.detach(), pattern, **counter)
-    scaled = logits if temperature == 1.0 else logits / temperature
-    return y, mask_log_prob(scaled, codes, pattern).sum()
+    # scaled in float32 after the group's largest, as the draw does: 16-bit logits would lose digits otherwise
+    groups = logits.float().unflatten(-1, (-1, NMPattern(pattern).m))
+    z = (groups - groups.detach().amax(-1, keepdim=True)) * _inverse_temperature(temperature)
+    return y, mask_log_prob(z.flatten(-2), codes, pattern).sum()
 
 
 def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
@@ -407,7 +409,7 @@ def _shard(matrix: Tensor, pattern: NMPattern, layer, draw, offset, stride) -> t
     return (layer, offset, stride) if draw is None else (layer, draw, offset, stride)
 
 
-def _coefs_and_draws(coef, draw) -> tuple[list, list[int]]:
+def _coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[int]]:
     several = isinstance(draw, Sequence)
     draws = list(draw) if several else [draw]
     if isinstance(coef, str):
@@ -424,8 +426,8 @@ def _coefs_and_draws(coef, draw) -> tuple[list, list[int]]:
                 raise ValueError(f"coef: expected a float or a 0-dim floating-point tensor, got {_describe(c)}")
         elif isinstance(c, bool) or not isinstance(c, (int, float)):
             raise TypeError(f"coef: expected a float or a 0-dim tensor, got {_describe(c)}")
-        elif not abs(c) <= FLOAT32_MAX:
-            raise ValueError(f"coef: expected a number finite in float32, got {c}")
+        elif not max(abs(c), abs(c) * inverse_temperature) <= FLOAT32_MAX:
+            raise ValueError(f"coef: expected a number finite in float32, also over the temperature, got {c}")
     for i in draws:
         _check_int("draw", i, philox.MAX_DRAWS)
     if len(set(draws)) != len(draws):

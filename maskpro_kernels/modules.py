@@ -95,6 +95,8 @@ class MaskedLinear(nn.Module):
             raise ValueError(f"weight: expected [out, K] with K divisible by {m}, got {list(weight.shape)}")
         if logits.shape != weight.shape:
             raise ValueError(f"logits: expected shape {list(weight.shape)}, got {list(logits.shape)}")
+        if logits.device != weight.device:
+            raise ValueError(f"logits: expected a tensor on {weight.device}, got one on {logits.device}")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected shape {[weight.shape[0]]}, got {list(bias.shape)}")
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
@@ -146,9 +148,9 @@ class MaskedLinear(nn.Module):
         logits = initial_logits(codes, pattern, gap)
         return cls(linear.weight, linear.bias, logits, pattern, layer=layer, clock=clock).train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., out] of x [..., K]."""
-        return nn.functional.linear(x, self.masked_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., out] of input [..., K]."""
+        return nn.functional.linear(input, self.masked_weight(), self.bias)
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
@@ -221,7 +223,8 @@ def clocks(model: nn.Module) -> list[Clock]:
 def advance(model: nn.Module) -> None:
     """Step += 1 on the device: every layer draws a new mask from here on.
 
-    All forwards between two calls see the same masks.
+    All forwards between two calls see the same masks. A backward through the weights of a forward comes
+    before the next call, since it draws the mask again.
 
     Raises:
         ValueError: if the model has no MaskedLinear.

@@ -29,13 +29,7 @@ COUNTER = {
     "inv_temperature": "fp32",
     "seed": "*i64",
     "step": "*i64",
-    "layer": "i64",
-    "draw": "i64",
     "draws": "*i64",
-    "offset": "i64",
-    "row_stride": "i64",
-    "columns": "i64",
-    "total": "i64",
 }
 
 
@@ -49,20 +43,32 @@ class Built:
     stack: int
 
 
-def build(kernel: str, target: str, n: int, m: int, logits: str = "fp32", weight: str = "bf16", **constants) -> Built:
+def build(
+    kernel: str,
+    target: str,
+    n: int,
+    m: int,
+    logits: str = "fp32",
+    weight: str = "bf16",
+    **constants,
+) -> Built:
     """Compile ``sampling.<kernel>_kernel`` as ``launch`` would for logits and weights of those dtypes."""
     function = getattr(sampling, f"{kernel}_kernel")
     nodes, step = quadrature_grid(n)
     code = "*u8" if m <= 8 else "*i32"
-    types = COUNTER | {
-        "logits": f"*{logits}",
-        "scores": f"*{logits}",
-        "weight": f"*{weight}",
-        "out": "*fp32" if kernel in ("mask_log_prob", "mask_score") else f"*{weight}",
-        "codes": code,
-        "grad": "*fp32",
-        "coef": "*fp32",
-    }
+    types = (
+        COUNTER
+        | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
+        | {
+            "logits": f"*{logits}",
+            "scores": f"*{logits}",
+            "weight": f"*{weight}",
+            "out": "*fp32" if kernel in ("mask_log_prob", "mask_score") else f"*{weight}",
+            "codes": code,
+            "grad": "*fp32",
+            "coef": "*fp32",
+        }
+    )
     config = CONFIGURATIONS[kernel, m]
     known = {"N": n, "M": m, "BLOCK": config.block, "NODES": nodes, "STEP": step, "WHOLE": True, "DRAWS": 1} | constants
     names = function.arg_names

@@ -366,3 +366,21 @@ def test_finalize_refuses_an_unknown_form(to):
 def test_finalize_refuses_a_model_without_masks():
     with pytest.raises(ValueError, match="^model: expected a model with MaskedLinear"):
         mk.finalize(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_layers_that_a_fast_path_reads_past_are_left_out():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(layer, nn.Linear(8, 8))
+    conversion = mk.convert(model, "2:4")
+    assert conversion.converted == ["1"]
+    assert "fast path" in conversion.skipped["0.linear1"] and "fast path" in conversion.skipped["0.linear2"]
+    with pytest.raises(ValueError, match="targets.*0.linear1"):
+        mk.convert(nn.Sequential(layer), "2:4", targets=["*linear1"])
+
+
+def test_finalize_of_a_lone_layer_gives_an_nn_linear():
+    layer = mk.MaskedLinear.from_linear(nn.Linear(8, 4), "2:4").eval()
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    linear = mk.finalize(layer)
+    assert type(linear) is nn.Linear and torch.equal(linear(x), expected)

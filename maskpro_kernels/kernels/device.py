@@ -58,12 +58,21 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def block_words(group, BLOCK_ID: tl.constexpr, STREAM: tl.constexpr, seed, step, layer, draw):
-    """Four uint32 words of block BLOCK_ID of every group, for uint32 group indices; seed and step int64 scalars."""
-    c3 = (draw << 16 | (STREAM << 8 | BLOCK_ID)).to(tl.uint32)
+def group_words(group, M: tl.constexpr, STREAM: tl.constexpr, seed, step, layer, draw):
+    """M uint32 columns of random words for uint32 group indices; the other arguments are int64 scalars."""
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    return philox4x32(group, layer.to(tl.uint32), step.to(tl.uint32), c3, k0, k1)
+    c1 = layer.to(tl.uint32)
+    c2 = step.to(tl.uint32)
+    words = ()
+    for block in tl.static_range((M + 3) // 4):
+        c3 = (draw << 16 | (STREAM << 8 | block)).to(tl.uint32)
+        w0, w1, w2, w3 = philox4x32(group, c1, c2, c3, k0, k1)
+        if M == 2:
+            words = words + (w0, w1)
+        else:
+            words = words + (w0, w1, w2, w3)
+    return words
 
 
 @triton.jit
@@ -153,12 +162,10 @@ def scaled(x, inv_temperature, M: tl.constexpr):
 @triton.jit
 def drawn_keys(z, group, M: tl.constexpr, seed, step, layer, draw):
     """Scaled logits plus Gumbel noise."""
+    words = group_words(group, M, STREAM_DRAW, seed, step, layer, draw)
     keys = ()
-    for block in tl.static_range((M + 3) // 4):
-        words = block_words(group, block, STREAM_DRAW, seed, step, layer, draw)
-        for i in tl.static_range(4):
-            if block * 4 + i < M:
-                keys = keys + (z[block * 4 + i] + gumbel(words[i]),)
+    for i in tl.static_range(M):
+        keys = keys + (z[i] + gumbel(words[i]),)
     return keys
 
 
@@ -258,7 +265,7 @@ def scatter_slots(slots, dropped, kept, positions, N: tl.constexpr, M: tl.conste
 
 @triton.jit
 def urn(z, kept, N: tl.constexpr, M: tl.constexpr):
-    """(e, sum of dropped e, exponents of the kept, RECIPROCAL_SCALE / s(T) by subset T, positions)."""
+    """(e, sum of dropped e, ln e, kept e by slot, RECIPROCAL_SCALE / s(T) by subset T, positions)."""
     centre = tl.maximum(largest_dropped(z, kept, M), smallest_kept(z, kept, M))
     exponents = ()
     e = ()
@@ -556,10 +563,8 @@ def round_stochastically(x, r, dtype: tl.constexpr):
 @triton.jit
 def round_group(x, group, M: tl.constexpr, seed, step, layer, draw, dtype: tl.constexpr):
     """Columns rounded to a 16-bit dtype with words of the rounding stream."""
+    words = group_words(group, M, STREAM_ROUNDING, seed, step, layer, draw)
     rounded = ()
-    for block in tl.static_range((M + 3) // 4):
-        words = block_words(group, block, STREAM_ROUNDING, seed, step, layer, draw)
-        for i in tl.static_range(4):
-            if block * 4 + i < M:
-                rounded = rounded + (round_stochastically(x[block * 4 + i], words[i], dtype),)
+    for i in tl.static_range(M):
+        rounded = rounded + (round_stochastically(x[i], words[i], dtype),)
     return rounded

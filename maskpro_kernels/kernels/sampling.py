@@ -5,8 +5,6 @@ The group with flat index p has the index offset + p in the whole layer, or, whe
 further apart (WHOLE false), offset + p // columns * row_stride + p % columns.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -66,18 +64,32 @@ def store_codes(pointer, codes, first, total, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_masked(out, weight, kept, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
-    """The weight where kept, exact zeros elsewhere."""
-    w = load_columns(weight, first, total, M, BLOCK)
-    masked = ()
-    for i in tl.static_range(M):
-        masked = masked + (tl.where(kept[i], w[i], 0.0),)
-    store_columns(out, masked, first, total, M, BLOCK)
+def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The weight where the int32 group code keeps it, exact zeros elsewhere."""
+    offsets, inside = tile_offsets(first, total, M, BLOCK)
+    w = tl.load(weight + first * M + offsets, mask=inside, other=0.0).to(tl.float32)
+    masked = tl.where(d.decode_tile(code, M), w, 0.0)
+    tl.store(out + first * M + offsets, masked.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
-          N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+def drawn(
+    logits,
+    inv_temperature,
+    seed,
+    step,
+    layer,
+    draw,
+    offset,
+    row_stride,
+    columns,
+    total,
+    first,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """Kept columns of a draw."""
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
     group = group_words_index(offset, row_stride, columns, first, BLOCK, WHOLE)
@@ -85,8 +97,23 @@ def drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, 
 
 
 @triton.jit(do_not_specialize=COUNTER)
-def sample_mask_kernel(logits, codes, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total,
-                       N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+def sample_mask_kernel(
+    logits,
+    codes,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    columns: tl.int64,
+    total: tl.int64,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     kept = drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
                  N, M, BLOCK, WHOLE)  # fmt: skip
@@ -94,32 +121,55 @@ def sample_mask_kernel(logits, codes, inv_temperature, seed, step, layer, draw, 
 
 
 @triton.jit(do_not_specialize=COUNTER)
-def sample_masked_weight_kernel(logits, weight, out, inv_temperature, seed, step, layer, draw, offset, row_stride,
-                                columns, total, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-                                WHOLE: tl.constexpr):  # fmt: skip
+def sample_masked_weight_kernel(
+    logits,
+    weight,
+    out,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    columns: tl.int64,
+    total: tl.int64,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     kept = drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
                  N, M, BLOCK, WHOLE)  # fmt: skip
-    store_masked(out, weight, kept, first, total, M, BLOCK)
+    store_masked(out, weight, d.encode(kept, M), first, total, M, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
-def top_n_mask_kernel(scores, codes, total, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
     store_codes(codes, d.encode(kept, M), first, total, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
-def mask_weight_kernel(weight, codes, out, total, M: tl.constexpr, BLOCK: tl.constexpr):
+def mask_weight_kernel(weight, codes, out, total: tl.int64, M: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    kept = d.decode(load_codes(codes, first, total, BLOCK), M)
-    store_masked(out, weight, kept, first, total, M, BLOCK)
+    store_masked(out, weight, load_codes(codes, first, total, BLOCK), first, total, M, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
-def mask_log_prob_kernel(logits, codes, out, total, NODES: tl.constexpr, STEP: tl.constexpr,
-                         N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def mask_log_prob_kernel(
+    logits,
+    codes,
+    out,
+    total: tl.int64,
+    NODES: tl.constexpr,
+    STEP: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), 1.0, M)
     code = load_codes(codes, first, total, BLOCK)
@@ -131,8 +181,18 @@ def mask_log_prob_kernel(logits, codes, out, total, NODES: tl.constexpr, STEP: t
 
 
 @triton.jit(do_not_specialize=["total"])
-def mask_score_kernel(logits, codes, grad, out, total, NODES: tl.constexpr, STEP: tl.constexpr,
-                      N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def mask_score_kernel(
+    logits,
+    codes,
+    grad,
+    out,
+    total: tl.int64,
+    NODES: tl.constexpr,
+    STEP: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), 1.0, M)
     code = load_codes(codes, first, total, BLOCK)
@@ -149,9 +209,24 @@ def mask_score_kernel(logits, codes, grad, out, total, NODES: tl.constexpr, STEP
 
 
 @triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total"])
-def score_update_kernel(logits, coef, inv_temperature, seed, step, layer, draws, offset, row_stride, columns, total,
-                        DRAWS: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-                        WHOLE: tl.constexpr):  # fmt: skip
+def score_update_kernel(
+    logits,
+    coef,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draws,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    columns: tl.int64,
+    total: tl.int64,
+    DRAWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_columns(logits, first, total, M, BLOCK)
     z = d.scaled(x, inv_temperature, M)
@@ -171,9 +246,6 @@ def score_update_kernel(logits, coef, inv_temperature, seed, step, layer, draws,
         for i in tl.static_range(M):
             terms = terms + (d.add_term(delta[i], scores[i] * scale, k == 0),)
         delta = terms
-    if M == 32:
-        # 32 columns of logits, z, keys and scores do not fit 255 registers; the cache still holds the logits
-        x = load_columns(logits, first, total, M, BLOCK)
     new = ()
     for i in tl.static_range(M):
         new = new + (x[i] - delta[i],)
