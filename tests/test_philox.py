@@ -41,13 +41,14 @@ def philox_kernel(counters, keys, out, COUNT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["layer", "draw"])
-def block_words_kernel(groups, seed, step, layer, draw, out, BLOCK_ID: tl.constexpr, STREAM: tl.constexpr,
-                       COUNT: tl.constexpr):  # fmt: skip
+def group_words_kernel(
+    groups, seed, step, layer: tl.int64, draw: tl.int64, out, STREAM: tl.constexpr, COUNT: tl.constexpr
+):
     i = tl.arange(0, COUNT)
     group = tl.load(groups + i).to(tl.uint32)
-    words = device.block_words(group, BLOCK_ID, STREAM, tl.load(seed), tl.load(step), layer, draw)
-    for j in tl.static_range(4):
-        tl.store(out + 4 * i + j, words[j].to(tl.int64))
+    words = device.group_words(group, 32, STREAM, tl.load(seed), tl.load(step), layer, draw)
+    for j in tl.static_range(32):
+        tl.store(out + 32 * i + j, words[j].to(tl.int64))
 
 
 def kernel_philox(counters, keys):
@@ -158,12 +159,9 @@ def test_kernel_builds_the_same_counter(counter, stream):
     seed, step = torch.tensor(counter["seed"]), torch.tensor(counter["step"])
     expected = philox.group_words(groups, 32, stream, seed, step, counter["layer"], counter["draw"])
     on_device = [t.to(KERNEL_DEVICE) for t in (groups, seed, step)]
-    for block in (0, 1, 7):
-        out = torch.full((len(groups), 4), -1, dtype=torch.int64, device=KERNEL_DEVICE)
-        block_words_kernel[(1,)](
-            *on_device, counter["layer"], counter["draw"], out, BLOCK_ID=block, STREAM=stream, COUNT=len(groups)
-        )
-        assert torch.equal(out.cpu(), torch.stack(expected[4 * block : 4 * block + 4], dim=1))
+    out = torch.full((len(groups), 32), -1, dtype=torch.int64, device=KERNEL_DEVICE)
+    group_words_kernel[(1,)](*on_device, counter["layer"], counter["draw"], out, STREAM=stream, COUNT=len(groups))
+    assert torch.equal(out.cpu(), torch.stack(expected, dim=1))
 
 
 @pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
