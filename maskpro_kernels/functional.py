@@ -338,7 +338,9 @@ def _describe(value) -> str:
 
 def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
     if tensor.dim() == 0 or tensor.shape[-1] == 0 or tensor.shape[-1] % pattern.m:
-        raise ValueError(f"{name}: expected a last dimension divisible by {pattern.m}, got {_describe(tensor)}")
+        raise ValueError(
+            f"{name}: expected a last dimension divisible by {pattern.m}, above 0, got {_describe(tensor)}"
+        )
 
 
 def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:

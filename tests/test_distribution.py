@@ -211,7 +211,7 @@ def test_temperature_divides_the_logits(case, exponent):
     assert torch.equal(cold, divided)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,)])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 4)])
 def test_no_groups_give_no_codes(shape):
     codes = functional.sample_mask(torch.empty(shape, device=KERNEL_DEVICE), "2:4", seed=0)
     assert codes.shape == (*shape[:-1], shape[-1] // 4)
