@@ -1,150 +1,318 @@
 """The reference under torch.compile: its functions again, with its arguments, as compiled graphs.
 
-One graph serves all shapes: groups are laid out in rows of ROW, and what is left over runs eagerly.
-One serves all dtypes of logits too: 16-bit logits are widened before it, a layer at a time.
+One graph serves all shapes and all dtypes of logits: tensors are taken in pieces of whole rows of
+groups, 16-bit logits are widened a piece at a time. Draws whose outcome no noise can change are found
+first, without logarithms (``certain``); the rest are gathered and drawn in full.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import philox, reference
+from . import certain, reference
+from .pattern import code_dtype
 
 # A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
 ROW = 32
 
-# Groups in one call of the score update, whose graph holds a copy of the logits it writes
-PIECE = 1 << 15
+# Most groups in one call of a graph
+PIECE = 1 << 17
+
+# Bytes of results that such a call leaves. A draw's stand beside the masked weight, an update's in its place
+DRAW_BYTES = 1 << 20
+UPDATE_BYTES = 1 << 21
+
+# A graph of one row would be another graph than that of many
+LEAST_ROWS = 2
+
+
+class Graph:
+    """A function of tensors of groups [rows, ROW, ...] as a graph that is compiled at its first call.
+
+    It checks nothing: whatever it depends on is in the key by which ``graph`` keeps it. Where the compiler
+    fails, this graph and all others run eagerly.
+    """
+
+    compiler_failed = False
+
+    def __init__(self, function: Callable, indexed: bool, constants: dict[str, int | torch.dtype]):
+        def bound(group_tensors, *rest):
+            for x in group_tensors:
+                torch._check(x.shape[1] == ROW)
+            if indexed:
+                first, *rest = rest
+                group_tensors = [*group_tensors[:-1], group_tensors[-1] + first]
+            return function(*group_tensors, *rest, **constants)
+
+        # Graphs of the same code object would be counted as recompilations of one
+        bound.__code__ = bound.__code__.replace(co_name=function.__name__)
+        options = {
+            # With the heuristics inductor falls back to scalar code for the strided reads of a group
+            "cpp.enable_tiling_heuristics": False,
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+        }
+        self.eager = bound
+        self.compiled = torch.compile(bound, dynamic=True, fullgraph=True, options=options)
+        self.called = False
+
+    def __call__(self, *args):
+        if self.called:
+            return self.compiled(*args)
+        if not Graph.compiler_failed:
+            try:
+                # Module-level float constants must be constants of the graph
+                with torch._dynamo.config.patch(specialize_float=True):
+                    results = self.compiled(*args)
+                self.called = True
+                return results
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                Graph.compiler_failed = True
+                first_line = str(error).splitlines()[0]
+                warnings.warn(f"torch.compile failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
+        return self.eager(*args)
 
 
 @functools.cache
-def graph(name: str, consecutive_at: int | None, **constants: int | torch.dtype) -> Callable:
-    """``reference.group_<name>`` as a graph for groups [rows, ROW, ...].
+def graph(function: Callable, indexed: bool, signature: tuple, **constants: int | torch.dtype) -> Graph:
+    """The graph of ``function`` with those constants, for tensors of that signature.
 
-    Where ``consecutive_at`` is given, the argument at that place is the 0-dim index of the first of
-    consecutive groups, in place of the indices of all.
+    Where ``indexed``, it takes a 0-dim tensor more, which it adds to the last of the tensors of groups.
     """
-    function = getattr(reference, f"group_{name}")
-
-    def bound(*args):
-        if consecutive_at is not None:
-            rows = args[0].shape[0]
-            local = torch.arange(rows * ROW, dtype=torch.int64, device=args[0].device).view(rows, ROW)
-            args = (*args[:consecutive_at], args[consecutive_at] + local, *args[consecutive_at + 1 :])
-        return function(*args, **constants)
-
-    # Without the heuristics inductor falls back to scalar code for the strided reads of a group
-    traced = torch.compile(bound, dynamic=True, fullgraph=True, options={"cpp.enable_tiling_heuristics": False})
-
-    def run(*args):
-        # Module-level float constants must be constants of the graph, and every pattern is a graph
-        limits = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
-        with torch._dynamo.config.patch(specialize_float=True, **limits), torch.no_grad():
-            return traced(*args)
-
-    return run
+    return Graph(function, indexed, constants)
 
 
-def _apply(
-    name: str,
-    matrices: Sequence[Tensor],
-    by_group: Sequence[Tensor],
-    rest: Sequence[Tensor],
-    m: int,
-    shard: tuple[Tensor, Tensor] | None = None,
-    **constants: int | torch.dtype,
-) -> Tensor | None:
-    """Run ``reference.group_<name>`` on matrices [rows, K] and tensors by group [rows, K / M]; flat result.
+def _run(
+    function: Callable,
+    group_tensors: Sequence[Tensor],
+    rest: Sequence[Tensor] = (),
+    first: Tensor | None = None,
+    **constants,
+) -> list[Tensor]:
+    """The results [groups, ...] of ``function`` on tensors [groups, ...] of at least one group, as a graph.
 
-    ``shard`` is (group offset, group row stride) where the function takes indices of groups.
+    Where ``first`` is given, it is added to the last of the tensors, which holds indices.
     """
-    rows, groups = matrices[0].shape[0], matrices[0].shape[1] // m
-    count = rows * groups // ROW * ROW
-    flat = [x.view(-1, m) for x in matrices] + [x.view(-1) for x in by_group]
-    in_rows = [x[:count].view(-1, ROW, *x.shape[1:]) for x in flat]
-    left_over = [x[count:] for x in flat]
-    consecutive_at = None
-    if shard is not None:
-        offset, row_stride = shard
-        if row_stride == groups:
-            consecutive_at = len(flat)
-            in_rows.append(offset)
-            left_over.append(offset + torch.arange(count, rows * groups))
+    groups = len(group_tensors[0])
+    rows = max(-(-groups // ROW), LEAST_ROWS)
+    padding = rows * ROW - groups
+    if padding:
+        group_tensors = [torch.cat([x, x[:1].expand(padding, *x.shape[1:])]) for x in group_tensors]
+    in_rows = [x.view(rows, ROW, *x.shape[1:]) for x in group_tensors]
+    signature = tuple((x.dtype, *x.shape[1:]) for x in group_tensors) + tuple(x.shape for x in rest)
+    arguments = (in_rows, *rest) if first is None else (in_rows, first, *rest)
+    with torch.no_grad():
+        results = graph(function, first is not None, signature, **constants)(*arguments)
+    return [x.flatten(0, 1)[:groups] for x in (results if isinstance(results, tuple) else (results,))]
+
+
+def _slices(out: Tensor, limit: int = DRAW_BYTES) -> Iterator[slice]:
+    """The pieces in which results [groups, ...] are made."""
+    piece = min(limit // (out.element_size() * math.prod(out.shape[1:])), PIECE)
+    for start in range(0, len(out), piece):
+        yield slice(start, min(start + piece, len(out)))
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Groups [groups, M] of logits that start at flat index ``start`` of a shard with ``columns`` groups a row."""
+
+    logits: Tensor
+    columns: int
+    offset: Tensor
+    row_stride: Tensor
+    start: int = 0
+
+    def run(
+        self,
+        function: Callable,
+        which: slice | Tensor,
+        counter: Sequence[Tensor],
+        others: Sequence[Tensor],
+        **constants,
+    ) -> list[Tensor]:
+        """``_run`` on some groups of (others, logits in float32, indices in the whole layer)."""
+        local, first = self._indices(which)
+        tensors = [*(x[which] for x in others), self.logits[which].float(), local]
+        return _run(function, tensors, counter, first, **constants)
+
+    def _indices(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """(local indices, what to add for those in the whole layer)."""
+        if self.row_stride == self.columns and isinstance(which, slice):
+            return _consecutive()[: which.stop - which.start], self.offset + (self.start + which.start)
+        local = torch.arange(which.start, which.stop) if isinstance(which, slice) else which
+        local = self.start + local
+        return local // self.columns * self.row_stride + local % self.columns, self.offset
+
+
+@functools.cache
+def _consecutive() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(PIECE)
+
+
+def _draw_into(
+    out: Tensor,
+    first: Callable,
+    full: Callable,
+    groups: _Groups,
+    counter: Sequence[Tensor],
+    others: Sequence[Tensor] = (),
+    limit: int = DRAW_BYTES,
+    **constants,
+) -> None:
+    """out [groups, ...] = ``full`` of (others, logits, indices), through ``first`` where that decides it.
+
+    ``out`` may hold the logits themselves: ``first`` leaves undecided groups as they are.
+    """
+    open_groups = []
+    for which in _slices(out, limit):
+        result, undecided = groups.run(first, which, counter, others, **constants)
+        again = _flagged(undecided)
+        if 2 * len(again) > len(undecided):
+            (result,) = groups.run(full, which, counter, others, **constants)
         else:
-            index = philox.group_index(rows, groups, offset, row_stride, matrices[0].device).view(-1)
-            in_rows.append(index[:count].view(-1, ROW))
-            left_over.append(index[count:])
-    results = []
-    if count:
-        results.append(graph(name, consecutive_at, **constants)(*in_rows, *rest))
-    if count < rows * groups or not count:
-        results.append(getattr(reference, f"group_{name}")(*left_over, *rest, **constants))
-    if results[0] is None:
-        return None
-    return results[0] if len(results) == 1 else torch.cat([result.flatten() for result in results])
+            open_groups.append(again + which.start)
+        out[which] = result
+        # not held while the next piece is made
+        del result, undecided
+    for which in torch.cat(open_groups).split(PIECE) if open_groups else []:
+        if len(which):
+            (out[which],) = groups.run(full, which, counter, others, **constants)
 
 
-def _pieces(logits, group_offset, group_row_stride, m) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(matrix, group offset, group row stride) of parts of a matrix, so that temporaries stay in cache.
+def _flagged(flags: Tensor) -> Tensor:
+    """Where uint8 flags, few of them set, are 1."""
+    if len(flags) % 8:
+        return flags.nonzero().view(-1)
+    eights = flags.view(torch.int64).nonzero().view(-1)
+    of_eights, inside = flags.view(-1, 8)[eights].nonzero(as_tuple=True)
+    return eights[of_eights] * 8 + inside
 
-    Where rows of a shard lie apart, the one part is the whole matrix.
-    """
-    if group_row_stride != logits.shape[1] // m:
-        yield logits, group_offset, group_row_stride
-        return
-    groups = logits.view(-1, m)
-    for start in range(0, len(groups), PIECE):
-        part = groups[start : start + PIECE]
-        yield part.view(1, -1), group_offset + start, torch.tensor(len(part))
+
+def _words(weight: Tensor, m: int) -> Tensor:
+    """A matrix [rows, K] as integers [groups, words] of up to 8 bytes: masks apply to whole words."""
+    size = min(m * weight.element_size(), 8)
+    if weight.storage_offset() * weight.element_size() % size:
+        weight = weight.clone()
+    return weight.view(-1).view(torch.int64 if size == 8 else torch.int32).view(weight.numel() // m, -1)
+
+
+def _mask_words(words, kept):
+    """``reference.masked`` for groups as ``_words`` packs them."""
+    count = words.shape[-1]
+    fields = len(kept) // count
+    bits = 8 * words.element_size() // fields
+    masked = []
+    for i, word in enumerate(words.unbind(-1)):
+        mask = None
+        for field, k in enumerate(kept[i * fields : (i + 1) * fields]):
+            # the last field holds the sign
+            ones = -1 << bits * field if field == fields - 1 else (1 << bits) - 1 << bits * field
+            here = torch.where(k, ones, 0).to(word.dtype)
+            mask = here if mask is None else mask | here
+        masked.append(word & mask)
+    return torch.stack(masked, dim=-1)
+
+
+def _certain_mask(logits, group, *counter, n):
+    kept, undecided = certain.group_draw(logits, group, *counter, n)
+    return reference.encode(kept, code_dtype(len(kept))), undecided
+
+
+def _certain_masked_weight(words, logits, group, *counter, n):
+    kept, undecided = certain.group_draw(logits, group, *counter, n)
+    return _mask_words(words, kept), undecided
+
+
+def _drawn_masked_weight(words, logits, group, *counter, n):
+    return _mask_words(words, reference.group_drawn(logits, group, *counter, n))
+
+
+def _top_n_masked_weight(words, scores, *, n):
+    return _mask_words(words, reference.top_n(reference.columns(scores), n))
 
 
 def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
     """``reference.sample_mask``."""
-    rest = (seed, step, inv_temperature, layer, draw)
-    codes = _apply("sample_mask", [logits.float()], [], rest, m, (group_offset, group_row_stride), n=n)
-    return codes.view(logits.shape[0], logits.shape[1] // m)
+    codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m))
+    groups = _Groups(logits.view(-1, m), codes.shape[1], group_offset, group_row_stride)
+    counter = (seed, step, inv_temperature, layer, draw)
+    _draw_into(codes.view(-1), _certain_mask, reference.group_sample_mask, groups, counter, n=n)
+    return codes
 
 
 def sample_masked_weight(
     weight, logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m
 ):
     """``reference.sample_masked_weight``."""
-    rest = (seed, step, inv_temperature, layer, draw)
-    shard = (group_offset, group_row_stride)
-    return _apply("sample_masked_weight", [weight, logits.float()], [], rest, m, shard, n=n).view(weight.shape)
+    out = torch.empty_like(weight)
+    groups = _Groups(logits.view(-1, m), logits.shape[1] // m, group_offset, group_row_stride)
+    counter = (seed, step, inv_temperature, layer, draw)
+    words = [_words(weight, m)]
+    _draw_into(_words(out, m), _certain_masked_weight, _drawn_masked_weight, groups, counter, words, n=n)
+    return out
 
 
 def top_n_mask(scores, *, n, m):
     """``reference.top_n_mask``."""
-    return _apply("top_n_mask", [scores.float()], [], (), m, n=n).view(scores.shape[0], scores.shape[1] // m)
+    codes = torch.empty(scores.shape[0], scores.shape[1] // m, dtype=code_dtype(m))
+    groups, flat = scores.view(-1, m), codes.view(-1)
+    for which in _slices(flat):
+        (flat[which],) = _run(reference.group_top_n_mask, [groups[which].float()], (), n=n)
+    return codes
 
 
-def mask_weight(weight, codes, *, m):
-    """``reference.mask_weight``."""
-    return _apply("mask_weight", [weight], [codes], (), m).view(weight.shape)
+def top_n_masked_weight(weight, scores, *, n, m):
+    """``reference.top_n_masked_weight``."""
+    out = torch.empty_like(weight)
+    words, masked, groups = _words(weight, m), _words(out, m), scores.view(-1, m)
+    for which in _slices(masked):
+        (masked[which],) = _run(_top_n_masked_weight, [words[which], groups[which].float()], (), n=n)
+    return out
 
 
 def mask_log_prob(logits, codes, *, n, m):
     """``reference.mask_log_prob``."""
-    return _apply("mask_log_prob", [logits.float()], [codes], (), m, n=n).view(codes.shape)
+    out = torch.empty(codes.shape)
+    groups, flat = logits.view(-1, m), codes.view(-1)
+    for which in _slices(out.view(-1)):
+        (out.view(-1)[which],) = _run(reference.group_mask_log_prob, [groups[which].float(), flat[which]], (), n=n)
+    return out
 
 
 def mask_score(logits, codes, grad, *, n, m):
     """``reference.mask_score``."""
-    return _apply("mask_score", [logits.float()], [codes, grad], (), m, n=n).view(logits.shape)
+    out = torch.empty(logits.shape)
+    groups = logits.view(-1, m)
+    for which in _slices(groups):
+        tensors = [groups[which].float(), codes.view(-1)[which], grad.view(-1)[which]]
+        (out.view(-1, m)[which],) = _run(reference.group_mask_score, tensors, (), n=n)
+    return out
 
 
 def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):
     """``reference.score_update_``."""
-    rest = (seed, step, coef, draws, inv_temperature, layer)
-    for piece, offset, row_stride in _pieces(logits, group_offset, group_row_stride, m):
-        wide = piece.float()
-        _apply("score_update_", [wide], [], rest, m, (offset, row_stride), n=n)
-        if piece.dtype != torch.float32:
-            shard = (offset, row_stride)
-            rounded = _apply("round_logits", [wide], [], (seed, step, draws, layer), m, shard, dtype=piece.dtype)
-            piece.copy_(rounded.view(piece.shape))
+    flat = logits.view(-1, m)
+    counter = (seed, step, coef, draws, inv_temperature, layer)
+    full = reference.group_updated_logits
+    in_place = logits.dtype == torch.float32
+    for part in [slice(0, len(flat))] if in_place else _slices(flat, UPDATE_BYTES):
+        wide = flat[part].float()
+        groups = _Groups(wide, logits.shape[1] // m, group_offset, group_row_stride, part.start)
+        if n <= reference.EXACT_SCORE_MAX_N:
+            _draw_into(wide, certain.group_updated_logits, full, groups, counter, limit=UPDATE_BYTES, n=n)
+        else:
+            # the estimate of the score by arrival times needs all keys
+            for which in _slices(wide, UPDATE_BYTES):
+                (wide[which],) = groups.run(full, which, counter, (), n=n)
+        if not in_place:
+            whole = slice(0, len(wide))
+            round_counter = (seed, step, draws, layer)
+            (flat[part],) = groups.run(reference.group_round_logits, whole, round_counter, (), dtype=logits.dtype)

@@ -9,10 +9,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from .functional import LOGIT_DTYPES, top_n_mask
+from .functional import LOGIT_DTYPES
 from .masks import gap_for_flip_rate, initial_codes
 from .modules import Clock, MaskedLinear, check_gap, masked_layers
-from .ops import mask_weight
 from .pattern import NMPattern
 
 DEFAULT_GAP = 10.0
@@ -95,6 +94,8 @@ def convert(
 def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     """Bake the top-N masks in: every MaskedLinear becomes an nn.Linear with exact zeros, in place.
 
+    Weights and biases stay frozen where they were.
+
     Args:
         model: a converted model.
         to: "dense".
@@ -110,10 +111,8 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     replacements = {}
     with torch.no_grad():
         for layer in masked_layers(model).values():
-            codes = top_n_mask(layer.logits.detach(), layer.pattern)
             linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            weight = mask_weight(layer.weight.detach().contiguous(), codes, layer.pattern.m)
-            linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            linear.weight = nn.Parameter(layer.top_n_weight(), requires_grad=layer.weight.requires_grad)
             linear.bias = layer.bias
             replacements[id(layer)] = linear.train(layer.training)
     _replace(model, replacements)

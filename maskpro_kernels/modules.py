@@ -19,7 +19,7 @@ from .functional import (
     sample_masked_weight,
     top_n_mask,
 )
-from .ops import mask_weight
+from .ops import top_n_masked_weight
 from .pattern import NMPattern
 from .philox import MAX_LAYERS
 
@@ -156,8 +156,12 @@ class MaskedLinear(nn.Module):
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
         if self.training:
             return sample_masked_weight(self.weight, self.logits, self.pattern, **self.counter())
-        weight = self.weight.contiguous()
-        return mask_weight(weight, top_n_mask(self.logits.detach(), self.pattern), self.pattern.m)
+        return self.top_n_weight()
+
+    def top_n_weight(self) -> Tensor:
+        """The weight [out, K] where its logit is among the N largest of its group, exact zeros elsewhere."""
+        logits = self.logits.detach().contiguous()
+        return top_n_masked_weight(self.weight.contiguous(), logits, self.pattern.n, self.pattern.m)
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import warnings
 
 import torch
 from torch import Tensor
@@ -42,21 +41,11 @@ def _kernels():
     return importlib.import_module("maskpro_kernels.kernels.sampling")
 
 
-_compilation_failed = False
-
-
 def _reference(name: str, args: tuple, scalars: tuple = (), **constants: int):
     """Run the reference, compiled where possible; ``scalars`` become 0-dim tensors so that no value is compiled in."""
-    global _compilation_failed
     tensors = [torch.tensor(s, dtype=torch.float32 if isinstance(s, float) else torch.int64) for s in scalars]
-    if compiler_available() and not _compilation_failed:
-        try:
-            return getattr(compiled, name)(*args, *tensors, **constants)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            _compilation_failed = True
-            first_line = str(error).splitlines()[0]
-            warnings.warn(f"torch.compile failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
-    return getattr(reference, name)(*args, *tensors, **constants)
+    module = compiled if compiler_available() else reference
+    return getattr(module, name)(*args, *tensors, **constants)
 
 
 def _uses_kernels(tensor: Tensor) -> bool:
@@ -144,30 +133,30 @@ def _(scores, n, m):
     return scores.new_empty((scores.shape[0], scores.shape[1] // m), dtype=code_dtype(m))
 
 
-@torch.library.custom_op("maskpro::mask_weight", mutates_args=())
-def mask_weight(weight: Tensor, codes: Tensor, m: int) -> Tensor:
-    """The weight [rows, K] under the mask of codes [rows, K / M], exact zeros elsewhere."""
+@torch.library.custom_op("maskpro::top_n_masked_weight", mutates_args=())
+def top_n_masked_weight(weight: Tensor, scores: Tensor, n: int, m: int) -> Tensor:
+    """The weight [rows, K] where its score is among the N largest of its group, exact zeros elsewhere."""
     if _uses_kernels(weight):
-        return _kernels().mask_weight(weight, codes, m)
-    return _reference("mask_weight", (weight, codes), m=m)
+        return _kernels().top_n_masked_weight(weight, scores, n, m)
+    return _reference("top_n_masked_weight", (weight, scores), n=n, m=m)
 
 
-@mask_weight.register_fake
-def _(weight, codes, m):
+@top_n_masked_weight.register_fake
+def _(weight, scores, n, m):
     return torch.empty_like(weight)
 
 
-def _mask_weight_context(ctx, inputs, output):
-    _, codes, ctx.m = inputs
-    ctx.save_for_backward(codes)
+def _top_n_masked_weight_context(ctx, inputs, output):
+    _, scores, ctx.n, ctx.m = inputs
+    ctx.save_for_backward(scores)
 
 
-def _mask_weight_backward(ctx, grad):
-    (codes,) = ctx.saved_tensors
-    return mask_weight(grad.contiguous(), codes, ctx.m), None, None
+def _top_n_masked_weight_backward(ctx, grad):
+    (scores,) = ctx.saved_tensors
+    return top_n_masked_weight(grad.contiguous(), scores, ctx.n, ctx.m), None, None, None
 
 
-mask_weight.register_autograd(_mask_weight_backward, setup_context=_mask_weight_context)
+top_n_masked_weight.register_autograd(_top_n_masked_weight_backward, setup_context=_top_n_masked_weight_context)
 
 
 @torch.library.custom_op("maskpro::mask_score", mutates_args=())

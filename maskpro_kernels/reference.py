@@ -511,8 +511,8 @@ def group_top_n_mask(scores, *, n):
     return encode(top_n(columns(scores), n), code_dtype(scores.shape[-1]))
 
 
-def group_mask_weight(weight, codes):
-    return masked(weight, decode(codes, weight.shape[-1]))
+def group_top_n_masked_weight(weight, scores, *, n):
+    return masked(weight, top_n(columns(scores), n))
 
 
 def group_mask_log_prob(logits, codes, *, n):
@@ -528,22 +528,27 @@ def group_mask_score(logits, codes, grad, *, n):
     return uncolumns([s * grad for s in scores])
 
 
-def group_score_update_(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
+def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
+    """float32 groups: logits less the sum over k of coef[k] * score(mask of draw draws[k])."""
     xs = [x.to(torch.float32) for x in columns(logits)]
     z = scaled(xs, inv_temperature)
-    delta = None
+    scores = []
     for k in range(coef.shape[0]):
         keys = drawn_keys(z, group, seed, step, layer, draws[k])
         kept = top_n(keys, n)
-        scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else arrival_score(z, keys, kept)
+        scores.append(exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else arrival_score(z, keys, kept))
+    return uncolumns(moved(xs, scores, coef, inv_temperature))
+
+
+def moved(xs, scores, coef, inv_temperature):
+    """Columns of logits less the sum over k of coef[k] * scores[k], scores in logits over temperature."""
+    delta = None
+    for k, columns_of_draw in enumerate(scores):
         # d z / d logits is 1 / temperature
         scale = coef[k] * inv_temperature
-        terms = [s * scale for s in scores]
+        terms = [s * scale for s in columns_of_draw]
         delta = terms if delta is None else [d + t for d, t in zip(delta, terms, strict=True)]
-    new = uncolumns([x - d for x, d in zip(xs, delta, strict=True)])
-    if logits.dtype != torch.float32:
-        new = group_round_logits(new, group, seed, step, draws, layer, dtype=logits.dtype)
-    logits.copy_(new)
+    return [x - d for x, d in zip(xs, delta, strict=True)]
 
 
 def group_round_logits(x, group, seed, step, draws, layer, *, dtype):
@@ -579,9 +584,9 @@ def top_n_mask(scores, *, n, m):
     return group_top_n_mask(grouped(scores, m), n=n)
 
 
-def mask_weight(weight, codes, *, m):
-    """The weight [rows, K] under the mask of group codes, exact zeros elsewhere."""
-    return group_mask_weight(grouped(weight, m), codes).view(weight.shape)
+def top_n_masked_weight(weight, scores, *, n, m):
+    """The weight [rows, K] where its score is among the N largest of its group, exact zeros elsewhere."""
+    return group_top_n_masked_weight(grouped(weight, m), grouped(scores, m), n=n).view(weight.shape)
 
 
 def mask_log_prob(logits, codes, *, n, m):
@@ -601,4 +606,8 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
     are rounded stochastically, once, with words of the rounding stream under the first draw's id.
     """
     group = group_index(logits, group_offset, group_row_stride, m)
-    group_score_update_(grouped(logits, m), group, seed, step, coef, draws, inv_temperature, layer, n=n)
+    counter = (group, seed, step)
+    new = group_updated_logits(grouped(logits, m), *counter, coef, draws, inv_temperature, layer, n=n)
+    if logits.dtype != torch.float32:
+        new = group_round_logits(new, *counter, draws, layer, dtype=logits.dtype)
+    logits.copy_(new.view(logits.shape))

@@ -17,7 +17,7 @@ KERNELS = [
     "sample_mask",
     "sample_masked_weight",
     "top_n_mask",
-    "mask_weight",
+    "top_n_masked_weight",
     "mask_log_prob",
     "mask_score",
     "score_update",

@@ -121,9 +121,6 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
         sampling.sample_masked_weight(weight, logits, n, m, TEMPERATURE, *counter),
         reference.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
         compiled.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
-        sampling.mask_weight(weight, codes, m),
-        reference.mask_weight(weight, codes, m=m),
-        compiled.mask_weight(weight, codes, m=m),
     ):
         assert torch.equal(result.isnan(), expected.isnan())
         assert torch.equal(result.nan_to_num(), expected.nan_to_num())

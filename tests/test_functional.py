@@ -337,7 +337,7 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
         "sample_mask": (logits, *counter, 1, 0, 2),
         "sample_masked_weight": (weight, logits, *counter, 1, 0, 2),
         "top_n_mask": (logits, 2, 4),
-        "mask_weight": (weight, codes, 4),
+        "top_n_masked_weight": (weight, logits, 2, 4),
         "mask_log_prob": (logits, codes, 2, 4),
         "mask_score": (logits, codes, torch.ones(2, 2), 2, 4),
         "score_update_": (logits, torch.tensor([0.5, 1.0]), *counter, torch.tensor([0, 1]), 0, 2),
@@ -351,7 +351,7 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
         "sample_mask",
         "sample_masked_weight",
         "top_n_mask",
-        "mask_weight",
+        "top_n_masked_weight",
         "mask_log_prob",
         "mask_score",
         "score_update_",
@@ -382,11 +382,26 @@ def test_a_compiler_that_fails_leaves_the_eager_reference(monkeypatch):
 
     monkeypatch.setattr(ops, "interpreting", lambda: False)
     monkeypatch.setattr(ops, "compiler_available", lambda: True)
-    monkeypatch.setattr(ops, "_compilation_failed", False)
-    monkeypatch.setattr(compiled, "top_n_mask", failing)
+    monkeypatch.setattr(compiled.Graph, "compiler_failed", False)
+    compiled.graph.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
     with pytest.warns(UserWarning, match="torch.compile failed"):
         codes = mk.top_n_mask(torch.tensor([3.0, 1.0, 2.0, 0.0]), "2:4")
     assert codes.tolist() == [0b0101]
+    # the next one does not try again
+    logits = normal(5, 64)
+    expected = reference_update(logits)
+    assert torch.equal(mk.score_update_(logits, 0.5, pattern="2:4", seed=3), expected)
+    compiled.graph.cache_clear()
+
+
+def reference_update(logits: torch.Tensor) -> torch.Tensor:
+    """What ``score_update_(logits, 0.5, pattern="2:4", seed=3)`` gives, by the eager reference."""
+    updated = logits.clone()
+    seed, step, draws, layer, offset, stride = (torch.tensor(i) for i in (3, 0, [0], 0, 0, logits.shape[1] // 4))
+    coef, inverse = torch.tensor([0.5]), torch.tensor(1.0)
+    reference.score_update_(updated, coef, seed, step, draws, inverse, layer, offset, stride, n=2, m=4)
+    return updated
 
 
 def linear_arguments(shape: tuple[int, ...] = (2, 3, 8)) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ ORDER = [
     "pattern",
     "philox",
     "reference",
+    "certain",
     "compiled",
     "kernels.device",
     "kernels.launch",

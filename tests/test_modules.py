@@ -260,4 +260,4 @@ def test_forward_runs_on_the_kernels(monkeypatch, launched):
     monkeypatch.setattr(ops, "interpreting", lambda: True)
     layer.train()(torch.randn(3, 16))
     layer.eval()(torch.randn(3, 16))
-    assert launched == {"sample_masked_weight": 1, "top_n_mask": 1, "mask_weight": 1}
+    assert launched == {"sample_masked_weight": 1, "top_n_masked_weight": 1}

@@ -34,7 +34,7 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
         "sample_mask",
         "sample_masked_weight",
         "top_n_mask",
-        "mask_weight",
+        "top_n_masked_weight",
         "mask_log_prob",
         "mask_score",
         "score_update",

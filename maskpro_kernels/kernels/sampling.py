@@ -153,9 +153,12 @@ def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.con
 
 
 @triton.jit(do_not_specialize=["total"])
-def mask_weight_kernel(weight, codes, out, total: tl.int64, M: tl.constexpr, BLOCK: tl.constexpr):
+def top_n_masked_weight_kernel(
+    scores, weight, out, total: tl.int64, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr
+):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    store_masked(out, weight, load_codes(codes, first, total, BLOCK), first, total, M, BLOCK)
+    kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
+    store_masked(out, weight, d.encode(kept, M), first, total, M, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -284,10 +287,12 @@ def top_n_mask(scores, n, m):
     return codes
 
 
-def mask_weight(weight, codes, m):
-    """``reference.mask_weight`` as one kernel."""
+def top_n_masked_weight(weight, scores, n, m):
+    """``reference.top_n_masked_weight`` as one kernel."""
     out = torch.empty_like(weight)
-    launch(mask_weight_kernel, "mask_weight", m, codes.numel(), weight.device, weight, codes, out, codes.numel())
+    groups = scores.numel() // m
+    launch(top_n_masked_weight_kernel, "top_n_masked_weight", m, groups, weight.device,
+           scores, weight, out, groups, N=n)  # fmt: skip
     return out
 
 

@@ -1,0 +1,66 @@
+"""Draws without logarithms: most groups of a sharp mask keep their N largest logits whatever the noise.
+
+Noise lies between LEAST_NOISE and ``noise_bound``, so a draw keeps the N largest logits unless some
+dropped one, with its bound added, reaches the smallest kept one with the least noise added. Rounded
+addition is monotone, so the comparison holds for the rounded keys of ``reference`` as well. Functions
+take groups as ``reference`` does, and say which groups are undecided: those have to be drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import philox, reference
+
+# Below gumbel(2**32 - 1) = -ln(33 ln 2) = -3.13000
+LEAST_NOISE = -3.1301
+# -ln(2^-30) and the exponent's bias of 127, in nats, and slack for the roundings below
+BOUND_AT_ZERO = 157 * reference.LN2 + 1e-3
+NATS_PER_BIT_PATTERN = reference.LN2 / (1 << 23)
+
+
+def noise_bound(r):
+    """An upper bound of gumbel(r), r 32-bit integers in int64; within 0.1 of it for 2^7 <= r < 2^28.
+
+    -ln(-ln(1 - u)) <= -ln(u), and the bit pattern of a float, read as an integer, is a piecewise linear
+    lower bound of its log2 (Schraudolph 1999).
+    """
+    quarter = (r >> 2).to(torch.int32).to(torch.float32)
+    return BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * NATS_PER_BIT_PATTERN
+
+
+def undecided(z, kept, words):
+    """uint8 1 where a weight dropped by ``kept``, the N largest of ``z``, might be drawn; else 0."""
+    bounds = [torch.where(k, -torch.inf, z_i + noise_bound(r)) for z_i, k, r in zip(z, kept, words, strict=True)]
+    highest = bounds[0]
+    for bound in bounds[1:]:
+        highest = torch.maximum(highest, bound)
+    _, smallest = reference.extremes(z, kept)
+    return torch.where(highest < smallest + LEAST_NOISE, 0, 1).to(torch.uint8)
+
+
+def group_draw(logits, group, seed, step, inv_temperature, layer, draw, n):
+    """(kept columns of the N largest logits, where the draw is undecided)."""
+    z = reference.scaled(reference.columns(logits), inv_temperature)
+    kept = reference.top_n(z, n)
+    words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
+    return kept, undecided(z, kept, words)
+
+
+def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
+    """(``reference.group_updated_logits`` where all draws are certain, else the logits; where one is not).
+
+    N is at most EXACT_SCORE_MAX_N.
+    """
+    xs = reference.columns(logits)
+    z = reference.scaled(xs, inv_temperature)
+    kept = reference.top_n(z, n)
+    scores = reference.exact_score(z, kept, n)
+    open_draws = None
+    for k in range(coef.shape[0]):
+        words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draws[k])
+        here = undecided(z, kept, words)
+        open_draws = here if open_draws is None else open_draws | here
+    moved = reference.moved(xs, [scores] * coef.shape[0], coef, inv_temperature)
+    new = [torch.where(open_draws == 0, after, before) for after, before in zip(moved, xs, strict=True)]
+    return reference.uncolumns(new), open_draws

@@ -1,0 +1,125 @@
+"""Draws that need no logarithm: the bound on the noise, and the bits of the route that uses it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from maskpro_kernels import certain, compiled, reference
+
+SEED, STEP, LAYER, OFFSET = 0x123456789ABCDEF, 7, 3, 21
+INVERSE_TEMPERATURE = 1.3
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+
+
+def words_of_all_sizes() -> torch.Tensor:
+    """Both ends of the range densely, the neighbours of all powers of two, and a million in between."""
+    ends = torch.arange(1 << 18)
+    powers = torch.cat([(1 << k) + torch.arange(-64, 65) for k in range(8, 32)])
+    generator = torch.Generator().manual_seed(0)
+    between = torch.randint(0, 1 << 32, (1_000_000,), generator=generator)
+    return torch.cat([ends, powers, between, (1 << 32) - 1 - ends])
+
+
+def test_noise_lies_between_the_bounds():
+    r = words_of_all_sizes()
+    noise = reference.gumbel(r)
+    slack = certain.noise_bound(r) - noise
+    assert slack.min() > 0
+    assert noise.min() > certain.LEAST_NOISE
+    # a bound that is loose would leave nothing certain
+    assert slack[(r >= 1 << 7) & (r < 1 << 28)].max() < 0.1
+    assert noise.min() - certain.LEAST_NOISE < 1e-3
+
+
+def sharp_logits(groups: int, n: int, m: int, gap: float, dtype=torch.float32) -> torch.Tensor:
+    """Logits of a mask at that gap, with ties inside groups and groups that lie far from 0."""
+    generator = torch.Generator().manual_seed(groups + m)
+    kept = torch.rand(groups, m, generator=generator).topk(n).indices
+    logits = torch.zeros(groups, m).scatter_(1, kept, gap) + 40 * torch.randn(groups, 1, generator=generator)
+    logits[::3] += 0.1 * torch.randn(logits[::3].shape, generator=generator)
+    return logits.to(dtype).view(1, -1)
+
+
+def updated(route, logits, n, m, draws=(2,), shard=None):
+    logits = logits.clone()
+    coef = torch.tensor([3e3 / (k + 1) for k in range(len(draws))])
+    counter = (scalar(SEED), scalar(STEP), torch.tensor(draws), scalar(INVERSE_TEMPERATURE), scalar(LAYER))
+    offset, row_stride = shard or (OFFSET, logits.shape[1] // m)
+    route.score_update_(logits, coef, *counter, scalar(offset), scalar(row_stride), n=n, m=m)
+    return logits
+
+
+def drawn(route, logits, n, m, weight=None, shard=None):
+    offset, row_stride = shard or (OFFSET, logits.shape[1] // m)
+    scalars = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2, offset, row_stride)]
+    if weight is None:
+        return route.sample_mask(logits, *scalars, n=n, m=m)
+    return route.sample_masked_weight(weight, logits, *scalars, n=n, m=m)
+
+
+@pytest.mark.parametrize("gap", [0.0, 4.0, 10.0, 30.0])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8)])
+def test_certain_draws_are_the_drawn_ones(n, m, gap):
+    """Where nothing, some, few and all groups are certain."""
+    logits = sharp_logits(150_003, n, m, gap)
+    group = torch.arange(150_003) + OFFSET
+    counter = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2)]
+    kept, undecided = certain.group_draw(logits.view(-1, m), group, *counter, n)
+    expected = reference.group_drawn(logits.view(-1, m), group, *counter, n)
+    differs = (torch.stack(kept) != torch.stack(expected)).any(0)
+    assert not (differs & (undecided == 0)).any()
+    share = float(undecided.float().mean())
+    low, high = {0.0: (1, 1), 4.0: (0.05, 0.5), 10.0: (1e-5, 0.01), 30.0: (0, 0)}[gap]
+    assert low <= share <= high, share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gap", [0.0, 4.0, 10.0])
+def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
+    logits = sharp_logits(150_003, 2, 4, gap, dtype)
+    assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
+    expected = updated(reference, logits, 2, 4)
+    assert torch.equal(updated(compiled, logits, 2, 4), expected)
+    assert not torch.equal(expected, logits)
+
+
+@pytest.mark.parametrize("groups", [1, 7, 31, 32, 33, 64, 65, 4_096])
+def test_any_number_of_groups(groups):
+    logits = sharp_logits(groups, 2, 4, 4.0)
+    assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
+    assert torch.equal(updated(compiled, logits, 2, 4), updated(reference, logits, 2, 4))
+
+
+def test_several_draws_and_a_shard_with_rows_apart():
+    logits = sharp_logits(300 * 500, 2, 4, 8.0).view(300, -1)
+    shard = (1_000, 777)
+    assert torch.equal(drawn(compiled, logits, 2, 4, shard=shard), drawn(reference, logits, 2, 4, shard=shard))
+    for draws in [(2,), (5, 9)]:
+        expected = updated(reference, logits, 2, 4, draws, shard)
+        assert torch.equal(updated(compiled, logits, 2, 4, draws, shard), expected)
+        assert not torch.equal(expected, logits)
+
+
+@pytest.mark.parametrize(
+    ("m", "dtype"), list(itertools.product([2, 4, 8], [torch.float32, torch.bfloat16, torch.float16])), ids=str
+)
+def test_weights_are_masked_as_words_of_several(m, dtype):
+    """Values whose bits show: negative zero, NaN, infinity, and a weight that starts inside a word."""
+    logits = sharp_logits(5_003, m // 2, m, 8.0)
+    generator = torch.Generator().manual_seed(1)
+    storage = torch.randn(logits.numel() + 1, generator=generator).to(dtype)
+    storage[:6] = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan, -1.0]).to(dtype)
+    integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    for weight in (storage[:-1].view(1, -1), storage[1:].view(1, -1)):
+        expected = drawn(reference, logits, m // 2, m, weight)
+        result = drawn(compiled, logits, m // 2, m, weight)
+        assert torch.equal(result.view(integers), expected.view(integers))
+        expected = reference.top_n_masked_weight(weight, logits, n=m // 2, m=m)
+        result = compiled.top_n_masked_weight(weight, logits, n=m // 2, m=m)
+        assert torch.equal(result.view(integers), expected.view(integers))
