@@ -59,24 +59,19 @@ class Graph:
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         }
         self.eager = bound
-        self.compiled = torch.compile(bound, dynamic=True, fullgraph=True, options=options)
-        self.called = False
+        self.compiled = torch.compile(bound, fullgraph=True, options=options)
 
-    def __call__(self, *args):
-        if self.called:
-            return self.compiled(*args)
+    def __call__(self, group_tensors: list[Tensor], *args):
         if not Graph.compiler_failed:
+            for x in group_tensors:
+                torch._dynamo.mark_dynamic(x, 0)
             try:
-                # Module-level float constants must be constants of the graph
-                with torch._dynamo.config.patch(specialize_float=True):
-                    results = self.compiled(*args)
-                self.called = True
-                return results
+                return self.compiled(group_tensors, *args)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 Graph.compiler_failed = True
                 first_line = str(error).splitlines()[0]
                 warnings.warn(f"torch.compile failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
-        return self.eager(*args)
+        return self.eager(group_tensors, *args)
 
 
 @functools.cache
