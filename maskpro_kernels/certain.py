@@ -47,20 +47,24 @@ def group_draw(logits, group, seed, step, inv_temperature, layer, draw, n):
     return kept, undecided(z, kept, words)
 
 
-def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
-    """(``reference.group_updated_logits`` where all draws are certain, else the logits; where one is not).
+def score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
+    """(``reference.score_terms`` where the draw is certain, where it is undecided), N <= EXACT_SCORE_MAX_N."""
+    kept = reference.top_n(z, n)
+    words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
+    scale = coef * inv_temperature
+    return [s * scale for s in reference.exact_score(z, kept, n)], undecided(z, kept, words)
 
-    N is at most EXACT_SCORE_MAX_N.
-    """
+
+def group_score_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):
+    z = reference.scaled(reference.columns(logits), inv_temperature)
+    terms, open_draws = score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n)
+    return reference.uncolumns(terms), open_draws
+
+
+def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
+    """(``reference.group_updated_logits`` of one draw where it is certain, else the logits; where it is undecided)."""
     xs = reference.columns(logits)
     z = reference.scaled(xs, inv_temperature)
-    kept = reference.top_n(z, n)
-    scores = reference.exact_score(z, kept, n)
-    open_draws = None
-    for k in range(coef.shape[0]):
-        words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draws[k])
-        here = undecided(z, kept, words)
-        open_draws = here if open_draws is None else open_draws | here
-    moved = reference.moved(xs, [scores] * coef.shape[0], coef, inv_temperature)
-    new = [torch.where(open_draws == 0, after, before) for after, before in zip(moved, xs, strict=True)]
+    terms, open_draws = score_terms(z, group, seed, step, coef[0], draws[0], inv_temperature, layer, n)
+    new = [torch.where(open_draws == 0, x - t, x) for x, t in zip(xs, terms, strict=True)]
     return reference.uncolumns(new), open_draws

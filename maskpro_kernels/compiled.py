@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def _consecutive() -> Tensor:
 
 def _draw_into(
     out: Tensor,
-    first: Callable,
+    first: Callable | None,
     full: Callable,
     groups: _Groups,
     counter: Sequence[Tensor],
@@ -162,10 +162,14 @@ def _draw_into(
     limit: int = DRAW_BYTES,
     **constants,
 ) -> None:
-    """out [groups, ...] = ``full`` of (others, logits, indices), through ``first`` where that decides it.
+    """out [groups, ...] = ``full`` of (others, logits, indices), through ``first``, if any, where that decides it.
 
     ``out`` may hold the logits themselves: ``first`` leaves undecided groups as they are.
     """
+    if first is None:
+        for which in _slices(out, limit):
+            (out[which],) = groups.run(full, which, counter, others, **constants)
+        return
     open_groups = []
     for which in _slices(out, limit):
         result, undecided = groups.run(first, which, counter, others, **constants)
@@ -295,19 +299,32 @@ def mask_score(logits, codes, grad, *, n, m):
 def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):
     """``reference.score_update_``."""
     flat = logits.view(-1, m)
-    counter = (seed, step, coef, draws, inv_temperature, layer)
-    full = reference.group_updated_logits
     in_place = logits.dtype == torch.float32
     for part in [slice(0, len(flat))] if in_place else _slices(flat, UPDATE_BYTES):
         wide = flat[part].float()
         groups = _Groups(wide, logits.shape[1] // m, group_offset, group_row_stride, part.start)
-        if n <= reference.EXACT_SCORE_MAX_N:
-            _draw_into(wide, certain.group_updated_logits, full, groups, counter, limit=UPDATE_BYTES, n=n)
-        else:
-            # the estimate of the score by arrival times needs all keys
-            for which in _slices(wide, UPDATE_BYTES):
-                (wide[which],) = groups.run(full, which, counter, (), n=n)
+        _update(groups, (seed, step), coef, draws, (inv_temperature, layer), n)
         if not in_place:
-            whole = slice(0, len(wide))
-            round_counter = (seed, step, draws, layer)
-            (flat[part],) = groups.run(reference.group_round_logits, whole, round_counter, (), dtype=logits.dtype)
+            whole, counter = slice(0, len(wide)), (seed, step, draws[:1], layer)
+            (flat[part],) = groups.run(reference.group_round_logits, whole, counter, (), dtype=logits.dtype)
+
+
+def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
+    """``reference.group_updated_logits``, in place, whatever the number of draws by the same graphs."""
+    # the estimate of the score by arrival times needs the keys of all groups
+    exact = n <= reference.EXACT_SCORE_MAX_N
+    if len(coef) == 1:
+        counter = (*seed_and_step, coef, draws, *rest)
+        first = certain.group_updated_logits if exact else None
+        _draw_into(groups.logits, first, reference.group_updated_logits, groups, counter, limit=UPDATE_BYTES, n=n)
+        return
+    for which in _slices(groups.logits, DRAW_BYTES):
+        piece = replace(groups, logits=groups.logits[which], start=groups.start + which.start)
+        terms = torch.empty_like(piece.logits)
+        delta = None
+        for k in range(len(coef)):
+            counter = (*seed_and_step, coef[k], draws[k], *rest)
+            first = certain.group_score_terms if exact else None
+            _draw_into(terms, first, reference.group_score_terms, piece, counter, n=n)
+            delta = terms.clone() if delta is None else delta.add_(terms)
+        piece.logits.sub_(delta)

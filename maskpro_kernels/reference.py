@@ -528,27 +528,30 @@ def group_mask_score(logits, codes, grad, *, n):
     return uncolumns([s * grad for s in scores])
 
 
+def score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
+    """Columns of coef * score(mask of a draw), the score in the logits, not in z."""
+    keys = drawn_keys(z, group, seed, step, layer, draw)
+    kept = top_n(keys, n)
+    scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else arrival_score(z, keys, kept)
+    # d z / d logits is 1 / temperature
+    scale = coef * inv_temperature
+    return [s * scale for s in scores]
+
+
+def group_score_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):
+    z = scaled(columns(logits), inv_temperature)
+    return uncolumns(score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n))
+
+
 def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
     """float32 groups: logits less the sum over k of coef[k] * score(mask of draw draws[k])."""
     xs = [x.to(torch.float32) for x in columns(logits)]
     z = scaled(xs, inv_temperature)
-    scores = []
-    for k in range(coef.shape[0]):
-        keys = drawn_keys(z, group, seed, step, layer, draws[k])
-        kept = top_n(keys, n)
-        scores.append(exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else arrival_score(z, keys, kept))
-    return uncolumns(moved(xs, scores, coef, inv_temperature))
-
-
-def moved(xs, scores, coef, inv_temperature):
-    """Columns of logits less the sum over k of coef[k] * scores[k], scores in logits over temperature."""
     delta = None
-    for k, columns_of_draw in enumerate(scores):
-        # d z / d logits is 1 / temperature
-        scale = coef[k] * inv_temperature
-        terms = [s * scale for s in columns_of_draw]
+    for k in range(coef.shape[0]):
+        terms = score_terms(z, group, seed, step, coef[k], draws[k], inv_temperature, layer, n)
         delta = terms if delta is None else [d + t for d, t in zip(delta, terms, strict=True)]
-    return [x - d for x, d in zip(xs, delta, strict=True)]
+    return uncolumns([x - d for x, d in zip(xs, delta, strict=True)])
 
 
 def group_round_logits(x, group, seed, step, draws, layer, *, dtype):

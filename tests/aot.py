@@ -70,7 +70,15 @@ def build(
         }
     )
     config = CONFIGURATIONS[kernel, m]
-    known = {"N": n, "M": m, "BLOCK": config.block, "NODES": nodes, "STEP": step, "WHOLE": True, "DRAWS": 1} | constants
+    known = {
+        "N": n,
+        "M": m,
+        "BLOCK": config.block,
+        "NODES": nodes,
+        "STEP": step,
+        "WHOLE": True,
+        "SEVERAL": False,
+    } | constants
     names = function.arg_names
     constexprs = {name: known[name] for name in names if name in known}
     signature = {name: "constexpr" if name in constexprs else types[name] for name in names}

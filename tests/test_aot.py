@@ -74,7 +74,8 @@ def test_every_kernel_compiles_for_every_target(n, m):
 
 
 def test_shards_and_several_draws_compile_for_every_target():
-    check([("sample_mask", 2, 4, "fp32", {"WHOLE": False}), ("score_update", 2, 4, "bf16", {"DRAWS": 4})])
+    check([("sample_mask", 2, 4, "fp32", {"WHOLE": False})])
+    check([("score_update", n, m, "bf16", {"SEVERAL": True}) for n, m in [(1, 4), (2, 4), (4, 8), (8, 16)]])
 
 
 @pytest.mark.slow

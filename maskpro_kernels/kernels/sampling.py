@@ -211,7 +211,22 @@ def mask_score_kernel(
     store_columns(out, scaled, first, total, M, BLOCK)
 
 
-@triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total"])
+@triton.jit
+def update_terms(z, group, seed, step, layer, draw, scale, N: tl.constexpr, M: tl.constexpr):
+    """Columns of scale * score(mask of a draw)."""
+    keys = d.drawn_keys(z, group, M, seed, step, layer, draw)
+    kept = d.top_n(keys, N, M)
+    if N <= d.EXACT_SCORE_MAX_N:
+        scores = d.exact_score(z, kept, N, M)
+    else:
+        scores = d.arrival_score(z, keys, kept, M)
+    terms = ()
+    for i in tl.static_range(M):
+        terms = terms + (scores[i] * scale,)
+    return terms
+
+
+@triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total", "count"])
 def score_update_kernel(
     logits,
     coef,
@@ -224,7 +239,8 @@ def score_update_kernel(
     row_stride: tl.int64,
     columns: tl.int64,
     total: tl.int64,
-    DRAWS: tl.constexpr,
+    count: tl.int64,
+    SEVERAL: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -236,19 +252,16 @@ def score_update_kernel(
     group = group_words_index(offset, row_stride, columns, first, BLOCK, WHOLE)
     seed_value = tl.load(seed)
     step_value = tl.load(step)
-    delta = x
-    for k in tl.static_range(DRAWS):
-        keys = d.drawn_keys(z, group, M, seed_value, step_value, layer, tl.load(draws + k))
-        kept = d.top_n(keys, N, M)
-        if N <= d.EXACT_SCORE_MAX_N:
-            scores = d.exact_score(z, kept, N, M)
-        else:
-            scores = d.arrival_score(z, keys, kept, M)
-        scale = tl.load(coef + k) * inv_temperature
-        terms = ()
-        for i in tl.static_range(M):
-            terms = terms + (d.add_term(delta[i], scores[i] * scale, k == 0),)
-        delta = terms
+    scale = tl.load(coef) * inv_temperature
+    delta = update_terms(z, group, seed_value, step_value, layer, tl.load(draws), scale, N, M)
+    if SEVERAL:
+        for k in range(1, count):
+            scale = tl.load(coef + k) * inv_temperature
+            terms = update_terms(z, group, seed_value, step_value, layer, tl.load(draws + k), scale, N, M)
+            total_terms = ()
+            for i in tl.static_range(M):
+                total_terms = total_terms + (delta[i] + terms[i],)
+            delta = total_terms
     new = ()
     for i in tl.static_range(M):
         new = new + (x[i] - delta[i],)
@@ -318,4 +331,5 @@ def score_update_(logits, coef, n, m, inv_temperature, seed, step, layer, draws,
     """``reference.score_update_`` as one kernel: logits read once and written once, however many draws."""
     counter, whole = _counter(logits, m, seed, step, layer, draws, offset, row_stride)
     launch(score_update_kernel, "score_update", m, counter[-1], logits.device,
-           logits, coef, inv_temperature, *counter, DRAWS=coef.numel(), N=n, WHOLE=whole)  # fmt: skip
+           logits, coef, inv_temperature, *counter, coef.numel(), SEVERAL=coef.numel() > 1,
+           N=n, WHOLE=whole)  # fmt: skip
