@@ -42,6 +42,7 @@ def convert(
     gap: float = DEFAULT_GAP,
     flip_rate: float | None = None,
     calibration: Iterable | None = None,
+    logits_dtype: torch.dtype = torch.float32,
 ) -> Conversion:
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights are shared, not copied.
 
@@ -54,6 +55,7 @@ def convert(
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches for "wanda", each a tensor, a tuple or a mapping given to the model.
+        logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
 
     Returns:
         A Conversion: names converted, names left out with the reason, and the gap.
@@ -65,7 +67,7 @@ def convert(
     pattern = NMPattern(pattern)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    check_gap(gap)
+    check_gap(gap, logits_dtype)
     if flip_rate is not None:
         if gap != DEFAULT_GAP:
             raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
@@ -85,7 +87,13 @@ def convert(
         if device not in all_clocks:
             all_clocks[device] = Clock(device=device)
         replacements[id(layer)] = MaskedLinear.from_linear(
-            layer, pattern, codes.pop(name), gap, layer=layer_id, clock=all_clocks[device]
+            layer,
+            pattern,
+            codes.pop(name),
+            gap,
+            logits_dtype=logits_dtype,
+            layer=layer_id,
+            clock=all_clocks[device],
         )
     _replace(model, replacements)
     return Conversion(list(layers), skipped, gap)

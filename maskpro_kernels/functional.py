@@ -130,18 +130,12 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
         raise TypeError(f"mask: expected a bool tensor, got {_describe(mask)}")
     _check_groups("mask", mask, pattern)
     groups = mask.unflatten(-1, (-1, pattern.m))
-    kept = groups.sum(-1, dtype=torch.int32)
-    wrong = (kept != pattern.n).nonzero()
-    if len(wrong):
-        where = tuple(wrong[0].tolist())
-        raise ValueError(
-            f"mask: expected exactly {pattern.n} of every {pattern.m} kept, "
-            f"got {int(kept[where])} in group {where} ({len(wrong)} groups differ)"
-        )
     code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
     for i in range(pattern.m):
         code |= groups[..., i].to(torch.int32) << i
-    return code.to(pattern.code_dtype)
+    code = code.to(pattern.code_dtype)
+    check_exactly_n("mask", code, pattern)
+    return code
 
 
 def expand_mask(codes: Tensor, pattern: str | NMPattern) -> Tensor:
@@ -325,8 +319,8 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
     if len(wrong):
         where = tuple(wrong[0].tolist())
         raise ValueError(
-            f"{name}: expected codes that keep exactly {pattern.n} of {pattern.m}, "
-            f"got {int(codes[where])} in group {where}"
+            f"{name}: expected exactly {pattern.n} of every {pattern.m} kept, "
+            f"got code {int(codes[where]):#x} in group {where} ({len(wrong)} groups differ)"
         )
 
 

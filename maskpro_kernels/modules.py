@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,7 +26,8 @@ from .philox import MAX_LAYERS
 class Clock(nn.Module):
     """Seed and step of the draws, 0-dim int64 buffers that all layers of a model share.
 
-    A shared submodule stays shared when the model is moved or copied.
+    A shared submodule stays shared when the model is moved or copied. Not part of the state_dict, where it
+    would stand under every layer as one shared tensor: the layers save its values in their extra state.
     """
 
     seed: Tensor
@@ -35,26 +35,28 @@ class Clock(nn.Module):
 
     def __init__(self, seed: int = 0, device: torch.device | str | None = None):
         super().__init__()
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device))
-        self.register_buffer("step", torch.tensor(0, dtype=torch.int64, device=device))
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("step", torch.tensor(0, dtype=torch.int64, device=device), persistent=False)
 
 
-def check_gap(gap: float) -> None:
-    """Raise unless ``gap`` can stand between kept and dropped logits."""
+def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
+    """Raise unless ``gap`` can stand between kept and dropped logits of ``dtype``."""
+    if dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits_dtype: expected float32, bfloat16 or float16, got {dtype}")
     if isinstance(gap, bool) or not isinstance(gap, (int, float)):
         raise TypeError(f"gap: expected a float, got {type(gap).__name__}")
-    if not math.isfinite(gap) or gap < 0:
-        raise ValueError(f"gap: expected a finite float of at least 0, got {gap}")
+    if not 0 <= gap <= torch.finfo(dtype).max:
+        raise ValueError(f"gap: expected a finite float of at least 0, got {gap} for logits in {dtype}")
 
 
-def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float) -> Tensor:
-    """float32 logits [..., K] of group codes [..., K / M]: ``gap`` where kept, 0 where dropped.
+def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits [..., K] of group codes [..., K / M]: ``gap`` where kept, 0 where dropped.
 
     Raises:
-        TypeError, ValueError: ``codes`` are not group codes, ``gap`` is not finite and at least 0.
+        TypeError, ValueError: ``codes`` are not group codes, ``gap`` is not finite in ``dtype`` and at least 0.
     """
-    check_gap(gap)
-    return expand_mask(codes, pattern) * torch.tensor(gap, dtype=torch.float32, device=codes.device)
+    check_gap(gap, dtype)
+    return expand_mask(codes, pattern) * torch.tensor(gap, dtype=dtype, device=codes.device)
 
 
 class MaskedLinear(nn.Module):
@@ -116,6 +118,7 @@ class MaskedLinear(nn.Module):
         init: str | Tensor = "magnitude",
         gap: float = 10.0,
         *,
+        logits_dtype: torch.dtype = torch.float32,
         layer: int = 0,
         clock: Clock | None = None,
     ) -> MaskedLinear:
@@ -126,6 +129,7 @@ class MaskedLinear(nn.Module):
             pattern: "N:M" or NMPattern.
             init: "magnitude" for the N largest weights of each group, or group codes [out, K / M].
             gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
+            logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
             layer, clock: as for the class.
 
         Raises:
@@ -134,7 +138,7 @@ class MaskedLinear(nn.Module):
         pattern = NMPattern(pattern)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
-        check_gap(gap)
+        check_gap(gap, logits_dtype)
         if not torch.isfinite(linear.weight).all():
             raise ValueError("linear: expected finite weights, got NaN or infinity")
         if isinstance(init, Tensor):
@@ -145,7 +149,7 @@ class MaskedLinear(nn.Module):
             codes = top_n_mask(linear.weight.detach().abs(), pattern)
         else:
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
-        logits = initial_logits(codes, pattern, gap)
+        logits = initial_logits(codes, pattern, gap, logits_dtype)
         return cls(linear.weight, linear.bias, logits, pattern, layer=layer, clock=clock).train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -176,15 +180,20 @@ class MaskedLinear(nn.Module):
         return {"seed": self.clock.seed, "step": self.clock.step, "layer": self.layer}
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.layer, self.pattern.n, self.pattern.m])
+        """int64 [5]: layer id, N, M, and the clock's seed and step."""
+        return torch.tensor(
+            [self.layer, self.pattern.n, self.pattern.m, int(self.clock.seed), int(self.clock.step)], dtype=torch.int64
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.layer = int(state[0])
+        self.layer, _, _, seed, step = state.tolist()
+        self.clock.seed.fill_(seed)
+        self.clock.step.fill_(step)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(f"{prefix}_extra_state")
-        if saved is not None and saved.tolist()[1:] != [self.pattern.n, self.pattern.m]:
-            _, n, m = saved.tolist()
+        if saved is not None and saved.tolist()[1:3] != [self.pattern.n, self.pattern.m]:
+            _, n, m, *_ = saved.tolist()
             raise ValueError(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 

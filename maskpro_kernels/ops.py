@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 
 import torch
 from torch import Tensor
 
 from . import compiled, reference
+from .kernels.launch import INTERPRETED
 from .pattern import code_dtype
 
 
 def interpreting() -> bool:
     """Whether CPU tensors go to the kernels through Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return INTERPRETED
 
 
 @functools.cache

@@ -249,8 +249,16 @@ def test_codes_are_taken_as_given():
         ({"first": torch.full((16, 3), 3, dtype=torch.uint8)}, ValueError, r"^init\['first'\]: .*shape \(16, 2\)"),
         ({"first": torch.full((2, 16), 3, dtype=torch.uint8)}, ValueError, r"^init\['first'\]: .*shape \(16, 2\)"),
         ({"second": torch.full((6, 4), 3)}, TypeError, r"^init\['second'\]: .*uint8.*int64"),
-        ({"second": torch.full((6, 4), 7, dtype=torch.uint8)}, ValueError, r"^init\['second'\]: .*exactly 2 of 4"),
-        ({"second": torch.full((6, 4), 0, dtype=torch.uint8)}, ValueError, r"^init\['second'\]: .*exactly 2 of 4"),
+        (
+            {"second": torch.full((6, 4), 7, dtype=torch.uint8)},
+            ValueError,
+            r"^init\['second'\]: .*exactly 2 of every 4",
+        ),
+        (
+            {"second": torch.full((6, 4), 0, dtype=torch.uint8)},
+            ValueError,
+            r"^init\['second'\]: .*exactly 2 of every 4",
+        ),
         ({"second": torch.full((6, 4), 0b10011, dtype=torch.uint8)}, ValueError, r"^init\['second'\]: .*exactly 2"),
     ],
 )

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import maskpro_kernels as mk
@@ -130,7 +131,7 @@ def test_gradient_reaches_x_and_not_the_frozen_weight(training):
         ({"init": None}, ValueError, "^init: "),
         ({"init": torch.full((6, 4), 3)}, TypeError, "^init: .*uint8"),
         ({"init": torch.full((6, 3), 3, dtype=torch.uint8)}, ValueError, r"^init: expected shape \(6, 4\)"),
-        ({"init": torch.full((6, 4), 7, dtype=torch.uint8)}, ValueError, "^init: .*exactly 2 of"),
+        ({"init": torch.full((6, 4), 7, dtype=torch.uint8)}, ValueError, "^init: .*exactly 2 of every"),
         ({"gap": -1.0}, ValueError, "^gap: "),
         ({"gap": torch.inf}, ValueError, "^gap: "),
         ({"gap": "10"}, TypeError, "^gap: "),
@@ -186,6 +187,31 @@ def test_state_dict_round_trip():
     assert (int(fresh[0].clock.seed), int(fresh[0].clock.step)) == (11, 1)
     for layer, same in ((model[0], fresh[0]), (model[3][0], fresh[3][0])):
         assert torch.equal(layer.drawn_codes(), same.drawn_codes())
+
+
+def test_state_dict_can_be_saved_as_safetensors(tmp_path):
+    model, fresh = two_layers(), two_layers()
+    model[0].clock.seed.fill_(11)
+    mk.advance(model)
+    save_file(model.state_dict(), tmp_path / "state.safetensors")
+    fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert_same_state(state(fresh), state(model))
+    assert torch.equal(model[0].drawn_codes(), fresh[0].drawn_codes())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_the_dtype_asked_for(dtype):
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=7.5, logits_dtype=dtype)
+    assert layer.logits.dtype == dtype
+    assert layer.logits.unique().tolist() == [0.0, 7.5]
+    assert layer.train()(torch.randn(3, 16)).dtype == torch.float32
+
+
+def test_gap_beyond_the_dtype_of_the_logits_is_refused():
+    with pytest.raises(ValueError, match="^gap: expected a finite float"):
+        mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=70_000.0, logits_dtype=torch.float16)
+    with pytest.raises(TypeError, match="^logits_dtype: expected float32"):
+        mk.MaskedLinear.from_linear(a_linear(), "2:4", logits_dtype=torch.float64)
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "4:8"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+# As triton reads it when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # How often each kernel has been launched in this process
