@@ -104,7 +104,7 @@ class Layer:
         assert abs(ours - eagers) <= 6 * (ours + eagers) ** 0.5, (ours, eagers)
 
         codes = mk.pack_mask(mask, PATTERN)
-        exact = reference.mask_score(self.logits, codes, torch.ones_like(codes, dtype=torch.float32), n=N, m=M)
+        exact = reference.mask_score(self.logits, codes, torch.ones_like(codes, dtype=torch.float32), 1.0, n=N, m=M)
         torch.testing.assert_close(eager.score(self.logits, mask), exact, rtol=0, atol=EAGER_SCORE_ERROR)
 
     @staticmethod

@@ -3,6 +3,7 @@
 from .convert import Conversion, convert, finalize
 from .estimators import Reinforce
 from .functional import (
+    codes_linear,
     expand_mask,
     mask_log_prob,
     masked_linear,
@@ -10,6 +11,7 @@ from .functional import (
     sample_mask,
     sample_masked_weight,
     score_update_,
+    top_n_linear,
     top_n_mask,
 )
 from .modules import MaskedLinear, advance, log_prob
@@ -26,6 +28,7 @@ __all__ = [
     "Reinforce",
     "StepRecord",
     "advance",
+    "codes_linear",
     "convert",
     "expand_mask",
     "finalize",
@@ -36,5 +39,6 @@ __all__ = [
     "sample_mask",
     "sample_masked_weight",
     "score_update_",
+    "top_n_linear",
     "top_n_mask",
 ]

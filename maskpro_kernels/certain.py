@@ -39,32 +39,37 @@ def undecided(z, kept, words):
     return torch.where(highest < smallest + LEAST_NOISE, 0, 1).to(torch.uint8)
 
 
-def group_draw(logits, group, seed, step, inv_temperature, layer, draw, n):
-    """(kept columns of the N largest logits, where the draw is undecided)."""
-    z = reference.scaled(reference.columns(logits), inv_temperature)
+def expected_mask(z, group, seed, step, layer, draw, n):
+    """(kept columns of the N largest, where a draw might differ)."""
     kept = reference.top_n(z, n)
     words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
     return kept, undecided(z, kept, words)
 
 
-def score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
-    """(``reference.score_terms`` where the draw is certain, where it is undecided), N <= EXACT_SCORE_MAX_N."""
-    kept = reference.top_n(z, n)
-    words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
-    scale = coef * inv_temperature
-    return [s * scale for s in reference.exact_score(z, kept, n)], undecided(z, kept, words)
-
-
-def group_score_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):
+def group_expected_mask(logits, group, seed, step, inv_temperature, layer, draw, n):
+    """``expected_mask`` of groups of logits."""
     z = reference.scaled(reference.columns(logits), inv_temperature)
-    terms, open_draws = score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n)
+    return expected_mask(z, group, seed, step, layer, draw, n)
+
+
+def expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
+    """(``reference.score_terms`` where the draw is certain, where it is undecided), N <= EXACT_SCORE_MAX_N."""
+    kept, open_draws = expected_mask(z, group, seed, step, layer, draw, n)
+    scale = coef * inv_temperature
+    return [s * scale for s in reference.exact_score(z, kept, n)], open_draws
+
+
+def group_expected_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):
+    """``expected_terms`` of groups of logits."""
+    z = reference.scaled(reference.columns(logits), inv_temperature)
+    terms, open_draws = expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n)
     return reference.uncolumns(terms), open_draws
 
 
-def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
-    """(``reference.group_updated_logits`` of one draw where it is certain, else the logits; where it is undecided)."""
+def group_expected_update(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
+    """(``reference.group_updated_logits`` of a single draw where it is certain, else the logits; where undecided)."""
     xs = reference.columns(logits)
     z = reference.scaled(xs, inv_temperature)
-    terms, open_draws = score_terms(z, group, seed, step, coef[0], draws[0], inv_temperature, layer, n)
+    terms, open_draws = expected_terms(z, group, seed, step, coef[0], draws[0], inv_temperature, layer, n)
     new = [torch.where(open_draws == 0, x - t, x) for x, t in zip(xs, terms, strict=True)]
     return reference.uncolumns(new), open_draws

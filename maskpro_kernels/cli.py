@@ -21,7 +21,7 @@ from .estimators import Reinforce
 from .evaluation import causal_lm_loss, perplexity
 from .export import check_output, load_logits, save_logits
 from .masks import initial_codes, initial_logits
-from .modules import MaskedLinear
+from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
 from .trainer import MaskTrainer
 
@@ -36,12 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0, or 2 after a wrong argument or an unreadable file, told in one line on stderr.
+        0, or 2 after a wrong argument, an unreadable file or a loss that is not finite, told in one line on stderr.
     """
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print("maskpro: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration-batches", type=int, default=16, metavar="C", help="distinct batches to cycle through, at most"
     )
     learn.add_argument("--lr", type=float, default=50.0, help="learning rate of the logits")
-    learn.add_argument("--alpha", type=float, default=0.99, help="memory of the tracker, in [0, 1)")
+    learn.add_argument("--alpha", type=float, default=0.99, help="memory of the tracker, in [0, 1]")
     exploration = learn.add_mutually_exclusive_group()
     exploration.add_argument(
         "--gap",
@@ -162,6 +162,8 @@ def _learn(args: argparse.Namespace) -> None:
         raise ValueError(f"gap: expected a positive number, got {args.gap}")
     if flip_rate is not None and not 0 < flip_rate < 1:
         raise ValueError(f"flip_rate: expected a fraction between 0 and 1, got {flip_rate}")
+    if args.seed >= 1 << 63:
+        raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
     estimator = Reinforce(lr=args.lr, alpha=args.alpha)
     device = _device(args.device)
     output = Path(args.output)
@@ -181,11 +183,8 @@ def _learn(args: argparse.Namespace) -> None:
     table = [_row("dense", model, test, 0.0)]
     began = time.perf_counter()
     conversion = convert(model, pattern, init="wanda", gap=args.gap, flip_rate=flip_rate, calibration=calibration)
-    masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    masked = masked_layers(model)
     codes = {"wanda": _codes(masked, pattern)}
-    # A flip rate was turned into a gap by convert: the logits have two values.
-    first = next(iter(masked.values())).logits.detach()
-    gap = (first.max() - first.min()).item()
     seconds = {"wanda": time.perf_counter() - began}
     began = time.perf_counter()
     codes["magnitude"] = initial_codes(masked, pattern, "magnitude")
@@ -195,21 +194,28 @@ def _learn(args: argparse.Namespace) -> None:
     # The mask that learning starts from goes last, so that its logits stay.
     rows = {}
     for init in sorted(codes, key=lambda init: init == args.init):
-        _set_logits(masked, codes[init], pattern, gap)
+        _set_logits(masked, codes[init], pattern, conversion.gap)
         rows[init] = _row(init, model, test, seconds[init])
     table += [rows["magnitude"], rows["wanda"]]
 
     trainer = MaskTrainer(model, causal_lm_loss, calibration, estimator, seed=args.seed)
     began = time.perf_counter()
-    records = trainer.run(args.steps)
+    base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    metadata = {"model": base, "pattern": str(pattern)}
+    try:
+        records = trainer.run(args.steps)
+    except (FloatingPointError, KeyboardInterrupt):
+        output.mkdir(parents=True, exist_ok=True)
+        save_logits(model, output / LOGITS, metadata)
+        print(f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}", file=sys.stderr)
+        raise
     table.append(_row("learned", model, test, time.perf_counter() - began))
     learned = _codes(masked, pattern)
     flips = {name: int((learned[name] != codes[args.init][name]).sum()) for name in masked}
     groups = sum(code.numel() for code in learned.values())
 
     output.mkdir(parents=True, exist_ok=True)
-    base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    save_logits(model, output / LOGITS, {"model": base, "pattern": str(pattern)})
+    save_logits(model, output / LOGITS, metadata)
     _save(finalize(model), tokenizer, output)
     _draw_picture(records, output / PICTURE)
     report = {
@@ -217,7 +223,7 @@ def _learn(args: argparse.Namespace) -> None:
         "pattern": str(pattern),
         "settings": {name: value for name, value in vars(args).items() if name not in ("run", "gap")},
         # Not among the settings: with a flip rate it is not the one on the command line.
-        "gap": gap,
+        "gap": conversion.gap,
         "versions": _versions(),
         "eval_tokens": test.numel(),
         "table": table,
@@ -259,14 +265,16 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_output(output)
-    run = _read_report(Path(args.source) / REPORT)
-    pattern = NMPattern(run["pattern"])
-    logits, _ = load_logits(Path(args.source) / LOGITS)
+    logits, metadata = load_logits(Path(args.source) / LOGITS)
+    missing = {"model", "pattern"} - metadata.keys()
+    if missing:
+        raise ValueError(f"run: expected logits of `maskpro learn`, got a file without {sorted(missing)}")
+    pattern = NMPattern(metadata["pattern"])
     codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
-    model, tokenizer = _load(run["model"], args.dtype, torch.device("cpu"))
+    model, tokenizer = _load(metadata["model"], args.dtype, torch.device("cpu"))
     convert(model, pattern, targets=list(codes), init=codes)
     _save(finalize(model), tokenizer, output)
-    print(f"{pattern} checkpoint of {run['model']} written to {output}")
+    print(f"{pattern} checkpoint of {metadata['model']} written to {output}")
 
 
 def _at_least(args: argparse.Namespace, **least: int) -> None:
@@ -316,7 +324,7 @@ def _set_logits(
 def _read_report(path: Path) -> dict:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return {name: report[name] for name in ("model", "pattern", "converted")}
+        return {name: report[name] for name in ("pattern", "converted")}
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}") from error
 

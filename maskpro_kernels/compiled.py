@@ -29,6 +29,9 @@ PIECE = 1 << 17
 DRAW_BYTES = 1 << 20
 UPDATE_BYTES = 1 << 21
 
+# Above, compiling a graph takes about a minute: there the full draw has to do alone
+CERTAIN_MAX_M = 8
+
 # A graph of one row would be another graph than that of many
 LEAST_ROWS = 2
 
@@ -36,11 +39,9 @@ LEAST_ROWS = 2
 class Graph:
     """A function of tensors of groups [rows, ROW, ...] as a graph that is compiled at its first call.
 
-    It checks nothing: whatever it depends on is in the key by which ``graph`` keeps it. Where the compiler
-    fails, this graph and all others run eagerly.
+    It checks nothing: what its results depend on is in the key by which ``graph`` keeps it. Where it cannot
+    be compiled it runs eagerly.
     """
-
-    compiler_failed = False
 
     def __init__(self, function: Callable, indexed: bool, constants: dict[str, int | torch.dtype]):
         def bound(group_tensors, *rest):
@@ -56,22 +57,32 @@ class Graph:
         options = {
             # With the heuristics inductor falls back to scalar code for the strided reads of a group
             "cpp.enable_tiling_heuristics": False,
+            # Bits must not depend on a user's settings
+            "cpp.enable_floating_point_contract_flag": "off",
+            "cpp.enable_unsafe_math_opt_flag": False,
+            # Else the number of rows and threads at the first call would decide how all later ones run
+            "cpp.dynamic_threads": True,
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         }
         self.eager = bound
-        self.compiled = torch.compile(bound, fullgraph=True, options=options)
+        self.run = torch.compile(bound, fullgraph=True, options=options)
+        self.ran = False
 
     def __call__(self, group_tensors: list[Tensor], *args):
-        if not Graph.compiler_failed:
-            for x in group_tensors:
-                torch._dynamo.mark_dynamic(x, 0)
-            try:
-                return self.compiled(group_tensors, *args)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                Graph.compiler_failed = True
-                first_line = str(error).splitlines()[0]
-                warnings.warn(f"torch.compile failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
-        return self.eager(group_tensors, *args)
+        for x in group_tensors:
+            torch._dynamo.mark_dynamic(x, 0)
+        try:
+            results = self.run(group_tensors, *args)
+        except Exception as error:
+            # what a compiler, its cache or its settings raise differs from release to release
+            if self.ran:
+                raise
+            self.run = self.eager
+            results = self.run(group_tensors, *args)
+            first_line = (str(error) or repr(error)).splitlines()[0]
+            warnings.warn(f"torch.compile failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
+        self.ran = True
+        return results
 
 
 @functools.cache
@@ -166,7 +177,7 @@ def _draw_into(
 
     ``out`` may hold the logits themselves: ``first`` leaves undecided groups as they are.
     """
-    if first is None:
+    if first is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
         for which in _slices(out, limit):
             (out[which],) = groups.run(full, which, counter, others, **constants)
         return
@@ -200,7 +211,8 @@ def _words(weight: Tensor, m: int) -> Tensor:
     size = min(m * weight.element_size(), 8)
     if weight.storage_offset() * weight.element_size() % size:
         weight = weight.clone()
-    return weight.view(-1).view(torch.int64 if size == 8 else torch.int32).view(weight.numel() // m, -1)
+    words = weight.view(-1).view(torch.int64 if size == 8 else torch.int32)
+    return words.view(-1, m * weight.element_size() // size)
 
 
 def _mask_words(words, kept):
@@ -221,12 +233,12 @@ def _mask_words(words, kept):
 
 
 def _certain_mask(logits, group, *counter, n):
-    kept, undecided = certain.group_draw(logits, group, *counter, n)
+    kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
     return reference.encode(kept, code_dtype(len(kept))), undecided
 
 
 def _certain_masked_weight(words, logits, group, *counter, n):
-    kept, undecided = certain.group_draw(logits, group, *counter, n)
+    kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
     return _mask_words(words, kept), undecided
 
 
@@ -236,6 +248,10 @@ def _drawn_masked_weight(words, logits, group, *counter, n):
 
 def _top_n_masked_weight(words, scores, *, n):
     return _mask_words(words, reference.top_n(reference.columns(scores), n))
+
+
+def _code_masked_weight(words, codes, *, m):
+    return _mask_words(words, reference.decode(codes, m))
 
 
 def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
@@ -277,22 +293,32 @@ def top_n_masked_weight(weight, scores, *, n, m):
     return out
 
 
-def mask_log_prob(logits, codes, *, n, m):
-    """``reference.mask_log_prob``."""
-    out = torch.empty(codes.shape)
-    groups, flat = logits.view(-1, m), codes.view(-1)
-    for which in _slices(out.view(-1)):
-        (out.view(-1)[which],) = _run(reference.group_mask_log_prob, [groups[which].float(), flat[which]], (), n=n)
+def code_masked_weight(weight, codes, *, n, m):
+    """``reference.code_masked_weight``."""
+    out = torch.empty_like(weight)
+    words, masked, flat = _words(weight, m), _words(out, m), codes.view(-1)
+    for which in _slices(masked):
+        (masked[which],) = _run(_code_masked_weight, [words[which], flat[which]], (), m=m)
     return out
 
 
-def mask_score(logits, codes, grad, *, n, m):
+def mask_log_prob(logits, codes, inv_temperature, *, n, m):
+    """``reference.mask_log_prob``."""
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    groups, flat = logits.view(-1, m), codes.view(-1)
+    for which in _slices(out.view(-1)):
+        tensors = [groups[which].float(), flat[which]]
+        (out.view(-1)[which],) = _run(reference.group_mask_log_prob, tensors, (inv_temperature,), n=n)
+    return out
+
+
+def mask_score(logits, codes, grad, inv_temperature, *, n, m):
     """``reference.mask_score``."""
-    out = torch.empty(logits.shape)
+    out = torch.empty(logits.shape, dtype=torch.float32)
     groups = logits.view(-1, m)
     for which in _slices(groups):
         tensors = [groups[which].float(), codes.view(-1)[which], grad.view(-1)[which]]
-        (out.view(-1, m)[which],) = _run(reference.group_mask_score, tensors, (), n=n)
+        (out.view(-1, m)[which],) = _run(reference.group_mask_score, tensors, (inv_temperature,), n=n)
     return out
 
 
@@ -310,12 +336,12 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
 
 
 def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
-    """``reference.group_updated_logits``, in place, whatever the number of draws by the same graphs."""
+    """``reference.group_updated_logits``, in place; all numbers of draws above one by the same graphs."""
     # the estimate of the score by arrival times needs the keys of all groups
     exact = n <= reference.EXACT_SCORE_MAX_N
     if len(coef) == 1:
         counter = (*seed_and_step, coef, draws, *rest)
-        first = certain.group_updated_logits if exact else None
+        first = certain.group_expected_update if exact else None
         _draw_into(groups.logits, first, reference.group_updated_logits, groups, counter, limit=UPDATE_BYTES, n=n)
         return
     for which in _slices(groups.logits, DRAW_BYTES):
@@ -324,7 +350,7 @@ def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
         delta = None
         for k in range(len(coef)):
             counter = (*seed_and_step, coef[k], draws[k], *rest)
-            first = certain.group_score_terms if exact else None
+            first = certain.group_expected_terms if exact else None
             _draw_into(terms, first, reference.group_score_terms, piece, counter, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
         piece.logits.sub_(delta)

@@ -50,7 +50,8 @@ def convert(
         model: any module that contains nn.Linear layers.
         pattern: "N:M" or NMPattern.
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all
-            but the output head, layers tied to an embedding, and layers that the pattern does not fit.
+            but the output head, layers whose weight is shared, layers with forward hooks, and layers that the
+            pattern does not fit.
         init: "magnitude", "wanda" (needs ``calibration``) or {name: group codes}; see ``initial_codes``.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
@@ -80,9 +81,12 @@ def convert(
             raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
     codes = initial_codes(layers, pattern, init, model, calibration)
 
-    all_clocks: dict[torch.device, Clock] = {}
+    # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
+    earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+    all_clocks = {layer.weight.device: layer.clock for layer in earlier}
+    first_id = max((layer.layer + 1 for layer in earlier), default=0)
     replacements = {}
-    for layer_id, (name, layer) in enumerate(layers.items()):
+    for layer_id, (name, layer) in enumerate(layers.items(), start=first_id):
         device = layer.weight.device
         if device not in all_clocks:
             all_clocks[device] = Clock(device=device)
@@ -131,10 +135,16 @@ def _select(
     model: nn.Module, pattern: NMPattern, targets: Sequence[str] | None
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """(layers to convert by name, reason by name of the layers left out)."""
-    # subclasses compute something else than x @ w.T + b, or rely on their type
-    linears = {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
+    everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in everything.items() if type(module) is nn.Linear}
     if not linears:
         raise ValueError("model: expected a module that contains nn.Linear layers, got none")
+    # they compute something else than x @ w.T + b, or rely on their type
+    subclasses = {
+        name: f"subclass of nn.Linear: {type(module).__name__}"
+        for name, module in everything.items()
+        if name not in linears
+    }
     bypassed = _bypassed(model)
     if targets is None:
         reasons = {
@@ -145,7 +155,7 @@ def _select(
         chosen = {name: module for name, module in linears.items() if name not in skipped}
         if not chosen:
             raise ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {skipped}")
-        return chosen, skipped
+        return chosen, skipped | subclasses
     if isinstance(targets, str):
         raise TypeError(f"targets: expected a sequence of fnmatch patterns, got the str {targets!r}")
     if not isinstance(targets, Sequence):
@@ -173,7 +183,7 @@ def _select(
             raise ValueError(
                 f"targets: expected in_features divisible by {pattern.m}, got {module.in_features} in {name}"
             )
-    return chosen, {name: "matches no target" for name in linears if name not in chosen}
+    return chosen, {name: "matches no target" for name in linears if name not in chosen} | subclasses
 
 
 def _bypassed(model: nn.Module) -> set[str]:
@@ -194,6 +204,11 @@ def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> 
     embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
     if any(weight is linear.weight for weight in embeddings):
         return "weight tied to an embedding"
+    others = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not linear)
+    if any(other.weight is linear.weight for other in others):
+        return "weight tied to another layer"
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return "has forward hooks, which its replacement would lose"
     if linear.in_features % pattern.m:
         return f"in_features {linear.in_features} not divisible by {pattern.m}"
     return None

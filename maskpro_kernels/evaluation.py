@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from .modules import evaluating
+
 
 def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token over a batch.
@@ -37,8 +39,8 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
 def perplexity(model: torch.nn.Module, windows: torch.Tensor, batch_size: int = 4, progress: bool = False) -> float:
     """exp of the mean next-token cross-entropy over windows; every token counts alike.
 
-    The model is evaluated in eval() mode, where masked layers take their top-N masks, and put back into the mode
-    it came in.
+    The model is evaluated in eval() mode, where masked layers take their top-N masks; every module is then put
+    back into the mode it came in.
 
     Args:
         model: a Hugging Face causal language model.
@@ -58,15 +60,10 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor, batch_size: int = 
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     device = next(model.parameters()).device
-    training = model.training
     total = 0.0
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in tqdm(windows.split(batch_size), desc="perplexity", disable=not progress, leave=False):
-                total += causal_lm_loss(model, batch.to(device)).item() * len(batch)
-    finally:
-        model.train(training)
+    with torch.inference_mode(), evaluating(model):
+        for batch in tqdm(windows.split(batch_size), desc="perplexity", disable=not progress, leave=False):
+            total += causal_lm_loss(model, batch.to(device)).item() * len(batch)
     try:
         return math.exp(total / len(windows))
     except OverflowError:

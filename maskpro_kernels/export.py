@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .modules import MaskedLinear
+from .modules import masked_layers
 
 
 def check_output(folder: str | Path) -> None:
@@ -45,13 +45,7 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, st
     wrong = next((item for item in metadata.items() if not all(isinstance(part, str) for part in item)), None)
     if wrong is not None:
         raise TypeError(f"metadata: expected strings as names and values, got {wrong!r}")
-    tensors = {
-        name: module.logits.detach().contiguous()
-        for name, module in model.named_modules()
-        if isinstance(module, MaskedLinear)
-    }
-    if not tensors:
-        raise ValueError("model: expected at least one MaskedLinear, got none")
+    tensors = {name: layer.logits.detach().contiguous() for name, layer in masked_layers(model).items()}
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:

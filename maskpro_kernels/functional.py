@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, philox
-from .pattern import NMPattern
+from .pattern import MaskSource, NMPattern
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,12 +54,9 @@ def sample_mask(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    matrix = _matrix("logits", logits, pattern)
-    inverse = _inverse_temperature(temperature)
-    seed, step = _counter_tensors(logits.device, seed, step)
-    _check_int("draw", draw, philox.MAX_DRAWS)
-    shard = _shard(matrix, pattern, layer, draw, group_offset, group_row_stride)
-    codes = ops.sample_mask(matrix, pattern.n, pattern.m, inverse, seed, step, *shard)
+    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
+    source, _, *counter = mask
+    codes = ops.sample_mask(source, *counter)
     return codes.view(*logits.shape[:-1], logits.shape[-1] // pattern.m)
 
 
@@ -89,14 +86,9 @@ def sample_masked_weight(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    matrix = _matrix("logits", logits, pattern)
+    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
     _check_like("weight", weight, logits)
-    inverse = _inverse_temperature(temperature)
-    seed, step = _counter_tensors(logits.device, seed, step)
-    _check_int("draw", draw, philox.MAX_DRAWS)
-    shard = _shard(matrix, pattern, layer, draw, group_offset, group_row_stride)
-    weights = _matrix("weight", weight, pattern)
-    masked = ops.sample_masked_weight(weights, matrix.detach(), pattern.n, pattern.m, inverse, seed, step, *shard)
+    masked = ops.masked_weight(_matrix("weight", weight, pattern), mask.tensor.detach(), *mask[1:])
     return masked.view(weight.shape)
 
 
@@ -159,7 +151,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
-        codes: group codes [..., K / M] that keep exactly N.
+        codes: group codes [..., K / M] that keep exactly N, which is not checked: it would wait for the device.
         pattern: "N:M" or NMPattern.
 
     Returns:
@@ -172,7 +164,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
     matrix = _matrix("logits", logits, pattern)
     check_codes("codes", codes, pattern, logits)
     flat = codes.reshape(matrix.shape[0], matrix.shape[1] // pattern.m).contiguous()
-    return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m).view(codes.shape)
+    return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m, 1.0).view(codes.shape)
 
 
 def score_update_(
@@ -211,6 +203,8 @@ def score_update_(
     matrix = _matrix("logits", logits, pattern).detach()
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
+    if logits.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")
     inverse = _inverse_temperature(temperature)
     coefs, draws = _coefs_and_draws(coef, draw, inverse)
     seed, step = _counter_tensors(logits.device, seed, step)
@@ -261,36 +255,61 @@ def masked_linear(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(f"weight: expected a tensor [out, K], got {_describe(weight)}")
-    if weight.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {_describe(weight)}")
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}], got {_describe(x)}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {_describe(x)}")
-    if bias is not None and (
-        not isinstance(bias, Tensor) or bias.shape != weight.shape[:1] or bias.dtype != weight.dtype
-    ):
-        raise ValueError(f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype}, got {_describe(bias)}")
-    counter = {
-        "temperature": temperature,
-        "seed": seed,
-        "step": step,
-        "layer": layer,
-        "draw": draw,
-        "group_offset": group_offset,
-        "group_row_stride": group_row_stride,
-    }
-    masked = sample_masked_weight(weight, logits, pattern, **counter)
-    y = torch.nn.functional.linear(x, masked, bias)
-    if not log_prob:
-        return y, None
-    codes = sample_mask(logits.detach(), pattern, **counter)
-    # scaled in float32 after the group's largest, as the draw does: 16-bit logits would lose digits otherwise
-    groups = logits.float().unflatten(-1, (-1, NMPattern(pattern).m))
-    z = (groups - groups.detach().amax(-1, keepdim=True)) * _inverse_temperature(temperature)
-    return y, mask_log_prob(z.flatten(-2), codes, pattern).sum()
+    pattern = NMPattern(pattern)
+    x, weight, bias = _linear_operands(x, weight, bias)
+    _check_like("logits", logits, weight)
+    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
+    source = mask.tensor if log_prob else mask.tensor.detach()
+    y, total = ops.masked_linear(*_matrices(x, weight, pattern), bias, log_prob, source, *mask[1:])
+    return y.view(*x.shape[:-1], weight.shape[0]), total if log_prob else None
+
+
+def top_n_linear(
+    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, *, pattern: str | NMPattern
+) -> Tensor:
+    """Linear layer under the mask of the N largest logits of every group: x @ (weight * mask).T + bias.
+
+    Args:
+        x, weight, logits, bias: as for ``masked_linear``. Gradients flow to x, weight and bias.
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        y [..., out].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    x, weight, bias = _linear_operands(x, weight, bias)
+    _check_like("logits", logits, weight)
+    mask = MaskSource(_matrix("logits", logits.detach(), pattern), "top_n", pattern.n, pattern.m)
+    y, _ = ops.masked_linear(*_matrices(x, weight, pattern), bias, False, *mask)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def codes_linear(
+    x: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None = None, *, pattern: str | NMPattern
+) -> Tensor:
+    """Linear layer under a given mask: x @ (weight * mask).T + bias.
+
+    Args:
+        x, weight, bias: as for ``masked_linear``. Gradients flow to them.
+        codes: group codes [out, K / M].
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        y [..., out].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    x, weight, bias = _linear_operands(x, weight, bias)
+    _check_groups("weight", weight, pattern)
+    check_codes("codes", codes, pattern, weight)
+    mask = MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m)
+    y, _ = ops.masked_linear(*_matrices(x, weight, pattern), bias, False, *mask)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
@@ -347,6 +366,42 @@ def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
 
 
+def _matrices(x: Tensor, weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+    """(x as a contiguous matrix [tokens, K], the weight contiguous)."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous(), _matrix("weight", weight, pattern)
+
+
+def _linear_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias of a linear layer, checked; in the dtype of autocast where that is on."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"weight: expected a tensor [out, K], got {_describe(weight)}")
+    if weight.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {_describe(weight)}")
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}] on {weight.device}, got {_describe(x)}")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if x.dtype != weight.dtype and not (autocast and x.dtype.is_floating_point):
+        raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {_describe(x)}")
+    if bias is not None and (
+        not isinstance(bias, Tensor) or bias.shape != weight.shape[:1] or bias.dtype != weight.dtype
+    ):
+        raise ValueError(f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype}, got {_describe(bias)}")
+    if autocast:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x, weight, bias
+
+
+def _drawn(logits, pattern: NMPattern, temperature, seed, step, layer, draw, offset, stride) -> MaskSource:
+    """The checked arguments of a draw."""
+    matrix = _matrix("logits", logits, pattern)
+    inverse = _inverse_temperature(temperature)
+    seed, step = _counter_tensors(logits.device, seed, step)
+    _check_int("draw", draw, philox.MAX_DRAWS)
+    shard = _shard(matrix, pattern, layer, draw, offset, stride)
+    return MaskSource(matrix, "drawn", pattern.n, pattern.m, inverse, seed, step, *shard)
+
+
 def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.device != like.device:
         raise ValueError(f"{name}: expected a tensor {list(like.shape)} on {like.device}, got {_describe(tensor)}")
@@ -362,7 +417,7 @@ def _check_int(name: str, value: int, limit: int) -> None:
 def _inverse_temperature(temperature: float) -> float:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature: expected a float, got {_describe(temperature)}")
-    if not math.isfinite(temperature) or not 1e-30 <= temperature <= 1e30:
+    if not 1e-30 <= temperature <= 1e30:
         raise ValueError(f"temperature: expected a positive float in [1e-30, 1e30], got {temperature}")
     return 1.0 / temperature
 

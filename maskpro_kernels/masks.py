@@ -109,8 +109,9 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
     sums: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable:
-        def add(module, args):
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
+        def add(module, args, kwargs):
+            x = (args[0] if args else kwargs["input"]).detach()
+            x = x.reshape(-1, x.shape[-1])
             # norms by column accumulate in float32 without a float32 copy of x
             squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
             sums[name] = sums[name] + squares if name in sums else squares
@@ -119,7 +120,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
 
     if not isinstance(calibration, Iterable):
         raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     batches = 0
     try:
         with torch.inference_mode(), evaluating(model):

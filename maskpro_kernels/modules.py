@@ -14,12 +14,14 @@ from .functional import (
     check_exactly_n,
     expand_mask,
     mask_log_prob,
+    masked_linear,
     sample_mask,
     sample_masked_weight,
+    top_n_linear,
     top_n_mask,
 )
-from .ops import top_n_masked_weight
-from .pattern import NMPattern
+from .ops import masked_weight
+from .pattern import MaskSource, NMPattern
 from .philox import MAX_LAYERS
 
 
@@ -93,20 +95,22 @@ class MaskedLinear(nn.Module):
         for name, tensor in (("weight", weight), ("logits", logits)):
             if tensor.dtype not in LOGIT_DTYPES:
                 raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-        if weight.dim() != 2 or weight.shape[1] % m:
-            raise ValueError(f"weight: expected [out, K] with K divisible by {m}, got {list(weight.shape)}")
+        if weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[1] % m:
+            raise ValueError(f"weight: expected [out, K] with K divisible by {m}, above 0, got {list(weight.shape)}")
         if logits.shape != weight.shape:
             raise ValueError(f"logits: expected shape {list(weight.shape)}, got {list(logits.shape)}")
         if logits.device != weight.device:
             raise ValueError(f"logits: expected a tensor on {weight.device}, got one on {logits.device}")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape {[weight.shape[0]]}, got {list(bias.shape)}")
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+            raise ValueError(
+                f"bias: expected shape {[weight.shape[0]]} of {weight.dtype}, got {list(bias.shape)} of {bias.dtype}"
+            )
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
             raise ValueError(f"layer: expected an int in [0, {MAX_LAYERS}), got {layer!r}")
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.logits = nn.Parameter(logits)
+        self.logits = nn.Parameter(logits.contiguous())
         self.layer = layer
         self.clock = Clock(device=weight.device) if clock is None else clock
 
@@ -139,6 +143,11 @@ class MaskedLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
         check_gap(gap, logits_dtype)
+        if linear.weight.dtype not in LOGIT_DTYPES or linear.in_features % pattern.m:
+            raise ValueError(
+                f"linear: expected float32, bfloat16 or float16 and in_features divisible by {pattern.m}, "
+                f"got {linear.weight.dtype} and {linear.in_features}"
+            )
         if not torch.isfinite(linear.weight).all():
             raise ValueError("linear: expected finite weights, got NaN or infinity")
         if isinstance(init, Tensor):
@@ -154,7 +163,11 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
-        return nn.functional.linear(input, self.masked_weight(), self.bias)
+        arguments = (input, self.weight, self.logits, self.bias)
+        if self.training:
+            y, _ = masked_linear(*arguments, pattern=self.pattern, log_prob=False, **self.counter())
+            return y
+        return top_n_linear(*arguments, pattern=self.pattern)
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
@@ -164,8 +177,8 @@ class MaskedLinear(nn.Module):
 
     def top_n_weight(self) -> Tensor:
         """The weight [out, K] where its logit is among the N largest of its group, exact zeros elsewhere."""
-        logits = self.logits.detach().contiguous()
-        return top_n_masked_weight(self.weight.contiguous(), logits, self.pattern.n, self.pattern.m)
+        source = MaskSource(self.logits.detach().contiguous(), "top_n", self.pattern.n, self.pattern.m)
+        return masked_weight(self.weight.contiguous(), *source)
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
@@ -181,6 +194,8 @@ class MaskedLinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """int64 [5]: layer id, N, M, and the clock's seed and step."""
+        if self.clock.seed.is_meta:
+            return torch.empty(5, dtype=torch.int64, device="meta")
         return torch.tensor(
             [self.layer, self.pattern.n, self.pattern.m, int(self.clock.seed), int(self.clock.step)], dtype=torch.int64
         )
@@ -193,8 +208,10 @@ class MaskedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(f"{prefix}_extra_state")
         if saved is not None and saved.tolist()[1:3] != [self.pattern.n, self.pattern.m]:
+            *_, errors = args
             _, n, m, *_ = saved.tolist()
-            raise ValueError(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
+            errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import compiled, reference
 from .kernels.launch import INTERPRETED
-from .pattern import code_dtype
+from .pattern import MaskSource, code_dtype
 
 
 def interpreting() -> bool:
@@ -26,8 +26,11 @@ def interpreting() -> bool:
 
 @functools.cache
 def compiler_available() -> bool:
-    """Whether torch.compile finds a C++ compiler on this machine."""
+    """Whether torch.compile is switched on and finds a C++ compiler on this machine."""
     from torch._inductor import cpp_builder
+
+    if torch._dynamo.config.disable:
+        return False
 
     try:
         cpp_builder.get_cpp_compiler()
@@ -37,14 +40,16 @@ def compiler_available() -> bool:
 
 
 @functools.cache
-def _kernels():
-    return importlib.import_module("maskpro_kernels.kernels.sampling")
+def _kernels(file: str):
+    return importlib.import_module(f"maskpro_kernels.kernels.{file}")
 
 
 def _reference(name: str, args: tuple, scalars: tuple = (), **constants: int):
     """Run the reference, compiled where possible; ``scalars`` become 0-dim tensors so that no value is compiled in."""
-    tensors = [torch.tensor(s, dtype=torch.float32 if isinstance(s, float) else torch.int64) for s in scalars]
-    module = compiled if compiler_available() else reference
+    device = args[0].device
+    types = [torch.float32 if isinstance(s, float) else torch.int64 for s in scalars]
+    tensors = [torch.tensor(s, dtype=dtype, device=device) for s, dtype in zip(scalars, types, strict=True)]
+    module = compiled if device.type == "cpu" and compiler_available() else reference
     return getattr(module, name)(*args, *tensors, **constants)
 
 
@@ -68,7 +73,7 @@ def sample_mask(
     """Group codes [rows, K / M] of a draw from logits [rows, K]."""
     counter = (layer, draw, group_offset, group_row_stride)
     if _uses_kernels(logits):
-        return _kernels().sample_mask(logits, n, m, inv_temperature, seed, step, *counter)
+        return _kernels("sampling").sample_mask(logits, n, m, inv_temperature, seed, step, *counter)
     return _reference("sample_mask", (logits, seed, step), (inv_temperature, *counter), n=n, m=m)
 
 
@@ -77,54 +82,11 @@ def _(logits, n, m, *_):
     return logits.new_empty((logits.shape[0], logits.shape[1] // m), dtype=code_dtype(m))
 
 
-@torch.library.custom_op("maskpro::sample_masked_weight", mutates_args=())
-def sample_masked_weight(
-    weight: Tensor,
-    logits: Tensor,
-    n: int,
-    m: int,
-    inv_temperature: float,
-    seed: Tensor,
-    step: Tensor,
-    layer: int,
-    draw: int,
-    group_offset: int,
-    group_row_stride: int,
-) -> Tensor:
-    """The weight [rows, K] under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
-    counter = (layer, draw, group_offset, group_row_stride)
-    if _uses_kernels(logits):
-        return _kernels().sample_masked_weight(weight, logits, n, m, inv_temperature, seed, step, *counter)
-    return _reference("sample_masked_weight", (weight, logits, seed, step), (inv_temperature, *counter), n=n, m=m)
-
-
-@sample_masked_weight.register_fake
-def _(weight, *_):
-    return torch.empty_like(weight)
-
-
-def _sample_masked_weight_context(ctx, inputs, output):
-    _, logits, n, m, inv_temperature, seed, step, *counter = inputs
-    ctx.save_for_backward(logits, seed, step)
-    ctx.constants = (n, m, inv_temperature, counter)
-
-
-def _sample_masked_weight_backward(ctx, grad):
-    logits, seed, step = ctx.saved_tensors
-    n, m, inv_temperature, counter = ctx.constants
-    # the mask is drawn again: masking is linear in the weight
-    masked = sample_masked_weight(grad.contiguous(), logits, n, m, inv_temperature, seed, step, *counter)
-    return masked, *[None] * 10
-
-
-sample_masked_weight.register_autograd(_sample_masked_weight_backward, setup_context=_sample_masked_weight_context)
-
-
 @torch.library.custom_op("maskpro::top_n_mask", mutates_args=())
 def top_n_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Group codes [rows, K / M] of the N largest scores [rows, K], ties to the lower index."""
     if _uses_kernels(scores):
-        return _kernels().top_n_mask(scores, n, m)
+        return _kernels("sampling").top_n_mask(scores, n, m)
     return _reference("top_n_mask", (scores,), n=n, m=m)
 
 
@@ -133,41 +95,161 @@ def _(scores, n, m):
     return scores.new_empty((scores.shape[0], scores.shape[1] // m), dtype=code_dtype(m))
 
 
-@torch.library.custom_op("maskpro::top_n_masked_weight", mutates_args=())
-def top_n_masked_weight(weight: Tensor, scores: Tensor, n: int, m: int) -> Tensor:
-    """The weight [rows, K] where its score is among the N largest of its group, exact zeros elsewhere."""
+MASKED_WEIGHT = {"drawn": "sample_masked_weight", "top_n": "top_n_masked_weight", "codes": "code_masked_weight"}
+
+
+def _reference_masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
+    counter = scalars = ()
+    if mask.kind == "drawn":
+        counter = (mask.seed, mask.step)
+        scalars = (mask.inv_temperature, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
+    return _reference(MASKED_WEIGHT[mask.kind], (weight, mask.tensor, *counter), scalars, n=mask.n, m=mask.m)
+
+
+# A MaskSource, in its order
+MASK = (
+    "Tensor source, str kind, int n, int m, float inv_temperature, Tensor? seed, Tensor? step, "
+    "int layer, int draw, int group_offset, int group_row_stride"
+)
+
+
+@torch.library.custom_op("maskpro::masked_weight", mutates_args=(), schema=f"(Tensor weight, {MASK}) -> Tensor")
+def masked_weight(weight, *mask):
+    """The weight [rows, K] under a mask, exact zeros elsewhere."""
+    mask = MaskSource(*mask)
     if _uses_kernels(weight):
-        return _kernels().top_n_masked_weight(weight, scores, n, m)
-    return _reference("top_n_masked_weight", (weight, scores), n=n, m=m)
+        return _kernels("sampling").masked_weight(weight, mask)
+    return _reference_masked_weight(weight, mask)
 
 
-@top_n_masked_weight.register_fake
-def _(weight, scores, n, m):
+@masked_weight.register_fake
+def _(weight, *_):
     return torch.empty_like(weight)
 
 
-def _top_n_masked_weight_context(ctx, inputs, output):
-    _, scores, ctx.n, ctx.m = inputs
-    ctx.save_for_backward(scores)
+def _masked_weight_context(ctx, inputs, output):
+    _, *mask = inputs
+    _save_mask(ctx, mask)
 
 
-def _top_n_masked_weight_backward(ctx, grad):
-    (scores,) = ctx.saved_tensors
-    return top_n_masked_weight(grad.contiguous(), scores, ctx.n, ctx.m), None, None, None
+def _save_mask(ctx, mask, *tensors):
+    """Keep references to tensors and the mask's source for backward, where the mask is drawn again."""
+    source, kind, n, m, inv_temperature, seed, step, *counter = mask
+    ctx.save_for_backward(source, seed, step, *tensors)
+    ctx.constants = (kind, n, m, inv_temperature, counter)
 
 
-top_n_masked_weight.register_autograd(_top_n_masked_weight_backward, setup_context=_top_n_masked_weight_context)
+def _saved_mask(ctx):
+    """(the mask's source, the other tensors that were saved with it)."""
+    source, seed, step, *tensors = ctx.saved_tensors
+    kind, n, m, inv_temperature, counter = ctx.constants
+    return MaskSource(source, kind, n, m, inv_temperature, seed, step, *counter), tensors
+
+
+def _masked_weight_backward(ctx, grad):
+    mask, _ = _saved_mask(ctx)
+    # masking is linear in the weight
+    return masked_weight(grad.contiguous(), *mask), *[None] * len(mask)
+
+
+masked_weight.register_autograd(_masked_weight_backward, setup_context=_masked_weight_context)
+
+
+@torch.library.custom_op(
+    "maskpro::masked_linear",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)",
+)
+def masked_linear(x, weight, bias, log_prob, *mask):
+    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, 0 if not asked for)."""
+    mask = MaskSource(*mask)
+    if _uses_kernels(weight):
+        y, total = _kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
+    else:
+        y, total = torch.nn.functional.linear(x, _reference_masked_weight(weight, mask), bias), None
+        if log_prob:
+            source, _, n, m, inv_temperature, *counter = mask
+            codes = sample_mask(source, n, m, inv_temperature, *counter)
+            total = mask_log_prob(source, codes, n, m, inv_temperature).sum()
+    return y, torch.zeros((), device=x.device) if total is None else total
+
+
+@masked_linear.register_fake
+def _(x, weight, *_):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty((), dtype=torch.float32)
+
+
+def _masked_linear_context(ctx, inputs, output):
+    x, weight, _, _, *mask = inputs
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    ctx.set_materialize_grads(False)
+    if not (needs_x or needs_weight or needs_bias):
+        # logits alone: the loss needs no graph, only the log-probability does
+        ctx.mark_non_differentiable(output[0])
+    _save_mask(ctx, mask, x if needs_weight else None, weight if needs_x else None)
+
+
+def _masked_linear_backward(ctx, grad, log_prob_grad):
+    mask, (x, weight) = _saved_mask(ctx)
+    needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
+    x_grad = weight_grad = bias_grad = logits_grad = None
+    if grad is not None:
+        grad = grad.contiguous()
+        x_grad = masked_linear_input_grad(grad, weight, *mask) if needs_x else None
+        weight_grad = masked_linear_weight_grad(grad, x, *mask) if needs_weight else None
+        bias_grad = grad.sum(0) if needs_bias else None
+    if needs_logits and log_prob_grad is not None:
+        _, _, n, m, inv_temperature, *counter = mask
+        codes = sample_mask(mask.tensor, n, m, inv_temperature, *counter)
+        each = log_prob_grad.expand(codes.shape).contiguous()
+        logits_grad = mask_score(mask.tensor, codes, each, n, m, inv_temperature).to(mask.tensor.dtype)
+    return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(mask) - 1)
+
+
+masked_linear.register_autograd(_masked_linear_backward, setup_context=_masked_linear_context)
+
+
+@torch.library.custom_op(
+    "maskpro::masked_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, Tensor weight, {MASK}) -> Tensor"
+)
+def masked_linear_input_grad(grad, weight, *mask):
+    """grad [tokens, rows] @ (weight [rows, K] * mask)."""
+    mask = MaskSource(*mask)
+    if _uses_kernels(weight):
+        return _kernels("masked_gemm").masked_linear_input_grad(grad, weight, mask)
+    return grad @ _reference_masked_weight(weight, mask)
+
+
+@masked_linear_input_grad.register_fake
+def _(grad, weight, *_):
+    return grad.new_empty(grad.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op(
+    "maskpro::masked_linear_weight_grad", mutates_args=(), schema=f"(Tensor grad, Tensor x, {MASK}) -> Tensor"
+)
+def masked_linear_weight_grad(grad, x, *mask):
+    """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
+    mask = MaskSource(*mask)
+    if _uses_kernels(x):
+        return _kernels("masked_gemm").masked_linear_weight_grad(grad, x, mask)
+    return _reference_masked_weight(grad.t() @ x, mask)
+
+
+@masked_linear_weight_grad.register_fake
+def _(grad, x, *_):
+    return x.new_empty(grad.shape[1], x.shape[1])
 
 
 @torch.library.custom_op("maskpro::mask_score", mutates_args=())
-def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int) -> Tensor:
+def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int, inv_temperature: float) -> Tensor:
     """grad [rows, K / M] times the gradient of log p(S) in logits, float32 [rows, K]."""
     if _uses_kernels(logits):
-        return _kernels().mask_score(logits, codes, grad, n, m)
+        return _kernels("sampling").mask_score(logits, codes, grad, n, m, inv_temperature)
     if n > reference.EXACT_SCORE_MAX_N:
         # the quadrature's nodes would be unrolled into a graph that takes minutes to compile
-        return reference.mask_score(logits, codes, grad, n=n, m=m)
-    return _reference("mask_score", (logits, codes, grad), n=n, m=m)
+        return reference.mask_score(logits, codes, grad, inv_temperature, n=n, m=m)
+    return _reference("mask_score", (logits, codes, grad), (inv_temperature,), n=n, m=m)
 
 
 @mask_score.register_fake
@@ -176,28 +258,28 @@ def _(logits, *_):
 
 
 @torch.library.custom_op("maskpro::mask_log_prob", mutates_args=())
-def mask_log_prob(logits: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
+def mask_log_prob(logits: Tensor, codes: Tensor, n: int, m: int, inv_temperature: float) -> Tensor:
     """log p(S) of the masks with those codes, float32 [rows, K / M]."""
     if _uses_kernels(logits):
-        return _kernels().mask_log_prob(logits, codes, n, m)
+        return _kernels("sampling").mask_log_prob(logits, codes, n, m, inv_temperature)
     if n > reference.EXACT_SCORE_MAX_N:
-        return reference.mask_log_prob(logits, codes, n=n, m=m)
-    return _reference("mask_log_prob", (logits, codes), n=n, m=m)
+        return reference.mask_log_prob(logits, codes, inv_temperature, n=n, m=m)
+    return _reference("mask_log_prob", (logits, codes), (inv_temperature,), n=n, m=m)
 
 
 @mask_log_prob.register_fake
-def _(logits, codes, n, m):
+def _(logits, codes, *_):
     return torch.empty_like(codes, dtype=torch.float32)
 
 
 def _mask_log_prob_context(ctx, inputs, output):
-    logits, codes, ctx.n, ctx.m = inputs
+    logits, codes, *ctx.constants = inputs
     ctx.save_for_backward(logits, codes)
 
 
 def _mask_log_prob_backward(ctx, grad):
     logits, codes = ctx.saved_tensors
-    return mask_score(logits, codes, grad.contiguous(), ctx.n, ctx.m).to(logits.dtype), None, None, None
+    return mask_score(logits, codes, grad.contiguous(), *ctx.constants).to(logits.dtype), *[None] * 4
 
 
 mask_log_prob.register_autograd(_mask_log_prob_backward, setup_context=_mask_log_prob_context)
@@ -219,7 +301,7 @@ def score_update_(
 ) -> None:
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draws[k]); coef float32, draws int64 [draws]."""
     if _uses_kernels(logits):
-        _kernels().score_update_(
+        _kernels("sampling").score_update_(
             logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offset, group_row_stride
         )
     else:

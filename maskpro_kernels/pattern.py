@@ -1,11 +1,13 @@
-"""N:M patterns and group codes, the integers in which masks travel."""
+"""N:M patterns, group codes, the integers in which masks travel, and where a mask comes from."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
@@ -52,3 +54,23 @@ class NMPattern:
 def code_dtype(m: int) -> torch.dtype:
     """dtype that holds one group code of ``m`` weights."""
     return torch.uint8 if m <= 8 else torch.int32
+
+
+class MaskSource(NamedTuple):
+    """Where the mask of a matrix [rows, K] comes from: the arguments that the ops share, in their order.
+
+    ``kind`` "drawn": drawn from the logits ``tensor`` [rows, K] at a counter. "top_n": the N largest of the
+    scores ``tensor`` [rows, K] in every group. "codes": the group codes ``tensor`` [rows, K / M].
+    """
+
+    tensor: Tensor
+    kind: str
+    n: int
+    m: int
+    inv_temperature: float = 1.0
+    seed: Tensor | None = None
+    step: Tensor | None = None
+    layer: int = 0
+    draw: int = 0
+    group_offset: int = 0
+    group_row_stride: int = 0

@@ -515,17 +515,22 @@ def group_top_n_masked_weight(weight, scores, *, n):
     return masked(weight, top_n(columns(scores), n))
 
 
-def group_mask_log_prob(logits, codes, *, n):
-    z = scaled(columns(logits), 1.0)
+def group_code_masked_weight(weight, codes):
+    return masked(weight, decode(codes, weight.shape[-1]))
+
+
+def group_mask_log_prob(logits, codes, inv_temperature, *, n):
+    z = scaled(columns(logits), inv_temperature)
     kept = decode(codes, len(z))
     return exact_log_prob(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_log_prob(z, kept, n)
 
 
-def group_mask_score(logits, codes, grad, *, n):
-    z = scaled(columns(logits), 1.0)
+def group_mask_score(logits, codes, grad, inv_temperature, *, n):
+    z = scaled(columns(logits), inv_temperature)
     kept = decode(codes, len(z))
     scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else quadrature_score(z, kept, n)
-    return uncolumns([s * grad for s in scores])
+    scale = grad * inv_temperature
+    return uncolumns([s * scale for s in scores])
 
 
 def score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
@@ -592,14 +597,19 @@ def top_n_masked_weight(weight, scores, *, n, m):
     return group_top_n_masked_weight(grouped(weight, m), grouped(scores, m), n=n).view(weight.shape)
 
 
-def mask_log_prob(logits, codes, *, n, m):
+def code_masked_weight(weight, codes, *, n, m):
+    """The weight [rows, K] where its group code [rows, K / M] keeps it, exact zeros elsewhere."""
+    return group_code_masked_weight(grouped(weight, m), codes).view(weight.shape)
+
+
+def mask_log_prob(logits, codes, inv_temperature, *, n, m):
     """log p(S) of the masks with those codes, float32 [rows, K / M]."""
-    return group_mask_log_prob(grouped(logits, m), codes, n=n)
+    return group_mask_log_prob(grouped(logits, m), codes, inv_temperature, n=n)
 
 
-def mask_score(logits, codes, grad, *, n, m):
+def mask_score(logits, codes, grad, inv_temperature, *, n, m):
     """Gradient of sum(grad * log p(S)) in the logits, float32 [rows, K]; grad float32 [rows, K / M]."""
-    return group_mask_score(grouped(logits, m), codes, grad, n=n).view(logits.shape)
+    return group_mask_score(grouped(logits, m), codes, grad, inv_temperature, n=n).view(logits.shape)
 
 
 def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):

@@ -57,7 +57,8 @@ class MaskTrainer:
             residual drowns in rounding.
         batches: sequence of batches, in whatever form ``loss_fn`` takes.
         estimator: turns residuals into advantages, see ``Reinforce``.
-        seed: seed of all draws.
+        seed: seed of all draws; their step starts at 0. Logits that have been learned need another seed than
+            before, or the first draws are those that they have learned from.
         output_dir: folder for ``metrics.jsonl``, one line a step; made if missing.
 
     Raises:

@@ -12,34 +12,59 @@ if not torch.cuda.is_available():
 import hypothesis
 import pytest
 
-from maskpro_kernels import ops
+from maskpro_kernels import compiled, ops
 from maskpro_kernels.kernels.launch import launches
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
 
 
+# Elements behind what a kernel may write
+MARGIN = 1 << 12
+
+
+def poison_of(dtype):
+    """NaN, or the integer with all bits set."""
+    return torch.nan if dtype.is_floating_point else -1 if dtype.is_signed else 255
+
+
+class PoisonedTorch:
+    """torch with allocations that hold poison, and more of it behind them."""
+
+    def __init__(self):
+        self.buffers = []
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *size, dtype=None, device=None):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        buffer = torch.empty(shape.numel() + MARGIN, dtype=dtype, device=device)
+        buffer.fill_(poison_of(buffer.dtype))
+        self.buffers.append(buffer)
+        return buffer[: shape.numel()].view(shape)
+
+    def empty_like(self, tensor):
+        return self.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    def check_margins(self):
+        for buffer in self.buffers:
+            margin = buffer[-MARGIN:]
+            intact = margin.isnan() if buffer.dtype.is_floating_point else margin == poison_of(buffer.dtype)
+            assert intact.all(), f"a kernel wrote beyond the end of its output in {buffer.dtype}"
+        self.buffers.clear()
+
+
 @pytest.fixture(autouse=True)
-def poisoned_allocations(monkeypatch):
-    """torch.empty as the kernels call it holds NaN or all ones, so that an element left unwritten shows."""
-    empty, empty_like = torch.empty, torch.empty_like
+def poisoned(monkeypatch):
+    """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end."""
+    from maskpro_kernels.kernels import masked_gemm, sampling
 
-    def poison(tensor):
-        return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -1 if tensor.dtype.is_signed else 255)
-
-    from maskpro_kernels.kernels import sampling
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        def empty(self, *args, **kwargs):
-            return poison(empty(*args, **kwargs))
-
-        def empty_like(self, *args, **kwargs):
-            return poison(empty_like(*args, **kwargs))
-
-    monkeypatch.setattr(sampling, "torch", Poisoned())
+    poisoned_torch = PoisonedTorch()
+    for module in (compiled, sampling, masked_gemm):
+        monkeypatch.setattr(module, "torch", poisoned_torch)
+    yield poisoned_torch
+    poisoned_torch.check_margins()
 
 
 @pytest.fixture

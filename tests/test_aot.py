@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
 KERNELS = [
     "sample_mask",
-    "sample_masked_weight",
+    "masked_weight",
     "top_n_mask",
-    "top_n_masked_weight",
     "mask_log_prob",
     "mask_score",
     "score_update",
@@ -38,15 +39,40 @@ for kernel, n, m, logits, constants in cases:
         print(json.dumps(row), flush=True)
 """
 
+PRODUCTS_CHILD = """
+import json, sys
+from aot import build_product
+from maskpro_kernels.kernels.launch import TILES
+operand, patterns, targets, options, widest_and_narrowest = json.load(sys.stdin)
+size = {"bf16": 2, "fp16": 2, "fp32": 4}[operand]
+for (product, target, itemsize), tiles in TILES.items():
+    if itemsize != size or target not in targets:
+        continue
+    for tile in {tiles[0], tiles[-1]} if widest_and_narrowest else tiles:
+        for n, m in patterns:
+            given = dict(options)
+            if product != "masked_linear":
+                given.pop("log_prob", None)
+            built = build_product(product, target, n, m, tile, operand=operand, **given)
+            side = max(tile.k, m) if product == "masked_linear_input_grad" else tile.out
+            unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in built.asm.get("ptx", "")]
+            print(json.dumps([product, target, n, m, side, built.registers, built.spills, built.stack,
+                              built.shared, unit]), flush=True)
+"""
 
-def compile_all(cases):
+# Bytes of shared memory a block may have; cards of 8.6 and 8.9 take the row of sm_80
+SHARED_LIMITS = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MATRIX_UNITS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+def in_child(code, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, "-c", CHILD],
-        input=json.dumps([FORBIDDEN, cases]),
+        [sys.executable, "-c", code],
+        input=json.dumps(arguments),
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=BENCHMARKS,
         env=environment,
     )
     assert child.returncode == 0, child.stderr[-2000:]
@@ -54,7 +80,7 @@ def compile_all(cases):
 
 
 def check(cases, stack=0):
-    rows = compile_all(cases)
+    rows = in_child(CHILD, FORBIDDEN, cases)
     assert len(rows) == 4 * len(cases)
     for target, registers, spills, used_stack, forbidden, size in rows:
         assert size > 0 and registers <= 255
@@ -65,7 +91,7 @@ def check(cases, stack=0):
 @pytest.mark.parametrize("logits", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (8, 16)])
 def test_draw_and_update_compile_for_every_target(n, m, logits):
-    check([(kernel, n, m, logits, {}) for kernel in ("sample_mask", "sample_masked_weight", "score_update")])
+    check([(kernel, n, m, logits, {}) for kernel in ("sample_mask", "masked_weight", "score_update")])
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16)])
@@ -83,3 +109,32 @@ def test_shards_and_several_draws_compile_for_every_target():
 def test_large_groups_compile_for_every_target(n, m):
     # 32 columns of logits, keys and scores leave up to 24 bytes of stack
     check([(kernel, n, m, "fp32", {}) for kernel in KERNELS], stack=24 if m == 32 else 0)
+
+
+def check_products(operand, patterns, targets, stack=0, ends=False, **options):
+    rows = in_child(PRODUCTS_CHILD, operand, patterns, targets, options, ends)
+    assert len(rows) >= 3 * len(patterns) * len(targets)
+    for product, target, n, m, side, registers, spills, used_stack, shared, units in rows:
+        case = (product, target, f"{n}:{m}", side, registers, spills, used_stack, shared, units)
+        assert registers <= 255 and spills == 0 and used_stack <= stack, case
+        assert shared <= SHARED_LIMITS[target], case
+        if operand != "fp32" and side >= 64 and target in MATRIX_UNITS:
+            assert units == [MATRIX_UNITS[target]], case
+
+
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_products_compile_for_every_target(target):
+    check_products("bf16", [(2, 4)], [target], ends=True, log_prob=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operand", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (8, 16)])
+def test_all_tiles_of_products_compile_for_every_target(n, m, operand):
+    check_products(operand, [(n, m)], list(SHARED_LIMITS), log_prob=n <= 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["top_n", "codes"])
+def test_products_under_given_masks_compile_for_every_target(kind):
+    check_products("bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), kind=kind)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from maskpro_kernels import compiled, reference
-from maskpro_kernels.kernels import sampling
+from maskpro_kernels.kernels import launch, sampling
+from maskpro_kernels.pattern import MaskSource
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 OTHERS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m) if (n, m) not in PATTERNS]
@@ -39,13 +44,14 @@ def draw(route, n, m, logits):
     return route.sample_mask(logits, *scalars, n=n, m=m)
 
 
-def update(route, n, m, logits):
-    logits, groups = logits.clone(), logits.shape[1] // m
-    coef, draws = torch.tensor([0.37]), torch.tensor([DRAW])
+def update(route, n, m, logits, draws=(DRAW,), row_stride=None):
+    logits, row_stride = logits.clone(), row_stride or logits.shape[1] // m
+    coef, draws = torch.tensor([0.37 / (k + 1) for k in range(len(draws))]), torch.tensor(draws)
     if route is sampling:
-        sampling.score_update_(logits, coef, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, draws, 11, groups)
+        counter = (scalar(SEED), scalar(STEP), LAYER, draws, 11, row_stride)
+        sampling.score_update_(logits, coef, n, m, TEMPERATURE, *counter)
     else:
-        scalars = [scalar(s) for s in (TEMPERATURE, LAYER, 11, groups)]
+        scalars = [scalar(s) for s in (TEMPERATURE, LAYER, 11, row_stride)]
         route.score_update_(logits, coef, scalar(SEED), scalar(STEP), draws, *scalars, n=n, m=m)
     return logits
 
@@ -82,6 +88,48 @@ def test_kernel_and_reference_update_to_the_same_bits(n, m, dtype, launched):
 def test_compiled_and_eager_reference_update_to_the_same_bits(n, m, dtype):
     logits = problem(m, dtype, 1_000_003)
     assert torch.equal(bits(update(compiled, n, m, logits)), bits(update(reference, n, m, logits)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (5, 8)])
+def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dtype, launched):
+    """More groups than the compiled route takes at a time, in rows that lie apart."""
+    logits = problem(m, dtype, 300_000).view(300, -1)
+    expected = update(reference, n, m, logits, draws=(DRAW, 7, 1), row_stride=1_234)
+    assert not torch.equal(expected, update(reference, n, m, logits, row_stride=1_234))
+    assert torch.equal(bits(update(sampling, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
+    assert launched["score_update"] == 1
+    assert torch.equal(bits(update(compiled, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
+
+
+@pytest.mark.parametrize("gap", [4.0, 10.0, 30.0])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16), (20, 32)])
+def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, monkeypatch):
+    """Blocks as small as on a GPU: most of them settle their draws without noise, others do not."""
+    monkeypatch.setattr(launch, "INTERPRETER_BLOCK", 64)
+    generator = torch.Generator().manual_seed(n)
+    logits = torch.zeros(700, m).scatter_(1, torch.rand(700, m, generator=generator).topk(n).indices, gap)
+    logits[::7] += torch.randn(logits[::7].shape, generator=generator)
+    logits = logits.view(1, -1)
+    assert torch.equal(draw(sampling, n, m, logits), draw(reference, n, m, logits))
+
+
+SETTINGS = """
+import torch
+from test_bits import bits, compiled, problem, reference, update
+logits = problem(4, torch.float32, 100_003)
+assert torch.equal(bits(update(compiled, 2, 4, logits)), bits(update(reference, 2, 4, logits)))
+"""
+
+
+@pytest.mark.parametrize("setting", ["ENABLE_FLOATING_POINT_CONTRACT_FLAG=fast", "ENABLE_UNSAFE_MATH_OPT_FLAG=1"])
+def test_settings_of_the_compiler_do_not_change_bits(setting, tmp_path):
+    name, value = setting.split("=")
+    environment = os.environ | {f"TORCHINDUCTOR_CPP_{name}": value, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    child = subprocess.run(
+        [sys.executable, "-c", SETTINGS], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
 
 
 def test_the_compiled_route_runs_compiled_graphs():
@@ -121,7 +169,10 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
     counter = (scalar(SEED), scalar(STEP), LAYER, DRAW, 11, logits.numel() // m)
     scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, logits.numel() // m)]
     for result in (
-        sampling.sample_masked_weight(weight, logits, n, m, TEMPERATURE, *counter),
+        sampling.masked_weight(weight, MaskSource(logits, "drawn", n, m, TEMPERATURE, *counter)),
+        sampling.masked_weight(weight, MaskSource(codes, "codes", n, m)),
+        reference.code_masked_weight(weight, codes, n=n, m=m),
+        compiled.code_masked_weight(weight, codes, n=n, m=m),
         reference.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
         compiled.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
     ):
@@ -138,7 +189,12 @@ def test_log_prob_and_score_have_the_same_bits_on_all_routes(n, m):
     grad = torch.randn(codes.shape)
     routes = (reference, compiled) if n <= reference.EXACT_SCORE_MAX_N else (reference,)
     for route in routes:
-        assert torch.equal(route.mask_log_prob(logits, codes, n=n, m=m), sampling.mask_log_prob(logits, codes, n, m))
+        inverse = scalar(TEMPERATURE)
         assert torch.equal(
-            route.mask_score(logits, codes, grad, n=n, m=m), sampling.mask_score(logits, codes, grad, n, m)
+            route.mask_log_prob(logits, codes, inverse, n=n, m=m),
+            sampling.mask_log_prob(logits, codes, n, m, TEMPERATURE),
+        )
+        assert torch.equal(
+            route.mask_score(logits, codes, grad, inverse, n=n, m=m),
+            sampling.mask_score(logits, codes, grad, n, m, TEMPERATURE),
         )

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -12,6 +14,7 @@ from maskpro_kernels import cli
 from maskpro_kernels.data import load_text, windows
 from maskpro_kernels.evaluation import perplexity
 from maskpro_kernels.export import load_logits
+from maskpro_kernels.trainer import MaskTrainer
 
 SETTINGS = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24".split()
 
@@ -149,6 +152,7 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
         ("--lr", "nan", "lr"),
         ("--alpha", "1.5", "alpha"),
         ("--seed", "-1", "seed: expected at least 0, got -1"),
+        ("--seed", "9223372036854775808", "seed: expected an int below 2**63"),
         ("--device", "abacus", "device: expected a device of this machine, got 'abacus'"),
         ("--model", "/no/such/folder", "no such folder"),
         ("--data", "EMPTY", "the text is empty"),
@@ -216,15 +220,42 @@ def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
 
 def test_export_refuses_what_is_no_run(inputs, run, tmp_path, capsys):
     output = str(tmp_path / "output")
-    refuses(capsys, tmp_path, ["export", str(inputs / "model"), output], "report.json")
+    refuses(capsys, tmp_path, ["export", str(inputs / "model"), output], "logits.safetensors")
     refuses(capsys, tmp_path, ["export", str(run), str(run)], "output: expected a new or empty folder")
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "report.json").write_text('{"model": "x"}')
-    refuses(capsys, tmp_path, ["export", str(broken), output], "run: expected a report of `maskpro learn`")
-    (broken / "report.json").write_text((run / "report.json").read_text())
     (broken / "logits.safetensors").write_text("nothing")
     refuses(capsys, tmp_path, ["export", str(broken), output], "path: expected a safetensors file")
+    save_file({"linear": torch.zeros(2, 4)}, broken / "logits.safetensors", metadata={"model": "x"})
+    refuses(capsys, tmp_path, ["export", str(broken), output], "run: expected logits of `maskpro learn`")
+
+
+def test_eval_refuses_a_broken_report(inputs, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "broken")
+    (tmp_path / "broken" / "report.json").write_text('{"model": "x"}')
+    arguments = ["eval", str(tmp_path / "broken"), "--data", str(inputs / "text.txt")]
+    refuses(capsys, tmp_path, arguments, "run: expected a report of `maskpro learn`")
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("loss of step 2: expected a finite number"), KeyboardInterrupt()])
+def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, monkeypatch, error):
+    step = MaskTrainer.step
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            raise error
+        return step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", failing)
+    if isinstance(error, FloatingPointError):
+        assert cli.main(learn(inputs, tmp_path / "run")) == 2
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(learn(inputs, tmp_path / "run"))
+    assert "stopped after 2 steps; the logits are in" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
 
 
 @pytest.mark.parametrize("command", [[], ["learn"], ["eval"], ["export"]])

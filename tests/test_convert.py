@@ -83,11 +83,56 @@ def test_default_leaves_out_what_does_not_fit_with_the_reason():
     model = Net()
     conversion = mk.convert(model, "2:4")
     assert conversion.converted == ["first", "second"]
-    assert conversion.skipped == {"odd": "in_features 6 not divisible by 4", "tied": "weight tied to an embedding"}
+    assert conversion.skipped == {
+        "odd": "in_features 6 not divisible by 4",
+        "tied": "weight tied to an embedding",
+        "quantizable": "subclass of nn.Linear: NonDynamicallyQuantizableLinear",
+    }
     assert type(model.quantizable) is nn.modules.linear.NonDynamicallyQuantizableLinear
     assert [model.first.layer, model.second.layer] == [0, 1]
     assert model.first.clock is model.second.clock
     assert model.second.bias is None and model.first.bias is not None
+
+
+def test_a_second_conversion_takes_other_ids_and_the_same_clock():
+    model = Net()
+    mk.convert(model, "2:4", ["first"])
+    mk.advance(model)
+    conversion = mk.convert(model, "4:8", ["second"])
+    assert conversion.converted == ["second"]
+    assert [model.first.layer, model.second.layer] == [0, 1]
+    assert model.first.clock is model.second.clock
+    assert [str(model.first.pattern), str(model.second.pattern)] == ["2:4", "4:8"]
+
+
+def test_layers_that_share_a_weight_or_have_hooks_are_left_out():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model[1].weight = model[0].weight
+    model[2].register_forward_hook(lambda module, args, output: output + 1)
+    conversion = mk.convert(model, "2:4")
+    assert conversion.converted == ["3"]
+    assert conversion.skipped == {
+        "0": "weight tied to another layer",
+        "1": "weight tied to another layer",
+        "2": "has forward hooks, which its replacement would lose",
+    }
+
+
+def test_wanda_sees_inputs_given_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    x = torch.randn(5, 8) * torch.arange(8)
+    model = ByKeyword()
+    scores = model.linear.weight.detach().abs() * x.norm(dim=0)
+    mk.convert(model, "2:4", init="wanda", calibration=[x])
+    assert torch.equal(mk.top_n_mask(model.linear.logits.detach(), "2:4"), mk.top_n_mask(scores, "2:4"))
 
 
 def test_weights_are_shared_not_copied():
@@ -111,6 +156,7 @@ def test_targets_are_patterns_on_names(targets, converted):
     conversion = mk.convert(model, "2:4", targets)
     assert conversion.converted == converted
     left = [name for name in ("first", "second", "odd", "tied") if name not in converted]
+    assert conversion.skipped.pop("quantizable").startswith("subclass of nn.Linear")
     assert conversion.skipped == dict.fromkeys(left, "matches no target")
     assert [getattr(model, name).layer for name in converted] == list(range(len(converted)))
 

@@ -44,6 +44,9 @@ def test_perplexity_weighs_tokens_alike_and_leaves_the_mode():
     assert model.training and model.model.layers[0].training
     assert perplexity(model.eval(), cut, batch_size=7) == pytest.approx(expected, rel=1e-6)
     assert not model.training
+    model.train().model.layers[1].eval()
+    perplexity(model, cut)
+    assert model.training and not model.model.layers[1].training
 
 
 def test_perplexity_evaluates_in_eval_mode_without_gradients():

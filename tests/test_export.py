@@ -50,7 +50,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_save_refuses_before_it_writes(tmp_path):
     path = tmp_path / "logits.safetensors"
-    with pytest.raises(ValueError, match="model: expected at least one MaskedLinear, got none"):
+    with pytest.raises(ValueError, match="model: expected a model with MaskedLinear layers, got none"):
         save_logits(nn.Linear(4, 4), path, {})
     with pytest.raises(TypeError, match=r"metadata: expected strings.*\('steps', 3\)"):
         save_logits(masked(), path, {"steps": 3})

@@ -15,6 +15,7 @@ from maskpro_kernels.pattern import GROUP_SIZES
 
 PATTERNS = [f"{n}:{m}" for m in GROUP_SIZES for n in sorted({1, m // 2, m - 1})]
 COUNTER = {"seed": 7, "step": 3, "layer": 2, "draw": 1}
+LINEAR = ["masked_linear", "top_n_linear", "codes_linear"]
 DRAWING = ["sample_mask", "sample_masked_weight", "score_update_", "masked_linear"]
 
 
@@ -46,10 +47,12 @@ def good_arguments(function: str) -> dict:
             "pattern": "2:4",
             "seed": 0,
         },
+        "top_n_linear": {"x": normal(3, 8, seed=3), "weight": weight, "logits": logits, "pattern": "2:4"},
+        "codes_linear": {"x": normal(3, 8, seed=3), "weight": weight, "codes": some_codes(2, 2), "pattern": "2:4"},
     }[function]
 
 
-FUNCTIONS = [*DRAWING, "top_n_mask", "pack_mask", "expand_mask", "mask_log_prob"]
+FUNCTIONS = [*DRAWING, "top_n_linear", "codes_linear", "top_n_mask", "pack_mask", "expand_mask", "mask_log_prob"]
 BAD_PATTERNS = ["4:2", "2:5", "x", "", "2:4 ", "0:4", "4:4", "-1:4", 3, None, (2, 4)]
 BAD_TENSORS = [
     [0.0] * 8,
@@ -125,18 +128,29 @@ BAD_OWN = {
         [],
         torch.tensor([1.0]),
     ],
-    ("masked_linear", "x"): [
-        None,
-        [0.0] * 8,
-        torch.tensor(1.0),
-        torch.zeros(3, 4),
-        torch.zeros(3, 8, dtype=torch.bfloat16),
-        torch.zeros(3, 8, dtype=torch.int64),
-    ],
-    ("masked_linear", "weight"): [None, torch.zeros(8), torch.zeros(1, 2, 8), torch.zeros(2, 8, dtype=torch.float64)],
-    ("masked_linear", "logits"): [None, torch.zeros(2, 8, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.int32)],
-    ("masked_linear", "bias"): ["b", torch.zeros(3), torch.zeros(2, dtype=torch.float64)],
+    ("codes_linear", "codes"): [*BAD_CODES, some_codes(2, 3), some_codes(4)],
 }
+for _function in LINEAR:
+    BAD_OWN |= {
+        (_function, "x"): [
+            None,
+            [0.0] * 8,
+            torch.tensor(1.0),
+            torch.zeros(3, 4),
+            torch.zeros(3, 8, dtype=torch.bfloat16),
+            torch.zeros(3, 8, dtype=torch.int64),
+            torch.zeros(3, 8, device="meta"),
+        ],
+        (_function, "weight"): [None, torch.zeros(8), torch.zeros(1, 2, 8), torch.zeros(2, 8, dtype=torch.float64)],
+        (_function, "bias"): ["b", torch.zeros(3), torch.zeros(2, dtype=torch.float64)],
+    }
+for _function in LINEAR[:2]:
+    BAD_OWN[_function, "logits"] = [
+        None,
+        torch.zeros(2, 4),
+        torch.zeros(2, 8, dtype=torch.float64),
+        torch.zeros(2, 8, dtype=torch.int32),
+    ]
 BAD_ARGUMENTS = [
     *((function, "pattern", value) for function in FUNCTIONS for value in BAD_PATTERNS),
     *((function, name, v) for function in DRAWING for name, values in BAD_COUNTERS.items() for v in values),
@@ -308,11 +322,18 @@ def test_update_takes_several_draws_at_the_logits_as_given():
     torch.testing.assert_close(together, logits + sum(moves), rtol=0, atol=1e-6)
 
 
+@pytest.fixture(params=["kernels", "compiled", "eager"])
+def route(request, monkeypatch):
+    monkeypatch.setattr(ops, "interpreting", lambda: request.param == "kernels")
+    monkeypatch.setattr(ops, "compiler_available", lambda: request.param == "compiled")
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("function", "shape"),
-    [*((function, (0, 8)) for function in FUNCTIONS), *((f, (0, 3, 8)) for f in FUNCTIONS if f != "masked_linear")],
+    [*((function, (0, 8)) for function in FUNCTIONS), *((f, (0, 3, 8)) for f in FUNCTIONS if f not in LINEAR)],
 )
-def test_no_rows_give_no_rows(function, shape):
+def test_no_rows_give_no_rows(function, shape, route):
     groups = (*shape[:-1], shape[-1] // 4)
     empty = {"logits": torch.zeros(shape), "weight": torch.zeros(shape), "scores": torch.zeros(shape)}
     empty |= {"mask": torch.zeros(shape, dtype=torch.bool), "codes": torch.zeros(groups, dtype=torch.uint8)}
@@ -323,23 +344,33 @@ def test_no_rows_give_no_rows(function, shape):
         y, log_prob = result
         assert y.shape == (3, 0)
         assert log_prob.item() == 0.0
+    elif function in LINEAR:
+        assert result.shape == (3, 0)
     else:
         assert result.shape in (shape, groups)
         assert result.numel() == 0
 
 
 def op_arguments(name: str, dtype: torch.dtype) -> tuple:
-    logits = normal(2, 8, dtype=dtype).requires_grad_(name == "mask_log_prob")
+    logits = normal(2, 8, dtype=dtype).requires_grad_(name in ("mask_log_prob", "masked_linear"))
     weight = normal(2, 8, seed=1, dtype=dtype).requires_grad_()
     codes = some_codes(2, 2)
     counter = (2, 4, 1.0, torch.tensor(7), torch.tensor(3), 5)
+    drawn = (logits, "drawn", *counter, 1, 0, 2)
+    given = (codes, "codes", 2, 4, 1.0, None, None, 0, 0, 0, 0)
+    x, bias = normal(3, 8, seed=2, dtype=dtype).requires_grad_(), normal(2, seed=3, dtype=dtype)
+    grad = normal(3, 2, seed=4, dtype=dtype)
     return {
         "sample_mask": (logits, *counter, 1, 0, 2),
-        "sample_masked_weight": (weight, logits, *counter, 1, 0, 2),
+        "masked_weight": (weight, *drawn),
+        "masked_weight of codes": (weight, *given),
+        "masked_linear": (x, weight, bias, True, *drawn),
+        "masked_linear of codes": (x, weight, None, False, *given),
+        "masked_linear_input_grad": (grad, weight.detach(), *drawn),
+        "masked_linear_weight_grad": (grad, x.detach(), *drawn),
         "top_n_mask": (logits, 2, 4),
-        "top_n_masked_weight": (weight, logits, 2, 4),
-        "mask_log_prob": (logits, codes, 2, 4),
-        "mask_score": (logits, codes, torch.ones(2, 2), 2, 4),
+        "mask_log_prob": (logits, codes, 2, 4, 0.5),
+        "mask_score": (logits, codes, torch.ones(2, 2), 2, 4, 0.5),
         "score_update_": (logits, torch.tensor([0.5, 1.0]), *counter, torch.tensor([0, 1]), 0, 2),
     }[name]
 
@@ -349,16 +380,20 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
     "name",
     [
         "sample_mask",
-        "sample_masked_weight",
+        "masked_weight",
+        "masked_weight of codes",
+        "masked_linear",
+        "masked_linear of codes",
+        "masked_linear_input_grad",
+        "masked_linear_weight_grad",
         "top_n_mask",
-        "top_n_masked_weight",
         "mask_log_prob",
         "mask_score",
         "score_update_",
     ],
 )
 def test_opcheck(name, dtype, launched):
-    torch.library.opcheck(getattr(torch.ops.maskpro, name).default, op_arguments(name, dtype))
+    torch.library.opcheck(getattr(torch.ops.maskpro, name.split()[0]).default, op_arguments(name, dtype))
     assert launched
 
 
@@ -376,23 +411,74 @@ def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkey
     assert calls == [(2, 4)]
 
 
-def test_a_compiler_that_fails_leaves_the_eager_reference(monkeypatch):
-    def failing(*_, **__):
-        raise torch._dynamo.exc.BackendCompilerFailed(failing, RuntimeError("no compiler"), None)
-
+@pytest.fixture
+def compiled_route(monkeypatch):
+    """CPU tensors go to the compiled reference, whose graphs are made anew."""
     monkeypatch.setattr(ops, "interpreting", lambda: False)
     monkeypatch.setattr(ops, "compiler_available", lambda: True)
-    monkeypatch.setattr(compiled.Graph, "compiler_failed", False)
     compiled.graph.cache_clear()
+    yield
+    compiled.graph.cache_clear()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("cache"), RuntimeError("no compiled frames")], ids=repr)
+def test_a_graph_that_cannot_be_compiled_runs_eagerly(compiled_route, error, monkeypatch):
+    tries = []
+
+    def failing(*_, **__):
+        tries.append(error)
+        raise error
+
     monkeypatch.setattr(torch, "compile", lambda *_, **__: failing)
-    with pytest.warns(UserWarning, match="torch.compile failed"):
+    with pytest.warns(UserWarning, match=f"torch.compile failed .{error}"):
         codes = mk.top_n_mask(torch.tensor([3.0, 1.0, 2.0, 0.0]), "2:4")
     assert codes.tolist() == [0b0101]
-    # the next one does not try again
+    mk.top_n_mask(torch.tensor([3.0, 1.0, 2.0, 0.0]), "2:4")
+    assert len(tries) == 1
     logits = normal(5, 64)
     expected = reference_update(logits)
-    assert torch.equal(mk.score_update_(logits, 0.5, pattern="2:4", seed=3), expected)
-    compiled.graph.cache_clear()
+    with pytest.warns(UserWarning, match="torch.compile failed"):
+        assert torch.equal(mk.score_update_(logits, 0.5, pattern="2:4", seed=3), expected)
+
+
+def test_an_error_after_the_first_run_is_raised(compiled_route, monkeypatch):
+    runs = []
+
+    def once(*args):
+        runs.append(args)
+        if len(runs) > 1:
+            raise RuntimeError("out of memory")
+        return torch.zeros(2, compiled.ROW, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: once)
+    mk.top_n_mask(torch.zeros(1, 4), "2:4")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mk.top_n_mask(torch.zeros(1, 4), "2:4")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_results_do_not_follow_the_default_dtype(compiled_route, default):
+    torch.set_default_dtype(default)
+    try:
+        logits = normal(8, 8, dtype=torch.float32).requires_grad_()
+        log_prob = mk.mask_log_prob(logits, mk.top_n_mask(logits.detach(), "2:4"), "2:4")
+        log_prob.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert log_prob.dtype == logits.grad.dtype == torch.float32
+    codes = reference.top_n_mask(logits.detach(), n=2, m=4)
+    expected = reference.mask_score(logits.detach(), codes, torch.ones(8, 2), 1.0, n=2, m=4)
+    assert torch.equal(logits.grad, expected)
+
+
+def test_logits_of_inference_mode_are_refused_outside_of_it():
+    with torch.inference_mode():
+        logits = normal(2, 8)
+        mk.score_update_(logits, 0.5, pattern="2:4", seed=3)
+    before = logits.clone()
+    with pytest.raises(ValueError, match="^logits: expected a tensor that may change"):
+        mk.score_update_(logits, 0.5, pattern="2:4", seed=3)
+    assert torch.equal(logits, before)
 
 
 def reference_update(logits: torch.Tensor) -> torch.Tensor:
@@ -417,7 +503,7 @@ def test_masked_linear_is_linear_under_the_drawn_mask(temperature):
     y, log_prob = mk.masked_linear(**given, **draw)
     codes = mk.sample_mask(plain["logits"].detach(), **draw)
     expected = nn.functional.linear(plain["x"], plain["weight"] * mk.expand_mask(codes, "2:4"), plain["bias"])
-    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
     scaled = (plain["logits"].detach() / temperature).view(-1, 4)
     groups = list(zip(scaled, codes.flatten().tolist(), strict=True))
@@ -451,7 +537,7 @@ def test_masked_linear_without_bias(shape, dtype):
     masked = mk.sample_masked_weight(weight, logits, "2:4", **COUNTER)
     assert masked.dtype == y.dtype == dtype
     assert y.shape == (*shape[:-1], 5)
-    assert torch.equal(y, nn.functional.linear(x, masked))
+    torch.testing.assert_close(y, nn.functional.linear(x, masked))
 
 
 def test_sample_masked_weight_has_exact_zeros_where_the_draw_drops():

@@ -23,6 +23,7 @@ ORDER = [
     "kernels.device",
     "kernels.launch",
     "kernels.sampling",
+    "kernels.masked_gemm",
     "ops",
     "functional",
     "modules",

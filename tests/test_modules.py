@@ -123,8 +123,8 @@ def test_gradient_reaches_x_and_not_the_frozen_weight(training):
     ("arguments", "error", "message"),
     [
         ({"linear": nn.Conv1d(4, 4, 1)}, TypeError, "^linear: expected nn.Linear"),
-        ({"linear": nn.Linear(6, 4)}, ValueError, "divisible by 4"),
-        ({"linear": nn.Linear(8, 4, dtype=torch.float64)}, TypeError, "float64"),
+        ({"linear": nn.Linear(6, 4)}, ValueError, "^linear: .*divisible by 4"),
+        ({"linear": nn.Linear(8, 4, dtype=torch.float64)}, ValueError, "^linear: .*float64"),
         ({"pattern": "4:2"}, ValueError, "^pattern: "),
         ({"pattern": 3}, TypeError, "^pattern: "),
         ({"init": "wanda"}, ValueError, "^init: "),
@@ -219,7 +219,7 @@ def test_state_of_another_pattern_is_refused(pattern):
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4")
     other = mk.MaskedLinear.from_linear(a_linear(seed=1), pattern)
     before = state(layer)
-    with pytest.raises(ValueError, match=f"expected logits of pattern 2:4, got {pattern}"):
+    with pytest.raises(RuntimeError, match=f"expected logits of pattern 2:4, got {pattern}"):
         layer.load_state_dict(other.state_dict())
     assert_same_state(state(layer), before)
 
@@ -286,4 +286,4 @@ def test_forward_runs_on_the_kernels(monkeypatch, launched):
     monkeypatch.setattr(ops, "interpreting", lambda: True)
     layer.train()(torch.randn(3, 16))
     layer.eval()(torch.randn(3, 16))
-    assert launched == {"sample_masked_weight": 1, "top_n_masked_weight": 1}
+    assert launched == {"masked_linear": 2}

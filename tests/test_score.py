@@ -109,14 +109,14 @@ def exact_scores(cases, pattern):
 def reference_score(logits, codes, pattern):
     n, m = sizes(pattern)
     flat = as_codes(codes, pattern)[:, None]
-    return reference.mask_score(logits, flat, torch.ones(flat.shape), n=n, m=m)
+    return reference.mask_score(logits, flat, torch.ones(flat.shape), 1.0, n=n, m=m)
 
 
 def kernel_score(logits, codes, pattern):
     n, m = sizes(pattern)
     flat = as_codes(codes, pattern)[:, None].to(KERNEL_DEVICE)
     grad = torch.ones(flat.shape, device=KERNEL_DEVICE)
-    return ops.mask_score(logits.to(KERNEL_DEVICE), flat, grad, n, m).cpu()
+    return ops.mask_score(logits.to(KERNEL_DEVICE), flat, grad, n, m, 1.0).cpu()
 
 
 def kernel_gradient(logits, codes, pattern):
@@ -172,7 +172,7 @@ def test_quadrature_score_is_within_2e_6_of_60_digits(score, pattern):
 
 def reference_log_prob(logits, codes, pattern):
     n, m = sizes(pattern)
-    return reference.mask_log_prob(logits, as_codes(codes, pattern)[:, None], n=n, m=m)[:, 0]
+    return reference.mask_log_prob(logits, as_codes(codes, pattern)[:, None], 1.0, n=n, m=m)[:, 0]
 
 
 def kernel_log_prob(logits, codes, pattern):

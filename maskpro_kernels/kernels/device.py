@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import certain as _certain
 from .. import philox as _philox
 from .. import reference as _reference
 
@@ -36,6 +37,10 @@ FLOAT16_MAX: tl.constexpr = tl.constexpr(_reference.FLOAT16_MAX)
 FLOAT16_SMALLEST_NORMAL: tl.constexpr = tl.constexpr(_reference.FLOAT16_SMALLEST_NORMAL)
 FLOAT16_SUBNORMAL_STEP: tl.constexpr = tl.constexpr(_reference.FLOAT16_SUBNORMAL_STEP)
 
+LEAST_NOISE: tl.constexpr = tl.constexpr(_certain.LEAST_NOISE)
+BOUND_AT_ZERO: tl.constexpr = tl.constexpr(_certain.BOUND_AT_ZERO)
+NATS_PER_BIT_PATTERN: tl.constexpr = tl.constexpr(_certain.NATS_PER_BIT_PATTERN)
+
 MULTIPLIERS: tl.constexpr = tl.constexpr(_philox.MULTIPLIERS)
 KEY_STEPS: tl.constexpr = tl.constexpr(_philox.KEY_STEPS)
 ROUNDS: tl.constexpr = tl.constexpr(_philox.ROUNDS)
@@ -47,10 +52,10 @@ STREAM_ROUNDING: tl.constexpr = tl.constexpr(_philox.STREAM_ROUNDING)
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Four uint32 words for a counter and key of uint32 words."""
     for _ in tl.static_range(ROUNDS):
-        low0 = tl.mul(c0, MULTIPLIERS[0], sanitize_overflow=False)
-        low1 = tl.mul(c2, MULTIPLIERS[1], sanitize_overflow=False)
-        high0 = tl.umulhi(c0, MULTIPLIERS[0])
-        high1 = tl.umulhi(c2, MULTIPLIERS[1])
+        product0 = tl.mul(c0.to(tl.uint64), MULTIPLIERS[0], sanitize_overflow=False)
+        product1 = tl.mul(c2.to(tl.uint64), MULTIPLIERS[1], sanitize_overflow=False)
+        low0, high0 = product0.to(tl.uint32), (product0 >> 32).to(tl.uint32)
+        low1, high1 = product1.to(tl.uint32), (product1 >> 32).to(tl.uint32)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0 = tl.add(k0, KEY_STEPS[0], sanitize_overflow=False)
         k1 = tl.add(k1, KEY_STEPS[1], sanitize_overflow=False)
@@ -172,16 +177,47 @@ def drawn_keys(z, group, M: tl.constexpr, seed, step, layer, draw):
 @triton.jit
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
+    losses = ()
+    for i in tl.static_range(M):
+        count = tl.zeros_like(keys[0]).to(tl.int32)
+        for j in tl.static_range(i):
+            count += (keys[j] >= keys[i]).to(tl.int32)
+        losses = losses + (count,)
     kept = ()
     for i in tl.static_range(M):
-        wins = tl.zeros_like(keys[0]).to(tl.int32)
-        for j in tl.static_range(M):
-            if j < i:
-                wins += (keys[i] > keys[j]).to(tl.int32)
-            elif j > i:
-                wins += (keys[i] >= keys[j]).to(tl.int32)
-        kept = kept + (wins >= M - N,)
+        count = losses[i]
+        for j in tl.static_range(i + 1, M):
+            count += (keys[i] < keys[j]).to(tl.int32)
+        kept = kept + (count < N,)
     return kept
+
+
+@triton.jit
+def certain(z, kept, words, M: tl.constexpr):
+    """int1 where no noise of these words can make a dropped column overtake a kept one; see ``certain``.
+
+    Noise falls with its word, so the smallest word of the dropped bounds them all.
+    """
+    smallest = tl.full(words[0].shape, 0xFFFFFFFF, tl.uint32)
+    for i in tl.static_range(M):
+        smallest = tl.minimum(smallest, tl.where(kept[i], 0xFFFFFFFF, words[i]))
+    quarter = (smallest >> 2).to(tl.float32)
+    bound = BOUND_AT_ZERO - quarter.to(tl.int32, bitcast=True).to(tl.float32) * NATS_PER_BIT_PATTERN
+    return largest_dropped(z, kept, M) + bound < smallest_kept(z, kept, M) + LEAST_NOISE
+
+
+@triton.jit
+def drawn_code(z, group, N: tl.constexpr, M: tl.constexpr, seed, step, layer, draw):
+    """int32 group codes of a draw; a block whose draws are all certain computes no noise."""
+    words = group_words(group, M, STREAM_DRAW, seed, step, layer, draw)
+    kept = top_n(z, N, M)
+    code = encode(kept, M)
+    if tl.min(certain(z, kept, words, M).to(tl.int32), 0) == 0:
+        keys = ()
+        for i in tl.static_range(M):
+            keys = keys + (z[i] + gumbel(words[i]),)
+        code = encode(top_n(keys, N, M), M)
+    return code
 
 
 @triton.jit

@@ -5,15 +5,16 @@ No autotuning: an in-place kernel must never run twice, and a table is the same 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 # As triton reads it when it is imported
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 # How often each kernel has been launched in this process
 launches: Counter[str] = Counter()
@@ -21,7 +22,7 @@ launches: Counter[str] = Counter()
 
 @dataclass(frozen=True)
 class Configuration:
-    """How one kernel is launched: groups a program, and warps."""
+    """How a kernel over groups is launched: groups a program, and warps."""
 
     block: int
     num_warps: int = 4
@@ -33,9 +34,8 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
     (kernel, m): Configuration(block=256 if m <= 4 else 128)
     for kernel in (
         "sample_mask",
-        "sample_masked_weight",
+        "masked_weight",
         "top_n_mask",
-        "top_n_masked_weight",
         "mask_log_prob",
         "mask_score",
         "score_update",
@@ -44,17 +44,116 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
 }
 
 # With one group a thread ptxas holds this one to 32 registers on sm_90 and puts 8 bytes on the stack
-CONFIGURATIONS["sample_masked_weight", 8] = Configuration(block=256)
+CONFIGURATIONS["masked_weight", 8] = Configuration(block=256)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a masked product is launched: what of rows, tokens and K a program multiplies at a time."""
+
+    out: int
+    tokens: int
+    k: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+# Streaming multiprocessors or compute units: as many programs leave none idle
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+# Most tokens for which a mask is drawn inside the product, by architecture: one block of them. A second
+# block would draw every tile again: on an H100 2.7 ps a weight by 90 issue slots, where writing and reading
+# a transient masked weight of 16 bits takes 1.2 ps. On the others that ratio is the same within a factor of 2.
+# The gradient of the weight draws once either way, but its small tiles lose to torch's beyond a few hundred.
+ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
+
+# By product, architecture and bytes of an operand, narrow before wide. With few tokens the draw bounds the time:
+# small tiles then, so that no processor idles and a thread holds two groups of 4. With many, larger ones, so that
+# x is not read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05.
+_TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
+    ("masked_linear", 2): (
+        Tiles(out=16, tokens=16, k=64),
+        Tiles(out=16, tokens=32, k=128),
+        Tiles(out=32, tokens=64, k=64, num_warps=8),
+        Tiles(out=32, tokens=128, k=64, num_warps=8),
+        Tiles(out=64, tokens=128, k=64, num_warps=8),
+    ),
+    ("masked_linear", 4): (
+        Tiles(out=16, tokens=16, k=64),
+        Tiles(out=16, tokens=32, k=64),
+        Tiles(out=32, tokens=64, k=32, num_warps=8),
+        Tiles(out=32, tokens=128, k=32, num_warps=8),
+    ),
+    ("masked_linear_input_grad", 2): (
+        Tiles(out=64, tokens=16, k=16),
+        Tiles(out=64, tokens=32, k=16),
+        Tiles(out=64, tokens=64, k=32, num_warps=8),
+        Tiles(out=64, tokens=128, k=32, num_warps=8),
+        Tiles(out=64, tokens=128, k=64, num_warps=8),
+    ),
+    ("masked_linear_input_grad", 4): (
+        Tiles(out=64, tokens=16, k=16),
+        Tiles(out=64, tokens=32, k=16),
+        Tiles(out=32, tokens=64, k=32, num_warps=8),
+        Tiles(out=32, tokens=128, k=32, num_warps=8),
+    ),
+    ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
+    ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
+}
+TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
+
+# The dimension of the weight along which a product's results lie
+RESULT_SIDE = {"masked_linear": "out", "masked_linear_input_grad": "k", "masked_linear_weight_grad": "out"}
 
 # The interpreter runs one program at a time through numpy: the cost is by call, not by element
 INTERPRETER_BLOCK = 1 << 16
+INTERPRETER_TILES = Tiles(out=512, tokens=128, k=512)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The row of the tables for a device: its own architecture, or the one whose limits it shares."""
+    if INTERPRETED:
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def configuration(kernel: str, m: int, groups: int) -> Configuration:
     """The configuration of a kernel for groups of ``m``."""
     if INTERPRETED:
-        return Configuration(block=min(INTERPRETER_BLOCK, 1 << max(groups - 1, 1).bit_length()))
+        return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)))
     return CONFIGURATIONS[kernel, m]
+
+
+def power_above(size: int) -> int:
+    """The smallest power of two that is at least ``size`` and 1."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def tiles_for(
+    product: str, m: int, operand: torch.dtype, tokens: int, rows: int, k: int, device: torch.device
+) -> Tiles:
+    """The tiles of a masked product of that many tokens with a weight [rows, k].
+
+    Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of those
+    the largest that still gives every processor a program, or else the smallest.
+    """
+    if INTERPRETED:
+        most = INTERPRETER_TILES
+        out, columns = min(most.out, power_above(rows)), min(most.k, power_above(k))
+        return Tiles(out=out, tokens=min(most.tokens, power_above(tokens)), k=max(columns, m))
+    target = architecture(device)
+    candidates = TILES[product, target, operand.itemsize]
+    padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
+    fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]
+    side = RESULT_SIDE[product]
+    width = rows if side == "out" else k
+    busy = [tile for tile in fitting if width >= PROCESSORS[target] * getattr(tile, side)]
+    chosen = busy[-1] if busy else fitting[0]
+    return replace(chosen, k=max(chosen.k, m))
 
 
 def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, **constants) -> None:
@@ -62,9 +161,20 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
     if groups == 0:
         return
     config = configuration(name, m, groups)
-    launches[name] += 1
     grid = ((groups + config.block - 1) // config.block,)
-    options = {} if INTERPRETED else {"num_warps": config.num_warps, "enable_fp_fusion": False}
+    _launch(kernel, name, grid, device, args, {"num_warps": config.num_warps}, M=m, BLOCK=config.block, **constants)
+
+
+def launch_tiles(kernel, name: str, m: int, grid: tuple[int, int], tile: Tiles, device, *args, **constants) -> None:
+    """Launch a kernel of masked products on a grid of tiles."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    blocks = {"BLOCK_OUT": tile.out, "BLOCK_T": tile.tokens, "BLOCK_K": tile.k}
+    _launch(kernel, name, grid, device, args, options, M=m, **blocks, **constants)
+
+
+def _launch(kernel, name, grid, device, args, options, **constants) -> None:
+    launches[name] += 1
+    options = {} if INTERPRETED else {**options, "enable_fp_fusion": False}
     # Triton launches on the current device, whatever device its arguments live on
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, M=m, BLOCK=config.block, **constants, **options)
+        kernel[grid](*args, **constants, **options)

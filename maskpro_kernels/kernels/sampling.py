@@ -52,9 +52,10 @@ def store_columns(pointer, columns, first, total, M: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def load_codes(pointer, first, total, BLOCK: tl.constexpr):
+def load_codes(pointer, first, total, N: tl.constexpr, BLOCK: tl.constexpr):
     local = tl.arange(0, BLOCK)
-    return tl.load(pointer + first + local, mask=first + local < total, other=0).to(tl.int32)
+    # beyond the end as well N are kept: the score of another number would divide by zero
+    return tl.load(pointer + first + local, mask=first + local < total, other=(1 << N) - 1).to(tl.int32)
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def drawn(
+def drawn_code(
     logits,
     inv_temperature,
     seed,
@@ -90,10 +91,10 @@ def drawn(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Kept columns of a draw."""
+    """int32 group codes of a draw."""
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
     group = group_words_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-    return d.top_n(d.drawn_keys(z, group, M, tl.load(seed), tl.load(step), layer, draw), N, M)
+    return d.drawn_code(z, group, N, M, tl.load(seed), tl.load(step), layer, draw)
 
 
 @triton.jit(do_not_specialize=COUNTER)
@@ -115,14 +116,21 @@ def sample_mask_kernel(
     WHOLE: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    kept = drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
-                 N, M, BLOCK, WHOLE)  # fmt: skip
+    code = drawn_code(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
+                      N, M, BLOCK, WHOLE)  # fmt: skip
+    store_codes(codes, code, first, total, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
     store_codes(codes, d.encode(kept, M), first, total, BLOCK)
 
 
 @triton.jit(do_not_specialize=COUNTER)
-def sample_masked_weight_kernel(
-    logits,
+def masked_weight_kernel(
+    source,
     weight,
     out,
     inv_temperature,
@@ -134,31 +142,21 @@ def sample_masked_weight_kernel(
     row_stride: tl.int64,
     columns: tl.int64,
     total: tl.int64,
+    KIND: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    kept = drawn(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
-                 N, M, BLOCK, WHOLE)  # fmt: skip
-    store_masked(out, weight, d.encode(kept, M), first, total, M, BLOCK)
-
-
-@triton.jit(do_not_specialize=["total"])
-def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
-    store_codes(codes, d.encode(kept, M), first, total, BLOCK)
-
-
-@triton.jit(do_not_specialize=["total"])
-def top_n_masked_weight_kernel(
-    scores, weight, out, total: tl.int64, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr
-):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
-    store_masked(out, weight, d.encode(kept, M), first, total, M, BLOCK)
+    if KIND == "drawn":
+        code = drawn_code(source, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
+                          N, M, BLOCK, WHOLE)  # fmt: skip
+    elif KIND == "top_n":
+        code = d.encode(d.top_n(load_columns(source, first, total, M, BLOCK), N, M), M)
+    else:
+        code = load_codes(source, first, total, N, BLOCK)
+    store_masked(out, weight, code, first, total, M, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -166,6 +164,7 @@ def mask_log_prob_kernel(
     logits,
     codes,
     out,
+    inv_temperature,
     total: tl.int64,
     NODES: tl.constexpr,
     STEP: tl.constexpr,
@@ -174,8 +173,8 @@ def mask_log_prob_kernel(
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    z = d.scaled(load_columns(logits, first, total, M, BLOCK), 1.0, M)
-    code = load_codes(codes, first, total, BLOCK)
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
+    code = load_codes(codes, first, total, N, BLOCK)
     if N <= d.EXACT_SCORE_MAX_N:
         log_prob = d.exact_log_prob(z, d.decode(code, M), N, M)
     else:
@@ -189,6 +188,7 @@ def mask_score_kernel(
     codes,
     grad,
     out,
+    inv_temperature,
     total: tl.int64,
     NODES: tl.constexpr,
     STEP: tl.constexpr,
@@ -197,14 +197,14 @@ def mask_score_kernel(
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    z = d.scaled(load_columns(logits, first, total, M, BLOCK), 1.0, M)
-    code = load_codes(codes, first, total, BLOCK)
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
+    code = load_codes(codes, first, total, N, BLOCK)
     if N <= d.EXACT_SCORE_MAX_N:
         scores = d.exact_score(z, d.decode(code, M), N, M)
     else:
         scores = d.quadrature_score(z, code, NODES, STEP, M)
     local = tl.arange(0, BLOCK)
-    g = tl.load(grad + first + local, mask=first + local < total, other=0.0)
+    g = tl.load(grad + first + local, mask=first + local < total, other=0.0) * inv_temperature
     scaled = ()
     for i in tl.static_range(M):
         scaled = scaled + (scores[i] * g,)
@@ -284,12 +284,14 @@ def sample_mask(logits, n, m, inv_temperature, seed, step, layer, draw, offset, 
     return codes
 
 
-def sample_masked_weight(weight, logits, n, m, inv_temperature, seed, step, layer, draw, offset, row_stride):
-    """``reference.sample_masked_weight`` as one kernel."""
+def masked_weight(weight, mask):
+    """``reference.sample_masked_weight`` and its kin as one kernel; ``mask`` a MaskSource."""
     out = torch.empty_like(weight)
-    counter, whole = _counter(logits, m, seed, step, layer, draw, offset, row_stride)
-    launch(sample_masked_weight_kernel, "sample_masked_weight", m, counter[-1], logits.device,
-           logits, weight, out, inv_temperature, *counter, N=n, WHOLE=whole)  # fmt: skip
+    columns, groups = weight.shape[1] // mask.m, weight.numel() // mask.m
+    counter = (mask.seed, mask.step, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
+    launch(masked_weight_kernel, "masked_weight", mask.m, groups, weight.device,
+           mask.tensor, weight, out, mask.inv_temperature, *counter, columns, groups,
+           KIND=mask.kind, N=mask.n, WHOLE=mask.group_row_stride == columns)  # fmt: skip
     return out
 
 
@@ -300,30 +302,21 @@ def top_n_mask(scores, n, m):
     return codes
 
 
-def top_n_masked_weight(weight, scores, n, m):
-    """``reference.top_n_masked_weight`` as one kernel."""
-    out = torch.empty_like(weight)
-    groups = scores.numel() // m
-    launch(top_n_masked_weight_kernel, "top_n_masked_weight", m, groups, weight.device,
-           scores, weight, out, groups, N=n)  # fmt: skip
-    return out
-
-
-def mask_log_prob(logits, codes, n, m):
+def mask_log_prob(logits, codes, n, m, inv_temperature):
     """``reference.mask_log_prob`` as one kernel."""
     nodes, step = quadrature_grid(n)
     out = torch.empty(codes.shape, dtype=torch.float32, device=logits.device)
     launch(mask_log_prob_kernel, "mask_log_prob", m, codes.numel(), logits.device,
-           logits, codes, out, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+           logits, codes, out, inv_temperature, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
     return out
 
 
-def mask_score(logits, codes, grad, n, m):
+def mask_score(logits, codes, grad, n, m, inv_temperature):
     """``reference.mask_score`` as one kernel."""
     nodes, step = quadrature_grid(n)
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     launch(mask_score_kernel, "mask_score", m, codes.numel(), logits.device,
-           logits, codes, grad, out, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+           logits, codes, grad, out, inv_temperature, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
     return out
 
 

@@ -1,0 +1,160 @@
+"""Ahead-of-time compilation of kernels on a machine without a GPU, and what the result costs.
+
+``TRITON_INTERPRET`` must not be set where this runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from maskpro_kernels.kernels import masked_gemm, sampling
+from maskpro_kernels.kernels.launch import CONFIGURATIONS, Tiles
+from maskpro_kernels.reference import quadrature_grid
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+COUNTER = {
+    "inv_temperature": "fp32",
+    "seed": "*i64",
+    "step": "*i64",
+    "draws": "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a compiled kernel costs: registers a thread, spilled registers, bytes of stack and of shared memory."""
+
+    asm: dict
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+
+def build(
+    kernel: str,
+    target: str,
+    n: int,
+    m: int,
+    logits: str = "fp32",
+    weight: str = "bf16",
+    **constants,
+) -> Built:
+    """Compile ``sampling.<kernel>_kernel`` as ``launch`` would for logits and weights of those dtypes."""
+    function = getattr(sampling, f"{kernel}_kernel")
+    nodes, step = quadrature_grid(n)
+    code = "*u8" if m <= 8 else "*i32"
+    types = (
+        COUNTER
+        | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
+        | {
+            "logits": f"*{logits}",
+            "scores": f"*{logits}",
+            "source": f"*{logits}",
+            "weight": f"*{weight}",
+            "out": "*fp32" if kernel in ("mask_log_prob", "mask_score") else f"*{weight}",
+            "codes": code,
+            "grad": "*fp32",
+            "coef": "*fp32",
+        }
+    )
+    config = CONFIGURATIONS[kernel, m]
+    known = {
+        "N": n,
+        "M": m,
+        "BLOCK": config.block,
+        "NODES": nodes,
+        "STEP": step,
+        "KIND": "drawn",
+        "WHOLE": True,
+        "SEVERAL": False,
+    } | constants
+    constants = {name: known[name] for name in function.arg_names if name in known}
+    return _compile(function, target, types, constants, {"num_warps": config.num_warps})
+
+
+def build_product(
+    product: str,
+    target: str,
+    n: int,
+    m: int,
+    tile: Tiles,
+    operand: str = "bf16",
+    logits: str = "fp32",
+    kind: str = "drawn",
+    log_prob: bool = False,
+) -> Built:
+    """Compile ``masked_gemm.<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes."""
+    function = getattr(masked_gemm, f"{product}_kernel")
+    types = (
+        COUNTER
+        | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
+        | dict.fromkeys(("x", "weight", "grad", "bias", "out"), f"*{operand}")
+        | {"source": f"*{logits}" if kind != "codes" else "*u8" if m <= 8 else "*i32"}
+        | {"partial": "*fp32", "rows": "i32", "groups": "i32"}
+    )
+    known = {
+        "N": n,
+        "M": m,
+        "KIND": kind,
+        "LOG_PROB": log_prob,
+        "OPERAND": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[operand],
+        "PRECISION": "ieee",
+        "BLOCK_OUT": tile.out,
+        "BLOCK_T": tile.tokens,
+        "BLOCK_K": max(tile.k, m),
+    } | ({} if log_prob else {"partial": None})
+    constants = {name: known[name] for name in function.arg_names if name in known}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return _compile(function, target, types, constants, options, multiples=("rows", "groups"))
+
+
+def _compile(function, target, types, constants, options, multiples=()) -> Built:
+    """``multiples`` are the integers that are taken to be multiples of 16, as pointers are."""
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in multiples
+    }
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": False})
+    measure = _amd if target.startswith("gfx") else _nvidia
+    return measure(compiled.asm, compiled.metadata.shared)
+
+
+def _nvidia(asm, shared) -> Built:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    fields = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    return Built(asm, int(fields["REG"]), int(fields["LOCAL"]), int(fields["STACK"]), shared)
+
+
+def _amd(asm, shared) -> Built:
+    text = asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    # scalar registers spill to lanes of vector registers, not to memory
+    return Built(asm, field("vgpr_count"), field("vgpr_spill_count"), field("private_segment_fixed_size"), shared)

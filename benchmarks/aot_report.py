@@ -1,0 +1,161 @@
+"""What the kernels cost on GPUs, read from their compiled code on a machine without one.
+
+For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, occupancy, and
+SASS instructions a weight, those of a block whose draws are all certain and those of one that draws. Then, for
+the layer shapes of LLaMA-2-7B, the time by bytes, by issue slots and by matrix units of the forward product.
+Nothing here is measured: the figures bound what a measurement can show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from aot import Built, build, build_product
+
+from maskpro_kernels.kernels.launch import CONFIGURATIONS, ONE_PASS_TOKENS, PROCESSORS, TILES
+
+PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
+GROUP_KERNELS = ["sample_mask", "masked_weight", "score_update"]
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+TOKENS = [1, 16, 128, 1024, 4096]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What bounds a kernel on one GPU: data sheets and the CUDA programming guide."""
+
+    name: str
+    bytes_per_second: float
+    clock: float
+    flops_16_bit: float
+    shared_bytes: int
+    registers: int = 65536
+    warps: int = 64
+    schedulers: int = 4
+
+
+CHIPS = {
+    "sm_80": Chip("A100 SXM 80 GB", 2.039e12, 1.41e9, 312e12, 164 << 10),
+    "sm_90": Chip("H100 SXM", 3.35e12, 1.83e9, 989e12, 228 << 10),
+    "sm_100": Chip("B200", 8.0e12, 1.85e9, 2250e12, 228 << 10),
+}
+
+
+def occupancy(built: Built, num_warps: int, chip: Chip) -> float:
+    """Resident warps over the most there can be: by registers, by shared memory, by 32 blocks."""
+    # registers go to warps in units of 256, and the driver keeps 1 KiB of shared memory a block
+    registers_a_warp = -(-max(built.registers, 1) * 32 // 256) * 256
+    by_registers = chip.registers // (registers_a_warp * num_warps)
+    by_shared = chip.shared_bytes // (built.shared + 1024)
+    return min(by_registers, by_shared, 32, chip.warps // num_warps) * num_warps / chip.warps
+
+
+def disassembled(cubin: bytes) -> list[str]:
+    """Labels, which end in ":", and instructions."""
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    lines = []
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)
+        if label:
+            lines.append(label[1] + ":")
+        elif instruction and not instruction[1].startswith("NOP"):
+            lines.append(instruction[1])
+    return lines
+
+
+def instructions(lines: list[str], looping: bool) -> tuple[int, int]:
+    """(fewest, most) instructions that run: of the largest loop, or of the whole; fewest skips the largest branch."""
+    where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    branches = []
+    for i, line in enumerate(lines):
+        target = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)
+        if target:
+            branches.append((i, where[target[1]], line.startswith("@")))
+    first, last = 0, len(lines)
+    if looping:
+        first, last = max(((j, i) for i, j, _ in branches if j < i), key=lambda loop: loop[1] - loop[0])
+
+    def count(start, end):
+        return sum(not line.endswith(":") for line in lines[start:end])
+
+    most = count(first, last)
+    skipped = [count(i + 1, j) for i, j, conditional in branches if conditional and first <= i < j <= last]
+    return most - max(skipped, default=0), most
+
+
+def weights_a_thread(block: int, m: int, num_warps: int) -> float:
+    return block * m / (32 * num_warps)
+
+
+def row(name, pattern, target, built, num_warps, weights, looping) -> str:
+    fewest, most = instructions(disassembled(built.asm["cubin"]), looping)
+    return (
+        f"{name:<42} {pattern:>5} {target:>6} {built.registers:>5} {built.spills + built.stack:>6} "
+        f"{built.shared / 1024:>6.1f} {occupancy(built, num_warps, CHIPS[target]):>6.0%} "
+        f"{fewest / weights:>8.1f} {most / weights:>8.1f}"
+    )
+
+
+def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
+    print(f"{'kernel':<42} {'N:M':>5} {'target':>6} {'regs':>5} {'spills':>6} {'KiB':>6} {'occup.':>6} ", end="")
+    print(f"{'certain':>8} {'drawn':>8}   (instructions a weight)")
+    issue = {}
+    for target in targets:
+        for n, m in patterns:
+            for kernel in GROUP_KERNELS:
+                config = CONFIGURATIONS[kernel, m]
+                built = build(kernel, target, n, m)
+                weights = weights_a_thread(config.block, m, config.num_warps)
+                print(row(kernel, f"{n}:{m}", target, built, config.num_warps, weights, looping=False), flush=True)
+                if kernel == "masked_weight":
+                    fewest, _ = instructions(disassembled(built.asm["cubin"]), looping=False)
+                    issue[target, n, m] = fewest / weights
+            for (product, where, itemsize), tiles in TILES.items():
+                for tile in tiles if where == target and itemsize == 2 else ():
+                    built = build_product(product, target, n, m, tile)
+                    name = f"{product} {tile.out}x{tile.tokens}x{max(tile.k, m)}, {tile.num_warps} warps"
+                    # the gradient of the weight draws once, behind its loop over the tokens
+                    looping = product != "masked_linear_weight_grad"
+                    weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
+                    print(row(name, f"{n}:{m}", target, built, tile.num_warps, weights, looping), flush=True)
+    print()
+    roofline(issue)
+
+
+def roofline(issue: dict[tuple[str, int, int], float]) -> None:
+    """Microseconds of a forward in 16 bits with float32 logits, by what bounds it; ``issue``: instructions a weight."""
+    print(f"{'forward of':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {'bytes':>8} {'issue':>8} {'matmul':>8}  us")
+    for (target, n, m), slots in issue.items():
+        chip = CHIPS[target]
+        rate = PROCESSORS[target] * chip.schedulers * 32 * chip.clock
+        for rows, k in SHAPES:
+            for tokens in TOKENS:
+                # above one pass the masked weight is written and read again
+                weight_bytes = rows * k * (6 if tokens <= ONE_PASS_TOKENS[target] else 10)
+                times = (
+                    (weight_bytes + 2 * tokens * (rows + k)) / chip.bytes_per_second,
+                    rows * k * slots / rate,
+                    2 * rows * k * tokens / chip.flops_16_bit,
+                )
+                shape = f"{rows}x{k}"
+                print(f"{shape:<14} {f'{n}:{m}':>5} {chip.name:>16} {tokens:>6} ", end="")
+                print(" ".join(f"{1e6 * t:>8.1f}" for t in times))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--patterns", nargs="+", default=["2:4"], metavar="N:M")
+    arguments = parser.parse_args()
+    report(arguments.targets, [tuple(map(int, pattern.split(":"))) for pattern in arguments.patterns])

@@ -1,0 +1,125 @@
+"""A linear layer under a drawn 2:4 mask, forward and backward, by number of tokens.
+
+Set against the dense layer, and against drawing the masked weight first and multiplying then.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels import reference
+
+PATTERN, N, M = "2:4", 2, 4
+DTYPE = "bfloat16 operands, float32 logits"
+SEED, STEP, LAYER = 11, 3, 5
+GAP = 10.0
+# On a GPU layers of LLaMA-2-7B, else one of SmolLM2-135M
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)] if DEVICE == "cuda" else [(1536, 576)]
+TOKENS = [1, 16, 128, 1024, 4096] if DEVICE == "cuda" else [1, 16, 1024]
+
+
+class Case:
+    """A layer's operands and the providers on them."""
+
+    def __init__(self, rows: int, k: int, tokens: int):
+        generator = torch.Generator(DEVICE).manual_seed(0)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, device=DEVICE)
+
+        self.x, self.weight = normal(tokens, k).bfloat16(), normal(rows, k).bfloat16()
+        self.upstream = normal(tokens, rows).bfloat16()
+        self.logits = GAP * mk.expand_mask(mk.top_n_mask(self.weight.abs(), PATTERN), PATTERN) + normal(rows, k)
+        seed, step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, STEP))
+        self.counter = {"pattern": PATTERN, "seed": seed, "step": step, "layer": LAYER}
+        self.compiled = torch.compile(self.by_reference, dynamic=False)
+
+    def ours(self):
+        return mk.masked_linear(self.x, self.weight, self.logits, log_prob=False, **self.counter)[0]
+
+    def ours_with_log_prob(self):
+        return mk.masked_linear(self.x, self.weight, self.logits, **self.counter)
+
+    def draw_then_matmul(self):
+        return nn.functional.linear(self.x, mk.sample_masked_weight(self.weight, self.logits, **self.counter))
+
+    def dense(self):
+        return nn.functional.linear(self.x, self.weight)
+
+    def masked_by_reference(self):
+        scalars = [torch.tensor(i, device=DEVICE) for i in (1.0, LAYER, 0, 0, self.logits.shape[1] // M)]
+        counter = (self.counter["seed"], self.counter["step"], *scalars)
+        return reference.sample_masked_weight(self.weight, self.logits, *counter, n=N, m=M)
+
+    def by_reference(self):
+        return nn.functional.linear(self.x, self.masked_by_reference())
+
+    def gradients(self, forward):
+        x, weight = self.x.detach().requires_grad_(), self.weight.detach().requires_grad_()
+        return torch.autograd.grad(forward(x, weight), (x, weight), self.upstream)
+
+    def our_gradients(self):
+        return self.gradients(lambda x, w: mk.masked_linear(x, w, self.logits, log_prob=False, **self.counter)[0])
+
+    def gradients_of_draw_then_matmul(self):
+        return self.gradients(
+            lambda x, w: nn.functional.linear(x, mk.sample_masked_weight(w, self.logits, **self.counter))
+        )
+
+    def dense_gradients(self):
+        return self.gradients(nn.functional.linear)
+
+    def check(self):
+        """Each product within twice the error of torch's own in the same dtype."""
+        masked = self.masked_by_reference()
+        exact = nn.functional.linear(self.x.double(), masked.double())
+        assert self.within_budget(self.ours(), nn.functional.linear(self.x, masked), exact)
+        x_grad, weight_grad = self.our_gradients()
+        exact_x = self.upstream.double() @ masked.double()
+        assert self.within_budget(x_grad, self.upstream @ masked, exact_x)
+        exact_weight = torch.where(masked != 0, self.upstream.double().T @ self.x.double(), 0)
+        assert self.within_budget(weight_grad, torch.where(masked != 0, self.upstream.T @ self.x, 0), exact_weight)
+
+    @staticmethod
+    def within_budget(result, by_torch, exact) -> bool:
+        error, error_of_torch = ((y.double() - exact).abs().max() for y in (result, by_torch))
+        return bool(error <= 2 * error_of_torch + 1e-6 * exact.abs().max())
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(shape, tokens, compare):
+    with torch.no_grad():
+        case = Case(*shape, tokens)
+        providers = {
+            "ours": case.ours,
+            "ours, log-probability": case.ours_with_log_prob,
+            "draw, then matmul": case.draw_then_matmul,
+            "dense": case.dense,
+        }
+        if DEVICE == "cuda":
+            providers["reference under torch.compile"] = case.compiled
+        compare(
+            torch.enable_grad()(case.check),
+            providers,
+            op="forward",
+            pattern=PATTERN,
+            shape=(tokens, *shape),
+            dtype=DTYPE,
+        )
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward(shape, tokens, compare):
+    case = Case(*shape, tokens)
+    providers = {
+        "ours": case.our_gradients,
+        "draw, then matmul": case.gradients_of_draw_then_matmul,
+        "dense": case.dense_gradients,
+    }
+    compare(case.check, providers, op="backward", pattern=PATTERN, shape=(tokens, *shape), dtype=DTYPE)

@@ -1,0 +1,354 @@
+"""Masked products by the kernels: against float64 within an error budget, on both routes, for all sources of masks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from enumerated import KERNEL_DEVICE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels import reference
+from maskpro_kernels.kernels import launch, masked_gemm
+from maskpro_kernels.pattern import NMPattern
+
+KINDS = ["drawn", "top_n", "codes"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+COUNTER = {"seed": 0x123456789ABCDEF, "step": 5, "layer": 3, "draw": 1, "temperature": 0.8}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(KERNEL_DEVICE)
+
+
+def within_budget(result, same_by_torch, exact):
+    """err(kernel) <= 2 err(torch in the same dtype) + 1e-6 max |result|, errors against float64."""
+    error = (result.double() - exact).abs().max()
+    error_of_torch = (same_by_torch.double() - exact).abs().max()
+    assert error <= 2 * error_of_torch + 1e-6 * exact.abs().max(), (float(error), float(error_of_torch))
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+
+
+def mask_of(kind, logits, pattern):
+    """(group codes, bool mask) by the eager reference on the CPU."""
+    scores, sizes = logits.detach().cpu(), {"n": pattern.n, "m": pattern.m}
+    if kind == "drawn":
+        counter = [scalar(COUNTER[name]) for name in ("seed", "step")]
+        draw = [scalar(1 / COUNTER["temperature"]), *(scalar(COUNTER[name]) for name in ("layer", "draw"))]
+        shard = [scalar(0), scalar(scores.shape[1] // pattern.m)]
+        codes = reference.sample_mask(scores, *counter, *draw, *shard, **sizes)
+    else:
+        codes = reference.top_n_mask(scores, **sizes)
+    codes = codes.to(logits.device)
+    return codes, mk.expand_mask(codes, pattern)
+
+
+def product(kind, x, weight, logits, codes, bias, pattern):
+    if kind == "drawn":
+        return mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)[0]
+    if kind == "top_n":
+        return mk.top_n_linear(x, weight, logits, bias, pattern=pattern)
+    return mk.codes_linear(x, weight, codes, bias, pattern=pattern)
+
+
+def check_product(kind, x, weight, logits, bias, pattern):
+    codes, mask = mask_of(kind, logits, pattern)
+    y = product(kind, x, weight, logits, codes, bias, pattern)
+    assert y.shape == (*x.shape[:-1], weight.shape[0]) and y.dtype == x.dtype
+    masked = torch.where(mask, weight, 0)
+    wide = None if bias is None else bias.double()
+    exact = nn.functional.linear(x.double(), masked.double(), wide)
+    within_budget(y, nn.functional.linear(x, masked, bias), exact)
+
+
+@st.composite
+def problems(draw, group_sizes, most_tokens, most_rows, most_k):
+    m = draw(st.sampled_from(group_sizes))
+    pattern = NMPattern(f"{draw(st.integers(1, m - 1))}:{m}")
+    k = m * draw(st.integers(1, most_k // m))
+    rows, tokens = draw(st.integers(1, most_rows)), draw(st.integers(1, most_tokens))
+    dtype, logits_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    shape = draw(st.sampled_from([(tokens, k), (1, tokens, k), (tokens, 1, 1, k), (k,)]))
+    seed = draw(st.integers(0, 1 << 20))
+    x = normal(*shape, seed=seed, dtype=dtype)
+    if draw(st.booleans()):
+        x = torch.stack([x, x + 1], dim=-1)[..., 0]
+    bias = normal(rows, seed=seed + 3, dtype=dtype) if draw(st.booleans()) else None
+    weight = normal(rows, k, seed=seed + 1, dtype=dtype)
+    logits = (3 * normal(rows, k, seed=seed + 2)).to(logits_dtype)
+    return draw(st.sampled_from(KINDS)), x, weight, logits, bias, pattern
+
+
+# the larger the groups the slower the interpreter
+@settings(max_examples=300)
+@given(problems((2, 4, 4, 8, 8, 16, 32), most_tokens=300, most_rows=300, most_k=512))
+def test_products_are_within_the_error_budget(problem):
+    check_product(*problem)
+
+
+SMALL_TILES = launch.Tiles(out=16, tokens=16, k=32)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problem=problems((2, 4, 8), most_tokens=40, most_rows=40, most_k=96))
+def test_products_of_many_tiles_are_within_the_error_budget(problem, monkeypatch):
+    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: SMALL_TILES)
+    check_product(*problem)
+
+
+PATTERNS = [NMPattern(p) for p in ("1:4", "2:4", "4:8", "8:16")]
+
+
+def operands(pattern, tokens=20, rows=24, k=96, dtype=torch.float32, bias=True):
+    """x, weight, logits, bias, each a leaf that requires its gradient."""
+    k -= k % pattern.m
+    tensors = [normal(tokens, k, dtype=dtype), normal(rows, k, seed=1, dtype=dtype), 3 * normal(rows, k, seed=2)]
+    tensors.append(normal(rows, seed=3, dtype=dtype) if bias else None)
+    return [None if t is None else t.requires_grad_() for t in tensors]
+
+
+@pytest.fixture(params=["one pass", "transient weight"])
+def route(request, monkeypatch):
+    most = 0 if request.param == "transient weight" else 1 << 20
+    monkeypatch.setattr(masked_gemm, "ONE_PASS_TOKENS", dict.fromkeys(launch.ONE_PASS_TOKENS, most))
+    return request.param
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, NMPattern("1:2"), NMPattern("4:32")], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
+    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: launch.Tiles(out=16, tokens=64, k=64))
+    k = 40 if pattern.m <= 8 else 3 * pattern.m
+    logits, weight = 3 * normal(19, k), torch.ones(19, k, device=KERNEL_DEVICE)
+    codes, mask = mask_of(kind, logits, pattern)
+    identity = torch.eye(k, device=KERNEL_DEVICE)
+    y = product(kind, identity, weight, logits, codes, None, pattern)
+    assert torch.equal(y.T != 0, mask)
+    assert launched["masked_linear"] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_gradients_are_within_the_error_budget(pattern, dtype, route, launched):
+    x, weight, logits, bias = operands(pattern, dtype=dtype)
+    upstream = normal(20, 24, seed=4, dtype=dtype)
+    y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern=pattern, **COUNTER)
+    codes, mask = mask_of("drawn", logits, pattern)
+    # the score above N = 4 is a quadrature, which the interpreter takes half a minute for
+    total = (y * upstream).sum() + (2 * log_prob if pattern.n <= 4 else 0)
+    total.backward()
+    assert launched["masked_weight"] == (3 if route == "transient weight" else 0)
+
+    def gradients(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        plain = nn.functional.linear(leaves[0], torch.where(mask, leaves[1], 0), leaves[2])
+        (plain * upstream.to(dtype)).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for ours, by_torch, exact in zip((x, weight, bias), gradients(dtype), gradients(torch.float64), strict=True):
+        assert ours.grad.dtype == dtype
+        within_budget(ours.grad, by_torch, exact)
+    assert (weight.grad[~mask] == 0).all()
+    if pattern.n > 4:
+        assert logits.grad is None
+        return
+    ones = torch.full(codes.shape, 2.0)
+    scores = reference.mask_score(
+        logits.detach().cpu(), codes.cpu(), ones, scalar(1 / COUNTER["temperature"]), n=pattern.n, m=pattern.m
+    )
+    torch.testing.assert_close(logits.grad.cpu(), scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["top_n", "codes"])
+def test_gradients_under_a_given_mask(kind, route):
+    pattern = NMPattern("2:4")
+    x, weight, logits, bias = operands(pattern)
+    codes, mask = mask_of(kind, logits, pattern)
+    y = product(kind, x, weight, logits, codes, bias, pattern)
+    upstream = normal(*y.shape, seed=4)
+    y.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ torch.where(mask, weight, 0))
+    torch.testing.assert_close(weight.grad, torch.where(mask, upstream.T @ x, 0))
+    torch.testing.assert_close(bias.grad, upstream.sum(0))
+    assert logits.grad is None
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS[:3], NMPattern("5:8")], ids=str)
+def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(pattern, route, monkeypatch):
+    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: SMALL_TILES)
+    x, weight, logits, _ = operands(pattern, tokens=40, rows=21, k=40, bias=False)
+    codes, _ = mask_of("drawn", logits, pattern)
+    inverse = scalar(1 / COUNTER["temperature"])
+    groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), inverse, n=pattern.n, m=pattern.m)
+    _, log_prob = mk.masked_linear(x, weight, logits, pattern=pattern, **COUNTER)
+    torch.testing.assert_close(log_prob.cpu(), groups.double().sum().float(), rtol=1e-6, atol=0)
+
+
+def test_few_tokens_are_one_launch(launched):
+    x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=16))
+    mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)
+    assert launched == {"masked_linear": 1}
+    mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
+    assert launched == {"masked_linear": 2}
+
+
+def test_many_tokens_draw_once(launched):
+    x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=129))
+    mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)
+    assert launched == {"masked_weight": 1}
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 8), (3, 0), (0, 0)])
+def test_empty_products(tokens, rows, route):
+    x, weight = normal(tokens, 8).requires_grad_(), normal(rows, 8, seed=1).requires_grad_()
+    logits = normal(rows, 8, seed=2).requires_grad_()
+    y, log_prob = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    assert y.shape == (tokens, rows)
+    (y.sum() + log_prob).backward()
+    assert (x.grad == 0).all() and x.grad.shape == x.shape
+    assert (weight.grad == 0).all() and weight.grad.shape == weight.shape
+    assert logits.grad.shape == logits.shape
+
+
+def test_only_what_needs_a_gradient_is_kept_for_backward():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    y, log_prob = mk.masked_linear(x.detach(), weight.detach(), logits, pattern="2:4", seed=0)
+    assert not y.requires_grad and log_prob.requires_grad
+    log_prob.backward()
+    assert logits.grad.abs().sum() > 0
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    owned = {t.data_ptr() for t in (x, weight, logits)}
+    assert all(t.data_ptr() in owned or t.dim() == 0 for t in saved)
+
+
+def test_logits_that_moved_before_backward_are_refused():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    y, log_prob = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    with torch.no_grad():
+        logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_derivative_is_refused_with_a_clear_error():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    y, _ = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="masked_linear_input_grad.*no autograd formula"):
+        gradient.sum().backward()
+
+
+def test_autocast_multiplies_in_its_dtype():
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
+        y, _ = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
+        expected = nn.functional.linear(x, mk.sample_masked_weight(weight, logits, "2:4", seed=0), bias)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    y.float().sum().backward()
+    assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+def test_weights_of_any_layout():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    expected = mk.masked_linear(x, weight, logits, pattern="2:4", log_prob=False, seed=0)[0]
+    strided = [t.detach().T.contiguous().T for t in (x, weight, logits)]
+    assert not any(t.is_contiguous() for t in strided)
+    assert torch.equal(mk.masked_linear(*strided, pattern="2:4", log_prob=False, seed=0)[0], expected)
+
+
+MUTANTS = {
+    "stores have no mask": (
+        "tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))",
+        "tl.store(pointers, total.to(out.dtype.element_ty))",
+    ),
+    "draws for the neighbour": ("row * row_stride + group)", "row * row_stride + group + 1)"),
+    "forgets the last tile of K": ("range(0, groups, GROUPS)", "range(0, groups - GROUPS, GROUPS)"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTANTS)
+def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
+    source = Path(masked_gemm.__file__).read_text()
+    before, after = MUTANTS[mutation]
+    assert source.count(before) >= 1
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(before, after))
+    spec = importlib.util.spec_from_file_location("maskpro_kernels.kernels.mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    mutant.torch = poisoned
+    monkeypatch.setattr(mutant, "tiles_for", lambda *_: SMALL_TILES)
+    monkeypatch.setattr(masked_gemm, "masked_linear", mutant.masked_linear)
+    x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=17, rows=17, k=36))
+    with pytest.raises(AssertionError):
+        check_product("drawn", x, weight, logits, bias, NMPattern("2:4"))
+        poisoned.check_margins()
+    poisoned.buffers.clear()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["drawn", "top-N"])
+def test_a_compiled_model_is_one_graph_for_all_steps_and_numbers_of_tokens(training):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).to(KERNEL_DEVICE)
+    mk.convert(model, "2:4", gap=1.0)
+    model.train(training)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    outputs = []
+    for tokens, seed in [(5, 0), (9, 0), (130, 0), (9, 7)]:
+        model[0].clock.seed.fill_(seed)
+        mk.advance(model)
+        x = normal(2, tokens, 16)
+        outputs.append(compiled(x))
+        torch.testing.assert_close(outputs[-1], model(x))
+    assert training != torch.equal(outputs[1], outputs[3])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    compiled(normal(1, 1, 16))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_compiled_training_step_gives_the_eager_gradients():
+    torch._dynamo.reset()
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+
+    def loss(x, weight, logits, bias, step):
+        y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0, step=step)
+        return y.square().mean() + 0.1 * log_prob
+
+    step = torch.tensor(3, device=KERNEL_DEVICE)
+    expected = torch.autograd.grad(loss(x, weight, logits, bias, step), (x, weight, logits, bias))
+    value = torch.compile(loss, fullgraph=True)(x, weight, logits, bias, step)
+    for ours, eager in zip(torch.autograd.grad(value, (x, weight, logits, bias)), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+
+    def tile(tokens, rows, k=4096, product="masked_linear", m=4):
+        chosen = launch.tiles_for(product, m, torch.bfloat16, tokens, rows, k, torch.device("cpu"))
+        return chosen.out, chosen.tokens, chosen.k
+
+    assert tile(1, 4096) == tile(16, 4096) == (16, 16, 64)
+    assert tile(17, 4096) == (16, 32, 128)
+    assert tile(128, 4096) == (32, 128, 64)
+    # 133 programs of 64 rows keep 132 processors busy
+    assert tile(128, 64 * 131) == (32, 128, 64)
+    assert tile(128, 64 * 133) == (64, 128, 64)
+    assert tile(16, 8, product="masked_linear_input_grad") == (64, 16, 16)
+    assert tile(16, 8, product="masked_linear_input_grad", m=32) == (64, 16, 32)
