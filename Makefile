@@ -4,7 +4,7 @@ VENV36 := .venv-triton36
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
-.PHONY: demo test test-slow test-triton36 lint bench gpu-check clean
+.PHONY: demo test test-slow test-triton36 lint aot-report bench gpu-check clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -23,6 +23,9 @@ test-triton36: $(INSTALLED36)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+aot-report: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/aot_report.py
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pytest benchmarks

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from maskpro_kernels import (
+    NMPattern,
     advance,
     convert,
+    expand_mask,
     mask_log_prob,
+    masked_linear,
     sample_mask,
     sample_masked_weight,
     score_update_,
@@ -59,20 +62,57 @@ def test_shards_have_the_bits_of_the_cpu():
     assert torch.equal(sample_mask(logits.cuda(), "2:4", **counter).cpu(), sample_mask(logits, "2:4", **counter))
 
 
+def test_a_hundred_million_groups_have_the_bits_of_the_cpu():
+    """In pieces, so that the reference does not fill the memory."""
+    generator = torch.Generator().manual_seed(1)
+    for piece in range(100):
+        logits = torch.randn(1000, 4000, generator=generator) * 5
+        counter = COUNTER | {"group_offset": piece * 1_000_000}
+        assert torch.equal(sample_mask(logits.cuda(), "2:4", **counter).cpu(), sample_mask(logits, "2:4", **counter))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS[:4])
+@pytest.mark.parametrize("tokens", [1, 16, 100, 128, 129])
+def test_products_and_gradients_are_those_of_the_masked_weight(tokens, pattern, dtype):
+    """On the CPU, in float64, under the mask that the CPU draws."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, upstream = (torch.randn(tokens, size, generator=generator).to(dtype) for size in (512, 300))
+    weight, logits = (torch.randn(300, 512, generator=generator) for _ in range(2))
+    weight, logits = weight.to(dtype), 4 * logits
+    masked = sample_masked_weight(weight, logits, pattern, **COUNTER)
+    kept = expand_mask(sample_mask(logits, pattern, **COUNTER), pattern)
+    on_gpu = [t.cuda().requires_grad_() for t in (x, weight)]
+    y, log_prob = masked_linear(*on_gpu, logits.cuda(), pattern=pattern, **COUNTER)
+    y.backward(upstream.cuda())
+    wide = [t.double() for t in (x, masked, upstream)]
+    exact = (wide[0] @ wide[1].T, wide[2] @ wide[1], torch.where(kept, wide[2].T @ wide[0], 0))
+    by_torch = (x @ masked.T, upstream @ masked, torch.where(kept, upstream.T @ x, 0))
+    for ours, same, true in zip((y, on_gpu[0].grad, on_gpu[1].grad), by_torch, exact, strict=True):
+        error, error_of_torch = ((t.double() - true).abs().max() for t in (ours.detach().cpu(), same))
+        assert error <= 2 * error_of_torch + 1e-6 * true.abs().max()
+    if NMPattern(pattern).n <= 4:
+        z = (logits.view(300, -1, NMPattern(pattern).m) / COUNTER["temperature"]).flatten(-2)
+        codes = sample_mask(logits, pattern, **COUNTER)
+        torch.testing.assert_close(log_prob.cpu(), mask_log_prob(z, codes, pattern).sum(), rtol=1e-5, atol=0)
+
+
 def test_a_captured_graph_draws_anew_after_each_advance():
     model = nn.Sequential(nn.Linear(1024, 512, bias=False)).cuda()
     convert(model, "2:4", gap=1.0)
     model.train()
     layer = masked_layers(model)["0"]
     with torch.no_grad():
-        layer.masked_weight()
+        x = torch.eye(1024, device="cuda")[:128]
+        layer.masked_weight(), model(x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            weight = layer.masked_weight()
+            weight, y = layer.masked_weight(), model(x)
             advance(model)
         layer.clock.step.zero_()
         for step in range(3):
             graph.replay()
             expected = sample_masked_weight(layer.weight, layer.logits, "2:4", seed=0, step=step)
             assert torch.equal(weight, expected)
+            assert torch.equal(y.T, expected[:, :128])

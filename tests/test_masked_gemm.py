@@ -232,11 +232,13 @@ def test_only_what_needs_a_gradient_is_kept_for_backward():
     assert all(t.data_ptr() in owned or t.dim() == 0 for t in saved)
 
 
-def test_logits_that_moved_before_backward_are_refused():
+@pytest.mark.parametrize("moved", ["logits", "step"])
+def test_a_mask_that_moved_before_backward_is_refused(moved):
     x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
-    y, log_prob = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    step = torch.tensor(3, device=KERNEL_DEVICE)
+    y, log_prob = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0, step=step)
     with torch.no_grad():
-        logits.add_(1)
+        {"logits": logits, "step": step}[moved].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -258,6 +260,17 @@ def test_autocast_multiplies_in_its_dtype():
     torch.testing.assert_close(y, expected)
     y.float().sum().backward()
     assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+
+
+def test_a_tied_weight_gets_the_gradients_of_both_layers():
+    x, weight, logits, _ = operands(NMPattern("2:4"), rows=96, bias=False)
+    first, second = ({"pattern": "2:4", "log_prob": False, "seed": 0, "layer": i} for i in (0, 1))
+    y, _ = mk.masked_linear(mk.masked_linear(x, weight, logits, **first)[0], weight, logits, **second)
+    y.sum().backward()
+    masks = [mk.expand_mask(mk.sample_mask(logits.detach(), "2:4", seed=0, layer=i), "2:4") for i in (0, 1)]
+    plain = weight.detach().requires_grad_()
+    nn.functional.linear(nn.functional.linear(x, plain * masks[0]), plain * masks[1]).sum().backward()
+    torch.testing.assert_close(weight.grad, plain.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_of_any_layout():
