@@ -210,8 +210,8 @@ def score_update_(
     seed, step = _counter_tensors(logits.device, seed, step)
     with torch.no_grad():
         device = logits.device
-        coef_tensor = torch.stack([_on_device(c, torch.float32, device) for c in coefs])
-        draw_tensor = torch.stack([_on_device(i, torch.int64, device) for i in draws])
+        coef_tensor = _stacked(coefs, torch.float32, device)
+        draw_tensor = _stacked(draws, torch.int64, device)
         layer, offset, stride = _shard(matrix, pattern, layer, None, group_offset, group_row_stride)
         ops.score_update_(
             matrix, coef_tensor, pattern.n, pattern.m, inverse, seed, step, layer, draw_tensor, offset, stride
@@ -427,6 +427,12 @@ def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) 
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype)
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def _stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 1-dim tensor of the values; a single one takes no launch but its own."""
+    tensors = [_on_device(value, dtype, device) for value in values]
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].view(1)
 
 
 def _counter_tensors(device: torch.device, seed: Scalar, step: Scalar) -> tuple[Tensor, Tensor]:

@@ -214,12 +214,12 @@ def mask_score_kernel(
 @triton.jit
 def update_terms(z, group, seed, step, layer, draw, scale, N: tl.constexpr, M: tl.constexpr):
     """Columns of scale * score(mask of a draw)."""
-    keys = d.drawn_keys(z, group, M, seed, step, layer, draw)
-    kept = d.top_n(keys, N, M)
     if N <= d.EXACT_SCORE_MAX_N:
-        scores = d.exact_score(z, kept, N, M)
+        code = d.drawn_code(z, group, N, M, seed, step, layer, draw)
+        scores = d.exact_score(z, d.decode(code, M), N, M)
     else:
-        scores = d.arrival_score(z, keys, kept, M)
+        keys = d.drawn_keys(z, group, M, seed, step, layer, draw)
+        scores = d.arrival_score(z, keys, d.top_n(keys, N, M), M)
     terms = ()
     for i in tl.static_range(M):
         terms = terms + (scores[i] * scale,)
