@@ -90,8 +90,9 @@ def test_compiled_and_eager_reference_update_to_the_same_bits(n, m, dtype):
     assert torch.equal(bits(update(compiled, n, m, logits)), bits(update(reference, n, m, logits)))
 
 
+# compiling the update of 5:8 takes half a minute
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (5, 8)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(5, 8, marks=pytest.mark.slow)])
 def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dtype, launched):
     """More groups than the compiled route takes at a time, in rows that lie apart."""
     logits = problem(m, dtype, 300_000).view(300, -1)
@@ -117,15 +118,17 @@ def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, 
 SETTINGS = """
 import torch
 from test_bits import bits, compiled, problem, reference, update
-logits = problem(4, torch.float32, 100_003)
-assert torch.equal(bits(update(compiled, 2, 4, logits)), bits(update(reference, 2, 4, logits)))
+logits = problem(2, torch.float32, 200_003)
+assert torch.equal(bits(update(compiled, 1, 2, logits)), bits(update(reference, 1, 2, logits)))
 """
 
 
-@pytest.mark.parametrize("setting", ["ENABLE_FLOATING_POINT_CONTRACT_FLAG=fast", "ENABLE_UNSAFE_MATH_OPT_FLAG=1"])
-def test_settings_of_the_compiler_do_not_change_bits(setting, tmp_path):
-    name, value = setting.split("=")
-    environment = os.environ | {f"TORCHINDUCTOR_CPP_{name}": value, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+@pytest.mark.slow
+def test_settings_of_the_compiler_do_not_change_bits():
+    environment = os.environ | {
+        "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG": "fast",
+        "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG": "1",
+    }
     child = subprocess.run(
         [sys.executable, "-c", SETTINGS], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -416,9 +417,7 @@ def compiled_route(monkeypatch):
     """CPU tensors go to the compiled reference, whose graphs are made anew."""
     monkeypatch.setattr(ops, "interpreting", lambda: False)
     monkeypatch.setattr(ops, "compiler_available", lambda: True)
-    compiled.graph.cache_clear()
-    yield
-    compiled.graph.cache_clear()
+    monkeypatch.setattr(compiled, "graph", functools.cache(compiled.graph.__wrapped__))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("cache"), RuntimeError("no compiled frames")], ids=repr)
@@ -456,9 +455,8 @@ def test_an_error_after_the_first_run_is_raised(compiled_route, monkeypatch):
         mk.top_n_mask(torch.zeros(1, 4), "2:4")
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
-def test_results_do_not_follow_the_default_dtype(compiled_route, default):
-    torch.set_default_dtype(default)
+def test_results_do_not_follow_the_default_dtype(compiled_route):
+    torch.set_default_dtype(torch.bfloat16)
     try:
         logits = normal(8, 8, dtype=torch.float32).requires_grad_()
         log_prob = mk.mask_log_prob(logits, mk.top_n_mask(logits.detach(), "2:4"), "2:4")
