@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 VENV36 := .venv-triton36
+# Two processes keep two cores busy, one the interpreter, one the compilers
+TESTS := -n 2 --dist loadfile tests
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
@@ -12,13 +14,13 @@ demo: $(INSTALLED)
 		--steps 40 --batch-size 8 --seq-len 128 --output runs/demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest $(TESTS)
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest tests -m slow
 
 test-triton36: $(INSTALLED36)
-	$(VENV36)/bin/python -m pytest tests
+	$(VENV36)/bin/python -m pytest $(TESTS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -32,7 +34,8 @@ bench: $(INSTALLED)
 
 # A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here.
 gpu-check:
-	$(PYTHON) -m pytest tests -m gpu
+	$(PYTHON) -m pytest tests/test_gpu.py -m gpu
+	$(PYTHON) -m pytest tests/test_masked_gemm.py -m "not slow" -k "not error_budget"
 	$(PYTHON) -m pytest benchmarks
 
 clean:

@@ -29,7 +29,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "data": ["datasets>=3"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.12", *DEMO],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.12", *DEMO],
         "bench": ["pytest>=8"],
     },
     entry_points={"console_scripts": ["maskpro = maskpro_kernels.cli:main"]},

@@ -36,7 +36,10 @@ COUNTER = {
 
 @dataclass(frozen=True)
 class Built:
-    """What a compiled kernel costs: registers a thread, spilled registers, bytes of stack and of shared memory."""
+    """What a compiled kernel costs: registers a thread, spilled registers, bytes of stack and of shared memory.
+
+    Stack that no instruction reads or writes counts as none.
+    """
 
     asm: dict
     registers: int
@@ -97,13 +100,18 @@ def build_product(
     logits: str = "fp32",
     kind: str = "drawn",
     log_prob: bool = False,
+    weight: str | None = None,
 ) -> Built:
-    """Compile ``masked_gemm.<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes."""
+    """Compile ``masked_gemm.<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
+
+    The weight and the bias are of the operands' dtype unless ``weight`` names another.
+    """
     function = getattr(masked_gemm, f"{product}_kernel")
     types = (
         COUNTER
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
-        | dict.fromkeys(("x", "weight", "grad", "bias", "out"), f"*{operand}")
+        | dict.fromkeys(("x", "grad", "out"), f"*{operand}")
+        | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
         | {"source": f"*{logits}" if kind != "codes" else "*u8" if m <= 8 else "*i32"}
         | {"partial": "*fp32", "rows": "i32", "groups": "i32"}
     )
@@ -139,15 +147,19 @@ def _compile(function, target, types, constants, options, multiples=()) -> Built
 
 
 def _nvidia(asm, shared) -> Built:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    def dump(what):
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    fields = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    return Built(asm, int(fields["REG"]), int(fields["LOCAL"]), int(fields["STACK"]), shared)
+        fields = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", dump("--dump-resource-usage")))
+        stack = int(fields["STACK"])
+        # LLVM may reserve a slot and then not need it: Triton 3.6's does for 16 columns of 16 bits
+        if stack and not re.search(r"\b(LDL|STL)\b", dump("--dump-sass")):
+            stack = 0
+    return Built(asm, int(fields["REG"]), int(fields["LOCAL"]), stack, shared)
 
 
 def _amd(asm, shared) -> Built:

@@ -2,28 +2,34 @@
 
 For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, occupancy, and
 SASS instructions a weight, those of a block whose draws are all certain and those of one that draws. Then, for
-the layer shapes of LLaMA-2-7B, the time by bytes, by issue slots and by matrix units of the forward product.
-Nothing here is measured: the figures bound what a measurement can show.
+the layer shapes of LLaMA-2-7B, the time by bytes, by issue slots and by matrix units of the forward product, of
+16-bit operands with float32 logits. NVIDIA targets only. Nothing here is measured: the figures bound what a
+measurement can show.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from aot import Built, build, build_product
 
-from maskpro_kernels.kernels.launch import CONFIGURATIONS, ONE_PASS_TOKENS, PROCESSORS, TILES
+from maskpro_kernels.kernels.launch import CONFIGURATIONS, ONE_PASS_TOKENS, PROCESSORS, TILES, Tiles, tiles_for
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 GROUP_KERNELS = ["sample_mask", "masked_weight", "score_update"]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 16, 128, 1024, 4096]
+# Share of the groups that a logit gap of 10 leaves open: a block with one of them computes the noise of all
+OPEN_GROUPS = 0.002
 
 
 @dataclass(frozen=True)
@@ -98,59 +104,81 @@ def weights_a_thread(block: int, m: int, num_warps: int) -> float:
     return block * m / (32 * num_warps)
 
 
-def row(name, pattern, target, built, num_warps, weights, looping) -> str:
+@functools.cache
+def group_kernel(kernel: str, target: str, n: int, m: int) -> tuple[Built, float, float]:
+    """(the compiled kernel, fewest and most instructions a weight)."""
+    built, config = build(kernel, target, n, m), CONFIGURATIONS[kernel, m]
+    weights = weights_a_thread(config.block, m, config.num_warps)
+    fewest, most = instructions(disassembled(built.asm["cubin"]), looping=False)
+    return built, fewest / weights, most / weights
+
+
+@functools.cache
+def product_kernel(product: str, target: str, n: int, m: int, tile: Tiles) -> tuple[Built, float, float]:
+    """(the compiled product, fewest and most instructions a weight)."""
+    built = build_product(product, target, n, m, tile)
+    weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
+    # the gradient of the weight draws once, behind its loop over the tokens
+    looping = product != "masked_linear_weight_grad"
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping)
+    return built, fewest / weights, most / weights
+
+
+def expected_instructions(fewest: float, most: float, groups: float) -> float:
+    """Instructions a weight where blocks of so many groups compute noise if one of them is open."""
+    clear = (1 - OPEN_GROUPS) ** groups
+    return clear * fewest + (1 - clear) * most
+
+
+def row(name, pattern, target, num_warps, built, fewest, most) -> str:
     return (
         f"{name:<42} {pattern:>5} {target:>6} {built.registers:>5} {built.spills + built.stack:>6} "
         f"{built.shared / 1024:>6.1f} {occupancy(built, num_warps, CHIPS[target]):>6.0%} "
-        f"{fewest / weights:>8.1f} {most / weights:>8.1f}"
+        f"{fewest:>8.1f} {most:>8.1f}"
     )
 
 
 def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     print(f"{'kernel':<42} {'N:M':>5} {'target':>6} {'regs':>5} {'spills':>6} {'KiB':>6} {'occup.':>6} ", end="")
     print(f"{'certain':>8} {'drawn':>8}   (instructions a weight)")
-    issue = {}
     for target in targets:
         for n, m in patterns:
             for kernel in GROUP_KERNELS:
-                config = CONFIGURATIONS[kernel, m]
-                built = build(kernel, target, n, m)
-                weights = weights_a_thread(config.block, m, config.num_warps)
-                print(row(kernel, f"{n}:{m}", target, built, config.num_warps, weights, looping=False), flush=True)
-                if kernel == "masked_weight":
-                    fewest, _ = instructions(disassembled(built.asm["cubin"]), looping=False)
-                    issue[target, n, m] = fewest / weights
+                warps = CONFIGURATIONS[kernel, m].num_warps
+                print(row(kernel, f"{n}:{m}", target, warps, *group_kernel(kernel, target, n, m)), flush=True)
             for (product, where, itemsize), tiles in TILES.items():
                 for tile in tiles if where == target and itemsize == 2 else ():
-                    built = build_product(product, target, n, m, tile)
                     name = f"{product} {tile.out}x{tile.tokens}x{max(tile.k, m)}, {tile.num_warps} warps"
-                    # the gradient of the weight draws once, behind its loop over the tokens
-                    looping = product != "masked_linear_weight_grad"
-                    weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
-                    print(row(name, f"{n}:{m}", target, built, tile.num_warps, weights, looping), flush=True)
+                    counts = product_kernel(product, target, n, m, tile)
+                    print(row(name, f"{n}:{m}", target, tile.num_warps, *counts), flush=True)
     print()
-    roofline(issue)
-
-
-def roofline(issue: dict[tuple[str, int, int], float]) -> None:
-    """Microseconds of a forward in 16 bits with float32 logits, by what bounds it; ``issue``: instructions a weight."""
     print(f"{'forward of':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {'bytes':>8} {'issue':>8} {'matmul':>8}  us")
-    for (target, n, m), slots in issue.items():
-        chip = CHIPS[target]
-        rate = PROCESSORS[target] * chip.schedulers * 32 * chip.clock
-        for rows, k in SHAPES:
-            for tokens in TOKENS:
-                # above one pass the masked weight is written and read again
-                weight_bytes = rows * k * (6 if tokens <= ONE_PASS_TOKENS[target] else 10)
-                times = (
-                    (weight_bytes + 2 * tokens * (rows + k)) / chip.bytes_per_second,
-                    rows * k * slots / rate,
-                    2 * rows * k * tokens / chip.flops_16_bit,
-                )
-                shape = f"{rows}x{k}"
-                print(f"{shape:<14} {f'{n}:{m}':>5} {chip.name:>16} {tokens:>6} ", end="")
-                print(" ".join(f"{1e6 * t:>8.1f}" for t in times))
+    for target in targets:
+        for n, m in patterns:
+            for (rows, k), tokens in itertools.product(SHAPES, TOKENS):
+                times = " ".join(f"{1e6 * t:>8.1f}" for t in roofline(target, n, m, rows, k, tokens))
+                print(f"{f'{rows}x{k}':<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times}")
+
+
+def roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> tuple[float, float, float]:
+    """Seconds of a forward by bytes, by issue slots and by matrix units."""
+    chip = CHIPS[target]
+    if tokens <= ONE_PASS_TOKENS[target]:
+        weight_bytes = 6
+        tile = tiles_for("masked_linear", m, torch.bfloat16, tokens, rows, k, target)
+        groups = tile.out * tile.k / m
+        _, fewest, most = product_kernel("masked_linear", target, n, m, tile)
+    else:
+        # the masked weight is written and read again
+        weight_bytes = 10
+        groups = CONFIGURATIONS["masked_weight", m].block
+        _, fewest, most = group_kernel("masked_weight", target, n, m)
+    rate = PROCESSORS[target] * chip.schedulers * 32 * chip.clock
+    return (
+        (weight_bytes * rows * k + 2 * tokens * (rows + k)) / chip.bytes_per_second,
+        rows * k * expected_instructions(fewest, most, groups) / rate,
+        2 * rows * k * tokens / chip.flops_16_bit,
+    )
 
 
 if __name__ == "__main__":

@@ -77,12 +77,16 @@ class Case:
         """Each product within twice the error of torch's own in the same dtype."""
         masked = self.masked_by_reference()
         exact = nn.functional.linear(self.x.double(), masked.double())
-        assert self.within_budget(self.ours(), nn.functional.linear(self.x, masked), exact)
-        x_grad, weight_grad = self.our_gradients()
+        with_log_prob, log_prob = self.ours_with_log_prob()
+        for y in (self.ours(), with_log_prob, self.draw_then_matmul()):
+            assert self.within_budget(y, nn.functional.linear(self.x, masked), exact)
+        codes = mk.sample_mask(self.logits, **self.counter)
+        torch.testing.assert_close(log_prob, mk.mask_log_prob(self.logits, codes, PATTERN).sum(), rtol=1e-5, atol=0)
         exact_x = self.upstream.double() @ masked.double()
-        assert self.within_budget(x_grad, self.upstream @ masked, exact_x)
         exact_weight = torch.where(masked != 0, self.upstream.double().T @ self.x.double(), 0)
-        assert self.within_budget(weight_grad, torch.where(masked != 0, self.upstream.T @ self.x, 0), exact_weight)
+        for x_grad, weight_grad in (self.our_gradients(), self.gradients_of_draw_then_matmul()):
+            assert self.within_budget(x_grad, self.upstream @ masked, exact_x)
+            assert self.within_budget(weight_grad, torch.where(masked != 0, self.upstream.T @ self.x, 0), exact_weight)
 
     @staticmethod
     def within_budget(result, by_torch, exact) -> bool:

@@ -24,12 +24,14 @@ def load_text(source: str) -> dict[str, str]:
 
     Raises:
         TypeError: if ``source`` is not a str.
-        ValueError: if a split is empty, the file is not UTF-8, or the dataset lacks a split or a text column, or
-            ``datasets`` is not installed.
+        ValueError: if ``source`` or a split is empty, the file is not UTF-8, or the dataset lacks a split or a text
+            column, or ``datasets`` is not installed.
         OSError: if the file cannot be read.
     """
     if not isinstance(source, str):
         raise TypeError(f'source: expected a str such as "pydoc", got {type(source).__name__}')
+    if not source:
+        raise ValueError('source: expected "pydoc", a text file or a dataset, got an empty str')
     if source == "pydoc":
         texts = _split(_pydoc_topics())
     elif Path(source).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from .modules import masked_layers
 
 
 def check_output(folder: str | Path) -> None:
-    """Refuses an output folder that would mix with what is already there; creates nothing.
+    """Refuses an output folder that cannot be written or would mix with what is already there; leaves nothing behind.
 
     Raises:
         ValueError: if ``folder`` exists and is not empty, or it or a folder above it is a file or not writable.
@@ -23,8 +24,11 @@ def check_output(folder: str | Path) -> None:
     # Told now: after hours of learning it would be too late.
     if not there.is_dir():
         raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: no permission in {str(there)!r}")
+    try:
+        # Permission bits alone do not tell: root, read-only and virtual file systems pass them.
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: {error}") from error
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty")
 

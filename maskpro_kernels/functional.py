@@ -239,10 +239,11 @@ def masked_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """Linear layer under a drawn mask: (x @ (weight * mask).T + bias, log-probability of the mask).
 
-    Gradients flow to x, weight, bias, and through the log-probability to the logits (the score).
+    Gradients flow to x, weight, bias, and through the log-probability to the logits (the score): of first order
+    and by backward only, not by ``torch.func.jvp``.
 
     Args:
-        x: [..., K] in the weight's dtype.
+        x: [..., K] in the weight's dtype; under autocast float32, bfloat16 or float16, and y in autocast's dtype.
         weight: float32, bfloat16 or float16 [out, K].
         logits: float32, bfloat16 or float16 [out, K].
         bias: [out] or None.
@@ -256,11 +257,11 @@ def masked_linear(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    x, weight, bias = _linear_operands(x, weight, bias)
+    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
     _check_like("logits", logits, weight)
     mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
     source = mask.tensor if log_prob else mask.tensor.detach()
-    y, total = ops.masked_linear(*_matrices(x, weight, pattern), bias, log_prob, source, *mask[1:])
+    y, total = ops.masked_linear(tokens, matrix, vector, log_prob, source, *mask[1:])
     return y.view(*x.shape[:-1], weight.shape[0]), total if log_prob else None
 
 
@@ -280,10 +281,10 @@ def top_n_linear(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    x, weight, bias = _linear_operands(x, weight, bias)
+    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
     _check_like("logits", logits, weight)
     mask = MaskSource(_matrix("logits", logits.detach(), pattern), "top_n", pattern.n, pattern.m)
-    y, _ = ops.masked_linear(*_matrices(x, weight, pattern), bias, False, *mask)
+    y, _ = ops.masked_linear(tokens, matrix, vector, False, *mask)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -304,11 +305,10 @@ def codes_linear(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    x, weight, bias = _linear_operands(x, weight, bias)
-    _check_groups("weight", weight, pattern)
+    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
     check_codes("codes", codes, pattern, weight)
     mask = MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m)
-    y, _ = ops.masked_linear(*_matrices(x, weight, pattern), bias, False, *mask)
+    y, _ = ops.masked_linear(tokens, matrix, vector, False, *mask)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -366,30 +366,33 @@ def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
 
 
-def _matrices(x: Tensor, weight: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
-    """(x as a contiguous matrix [tokens, K], the weight contiguous)."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous(), _matrix("weight", weight, pattern)
-
-
-def _linear_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, weight and bias of a linear layer, checked; in the dtype of autocast where that is on."""
+def _linear_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x [tokens, K], weight, bias) of a linear layer, checked and contiguous; x in the dtype of the product."""
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, K], got {_describe(weight)}")
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {_describe(weight)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}] on {weight.device}, got {_describe(x)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if x.dtype != weight.dtype and not (autocast and x.dtype.is_floating_point):
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype != weight.dtype and not (autocast and x.dtype in LOGIT_DTYPES):
         raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {_describe(x)}")
     if bias is not None and (
-        not isinstance(bias, Tensor) or bias.shape != weight.shape[:1] or bias.dtype != weight.dtype
+        not isinstance(bias, Tensor)
+        or bias.shape != weight.shape[:1]
+        or bias.dtype != weight.dtype
+        or bias.device != weight.device
     ):
-        raise ValueError(f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype}, got {_describe(bias)}")
+        raise ValueError(
+            f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype} on {weight.device}, got {_describe(bias)}"
+        )
     if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return x, weight, bias
+        x = x.to(torch.get_autocast_dtype(device))
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return tokens, _matrix("weight", weight, pattern), None if bias is None else bias.contiguous()
 
 
 def _drawn(logits, pattern: NMPattern, temperature, seed, step, layer, draw, offset, stride) -> MaskSource:

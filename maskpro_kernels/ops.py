@@ -8,6 +8,7 @@ matrices are contiguous and two-dimensional, seed and step 0-dim int64 tensors o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 
@@ -161,43 +162,59 @@ masked_weight.register_autograd(_masked_weight_backward, setup_context=_masked_w
     schema=f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)",
 )
 def masked_linear(x, weight, bias, log_prob, *mask):
-    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, 0 if not asked for)."""
-    mask = MaskSource(*mask)
-    if _uses_kernels(weight):
-        y, total = _kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
-    else:
-        y, total = torch.nn.functional.linear(x, _reference_masked_weight(weight, mask), bias), None
-        if log_prob:
-            source, _, n, m, inv_temperature, *counter = mask
-            codes = sample_mask(source, n, m, inv_temperature, *counter)
-            total = mask_log_prob(source, codes, n, m, inv_temperature).sum()
-    return y, torch.zeros((), device=x.device) if total is None else total
+    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
+
+    The product runs in the dtype of x.
+    """
+    mask, total = MaskSource(*mask), None
+    with _without_autocast(x):
+        if _uses_kernels(x):
+            y, total = _kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
+        else:
+            bias = None if bias is None else bias.to(x.dtype)
+            y = torch.nn.functional.linear(x, _reference_masked_weight(weight.to(x.dtype), mask), bias)
+            if log_prob:
+                source, _, n, m, inv_temperature, *counter = mask
+                codes = sample_mask(source, n, m, inv_temperature, *counter)
+                total = mask_log_prob(source, codes, n, m, inv_temperature).sum()
+    return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
 @masked_linear.register_fake
-def _(x, weight, *_):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty((), dtype=torch.float32)
+def _(x, weight, bias, log_prob, *_):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Products in the dtype of their operands, also where backward runs inside of autocast."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def _masked_linear_context(ctx, inputs, output):
-    x, weight, _, _, *mask = inputs
-    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    x, weight, bias, _, *mask = inputs
+    needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
     ctx.set_materialize_grads(False)
     if not (needs_x or needs_weight or needs_bias):
         # logits alone: the loss needs no graph, only the log-probability does
         ctx.mark_non_differentiable(output[0])
+    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+    if not (needs_x or needs_weight or needs_logits):
+        mask = MaskSource(*mask)._replace(tensor=None, seed=None, step=None)
     _save_mask(ctx, mask, x if needs_weight else None, weight if needs_x else None)
 
 
 def _masked_linear_backward(ctx, grad, log_prob_grad):
     mask, (x, weight) = _saved_mask(ctx)
     needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
+    weight_dtype, bias_dtype = ctx.dtypes
     x_grad = weight_grad = bias_grad = logits_grad = None
     if grad is not None:
         grad = grad.contiguous()
         x_grad = masked_linear_input_grad(grad, weight, *mask) if needs_x else None
-        weight_grad = masked_linear_weight_grad(grad, x, *mask) if needs_weight else None
-        bias_grad = grad.sum(0) if needs_bias else None
+        weight_grad = masked_linear_weight_grad(grad, x, *mask).to(weight_dtype) if needs_weight else None
+        bias_grad = grad.sum(0).to(bias_dtype) if needs_bias else None
     if needs_logits and log_prob_grad is not None:
         _, _, n, m, inv_temperature, *counter = mask
         codes = sample_mask(mask.tensor, n, m, inv_temperature, *counter)
@@ -213,11 +230,12 @@ masked_linear.register_autograd(_masked_linear_backward, setup_context=_masked_l
     "maskpro::masked_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, Tensor weight, {MASK}) -> Tensor"
 )
 def masked_linear_input_grad(grad, weight, *mask):
-    """grad [tokens, rows] @ (weight [rows, K] * mask)."""
+    """grad [tokens, rows] @ (weight [rows, K] * mask), in the dtype of grad."""
     mask = MaskSource(*mask)
-    if _uses_kernels(weight):
-        return _kernels("masked_gemm").masked_linear_input_grad(grad, weight, mask)
-    return grad @ _reference_masked_weight(weight, mask)
+    with _without_autocast(grad):
+        if _uses_kernels(grad):
+            return _kernels("masked_gemm").masked_linear_input_grad(grad, weight, mask)
+        return grad @ _reference_masked_weight(weight.to(grad.dtype), mask)
 
 
 @masked_linear_input_grad.register_fake
@@ -231,9 +249,10 @@ def _(grad, weight, *_):
 def masked_linear_weight_grad(grad, x, *mask):
     """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
     mask = MaskSource(*mask)
-    if _uses_kernels(x):
-        return _kernels("masked_gemm").masked_linear_weight_grad(grad, x, mask)
-    return _reference_masked_weight(grad.t() @ x, mask)
+    with _without_autocast(grad):
+        if _uses_kernels(grad):
+            return _kernels("masked_gemm").masked_linear_weight_grad(grad, x, mask)
+        return _reference_masked_weight(grad.t() @ x, mask)
 
 
 @masked_linear_weight_grad.register_fake

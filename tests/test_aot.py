@@ -43,7 +43,7 @@ PRODUCTS_CHILD = """
 import json, sys
 from aot import build_product
 from maskpro_kernels.kernels.launch import TILES
-operand, patterns, targets, options, widest_and_narrowest = json.load(sys.stdin)
+forbidden, operand, patterns, targets, options, widest_and_narrowest = json.load(sys.stdin)
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[operand]
 for (product, target, itemsize), tiles in TILES.items():
     if itemsize != size or target not in targets:
@@ -53,11 +53,15 @@ for (product, target, itemsize), tiles in TILES.items():
             given = dict(options)
             if product != "masked_linear":
                 given.pop("log_prob", None)
+            if product == "masked_linear_weight_grad":
+                given.pop("weight", None)
             built = build_product(product, target, n, m, tile, operand=operand, **given)
             side = max(tile.k, m) if product == "masked_linear_input_grad" else tile.out
-            unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in built.asm.get("ptx", "")]
+            ptx = built.asm.get("ptx", "")
+            unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in ptx]
+            found = [name for name in forbidden if name in ptx]
             print(json.dumps([product, target, n, m, side, built.registers, built.spills, built.stack,
-                              built.shared, unit]), flush=True)
+                              built.shared, unit, found]), flush=True)
 """
 
 # Bytes of shared memory a block may have; cards of 8.6 and 8.9 take the row of sm_80
@@ -88,8 +92,14 @@ def check(cases, stack=0):
         assert not forbidden, (target, forbidden)
 
 
-@pytest.mark.parametrize("logits", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (8, 16)])
+@pytest.mark.parametrize(
+    ("n", "m", "logits"),
+    [
+        pytest.param(n, m, logits, marks=[pytest.mark.slow] if m == 16 and logits != "fp32" else [])
+        for n, m in [(1, 4), (2, 4), (4, 8), (8, 16)]
+        for logits in ["fp32", "bf16", "fp16"]
+    ],
+)
 def test_draw_and_update_compile_for_every_target(n, m, logits):
     check([(kernel, n, m, logits, {}) for kernel in ("sample_mask", "masked_weight", "score_update")])
 
@@ -99,9 +109,13 @@ def test_every_kernel_compiles_for_every_target(n, m):
     check([(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
 
-def test_shards_and_several_draws_compile_for_every_target():
+def test_shards_compile_for_every_target():
     check([("sample_mask", 2, 4, "fp32", {"WHOLE": False})])
-    check([("score_update", n, m, "bf16", {"SEVERAL": True}) for n, m in [(1, 4), (2, 4), (4, 8), (8, 16)]])
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), pytest.param(8, 16, marks=pytest.mark.slow)])
+def test_several_draws_compile_for_every_target(n, m):
+    check([("score_update", n, m, "bf16", {"SEVERAL": True})])
 
 
 @pytest.mark.slow
@@ -112,10 +126,13 @@ def test_large_groups_compile_for_every_target(n, m):
 
 
 def check_products(operand, patterns, targets, stack=0, ends=False, **options):
-    rows = in_child(PRODUCTS_CHILD, operand, patterns, targets, options, ends)
+    # a product of float32 is made of fused multiply-adds
+    forbidden = [name for name in FORBIDDEN if operand != "fp32" or name != "fma."]
+    rows = in_child(PRODUCTS_CHILD, forbidden, operand, patterns, targets, options, ends)
     assert len(rows) >= 3 * len(patterns) * len(targets)
-    for product, target, n, m, side, registers, spills, used_stack, shared, units in rows:
-        case = (product, target, f"{n}:{m}", side, registers, spills, used_stack, shared, units)
+    for product, target, n, m, side, registers, spills, used_stack, shared, units, found in rows:
+        case = (product, target, f"{n}:{m}", side, registers, spills, used_stack, shared, units, found)
+        assert not found, case
         assert registers <= 255 and spills == 0 and used_stack <= stack, case
         assert shared <= SHARED_LIMITS[target], case
         if operand != "fp32" and side >= 64 and target in MATRIX_UNITS:
@@ -132,6 +149,22 @@ def test_products_compile_for_every_target(target):
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (8, 16)])
 def test_all_tiles_of_products_compile_for_every_target(n, m, operand):
     check_products(operand, [(n, m)], list(SHARED_LIMITS), log_prob=n <= 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"logits": "bf16"}, {"logits": "fp16", "log_prob": True}, {"weight": "fp32"}],
+    ids=["logits in bf16", "logits in fp16", "weight in fp32, as under autocast"],
+)
+def test_products_of_mixed_dtypes_compile_for_every_target(options):
+    check_products("bf16", [(2, 4), (8, 16)] if "log_prob" not in options else [(2, 4)], list(SHARED_LIMITS), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (4, 16), (2, 32), (16, 32)])
+def test_products_of_other_groups_compile_for_every_target(n, m):
+    check_products("bf16", [(n, m)], list(SHARED_LIMITS), ends=True, log_prob=n <= 4)
 
 
 @pytest.mark.slow

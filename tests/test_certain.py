@@ -108,7 +108,12 @@ def test_several_draws_and_a_shard_with_rows_apart():
 
 
 @pytest.mark.parametrize(
-    ("m", "dtype"), list(itertools.product([2, 4, 8], [torch.float32, torch.bfloat16, torch.float16])), ids=str
+    ("m", "dtype"),
+    [
+        pytest.param(m, dtype, marks=[pytest.mark.slow] if m == 8 else [])
+        for m, dtype in itertools.product([2, 4, 8], [torch.float32, torch.bfloat16, torch.float16])
+    ],
+    ids=str,
 )
 def test_weights_are_masked_as_words_of_several(m, dtype):
     """Values whose bits show: negative zero, NaN, infinity, and a weight that starts inside a word."""

@@ -52,6 +52,8 @@ def test_bad_file(tmp_path, content, message):
 def test_bad_source(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="source: expected a text file, got the folder"):
         load_text(str(tmp_path))
+    with pytest.raises(ValueError, match='source: expected "pydoc".*got an empty str'):
+        load_text("")
     with pytest.raises(TypeError, match="source: expected a str.*int"):
         load_text(3)
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -79,6 +80,10 @@ def test_check_output(tmp_path):
 
 
 def test_check_output_refuses_a_folder_it_cannot_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ValueError, match="output: expected a writable folder, got .*no permission in"):
+    def refuse(path, mode=0o777):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(ValueError, match="output: expected a writable folder, got .*deep.*Permission denied"):
         check_output(tmp_path / "new" / "deep")
+    assert os.listdir(tmp_path) == []

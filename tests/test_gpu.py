@@ -75,19 +75,21 @@ def test_a_hundred_million_groups_have_the_bits_of_the_cpu():
 @pytest.mark.parametrize("pattern", PATTERNS[:4])
 @pytest.mark.parametrize("tokens", [1, 16, 100, 128, 129])
 def test_products_and_gradients_are_those_of_the_masked_weight(tokens, pattern, dtype):
-    """On the CPU, in float64, under the mask that the CPU draws."""
+    """On the CPU, in float64, under the mask that the CPU draws; the last tiles of rows and of K are not full."""
     generator = torch.Generator().manual_seed(tokens)
-    x, upstream = (torch.randn(tokens, size, generator=generator).to(dtype) for size in (512, 300))
-    weight, logits = (torch.randn(300, 512, generator=generator) for _ in range(2))
+    x, upstream = (torch.randn(tokens, size, generator=generator).to(dtype) for size in (528, 300))
+    weight, logits = (torch.randn(300, 528, generator=generator) for _ in range(2))
+    bias = torch.randn(300, 2, generator=generator).to(dtype)[:, 0]
     weight, logits = weight.to(dtype), 4 * logits
     masked = sample_masked_weight(weight, logits, pattern, **COUNTER)
     kept = expand_mask(sample_mask(logits, pattern, **COUNTER), pattern)
     on_gpu = [t.cuda().requires_grad_() for t in (x, weight)]
-    y, log_prob = masked_linear(*on_gpu, logits.cuda(), pattern=pattern, **COUNTER)
+    y, log_prob = masked_linear(*on_gpu, logits.cuda(), bias.cuda(), pattern=pattern, **COUNTER)
     y.backward(upstream.cuda())
     wide = [t.double() for t in (x, masked, upstream)]
-    exact = (wide[0] @ wide[1].T, wide[2] @ wide[1], torch.where(kept, wide[2].T @ wide[0], 0))
-    by_torch = (x @ masked.T, upstream @ masked, torch.where(kept, upstream.T @ x, 0))
+    linear = nn.functional.linear
+    exact = (linear(*wide[:2], bias.double()), wide[2] @ wide[1], torch.where(kept, wide[2].T @ wide[0], 0))
+    by_torch = (linear(x, masked, bias), upstream @ masked, torch.where(kept, upstream.T @ x, 0))
     for ours, same, true in zip((y, on_gpu[0].grad, on_gpu[1].grad), by_torch, exact, strict=True):
         error, error_of_torch = ((t.double() - true).abs().max() for t in (ours.detach().cpu(), same))
         assert error <= 2 * error_of_torch + 1e-6 * true.abs().max()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from enumerated import KERNEL_DEVICE
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -61,8 +61,19 @@ def product(kind, x, weight, logits, codes, bias, pattern):
     return mk.codes_linear(x, weight, codes, bias, pattern=pattern)
 
 
+def check_mask(kind, logits, codes, mask, pattern):
+    """The mask bit by bit, 16 columns a token: sums of distinct powers of 2 below 2^16 are exact in float32."""
+    rows, k = logits.shape
+    columns = torch.arange(k, device=logits.device)
+    weight = (2.0 ** (columns % 16)).expand(rows, k)
+    x = (torch.arange(-(-k // 16), device=logits.device)[:, None] == columns // 16).float()
+    y = product(kind, x, weight, logits, codes, None, pattern)
+    assert torch.equal(y, nn.functional.linear(x, torch.where(mask, weight, 0)))
+
+
 def check_product(kind, x, weight, logits, bias, pattern):
     codes, mask = mask_of(kind, logits, pattern)
+    check_mask(kind, logits, codes, mask, pattern)
     y = product(kind, x, weight, logits, codes, bias, pattern)
     assert y.shape == (*x.shape[:-1], weight.shape[0]) and y.dtype == x.dtype
     masked = torch.where(mask, weight, 0)
@@ -83,27 +94,43 @@ def problems(draw, group_sizes, most_tokens, most_rows, most_k):
     x = normal(*shape, seed=seed, dtype=dtype)
     if draw(st.booleans()):
         x = torch.stack([x, x + 1], dim=-1)[..., 0]
-    bias = normal(rows, seed=seed + 3, dtype=dtype) if draw(st.booleans()) else None
+    bias = draw(st.sampled_from([None, normal(rows, seed=seed + 3, dtype=dtype), normal(1, dtype=dtype).expand(rows)]))
+    if bias is not None and draw(st.booleans()):
+        bias = torch.stack([bias, bias + 1], dim=-1)[..., 0]
     weight = normal(rows, k, seed=seed + 1, dtype=dtype)
     logits = (3 * normal(rows, k, seed=seed + 2)).to(logits_dtype)
     return draw(st.sampled_from(KINDS)), x, weight, logits, bias, pattern
 
 
 # the larger the groups the slower the interpreter
+PROBLEMS = problems((2, 4, 4, 8, 8, 16, 32), most_tokens=300, most_rows=300, most_k=512)
+
+
+def check_product_in_parts(problem, parts):
+    """With tiles of one part in so many of the rows, the tokens and K."""
+    _, x, weight, *_ = problem
+    sizes = (weight.shape[0], min(x.numel() // weight.shape[1], 128), weight.shape[1])
+    tiles = launch.Tiles(*(launch.power_above(-(-size // parts)) for size in sizes))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(launch, "INTERPRETER_TILES", tiles)
+        check_product(*problem)
+
+
+@settings(max_examples=40)
+@given(PROBLEMS, st.sampled_from([1, 2]))
+def test_products_are_within_the_error_budget(problem, parts):
+    check_product_in_parts(problem, parts)
+
+
+@pytest.mark.slow
 @settings(max_examples=300)
-@given(problems((2, 4, 4, 8, 8, 16, 32), most_tokens=300, most_rows=300, most_k=512))
-def test_products_are_within_the_error_budget(problem):
-    check_product(*problem)
+@given(PROBLEMS, st.sampled_from([1, 2, 3]))
+def test_many_products_are_within_the_error_budget(problem, parts):
+    check_product_in_parts(problem, parts)
 
 
-SMALL_TILES = launch.Tiles(out=16, tokens=16, k=32)
-
-
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(problem=problems((2, 4, 8), most_tokens=40, most_rows=40, most_k=96))
-def test_products_of_many_tiles_are_within_the_error_budget(problem, monkeypatch):
-    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: SMALL_TILES)
-    check_product(*problem)
+def small_tiles(product, m, *_):
+    return launch.Tiles(out=16, tokens=16, k=max(32, m))
 
 
 PATTERNS = [NMPattern(p) for p in ("1:4", "2:4", "4:8", "8:16")]
@@ -137,16 +164,40 @@ def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched)
     assert launched["masked_linear"] == 1
 
 
+def log_probs_in_float64(logits, mask, pattern):
+    """log p(S) of each group by a fine quadrature over the arrival time of the first dropped weight."""
+    z = logits.double().view(-1, pattern.m) / COUNTER["temperature"]
+    kept = mask.view(-1, pattern.m)
+    rest = torch.logsumexp(z.masked_fill(kept, -torch.inf), dim=1, keepdim=True)
+    rates = (z - rest)[kept].view(-1, 1, pattern.n).exp()
+    u = torch.arange(-40, 7, 1 / 16, dtype=torch.float64, device=z.device)
+    arrived = torch.log(-torch.expm1(-rates * u.exp()[:, None])).sum(2)
+    return torch.logsumexp(u - u.exp() + arrived, dim=1) + torch.log(torch.tensor(1 / 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS[:3], pytest.param(PATTERNS[3], marks=pytest.mark.slow)], ids=str)
+def test_gradients_to_logits_are_those_of_float64(pattern, route):
+    x, weight, logits, _ = operands(pattern, rows=5, k=32, bias=False)
+    _, log_prob = mk.masked_linear(x, weight, logits, pattern=pattern, **COUNTER)
+    (2 * log_prob).backward()
+    wide = logits.detach().double().requires_grad_()
+    exact = log_probs_in_float64(wide, mask_of("drawn", logits, pattern)[1], pattern).sum()
+    (2 * exact).backward()
+    torch.testing.assert_close(log_prob.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_gradients_are_within_the_error_budget(pattern, dtype, route, launched):
+@pytest.mark.parametrize("tiles", ["one tile", "many tiles"])
+def test_gradients_are_within_the_error_budget(tiles, pattern, dtype, route, launched, monkeypatch):
+    if tiles == "many tiles":
+        monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
     x, weight, logits, bias = operands(pattern, dtype=dtype)
     upstream = normal(20, 24, seed=4, dtype=dtype)
-    y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern=pattern, **COUNTER)
-    codes, mask = mask_of("drawn", logits, pattern)
-    # the score above N = 4 is a quadrature, which the interpreter takes half a minute for
-    total = (y * upstream).sum() + (2 * log_prob if pattern.n <= 4 else 0)
-    total.backward()
+    y, _ = mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)
+    _, mask = mask_of("drawn", logits, pattern)
+    y.backward(upstream)
     assert launched["masked_weight"] == (3 if route == "transient weight" else 0)
 
     def gradients(dtype):
@@ -159,14 +210,7 @@ def test_gradients_are_within_the_error_budget(pattern, dtype, route, launched):
         assert ours.grad.dtype == dtype
         within_budget(ours.grad, by_torch, exact)
     assert (weight.grad[~mask] == 0).all()
-    if pattern.n > 4:
-        assert logits.grad is None
-        return
-    ones = torch.full(codes.shape, 2.0)
-    scores = reference.mask_score(
-        logits.detach().cpu(), codes.cpu(), ones, scalar(1 / COUNTER["temperature"]), n=pattern.n, m=pattern.m
-    )
-    torch.testing.assert_close(logits.grad.cpu(), scores, rtol=0, atol=0)
+    assert logits.grad is None
 
 
 @pytest.mark.parametrize("kind", ["top_n", "codes"])
@@ -185,7 +229,7 @@ def test_gradients_under_a_given_mask(kind, route):
 
 @pytest.mark.parametrize("pattern", [*PATTERNS[:3], NMPattern("5:8")], ids=str)
 def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(pattern, route, monkeypatch):
-    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: SMALL_TILES)
+    monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
     x, weight, logits, _ = operands(pattern, tokens=40, rows=21, k=40, bias=False)
     codes, _ = mask_of("drawn", logits, pattern)
     inverse = scalar(1 / COUNTER["temperature"])
@@ -194,10 +238,19 @@ def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(patte
     torch.testing.assert_close(log_prob.cpu(), groups.double().sum().float(), rtol=1e-6, atol=0)
 
 
+VIEWS = {"detach", "view", "reshape", "slice", "as_strided", "set_", "to", "empty", "new_empty"}
+# the fixture poisons what is allocated, the interpreter copies what it reads
+OF_THE_TEST = {"fill_", "copy_"}
+
+
 def test_few_tokens_are_one_launch(launched):
     x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=16))
-    mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)
+    seed, step = torch.tensor([0, 1], device=KERNEL_DEVICE)
+    with torch.profiler.profile() as profile:
+        mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=seed, step=step)
     assert launched == {"masked_linear": 1}
+    by_torch = {event.key.removeprefix("aten::") for event in profile.key_averages() if event.key[:6] == "aten::"}
+    assert by_torch <= VIEWS | OF_THE_TEST, by_torch - VIEWS
     mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
     assert launched == {"masked_linear": 2}
 
@@ -244,6 +297,15 @@ def test_a_mask_that_moved_before_backward_is_refused(moved):
         y.sum().backward()
 
 
+def test_a_gradient_to_the_bias_alone_keeps_no_mask():
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    step = torch.tensor(3, device=KERNEL_DEVICE)
+    y, _ = mk.masked_linear(x.detach(), weight.detach(), logits, bias, pattern="2:4", log_prob=False, seed=0, step=step)
+    step.add_(1)
+    y.sum().backward()
+    assert (bias.grad == len(x)).all()
+
+
 def test_a_second_derivative_is_refused_with_a_clear_error():
     x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
     y, _ = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
@@ -258,9 +320,52 @@ def test_autocast_multiplies_in_its_dtype():
         y, _ = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
         expected = nn.functional.linear(x, mk.sample_masked_weight(weight, logits, "2:4", seed=0), bias)
     assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected)
-    y.float().sum().backward()
-    assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    mask = mk.expand_mask(mk.sample_mask(logits.detach(), "2:4", seed=0), "2:4")
+    exact = nn.functional.linear(leaves[0], torch.where(mask, leaves[1], 0), leaves[2])
+    within_budget(y, expected, exact)
+    upstream = normal(*y.shape, seed=4, dtype=torch.bfloat16)
+    ours, theirs = (torch.autograd.grad(out, (x, weight, bias), upstream) for out in (y, expected))
+    true = torch.autograd.grad(exact, leaves, upstream.double())
+    for gradient, by_torch, exact in zip(ours, theirs, true, strict=True):
+        assert gradient.dtype == torch.float32
+        within_budget(gradient, by_torch, exact)
+
+
+def test_autocast_keeps_the_weight_itself_for_backward():
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    saved = []
+    with (
+        torch.autocast(KERNEL_DEVICE, torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        mk.masked_linear(x, weight.detach(), logits, bias, pattern="2:4", log_prob=False, seed=0)
+    assert {t.data_ptr() for t in saved if t.shape == weight.shape} == {weight.data_ptr(), logits.data_ptr()}
+
+
+def test_a_backward_inside_of_autocast_runs_in_the_dtype_of_its_forward(route):
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    upstream = normal(20, 24, seed=4)
+    expected, inside = (
+        mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)[0] for _ in range(2)
+    )
+    expected = torch.autograd.grad(expected, (x, weight), upstream)
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
+        gradients = torch.autograd.grad(inside, (x, weight), upstream)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_double_precision_is_refused_by_name_under_autocast_too():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16), pytest.raises(TypeError, match="^x: expected .*float64"):
+        mk.masked_linear(x.double(), weight, logits, pattern="2:4", seed=0)
+
+
+def test_meta_tensors_give_shapes():
+    x, weight, logits, bias = (t.detach().to("meta") for t in operands(NMPattern("2:4")))
+    y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
+    assert y.is_meta and y.shape == (20, 24) and log_prob.shape == ()
 
 
 def test_a_tied_weight_gets_the_gradients_of_both_layers():
@@ -282,34 +387,66 @@ def test_weights_of_any_layout():
     assert torch.equal(mk.masked_linear(*strided, pattern="2:4", log_prob=False, seed=0)[0], expected)
 
 
+# By mutation: the text of masked_gemm.py, by what it is replaced, and the results that then are wrong
 MUTANTS = {
-    "stores have no mask": (
+    "nothing": ("", "", ""),
+    "y is stored without a mask": (
         "tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))",
         "tl.store(pointers, total.to(out.dtype.element_ty))",
+        "y",
     ),
-    "draws for the neighbour": ("row * row_stride + group)", "row * row_stride + group + 1)"),
-    "forgets the last tile of K": ("range(0, groups, GROUPS)", "range(0, groups - GROUPS, GROUPS)"),
+    "the gradient of x is stored without a mask": (
+        "tl.store(pointers, total.to(out.dtype.element_ty), mask=present)",
+        "tl.store(pointers, total.to(out.dtype.element_ty))",
+        "x",
+    ),
+    "the gradient of the weight is stored without a mask": (
+        "tl.store(pointers, masked.to(out.dtype.element_ty), mask=inside[:, None])",
+        "tl.store(pointers, masked.to(out.dtype.element_ty))",
+        "weight",
+    ),
+    "draws for the neighbour": ("row * row_stride + group)", "row * row_stride + group + 1)", "y x weight"),
+    "forgets the last tile of K": ("range(0, groups, GROUPS)", "range(0, groups - GROUPS, GROUPS)", "y"),
+    "stays at the first columns of x": ("x_pointers += BLOCK_K\n", "x_pointers += 0\n", "y"),
+    "stays at the first rows of the gradient": ("grad_pointers += BLOCK_OUT\n", "grad_pointers += 0\n", "x"),
+    "stays at the first tokens of the gradient": ("grad_pointers += BLOCK_T * rows", "grad_pointers += 0", "weight"),
+    "stays at the first tokens of x": ("x_pointers += BLOCK_T * groups * M", "x_pointers += 0", "weight"),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTANTS)
 def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     source = Path(masked_gemm.__file__).read_text()
-    before, after = MUTANTS[mutation]
-    assert source.count(before) >= 1
+    before, after, wrong = MUTANTS[mutation]
+    assert before in source
     path = tmp_path / "mutant.py"
-    path.write_text(source.replace(before, after))
+    path.write_text(source.replace(before, after) if before else source)
     spec = importlib.util.spec_from_file_location("maskpro_kernels.kernels.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     mutant.torch = poisoned
-    monkeypatch.setattr(mutant, "tiles_for", lambda *_: SMALL_TILES)
-    monkeypatch.setattr(masked_gemm, "masked_linear", mutant.masked_linear)
-    x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=17, rows=17, k=36))
-    with pytest.raises(AssertionError):
-        check_product("drawn", x, weight, logits, bias, NMPattern("2:4"))
+    mutant.tiles_for = small_tiles
+    for name in ("masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"):
+        monkeypatch.setattr(masked_gemm, name, getattr(mutant, name))
+    pattern = NMPattern("2:4")
+    x, weight, logits, bias = operands(pattern, tokens=17, rows=17, k=36)
+    _, mask = mask_of("drawn", logits, pattern)
+    y, _ = mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)
+    expected = nn.functional.linear(x, torch.where(mask, weight, 0), bias)
+    upstream = normal(*y.shape, seed=4)
+    results = {"y": (y, expected)}
+    for name, leaf in (("x", x), ("weight", weight)):
+        # apart, so that a stray write of one does not show in another
+        pair = (torch.autograd.grad(out, leaf, upstream, retain_graph=True)[0] for out in (y, expected))
+        results[name] = tuple(pair)
+    found = {name for name, (ours, theirs) in results.items() if not torch.allclose(ours, theirs, atol=1e-5)}
+    try:
         poisoned.check_margins()
-    poisoned.buffers.clear()
+    except AssertionError:
+        found.add("margin")
+        poisoned.buffers.clear()
+    assert found & set(wrong.split()) or ("margin" in found and "stored" in mutation) or not (wrong or found)
+    assert found <= {*wrong.split(), "margin"}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["drawn", "top-N"])
@@ -320,17 +457,19 @@ def test_a_compiled_model_is_one_graph_for_all_steps_and_numbers_of_tokens(train
     mk.convert(model, "2:4", gap=1.0)
     model.train(training)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    outputs = []
+    outputs, frames = [], 0
     for tokens, seed in [(5, 0), (9, 0), (130, 0), (9, 7)]:
         model[0].clock.seed.fill_(seed)
         mk.advance(model)
         x = normal(2, tokens, 16)
         outputs.append(compiled(x))
+        # the backend may be called twice for the first graph: dynamo restarts where it meets a float
+        frames = frames or counter.frame_count
         torch.testing.assert_close(outputs[-1], model(x))
     assert training != torch.equal(outputs[1], outputs[3])
-    assert counter.frame_count == 1
+    assert counter.frame_count == frames
     compiled(normal(1, 1, 16))
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= frames + 1
 
 
 def test_a_compiled_training_step_gives_the_eager_gradients():
@@ -349,15 +488,15 @@ def test_a_compiled_training_step_gives_the_eager_gradients():
 
 def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
 
     def tile(tokens, rows, k=4096, product="masked_linear", m=4):
-        chosen = launch.tiles_for(product, m, torch.bfloat16, tokens, rows, k, torch.device("cpu"))
+        chosen = launch.tiles_for(product, m, torch.bfloat16, tokens, rows, k, "sm_90")
         return chosen.out, chosen.tokens, chosen.k
 
     assert tile(1, 4096) == tile(16, 4096) == (16, 16, 64)
     assert tile(17, 4096) == (16, 32, 128)
-    assert tile(128, 4096) == (32, 128, 64)
+    assert tile(128, 4096) == (16, 128, 64)
+    assert tile(128, 32 * 133) == (32, 128, 64)
     # 133 programs of 64 rows keep 132 processors busy
     assert tile(128, 64 * 131) == (32, 128, 64)
     assert tile(128, 64 * 133) == (64, 128, 64)

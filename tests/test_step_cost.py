@@ -51,7 +51,7 @@ def test_a_step_costs_at_most_an_eighth_of_the_eager_formulation():
     assert ours <= LARGEST_COST * eager, f"{eager / ours:.1f} times faster: {seconds}"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
     peaks = in_child("memory", dtype)
     extra = peaks["step"] - peaks["plain"]

@@ -74,27 +74,35 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
         Tiles(out=16, tokens=32, k=128),
+        Tiles(out=16, tokens=64, k=64),
         Tiles(out=32, tokens=64, k=64, num_warps=8),
+        Tiles(out=16, tokens=128, k=64),
         Tiles(out=32, tokens=128, k=64, num_warps=8),
         Tiles(out=64, tokens=128, k=64, num_warps=8),
     ),
     ("masked_linear", 4): (
         Tiles(out=16, tokens=16, k=64),
         Tiles(out=16, tokens=32, k=64),
+        Tiles(out=16, tokens=64, k=32),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
+        Tiles(out=16, tokens=128, k=32),
         Tiles(out=32, tokens=128, k=32, num_warps=8),
     ),
     ("masked_linear_input_grad", 2): (
         Tiles(out=64, tokens=16, k=16),
         Tiles(out=64, tokens=32, k=16),
+        Tiles(out=64, tokens=64, k=16),
         Tiles(out=64, tokens=64, k=32, num_warps=8),
+        Tiles(out=64, tokens=128, k=16),
         Tiles(out=64, tokens=128, k=32, num_warps=8),
         Tiles(out=64, tokens=128, k=64, num_warps=8),
     ),
     ("masked_linear_input_grad", 4): (
         Tiles(out=64, tokens=16, k=16),
         Tiles(out=64, tokens=32, k=16),
+        Tiles(out=32, tokens=64, k=16),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
+        Tiles(out=32, tokens=128, k=16),
         Tiles(out=32, tokens=128, k=32, num_warps=8),
     ),
     ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
@@ -133,20 +141,21 @@ def power_above(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def tiles_for(
-    product: str, m: int, operand: torch.dtype, tokens: int, rows: int, k: int, device: torch.device
-) -> Tiles:
-    """The tiles of a masked product of that many tokens with a weight [rows, k].
-
-    Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of those
-    the largest that still gives every processor a program, or else the smallest.
-    """
+def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int, k: int, target: str) -> Tiles:
+    """The tiles of a masked product of that many tokens with a weight [rows, k], by the table's row ``target``."""
     if INTERPRETED:
         most = INTERPRETER_TILES
         out, columns = min(most.out, power_above(rows)), min(most.k, power_above(k))
         return Tiles(out=out, tokens=min(most.tokens, power_above(tokens)), k=max(columns, m))
-    target = architecture(device)
-    candidates = TILES[product, target, operand.itemsize]
+    return _from_table(product, target, m, operand.itemsize, tokens, rows, k)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, rows: int, k: int) -> Tiles:
+    """Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of those
+    the largest that still gives every processor a program, or else the smallest.
+    """
+    candidates = TILES[product, target, itemsize]
     padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
     fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]
     side = RESULT_SIDE[product]

@@ -1,20 +1,22 @@
 """One-pass masked products: a tile of the weight is loaded, masked in registers, and multiplied.
 
-Matrices are contiguous: the weight is [rows, K], x [tokens, K], y and its gradient [tokens, rows].
-Neither mask nor masked weight reaches memory. The weight is the row operand of every product, so that
-few tokens still fill the matrix units. A tile's groups are held as [groups, M], row by row.
+Tensors are contiguous: the weight is [rows, K], x [tokens, K], y and its gradient [tokens, rows], the bias [rows].
+Weight and bias may be of another dtype than x, in which the product runs. Neither mask nor masked weight
+reaches memory. The weight is the row operand of every product, so that few tokens still fill the matrix
+units. A tile's groups are held as [groups, M], row by row.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ..pattern import MaskSource
 from ..reference import EXACT_SCORE_MAX_N
 from . import device as d
 from . import sampling
 from .launch import INTERPRETED, ONE_PASS_TOKENS, architecture, launch_tiles, tiles_for
 
-COUNTER = ["layer", "draw", "offset", "row_stride", "tokens"]
+UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "tokens"]
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def masked_groups(tile, code, M: tl.constexpr):
     return d.join_columns(masked, M)
 
 
-@triton.jit(do_not_specialize=COUNTER)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def masked_linear_kernel(
     x,
     weight,
@@ -144,7 +146,7 @@ def masked_linear_kernel(
             tl.store(partial + tl.program_id(0), tl.sum(log_probs, 0))
 
 
-@triton.jit(do_not_specialize=COUNTER)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def masked_linear_input_grad_kernel(
     grad,
     weight,
@@ -191,7 +193,7 @@ def masked_linear_input_grad_kernel(
     tl.store(pointers, total.to(out.dtype.element_ty), mask=present)
 
 
-@triton.jit(do_not_specialize=COUNTER)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def masked_linear_weight_grad_kernel(
     grad,
     x,
@@ -270,9 +272,12 @@ def masked_linear(x, weight, bias, mask, log_prob):
     """(x @ (weight * mask).T + bias, log-probability of the drawn mask summed over the layer or None)."""
     tokens, rows = x.shape[0], weight.shape[0]
     if rows == 0 or not one_pass(tokens, x.device):
-        y = torch.nn.functional.linear(x, sampling.masked_weight(weight, mask), bias)
-        return y, drawn_log_prob(mask) if log_prob else None
-    tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, x.device)
+        total = None
+        if log_prob:
+            mask, total = _drawn_with_log_prob(mask)
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, sampling.masked_weight(weight.to(x.dtype), mask), bias), total
+    tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
     out = torch.empty(tokens, rows, dtype=_result(x.dtype), device=x.device)
     # above that N the log-probability is a quadrature, too much for the registers of a product
@@ -281,25 +286,26 @@ def masked_linear(x, weight, bias, mask, log_prob):
     launch_tiles(masked_linear_kernel, "masked_linear", mask.m, grid, tile, x.device,
                  x, weight, mask.tensor, bias, out, partial, *_counter(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, LOG_PROB=inside, **_operand(x.dtype))  # fmt: skip
-    out = out.to(x.dtype)
-    if not log_prob:
-        return out, None
-    return out, partial.sum() if inside else drawn_log_prob(mask)
+    total = None
+    if log_prob:
+        total = partial.sum() if inside else _drawn_with_log_prob(mask)[1]
+    return out.to(x.dtype), total
 
 
-def drawn_log_prob(mask):
-    """Log-probability of a drawn mask, summed over the layer: 0-dim float32."""
-    _, _, n, m, inv_temperature, *counter = mask
-    codes = sampling.sample_mask(mask.tensor, n, m, inv_temperature, *counter)
-    return sampling.mask_log_prob(mask.tensor, codes, n, m, inv_temperature).sum()
+def _drawn_with_log_prob(mask):
+    """(the drawn mask as codes, its log-probability summed over the layer, 0-dim float32)."""
+    logits, _, n, m, inv_temperature, *counter = mask
+    codes = sampling.sample_mask(logits, n, m, inv_temperature, *counter)
+    total = sampling.mask_log_prob(logits, codes, n, m, inv_temperature).sum()
+    return MaskSource(codes, "codes", n, m), total
 
 
 def masked_linear_input_grad(grad, weight, mask):
-    """grad [tokens, rows] @ (weight * mask): [tokens, K]."""
+    """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
     tokens, (rows, k) = grad.shape[0], weight.shape
     if rows == 0 or not one_pass(tokens, grad.device):
-        return grad @ sampling.masked_weight(weight, mask)
-    tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, grad.device)
+        return grad @ sampling.masked_weight(weight.to(grad.dtype), mask)
+    tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     grid = (triton.cdiv(k, tile.k), triton.cdiv(tokens, tile.tokens))
     out = torch.empty(tokens, k, dtype=_result(grad.dtype), device=grad.device)
     launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, grid, tile, grad.device,
@@ -314,7 +320,7 @@ def masked_linear_weight_grad(grad, x, mask):
     if rows == 0 or not one_pass(tokens, grad.device):
         return sampling.masked_weight(grad.t() @ x, mask)
     out = torch.empty(rows, k, dtype=_result(grad.dtype), device=grad.device)
-    tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, grad.device)
+    tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     launch_tiles(masked_linear_weight_grad_kernel, "masked_linear_weight_grad", mask.m, grid, tile, grad.device,
                  grad, x, mask.tensor, out, *_counter(mask, tokens, out),

@@ -14,7 +14,7 @@ from ..reference import quadrature_grid
 from . import device as d
 from .launch import launch
 
-COUNTER = ["layer", "draw", "offset", "row_stride", "columns", "total"]
+UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "columns", "total"]
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def drawn_code(
     return d.drawn_code(z, group, N, M, tl.load(seed), tl.load(step), layer, draw)
 
 
-@triton.jit(do_not_specialize=COUNTER)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def sample_mask_kernel(
     logits,
     codes,
@@ -128,7 +128,7 @@ def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.con
     store_codes(codes, d.encode(kept, M), first, total, BLOCK)
 
 
-@triton.jit(do_not_specialize=COUNTER)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def masked_weight_kernel(
     source,
     weight,
