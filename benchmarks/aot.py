@@ -57,8 +57,11 @@ def build(
     weight: str = "bf16",
     **constants,
 ) -> Built:
-    """Compile ``sampling.<kernel>_kernel`` as ``launch`` would for logits and weights of those dtypes."""
-    function = getattr(sampling, f"{kernel}_kernel")
+    """Compile ``sampling.<kernel>_kernel`` as ``launch`` would for logits and weights of those dtypes.
+
+    "score_updates" is the update by several draws.
+    """
+    function = getattr(sampling, f"{'score_update' if kernel == 'score_updates' else kernel}_kernel")
     nodes, step = quadrature_grid(n)
     code = "*u8" if m <= 8 else "*i32"
     types = (
@@ -84,7 +87,7 @@ def build(
         "STEP": step,
         "KIND": "drawn",
         "WHOLE": True,
-        "SEVERAL": False,
+        "SEVERAL": kernel == "score_updates",
     } | constants
     constants = {name: known[name] for name in function.arg_names if name in known}
     return _compile(function, target, types, constants, {"num_warps": config.num_warps})

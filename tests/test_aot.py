@@ -115,7 +115,7 @@ def test_shards_compile_for_every_target():
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), pytest.param(8, 16, marks=pytest.mark.slow)])
 def test_several_draws_compile_for_every_target(n, m):
-    check([("score_update", n, m, "bf16", {"SEVERAL": True})])
+    check([("score_updates", n, m, logits, {}) for logits in ("fp32", "bf16")])
 
 
 @pytest.mark.slow

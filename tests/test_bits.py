@@ -99,7 +99,7 @@ def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dt
     expected = update(reference, n, m, logits, draws=(DRAW, 7, 1), row_stride=1_234)
     assert not torch.equal(expected, update(reference, n, m, logits, row_stride=1_234))
     assert torch.equal(bits(update(sampling, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
-    assert launched["score_update"] == 1
+    assert launched["score_updates"] == 1
     assert torch.equal(bits(update(compiled, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
 
 

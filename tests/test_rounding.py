@@ -193,7 +193,7 @@ def test_several_draws_add_up_to_the_bit_where_the_logits_are_zero(update, n, m,
     """From zero a single update is the exact negative of its term."""
     logits = torch.zeros(8, 16 * m)
     together = update(logits, COEFS, DRAWS, n, m)
-    assert launched["score_update"] == (update is kernel_update)
+    assert launched["score_updates"] == (update is kernel_update)
     total = torch.zeros_like(logits)
     for coef, draw in zip(COEFS, DRAWS, strict=True):
         total = total + update(logits, [coef], [draw], n, m)

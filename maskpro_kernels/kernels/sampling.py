@@ -323,6 +323,7 @@ def mask_score(logits, codes, grad, n, m, inv_temperature):
 def score_update_(logits, coef, n, m, inv_temperature, seed, step, layer, draws, offset, row_stride):
     """``reference.score_update_`` as one kernel: logits read once and written once, however many draws."""
     counter, whole = _counter(logits, m, seed, step, layer, draws, offset, row_stride)
-    launch(score_update_kernel, "score_update", m, counter[-1], logits.device,
-           logits, coef, inv_temperature, *counter, coef.numel(), SEVERAL=coef.numel() > 1,
+    several = coef.numel() > 1
+    launch(score_update_kernel, "score_updates" if several else "score_update", m, counter[-1], logits.device,
+           logits, coef, inv_temperature, *counter, coef.numel(), SEVERAL=several,
            N=n, WHOLE=whole)  # fmt: skip
