@@ -20,7 +20,7 @@ from .data import batches, load_text, windows
 from .estimators import Reinforce
 from .evaluation import causal_lm_loss, perplexity
 from .export import check_output, load_logits, save_logits
-from .masks import initial_codes, initial_logits
+from .masks import gap_for_flip_rate, initial_codes, initial_logits
 from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
 from .trainer import MaskTrainer
@@ -160,8 +160,8 @@ def _learn(args: argparse.Namespace) -> None:
     _at_least(args, steps=1, batch_size=1, seq_len=2, calibration_batches=1, eval_windows=1, eval_length=2, seed=0)
     if not (math.isfinite(args.gap) and args.gap > 0):
         raise ValueError(f"gap: expected a positive number, got {args.gap}")
-    if flip_rate is not None and not 0 < flip_rate < 1:
-        raise ValueError(f"flip_rate: expected a fraction between 0 and 1, got {flip_rate}")
+    if flip_rate is not None:
+        gap_for_flip_rate(flip_rate, pattern)
     if args.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
     estimator = Reinforce(lr=args.lr, alpha=args.alpha)
@@ -265,7 +265,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_output(output)
-    logits, metadata = load_logits(Path(args.source) / LOGITS)
+    source = Path(args.source) / LOGITS
+    if not source.is_file():
+        raise ValueError(f"run: expected a folder written by `maskpro learn`, got {args.source!r}, without {LOGITS}")
+    logits, metadata = load_logits(source)
     missing = {"model", "pattern"} - metadata.keys()
     if missing:
         raise ValueError(f"run: expected logits of `maskpro learn`, got a file without {sorted(missing)}")

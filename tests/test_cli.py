@@ -148,7 +148,7 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
         ("--eval-length", "100000", "text: expected at least 100000 tokens"),
         ("--gap", "0", "gap: expected a positive number, got 0"),
         ("--gap", "nan", "gap: expected a positive number, got nan"),
-        ("--flip-rate", "1", "flip_rate: expected a fraction between 0 and 1, got 1"),
+        ("--flip-rate", "1", "flip_rate: expected a float in [1.5e-11, 0.8333] for 2:4, got 1.0"),
         ("--lr", "nan", "lr"),
         ("--alpha", "1.5", "alpha"),
         ("--seed", "-1", "seed: expected at least 0, got -1"),
