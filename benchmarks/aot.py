@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maskpro_kernels.kernels import masked_gemm, sampling
+from maskpro_kernels.kernels import masked_gemm, sampling, swaps
 from maskpro_kernels.kernels.launch import CONFIGURATIONS, Tiles
 from maskpro_kernels.reference import quadrature_grid
 
@@ -61,7 +61,8 @@ def build(
 
     "score_updates" is the update by several draws.
     """
-    function = getattr(sampling, f"{'score_update' if kernel == 'score_updates' else kernel}_kernel")
+    name = "score_update" if kernel == "score_updates" else kernel
+    function = getattr(swaps if kernel == "best_swaps" else sampling, f"{name}_kernel")
     nodes, step = quadrature_grid(n)
     code = "*u8" if m <= 8 else "*i32"
     types = (
@@ -71,11 +72,15 @@ def build(
             "logits": f"*{logits}",
             "scores": f"*{logits}",
             "source": f"*{logits}",
-            "weight": f"*{weight}",
+            "weight": "*fp32" if kernel == "best_swaps" else f"*{weight}",
             "out": "*fp32" if kernel in ("mask_log_prob", "mask_score") else f"*{weight}",
             "codes": code,
             "grad": "*fp32",
             "coef": "*fp32",
+            "product": "*fp32",
+            "blocks": "*fp32",
+            "change": "*fp32",
+            "swap": code,
         }
     )
     config = CONFIGURATIONS[kernel, m]

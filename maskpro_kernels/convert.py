@@ -13,8 +13,10 @@ from .functional import LOGIT_DTYPES
 from .masks import gap_for_flip_rate, initial_codes
 from .modules import Clock, MaskedLinear, check_gap, masked_layers
 from .pattern import NMPattern
+from .reconstruction import reconstruct
 
 DEFAULT_GAP = 10.0
+INITIAL_MASKS = ("magnitude", "wanda", "reconstruction")
 
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
 
@@ -52,10 +54,11 @@ def convert(
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all
             but the output head, layers whose weight is shared, layers with forward hooks, and layers that the
             pattern does not fit.
-        init: "magnitude", "wanda" (needs ``calibration``) or {name: group codes}; see ``initial_codes``.
+        init: "magnitude", "wanda" or "reconstruction" (these need ``calibration``), or {name: group codes}; see
+            ``initial_codes`` and ``reconstruct``, which starts from Wanda's mask.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
-        calibration: batches for "wanda", each a tensor, a tuple or a mapping given to the model.
+        calibration: batches, each a tensor, a tuple or a mapping given to the model.
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
 
     Returns:
@@ -68,6 +71,8 @@ def convert(
     pattern = NMPattern(pattern)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
+    if isinstance(init, str) and init not in INITIAL_MASKS:
+        raise ValueError(f"init: expected one of {INITIAL_MASKS} or a mapping of names to group codes, got {init!r}")
     check_gap(gap, logits_dtype)
     if flip_rate is not None:
         if gap != DEFAULT_GAP:
@@ -79,7 +84,14 @@ def convert(
             raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
-    codes = initial_codes(layers, pattern, init, model, calibration)
+    if init == "reconstruction":
+        if calibration is None:
+            raise ValueError('calibration: expected batches for init="reconstruction", got none')
+        calibration = list(calibration)
+        codes = initial_codes(layers, pattern, "wanda", model, calibration)
+        codes = reconstruct(model, layers, codes, pattern, calibration)
+    else:
+        codes = initial_codes(layers, pattern, init, model, calibration)
 
     # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
     earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]

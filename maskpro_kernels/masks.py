@@ -12,7 +12,7 @@ from .functional import check_codes, check_exactly_n, top_n_mask
 from .modules import evaluating, initial_logits
 from .pattern import NMPattern
 
-__all__ = ["flip_rate", "gap_for_flip_rate", "initial_codes", "initial_logits", "run_batch"]
+__all__ = ["flip_rate", "gap_for_flip_rate", "initial_codes", "initial_logits", "as_call"]
 
 
 def flip_rate(gap: float, pattern: str | NMPattern) -> float:
@@ -41,14 +41,11 @@ def gap_for_flip_rate(rate: float, pattern: str | NMPattern) -> float:
     return (low + high) / 2
 
 
-def run_batch(model: nn.Module, batch) -> None:
-    """Give a batch to the model: a mapping as keywords, a tuple or list as arguments, anything else as it is."""
+def as_call(batch) -> tuple[tuple, dict]:
+    """(arguments, keywords) by which a model takes a batch: a mapping, a tuple or list, or anything else as it is."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
 def initial_codes(
@@ -125,7 +122,8 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
     try:
         with torch.inference_mode(), evaluating(model):
             for batch in calibration:
-                run_batch(model, batch)
+                args, kwargs = as_call(batch)
+                model(*args, **kwargs)
                 batches += 1
     finally:
         for handle in handles:

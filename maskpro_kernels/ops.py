@@ -331,3 +331,16 @@ def score_update_(
 @score_update_.register_fake
 def _(logits, *_):
     return None
+
+
+@torch.library.custom_op("maskpro::best_swaps", mutates_args=())
+def best_swaps(weight: Tensor, product: Tensor, codes: Tensor, blocks: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """(change of the reconstruction error, code of the two weights) of the best swap of every group [rows, K / M]."""
+    if _uses_kernels(weight):
+        return _kernels("swaps").best_swaps(weight, product, codes, blocks, n, m)
+    return reference.best_swaps(weight, product, codes, blocks, m=m)
+
+
+@best_swaps.register_fake
+def _(weight, product, codes, *_):
+    return torch.empty_like(codes, dtype=torch.float32), torch.empty_like(codes)

@@ -109,6 +109,11 @@ def test_every_kernel_compiles_for_every_target(n, m):
     check([(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), pytest.param(8, 16, marks=pytest.mark.slow)])
+def test_swaps_compile_for_every_target(n, m):
+    check([("best_swaps", n, m, "fp32", {})])
+
+
 def test_shards_compile_for_every_target():
     check([("sample_mask", 2, 4, "fp32", {"WHOLE": False})])
 

@@ -40,6 +40,7 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
         "mask_score",
         "score_update",
         "score_updates",
+        "best_swaps",
     )
     for m in (2, 4, 8, 16, 32)
 }
