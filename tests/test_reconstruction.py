@@ -79,7 +79,7 @@ def test_the_change_is_that_of_the_error(pattern):
         assert changes[int(swap[row, group])] == pytest.approx(min(changes.values()), rel=1e-4, abs=1e-4)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     pattern=st.sampled_from(PATTERNS),
     rows=st.integers(1, 9),
