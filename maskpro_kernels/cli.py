@@ -161,6 +161,7 @@ def _learn(args: argparse.Namespace) -> None:
     if not (math.isfinite(args.gap) and args.gap > 0):
         raise ValueError(f"gap: expected a positive number, got {args.gap}")
     if flip_rate is not None:
+        # Its range is told now, not after the model has been loaded
         gap_for_flip_rate(flip_rate, pattern)
     if args.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")

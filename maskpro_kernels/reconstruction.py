@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import ops
 from .functional import check_codes, codes_linear, expand_mask
@@ -57,8 +56,13 @@ def swap_descent(
     pattern = NMPattern(pattern)
     check_codes("codes", codes, pattern, weight)
     k = weight.shape[1]
-    if not isinstance(gram, Tensor) or gram.shape != (k, k) or gram.dtype != torch.float32:
-        raise ValueError(f"gram: expected a float32 tensor [{k}, {k}], got {gram!r}")
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"gram: expected a tensor, got {type(gram).__name__}")
+    if gram.shape != (k, k) or gram.dtype != torch.float32 or gram.device != weight.device:
+        raise ValueError(
+            f"gram: expected a float32 tensor [{k}, {k}] on {weight.device}, "
+            f"got {list(gram.shape)} of {gram.dtype} on {gram.device}"
+        )
     if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
         raise ValueError(f"sweeps: expected an int of at least 0, got {sweeps!r}")
     blocks = _diagonal_blocks(gram, pattern.m)
@@ -123,7 +127,6 @@ def reconstruct(
     schedule: str = "sequential",
     damping: float = 0.01,
     sweeps: int = 50,
-    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Masks that reconstruct the layers' outputs: what a layer's whole weight makes of the inputs it sees.
 
@@ -146,7 +149,6 @@ def reconstruct(
         schedule: "sequential" or "online".
         damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
         sweeps: most sweeps of a row each time, see ``swap_descent``.
-        progress: whether to show a bar.
 
     Returns:
         group codes by name.
@@ -168,29 +170,22 @@ def reconstruct(
         for name in names:
             codes[name], _ = swap_descent(layers[name].weight, codes[name], damped, pattern, sweeps)
 
-    def show(total: int, unit: str) -> tqdm:
-        return tqdm(total=total, desc="reconstruction", unit=unit, disable=not progress)
-
     with evaluating(model), _without_cache(model), _masked(layers, codes, pattern):
         if schedule == "sequential":
-            with show(len(layers), "layer") as bar:
-                for module, block_calls in _blocks(model, layers, calls):
-                    for names, once in _stages(module, block_calls, layers):
-                        descend(names, _gram(module, block_calls, layers[names[0]], once))
-                        bar.update(len(names))
+            for module, block_calls in _blocks(model, layers, calls):
+                for names, once in _stages(module, block_calls, layers):
+                    descend(names, _gram(module, block_calls, layers[names[0]], once))
         else:
             stages = _stages(model, calls, layers)
             grams = [None] * len(stages)
             rounds = [calls[i::ROUNDS] for i in range(ROUNDS) if calls[i::ROUNDS]]
-            with show(len(calls), "batch") as bar:
-                for part in rounds:
-                    for index, gram in enumerate(_grams(model, part, [layers[names[0]] for names, _ in stages])):
-                        if gram is not None:
-                            grams[index] = gram if grams[index] is None else DECAY * grams[index] + gram
-                    for (names, _), gram in zip(stages, grams, strict=True):
-                        if gram is not None:
-                            descend(names, gram)
-                    bar.update(len(part))
+            for part in rounds:
+                for index, gram in enumerate(_grams(model, part, [layers[names[0]] for names, _ in stages])):
+                    if gram is not None:
+                        grams[index] = gram if grams[index] is None else DECAY * grams[index] + gram
+                for (names, _), gram in zip(stages, grams, strict=True):
+                    if gram is not None:
+                        descend(names, gram)
     return codes
 
 
