@@ -354,3 +354,39 @@ def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
             _draw_into(terms, first, reference.group_score_terms, piece, counter, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
         piece.logits.sub_(delta)
+
+
+def straight_through_grad(weight, grad, square, codes, *, m):
+    """``reference.straight_through_grad``."""
+    out = torch.empty(weight.shape, dtype=torch.float32)
+    flat, tensors = out.view(-1, m), [*(x.view(-1, m) for x in (weight, grad, square)), codes.view(-1)]
+    for which in _slices(flat, UPDATE_BYTES):
+        (flat[which],) = _run(reference.group_mask_slope, [x[which] for x in tensors])
+    return out
+
+
+def straight_through_update_(logits, weight, grad, square, codes, rate, seed, step, largest, *shard, m):
+    """``reference.straight_through_update_``."""
+    tensors = [*(x.view(-1, m) for x in (weight, grad, square)), codes.view(-1)]
+    return _descend(reference.group_straight_through_logits, tensors, logits, rate, seed, step, largest, *shard, m)
+
+
+def descend_(logits, gradient, rate, seed, step, largest, *shard, m):
+    """``reference.descend_``."""
+    tensors = [gradient.view(-1, m)]
+    return _descend(reference.group_descended_logits, tensors, logits, rate, seed, step, largest, *shard, m)
+
+
+def _descend(function, tensors, logits, rate, seed, step, largest, layer, group_offset, group_row_stride, m):
+    flat = logits.view(-1, m)
+    total = torch.zeros(())
+    for part in _slices(flat, UPDATE_BYTES):
+        new, squares = _run(function, [*(x[part] for x in tensors), flat[part].float()], (rate, largest))
+        total += squares.sum()
+        if logits.dtype != torch.float32:
+            groups = _Groups(new, logits.shape[1] // m, group_offset, group_row_stride, part.start)
+            counter = (seed, step, torch.zeros(1, dtype=torch.int64), layer)
+            whole = slice(0, len(new))
+            (new,) = groups.run(reference.group_round_logits, whole, counter, (), dtype=logits.dtype)
+        flat[part] = new
+    return total / max(logits.numel(), 1)

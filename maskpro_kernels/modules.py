@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from .functional import (
     masked_linear,
     sample_mask,
     sample_masked_weight,
+    straight_through_linear,
     top_n_linear,
     top_n_mask,
 )
@@ -75,6 +76,11 @@ class MaskedLinear(nn.Module):
         layer: id of the layer in the counter; layers with the same id draw the same noise.
         clock: seed and step, shared by the layers of a model; default: one of its own.
 
+    Attributes:
+        logits_backward: what takes the gradient that passes straight through a draw to the logits, see
+            ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
+            at first: a gradient reaches them by ``log_prob`` alone.
+
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
     """
@@ -113,6 +119,8 @@ class MaskedLinear(nn.Module):
         self.logits = nn.Parameter(logits.contiguous())
         self.layer = layer
         self.clock = Clock(device=weight.device) if clock is None else clock
+        self.logits_backward: Callable | None = None
+        self._dense = False
 
     @classmethod
     def from_linear(
@@ -163,7 +171,12 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
+        if self._dense:
+            return nn.functional.linear(input, self.weight, self.bias)
         arguments = (input, self.weight, self.logits, self.bias)
+        if self.training and self.logits_backward is not None:
+            how = {"pattern": self.pattern, "logits_backward": self.logits_backward}
+            return straight_through_linear(*arguments, **how, **self.counter())
         if self.training:
             y, _ = masked_linear(*arguments, pattern=self.pattern, log_prob=False, **self.counter())
             return y
@@ -231,6 +244,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Every MaskedLinear multiplies by its whole weight: the model as it was before it was converted."""
+    layers = list(masked_layers(model).values())
+    try:
+        for layer in layers:
+            layer._dense = True
+        yield
+    finally:
+        for layer in layers:
+            layer._dense = False
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:

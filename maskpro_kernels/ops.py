@@ -333,9 +333,103 @@ def _(logits, *_):
     return None
 
 
+def _codes(mask: MaskSource) -> Tensor:
+    source, kind, n, m, inv_temperature, *counter = mask
+    if kind == "drawn":
+        return sample_mask(source, n, m, inv_temperature, *counter)
+    return top_n_mask(source, n, m) if kind == "top_n" else source
+
+
+def _column_squares(x: Tensor) -> Tensor:
+    """Sum of squares of every column, float32, without a float32 copy of the whole."""
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+
+
+def _derivatives(grad: Tensor, x: Tensor, curvature: float) -> tuple[Tensor, Tensor]:
+    """(first, second) derivative of the loss in the masked weight [rows, K]."""
+    return grad.t() @ x, torch.outer(curvature * _column_squares(grad), _column_squares(x))
+
+
+@torch.library.custom_op(
+    "maskpro::straight_through_grad",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, {MASK}) -> Tensor",
+)
+def straight_through_grad(grad, x, weight, curvature, *mask):
+    """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
+
+    G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
+    which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken
+    as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671).
+    """
+    mask = MaskSource(*mask)
+    with _without_autocast(grad):
+        if _uses_kernels(grad):
+            squares = curvature * _column_squares(grad), _column_squares(x)
+            return _kernels("straight_through").straight_through_grad(grad, x, weight, *squares, mask)
+        tensors = (weight, *_derivatives(grad, x, curvature), _codes(mask))
+        return _reference("straight_through_grad", tensors, m=mask.m)
+
+
+@straight_through_grad.register_fake
+def _(grad, x, weight, *_):
+    return torch.empty_like(weight, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "maskpro::straight_through_update_",
+    mutates_args=("source",),
+    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float largest, "
+    f"{MASK.replace('Tensor source', 'Tensor(a!) source')}) -> Tensor",
+)
+def straight_through_update_(grad, x, weight, curvature, rate, largest, *mask):
+    """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
+    mask = MaskSource(*mask)
+    with _without_autocast(grad):
+        if _uses_kernels(grad):
+            squares = curvature * _column_squares(grad), _column_squares(x)
+            return _kernels("straight_through").straight_through_update_(grad, x, weight, *squares, rate, largest, mask)
+        tensors = (mask.tensor, weight, *_derivatives(grad, x, curvature), _codes(mask), rate, mask.seed, mask.step)
+        scalars = (largest, mask.layer, mask.group_offset, mask.group_row_stride)
+        return _reference("straight_through_update_", tensors, scalars, m=mask.m)
+
+
+@straight_through_update_.register_fake
+def _(grad, *_):
+    return grad.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("maskpro::descend_", mutates_args=("logits",))
+def descend_(
+    logits: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    largest: float,
+    m: int,
+    seed: Tensor,
+    step: Tensor,
+    layer: int,
+    group_offset: int,
+    group_row_stride: int,
+) -> Tensor:
+    """logits [rows, K] -= rate * gradient within +-largest; returns the mean square of the gradient, 0-dim float32."""
+    counter = (layer, group_offset, group_row_stride)
+    if _uses_kernels(logits):
+        return _kernels("straight_through").descend_(logits, gradient, rate, largest, m, seed, step, *counter)
+    return _reference("descend_", (logits, gradient, rate, seed, step), (largest, *counter), m=m)
+
+
+@descend_.register_fake
+def _(logits, *_):
+    return logits.new_empty((), dtype=torch.float32)
+
+
 @torch.library.custom_op("maskpro::best_swaps", mutates_args=())
 def best_swaps(weight: Tensor, product: Tensor, codes: Tensor, blocks: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """(change of the reconstruction error, code of the two weights) of the best swap of every group [rows, K / M]."""
+    """(change of the reconstruction error, code of the two weights) of the best swap of every group [rows, K / M].
+
+    weight and product are [rows, M, K / M], see ``reference.best_swaps``.
+    """
     if _uses_kernels(weight):
         return _kernels("swaps").best_swaps(weight, product, codes, blocks, n, m)
     return reference.best_swaps(weight, product, codes, blocks, m=m)

@@ -65,43 +65,56 @@ def swap_descent(
         )
     if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
         raise ValueError(f"sweeps: expected an int of at least 0, got {sweeps!r}")
-    blocks = _diagonal_blocks(gram, pattern.m)
+    planes, blocks = _by_place(gram, pattern.m)
     rows = max(PIECE // k, 1)
     pieces = [
-        _descend(w.float(), code, gram, blocks, pattern, sweeps)
+        _descend(w, code, planes, blocks, pattern, sweeps)
         for w, code in zip(weight.detach().split(rows), codes.split(rows), strict=True)
     ]
     return torch.cat([code for code, _ in pieces]), torch.cat([fall for _, fall in pieces])
 
 
-def _diagonal_blocks(gram: Tensor, m: int) -> Tensor:
-    """The blocks [M, M, K / M] of a matrix [K, K] that stand on its diagonal."""
-    return gram.view(len(gram) // m, m, len(gram) // m, m).diagonal(dim1=0, dim2=2).contiguous()
+def _by_place(gram: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """(the matrix [K, K] with its columns and rows in the order of [M, K / M], its diagonal blocks [M, M, K / M])."""
+    groups = gram.view(len(gram) // m, m, len(gram) // m, m)
+    planes = groups.permute(1, 0, 3, 2).reshape(gram.shape)
+    return planes, groups.diagonal(dim1=0, dim2=2).contiguous()
 
 
-def _descend(w: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
-    mask = expand_mask(codes, pattern)
-    difference = torch.where(mask, 0.0, -w)
-    product = difference @ gram
-    error = (difference * product).sum(1)
+def _kept(codes: Tensor, m: int) -> Tensor:
+    """1.0 where kept and 0.0 where dropped, [rows, M, K / M]."""
+    bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
+    return (codes[:, None] >> bits[:, None] & 1).float()
+
+
+def _descend(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
+    rows, groups = codes.shape
+    # Weights that stand at the same place of their groups lie together: nothing below strides
+    w = weight.float().view(rows, groups, pattern.m).transpose(1, 2).contiguous()
+
+    def times_gram(x):
+        return (x.view(rows, -1) @ gram).view(w.shape)
+
+    kept = _kept(codes, pattern.m)
+    difference = (kept - 1.0) * w
+    product = times_gram(difference)
+    error = (difference * product).sum((1, 2))
     fallen = torch.zeros_like(error)
-    groups = codes.shape[1]
-    count = torch.full((len(w),), max(1, groups // FIRST_SHARE), device=w.device)
+    count = torch.full((rows,), max(1, groups // FIRST_SHARE), device=w.device)
     for _ in range(sweeps):
         change, swap = ops.best_swaps(w, product, codes, blocks, pattern.n, pattern.m)
-        chosen = _lowest(change, count)
-        if not chosen.any():
+        swap = torch.where(_lowest(change, count), swap, 0)
+        if not swap.any():
             break
-        swapped = torch.where(chosen, codes ^ swap, codes)
-        new_mask = expand_mask(swapped, pattern)
-        step = torch.where(new_mask == mask, 0.0, torch.where(new_mask, w, -w))
-        step_product = step @ gram
-        fall = -(step * (2.0 * product + step_product)).sum(1)
+        swapped = _kept(codes ^ swap, pattern.m)
+        step = (swapped - kept) * w
+        step_product = times_gram(step)
+        fall = -(step * torch.add(step_product, product, alpha=2.0)).sum((1, 2))
         accepted = fall > LEAST_FALL * (error - fallen)
         count = torch.where(accepted, count, count // 2)
-        keep = accepted[:, None]
-        product += torch.where(keep, step_product, 0.0)
-        codes, mask = torch.where(keep, swapped, codes), torch.where(keep, new_mask, mask)
+        product.addcmul_(step_product, accepted[:, None, None].float())
+        kept = torch.where(accepted[:, None, None], swapped, kept)
+        codes = torch.where(accepted[:, None], codes ^ swap, codes)
         fallen += torch.where(accepted, fall, 0.0)
     return codes, fallen
 

@@ -560,10 +560,49 @@ def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature
 
 
 def group_round_logits(x, group, seed, step, draws, layer, *, dtype):
-    """float32 groups rounded stochastically to a 16-bit dtype."""
+    """float32 groups rounded stochastically to a 16-bit dtype with words under the first draw's id."""
     words = philox.group_words(group, x.shape[-1], philox.STREAM_ROUNDING, seed, step, layer, draws[0])
     rounded = [round_stochastically(x_i, r, dtype) for x_i, r in zip(columns(x), words, strict=True)]
     return uncolumns(rounded).to(dtype)
+
+
+def mask_slope(weight, grad, square, kept):
+    """Columns of a loss's slope in the mask, less its mean over the group: keeping N holds the sum of the mask.
+
+    For G the derivative in the masked weight and F the second one, the loss changes by w G (m' - m) +
+    w^2 F (m' - m)^2 / 2 when a weight goes from m to m'. Its slope halfway between kept and dropped, w G +
+    (1/2 - m) w^2 F, is what going either way costs; w G alone is blind to a change that overshoots.
+    """
+    h = []
+    for w, g, s, k in zip(columns(weight), columns(grad), columns(square), kept, strict=True):
+        w = w.to(torch.float32)
+        half = 0.5 * (w * w * s)
+        h.append(w * g.to(torch.float32) + torch.where(k, 0.0 - half, half))
+    mean = fixed_sum(h) * (1.0 / len(h))
+    return [h_i - mean for h_i in h]
+
+
+def bounded_step(gradient, rate, largest):
+    """rate * gradient within +-largest; none where one of the two is not finite."""
+    step = gradient * torch.where(rate < torch.inf, rate, 0.0)
+    step = torch.maximum(torch.minimum(step, largest), 0.0 - largest)
+    return torch.where(gradient.abs() < torch.inf, step, 0.0)
+
+
+def group_mask_slope(weight, grad, square, codes):
+    return uncolumns(mask_slope(weight, grad, square, decode(codes, weight.shape[-1])))
+
+
+def group_descended_logits(gradient, logits, rate, largest):
+    """(float32 groups: logits less the bounded step; each group's sum of squares of the gradient)."""
+    gradient = [g.to(torch.float32) for g in columns(gradient)]
+    steps = [bounded_step(g, rate, largest) for g in gradient]
+    new = [x.to(torch.float32) - step for x, step in zip(columns(logits), steps, strict=True)]
+    return uncolumns(new), fixed_sum([g * g for g in gradient])
+
+
+def group_straight_through_logits(weight, grad, square, codes, logits, rate, largest):
+    return group_descended_logits(group_mask_slope(weight, grad, square, codes), logits, rate, largest)
 
 
 def group_index(x, group_offset, group_row_stride, m):
@@ -626,6 +665,38 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
     logits.copy_(new.view(logits.shape))
 
 
+def straight_through_grad(weight, grad, square, codes, *, m):
+    """The slope of a loss in the mask [rows, K / M], less its mean over every group, float32 [rows, K].
+
+    ``grad`` and ``square`` [rows, K] are the loss's first and second derivative in the masked weight.
+    """
+    tensors = (grouped(x, m) for x in (weight, grad, square))
+    return group_mask_slope(*tensors, codes).view(weight.shape)
+
+
+def straight_through_update_(
+    logits, weight, grad, square, codes, rate, seed, step, largest, layer, group_offset, group_row_stride, *, m
+):
+    """``descend_`` by ``straight_through_grad``."""
+    gradient = straight_through_grad(weight, grad, square, codes, m=m)
+    return descend_(logits, gradient, rate, seed, step, largest, layer, group_offset, group_row_stride, m=m)
+
+
+def descend_(logits, gradient, rate, seed, step, largest, layer, group_offset, group_row_stride, *, m):
+    """logits [rows, K] -= rate * gradient within +-largest, in place; returns the mean square of the gradient, 0-dim.
+
+    Where rate or gradient is not finite nothing moves. 16-bit logits are rounded stochastically, with words of the
+    rounding stream under draw 0.
+    """
+    new, squares = group_descended_logits(grouped(gradient, m), grouped(logits, m), rate, largest)
+    if logits.dtype != torch.float32:
+        group = group_index(logits, group_offset, group_row_stride, m)
+        draws = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        new = group_round_logits(new, group, seed, step, draws, layer, dtype=logits.dtype)
+    logits.copy_(new.view(logits.shape))
+    return squares.sum() / max(logits.numel(), 1)
+
+
 def best_swaps(weight, product, codes, blocks, *, m):
     """The swap of a kept with a dropped weight in every group that lowers the reconstruction error most.
 
@@ -633,7 +704,8 @@ def best_swaps(weight, product, codes, blocks, *, m):
     for a kept weight and +2 w_j R_j + w_j^2 H_jj for a dropped one, a swap changes it by c_i + c_j - 2 w_i w_j H_ij.
 
     Args:
-        weight, product: w and R, float32 [rows, K].
+        weight, product: w and R, float32 [rows, M, K / M]: weights that stand at the same place of their groups
+            lie together.
         codes: [rows, K / M].
         blocks: the diagonal blocks of H, float32 [M, M, K / M].
 
@@ -641,7 +713,7 @@ def best_swaps(weight, product, codes, blocks, *, m):
         (change of E, float32 [rows, K / M]; codes of the two weights, whose exclusive or with the mask's is the
         swapped mask); on a tie the pair with the lower indices.
     """
-    w, r = columns(grouped(weight, m)), columns(grouped(product, m))
+    w, r = weight.unbind(1), product.unbind(1)
     kept = decode(codes, m)
     costs = []
     for i in range(m):

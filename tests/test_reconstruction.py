@@ -34,16 +34,23 @@ def errors(weight, codes, gram, pattern):
     return ((difference @ gram.double()) * difference).sum(1)
 
 
+def by_place(weight, product, codes, gram, m):
+    """The operands of best_swaps: weights at the same place of their groups lie together."""
+    planes = [x.view(len(x), -1, m).transpose(1, 2).contiguous() for x in (weight, product)]
+    blocks = [[gram[i::m, j::m].diagonal() for j in range(m)] for i in range(m)]
+    return *planes, codes, torch.stack([torch.stack(row) for row in blocks])
+
+
 @pytest.mark.parametrize("pattern", [*PATTERNS, "1:2", "31:32"])
 def test_kernel_and_reference_find_the_same_swaps(pattern, launched):
     m = NMPattern(pattern).m
     weight, gram = problem(7, 3 * m)
     product = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.device)
     codes = mk.top_n_mask(weight.abs(), pattern)
-    blocks = reconstruction._diagonal_blocks(gram, m)
-    change, swap = torch.ops.maskpro.best_swaps(weight, product, codes, blocks, NMPattern(pattern).n, m)
+    operands = by_place(weight, product, codes, gram, m)
+    change, swap = torch.ops.maskpro.best_swaps(*operands, NMPattern(pattern).n, m)
     assert launched["best_swaps"] == 1
-    cpu = [t.cpu() for t in (weight, product, codes, blocks)]
+    cpu = [t.cpu() for t in operands]
     expected = reference.best_swaps(*cpu, m=m)
     assert torch.equal(change.cpu(), expected[0]) and torch.equal(swap.cpu(), expected[1])
     swapped = mk.expand_mask(codes ^ swap, pattern).view(-1, m)
@@ -53,8 +60,8 @@ def test_kernel_and_reference_find_the_same_swaps(pattern, launched):
 def test_opcheck():
     weight, gram = problem(3, 16)
     codes = mk.top_n_mask(weight.abs(), "2:4")
-    arguments = (weight, weight @ gram, codes, reconstruction._diagonal_blocks(gram, 4), 2, 4)
-    torch.library.opcheck(torch.ops.maskpro.best_swaps.default, arguments)
+    operands = by_place(weight, weight @ gram, codes, gram, 4)
+    torch.library.opcheck(torch.ops.maskpro.best_swaps.default, (*operands, 2, 4))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3])
@@ -64,8 +71,8 @@ def test_the_change_is_that_of_the_error(pattern):
     weight, gram = problem(3, 2 * m)
     codes = mk.top_n_mask(weight.abs(), pattern)
     difference = torch.where(mk.expand_mask(codes, pattern), 0.0, -weight)
-    blocks = reconstruction._diagonal_blocks(gram, m)
-    change, swap = reference.best_swaps(*(t.cpu() for t in (weight, difference @ gram, codes, blocks)), m=m)
+    operands = by_place(weight, difference @ gram, codes, gram, m)
+    change, swap = reference.best_swaps(*(t.cpu() for t in operands), m=m)
     before = errors(weight, codes, gram, pattern)
     for row, group in itertools.product(range(3), range(2)):
         code = int(codes[row, group])

@@ -41,6 +41,7 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
         "score_update",
         "score_updates",
         "best_swaps",
+        "descend",
     )
     for m in (2, 4, 8, 16, 32)
 }
@@ -111,11 +112,18 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ),
     ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
+    ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
+    ("straight_through", 4): (Tiles(out=32, tokens=32, k=64),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
 # The dimension of the weight along which a product's results lie
-RESULT_SIDE = {"masked_linear": "out", "masked_linear_input_grad": "k", "masked_linear_weight_grad": "out"}
+RESULT_SIDE = {
+    "masked_linear": "out",
+    "masked_linear_input_grad": "k",
+    "masked_linear_weight_grad": "out",
+    "straight_through": "out",
+}
 
 # The interpreter runs one program at a time through numpy: the cost is by call, not by element
 INTERPRETER_BLOCK = 1 << 16

@@ -193,6 +193,39 @@ def masked_linear_input_grad_kernel(
     tl.store(pointers, total.to(out.dtype.element_ty), mask=present)
 
 
+@triton.jit
+def weight_grad_tile(
+    grad,
+    x,
+    tokens,
+    rows,
+    groups,
+    first_row,
+    first_group,
+    M: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """float32 [BLOCK_OUT, BLOCK_K] of grad.T @ x, zeros outside the weight; all tokens in order."""
+    o = first_row + tl.arange(0, BLOCK_OUT)
+    k = first_group * M + tl.arange(0, BLOCK_K)
+    t = tl.arange(0, BLOCK_T)
+    grad_pointers = grad + t[None, :] * rows + o[:, None]
+    x_pointers = x + t[:, None] * (groups * M) + k[None, :]
+    total = tl.zeros((BLOCK_OUT, BLOCK_K), tl.float32)
+    for first_token in range(0, tokens, BLOCK_T):
+        present = first_token + t < tokens
+        grad_tile = tl.load(grad_pointers, mask=present[None, :] & (o[:, None] < rows), other=0.0).to(OPERAND)
+        x_tile = tl.load(x_pointers, mask=present[:, None] & (k[None, :] < groups * M), other=0.0).to(OPERAND)
+        total = tl.dot(grad_tile, x_tile, total, input_precision=PRECISION)
+        grad_pointers += BLOCK_T * rows
+        x_pointers += BLOCK_T * groups * M
+    return total
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def masked_linear_weight_grad_kernel(
     grad,
@@ -221,19 +254,8 @@ def masked_linear_weight_grad_kernel(
     GROUPS: tl.constexpr = BLOCK_K // M
     first_row = tl.program_id(0) * BLOCK_OUT
     first_group = tl.program_id(1) * GROUPS
-    o = first_row + tl.arange(0, BLOCK_OUT)
-    k = first_group * M + tl.arange(0, BLOCK_K)
-    t = tl.arange(0, BLOCK_T)
-    grad_pointers = grad + t[None, :] * rows + o[:, None]
-    x_pointers = x + t[:, None] * (groups * M) + k[None, :]
-    total = tl.zeros((BLOCK_OUT, BLOCK_K), tl.float32)
-    for first_token in range(0, tokens, BLOCK_T):
-        present = first_token + t < tokens
-        grad_tile = tl.load(grad_pointers, mask=present[None, :] & (o[:, None] < rows), other=0.0).to(OPERAND)
-        x_tile = tl.load(x_pointers, mask=present[:, None] & (k[None, :] < groups * M), other=0.0).to(OPERAND)
-        total = tl.dot(grad_tile, x_tile, total, input_precision=PRECISION)
-        grad_pointers += BLOCK_T * rows
-        x_pointers += BLOCK_T * groups * M
+    total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
+                             M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
     z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
     code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
@@ -249,7 +271,7 @@ def _result(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
-def _operand(dtype: torch.dtype) -> dict:
+def operand_constants(dtype: torch.dtype) -> dict:
     """Constants of a kernel that multiplies tiles of ``dtype``."""
     # the interpreter multiplies the bits of 16-bit floats as integers
     wide = INTERPRETED or dtype == torch.float32
@@ -258,7 +280,7 @@ def _operand(dtype: torch.dtype) -> dict:
     return {"OPERAND": element, "PRECISION": "tf32" if tf32 and not INTERPRETED else "ieee"}
 
 
-def _counter(mask, tokens, matrix):
+def mask_arguments(mask, tokens, matrix):
     counter = (mask.seed, mask.step, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
     return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
@@ -284,8 +306,8 @@ def masked_linear(x, weight, bias, mask, log_prob):
     inside = log_prob and mask.n <= EXACT_SCORE_MAX_N
     partial = torch.empty(grid[0], dtype=torch.float32, device=x.device) if inside else None
     launch_tiles(masked_linear_kernel, "masked_linear", mask.m, grid, tile, x.device,
-                 x, weight, mask.tensor, bias, out, partial, *_counter(mask, tokens, weight),
-                 KIND=mask.kind, N=mask.n, LOG_PROB=inside, **_operand(x.dtype))  # fmt: skip
+                 x, weight, mask.tensor, bias, out, partial, *mask_arguments(mask, tokens, weight),
+                 KIND=mask.kind, N=mask.n, LOG_PROB=inside, **operand_constants(x.dtype))  # fmt: skip
     total = None
     if log_prob:
         total = partial.sum() if inside else _drawn_with_log_prob(mask)[1]
@@ -309,8 +331,8 @@ def masked_linear_input_grad(grad, weight, mask):
     grid = (triton.cdiv(k, tile.k), triton.cdiv(tokens, tile.tokens))
     out = torch.empty(tokens, k, dtype=_result(grad.dtype), device=grad.device)
     launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, grid, tile, grad.device,
-                 grad, weight, mask.tensor, out, *_counter(mask, tokens, weight),
-                 KIND=mask.kind, N=mask.n, **_operand(grad.dtype))  # fmt: skip
+                 grad, weight, mask.tensor, out, *mask_arguments(mask, tokens, weight),
+                 KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip
     return out.to(grad.dtype)
 
 
@@ -323,6 +345,6 @@ def masked_linear_weight_grad(grad, x, mask):
     tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     launch_tiles(masked_linear_weight_grad_kernel, "masked_linear_weight_grad", mask.m, grid, tile, grad.device,
-                 grad, x, mask.tensor, out, *_counter(mask, tokens, out),
-                 KIND=mask.kind, N=mask.n, **_operand(grad.dtype))  # fmt: skip
+                 grad, x, mask.tensor, out, *mask_arguments(mask, tokens, out),
+                 KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip
     return out.to(grad.dtype)

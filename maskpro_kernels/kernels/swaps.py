@@ -4,9 +4,19 @@ import torch
 import triton
 import triton.language as tl
 
-from . import device as d
 from .launch import launch
-from .sampling import load_codes, load_columns
+from .sampling import load_codes, store_codes
+
+
+@triton.jit
+def weight_and_cost(weight, product, blocks, code, i, columns, inside, M: tl.constexpr):
+    """(weights at place i of their groups, whether kept, c_i of ``reference.best_swaps``)."""
+    w = tl.load(weight + i * columns, mask=inside, other=0.0)
+    r = tl.load(product + i * columns, mask=inside, other=0.0)
+    h = tl.load(blocks + (i * M + i) * columns, mask=inside, other=0.0)
+    kept = (code >> i & 1) != 0
+    pull = 2.0 * w * r
+    return w, kept, tl.where(kept, 0.0 - pull, pull) + w * w * h
 
 
 @triton.jit(do_not_specialize=["columns", "total"])
@@ -26,28 +36,26 @@ def best_swaps_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     group = first + tl.arange(0, BLOCK)
     inside = group < total
-    w = load_columns(weight, first, total, M, BLOCK)
-    r = load_columns(product, first, total, M, BLOCK)
-    kept = d.decode(load_codes(codes, first, total, N, BLOCK), M)
-    block = blocks + group % columns
-    costs = ()
-    for i in tl.static_range(M):
-        pull = 2.0 * w[i] * r[i]
-        h = tl.load(block + (i * M + i) * columns, mask=inside, other=0.0)
-        costs = costs + (tl.where(kept[i], 0.0 - pull, pull) + w[i] * w[i] * h,)
+    code = load_codes(codes, first, total, N, BLOCK)
+    start = group // columns * (M * columns) + group % columns
+    weight += start
+    product += start
+    blocks += group % columns
     best = tl.full((BLOCK,), float("inf"), tl.float32)
     pair = tl.zeros((BLOCK,), tl.int32)
-    for i in tl.static_range(M):
-        for j in tl.static_range(i + 1, M):
-            h = tl.load(block + (i * M + j) * columns, mask=inside, other=0.0)
-            value = costs[i] + costs[j] - 2.0 * (w[i] * w[j]) * h
-            better = (kept[i] != kept[j]) & (value < best)
-            best = tl.where(better, value, best)
-            pair = tl.where(better, i * M + j, pair)
     one = tl.full((BLOCK,), 1, tl.int32)
-    code = tl.where(pair == 0, 0, (one << pair // M) | (one << pair % M))
-    tl.store(change + group, best, mask=inside)
-    tl.store(swap + group, code.to(swap.dtype.element_ty), mask=inside)
+    # Not unrolled: of 32 weights there are 496 pairs. What is loaded again lies in the cache.
+    for i in range(M - 1):
+        w_i, kept_i, cost_i = weight_and_cost(weight, product, blocks, code, i, columns, inside, M)
+        for j in range(i + 1, M):
+            w_j, kept_j, cost_j = weight_and_cost(weight, product, blocks, code, j, columns, inside, M)
+            h = tl.load(blocks + (i * M + j) * columns, mask=inside, other=0.0)
+            value = cost_i + cost_j - 2.0 * (w_i * w_j) * h
+            better = (kept_i != kept_j) & (value < best)
+            best = tl.where(better, value, best)
+            pair = tl.where(better, one << i | one << j, pair)
+    store_codes(change, best, first, total, BLOCK)
+    store_codes(swap, pair, first, total, BLOCK)
 
 
 def best_swaps(weight, product, codes, blocks, n, m):
