@@ -1,7 +1,7 @@
 """Fused kernels for learning and running N:M sparse language models."""
 
 from .convert import Conversion, convert, finalize
-from .estimators import Reinforce
+from .estimators import Reinforce, StraightThrough
 from .functional import (
     codes_linear,
     expand_mask,
@@ -11,6 +11,8 @@ from .functional import (
     sample_mask,
     sample_masked_weight,
     score_update_,
+    straight_through_gradient,
+    straight_through_linear,
     top_n_linear,
     top_n_mask,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "NMPattern",
     "Reinforce",
     "StepRecord",
+    "StraightThrough",
     "advance",
     "codes_linear",
     "convert",
@@ -39,6 +42,8 @@ __all__ = [
     "sample_mask",
     "sample_masked_weight",
     "score_update_",
+    "straight_through_gradient",
+    "straight_through_linear",
     "top_n_linear",
     "top_n_mask",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .functional import check_codes, codes_linear, expand_mask
+from .functional import check_codes, codes_linear
 from .masks import as_call
 from .modules import evaluating
 from .pattern import NMPattern

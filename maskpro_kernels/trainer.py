@@ -1,4 +1,4 @@
-"""The training loop: forwards under drawn masks, one scalar a step back to the logits."""
+"""The training loop: forwards under drawn masks, and what the estimator makes of them back to the logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .estimators import Reinforce
+from .estimators import Reinforce, StraightThrough
 from .functional import FLOAT32_MAX, score_update_, top_n_mask
 from .modules import advance, clocks, evaluating, masked_layers
 
@@ -26,9 +26,9 @@ class StepRecord:
     Attributes:
         step: index of the step, from 0.
         loss: loss of the batch under the drawn masks.
-        residual: that loss less the batch's loss under the initial masks.
-        advantage: the residual less the tracker.
-        tracker: the tracker after the step.
+        residual: with ``Reinforce`` that loss less the batch's loss under the initial masks.
+        advantage: with ``Reinforce`` the residual less the tracker.
+        tracker: with ``Reinforce`` the tracker after the step.
         flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
         tokens: elements of the batch's input ids.
         seconds: wall-clock time of the step.
@@ -36,27 +36,28 @@ class StepRecord:
 
     step: int
     loss: float
-    residual: float
-    advantage: float
-    tracker: float
+    residual: float | None
+    advantage: float | None
+    tracker: float | None
     flip_rate: float
     tokens: int
     seconds: float
 
 
 class MaskTrainer:
-    """Learns the masks of a converted model by policy gradient, with forward passes only.
+    """Learns the masks of a converted model: with ``Reinforce`` by forward passes alone, else by backward as well.
 
-    The initial masks m_0 are the top-N masks of the logits at the first step. Their losses are computed
-    once a batch, before the logits move; so ``batches`` is a finite sequence, visited in order and
-    again from the start. Modules other than MaskedLinear run in eval mode.
+    ``batches`` is a finite sequence, visited in order and again from the start. For ``Reinforce`` the losses of the
+    initial masks m_0, the top-N masks of the logits at the first step, are computed once a batch, before the logits
+    move. Modules other than MaskedLinear run in eval mode, but for those whose attribute ``gradient_checkpointing``
+    is true, as blocks of transformers have it: they compute their activations anew in backward.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
         loss_fn: ``loss_fn(model, batch)`` -> 0-dim tensor. Compute it in float32: in bfloat16 the
             residual drowns in rounding.
         batches: sequence of batches, in whatever form ``loss_fn`` takes.
-        estimator: turns residuals into advantages, see ``Reinforce``.
+        estimator: a ``Reinforce`` or ``StraightThrough``, one for each trainer.
         seed: seed of all draws; their step starts at 0. Logits that have been learned need another seed than
             before, or the first draws are those that they have learned from.
         output_dir: folder for ``metrics.jsonl``, one line a step; made if missing.
@@ -71,7 +72,7 @@ class MaskTrainer:
         model: nn.Module,
         loss_fn: Callable[[nn.Module, object], Tensor],
         batches: Sequence,
-        estimator: Reinforce,
+        estimator: Reinforce | StraightThrough,
         *,
         seed: int,
         output_dir: str | Path | None = None,
@@ -83,8 +84,8 @@ class MaskTrainer:
             raise TypeError(f"batches: expected a sequence, got {type(batches).__name__}")
         if not len(batches):
             raise ValueError("batches: expected at least one batch, got none")
-        if not isinstance(estimator, Reinforce):
-            raise TypeError(f"estimator: expected Reinforce, got {type(estimator).__name__}")
+        if not isinstance(estimator, (Reinforce, StraightThrough)):
+            raise TypeError(f"estimator: expected Reinforce or StraightThrough, got {type(estimator).__name__}")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed: expected an int of 64 bits, got {seed!r}")
         for name, layer in self.layers.items():
@@ -112,16 +113,19 @@ class MaskTrainer:
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps: expected an int of at least 1, got {steps!r}")
-        self._losses_of_initial_masks(progress)
+        if isinstance(self.estimator, Reinforce):
+            self._losses_of_initial_masks(progress)
         records = []
         with tqdm(total=steps, desc="learning", unit="step", disable=not progress) as bar:
             for _ in range(steps):
                 record = self.step()
                 records.append(record)
+                learned = {} if record.residual is None else {
+                    "residual": f"{record.residual:+.2e}", "advantage": f"{record.advantage:+.2e}"
+                }  # fmt: skip
                 bar.set_postfix(
                     loss=f"{record.loss:.4f}",
-                    residual=f"{record.residual:+.2e}",
-                    advantage=f"{record.advantage:+.2e}",
+                    **learned,
                     flips=f"{record.flip_rate:.1e}",
                     tokens_per_s=f"{record.tokens / record.seconds:.0f}",
                 )
@@ -132,34 +136,25 @@ class MaskTrainer:
         """One forward under newly drawn masks, one update of all logits.
 
         Raises:
-            FloatingPointError: if the loss or the update is not finite; logits and tracker are then as before the step.
+            ValueError: if ``StraightThrough`` gets a loss without gradient.
+            FloatingPointError: if the loss, the update or a gradient is not finite. Logits and tracker are then as
+                before the step; but where a gradient alone was not finite, only the logits of its weights are.
         """
         start = time.perf_counter()
-        index = self.steps_done % len(self.batches)
-        initial_loss = self._losses_of_initial_masks(progress=False)[index]
-        batch = self.batches[index]
-        with torch.inference_mode():
-            with self._modes(drawing=True):
-                loss = float(self.loss_fn(self.model, batch))
-            residual = loss - initial_loss
-            if not math.isfinite(residual):
-                raise FloatingPointError(f"loss of step {self.steps_done}: expected a finite number, got {loss}")
-            flip_rate = self._flip_rate()
-            delta = self.estimator.delta
-            advantage = self.estimator.advantage(residual)
-            coef = self.estimator.lr * advantage
-            if not abs(coef) <= FLOAT32_MAX:
-                self.estimator.delta = delta
-                raise FloatingPointError(f"lr * advantage of step {self.steps_done}: expected a float32, got {coef}")
-            for layer in self.layers.values():
-                score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
-            advance(self.model)
+        batch = self.batches[self.steps_done % len(self.batches)]
+        if isinstance(self.estimator, Reinforce):
+            loss, residual, advantage, flip_rate = self._reinforce(batch)
+            tracker = self.estimator.delta
+        else:
+            loss, flip_rate = self._straight_through(batch)
+            residual = advantage = tracker = None
+        advance(self.model)
         record = StepRecord(
             step=self.steps_done,
             loss=loss,
             residual=residual,
             advantage=advantage,
-            tracker=self.estimator.delta,
+            tracker=tracker,
             flip_rate=flip_rate,
             tokens=count_tokens(batch),
             seconds=time.perf_counter() - start,
@@ -169,6 +164,41 @@ class MaskTrainer:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
         return record
+
+    @torch.inference_mode()
+    def _reinforce(self, batch) -> tuple[float, float, float, float]:
+        """(loss, residual, advantage, flip rate) of a forward; the logits move by the scores of its masks."""
+        initial_loss = self._losses_of_initial_masks(progress=False)[self.steps_done % len(self.batches)]
+        with self._modes(drawing=True):
+            loss = float(self.loss_fn(self.model, batch))
+        self._check_loss(loss)
+        residual = loss - initial_loss
+        flip_rate = self._flip_rate()
+        delta = self.estimator.delta
+        advantage = self.estimator.advantage(residual)
+        coef = self.estimator.lr * advantage
+        if not abs(coef) <= FLOAT32_MAX:
+            self.estimator.delta = delta
+            raise FloatingPointError(f"lr * advantage of step {self.steps_done}: expected a float32, got {coef}")
+        for layer in self.layers.values():
+            score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
+        return loss, residual, advantage, flip_rate
+
+    @torch.enable_grad()
+    def _straight_through(self, batch) -> tuple[float, float]:
+        """(loss, flip rate) of a forward; the logits move in its backward."""
+        flip_rate = self._flip_rate()
+        with self._modes(drawing=True), self.estimator.attached(self.layers, self.steps_done) as backward:
+            loss = self.loss_fn(self.model, batch)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise ValueError(f"loss_fn: expected a loss with a gradient, got {loss!r}")
+            self._check_loss(loss.item())
+            backward(loss)
+        return loss.item(), flip_rate
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss of step {self.steps_done}: expected a finite number, got {loss}")
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once, in the composition the steps will use."""
@@ -196,6 +226,9 @@ class MaskTrainer:
         with evaluating(self.model):
             for layer in self.layers.values():
                 layer.train(drawing)
+            for module in self.model.modules():
+                if drawing and getattr(module, "gradient_checkpointing", False):
+                    module.training = True
             yield
 
 
