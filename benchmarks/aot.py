@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maskpro_kernels.kernels import masked_gemm, sampling, swaps
+from maskpro_kernels.kernels import masked_gemm, sampling, straight_through, swaps
 from maskpro_kernels.kernels.launch import CONFIGURATIONS, Tiles
 from maskpro_kernels.reference import quadrature_grid
 
@@ -26,8 +26,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+FILES = {"best_swaps": swaps, "descend": straight_through}
 COUNTER = {
     "inv_temperature": "fp32",
+    "rate": "*fp32",
+    "largest": "fp32",
+    "partial": "*fp32",
     "seed": "*i64",
     "step": "*i64",
     "draws": "*i64",
@@ -57,12 +61,12 @@ def build(
     weight: str = "bf16",
     **constants,
 ) -> Built:
-    """Compile ``sampling.<kernel>_kernel`` as ``launch`` would for logits and weights of those dtypes.
+    """Compile ``<kernel>_kernel`` of groups as ``launch`` would for logits and weights of those dtypes.
 
     "score_updates" is the update by several draws.
     """
     name = "score_update" if kernel == "score_updates" else kernel
-    function = getattr(swaps if kernel == "best_swaps" else sampling, f"{name}_kernel")
+    function = getattr(FILES.get(kernel, sampling), f"{name}_kernel")
     nodes, step = quadrature_grid(n)
     code = "*u8" if m <= 8 else "*i32"
     types = (
@@ -78,6 +82,7 @@ def build(
             "grad": "*fp32",
             "coef": "*fp32",
             "product": "*fp32",
+            "gradient": "*fp32",
             "blocks": "*fp32",
             "change": "*fp32",
             "swap": code,
@@ -110,30 +115,33 @@ def build_product(
     log_prob: bool = False,
     weight: str | None = None,
 ) -> Built:
-    """Compile ``masked_gemm.<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
+    """Compile ``<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
 
     The weight and the bias are of the operands' dtype unless ``weight`` names another.
     """
-    function = getattr(masked_gemm, f"{product}_kernel")
+    update = product == "straight_through"
+    function = getattr(straight_through if update else masked_gemm, f"{product}_kernel")
     types = (
         COUNTER
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "grad", "out"), f"*{operand}")
         | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
         | {"source": f"*{logits}" if kind != "codes" else "*u8" if m <= 8 else "*i32"}
-        | {"partial": "*fp32", "rows": "i32", "groups": "i32"}
+        | dict.fromkeys(("grad_squares", "x_squares"), "*fp32")
+        | {"rows": "i32", "groups": "i32"}
     )
     known = {
         "N": n,
         "M": m,
         "KIND": kind,
         "LOG_PROB": log_prob,
+        "UPDATE": update,
         "OPERAND": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[operand],
         "PRECISION": "ieee",
         "BLOCK_OUT": tile.out,
         "BLOCK_T": tile.tokens,
         "BLOCK_K": max(tile.k, m),
-    } | ({} if log_prob else {"partial": None})
+    } | ({"out": None} if update else {} if log_prob else {"partial": None})
     constants = {name: known[name] for name in function.arg_names if name in known}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return _compile(function, target, types, constants, options, multiples=("rows", "groups"))

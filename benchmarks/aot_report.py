@@ -118,8 +118,8 @@ def product_kernel(product: str, target: str, n: int, m: int, tile: Tiles) -> tu
     """(the compiled product, fewest and most instructions a weight)."""
     built = build_product(product, target, n, m, tile)
     weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
-    # the gradient of the weight draws once, behind its loop over the tokens
-    looping = product != "masked_linear_weight_grad"
+    # those with a tile of the weight's gradient draw once, behind their loop over the tokens
+    looping = product not in ("masked_linear_weight_grad", "straight_through")
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping)
     return built, fewest / weights, most / weights
 

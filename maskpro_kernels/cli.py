@@ -16,17 +16,24 @@ from pathlib import Path
 import torch
 
 from . import convert, finalize, top_n_mask
+from .convert import INITIAL_MASKS
 from .data import batches, load_text, windows
-from .estimators import Reinforce
+from .estimators import Reinforce, StraightThrough
 from .evaluation import causal_lm_loss, perplexity
 from .export import check_output, load_logits, save_logits
 from .masks import gap_for_flip_rate, initial_codes, initial_logits
 from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
+from .reconstruction import reconstruct
 from .trainer import MaskTrainer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-LOGITS, REPORT, PICTURE = "logits.safetensors", "report.json", "residual.png"
+LOGITS, REPORT = "logits.safetensors", "report.json"
+PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
+# What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
+DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
+# Held-out perplexities above that of the initial mask by this factor, twice in a row, end the run
+DIVERGED = 1.1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,25 +78,45 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     learn.add_argument(
         "--init",
-        choices=("magnitude", "wanda"),
+        choices=INITIAL_MASKS,
         default="wanda",
-        help="mask to start from: largest weights, or largest weight times activation norm",
+        help="mask to start from: largest weights; largest weight times activation norm; or, from that, swaps that "
+        "lower the error of each layer's outputs",
+    )
+    learn.add_argument(
+        "--estimator",
+        choices=DEFAULTS,
+        default="reinforce",
+        help="how to learn: from losses of forward passes alone, as the paper does, or by the gradient of the weights",
     )
     learn.add_argument("--steps", type=int, default=1000, metavar="S", help="training steps")
     learn.add_argument("--batch-size", type=int, default=32, metavar="B", help="windows in a calibration batch")
     learn.add_argument("--seq-len", type=int, default=128, metavar="L", help="tokens in a calibration window")
     learn.add_argument(
-        "--calibration-batches", type=int, default=16, metavar="C", help="distinct batches to cycle through, at most"
+        "--init-batches", type=int, default=16, metavar="I", help="batches for the initial mask, at most"
     )
-    learn.add_argument("--lr", type=float, default=50.0, help="learning rate of the logits")
+    learn.add_argument(
+        "--calibration-batches",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="C",
+        help="distinct batches to cycle through, at most (default: 16 for reinforce, else all of the text)",
+    )
+    learn.add_argument(
+        "--lr",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="learning rate of the logits (default: 50 for reinforce; 0.1 for straight-through, falling to 0)",
+    )
     learn.add_argument("--alpha", type=float, default=0.99, help="memory of the tracker, in [0, 1]")
     exploration = learn.add_mutually_exclusive_group()
     exploration.add_argument(
         "--gap",
         type=float,
-        default=10.0,
+        default=argparse.SUPPRESS,
         metavar="G",
-        help="initial logit of a kept weight over a dropped one; larger explores less",
+        help="initial logit of a kept weight over a dropped one; larger explores less (default: 10 for reinforce, "
+        "15 for straight-through)",
     )
     exploration.add_argument(
         "--flip-rate",
@@ -99,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of --gap: fraction of the groups whose first draw leaves the initial mask",
     )
     learn.add_argument("--seed", type=int, default=0, help="of the batches and of all draws")
+    learn.add_argument(
+        "--eval-every",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="E",
+        help="steps between perplexities of the validation text (default: a fifth of the steps)",
+    )
     _add_evaluation(learn)
     learn.set_defaults(run=_learn)
 
@@ -157,7 +191,16 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 def _learn(args: argparse.Namespace) -> None:
     pattern = NMPattern(args.pattern)
     flip_rate = getattr(args, "flip_rate", None)
-    _at_least(args, steps=1, batch_size=1, seq_len=2, calibration_batches=1, eval_windows=1, eval_length=2, seed=0)
+    lr, gap, distinct = DEFAULTS[args.estimator]
+    args.lr = getattr(args, "lr", lr)
+    args.gap = getattr(args, "gap", gap)
+    args.calibration_batches = getattr(args, "calibration_batches", distinct)
+    args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
+    _at_least(
+        args, steps=1, batch_size=1, seq_len=2, init_batches=1, eval_windows=1, eval_length=2, eval_every=1, seed=0
+    )
+    if args.calibration_batches is not None:
+        _at_least(args, calibration_batches=1)
     if not (math.isfinite(args.gap) and args.gap > 0):
         raise ValueError(f"gap: expected a positive number, got {args.gap}")
     if flip_rate is not None:
@@ -165,52 +208,78 @@ def _learn(args: argparse.Namespace) -> None:
         gap_for_flip_rate(flip_rate, pattern)
     if args.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
-    estimator = Reinforce(lr=args.lr, alpha=args.alpha)
+    if args.estimator == "reinforce":
+        estimator = Reinforce(lr=args.lr, alpha=args.alpha)
+    else:
+        estimator = StraightThrough(lr=args.lr, steps=args.steps)
     device = _device(args.device)
     output = Path(args.output)
     check_output(output)
     if find_spec("matplotlib") is None:
         raise ValueError(
-            "output: the picture of the residual needs the package matplotlib, which is not installed "
+            "output: the pictures need the package matplotlib, which is not installed "
             "(pip install 'maskpro-kernels[demo]')"
         )
 
     texts = load_text(args.data)
     model, tokenizer = _load(args.model, args.dtype, device)
-    test = windows(texts["test"], tokenizer, args.eval_length)[: args.eval_windows]
+    test, validation = (
+        windows(texts[split], tokenizer, args.eval_length)[: args.eval_windows] for split in ("test", "validation")
+    )
     calibration = windows(texts["calibration"], tokenizer, args.seq_len).to(device)
-    calibration = batches(calibration, args.batch_size, args.seed)[: args.calibration_batches]
+    calibration = batches(calibration, args.batch_size, args.seed)
+    initial_batches, calibration = calibration[: args.init_batches], calibration[: args.calibration_batches]
 
     table = [_row("dense", model, test, 0.0)]
+    codes, seconds = {}, {}
     began = time.perf_counter()
-    conversion = convert(model, pattern, init="wanda", gap=args.gap, flip_rate=flip_rate, calibration=calibration)
+    gap = args.gap if flip_rate is None else gap_for_flip_rate(flip_rate, pattern)
+    conversion = convert(model, pattern, init="wanda", gap=gap, calibration=initial_batches)
     masked = masked_layers(model)
-    codes = {"wanda": _codes(masked, pattern)}
-    seconds = {"wanda": time.perf_counter() - began}
+    codes["wanda"], seconds["wanda"] = _codes(masked, pattern), time.perf_counter() - began
+    for name, reason in conversion.skipped.items():
+        print(f"left dense: {name} ({reason})", file=sys.stderr)
     began = time.perf_counter()
     codes["magnitude"] = initial_codes(masked, pattern, "magnitude")
     seconds["magnitude"] = time.perf_counter() - began
-    for name, reason in conversion.skipped.items():
-        print(f"left dense: {name} ({reason})", file=sys.stderr)
+    if args.init == "reconstruction":
+        codes["reconstruction"] = reconstruct(model, masked, codes["wanda"], pattern, initial_batches, progress=True)
+        seconds["reconstruction"] = time.perf_counter() - began + seconds["wanda"]
     # The mask that learning starts from goes last, so that its logits stay.
     rows = {}
     for init in sorted(codes, key=lambda init: init == args.init):
         _set_logits(masked, codes[init], pattern, conversion.gap)
         rows[init] = _row(init, model, test, seconds[init])
-    table += [rows["magnitude"], rows["wanda"]]
+    table += [rows[init] for init in INITIAL_MASKS if init in rows]
 
-    trainer = MaskTrainer(model, causal_lm_loss, calibration, estimator, seed=args.seed)
-    began = time.perf_counter()
     base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     metadata = {"model": base, "pattern": str(pattern)}
+    trainer = MaskTrainer(model, causal_lm_loss, calibration, estimator, seed=args.seed)
+    held_out = [{"step": 0, "tokens": 0, "perplexity": perplexity(model, validation, progress=True)}]
+    tokens = 0
+
+    def check(record) -> bool:
+        nonlocal tokens
+        tokens += record.tokens
+        step = record.step + 1
+        if step % args.eval_every and step < args.steps:
+            return False
+        held_out.append({"step": step, "tokens": tokens, "perplexity": perplexity(model, validation, progress=True)})
+        return len(held_out) > 2 and all(
+            row["perplexity"] > DIVERGED * held_out[0]["perplexity"] for row in held_out[-2:]
+        )
+
+    began = time.perf_counter()
     try:
-        records = trainer.run(args.steps)
+        records = trainer.run(args.steps, after_step=check)
     except (FloatingPointError, KeyboardInterrupt):
         output.mkdir(parents=True, exist_ok=True)
         save_logits(model, output / LOGITS, metadata)
         print(f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}", file=sys.stderr)
         raise
-    table.append(_row("learned", model, test, time.perf_counter() - began))
+    if len(records) < args.steps:
+        print(f"stopped after {len(records)} steps: the held-out perplexity rose", file=sys.stderr)
+    table.append(_row(args.estimator, model, test, time.perf_counter() - began))
     learned = _codes(masked, pattern)
     flips = {name: int((learned[name] != codes[args.init][name]).sum()) for name in masked}
     groups = sum(code.numel() for code in learned.values())
@@ -218,7 +287,9 @@ def _learn(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     save_logits(model, output / LOGITS, metadata)
     _save(finalize(model), tokenizer, output)
-    _draw_picture(records, output / PICTURE)
+    _draw_perplexity(held_out, args.estimator, output / PERPLEXITY_PICTURE)
+    if args.estimator == "reinforce":
+        _draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
         "model": base,
         "pattern": str(pattern),
@@ -228,6 +299,7 @@ def _learn(args: argparse.Namespace) -> None:
         "versions": _versions(),
         "eval_tokens": test.numel(),
         "table": table,
+        "validation": held_out,
         "groups": groups,
         "flipped_groups": sum(flips.values()),
         "flipped_groups_by_layer": flips,
@@ -238,10 +310,14 @@ def _learn(args: argparse.Namespace) -> None:
     # Last: a folder with a report is a run that ended.
     (output / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    print(f"{'method':<12}{'perplexity':>12}{'seconds':>10}")
-    for row in table:
-        print(f"{row['method']:<12}{row['perplexity']:>12.2f}{row['seconds']:>10.1f}")
+    _print_table(table)
     print(f"{sum(flips.values())} of {groups} groups differ from the {args.init} mask; written to {output}")
+
+
+def _print_table(table: list[dict]) -> None:
+    print(f"{'method':<18}{'perplexity':>12}{'seconds':>10}")
+    for row in table:
+        print(f"{row['method']:<18}{row['perplexity']:>12.2f}{row['seconds']:>10.1f}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -343,7 +419,19 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _draw_picture(records: list, path: Path) -> None:
+def _draw_perplexity(held_out: list[dict], estimator: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["tokens"] for row in held_out], [row["perplexity"] for row in held_out], "o-", label=estimator)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("perplexity of the validation text")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _draw_residual(records: list, path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = [record.step for record in records]

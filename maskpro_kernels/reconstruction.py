@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import ops
 from .functional import check_codes, codes_linear
@@ -27,13 +28,15 @@ PIECE = 1 << 24
 FIRST_SHARE = 16
 # E has to fall by this part of itself, or rounding could pass for progress
 LEAST_FALL = 1e-6
+# By then the error of a language model's layers has done nine tenths of its fall
+SWEEPS = 16
 # In how many parts the online schedule takes the batches, and what a Gram matrix keeps of those before
 ROUNDS = 8
 DECAY = 0.5
 
 
 def swap_descent(
-    weight: Tensor, codes: Tensor, gram: Tensor, pattern: str | NMPattern, sweeps: int = 50
+    weight: Tensor, codes: Tensor, gram: Tensor, pattern: str | NMPattern, sweeps: int = SWEEPS
 ) -> tuple[Tensor, Tensor]:
     """Descend on the reconstruction error of every row by swaps within groups; the error of no row rises.
 
@@ -139,7 +142,8 @@ def reconstruct(
     *,
     schedule: str = "sequential",
     damping: float = 0.01,
-    sweeps: int = 50,
+    sweeps: int = SWEEPS,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Masks that reconstruct the layers' outputs: what a layer's whole weight makes of the inputs it sees.
 
@@ -162,6 +166,7 @@ def reconstruct(
         schedule: "sequential" or "online".
         damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
         sweeps: most sweeps of a row each time, see ``swap_descent``.
+        progress: whether to show a bar.
 
     Returns:
         group codes by name.
@@ -178,12 +183,16 @@ def reconstruct(
     if not calls:
         raise ValueError("calibration: expected at least one batch, got none")
 
+    rounds = [calls[i::ROUNDS] for i in range(ROUNDS) if calls[i::ROUNDS]] if schedule == "online" else [calls]
+    bar = tqdm(total=len(layers) * len(rounds), desc="reconstruction", unit="layer", disable=not progress)
+
     def descend(names: Iterable[str], gram: Tensor) -> None:
         damped = gram + torch.diag(damping * gram.diagonal().mean().expand(len(gram)))
         for name in names:
             codes[name], _ = swap_descent(layers[name].weight, codes[name], damped, pattern, sweeps)
+            bar.update()
 
-    with evaluating(model), _without_cache(model), _masked(layers, codes, pattern):
+    with bar, evaluating(model), _without_cache(model), _masked(layers, codes, pattern):
         if schedule == "sequential":
             for module, block_calls in _blocks(model, layers, calls):
                 for names, once in _stages(module, block_calls, layers):
@@ -191,7 +200,6 @@ def reconstruct(
         else:
             stages = _stages(model, calls, layers)
             grams = [None] * len(stages)
-            rounds = [calls[i::ROUNDS] for i in range(ROUNDS) if calls[i::ROUNDS]]
             for part in rounds:
                 for index, gram in enumerate(_grams(model, part, [layers[names[0]] for names, _ in stages])):
                     if gram is not None:

@@ -104,8 +104,15 @@ class MaskTrainer:
             clock.seed.fill_(seed)
             clock.step.fill_(0)
 
-    def run(self, steps: int, progress: bool = True) -> list[StepRecord]:
+    def run(
+        self, steps: int, progress: bool = True, after_step: Callable[[StepRecord], bool | None] | None = None
+    ) -> list[StepRecord]:
         """Take ``steps`` steps under a progress bar and return their records.
+
+        Args:
+            steps: how many.
+            progress: whether to show the bar.
+            after_step: called with the record of every step; true ends the run.
 
         Raises:
             ValueError: if ``steps`` is not an int of at least 1.
@@ -120,16 +127,14 @@ class MaskTrainer:
             for _ in range(steps):
                 record = self.step()
                 records.append(record)
-                learned = {} if record.residual is None else {
-                    "residual": f"{record.residual:+.2e}", "advantage": f"{record.advantage:+.2e}"
-                }  # fmt: skip
-                bar.set_postfix(
-                    loss=f"{record.loss:.4f}",
-                    **learned,
-                    flips=f"{record.flip_rate:.1e}",
-                    tokens_per_s=f"{record.tokens / record.seconds:.0f}",
-                )
+                shown = {"loss": f"{record.loss:.4f}"}
+                if record.residual is not None:
+                    shown |= {"residual": f"{record.residual:+.2e}", "advantage": f"{record.advantage:+.2e}"}
+                rate = record.tokens / record.seconds
+                bar.set_postfix(**shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=f"{rate:.0f}")
                 bar.update()
+                if after_step is not None and after_step(record):
+                    break
         return records
 
     def step(self) -> StepRecord:

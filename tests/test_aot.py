@@ -114,9 +114,14 @@ def test_every_kernel_compiles_for_every_target(n, m):
     check([(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), pytest.param(8, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (16, 32)])
 def test_swaps_compile_for_every_target(n, m):
     check([("best_swaps", n, m, "fp32", {})])
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), pytest.param(16, 32, marks=pytest.mark.slow)])
+def test_descent_compiles_for_every_target(n, m):
+    check([("descend", n, m, logits, {}) for logits in ("fp32", "bf16", "fp16")])
 
 
 def test_shards_compile_for_every_target():

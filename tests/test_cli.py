@@ -62,8 +62,8 @@ def test_learn_writes_a_checkpoint_that_has_the_perplexity_it_reports(inputs, ru
         assert torch.equal(kept, weight * (kept != 0))
     test = windows(load_text(str(inputs / "text.txt"))["test"], tokenizer, 24)[:5]
     table = {row["method"]: row for row in written["table"]}
-    assert list(table) == ["dense", "magnitude", "wanda", "learned"]
-    assert table["learned"]["perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
+    assert list(table) == ["dense", "magnitude", "wanda", "reinforce"]
+    assert table["reinforce"]["perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
     assert table["dense"]["perplexity"] == pytest.approx(perplexity(dense, test), rel=1e-6)
     assert all(row["seconds"] >= 0 for row in table.values())
 
@@ -72,7 +72,7 @@ def test_learn_writes_the_whole_record(run):
     written = report(run)
     assert sorted(os.listdir(run)) == sorted(
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        + ["logits.safetensors", "report.json", "residual.png"]
+        + ["logits.safetensors", "report.json", "residual.png", "perplexity.png"]
     )
     assert written["pattern"] == "2:4" and written["settings"]["seed"] == 0 and written["gap"] == 10
     assert {"python", "torch", "transformers"} <= set(written["versions"])
@@ -90,11 +90,37 @@ def test_learn_prints_the_table(inputs, tmp_path, capsys):
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0].split() == ["method", "perplexity", "seconds"]
-    assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "learned"]
+    assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "reinforce"]
     assert "groups differ from the magnitude mask" in lines[5]
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") == 1).all()
     assert report(tmp_path)["settings"]["flip_rate"] == 0.05
+
+
+def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, capsys):
+    options = "--init reconstruction --estimator straight-through --steps 6 --eval-every 2 --lr 1".split()
+    assert cli.main(learn(inputs, tmp_path / "run", *options)) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:6]]
+    assert rows == ["dense", "magnitude", "wanda", "reconstruction", "straight-through"]
+    written = report(tmp_path / "run")
+    assert written["gap"] == 15 and written["settings"]["lr"] == 1
+    assert [row["step"] for row in written["validation"]] == [0, 2, 4, 6]
+    # batches of 4 windows of 16 tokens
+    assert [row["tokens"] for row in written["validation"]] == [0, 128, 256, 384]
+    assert all(step["residual"] is None and step["loss"] > 0 for step in written["steps"])
+    assert not (tmp_path / "run" / "residual.png").exists()
+    assert (tmp_path / "run" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert written["flipped_groups"] > 0
+
+
+def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
+    values = iter([10.0] * 3 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
+    monkeypatch.setattr(cli, "perplexity", lambda *args, **options: next(values))
+    assert cli.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
+    assert "stopped after 4 steps: the held-out perplexity rose" in capsys.readouterr().err
+    written = report(tmp_path / "run")
+    assert [row["perplexity"] for row in written["validation"]] == [10.0, 12.0, 10.5, 11.5, 11.2]
+    assert len(written["steps"]) == 4
 
 
 def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
@@ -112,7 +138,7 @@ def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
     table = {row["method"]: row["perplexity"] for row in report(run)["table"]}
     assert cli.main(["eval", str(run), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"perplexity {table['learned']:.2f} over 120 tokens"
+    assert lines[0] == f"perplexity {table['reinforce']:.2f} over 120 tokens"
     assert lines[1] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
     assert cli.main(["eval", str(inputs / "model"), *options]) == 0
     assert capsys.readouterr().out.splitlines() == [f"perplexity {table['dense']:.2f} over 120 tokens"]
@@ -144,6 +170,8 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
         ("--seq-len", "1", "seq_len: expected at least 2, got 1"),
         ("--seq-len", "100000", "text: expected at least 100000 tokens"),
         ("--calibration-batches", "0", "calibration_batches: expected at least 1, got 0"),
+        ("--init-batches", "0", "init_batches: expected at least 1, got 0"),
+        ("--eval-every", "0", "eval_every: expected at least 1, got 0"),
         ("--eval-windows", "0", "eval_windows: expected at least 1, got 0"),
         ("--eval-length", "100000", "text: expected at least 100000 tokens"),
         ("--gap", "0", "gap: expected a positive number, got 0"),

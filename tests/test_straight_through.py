@@ -1,0 +1,426 @@
+"""Straight-through learning: the slope of a loss in the mask, its kernels, and the steps that logits take by it."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from enumerated import KERNEL_DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_masked_gemm import COUNTER, DTYPES, PATTERNS, mask_of, normal, problems, small_tiles, within_budget
+from tiny_llama import tiny_model
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels import compiled, ops, reference
+from maskpro_kernels.evaluation import causal_lm_loss
+from maskpro_kernels.kernels import launch, straight_through
+from maskpro_kernels.pattern import MaskSource, NMPattern
+
+CURVATURE = 0.25
+
+
+def source(logits, pattern, kind="drawn"):
+    """The source of the mask that ``mask_of`` finds for the same logits."""
+    counter = [torch.tensor(COUNTER[name], device=logits.device) for name in ("seed", "step")]
+    shard = (COUNTER["layer"], COUNTER["draw"], 0, logits.shape[1] // pattern.m)
+    return MaskSource(logits, kind, pattern.n, pattern.m, 1 / COUNTER["temperature"], *counter, *shard)
+
+
+def slope(grad, x, weight, mask, m, dtype):
+    """By the formula, its matrix product and the rest in ``dtype``."""
+    grad, x, weight = (tensor.to(dtype) for tensor in (grad, x, weight))
+    wide = torch.promote_types(dtype, torch.float32)
+    first = (grad.T @ x).to(wide)
+    second = torch.outer(grad.to(wide).square().sum(0), x.to(wide).square().sum(0)) * CURVATURE
+    weight = weight.to(wide)
+    h = weight * first + torch.where(mask, -0.5, 0.5) * weight.square() * second
+    h = h.view(len(h), -1, m)
+    return (h - h.mean(2, keepdim=True)).view(weight.shape)
+
+
+def tensors(pattern, tokens=20, rows=24, k=96, dtype=torch.float32, logits=torch.float32):
+    k -= k % pattern.m
+    grad, x, weight = (normal(*s, seed=i, dtype=dtype) for i, s in enumerate(((tokens, rows), (tokens, k), (rows, k))))
+    return grad, x, weight, (3 * normal(rows, k, seed=3)).to(logits)
+
+
+@settings(max_examples=15)
+@given(problems((2, 4, 4, 8, 16), most_tokens=200, most_rows=90, most_k=256), st.sampled_from([1, 2]))
+def test_slopes_are_within_the_error_budget(problem, parts):
+    _, x, weight, logits, _, pattern = problem
+    x = x.reshape(-1, weight.shape[1]).contiguous()
+    grad = normal(len(x), len(weight), seed=7, dtype=x.dtype)
+    sizes = (len(weight), min(len(x), 128), weight.shape[1])
+    tiles = launch.Tiles(*(launch.power_above(-(-size // parts)) for size in sizes))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(launch, "INTERPRETER_TILES", tiles)
+        found = ops.straight_through_grad(grad, x, weight, CURVATURE, *source(logits, pattern))
+    _, mask = mask_of("drawn", logits, pattern)
+    by_torch, exact = (slope(grad, x, weight, mask, pattern.m, dtype) for dtype in (x.dtype, torch.float64))
+    assert found.dtype == torch.float32
+    within_budget(found, by_torch, exact)
+
+
+@pytest.mark.parametrize("m", [2, 4, 8])
+def test_a_slope_is_what_dropping_and_keeping_cost(m):
+    """Of a loss whose derivatives those are: exactly, were it not for the mean of the group."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad, square = torch.randn(3, 5, m, generator=generator).abs().unbind(0)
+    kept = torch.rand(5, m, generator=generator) < 0.5
+
+    def loss_change(mask):
+        step = (mask.double() - kept.double()) * weight
+        return grad * step + square * step.square() / 2
+
+    cost_of_keeping = loss_change(torch.ones(5, m)) - loss_change(torch.zeros(5, m))
+    codes = sum(kept[:, i].to(torch.uint8) << i for i in range(m))
+    found = reference.group_mask_slope(weight, grad, square, codes)
+    expected = cost_of_keeping - cost_of_keeping.mean(1, keepdim=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("logits_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("tiles", ["one tile", "many tiles"])
+def test_fused_updates_step_by_the_slope(tiles, pattern, dtype, logits_dtype, launched, monkeypatch):
+    """Bit for bit as the slope of the same tiles and the eager reference of the step."""
+    if tiles == "many tiles":
+        monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+    grad, x, weight, logits = tensors(pattern, dtype=dtype, logits=logits_dtype)
+    gradient = ops.straight_through_grad(grad, x, weight, CURVATURE, *source(logits, pattern))
+    rate = torch.tensor(0.5 / float(gradient.square().mean().sqrt()), device=KERNEL_DEVICE)
+    largest, shard = 0.75, (COUNTER["layer"], 0, logits.shape[1] // pattern.m)
+    counter = source(logits, pattern)[5:7]
+    expected = logits.cpu().clone()
+    scalars = (torch.tensor(largest), *(torch.tensor(value) for value in shard))
+    on_cpu = [tensor.cpu() for tensor in (gradient, rate, *counter)]
+    mean_square = reference.descend_(expected, *on_cpu, *scalars, m=pattern.m)
+    fused, apart = logits.clone(), logits.clone()
+    found = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, largest, *source(fused, pattern))
+    assert launched["straight_through"] == 2
+    also = ops.descend_(apart, gradient, rate, largest, pattern.m, *counter, *shard)
+    assert launched["descend"] == 1
+    assert torch.equal(fused.cpu(), expected) and torch.equal(apart.cpu(), expected)
+    assert not torch.equal(fused, logits)
+    for value in (found, also):
+        torch.testing.assert_close(value.cpu(), mean_square, rtol=1e-5, atol=0)
+    moved = (fused.float() - logits.float()).abs()
+    # to what lies next to a logit below 16 in magnitude
+    assert float(moved.max()) <= largest + 16 * torch.finfo(logits_dtype).eps
+
+
+@pytest.mark.parametrize("logits_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype):
+    grad, x, weight, logits = (t.cpu() for t in tensors(pattern, rows=40, dtype=torch.bfloat16, logits=logits_dtype))
+    codes, _ = mask_of("drawn", logits, pattern)
+    first = (grad.T @ x).contiguous()
+    square = torch.outer(grad.float().square().sum(0), x.float().square().sum(0)) * CURVATURE
+    rate, largest = torch.tensor(1e-3), torch.tensor(0.75)
+    counter = (torch.tensor(5), torch.tensor(6), largest, *(torch.tensor(v) for v in (3, 2, logits.shape[1])))
+    ours, eager = logits.clone(), logits.clone()
+    values = [
+        module.straight_through_update_(into, weight, first, square, codes, rate, *counter, m=pattern.m)
+        for module, into in ((compiled, ours), (reference, eager))
+    ]
+    assert torch.equal(ours, eager) and not torch.equal(ours, logits)
+    torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+    slopes = [
+        module.straight_through_grad(weight, first, square, codes, m=pattern.m) for module in (compiled, reference)
+    ]
+    assert torch.equal(*slopes)
+    apart = logits.clone()
+    compiled.descend_(apart, slopes[0], rate, *counter, m=pattern.m)
+    assert torch.equal(apart, eager)
+
+
+@pytest.mark.parametrize("rate", [math.inf, math.nan, 0.0])
+def test_a_rate_that_is_not_finite_moves_nothing(rate):
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = tensors(pattern)
+    moved = logits.clone()
+    ops.straight_through_update_(
+        grad, x, weight, 1.0, torch.tensor(rate, device=KERNEL_DEVICE), 1.0, *source(moved, pattern)
+    )
+    assert torch.equal(moved, logits)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_leave_their_logits(bad):
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = tensors(pattern)
+    grad[3, 5] = bad
+    moved = logits.clone()
+    rate = torch.tensor(0.1, device=KERNEL_DEVICE)
+    mean_square = ops.straight_through_update_(grad, x, weight, 1.0, rate, 1.0, *source(moved, pattern))
+    assert not mean_square.isfinite()
+    untouched = torch.zeros(len(logits), dtype=torch.bool)
+    untouched[5] = True
+    assert torch.equal(moved[untouched], logits[untouched])
+    assert moved.isfinite().all() and (moved[~untouched] != logits[~untouched]).any(1).all()
+
+
+def test_opcheck():
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = tensors(pattern, rows=4, k=16)
+    rate = torch.tensor(0.1, device=KERNEL_DEVICE)
+    mask = source(logits, pattern)
+    torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (grad, x, weight, 1.0, *mask))
+    torch.library.opcheck(torch.ops.maskpro.straight_through_update_.default, (grad, x, weight, 1.0, rate, 1.0, *mask))
+    arguments = (logits, torch.randn_like(logits), rate, 1.0, 4, mask.seed, mask.step, 0, 0, 4)
+    torch.library.opcheck(torch.ops.maskpro.descend_.default, arguments)
+
+
+@pytest.mark.parametrize("tokens", [20, 150])
+def test_all_gradients_but_the_logits_are_those_of_masked_linear(tokens):
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = tensors(pattern, tokens=tokens)
+    bias = normal(24, seed=5)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, logits)]
+    others = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = mk.straight_through_linear(leaves[0], leaves[1], leaves[3], leaves[2], pattern=pattern, **COUNTER)
+    expected, _ = mk.masked_linear(others[0], others[1], logits, others[2], pattern=pattern, log_prob=False, **COUNTER)
+    assert torch.equal(y, expected)
+    y.backward(grad)
+    expected.backward(grad)
+    for ours, theirs in zip(leaves, others, strict=False):
+        assert torch.equal(ours.grad, theirs.grad)
+    found = mk.straight_through_gradient(grad, x, weight, source(logits, pattern))
+    assert torch.equal(leaves[3].grad, found)
+
+
+def test_second_derivatives_are_refused():
+    _, x, weight, logits = tensors(NMPattern("2:4"))
+    logits.requires_grad_()
+    y = mk.straight_through_linear(x, weight, logits, pattern="2:4", **COUNTER)
+    (first,) = torch.autograd.grad(y.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_gradients_arrive_for_any_optimizer_also_under_compile():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).to(KERNEL_DEVICE)
+    mk.convert(model, "2:4", targets=["0", "2"], gap=3.0)
+    for layer in (model[0], model[2]):
+        layer.logits_backward = mk.straight_through_gradient
+    x = normal(10, 32)
+    model(x).square().mean().backward()
+    eager = [layer.logits.grad.clone() for layer in (model[0], model[2])]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
+    assert all(torch.equal(layer.logits.grad, grad) for layer, grad in zip((model[0], model[2]), eager, strict=True))
+    before = model[0].logits.detach().clone()
+    torch.optim.SGD([layer.logits for layer in (model[0], model[2])], lr=1.0).step()
+    assert not torch.equal(model[0].logits, before)
+
+
+def a_model(gap=15.0):
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    mk.convert(model, "2:4", gap=gap)
+    return model
+
+
+def batches_of_tokens(count=3):
+    return list(torch.randint(0, 32, (count, 4, 16), generator=torch.Generator().manual_seed(0)))
+
+
+def logits_of(model):
+    return {name: m.logits.detach().clone() for name, m in model.named_modules() if isinstance(m, mk.MaskedLinear)}
+
+
+def learn(model, steps=4, loss_fn=causal_lm_loss, batches=None, **options):
+    estimator = mk.StraightThrough(lr=1.0, **options)
+    trainer = mk.MaskTrainer(model, loss_fn, batches or batches_of_tokens(), estimator, seed=3)
+    return trainer, trainer.run(steps, progress=False)
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_steps_are_those_of_the_formula(eager_reference):
+    """Against slopes that arrive in logits.grad, a running mean square, and a bounded step by hand."""
+    model = a_model()
+    twin = copy.deepcopy(model)
+    layers = [m for m in twin.modules() if isinstance(m, mk.MaskedLinear)]
+    _, records = learn(model, steps=4, curvature=0.5, largest=2.0, memory=0.75)
+    layers[0].clock.seed.fill_(3)
+    running = [None] * len(layers)
+    for layer in layers:
+        layer.train()
+        layer.logits_backward = lambda *args: mk.straight_through_gradient(*args, curvature=0.5)
+    for step, batch in enumerate((batches_of_tokens() * 2)[:4]):
+        loss = causal_lm_loss(twin, batch)
+        assert records[step].loss == pytest.approx(loss.item(), rel=1e-6)
+        loss.backward()
+        for i, layer in enumerate(layers):
+            square = layer.logits.grad.square().mean()
+            rms = (square if running[i] is None else running[i]).sqrt()
+            running[i] = square if running[i] is None else 0.75 * running[i] + 0.25 * square
+            with torch.no_grad():
+                layer.logits -= (layer.logits.grad / rms).clamp(-2, 2)
+            layer.logits.grad = None
+        mk.advance(twin)
+    for ours, theirs in zip(logits_of(model).values(), logits_of(twin).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_learning_rate_falls_to_nothing(eager_reference):
+    estimator = mk.StraightThrough(lr=0.5, steps=4)
+    assert [estimator.lr_at(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
+    assert mk.StraightThrough(lr=0.5).lr_at(1000) == 0.5
+
+
+class Twice(nn.Module):
+    """A layer that is used twice, and one that is used once."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.own = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.shared(torch.relu(self.own(torch.relu(self.shared(x)))))
+
+
+def test_a_layer_that_is_used_twice_moves_once_by_the_sum(eager_reference):
+    torch.manual_seed(0)
+    model = Twice()
+    mk.convert(model, "2:4", gap=3.0)
+    before = logits_of(model)
+    x = torch.randn(30, 16)
+    twin = copy.deepcopy(model)
+    twin.train()
+    twin.shared.clock.seed.fill_(3)
+    for layer in (twin.shared, twin.own):
+        layer.logits_backward = mk.straight_through_gradient
+    twin(x).square().mean().backward()
+    learn(model, 1, lambda model, x: model(x).square().mean(), [x])
+    for name, layer in (("shared", twin.shared), ("own", twin.own)):
+        grad = layer.logits.grad
+        expected = before[name] - (grad / grad.square().mean().sqrt()).clamp(-5, 5)
+        torch.testing.assert_close(logits_of(model)[name], expected, rtol=1e-5, atol=1e-5)
+        assert getattr(model, name).logits.grad is None
+        assert getattr(model, name).logits_backward is None and not getattr(model, name)._forward_hooks
+
+
+def test_checkpointed_activations_give_the_same_bits(eager_reference):
+    plain, checkpointed = a_model(), a_model()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    runs = []
+    handle = checkpointed.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    _, first = learn(plain)
+    _, second = learn(checkpointed)
+    handle.remove()
+    assert len(runs) == 2 * len(second), "nothing was computed anew"
+    assert [record.loss for record in first] == [record.loss for record in second]
+    assert same(logits_of(plain), logits_of(checkpointed))
+    assert not any(module.training for module in checkpointed.modules() if not isinstance(module, mk.MaskedLinear))
+
+
+def test_only_logits_learn(eager_reference):
+    model = tiny_model()
+    mk.convert(model, "2:4", gap=15.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "logits" not in name}
+    learn(model, 2)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        if name in before:
+            assert torch.equal(parameter, before[name])
+
+
+def test_a_gradient_that_is_not_finite_is_told_and_spoils_nothing(eager_reference):
+    model = a_model()
+    trainer, _ = learn(model, 1)
+    descents = trainer.estimator._descents.values()
+    before, squares = logits_of(model), [descent.mean_square.clone() for descent in descents]
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.nan
+
+    trainer.loss_fn = lambda model, batch: Broken.apply(causal_lm_loss(model, batch))
+    with pytest.raises(FloatingPointError, match="gradients of step 1: .*q_proj"):
+        trainer.step()
+    assert same(before, logits_of(model)) and trainer.steps_done == 1
+    assert all(
+        torch.equal(a, d.mean_square) for a, d in zip(squares, trainer.estimator._descents.values(), strict=True)
+    )
+    trainer.loss_fn = causal_lm_loss
+    trainer.step()
+    assert not same(before, logits_of(model))
+
+
+def test_losses_that_cannot_be_learned_from(eager_reference):
+    model = a_model()
+    before = logits_of(model)
+    trainer, _ = learn(a_model(), 1)
+    for loss_fn, error, message in (
+        (lambda model, batch: causal_lm_loss(model, batch).item(), ValueError, "loss_fn: expected a loss with a grad"),
+        (
+            lambda model, batch: causal_lm_loss(model, batch).detach(),
+            ValueError,
+            "loss_fn: expected a loss with a grad",
+        ),
+        (lambda model, batch: causal_lm_loss(model, batch) * torch.inf, FloatingPointError, "loss of step 0"),
+    ):
+        with pytest.raises(error, match=message):
+            learn(model, 1, loss_fn)
+        assert same(before, logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"lr": 0.0}, ValueError, "lr"),
+        ({"lr": math.inf}, ValueError, "lr"),
+        ({"lr": "1"}, TypeError, "lr"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"steps": 1.5}, ValueError, "steps"),
+        ({"curvature": -1.0}, ValueError, "curvature"),
+        ({"largest": 0.0}, ValueError, "largest"),
+        ({"memory": 1.0}, ValueError, "memory"),
+        ({"memory": None}, TypeError, "memory"),
+    ],
+)
+def test_bad_arguments(arguments, error, name):
+    with pytest.raises(error, match=f"{name}: expected"):
+        mk.StraightThrough(**arguments)
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
+def test_a_planted_mask_is_found(pattern, eager_reference):
+    """A linear teacher under a hidden mask; the student starts from another one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 64, generator=generator).sign()
+    planted, start = (mk.top_n_mask(torch.rand(8, 64, generator=generator), pattern) for _ in range(2))
+    teacher = weight * mk.expand_mask(planted, pattern)
+    model = nn.Sequential(nn.Linear(64, 8, bias=False))
+    model[0].weight = nn.Parameter(weight)
+    mk.convert(model, pattern, init={"0": start}, gap=3.0)
+    batches = [(x, x @ teacher.T) for x in torch.randn(8, 256, 64, generator=generator)]
+
+    # of Gaussian noise as large as the start's error: a likelihood, whose curvature is its Fisher information
+    variance = float((batches[0][0] @ (weight * mk.expand_mask(start, pattern)).T - batches[0][1]).var())
+
+    def loss(model, batch):
+        return nn.functional.mse_loss(model(batch[0]), batch[1]) / (2 * variance)
+
+    def found():
+        return float((mk.top_n_mask(model[0].logits.detach(), pattern) == planted).float().mean())
+
+    assert found() < 0.5
+    mk.MaskTrainer(model, loss, batches, mk.StraightThrough(lr=0.3, steps=100), seed=0).run(100, progress=False)
+    assert found() == 1.0
