@@ -9,10 +9,14 @@ INSTALLED36 := $(VENV36)/.installed
 
 .PHONY: demo test test-slow test-triton36 lint aot-report bench gpu-check clean
 
+# Few steps of each way to learn, on the same split of the same text
+LEARN := maskpro learn --model smollm2-135m --data pydoc --pattern 2:4 --batch-size 8 --seq-len 128
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(VENV)/bin/maskpro learn --model smollm2-135m --data pydoc --pattern 2:4 --init wanda \
-		--steps 40 --batch-size 8 --seq-len 128 --output runs/demo
+	$(VENV)/bin/$(LEARN) --init wanda --estimator reinforce --steps 10 --eval-every 10 --output runs/demo/reinforce
+	$(VENV)/bin/$(LEARN) --init reconstruction --estimator straight-through --steps 30 --eval-every 10 \
+		--output runs/demo/straight-through
+	$(VENV)/bin/maskpro compare runs/demo/reinforce runs/demo/straight-through --picture runs/demo/perplexity.png
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)

@@ -1,4 +1,4 @@
-"""The command `maskpro`: learn a mask, evaluate a checkpoint, export a run."""
+"""The command `maskpro`: learn a mask, evaluate a checkpoint, compare and export runs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from .trainer import MaskTrainer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 LOGITS, REPORT = "logits.safetensors", "report.json"
+# What the commands read of a report
+REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
 DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
@@ -147,6 +149,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(evaluate)
     _add_evaluation(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="one table and picture of several runs",
+        description="Print the table of several runs of the same model, pattern and texts, and draw the perplexity of "
+        "their validation text over the tokens they learned from.",
+        formatter_class=show,
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="folder written by `maskpro learn`")
+    compare.add_argument(
+        "--picture", default=argparse.SUPPRESS, metavar="FILE", help="picture to write; must not exist"
+    )
+    compare.set_defaults(run=_compare)
 
     export = commands.add_parser(
         "export",
@@ -287,7 +302,7 @@ def _learn(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     save_logits(model, output / LOGITS, metadata)
     _save(finalize(model), tokenizer, output)
-    _draw_perplexity(held_out, args.estimator, output / PERPLEXITY_PICTURE)
+    _draw_perplexity({args.estimator: held_out}, output / PERPLEXITY_PICTURE)
     if args.estimator == "reinforce":
         _draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
@@ -315,9 +330,10 @@ def _learn(args: argparse.Namespace) -> None:
 
 
 def _print_table(table: list[dict]) -> None:
-    print(f"{'method':<18}{'perplexity':>12}{'seconds':>10}")
+    width = max(16, *(len(row["method"]) for row in table))
+    print(f"{'method':<{width}}{'perplexity':>12}{'seconds':>10}")
     for row in table:
-        print(f"{row['method']:<18}{row['perplexity']:>12.2f}{row['seconds']:>10.1f}")
+        print(f"{row['method']:<{width}}{row['perplexity']:>12.2f}{row['seconds']:>10.1f}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -337,6 +353,26 @@ def _evaluate(args: argparse.Namespace) -> None:
             follow += int((kept <= pattern.n).sum())
             total += len(kept)
         print(f"{pattern} {follow / total:.2%} of {total} groups have at most {pattern.n} nonzeros")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    picture = Path(args.picture) if hasattr(args, "picture") else None
+    if picture is not None and (picture.exists() or not picture.parent.is_dir()):
+        raise ValueError(f"picture: expected a new file in a folder that exists, got {str(picture)!r}")
+    reports = {str(Path(run)): _read_report(Path(run) / REPORT) for run in args.runs}
+    first = next(iter(reports.values()))
+    initial, learned, curves = {}, [], {}
+    for run, report in reports.items():
+        for name in ("model", "pattern", "eval_tokens"):
+            if report[name] != first[name]:
+                raise ValueError(f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}")
+        *before, last = report["table"]
+        initial |= {row["method"]: row for row in before}
+        learned.append(last | {"method": f"{last['method']}: {run}"})
+        curves[run] = report["validation"]
+    _print_table([*initial.values(), *learned])
+    if picture is not None:
+        _draw_perplexity(curves, picture)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -402,9 +438,13 @@ def _set_logits(
 
 
 def _read_report(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(
+            f"run: expected a folder written by `maskpro learn`, got {str(path.parent)!r}, without {REPORT}"
+        )
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return {name: report[name] for name in ("pattern", "converted")}
+        return {name: report[name] for name in REPORTED}
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}") from error
 
@@ -419,12 +459,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _draw_perplexity(held_out: list[dict], estimator: str, path: Path) -> None:
+def _draw_perplexity(curves: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([row["tokens"] for row in held_out], [row["perplexity"] for row in held_out], "o-", label=estimator)
+    for name, held_out in curves.items():
+        axes.plot([row["tokens"] for row in held_out], [row["perplexity"] for row in held_out], "o-", label=name)
     axes.set_xlabel("tokens")
     axes.set_ylabel("perplexity of the validation text")
     axes.legend()

@@ -246,6 +246,27 @@ def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, "no such folder")
 
 
+def test_compare_puts_runs_into_one_table(inputs, run, tmp_path, capsys):
+    other = tmp_path / "other"
+    options = "--init magnitude --estimator straight-through --eval-every 1".split()
+    assert cli.main(learn(inputs, other, *options)) == 0
+    capsys.readouterr()
+    picture = tmp_path / "perplexity.png"
+    assert cli.main(["compare", str(run), str(other), "--picture", str(picture)]) == 0
+    lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    names = ["dense", "magnitude", "wanda", f"reinforce: {run}", f"straight-through: {other}"]
+    assert [name for name, *_ in lines] == names
+    assert [perplexity for _, perplexity, _ in lines[3:]] == [
+        f"{report(folder)['table'][-1]['perplexity']:.2f}" for folder in (run, other)
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refuses(capsys, tmp_path, ["compare", str(run), "--picture", str(picture)], "picture: expected a new file")
+    refuses(capsys, tmp_path, ["compare", str(run), str(inputs)], "run: expected a folder written by `maskpro learn`")
+    changed = report(other) | {"eval_tokens": 7}
+    (other / "report.json").write_text(json.dumps(changed))
+    refuses(capsys, tmp_path, ["compare", str(run), str(other)], "expected the same eval_tokens in all, got 120 and 7")
+
+
 def test_export_refuses_what_is_no_run(inputs, run, tmp_path, capsys):
     output = str(tmp_path / "output")
     refuses(capsys, tmp_path, ["export", str(inputs / "model"), output], "logits.safetensors")
@@ -286,7 +307,7 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
 
 
-@pytest.mark.parametrize("command", [[], ["learn"], ["eval"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["learn"], ["eval"], ["compare"], ["export"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])
