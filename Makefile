@@ -40,7 +40,8 @@ bench: $(INSTALLED)
 # A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here.
 gpu-check:
 	$(PYTHON) -m pytest tests/test_gpu.py -m gpu
-	$(PYTHON) -m pytest tests/test_masked_gemm.py -m "not slow" -k "not error_budget"
+	$(PYTHON) -m pytest tests/test_masked_gemm.py tests/test_straight_through.py tests/test_reconstruction.py \
+		-m "not slow" -k "not error_budget"
 	$(PYTHON) -m pytest benchmarks
 
 clean:

@@ -14,6 +14,9 @@ from .functional import FLOAT32_MAX, straight_through_gradient
 from .modules import MaskedLinear
 from .pattern import MaskSource
 
+# A normalized advantage beyond it is an outlier
+LARGEST_ADVANTAGE = 3.0
+
 
 def _check_float(name: str, value: float, low: float, high: float, strict: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -34,29 +37,43 @@ class Reinforce:
         alpha: decay of the tracker in [0, 1]; the paper's is 0.99. At 1 the tracker stays 0.
         tracker: "after" updates the tracker after its use, as the paper does; "before" ahead of it, as
             the paper's published code does.
+        normalize: divide the advantage by its running root mean square, of memory alpha, and bound it to +-3: lr is
+            then free of the scale of the loss, and one outlier does not move the logits far. Not in the paper.
 
     Attributes:
         delta: the tracker, a running mean of the residual.
+        mean_square: the running mean of the squared advantage, None before the first step.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
 
-    def __init__(self, lr: float = 50.0, alpha: float = 0.99, tracker: str = "after"):
+    def __init__(self, lr: float = 50.0, alpha: float = 0.99, tracker: str = "after", normalize: bool = False):
         _check_float("lr", lr, 0.0, FLOAT32_MAX, strict=True)
         _check_float("alpha", alpha, 0.0, 1.0)
         if tracker not in ("after", "before"):
             raise ValueError(f'tracker: expected "after" or "before", got {tracker!r}')
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize: expected a bool, got {normalize!r}")
         self.lr = float(lr)
         self.alpha = float(alpha)
         self.tracker = tracker
+        self.normalize = normalize
         self.delta = 0.0
+        self.mean_square: float | None = None
 
     def advantage(self, residual: float) -> float:
         """The advantage of a residual; moves the tracker."""
         before = self.delta
         self.delta = self.alpha * self.delta + (1.0 - self.alpha) * residual
-        return residual - (before if self.tracker == "after" else self.delta)
+        advantage = residual - (before if self.tracker == "after" else self.delta)
+        if not self.normalize:
+            return advantage
+        square = advantage * advantage
+        old = square if self.mean_square is None else self.mean_square
+        self.mean_square = self.alpha * old + (1.0 - self.alpha) * square
+        scale = math.sqrt(self.mean_square)
+        return 0.0 if scale == 0.0 else min(max(advantage / scale, -LARGEST_ADVANTAGE), LARGEST_ADVANTAGE)
 
 
 class StraightThrough:

@@ -179,11 +179,11 @@ class MaskTrainer:
         self._check_loss(loss)
         residual = loss - initial_loss
         flip_rate = self._flip_rate()
-        delta = self.estimator.delta
+        before = self.estimator.delta, self.estimator.mean_square
         advantage = self.estimator.advantage(residual)
         coef = self.estimator.lr * advantage
         if not abs(coef) <= FLOAT32_MAX:
-            self.estimator.delta = delta
+            self.estimator.delta, self.estimator.mean_square = before
             raise FloatingPointError(f"lr * advantage of step {self.steps_done}: expected a float32, got {coef}")
         for layer in self.layers.values():
             score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())

@@ -25,6 +25,7 @@ ORDER = [
     "kernels.sampling",
     "kernels.masked_gemm",
     "kernels.swaps",
+    "kernels.straight_through",
     "ops",
     "functional",
     "modules",

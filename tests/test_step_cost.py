@@ -28,6 +28,10 @@ TIMED_BLOCKS = 2
 ROUNDS = 5
 LARGEST_COST = 1 / 8
 
+# Of forward and backward of the unmasked model with the gradients of the same weights
+LARGEST_STRAIGHT_THROUGH_COST = 1.6
+STRAIGHT_THROUGH_ROUNDS = 3
+
 LAYERS, WIDTH, BATCH = 8, 1024, 32
 MEMORY_SLACK = 0.05
 
@@ -67,6 +71,23 @@ def test_a_step_of_a_language_model_holds_one_masked_weight():
     peak = bytes_["weights"] + bytes_["logits"] + bytes_["step"]
     assert bytes_["step"] >= bytes_["activations"], "the measurement missed the activations"
     assert peak <= (1 + MEMORY_SLACK) * parts, f"{peak} bytes, {parts} in parts: {bytes_}"
+
+
+@pytest.mark.slow
+def test_a_straight_through_step_costs_little_more_than_training_the_weights():
+    seconds = in_child("straight_through_cost")
+    ratio = statistics.median(ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
+    assert ratio <= LARGEST_STRAIGHT_THROUGH_COST, f"{ratio:.2f} times: {seconds}"
+
+
+@pytest.mark.slow
+def test_a_straight_through_step_holds_one_layers_gradient():
+    bytes_ = in_child("straight_through_memory")
+    allowed = (1 + MEMORY_SLACK) * (bytes_["weights"] + bytes_["logits"] + bytes_["activations"] + bytes_["transients"])
+    peak = bytes_["weights"] + bytes_["logits"] + bytes_["step"]
+    assert bytes_["step"] >= bytes_["activations"], "the measurement missed the activations"
+    assert peak <= allowed, f"{peak} bytes, {allowed:.0f} allowed: {bytes_}"
+    assert bytes_["step"] - bytes_["activations"] < bytes_["gradients"] / 4, bytes_
 
 
 def seconds_of(function) -> float:
@@ -216,6 +237,81 @@ def measure_model() -> dict:
     }
 
 
+def language_model() -> tuple[nn.Module, torch.Tensor]:
+    """(SmolLM2-135M with frozen weights, a batch of 1,024 tokens)."""
+    from maskpro_kernels.hf import load_model
+
+    model, _ = load_model("smollm2-135m", torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    batch = torch.randint(0, 49152, (8, 128), generator=torch.Generator().manual_seed(0))
+    return model.to(DEVICE), batch.to(DEVICE)
+
+
+def measure_straight_through_cost() -> dict:
+    """Seconds by round of a straight-through step, and of forward and backward with the weights' gradients."""
+    import maskpro_kernels as mk
+    from maskpro_kernels.evaluation import causal_lm_loss
+
+    plain, batch = language_model()
+    model, _ = language_model()
+    names = mk.convert(model, "2:4", gap=15.0).converted
+    weights = [plain.get_submodule(name).weight.requires_grad_() for name in names]
+    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.StraightThrough(), seed=0)
+
+    def plain_step():
+        causal_lm_loss(plain, batch).backward()
+        for weight in weights:
+            weight.grad = None
+
+    seconds = {"ours": [], "plain": []}
+    trainer.step()
+    plain_step()
+    for _ in range(STRAIGHT_THROUGH_ROUNDS):
+        seconds["ours"].append(seconds_of(trainer.step))
+        seconds["plain"].append(seconds_of(plain_step))
+    return seconds
+
+
+def measure_straight_through_memory() -> dict:
+    """Peak bytes of a straight-through step with checkpointed activations, and of the same without logits to learn."""
+    import maskpro_kernels as mk
+    from maskpro_kernels.evaluation import causal_lm_loss
+
+    model, batch = language_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    # what is embedded requires its gradient, so that backward runs through the whole of the frozen model
+    embedded = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    causal_lm_loss(model, batch).backward()
+    activations = peak_bytes(lambda: causal_lm_loss(model, batch).backward())
+    embedded.remove()
+    model.eval()
+    mk.convert(model, "2:4", gap=15.0)
+    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.StraightThrough(), seed=0)
+    # compilation and the caches it fills are not the step's
+    trainer.step()
+    layers = trainer.layers.values()
+    largest = max(layer.weight.numel() for layer in layers)
+    return {
+        "weights": sum(p.nbytes for name, p in model.named_parameters() if not name.endswith("logits")),
+        "logits": sum(layer.logits.nbytes for layer in layers),
+        "activations": activations,
+        # a masked weight and a gradient in bfloat16, the second derivative in float32, and group codes
+        "transients": largest * (2 + 2 + 4 + 1),
+        "gradients": sum(layer.weight.nbytes for layer in layers),
+        "step": peak_bytes(trainer.step),
+    }
+
+
+MEASUREMENTS = {
+    "cost": measure_cost,
+    "memory": measure_memory,
+    "model": measure_model,
+    "straight_through_cost": measure_straight_through_cost,
+    "straight_through_memory": measure_straight_through_memory,
+}
+
 if __name__ == "__main__":
     measurement, *options = sys.argv[1:]
-    print(json.dumps({"cost": measure_cost, "memory": measure_memory, "model": measure_model}[measurement](*options)))
+    print(json.dumps(MEASUREMENTS[measurement](*options)))

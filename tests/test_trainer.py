@@ -356,3 +356,19 @@ def test_tokens_of_a_batch(batch, tokens):
 def test_an_empty_batch_has_no_tokens(batch):
     trainer = a_trainer(a_model(), batches=[batch], loss_fn=lambda model, _: model(torch.ones(16)).sum())
     assert trainer.step().tokens == 0
+
+
+def test_a_normalized_advantage_has_no_scale_and_is_bounded():
+    residuals = [0.5, -0.3, 0.1, 0.4, 100.0, -0.2]
+    plain, small, large = (mk.Reinforce(alpha=0.9, normalize=normalize) for normalize in (False, True, True))
+    bare = [plain.advantage(r) for r in residuals]
+    found = [small.advantage(r) for r in residuals]
+    assert found == pytest.approx([large.advantage(1000 * r) for r in residuals])
+    mean_square = bare[0] ** 2
+    for raw, advantage in zip(bare, found, strict=True):
+        mean_square = 0.9 * mean_square + 0.1 * raw**2
+        assert advantage == pytest.approx(min(raw / math.sqrt(mean_square), 3.0))
+    assert found[4] == 3.0
+    assert mk.Reinforce(normalize=True).advantage(0.0) == 0.0
+    with pytest.raises(TypeError, match="normalize: expected a bool, got 1"):
+        mk.Reinforce(normalize=1)
