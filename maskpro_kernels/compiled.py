@@ -379,7 +379,7 @@ def descend_(logits, gradient, rate, seed, step, largest, *shard, m):
 
 def _descend(function, tensors, logits, rate, seed, step, largest, layer, group_offset, group_row_stride, m):
     flat = logits.view(-1, m)
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float32)
     for part in _slices(flat, UPDATE_BYTES):
         new, squares = _run(function, [*(x[part] for x in tensors), flat[part].float()], (rate, largest))
         total += squares.sum()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .functional import FLOAT32_MAX, straight_through_gradient
+from .functional import FLOAT32_MAX
 from .modules import MaskedLinear
 from .pattern import MaskSource
 
@@ -125,8 +125,9 @@ class StraightThrough:
     def attached(self, layers: Mapping[str, MaskedLinear], step: int) -> Iterator[Callable[[Tensor], None]]:
         """With layers whose backward moves their logits; gives the function to call with the loss.
 
-        It takes backward, and raises FloatingPointError where a slope was not finite: those weights' logits and
-        the running mean squares of their layers are then as they were.
+        It takes backward. It raises ValueError where no layer is reached, or where logits have a gradient by another
+        way than their mask, and FloatingPointError where a slope was not finite: the logits of its weights, and the
+        running mean square of its layer, are then as they were.
         """
         descents = {name: self._descents.setdefault(layer, _Descent(layer, self)) for name, layer in layers.items()}
         before = {layer: layer.logits_backward for layer in layers.values()}
@@ -139,14 +140,16 @@ class StraightThrough:
             torch.autograd.backward(loss, inputs=[layer.logits for layer in layers.values()])
             for descent in descents.values():
                 descent.finish()
-            reached = {name: descent.latest for name, descent in descents.items() if descent.latest is not None}
-            finite = torch.stack([value.cpu() for value in reached.values()]).isfinite() if reached else []
-            bad = [name for name, good in zip(reached, finite, strict=True) if not good]
+            bad = _folded(descents)
+            elsewhere = [name for name, layer in layers.items() if layer.logits.grad is not None]
+            if elsewhere:
+                raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
             if bad:
                 raise FloatingPointError(f"gradients of step {step}: expected finite numbers, got others in {bad}")
 
         try:
             for layer, descent in zip(layers.values(), descents.values(), strict=True):
+                layer.logits.grad = None
                 descent.begin(self.lr_at(step))
                 layer.logits_backward = descent
                 counters.append(layer.register_forward_hook(descent.count))
@@ -156,57 +159,85 @@ class StraightThrough:
                 counter.remove()
             for layer, own in before.items():
                 layer.logits_backward = own
+                layer.logits.grad = None
+
+
+def _folded(descents: Mapping[str, _Descent]) -> list[str]:
+    """Take the mean squares of a step into the running ones; names of the layers whose are not finite."""
+    reached = {name: descent for name, descent in descents.items() if descent.latest is not None}
+    if not reached:
+        raise ValueError(
+            "loss_fn: expected a loss that a gradient takes to a masked layer, got none; checkpointed activations "
+            "need use_reentrant=False"
+        )
+    # one transfer a device
+    by_device: dict[torch.device, list[_Descent]] = {}
+    for descent in reached.values():
+        by_device.setdefault(descent.latest.device, []).append(descent)
+    for group in by_device.values():
+        for descent, square in zip(group, torch.stack([d.latest for d in group]).tolist(), strict=True):
+            descent.fold(square)
+    return [name for name, descent in reached.items() if not descent.finite]
 
 
 class _Descent:
-    """Moves the logits of one layer: inside backward, or after it where the layer was used several times."""
+    """Moves the logits of one layer: inside backward, or after it where the layer was used several times.
+
+    Attributes:
+        mean_square: running mean square of the slope, None until a step has given one above 0.
+        latest: that of the step, on the device; None where backward has not come by.
+    """
 
     def __init__(self, layer: MaskedLinear, how: StraightThrough):
         self.layer = layer
         self.how = how
-        self.mean_square: Tensor | None = None
+        self.mean_square: float | None = None
 
     def begin(self, lr: float) -> None:
         self.lr = lr
         self.uses = 0
         self.latest: Tensor | None = None
-        self.layer.logits.grad = None
+        self.slopes: Tensor | None = None
 
     def count(self, *_) -> None:
         self.uses += 1
 
-    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> Tensor | None:
-        if self.uses > 1:
-            return straight_through_gradient(grad, x, weight, mask, self.how.curvature)
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         how = self.how
-
-        def descend(rate: Tensor) -> Tensor:
-            return ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.largest, *mask)
-
-        return self._take(descend)
+        if self.uses > 1:
+            slope = ops.straight_through_grad(grad, x, weight, how.curvature, *mask)
+            self.slopes = slope if self.slopes is None else self.slopes.add_(slope)
+            return
+        # the parameter itself: what autograd has kept may be a copy
+        mask = mask._replace(tensor=self.layer.logits.detach())
+        self._descend(
+            lambda rate: ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.largest, *mask)
+        )
 
     def finish(self) -> None:
-        """Move by the gradients that have been summed up, where they were."""
-        logits = self.layer.logits
-        if logits.grad is None:
+        """Move by the slopes that have been summed up, where they were."""
+        if self.slopes is None:
             return
-        gradient, logits.grad = logits.grad.contiguous(), None
-        m, counter = self.layer.pattern.m, self.layer.counter()
+        logits, counter = self.layer.logits.detach(), self.layer.counter()
+        m, largest, seed_and_step = self.layer.pattern.m, self.how.largest, (counter["seed"], counter["step"])
         shard = (counter["layer"], 0, logits.shape[1] // m)
+        self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, largest, m, *seed_and_step, *shard))
+        self.slopes = None
 
-        def descend(rate: Tensor) -> Tensor:
-            with torch.no_grad():
-                return ops.descend_(
-                    logits, gradient, rate, self.how.largest, m, counter["seed"], counter["step"], *shard
-                )
+    def _descend(self, descend: Callable[[Tensor], Tensor]) -> None:
+        def at_rate(rate: float) -> Tensor:
+            return descend(torch.full((), rate, dtype=torch.float32, device=self.layer.logits.device))
 
-        self._take(descend)
-
-    def _take(self, descend: Callable[[Tensor], Tensor]) -> None:
-        if self.mean_square is None:
+        square = self.mean_square
+        if square is None:
             # at a rate of 0 nothing moves
-            self.mean_square = descend(torch.zeros((), device=self.layer.logits.device))
-        self.latest = descend(self.lr / self.mean_square.sqrt())
-        running = torch.lerp(self.latest, self.mean_square, self.how.memory)
-        running = torch.where(self.mean_square.isfinite(), running, self.latest)
-        self.mean_square = torch.where(self.latest.isfinite(), running, self.mean_square)
+            square = float(at_rate(0.0))
+        usable = math.isfinite(square) and square > 0.0
+        self.latest = at_rate(min(self.lr / math.sqrt(square), FLOAT32_MAX) if usable else 0.0)
+
+    def fold(self, square: float) -> None:
+        self.finite = math.isfinite(square)
+        if not self.finite or square == 0.0:
+            return
+        old = square if self.mean_square is None else self.mean_square
+        self.mean_square = self.how.memory * old + (1.0 - self.how.memory) * square

@@ -277,6 +277,9 @@ def straight_through_gradient(
     the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv 1503.05671). With w G alone, weights
     of which any change overshoots would come and go for ever.
 
+    Serves as ``logits_backward`` of ``straight_through_linear`` and of ``MaskedLinear``, which call it with their
+    contiguous operands; ``functools.partial`` binds another curvature.
+
     Args:
         grad: gradient of y [tokens, out].
         x: [tokens, K].
@@ -286,7 +289,12 @@ def straight_through_gradient(
 
     Returns:
         Tensor [out, K] in the dtype of the logits.
+
+    Raises:
+        ValueError: if ``curvature`` is below 0.
     """
+    if not curvature >= 0:
+        raise ValueError(f"curvature: expected a float of at least 0, got {curvature}")
     return ops.straight_through_grad(grad, x, weight, curvature, *mask).to(mask.tensor.dtype)
 
 
@@ -342,7 +350,11 @@ class _StraightThroughLinear(torch.autograd.Function):
         logits, *ctx.constants, seed, step, layer, draw, offset, stride = mask
         ctx.counter = (layer, draw, offset, stride)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, logits, seed, step)
+        needs_x, needs_weight, _, _, needs_logits, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs_weight or needs_logits else None, weight if needs_x or needs_logits else None, logits, seed, step
+        )
+        ctx.weight_dtype = weight.dtype
 
     @staticmethod
     @once_differentiable
@@ -352,7 +364,7 @@ class _StraightThroughLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         x_grad = ops.masked_linear_input_grad(grad, weight, *mask) if needs_x else None
-        weight_grad = ops.masked_linear_weight_grad(grad, x, *mask).to(weight.dtype) if needs_weight else None
+        weight_grad = ops.masked_linear_weight_grad(grad, x, *mask).to(ctx.weight_dtype) if needs_weight else None
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
         # last: logits that have moved would draw another mask
         logits_grad = ctx.logits_backward(grad, x, weight, mask) if needs_logits else None

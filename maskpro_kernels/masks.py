@@ -109,7 +109,6 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
         def add(module, args, kwargs):
             x = (args[0] if args else kwargs["input"]).detach()
             x = x.reshape(-1, x.shape[-1])
-            # norms by column accumulate in float32 without a float32 copy of x
             squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
             sums[name] = sums[name] + squares if name in sums else squares
 

@@ -120,7 +120,6 @@ class MaskedLinear(nn.Module):
         self.layer = layer
         self.clock = Clock(device=weight.device) if clock is None else clock
         self.logits_backward: Callable | None = None
-        self._dense = False
 
     @classmethod
     def from_linear(
@@ -171,8 +170,6 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
-        if self._dense:
-            return nn.functional.linear(input, self.weight, self.bias)
         arguments = (input, self.weight, self.logits, self.bias)
         if self.training and self.logits_backward is not None:
             how = {"pattern": self.pattern, "logits_backward": self.logits_backward}
@@ -244,19 +241,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
-    """Every MaskedLinear multiplies by its whole weight: the model as it was before it was converted."""
-    layers = list(masked_layers(model).values())
-    try:
-        for layer in layers:
-            layer._dense = True
-        yield
-    finally:
-        for layer in layers:
-            layer._dense = False
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:

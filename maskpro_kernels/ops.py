@@ -341,7 +341,7 @@ def _codes(mask: MaskSource) -> Tensor:
 
 
 def _column_squares(x: Tensor) -> Tensor:
-    """Sum of squares of every column, float32, without a float32 copy of the whole."""
+    """Sum of squares of every column, float32."""
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
@@ -385,6 +385,8 @@ def _(grad, x, weight, *_):
 def straight_through_update_(grad, x, weight, curvature, rate, largest, *mask):
     """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
     mask = MaskSource(*mask)
+    if mask.kind != "drawn":
+        raise ValueError(f'kind: expected "drawn", whose source are logits, got {mask.kind!r}')
     with _without_autocast(grad):
         if _uses_kernels(grad):
             squares = curvature * _column_squares(grad), _column_squares(x)

@@ -49,8 +49,9 @@ class MaskTrainer:
 
     ``batches`` is a finite sequence, visited in order and again from the start. For ``Reinforce`` the losses of the
     initial masks m_0, the top-N masks of the logits at the first step, are computed once a batch, before the logits
-    move. Modules other than MaskedLinear run in eval mode, but for those whose attribute ``gradient_checkpointing``
-    is true, as blocks of transformers have it: they compute their activations anew in backward.
+    move. Modules other than MaskedLinear run in eval mode; but with ``StraightThrough`` those whose attribute
+    ``gradient_checkpointing`` is true, as blocks of transformers have it, are in training mode themselves (not what is
+    in them), since only then they compute their activations anew in backward.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
@@ -91,6 +92,11 @@ class MaskTrainer:
         for name, layer in self.layers.items():
             if not torch.isfinite(layer.logits).all():
                 raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
+            if isinstance(estimator, StraightThrough):
+                if not layer.logits.requires_grad:
+                    raise ValueError(f"model: expected logits that require a gradient, got frozen ones in {name}")
+                if not layer.logits.is_contiguous():
+                    raise ValueError(f"model: expected contiguous logits, got {layer.logits.stride()} in {name}")
         self.model = model
         self.loss_fn = loss_fn
         self.batches = batches
@@ -143,7 +149,8 @@ class MaskTrainer:
         Raises:
             ValueError: if ``StraightThrough`` gets a loss without gradient.
             FloatingPointError: if the loss, the update or a gradient is not finite. Logits and tracker are then as
-                before the step; but where a gradient alone was not finite, only the logits of its weights are.
+                before the step; but where a gradient alone was not finite, only the logits of its weights are, and
+                the step counts as done.
         """
         start = time.perf_counter()
         batch = self.batches[self.steps_done % len(self.batches)]
@@ -193,13 +200,23 @@ class MaskTrainer:
     def _straight_through(self, batch) -> tuple[float, float]:
         """(loss, flip rate) of a forward; the logits move in its backward."""
         flip_rate = self._flip_rate()
-        with self._modes(drawing=True), self.estimator.attached(self.layers, self.steps_done) as backward:
+        with (
+            self._modes(drawing=True, checkpointing=True),
+            self.estimator.attached(self.layers, self.steps_done) as backward,
+        ):
             loss = self.loss_fn(self.model, batch)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise ValueError(f"loss_fn: expected a loss with a gradient, got {loss!r}")
-            self._check_loss(loss.item())
-            backward(loss)
-        return loss.item(), flip_rate
+            value = loss.item()
+            self._check_loss(value)
+            try:
+                backward(loss)
+            except BaseException:
+                # some logits may have moved: their next draw is another one
+                advance(self.model)
+                self.steps_done += 1
+                raise
+        return value, flip_rate
 
     def _check_loss(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -226,13 +243,13 @@ class MaskTrainer:
         return float((layer.drawn_codes() != top_n_mask(layer.logits, layer.pattern)).float().mean())
 
     @contextmanager
-    def _modes(self, drawing: bool):
+    def _modes(self, drawing: bool, checkpointing: bool = False):
         """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards."""
         with evaluating(self.model):
             for layer in self.layers.values():
                 layer.train(drawing)
             for module in self.model.modules():
-                if drawing and getattr(module, "gradient_checkpointing", False):
+                if checkpointing and getattr(module, "gradient_checkpointing", False):
                     module.training = True
             yield
 

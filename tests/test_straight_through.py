@@ -325,6 +325,15 @@ def test_checkpointed_activations_give_the_same_bits(eager_reference):
     assert not any(module.training for module in checkpointed.modules() if not isinstance(module, mk.MaskedLinear))
 
 
+def test_reinforce_leaves_checkpointed_blocks_in_eval_mode(eager_reference):
+    model = a_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    modes = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    mk.MaskTrainer(model, causal_lm_loss, batches_of_tokens(), mk.Reinforce(), seed=0).run(2, progress=False)
+    assert modes and not any(modes)
+
+
 def test_only_logits_learn(eager_reference):
     model = tiny_model()
     mk.convert(model, "2:4", gap=15.0)
@@ -336,37 +345,147 @@ def test_only_logits_learn(eager_reference):
             assert torch.equal(parameter, before[name])
 
 
+class Broken(torch.autograd.Function):
+    """The identity, whose gradient is ``value``."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        ctx.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, ctx.value), None
+
+
+def squares_of(trainer):
+    return [descent.mean_square for descent in trainer.estimator._descents.values()]
+
+
 def test_a_gradient_that_is_not_finite_is_told_and_spoils_nothing(eager_reference):
     model = a_model()
     trainer, _ = learn(model, 1)
-    descents = trainer.estimator._descents.values()
-    before, squares = logits_of(model), [descent.mean_square.clone() for descent in descents]
-
-    class Broken(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * torch.nan
-
-    trainer.loss_fn = lambda model, batch: Broken.apply(causal_lm_loss(model, batch))
+    before, squares, step = logits_of(model), squares_of(trainer), int(next(iter(trainer.layers.values())).clock.step)
+    trainer.loss_fn = lambda model, batch: Broken.apply(causal_lm_loss(model, batch), math.nan)
     with pytest.raises(FloatingPointError, match="gradients of step 1: .*q_proj"):
         trainer.step()
-    assert same(before, logits_of(model)) and trainer.steps_done == 1
-    assert all(
-        torch.equal(a, d.mean_square) for a, d in zip(squares, trainer.estimator._descents.values(), strict=True)
-    )
+    assert same(before, logits_of(model)) and squares_of(trainer) == squares
+    # the draw is spent: in other layers logits may have learned from it
+    assert trainer.steps_done == 2 and int(next(iter(trainer.layers.values())).clock.step) == step + 1
+    assert all(layer.logits.grad is None and layer.logits_backward is None for layer in trainer.layers.values())
     trainer.loss_fn = causal_lm_loss
     trainer.step()
     assert not same(before, logits_of(model))
 
 
+def two_layers(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    mk.convert(model, "2:4", gap=3.0, **options)
+    return model, torch.randn(30, 16)
+
+
+def test_a_layer_learns_though_another_ones_gradient_is_not_finite(eager_reference):
+    model, x = two_layers()
+    before = logits_of(model)
+
+    def loss(model, x):
+        hidden = Broken.apply(model[0](x), math.nan)
+        return model[2](torch.relu(hidden)).square().mean()
+
+    with pytest.raises(FloatingPointError, match=r"got others in \['0'\]"):
+        learn(model, 1, loss, [x])
+    after = logits_of(model)
+    assert torch.equal(before["0"], after["0"]) and not torch.equal(before["2"], after["2"])
+
+
+@pytest.mark.parametrize("first", [0.0, math.nan, math.inf])
+def test_the_first_usable_slope_sets_the_scale(first, eager_reference):
+    """Whatever came before it, the step after it is that of a fresh start."""
+    model, x = two_layers()
+    twin = copy.deepcopy(model)
+
+    def loss(model, x):
+        return model(x).square().mean()
+
+    trainer = mk.MaskTrainer(model, loss, [x], mk.StraightThrough(lr=1.0), seed=3)
+    trainer.loss_fn = lambda model, x: Broken.apply(loss(model, x), first)
+    if math.isfinite(first):
+        trainer.step()
+    else:
+        with pytest.raises(FloatingPointError):
+            trainer.step()
+    assert same(logits_of(model), logits_of(twin)) and squares_of(trainer) == [None, None]
+    trainer.loss_fn = loss
+    trainer.step()
+    fresh = mk.MaskTrainer(twin, loss, [x], mk.StraightThrough(lr=1.0), seed=3)
+    mk.advance(twin)
+    fresh.step()
+    assert same(logits_of(model), logits_of(twin)) and squares_of(trainer) == squares_of(fresh)
+
+
+def test_the_parameter_moves_though_autograd_keeps_a_copy(eager_reference):
+    model, x = two_layers()
+    twin = copy.deepcopy(model)
+
+    def loss(model, x):
+        return model(x).square().mean()
+
+    def copied(model, x):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+            return loss(model, x)
+
+    learn(model, 2, loss, [x])
+    learn(twin, 2, copied, [x])
+    assert same(logits_of(model), logits_of(twin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_slopes_of_16_bit_logits_are_summed_in_float32(dtype, eager_reference):
+    """Slopes below the smallest float16 move the logits of a layer that is used twice, and as far as large ones."""
+    moved = []
+    for scale in (1.0, 1e-6):
+        torch.manual_seed(0)
+        model = Twice()
+        mk.convert(model, "2:4", gap=3.0, logits_dtype=dtype)
+        before = logits_of(model)
+        x = torch.randn(30, 16)
+        learn(model, 1, lambda model, x, scale=scale: scale * model(x).square().mean(), [x], curvature=0.0)
+        moved.append({name: (tensor.float() - before[name].float()) for name, tensor in logits_of(model).items()})
+    for name in moved[0]:
+        assert float(moved[0][name].abs().mean()) > 0.1
+        torch.testing.assert_close(moved[0][name], moved[1][name], atol=0.05, rtol=0.01)
+
+
+def test_losses_that_gradients_do_not_take_to_the_masks(eager_reference):
+    model, x = two_layers()
+    before = logits_of(model)
+
+    def reentrant(model, x):
+        x = x.clone().requires_grad_()
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True).square().mean()
+
+    with pytest.raises(ValueError, match="loss_fn: .*use_reentrant=False"):
+        learn(model, 1, reentrant, [x])
+    assert same(before, logits_of(model))
+
+    def regularised(model, x):
+        return model(x).square().mean() + 1e-3 * mk.log_prob(model)
+
+    with pytest.raises(ValueError, match=r"loss_fn: .*by their masks alone, not so \['0', '2'\]"):
+        learn(model, 1, regularised, [x])
+    assert model[0].logits.grad is None
+    model[2].logits.requires_grad_(False)
+    with pytest.raises(ValueError, match="model: expected logits that require a gradient, got frozen ones in 2"):
+        learn(model, 1, regularised, [x])
+    model[2].logits.requires_grad_(True).data = model[2].logits.data.t().contiguous().t()
+    with pytest.raises(ValueError, match="model: expected contiguous logits, got .* in 2"):
+        learn(model, 1, regularised, [x])
+
+
 def test_losses_that_cannot_be_learned_from(eager_reference):
     model = a_model()
     before = logits_of(model)
-    trainer, _ = learn(a_model(), 1)
     for loss_fn, error, message in (
         (lambda model, batch: causal_lm_loss(model, batch).item(), ValueError, "loss_fn: expected a loss with a grad"),
         (
