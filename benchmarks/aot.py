@@ -114,13 +114,15 @@ def build_product(
     kind: str = "drawn",
     log_prob: bool = False,
     weight: str | None = None,
+    update: bool = True,
 ) -> Built:
     """Compile ``<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
 
-    The weight and the bias are of the operands' dtype unless ``weight`` names another.
+    The weight and the bias are of the operands' dtype unless ``weight`` names another. The straight-through kernel
+    steps the logits, or without ``update`` writes their slope.
     """
-    update = product == "straight_through"
-    function = getattr(straight_through if update else masked_gemm, f"{product}_kernel")
+    steps = product == "straight_through" and update
+    function = getattr(straight_through if product == "straight_through" else masked_gemm, f"{product}_kernel")
     types = (
         COUNTER
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
@@ -128,6 +130,7 @@ def build_product(
         | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
         | {"source": f"*{logits}" if kind != "codes" else "*u8" if m <= 8 else "*i32"}
         | dict.fromkeys(("grad_squares", "x_squares"), "*fp32")
+        | ({"out": "*fp32"} if product == "straight_through" else {})
         | {"rows": "i32", "groups": "i32"}
     )
     known = {
@@ -135,13 +138,17 @@ def build_product(
         "M": m,
         "KIND": kind,
         "LOG_PROB": log_prob,
-        "UPDATE": update,
+        "UPDATE": steps,
         "OPERAND": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[operand],
         "PRECISION": "ieee",
         "BLOCK_OUT": tile.out,
         "BLOCK_T": tile.tokens,
         "BLOCK_K": max(tile.k, m),
-    } | ({"out": None} if update else {} if log_prob else {"partial": None})
+    }
+    if product == "straight_through":
+        known |= {"out": None} if steps else {"partial": None, "rate": None}
+    elif not log_prob:
+        known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return _compile(function, target, types, constants, options, multiples=("rows", "groups"))

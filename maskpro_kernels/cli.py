@@ -31,6 +31,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 LOGITS, REPORT = "logits.safetensors", "report.json"
 # What the commands read of a report
 REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
+SETTINGS = ("data", "dtype", "eval_length")
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
 DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
@@ -230,11 +231,7 @@ def _learn(args: argparse.Namespace) -> None:
     device = _device(args.device)
     output = Path(args.output)
     check_output(output)
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "output: the pictures need the package matplotlib, which is not installed "
-            "(pip install 'maskpro-kernels[demo]')"
-        )
+    _needs_matplotlib("output")
 
     texts = load_text(args.data)
     model, tokenizer = _load(args.model, args.dtype, device)
@@ -258,6 +255,7 @@ def _learn(args: argparse.Namespace) -> None:
     codes["magnitude"] = initial_codes(masked, pattern, "magnitude")
     seconds["magnitude"] = time.perf_counter() - began
     if args.init == "reconstruction":
+        began = time.perf_counter()
         codes["reconstruction"] = reconstruct(model, masked, codes["wanda"], pattern, initial_batches, progress=True)
         seconds["reconstruction"] = time.perf_counter() - began + seconds["wanda"]
     # The mask that learning starts from goes last, so that its logits stay.
@@ -272,14 +270,17 @@ def _learn(args: argparse.Namespace) -> None:
     trainer = MaskTrainer(model, causal_lm_loss, calibration, estimator, seed=args.seed)
     held_out = [{"step": 0, "tokens": 0, "perplexity": perplexity(model, validation, progress=True)}]
     tokens = 0
+    checking = 0.0
 
     def check(record) -> bool:
-        nonlocal tokens
+        nonlocal tokens, checking
         tokens += record.tokens
         step = record.step + 1
         if step % args.eval_every and step < args.steps:
             return False
+        began = time.perf_counter()
         held_out.append({"step": step, "tokens": tokens, "perplexity": perplexity(model, validation, progress=True)})
+        checking += time.perf_counter() - began
         return len(held_out) > 2 and all(
             row["perplexity"] > DIVERGED * held_out[0]["perplexity"] for row in held_out[-2:]
         )
@@ -294,7 +295,7 @@ def _learn(args: argparse.Namespace) -> None:
         raise
     if len(records) < args.steps:
         print(f"stopped after {len(records)} steps: the held-out perplexity rose", file=sys.stderr)
-    table.append(_row(args.estimator, model, test, time.perf_counter() - began))
+    table.append(_row(args.estimator, model, test, time.perf_counter() - began - checking))
     learned = _codes(masked, pattern)
     flips = {name: int((learned[name] != codes[args.init][name]).sum()) for name in masked}
     groups = sum(code.numel() for code in learned.values())
@@ -360,14 +361,21 @@ def _compare(args: argparse.Namespace) -> None:
     if picture is not None and (picture.exists() or not picture.parent.is_dir()):
         raise ValueError(f"picture: expected a new file in a folder that exists, got {str(picture)!r}")
     reports = {str(Path(run)): _read_report(Path(run) / REPORT) for run in args.runs}
+    if picture is not None:
+        _needs_matplotlib("picture")
     first = next(iter(reports.values()))
     initial, learned, curves = {}, [], {}
     for run, report in reports.items():
-        for name in ("model", "pattern", "eval_tokens"):
+        for name in ("model", "data", "pattern", "dtype", "eval_length", "eval_tokens"):
             if report[name] != first[name]:
                 raise ValueError(f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}")
         *before, last = report["table"]
-        initial |= {row["method"]: row for row in before}
+        for row in before:
+            known = initial.setdefault(row["method"], row)
+            if known["perplexity"] != row["perplexity"]:
+                # from other calibration batches
+                name = f"{row['method']}: {run}"
+                initial[name] = row | {"method": name}
         learned.append(last | {"method": f"{last['method']}: {run}"})
         curves[run] = report["validation"]
     _print_table([*initial.values(), *learned])
@@ -391,6 +399,14 @@ def _export(args: argparse.Namespace) -> None:
     convert(model, pattern, targets=list(codes), init=codes)
     _save(finalize(model), tokenizer, output)
     print(f"{pattern} checkpoint of {metadata['model']} written to {output}")
+
+
+def _needs_matplotlib(name: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            f"{name}: pictures need the package matplotlib, which is not installed "
+            "(pip install 'maskpro-kernels[demo]')"
+        )
 
 
 def _at_least(args: argparse.Namespace, **least: int) -> None:
@@ -444,7 +460,7 @@ def _read_report(path: Path) -> dict:
         )
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return {name: report[name] for name in REPORTED}
+        return {name: report[name] for name in REPORTED} | {name: report["settings"][name] for name in SETTINGS}
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}") from error
 

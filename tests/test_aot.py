@@ -51,6 +51,9 @@ for (product, target, itemsize), tiles in TILES.items():
     for tile in {tiles[0], tiles[-1]} if widest_and_narrowest else tiles:
         for n, m in patterns:
             given = dict(options)
+            # only logits can be stepped
+            if product == "straight_through" and given.get("kind", "drawn") != "drawn":
+                given["update"] = False
             if product != "masked_linear":
                 given.pop("log_prob", None)
             if product == "masked_linear_weight_grad":
@@ -160,6 +163,28 @@ def check_products(operand, patterns, targets, stack=0, ends=False, **options):
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_products_compile_for_every_target(target):
     check_products("bf16", [(2, 4)], [target], ends=True, log_prob=True)
+
+
+SLOPES_CHILD = """
+import json, sys
+from aot import TARGETS, build_product
+from maskpro_kernels.kernels.launch import TILES
+(patterns,) = json.load(sys.stdin)
+for target in TARGETS:
+    for n, m in patterns:
+        for operand, itemsize in (("bf16", 2), ("fp32", 4)):
+            for tile in TILES["straight_through", target, itemsize]:
+                built = build_product("straight_through", target, n, m, tile, operand=operand, update=False)
+                print(json.dumps([target, n, m, operand, built.registers, built.spills, built.stack]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), pytest.param((8, 16), marks=pytest.mark.slow)], ids=str)
+def test_slopes_that_are_written_compile_for_every_target(pattern):
+    rows = in_child(SLOPES_CHILD, [pattern])
+    assert len(rows) >= 2 * len(SHARED_LIMITS)
+    for *case, registers, spills, stack in rows:
+        assert registers <= 255 and spills == stack == 0, (case, registers, spills, stack)
 
 
 @pytest.mark.slow
