@@ -342,6 +342,9 @@ def _codes(mask: MaskSource) -> Tensor:
 
 def _column_squares(x: Tensor) -> Tensor:
     """Sum of squares of every column, float32."""
+    if x.device.type == "cpu":
+        # there the norm copies as well, and is ten times as slow
+        return x.float().square().sum(0)
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
