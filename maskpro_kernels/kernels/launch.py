@@ -50,6 +50,8 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
 CONFIGURATIONS["masked_weight", 8] = Configuration(block=256)
 # With two groups a thread Triton 3.6's ptxas puts 8 bytes of several draws on the stack on sm_80
 CONFIGURATIONS["score_updates", 4] = Configuration(block=128)
+# With one group a thread it puts 8 bytes of this one on the stack on sm_90 and sm_100
+CONFIGURATIONS["descend", 16] = Configuration(block=256)
 
 
 @dataclass(frozen=True)
