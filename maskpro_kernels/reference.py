@@ -666,7 +666,7 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
 
 
 def straight_through_grad(weight, grad, square, codes, *, m):
-    """The slope of a loss in the mask [rows, K / M], less its mean over every group, float32 [rows, K].
+    """The slope of a loss in the mask of ``codes`` [rows, K / M], less its mean over every group, float32 [rows, K].
 
     ``grad`` and ``square`` [rows, K] are the loss's first and second derivative in the masked weight.
     """

@@ -86,12 +86,12 @@ def in_child(code, *arguments):
     return [json.loads(line) for line in child.stdout.splitlines()]
 
 
-def check(cases, stack=None):
+def check(cases, stack=0):
     rows = in_child(CHILD, FORBIDDEN, cases)
     assert len(rows) == 4 * len(cases)
     for target, registers, spills, used_stack, forbidden, size in rows:
         assert size > 0 and registers <= 255
-        assert spills == 0 and used_stack <= (stack or {}).get(target, 0), (target, registers, spills, used_stack)
+        assert spills == 0 and used_stack <= stack, (target, registers, spills, used_stack)
         assert not forbidden, (target, forbidden)
 
 
@@ -141,9 +141,8 @@ def test_several_draws_compile_for_every_target(n, m):
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(1, 32), (2, 32), (4, 32), (16, 32), (31, 32), (1, 16), (4, 16), (15, 16)])
 def test_large_groups_compile_for_every_target(n, m):
-    # 32 columns of logits, keys and scores; ptxas pairs registers for sm_100's packed arithmetic
-    stack = {"sm_80": 24, "sm_90": 24, "sm_100": 296} if m == 32 else {}
-    check([(kernel, n, m, "fp32", {}) for kernel in KERNELS], stack)
+    # 32 columns of logits, keys and scores leave up to 24 bytes of stack
+    check([(kernel, n, m, "fp32", {}) for kernel in KERNELS], stack=24 if m == 32 else 0)
 
 
 def check_products(operand, patterns, targets, stack=0, ends=False, **options):

@@ -177,18 +177,28 @@ def drawn_keys(z, group, M: tl.constexpr, seed, step, layer, draw):
 @triton.jit
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
-    losses = ()
-    for i in tl.static_range(M):
-        count = tl.zeros_like(keys[0]).to(tl.int32)
-        for j in tl.static_range(i):
-            count += (keys[j] >= keys[i]).to(tl.int32)
-        losses = losses + (count,)
     kept = ()
-    for i in tl.static_range(M):
-        count = losses[i]
-        for j in tl.static_range(i + 1, M):
-            count += (keys[i] < keys[j]).to(tl.int32)
-        kept = kept + (count < N,)
+    if N == 1:
+        # counts of which only zero matters become predicates, more than sm_100 has registers for at M = 32
+        largest = keys[0]
+        where = tl.zeros_like(keys[0]).to(tl.int32)
+        for i in tl.static_range(1, M):
+            where = tl.where(keys[i] > largest, i, where)
+            largest = tl.maximum(largest, keys[i])
+        for i in tl.static_range(M):
+            kept = kept + (where == i,)
+    else:
+        losses = ()
+        for i in tl.static_range(M):
+            count = tl.zeros_like(keys[0]).to(tl.int32)
+            for j in tl.static_range(i):
+                count += (keys[j] >= keys[i]).to(tl.int32)
+            losses = losses + (count,)
+        for i in tl.static_range(M):
+            count = losses[i]
+            for j in tl.static_range(i + 1, M):
+                count += (keys[i] < keys[j]).to(tl.int32)
+            kept = kept + (count < N,)
     return kept
 
 
