@@ -130,7 +130,8 @@ class StraightThrough:
         running mean square of its layer, are then as they were.
         """
         descents = {name: self._descents.setdefault(layer, _Descent(layer, self)) for name, layer in layers.items()}
-        before = {layer: layer.logits_backward for layer in layers.values()}
+        # accelerate's hooks give a layer a forward of its own
+        before = {layer: (layer.logits_backward, vars(layer).get("forward")) for layer in layers.values()}
         counters = []
 
         def backward(loss: Tensor) -> None:
@@ -152,13 +153,18 @@ class StraightThrough:
                 layer.logits.grad = None
                 descent.begin(self.lr_at(step))
                 layer.logits_backward = descent
+                # a backward that moves what it reads, at a rate known only then, is no graph
+                layer.forward = torch.compiler.disable(layer.forward)
                 counters.append(layer.register_forward_hook(descent.count))
             yield backward
         finally:
             for counter in counters:
                 counter.remove()
-            for layer, own in before.items():
-                layer.logits_backward = own
+            for layer, (own_backward, own_forward) in before.items():
+                layer.logits_backward = own_backward
+                vars(layer).pop("forward", None)
+                if own_forward is not None:
+                    layer.forward = own_forward
                 layer.logits.grad = None
 
 

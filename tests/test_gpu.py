@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from maskpro_kernels import (
+    MaskTrainer,
     NMPattern,
+    StraightThrough,
     advance,
     convert,
     expand_mask,
@@ -97,6 +99,36 @@ def test_products_and_gradients_are_those_of_the_masked_weight(tokens, pattern, 
         z = (logits.view(300, -1, NMPattern(pattern).m) / COUNTER["temperature"]).flatten(-2)
         codes = sample_mask(logits, pattern, **COUNTER)
         torch.testing.assert_close(log_prob.cpu(), mask_log_prob(z, codes, pattern).sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
+def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern):
+    """The same bits twice; and within float32's sums of what the CPU learns."""
+    learned = {}
+    for run in ("cpu", "cuda", "cuda again"):
+        device = run.split()[0]
+        generator = torch.Generator().manual_seed(0)
+        model = nn.Linear(256, 192, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(192, 256, generator=generator))
+        batches = [torch.randn(40, 256, generator=generator).to(device) for _ in range(3)]
+        model = nn.Sequential(model).to(device)
+        convert(model, pattern, targets=["0"], gap=8.0)
+        target = torch.randn(40, 192, generator=generator).to(device)
+        trainer = MaskTrainer(
+            model,
+            lambda model, x, target=target: nn.functional.mse_loss(model(x), target),
+            batches,
+            StraightThrough(lr=0.3),
+            seed=5,
+        )
+        losses = [record.loss for record in trainer.run(6, progress=False)]
+        learned[run] = losses, masked_layers(model)["0"].logits.detach().cpu()
+    assert learned["cuda"][0] == learned["cuda again"][0]
+    assert torch.equal(learned["cuda"][1], learned["cuda again"][1])
+    torch.testing.assert_close(torch.tensor(learned["cuda"][0]), torch.tensor(learned["cpu"][0]), rtol=1e-3, atol=0)
+    apart = (learned["cuda"][1] - learned["cpu"][1]).abs() > 1e-2
+    assert apart.float().mean() < 0.01
 
 
 def test_a_captured_graph_draws_anew_after_each_advance():

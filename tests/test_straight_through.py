@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_masked_gemm import COUNTER, DTYPES, PATTERNS, mask_of, normal, problems, small_tiles, within_budget
 from tiny_llama import tiny_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskpro_kernels as mk
 from maskpro_kernels import compiled, ops, reference
@@ -323,6 +324,57 @@ def test_checkpointed_activations_give_the_same_bits(eager_reference):
     assert [record.loss for record in first] == [record.loss for record in second]
     assert same(logits_of(plain), logits_of(checkpointed))
     assert not any(module.training for module in checkpointed.modules() if not isinstance(module, mk.MaskedLinear))
+
+
+class TwoLayers(nn.Module):
+    """Not nn.Sequential, whose loop is no graph where a call in it is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64, bias=False), nn.Linear(64, 8, bias=False)
+        for i, layer in enumerate((self.first, self.second)):
+            layer.weight = nn.Parameter(normal(*layer.weight.shape, seed=i), requires_grad=False)
+
+    def forward(self, x):
+        return self.second(nn.functional.silu(self.first(x)))
+
+
+@pytest.mark.parametrize("estimator", [mk.StraightThrough(lr=1.0, steps=4), mk.Reinforce()], ids=["slope", "scalar"])
+def test_a_compiled_model_learns_as_an_eager_one(estimator, eager_reference):
+    """A graph a piece between the layers, none anew for another step, and no forward left behind."""
+    learned, losses = [], []
+    graphs = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    for compiling in (False, True):
+        model = TwoLayers()
+        mk.convert(model, "2:4", targets=["first", "second"], gap=2.0)
+        initial = logits_of(model)
+        run = torch.compile(model, backend=graphs) if compiling else model
+        trainer = mk.MaskTrainer(
+            run, lambda model, x: model(x).square().mean(), [normal(16, 32)], copy.deepcopy(estimator), seed=0
+        )
+        losses.append([record.loss for record in trainer.run(2, progress=False)])
+        first = graphs.frame_count
+        losses[-1] += [record.loss for record in trainer.run(2, progress=False)]
+        learned.append(logits_of(model))
+        assert not any("forward" in vars(layer) for layer in (model.first, model.second))
+    assert graphs.frame_count == first > 0
+    assert losses[0] == losses[1] and same(*learned)
+    assert not same(learned[0], initial)
+
+
+def test_a_forward_that_a_hook_gave_a_layer_stays(eager_reference):
+    model = a_model()
+    layer = next(module for module in model.modules() if isinstance(module, mk.MaskedLinear))
+    own, calls = layer.forward, []
+
+    def hooked(x):
+        calls.append(len(x))
+        return own(x)
+
+    layer.forward = hooked
+    learn(model, steps=2)
+    assert layer.forward is hooked and len(calls) == 2
 
 
 def test_reinforce_leaves_checkpointed_blocks_in_eval_mode(eager_reference):
