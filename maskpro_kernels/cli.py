@@ -35,6 +35,7 @@ SETTINGS = ("data", "dtype", "eval_length")
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
 DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
+SOURCES = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
 # Held-out perplexities above that of the initial mask by this factor, twice in a row, end the run
 DIVERGED = 1.1
 
@@ -128,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="instead of --gap: fraction of the groups whose first draw leaves the initial mask",
     )
+    learn.add_argument(
+        "--other-data",
+        default=argparse.SUPPRESS,
+        metavar="DATA",
+        help="a text of another kind, whose test part the table shows too",
+    )
     learn.add_argument("--seed", type=int, default=0, help="of the batches and of all draws")
     learn.add_argument(
         "--eval-every",
@@ -191,7 +198,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         default=argparse.SUPPRESS,
-        help="pydoc, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG",
+        help=SOURCES,
     )
 
 
@@ -234,15 +241,21 @@ def _learn(args: argparse.Namespace) -> None:
     _needs_matplotlib("output")
 
     texts = load_text(args.data)
+    other = load_text(args.other_data)["test"] if hasattr(args, "other_data") else None
     model, tokenizer = _load(args.model, args.dtype, device)
-    test, validation = (
-        windows(texts[split], tokenizer, args.eval_length)[: args.eval_windows] for split in ("test", "validation")
-    )
+
+    def held_out_windows(text: str) -> torch.Tensor:
+        return windows(text, tokenizer, args.eval_length)[: args.eval_windows]
+
+    tests = {"perplexity": held_out_windows(texts["test"])}
+    if other is not None:
+        tests["other_perplexity"] = held_out_windows(other)
+    validation = held_out_windows(texts["validation"])
     calibration = windows(texts["calibration"], tokenizer, args.seq_len).to(device)
     calibration = batches(calibration, args.batch_size, args.seed)
     initial_batches, calibration = calibration[: args.init_batches], calibration[: args.calibration_batches]
 
-    table = [_row("dense", model, test, 0.0)]
+    table = [_row("dense", model, tests, 0.0)]
     codes, seconds = {}, {}
     began = time.perf_counter()
     gap = args.gap if flip_rate is None else gap_for_flip_rate(flip_rate, pattern)
@@ -262,7 +275,7 @@ def _learn(args: argparse.Namespace) -> None:
     rows = {}
     for init in sorted(codes, key=lambda init: init == args.init):
         _set_logits(masked, codes[init], pattern, conversion.gap)
-        rows[init] = _row(init, model, test, seconds[init])
+        rows[init] = _row(init, model, tests, seconds[init])
     table += [rows[init] for init in INITIAL_MASKS if init in rows]
 
     base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
@@ -295,7 +308,7 @@ def _learn(args: argparse.Namespace) -> None:
         raise
     if len(records) < args.steps:
         print(f"stopped after {len(records)} steps: the held-out perplexity rose", file=sys.stderr)
-    table.append(_row(args.estimator, model, test, time.perf_counter() - began - checking))
+    table.append(_row(args.estimator, model, tests, time.perf_counter() - began - checking))
     learned = _codes(masked, pattern)
     flips = {name: int((learned[name] != codes[args.init][name]).sum()) for name in masked}
     groups = sum(code.numel() for code in learned.values())
@@ -313,7 +326,7 @@ def _learn(args: argparse.Namespace) -> None:
         # Not among the settings: with a flip rate it is not the one on the command line.
         "gap": conversion.gap,
         "versions": _versions(),
-        "eval_tokens": test.numel(),
+        "eval_tokens": tests["perplexity"].numel(),
         "table": table,
         "validation": held_out,
         "groups": groups,
@@ -332,9 +345,11 @@ def _learn(args: argparse.Namespace) -> None:
 
 def _print_table(table: list[dict]) -> None:
     width = max(16, *(len(row["method"]) for row in table))
-    print(f"{'method':<{width}}{'perplexity':>12}{'seconds':>10}")
+    columns = {"perplexity": ("perplexity", 2), "other_perplexity": ("other text", 2), "seconds": ("seconds", 1)}
+    columns = {name: column for name, column in columns.items() if all(name in row for row in table)}
+    print(f"{'method':<{width}}" + "".join(f"{title:>12}" for title, _ in columns.values()))
     for row in table:
-        print(f"{row['method']:<{width}}{row['perplexity']:>12.2f}{row['seconds']:>10.1f}")
+        print(f"{row['method']:<{width}}" + "".join(f"{row[name]:>12.{n}f}" for name, (_, n) in columns.items()))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -364,15 +379,19 @@ def _compare(args: argparse.Namespace) -> None:
     if picture is not None:
         _needs_matplotlib("picture")
     first = next(iter(reports.values()))
+    others = {report["other_data"] for report in reports.values()}
     initial, learned, curves = {}, [], {}
     for run, report in reports.items():
         for name in ("model", "data", "pattern", "dtype", "eval_length", "eval_tokens"):
             if report[name] != first[name]:
                 raise ValueError(f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}")
-        *before, last = report["table"]
+        table = report["table"]
+        if len(others) > 1:
+            table = [{name: value for name, value in row.items() if name != "other_perplexity"} for row in table]
+        *before, last = table
         for row in before:
             known = initial.setdefault(row["method"], row)
-            if known["perplexity"] != row["perplexity"]:
+            if any(known[name] != row[name] for name in row if name != "seconds"):
                 # from other calibration batches
                 name = f"{row['method']}: {run}"
                 initial[name] = row | {"method": name}
@@ -436,9 +455,10 @@ def _save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
     save_model(model, tokenizer, folder)
 
 
-def _row(method: str, model: torch.nn.Module, test: torch.Tensor, seconds: float) -> dict:
-    """A row of the table; seconds are those it took to find the mask."""
-    return {"method": method, "perplexity": perplexity(model, test, progress=True), "seconds": seconds}
+def _row(method: str, model: torch.nn.Module, tests: dict[str, torch.Tensor], seconds: float) -> dict:
+    """A row of the table: the perplexity of each test; seconds are those it took to find the mask."""
+    perplexities = {name: perplexity(model, test, progress=True) for name, test in tests.items()}
+    return {"method": method, **perplexities, "seconds": seconds}
 
 
 def _codes(masked: dict[str, MaskedLinear], pattern: NMPattern) -> dict[str, torch.Tensor]:
@@ -460,7 +480,9 @@ def _read_report(path: Path) -> dict:
         )
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return {name: report[name] for name in REPORTED} | {name: report["settings"][name] for name in SETTINGS}
+        settings = report["settings"]
+        read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in SETTINGS}
+        return read | {"other_data": settings.get("other_data")}
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +17,12 @@ def load_text(source: str) -> dict[str, str]:
     """Text of a source, split into "calibration", "validation" and "test".
 
     Args:
-        source: "pydoc" (the topics of the Python documentation that ship with Python), the path of a UTF-8 text
-            file, or the name of a dataset on the Hugging Face hub, "name" or "name:config" (needs the ``datasets``
-            package; its train split is the calibration text).
+        source: "pydoc" (the topics of the Python documentation that ship with Python), "stdlib" (the source code of
+            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or the name of
+            a dataset on the Hugging Face hub, "name" or "name:config" (needs the ``datasets`` package; its train
+            split is the calibration text).
 
-    A text's pieces (topics sorted by name, or paragraphs between blank lines) go to the test text where
+    A text's pieces (topics or modules sorted by name, or paragraphs between blank lines) go to the test text where
     index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise.
 
     Raises:
@@ -31,9 +34,11 @@ def load_text(source: str) -> dict[str, str]:
     if not isinstance(source, str):
         raise TypeError(f'source: expected a str such as "pydoc", got {type(source).__name__}')
     if not source:
-        raise ValueError('source: expected "pydoc", a text file or a dataset, got an empty str')
+        raise ValueError('source: expected "pydoc", "stdlib", a text file or a dataset, got an empty str')
     if source == "pydoc":
         texts = _split(_pydoc_topics())
+    elif source == "stdlib":
+        texts = _split(_stdlib_modules())
     elif Path(source).exists():
         texts = _split(_paragraphs(Path(source)))
     else:
@@ -103,6 +108,12 @@ def _pydoc_topics() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
+def _stdlib_modules() -> list[str]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    names = (name for name in sorted(sys.stdlib_module_names) if not name.startswith("_"))
+    return [path.read_text(encoding="utf-8") for name in names if (path := folder / f"{name}.py").is_file()]
+
+
 def _paragraphs(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"source: expected a text file, got the folder {str(path)!r}")
@@ -125,8 +136,8 @@ def _dataset_texts(source: str) -> dict[str, str]:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            f'source: expected "pydoc", a text file or a dataset, got {source!r}: there is no such file, and for '
-            "datasets the package `datasets` has to be installed (pip install 'maskpro-kernels[data]')"
+            f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}: there is no such file, and '
+            "for datasets the package `datasets` has to be installed (pip install 'maskpro-kernels[data]')"
         ) from error
     name, _, config = source.partition(":")
     data = load_dataset(name, config or None)

@@ -123,6 +123,26 @@ def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, ca
     assert len(written["steps"]) == 4
 
 
+def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
+    """It neither moves a mask nor is the text that learning stops by; compare shows it where it is the same."""
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text(seed=1), encoding="utf-8")
+    assert cli.main(learn(inputs, tmp_path / "run", "--other-data", str(other))) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
+    assert table[0] == ["method", "perplexity", "other", "text", "seconds"]
+    plain, both = report(run), report(tmp_path / "run")
+    assert both["settings"]["other_data"] == str(other) and both["validation"] == plain["validation"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    test = windows(load_text(str(other))["test"], AutoTokenizer.from_pretrained(tmp_path / "run"), 24)[:5]
+    for row, same, printed in zip(both["table"], plain["table"], table[1:], strict=True):
+        assert row["perplexity"] == same["perplexity"]
+        assert printed[1:3] == [f"{row['perplexity']:.2f}", f"{row['other_perplexity']:.2f}"]
+    assert both["table"][-1]["other_perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
+    for runs, shown in ([tmp_path / "run"], True), ([run, tmp_path / "run"], False):
+        assert cli.main(["compare", *map(str, runs)]) == 0
+        assert ("other text" in capsys.readouterr().out) == shown
+
+
 def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
     assert cli.main(learn(inputs, tmp_path / "again")) == 0
     assert cli.main(learn(inputs, tmp_path / "other", "--seed", "1")) == 0
@@ -185,6 +205,7 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
         ("--model", "/no/such/folder", "no such folder"),
         ("--data", "EMPTY", "the text is empty"),
         ("--data", "FOLDER", "source: expected a text file, got the folder"),
+        ("--other-data", "EMPTY", "the text is empty"),
         ("--output", "FULL", "output: expected a new or empty folder"),
     ],
 )

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import abc
+import inspect
 import sys
+import tokenize
 from pydoc_data.topics import topics
 
 import pytest
@@ -21,6 +24,13 @@ def test_pydoc_is_split_by_sorted_topic():
     assert texts["calibration"].startswith(topics[names[2]] + "\n\n" + topics[names[3]] + "\n\n" + topics[names[4]])
     pieces = sum(len(topics[name]) for name in names)
     assert sum(map(len, texts.values())) == pieces + 2 * (len(names) - 3)
+
+
+def test_stdlib_is_split_by_sorted_module():
+    texts = load_text("stdlib")
+    assert texts["test"].startswith(inspect.getsource(abc))
+    assert any(inspect.getsource(tokenize) in text for text in texts.values())
+    assert all(len(text) > 100_000 for text in texts.values())
 
 
 def test_file_is_split_by_paragraph(tmp_path):
@@ -52,7 +62,7 @@ def test_bad_file(tmp_path, content, message):
 def test_bad_source(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="source: expected a text file, got the folder"):
         load_text(str(tmp_path))
-    with pytest.raises(ValueError, match='source: expected "pydoc".*got an empty str'):
+    with pytest.raises(ValueError, match='source: expected "pydoc", "stdlib".*got an empty str'):
         load_text("")
     with pytest.raises(TypeError, match="source: expected a str.*int"):
         load_text(3)

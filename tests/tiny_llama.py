@@ -37,6 +37,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
 
 
-def tiny_text(paragraphs: int = 50, words: int = 20) -> str:
-    draw = random.Random(0)
+def tiny_text(paragraphs: int = 50, words: int = 20, seed: int = 0) -> str:
+    draw = random.Random(seed)
     return "\n\n".join(" ".join(draw.choices(WORDS, k=words)) for _ in range(paragraphs))
