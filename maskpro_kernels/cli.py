@@ -8,6 +8,8 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -133,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--other-data",
         default=argparse.SUPPRESS,
         metavar="DATA",
-        help="a text of another kind, whose test part the table shows too",
+        help=f"a text of another kind, whose test part the table shows too: {SOURCES}",
     )
     learn.add_argument("--seed", type=int, default=0, help="of the batches and of all draws")
     learn.add_argument(
@@ -241,7 +243,10 @@ def _learn(args: argparse.Namespace) -> None:
     _needs_matplotlib("output")
 
     texts = load_text(args.data)
-    other = load_text(args.other_data)["test"] if hasattr(args, "other_data") else None
+    other = None
+    if hasattr(args, "other_data"):
+        with _naming("other_data"):
+            other = load_text(args.other_data)["test"]
     model, tokenizer = _load(args.model, args.dtype, device)
 
     def held_out_windows(text: str) -> torch.Tensor:
@@ -249,7 +254,8 @@ def _learn(args: argparse.Namespace) -> None:
 
     tests = {"perplexity": held_out_windows(texts["test"])}
     if other is not None:
-        tests["other_perplexity"] = held_out_windows(other)
+        with _naming("other_data"):
+            tests["other_perplexity"] = held_out_windows(other)
     validation = held_out_windows(texts["validation"])
     calibration = windows(texts["calibration"], tokenizer, args.seq_len).to(device)
     calibration = batches(calibration, args.batch_size, args.seed)
@@ -308,7 +314,8 @@ def _learn(args: argparse.Namespace) -> None:
         raise
     if len(records) < args.steps:
         print(f"stopped after {len(records)} steps: the held-out perplexity rose", file=sys.stderr)
-    table.append(_row(args.estimator, model, tests, time.perf_counter() - began - checking))
+    seconds[args.estimator] = time.perf_counter() - began - checking + seconds[args.init]
+    table.append(_row(args.estimator, model, tests, seconds[args.estimator]))
     learned = _codes(masked, pattern)
     flips = {name: int((learned[name] != codes[args.init][name]).sum()) for name in masked}
     groups = sum(code.numel() for code in learned.values())
@@ -379,7 +386,8 @@ def _compare(args: argparse.Namespace) -> None:
     if picture is not None:
         _needs_matplotlib("picture")
     first = next(iter(reports.values()))
-    others = {report["other_data"] for report in reports.values()}
+    # the same source may be another text elsewhere
+    others = {(report["other_data"], report["table"][0].get("other_perplexity")) for report in reports.values()}
     initial, learned, curves = {}, [], {}
     for run, report in reports.items():
         for name in ("model", "data", "pattern", "dtype", "eval_length", "eval_tokens"):
@@ -428,6 +436,15 @@ def _needs_matplotlib(name: str) -> None:
         )
 
 
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Errors of what is made of an argument begin with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
 def _at_least(args: argparse.Namespace, **least: int) -> None:
     for name, low in least.items():
         if getattr(args, name) < low:
@@ -456,7 +473,7 @@ def _save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
 
 
 def _row(method: str, model: torch.nn.Module, tests: dict[str, torch.Tensor], seconds: float) -> dict:
-    """A row of the table: the perplexity of each test; seconds are those it took to find the mask."""
+    """A row of the table: the perplexity of each test; seconds from the dense model to the mask."""
     perplexities = {name: perplexity(model, test, progress=True) for name, test in tests.items()}
     return {"method": method, **perplexities, "seconds": seconds}
 

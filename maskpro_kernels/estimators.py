@@ -130,8 +130,7 @@ class StraightThrough:
         running mean square of its layer, are then as they were.
         """
         descents = {name: self._descents.setdefault(layer, _Descent(layer, self)) for name, layer in layers.items()}
-        # accelerate's hooks give a layer a forward of its own
-        before = {layer: (layer.logits_backward, vars(layer).get("forward")) for layer in layers.values()}
+        before = {layer: layer.logits_backward for layer in layers.values()}
         counters = []
 
         def backward(loss: Tensor) -> None:
@@ -153,19 +152,16 @@ class StraightThrough:
                 layer.logits.grad = None
                 descent.begin(self.lr_at(step))
                 layer.logits_backward = descent
-                # a backward that moves what it reads, at a rate known only then, is no graph
-                layer.forward = torch.compiler.disable(layer.forward)
                 counters.append(layer.register_forward_hook(descent.count))
             yield backward
         finally:
             for counter in counters:
                 counter.remove()
-            for layer, (own_backward, own_forward) in before.items():
-                layer.logits_backward = own_backward
-                vars(layer).pop("forward", None)
-                if own_forward is not None:
-                    layer.forward = own_forward
+            for layer, own in before.items():
+                layer.logits_backward = own
                 layer.logits.grad = None
+            for descent in descents.values():
+                descent.end()
 
 
 def _folded(descents: Mapping[str, _Descent]) -> list[str]:
@@ -190,9 +186,12 @@ class _Descent:
     """Moves the logits of one layer: inside backward, or after it where the layer was used several times.
 
     Attributes:
+        moves_logits: see ``MaskedLinear``.
         mean_square: running mean square of the slope, None until a step has given one above 0.
         latest: that of the step, on the device; None where backward has not come by.
     """
+
+    moves_logits = True
 
     def __init__(self, layer: MaskedLinear, how: StraightThrough):
         self.layer = layer
@@ -229,6 +228,10 @@ class _Descent:
         shard = (counter["layer"], 0, logits.shape[1] // m)
         self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, largest, m, *seed_and_step, *shard))
         self.slopes = None
+
+    def end(self) -> None:
+        """Free what a step has left, also one that broke off."""
+        self.latest = self.slopes = None
 
     def _descend(self, descend: Callable[[Tensor], Tensor]) -> None:
         def at_rate(rate: float) -> Tensor:

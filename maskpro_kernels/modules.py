@@ -79,7 +79,8 @@ class MaskedLinear(nn.Module):
     Attributes:
         logits_backward: what takes the gradient that passes straight through a draw to the logits, see
             ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
-            at first: a gradient reaches them by ``log_prob`` alone.
+            at first: a gradient reaches them by ``log_prob`` alone. One that moves the logits itself has an attribute
+            ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -170,14 +171,22 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
-        arguments = (input, self.weight, self.logits, self.bias)
         if self.training and self.logits_backward is not None:
-            how = {"pattern": self.pattern, "logits_backward": self.logits_backward}
-            return straight_through_linear(*arguments, **how, **self.counter())
+            moving = getattr(self.logits_backward, "moves_logits", False)
+            return self._uncompiled_straight_through(input) if moving else self._straight_through(input)
+        arguments = (input, self.weight, self.logits, self.bias)
         if self.training:
             y, _ = masked_linear(*arguments, pattern=self.pattern, log_prob=False, **self.counter())
             return y
         return top_n_linear(*arguments, pattern=self.pattern)
+
+    def _straight_through(self, input: Tensor) -> Tensor:
+        arguments = (input, self.weight, self.logits, self.bias)
+        how = {"pattern": self.pattern, "logits_backward": self.logits_backward}
+        return straight_through_linear(*arguments, **how, **self.counter())
+
+    # A graph would hold this step's logits_backward, and what it reads and writes beside the tensors
+    _uncompiled_straight_through = torch.compiler.disable(_straight_through)
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""

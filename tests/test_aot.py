@@ -132,14 +132,16 @@ def test_shards_compile_for_every_target():
 
 
 @pytest.mark.parametrize(
-    ("n", "m"), [(1, 4), (2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((4, 8), (8, 16)))]
+    ("n", "m"), [(1, 4), (2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 32), (4, 8), (8, 16)))]
 )
 def test_several_draws_compile_for_every_target(n, m):
     check([("score_updates", n, m, "bf16", {})])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "m"), [(1, 32), (2, 32), (4, 32), (16, 32), (31, 32), (1, 16), (4, 16), (15, 16)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 32), (2, 32), (4, 32), (16, 32), (31, 32), (1, 16), (4, 16), (15, 16), (1, 8)]
+)
 def test_large_groups_compile_for_every_target(n, m):
     # 32 columns of logits, keys and scores leave up to 24 bytes of stack
     check([(kernel, n, m, "fp32", {}) for kernel in KERNELS], stack=24 if m == 32 else 0)
@@ -204,7 +206,7 @@ def test_products_of_mixed_dtypes_compile_for_every_target(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (4, 16), (2, 32), (16, 32)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 8), (1, 32), (4, 16), (2, 32), (16, 32)])
 def test_products_of_other_groups_compile_for_every_target(n, m):
     check_products("bf16", [(n, m)], list(SHARED_LIMITS), ends=True, log_prob=n <= 4)
 

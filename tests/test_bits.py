@@ -32,6 +32,24 @@ def problem(m: int, dtype: torch.dtype, groups: int):
     return logits.to(dtype).view(1, -1)
 
 
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 4, 8, 16, 32) for n in sorted({1, m // 2, m - 1})])
+def test_top_n_of_ties_goes_to_the_lower_index(n, m):
+    """Few distinct scores, zeros of either sign, and infinities that fill a group or part of it."""
+    generator = torch.Generator().manual_seed(m)
+    scores = torch.randint(-2, 3, (1000, m), generator=generator).float()
+    scores[:300] *= torch.where(torch.rand(300, m, generator=generator) < 0.5, -1.0, 1.0)
+    scores[300:500][scores[300:500] == 2] = torch.inf
+    scores[400:600][scores[400:600] < 1] = -torch.inf
+    for i, value in enumerate((0.0, 1.0, torch.inf, -torch.inf)):
+        scores[i] = value
+    codes = sampling.top_n_mask(scores.view(1, -1), n, m)
+    # sorting is stable: equal scores stay in the order of their indices
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    expected = (1 << order.long()).sum(1).to(torch.int32).to(codes.dtype)
+    assert torch.equal(codes.flatten(), expected)
+    assert torch.equal(reference.top_n_mask(scores.view(1, -1), n=n, m=m), codes)
+
+
 def scalar(value):
     return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
 

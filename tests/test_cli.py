@@ -138,9 +138,20 @@ def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
         assert row["perplexity"] == same["perplexity"]
         assert printed[1:3] == [f"{row['perplexity']:.2f}", f"{row['other_perplexity']:.2f}"]
     assert both["table"][-1]["other_perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
-    for runs, shown in ([tmp_path / "run"], True), ([run, tmp_path / "run"], False):
-        assert cli.main(["compare", *map(str, runs)]) == 0
-        assert ("other text" in capsys.readouterr().out) == shown
+    copy, changed = tmp_path / "copy", tmp_path / "changed"
+    shutil.copytree(tmp_path / "run", copy)
+    shutil.copytree(tmp_path / "run", changed)
+    both["table"][0]["other_perplexity"] += 1
+    (changed / "report.json").write_text(json.dumps(both))
+    for another, shown in (copy, True), (run, False), (changed, False):
+        assert cli.main(["compare", str(tmp_path / "run"), str(another)]) == 0
+        printed = capsys.readouterr().out
+        assert ("other text" in printed) == shown and len(printed.splitlines()) == 6, printed
+
+
+def test_seconds_count_from_the_dense_model(run):
+    table = {row["method"]: row["seconds"] for row in report(run)["table"]}
+    assert table["reinforce"] > table["wanda"] > 0
 
 
 def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
@@ -205,7 +216,7 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
         ("--model", "/no/such/folder", "no such folder"),
         ("--data", "EMPTY", "the text is empty"),
         ("--data", "FOLDER", "source: expected a text file, got the folder"),
-        ("--other-data", "EMPTY", "the text is empty"),
+        ("--other-data", "EMPTY", "other_data: source: expected at least 3 paragraphs"),
         ("--output", "FULL", "output: expected a new or empty folder"),
     ],
 )

@@ -20,7 +20,7 @@ from maskpro_kernels import (
     score_update_,
     top_n_mask,
 )
-from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.modules import initial_logits, masked_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("eager_reference")]
 
@@ -124,6 +124,8 @@ def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern):
         )
         losses = [record.loss for record in trainer.run(6, progress=False)]
         learned[run] = losses, masked_layers(model)["0"].logits.detach().cpu()
+    initial = initial_logits(top_n_mask(model[0].weight.detach().abs(), pattern), pattern, 8.0).cpu()
+    assert (learned["cuda"][1] != initial).float().mean() > 0.9
     assert learned["cuda"][0] == learned["cuda again"][0]
     assert torch.equal(learned["cuda"][1], learned["cuda again"][1])
     torch.testing.assert_close(torch.tensor(learned["cuda"][0]), torch.tensor(learned["cpu"][0]), rtol=1e-3, atol=0)

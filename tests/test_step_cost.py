@@ -77,6 +77,7 @@ def test_a_step_of_a_language_model_holds_one_masked_weight():
 def test_a_straight_through_step_costs_little_more_than_training_the_weights():
     seconds = in_child("straight_through_cost")
     ratio = statistics.median(ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
+    print(f"straight-through step: {ratio:.2f} times a step that trains the weights")
     assert ratio <= LARGEST_STRAIGHT_THROUGH_COST, f"{ratio:.2f} times: {seconds}"
 
 

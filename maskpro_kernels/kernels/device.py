@@ -1,8 +1,8 @@
 """The pieces kernels are built of: Philox, ln, exp, draw, log-probability, score.
 
-Line for line the operations of ``reference``, whose docstrings give the formulas. A group is a tuple
-of M blocks, one a position; "columns" below. Launch every kernel with ``enable_fp_fusion=False``:
-a contracted multiply-add rounds once where the specification rounds twice.
+The operations of ``reference``, whose docstrings give the formulas, with its bits for all that is
+not NaN. A group is a tuple of M blocks, one a position; "columns" below. Launch every kernel with
+``enable_fp_fusion=False``: a contracted multiply-add rounds once where the specification rounds twice.
 """
 
 from __future__ import annotations
@@ -181,12 +181,12 @@ def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     if N == 1:
         # counts of which only zero matters become predicates, more than sm_100 has registers for at M = 32
         largest = keys[0]
-        where = tl.zeros_like(keys[0]).to(tl.int32)
+        winner = tl.zeros_like(keys[0]).to(tl.int32)
         for i in tl.static_range(1, M):
-            where = tl.where(keys[i] > largest, i, where)
+            winner = tl.where(keys[i] > largest, i, winner)
             largest = tl.maximum(largest, keys[i])
         for i in tl.static_range(M):
-            kept = kept + (where == i,)
+            kept = kept + (winner == i,)
     else:
         losses = ()
         for i in tl.static_range(M):
