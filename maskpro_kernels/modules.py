@@ -172,21 +172,23 @@ class MaskedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
         if self.training and self.logits_backward is not None:
-            moving = getattr(self.logits_backward, "moves_logits", False)
-            return self._uncompiled_straight_through(input) if moving else self._straight_through(input)
+            if getattr(self.logits_backward, "moves_logits", False):
+                # late: it loads torch's compiler
+                from .uncompiled import straight_through
+
+                return straight_through(self, input)
+            return self.straight_through(input)
         arguments = (input, self.weight, self.logits, self.bias)
         if self.training:
             y, _ = masked_linear(*arguments, pattern=self.pattern, log_prob=False, **self.counter())
             return y
         return top_n_linear(*arguments, pattern=self.pattern)
 
-    def _straight_through(self, input: Tensor) -> Tensor:
+    def straight_through(self, input: Tensor) -> Tensor:
+        """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""
         arguments = (input, self.weight, self.logits, self.bias)
         how = {"pattern": self.pattern, "logits_backward": self.logits_backward}
         return straight_through_linear(*arguments, **how, **self.counter())
-
-    # A graph would hold this step's logits_backward, and what it reads and writes beside the tensors
-    _uncompiled_straight_through = torch.compiler.disable(_straight_through)
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""

@@ -28,6 +28,7 @@ ORDER = [
     "kernels.straight_through",
     "ops",
     "functional",
+    "uncompiled",
     "modules",
     "estimators",
     "trainer",
