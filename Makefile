@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 VENV36 := .venv-triton36
-# The interpreter and the compilers use one core each, so two processes run, and none waits for another's threads
-TESTS := -n 2 --dist loadfile tests
+# The interpreter and the compilers use one core each, so two processes run, and none waits for another's threads.
+# A file stays in one process, which compiles for all its tests once; in their order the longest files come early.
+TESTS := -n 2 --dist loadfile --no-loadscope-reorder tests
 test test-triton36: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed

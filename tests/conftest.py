@@ -74,8 +74,12 @@ def launched():
     return launches
 
 
+def route_to_the_eager_reference(monkeypatch):
+    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    monkeypatch.setattr(ops, "compiler_available", lambda: False)
+
+
 @pytest.fixture
 def eager_reference(monkeypatch):
     """CPU tensors go to the eager reference: for tests of what is built on the operations."""
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
-    monkeypatch.setattr(ops, "compiler_available", lambda: False)
+    route_to_the_eager_reference(monkeypatch)

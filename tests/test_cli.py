@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import route_to_the_eager_reference
 from safetensors.torch import save_file
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -15,6 +16,8 @@ from maskpro_kernels.data import load_text, windows
 from maskpro_kernels.evaluation import perplexity
 from maskpro_kernels.export import load_logits
 from maskpro_kernels.trainer import MaskTrainer
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
 
 SETTINGS = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24".split()
 
@@ -33,7 +36,9 @@ def inputs(tmp_path_factory):
 def run(inputs):
     """Folder of a finished run."""
     output = inputs / "runs" / "one"
-    assert cli.main(learn(inputs, output)) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        route_to_the_eager_reference(monkeypatch)
+        assert cli.main(learn(inputs, output)) == 0
     return output
 
 
