@@ -23,13 +23,14 @@ from .data import batches, load_text, windows
 from .estimators import Reinforce, StraightThrough
 from .evaluation import causal_lm_loss, perplexity
 from .export import check_output, load_logits, save_logits
-from .masks import gap_for_flip_rate, initial_codes, initial_logits
+from .masks import LARGEST_GAP, gap_for_flip_rate, initial_codes, initial_logits
 from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
 from .reconstruction import reconstruct
 from .trainer import MaskTrainer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPE = "bfloat16"
 LOGITS, REPORT = "logits.safetensors", "report.json"
 # What the commands read of a report
 REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
@@ -114,7 +115,13 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="learning rate of the logits (default: 50 for reinforce; 0.1 for straight-through, falling to 0)",
     )
-    learn.add_argument("--alpha", type=float, default=0.99, help="memory of the tracker, in [0, 1]")
+    learn.add_argument(
+        "--alpha",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="A",
+        help="memory of the tracker of reinforce, in [0, 1] (default: 0.99)",
+    )
     exploration = learn.add_mutually_exclusive_group()
     exploration.add_argument(
         "--gap",
@@ -146,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         help="steps between perplexities of the validation text (default: a fifth of the steps)",
     )
     _add_evaluation(learn)
+    learn.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
     learn.set_defaults(run=_learn)
 
     evaluate = commands.add_parser(
@@ -158,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
     _add_data(evaluate)
     _add_evaluation(evaluate)
+    _add_dtype(evaluate, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
     evaluate.set_defaults(run=_evaluate)
 
     compare = commands.add_parser(
@@ -181,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
     export.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
-    export.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights")
+    _add_dtype(export, "dtype of the weights", "that of the run")
     export.set_defaults(run=_export)
     return parser
 
@@ -204,10 +213,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
+
+
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-windows", type=int, default=24, metavar="W", help="test windows to evaluate, at most")
     parser.add_argument("--eval-length", type=int, default=512, metavar="T", help="tokens in a test window")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights and activations")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs, such as cuda:0"
     )
@@ -234,15 +246,21 @@ def _learn(args: argparse.Namespace) -> None:
     if args.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
     if args.estimator == "reinforce":
+        if args.gap > LARGEST_GAP:
+            raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
+        args.alpha = getattr(args, "alpha", 0.99)
         estimator = Reinforce(lr=args.lr, alpha=args.alpha)
     else:
+        if hasattr(args, "alpha"):
+            raise ValueError(f"alpha: expected none, since straight-through has no tracker, got {args.alpha}")
         estimator = StraightThrough(lr=args.lr, steps=args.steps)
     device = _device(args.device)
     output = Path(args.output)
     check_output(output)
     _needs_matplotlib("output")
 
-    texts = load_text(args.data)
+    with _naming("data"):
+        texts = load_text(args.data)
     other = None
     if hasattr(args, "other_data"):
         with _naming("other_data"):
@@ -285,7 +303,7 @@ def _learn(args: argparse.Namespace) -> None:
     table += [rows[init] for init in INITIAL_MASKS if init in rows]
 
     base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    metadata = {"model": base, "pattern": str(pattern)}
+    metadata = {"model": base, "pattern": str(pattern), "dtype": args.dtype}
     trainer = MaskTrainer(model, causal_lm_loss, calibration, estimator, seed=args.seed)
     held_out = [{"step": 0, "tokens": 0, "perplexity": perplexity(model, validation, progress=True)}]
     tokens = 0
@@ -364,8 +382,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     device = _device(args.device)
     report = Path(args.model) / REPORT
     run = _read_report(report) if report.is_file() else None
-    texts = load_text(args.data)
-    model, tokenizer = _load(args.model, args.dtype, device)
+    dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
+    with _naming("data"):
+        texts = load_text(args.data)
+    model, tokenizer = _load(args.model, dtype, device)
     test = windows(texts["test"], tokenizer, args.eval_length)[: args.eval_windows]
     print(f"perplexity {perplexity(model, test, progress=True):.2f} over {test.numel()} tokens")
     if run is not None:
@@ -417,12 +437,12 @@ def _export(args: argparse.Namespace) -> None:
     if not source.is_file():
         raise ValueError(f"run: expected a folder written by `maskpro learn`, got {args.source!r}, without {LOGITS}")
     logits, metadata = load_logits(source)
-    missing = {"model", "pattern"} - metadata.keys()
+    missing = {"model", "pattern", "dtype"} - metadata.keys()
     if missing:
         raise ValueError(f"run: expected logits of `maskpro learn`, got a file without {sorted(missing)}")
     pattern = NMPattern(metadata["pattern"])
     codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
-    model, tokenizer = _load(metadata["model"], args.dtype, torch.device("cpu"))
+    model, tokenizer = _load(metadata["model"], getattr(args, "dtype", metadata["dtype"]), torch.device("cpu"))
     convert(model, pattern, targets=list(codes), init=codes)
     _save(finalize(model), tokenizer, output)
     print(f"{pattern} checkpoint of {metadata['model']} written to {output}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import LOGIT_DTYPES
-from .masks import gap_for_flip_rate, initial_codes
+from .masks import check_calibration, gap_for_flip_rate, initial_codes
 from .modules import Clock, MaskedLinear, check_gap, masked_layers
 from .pattern import NMPattern
 from .reconstruction import reconstruct
@@ -87,6 +87,7 @@ def convert(
     if init == "reconstruction":
         if calibration is None:
             raise ValueError('calibration: expected batches for init="reconstruction", got none')
+        check_calibration(calibration)
         calibration = list(calibration)
         codes = initial_codes(layers, pattern, "wanda", model, calibration)
         codes = reconstruct(model, layers, codes, pattern, calibration)

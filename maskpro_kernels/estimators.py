@@ -41,6 +41,7 @@ class Reinforce:
             then free of the scale of the loss, and one outlier does not move the logits far. Not in the paper.
 
     Attributes:
+        taken: whether a trainer has it.
         delta: the tracker, a running mean of the residual.
         mean_square: the running mean of the squared advantage, None before the first step.
 
@@ -59,6 +60,7 @@ class Reinforce:
         self.alpha = float(alpha)
         self.tracker = tracker
         self.normalize = normalize
+        self.taken = False
         self.delta = 0.0
         self.mean_square: float | None = None
 
@@ -86,10 +88,13 @@ class StraightThrough:
 
     Args:
         lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
-        steps: how many steps there will be; None: lr stays as it is.
+        steps: how many steps there will be, and no more; None: lr stays as it is.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens.
         largest: most that a logit moves in a step.
         memory: share of the running mean square that a step leaves, in [0, 1).
+
+    Attributes:
+        taken: whether a trainer has it.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -115,6 +120,7 @@ class StraightThrough:
         self.curvature = float(curvature)
         self.largest = float(largest)
         self.memory = float(memory)
+        self.taken = False
         self._descents: dict[MaskedLinear, _Descent] = {}
 
     def lr_at(self, step: int) -> float:

@@ -33,6 +33,8 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     # A hub id is "name" or "owner/name"; anything deeper, absolute or dotted can only be a folder.
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"model: expected a folder with a config.json, got {name!r}, which has none")
     tokenizer = AutoTokenizer.from_pretrained(name)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
 

@@ -15,6 +15,10 @@ from .pattern import NMPattern
 __all__ = ["flip_rate", "gap_for_flip_rate", "initial_codes", "initial_logits", "as_call"]
 
 
+# As far as noise of 32 bits reaches
+LARGEST_GAP = 26.0
+
+
 def flip_rate(gap: float, pattern: str | NMPattern) -> float:
     """Probability that a draw leaves the initial mask of its group: N logits at ``gap``, M - N at 0.
 
@@ -31,7 +35,7 @@ def gap_for_flip_rate(rate: float, pattern: str | NMPattern) -> float:
     Raises:
         ValueError: if ``rate`` lies outside what gaps from 0 to 26 give.
     """
-    low, high = 0.0, 26.0
+    low, high = 0.0, LARGEST_GAP
     rarest, commonest = flip_rate(high, pattern), flip_rate(low, pattern)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rarest <= rate <= commonest:
         raise ValueError(f"flip_rate: expected a float in [{rarest:.2g}, {commonest:.4g}] for {pattern}, got {rate!r}")
@@ -97,6 +101,12 @@ def _given_codes(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapp
     return codes
 
 
+def check_calibration(calibration: Iterable) -> None:
+    """Raise TypeError unless it can be an iterable of batches; a tensor or a mapping is one batch."""
+    if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Mapping)):
+        raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
+
+
 def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Iterable) -> dict[str, Tensor]:
     """Sum of squares of every input column of every layer over the calibration batches, float32 [K] by name.
 
@@ -114,8 +124,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
 
         return add
 
-    if not isinstance(calibration, Iterable):
-        raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
+    check_calibration(calibration)
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     batches = 0
     try:

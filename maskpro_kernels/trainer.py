@@ -18,6 +18,8 @@ from .estimators import Reinforce, StraightThrough
 from .functional import FLOAT32_MAX, score_update_, top_n_mask
 from .modules import advance, clocks, evaluating, masked_layers
 
+METRICS = "metrics.jsonl"
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -61,7 +63,8 @@ class MaskTrainer:
         estimator: a ``Reinforce`` or ``StraightThrough``, one for each trainer.
         seed: seed of all draws; their step starts at 0. Logits that have been learned need another seed than
             before, or the first draws are those that they have learned from.
-        output_dir: folder for ``metrics.jsonl``, one line a step; made if missing.
+        output_dir: folder for ``metrics.jsonl``, one line a step; made if missing. A file of another trainer must
+            not be in it.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
@@ -82,14 +85,25 @@ class MaskTrainer:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a callable, got {type(loss_fn).__name__}")
         if not isinstance(batches, Sequence) or isinstance(batches, str):
-            raise TypeError(f"batches: expected a sequence, got {type(batches).__name__}")
+            raise TypeError(
+                f"batches: expected a sequence, such as list(loader) of a DataLoader, got {type(batches).__name__}"
+            )
         if not len(batches):
             raise ValueError("batches: expected at least one batch, got none")
         if not isinstance(estimator, (Reinforce, StraightThrough)):
             raise TypeError(f"estimator: expected Reinforce or StraightThrough, got {type(estimator).__name__}")
+        if estimator.taken:
+            raise ValueError("estimator: expected a new one, got one that another trainer has taken")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed: expected an int of 64 bits, got {seed!r}")
+        by_id = {}
         for name, layer in self.layers.items():
+            other = by_id.setdefault(layer.layer, name)
+            if other != name:
+                raise ValueError(
+                    f"model: expected another layer id in each layer, or they draw the same noise, "
+                    f"got {layer.layer} in {other} and {name}"
+                )
             if not torch.isfinite(layer.logits).all():
                 raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
             if isinstance(estimator, StraightThrough):
@@ -102,8 +116,11 @@ class MaskTrainer:
         self.batches = batches
         self.estimator = estimator
         self.output_dir = None if output_dir is None else Path(output_dir)
+        if self.output_dir is not None and (self.output_dir / METRICS).exists():
+            raise ValueError(f"output_dir: expected a folder without {METRICS}, got {str(output_dir)!r}")
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+        estimator.taken = True
         self.steps_done = 0
         self._initial_losses: list[float] | None = None
         for clock in clocks(model):
@@ -121,11 +138,12 @@ class MaskTrainer:
             after_step: called with the record of every step; true ends the run.
 
         Raises:
-            ValueError: if ``steps`` is not an int of at least 1.
+            ValueError: if ``steps`` is not an int of at least 1, or more than ``StraightThrough`` has left.
             FloatingPointError: see ``step``.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps: expected an int of at least 1, got {steps!r}")
+        self._check_steps(steps)
         if isinstance(self.estimator, Reinforce):
             self._losses_of_initial_masks(progress)
         records = []
@@ -147,11 +165,12 @@ class MaskTrainer:
         """One forward under newly drawn masks, one update of all logits.
 
         Raises:
-            ValueError: if ``StraightThrough`` gets a loss without gradient.
+            ValueError: if ``StraightThrough`` gets a loss without gradient, or has taken all its steps.
             FloatingPointError: if the loss, the update or a gradient is not finite. Logits and tracker are then as
                 before the step; but where a gradient alone was not finite, only the logits of its weights are, and
                 the step counts as done.
         """
+        self._check_steps(1)
         start = time.perf_counter()
         batch = self.batches[self.steps_done % len(self.batches)]
         if isinstance(self.estimator, Reinforce):
@@ -173,7 +192,7 @@ class MaskTrainer:
         )
         self.steps_done += 1
         if self.output_dir is not None:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.output_dir / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
         return record
 
@@ -217,6 +236,12 @@ class MaskTrainer:
                 self.steps_done += 1
                 raise
         return value, flip_rate
+
+    def _check_steps(self, steps: int) -> None:
+        most = self.estimator.steps if isinstance(self.estimator, StraightThrough) else None
+        if most is not None and self.steps_done + steps > most:
+            raise ValueError(f"steps: expected at most {most - self.steps_done} more of StraightThrough's {most}, "
+                             f"got {steps}")  # fmt: skip
 
     def _check_loss(self, loss: float) -> None:
         if not math.isfinite(loss):

@@ -170,19 +170,20 @@ def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
 
 
 def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
-    options = f"--data {inputs / 'text.txt'} --eval-windows 5 --eval-length 24 --dtype float32 --device cpu".split()
+    options = f"--data {inputs / 'text.txt'} --eval-windows 5 --eval-length 24 --device cpu".split()
     table = {row["method"]: row["perplexity"] for row in report(run)["table"]}
     assert cli.main(["eval", str(run), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"perplexity {table['reinforce']:.2f} over 120 tokens"
     assert lines[1] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
-    assert cli.main(["eval", str(inputs / "model"), *options]) == 0
+    assert cli.main(["eval", str(inputs / "model"), *options, "--dtype", "float32"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"perplexity {table['dense']:.2f} over 120 tokens"]
 
 
 def test_export_rebuilds_the_checkpoint(run, tmp_path):
-    assert cli.main(["export", str(run), str(tmp_path / "float32"), "--dtype", "float32"]) == 0
-    assert cli.main(["export", str(run), str(tmp_path / "bfloat16")]) == 0
+    """In the dtype of the run where none is given."""
+    assert cli.main(["export", str(run), str(tmp_path / "float32")]) == 0
+    assert cli.main(["export", str(run), str(tmp_path / "bfloat16"), "--dtype", "bfloat16"]) == 0
     learned, exported, short = map(
         AutoModelForCausalLM.from_pretrained, (run, tmp_path / "float32", tmp_path / "bfloat16")
     )
@@ -210,6 +211,7 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
         ("--eval-every", "0", "eval_every: expected at least 1, got 0"),
         ("--eval-windows", "0", "eval_windows: expected at least 1, got 0"),
         ("--eval-length", "100000", "text: expected at least 100000 tokens"),
+        ("--gap", "27", "gap: expected at most 26"),
         ("--gap", "0", "gap: expected a positive number, got 0"),
         ("--gap", "nan", "gap: expected a positive number, got nan"),
         ("--flip-rate", "1", "flip_rate: expected a float in [1.5e-11, 0.8333] for 2:4, got 1.0"),
@@ -255,6 +257,11 @@ def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monke
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[demo]'")
 
 
+def test_straight_through_has_no_alpha(inputs, tmp_path, capsys):
+    arguments = learn(inputs, tmp_path / "output", "--estimator", "straight-through", "--alpha", "0.5")
+    refuses(capsys, tmp_path, arguments, "alpha: expected none, since straight-through has no tracker")
+
+
 def test_gap_excludes_flip_rate(inputs, tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
         cli.main(learn(inputs, tmp_path / "output", "--gap", "5", "--flip-rate", "0.1"))
@@ -281,6 +288,11 @@ def test_eval_refuses_bad_input(inputs, tmp_path, capsys, change, message):
 def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
     arguments = ["eval", str(tmp_path / "missing"), "--data", str(inputs / "text.txt")]
     refuses(capsys, tmp_path, arguments, "no such folder")
+
+
+def test_eval_refuses_a_folder_without_a_model(inputs, tmp_path, capsys):
+    arguments = ["eval", str(inputs / "runs"), "--data", str(inputs / "text.txt")]
+    refuses(capsys, tmp_path, arguments, "model: expected a folder with a config.json")
 
 
 def test_compare_puts_runs_into_one_table(inputs, run, tmp_path, capsys):

@@ -196,6 +196,8 @@ def test_targets_by_projection_in_a_language_model():
         ({"init": "wanda"}, ValueError, "^calibration: "),
         ({"init": "wanda", "calibration": []}, ValueError, "^calibration: expected at least one batch"),
         ({"init": "wanda", "calibration": 3}, TypeError, "^calibration: "),
+        ({"init": "wanda", "calibration": torch.ones(3, 8)}, TypeError, "^calibration: .*got Tensor"),
+        ({"init": "reconstruction", "calibration": {"x": torch.ones(3, 8)}}, TypeError, "^calibration: .*got dict"),
     ],
 )
 def test_bad_argument_leaves_the_model_as_it_was(arguments, error, message):

@@ -295,6 +295,47 @@ def test_trainer_refuses(arguments, error, message, tmp_path):
     assert (int(model[0].clock.seed), int(model[0].clock.step)) == (0, 1)
 
 
+def test_layers_that_would_draw_the_same_noise_are_refused():
+    linear = nn.Linear(8, 8)
+    model = nn.Sequential(*(mk.MaskedLinear.from_linear(linear, "2:4") for _ in range(2)))
+    with pytest.raises(ValueError, match="^model: expected another layer id in each layer.*got 0 in 0 and 1"):
+        a_trainer(model)
+    model[1].layer = 1
+    a_trainer(model)
+
+
+@pytest.mark.parametrize("estimator", [mk.Reinforce, mk.StraightThrough])
+def test_an_estimator_belongs_to_one_trainer(estimator):
+    estimator = estimator()
+    with pytest.raises(TypeError, match="^loss_fn"):
+        a_trainer(a_model(), estimator=estimator, loss_fn=None)
+    a_trainer(a_model(), estimator=estimator)
+    with pytest.raises(ValueError, match="^estimator: expected a new one"):
+        a_trainer(a_model(), estimator=estimator)
+
+
+def test_no_step_is_taken_at_a_learning_rate_that_has_fallen_to_nothing():
+    model = a_model()
+    trainer = a_trainer(model, estimator=mk.StraightThrough(steps=3))
+    trainer.run(2, progress=False)
+    before = logits_of(model)
+    with pytest.raises(ValueError, match="^steps: expected at most 1 more of StraightThrough's 3, got 2"):
+        trainer.run(2, progress=False)
+    assert_equal_logits(logits_of(model), before)
+    trainer.step()
+    with pytest.raises(ValueError, match="^steps: expected at most 0 more"):
+        trainer.step()
+    assert trainer.steps_done == 3
+
+
+def test_metrics_of_two_trainers_are_not_mixed(tmp_path):
+    a_trainer(a_model(), output_dir=tmp_path).step()
+    written = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="^output_dir: expected a folder without metrics.jsonl"):
+        a_trainer(a_model(), output_dir=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == written
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_refused(value, tmp_path):
     model = a_model()
