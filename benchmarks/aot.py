@@ -150,8 +150,7 @@ def build_product(
     elif not log_prob:
         known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return _compile(function, target, types, constants, options, multiples=("rows", "groups"))
+    return _compile(function, target, types, constants, tile.options(target), multiples=("rows", "groups"))
 
 
 def _compile(function, target, types, constants, options, multiples=()) -> Built:

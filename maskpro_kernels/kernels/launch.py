@@ -56,13 +56,23 @@ CONFIGURATIONS["descend", 16] = Configuration(block=256)
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a masked product is launched: what of rows, tokens and K a program multiplies at a time."""
+    """How a masked product is launched: what of rows, tokens and K a program multiplies at a time, with how many warps
+    and stages, and the most registers a thread may take (None: as ptxas likes).
+    """
 
     out: int
     tokens: int
     k: int
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = None
+
+    def options(self, target: str) -> dict[str, int]:
+        """What Triton compiles the tile with for the table's row ``target``."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.registers is not None and target.startswith("sm_"):
+            options["maxnreg"] = self.registers
+        return options
 
 
 # Streaming multiprocessors or compute units: as many programs leave none idle
@@ -76,13 +86,14 @@ ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 
 # By product, architecture and bytes of an operand, narrow before wide. With few tokens the draw bounds the time:
 # small tiles then, so that no processor idles and a thread holds two groups of 4. With many, larger ones, so that
-# x is not read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05.
+# x is not read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05. Where ptxas, left alone, aims at
+# a number of registers that puts a value on the stack for some pattern, the row names the most it may take.
 _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
         # Not 4 warps: on sm_100 ptxas then aims at 128 registers, and puts a value on the stack at 4:8 or 8:16
         Tiles(out=16, tokens=32, k=128, num_warps=8),
-        Tiles(out=16, tokens=64, k=64),
+        Tiles(out=16, tokens=64, k=64, registers=160),
         Tiles(out=32, tokens=64, k=64, num_warps=8),
         Tiles(out=16, tokens=128, k=64),
         Tiles(out=32, tokens=128, k=64, num_warps=8),
@@ -109,14 +120,14 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear_input_grad", 4): (
         Tiles(out=64, tokens=16, k=16),
         Tiles(out=64, tokens=32, k=16),
-        Tiles(out=32, tokens=64, k=16),
+        Tiles(out=32, tokens=64, k=16, registers=160),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
         Tiles(out=32, tokens=128, k=16),
-        Tiles(out=32, tokens=128, k=32, num_warps=8),
+        Tiles(out=32, tokens=128, k=32, num_warps=8, registers=160),
     ),
     ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
-    ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
+    ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=160),),
     ("straight_through", 4): (Tiles(out=32, tokens=32, k=64),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
@@ -192,7 +203,7 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
 
 def launch_tiles(kernel, name: str, m: int, grid: tuple[int, int], tile: Tiles, device, *args, **constants) -> None:
     """Launch a kernel of masked products on a grid of tiles."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = tile.options(architecture(device))
     blocks = {"BLOCK_OUT": tile.out, "BLOCK_T": tile.tokens, "BLOCK_K": tile.k}
     _launch(kernel, name, grid, device, args, options, M=m, **blocks, **constants)
 
