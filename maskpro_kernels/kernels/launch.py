@@ -104,7 +104,8 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=16, tokens=32, k=64),
         Tiles(out=16, tokens=64, k=32),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
-        Tiles(out=16, tokens=128, k=32),
+        # Not 4 warps: each thread's part of the product alone would be more than its registers hold
+        Tiles(out=16, tokens=128, k=32, num_warps=8),
         Tiles(out=32, tokens=128, k=32, num_warps=8),
     ),
     ("masked_linear_input_grad", 2): (
@@ -115,14 +116,14 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=64, tokens=128, k=16),
         # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
         Tiles(out=32, tokens=128, k=32),
-        Tiles(out=64, tokens=128, k=64, num_warps=8),
+        # Not 3 stages: at 1:2 they leave a value on the stack on sm_100
+        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2),
     ),
     ("masked_linear_input_grad", 4): (
         Tiles(out=64, tokens=16, k=16),
         Tiles(out=64, tokens=32, k=16),
         Tiles(out=32, tokens=64, k=16, registers=160),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
-        Tiles(out=32, tokens=128, k=16),
         Tiles(out=32, tokens=128, k=32, num_warps=8, registers=160),
     ),
     ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
