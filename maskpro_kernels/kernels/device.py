@@ -178,15 +178,23 @@ def drawn_keys(z, group, M: tl.constexpr, seed, step, layer, draw):
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
     kept = ()
-    if N == 1:
-        # counts of which only zero matters become predicates, more than sm_100 has registers for at M = 32
-        largest = keys[0]
-        winner = tl.zeros_like(keys[0]).to(tl.int32)
-        for i in tl.static_range(1, M):
-            winner = tl.where(keys[i] > largest, i, winner)
-            largest = tl.maximum(largest, keys[i])
+    if N == 1 or 8 * N <= M:
+        # Fewer comparisons than of all pairs, whose outcomes are more than sm_100 has registers for at M = 32.
+        # From the last column, so that of equals the first stays; what is taken becomes NaN, which wins nothing.
+        left = keys
+        for _ in tl.static_range(N):
+            largest = tl.full(keys[0].shape, float("-inf"), tl.float32)
+            winner = tl.zeros_like(keys[0]).to(tl.int32)
+            for back in tl.static_range(M):
+                ahead = left[M - 1 - back] >= largest
+                winner = tl.where(ahead, M - 1 - back, winner)
+                largest = tl.where(ahead, left[M - 1 - back], largest)
+            others = ()
+            for i in tl.static_range(M):
+                others = others + (tl.where(winner == i, float("nan"), left[i]),)
+            left = others
         for i in tl.static_range(M):
-            kept = kept + (winner == i,)
+            kept = kept + (left[i] != left[i],)
     else:
         losses = ()
         for i in tl.static_range(M):
