@@ -100,7 +100,7 @@ def build(
         "SEVERAL": kernel == "score_updates",
     } | constants
     constants = {name: known[name] for name in function.arg_names if name in known}
-    return _compile(function, target, types, constants, {"num_warps": config.num_warps})
+    return _compile(function, target, types, constants, config.options(target))
 
 
 def build_product(

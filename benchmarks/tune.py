@@ -34,7 +34,7 @@ def candidates(tokens: int) -> list[Tiles]:
     sizes = itertools.product([16, 32, 64, 128], {min(tokens, 64), tokens}, [16, 32, 64, 128], [4, 8], [2, 3, 4])
     # a thread that holds more than 8 groups of 4 spills, and a tile of fewer than 64 groups leaves threads idle
     return [
-        Tiles(out, block, k, warps, stages)
+        Tiles(out, block, k, num_warps=warps, num_stages=stages)
         for out, block, k, warps, stages in sizes
         if 64 <= out * k // 4 <= 8 * 32 * warps
     ]

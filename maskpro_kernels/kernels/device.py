@@ -178,35 +178,14 @@ def drawn_keys(z, group, M: tl.constexpr, seed, step, layer, draw):
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
     kept = ()
-    if N == 1 or 8 * N <= M:
-        # Fewer comparisons than of all pairs, whose outcomes are more than sm_100 has registers for at M = 32.
-        # From the last column, so that of equals the first stays; what is taken becomes NaN, which wins nothing.
-        left = keys
-        for _ in tl.static_range(N):
-            largest = tl.full(keys[0].shape, float("-inf"), tl.float32)
-            winner = tl.zeros_like(keys[0]).to(tl.int32)
-            for back in tl.static_range(M):
-                ahead = left[M - 1 - back] >= largest
-                winner = tl.where(ahead, M - 1 - back, winner)
-                largest = tl.where(ahead, left[M - 1 - back], largest)
-            others = ()
-            for i in tl.static_range(M):
-                others = others + (tl.where(winner == i, float("nan"), left[i]),)
-            left = others
-        for i in tl.static_range(M):
-            kept = kept + (left[i] != left[i],)
-    else:
-        losses = ()
-        for i in tl.static_range(M):
-            count = tl.zeros_like(keys[0]).to(tl.int32)
-            for j in tl.static_range(i):
-                count += (keys[j] >= keys[i]).to(tl.int32)
-            losses = losses + (count,)
-        for i in tl.static_range(M):
-            count = losses[i]
-            for j in tl.static_range(i + 1, M):
-                count += (keys[i] < keys[j]).to(tl.int32)
-            kept = kept + (count < N,)
+    # one column's count after the other: of all at once sm_100 holds the comparisons, more than it has registers for
+    for i in tl.static_range(M):
+        ahead = tl.zeros_like(keys[0]).to(tl.int32)
+        for j in tl.static_range(i):
+            ahead += (keys[j] >= keys[i]).to(tl.int32)
+        for j in tl.static_range(i + 1, M):
+            ahead += (keys[j] > keys[i]).to(tl.int32)
+        kept = kept + (ahead < N,)
     return kept
 
 

@@ -20,12 +20,27 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "y
 launches: Counter[str] = Counter()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Compiled:
+    """How a kernel is compiled: warps and stages, and the most registers a thread may take (None: as ptxas likes)."""
+
+    num_warps: int = 4
+    num_stages: int = 3
+    registers: int | None = None
+
+    def options(self, target: str) -> dict[str, int]:
+        """Triton's, for the architecture ``target``."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.registers is not None and target.startswith("sm_"):
+            options["maxnreg"] = self.registers
+        return options
+
+
 @dataclass(frozen=True)
-class Configuration:
-    """How a kernel over groups is launched: groups a program, and warps."""
+class Configuration(_Compiled):
+    """How a kernel over groups is launched: groups a program."""
 
     block: int
-    num_warps: int = 4
 
 
 # By kernel and M. A thread holds one group of M keys and noise words in registers, two where M is small.
@@ -52,27 +67,17 @@ CONFIGURATIONS["masked_weight", 8] = Configuration(block=256)
 CONFIGURATIONS["score_updates", 4] = Configuration(block=128)
 # With one group a thread it puts 8 bytes of this one on the stack on sm_90 and sm_100
 CONFIGURATIONS["descend", 16] = Configuration(block=256)
+# Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
+CONFIGURATIONS["score_update", 32] = Configuration(block=128, registers=255)
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How a masked product is launched: what of rows, tokens and K a program multiplies at a time, with how many warps
-    and stages, and the most registers a thread may take (None: as ptxas likes).
-    """
+class Tiles(_Compiled):
+    """How a masked product is launched: what of rows, tokens and K a program multiplies at a time."""
 
     out: int
     tokens: int
     k: int
-    num_warps: int = 4
-    num_stages: int = 3
-    registers: int | None = None
-
-    def options(self, target: str) -> dict[str, int]:
-        """What Triton compiles the tile with for the table's row ``target``."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.registers is not None and target.startswith("sm_"):
-            options["maxnreg"] = self.registers
-        return options
 
 
 # Streaming multiprocessors or compute units: as many programs leave none idle
@@ -199,7 +204,8 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
         return
     config = configuration(name, m, groups)
     grid = ((groups + config.block - 1) // config.block,)
-    _launch(kernel, name, grid, device, args, {"num_warps": config.num_warps}, M=m, BLOCK=config.block, **constants)
+    options = config.options(architecture(device))
+    _launch(kernel, name, grid, device, args, options, M=m, BLOCK=config.block, **constants)
 
 
 def launch_tiles(kernel, name: str, m: int, grid: tuple[int, int], tile: Tiles, device, *args, **constants) -> None:
