@@ -29,47 +29,53 @@ def noise_bound(r):
     return BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * NATS_PER_BIT_PATTERN
 
 
-def undecided(z, kept, words):
-    """uint8 1 where a weight dropped by ``kept``, the N largest of ``z``, might be drawn; else 0."""
+def decided(z, kept, words):
+    """Where no weight that ``kept``, the N largest of ``z``, drops can be drawn."""
     bounds = [torch.where(k, -torch.inf, z_i + noise_bound(r)) for z_i, k, r in zip(z, kept, words, strict=True)]
     highest = bounds[0]
     for bound in bounds[1:]:
         highest = torch.maximum(highest, bound)
     _, smallest = reference.extremes(z, kept)
-    return torch.where(highest < smallest + LEAST_NOISE, 0, 1).to(torch.uint8)
+    return highest < smallest + LEAST_NOISE
+
+
+def flags(settled):
+    """uint8 1 where not ``settled``, for what looks for the few ones among many bytes."""
+    return torch.where(settled, 0, 1).to(torch.uint8)
 
 
 def expected_mask(z, group, seed, step, layer, draw, n):
-    """(kept columns of the N largest, where a draw might differ)."""
+    """(kept columns of the N largest, where they are what is drawn)."""
     kept = reference.top_n(z, n)
     words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
-    return kept, undecided(z, kept, words)
+    return kept, decided(z, kept, words)
 
 
 def group_expected_mask(logits, group, seed, step, inv_temperature, layer, draw, n):
-    """``expected_mask`` of groups of logits."""
+    """(kept columns of the N largest, ``flags`` where a draw might differ) of groups of logits."""
     z = reference.scaled(reference.columns(logits), inv_temperature)
-    return expected_mask(z, group, seed, step, layer, draw, n)
+    kept, settled = expected_mask(z, group, seed, step, layer, draw, n)
+    return kept, flags(settled)
 
 
 def expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
-    """(``reference.score_terms`` where the draw is certain, where it is undecided), N <= EXACT_SCORE_MAX_N."""
-    kept, open_draws = expected_mask(z, group, seed, step, layer, draw, n)
+    """(``reference.score_terms`` where the draw is certain, where it is), N <= EXACT_SCORE_MAX_N."""
+    kept, settled = expected_mask(z, group, seed, step, layer, draw, n)
     scale = coef * inv_temperature
-    return [s * scale for s in reference.exact_score(z, kept, n)], open_draws
+    return [s * scale for s in reference.exact_score(z, kept, n)], settled
 
 
 def group_expected_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):
-    """``expected_terms`` of groups of logits."""
+    """(``reference.score_terms`` where the draw is certain, ``flags`` elsewhere) of groups of logits."""
     z = reference.scaled(reference.columns(logits), inv_temperature)
-    terms, open_draws = expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n)
-    return reference.uncolumns(terms), open_draws
+    terms, settled = expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n)
+    return reference.uncolumns(terms), flags(settled)
 
 
 def group_expected_update(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
-    """(``reference.group_updated_logits`` of a single draw where it is certain, else the logits; where undecided)."""
+    """(``reference.group_updated_logits`` of a single draw where it is certain, else the logits; ``flags``)."""
     xs = reference.columns(logits)
     z = reference.scaled(xs, inv_temperature)
-    terms, open_draws = expected_terms(z, group, seed, step, coef[0], draws[0], inv_temperature, layer, n)
-    new = [torch.where(open_draws == 0, x - t, x) for x, t in zip(xs, terms, strict=True)]
-    return reference.uncolumns(new), open_draws
+    terms, settled = expected_terms(z, group, seed, step, coef[0], draws[0], inv_temperature, layer, n)
+    new = [torch.where(settled, x - t, x) for x, t in zip(xs, terms, strict=True)]
+    return reference.uncolumns(new), flags(settled)

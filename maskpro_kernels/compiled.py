@@ -1,4 +1,4 @@
-"""The reference under torch.compile: its functions again, with its arguments, as compiled graphs.
+"""The reference as native code: its functions again, with its arguments, through compiled graphs.
 
 One graph serves all shapes and all dtypes of logits: tensors are taken in pieces of whole rows of
 groups, 16-bit logits are widened a piece at a time. Draws whose outcome no noise can change are found
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor
 
 from . import certain, reference
+from .graphs import LEAST_ROWS, ROW, graph
 from .pattern import code_dtype
-
-# A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
-ROW = 32
 
 # Most groups in one call of a graph
 PIECE = 1 << 17
@@ -31,67 +28,6 @@ UPDATE_BYTES = 1 << 21
 
 # Above, compiling a graph takes about a minute: there the full draw has to do alone
 CERTAIN_MAX_M = 8
-
-# A graph of one row would be another graph than that of many
-LEAST_ROWS = 2
-
-
-class Graph:
-    """A function of tensors of groups [rows, ROW, ...] as a graph that is compiled at its first call.
-
-    It checks nothing: what its results depend on is in the key by which ``graph`` keeps it. Where it cannot
-    be compiled it runs eagerly.
-    """
-
-    def __init__(self, function: Callable, indexed: bool, constants: dict[str, int | torch.dtype]):
-        def bound(group_tensors, *rest):
-            for x in group_tensors:
-                torch._check(x.shape[1] == ROW)
-            if indexed:
-                first, *rest = rest
-                group_tensors = [*group_tensors[:-1], group_tensors[-1] + first]
-            return function(*group_tensors, *rest, **constants)
-
-        # Graphs of the same code object would be counted as recompilations of one
-        bound.__code__ = bound.__code__.replace(co_name=function.__name__)
-        options = {
-            # With the heuristics inductor falls back to scalar code for the strided reads of a group
-            "cpp.enable_tiling_heuristics": False,
-            # Bits must not depend on a user's settings
-            "cpp.enable_floating_point_contract_flag": "off",
-            "cpp.enable_unsafe_math_opt_flag": False,
-            # Else the number of rows and threads at the first call would decide how all later ones run
-            "cpp.dynamic_threads": True,
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        }
-        self.eager = bound
-        self.run = torch.compile(bound, fullgraph=True, options=options)
-        self.ran = False
-
-    def __call__(self, group_tensors: list[Tensor], *args):
-        for x in group_tensors:
-            torch._dynamo.mark_dynamic(x, 0)
-        try:
-            results = self.run(group_tensors, *args)
-        except Exception as error:
-            # what a compiler, its cache or its settings raise differs from release to release
-            if self.ran:
-                raise
-            self.run = self.eager
-            results = self.run(group_tensors, *args)
-            first_line = (str(error) or repr(error)).splitlines()[0]
-            warnings.warn(f"torch.compile failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
-        self.ran = True
-        return results
-
-
-@functools.cache
-def graph(function: Callable, indexed: bool, signature: tuple, **constants: int | torch.dtype) -> Graph:
-    """The graph of ``function`` with those constants, for tensors of that signature.
-
-    Where ``indexed``, it takes a 0-dim tensor more, which it adds to the last of the tensors of groups.
-    """
-    return Graph(function, indexed, constants)
 
 
 def _run(
@@ -110,12 +46,13 @@ def _run(
     padding = rows * ROW - groups
     if padding:
         group_tensors = [torch.cat([x, x[:1].expand(padding, *x.shape[1:])]) for x in group_tensors]
-    in_rows = [x.view(rows, ROW, *x.shape[1:]) for x in group_tensors]
-    signature = tuple((x.dtype, *x.shape[1:]) for x in group_tensors) + tuple(x.shape for x in rest)
-    arguments = (in_rows, *rest) if first is None else (in_rows, first, *rest)
+    like_groups = tuple((x.dtype, *x.shape[1:]) for x in group_tensors)
+    like_rest = tuple((x.dtype, *x.shape) for x in rest)
+    tensors = [x.view(rows, ROW, *x.shape[1:]) for x in group_tensors]
+    tensors += rest if first is None else [*rest, first]
     with torch.no_grad():
-        results = graph(function, first is not None, signature, **constants)(*arguments)
-    return [x.flatten(0, 1)[:groups] for x in (results if isinstance(results, tuple) else (results,))]
+        results = graph(function, like_groups, like_rest, first is not None, **constants)(tensors)
+    return [x.flatten(0, 1)[:groups] for x in results]
 
 
 def _slices(out: Tensor, limit: int = DRAW_BYTES) -> Iterator[slice]:
@@ -150,10 +87,11 @@ class _Groups:
 
     def _indices(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
         """(local indices, what to add for those in the whole layer)."""
-        if self.row_stride == self.columns and isinstance(which, slice):
-            return _consecutive()[: which.stop - which.start], self.offset + (self.start + which.start)
-        local = torch.arange(which.start, which.stop) if isinstance(which, slice) else which
-        local = self.start + local
+        gathered = isinstance(which, Tensor)
+        if self.row_stride == self.columns:
+            first = self.offset + self.start
+            return (which, first) if gathered else (_consecutive()[: which.stop - which.start], first + which.start)
+        local = self.start + (which if gathered else torch.arange(which.start, which.stop))
         return local // self.columns * self.row_stride + local % self.columns, self.offset
 
 
@@ -194,7 +132,8 @@ def _draw_into(
         del result, undecided
     for which in torch.cat(open_groups).split(PIECE) if open_groups else []:
         if len(which):
-            (out[which],) = groups.run(full, which, counter, others, **constants)
+            whole_rows = torch.cat([which, which[:1].expand(-len(which) % ROW)])
+            (out[whole_rows],) = groups.run(full, whole_rows, counter, others, **constants)
 
 
 def _flagged(flags: Tensor) -> Tensor:

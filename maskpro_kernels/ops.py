@@ -1,8 +1,8 @@
 """The operations as torch custom ops, and the one rule of dispatch.
 
 CUDA tensors go to the kernels; CPU tensors go to the kernels under Triton's interpreter
-(``TRITON_INTERPRET=1``), else to the reference: compiled by torch.compile where a C++ compiler is
-there, else eager. All routes give the same bits. Arguments are checked in ``functional``, not here:
+(``TRITON_INTERPRET=1``), else to the reference: compiled by inductor where a C++ compiler is there,
+else eager. All routes give the same bits. Arguments are checked in ``functional``, not here:
 matrices are contiguous and two-dimensional, seed and step 0-dim int64 tensors on the same device.
 """
 
@@ -45,11 +45,17 @@ def _kernels(file: str):
     return importlib.import_module(f"maskpro_kernels.kernels.{file}")
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _scalar(value: float | int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor that is only read; kept, for a layer needs the same few at every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
 def _reference(name: str, args: tuple, scalars: tuple = (), **constants: int):
     """Run the reference, compiled where possible; ``scalars`` become 0-dim tensors so that no value is compiled in."""
     device = args[0].device
-    types = [torch.float32 if isinstance(s, float) else torch.int64 for s in scalars]
-    tensors = [torch.tensor(s, dtype=dtype, device=device) for s, dtype in zip(scalars, types, strict=True)]
+    tensors = [_scalar(s, torch.float32 if isinstance(s, float) else torch.int64, device) for s in scalars]
     module = compiled if device.type == "cpu" and compiler_available() else reference
     return getattr(module, name)(*args, *tensors, **constants)
 

@@ -19,6 +19,7 @@ ORDER = [
     "philox",
     "reference",
     "certain",
+    "graphs",
     "compiled",
     "kernels.device",
     "kernels.launch",

@@ -1,0 +1,187 @@
+"""Functions of groups as native code: compiled by torch's inductor once, kept on disk, loaded by later processes.
+
+One graph serves all shapes: it takes tensors of groups in rows of ``ROW``, any number of rows. It is compiled ahead of
+time (AOTInductor), so that a call costs microseconds and a process that finds it on disk traces and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
+ROW = 32
+
+# A graph of one row would be another graph than that of many
+LEAST_ROWS = 2
+
+# What a graph is laid out for
+USUAL_ROWS = 4096
+
+OPTIONS = {
+    # With the heuristics inductor falls back to scalar code for the strided reads of a group
+    "cpp.enable_tiling_heuristics": False,
+    # Bits must not depend on a user's settings
+    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.enable_unsafe_math_opt_flag": False,
+    # Else the number of threads where it was compiled would decide how all later ones run
+    "cpp.dynamic_threads": True,
+}
+
+# What the compiled code is made from
+SOURCES = ("pattern", "philox", "reference", "certain", "graphs", "compiled")
+
+
+# (dtype, *shape) of tensors
+Likes = tuple[tuple, ...]
+
+
+class _Whole(nn.Module):
+    """``function(*tensors, **constants)``; where ``indexed``, the tensor behind the others is added to the last of the
+    first ``groups``.
+    """
+
+    def __init__(self, function: Callable, groups: int, indexed: bool, constants: Mapping):
+        super().__init__()
+        self.function, self.groups, self.indexed, self.constants = function, groups, indexed, constants
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if self.indexed:
+            *tensors, first = tensors
+            tensors[self.groups - 1] = tensors[self.groups - 1] + first
+        results = self.function(*tensors, **self.constants)
+        return results if isinstance(results, tuple) else (results,)
+
+
+class Graph:
+    """``function(*groups, *rest, **constants)`` of tensors of groups [rows, ROW, ...], called with a list of them all.
+
+    It is compiled or loaded at its first call. It checks nothing: what its results depend on is in the key by which
+    ``graph`` keeps it, and in its name on disk. Where it cannot be compiled it runs eagerly.
+
+    Args:
+        groups: (dtype, *shape of one group) of each tensor of groups.
+        rest: (dtype, *shape) of each of the others.
+        indexed: whether a 0-dim int64 tensor is added to the last of the tensors of groups; it comes last.
+    """
+
+    def __init__(self, function: Callable, groups: Likes, rest: Likes, indexed: bool, constants: Mapping):
+        self.whole = _Whole(function, len(groups), indexed, constants)
+        self.groups, self.rest = groups, (*rest, (torch.int64,)) if indexed else rest
+        self.run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+
+    def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        if self.run is not None:
+            return self.run(tensors)
+        try:
+            run = self._compiled()
+            # inductor's own empties the list
+            results = run(list(tensors))
+        except Exception as error:
+            # what a compiler, its cache or its settings raise differs from release to release
+            first_line = (str(error) or repr(error)).splitlines()[0]
+            warnings.warn(f"compilation failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
+            run = self._eager
+            results = run(tensors)
+        self.run = run
+        return results
+
+    def _eager(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        return self.whole(*tensors)
+
+    def _compiled(self) -> Callable:
+        path = cache_folder() / f"{self.whole.function.__name__.strip('_')}-{self._digest()}.pt2"
+        if path.exists():
+            try:
+                return load(path)
+            except RuntimeError:
+                # damaged: made again
+                pass
+        self._build(path)
+        return load(path)
+
+    def _digest(self) -> str:
+        """Of all that the compiled code depends on."""
+        function, constants = self.whole.function, sorted(map(str, self.whole.constants.items()))
+        name = (function.__module__, function.__qualname__, constants)
+        made_of = (name, self.groups, self.rest, self.whole.indexed, OPTIONS, torch.__version__, processor(), sources())
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
+
+    def _build(self, path: Path) -> None:
+        rows = torch.export.Dim("rows", min=LEAST_ROWS)
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            # of torch.export, about itself
+            warnings.simplefilter("ignore", FutureWarning)
+            groups = [torch.zeros(USUAL_ROWS, ROW, *shape, dtype=dtype, device="cpu") for dtype, *shape in self.groups]
+            rest = [torch.zeros(shape, dtype=dtype, device="cpu") for dtype, *shape in self.rest]
+            shapes = (*[{0: rows}] * len(groups), *[None] * len(rest))
+            exported = torch.export.export(self.whole, (*groups, *rest), dynamic_shapes=(shapes,))
+            with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+                package = os.path.join(unfinished, "graph.pt2")
+                torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=dict(OPTIONS))
+                os.replace(package, path)
+
+
+@functools.cache
+def graph(function: Callable, groups: Likes, rest: Likes, indexed: bool, **constants: int | torch.dtype) -> Graph:
+    """The graph of ``function`` with those constants, for tensors like those."""
+    return Graph(function, groups, rest, indexed, constants)
+
+
+def load(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The graph of a file, which takes all tensors in a list and empties it.
+
+    Raises:
+        RuntimeError: if the file holds none.
+    """
+    # what its own call adds, parsing its signature anew, costs as much as a small layer
+    return torch._inductor.aoti_load_package(os.fspath(path)).loader.boxed_run
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """Where graphs are kept: ``maskpro_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; a folder of this process
+    where that cannot be written.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "maskpro_kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(_of_this_process().name)
+
+
+@functools.cache
+def _of_this_process() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
+
+
+@functools.cache
+def processor() -> str:
+    """What native code may use here: a cache may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
+    return " ".join(told.get(name, "") for name in ("model name", "flags", "Features")) or platform.machine()
+
+
+@functools.cache
+def sources() -> str:
+    """Digest of what graphs are compiled from."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
