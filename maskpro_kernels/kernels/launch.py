@@ -100,7 +100,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=16, tokens=32, k=128, num_warps=8),
         Tiles(out=16, tokens=64, k=64, registers=160),
         Tiles(out=32, tokens=64, k=64, num_warps=8),
-        Tiles(out=16, tokens=128, k=64),
+        Tiles(out=16, tokens=128, k=64, registers=160),
         Tiles(out=32, tokens=128, k=64, num_warps=8),
         Tiles(out=64, tokens=128, k=64, num_warps=8),
     ),
