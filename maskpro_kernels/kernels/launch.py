@@ -122,7 +122,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
         Tiles(out=32, tokens=128, k=32),
         # Not 3 stages: at 1:2 they leave a value on the stack on sm_100
-        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2),
+        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2, registers=192),
     ),
     ("masked_linear_input_grad", 4): (
         Tiles(out=64, tokens=16, k=16),
