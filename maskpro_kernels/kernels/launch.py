@@ -99,7 +99,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         # Not 4 warps: on sm_100 ptxas then aims at 128 registers, and puts a value on the stack at 4:8 or 8:16
         Tiles(out=16, tokens=32, k=128, num_warps=8),
         Tiles(out=16, tokens=64, k=64, registers=160),
-        Tiles(out=32, tokens=64, k=64, num_warps=8),
+        Tiles(out=32, tokens=64, k=64, num_warps=8, registers=160),
         Tiles(out=16, tokens=128, k=64, registers=160),
         Tiles(out=32, tokens=128, k=64, num_warps=8),
         Tiles(out=64, tokens=128, k=64, num_warps=8),
