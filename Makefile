@@ -10,7 +10,7 @@ test test-triton36: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
-.PHONY: demo test test-slow test-triton36 lint aot-report bench gpu-check clean
+.PHONY: demo test test-slow test-triton36 lint aot-report aot-table bench gpu-check clean
 
 # Few steps of each way to learn, on the same split of the same text
 LEARN := maskpro learn --model smollm2-135m --data pydoc --pattern 2:4 --batch-size 8 --seq-len 128
@@ -36,6 +36,10 @@ lint: $(INSTALLED)
 
 aot-report: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/aot_report.py
+
+aot-table: $(INSTALLED) $(INSTALLED36)
+	$(VENV)/bin/python benchmarks/aot_report.py --write
+	$(VENV36)/bin/python benchmarks/aot_report.py --write
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pytest benchmarks

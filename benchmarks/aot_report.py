@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +30,10 @@ PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 GROUP_KERNELS = ["sample_mask", "masked_weight", "score_update"]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 16, 128, 1024, 4096]
+# The costs as of the last commit that changed them on purpose, by release of Triton
+TABLE = Path(__file__).with_name("aot_table.json")
+KEY = ("kernel", "pattern", "target")
+TOLERANCE = 0.05
 # Share of the groups that a logit gap of 10 leaves open: a block with one of them computes the noise of all
 OPEN_GROUPS = 0.002
 
@@ -130,12 +136,84 @@ def expected_instructions(fewest: float, most: float, groups: float) -> float:
     return clear * fewest + (1 - clear) * most
 
 
-def row(name, pattern, target, num_warps, built, fewest, most) -> str:
-    return (
-        f"{name:<42} {pattern:>5} {target:>6} {built.registers:>5} {built.spills + built.stack:>6} "
-        f"{built.shared / 1024:>6.1f} {occupancy(built, num_warps, CHIPS[target]):>6.0%} "
-        f"{fewest:>8.1f} {most:>8.1f}"
-    )
+@dataclass(frozen=True)
+class Cost:
+    """What one row of the launch tables costs on one architecture.
+
+    Attributes:
+        kernel: its name, with the tile and the warps where it has one.
+        pattern, target: such as "2:4" and "sm_90".
+        registers: a thread's.
+        stack: bytes spilled and of stack, a thread's.
+        shared: bytes of shared memory a block.
+        occupancy: resident warps over the most there can be.
+        certain, drawn: instructions a weight, where no noise is computed and where it is.
+    """
+
+    kernel: str
+    pattern: str
+    target: str
+    registers: int
+    stack: int
+    shared: int
+    occupancy: float
+    certain: float
+    drawn: float
+
+    @classmethod
+    def of(cls, kernel: str, pattern: str, target: str, num_warps: int, built: Built, fewest: float, most: float):
+        share = round(occupancy(built, num_warps, CHIPS[target]), 4)
+        stack = built.spills + built.stack
+        counts = round(fewest, 2), round(most, 2)
+        return cls(kernel, pattern, target, built.registers, stack, built.shared, share, *counts)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel}, {self.pattern}, {self.target}"
+
+    def worse_than(self, before: dict) -> list[str]:
+        """The figures that are worse than those ``before`` by more than TOLERANCE."""
+        names = ("registers", "stack", "shared", "certain", "drawn")
+        worse = [name for name in names if getattr(self, name) > (1 + TOLERANCE) * before[name]]
+        return worse + ["occupancy"] * (self.occupancy < (1 - TOLERANCE) * before["occupancy"])
+
+
+def group_costs(target: str, n: int, m: int) -> Iterator[Cost]:
+    for kernel in GROUP_KERNELS:
+        warps = CONFIGURATIONS[kernel, m].num_warps
+        yield Cost.of(kernel, f"{n}:{m}", target, warps, *group_kernel(kernel, target, n, m))
+
+
+def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[Cost]:
+    """Of all tiles for operands of 16 bits, or of the first and the last of each product."""
+    for (product, where, itemsize), tiles in TILES.items():
+        if where != target or itemsize != 2:
+            continue
+        for tile in dict.fromkeys((tiles[0], tiles[-1])) if ends else tiles:
+            name = f"{product} {tile.out}x{tile.tokens}x{max(tile.k, m)}, {tile.num_warps} warps"
+            yield Cost.of(name, f"{n}:{m}", target, tile.num_warps, *product_kernel(product, target, n, m, tile))
+
+
+def kept_costs(targets: Iterable[str] = CHIPS) -> Iterator[Cost]:
+    """What TABLE holds."""
+    for target in targets:
+        for n, m in PATTERNS:
+            yield from group_costs(target, n, m)
+        yield from product_costs(target, 2, 4)
+
+
+def triton_release() -> str:
+    """Costs are those of one release of the compiler: major and minor version."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def write_table() -> None:
+    """Put the costs into TABLE, beside those of other releases of Triton."""
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table[triton_release()] = {
+        cost.key: {name: value for name, value in asdict(cost).items() if name not in KEY} for cost in kept_costs()
+    }
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
@@ -143,14 +221,12 @@ def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     print(f"{'certain':>8} {'drawn':>8}   (instructions a weight)")
     for target in targets:
         for n, m in patterns:
-            for kernel in GROUP_KERNELS:
-                warps = CONFIGURATIONS[kernel, m].num_warps
-                print(row(kernel, f"{n}:{m}", target, warps, *group_kernel(kernel, target, n, m)), flush=True)
-            for (product, where, itemsize), tiles in TILES.items():
-                for tile in tiles if where == target and itemsize == 2 else ():
-                    name = f"{product} {tile.out}x{tile.tokens}x{max(tile.k, m)}, {tile.num_warps} warps"
-                    counts = product_kernel(product, target, n, m, tile)
-                    print(row(name, f"{n}:{m}", target, tile.num_warps, *counts), flush=True)
+            for cost in itertools.chain(group_costs(target, n, m), product_costs(target, n, m)):
+                print(
+                    f"{cost.kernel:<42} {cost.pattern:>5} {target:>6} {cost.registers:>5} {cost.stack:>6} "
+                    f"{cost.shared / 1024:>6.1f} {cost.occupancy:>6.0%} {cost.certain:>8.1f} {cost.drawn:>8.1f}",
+                    flush=True,
+                )
     print()
     print(f"{'forward of':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {'bytes':>8} {'issue':>8} {'matmul':>8}  us")
     for target in targets:
@@ -185,5 +261,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--patterns", nargs="+", default=["2:4"], metavar="N:M")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} instead, which the tests hold to")
     arguments = parser.parse_args()
-    report(arguments.targets, [tuple(map(int, pattern.split(":"))) for pattern in arguments.patterns])
+    if arguments.write:
+        write_table()
+    else:
+        report(arguments.targets, [tuple(map(int, pattern.split(":"))) for pattern in arguments.patterns])

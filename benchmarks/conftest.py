@@ -1,35 +1,65 @@
-"""Timing in paired rounds, after a check that what is timed is right."""
+"""The fixture that checks before it times, the rows that the run leaves, and what it prints at its end."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import harness
 import pytest
-import torch
-import triton
+from harness import Work
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MOST_ROUNDS = 15
-FEWEST_ROUNDS = 5
-# Slow providers get fewer rounds
-CASE_SECONDS = 3.0
-# A sample repeats short calls until the clock's and the synchronisation's share is small
-SHORTEST_SAMPLE_SECONDS = 0.01
+from maskpro_kernels.kernels.launch import INTERPRETED
+
 ROWS = pytest.StashKey[list]()
+EARLIER = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--rows", metavar="FILE", help="append one JSON row for each provider timed to FILE")
+    parser.addoption("--compare", metavar="FILE", help="print how much faster than the rows of FILE each row is")
+    parser.addoption(
+        "--fail-below", metavar="R", type=float, help="with --compare: fail where a row is less than R times as fast"
+    )
 
 
 def pytest_configure(config):
     config.stash[ROWS] = []
-    # Threads that wait for each other on a busy machine would charge a provider for each of its operations
-    torch.set_num_threads(1)
+    if INTERPRETED:
+        raise pytest.UsageError("TRITON_INTERPRET: expected to be unset, for the interpreter's time tells nothing")
+    earlier = config.getoption("compare")
+    if earlier is None and config.getoption("fail_below") is not None:
+        raise pytest.UsageError("--fail-below: expected --compare FILE beside it, got none")
+    try:
+        config.stash[EARLIER] = [] if earlier is None else harness.read(earlier)
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(f"--compare: {error}") from None
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict:
+    return harness.environment()
+
+
+@pytest.fixture
+def compare(environment, request) -> Callable[..., None]:
+    """compare(gate, providers, work=, op=, pattern=, shape=, dtype=): check, then time.
+
+    ``gate`` raises where a provider is wrong; nothing is timed then. ``providers`` are functions by name, the first one
+    what the others are set against. ``work`` is the least that all of them have to do.
+    """
+
+    def run(
+        gate: Callable[[], None], providers: Mapping[str, Callable[[], object]], work: Work | None = None, **case
+    ) -> None:
+        gate()
+        rows = harness.rows_of(harness.paired(providers), work, case, environment)
+        request.config.stash[ROWS] += rows
+        path = request.config.getoption("rows")
+        if path is not None:
+            harness.append(Path(path), rows)
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -38,93 +68,30 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("timings")
     width = max(len(row["provider"]) for row in rows)
+    first = {}
     for row in rows:
-        first = next(other for other in rows if case_of(other) == case_of(row))
+        base = first.setdefault(harness.case_of(row), row)
         shape = "x".join(map(str, row["shape"]))
+        roofline = f"{row['percent_of_roofline']:4.0f}%" if "percent_of_roofline" in row else ""
         terminalreporter.write_line(
-            f"{row['op']:<12} {row['pattern']:>5} {shape:>12} {row['provider']:<{width}} "
-            f"{row['median'] * 1e3:9.3f} ms ({row['q20'] * 1e3:.3f} to {row['q80'] * 1e3:.3f}) "
-            f"{row['median'] / first['median']:7.2f} x {first['provider']}"
+            f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} "
+            f"{row['median'] * 1e3:10.3f} ms ({row['q20'] * 1e3:.3f} to {row['q80'] * 1e3:.3f}) {roofline:>5} "
+            f"{row['median'] / base['median']:7.2f} x {base['provider']}"
         )
-
-
-def case_of(row: Mapping) -> tuple:
-    return row["op"], row["pattern"], row["shape"], row["dtype"]
-
-
-def commit() -> str | None:
-    """The commit of the code, marked where files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def device_name() -> str:
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "cpu"
-
-
-@pytest.fixture(scope="session")
-def environment() -> dict:
-    """What a timing depends on besides its case."""
-    return {"commit": commit(), "torch": torch.__version__, "triton": triton.__version__, "device": device_name()}
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def sample(function: Callable[[], object], calls: int) -> float:
-    """Seconds of one call, from ``calls`` in a row."""
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    synchronize()
-    return (time.perf_counter() - start) / calls
-
-
-@pytest.fixture
-def compare(environment, request) -> Callable[..., None]:
-    """compare(gate, providers, op=, pattern=, shape=, dtype=): check, then time.
-
-    ``gate`` raises where a provider is wrong; nothing is timed then. ``providers`` are functions by
-    name, the first one what the others are set against. In every round each provider is timed once,
-    so that what changes on the machine meanwhile meets all of them.
-    """
-
-    def run(gate: Callable[[], None], providers: Mapping[str, Callable[[], object]], **case) -> None:
-        gate()
-        calls, round_seconds = {}, 0.0
-        for name, function in providers.items():
-            function()
-            once = sample(function, 1)
-            calls[name] = max(1, round(SHORTEST_SAMPLE_SECONDS / once))
-            round_seconds += calls[name] * once
-        rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(CASE_SECONDS / round_seconds)))
-        seconds = {name: [] for name in providers}
-        for _ in range(rounds):
-            for name, function in providers.items():
-                seconds[name].append(sample(function, calls[name]))
-        probabilities = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        rows = []
-        for name, values in seconds.items():
-            q20, median, q80 = torch.tensor(values, dtype=torch.float64).quantile(probabilities).tolist()
-            rows.append(
-                {**case, "provider": name, "median": median, "q20": q20, "q80": q80, "rounds": rounds, **environment}
+    ratios = harness.ratios(rows, config.stash[EARLIER])
+    if config.getoption("compare") is not None:
+        terminalreporter.section(f"times as fast as in {config.getoption('compare')}")
+        for row, ratio in ratios:
+            shape = "x".join(map(str, row["shape"]))
+            terminalreporter.write_line(
+                f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} {ratio:7.2f}"
             )
-        request.config.stash[ROWS] += rows
-        path = request.config.getoption("rows")
-        if path is not None:
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
 
-    return run
+
+def pytest_sessionfinish(session, exitstatus):
+    least = session.config.getoption("fail_below")
+    if least is None or exitstatus != pytest.ExitCode.OK:
+        return
+    ratios = harness.ratios(session.config.stash[ROWS], session.config.stash[EARLIER])
+    if not ratios or min(ratio for _, ratio in ratios) < least:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

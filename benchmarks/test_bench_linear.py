@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
+from harness import DEVICE, Work
 from torch import nn
 
 import maskpro_kernels as mk
@@ -94,6 +94,12 @@ class Case:
         return bool(error <= 2 * error_of_torch + 1e-6 * exact.abs().max())
 
 
+def work(shape: tuple[int, int], tokens: int, products: int) -> Work:
+    """Of so many products of a layer: operands of 2 bytes, logits of 4."""
+    rows, k = shape
+    return Work(bytes=products * (6 * rows * k + 2 * tokens * (rows + k)), flops=products * 2 * tokens * rows * k)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(shape, tokens, compare):
@@ -110,6 +116,7 @@ def test_forward(shape, tokens, compare):
         compare(
             torch.enable_grad()(case.check),
             providers,
+            work=work(shape, tokens, 1),
             op="forward",
             pattern=PATTERN,
             shape=(tokens, *shape),
@@ -126,4 +133,7 @@ def test_forward_and_backward(shape, tokens, compare):
         "draw, then matmul": case.gradients_of_draw_then_matmul,
         "dense": case.dense_gradients,
     }
-    compare(case.check, providers, op="backward", pattern=PATTERN, shape=(tokens, *shape), dtype=DTYPE)
+    todo = work(shape, tokens, 3)
+    compare(
+        case.check, providers, work=todo, op="forward+backward", pattern=PATTERN, shape=(tokens, *shape), dtype=DTYPE
+    )

@@ -1,6 +1,6 @@
-"""A training step's own work on one layer under 2:4: draw the masked weight, update the logits, both.
+"""A training step's own work on one layer under 2:4: draw the masked weight, update the logits, both; log-probability.
 
-The eager formulation keeps the mask from draw to update; the other two draw it again.
+The eager formulation keeps the mask from draw to update; the others draw it again.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import eager
 import pytest
 import torch
-from conftest import DEVICE
+from harness import DEVICE, Work
 
 import maskpro_kernels as mk
 from maskpro_kernels import reference
@@ -45,6 +45,7 @@ class Layer:
         self.inverse_temperature = torch.tensor(1.0, device=DEVICE)
         self.counter = {"seed": self.seed, "step": self.step, "layer": LAYER, "draw": DRAW}
         self.mask = self.eager_draw()[0]
+        self.codes = mk.sample_mask(self.logits, PATTERN, **self.counter)
 
     def our_draw(self):
         return mk.sample_masked_weight(self.weight, self.logits, PATTERN, **self.counter)
@@ -72,6 +73,12 @@ class Layer:
         self.reference_draw()
         self.reference_update()
 
+    def our_log_prob(self):
+        return mk.mask_log_prob(self.logits, self.codes, PATTERN)
+
+    def reference_log_prob(self):
+        return reference.mask_log_prob(self.logits, self.codes, self.inverse_temperature, n=N, m=M)
+
     def eager_draw(self):
         return eager.draw(self.weight, self.logits, self.generator)
 
@@ -94,6 +101,7 @@ class Layer:
         """Ours and the reference agree bit for bit; the eager formulation draws and scores the same law."""
         masked = self.our_draw()
         assert torch.equal(masked[:CHECKED_ROWS], self.reference_draw(CHECKED_ROWS))
+        assert torch.equal(self.our_log_prob(), self.reference_log_prob())
         assert torch.equal(self.after(self.our_update), self.after(self.reference_update, rows=CHECKED_ROWS))
 
         mask, eager_masked = self.eager_draw()
@@ -112,17 +120,30 @@ class Layer:
         return int((drawn != top).view(-1, M).any(-1).sum())
 
 
-@pytest.mark.parametrize("op", ["draw", "update", "draw+update"])
+# Bytes a weight that each operation cannot do without: weights of 2, logits of 4, a code and a result by group of 4
+BYTES = {"draw": 2 + 4 + 2, "update": 4 + 4, "draw+update": 2 + 4 + 2 + 4, "log-probability": 4 + (1 + 4) / M}
+
+
+@pytest.mark.parametrize("op", BYTES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_step(shape, op, compare):
     with torch.inference_mode():
         layer = Layer(shape)
         providers = {
-            "draw": (layer.our_draw, layer.eager_draw, layer.reference_draw),
-            "update": (layer.our_update, layer.eager_update, layer.reference_update),
-            "draw+update": (layer.our_step, layer.eager_step, layer.reference_step),
+            "draw": {"ours": layer.our_draw, "eager formulation": layer.eager_draw},
+            "update": {"ours": layer.our_update, "eager formulation": layer.eager_update},
+            "draw+update": {"ours": layer.our_step, "eager formulation": layer.eager_step},
+            "log-probability": {"ours": layer.our_log_prob},
         }[op]
-        named = dict(zip(("ours", "eager formulation", "eager reference"), providers, strict=True))
-        if DEVICE == "cpu" and shape[0] > CHECKED_ROWS:
-            del named["eager reference"]
-        compare(layer.check, named, op=op, pattern=PATTERN, shape=shape, dtype=DTYPE)
+        by_reference = {
+            "draw": layer.reference_draw,
+            "update": layer.reference_update,
+            "draw+update": layer.reference_step,
+            "log-probability": layer.reference_log_prob,
+        }[op]
+        if DEVICE == "cuda" or shape[0] <= CHECKED_ROWS:
+            providers["eager reference"] = by_reference
+        if DEVICE == "cuda":
+            providers["reference under torch.compile"] = torch.compile(by_reference, dynamic=False)
+        work = Work(bytes=round(BYTES[op] * shape[0] * shape[1]))
+        compare(layer.check, providers, work=work, op=op, pattern=PATTERN, shape=shape, dtype=DTYPE)

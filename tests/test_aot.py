@@ -12,8 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import aot_report
+
+BENCHMARKS = Path(aot_report.__file__).parent
 
 KERNELS = [
     "sample_mask",
@@ -164,6 +169,48 @@ def check_products(operand, patterns, targets, stack=0, ends=False, **options):
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_products_compile_for_every_target(target):
     check_products("bf16", [(2, 4)], [target], ends=True, log_prob=True)
+
+
+COSTS_CHILD = """
+import json, sys
+from dataclasses import asdict
+import aot_report
+(everything,) = json.load(sys.stdin)
+known = json.loads(aot_report.TABLE.read_text()).get(aot_report.triton_release())
+if everything:
+    costs = list(aot_report.kept_costs())
+else:
+    costs = [cost for target in aot_report.CHIPS for cost in (*aot_report.group_costs(target, 2, 4),
+             *aot_report.product_costs(target, 2, 4, ends=True))]
+for cost in costs:
+    before = known and known.pop(cost.key, None)
+    print(json.dumps([cost.key, asdict(cost), before, cost.worse_than(before) if before else None]))
+if known and everything:
+    print(json.dumps(["rows of no kernel", list(known), None, None]))
+"""
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["2:4", "all"])
+def test_no_kernel_costs_more_than_its_row_of_the_table(everything):
+    """Registers, stack, shared memory, occupancy, instructions a weight: `make aot-table` where it is on purpose."""
+    rows = in_child(COSTS_CHILD, everything)
+    assert len(rows) >= 3 * (3 + 6)
+    if all(before is None for _, _, before, _ in rows):
+        pytest.skip(f"no costs are kept for Triton {triton.__version__}")
+    for key, cost, before, worse in rows:
+        assert before is not None, (key, cost)
+        assert not worse, (key, worse, cost, before)
+
+
+def test_a_cost_is_worse_where_one_figure_is():
+    before = {"registers": 100, "stack": 0, "shared": 1000, "occupancy": 0.5, "certain": 50.0, "drawn": 90.0}
+    where = {"kernel": "k", "pattern": "2:4", "target": "sm_90"}
+    assert aot_report.Cost(**where, **before).worse_than(before) == []
+    within = {"registers": 105, "shared": 1050, "occupancy": 0.475, "certain": 52.5, "drawn": 94.5}
+    assert aot_report.Cost(**where, **before | within).worse_than(before) == []
+    beyond = {"registers": 106, "stack": 8, "shared": 1051, "occupancy": 0.47, "certain": 52.6, "drawn": 94.6}
+    for name, value in beyond.items():
+        assert aot_report.Cost(**where, **before | {name: value}).worse_than(before) == [name]
 
 
 SLOPES_CHILD = """

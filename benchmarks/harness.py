@@ -1,0 +1,185 @@
+"""Timing in paired rounds, and the rows that it makes.
+
+In every round each provider is timed once, so that what changes on the machine meanwhile meets all of them, and ratios
+hold on a busy machine as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MOST_ROUNDS = 15
+FEWEST_ROUNDS = 5
+# Slow providers get fewer rounds
+CASE_SECONDS = 3.0
+# A sample repeats short calls until the clock's share is small
+SHORTEST_SAMPLE_SECONDS = 0.01
+# More than any cache of a GPU holds
+FLUSHED_BYTES = 256 << 20
+COPIED_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that an operation has to do, whoever does it: bytes read and written, floating-point operations of
+    matrix products, and the dtype of their operands.
+    """
+
+    bytes: int = 0
+    flops: int = 0
+    dtype: torch.dtype = torch.bfloat16
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@functools.cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
+
+
+def sample(function: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of one call, the mean of ``calls``; on a GPU by its own clock, each with a cold cache."""
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+    spans = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in spans:
+        # what is queued behind it hides the time it takes to launch the call
+        _flushed().zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in spans) / calls / 1e3
+
+
+def paired(providers: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of every provider by round."""
+    calls, round_seconds = {}, 0.0
+    for name, function in providers.items():
+        function()
+        synchronize()
+        once = sample(function)
+        calls[name] = max(1, round(SHORTEST_SAMPLE_SECONDS / once))
+        round_seconds += calls[name] * once
+    rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(CASE_SECONDS / round_seconds)))
+    seconds = {name: [] for name in providers}
+    for _ in range(rounds):
+        for name, function in providers.items():
+            seconds[name].append(sample(function, calls[name]))
+    return seconds
+
+
+@functools.cache
+def copied_bytes_per_second() -> float:
+    """This machine's rate of reading and writing, by a copy."""
+    source = torch.empty(COPIED_BYTES[DEVICE], dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    (seconds,) = paired({"copy": lambda: target.copy_(source)}).values()
+    return 2 * source.nbytes / min(seconds)
+
+
+@functools.cache
+def flops_per_second(dtype: torch.dtype) -> float:
+    """This machine's rate of multiplying matrices, by torch."""
+    size = MATMUL_SIZE[DEVICE]
+    x, y = (torch.ones(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
+    (seconds,) = paired({"matmul": lambda: x @ y}).values()
+    return 2 * size**3 / min(seconds)
+
+
+def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping, environment: Mapping) -> list[dict]:
+    """One JSON row a provider: the case, quantiles of its seconds, rates, and the percentage of the roofline."""
+    probabilities = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    rows = []
+    for name, values in seconds.items():
+        q20, median, q80 = torch.tensor(values, dtype=torch.float64).quantile(probabilities).tolist()
+        row = {**case, "provider": name, "median": median, "q20": q20, "q80": q80, "rounds": len(values)}
+        if work is not None:
+            by_bytes = work.bytes / copied_bytes_per_second()
+            by_flops = work.flops / flops_per_second(work.dtype) if work.flops else 0.0
+            row["gb_per_s"] = work.bytes / median / 1e9
+            row["tflop_per_s"] = work.flops / median / 1e12
+            row["percent_of_roofline"] = 100 * max(by_bytes, by_flops) / median
+        rows.append({**row, **environment})
+    return rows
+
+
+def append(path: Path, rows: Iterable[Mapping]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: if a line is no row.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            case_of(row), row["median"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}: expected a row of the benchmarks, got {line[:80]!r}") from None
+        rows.append(row)
+    return rows
+
+
+def case_of(row: Mapping) -> tuple:
+    """What is timed, whoever does it."""
+    return row["op"], row["pattern"], tuple(row["shape"]), row["dtype"]
+
+
+def ratios(rows: Iterable[Mapping], earlier: Iterable[Mapping]) -> list[tuple[Mapping, float]]:
+    """(row, seconds of the last of ``earlier`` over its own) where there is such a row of the same device."""
+    known = {(case_of(row), row["provider"], row["device"]): row["median"] for row in earlier}
+    keys = [(case_of(row), row["provider"], row["device"]) for row in rows]
+    return [(row, known[key] / row["median"]) for row, key in zip(rows, keys, strict=True) if key in known]
+
+
+def commit() -> str | None:
+    """The commit of the code, marked where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def device_name() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "cpu"
+
+
+def environment() -> dict:
+    """What a timing depends on besides its case."""
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }

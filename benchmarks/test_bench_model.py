@@ -1,0 +1,150 @@
+"""SmolLM2-135M under 2:4: the own work of a training step on all its 210 layers, and whole steps by estimator."""
+
+from __future__ import annotations
+
+import eager
+import pytest
+import torch
+from harness import DEVICE, Work
+
+import maskpro_kernels as mk
+from maskpro_kernels import reference
+from maskpro_kernels.evaluation import causal_lm_loss
+
+pytest.importorskip("gguf", reason="reading SmolLM2-135M needs the extra demo")
+hf = pytest.importorskip("maskpro_kernels.hf")
+
+PATTERN, N, M = "2:4", 2, 4
+SHAPE = (8, 128)
+COEF = 1e-6
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Frozen weights in bfloat16."""
+    try:
+        loaded, _ = hf.load_model("smollm2-135m", torch.bfloat16)
+    except (ImportError, OSError, ValueError) as error:
+        pytest.skip(f"SmolLM2-135M is not here: {error}")
+    return loaded.to(DEVICE).eval().requires_grad_(False)
+
+
+def batch() -> torch.Tensor:
+    tokens = torch.randint(0, 49152, SHAPE, generator=torch.Generator().manual_seed(0))
+    return tokens.to(DEVICE)
+
+
+class Layers:
+    """Weights and logits of all layers, and the step's own work on them by each provider."""
+
+    def __init__(self, model):
+        mk.convert(model, PATTERN, gap=10.0)
+        self.layers = [module for module in model.modules() if isinstance(module, mk.MaskedLinear)]
+        self.generator = torch.Generator(DEVICE).manual_seed(0)
+        self.seed, self.step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, 0))
+        # each side moves its own logits
+        self.eager_logits = [layer.logits.clone() for layer in self.layers]
+
+    def counter(self, layer) -> dict:
+        return {"seed": self.seed, "step": self.step, "layer": layer.layer}
+
+    def ours(self):
+        for layer in self.layers:
+            mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
+        for layer in self.layers:
+            mk.score_update_(layer.logits, COEF, pattern=PATTERN, **self.counter(layer))
+        self.step.add_(1)
+
+    def eager(self):
+        sides = zip(self.layers, self.eager_logits, strict=True)
+        masks = [eager.draw(layer.weight, logits, self.generator)[0] for layer, logits in sides]
+        for logits, mask in zip(self.eager_logits, masks, strict=True):
+            eager.update_(logits, mask, COEF)
+
+    def check(self):
+        """Of the smallest layer: the bits of the reference."""
+        layer = min(self.layers, key=lambda layer: layer.weight.numel())
+        one, zero, number, stride = (
+            torch.tensor(i, device=DEVICE) for i in (1.0, 0, layer.layer, layer.logits.shape[1] // M)
+        )
+        masked = mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
+        shard = (one, number, zero, zero, stride)
+        counter = (self.seed, self.step)
+        assert torch.equal(
+            masked, reference.sample_masked_weight(layer.weight, layer.logits, *counter, *shard, n=N, m=M)
+        )
+        ours, expected = layer.logits.clone(), layer.logits.clone()
+        mk.score_update_(ours, 0.37, pattern=PATTERN, **self.counter(layer))
+        coef, draws = torch.tensor([0.37], device=DEVICE), zero[None]
+        reference.score_update_(expected, coef, *counter, draws, one, number, zero, stride, n=N, m=M)
+        assert torch.equal(ours, expected)
+
+
+def test_draw_and_update_of_all_layers(model, compare):
+    import copy
+
+    with torch.inference_mode():
+        layers = Layers(copy.deepcopy(model))
+        weights = sum(layer.weight.numel() for layer in layers.layers)
+        compare(
+            layers.check,
+            {"ours": layers.ours, "eager formulation": layers.eager},
+            work=Work(bytes=12 * weights),
+            op="draw+update, all layers",
+            pattern=PATTERN,
+            shape=(len(layers.layers),),
+            dtype="bfloat16 weight, float32 logits",
+        )
+
+
+def test_training_step(model, compare):
+    """Of each estimator, beside the forward, and forward and backward, of the unmasked model."""
+    import copy
+
+    trainers = {}
+    for name, estimator, gap in (
+        ("REINFORCE", mk.Reinforce(lr=1e-6), 10.0),
+        ("straight-through", mk.StraightThrough(lr=1e-6), 15.0),
+    ):
+        converted = copy.deepcopy(model)
+        mk.convert(converted, PATTERN, gap=gap)
+        trainers[name] = mk.MaskTrainer(converted, causal_lm_loss, [batch()], estimator, seed=0)
+    plain = copy.deepcopy(model)
+    weights = [
+        plain.get_submodule(name).weight.requires_grad_()
+        for name in mk.convert(copy.deepcopy(model), PATTERN).converted
+    ]
+
+    @torch.inference_mode()
+    def forward():
+        return causal_lm_loss(plain, batch())
+
+    def forward_and_backward():
+        causal_lm_loss(plain, batch()).backward()
+        for weight in weights:
+            weight.grad = None
+
+    def check():
+        """A step moves logits, and only those."""
+        for name, trainer in trainers.items():
+            layer = next(iter(trainer.layers.values()))
+            logits, weight = layer.logits.detach().clone(), layer.weight.clone()
+            record = trainer.step()
+            assert torch.isfinite(torch.tensor(record.loss)), name
+            assert not torch.equal(layer.logits, logits) or name == "REINFORCE", name
+            assert torch.equal(layer.weight, weight), name
+
+    compare(
+        check,
+        {
+            "REINFORCE": trainers["REINFORCE"].step,
+            "straight-through": trainers["straight-through"].step,
+            "dense forward": forward,
+            "dense forward and backward": forward_and_backward,
+        },
+        op="training step",
+        pattern=PATTERN,
+        shape=SHAPE,
+        dtype="bfloat16 weight, float32 logits",
+    )

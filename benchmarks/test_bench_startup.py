@@ -1,0 +1,40 @@
+"""Whole processes: what an import costs, and a first draw and update whose graphs or kernels are on disk already."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from harness import DEVICE
+
+FIRST_CALLS = f"""
+import torch
+import maskpro_kernels as mk
+weight, logits = torch.randn(192, 576, device="{DEVICE}").bfloat16(), torch.randn(192, 576, device="{DEVICE}")
+mk.sample_masked_weight(weight, logits, "2:4", seed=11)
+mk.score_update_(logits, 1e-3, pattern="2:4", seed=11)
+assert float(logits.sum()) == float(logits.sum())
+"""
+
+
+def process(code: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_startup(compare):
+    providers = {
+        "first draw and update": lambda: process(FIRST_CALLS),
+        "import maskpro_kernels": lambda: process("import maskpro_kernels"),
+        "import torch": lambda: process("import torch"),
+    }
+    # the check is the assertion inside; what it compiles stays on disk
+    compare(
+        providers["first draw and update"],
+        providers,
+        op="startup",
+        pattern="2:4",
+        shape=(192, 576),
+        dtype="bfloat16 weight, float32 logits",
+    )

@@ -1,0 +1,142 @@
+"""The benchmarks' harness: no speed of what is wrong, rows that say what they are of, comparisons that can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import harness
+import plot
+
+BENCHMARKS = Path(harness.__file__).parent
+
+# ours is planted: it draws the mask of the next step
+PLANTED = """
+import torch
+import maskpro_kernels as mk
+from harness import Work
+
+def draw(logits, step):
+    return mk.sample_mask(logits, "2:4", seed=3, step=step)
+
+def test_draw(compare):
+    logits = torch.randn(64, 64)
+    ours = lambda: draw(logits, {step})
+    reference = lambda: draw(logits, 5)
+
+    def gate():
+        assert torch.equal(ours(), reference())
+
+    providers = dict(ours=ours, reference=reference)
+    compare(gate, providers, work=Work(bytes=20480), op="draw", pattern="2:4", shape=(64, 64), dtype="float32 logits")
+"""
+
+
+def run(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(BENCHMARKS)} | more
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def plant(folder: Path, step: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "test_bench_planted.py").write_text(PLANTED.format(step=step))
+    return folder
+
+
+def test_a_wrong_kernel_gets_no_speed(tmp_path):
+    wrong, rows = plant(tmp_path / "wrong", step=6), tmp_path / "rows.jsonl"
+    done = run(wrong, "--rows", str(rows))
+    assert done.returncode == 1
+    assert "AssertionError" in done.stdout and " ms " not in done.stdout
+    assert not rows.exists()
+
+
+def test_rows_comparison_and_pictures(tmp_path):
+    right, path = plant(tmp_path / "right", step=5), tmp_path / "rows.jsonl"
+    done = run(right, "--rows", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = harness.read(path)
+    assert [row["provider"] for row in rows] == ["ours", "reference"]
+    for row in rows:
+        assert 0 < row["q20"] <= row["median"] <= row["q80"]
+        assert row["gb_per_s"] == pytest.approx(20480 / row["median"] / 1e9)
+        assert row["percent_of_roofline"] > 0
+        assert {"commit", "torch", "triton", "device", "threads", "rounds"} <= row.keys()
+
+    faster = tmp_path / "faster.jsonl"
+    harness.append(faster, [row | {"median": row["median"] / 1e3} for row in rows])
+    done = run(right, "--compare", str(faster), "--fail-below", "0.9")
+    assert done.returncode == 1
+    assert "times as fast" in done.stdout
+    slower = tmp_path / "slower.jsonl"
+    harness.append(slower, [row | {"median": row["median"] * 1e3} for row in rows])
+    assert run(right, "--compare", str(slower), "--fail-below", "0.9").returncode == 0
+
+    (picture,) = plot.pictures(rows, tmp_path / "pictures")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("line", ["{}", "nothing", '{"op": 1}', "[]"])
+def test_a_file_without_rows_is_refused(line, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        json.dumps({"op": "draw", "pattern": "2:4", "shape": [1], "dtype": "x", "median": 1}) + f"\n{line}\n"
+    )
+    with pytest.raises(ValueError, match="line 2: expected a row"):
+        harness.read(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [(["--fail-below", "1"], "--compare FILE"), (["--compare", "missing.jsonl"], "missing.jsonl")]
+)
+def test_options_without_effect_are_refused(options, told, tmp_path):
+    done = run(plant(tmp_path / "any", step=5), *options)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert told in done.stderr
+
+
+def test_the_interpreter_is_not_timed(tmp_path):
+    done = run(plant(tmp_path / "any", step=5), TRITON_INTERPRET="1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "TRITON_INTERPRET: expected" in done.stderr
+
+
+def test_every_provider_meets_every_round(monkeypatch):
+    seen = []
+    providers = {name: lambda name=name: seen.append(name) for name in "ab"}
+    monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or 1.0)
+    seconds = harness.paired(providers)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("ab", harness.FEWEST_ROUNDS)
+    # one call and one sample of each before the rounds
+    assert seen[4:] == ["a", "b"] * harness.FEWEST_ROUNDS
+
+
+def test_ratios_match_case_provider_and_device():
+    row = {
+        "op": "draw",
+        "pattern": "2:4",
+        "shape": [2, 3],
+        "dtype": "x",
+        "provider": "ours",
+        "device": "d",
+        "median": 2.0,
+    }
+    others = [row | {key: "other"} for key in ("op", "pattern", "dtype", "provider", "device")]
+    assert harness.ratios([row], [row | {"median": 3.0}, *others]) == [(row, 1.5)]
+    assert harness.ratios([row], others) == []
+
+
+def test_rates_are_this_machines():
+    # within what any machine does: 0.1 to 10,000 GB/s, 0.1 GFLOP/s to 10 PFLOP/s
+    assert 1e8 < harness.copied_bytes_per_second() < 1e13
+    assert 1e8 < harness.flops_per_second(torch.float32) < 1e16
