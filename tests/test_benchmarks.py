@@ -21,21 +21,22 @@ BENCHMARKS = Path(harness.__file__).parent
 # ours is planted: it draws the mask of the next step
 PLANTED = """
 import torch
-import maskpro_kernels as mk
 from harness import Work
+from maskpro_kernels import reference
 
 def draw(logits, step):
-    return mk.sample_mask(logits, "2:4", seed=3, step=step)
+    seed, step, layer, draw, offset, stride = (torch.tensor(i) for i in (3, step, 0, 0, 0, 16))
+    return reference.sample_mask(logits, seed, step, torch.tensor(1.0), layer, draw, offset, stride, n=2, m=4)
 
 def test_draw(compare):
     logits = torch.randn(64, 64)
     ours = lambda: draw(logits, {step})
-    reference = lambda: draw(logits, 5)
+    expected = draw(logits, 5)
 
     def gate():
-        assert torch.equal(ours(), reference())
+        assert torch.equal(ours(), expected)
 
-    providers = dict(ours=ours, reference=reference)
+    providers = dict(ours=ours, reference=lambda: draw(logits, 5))
     compare(gate, providers, work=Work(bytes=20480), op="draw", pattern="2:4", shape=(64, 64), dtype="float32 logits")
 """
 
