@@ -111,7 +111,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=32, tokens=64, k=32, num_warps=8),
         # Not 4 warps: each thread's part of the product alone would be more than its registers hold
         Tiles(out=16, tokens=128, k=32, num_warps=8),
-        Tiles(out=32, tokens=128, k=32, num_warps=8),
+        Tiles(out=32, tokens=128, k=32, num_warps=8, registers=160),
     ),
     ("masked_linear_input_grad", 2): (
         Tiles(out=64, tokens=16, k=16, registers=128),
