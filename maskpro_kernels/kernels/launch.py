@@ -21,7 +21,7 @@ launches: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Compiled:
+class _CompileOptions:
     """How a kernel is compiled: warps and stages, and the most registers a thread may take (None: as ptxas likes)."""
 
     num_warps: int = 4
@@ -37,7 +37,7 @@ class _Compiled:
 
 
 @dataclass(frozen=True)
-class Configuration(_Compiled):
+class Configuration(_CompileOptions):
     """How a kernel over groups is launched: groups a program."""
 
     block: int
@@ -72,7 +72,7 @@ CONFIGURATIONS["score_update", 32] = Configuration(block=128, registers=255)
 
 
 @dataclass(frozen=True)
-class Tiles(_Compiled):
+class Tiles(_CompileOptions):
     """How a masked product is launched: what of rows, tokens and K a program multiplies at a time."""
 
     out: int
@@ -111,7 +111,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=32, tokens=64, k=32, num_warps=8),
         # Not 4 warps: each thread's part of the product alone would be more than its registers hold
         Tiles(out=16, tokens=128, k=32, num_warps=8),
-        Tiles(out=32, tokens=128, k=32, num_warps=8, registers=160),
+        Tiles(out=32, tokens=128, k=16, num_warps=8),
     ),
     ("masked_linear_input_grad", 2): (
         Tiles(out=64, tokens=16, k=16, registers=128),
