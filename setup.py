@@ -25,6 +25,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "tqdm>=4.60",
+        "filelock>=3.12",
     ],
     extras_require={
         "demo": DEMO,

@@ -78,14 +78,17 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{row['median'] * 1e3:10.3f} ms ({row['q20'] * 1e3:.3f} to {row['q80'] * 1e3:.3f}) {roofline:>5} "
             f"{row['median'] / base['median']:7.2f} x {base['provider']}"
         )
-    ratios = harness.ratios(rows, config.stash[EARLIER])
     if config.getoption("compare") is not None:
         terminalreporter.section(f"times as fast as in {config.getoption('compare')}")
+        ratios = harness.ratios(rows, config.stash[EARLIER])
+        least = config.getoption("fail_below") or 0.0
         for row, ratio in ratios:
             shape = "x".join(map(str, row["shape"]))
+            verdict = f"  below {least:g}" if ratio < least else ""
             terminalreporter.write_line(
-                f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} {ratio:7.2f}"
+                f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} {ratio:7.2f}{verdict}"
             )
+        terminalreporter.write_line(f"{len(rows) - len(ratios)} rows have none like them there")
 
 
 def pytest_sessionfinish(session, exitstatus):

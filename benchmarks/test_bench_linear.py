@@ -78,7 +78,10 @@ class Case:
         masked = self.masked_by_reference()
         exact = nn.functional.linear(self.x.double(), masked.double())
         with_log_prob, log_prob = self.ours_with_log_prob()
-        for y in (self.ours(), with_log_prob, self.draw_then_matmul()):
+        products = [self.ours(), with_log_prob, self.draw_then_matmul()]
+        if DEVICE == "cuda":
+            products.append(self.compiled())
+        for y in products:
             assert self.within_budget(y, nn.functional.linear(self.x, masked), exact)
         codes = mk.sample_mask(self.logits, **self.counter)
         torch.testing.assert_close(log_prob, mk.mask_log_prob(self.logits, codes, PATTERN).sum(), rtol=1e-5, atol=0)

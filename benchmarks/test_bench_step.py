@@ -143,7 +143,5 @@ def test_step(shape, op, compare):
         }[op]
         if DEVICE == "cuda" or shape[0] <= CHECKED_ROWS:
             providers["eager reference"] = by_reference
-        if DEVICE == "cuda":
-            providers["reference under torch.compile"] = torch.compile(by_reference, dynamic=False)
         work = Work(bytes=round(BYTES[op] * shape[0] * shape[1]))
         compare(layer.check, providers, work=work, op=op, pattern=PATTERN, shape=shape, dtype=DTYPE)

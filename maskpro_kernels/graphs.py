@@ -10,12 +10,17 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import tempfile
+import threading
+import time
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 # A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
@@ -33,6 +38,7 @@ OPTIONS = {
     # Bits must not depend on a user's settings
     "cpp.enable_floating_point_contract_flag": "off",
     "cpp.enable_unsafe_math_opt_flag": False,
+    "cpp.simdlen": None,
     # Else the number of threads where it was compiled would decide how all later ones run
     "cpp.dynamic_threads": True,
 }
@@ -41,11 +47,16 @@ OPTIONS = {
 SOURCES = ("pattern", "philox", "reference", "certain", "graphs", "compiled")
 
 
+KEPT_SECONDS = 90 * 24 * 3600
+
+# torch's exporter and compiler change settings of the whole process while they run
+_making = threading.Lock()
+
 # (dtype, *shape) of tensors
 Likes = tuple[tuple, ...]
 
 
-class _Whole(nn.Module):
+class _Bound(nn.Module):
     """``function(*tensors, **constants)``; where ``indexed``, the tensor behind the others is added to the last of the
     first ``groups``.
     """
@@ -75,45 +86,46 @@ class Graph:
     """
 
     def __init__(self, function: Callable, groups: Likes, rest: Likes, indexed: bool, constants: Mapping):
-        self.whole = _Whole(function, len(groups), indexed, constants)
+        self.whole = _Bound(function, len(groups), indexed, constants)
         self.groups, self.rest = groups, (*rest, (torch.int64,)) if indexed else rest
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        if self.run is not None:
-            return self.run(tensors)
+        if self.run is None:
+            with _making:
+                if self.run is None:
+                    self.run = self._made()
+        return self.run(tensors)
+
+    def _made(self) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         try:
-            run = self._compiled()
-            # inductor's own empties the list
-            results = run(list(tensors))
+            return self._compiled()
         except Exception as error:
             # what a compiler, its cache or its settings raise differs from release to release
             first_line = (str(error) or repr(error)).splitlines()[0]
-            warnings.warn(f"compilation failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=2)
-            run = self._eager
-            results = run(tensors)
-        self.run = run
-        return results
+            warnings.warn(f"compilation failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=4)
+            return self._eager
 
     def _eager(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         return self.whole(*tensors)
 
-    def _compiled(self) -> Callable:
+    def _compiled(self) -> Callable[[list[Tensor]], list[Tensor]]:
         path = cache_folder() / f"{self.whole.function.__name__.strip('_')}-{self._digest()}.pt2"
-        if path.exists():
-            try:
-                return load(path)
-            except RuntimeError:
-                # damaged: made again
-                pass
-        self._build(path)
+        # the folder may be deleted at any time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if intact(path):
+                os.utime(path)
+            else:
+                self._build(path)
+                remove_unused(path.parent)
         return load(path)
 
     def _digest(self) -> str:
         """Of all that the compiled code depends on."""
         function, constants = self.whole.function, sorted(map(str, self.whole.constants.items()))
         name = (function.__module__, function.__qualname__, constants)
-        made_of = (name, self.groups, self.rest, self.whole.indexed, OPTIONS, torch.__version__, processor(), sources())
+        made_of = (name, self.groups, self.rest, self.whole.indexed, OPTIONS, torch.__version__, processor(), CODE)
         return hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
 
     def _build(self, path: Path) -> None:
@@ -138,28 +150,49 @@ def graph(function: Callable, groups: Likes, rest: Likes, indexed: bool, **const
 
 
 def load(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The graph of a file, which takes all tensors in a list and empties it.
-
-    Raises:
-        RuntimeError: if the file holds none.
-    """
+    """The graph of a file, which takes all tensors in a list and empties it."""
     # what its own call adds, parsing its signature anew, costs as much as a small layer
     return torch._inductor.aoti_load_package(os.fspath(path)).loader.boxed_run
 
 
+def intact(path: Path) -> bool:
+    """Whether a graph's file is there and whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (FileNotFoundError, zipfile.BadZipFile):
+        return False
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove what nobody has loaded for KEPT_SECONDS, and what killed processes left behind."""
+    for path in folder.iterdir():
+        if time.time() - path.stat().st_mtime < KEPT_SECONDS:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @functools.cache
 def cache_folder() -> Path:
-    """Where graphs are kept: ``maskpro_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; a folder of this process
-    where that cannot be written.
+    """Where graphs are kept: ``maskpro_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` if nobody else may write there,
+    for what lies there is run; else a folder of this process.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "maskpro_kernels"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        if folder.is_absolute():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.stat()
+            if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+                return folder
     except OSError:
-        return Path(_of_this_process().name)
+        pass
+    return Path(_of_this_process().name)
 
 
 @functools.cache
@@ -173,15 +206,19 @@ def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
-    return " ".join(told.get(name, "") for name in ("model name", "flags", "Features")) or platform.machine()
+        lines = []
+    fields = {line.split(":")[0].strip(): line for line in lines if ":" in line}
+    model = [fields[name] for name in ("model name", "flags", "Features") if name in fields]
+    return " ".join([platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), *model])
 
 
-@functools.cache
 def sources() -> str:
     """Digest of what graphs are compiled from."""
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()
+
+
+# Now, for a file may be edited before the first graph is compiled from what this process has loaded
+CODE = sources()

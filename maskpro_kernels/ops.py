@@ -27,7 +27,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def compiler_available() -> bool:
-    """Whether torch.compile is switched on and finds a C++ compiler on this machine."""
+    """Whether torch's compiler is switched on and finds a C++ compiler on this machine."""
     from torch._inductor import cpp_builder
 
     if torch._dynamo.config.disable:

@@ -144,8 +144,10 @@ assert torch.equal(bits(update(compiled, 1, 2, logits)), bits(update(reference, 
 
 
 @pytest.mark.slow
-def test_settings_of_the_compiler_do_not_change_bits():
+def test_settings_of_the_compiler_do_not_change_bits(tmp_path):
     environment = os.environ | {
+        # or the child would load what was compiled without the settings
+        "XDG_CACHE_HOME": str(tmp_path),
         "TORCHINDUCTOR_CPP_ENABLE_FLOATING_POINT_CONTRACT_FLAG": "fast",
         "TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG": "1",
     }

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+import zipfile
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
+from test_imports import imported
 
 from maskpro_kernels import graphs
 
@@ -64,12 +69,12 @@ def test_a_graph_is_compiled_once_for_all_shapes_and_processes(folder, builds):
     # as another process would
     check(a_graph())
     assert len(builds) == 1
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.pt2")
     # a file that a killed process or a full disk left behind
     file.write_bytes(file.read_bytes()[:5_000])
     check(a_graph())
     assert len(builds) == 2
-    assert list(folder.iterdir()) == [file]
+    assert list(folder.glob("*.pt2")) == [file] and not list(folder.glob("tmp*"))
 
 
 def test_inference_mode_and_default_dtype_do_not_reach_the_graph(folder, builds):
@@ -86,7 +91,9 @@ def test_inference_mode_and_default_dtype_do_not_reach_the_graph(folder, builds)
 def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     names = [a_graph()._digest(), a_graph(power=4)._digest(), a_graph(rest=((torch.float64,),))._digest()]
     names.append(a_graph(groups=((torch.float32, 8), (torch.int64,)))._digest())
-    for name, value in (("processor", lambda: "another"), ("sources", lambda: "edited"), ("OPTIONS", {})):
+    names.append(graphs.Graph(scaled_sum, *LIKE, False, {"power": 3})._digest())
+    names.append(graphs.Graph(check, *LIKE, True, {"power": 3})._digest())
+    for name, value in (("processor", lambda: "another"), ("CODE", "edited"), ("OPTIONS", {})):
         with monkeypatch.context() as patch:
             patch.setattr(graphs, name, value)
             names.append(a_graph()._digest())
@@ -97,34 +104,103 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     assert a_graph()._digest() == names[0]
 
 
-def test_the_sources_are_what_graphs_are_made_from(tmp_path, monkeypatch):
+def test_the_sources_are_all_that_graphs_are_made_from(tmp_path, monkeypatch):
+    pending, reached = ["compiled"], set()
+    while pending:
+        reached.add(module := pending.pop())
+        pending += {name[1:] for name in imported(module, lazy=True) if name.startswith(".")} - reached
+    assert set(graphs.SOURCES) == reached
+    assert graphs.sources() == graphs.CODE
     for name in graphs.SOURCES:
         (tmp_path / f"{name}.py").write_text("x = 1\n")
     monkeypatch.setattr(graphs, "__file__", str(tmp_path / "graphs.py"))
-    digests = [graphs.sources.__wrapped__()]
+    digests = [graphs.sources()]
     for name in graphs.SOURCES:
         (tmp_path / f"{name}.py").write_text("x = 2\n")
-        digests.append(graphs.sources.__wrapped__())
+        digests.append(graphs.sources())
     assert len(set(digests)) == len(digests)
+
+
+def test_threads_that_come_together_compile_once(folder, monkeypatch):
+    building, graph = threading.Barrier(2, timeout=60), a_graph()
+    builds = []
+
+    def slow(self, path):
+        builds.append(path)
+        time.sleep(0.2)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(graphs.Graph, "_build", slow)
+    monkeypatch.setattr(graphs, "load", lambda path: list)
+
+    def call():
+        building.wait()
+        graph(tensors(2))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1
+
+
+def test_a_process_waits_for_another_that_compiles_the_same(folder, monkeypatch):
+    graph, path = a_graph(), folder / "scaled_sum-x.pt2"
+    monkeypatch.setattr(graphs.Graph, "_digest", lambda _: "x")
+    monkeypatch.setattr(graphs, "load", lambda path: list)
+
+    def build(self, path):
+        with pytest.raises(Timeout):
+            FileLock(path.with_suffix(".lock"), is_singleton=False, timeout=0).acquire()
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("graph", "")
+
+    monkeypatch.setattr(graphs.Graph, "_build", build)
+    graph(tensors(2))
+    assert path.exists()
+    with FileLock(path.with_suffix(".lock"), is_singleton=False, timeout=0):
+        pass
+
+
+def test_what_nobody_loads_goes(folder):
+    kept, old, left = folder / "kept.pt2", folder / "old.pt2", folder / "tmpx"
+    for path in (kept, old):
+        path.write_bytes(b"")
+    left.mkdir()
+    (left / "graph.pt2").write_bytes(b"")
+    long_ago = time.time() - graphs.KEPT_SECONDS - 1
+    for path in (old, left):
+        os.utime(path, (long_ago, long_ago))
+    graphs.remove_unused(folder)
+    assert list(folder.iterdir()) == [kept]
 
 
 CHILD = "from maskpro_kernels import graphs; print(graphs.cache_folder())"
 
 
-@pytest.mark.parametrize("given", ["XDG_CACHE_HOME", "HOME"])
-def test_the_cache_lies_where_caches_do(given, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
-    environment[given] = str(tmp_path)
+def folder_of(**given: str | None) -> str:
+    """What a process with that environment, None where a variable is missing, takes for the cache."""
+    environment = {name: value for name, value in (os.environ | given).items() if value is not None}
     done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
-    expected = tmp_path if given == "XDG_CACHE_HOME" else tmp_path / ".cache"
-    assert done.stdout.strip() == str(expected / "maskpro_kernels")
+    return done.stdout.strip()
 
 
-def test_where_no_cache_can_be_written_graphs_live_as_long_as_the_process(tmp_path):
+def test_the_cache_lies_where_caches_do(tmp_path):
+    home, cache = str(tmp_path / "home"), str(tmp_path / "cache")
+    assert folder_of(XDG_CACHE_HOME=cache, HOME=home) == f"{cache}/maskpro_kernels"
+    for unset in (None, "", "relative"):
+        assert folder_of(XDG_CACHE_HOME=unset, HOME=home) == f"{home}/.cache/maskpro_kernels"
+    assert (tmp_path / "cache" / "maskpro_kernels").stat().st_mode & 0o777 == 0o700
+
+
+def test_graphs_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_path):
+    shared = tmp_path / "maskpro_kernels"
+    shared.mkdir()
+    shared.chmod(0o777)
     file = tmp_path / "file"
     file.write_text("")
-    environment = os.environ | {"XDG_CACHE_HOME": str(file)}
-    code = f"{CHILD}; assert graphs.cache_folder().is_dir()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "maskpro_kernels-" in done.stdout
-    assert not os.path.exists(done.stdout.strip())
+    for base in (tmp_path, file):
+        folder = folder_of(XDG_CACHE_HOME=str(base))
+        assert "maskpro_kernels-" in folder
+        assert not os.path.exists(folder)
