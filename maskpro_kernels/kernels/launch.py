@@ -117,7 +117,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=64, tokens=16, k=16, registers=128),
         Tiles(out=64, tokens=32, k=16),
         Tiles(out=64, tokens=64, k=16),
-        Tiles(out=64, tokens=64, k=32, num_warps=8),
+        Tiles(out=64, tokens=64, k=32, num_warps=8, registers=128),
         Tiles(out=64, tokens=128, k=16, registers=160),
         # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
         Tiles(out=32, tokens=128, k=32),
