@@ -119,7 +119,7 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtype, logits_dtype, la
 @pytest.mark.parametrize(
     ("pattern", "logits_dtype"),
     [
-        pytest.param(p, d, marks=[pytest.mark.slow] if p.m >= 8 and d != torch.float32 else [], id=f"{p}-{d}")
+        pytest.param(p, d, marks=[pytest.mark.slow] if str(p) != "2:4" else [], id=f"{p}-{d}")
         for p in PATTERNS
         for d in DTYPES
     ],
