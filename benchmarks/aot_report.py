@@ -16,7 +16,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -194,9 +194,9 @@ def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[C
             yield Cost.of(name, f"{n}:{m}", target, tile.num_warps, *product_kernel(product, target, n, m, tile))
 
 
-def kept_costs(targets: Iterable[str] = CHIPS) -> Iterator[Cost]:
+def kept_costs() -> Iterator[Cost]:
     """What TABLE holds."""
-    for target in targets:
+    for target in CHIPS:
         for n, m in PATTERNS:
             yield from group_costs(target, n, m)
         yield from product_costs(target, 2, 4)

@@ -12,9 +12,20 @@ FIRST_CALLS = f"""
 import torch
 import maskpro_kernels as mk
 weight, logits = torch.randn(192, 576, device="{DEVICE}").bfloat16(), torch.randn(192, 576, device="{DEVICE}")
-mk.sample_masked_weight(weight, logits, "2:4", seed=11)
+before = logits.clone()
+masked = mk.sample_masked_weight(weight, logits, "2:4", seed=11)
 mk.score_update_(logits, 1e-3, pattern="2:4", seed=11)
-assert float(logits.sum()) == float(logits.sum())
+# waits for the device
+float(logits.sum())
+"""
+CHECK = f"""
+from maskpro_kernels import reference
+seed, zero, coef = (torch.tensor(i, device="{DEVICE}") for i in (11, 0, 1e-3))
+one, stride = torch.tensor(1.0, device="{DEVICE}"), torch.tensor(144, device="{DEVICE}")
+expected = reference.sample_masked_weight(weight, before, seed, zero, one, zero, zero, zero, stride, n=2, m=4)
+assert torch.equal(masked, expected)
+reference.score_update_(before, coef[None], seed, zero, zero[None], one, zero, zero, stride, n=2, m=4)
+assert torch.equal(logits, before)
 """
 
 
@@ -29,9 +40,9 @@ def test_startup(compare):
         "import maskpro_kernels": lambda: process("import maskpro_kernels"),
         "import torch": lambda: process("import torch"),
     }
-    # the check is the assertion inside; what it compiles stays on disk
+    # what the check compiles stays on disk
     compare(
-        providers["first draw and update"],
+        lambda: process(FIRST_CALLS + CHECK),
         providers,
         op="startup",
         pattern="2:4",
