@@ -97,7 +97,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
         # Not 4 warps: on sm_100 ptxas then aims at 128 registers, and puts a value on the stack at 4:8 or 8:16
-        Tiles(out=16, tokens=32, k=128, num_warps=8),
+        Tiles(out=16, tokens=32, k=128, num_warps=8, registers=128),
         Tiles(out=16, tokens=64, k=64, registers=160),
         Tiles(out=32, tokens=64, k=64, num_warps=8, registers=160),
         Tiles(out=16, tokens=128, k=64, registers=160),
@@ -117,7 +117,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear_input_grad", 2): (
         Tiles(out=64, tokens=16, k=16, registers=128),
         Tiles(out=64, tokens=32, k=16),
-        Tiles(out=64, tokens=64, k=16),
+        Tiles(out=64, tokens=64, k=16, registers=128),
         Tiles(out=64, tokens=64, k=32, num_warps=8, registers=128),
         Tiles(out=64, tokens=128, k=16, registers=160),
         # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
