@@ -42,14 +42,19 @@ aot-table: $(INSTALLED) $(INSTALLED36)
 	$(VENV36)/bin/python benchmarks/aot_report.py --write
 
 bench: $(INSTALLED)
-	$(VENV)/bin/python -m pytest benchmarks
+	$(VENV)/bin/python -m pytest benchmarks -rs
 
-# A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here.
+# A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here. A part that fails
+# does not stop the others, and the benchmarks stand in the order of their importance.
+ROWS ?= gpu-check.jsonl
+GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear step straight_through model startup)
 gpu-check:
-	$(PYTHON) -m pytest tests/test_gpu.py -m gpu
+	failed=0; \
+	$(PYTHON) -m pytest tests/test_gpu.py -m gpu || failed=1; \
 	$(PYTHON) -m pytest tests/test_masked_gemm.py tests/test_straight_through.py tests/test_reconstruction.py \
-		-m "not slow" -k "not error_budget"
-	$(PYTHON) -m pytest benchmarks
+		-m "not slow" -k "not error_budget" || failed=1; \
+	$(PYTHON) -m pytest $(GPU_BENCHMARKS) --rows $(ROWS) --within 270 -rs || failed=1; \
+	exit $$failed
 
 clean:
 	rm -rf $(VENV) $(VENV36) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from maskpro_kernels.kernels.launch import INTERPRETED
 
 ROWS = pytest.StashKey[list]()
 EARLIER = pytest.StashKey[list]()
+STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
@@ -21,10 +23,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fail-below", metavar="R", type=float, help="with --compare: fail where a row is less than R times as fast"
     )
+    parser.addoption(
+        "--within", metavar="SECONDS", type=float, help="skip the benchmarks that would start later than that"
+    )
 
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    config.stash[STARTED] = time.monotonic()
     if INTERPRETED:
         raise pytest.UsageError("TRITON_INTERPRET: expected to be unset, for the interpreter's time tells nothing")
     earlier = config.getoption("compare")
@@ -34,6 +40,12 @@ def pytest_configure(config):
         config.stash[EARLIER] = [] if earlier is None else harness.read(earlier)
     except (OSError, ValueError) as error:
         raise pytest.UsageError(f"--compare: {error}") from None
+
+
+def pytest_runtest_setup(item):
+    limit = item.config.getoption("within")
+    if limit is not None and time.monotonic() - item.config.stash[STARTED] > limit:
+        pytest.skip(f"--within: the {limit:g} seconds are over")
 
 
 @pytest.fixture(scope="session")

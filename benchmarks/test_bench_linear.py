@@ -36,7 +36,9 @@ class Case:
         self.logits = GAP * mk.expand_mask(mk.top_n_mask(self.weight.abs(), PATTERN), PATTERN) + normal(rows, k)
         seed, step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, STEP))
         self.counter = {"pattern": PATTERN, "seed": seed, "step": step, "layer": LAYER}
-        self.compiled = torch.compile(self.by_reference, dynamic=False)
+        # of one shape alone, for each number of tokens compiles anew
+        with_compiler = DEVICE == "cuda" and (rows, k) == SHAPES[0]
+        self.compiled = torch.compile(self.by_reference, dynamic=False) if with_compiler else None
 
     def ours(self):
         return mk.masked_linear(self.x, self.weight, self.logits, log_prob=False, **self.counter)[0]
@@ -79,7 +81,7 @@ class Case:
         exact = nn.functional.linear(self.x.double(), masked.double())
         with_log_prob, log_prob = self.ours_with_log_prob()
         products = [self.ours(), with_log_prob, self.draw_then_matmul()]
-        if DEVICE == "cuda":
+        if self.compiled is not None:
             products.append(self.compiled())
         for y in products:
             assert self.within_budget(y, nn.functional.linear(self.x, masked), exact)
@@ -114,7 +116,7 @@ def test_forward(shape, tokens, compare):
             "draw, then matmul": case.draw_then_matmul,
             "dense": case.dense,
         }
-        if DEVICE == "cuda":
+        if case.compiled is not None:
             providers["reference under torch.compile"] = case.compiled
         compare(
             torch.enable_grad()(case.check),
@@ -128,7 +130,7 @@ def test_forward(shape, tokens, compare):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
 def test_forward_and_backward(shape, tokens, compare):
     case = Case(*shape, tokens)
     providers = {

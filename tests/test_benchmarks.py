@@ -119,6 +119,14 @@ def test_options_without_effect_are_refused(options, told, tmp_path):
     assert told in done.stderr
 
 
+def test_a_limit_of_time_skips_what_would_start_later(tmp_path):
+    right = plant(tmp_path / "right", step=5)
+    done = run(right, "--within", "0", "-rs")
+    assert done.returncode == 0
+    assert "1 skipped" in done.stdout and "--within: the 0 seconds are over" in done.stdout
+    assert "1 passed" in run(right, "--within", "600").stdout
+
+
 def test_the_interpreter_is_not_timed(tmp_path):
     done = run(plant(tmp_path / "any", step=5), TRITON_INTERPRET="1")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
