@@ -16,7 +16,8 @@ from .functional import (
     top_n_linear,
     top_n_mask,
 )
-from .modules import MaskedLinear, advance, log_prob
+from .modules import MaskedLinear, NMLinear, Sparse24Linear, advance, log_prob
+from .packed import PackedNM, nm_linear, pack_24, pack_nm, sparse24_linear
 from .pattern import NMPattern
 from .trainer import MaskTrainer, StepRecord
 
@@ -26,8 +27,11 @@ __all__ = [
     "Conversion",
     "MaskTrainer",
     "MaskedLinear",
+    "NMLinear",
     "NMPattern",
+    "PackedNM",
     "Reinforce",
+    "Sparse24Linear",
     "StepRecord",
     "StraightThrough",
     "advance",
@@ -38,10 +42,14 @@ __all__ = [
     "log_prob",
     "mask_log_prob",
     "masked_linear",
+    "nm_linear",
+    "pack_24",
     "pack_mask",
+    "pack_nm",
     "sample_mask",
     "sample_masked_weight",
     "score_update_",
+    "sparse24_linear",
     "straight_through_gradient",
     "straight_through_linear",
     "top_n_linear",

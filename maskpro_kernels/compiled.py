@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import certain, reference
 from .graphs import LEAST_ROWS, ROW, graph
-from .pattern import code_dtype
+from .pattern import code_dtype, codes_of
 
 # Most groups in one call of a graph
 PIECE = 1 << 17
@@ -238,6 +238,16 @@ def code_masked_weight(weight, codes, *, n, m):
     words, masked, flat = _words(weight, m), _words(out, m), codes.view(-1)
     for which in _slices(masked):
         (masked[which],) = _run(_code_masked_weight, [words[which], flat[which]], (), m=m)
+    return out
+
+
+def unpack_nm(values, bitmask, *, n, m):
+    """``reference.unpack_nm``."""
+    out = torch.empty(values.shape[0], values.shape[1] // n * m, dtype=values.dtype)
+    groups, flat = (x.view(reference.INTEGERS[x.itemsize]).view(-1, size) for x, size in ((values, n), (out, m)))
+    codes = codes_of(bitmask, out.shape[1], m).reshape(-1)
+    for which in _slices(flat):
+        (flat[which],) = _run(reference.group_unpacked, [groups[which], codes[which]], m=m)
     return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .functional import LOGIT_DTYPES
 from .masks import check_calibration, gap_for_flip_rate, initial_codes
-from .modules import Clock, MaskedLinear, check_gap, masked_layers
+from .modules import Clock, MaskedLinear, NMLinear, Sparse24Linear, check_gap, masked_layers
 from .pattern import NMPattern
 from .reconstruction import reconstruct
 
@@ -117,25 +117,29 @@ def convert(
 
 
 def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
-    """Bake the top-N masks in: every MaskedLinear becomes an nn.Linear with exact zeros, in place.
+    """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
     Weights and biases stay frozen where they were.
 
     Args:
         model: a converted model.
-        to: "dense".
+        to: "dense", or "packed" for NMLinear, at 2:4 Sparse24Linear.
 
     Returns:
-        ``model``, or its nn.Linear where the model itself is a MaskedLinear.
+        ``model``, or its linear layer where the model itself is a MaskedLinear.
 
     Raises:
         ValueError: if ``to`` is unknown, or the model has no MaskedLinear.
     """
-    if to != "dense":
-        raise ValueError(f'to: expected "dense", got {to!r}')
+    if to not in ("dense", "packed"):
+        raise ValueError(f'to: expected "dense" or "packed", got {to!r}')
     replacements = {}
     with torch.no_grad():
         for layer in masked_layers(model).values():
+            if to == "packed":
+                kind = Sparse24Linear if layer.pattern == NMPattern("2:4") else NMLinear
+                replacements[id(layer)] = kind.from_masked(layer)
+                continue
             linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.top_n_weight(), requires_grad=layer.weight.requires_grad)
             linear.bias = layer.bias

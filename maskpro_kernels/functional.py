@@ -120,7 +120,7 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
     """
     pattern = NMPattern(pattern)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor, got {_describe(mask)}")
+        raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
     _check_groups("mask", mask, pattern)
     groups = mask.unflatten(-1, (-1, pattern.m))
     code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
@@ -421,7 +421,7 @@ def codes_linear(
 def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
     """Raise unless ``codes`` are group codes of the pattern, and fit ``like`` [..., K] where it is given."""
     if not isinstance(codes, Tensor) or codes.dtype != pattern.code_dtype:
-        raise TypeError(f"{name}: expected group codes of dtype {pattern.code_dtype}, got {_describe(codes)}")
+        raise TypeError(f"{name}: expected group codes of dtype {pattern.code_dtype}, got {describe(codes)}")
     if codes.dim() == 0:
         raise ValueError(f"{name}: expected group codes [..., K / M], got a 0-dim tensor")
     if like is None:
@@ -449,7 +449,7 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
         )
 
 
-def _describe(value) -> str:
+def describe(value) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
     return f"{type(value).__name__} {value!r}"
@@ -457,17 +457,15 @@ def _describe(value) -> str:
 
 def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
     if tensor.dim() == 0 or tensor.shape[-1] == 0 or tensor.shape[-1] % pattern.m:
-        raise ValueError(
-            f"{name}: expected a last dimension divisible by {pattern.m}, above 0, got {_describe(tensor)}"
-        )
+        raise ValueError(f"{name}: expected a last dimension divisible by {pattern.m}, above 0, got {describe(tensor)}")
 
 
 def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     """The tensor as a contiguous matrix [rows, K]."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_describe(tensor)}")
+        raise TypeError(f"{name}: expected a tensor, got {describe(tensor)}")
     if tensor.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {_describe(tensor)}")
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(tensor)}")
     _check_groups(name, tensor, pattern)
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
 
@@ -477,15 +475,15 @@ def _linear_operands(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x [tokens, K], weight, bias) of a linear layer, checked and contiguous; x in the dtype of the product."""
     if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(f"weight: expected a tensor [out, K], got {_describe(weight)}")
+        raise ValueError(f"weight: expected a tensor [out, K], got {describe(weight)}")
     if weight.dtype not in LOGIT_DTYPES:
-        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {_describe(weight)}")
+        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
-        raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}] on {weight.device}, got {_describe(x)}")
+        raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}] on {weight.device}, got {describe(x)}")
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if x.dtype != weight.dtype and not (autocast and x.dtype in LOGIT_DTYPES):
-        raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {_describe(x)}")
+        raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {describe(x)}")
     if bias is not None and (
         not isinstance(bias, Tensor)
         or bias.shape != weight.shape[:1]
@@ -493,7 +491,7 @@ def _linear_operands(
         or bias.device != weight.device
     ):
         raise ValueError(
-            f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype} on {weight.device}, got {_describe(bias)}"
+            f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype} on {weight.device}, got {describe(bias)}"
         )
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
@@ -513,19 +511,19 @@ def _drawn(logits, pattern: NMPattern, temperature, seed, step, layer, draw, off
 
 def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.device != like.device:
-        raise ValueError(f"{name}: expected a tensor {list(like.shape)} on {like.device}, got {_describe(tensor)}")
+        raise ValueError(f"{name}: expected a tensor {list(like.shape)} on {like.device}, got {describe(tensor)}")
 
 
 def _check_int(name: str, value: int, limit: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {_describe(value)}")
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if not 0 <= value < limit:
         raise ValueError(f"{name}: expected an int in [0, {limit}), got {value}")
 
 
 def _inverse_temperature(temperature: float) -> float:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: expected a float, got {_describe(temperature)}")
+        raise TypeError(f"temperature: expected a float, got {describe(temperature)}")
     if not 1e-30 <= temperature <= 1e30:
         raise ValueError(f"temperature: expected a positive float in [1e-30, 1e30], got {temperature}")
     return 1.0 / temperature
@@ -548,9 +546,9 @@ def _counter_tensors(device: torch.device, seed: Scalar, step: Scalar) -> tuple[
     for name, value, low, high in (("seed", seed, -(1 << 63), 1 << 63), ("step", step, 0, philox.MAX_STEPS)):
         if isinstance(value, Tensor):
             if value.dim() != 0 or value.dtype != torch.int64:
-                raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {_describe(value)}")
+                raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
         elif isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {_describe(value)}")
+            raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
         elif not low <= value < high:
             raise ValueError(f"{name}: expected an int in [{low}, {high}), got {value}")
     return _on_device(seed, torch.int64, device), _on_device(step, torch.int64, device)
@@ -579,7 +577,7 @@ def _coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list
     several = isinstance(draw, Sequence)
     draws = list(draw) if several else [draw]
     if isinstance(coef, str):
-        raise TypeError(f"coef: expected a float, a 0-dim tensor or a sequence of them, got {_describe(coef)}")
+        raise TypeError(f"coef: expected a float, a 0-dim tensor or a sequence of them, got {describe(coef)}")
     listed = isinstance(coef, Sequence) or (isinstance(coef, Tensor) and coef.dim() == 1)
     if listed != several:
         raise ValueError(f"coef: expected a sequence exactly where draw is one, got {coef!r} for draw {draw!r}")
@@ -589,9 +587,9 @@ def _coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list
     for c in coefs:
         if isinstance(c, Tensor):
             if c.dim() != 0 or not c.dtype.is_floating_point:
-                raise ValueError(f"coef: expected a float or a 0-dim floating-point tensor, got {_describe(c)}")
+                raise ValueError(f"coef: expected a float or a 0-dim floating-point tensor, got {describe(c)}")
         elif isinstance(c, bool) or not isinstance(c, (int, float)):
-            raise TypeError(f"coef: expected a float or a 0-dim tensor, got {_describe(c)}")
+            raise TypeError(f"coef: expected a float or a 0-dim tensor, got {describe(c)}")
         elif not max(abs(c), abs(c) * inverse_temperature) <= FLOAT32_MAX:
             raise ValueError(f"coef: expected a number finite in float32, also over the temperature, got {c}")
     for i in draws:

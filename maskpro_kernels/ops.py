@@ -449,3 +449,46 @@ def best_swaps(weight: Tensor, product: Tensor, codes: Tensor, blocks: Tensor, n
 @best_swaps.register_fake
 def _(weight, product, codes, *_):
     return torch.empty_like(codes, dtype=torch.float32), torch.empty_like(codes)
+
+
+@torch.library.custom_op("maskpro::unpack_nm", mutates_args=())
+def unpack_nm(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
+    """The weight [rows, K] of its values [rows, K N / M] and bitmask [rows, ceil(K / 8)], exact zeros elsewhere."""
+    if _uses_kernels(values):
+        return _kernels("packed").unpack_nm(values, bitmask, n, m)
+    return _reference("unpack_nm", (values, bitmask), n=n, m=m)
+
+
+@unpack_nm.register_fake
+def _(values, bitmask, n, m):
+    return values.new_empty(values.shape[0], values.shape[1] // n * m)
+
+
+@torch.library.custom_op("maskpro::nm_linear", mutates_args=())
+def nm_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+    """x [tokens, K] @ unpacked [rows, K].T + bias; x and bias are of the dtype of the values."""
+    with _without_autocast(x):
+        if _uses_kernels(x):
+            return _kernels("packed").nm_linear(x, values, bitmask, bias, n, m)
+        return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
+
+
+@nm_linear.register_fake
+def _(x, values, *_):
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+def _nm_linear_context(ctx, inputs, output):
+    _, values, bitmask, _, n, m = inputs
+    ctx.save_for_backward(values, bitmask)
+    ctx.pattern = n, m
+
+
+def _nm_linear_backward(ctx, grad):
+    values, bitmask = ctx.saved_tensors
+    needs_x, _, _, needs_bias, _, _ = ctx.needs_input_grad
+    x_grad = grad @ unpack_nm(values, bitmask, *ctx.pattern) if needs_x else None
+    return x_grad, None, None, grad.sum(0) if needs_bias else None, None, None
+
+
+nm_linear.register_autograd(_nm_linear_backward, setup_context=_nm_linear_context)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 
@@ -54,6 +54,30 @@ class NMPattern:
 def code_dtype(m: int) -> torch.dtype:
     """dtype that holds one group code of ``m`` weights."""
     return torch.uint8 if m <= 8 else torch.int32
+
+
+def bitmask_of(codes: Tensor, m: int) -> Tensor:
+    """uint8 [rows, ceil(K / 8)] of group codes [rows, K / M]: bit j of byte b is weight 8 b + j's; the rest 0."""
+    if m >= 8:
+        # the bytes of an integer, the lowest first
+        parts = codes.contiguous().view(torch.uint8).unflatten(-1, (codes.shape[-1], -1))
+        return parts[..., : m // 8].flatten(-2).contiguous()
+    in_byte = 8 // m
+    eights = nn.functional.pad(codes, (0, -codes.shape[-1] % in_byte)).unflatten(-1, (-1, in_byte))
+    shifts = torch.arange(0, 8, m, device=codes.device, dtype=torch.uint8)
+    return (eights << shifts).sum(-1, dtype=torch.uint8)
+
+
+def codes_of(bitmask: Tensor, k: int, m: int) -> Tensor:
+    """Group codes [rows, K / M] of a bitmask uint8 [rows, ceil(K / 8)]."""
+    if m == 8:
+        return bitmask
+    if m > 8:
+        size = m // 8
+        parts = bitmask.unflatten(-1, (-1, size))
+        return nn.functional.pad(parts, (0, 4 - size)).contiguous().view(torch.int32).squeeze(-1)
+    shifts = torch.arange(0, 8, m, device=bitmask.device, dtype=torch.uint8)
+    return ((bitmask.unsqueeze(-1) >> shifts) & ((1 << m) - 1)).flatten(-2)[..., : k // m]
 
 
 class MaskSource(NamedTuple):

@@ -17,7 +17,7 @@ from math import factorial
 import torch
 
 from . import philox
-from .pattern import code_dtype
+from .pattern import code_dtype, codes_of
 
 # ln(1 + t) = t + t^2 P(t) on [sqrt(1/2) - 1, sqrt(2) - 1]; degree 5, minimax in the relative error of ln: 5e-7
 LN_POLYNOMIAL = (
@@ -62,6 +62,8 @@ LARGEST_LOG_ARRIVAL = 4.4
 ONE_MINUS_EXP = tuple((-1.0) ** k / factorial(k + 1) for k in range(1, 10))
 # Up to this N the score is the exact gradient of log p(S); above it, its unbiased estimate by arrival times
 EXACT_SCORE_MAX_N = 4
+# Integers of so many bytes hold the bits of floats
+INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def ln(x, near_one):
@@ -605,6 +607,23 @@ def group_straight_through_logits(weight, grad, square, codes, logits, rate, lar
     return group_descended_logits(group_mask_slope(weight, grad, square, codes), logits, rate, largest)
 
 
+def group_unpacked(values, codes, *, m):
+    """[..., M]: the N values [..., N] of each group in order where its code keeps, zeros elsewhere."""
+    values, kept = columns(values), decode(codes, m)
+    n = len(values)
+    before = torch.zeros_like(kept[0], dtype=torch.int32)
+    out = []
+    for i in range(m):
+        # so many of the values stand before: all that lie behind have to find room as well
+        fewest, most = max(0, i - (m - n)), min(i, n - 1)
+        value = values[fewest]
+        for count in range(fewest + 1, most + 1):
+            value = torch.where(before >= count, values[count], value)
+        out.append(torch.where(kept[i], value, 0))
+        before = before + kept[i].to(torch.int32)
+    return uncolumns(out)
+
+
 def group_index(x, group_offset, group_row_stride, m):
     """Index in the whole layer of every group of a matrix [rows, K], int64 [rows, K / M]."""
     return philox.group_index(x.shape[0], x.shape[1] // m, group_offset, group_row_stride, x.device)
@@ -695,6 +714,13 @@ def descend_(logits, gradient, rate, seed, step, largest, layer, group_offset, g
         new = group_round_logits(new, group, seed, step, draws, layer, dtype=logits.dtype)
     logits.copy_(new.view(logits.shape))
     return squares.sum() / max(logits.numel(), 1)
+
+
+def unpack_nm(values, bitmask, *, n, m):
+    """[rows, K] of values [rows, K N / M] and their bitmask, bit for bit."""
+    k = values.shape[1] // n * m
+    as_integers = values.view(INTEGERS[values.itemsize])
+    return group_unpacked(grouped(as_integers, n), codes_of(bitmask, k, m), m=m).flatten(1).view(values.dtype)
 
 
 def best_swaps(weight, product, codes, blocks, *, m):

@@ -58,10 +58,10 @@ class PoisonedTorch:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end."""
-    from maskpro_kernels.kernels import masked_gemm, sampling, straight_through, swaps
+    from maskpro_kernels.kernels import masked_gemm, packed, sampling, straight_through, swaps
 
     poisoned_torch = PoisonedTorch()
-    for module in (compiled, sampling, masked_gemm, straight_through, swaps):
+    for module in (compiled, sampling, masked_gemm, packed, straight_through, swaps):
         monkeypatch.setattr(module, "torch", poisoned_torch)
     yield poisoned_torch
     poisoned_torch.check_margins()

@@ -57,6 +57,7 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
         "score_updates",
         "best_swaps",
         "descend",
+        "unpack",
     )
     for m in (2, 4, 8, 16, 32)
 }
@@ -69,6 +70,14 @@ CONFIGURATIONS["score_updates", 4] = Configuration(block=128)
 CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
 CONFIGURATIONS["score_update", 32] = Configuration(block=128, registers=255)
+
+
+@dataclass(frozen=True)
+class Rows(_CompileOptions):
+    """How a kernel over rows of runs is launched: rows a program, runs of each that it takes at a time."""
+
+    rows: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,19 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # a transient masked weight of 16 bits takes 1.2 ps. On the others that ratio is the same within a factor of 2.
 # The gradient of the weight draws once either way, but its small tiles lose to torch's beyond a few hundred.
 ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
+
+# Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
+PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
+
+# By kernel, short rows before long ones. A thread holds one run of each of its rows, so that many loads are under way
+# at once; a run of the activations is loaded once for all of them.
+ROWS: dict[str, tuple[Rows, ...]] = {
+    "packed_vector": (
+        Rows(rows=4, block=32, num_warps=1),
+        Rows(rows=4, block=64, num_warps=2),
+        Rows(rows=4, block=128, num_warps=4),
+    )
+}
 
 # By product, architecture and bytes of an operand, narrow before wide. With few tokens the draw bounds the time:
 # small tiles then, so that no processor idles and a thread holds two groups of 4. With many, larger ones, so that
@@ -134,6 +156,15 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ),
     ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
+    # Bytes bound these: a thread holds one or two runs of the weight, and small tiles keep all processors at work
+    ("packed_linear", 2): (
+        Tiles(out=16, tokens=16, k=256),
+        Tiles(out=32, tokens=16, k=256, num_warps=8),
+        Tiles(out=16, tokens=32, k=128),
+        Tiles(out=32, tokens=32, k=128, num_warps=8),
+        Tiles(out=16, tokens=64, k=128),
+        Tiles(out=64, tokens=64, k=64, num_warps=8),
+    ),
     ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=192),),
     ("straight_through", 4): (Tiles(out=32, tokens=32, k=64),),
 }
@@ -142,6 +173,7 @@ TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.ite
 # The dimension of the weight along which a product's results lie
 RESULT_SIDE = {
     "masked_linear": "out",
+    "packed_linear": "out",
     "masked_linear_input_grad": "k",
     "masked_linear_weight_grad": "out",
     "straight_through": "out",
@@ -149,6 +181,7 @@ RESULT_SIDE = {
 
 # The interpreter runs one program at a time through numpy: the cost is by call, not by element
 INTERPRETER_BLOCK = 1 << 16
+INTERPRETER_ROWS = 64
 INTERPRETER_TILES = Tiles(out=512, tokens=128, k=512)
 
 
@@ -173,6 +206,17 @@ def configuration(kernel: str, m: int, groups: int) -> Configuration:
 def power_above(size: int) -> int:
     """The smallest power of two that is at least ``size`` and 1."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def rows_for(kernel: str, rows: int, runs: int, target: str) -> Rows:
+    """The configuration of a kernel over rows for that many rows of that many runs."""
+    if INTERPRETED:
+        return Rows(rows=min(INTERPRETER_ROWS, power_above(rows)), block=power_above(runs))
+    fitting = [config for config in ROWS[kernel] if runs <= config.block]
+    config = fitting[0] if fitting else ROWS[kernel][-1]
+    # fewer rows a program where processors would idle
+    most = max(1, rows // (2 * PROCESSORS[target]))
+    return replace(config, rows=min(config.rows, power_above(most + 1) // 2))
 
 
 def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int, k: int, target: str) -> Tiles:
@@ -207,6 +251,13 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
     grid = ((groups + config.block - 1) // config.block,)
     options = config.options(architecture(device))
     _launch(kernel, name, grid, device, args, options, M=m, BLOCK=config.block, **constants)
+
+
+def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torch.device, *args, **constants) -> None:
+    """Launch a kernel whose programs own some rows each."""
+    grid = ((rows + config.rows - 1) // config.rows,)
+    options = config.options(architecture(device))
+    _launch(kernel, name, grid, device, args, options, M=m, ROWS=config.rows, BLOCK=config.block, **constants)
 
 
 def launch_tiles(kernel, name: str, m: int, grid: tuple[int, int], tile: Tiles, device, *args, **constants) -> None:

@@ -265,7 +265,7 @@ def masked_linear_weight_grad_kernel(
     tl.store(pointers, masked.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def _result(dtype: torch.dtype) -> torch.dtype:
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
     """In what the kernel writes a result of ``dtype``."""
     # the interpreter truncates where hardware rounds
     return torch.float32 if INTERPRETED else dtype
@@ -301,7 +301,7 @@ def masked_linear(x, weight, bias, mask, log_prob):
         return torch.nn.functional.linear(x, sampling.masked_weight(weight.to(x.dtype), mask), bias), total
     tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
-    out = torch.empty(tokens, rows, dtype=_result(x.dtype), device=x.device)
+    out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
     # above that N the log-probability is a quadrature, too much for the registers of a product
     inside = log_prob and mask.n <= EXACT_SCORE_MAX_N
     partial = torch.empty(grid[0], dtype=torch.float32, device=x.device) if inside else None
@@ -329,7 +329,7 @@ def masked_linear_input_grad(grad, weight, mask):
         return grad @ sampling.masked_weight(weight.to(grad.dtype), mask)
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     grid = (triton.cdiv(k, tile.k), triton.cdiv(tokens, tile.tokens))
-    out = torch.empty(tokens, k, dtype=_result(grad.dtype), device=grad.device)
+    out = torch.empty(tokens, k, dtype=result_dtype(grad.dtype), device=grad.device)
     launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, grid, tile, grad.device,
                  grad, weight, mask.tensor, out, *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip
@@ -341,7 +341,7 @@ def masked_linear_weight_grad(grad, x, mask):
     tokens, rows, k = grad.shape[0], grad.shape[1], x.shape[1]
     if rows == 0 or not one_pass(tokens, grad.device):
         return sampling.masked_weight(grad.t() @ x, mask)
-    out = torch.empty(rows, k, dtype=_result(grad.dtype), device=grad.device)
+    out = torch.empty(rows, k, dtype=result_dtype(grad.dtype), device=grad.device)
     tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     launch_tiles(masked_linear_weight_grad_kernel, "masked_linear_weight_grad", mask.m, grid, tile, grad.device,

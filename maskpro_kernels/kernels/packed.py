@@ -1,0 +1,282 @@
+"""Products with a packed N:M weight: values are put back into their places in registers, and multiplied.
+
+Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. Where a kernel of this file multiplies, a
+thread takes a run of the weight at a time whose values fill 16 bytes, one load: four words of two 16-bit values each,
+and beside them one word of the bitmask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import INTEGERS
+from . import device as d
+from .launch import PACKED_TOKENS, architecture, launch, launch_rows, launch_tiles, rows_for, tiles_for
+from .masked_gemm import operand_constants, result_dtype
+
+VALUES = tl.constexpr(8)
+WORDS = tl.constexpr(4)
+# Patterns whose values a run's 16 bytes hold whole groups of, and whose kernels are compiled ahead of time by the tests
+MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
+
+
+def run_length(n: int, m: int) -> int:
+    """Weights of a run: those of eight values."""
+    return VALUES.value * m // n
+
+
+@triton.jit
+def low_half(word):
+    return (word & 0xFFFF).to(tl.int16)
+
+
+@triton.jit
+def high_half(word):
+    return (word >> 16).to(tl.int16)
+
+
+@triton.jit
+def placed_one(value, kept, M: tl.constexpr):
+    """M columns of a group with one value."""
+    zero = tl.zeros_like(value)
+    columns = ()
+    for i in tl.static_range(M):
+        columns = columns + (tl.where(kept[i], value, zero),)
+    return columns
+
+
+@triton.jit
+def placed_two_of_four(word, kept):
+    """4 columns of a group with two values: the first stands at the lowest place kept, the other at the last."""
+    first, second = low_half(word), high_half(word)
+    zero = tl.zeros_like(first)
+    return (
+        tl.where(kept[0], first, zero),
+        tl.where(kept[1], tl.where(kept[0], second, first), zero),
+        tl.where(kept[2], tl.where(kept[3], first, second), zero),
+        tl.where(kept[3], second, zero),
+    )
+
+
+@triton.jit
+def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr):
+    """M columns of a group whose values lie in COUNT words: the next one is taken wherever a weight is kept."""
+    zero = tl.zeros_like(low_half(words[0]))
+    columns = ()
+    for i in tl.static_range(M):
+        columns = columns + (tl.where(kept[i], low_half(words[0]), zero),)
+        moved = ()
+        for j in tl.static_range(COUNT):
+            # as unsigned, for the sign would fill the place of the value that comes in
+            shifted = words[j].to(tl.uint32, bitcast=True) >> 16
+            if j + 1 < COUNT:
+                shifted |= words[j + 1].to(tl.uint32, bitcast=True) << 16
+            moved = moved + (tl.where(kept[i], shifted.to(tl.int32, bitcast=True), words[j]),)
+        words = moved
+    return columns
+
+
+@triton.jit
+def placed(words, code, N: tl.constexpr, M: tl.constexpr):
+    """Columns of int16, the bits of the values of a run at their places and zeros elsewhere."""
+    columns = ()
+    for group in tl.static_range(VALUES // N):
+        kept = d.decode(code >> (group * M), M)
+        if N == 1:
+            if group % 2 == 0:
+                columns = columns + placed_one(low_half(words[group // 2]), kept, M)
+            else:
+                columns = columns + placed_one(high_half(words[group // 2]), kept, M)
+        elif N == 2:
+            columns = columns + placed_two_of_four(words[group], kept)
+        else:
+            own = ()
+            for i in tl.static_range(N // 2):
+                own = own + (words[group * (N // 2) + i],)
+            columns = columns + placed_in_turn(own, kept, N // 2, M)
+    return columns
+
+
+@triton.jit
+def load_run(values, bitmask, run, inside):
+    """(WORDS columns of a run's values, the int32 code of its groups); zeros where it does not exist."""
+    words = tl.load(values + run[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
+    return d.split_columns(words, WORDS), tl.load(bitmask + run, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def packed_vector_kernel(
+    x,
+    values,
+    bitmask,
+    bias,
+    out,
+    rows,
+    runs,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token. A program owns ROWS rows, each of its threads some runs of all of them; no part of K is elsewhere."""
+    RUN: tl.constexpr = VALUES * M // N
+    first_row = tl.program_id(0) * ROWS
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros((BLOCK,), tl.float32),)
+    for first in range(0, runs, BLOCK):
+        run = first + tl.arange(0, BLOCK)
+        inside = run < runs
+        tile = tl.load(x + run[:, None] * RUN + tl.arange(0, RUN)[None, :], mask=inside[:, None], other=0.0)
+        activations = d.split_columns(tile.to(tl.float32), RUN)
+        new = ()
+        for r in tl.static_range(ROWS):
+            # beyond the end the last row once more, which needs no mask
+            at = tl.minimum(first_row + r, rows - 1).to(tl.int64) * runs + run
+            words, code = load_run(values, bitmask, at, inside)
+            columns = placed(words, code, N, M)
+            total = totals[r]
+            for i in tl.static_range(RUN):
+                total = tl.fma(columns[i].to(ELEMENT, bitcast=True).to(tl.float32), activations[i], total)
+            new = new + (total,)
+        totals = new
+    for r in tl.static_range(ROWS):
+        row = tl.minimum(first_row + r, rows - 1)
+        y = tl.sum(totals[r], 0)
+        if bias is not None:
+            y += tl.load(bias + row).to(tl.float32)
+        tl.store(out + row, y.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def packed_linear_kernel(
+    x,
+    values,
+    bitmask,
+    bias,
+    out,
+    tokens: tl.int64,
+    rows,
+    runs,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    RUN: tl.constexpr = VALUES * M // N
+    RUNS: tl.constexpr = BLOCK_K // RUN
+    first_row = tl.program_id(0) * BLOCK_OUT
+    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    index = tl.arange(0, BLOCK_OUT * RUNS)
+    row = first_row + index // RUNS
+    x_pointers = x + token[None, :] * (runs * RUN) + k[:, None]
+    total = tl.zeros((BLOCK_OUT, BLOCK_T), tl.float32)
+    for first in range(0, runs, RUNS):
+        run = first + index % RUNS
+        words, code = load_run(values, bitmask, row.to(tl.int64) * runs + run, (row < rows) & (run < runs))
+        tile = d.join_columns(placed(words, code, N, M), RUN).to(ELEMENT, bitcast=True)
+        weight = tl.reshape(tile, (BLOCK_OUT, BLOCK_K)).to(OPERAND)
+        present = (token[None, :] < tokens) & (first * RUN + k[:, None] < runs * RUN)
+        x_tile = tl.load(x_pointers, mask=present, other=0.0).to(OPERAND)
+        total = tl.dot(weight, x_tile, total, input_precision=PRECISION)
+        x_pointers += BLOCK_K
+    row = first_row + tl.arange(0, BLOCK_OUT)
+    if bias is not None:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    pointers = out + token[None, :] * rows + row[:, None]
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))
+
+
+@triton.jit
+def load_code(bitmask, row, group, inside, row_bytes, M: tl.constexpr):
+    """int32 group codes from the bitmask of any pattern."""
+    pointers = bitmask + row * row_bytes + group * M // 8
+    code = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+    if M < 8:
+        code = code >> (group * M % 8).to(tl.int32) & ((1 << M) - 1)
+    for i in tl.static_range(1, M // 8):
+        code |= tl.load(pointers + i, mask=inside, other=0).to(tl.int32) << (8 * i)
+    return code
+
+
+@triton.jit(do_not_specialize=["groups", "row_bytes", "total"])
+def unpack_kernel(
+    values,
+    bitmask,
+    out,
+    groups: tl.int64,
+    row_bytes: tl.int64,
+    total: tl.int64,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Any pattern, values of any integer type; ``groups`` in a row, ``total`` in all."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    kept = d.decode(load_code(bitmask, index // groups, index % groups, inside, row_bytes, M), M)
+    at = index * N
+    columns = ()
+    for i in tl.static_range(M):
+        # where a bitmask keeps too many nothing is read beyond the end
+        columns = columns + (tl.load(values + at, mask=kept[i] & (at < total * N), other=0),)
+        at += kept[i].to(tl.int64)
+    tile = d.join_columns(columns, M)
+    tl.store(out + index[:, None] * M + tl.arange(0, M)[None, :], tile, mask=inside[:, None])
+
+
+def route(tokens: int, k: int, dtype: torch.dtype, n: int, m: int, device: torch.device) -> str:
+    """How a product with a packed weight [rows, K] is computed.
+
+    "vector": one token, without tensor cores. "tiles": tiles of the weight are unpacked in registers and multiplied.
+    "unpack": the whole weight is unpacked into a transient one and multiplied by torch.
+    """
+    multiplied = dtype.itemsize == 2 and (n, m) in MULTIPLIED and k % run_length(n, m) == 0
+    if not multiplied or not 0 < tokens <= PACKED_TOKENS[architecture(device)]:
+        return "unpack"
+    return "vector" if tokens == 1 else "tiles"
+
+
+def _runs(values, bitmask, run):
+    """(values as words, a word of the bitmask for each run)."""
+    # a slice of a file may start anywhere
+    values, bitmask = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (values, bitmask))
+    return values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[run])
+
+
+def nm_linear(x, values, bitmask, bias, n, m):
+    """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which is that of the values."""
+    tokens, rows, k = x.shape[0], values.shape[0], x.shape[1]
+    how = route(tokens, k, x.dtype, n, m, x.device)
+    if rows == 0 or how == "unpack":
+        return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
+    run, target = run_length(n, m), architecture(x.device)
+    out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    operands = (x, *_runs(values, bitmask, run), bias, out)
+    constants = {"N": n, "ELEMENT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]}
+    if how == "vector":
+        config = rows_for("packed_vector", rows, k // run, target)
+        launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
+                    *operands, rows, k // run, **constants)  # fmt: skip
+    else:
+        tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
+        grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
+        launch_tiles(packed_linear_kernel, "packed_linear", m, grid, tile, x.device,
+                     *operands, tokens, rows, k // run, **constants, **operand_constants(x.dtype))  # fmt: skip
+    return out.to(x.dtype)
+
+
+def unpack_nm(values, bitmask, n, m):
+    """``reference.unpack_nm`` as one kernel."""
+    rows, groups = values.shape[0], values.shape[1] // n
+    out = torch.empty(rows, groups * m, dtype=values.dtype, device=values.device)
+    integers, total = INTEGERS[values.itemsize], rows * groups
+    launch(unpack_kernel, "unpack", m, total, values.device,
+           values.view(integers), bitmask, out.view(integers), groups, bitmask.shape[1], total, N=n)  # fmt: skip
+    return out

@@ -1,0 +1,315 @@
+"""Packed N:M weights: the format bit for bit, products under the interpreter against the reference, the modules."""
+
+from __future__ import annotations
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels import NMPattern, ops, reference
+from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
+
+PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:32", "16:32", "31:32"]
+MULTIPLIED = ["2:4", "1:4", "4:8", "8:16"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
+def sparse(rows: int, k: int, pattern: str, dtype=torch.float32, seed=0, kept_zeros=0.0) -> torch.Tensor:
+    """A weight that follows the pattern; some of what it keeps may be zero too."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = mk.top_n_mask(torch.rand(rows, k, generator=generator), pattern)
+    weight = torch.randn(rows, k, generator=generator).to(dtype)
+    weight[torch.rand(rows, k, generator=generator) < kept_zeros] = 0
+    return torch.where(mk.expand_mask(codes, pattern), weight, 0)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(INTEGERS[a.itemsize]), b.view(INTEGERS[b.itemsize]))
+
+
+def test_2_4_by_hand():
+    weight = torch.tensor([[0, 1, 0, 2, 3, 4, 0, 0, 0, 0, 5, 6], [7, 0, 0, 8, 0, 9, 10, 0, 0, 11, 0, 0]]).bfloat16()
+    packed = mk.pack_24(weight)
+    assert packed.values.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 11]]
+    # the last group of row 1 has one value: a zero is stored beside it, the first there is
+    assert packed.bitmask.tolist() == [[0b0011_1010, 0b1100], [0b0110_1001, 0b0011]]
+    assert packed.shape == (2, 12) and packed.nbytes == 2 * 12 + 4
+    assert torch.equal(packed.check().unpack(), weight)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "weight", "values", "bitmask"),
+    [
+        ("1:4", [0, 0, 5, 0, 6, 0, 0, 0], [5, 6], [0b0001_0100]),
+        ("4:8", [0, 1, 2, 0, 0, 3, 0, 4], [1, 2, 3, 4], [0b1010_0110]),
+        ("1:2", [0, 1, 2, 0, 3, 0, 0, 4], [1, 2, 3, 4], [0b1001_0110]),
+        ("8:16", [1, 2, 3, 4, *[0] * 8, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 8], [0b1111, 0b1111_0000]),
+        ("1:32", [*[0] * 31, 9], [9], [0, 0, 0, 0b1000_0000]),
+    ],
+)
+def test_other_patterns_by_hand(pattern, weight, values, bitmask):
+    packed = mk.pack_nm(torch.tensor([weight]).float(), pattern)
+    assert packed.values.tolist() == [values] and packed.bitmask.tolist() == [bitmask]
+    assert packed.unpack().tolist() == [weight]
+
+
+@pytest.mark.usefixtures("eager_reference")
+@hypothesis.given(
+    m=st.sampled_from(GROUP_SIZES),
+    n=st.integers(1, 31),
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32 - 1),
+    kept_zeros=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_packing_and_unpacking_give_back_every_bit(m, n, rows, groups, dtype, seed, kept_zeros):
+    hypothesis.assume(n < m)
+    weight = sparse(rows, groups * m, f"{n}:{m}", dtype, seed, kept_zeros)
+    packed = mk.pack_nm(weight, f"{n}:{m}")
+    assert packed.values.shape == (rows, groups * n) and packed.bitmask.shape == (rows, -(-groups * m // 8))
+    assert same_bits(packed.check().unpack(), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_value_keeps_its_bits(dtype):
+    bits = torch.randint(-(1 << 15), 1 << 15, (64, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    values = (bits.to(torch.int16) if dtype.itemsize == 2 else bits * 65537).view(dtype)
+    codes = mk.top_n_mask(torch.rand(64, 64), "2:4")
+    unpacked = mk.PackedNM(values, bitmask_of(codes, 4), "2:4").unpack()
+    assert same_bits(unpacked[mk.expand_mask(codes, "2:4")].view(64, 32), values)
+
+
+def test_minus_zero_is_stored_where_there_is_room():
+    weight = torch.tensor([[-0.0, 1.0, 0.0, 0.0, -0.0, -0.0, 3.0, 4.0]])
+    unpacked = mk.pack_24(weight).unpack()
+    assert unpacked.signbit().tolist() == [[True, *[False] * 7]]
+    assert torch.equal(unpacked, weight)
+
+
+@pytest.mark.parametrize("m", GROUP_SIZES)
+def test_bitmasks_of_codes_and_back(m):
+    codes = mk.top_n_mask(torch.randn(3, 7 * m), NMPattern(f"{m - 1}:{m}"))
+    bitmask = bitmask_of(codes, m)
+    assert torch.equal(codes_of(bitmask, 7 * m, m), codes)
+    bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
+    assert torch.equal(bits[:, : 7 * m].bool(), mk.expand_mask(codes, f"{m - 1}:{m}")) and not bits[:, 7 * m :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_kernel_unpacks_as_the_reference_does(pattern, dtype, launched):
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    packed = mk.pack_nm(sparse(37, 5 * m, pattern, dtype), pattern)
+    assert same_bits(packed.unpack(), reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m))
+    assert launched["unpack"] == 1
+
+
+def within_budget(y, by_torch, exact) -> bool:
+    error, of_torch = ((t.double() - exact).abs().max() for t in (y, by_torch))
+    return bool(error <= 2 * of_torch + 1e-6 * exact.abs().max())
+
+
+@hypothesis.given(
+    pattern=st.sampled_from(MULTIPLIED),
+    dtype=st.sampled_from(DTYPES),
+    # the kernel of one token runs row by row in the interpreter
+    tokens_and_rows=st.tuples(st.just(1), st.integers(1, 30)) | st.tuples(st.integers(2, 80), st.integers(1, 300)),
+    k=st.sampled_from([64, 96, 160, 512, 576, 1536, 4096]),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+@hypothesis.settings(max_examples=60)
+def test_products_stay_within_the_error_budget(pattern, dtype, tokens_and_rows, k, biased, seed):
+    tokens, rows = tokens_and_rows
+    generator = torch.Generator().manual_seed(seed)
+    weight = sparse(rows, k, pattern, dtype, seed)
+    x = torch.randn(tokens, k, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
+    y = mk.nm_linear(x, mk.pack_nm(weight, pattern), bias)
+    exact = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert y.dtype == dtype and y.shape == (tokens, rows)
+    assert within_budget(y, nn.functional.linear(x, weight, bias), exact)
+
+
+@pytest.mark.parametrize("pattern", MULTIPLIED)
+@pytest.mark.parametrize(
+    ("tokens", "kernel"), [(1, "packed_vector"), (2, "packed_linear"), (64, "packed_linear"), (65, "unpack")]
+)
+def test_the_route_goes_by_tokens(tokens, kernel, pattern, launched):
+    packed = mk.pack_nm(sparse(24, 128, pattern, torch.bfloat16), pattern)
+    mk.nm_linear(torch.randn(tokens, 128).bfloat16(), packed)
+    assert {name for name in ("packed_vector", "packed_linear", "unpack") if launched[name]} == {kernel}
+
+
+def test_what_no_kernel_multiplies_is_unpacked(launched):
+    for pattern, dtype, k in (("2:4", torch.float32, 64), ("3:4", torch.bfloat16, 64), ("2:4", torch.bfloat16, 72)):
+        weight = sparse(8, k, pattern, dtype)
+        x = torch.randn(1, k).to(dtype)
+        y = mk.nm_linear(x, mk.pack_nm(weight, pattern))
+        torch.testing.assert_close(y, nn.functional.linear(x, weight))
+    assert launched["unpack"] == 3 and not launched["packed_vector"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients_are_those_of_the_unpacked_weight(pattern):
+    m = NMPattern(pattern).m
+    weight, x, bias = sparse(6, 3 * m, pattern), torch.randn(2, 3, 3 * m), torch.randn(6)
+    operands = [x.requires_grad_(), bias.requires_grad_()]
+    y = mk.nm_linear(x, mk.pack_nm(weight, pattern), bias)
+    upstream = torch.randn_like(y)
+    ours = torch.autograd.grad(y, operands, upstream)
+    expected = torch.autograd.grad(nn.functional.linear(x, weight, bias), operands, upstream)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck(biased):
+    packed = mk.pack_24(sparse(8, 32, "2:4"))
+    torch.library.opcheck(ops.unpack_nm, (packed.values, packed.bitmask, 2, 4))
+    bias = torch.randn(8, requires_grad=True) if biased else None
+    x = torch.randn(3, 32, requires_grad=True)
+    torch.library.opcheck(ops.nm_linear, (x, packed.values, packed.bitmask, bias, 2, 4))
+
+
+@pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32), (0, 32)])
+def test_inputs_of_any_shape(shape):
+    weight = sparse(8, 32, "2:4")
+    x = torch.randn(shape)
+    torch.testing.assert_close(mk.sparse24_linear(x, mk.pack_24(weight)), nn.functional.linear(x, weight))
+
+
+def test_inputs_and_values_may_lie_anywhere():
+    weight = sparse(8, 64, "2:4", torch.bfloat16)
+    packed = mk.pack_24(weight)
+    values, bitmask = (
+        torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (packed.values, packed.bitmask)
+    )
+    x = torch.randn(64, 3).bfloat16().t()
+    expected = nn.functional.linear(x, weight)
+    torch.testing.assert_close(mk.nm_linear(x, mk.PackedNM(values, bitmask, "2:4")), expected)
+
+
+def test_autocast():
+    weight, x = sparse(8, 64, "2:4"), torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mk.nm_linear(x, mk.pack_24(weight), torch.ones(8))
+        expected = nn.functional.linear(x, weight, torch.ones(8))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+
+
+class TestModules:
+    def test_from_dense_computes_as_the_dense_layer(self):
+        linear = nn.Linear(64, 24).requires_grad_(False).eval()
+        linear.weight.copy_(sparse(24, 64, "4:8"))
+        layer = mk.NMLinear.from_dense(linear, "4:8")
+        x = torch.randn(5, 64)
+        torch.testing.assert_close(layer(x), linear(x))
+        assert not layer.training and layer.values.shape == (24, 32) and str(layer.pattern) == "4:8"
+
+    def test_from_masked_computes_as_the_masked_layer_in_eval_mode(self):
+        masked = mk.MaskedLinear.from_linear(nn.Linear(64, 24), "2:4").eval()
+        x = torch.randn(5, 64)
+        for layer in (mk.Sparse24Linear.from_masked(masked), mk.NMLinear.from_masked(masked)):
+            torch.testing.assert_close(layer(x), masked(x))
+
+    def test_half_the_memory_and_a_bit_a_weight(self):
+        linear = nn.Linear(512, 256, bias=False, dtype=torch.bfloat16)
+        linear.weight.data = sparse(256, 512, "2:4", torch.bfloat16)
+        layer = mk.Sparse24Linear.from_dense(linear)
+        held = sum(tensor.nbytes for tensor in layer.state_dict().values())
+        assert held == linear.weight.nbytes * 9 // 16 == layer.packed.nbytes
+
+    def test_state_dict_and_dtype(self):
+        weights = [sparse(24, 64, "2:4", seed=seed) for seed in range(2)]
+        layers = [mk.Sparse24Linear(mk.pack_24(weight), torch.randn(24)) for weight in weights]
+        layers[1].load_state_dict(layers[0].state_dict())
+        assert torch.equal(layers[1].packed.unpack(), weights[0])
+        narrow = layers[1].to(torch.bfloat16)
+        assert narrow.bitmask.dtype == torch.uint8 and narrow.values.dtype == torch.bfloat16
+        assert torch.equal(narrow.packed.unpack(), weights[0].bfloat16())
+
+    def test_a_damaged_state_dict_is_refused(self):
+        layer = mk.Sparse24Linear(mk.pack_24(sparse(24, 64, "2:4")))
+        before = layer.packed.unpack()
+        for name, change in {
+            "bitmask": lambda t: t ^ 1,
+            "bitmask of": lambda t: t[:, :-1].clone(),
+            "values": lambda t: t[:, :-2].clone(),
+        }.items():
+            state = {key: value.clone() for key, value in layer.state_dict().items()}
+            state[name.split()[0]] = change(state[name.split()[0]])
+            with pytest.raises(RuntimeError, match="bitmask: expected|size mismatch for values"):
+                layer.load_state_dict(state)
+            assert torch.equal(layer.packed.unpack(), before)
+
+    def test_finalize_to_packed(self):
+        for pattern, kind in (("2:4", mk.Sparse24Linear), ("4:8", mk.NMLinear)):
+            model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+            mk.convert(model, pattern)
+            x = torch.randn(3, 64)
+            expected = model(x)
+            assert mk.finalize(model, to="packed") is model
+            assert type(model[0]) is kind and type(model[2]) is kind
+            torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.usefixtures("eager_reference")
+def test_compiles_as_a_whole():
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for tokens in (2, 3, 17):
+        x = torch.randn(tokens, 64)
+        assert torch.equal(compiled(x), model(x))
+    assert len(graphs) <= 2
+
+
+WEIGHT = sparse(4, 16, "2:4")
+PACKED = mk.PackedNM(*(lambda p: (p.values, p.bitmask))(mk.pack_24(WEIGHT)), "2:4")
+BAD_CALLS = {
+    "weight: expected at most 2 of every 4 values that are not zero, got 4 in row 0, columns 0 to 3": (
+        lambda: mk.pack_24(torch.ones(4, 16))
+    ),
+    "weight: expected .* K divisible by 4": lambda: mk.pack_24(torch.zeros(4, 18)),
+    "weight: expected float32, bfloat16 or float16, got": lambda: mk.pack_24(torch.zeros(4, 16, dtype=torch.int8)),
+    "pattern: expected N:M": lambda: mk.pack_nm(WEIGHT, "2:5"),
+    "packed: expected a PackedNM": lambda: mk.nm_linear(torch.ones(1, 16), WEIGHT),
+    "packed: expected 2:4, got 1:4": (
+        lambda: mk.sparse24_linear(torch.ones(1, 16), mk.pack_nm(sparse(4, 16, "1:4"), "1:4"))
+    ),
+    "packed: expected 2:4, got 4:8": lambda: mk.Sparse24Linear(mk.pack_nm(sparse(4, 16, "4:8"), "4:8")),
+    r"x: expected a tensor \[..., 16\]": lambda: mk.nm_linear(torch.ones(1, 12), PACKED),
+    "x: expected the values' dtype": lambda: mk.nm_linear(torch.ones(1, 16).bfloat16(), PACKED),
+    r"bias: expected a tensor \[4\]": lambda: mk.nm_linear(torch.ones(1, 16), PACKED, torch.ones(5)),
+    r"bias: expected \[4\] of": lambda: mk.NMLinear(PACKED, torch.ones(5)),
+    "values: expected a last dimension divisible by 2": lambda: mk.PackedNM(torch.ones(4, 7), PACKED.bitmask, "2:4"),
+    r"bitmask: expected \[4, 2\]": lambda: mk.PackedNM(PACKED.values, PACKED.bitmask[:, :1].clone(), "2:4"),
+    "bitmask: expected a tensor of torch.uint8": lambda: mk.PackedNM(PACKED.values, PACKED.bitmask.int(), "2:4"),
+    "bitmask: expected exactly 2 of every 4": lambda: mk.PackedNM(PACKED.values, PACKED.bitmask ^ 1, "2:4").check(),
+    "bitmask: expected no bits beyond the 4": (
+        lambda: mk.PackedNM(torch.ones(1, 2), torch.tensor([[0x33]], dtype=torch.uint8), "2:4").check()
+    ),
+    "linear: expected nn.Linear": lambda: mk.NMLinear.from_dense(nn.ReLU(), "2:4"),
+    "layer: expected MaskedLinear": lambda: mk.NMLinear.from_masked(nn.Linear(16, 4)),
+    'to: expected "dense" or "packed"': lambda: mk.finalize(nn.Linear(16, 4), to="sparse"),
+}
+
+
+@pytest.mark.parametrize("told", BAD_CALLS)
+def test_bad_arguments_are_named(told):
+    with pytest.raises((TypeError, ValueError), match=told):
+        BAD_CALLS[told]()
