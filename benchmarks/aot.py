@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maskpro_kernels.kernels import masked_gemm, sampling, straight_through, swaps
-from maskpro_kernels.kernels.launch import CONFIGURATIONS, Tiles
+from maskpro_kernels.kernels import masked_gemm, packed, sampling, straight_through, swaps
+from maskpro_kernels.kernels.launch import CONFIGURATIONS, Rows, Tiles
 from maskpro_kernels.reference import quadrature_grid
 
 TARGETS = {
@@ -26,6 +26,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 FILES = {"best_swaps": swaps, "descend": straight_through}
 COUNTER = {
     "inv_temperature": "fp32",
@@ -139,7 +140,7 @@ def build_product(
         "KIND": kind,
         "LOG_PROB": log_prob,
         "UPDATE": steps,
-        "OPERAND": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[operand],
+        "OPERAND": ELEMENTS[operand],
         "PRECISION": "ieee",
         "BLOCK_OUT": tile.out,
         "BLOCK_T": tile.tokens,
@@ -151,6 +152,33 @@ def build_product(
         known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}
     return _compile(function, target, types, constants, tile.options(target), multiples=("rows", "groups"))
+
+
+def build_packed(
+    kernel: str, target: str, n: int, m: int, config: Rows | Tiles | None = None, element: str = "bf16"
+) -> Built:
+    """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias.
+
+    ``config`` is a row of the launch tables; "unpack" has its own.
+    """
+    function = getattr(packed, f"{kernel}_kernel")
+    run = packed.run_length(n, m) if kernel != "unpack" else 8
+    types = (
+        {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
+        | dict.fromkeys(("x", "bias", "out"), f"*{element}")
+        | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[run], "rows": "i32", "runs": "i32"}
+    )
+    known = {"N": n, "M": m}
+    if kernel == "unpack":
+        config = CONFIGURATIONS["unpack", m]
+        types |= dict.fromkeys(("values", "out"), {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32"}[element])
+        known |= {"BLOCK": config.block}
+    elif isinstance(config, Rows):
+        known |= {"ELEMENT": ELEMENTS[element], "ROWS": config.rows, "BLOCK": config.block}
+    else:
+        known |= {"ELEMENT": ELEMENTS[element], "OPERAND": ELEMENTS[element], "PRECISION": "ieee"}
+        known |= {"BLOCK_OUT": config.out, "BLOCK_T": config.tokens, "BLOCK_K": config.k}
+    return _compile(function, target, types, known, config.options(target), multiples=("rows", "runs"))
 
 
 def _compile(function, target, types, constants, options, multiples=()) -> Built:

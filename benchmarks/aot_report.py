@@ -3,8 +3,8 @@
 For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, occupancy, and
 SASS instructions a weight, those of a block whose draws are all certain and those of one that draws. Then, for
 the layer shapes of LLaMA-2-7B, the time by bytes, by issue slots and by matrix units of the forward product, of
-16-bit operands with float32 logits. NVIDIA targets only. Nothing here is measured: the figures bound what a
-measurement can show.
+16-bit operands with float32 logits; and for those of LLaMA-2-7B and 70B, of products with packed weights, beside
+the dense layer's. NVIDIA targets only. Nothing here is measured: the figures bound what a measurement can show.
 """
 
 from __future__ import annotations
@@ -22,14 +22,29 @@ from pathlib import Path
 
 import torch
 import triton
-from aot import Built, build, build_product
+from aot import Built, build, build_packed, build_product
 
-from maskpro_kernels.kernels.launch import CONFIGURATIONS, ONE_PASS_TOKENS, PROCESSORS, TILES, Tiles, tiles_for
+from maskpro_kernels.kernels.launch import (
+    CONFIGURATIONS,
+    ONE_PASS_TOKENS,
+    PACKED_TILES,
+    PROCESSORS,
+    ROWS,
+    TILES,
+    Rows,
+    Tiles,
+    rows_for,
+    tiles_for,
+)
+from maskpro_kernels.kernels.packed import MULTIPLIED, run_length
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 GROUP_KERNELS = ["sample_mask", "masked_weight", "score_update"]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 16, 128, 1024, 4096]
+# Of LLaMA-2-7B and 70B
+SERVED_SHAPES = [*SHAPES, (8192, 8192), (28672, 8192), (8192, 28672)]
+SERVED_TOKENS = [1, 2, 16, 32, 64]
 # The costs as of the last commit that changed them on purpose, by release of Triton
 TABLE = Path(__file__).with_name("aot_table.json")
 KEY = ("kernel", "pattern", "target")
@@ -194,9 +209,33 @@ def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[C
             yield Cost.of(name, f"{n}:{m}", target, tile.num_warps, *product_kernel(product, target, n, m, tile))
 
 
+@functools.cache
+def packed_kernel(kernel: str, target: str, n: int, m: int, config: Rows | Tiles) -> tuple[Built, float, float]:
+    """(the compiled kernel, its instructions a weight twice)."""
+    built = build_packed(kernel, target, n, m, config)
+    taken = config.rows * config.block * run_length(n, m) if isinstance(config, Rows) else config.out * config.k
+    _, most = instructions(disassembled(built.asm["cubin"]), looping=True)
+    each = most / (taken / (32 * config.num_warps))
+    return built, each, each
+
+
+def packed_costs(target: str, n: int, m: int) -> Iterator[Cost]:
+    if (n, m) not in MULTIPLIED:
+        return
+    for config in ROWS["packed_vector"]:
+        name = f"packed_vector {config.rows}x{config.block}, {config.num_warps} warps"
+        built = packed_kernel("packed_vector", target, n, m, config)
+        yield Cost.of(name, f"{n}:{m}", target, config.num_warps, *built)
+    for tile in PACKED_TILES["packed_linear", target, 2]:
+        name = f"packed_linear {tile.out}x{tile.tokens}x{tile.k}, {tile.num_warps} warps"
+        built = packed_kernel("packed_linear", target, n, m, tile)
+        yield Cost.of(name, f"{n}:{m}", target, tile.num_warps, *built)
+
+
 def kept_costs() -> Iterator[Cost]:
     """What TABLE holds."""
     for target in CHIPS:
+        yield from packed_costs(target, 2, 4)
         for n, m in PATTERNS:
             yield from group_costs(target, n, m)
         yield from product_costs(target, 2, 4)
@@ -221,7 +260,9 @@ def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     print(f"{'certain':>8} {'drawn':>8}   (instructions a weight)")
     for target in targets:
         for n, m in patterns:
-            for cost in itertools.chain(group_costs(target, n, m), product_costs(target, n, m)):
+            for cost in itertools.chain(
+                group_costs(target, n, m), product_costs(target, n, m), packed_costs(target, n, m)
+            ):
                 print(
                     f"{cost.kernel:<42} {cost.pattern:>5} {target:>6} {cost.registers:>5} {cost.stack:>6} "
                     f"{cost.shared / 1024:>6.1f} {cost.occupancy:>6.0%} {cost.certain:>8.1f} {cost.drawn:>8.1f}",
@@ -234,6 +275,42 @@ def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
             for (rows, k), tokens in itertools.product(SHAPES, TOKENS):
                 times = " ".join(f"{1e6 * t:>8.1f}" for t in roofline(target, n, m, rows, k, tokens))
                 print(f"{f'{rows}x{k}':<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times}")
+
+    print()
+    print(
+        "packed weights of 16 bits: the slowest of bytes, issue slots and matrix units bounds them, and the dense layer"
+    )
+    print(
+        f"{'weight':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {'bytes':>8} {'issue':>8} {'matmul':>8} {'dense':>8}  us"
+    )
+    for target in targets:
+        for n, m in patterns:
+            if (n, m) not in MULTIPLIED:
+                continue
+            for (rows, k), tokens in itertools.product(SERVED_SHAPES, SERVED_TOKENS):
+                bounds = packed_roofline(target, n, m, rows, k, tokens)
+                times = " ".join(f"{1e6 * t:>8.1f}" for t in bounds)
+                ratio = bounds[-1] / max(bounds[:-1])
+                print(
+                    f"{f'{rows}x{k}':<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times} {ratio:>8.2f}x"
+                )
+
+
+def packed_roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> tuple[float, float, float, float]:
+    """Seconds of a product with a packed weight by bytes, issue slots and matrix units, and of the dense one."""
+    chip = CHIPS[target]
+    if tokens == 1:
+        config, kernel = rows_for("packed_vector", rows, k // run_length(n, m), target), "packed_vector"
+    else:
+        config, kernel = tiles_for("packed_linear", m, torch.bfloat16, tokens, rows, k, target), "packed_linear"
+    _, each, _ = packed_kernel(kernel, target, n, m, config)
+    activations, matmul = 2 * tokens * (rows + k), 2 * rows * k * tokens / chip.flops_16_bit
+    return (
+        (rows * k * (2 * n / m + 1 / 8) + activations) / chip.bytes_per_second,
+        rows * k * each / (PROCESSORS[target] * chip.schedulers * 32 * chip.clock),
+        matmul if tokens > 1 else 0.0,
+        max((2 * rows * k + activations) / chip.bytes_per_second, matmul),
+    )
 
 
 def roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> tuple[float, float, float]:

@@ -266,3 +266,68 @@ def test_products_of_other_groups_compile_for_every_target(n, m):
 @pytest.mark.parametrize("kind", ["top_n", "codes"])
 def test_products_under_given_masks_compile_for_every_target(kind):
     check_products("bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), kind=kind)
+
+
+PACKED_CHILD = """
+import json, sys
+import aot_report
+from dataclasses import replace
+from aot import TARGETS, build_packed
+from maskpro_kernels.kernels.launch import PACKED_TILES, ROWS
+n, m, element = json.load(sys.stdin)
+for target in TARGETS:
+    # as few rows a program as a small layer gets, too
+    rows = [*ROWS["packed_vector"], *(replace(ROWS["packed_vector"][-1], rows=rows) for rows in (1, 2))]
+    for kernel, configs in (
+        ("packed_vector", rows), ("packed_linear", PACKED_TILES["packed_linear", target, 2]), ("unpack", [None]),
+    ):
+        for config in configs:
+            built = build_packed(kernel, target, n, m, config, element)
+            wide = unit = None
+            if target.startswith("sm"):
+                lines = aot_report.disassembled(built.asm["cubin"])
+                wide = sum("LDG.E.128" in line for line in lines)
+                unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
+            print(json.dumps([kernel, target, getattr(config, "rows", None), getattr(config, "out", None),
+                              built.registers, built.spills, built.stack, built.shared, wide, unit]), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "element"),
+    [
+        pytest.param(n, m, element, marks=[] if (n, m, element) == (2, 4, "bf16") else pytest.mark.slow)
+        for n, m in [(2, 4), (1, 4), (4, 8), (8, 16)]
+        for element in ("bf16", "fp16")
+    ],
+)
+def test_packed_kernels_compile_for_every_target(n, m, element):
+    """At one token the values of each row are loaded 16 bytes at a time."""
+    rows = in_child(PACKED_CHILD, n, m, element)
+    assert len(rows) == 4 * (5 + 6 + 1)
+    for kernel, target, owned, out, registers, spills, stack, shared, wide, unit in rows:
+        case = (kernel, target, owned, out, registers, spills, stack, shared, wide, unit)
+        assert registers <= MOST_REGISTERS[target] and spills == stack == 0 and shared <= SHARED_LIMITS[target], case
+        if kernel == "packed_vector" and wide is not None:
+            assert wide >= owned, case
+        if kernel == "packed_linear" and unit is not None:
+            assert unit == [MATRIX_UNITS[target] if out >= 64 and target in MATRIX_UNITS else "mma.sync"], case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (3, 4), (7, 8), (15, 16), (31, 32)])
+def test_the_kernel_that_unpacks_compiles_for_every_pattern(n, m):
+    rows = in_child(UNPACK_CHILD, n, m)
+    for target, registers, spills, stack in rows:
+        assert registers <= MOST_REGISTERS[target] and spills == 0 and stack == 0, (target, registers, spills, stack)
+
+
+UNPACK_CHILD = """
+import json, sys
+from aot import TARGETS, build_packed
+n, m = json.load(sys.stdin)
+for target in TARGETS:
+    for element in ("bf16", "fp32"):
+        built = build_packed("unpack", target, n, m, element=element)
+        print(json.dumps([target, built.registers, built.spills, built.stack]), flush=True)
+"""

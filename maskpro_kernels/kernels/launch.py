@@ -156,19 +156,22 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ),
     ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
-    # Bytes bound these: a thread holds one or two runs of the weight, and small tiles keep all processors at work
-    ("packed_linear", 2): (
-        Tiles(out=16, tokens=16, k=256),
-        Tiles(out=32, tokens=16, k=256, num_warps=8),
-        Tiles(out=16, tokens=32, k=128),
-        Tiles(out=32, tokens=32, k=128, num_warps=8),
-        Tiles(out=16, tokens=64, k=128),
-        Tiles(out=64, tokens=64, k=64, num_warps=8),
-    ),
     ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=192),),
     ("straight_through", 4): (Tiles(out=32, tokens=32, k=64),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
+
+# Of packed weights, all of 16 bits. Bytes bound these: a thread holds one or two runs of the weight, and small tiles
+# keep all processors at work.
+_PACKED_TILES = (
+    Tiles(out=16, tokens=16, k=256),
+    Tiles(out=32, tokens=16, k=256, num_warps=8),
+    Tiles(out=16, tokens=32, k=128),
+    Tiles(out=32, tokens=32, k=128, num_warps=8),
+    Tiles(out=16, tokens=64, k=128),
+    Tiles(out=64, tokens=64, k=64, num_warps=8),
+)
+PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
 
 # The dimension of the weight along which a product's results lie
 RESULT_SIDE = {
@@ -233,7 +236,7 @@ def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, r
     """Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of those
     the largest that still gives every processor a program, or else the smallest.
     """
-    candidates = TILES[product, target, itemsize]
+    candidates = (TILES | PACKED_TILES)[product, target, itemsize]
     padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
     fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]
     side = RESULT_SIDE[product]

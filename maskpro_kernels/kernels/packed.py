@@ -26,45 +26,42 @@ def run_length(n: int, m: int) -> int:
 
 
 @triton.jit
-def low_half(word):
-    return (word & 0xFFFF).to(tl.int16)
+def low_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """The value in the low half of an int32 word, as OUT."""
+    return (word & 0xFFFF).to(tl.int16).to(ELEMENT, bitcast=True).to(OUT)
 
 
 @triton.jit
-def high_half(word):
-    return (word >> 16).to(tl.int16)
+def high_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    return (word >> 16).to(tl.int16).to(ELEMENT, bitcast=True).to(OUT)
 
 
 @triton.jit
 def placed_one(value, kept, M: tl.constexpr):
     """M columns of a group with one value."""
-    zero = tl.zeros_like(value)
     columns = ()
     for i in tl.static_range(M):
-        columns = columns + (tl.where(kept[i], value, zero),)
+        columns = columns + (tl.where(kept[i], value, 0.0),)
     return columns
 
 
 @triton.jit
-def placed_two_of_four(word, kept):
+def placed_two_of_four(first, second, kept):
     """4 columns of a group with two values: the first stands at the lowest place kept, the other at the last."""
-    first, second = low_half(word), high_half(word)
-    zero = tl.zeros_like(first)
     return (
-        tl.where(kept[0], first, zero),
-        tl.where(kept[1], tl.where(kept[0], second, first), zero),
-        tl.where(kept[2], tl.where(kept[3], first, second), zero),
-        tl.where(kept[3], second, zero),
+        tl.where(kept[0], first, 0.0),
+        tl.where(kept[1], tl.where(kept[0], second, first), 0.0),
+        tl.where(kept[2], tl.where(kept[3], first, second), 0.0),
+        tl.where(kept[3], second, 0.0),
     )
 
 
 @triton.jit
-def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr):
+def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr):
     """M columns of a group whose values lie in COUNT words: the next one is taken wherever a weight is kept."""
-    zero = tl.zeros_like(low_half(words[0]))
     columns = ()
     for i in tl.static_range(M):
-        columns = columns + (tl.where(kept[i], low_half(words[0]), zero),)
+        columns = columns + (tl.where(kept[i], low_half(words[0], ELEMENT, OUT), 0.0),)
         moved = ()
         for j in tl.static_range(COUNT):
             # as unsigned, for the sign would fill the place of the value that comes in
@@ -77,23 +74,24 @@ def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def placed(words, code, N: tl.constexpr, M: tl.constexpr):
-    """Columns of int16, the bits of the values of a run at their places and zeros elsewhere."""
+def placed(words, code, N: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """Columns of OUT: the values of a run at their places, zeros elsewhere."""
     columns = ()
     for group in tl.static_range(VALUES // N):
         kept = d.decode(code >> (group * M), M)
         if N == 1:
             if group % 2 == 0:
-                columns = columns + placed_one(low_half(words[group // 2]), kept, M)
+                columns = columns + placed_one(low_half(words[group // 2], ELEMENT, OUT), kept, M)
             else:
-                columns = columns + placed_one(high_half(words[group // 2]), kept, M)
+                columns = columns + placed_one(high_half(words[group // 2], ELEMENT, OUT), kept, M)
         elif N == 2:
-            columns = columns + placed_two_of_four(words[group], kept)
+            first, second = low_half(words[group], ELEMENT, OUT), high_half(words[group], ELEMENT, OUT)
+            columns = columns + placed_two_of_four(first, second, kept)
         else:
             own = ()
             for i in tl.static_range(N // 2):
                 own = own + (words[group * (N // 2) + i],)
-            columns = columns + placed_in_turn(own, kept, N // 2, M)
+            columns = columns + placed_in_turn(own, kept, N // 2, M, ELEMENT, OUT)
     return columns
 
 
@@ -135,10 +133,10 @@ def packed_vector_kernel(
             # beyond the end the last row once more, which needs no mask
             at = tl.minimum(first_row + r, rows - 1).to(tl.int64) * runs + run
             words, code = load_run(values, bitmask, at, inside)
-            columns = placed(words, code, N, M)
+            columns = placed(words, code, N, M, ELEMENT, tl.float32)
             total = totals[r]
             for i in tl.static_range(RUN):
-                total = tl.fma(columns[i].to(ELEMENT, bitcast=True).to(tl.float32), activations[i], total)
+                total = tl.fma(columns[i], activations[i], total)
             new = new + (total,)
         totals = new
     for r in tl.static_range(ROWS):
@@ -180,8 +178,8 @@ def packed_linear_kernel(
     for first in range(0, runs, RUNS):
         run = first + index % RUNS
         words, code = load_run(values, bitmask, row.to(tl.int64) * runs + run, (row < rows) & (run < runs))
-        tile = d.join_columns(placed(words, code, N, M), RUN).to(ELEMENT, bitcast=True)
-        weight = tl.reshape(tile, (BLOCK_OUT, BLOCK_K)).to(OPERAND)
+        tile = d.join_columns(placed(words, code, N, M, ELEMENT, OPERAND), RUN)
+        weight = tl.reshape(tile, (BLOCK_OUT, BLOCK_K))
         present = (token[None, :] < tokens) & (first * RUN + k[:, None] < runs * RUN)
         x_tile = tl.load(x_pointers, mask=present, other=0.0).to(OPERAND)
         total = tl.dot(weight, x_tile, total, input_precision=PRECISION)
