@@ -185,11 +185,13 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="masked checkpoint from a run's logits",
-        description="Rebuild the masked Hugging Face checkpoint of a run from its base model and its logits.",
+        description="Rebuild the Hugging Face checkpoint of a run from its base model and its logits: with exact "
+        "zeros, which any program loads, or with packed weights, smaller, which this package loads.",
         formatter_class=show,
     )
     export.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
     export.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    export.add_argument("--to", choices=("dense", "packed"), default="dense", help="how the weights are stored")
     _add_dtype(export, "dtype of the weights", "that of the run")
     export.set_defaults(run=_export)
     return parser
@@ -444,8 +446,8 @@ def _export(args: argparse.Namespace) -> None:
     codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
     model, tokenizer = _load(metadata["model"], getattr(args, "dtype", metadata["dtype"]), torch.device("cpu"))
     convert(model, pattern, targets=list(codes), init=codes)
-    _save(finalize(model), tokenizer, output)
-    print(f"{pattern} checkpoint of {metadata['model']} written to {output}")
+    _save(finalize(model, to=args.to), tokenizer, output)
+    print(f"{args.to} {pattern} checkpoint of {metadata['model']} written to {output}")
 
 
 def _needs_matplotlib(name: str) -> None:

@@ -1,15 +1,176 @@
-"""Loading and saving Hugging Face causal language models."""
+"""Loading and saving Hugging Face models, those with packed N:M weights too.
+
+After ``import maskpro_kernels.hf`` transformers' ``from_pretrained`` loads checkpoints with packed weights.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .modules import NMLinear, Sparse24Linear
+from .packed import PackedNM, check_bitmask
+from .pattern import NMPattern
 
 SMOLLM2 = "smollm2-135m"
+PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
+# As safetensors calls them
+VALUE_DTYPES = ("F32", "BF16", "F16")
+
+
+@register_quantization_config(PACKED_METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a checkpoint with packed weights.
+
+    Every nn.Linear of the model but those named holds ``<name>.values`` and ``<name>.bitmask``, see ``PackedNM``.
+
+    Args:
+        pattern: "N:M".
+        modules_to_not_convert: full names of the nn.Linear modules that are stored as they are.
+        format, version: of what is stored.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or of a format or version that this release does not know.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        modules_to_not_convert: Sequence[str] | None = None,
+        format: str = PACKED_FORMAT,
+        version: int = PACKED_VERSION,
+        **others,
+    ):
+        self.quant_method = PACKED_METHOD
+        for name, value, expected in (("format", format, PACKED_FORMAT), ("version", version, PACKED_VERSION)):
+            if value != expected:
+                raise ValueError(
+                    f"quantization_config: expected {name} {expected!r}, got {value!r}; a newer maskpro_kernels may "
+                    "have written it"
+                )
+        others.pop("quant_method", None)
+        if others:
+            raise ValueError(f"quantization_config: expected no others than its own settings, got {sorted(others)}")
+        self.pattern = str(NMPattern(pattern))
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.format, self.version = format, version
+
+
+@register_quantizer(PACKED_METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Gives a model NMLinear modules before transformers loads its checkpoint, and refuses one that is damaged."""
+
+    # packed weights are made by ``finalize``, not from a dense checkpoint while it is loaded
+    requires_calibration = True
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        layers = replace_by_packed(
+            model, self.quantization_config.pattern, self.quantization_config.modules_to_not_convert
+        )
+        if checkpoint_files is not None:
+            check_packed(checkpoint_files, layers)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def replace_by_packed(model: nn.Module, pattern: str, skipped: Sequence[str]) -> dict[str, NMLinear]:
+    """Put an empty NMLinear on the meta device in the place of every nn.Linear but those named; returns them by name.
+
+    Raises:
+        ValueError: if ``pattern`` does not fit a layer, or nothing is left to replace.
+    """
+    pattern = NMPattern(pattern)
+    layers = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or name in skipped:
+            continue
+        rows, k = module.weight.shape
+        if k % pattern.m:
+            raise ValueError(
+                f"quantization_config: expected in_features divisible by {pattern.m} in all modules but "
+                f"modules_to_not_convert, got {k} in {name}"
+            )
+        values = torch.empty(rows, k // pattern.m * pattern.n, dtype=module.weight.dtype, device="meta")
+        bitmask = torch.empty(rows, -(-k // 8), dtype=torch.uint8, device="meta")
+        bias = None if module.bias is None else torch.empty(rows, dtype=module.weight.dtype, device="meta")
+        kind = Sparse24Linear if str(pattern) == "2:4" else NMLinear
+        layers[name] = kind(PackedNM(values, bitmask, pattern), bias).train(module.training)
+        model.set_submodule(name, layers[name])
+    if not layers:
+        raise ValueError("quantization_config: expected an nn.Linear that is packed, all are in modules_to_not_convert")
+    return layers
+
+
+def check_packed(files: str | Path | Iterable[str | Path], layers: dict[str, NMLinear]) -> None:
+    """Raise ValueError unless these safetensors files hold a sound packed weight for each of the layers."""
+    files = [files] if isinstance(files, (str, Path)) else list(files)
+    where = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"checkpoint: expected safetensors files, got {str(file)!r}")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                where |= dict.fromkeys(opened.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}") from error
+    for name, layer in layers.items():
+        missing = [part for part in ("values", "bitmask") if f"{name}.{part}" not in where]
+        if missing:
+            raise ValueError(f"checkpoint: expected {name}.values and {name}.bitmask, got none of {missing}")
+        with safe_open(where[f"{name}.values"], framework="pt") as opened:
+            values = opened.get_slice(f"{name}.values")
+            shape, dtype = values.get_shape(), values.get_dtype()
+        if shape != list(layer.values.shape) or dtype not in VALUE_DTYPES:
+            raise ValueError(
+                f"checkpoint: {name}.values: expected {list(layer.values.shape)} of {' or '.join(VALUE_DTYPES)} for "
+                f"{layer.pattern}, got {shape} of {dtype}"
+            )
+        with safe_open(where[f"{name}.bitmask"], framework="pt") as opened:
+            bitmask = opened.get_tensor(f"{name}.bitmask")
+        if bitmask.shape != layer.bitmask.shape or bitmask.dtype != torch.uint8:
+            raise ValueError(
+                f"checkpoint: {name}.bitmask: expected {list(layer.bitmask.shape)} of uint8 for {layer.pattern}, "
+                f"got {list(bitmask.shape)} of {bitmask.dtype}"
+            )
+        try:
+            check_bitmask(bitmask, layer.in_features, layer.pattern)
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {name}.{error}") from error
+
+
+def packed_config(model: nn.Module) -> PackedConfig | None:
+    """The ``quantization_config`` of a model with NMLinear modules; None where there are none.
+
+    Raises:
+        ValueError: if they are not all of one pattern.
+    """
+    patterns = {str(module.pattern) for module in model.modules() if isinstance(module, NMLinear)}
+    if not patterns:
+        return None
+    if len(patterns) > 1:
+        raise ValueError(f"model: expected packed weights of one pattern, got {sorted(patterns)}")
+    return PackedConfig(
+        patterns.pop(), [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    )
 
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -40,7 +201,16 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes a checkpoint (config, safetensors weights, tokenizer) that ``from_pretrained(folder)`` loads."""
+    """Writes a checkpoint (config, safetensors weights, tokenizer) that ``from_pretrained(folder)`` loads.
+
+    Packed weights are written as such, with a ``quantization_config``.
+
+    Raises:
+        ValueError: if packed weights are not all of one pattern.
+    """
+    config = packed_config(model)
+    if config is not None:
+        model.config.quantization_config = config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,0 +1,180 @@
+"""Checkpoints with packed weights: written, loaded by transformers, refused where they are damaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import maskpro_kernels as mk
+from maskpro_kernels import hf
+from maskpro_kernels.evaluation import causal_lm_loss
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def finalized(pattern: str = "2:4", dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
+    """The same masked model twice, with exact zeros and packed."""
+    model = tiny_model().to(dtype)
+    mk.convert(model, pattern)
+    return mk.finalize(copy.deepcopy(model)), mk.finalize(model, to="packed")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    hf.save_model(finalized()[1], tiny_tokenizer(), tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize(("pattern", "kind"), [("2:4", mk.Sparse24Linear), ("4:8", mk.NMLinear)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
+    dense, packed = finalized(pattern, dtype)
+    hf.save_model(packed, tiny_tokenizer(), tmp_path / "packed")
+    # loaded as well, for a model that is cast has other rotary frequencies than one that is loaded
+    hf.save_model(dense, tiny_tokenizer(), tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    assert json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"] == {
+        "quant_method": "maskpro",
+        "format": "nm-bitmask",
+        "version": 1,
+        "pattern": pattern,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
+    assert type(loaded.get_submodule(LAYER)) is kind and loaded.get_submodule(LAYER).values.dtype == dtype
+    tokens = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(tokens).logits, dense(tokens).logits)
+    generated = [model.generate(tokens, max_new_tokens=20, do_sample=False) for model in (loaded, dense)]
+    assert torch.equal(*generated)
+    assert torch.isfinite(causal_lm_loss(loaded, tokens))
+
+    loaded.save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert f"{LAYER}.values" in first and f"{LAYER}.weight" not in first
+
+
+def test_a_loaded_model_takes_the_dtype_asked_for(folder):
+    loaded, _ = hf.load_model(str(folder), torch.bfloat16)
+    layer = loaded.get_submodule(LAYER)
+    assert layer.values.dtype == torch.bfloat16 and layer.bitmask.dtype == torch.uint8
+
+
+def test_sharded_checkpoints(tmp_path):
+    _, packed = finalized()
+    packed.config.quantization_config = hf.packed_config(packed)
+    packed.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_submodule(LAYER).packed.unpack(), packed.get_submodule(LAYER).packed.unpack())
+
+
+def rewrite(change):
+    """A damage: the tensors of the only file are changed."""
+
+    def damage(folder):
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+
+    return damage
+
+
+def reconfigure(**changes):
+    def damage(folder):
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        config["quantization_config"] |= changes
+        file.write_text(json.dumps(config))
+
+    return damage
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def flip(tensors):
+    tensors[f"{LAYER}.bitmask"][3, 1] ^= 4
+
+
+DAMAGES = {
+    "expected a whole safetensors file": truncate,
+    f"{LAYER}.bitmask: expected exactly 2 of every 4 kept": rewrite(flip),
+    f"expected {LAYER}.values and {LAYER}.bitmask, got none of .'values'": (
+        rewrite(lambda tensors: tensors.pop(f"{LAYER}.values"))
+    ),
+    f"{LAYER}.values: expected .* for 2:4, got": (
+        rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"][:, 1:].clone()}))
+    ),
+    f"{LAYER}.bitmask: expected .* of uint8": (
+        rewrite(lambda tensors: tensors.update({f"{LAYER}.bitmask": tensors[f"{LAYER}.bitmask"][1:].clone()}))
+    ),
+    f"{LAYER}.values: expected .* of F32 or BF16 or F16": (
+        rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"].to(torch.int8)}))
+    ),
+    "expected version 1, got 2": reconfigure(version=2),
+    "expected format 'nm-bitmask', got 'other'": reconfigure(format="other"),
+    "pattern: expected N:M": reconfigure(pattern="2:5"),
+    "values: expected .* for 1:8": reconfigure(pattern="1:8"),
+    "expected no others than its own settings, got .'speed'": reconfigure(speed=2),
+}
+
+
+@pytest.mark.parametrize("told", DAMAGES)
+def test_damaged_checkpoints_are_refused(told, folder):
+    DAMAGES[told](folder)
+    with pytest.raises(ValueError, match=told):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_pattern_that_fits_no_layer_is_refused():
+    with pytest.raises(ValueError, match="expected in_features divisible by 8 .*, got 12 in 0"):
+        hf.replace_by_packed(nn.Sequential(nn.Linear(12, 4)), "4:8", [])
+    with pytest.raises(ValueError, match="expected an nn.Linear that is packed"):
+        hf.replace_by_packed(nn.Sequential(nn.Linear(12, 4)), "2:4", ["0"])
+
+
+def test_packed_weights_are_not_made_while_loading(tmp_path):
+    hf.save_model(finalized()[0], tiny_tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=hf.PackedConfig("2:4"))
+
+
+def test_several_patterns_in_one_model_are_refused(tmp_path):
+    model = tiny_model()
+    mk.convert(model, "2:4", targets=["*down_proj"])
+    mk.finalize(model, to="packed")
+    mk.convert(model, "4:8", targets=["*up_proj"])
+    mk.finalize(model, to="packed")
+    with pytest.raises(ValueError, match="expected packed weights of one pattern"):
+        hf.save_model(model, tiny_tokenizer(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_smollm2_packed(tmp_path):
+    """The linears take 9/16 of the bytes; the same logits and the same 50 greedy tokens in float32."""
+    model, tokenizer = hf.load_model(hf.SMOLLM2, torch.bfloat16)
+    names = mk.convert(model, "2:4").converted
+    hf.save_model(mk.finalize(copy.deepcopy(model)), tokenizer, tmp_path / "dense")
+    hf.save_model(mk.finalize(model, to="packed"), tokenizer, tmp_path / "packed")
+    dense, packed = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "packed"))
+    stored = sum(packed[f"{name}.{part}"].nbytes for name in names for part in ("values", "bitmask"))
+    assert stored == pytest.approx(9 / 16 * sum(dense[f"{name}.weight"].nbytes for name in names), rel=0.01)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("dense", "packed")]
+    tokens = tokenizer("The mask of a weight matrix", return_tensors="pt").input_ids
+    assert torch.equal(*(model(tokens).logits for model in models))
+    expected, ours = (model.generate(tokens, max_new_tokens=50, do_sample=False) for model in models)
+    assert ours.shape[1] == tokens.shape[1] + 50 and torch.equal(ours, expected)
