@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 
 from . import convert, finalize, top_n_mask
-from .convert import INITIAL_MASKS
+from .checkpoints import decompress, read_masks, survey, weight_files
+from .convert import INITIAL_MASKS, pack, unpack
 from .data import batches, load_text, windows
 from .estimators import Reinforce, StraightThrough
 from .evaluation import causal_lm_loss, perplexity
@@ -194,6 +196,34 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", choices=("dense", "packed"), default="dense", help="how the weights are stored")
     _add_dtype(export, "dtype of the weights", "that of the run")
     export.set_defaults(run=_export)
+
+    importing = commands.add_parser(
+        "import",
+        help="checkpoint from what other programs store",
+        description="Write a checkpoint with exact zeros or with packed weights from: a folder in compressed-tensors' "
+        "sparse-24-bitmask format; a folder whose weights hold zeros in the pattern; or, with --model, learned masks: "
+        "an .npz file of MaskLLM, or bool masks of MaskPro in a .pt file or a folder of them.",
+        formatter_class=show,
+    )
+    importing.add_argument("source", metavar="SOURCE", help="folder or file to read")
+    importing.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    importing.add_argument(
+        "--model", default=argparse.SUPPRESS, help="for masks: the model they are of, as in `maskpro learn --model`"
+    )
+    importing.add_argument("--pattern", default="2:4", metavar="N:M", help="that the weights or masks follow")
+    importing.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
+    _add_dtype(importing, "dtype of the weights", DTYPE)
+    importing.set_defaults(run=_import)
+
+    validate = commands.add_parser(
+        "validate",
+        help="which N:M patterns a checkpoint holds",
+        description="Print for every matrix of a checkpoint the N:M patterns that it follows, the share of values that "
+        "are not zero, how many are -0.0, and the largest power of two that divides its rows.",
+        formatter_class=show,
+    )
+    validate.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
+    validate.set_defaults(run=_validate)
     return parser
 
 
@@ -448,6 +478,52 @@ def _export(args: argparse.Namespace) -> None:
     convert(model, pattern, targets=list(codes), init=codes)
     _save(finalize(model, to=args.to), tokenizer, output)
     print(f"{args.to} {pattern} checkpoint of {metadata['model']} written to {output}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    output, source, pattern = Path(args.output), Path(args.source), NMPattern(args.pattern)
+    check_output(output)
+    if not source.exists():
+        raise ValueError(f"source: expected a file or folder, got {args.source!r}: there is none")
+    dtype = getattr(args, "dtype", DTYPE)
+    if hasattr(args, "model"):
+        model, tokenizer = _load(args.model, dtype, torch.device("cpu"))
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        codes = read_masks(source, layers, pattern)
+        convert(model, pattern, targets=list(codes), init=codes)
+        _save(finalize(model, to=args.to), tokenizer, output)
+        print(f"{args.to} {pattern} checkpoint of {args.model} with {len(codes)} masks written to {output}")
+        return
+    if not source.is_dir():
+        raise ValueError(f"model: expected the model that the masks in {args.source!r} are of, got none")
+    with tempfile.TemporaryDirectory(
+        dir=output.absolute().parent if output.absolute().parent.is_dir() else None
+    ) as tmp:
+        decompressed = decompress(source, Path(tmp))
+        model, tokenizer = _load(tmp if decompressed else args.source, dtype, torch.device("cpu"))
+    conversion = pack(model, pattern)
+    for name, reason in conversion.skipped.items():
+        print(f"left dense: {name} ({reason})", file=sys.stderr)
+    if args.to == "dense":
+        unpack(model)
+    _save(model, tokenizer, output)
+    print(f"{args.to} {pattern} checkpoint with {len(conversion.converted)} sparse layers written to {output}")
+
+
+def _validate(args: argparse.Namespace) -> None:
+    rows = list(survey(weight_files(args.checkpoint)))
+    if not rows:
+        raise ValueError(f"checkpoint: expected matrices, got none in {args.checkpoint!r}")
+    width = max(len(row.name) for row in rows)
+    print(f"{'weight':<{width}}  {'shape':>14}  {'density':>8}  {'-0.0':>6}  {'aligned':>7}  follows")
+    for row in rows:
+        shape = f"{row.shape[0]}x{row.shape[1]}"
+        follows = ", ".join(row.patterns) or "none"
+        stored = " (packed)" if row.packed else ""
+        print(
+            f"{row.name:<{width}}  {shape:>14}  {row.density:>8.2%}  {row.negative_zeros:>6}  {row.alignment:>7}  "
+            f"{follows}{stored}"
+        )
 
 
 def _needs_matplotlib(name: str) -> None:

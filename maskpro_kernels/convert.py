@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .functional import LOGIT_DTYPES
 from .masks import check_calibration, gap_for_flip_rate, initial_codes
 from .modules import Clock, MaskedLinear, NMLinear, Sparse24Linear, check_gap, masked_layers
+from .packed import pack_nm
 from .pattern import NMPattern
 from .reconstruction import reconstruct
 
@@ -146,6 +147,43 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
             replacements[id(layer)] = linear.train(layer.training)
     _replace(model, replacements)
     return replacements.get(id(model), model)
+
+
+def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
+    """Replace every nn.Linear whose weight follows the pattern by an NMLinear, at 2:4 a Sparse24Linear, in place.
+
+    The output head and layers whose weight is shared stay as they are, as in ``convert``.
+
+    Raises:
+        ValueError: if the weight of no layer follows the pattern. The model is then as it was.
+    """
+    pattern = NMPattern(pattern)
+    layers, skipped = _select(model, pattern, None)
+    kind = Sparse24Linear if pattern == NMPattern("2:4") else NMLinear
+    replacements, packed = {}, []
+    for name, layer in layers.items():
+        kept = (layer.weight != 0).view(layer.out_features, -1, pattern.m).sum(-1)
+        if (kept > pattern.n).any():
+            skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
+        else:
+            replacements[id(layer)] = kind(pack_nm(layer.weight, pattern), layer.bias).train(layer.training)
+            packed.append(name)
+    if not packed:
+        raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
+    _replace(model, replacements)
+    return Conversion(packed, skipped)
+
+
+def unpack(model: nn.Module) -> None:
+    """Replace every NMLinear by an nn.Linear with exact zeros, in place."""
+    replacements = {}
+    for layer in model.modules():
+        if isinstance(layer, NMLinear):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(layer.packed.unpack(), requires_grad=False)
+            linear.bias = layer.bias
+            replacements[id(layer)] = linear.train(layer.training)
+    _replace(model, replacements)
 
 
 def _select(

@@ -195,6 +195,17 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
         assert torch.equal(tensor.bfloat16(), short.state_dict()[name])
 
 
+def test_export_packs(run, tmp_path, inputs, capsys):
+    assert cli.main(["export", str(run), str(tmp_path / "packed"), "--to", "packed"]) == 0
+    assert f"packed 2:4 checkpoint of {inputs / 'model'} written to" in capsys.readouterr().out
+    learned, packed = map(AutoModelForCausalLM.from_pretrained, (run, tmp_path / "packed"))
+    tokens = torch.arange(12).view(1, 12)
+    assert torch.equal(packed(tokens).logits, learned(tokens).logits)
+    data = ["--data", str(inputs / "text.txt"), "--device", "cpu", "--eval-windows", "5", "--eval-length", "24"]
+    assert cli.main(["eval", str(tmp_path / "packed"), *data, "--dtype", "float32"]) == 0
+    assert f"perplexity {report(run)['table'][-1]['perplexity']:.2f} over" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -356,7 +367,7 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
 
 
-@pytest.mark.parametrize("command", [[], ["learn"], ["eval"], ["compare"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["learn"], ["eval"], ["compare"], ["export"], ["import"], ["validate"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])

@@ -41,6 +41,7 @@ ORDER = [
     "data",
     "evaluation",
     "export",
+    "checkpoints",
     "hf",
     "cli",
 ]

@@ -91,6 +91,16 @@ def test_minus_zero_is_stored_where_there_is_room():
     assert torch.equal(unpacked, weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torchs_own_compression_stores_the_same_values_at_the_same_places(dtype):
+    conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    weight = sparse(64, 128, "2:4", dtype)
+    packed = mk.pack_24(weight)
+    values, metadata = conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    assert same_bits(packed.values, values)
+    assert same_bits(conversions.sparse_semi_structured_to_dense_cutlass(packed.values, metadata), packed.unpack())
+
+
 @pytest.mark.parametrize("m", GROUP_SIZES)
 def test_bitmasks_of_codes_and_back(m):
     codes = mk.top_n_mask(torch.randn(3, 7 * m), NMPattern(f"{m - 1}:{m}"))

@@ -1,0 +1,261 @@
+"""Masks and sparse weights as other programs store them, and which patterns a checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .functional import top_n_mask
+from .packed import PackedNM
+from .pattern import GROUP_SIZES, NMPattern
+
+# What a weight is stored as in compressed-tensors' format sparse-24-bitmask
+COMPRESSED = ("compressed", "bitmask", "shape")
+# Settings that would make a loader look for tensors that are no longer there
+COMPRESSION_SETTINGS = ("quantization_config", "compression_config", "sparsity_config")
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each one whole.
+
+    Raises:
+        ValueError: if there are none, or one of them is damaged.
+    """
+    folder = Path(folder)
+    files = [folder] if folder.suffix == ".safetensors" else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"checkpoint: expected a folder with safetensors files, got {str(folder)!r}, which has none")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}") from error
+    return files
+
+
+def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str | NMPattern) -> dict[str, Tensor]:
+    """Masks that another program has learned, as group codes by name.
+
+    Args:
+        source: an .npz file of MaskLLM (each mask flat, packed eight to a byte, the first in the highest bit), a .pt
+            file with a dict of bool masks, or a folder of MaskPro with one such mask in a file ``<name>.pt`` each.
+            Names may end in ".mask" or ".weight.mask".
+        layers: modules with a ``weight`` [out, K], by name; those without a mask are left out.
+        pattern: "N:M" or NMPattern. Where a group keeps fewer than N, the first of the others are kept as well.
+
+    Raises:
+        ValueError: if ``source`` holds no such masks, one does not fit its layer, or keeps more than N of M.
+    """
+    pattern, source = NMPattern(pattern), Path(source)
+    masks = {}
+    for stored, mask in _stored_masks(source):
+        name = stored.removesuffix(".mask").removesuffix(".weight")
+        if name not in layers:
+            raise ValueError(f"masks: expected masks of the model's linear layers, got one of {stored!r}")
+        shape = layers[name].weight.shape
+        if mask.dtype == torch.uint8:
+            bits = torch.from_numpy(np.unpackbits(mask.numpy()))
+            if not shape.numel() <= len(bits) < shape.numel() + 8:
+                raise ValueError(f"masks: expected {shape.numel()} bits for {name}, got {len(bits)}")
+            mask = bits[: shape.numel()].bool().view(shape)
+        if mask.shape != shape:
+            raise ValueError(f"masks: expected {list(shape)} for {name}, got {list(mask.shape)}")
+        if shape[1] % pattern.m:
+            raise ValueError(f"masks: expected rows of whole groups of {pattern.m}, got {shape[1]} columns in {name}")
+        most = int(mask.view(shape[0], -1, pattern.m).sum(-1).max())
+        if most > pattern.n:
+            raise ValueError(f"masks: expected at most {pattern.n} of every {pattern.m} kept, got {most} in {name}")
+        masks[name] = top_n_mask(mask.float(), pattern)
+    if not masks:
+        raise ValueError(f"masks: expected at least one, got none in {str(source)!r}")
+    return masks
+
+
+def _stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, bool mask, or uint8 with eight to a byte)."""
+    if source.suffix == ".npz":
+        try:
+            with np.load(source, allow_pickle=False) as arrays:
+                for name in arrays.files:
+                    if arrays[name].dtype != np.uint8 or arrays[name].ndim != 1:
+                        raise ValueError(f"flat uint8 arrays expected, {name} is {arrays[name].dtype}")
+                    yield name, torch.from_numpy(arrays[name])
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"masks: expected an .npz file of MaskLLM, got {str(source)!r}: {error}") from error
+        return
+    files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
+    for file in files:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise ValueError(f"masks: expected a file of bool masks, got {str(file)!r}: {told}") from error
+        found = loaded if isinstance(loaded, Mapping) else {file.stem: loaded}
+        for name, mask in found.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise ValueError(f"masks: expected bool masks, got {type(mask).__name__} {name!r} in {str(file)!r}")
+            yield name, mask
+
+
+def decompress(source: str | Path, output: str | Path) -> int:
+    """Write a checkpoint in compressed-tensors' sparse-24-bitmask format as a plain one with exact zeros.
+
+    Files are decompressed one at a time. The config loses its settings of compression; what else the folder holds
+    is copied.
+
+    Returns:
+        How many weights were decompressed; with none, nothing is written.
+
+    Raises:
+        ValueError: if a file is damaged, or parts of a weight are missing or do not agree.
+    """
+    source, output = Path(source), Path(output)
+    files = weight_files(source)
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    names = [name.removesuffix(".compressed") for name in where if name.endswith(".compressed")]
+    for name in names:
+        missing = [part for part in COMPRESSED if f"{name}.{part}" not in where]
+        if missing:
+            raise ValueError(f"checkpoint: expected {COMPRESSED} of {name}, got none of {missing}")
+    if not names:
+        return 0
+    output.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for file in files:
+        tensors = {}
+        with safe_open(file, framework="pt") as opened:
+            for stored in opened.keys():
+                name, _, part = stored.rpartition(".")
+                if name not in names or part not in COMPRESSED:
+                    tensors[stored] = opened.get_tensor(stored)
+                elif part == "compressed":
+                    parts = [_tensor(where[f"{name}.{part}"], f"{name}.{part}") for part in COMPRESSED]
+                    tensors[f"{name}.weight"] = _decompressed(name, *parts)
+        save_file(tensors, output / file.name, metadata={"format": "pt"})
+        written |= dict.fromkeys(tensors, file.name)
+    if len(files) > 1:
+        (output / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written}, indent=2), encoding="utf-8")
+    for other in source.iterdir():
+        if other.is_file() and other.suffix != ".safetensors" and other.name != INDEX:
+            shutil.copy(other, output / other.name)
+    config = output / "config.json"
+    if config.exists():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in settings.items() if name not in COMPRESSION_SETTINGS}
+        config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    return len(names)
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def _decompressed(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
+    rows, k = shape.flatten().tolist()
+    if values.numel() != rows * k // 2 or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"checkpoint: expected {rows * k // 2} values of float32, bfloat16 or float16 in {name}.compressed, "
+            f"got {values.numel()} of {values.dtype}"
+        )
+    try:
+        return PackedNM(values.reshape(rows, k // 2).contiguous(), bitmask, "2:4").check().unpack()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: {name}.{error}") from error
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a weight of a checkpoint holds.
+
+    Attributes:
+        name: of the weight.
+        shape: [out, K].
+        density: share of its values that are not zero.
+        negative_zeros: how many are -0.0.
+        patterns: for each M that divides K, the smallest N:M that it follows, N < M; the tightest first.
+        packed: whether it is stored packed.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    density: float
+    negative_zeros: int
+    patterns: tuple[str, ...]
+    packed: bool
+
+    @property
+    def alignment(self) -> int:
+        """The largest power of two that divides K."""
+        return self.shape[1] & -self.shape[1]
+
+
+def survey(files: Iterable[Path]) -> Iterator[Survey]:
+    """Of every matrix in these safetensors files, one at a time in memory; packed ones are unpacked.
+
+    Raises:
+        ValueError: if a packed weight is damaged.
+    """
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    for stored in sorted(where):
+        name, _, part = stored.rpartition(".")
+        if part in ("bitmask", "shape") and (f"{name}.values" in where or f"{name}.compressed" in where):
+            continue
+        if part == "compressed":
+            parts = [_tensor(where[f"{name}.{other}"], f"{name}.{other}") for other in COMPRESSED]
+            yield _surveyed(f"{name}.weight", _decompressed(name, *parts), packed=True)
+            continue
+        tensor = _tensor(where[stored], stored)
+        if part == "values" and f"{name}.bitmask" in where:
+            bitmask = _tensor(where[f"{name}.bitmask"], f"{name}.bitmask")
+            yield _surveyed(f"{name}.weight", _unpacked(name, tensor, bitmask), packed=True)
+        elif tensor.dim() == 2 and tensor.is_floating_point():
+            yield _surveyed(stored, tensor, packed=False)
+
+
+def _unpacked(name: str, values: Tensor, bitmask: Tensor) -> Tensor:
+    """A packed weight whose pattern is not told beside it: the first M in whose groups equally many are kept."""
+    per_row = values.shape[1]
+    for m in GROUP_SIZES:
+        for k in range(8 * bitmask.shape[1], 8 * bitmask.shape[1] - 8, -1):
+            n, rest = divmod(per_row * m, k) if k > 0 and k % m == 0 else (0, 1)
+            if rest or not 1 <= n < m:
+                continue
+            try:
+                return PackedNM(values, bitmask, f"{n}:{m}").check().unpack()
+            except (TypeError, ValueError):
+                continue
+    raise ValueError(f"checkpoint: expected a bitmask in {name} that keeps N of every M for some N:M, got another")
+
+
+def _surveyed(name: str, weight: Tensor, packed: bool) -> Survey:
+    rows, k = weight.shape
+    kept = weight != 0
+    patterns = []
+    for m in GROUP_SIZES:
+        if k and k % m == 0:
+            most = int(kept.view(rows, -1, m).sum(-1).max()) if rows else 0
+            if 1 <= most < m:
+                patterns.append((most / m, m, f"{most}:{m}"))
+    negative = int((weight.signbit() & ~kept).sum())
+    density = float(kept.float().mean()) if weight.numel() else 0.0
+    return Survey(name, (rows, k), density, negative, tuple(text for *_, text in sorted(patterns)), packed)
