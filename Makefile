@@ -47,7 +47,7 @@ bench: $(INSTALLED)
 # A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here. A part that fails
 # does not stop the others, and the benchmarks stand in the order of their importance.
 ROWS ?= gpu-check.jsonl
-GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear step straight_through model startup)
+GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear packed step straight_through model startup)
 gpu-check:
 	failed=0; \
 	$(PYTHON) -m pytest tests/test_gpu.py -m gpu || failed=1; \

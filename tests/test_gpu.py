@@ -15,6 +15,8 @@ from maskpro_kernels import (
     expand_mask,
     mask_log_prob,
     masked_linear,
+    nm_linear,
+    pack_nm,
     sample_mask,
     sample_masked_weight,
     score_update_,
@@ -131,6 +133,30 @@ def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern):
     torch.testing.assert_close(torch.tensor(learned["cuda"][0]), torch.tensor(learned["cpu"][0]), rtol=1e-3, atol=0)
     apart = (learned["cuda"][1] - learned["cpu"][1]).abs() > 1e-2
     assert apart.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16", "3:4", "16:32"])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 64, 65])
+def test_packed_weights_unpack_and_multiply_as_on_the_cpu(tokens, pattern, dtype):
+    """Rows and runs that no tile divides; in a captured CUDA graph as well."""
+    generator = torch.Generator().manual_seed(tokens)
+    weight = torch.randn(301, 1056, generator=generator)
+    weight = torch.where(expand_mask(top_n_mask(weight.abs(), pattern), pattern), weight, 0).to(dtype)
+    x, bias = torch.randn(tokens, 1056, generator=generator).to(dtype), torch.randn(301, generator=generator).to(dtype)
+    packed = pack_nm(weight.cuda(), pattern)
+    assert torch.equal(packed.unpack().cpu(), weight)
+    on_gpu = x.cuda(), packed, bias.cuda()
+    y = nm_linear(*on_gpu)
+    exact = nn.functional.linear(x.double(), weight.double(), bias.double())
+    error, of_torch = ((t.double() - exact).abs().max() for t in (y.cpu(), nn.functional.linear(x, weight, bias)))
+    assert error <= 2 * of_torch + 1e-6 * exact.abs().max()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = nm_linear(*on_gpu)
+    graph.replay()
+    assert torch.equal(captured, y)
 
 
 def test_a_captured_graph_draws_anew_after_each_advance():

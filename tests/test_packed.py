@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import NMPattern, ops, reference
+from maskpro_kernels import NMPattern, compiled, ops, reference
 from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:32", "16:32", "31:32"]
@@ -117,6 +117,21 @@ def test_the_kernel_unpacks_as_the_reference_does(pattern, dtype, launched):
     packed = mk.pack_nm(sparse(37, 5 * m, pattern, dtype), pattern)
     assert same_bits(packed.unpack(), reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m))
     assert launched["unpack"] == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [
+        pytest.param(p, d, marks=[] if (p, d) == ("2:4", torch.bfloat16) else pytest.mark.slow)
+        for p in ("2:4", "1:4", "4:8")
+        for d in DTYPES
+    ],
+)
+def test_the_compiled_reference_unpacks_as_the_eager_one(pattern, dtype):
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    packed = mk.pack_nm(sparse(523, 40 * m, pattern, dtype), pattern)
+    expected = reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m)
+    assert same_bits(compiled.unpack_nm(packed.values, packed.bitmask, n=n, m=m), expected)
 
 
 def within_budget(y, by_torch, exact) -> bool:
@@ -281,10 +296,10 @@ def test_compiles_as_a_whole():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    whole = torch.compile(model, fullgraph=True, backend=backend)
     for tokens in (2, 3, 17):
         x = torch.randn(tokens, 64)
-        assert torch.equal(compiled(x), model(x))
+        assert torch.equal(whole(x), model(x))
     assert len(graphs) <= 2
 
 
