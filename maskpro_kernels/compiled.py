@@ -241,9 +241,27 @@ def code_masked_weight(weight, codes, *, n, m):
     return out
 
 
+def _unpacked_bytes(words, byte):
+    """2:4 values of 16 bits, two in an int32 word [..., 2], at the places that a byte of the bitmask keeps."""
+    kept, out = reference.decode(byte, 8), []
+    for group, word in enumerate(words.unbind(-1)):
+        k = kept[4 * group : 4 * group + 4]
+        low, high = word & 0xFFFF, word >> 16 & 0xFFFF
+        out.append(torch.where(k[0], low, 0) | torch.where(k[1], torch.where(k[0], high, low) << 16, 0))
+        out.append(torch.where(k[2], torch.where(k[3], low, high), 0) | torch.where(k[3], high << 16, 0))
+    return torch.stack(out, dim=-1)
+
+
 def unpack_nm(values, bitmask, *, n, m):
     """``reference.unpack_nm``."""
     out = torch.empty(values.shape[0], values.shape[1] // n * m, dtype=values.dtype)
+    if (n, m, values.itemsize) == (2, 4, 2) and out.shape[1] % 8 == 0:
+        if values.storage_offset() % 2:
+            values = values.clone()
+        words, places = (x.view(-1).view(torch.int32).view(-1, size) for x, size in ((values, 2), (out, 4)))
+        for which in _slices(places):
+            (places[which],) = _run(_unpacked_bytes, [words[which], bitmask.view(-1)[which]])
+        return out
     groups, flat = (x.view(reference.INTEGERS[x.itemsize]).view(-1, size) for x, size in ((values, n), (out, m)))
     codes = codes_of(bitmask, out.shape[1], m).reshape(-1)
     for which in _slices(flat):
