@@ -155,11 +155,17 @@ def build_product(
 
 
 def build_packed(
-    kernel: str, target: str, n: int, m: int, config: Rows | Tiles | None = None, element: str = "bf16"
+    kernel: str,
+    target: str,
+    n: int,
+    m: int,
+    config: Rows | Tiles | None = None,
+    element: str = "bf16",
+    multiples: tuple[str, ...] = ("rows", "runs"),
 ) -> Built:
     """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias.
 
-    ``config`` is a row of the launch tables; "unpack" has its own.
+    ``config`` is a row of the launch tables; "unpack" has its own. ``multiples`` are what is a multiple of 16.
     """
     function = getattr(packed, f"{kernel}_kernel")
     run = packed.run_length(n, m) if kernel != "unpack" else 8
@@ -178,7 +184,7 @@ def build_packed(
     else:
         known |= {"ELEMENT": ELEMENTS[element], "OPERAND": ELEMENTS[element], "PRECISION": "ieee"}
         known |= {"BLOCK_OUT": config.out, "BLOCK_T": config.tokens, "BLOCK_K": config.k}
-    return _compile(function, target, types, known, config.options(target), multiples=("rows", "runs"))
+    return _compile(function, target, types, known, config.options(target), multiples)
 
 
 def _compile(function, target, types, constants, options, multiples=()) -> Built:

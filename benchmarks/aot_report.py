@@ -101,23 +101,27 @@ def disassembled(cubin: bytes) -> list[str]:
     return lines
 
 
+def _branches(lines: list[str]) -> list[tuple[int, int, bool]]:
+    """(where it stands, where it leads, whether on a condition) of every branch."""
+    where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    targets = ((i, line, re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
+    return [(i, where[target[1]], line.startswith("@")) for i, line, target in targets if target]
+
+
+def largest_loop(lines: list[str]) -> tuple[int, int]:
+    """(first, last) line of the loop with the most lines."""
+    return max(((j, i) for i, j, _ in _branches(lines) if j < i), key=lambda loop: loop[1] - loop[0])
+
+
 def instructions(lines: list[str], looping: bool) -> tuple[int, int]:
     """(fewest, most) instructions that run: of the largest loop, or of the whole; fewest skips the largest branch."""
-    where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-    branches = []
-    for i, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)
-        if target:
-            branches.append((i, where[target[1]], line.startswith("@")))
-    first, last = 0, len(lines)
-    if looping:
-        first, last = max(((j, i) for i, j, _ in branches if j < i), key=lambda loop: loop[1] - loop[0])
+    first, last = largest_loop(lines) if looping else (0, len(lines))
 
     def count(start, end):
         return sum(not line.endswith(":") for line in lines[start:end])
 
     most = count(first, last)
-    skipped = [count(i + 1, j) for i, j, conditional in branches if conditional and first <= i < j <= last]
+    skipped = [count(i + 1, j) for i, j, conditional in _branches(lines) if conditional and first <= i < j <= last]
     return most - max(skipped, default=0), most
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .functional import top_n_mask
 from .packed import PackedNM
 from .pattern import GROUP_SIZES, NMPattern
 
 # What a weight is stored as in compressed-tensors' format sparse-24-bitmask
 COMPRESSED = ("compressed", "bitmask", "shape")
+# And in this package's own
+PACKED = ("values", "bitmask")
 # Settings that would make a loader look for tensors that are no longer there
 COMPRESSION_SETTINGS = ("quantization_config", "compression_config", "sparsity_config")
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -47,14 +49,14 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str | NMPattern) -> dict[str, Tensor]:
-    """Masks that another program has learned, as group codes by name.
+    """Masks that another program has learned: bool [out, K] by name of the layer.
 
     Args:
         source: an .npz file of MaskLLM (each mask flat, packed eight to a byte, the first in the highest bit), a .pt
             file with a dict of bool masks, or a folder of MaskPro with one such mask in a file ``<name>.pt`` each.
             Names may end in ".mask" or ".weight.mask".
         layers: modules with a ``weight`` [out, K], by name; those without a mask are left out.
-        pattern: "N:M" or NMPattern. Where a group keeps fewer than N, the first of the others are kept as well.
+        pattern: "N:M" or NMPattern: at most N of every M are kept.
 
     Raises:
         ValueError: if ``source`` holds no such masks, one does not fit its layer, or keeps more than N of M.
@@ -78,7 +80,7 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
         most = int(mask.view(shape[0], -1, pattern.m).sum(-1).max())
         if most > pattern.n:
             raise ValueError(f"masks: expected at most {pattern.n} of every {pattern.m} kept, got {most} in {name}")
-        masks[name] = top_n_mask(mask.float(), pattern)
+        masks[name] = mask
     if not masks:
         raise ValueError(f"masks: expected at least one, got none in {str(source)!r}")
     return masks
@@ -93,7 +95,7 @@ def _stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
                     if arrays[name].dtype != np.uint8 or arrays[name].ndim != 1:
                         raise ValueError(f"flat uint8 arrays expected, {name} is {arrays[name].dtype}")
                     yield name, torch.from_numpy(arrays[name])
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"masks: expected an .npz file of MaskLLM, got {str(source)!r}: {error}") from error
         return
     files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
@@ -128,11 +130,9 @@ def decompress(source: str | Path, output: str | Path) -> int:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             where |= dict.fromkeys(opened.keys(), file)
-    names = [name.removesuffix(".compressed") for name in where if name.endswith(".compressed")]
+    names = {name.removesuffix(".compressed") for name in where if name.endswith(".compressed")}
     for name in names:
-        missing = [part for part in COMPRESSED if f"{name}.{part}" not in where]
-        if missing:
-            raise ValueError(f"checkpoint: expected {COMPRESSED} of {name}, got none of {missing}")
+        _check_parts(where, name, COMPRESSED)
     if not names:
         return 0
     output.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def decompress(source: str | Path, output: str | Path) -> int:
                     tensors[f"{name}.weight"] = _decompressed(name, *parts)
         save_file(tensors, output / file.name, metadata={"format": "pt"})
         written |= dict.fromkeys(tensors, file.name)
-    if len(files) > 1:
+    if [file.name for file in files] != [SINGLE]:
         (output / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written}, indent=2), encoding="utf-8")
     for other in source.iterdir():
         if other.is_file() and other.suffix != ".safetensors" and other.name != INDEX:
@@ -162,13 +162,22 @@ def decompress(source: str | Path, output: str | Path) -> int:
     return len(names)
 
 
+def _check_parts(where: Mapping[str, Path], name: str, parts: Iterable[str]) -> None:
+    missing = [part for part in parts if f"{name}.{part}" not in where]
+    if missing:
+        raise ValueError(f"checkpoint: expected {name}.{', .'.join(parts)}, got none of {missing}")
+
+
 def _tensor(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)
 
 
 def _decompressed(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
-    rows, k = shape.flatten().tolist()
+    sizes = shape.flatten().tolist()
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"checkpoint: expected two positive integers in {name}.shape, got {sizes}")
+    rows, k = sizes
     if values.numel() != rows * k // 2 or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"checkpoint: expected {rows * k // 2} values of float32, bfloat16 or float16 in {name}.compressed, "
@@ -218,18 +227,17 @@ def survey(files: Iterable[Path]) -> Iterator[Survey]:
             where |= dict.fromkeys(opened.keys(), file)
     for stored in sorted(where):
         name, _, part = stored.rpartition(".")
-        if part in ("bitmask", "shape") and (f"{name}.values" in where or f"{name}.compressed" in where):
-            continue
-        if part == "compressed":
-            parts = [_tensor(where[f"{name}.{other}"], f"{name}.{other}") for other in COMPRESSED]
-            yield _surveyed(f"{name}.weight", _decompressed(name, *parts), packed=True)
-            continue
-        tensor = _tensor(where[stored], stored)
-        if part == "values" and f"{name}.bitmask" in where:
-            bitmask = _tensor(where[f"{name}.bitmask"], f"{name}.bitmask")
-            yield _surveyed(f"{name}.weight", _unpacked(name, tensor, bitmask), packed=True)
-        elif tensor.dim() == 2 and tensor.is_floating_point():
-            yield _surveyed(stored, tensor, packed=False)
+        form = next((form for form in (COMPRESSED, PACKED) if part in form and f"{name}.{form[0]}" in where), None)
+        if form is None:
+            tensor = _tensor(where[stored], stored)
+            if tensor.dim() == 2 and tensor.is_floating_point():
+                # floats of 8 bits know few operations
+                yield _surveyed(stored, tensor.float() if tensor.itemsize == 1 else tensor, packed=False)
+        elif part == form[0]:
+            _check_parts(where, name, form)
+            parts = [_tensor(where[f"{name}.{other}"], f"{name}.{other}") for other in form]
+            weight = _decompressed(name, *parts) if form == COMPRESSED else _unpacked(name, *parts)
+            yield _surveyed(f"{name}.weight", weight, packed=True)
 
 
 def _unpacked(name: str, values: Tensor, bitmask: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     importing.add_argument("--pattern", default="2:4", metavar="N:M", help="that the weights or masks follow")
     importing.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
-    _add_dtype(importing, "dtype of the weights", DTYPE)
+    _add_dtype(importing, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
     importing.set_defaults(run=_import)
 
     validate = commands.add_parser(
@@ -485,11 +485,15 @@ def _import(args: argparse.Namespace) -> None:
     check_output(output)
     if not source.exists():
         raise ValueError(f"source: expected a file or folder, got {args.source!r}: there is none")
-    dtype = getattr(args, "dtype", DTYPE)
+    dtype = getattr(args, "dtype", None) or _stored_dtype(getattr(args, "model", args.source))
     if hasattr(args, "model"):
         model, tokenizer = _load(args.model, dtype, torch.device("cpu"))
         layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        codes = read_masks(source, layers, pattern)
+        masks = read_masks(source, layers, pattern)
+        for name, mask in masks.items():
+            # a group may keep fewer than N: what it drops is zero, whether or not it is stored
+            layers[name].weight.data.mul_(mask).add_(0.0)
+        codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
         convert(model, pattern, targets=list(codes), init=codes)
         _save(finalize(model, to=args.to), tokenizer, output)
         print(f"{args.to} {pattern} checkpoint of {args.model} with {len(codes)} masks written to {output}")
@@ -508,6 +512,17 @@ def _import(args: argparse.Namespace) -> None:
         unpack(model)
     _save(model, tokenizer, output)
     print(f"{args.to} {pattern} checkpoint with {len(conversion.converted)} sparse layers written to {output}")
+
+
+def _stored_dtype(folder: str) -> str:
+    """The dtype that a checkpoint's config tells, else DTYPE."""
+    config = Path(folder) / "config.json"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        stored = str(settings.get("dtype", settings.get("torch_dtype", DTYPE))).removeprefix("torch.")
+    except (OSError, ValueError, AttributeError):
+        return DTYPE
+    return stored if stored in DTYPES else DTYPE
 
 
 def _validate(args: argparse.Namespace) -> None:

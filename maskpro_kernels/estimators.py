@@ -64,6 +64,10 @@ class Reinforce:
         self.delta = 0.0
         self.mean_square: float | None = None
 
+    def settings(self) -> dict:
+        """What the class was given, as JSON can hold it."""
+        return {"lr": self.lr, "alpha": self.alpha, "tracker": self.tracker, "normalize": self.normalize}
+
     def advantage(self, residual: float) -> float:
         """The advantage of a residual; moves the tracker."""
         before = self.delta
@@ -122,6 +126,21 @@ class StraightThrough:
         self.memory = float(memory)
         self.taken = False
         self._descents: dict[MaskedLinear, _Descent] = {}
+
+    def settings(self) -> dict:
+        """What the class was given, as JSON can hold it."""
+        names = ("lr", "steps", "curvature", "largest", "memory")
+        return {name: getattr(self, name) for name in names}
+
+    def mean_squares(self, layers: Mapping[str, MaskedLinear]) -> dict[str, float]:
+        """Running mean squares of the slopes by name of the layer, those that a step has given."""
+        found = {name: self._descents[layer].mean_square for name, layer in layers.items() if layer in self._descents}
+        return {name: square for name, square in found.items() if square is not None}
+
+    def set_mean_squares(self, layers: Mapping[str, MaskedLinear], squares: Mapping[str, float]) -> None:
+        """Go on with the ``mean_squares`` of another process."""
+        for name, square in squares.items():
+            self._descents.setdefault(layers[name], _Descent(layers[name], self)).mean_square = square
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

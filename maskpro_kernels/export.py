@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .journal import sync
 from .modules import masked_layers
 
 
@@ -54,12 +55,12 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, st
     temporary = path.with_name(path.name + ".tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     # The new name is itself lost in a crash unless the folder reaches the disk too.
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -77,11 +78,3 @@ def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"path: expected a safetensors file, got {str(path)!r}: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

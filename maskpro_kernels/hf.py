@@ -5,7 +5,7 @@ After ``import maskpro_kernels.hf`` transformers' ``from_pretrained`` loads chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +25,7 @@ SMOLLM2 = "smollm2-135m"
 PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
 # As safetensors calls them
 VALUE_DTYPES = ("F32", "BF16", "F16")
+PACKED_PARTS = (".values", ".bitmask")
 
 
 @register_quantization_config(PACKED_METHOD)
@@ -74,11 +75,11 @@ class PackedQuantizer(HfQuantizer):
     quantization_config: PackedConfig
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        layers = replace_by_packed(
-            model, self.quantization_config.pattern, self.quantization_config.modules_to_not_convert
-        )
-        if checkpoint_files is not None:
-            check_packed(checkpoint_files, layers)
+        where = stored_names(checkpoint_files, model) if checkpoint_files is not None else None
+        skipped = self.quantization_config.modules_to_not_convert
+        layers = replace_by_packed(model, self.quantization_config.pattern, skipped, where)
+        if where is not None:
+            check_packed(where, {bare_name(name, model): layer for name, layer in layers.items()})
 
     def is_serializable(self) -> bool:
         return True
@@ -92,60 +93,89 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def replace_by_packed(model: nn.Module, pattern: str, skipped: Sequence[str]) -> dict[str, NMLinear]:
-    """Put an empty NMLinear on the meta device in the place of every nn.Linear but those named; returns them by name.
+def bare_name(name: str, model: nn.Module) -> str:
+    """Without what a model with a head puts before the names of its base model, as transformers matches them."""
+    return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+
+
+def stored_names(files: str | Path | Iterable[str | Path], model: nn.Module) -> dict[str, tuple[Path, str]]:
+    """(file, name in it) of each tensor of safetensors files by ``bare_name``.
+
+    Raises:
+        ValueError: if a file is of another kind or damaged.
+    """
+    where = {}
+    for file in [files] if isinstance(files, (str, Path)) else files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"checkpoint: expected safetensors files, got {str(file)!r}")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                where |= {bare_name(name, model): (Path(file), name) for name in opened.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}") from error
+    return where
+
+
+def replace_by_packed(
+    model: nn.Module, pattern: str, skipped: Sequence[str], stored: Iterable[str] | None = None
+) -> dict[str, NMLinear]:
+    """Put empty NMLinear modules on the meta device in the place of nn.Linear; returns them by name.
+
+    Args:
+        model: on the meta device, say.
+        pattern: "N:M".
+        skipped: names of modules to leave as they are.
+        stored: ``bare_name`` of what a checkpoint holds: a layer of which it holds no part, such as a head of another
+            kind, is left as it is as well.
 
     Raises:
         ValueError: if ``pattern`` does not fit a layer, or nothing is left to replace.
     """
     pattern = NMPattern(pattern)
-    layers = {}
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name in skipped:
+    kind = Sparse24Linear if str(pattern) == "2:4" else NMLinear
+    skipped = {bare_name(name, model) for name in skipped}
+    holders = None if stored is None else {name.rpartition(".")[0] for name in stored if name.endswith(PACKED_PARTS)}
+    layers, made = {}, {}
+    # a module that stands in several places is replaced in all of them
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        bare = bare_name(name, model)
+        if type(module) is not nn.Linear or bare in skipped or holders is not None and bare not in holders:
             continue
-        rows, k = module.weight.shape
-        if k % pattern.m:
-            raise ValueError(
-                f"quantization_config: expected in_features divisible by {pattern.m} in all modules but "
-                f"modules_to_not_convert, got {k} in {name}"
-            )
-        values = torch.empty(rows, k // pattern.m * pattern.n, dtype=module.weight.dtype, device="meta")
-        bitmask = torch.empty(rows, -(-k // 8), dtype=torch.uint8, device="meta")
-        bias = None if module.bias is None else torch.empty(rows, dtype=module.weight.dtype, device="meta")
-        kind = Sparse24Linear if str(pattern) == "2:4" else NMLinear
-        layers[name] = kind(PackedNM(values, bitmask, pattern), bias).train(module.training)
-        model.set_submodule(name, layers[name])
+        if id(module) not in made:
+            rows, k = module.weight.shape
+            if k % pattern.m:
+                raise ValueError(
+                    f"quantization_config: expected in_features divisible by {pattern.m} in all modules but "
+                    f"modules_to_not_convert, got {k} in {name}"
+                )
+            values = torch.empty(rows, k // pattern.m * pattern.n, dtype=module.weight.dtype, device="meta")
+            bitmask = torch.empty(rows, -(-k // 8), dtype=torch.uint8, device="meta")
+            bias = None if module.bias is None else torch.empty(rows, dtype=module.weight.dtype, device="meta")
+            made[id(module)] = layers[name] = kind(PackedNM(values, bitmask, pattern), bias).train(module.training)
+        model.set_submodule(name, made[id(module)])
     if not layers:
-        raise ValueError("quantization_config: expected an nn.Linear that is packed, all are in modules_to_not_convert")
+        raise ValueError("quantization_config: expected an nn.Linear that is packed, got none")
     return layers
 
 
-def check_packed(files: str | Path | Iterable[str | Path], layers: dict[str, NMLinear]) -> None:
-    """Raise ValueError unless these safetensors files hold a sound packed weight for each of the layers."""
-    files = [files] if isinstance(files, (str, Path)) else list(files)
-    where = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise ValueError(f"checkpoint: expected safetensors files, got {str(file)!r}")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                where |= dict.fromkeys(opened.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}") from error
+def check_packed(where: Mapping[str, tuple[Path, str]], layers: Mapping[str, NMLinear]) -> None:
+    """Raise ValueError unless a checkpoint, by ``stored_names``, holds a sound packed weight for each of the layers."""
     for name, layer in layers.items():
         missing = [part for part in ("values", "bitmask") if f"{name}.{part}" not in where]
         if missing:
             raise ValueError(f"checkpoint: expected {name}.values and {name}.bitmask, got none of {missing}")
-        with safe_open(where[f"{name}.values"], framework="pt") as opened:
-            values = opened.get_slice(f"{name}.values")
+        file, stored = where[f"{name}.values"]
+        with safe_open(file, framework="pt") as opened:
+            values = opened.get_slice(stored)
             shape, dtype = values.get_shape(), values.get_dtype()
         if shape != list(layer.values.shape) or dtype not in VALUE_DTYPES:
             raise ValueError(
                 f"checkpoint: {name}.values: expected {list(layer.values.shape)} of {' or '.join(VALUE_DTYPES)} for "
                 f"{layer.pattern}, got {shape} of {dtype}"
             )
-        with safe_open(where[f"{name}.bitmask"], framework="pt") as opened:
-            bitmask = opened.get_tensor(f"{name}.bitmask")
+        file, stored = where[f"{name}.bitmask"]
+        with safe_open(file, framework="pt") as opened:
+            bitmask = opened.get_tensor(stored)
         if bitmask.shape != layer.bitmask.shape or bitmask.dtype != torch.uint8:
             raise ValueError(
                 f"checkpoint: {name}.bitmask: expected {list(layer.bitmask.shape)} of uint8 for {layer.pattern}, "
@@ -203,7 +233,7 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes a checkpoint (config, safetensors weights, tokenizer) that ``from_pretrained(folder)`` loads.
 
-    Packed weights are written as such, with a ``quantization_config``.
+    Packed weights are written as such, with the ``quantization_config`` by which they are loaded.
 
     Raises:
         ValueError: if packed weights are not all of one pattern.
@@ -211,6 +241,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     config = packed_config(model)
     if config is not None:
         model.config.quantization_config = config
+    elif isinstance(getattr(model.config, "quantization_config", None), PackedConfig):
+        # of weights that were packed when the model was loaded
+        model.hf_quantizer.remove_quantization_config(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

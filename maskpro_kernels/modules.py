@@ -265,8 +265,13 @@ class NMLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
         self.register_buffer("bitmask", packed.bitmask)
-        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype != packed.values.dtype):
-            raise ValueError(f"bias: expected [{self.out_features}] of {packed.values.dtype}, got {describe(bias)}")
+        values = packed.values
+        if bias is not None and (
+            bias.shape != (self.out_features,) or bias.dtype != values.dtype or bias.device != values.device
+        ):
+            raise ValueError(
+                f"bias: expected [{self.out_features}] of {values.dtype} on {values.device}, got {describe(bias)}"
+            )
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod

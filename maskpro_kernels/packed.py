@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .functional import LOGIT_DTYPES, check_exactly_n, describe
+from .functional import LOGIT_DTYPES, check_exactly_n, describe, expand_mask
 from .pattern import NMPattern, bitmask_of, codes_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedNM:
     """A weight [out, K] of which N of every M consecutive values are stored.
 
@@ -101,7 +101,8 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern) -> PackedNM:
     if weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[1] % pattern.m:
         raise ValueError(f"weight: expected [out, K] with K divisible by {pattern.m}, above 0, got {describe(weight)}")
     weight = weight.detach().contiguous()
-    counts = (weight != 0).view(len(weight), -1, pattern.m).sum(-1)
+    rows, k = weight.shape
+    counts = (weight != 0).view(rows, k // pattern.m, pattern.m).sum(-1)
     if (counts > pattern.n).any():
         row, group = (counts > pattern.n).nonzero()[0].tolist()
         raise ValueError(
@@ -109,11 +110,10 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern) -> PackedNM:
             f"got {int(counts[row, group])} in row {row}, columns {group * pattern.m} to "
             f"{group * pattern.m + pattern.m - 1} ({int((counts > pattern.n).sum())} groups have too many)"
         )
-    worth = 2.0 * (weight != 0) + (weight.signbit() & (weight == 0))
-    codes = ops.top_n_mask(worth.float(), pattern.n, pattern.m)
-    shifts = torch.arange(pattern.m, device=weight.device)
-    kept = (codes.unsqueeze(-1).to(torch.int64) >> shifts & 1).bool().flatten(1)
-    values = weight[kept].view(len(weight), -1)
+    # a value that is not zero before -0.0, and that before +0.0
+    worth = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
+    codes = ops.top_n_mask(worth, pattern.n, pattern.m)
+    values = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
     return PackedNM(values, bitmask_of(codes, pattern.m), pattern)
 
 
@@ -142,6 +142,8 @@ def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor
 def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern) -> Tensor:
     """``nm_linear`` of the parts of a packed weight."""
     rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
+    if values.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"values: expected float32, bfloat16 or float16, got {describe(values)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != k or x.device != values.device:
         raise ValueError(f"x: expected a tensor [..., {k}] on {values.device}, got {describe(x)}")
     if bias is not None and (

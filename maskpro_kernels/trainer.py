@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +17,12 @@ from tqdm import tqdm
 
 from .estimators import Reinforce, StraightThrough
 from .functional import FLOAT32_MAX, score_update_, top_n_mask
-from .modules import advance, clocks, evaluating, masked_layers
+from .journal import Draw, Entry, Journal, write_whole
+from .journal import read as read_journal
+from .modules import MaskedLinear, advance, clocks, evaluating, masked_layers
+from .snapshots import newest_snapshot, save_snapshot
 
-METRICS = "metrics.jsonl"
+METRICS, JOURNAL = "metrics.jsonl", "journal"
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,11 @@ class MaskTrainer:
         estimator: a ``Reinforce`` or ``StraightThrough``, one for each trainer.
         seed: seed of all draws; their step starts at 0. Logits that have been learned need another seed than
             before, or the first draws are those that they have learned from.
-        output_dir: folder for ``metrics.jsonl``, one line a step; made if missing. A file of another trainer must
-            not be in it.
+        output_dir: folder for what the run leaves, made if missing: ``metrics.jsonl``, a line a step; snapshots of the
+            logits; and with ``Reinforce`` a journal, from which the logits of every step can be rebuilt. Where it holds
+            a run, that one is gone on with by ``resume``, or nothing is done.
+        snapshot_minutes: minutes between snapshots. ``run`` leaves one at its end, too.
+        snapshots: how many are kept, besides the first.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
@@ -80,6 +87,8 @@ class MaskTrainer:
         *,
         seed: int,
         output_dir: str | Path | None = None,
+        snapshot_minutes: float = 10.0,
+        snapshots: int = 2,
     ):
         self.layers = masked_layers(model)
         if not callable(loss_fn):
@@ -96,6 +105,10 @@ class MaskTrainer:
             raise ValueError("estimator: expected a new one, got one that another trainer has taken")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed: expected an int of 64 bits, got {seed!r}")
+        if isinstance(snapshot_minutes, bool) or not isinstance(snapshot_minutes, (int, float)) or snapshot_minutes < 0:
+            raise ValueError(f"snapshot_minutes: expected a number of at least 0, got {snapshot_minutes!r}")
+        if isinstance(snapshots, bool) or not isinstance(snapshots, int) or snapshots < 1:
+            raise ValueError(f"snapshots: expected an int of at least 1, got {snapshots!r}")
         by_id = {}
         for name, layer in self.layers.items():
             other = by_id.setdefault(layer.layer, name)
@@ -116,12 +129,12 @@ class MaskTrainer:
         self.batches = batches
         self.estimator = estimator
         self.output_dir = None if output_dir is None else Path(output_dir)
-        if self.output_dir is not None and (self.output_dir / METRICS).exists():
-            raise ValueError(f"output_dir: expected a folder without {METRICS}, got {str(output_dir)!r}")
-        if self.output_dir is not None:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.seed = seed
+        self.snapshot_minutes, self.snapshots = float(snapshot_minutes), snapshots
         estimator.taken = True
         self.steps_done = 0
+        self._begun = False
+        self._journal: Journal | None = None
         self._initial_losses: list[float] | None = None
         for clock in clocks(model):
             clock.seed.fill_(seed)
@@ -159,7 +172,109 @@ class MaskTrainer:
                 bar.update()
                 if after_step is not None and after_step(record):
                     break
+        self._snapshot()
         return records
+
+    def resume(self) -> int:
+        """Go on with the run in ``output_dir``, which another process has left at any moment; gives its steps.
+
+        With ``Reinforce`` the newest sound snapshot is loaded and the journal's steps behind it are taken again by
+        their updates alone: the logits get the bits of a run that was never broken off. With ``StraightThrough`` the
+        steps behind the snapshot are lost.
+
+        Raises:
+            ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
+                weights, settings, batches or layers; or if the journal or all snapshots are damaged. Nothing has
+                changed then.
+        """
+        if self._begun:
+            raise ValueError("resume: expected a trainer that has taken no step, got one that has")
+        if self.output_dir is None:
+            raise ValueError("output_dir: expected the folder of a run, got none")
+        self._run = self._settings()
+        entries, at_most, journal = [], None, None
+        if isinstance(self.estimator, Reinforce):
+            if not (self.output_dir / JOURNAL).exists():
+                raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.output_dir)!r}")
+            header, entries, _ = read_journal(self.output_dir / JOURNAL)
+            self._check_settings(header)
+            at_most = len(entries)
+        step, tensors, state, _ = newest_snapshot(self.output_dir, at_most)
+        self._check_settings(state["run"])
+        if isinstance(self.estimator, Reinforce):
+            journal, entries, _ = Journal.resume(self.output_dir / JOURNAL)
+            self._initial_losses = header["initial_losses"]
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.logits.copy_(tensors[name])
+        for entry in entries:
+            if not entry.skipped:
+                self.estimator.advantage(entry.draws[0].loss - entry.initial_loss)
+        for entry in entries[step:]:
+            replay(self.layers, entry)
+        if isinstance(self.estimator, StraightThrough):
+            self.estimator.set_mean_squares(self.layers, state["mean_squares"])
+        self.steps_done = len(entries) if journal is not None else step
+        for clock in clocks(self.model):
+            clock.step.fill_(self.steps_done)
+        self._journal = journal
+        self._keep_metrics()
+        self._begun, self._snapshot_time = True, time.monotonic()
+        return self.steps_done
+
+    def _settings(self) -> dict:
+        """What a run is told from others by, beside its losses."""
+        return {
+            "seed": self.seed,
+            "estimator": type(self.estimator).__name__,
+            "settings": self.estimator.settings(),
+            "layers": {
+                name: [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
+                for name, layer in self.layers.items()
+            },
+            "weights": digest(layer.weight for layer in self.layers.values()),
+            "batches": [digest(tensors_of(batch)) for batch in self.batches],
+        }
+
+    def _check_settings(self, run: Mapping) -> None:
+        for name, own in self._run.items():
+            if run.get(name) != own:
+                short = isinstance(own, (int, str))
+                told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
+                raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.output_dir)!r}")
+
+    def _begin(self) -> None:
+        """Before the first step: what a run leaves of its start."""
+        if self._begun:
+            return
+        folder = self.output_dir
+        if folder is not None:
+            if (folder / METRICS).exists() or (folder / JOURNAL).exists():
+                raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(folder)!r}")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._run = self._settings()
+            self._snapshot()
+            if isinstance(self.estimator, Reinforce):
+                losses = self._losses_of_initial_masks(progress=False)
+                self._journal = Journal.create(folder / JOURNAL, {**self._run, "initial_losses": losses})
+        self._begun = True
+
+    def _snapshot(self) -> None:
+        if self.output_dir is None:
+            return
+        state = {"run": self._run}
+        if isinstance(self.estimator, StraightThrough):
+            state["mean_squares"] = self.estimator.mean_squares(self.layers)
+        tensors = {name: layer.logits for name, layer in self.layers.items()}
+        save_snapshot(self.output_dir, self.steps_done, tensors, state, self.snapshots)
+        self._snapshot_time = time.monotonic()
+
+    def _keep_metrics(self) -> None:
+        """Cut off what the journal or the snapshot does not know of."""
+        path = self.output_dir / METRICS
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()[: self.steps_done]
+            write_whole(path, "".join(line + "\n" for line in lines).encode())
 
     def step(self) -> StepRecord:
         """One forward under newly drawn masks, one update of all logits.
@@ -171,6 +286,7 @@ class MaskTrainer:
                 the step counts as done.
         """
         self._check_steps(1)
+        self._begin()
         start = time.perf_counter()
         batch = self.batches[self.steps_done % len(self.batches)]
         if isinstance(self.estimator, Reinforce):
@@ -194,6 +310,8 @@ class MaskTrainer:
         if self.output_dir is not None:
             with open(self.output_dir / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
+            if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
+                self._snapshot()
         return record
 
     @torch.inference_mode()
@@ -211,8 +329,15 @@ class MaskTrainer:
         if not abs(coef) <= FLOAT32_MAX:
             self.estimator.delta, self.estimator.mean_square = before
             raise FloatingPointError(f"lr * advantage of step {self.steps_done}: expected a float32, got {coef}")
-        for layer in self.layers.values():
-            score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
+        entry = Entry(self.steps_done, count_tokens(batch), initial_loss, (Draw(0, loss, coef),))
+        if self._journal is not None:
+            try:
+                # ahead of the update: a run that is killed in between takes the step again from here
+                self._journal.append(entry)
+            except OSError:
+                self.estimator.delta, self.estimator.mean_square = before
+                raise
+        replay(self.layers, entry)
         return loss, residual, advantage, flip_rate
 
     @torch.enable_grad()
@@ -277,6 +402,38 @@ class MaskTrainer:
                 if checkpointing and getattr(module, "gradient_checkpointing", False):
                     module.training = True
             yield
+
+
+@torch.inference_mode()
+def replay(layers: Mapping[str, MaskedLinear], entry: Entry) -> None:
+    """Move the logits by the update of a step; they and the seed of the layers' clocks are as they were then."""
+    if entry.skipped:
+        return
+    for layer in layers.values():
+        counter = {"seed": layer.clock.seed, "step": entry.step, "layer": layer.layer}
+        for draw in entry.draws:
+            score_update_(layer.logits, draw.coef, pattern=layer.pattern, draw=draw.id, **counter)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Of the shapes, dtypes and bytes of tensors."""
+    whole = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        whole.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
+        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def tensors_of(batch) -> Iterator[Tensor]:
+    """The tensors of a batch of any form."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for name in sorted(batch, key=str):
+            yield from tensors_of(batch[name])
+    elif isinstance(batch, (tuple, list)):
+        for part in batch:
+            yield from tensors_of(part)
 
 
 def count_tokens(batch) -> int:

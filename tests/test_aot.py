@@ -185,7 +185,7 @@ if everything:
     costs = list(aot_report.kept_costs())
 else:
     costs = [cost for target in aot_report.CHIPS for cost in (*aot_report.group_costs(target, 2, 4),
-             *aot_report.product_costs(target, 2, 4, ends=True))]
+             *aot_report.product_costs(target, 2, 4, ends=True), *aot_report.packed_costs(target, 2, 4))]
 for cost in costs:
     before = known.pop(cost.key, None)
     print(json.dumps([kept, cost.key, asdict(cost), before, before and cost.worse_than(before)]))
@@ -198,7 +198,7 @@ if known and everything:
 def test_no_kernel_costs_more_than_its_row_of_the_table(everything):
     """Registers, stack, shared memory, occupancy, instructions a weight: `make aot-table` where it is on purpose."""
     rows = in_child(COSTS_CHILD, everything)
-    assert len(rows) >= 3 * (3 + 6)
+    assert len(rows) >= 3 * (3 + 6 + 9)
     if not rows[0][0]:
         pytest.skip(f"no costs are kept for Triton {triton.__version__}")
     for _, key, cost, before, worse in rows:
@@ -278,18 +278,25 @@ n, m, element = json.load(sys.stdin)
 for target in TARGETS:
     # as few rows a program as a small layer gets, too
     rows = [*ROWS["packed_vector"], *(replace(ROWS["packed_vector"][-1], rows=rows) for rows in (1, 2))]
-    for kernel, configs in (
-        ("packed_vector", rows), ("packed_linear", PACKED_TILES["packed_linear", target, 2]), ("unpack", [None]),
-    ):
-        for config in configs:
-            built = build_packed(kernel, target, n, m, config, element)
-            wide = unit = None
-            if target.startswith("sm"):
-                lines = aot_report.disassembled(built.asm["cubin"])
-                wide = sum("LDG.E.128" in line for line in lines)
-                unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
-            print(json.dumps([kernel, target, getattr(config, "rows", None), getattr(config, "out", None),
-                              built.registers, built.spills, built.stack, built.shared, wide, unit]), flush=True)
+    tiles = PACKED_TILES["packed_linear", target, 2]
+    aligned = ("rows", "runs")
+    cases = [("packed_vector", config, aligned) for config in rows]
+    cases += [("packed_linear", tile, aligned) for tile in tiles]
+    cases += [("packed_vector", rows[2], ()), ("packed_linear", tiles[-1], ())]
+    for kernel, config, multiples in [*cases, ("unpack", None, ())]:
+        built = build_packed(kernel, target, n, m, config, element, multiples)
+        loop = unit = None
+        if target.startswith("sm"):
+            unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
+            lines = aot_report.disassembled(built.asm["cubin"])
+            if kernel == "packed_vector":
+                first, last = aot_report.largest_loop(lines)
+                loop = [sum(name in line for line in lines[first:last]) for name in ("LDG.E.128", "LDG.E", "BAR")]
+            elif kernel == "packed_linear":
+                product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)
+                loop = sum("LDG.E" in line for line in lines[:product])
+        print(json.dumps([kernel, target, bool(multiples), getattr(config, "rows", None), getattr(config, "out", None),
+                          built.registers, built.spills, built.stack, built.shared, loop, unit]), flush=True)
 """
 
 
@@ -302,16 +309,23 @@ for target in TARGETS:
     ],
 )
 def test_packed_kernels_compile_for_every_target(n, m, element):
-    """At one token the values of each row are loaded 16 bytes at a time."""
+    """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
+
+    Tiles are loaded ahead of their use: no plain load stands before the last product.
+    """
     rows = in_child(PACKED_CHILD, n, m, element)
-    assert len(rows) == 4 * (5 + 6 + 1)
-    for kernel, target, owned, out, registers, spills, stack, shared, wide, unit in rows:
-        case = (kernel, target, owned, out, registers, spills, stack, shared, wide, unit)
+    assert len(rows) == 4 * (5 + 6 + 2 + 1)
+    for kernel, target, aligned, owned, out, registers, spills, stack, shared, loop, unit in rows:
+        case = (kernel, target, aligned, owned, out, registers, spills, stack, shared, loop, unit)
         assert registers <= MOST_REGISTERS[target] and spills == stack == 0 and shared <= SHARED_LIMITS[target], case
-        if kernel == "packed_vector" and wide is not None:
-            assert wide >= owned, case
+        if kernel == "packed_vector" and loop is not None:
+            activations = 8 * m // n * 2 // 16
+            # the bitmask's words come by one load each
+            assert loop == [owned + activations, owned + activations + owned, 0], case
         if kernel == "packed_linear" and unit is not None:
             assert unit == [MATRIX_UNITS[target] if out >= 64 and target in MATRIX_UNITS else "mma.sync"], case
+            # where rows of the bitmask start anywhere, its words are loaded one by one
+            assert loop == 0 or not aligned, case
 
 
 @pytest.mark.slow

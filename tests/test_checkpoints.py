@@ -69,16 +69,22 @@ def store(masks, path, how):
 def test_masks_of_others(how, file, tmp_path):
     model = tiny_model()
     masks = random_masks(model)
-    codes = checkpoints.read_masks(store(masks, tmp_path / file, how), layers(model), "2:4")
-    assert codes.keys() == masks.keys()
-    for name, mask in masks.items():
-        assert torch.equal(mk.expand_mask(codes[name], "2:4"), mask)
+    read = checkpoints.read_masks(store(masks, tmp_path / file, how), layers(model), "2:4")
+    assert read.keys() == masks.keys()
+    assert all(torch.equal(read[name], mask) for name, mask in masks.items())
 
 
-def test_a_mask_of_a_weight_with_zeros_is_filled(tmp_path):
-    torch.save(torch.tensor([[False, False, True, False, True, True, False, False]]), tmp_path / "0.pt")
-    codes = checkpoints.read_masks(tmp_path, {"0": nn.Linear(8, 1)}, "2:4")
-    assert codes["0"].tolist() == [[0b0101, 0b0011]]
+@pytest.mark.parametrize("to", ["dense", "packed"])
+def test_what_a_mask_drops_is_zero_where_a_group_keeps_fewer(folder, to):
+    masks = random_masks(tiny_model())
+    masks[LAYER][:, :4] = torch.tensor([False, False, False, True])
+    arguments = ["import", str(store(masks, folder / "masks", "folder")), str(folder / "out"), "--to", to]
+    assert cli.main([*arguments, "--model", str(folder / "model")]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "out")
+    layer = loaded.get_submodule(LAYER)
+    assert layer.bias is None and loaded.dtype == torch.float32
+    weight = layer.weight if to == "dense" else layer.packed.unpack()
+    assert torch.equal(weight, masked(tiny_model(), masks).get_submodule(LAYER).weight)
 
 
 def stored(tmp_path, content):
@@ -211,6 +217,47 @@ def test_bad_imports_are_refused(folder, tmp_path, capsys):
     refuses(capsys, tmp_path, ["import", str(source), output], "values of float32, bfloat16 or float16 in")
     file.write_bytes(file.read_bytes()[:-9])
     refuses(capsys, tmp_path, ["import", str(source), output], "expected a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.pop("a.shape"), "expected a.compressed, .bitmask, .shape, got none of .'shape'"),
+        (lambda t: t.update({"a.shape": torch.tensor([4, 8, 1])}), "expected two positive integers in a.shape"),
+        (lambda t: t.update({"a.shape": torch.tensor([-4, 8])}), "expected two positive integers in a.shape"),
+        (lambda t: t.update({"a.shape": torch.tensor([4, 16])}), "expected 32 values of .* in a.compressed"),
+        (lambda t: t.update({"a.bitmask": t["a.bitmask"] ^ 1}), "a.bitmask: expected exactly 2 of every 4"),
+    ],
+)
+def test_damaged_compressed_weights_are_refused(change, told, tmp_path):
+    packed = mk.pack_24(
+        masked(nn.Sequential(nn.Linear(8, 4)), {"0": torch.tensor([[True, True, False, False] * 2] * 4)})[0].weight
+    )
+    tensors = {"a.compressed": packed.values, "a.bitmask": packed.bitmask, "a.shape": torch.tensor([4, 8])}
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
+        checkpoints.decompress(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
+        list(checkpoints.survey(checkpoints.weight_files(tmp_path)))
+
+
+def test_a_single_shard_keeps_its_index(tmp_path):
+    packed = mk.pack_24(torch.zeros(4, 8))
+    (tmp_path / "in").mkdir()
+    save_file(
+        {"a.compressed": packed.values, "a.bitmask": packed.bitmask, "a.shape": torch.tensor([4, 8])},
+        tmp_path / "in" / "model-00001-of-00001.safetensors",
+    )
+    assert checkpoints.decompress(tmp_path / "in", tmp_path / "out") == 1
+    index = json.loads((tmp_path / "out" / checkpoints.INDEX).read_text())
+    assert index["weight_map"] == {"a.weight": "model-00001-of-00001.safetensors"}
+
+
+def test_validate_reads_floats_of_8_bits(tmp_path):
+    save_file({"a": torch.tensor([[0.0, 1, 0, -2]]).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    (row,) = checkpoints.survey(checkpoints.weight_files(tmp_path))
+    assert row.density == 0.5 and row.patterns == ("1:2", "2:4")
 
 
 def test_packing_and_unpacking_a_model():

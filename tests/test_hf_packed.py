@@ -10,15 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
+from maskpro_kernels.convert import unpack
 from maskpro_kernels.evaluation import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 LAYER = "model.layers.0.mlp.down_proj"
+BARE = LAYER.removeprefix("model.")
 
 
 def finalized(pattern: str = "2:4", dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -69,6 +71,37 @@ def test_a_loaded_model_takes_the_dtype_asked_for(folder):
     assert layer.values.dtype == torch.bfloat16 and layer.bitmask.dtype == torch.uint8
 
 
+def test_other_classes_load_it_as_well(folder):
+    """Without a head, and with one that the checkpoint does not have."""
+    causal = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(12).view(1, 12)
+    base = AutoModel.from_pretrained(folder)
+    assert type(base.get_submodule(LAYER.removeprefix("model."))) is mk.Sparse24Linear
+    assert torch.equal(base(tokens).last_hidden_state, causal.model(tokens).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert type(classifier.score) is nn.Linear and type(classifier.get_submodule(LAYER)) is mk.Sparse24Linear
+    base.save_pretrained(folder / "base")
+    again = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert torch.equal(again.model(tokens).last_hidden_state, causal.model(tokens).last_hidden_state)
+
+
+def test_an_unpacked_model_is_saved_as_a_dense_one(folder, tmp_path):
+    model, tokenizer = hf.load_model(str(folder), torch.float32)
+    expected = model.get_submodule(LAYER).packed.unpack()
+    unpack(model)
+    hf.save_model(model, tokenizer, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(loaded.get_submodule(LAYER).weight, expected)
+
+
+def test_a_module_in_two_places_is_replaced_in_both():
+    model = nn.ModuleDict({"a": nn.Linear(8, 4)})
+    model["b"] = model["a"]
+    assert list(hf.replace_by_packed(model, "2:4", [])) == ["a"]
+    assert model["a"] is model["b"] and type(model["b"]) is mk.Sparse24Linear
+
+
 def test_sharded_checkpoints(tmp_path):
     _, packed = finalized()
     packed.config.quantization_config = hf.packed_config(packed)
@@ -111,17 +144,17 @@ def flip(tensors):
 
 DAMAGES = {
     "expected a whole safetensors file": truncate,
-    f"{LAYER}.bitmask: expected exactly 2 of every 4 kept": rewrite(flip),
-    f"expected {LAYER}.values and {LAYER}.bitmask, got none of .'values'": (
+    f"{BARE}.bitmask: expected exactly 2 of every 4 kept": rewrite(flip),
+    f"expected {BARE}.values and {BARE}.bitmask, got none of .'values'": (
         rewrite(lambda tensors: tensors.pop(f"{LAYER}.values"))
     ),
-    f"{LAYER}.values: expected .* for 2:4, got": (
+    f"{BARE}.values: expected .* for 2:4, got": (
         rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"][:, 1:].clone()}))
     ),
-    f"{LAYER}.bitmask: expected .* of uint8": (
+    f"{BARE}.bitmask: expected .* of uint8": (
         rewrite(lambda tensors: tensors.update({f"{LAYER}.bitmask": tensors[f"{LAYER}.bitmask"][1:].clone()}))
     ),
-    f"{LAYER}.values: expected .* of F32 or BF16 or F16": (
+    f"{BARE}.values: expected .* of F32 or BF16 or F16": (
         rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"].to(torch.int8)}))
     ),
     "expected version 1, got 2": reconfigure(version=2),

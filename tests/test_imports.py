@@ -34,6 +34,8 @@ ORDER = [
     "uncompiled",
     "modules",
     "estimators",
+    "journal",
+    "snapshots",
     "trainer",
     "masks",
     "reconstruction",

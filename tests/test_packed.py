@@ -204,6 +204,16 @@ def test_opcheck(biased):
     torch.library.opcheck(ops.nm_linear, (x, packed.values, packed.bitmask, bias, 2, 4))
 
 
+def test_nothing_comes_of_nothing(launched):
+    packed = mk.pack_24(torch.zeros(0, 16))
+    assert packed.values.shape == (0, 8) and packed.unpack().shape == (0, 16)
+    assert mk.nm_linear(torch.ones(3, 16), packed).shape == (3, 0)
+    launched.clear()
+    assert mk.nm_linear(torch.ones(0, 16), mk.pack_24(sparse(4, 16, "2:4"))).shape == (0, 4)
+    # pack_24 finds the places
+    assert set(launched) == {"top_n_mask"}
+
+
 @pytest.mark.parametrize("shape", [(32,), (5, 32), (2, 3, 32), (0, 32)])
 def test_inputs_of_any_shape(shape):
     weight = sparse(8, 32, "2:4")
@@ -211,7 +221,7 @@ def test_inputs_of_any_shape(shape):
     torch.testing.assert_close(mk.sparse24_linear(x, mk.pack_24(weight)), nn.functional.linear(x, weight))
 
 
-def test_inputs_and_values_may_lie_anywhere():
+def test_inputs_and_values_may_lie_anywhere(launched):
     weight = sparse(8, 64, "2:4", torch.bfloat16)
     packed = mk.pack_24(weight)
     values, bitmask = (
@@ -220,6 +230,9 @@ def test_inputs_and_values_may_lie_anywhere():
     x = torch.randn(64, 3).bfloat16().t()
     expected = nn.functional.linear(x, weight)
     torch.testing.assert_close(mk.nm_linear(x, mk.PackedNM(values, bitmask, "2:4")), expected)
+    # words cannot be loaded from there
+    assert launched["unpack"] == 1
+    assert same_bits(compiled.unpack_nm(values, bitmask, n=2, m=4), weight)
 
 
 def test_autocast():
@@ -321,6 +334,9 @@ BAD_CALLS = {
     "packed: expected 2:4, got 4:8": lambda: mk.Sparse24Linear(mk.pack_nm(sparse(4, 16, "4:8"), "4:8")),
     r"x: expected a tensor \[..., 16\]": lambda: mk.nm_linear(torch.ones(1, 12), PACKED),
     "x: expected the values' dtype": lambda: mk.nm_linear(torch.ones(1, 16).bfloat16(), PACKED),
+    "values: expected float32, bfloat16 or float16": (
+        lambda: mk.Sparse24Linear(PACKED).double()(torch.ones(1, 16, dtype=torch.float64))
+    ),
     r"bias: expected a tensor \[4\]": lambda: mk.nm_linear(torch.ones(1, 16), PACKED, torch.ones(5)),
     r"bias: expected \[4\] of": lambda: mk.NMLinear(PACKED, torch.ones(5)),
     "values: expected a last dimension divisible by 2": lambda: mk.PackedNM(torch.ones(4, 7), PACKED.bitmask, "2:4"),

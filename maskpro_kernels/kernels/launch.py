@@ -161,15 +161,16 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
-# Of packed weights, all of 16 bits. Bytes bound these: a thread holds one or two runs of the weight, and small tiles
-# keep all processors at work.
+# Of packed weights, all of 16 bits. Bytes bound these: small tiles keep all processors at work, but each program reads
+# all of x again, from the cache, and beyond 16 tokens that costs more than the weight. A thread holds at least two
+# runs, for the words of the bitmask that belong to one are too few bytes to be loaded ahead of their use.
 _PACKED_TILES = (
     Tiles(out=16, tokens=16, k=256),
     Tiles(out=32, tokens=16, k=256, num_warps=8),
-    Tiles(out=16, tokens=32, k=128),
-    Tiles(out=32, tokens=32, k=128, num_warps=8),
-    Tiles(out=16, tokens=64, k=128),
-    Tiles(out=64, tokens=64, k=64, num_warps=8),
+    Tiles(out=32, tokens=32, k=128),
+    Tiles(out=64, tokens=32, k=128, num_warps=8),
+    Tiles(out=32, tokens=64, k=128),
+    Tiles(out=64, tokens=64, k=128, num_warps=8),
 )
 PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
 

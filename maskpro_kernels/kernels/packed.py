@@ -121,13 +121,20 @@ def packed_vector_kernel(
     RUN: tl.constexpr = VALUES * M // N
     first_row = tl.program_id(0) * ROWS
     totals = ()
-    for _ in tl.static_range(ROWS):
+    biases = ()
+    for r in tl.static_range(ROWS):
         totals = totals + (tl.zeros((BLOCK,), tl.float32),)
+        if bias is not None:
+            biases = biases + (tl.load(bias + tl.minimum(first_row + r, rows - 1)).to(tl.float32),)
     for first in range(0, runs, BLOCK):
         run = first + tl.arange(0, BLOCK)
         inside = run < runs
-        tile = tl.load(x + run[:, None] * RUN + tl.arange(0, RUN)[None, :], mask=inside[:, None], other=0.0)
-        activations = d.split_columns(tile.to(tl.float32), RUN)
+        activations = ()
+        for part in tl.static_range(RUN // 8):
+            # one load of a thread: a wider tile would be spread over threads, and come by shared memory
+            pointers = x + run[:, None] * RUN + part * 8 + tl.arange(0, 8)[None, :]
+            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+            activations = activations + d.split_columns(tile.to(tl.float32), 8)
         new = ()
         for r in tl.static_range(ROWS):
             # beyond the end the last row once more, which needs no mask
@@ -143,7 +150,7 @@ def packed_vector_kernel(
         row = tl.minimum(first_row + r, rows - 1)
         y = tl.sum(totals[r], 0)
         if bias is not None:
-            y += tl.load(bias + row).to(tl.float32)
+            y += biases[r]
         tl.store(out + row, y.to(out.dtype.element_ty))
 
 
@@ -241,22 +248,20 @@ def route(tokens: int, k: int, dtype: torch.dtype, n: int, m: int, device: torch
     return "vector" if tokens == 1 else "tiles"
 
 
-def _runs(values, bitmask, run):
-    """(values as words, a word of the bitmask for each run)."""
-    # a slice of a file may start anywhere
-    values, bitmask = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (values, bitmask))
-    return values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[run])
-
-
 def nm_linear(x, values, bitmask, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which is that of the values."""
     tokens, rows, k = x.shape[0], values.shape[0], x.shape[1]
+    if tokens == 0:
+        return torch.empty(0, rows, dtype=x.dtype, device=x.device)
     how = route(tokens, k, x.dtype, n, m, x.device)
-    if rows == 0 or how == "unpack":
+    # a slice may start anywhere, words do not
+    aligned = values.data_ptr() % 16 == bitmask.data_ptr() % 16 == 0
+    if rows == 0 or how == "unpack" or not aligned:
         return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
     run, target = run_length(n, m), architecture(x.device)
     out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
-    operands = (x, *_runs(values, bitmask, run), bias, out)
+    words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[run])
+    operands = (x, *words, bias, out)
     constants = {"N": n, "ELEMENT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]}
     if how == "vector":
         config = rows_for("packed_vector", rows, k // run, target)
