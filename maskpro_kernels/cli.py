@@ -6,17 +6,22 @@ import argparse
 import json
 import math
 import platform
+import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
 
 from . import convert, finalize, top_n_mask
 from .checkpoints import decompress, read_masks, survey, weight_files
@@ -25,15 +30,20 @@ from .data import batches, load_text, windows
 from .estimators import Reinforce, StraightThrough
 from .evaluation import causal_lm_loss, perplexity
 from .export import check_output, load_logits, save_logits
+from .journal import read as read_journal
+from .journal import write_whole
 from .masks import LARGEST_GAP, gap_for_flip_rate, initial_codes, initial_logits
 from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
 from .reconstruction import reconstruct
-from .trainer import MaskTrainer
+from .snapshots import newest_snapshot
+from .trainer import JOURNAL, METRICS, MaskTrainer, ReplayedLayer, digest, replay
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE = "bfloat16"
 LOGITS, REPORT = "logits.safetensors", "report.json"
+# What a run leaves while it goes on
+SETTINGS_FILE, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 # What the commands read of a report
 REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
 SETTINGS = ("data", "dtype", "eval_length")
@@ -54,13 +64,22 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 2 after a wrong argument, an unreadable file or a loss that is not finite, told in one line on stderr.
     """
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     try:
+        _check_resume(args, argv)
         args.run(args)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print("maskpro: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
+
+
+def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:
+    """A run goes on with its own settings: others beside --resume would be without effect."""
+    others = {option.split("=")[0] for option in argv if option.startswith("--")} - {"--resume", "--device"}
+    if hasattr(args, "resume") and others:
+        raise ValueError(f"resume: expected no other option but --device, got {', '.join(sorted(others))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,14 +94,19 @@ def _parser() -> argparse.ArgumentParser:
         "perplexities and writes a Hugging Face checkpoint with exact zeros, the logits, a report and a picture.",
         formatter_class=show,
     )
-    _add_model(learn)
-    _add_data(learn)
+    _add_model(learn, required=False)
+    _add_data(learn, required=False)
     learn.add_argument(
         "--output",
-        required=True,
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="folder to write; must be new or empty",
+    )
+    learn.add_argument(
+        "--resume",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="go on with the run in DIR that was broken off, with its settings; alone, or with --device",
     )
     learn.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     learn.add_argument(
@@ -197,6 +221,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_dtype(export, "dtype of the weights", "that of the run")
     export.set_defaults(run=_export)
 
+    replaying = commands.add_parser(
+        "replay",
+        help="rebuild a run's logits from its journal",
+        description="Rebuild the logits of a run by reinforce from its first snapshot and its journal, without a "
+        "model, and print their digest.",
+        formatter_class=show,
+    )
+    replaying.add_argument("source", metavar="RUN", help="folder written by `maskpro learn --estimator reinforce`")
+    replaying.add_argument("--steps", type=int, default=argparse.SUPPRESS, metavar="S", help="how many (default: all)")
+    replaying.add_argument(
+        "--output", default=argparse.SUPPRESS, metavar="FILE", help="safetensors file to write; must not exist"
+    )
+    _add_device(replaying)
+    replaying.set_defaults(run=_replay)
+
     importing = commands.add_parser(
         "import",
         help="checkpoint from what other programs store",
@@ -227,19 +266,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--model",
-        required=True,
+        required=required,
         default=argparse.SUPPRESS,
         help="a local folder, a model id on the hub, or smollm2-135m",
     )
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--data",
-        required=True,
+        required=required,
         default=argparse.SUPPRESS,
         help=SOURCES,
     )
@@ -252,12 +291,22 @@ def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-windows", type=int, default=24, metavar="W", help="test windows to evaluate, at most")
     parser.add_argument("--eval-length", type=int, default=512, metavar="T", help="tokens in a test window")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs, such as cuda:0"
     )
 
 
 def _learn(args: argparse.Namespace) -> None:
+    if hasattr(args, "resume"):
+        _resume(args)
+        return
+    for name in ("model", "data", "output"):
+        if not hasattr(args, name):
+            raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
     pattern = NMPattern(args.pattern)
     flip_rate = getattr(args, "flip_rate", None)
     lr, gap, distinct = DEFAULTS[args.estimator]
@@ -274,29 +323,71 @@ def _learn(args: argparse.Namespace) -> None:
         raise ValueError(f"gap: expected a positive number, got {args.gap}")
     if flip_rate is not None:
         # Its range is told now, not after the model has been loaded
-        gap_for_flip_rate(flip_rate, pattern)
+        args.gap = gap_for_flip_rate(flip_rate, pattern)
     if args.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
     if args.estimator == "reinforce":
         if args.gap > LARGEST_GAP:
             raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
         args.alpha = getattr(args, "alpha", 0.99)
-        estimator = Reinforce(lr=args.lr, alpha=args.alpha)
-    else:
-        if hasattr(args, "alpha"):
-            raise ValueError(f"alpha: expected none, since straight-through has no tracker, got {args.alpha}")
-        estimator = StraightThrough(lr=args.lr, steps=args.steps)
-    device = _device(args.device)
+    elif hasattr(args, "alpha"):
+        raise ValueError(f"alpha: expected none, since straight-through has no tracker, got {args.alpha}")
+    _estimator(args)
+    _device(args.device)
     output = Path(args.output)
     check_output(output)
     _needs_matplotlib("output")
 
+    inputs = _inputs(args)
+    _train(args, inputs, _initial_masks(args, inputs), resumed=False)
+
+
+def _resume(args: argparse.Namespace) -> None:
+    """Go on with a run of ``learn`` that was broken off."""
+    output = Path(args.resume)
+    if (output / REPORT).exists():
+        raise ValueError(f"resume: expected a run that has not ended, got {str(output)!r}, which has a report")
+    try:
+        start = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = start["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}: {error!r}"
+        ) from error
+    args = argparse.Namespace(**settings | {"device": args.device, "output": str(output)})
+    _needs_matplotlib("resume")
+    inputs = _inputs(args)
+    # the masks come from a snapshot
+    convert(inputs.model, args.pattern, init="magnitude", gap=args.gap)
+    _train(args, inputs, start, resumed=True)
+
+
+def _estimator(args: argparse.Namespace) -> Reinforce | StraightThrough:
+    if args.estimator == "reinforce":
+        return Reinforce(lr=args.lr, alpha=args.alpha)
+    return StraightThrough(lr=args.lr, steps=args.steps)
+
+
+@dataclass
+class _Inputs:
+    """What a run learns from: windows of tokens of its texts, by use, and the model."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    tests: dict[str, torch.Tensor]
+    validation: torch.Tensor
+    initial_batches: list[torch.Tensor]
+    calibration: list[torch.Tensor]
+
+
+def _inputs(args: argparse.Namespace) -> _Inputs:
     with _naming("data"):
         texts = load_text(args.data)
     other = None
     if hasattr(args, "other_data"):
         with _naming("other_data"):
             other = load_text(args.other_data)["test"]
+    device = _device(args.device)
     model, tokenizer = _load(args.model, args.dtype, device)
 
     def held_out_windows(text: str) -> torch.Tensor:
@@ -306,16 +397,25 @@ def _learn(args: argparse.Namespace) -> None:
     if other is not None:
         with _naming("other_data"):
             tests["other_perplexity"] = held_out_windows(other)
-    validation = held_out_windows(texts["validation"])
     calibration = windows(texts["calibration"], tokenizer, args.seq_len).to(device)
     calibration = batches(calibration, args.batch_size, args.seed)
-    initial_batches, calibration = calibration[: args.init_batches], calibration[: args.calibration_batches]
+    return _Inputs(
+        model,
+        tokenizer,
+        tests,
+        held_out_windows(texts["validation"]),
+        calibration[: args.init_batches],
+        calibration[: args.calibration_batches],
+    )
 
+
+def _initial_masks(args: argparse.Namespace, inputs: _Inputs) -> dict:
+    """Convert the model, evaluate the initial masks and leave that of ``--init``: the rows of the table, and more."""
+    pattern, model, tests = NMPattern(args.pattern), inputs.model, inputs.tests
     table = [_row("dense", model, tests, 0.0)]
     codes, seconds = {}, {}
     began = time.perf_counter()
-    gap = args.gap if flip_rate is None else gap_for_flip_rate(flip_rate, pattern)
-    conversion = convert(model, pattern, init="wanda", gap=gap, calibration=initial_batches)
+    conversion = convert(model, pattern, init="wanda", gap=args.gap, calibration=inputs.initial_batches)
     masked = masked_layers(model)
     codes["wanda"], seconds["wanda"] = _codes(masked, pattern), time.perf_counter() - began
     for name, reason in conversion.skipped.items():
@@ -325,7 +425,9 @@ def _learn(args: argparse.Namespace) -> None:
     seconds["magnitude"] = time.perf_counter() - began
     if args.init == "reconstruction":
         began = time.perf_counter()
-        codes["reconstruction"] = reconstruct(model, masked, codes["wanda"], pattern, initial_batches, progress=True)
+        codes["reconstruction"] = reconstruct(
+            model, masked, codes["wanda"], pattern, inputs.initial_batches, progress=True
+        )
         seconds["reconstruction"] = time.perf_counter() - began + seconds["wanda"]
     # The mask that learning starts from goes last, so that its logits stay.
     rows = {}
@@ -333,47 +435,135 @@ def _learn(args: argparse.Namespace) -> None:
         _set_logits(masked, codes[init], pattern, conversion.gap)
         rows[init] = _row(init, model, tests, seconds[init])
     table += [rows[init] for init in INITIAL_MASKS if init in rows]
+    return {
+        "table": table,
+        "seconds": seconds[args.init],
+        "converted": list(conversion.converted),
+        "skipped": dict(conversion.skipped),
+    }
 
-    base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    metadata = {"model": base, "pattern": str(pattern), "dtype": args.dtype}
-    trainer = MaskTrainer(model, causal_lm_loss, calibration, estimator, seed=args.seed)
-    held_out = [{"step": 0, "tokens": 0, "perplexity": perplexity(model, validation, progress=True)}]
-    tokens = 0
-    checking = 0.0
 
-    def check(record) -> bool:
-        nonlocal tokens, checking
-        tokens += record.tokens
-        step = record.step + 1
-        if step % args.eval_every and step < args.steps:
-            return False
+class _HeldOut:
+    """Perplexities of the validation text by step, each written down as soon as it is known."""
+
+    def __init__(self, path: Path, model: torch.nn.Module, validation: torch.Tensor, every: int, steps: int):
+        self.path, self.model, self.validation, self.every, self.steps = path, model, validation, every, steps
+        self.rows: list[dict] = []
+        self.seconds = 0.0
+
+    def restore(self, steps_done: int) -> None:
+        """Take up the rows of another process, up to a step."""
+        if self.path.exists():
+            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line[-1] == "}"]
+            self.rows = [row for row in rows if row["step"] <= steps_done]
+
+    def due(self, step: int) -> bool:
+        known = bool(self.rows) and self.rows[-1]["step"] == step
+        return not known and (step % self.every == 0 or step >= self.steps)
+
+    def add(self, step: int, tokens: int) -> None:
         began = time.perf_counter()
-        held_out.append({"step": step, "tokens": tokens, "perplexity": perplexity(model, validation, progress=True)})
-        checking += time.perf_counter() - began
-        return len(held_out) > 2 and all(
-            row["perplexity"] > DIVERGED * held_out[0]["perplexity"] for row in held_out[-2:]
+        value = perplexity(self.model, self.validation, progress=True)
+        self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self.seconds += time.perf_counter() - began
+
+    def risen(self) -> bool:
+        """Whether it was twice in a row far above that of the initial mask."""
+        return len(self.rows) > 2 and all(
+            row["perplexity"] > DIVERGED * self.rows[0]["perplexity"] for row in self.rows[-2:]
         )
 
-    began = time.perf_counter()
-    try:
-        records = trainer.run(args.steps, after_step=check)
-    except (FloatingPointError, KeyboardInterrupt):
-        output.mkdir(parents=True, exist_ok=True)
-        save_logits(model, output / LOGITS, metadata)
-        print(f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}", file=sys.stderr)
-        raise
-    if len(records) < args.steps:
-        print(f"stopped after {len(records)} steps: the held-out perplexity rose", file=sys.stderr)
-    seconds[args.estimator] = time.perf_counter() - began - checking + seconds[args.init]
-    table.append(_row(args.estimator, model, tests, seconds[args.estimator]))
-    learned = _codes(masked, pattern)
-    flips = {name: int((learned[name] != codes[args.init][name]).sum()) for name in masked}
-    groups = sum(code.numel() for code in learned.values())
 
-    output.mkdir(parents=True, exist_ok=True)
+class _Signals:
+    """SIGINT and SIGTERM, noted so that a step can end first; the second one takes its usual way."""
+
+    def __init__(self):
+        self.came = False
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame) -> None:
+        self.came = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool) -> None:
+    """Learn, from the first step or from where a run was broken off, and write what was learned."""
+    model, output, pattern = inputs.model, Path(args.output), NMPattern(args.pattern)
+    progress = output / PROGRESS
+    masked = masked_layers(model)
+    trainer = MaskTrainer(
+        model, causal_lm_loss, inputs.calibration, _estimator(args), seed=args.seed, output_dir=progress
+    )
+    if not resumed:
+        trainer.begin(progress=True)
+        settings = {name: value for name, value in vars(args).items() if name not in ("run", "output")}
+        # Behind the first snapshot: a folder with settings can be gone on with.
+        write_whole(output / SETTINGS_FILE, json.dumps({"settings": settings, **start}, indent=1).encode())
+    base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    metadata = {"model": base, "pattern": str(pattern), "dtype": args.dtype}
+    held_out = _HeldOut(progress / VALIDATION, model, inputs.validation, args.eval_every, args.steps)
+    earlier = 0.0
+    if (
+        resumed
+        and any(progress.glob("snapshot-*"))
+        and (args.estimator != "reinforce" or (progress / JOURNAL).exists())
+    ):
+        trainer.resume()
+        held_out.restore(trainer.steps_done)
+        earlier = sum(record["seconds"] for record in _metrics(progress))
+        print(f"{trainer.steps_done} steps were taken before", file=sys.stderr)
+
+    def tokens_done() -> int:
+        return sum(record["tokens"] for record in _metrics(progress))
+
+    if held_out.due(trainer.steps_done):
+        held_out.add(trainer.steps_done, tokens_done())
+    began, checked = time.perf_counter(), held_out.seconds
+    with _Signals() as signals:
+
+        def check(record) -> bool:
+            step = record.step + 1
+            if held_out.due(step):
+                held_out.add(step, tokens_done())
+            return held_out.risen() or signals.came
+
+        try:
+            if trainer.steps_done < args.steps and not held_out.risen():
+                trainer.run(args.steps - trainer.steps_done, after_step=check)
+        except (FloatingPointError, KeyboardInterrupt):
+            save_logits(model, output / LOGITS, metadata)
+            print(
+                f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; "
+                f"{_how_to_go_on(output)}",
+                file=sys.stderr,
+            )
+            raise
+    if signals.came and trainer.steps_done < args.steps:
+        print(f"stopped after {trainer.steps_done} steps; {_how_to_go_on(output)}", file=sys.stderr)
+        return
+    if trainer.steps_done < args.steps:
+        print(f"stopped after {trainer.steps_done} steps: the held-out perplexity rose", file=sys.stderr)
+    seconds = time.perf_counter() - began - (held_out.seconds - checked) + earlier + start["seconds"]
+    table = [*start["table"], _row(args.estimator, model, inputs.tests, seconds)]
+    learned = _codes(masked, pattern)
+    _, initial, _, _ = newest_snapshot(progress, at_most=0)
+    flips = {name: int((learned[name].cpu() != top_n_mask(initial[name], pattern)).sum()) for name in masked}
+    groups = sum(code.numel() for code in learned.values())
+    records = _metrics(progress)
+
     save_logits(model, output / LOGITS, metadata)
-    _save(finalize(model), tokenizer, output)
-    _draw_perplexity({args.estimator: held_out}, output / PERPLEXITY_PICTURE)
+    _save(finalize(model), inputs.tokenizer, output)
+    _draw_perplexity({args.estimator: held_out.rows}, output / PERPLEXITY_PICTURE)
     if args.estimator == "reinforce":
         _draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
@@ -381,23 +571,67 @@ def _learn(args: argparse.Namespace) -> None:
         "pattern": str(pattern),
         "settings": {name: value for name, value in vars(args).items() if name not in ("run", "gap")},
         # Not among the settings: with a flip rate it is not the one on the command line.
-        "gap": conversion.gap,
+        "gap": args.gap,
         "versions": _versions(),
-        "eval_tokens": tests["perplexity"].numel(),
+        "eval_tokens": inputs.tests["perplexity"].numel(),
         "table": table,
-        "validation": held_out,
+        "validation": held_out.rows,
         "groups": groups,
         "flipped_groups": sum(flips.values()),
         "flipped_groups_by_layer": flips,
-        "converted": list(conversion.converted),
-        "skipped": dict(conversion.skipped),
-        "steps": [asdict(record) for record in records],
+        "converted": start["converted"],
+        "skipped": start["skipped"],
+        "steps": records,
     }
     # Last: a folder with a report is a run that ended.
-    (output / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    # What is learned is in the logits; what a replay starts from stays
+    for old in sorted(progress.glob("snapshot-*"))[1 if args.estimator == "reinforce" else 0 :]:
+        old.unlink()
 
     _print_table(table)
     print(f"{sum(flips.values())} of {groups} groups differ from the {args.init} mask; written to {output}")
+
+
+def _how_to_go_on(output: Path) -> str:
+    return f"go on with: maskpro learn --resume {shlex.quote(str(output))}"
+
+
+def _metrics(progress: Path) -> list[dict]:
+    path = progress / METRICS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _replay(args: argparse.Namespace) -> None:
+    progress = Path(args.source) / PROGRESS
+    if not (progress / JOURNAL).exists():
+        raise ValueError(
+            f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
+            "runs by straight-through cannot be replayed"
+        )
+    run, entries, torn = read_journal(progress / JOURNAL)
+    if torn:
+        print(f"the last record is cut short by a crash: {torn} bytes are left out", file=sys.stderr)
+    steps = getattr(args, "steps", len(entries))
+    if not 0 <= steps <= len(entries):
+        raise ValueError(f"steps: expected at most the {len(entries)} of the journal, got {steps}")
+    output = Path(args.output) if hasattr(args, "output") else None
+    if output is not None and output.exists():
+        raise ValueError(f"output: expected a new file, got {args.output!r}")
+    device = _device(args.device)
+    _, tensors, state, _ = newest_snapshot(progress, at_most=0)
+    if {name: run[name] for name in state["run"]} != state["run"]:
+        raise ValueError(f"run: expected a journal and a snapshot of one run, got others in {str(progress)!r}")
+    layers = {
+        name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer)
+        for name, (layer, pattern, _, _) in run["layers"].items()
+    }
+    for entry in tqdm(entries[:steps], desc="replaying", unit="step"):
+        replay(layers, run["seed"], entry)
+    logits = {name: layer.logits.cpu() for name, layer in layers.items()}
+    if output is not None:
+        save_file(logits, output)
+    print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
 
 
 def _print_table(table: list[dict]) -> None:
@@ -640,17 +874,17 @@ def _draw_perplexity(curves: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_residual(records: list, path: Path) -> None:
+def _draw_residual(records: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    steps = [record.step for record in records]
+    steps = [record["step"] for record in records]
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    above.plot(steps, [record.residual for record in records], ".", label="loss residual")
-    above.plot(steps, [record.tracker for record in records], label="tracker")
+    above.plot(steps, [record["residual"] for record in records], ".", label="loss residual")
+    above.plot(steps, [record["tracker"] for record in records], label="tracker")
     above.set_ylabel("nats a token")
     above.legend()
-    below.plot(steps, [record.advantage for record in records], ".", label="advantage")
+    below.plot(steps, [record["advantage"] for record in records], ".", label="advantage")
     below.axhline(0, color="gray", linewidth=0.8)
     below.set_ylabel("nats a token")
     below.set_xlabel("step")

@@ -20,6 +20,7 @@ from .functional import FLOAT32_MAX, score_update_, top_n_mask
 from .journal import Draw, Entry, Journal, write_whole
 from .journal import read as read_journal
 from .modules import MaskedLinear, advance, clocks, evaluating, masked_layers
+from .pattern import NMPattern
 from .snapshots import newest_snapshot, save_snapshot
 
 METRICS, JOURNAL = "metrics.jsonl", "journal"
@@ -157,8 +158,7 @@ class MaskTrainer:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps: expected an int of at least 1, got {steps!r}")
         self._check_steps(steps)
-        if isinstance(self.estimator, Reinforce):
-            self._losses_of_initial_masks(progress)
+        self.begin(progress)
         records = []
         with tqdm(total=steps, desc="learning", unit="step", disable=not progress) as bar:
             for _ in range(steps):
@@ -211,7 +211,7 @@ class MaskTrainer:
             if not entry.skipped:
                 self.estimator.advantage(entry.draws[0].loss - entry.initial_loss)
         for entry in entries[step:]:
-            replay(self.layers, entry)
+            replay(self.layers, self.seed, entry)
         if isinstance(self.estimator, StraightThrough):
             self.estimator.set_mean_squares(self.layers, state["mean_squares"])
         self.steps_done = len(entries) if journal is not None else step
@@ -243,8 +243,18 @@ class MaskTrainer:
                 told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
                 raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.output_dir)!r}")
 
-    def _begin(self) -> None:
-        """Before the first step: what a run leaves of its start."""
+    def begin(self, progress: bool = False) -> None:
+        """What stands before the first step, which does it where it has not been done.
+
+        With ``Reinforce`` the losses of the initial masks; and in ``output_dir`` the first snapshot and the journal.
+
+        Args:
+            progress: whether to show a bar.
+
+        Raises:
+            ValueError: if ``output_dir`` holds a run.
+            FloatingPointError: if a loss of the initial masks is not finite.
+        """
         if self._begun:
             return
         folder = self.output_dir
@@ -254,8 +264,9 @@ class MaskTrainer:
             folder.mkdir(parents=True, exist_ok=True)
             self._run = self._settings()
             self._snapshot()
-            if isinstance(self.estimator, Reinforce):
-                losses = self._losses_of_initial_masks(progress=False)
+        if isinstance(self.estimator, Reinforce):
+            losses = self._losses_of_initial_masks(progress)
+            if folder is not None:
                 self._journal = Journal.create(folder / JOURNAL, {**self._run, "initial_losses": losses})
         self._begun = True
 
@@ -286,7 +297,7 @@ class MaskTrainer:
                 the step counts as done.
         """
         self._check_steps(1)
-        self._begin()
+        self.begin()
         start = time.perf_counter()
         batch = self.batches[self.steps_done % len(self.batches)]
         if isinstance(self.estimator, Reinforce):
@@ -337,7 +348,7 @@ class MaskTrainer:
             except OSError:
                 self.estimator.delta, self.estimator.mean_square = before
                 raise
-        replay(self.layers, entry)
+        replay(self.layers, self.seed, entry)
         return loss, residual, advantage, flip_rate
 
     @torch.enable_grad()
@@ -404,13 +415,22 @@ class MaskTrainer:
             yield
 
 
+@dataclass(frozen=True)
+class ReplayedLayer:
+    """What of a MaskedLinear a replay moves: logits, by draws of a layer id."""
+
+    logits: Tensor
+    pattern: NMPattern
+    layer: int
+
+
 @torch.inference_mode()
-def replay(layers: Mapping[str, MaskedLinear], entry: Entry) -> None:
-    """Move the logits by the update of a step; they and the seed of the layers' clocks are as they were then."""
+def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry: Entry) -> None:
+    """Move the logits by the update of a step; they are as they were then."""
     if entry.skipped:
         return
     for layer in layers.values():
-        counter = {"seed": layer.clock.seed, "step": entry.step, "layer": layer.layer}
+        counter = {"seed": seed, "step": entry.step, "layer": layer.layer}
         for draw in entry.draws:
             score_update_(layer.logits, draw.coef, pattern=layer.pattern, draw=draw.id, **counter)
 

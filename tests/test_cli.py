@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
 from conftest import route_to_the_eager_reference
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -15,7 +16,7 @@ from maskpro_kernels import cli
 from maskpro_kernels.data import load_text, windows
 from maskpro_kernels.evaluation import perplexity
 from maskpro_kernels.export import load_logits
-from maskpro_kernels.trainer import MaskTrainer
+from maskpro_kernels.trainer import MaskTrainer, digest
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -77,7 +78,7 @@ def test_learn_writes_the_whole_record(run):
     written = report(run)
     assert sorted(os.listdir(run)) == sorted(
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        + ["logits.safetensors", "report.json", "residual.png", "perplexity.png"]
+        + ["logits.safetensors", "report.json", "residual.png", "perplexity.png", "settings.json", "progress"]
     )
     assert written["pattern"] == "2:4" and written["settings"]["seed"] == 0 and written["gap"] == 10
     assert {"python", "torch", "transformers"} <= set(written["versions"])
@@ -367,7 +368,115 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
 
 
-@pytest.mark.parametrize("command", [[], ["learn"], ["eval"], ["compare"], ["export"], ["import"], ["validate"]])
+WAYS = {"reinforce": [], "straight-through": ["--estimator", "straight-through", "--lr", "1"]}
+
+
+def learned_logits(folder):
+    logits, _ = load_logits(folder / "logits.safetensors")
+    return logits
+
+
+def broken_off(inputs, folder, monkeypatch, step, options, break_off):
+    """A run of 6 steps that is broken off before a step."""
+    take = MaskTrainer.step
+
+    def broken(trainer):
+        if trainer.steps_done == step:
+            break_off()
+        return take(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskTrainer, "step", broken)
+        return cli.main(learn(inputs, folder, *options))
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, tmp_path, capsys, monkeypatch, number, how):
+    options = [*WAYS[how], "--steps", "6", "--eval-every", "2"]
+    assert cli.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    capsys.readouterr()
+    run = tmp_path / "run"
+    assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), number)) == 0
+    assert f"stopped after 4 steps; go on with: maskpro learn --resume {run}" in capsys.readouterr().err
+    assert not (run / "report.json").exists()
+    assert cli.main(["learn", "--resume", str(run), "--device", "cpu"]) == 0
+    assert "4 steps were taken before" in capsys.readouterr().err
+    whole, resumed = report(tmp_path / "whole"), report(run)
+    for name in ("validation", "flipped_groups", "settings", "gap", "converted"):
+        different = {"output"} if name == "settings" else set()
+        one, other = ({k: v for k, v in x.items() if k not in different} if isinstance(x, dict) else x
+                      for x in (whole[name], resumed[name]))  # fmt: skip
+        assert one == other, name
+    assert [row["loss"] for row in whole["steps"]] == [row["loss"] for row in resumed["steps"]]
+    expected = learned_logits(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(run).items())
+    assert [row["perplexity"] for row in whole["table"]] == [row["perplexity"] for row in resumed["table"]]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_a_run_that_was_killed_goes_on(inputs, tmp_path, monkeypatch, how, step):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    options = [*WAYS[how], "--steps", "6", "--eval-every", "3"]
+    assert cli.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    with pytest.raises(Killed):
+        broken_off(inputs, tmp_path / "run", monkeypatch, step, options, kill)
+    assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    expected = learned_logits(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(tmp_path / "run").items())
+    assert report(tmp_path / "run")["validation"] == report(tmp_path / "whole")["validation"]
+
+
+def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
+    file = tmp_path / "logits.safetensors"
+    assert cli.main(["replay", str(run), "--output", str(file), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    replayed, learned = load_file(file), learned_logits(run)
+    assert replayed.keys() == learned.keys()
+    assert all(torch.equal(tensor, replayed[name]) for name, tensor in learned.items())
+    assert out == f"3 steps of 3, logits {digest(learned[name] for name in sorted(learned))}\n"
+    assert cli.main(["replay", str(run), "--steps", "0", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("0 steps of 3, logits ")
+
+
+def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
+    refuses(capsys, tmp_path, ["learn", "--resume", str(tmp_path)], "resume: expected a folder in which")
+    refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended")
+    refuses(
+        capsys, tmp_path, ["learn", "--resume", str(run), "--steps", "9"], "no other option but --device, got --steps"
+    )
+    refuses(capsys, tmp_path, ["learn", "--data", "pydoc"], "model: expected --model, or --resume alone, got none")
+    refuses(
+        capsys, tmp_path, ["replay", str(tmp_path)], "run: expected a folder of `maskpro learn --estimator reinforce`"
+    )
+    refuses(
+        capsys, tmp_path, ["replay", str(run), "--steps", "4"], "steps: expected at most the 3 of the journal, got 4"
+    )
+    refuses(capsys, tmp_path, ["replay", str(run), "--output", str(run)], "output: expected a new file")
+    shutil.copytree(run, tmp_path / "copy")
+    journal = tmp_path / "copy" / "progress" / "journal"
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-60] + b"?" + content[-59:])
+    refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "journal: expected a whole record of step 1 at byte")
+    journal.write_bytes(content[:-1])
+    assert cli.main(["replay", str(tmp_path / "copy")]) == 0
+    captured = capsys.readouterr()
+    assert "the last record is cut short by a crash: 46 bytes are left out" in captured.err
+    assert captured.out.startswith("2 steps of 2")
+    (snapshot,) = journal.parent.glob("snapshot-*")
+    snapshot.write_bytes(snapshot.read_bytes()[:-1])
+    refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "snapshot: expected a sound one")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["learn"], ["eval"], ["compare"], ["export"], ["import"], ["validate"], ["replay"]]
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])
