@@ -148,6 +148,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A",
         help="memory of the tracker of reinforce, in [0, 1] (default: 0.99)",
     )
+    learn.add_argument(
+        "--draws",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="K",
+        help="masks that a step of reinforce draws and compares, a forward pass each (default: 1, with a tracker)",
+    )
     exploration = learn.add_mutually_exclusive_group()
     exploration.add_argument(
         "--gap",
@@ -329,9 +336,11 @@ def _learn(args: argparse.Namespace) -> None:
     if args.estimator == "reinforce":
         if args.gap > LARGEST_GAP:
             raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
-        args.alpha = getattr(args, "alpha", 0.99)
-    elif hasattr(args, "alpha"):
-        raise ValueError(f"alpha: expected none, since straight-through has no tracker, got {args.alpha}")
+        args.alpha, args.draws = getattr(args, "alpha", 0.99), getattr(args, "draws", 1)
+    else:
+        for name in ("alpha", "draws"):
+            if hasattr(args, name):
+                raise ValueError(f"{name}: expected none, for it is of reinforce alone, got {getattr(args, name)}")
     _estimator(args)
     _device(args.device)
     output = Path(args.output)
@@ -364,7 +373,7 @@ def _resume(args: argparse.Namespace) -> None:
 
 def _estimator(args: argparse.Namespace) -> Reinforce | StraightThrough:
     if args.estimator == "reinforce":
-        return Reinforce(lr=args.lr, alpha=args.alpha)
+        return Reinforce(lr=args.lr, alpha=args.alpha, draws=args.draws)
     return StraightThrough(lr=args.lr, steps=args.steps)
 
 
@@ -564,7 +573,7 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
     save_logits(model, output / LOGITS, metadata)
     _save(finalize(model), inputs.tokenizer, output)
     _draw_perplexity({args.estimator: held_out.rows}, output / PERPLEXITY_PICTURE)
-    if args.estimator == "reinforce":
+    if args.estimator == "reinforce" and args.draws == 1:
         _draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
         "model": base,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from . import ops
 from .functional import FLOAT32_MAX
 from .modules import MaskedLinear
 from .pattern import MaskSource
+from .philox import MAX_DRAWS
 
 # A normalized advantage beyond it is an outlier
 LARGEST_ADVANTAGE = 3.0
@@ -49,13 +50,18 @@ class Reinforce:
         TypeError, ValueError: an argument is not as above.
     """
 
-    def __init__(self, lr: float = 50.0, alpha: float = 0.99, tracker: str = "after", normalize: bool = False):
+    def __init__(
+        self, lr: float = 50.0, alpha: float = 0.99, tracker: str = "after", normalize: bool = False, draws: int = 1
+    ):
         _check_float("lr", lr, 0.0, FLOAT32_MAX, strict=True)
         _check_float("alpha", alpha, 0.0, 1.0)
         if tracker not in ("after", "before"):
             raise ValueError(f'tracker: expected "after" or "before", got {tracker!r}')
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize: expected a bool, got {normalize!r}")
+        if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= MAX_DRAWS:
+            raise ValueError(f"draws: expected an int in [1, {MAX_DRAWS}], got {draws!r}")
+        self.draws = draws
         self.lr = float(lr)
         self.alpha = float(alpha)
         self.tracker = tracker
@@ -66,20 +72,40 @@ class Reinforce:
 
     def settings(self) -> dict:
         """What the class was given, as JSON can hold it."""
-        return {"lr": self.lr, "alpha": self.alpha, "tracker": self.tracker, "normalize": self.normalize}
+        return {name: getattr(self, name) for name in ("lr", "alpha", "tracker", "normalize", "draws")}
 
     def advantage(self, residual: float) -> float:
         """The advantage of a residual; moves the tracker."""
         before = self.delta
         self.delta = self.alpha * self.delta + (1.0 - self.alpha) * residual
         advantage = residual - (before if self.tracker == "after" else self.delta)
+        (normalized,) = self._normalized([advantage])
+        return normalized
+
+    def advantages(self, losses: Sequence[float], initial_loss: float = 0.0) -> list[float]:
+        """The advantage of each of a step's draws; moves the tracker.
+
+        Args:
+            losses: under each draw, ``draws`` of them.
+            initial_loss: of the same batch under the initial masks; without effect where there are several draws.
+        """
+        count = len(losses)
+        if count == 1:
+            return [self.advantage(losses[0] - initial_loss)]
+        total = math.fsum(losses)
+        return self._normalized([loss - (total - loss) / (count - 1) for loss in losses])
+
+    def _normalized(self, advantages: list[float]) -> list[float]:
+        """Over their running root mean square and bounded, where asked for."""
         if not self.normalize:
-            return advantage
-        square = advantage * advantage
+            return advantages
+        square = math.fsum(advantage * advantage for advantage in advantages) / len(advantages)
         old = square if self.mean_square is None else self.mean_square
         self.mean_square = self.alpha * old + (1.0 - self.alpha) * square
         scale = math.sqrt(self.mean_square)
-        return 0.0 if scale == 0.0 else min(max(advantage / scale, -LARGEST_ADVANTAGE), LARGEST_ADVANTAGE)
+        if scale == 0.0:
+            return [0.0] * len(advantages)
+        return [min(max(advantage / scale, -LARGEST_ADVANTAGE), LARGEST_ADVANTAGE) for advantage in advantages]
 
 
 class StraightThrough:

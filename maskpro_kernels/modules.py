@@ -33,6 +33,9 @@ class Clock(nn.Module):
 
     A shared submodule stays shared when the model is moved or copied. Not part of the state_dict, where it
     would stand under every layer as one shared tensor: the layers save its values in their extra state.
+
+    Attributes:
+        draw: which of several draws in a step the layers make.
     """
 
     seed: Tensor
@@ -42,6 +45,7 @@ class Clock(nn.Module):
         super().__init__()
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64, device=device), persistent=False)
+        self.draw = 0
 
 
 def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
@@ -213,7 +217,7 @@ class MaskedLinear(nn.Module):
 
     def counter(self) -> dict:
         """The counter of the current step, as keywords of the functions that draw."""
-        return {"seed": self.clock.seed, "step": self.clock.step, "layer": self.layer}
+        return {"seed": self.clock.seed, "step": self.clock.step, "layer": self.layer, "draw": self.clock.draw}
 
     def get_extra_state(self) -> Tensor:
         """int64 [5]: layer id, N, M, and the clock's seed and step."""

@@ -32,10 +32,10 @@ class StepRecord:
 
     Attributes:
         step: index of the step, from 0.
-        loss: loss of the batch under the drawn masks.
+        loss: loss of the batch under the drawn masks, the mean where a step has several draws.
         residual: with ``Reinforce`` that loss less the batch's loss under the initial masks.
         advantage: with ``Reinforce`` the residual less the tracker.
-        tracker: with ``Reinforce`` the tracker after the step.
+        tracker: with ``Reinforce`` the tracker after the step. All three are None where a step has several draws.
         flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
         tokens: elements of the batch's input ids.
         seconds: wall-clock time of the step.
@@ -209,7 +209,7 @@ class MaskTrainer:
                 layer.logits.copy_(tensors[name])
         for entry in entries:
             if not entry.skipped:
-                self.estimator.advantage(entry.draws[0].loss - entry.initial_loss)
+                self.estimator.advantages([draw.loss for draw in entry.draws], entry.initial_loss)
         for entry in entries[step:]:
             replay(self.layers, self.seed, entry)
         if isinstance(self.estimator, StraightThrough):
@@ -265,9 +265,10 @@ class MaskTrainer:
             self._run = self._settings()
             self._snapshot()
         if isinstance(self.estimator, Reinforce):
-            losses = self._losses_of_initial_masks(progress)
+            losses = self._losses_of_initial_masks(progress) if self.estimator.draws == 1 else []
             if folder is not None:
-                self._journal = Journal.create(folder / JOURNAL, {**self._run, "initial_losses": losses})
+                header = {**self._run, "initial_losses": losses}
+                self._journal = Journal.create(folder / JOURNAL, header, self.estimator.draws)
         self._begun = True
 
     def _snapshot(self) -> None:
@@ -302,7 +303,7 @@ class MaskTrainer:
         batch = self.batches[self.steps_done % len(self.batches)]
         if isinstance(self.estimator, Reinforce):
             loss, residual, advantage, flip_rate = self._reinforce(batch)
-            tracker = self.estimator.delta
+            tracker = self.estimator.delta if self.estimator.draws == 1 else None
         else:
             loss, flip_rate = self._straight_through(batch)
             residual = advantage = tracker = None
@@ -326,30 +327,53 @@ class MaskTrainer:
         return record
 
     @torch.inference_mode()
-    def _reinforce(self, batch) -> tuple[float, float, float, float]:
-        """(loss, residual, advantage, flip rate) of a forward; the logits move by the scores of its masks."""
-        initial_loss = self._losses_of_initial_masks(progress=False)[self.steps_done % len(self.batches)]
+    def _reinforce(self, batch) -> tuple[float, float | None, float | None, float]:
+        """(loss, residual, advantage, flip rate) of a forward; the logits move by the scores of its masks.
+
+        Of several draws the mean loss, and neither residual nor advantage.
+        """
+        estimator, one = self.estimator, self.estimator.draws == 1
+        initial_loss = (
+            self._losses_of_initial_masks(progress=False)[self.steps_done % len(self.batches)] if one else 0.0
+        )
+        losses = []
         with self._modes(drawing=True):
-            loss = float(self.loss_fn(self.model, batch))
-        self._check_loss(loss)
-        residual = loss - initial_loss
+            for draw in range(estimator.draws):
+                with self._drawing(draw):
+                    losses.append(float(self.loss_fn(self.model, batch)))
+                self._check_loss(losses[-1])
         flip_rate = self._flip_rate()
-        before = self.estimator.delta, self.estimator.mean_square
-        advantage = self.estimator.advantage(residual)
-        coef = self.estimator.lr * advantage
-        if not abs(coef) <= FLOAT32_MAX:
-            self.estimator.delta, self.estimator.mean_square = before
-            raise FloatingPointError(f"lr * advantage of step {self.steps_done}: expected a float32, got {coef}")
-        entry = Entry(self.steps_done, count_tokens(batch), initial_loss, (Draw(0, loss, coef),))
-        if self._journal is not None:
-            try:
+        before = estimator.delta, estimator.mean_square
+        advantages = estimator.advantages(losses, initial_loss)
+        coefs = [estimator.lr * advantage / estimator.draws for advantage in advantages]
+        try:
+            if not all(abs(coef) <= FLOAT32_MAX for coef in coefs):
+                raise FloatingPointError(
+                    f"lr * advantage of step {self.steps_done}: expected a float32, got {max(coefs, key=abs)}"
+                )
+            draws = tuple(Draw(*draw) for draw in zip(range(estimator.draws), losses, coefs, strict=True))
+            entry = Entry(self.steps_done, count_tokens(batch), initial_loss, draws)
+            if self._journal is not None:
                 # ahead of the update: a run that is killed in between takes the step again from here
                 self._journal.append(entry)
-            except OSError:
-                self.estimator.delta, self.estimator.mean_square = before
-                raise
+        except (FloatingPointError, OSError):
+            estimator.delta, estimator.mean_square = before
+            raise
         replay(self.layers, self.seed, entry)
-        return loss, residual, advantage, flip_rate
+        if one:
+            return losses[0], losses[0] - initial_loss, advantages[0], flip_rate
+        return math.fsum(losses) / len(losses), None, None, flip_rate
+
+    @contextmanager
+    def _drawing(self, draw: int):
+        """The layers make this one of a step's draws."""
+        try:
+            for clock in clocks(self.model):
+                clock.draw = draw
+            yield
+        finally:
+            for clock in clocks(self.model):
+                clock.draw = 0
 
     @torch.enable_grad()
     def _straight_through(self, batch) -> tuple[float, float]:
@@ -430,9 +454,10 @@ def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry:
     if entry.skipped:
         return
     for layer in layers.values():
+        # together: all scores are those of the logits before the step, and they are rounded once
+        ids, _, coefs = zip(*entry.draws, strict=True)
         counter = {"seed": seed, "step": entry.step, "layer": layer.layer}
-        for draw in entry.draws:
-            score_update_(layer.logits, draw.coef, pattern=layer.pattern, draw=draw.id, **counter)
+        score_update_(layer.logits, coefs, pattern=layer.pattern, draw=ids, **counter)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -271,7 +271,7 @@ def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monke
 
 def test_straight_through_has_no_alpha(inputs, tmp_path, capsys):
     arguments = learn(inputs, tmp_path / "output", "--estimator", "straight-through", "--alpha", "0.5")
-    refuses(capsys, tmp_path, arguments, "alpha: expected none, since straight-through has no tracker")
+    refuses(capsys, tmp_path, arguments, "alpha: expected none, for it is of reinforce alone")
 
 
 def test_gap_excludes_flip_rate(inputs, tmp_path, capsys):
@@ -368,7 +368,11 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
 
 
-WAYS = {"reinforce": [], "straight-through": ["--estimator", "straight-through", "--lr", "1"]}
+WAYS = {
+    "reinforce": [],
+    "several draws": ["--draws", "2"],
+    "straight-through": ["--estimator", "straight-through", "--lr", "1"],
+}
 
 
 def learned_logits(folder):

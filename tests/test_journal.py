@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 ESTIMATORS = {
     "reinforce": lambda: mk.Reinforce(lr=2.0, alpha=0.75),
     "normalized": lambda: mk.Reinforce(lr=2.0, alpha=0.75, normalize=True),
+    "several draws": lambda: mk.Reinforce(lr=2.0, draws=3),
     "straight-through": lambda: mk.StraightThrough(lr=0.3),
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
+from enumerated import set_probabilities
 from torch import nn
 
 import maskpro_kernels as mk
@@ -60,6 +62,9 @@ def assert_equal_logits(one: list[torch.Tensor], other: list[torch.Tensor]) -> N
         ({"alpha": 1.1}, ValueError, "alpha"),
         ({"alpha": math.nan}, ValueError, "alpha"),
         ({"alpha": "0.9"}, TypeError, "alpha"),
+        ({"draws": 0}, ValueError, "draws"),
+        ({"draws": 2.0}, ValueError, "draws"),
+        ({"draws": (1 << 16) + 1}, ValueError, "draws"),
         ({"tracker": "during"}, ValueError, "tracker"),
         ({"tracker": None}, ValueError, "tracker"),
     ],
@@ -413,3 +418,48 @@ def test_a_normalized_advantage_has_no_scale_and_is_bounded():
     assert mk.Reinforce(normalize=True).advantage(0.0) == 0.0
     with pytest.raises(TypeError, match="normalize: expected a bool, got 1"):
         mk.Reinforce(normalize=1)
+
+
+@pytest.mark.parametrize("draws", [2, 3])
+def test_the_update_of_several_draws_is_unbiased(draws):
+    """Over all tuples of masks of one group, each with its probability: the gradient of the expected loss."""
+    logits = torch.tensor([0.7, -0.3, 0.1, -1.2], dtype=torch.float64, requires_grad=True)
+    losses = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0], dtype=torch.float64)
+    probabilities = set_probabilities(logits, 2)
+    (gradient,) = torch.autograd.grad(probabilities @ losses, logits, retain_graph=True)
+    scores = torch.stack([torch.autograd.grad(p.log(), logits, retain_graph=True)[0] for p in probabilities])
+    expected = torch.zeros(4, dtype=torch.float64)
+    for drawn in itertools.product(range(6), repeat=draws):
+        drawn = list(drawn)
+        advantages = mk.Reinforce(lr=1.0, draws=draws).advantages(losses[drawn].tolist())
+        update = sum(a / draws * scores[i] for a, i in zip(advantages, drawn, strict=True))
+        expected += probabilities[drawn].prod().detach() * update
+    torch.testing.assert_close(expected, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_several_draws_are_worked_by_hand():
+    model, batches, lr, seed = a_model(), some_batches(2), 2.0, 11
+    trainer = a_trainer(model, seed, batches=batches, estimator=mk.Reinforce(lr, draws=3))
+    expected = logits_of(model)
+    for step in range(3):
+        batch, losses = batches[step % 2], []
+        for draw in range(3):
+            counters = [{"seed": seed, "step": step, "layer": layer, "draw": draw} for layer in range(2)]
+            codes = [mk.sample_mask(z, "2:4", **counter) for z, counter in zip(expected, counters, strict=True)]
+            losses.append(under_masks(model, batch, codes))
+        coefs = [lr / 3 * (loss - (sum(losses) - loss) / 2) for loss in losses]
+        for layer, logits in enumerate(expected):
+            mk.score_update_(logits, coefs, pattern="2:4", seed=seed, step=step, layer=layer, draw=[0, 1, 2])
+        record = trainer.step()
+        assert record.loss == pytest.approx(sum(losses) / 3)
+        assert record.residual is record.advantage is record.tracker is None
+        for ours, hand in zip(logits_of(model), expected, strict=True):
+            torch.testing.assert_close(ours, hand, rtol=1e-5, atol=1e-6)
+
+
+def test_normalized_advantages_of_several_draws_are_bounded():
+    estimator = mk.Reinforce(lr=1.0, alpha=0.5, normalize=True, draws=2)
+    assert estimator.advantages([1.0, 3.0]) == [-1.0, 1.0]
+    assert estimator.advantages([0.0, 0.0]) == [0.0, 0.0]
+    assert max(estimator.advantages([0.0, 1e6])) <= 3.0
+    assert mk.Reinforce(lr=1.0, normalize=True, draws=2).advantages([1.0, 1.0]) == [0.0, 0.0]
