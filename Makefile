@@ -4,7 +4,7 @@ VENV36 := .venv-triton36
 # The interpreter and the compilers use one core each, so two processes run, and none waits for another's threads.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(patsubst %,tests/test_%.py,bits aot straight_through distribution masked_gemm score certain)
+LONGEST := $(patsubst %,tests/test_%.py,bits aot straight_through distribution masked_gemm score certain journal packed)
 TESTS := -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 test test-triton36: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from . import convert, finalize, top_n_mask
@@ -36,7 +36,7 @@ from .masks import LARGEST_GAP, gap_for_flip_rate, initial_codes, initial_logits
 from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
 from .reconstruction import reconstruct
-from .snapshots import newest_snapshot
+from .snapshots import newest_snapshot, snapshots_in
 from .trainer import JOURNAL, METRICS, MaskTrainer, ReplayedLayer, digest, replay
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -53,6 +53,8 @@ DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)
 SOURCES = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
 # Held-out perplexities above that of the initial mask by this factor, twice in a row, end the run
 DIVERGED = 1.1
+# Steps in a row whose loss may be no number
+MOST_SKIPPED = 9
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:
     """A run goes on with its own settings: others beside --resume would be without effect."""
-    others = {option.split("=")[0] for option in argv if option.startswith("--")} - {"--resume", "--device"}
+    given = {option.split("=")[0] for option in argv if option.startswith("--")}
+    others, args.device_given = given - {"--resume", "--device"}, "--device" in given
     if hasattr(args, "resume") and others:
         raise ValueError(f"resume: expected no other option but --device, got {', '.join(sorted(others))}")
 
@@ -336,6 +339,8 @@ def _learn(args: argparse.Namespace) -> None:
     if args.estimator == "reinforce":
         if args.gap > LARGEST_GAP:
             raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
+        if getattr(args, "draws", 1) != 1 and hasattr(args, "alpha"):
+            raise ValueError(f"alpha: expected none beside several draws, which need no tracker, got {args.alpha}")
         args.alpha, args.draws = getattr(args, "alpha", 0.99), getattr(args, "draws", 1)
     else:
         for name in ("alpha", "draws"):
@@ -363,7 +368,8 @@ def _resume(args: argparse.Namespace) -> None:
         raise ValueError(
             f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}: {error!r}"
         ) from error
-    args = argparse.Namespace(**settings | {"device": args.device, "output": str(output)})
+    given = {"device": args.device} if args.device_given else {}
+    args = argparse.Namespace(**settings | given | {"output": str(output)})
     _needs_matplotlib("resume")
     inputs = _inputs(args)
     # the masks come from a snapshot
@@ -463,7 +469,7 @@ class _HeldOut:
     def restore(self, steps_done: int) -> None:
         """Take up the rows of another process, up to a step."""
         if self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line[-1] == "}"]
+            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
             self.rows = [row for row in rows if row["step"] <= steps_done]
 
     def due(self, step: int) -> bool:
@@ -485,7 +491,7 @@ class _HeldOut:
 
 
 class _Signals:
-    """SIGINT and SIGTERM, noted so that a step can end first; the second one takes its usual way."""
+    """SIGINT and SIGTERM, noted so that a step can end first; a second one takes its usual way."""
 
     def __init__(self):
         self.came = False
@@ -493,12 +499,16 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # a job in the background is not to end by what is meant for the foreground
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame) -> None:
         self.came = True
-        signal.signal(number, self.before[number])
+        print(f"{signal.Signals(number).name}: the run stops after this step", file=sys.stderr)
+        self.__exit__()
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
@@ -511,22 +521,28 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
     progress = output / PROGRESS
     masked = masked_layers(model)
     trainer = MaskTrainer(
-        model, causal_lm_loss, inputs.calibration, _estimator(args), seed=args.seed, output_dir=progress
+        model,
+        causal_lm_loss,
+        inputs.calibration,
+        _estimator(args),
+        seed=args.seed,
+        output_dir=progress,
+        most_skipped=MOST_SKIPPED,
     )
     if not resumed:
         trainer.begin(progress=True)
-        settings = {name: value for name, value in vars(args).items() if name not in ("run", "output")}
+        settings = {name: value for name, value in vars(args).items() if name not in ("run", "output", "device_given")}
+        for name in ("model", "data", "other_data"):
+            # from wherever it is gone on with
+            if name in settings and Path(settings[name]).exists():
+                settings[name] = str(Path(settings[name]).resolve())
         # Behind the first snapshot: a folder with settings can be gone on with.
         write_whole(output / SETTINGS_FILE, json.dumps({"settings": settings, **start}, indent=1).encode())
     base = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     metadata = {"model": base, "pattern": str(pattern), "dtype": args.dtype}
     held_out = _HeldOut(progress / VALIDATION, model, inputs.validation, args.eval_every, args.steps)
     earlier = 0.0
-    if (
-        resumed
-        and any(progress.glob("snapshot-*"))
-        and (args.estimator != "reinforce" or (progress / JOURNAL).exists())
-    ):
+    if resumed:
         trainer.resume()
         held_out.restore(trainer.steps_done)
         earlier = sum(record["seconds"] for record in _metrics(progress))
@@ -558,19 +574,20 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
             )
             raise
     if signals.came and trainer.steps_done < args.steps:
+        save_logits(model, output / LOGITS, metadata)
         print(f"stopped after {trainer.steps_done} steps; {_how_to_go_on(output)}", file=sys.stderr)
         return
     if trainer.steps_done < args.steps:
         print(f"stopped after {trainer.steps_done} steps: the held-out perplexity rose", file=sys.stderr)
     seconds = time.perf_counter() - began - (held_out.seconds - checked) + earlier + start["seconds"]
     table = [*start["table"], _row(args.estimator, model, inputs.tests, seconds)]
+    save_logits(model, output / LOGITS, metadata)
     learned = _codes(masked, pattern)
-    _, initial, _, _ = newest_snapshot(progress, at_most=0)
-    flips = {name: int((learned[name].cpu() != top_n_mask(initial[name], pattern)).sum()) for name in masked}
+    flips = _flips(progress, learned, pattern)
     groups = sum(code.numel() for code in learned.values())
     records = _metrics(progress)
+    logits = {name: layer.logits for name, layer in masked.items()}
 
-    save_logits(model, output / LOGITS, metadata)
     _save(finalize(model), inputs.tokenizer, output)
     _draw_perplexity({args.estimator: held_out.rows}, output / PERPLEXITY_PICTURE)
     if args.estimator == "reinforce" and args.draws == 1:
@@ -578,7 +595,7 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
     report = {
         "model": base,
         "pattern": str(pattern),
-        "settings": {name: value for name, value in vars(args).items() if name not in ("run", "gap")},
+        "settings": {name: value for name, value in vars(args).items() if name not in ("run", "gap", "device_given")},
         # Not among the settings: with a flip rate it is not the one on the command line.
         "gap": args.gap,
         "versions": _versions(),
@@ -588,6 +605,8 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
         "groups": groups,
         "flipped_groups": sum(flips.values()),
         "flipped_groups_by_layer": flips,
+        # What a replay prints
+        "logits": digest(logits[name] for name in sorted(logits)),
         "converted": start["converted"],
         "skipped": start["skipped"],
         "steps": records,
@@ -595,11 +614,22 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
     # Last: a folder with a report is a run that ended.
     write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     # What is learned is in the logits; what a replay starts from stays
-    for old in sorted(progress.glob("snapshot-*"))[1 if args.estimator == "reinforce" else 0 :]:
+    for old in snapshots_in(progress)[1 if args.estimator == "reinforce" else 0 :]:
         old.unlink()
+    trainer.close()
 
     _print_table(table)
     print(f"{sum(flips.values())} of {groups} groups differ from the {args.init} mask; written to {output}")
+
+
+def _flips(progress: Path, learned: dict[str, torch.Tensor], pattern: NMPattern) -> dict[str, int]:
+    """How many groups of each layer differ from the mask that learning began with."""
+    try:
+        _, initial, _, _ = newest_snapshot(progress, at_most=0)
+    except ValueError as error:
+        print(f"how many groups differ from the initial mask is not known: {error}", file=sys.stderr)
+        return {}
+    return {name: int((codes.cpu() != top_n_mask(initial[name], pattern)).sum()) for name, codes in learned.items()}
 
 
 def _how_to_go_on(output: Path) -> str:
@@ -625,12 +655,11 @@ def _replay(args: argparse.Namespace) -> None:
     if not 0 <= steps <= len(entries):
         raise ValueError(f"steps: expected at most the {len(entries)} of the journal, got {steps}")
     output = Path(args.output) if hasattr(args, "output") else None
-    if output is not None and output.exists():
-        raise ValueError(f"output: expected a new file, got {args.output!r}")
+    if output is not None and (output.exists() or not output.parent.is_dir()):
+        raise ValueError(f"output: expected a new file in a folder that exists, got {args.output!r}")
     device = _device(args.device)
-    _, tensors, state, _ = newest_snapshot(progress, at_most=0)
-    if {name: run[name] for name in state["run"]} != state["run"]:
-        raise ValueError(f"run: expected a journal and a snapshot of one run, got others in {str(progress)!r}")
+    settings = {name: value for name, value in run.items() if name != "initial_losses"}
+    _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=settings)
     layers = {
         name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer)
         for name, (layer, pattern, _, _) in run["layers"].items()
@@ -639,7 +668,7 @@ def _replay(args: argparse.Namespace) -> None:
         replay(layers, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:
-        save_file(logits, output)
+        write_whole(output, save(logits))
     print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
 
 

@@ -133,7 +133,8 @@ class Journal:
             if self._file.write(record) != len(record):
                 raise OSError(f"{self.path}: the disk took a part of a record only")
             os.fsync(self._file.fileno())
-        except OSError:
+        except BaseException:
+            # an interrupt too: what is not known to be on disk is not there
             os.ftruncate(self._file.fileno(), before)
             raise
         self.steps += 1

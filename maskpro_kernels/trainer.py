@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,9 +25,9 @@ from .journal import Draw, Entry, Journal, write_whole
 from .journal import read as read_journal
 from .modules import MaskedLinear, advance, clocks, evaluating, masked_layers
 from .pattern import NMPattern
-from .snapshots import newest_snapshot, save_snapshot
+from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
 
-METRICS, JOURNAL = "metrics.jsonl", "journal"
+METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class MaskTrainer:
             a run, that one is gone on with by ``resume``, or nothing is done.
         snapshot_minutes: minutes between snapshots. ``run`` leaves one at its end, too.
         snapshots: how many are kept, besides the first.
+        most_skipped: with ``Reinforce`` how many steps in a row may have a loss that is not finite: they move nothing
+            and count as done. One more ends the run.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
@@ -90,6 +96,7 @@ class MaskTrainer:
         output_dir: str | Path | None = None,
         snapshot_minutes: float = 10.0,
         snapshots: int = 2,
+        most_skipped: int = 0,
     ):
         self.layers = masked_layers(model)
         if not callable(loss_fn):
@@ -110,6 +117,8 @@ class MaskTrainer:
             raise ValueError(f"snapshot_minutes: expected a number of at least 0, got {snapshot_minutes!r}")
         if isinstance(snapshots, bool) or not isinstance(snapshots, int) or snapshots < 1:
             raise ValueError(f"snapshots: expected an int of at least 1, got {snapshots!r}")
+        if isinstance(most_skipped, bool) or not isinstance(most_skipped, int) or most_skipped < 0:
+            raise ValueError(f"most_skipped: expected an int of at least 0, got {most_skipped!r}")
         by_id = {}
         for name, layer in self.layers.items():
             other = by_id.setdefault(layer.layer, name)
@@ -134,8 +143,11 @@ class MaskTrainer:
         self.snapshot_minutes, self.snapshots = float(snapshot_minutes), snapshots
         estimator.taken = True
         self.steps_done = 0
-        self._begun = False
+        self.most_skipped = most_skipped
+        self._begun = self._broken = False
+        self._skipped = 0
         self._journal: Journal | None = None
+        self._lock: FileLock | None = None
         self._initial_losses: list[float] | None = None
         for clock in clocks(model):
             clock.seed.fill_(seed)
@@ -182,45 +194,116 @@ class MaskTrainer:
         their updates alone: the logits get the bits of a run that was never broken off. With ``StraightThrough`` the
         steps behind the snapshot are lost.
 
+        Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
+        the masked layers, the batches and the settings, such as other weights, has to be as it was.
+
         Raises:
             ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
-                weights, settings, batches or layers; or if the journal or all snapshots are damaged. Nothing has
-                changed then.
+                weights, settings, batches or layers; if the journal or all snapshots are damaged; or if another
+                trainer holds the folder. Nothing has changed then.
         """
         if self._begun:
             raise ValueError("resume: expected a trainer that has taken no step, got one that has")
         if self.output_dir is None:
             raise ValueError("output_dir: expected the folder of a run, got none")
-        self._run = self._settings()
-        entries, at_most, journal = [], None, None
-        if isinstance(self.estimator, Reinforce):
-            if not (self.output_dir / JOURNAL).exists():
-                raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.output_dir)!r}")
-            header, entries, _ = read_journal(self.output_dir / JOURNAL)
-            self._check_settings(header)
-            at_most = len(entries)
-        step, tensors, state, _ = newest_snapshot(self.output_dir, at_most)
-        self._check_settings(state["run"])
-        if isinstance(self.estimator, Reinforce):
-            journal, entries, _ = Journal.resume(self.output_dir / JOURNAL)
+        folder, reinforce = self.output_dir, isinstance(self.estimator, Reinforce)
+        if reinforce and not (folder / JOURNAL).exists():
+            raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(folder)!r}")
+        if not snapshots_in(folder):
+            raise ValueError(f"output_dir: expected a folder with snapshots, got {str(folder)!r}")
+        self._acquire()
+        try:
+            return self._resume(folder, reinforce)
+        except BaseException:
+            if not self._begun:
+                self.close()
+            raise
+
+    def _resume(self, folder: Path, reinforce: bool) -> int:
+        own, entries, run, at_most = self._settings(), [], None, None
+        if reinforce:
+            header, entries, torn = read_journal(folder / JOURNAL)
+            run, at_most = {name: value for name, value in header.items() if name != "initial_losses"}, len(entries)
+            self._check_settings(own, run)
+            if torn:
+                warnings.warn(
+                    f"the last record of {folder / JOURNAL} was cut short: its step is taken again", stacklevel=3
+                )
+        step, tensors, state, passed = newest_snapshot(folder, at_most, run)
+        self._check_settings(own, state["run"])
+        done = len(entries) if reinforce else step
+        beyond = [path for path in snapshots_in(folder) if step_of(path) > done]
+        estimator = copy.copy(self.estimator)
+        metrics = self._metrics(folder, entries, done, estimator)
+
+        if reinforce:
+            self._journal, _, _ = Journal.resume(folder / JOURNAL)
             self._initial_losses = header["initial_losses"]
+        for path in {*passed, *beyond}:
+            warnings.warn(f"{path} is damaged or of steps that are taken again: it is set aside", stacklevel=3)
+            path.rename(path.with_suffix(".aside"))
+        write_whole(folder / METRICS, metrics)
+        # nothing that a disk can refuse from here on
+        self._begun, self._broken = True, True
         with torch.no_grad():
             for name, layer in self.layers.items():
                 layer.logits.copy_(tensors[name])
-        for entry in entries:
-            if not entry.skipped:
-                self.estimator.advantages([draw.loss for draw in entry.draws], entry.initial_loss)
         for entry in entries[step:]:
             replay(self.layers, self.seed, entry)
-        if isinstance(self.estimator, StraightThrough):
+        if reinforce:
+            self.estimator.delta, self.estimator.mean_square = estimator.delta, estimator.mean_square
+        else:
             self.estimator.set_mean_squares(self.layers, state["mean_squares"])
-        self.steps_done = len(entries) if journal is not None else step
-        for clock in clocks(self.model):
-            clock.step.fill_(self.steps_done)
-        self._journal = journal
-        self._keep_metrics()
-        self._begun, self._snapshot_time = True, time.monotonic()
-        return self.steps_done
+        self._run, self.steps_done, self._snapshot_time = state["run"], done, time.monotonic()
+        self._broken = False
+        return done
+
+    def _metrics(self, folder: Path, entries: Sequence[Entry], done: int, estimator: Reinforce) -> bytes:
+        """The lines of the steps that are done: those that are there, and of the others what the journal tells.
+
+        ``estimator`` is moved through the steps.
+        """
+        lines = {}
+        if (folder / METRICS).exists():
+            for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    lines[json.loads(line)["step"]] = line
+        for entry in entries:
+            losses, one = [draw.loss for draw in entry.draws], len(entry.draws) == 1
+            advantages = [None] if entry.skipped else estimator.advantages(losses, entry.initial_loss)
+            record = StepRecord(
+                step=entry.step,
+                loss=math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan,
+                residual=losses[0] - entry.initial_loss if one and not entry.skipped else None,
+                advantage=advantages[0] if one else None,
+                tracker=estimator.delta if one else None,
+                flip_rate=math.nan,
+                tokens=entry.tokens,
+                seconds=0.0,
+            )
+            lines.setdefault(entry.step, json.dumps(asdict(record)))
+        return "".join(lines[step] + "\n" for step in sorted(lines) if step < done).encode()
+
+    def _acquire(self) -> None:
+        """Keep other trainers out of ``output_dir``, in this process and in others."""
+        self._lock = FileLock(self.output_dir / LOCK, blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            self._lock = None
+            raise ValueError(
+                f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
+                f"{str(self.output_dir)!r}"
+            ) from None
+
+    def close(self) -> None:
+        """Let another trainer have ``output_dir``; this one takes no further step."""
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._broken = self._begun
+        self._journal = self._lock = None
 
     def _settings(self) -> dict:
         """What a run is told from others by, beside its losses."""
@@ -232,12 +315,13 @@ class MaskTrainer:
                 name: [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
                 for name, layer in self.layers.items()
             },
+            "device": sorted({layer.weight.device.type for layer in self.layers.values()}),
             "weights": digest(layer.weight for layer in self.layers.values()),
             "batches": [digest(tensors_of(batch)) for batch in self.batches],
         }
 
-    def _check_settings(self, run: Mapping) -> None:
-        for name, own in self._run.items():
+    def _check_settings(self, settings: Mapping, run: Mapping) -> None:
+        for name, own in settings.items():
             if run.get(name) != own:
                 short = isinstance(own, (int, str))
                 told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
@@ -262,7 +346,11 @@ class MaskTrainer:
             if (folder / METRICS).exists() or (folder / JOURNAL).exists():
                 raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(folder)!r}")
             folder.mkdir(parents=True, exist_ok=True)
-            self._run = self._settings()
+            self._acquire()
+            # of a run that had not begun
+            for left in [*snapshots_in(folder), *folder.glob("*.tmp")]:
+                left.unlink()
+            self._run = {**self._settings(), "logits": digest(layer.logits for layer in self.layers.values())}
             self._snapshot()
         if isinstance(self.estimator, Reinforce):
             losses = self._losses_of_initial_masks(progress) if self.estimator.draws == 1 else []
@@ -281,24 +369,25 @@ class MaskTrainer:
         save_snapshot(self.output_dir, self.steps_done, tensors, state, self.snapshots)
         self._snapshot_time = time.monotonic()
 
-    def _keep_metrics(self) -> None:
-        """Cut off what the journal or the snapshot does not know of."""
-        path = self.output_dir / METRICS
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()[: self.steps_done]
-            write_whole(path, "".join(line + "\n" for line in lines).encode())
-
     def step(self) -> StepRecord:
         """One forward under newly drawn masks, one update of all logits.
 
         Raises:
             ValueError: if ``StraightThrough`` gets a loss without gradient, or has taken all its steps.
             FloatingPointError: if the loss, the update or a gradient is not finite. Logits and tracker are then as
-                before the step; but where a gradient alone was not finite, only the logits of its weights are, and
-                the step counts as done.
+                before the step. With ``Reinforce`` a step with such a loss counts as done, and so does with
+                ``StraightThrough`` one with such a gradient, where only the logits of its weights are as before.
+            RuntimeError: if the last step was broken off in its update, or the trainer is closed.
         """
+        if self._broken:
+            raise RuntimeError(
+                "step: expected a trainer whose last step has ended and that is not closed; make another one, and call "
+                "resume if there is an output_dir"
+            )
         self._check_steps(1)
         self.begin()
+        for clock in clocks(self.model):
+            clock.step.fill_(self.steps_done)
         start = time.perf_counter()
         batch = self.batches[self.steps_done % len(self.batches)]
         if isinstance(self.estimator, Reinforce):
@@ -308,6 +397,7 @@ class MaskTrainer:
             loss, flip_rate = self._straight_through(batch)
             residual = advantage = tracker = None
         advance(self.model)
+        self._broken = False
         record = StepRecord(
             step=self.steps_done,
             loss=loss,
@@ -324,6 +414,11 @@ class MaskTrainer:
                 file.write(json.dumps(asdict(record)) + "\n")
             if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
+        if self._skipped > self.most_skipped:
+            raise FloatingPointError(
+                f"loss of step {record.step}: expected a finite number, got {record.loss}"
+                + (f", after {self._skipped - 1} others in a row" if self._skipped > 1 else "")
+            )
         return record
 
     @torch.inference_mode()
@@ -341,10 +436,10 @@ class MaskTrainer:
             for draw in range(estimator.draws):
                 with self._drawing(draw):
                     losses.append(float(self.loss_fn(self.model, batch)))
-                self._check_loss(losses[-1])
         flip_rate = self._flip_rate()
+        skipped = not all(map(math.isfinite, losses))
         before = estimator.delta, estimator.mean_square
-        advantages = estimator.advantages(losses, initial_loss)
+        advantages = [0.0] * len(losses) if skipped else estimator.advantages(losses, initial_loss)
         coefs = [estimator.lr * advantage / estimator.draws for advantage in advantages]
         try:
             if not all(abs(coef) <= FLOAT32_MAX for coef in coefs):
@@ -352,17 +447,21 @@ class MaskTrainer:
                     f"lr * advantage of step {self.steps_done}: expected a float32, got {max(coefs, key=abs)}"
                 )
             draws = tuple(Draw(*draw) for draw in zip(range(estimator.draws), losses, coefs, strict=True))
-            entry = Entry(self.steps_done, count_tokens(batch), initial_loss, draws)
+            entry = Entry(self.steps_done, count_tokens(batch), initial_loss, draws, skipped)
             if self._journal is not None:
                 # ahead of the update: a run that is killed in between takes the step again from here
                 self._journal.append(entry)
-        except (FloatingPointError, OSError):
+        except BaseException:
             estimator.delta, estimator.mean_square = before
             raise
+        # until the step has ended logits may have moved in a part of the layers
+        self._broken = True
         replay(self.layers, self.seed, entry)
-        if one:
-            return losses[0], losses[0] - initial_loss, advantages[0], flip_rate
-        return math.fsum(losses) / len(losses), None, None, flip_rate
+        self._skipped = self._skipped + 1 if skipped else 0
+        loss = math.nan if skipped else math.fsum(losses) / len(losses)
+        if skipped or not one:
+            return loss, None, None, flip_rate
+        return loss, loss - initial_loss, advantages[0], flip_rate
 
     @contextmanager
     def _drawing(self, draw: int):

@@ -445,8 +445,34 @@ def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
     assert replayed.keys() == learned.keys()
     assert all(torch.equal(tensor, replayed[name]) for name, tensor in learned.items())
     assert out == f"3 steps of 3, logits {digest(learned[name] for name in sorted(learned))}\n"
+    assert report(run)["logits"] in out
     assert cli.main(["replay", str(run), "--steps", "0", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("0 steps of 3, logits ")
+
+
+def test_a_damaged_first_snapshot_does_not_keep_a_run_from_its_end(inputs, tmp_path, capsys, monkeypatch):
+    options = ["--steps", "6", "--eval-every", "3"]
+    assert cli.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    run = tmp_path / "run"
+    assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    first = sorted(run.glob("progress/snapshot-*"))[0]
+    first.write_bytes(first.read_bytes()[:-1])
+    assert cli.main(["learn", "--resume", str(run)]) == 0
+    assert "how many groups differ from the initial mask is not known" in capsys.readouterr().err
+    expected = learned_logits(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(run).items())
+    assert (
+        report(run)["flipped_groups_by_layer"] == {} and report(run)["logits"] == report(tmp_path / "whole")["logits"]
+    )
+
+
+def test_a_run_without_its_progress_is_not_begun_anew(inputs, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    assert broken_off(inputs, run, monkeypatch, 1, [], lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    shutil.rmtree(run / "progress")
+    capsys.readouterr()
+    assert cli.main(["learn", "--resume", str(run)]) == 2
+    assert "output_dir: expected a folder with a journal" in capsys.readouterr().err
 
 
 def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
@@ -473,6 +499,10 @@ def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "the last record is cut short by a crash: 46 bytes are left out" in captured.err
     assert captured.out.startswith("2 steps of 2")
+    nowhere = str(tmp_path / "none" / "file")
+    refuses(capsys, tmp_path, ["replay", str(run), "--output", nowhere], "output: expected a new file in a folder that")
+    both = learn(inputs, tmp_path / "new", "--draws", "2", "--alpha", "0.5")
+    refuses(capsys, tmp_path, both, "alpha: expected none beside several draws")
     (snapshot,) = journal.parent.glob("snapshot-*")
     snapshot.write_bytes(snapshot.read_bytes()[:-1])
     refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "snapshot: expected a sound one")

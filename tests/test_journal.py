@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from test_trainer import a_model, assert_equal_logits, logits_of, some_batches
 
 import maskpro_kernels as mk
 from maskpro_kernels import journal, snapshots
+from maskpro_kernels import trainer as training
 from maskpro_kernels.journal import Draw, Entry, Journal
 from maskpro_kernels.snapshots import newest_snapshot, save_snapshot
 from maskpro_kernels.trainer import digest
@@ -153,7 +156,9 @@ def test_every_byte_of_a_snapshot_flipped_is_found(tmp_path):
     path.rename(path.with_name(path.name.replace("0000000003", "0000000004")))
     assert newest_snapshot(tmp_path)[0] == 0
     (tmp_path / sorted(os.listdir(tmp_path))[0]).write_bytes(b"")
-    with pytest.raises(ValueError, match="snapshot: expected a sound one in .*, got none, 2 are damaged"):
+    with pytest.raises(
+        ValueError, match="snapshot: expected a sound one in .*, got none, 2 are damaged or of another run"
+    ):
         newest_snapshot(tmp_path)
 
 
@@ -177,6 +182,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, how):
         # behind the last snapshot, in the journal alone
         for _ in range(2):
             first.step()
+    first.close()
     second = a_trainer(tmp_path / "run", how)
     steps = second.resume()
     assert steps == (4 if how == "straight-through" else 6)
@@ -196,10 +202,13 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path, how):
     trainer = a_trainer(tmp_path / "run", how)
     trainer.run(3, progress=False)
     trainer.run(3, progress=False)
+    trainer.close()
     newest = sorted(tmp_path.glob("run/snapshot-*"))[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
     again = a_trainer(tmp_path / "run", how)
-    assert again.resume() == (3 if how == "straight-through" else 6)
+    with pytest.warns(UserWarning, match="is damaged or of steps that are taken again: it is set aside"):
+        assert again.resume() == (3 if how == "straight-through" else 6)
+    assert newest.with_suffix(".aside").exists() and not newest.exists()
     if again.steps_done < 6:
         again.run(3, progress=False)
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
@@ -225,6 +234,7 @@ def _other_weights():
 def test_the_run_of_another_is_refused(tmp_path, name):
     trainer = a_trainer(tmp_path)
     trainer.run(2, progress=False)
+    trainer.close()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     arguments = {key: value() if key == "model" else value for key, value in OTHERS[name].items()}
     other = a_trainer(tmp_path, **arguments)
@@ -240,13 +250,14 @@ def test_what_cannot_be_resumed(tmp_path):
         a_trainer(None).resume()
     with pytest.raises(ValueError, match="output_dir: expected a folder with a journal"):
         a_trainer(tmp_path / "none").resume()
-    with pytest.raises(ValueError, match="snapshot: expected a sound one"):
+    with pytest.raises(ValueError, match="output_dir: expected a folder with snapshots"):
         a_trainer(tmp_path / "none", "straight-through").resume()
+    assert not (tmp_path / "none").exists()
     trainer = a_trainer(tmp_path / "run")
     trainer.step()
     with pytest.raises(ValueError, match="resume: expected a trainer that has taken no step"):
         trainer.resume()
-    for name, value in {"snapshot_minutes": -1, "snapshots": 0}.items():
+    for name, value in {"snapshot_minutes": -1, "snapshots": 0, "most_skipped": -1}.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
             a_trainer(tmp_path / "other", **{name: value})
 
@@ -266,6 +277,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, fail
         monkeypatch.setattr(snapshots, "write_whole", full)
     with pytest.raises(OSError, match="No space left"):
         trainer.step()
+    trainer.close()
     if failing == "journal":
         assert_equal_logits(logits_of(trainer.model), before)
     monkeypatch.undo()
@@ -282,6 +294,152 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, fail
         assert_equal_logits(logits_of(again.model), logits_of(whole.model))
     finally:
         ops_are_eager.undo()
+
+
+def test_one_trainer_at_a_time(tmp_path):
+    first = a_trainer(tmp_path)
+    first.step()
+    for other in (a_trainer(tmp_path), a_trainer(tmp_path)):
+        with pytest.raises(ValueError, match="output_dir: expected a folder that no other trainer holds"):
+            other.resume()
+    first.close()
+    with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended and that is not closed"):
+        first.step()
+    assert other.resume() == 1
+
+
+def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
+    """A snapshot of other logits must not be taken for that of the run."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for gap in (3.0, 4.0, 5.0):
+        other = a_trainer(tmp_path, model=a_model(gap))
+        other._losses_of_initial_masks = killed
+        with pytest.raises(KeyboardInterrupt):
+            other.step()
+        other.close()
+    (tmp_path / "snapshot-x.safetensors.tmp").touch()
+    trainer = a_trainer(tmp_path)
+    trainer.step()
+    assert len(snapshots.snapshots_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
+    trainer.close()
+    save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}}, keep=2)
+    again = a_trainer(tmp_path)
+    with pytest.warns(UserWarning, match="set aside"):
+        assert again.resume() == 1
+    assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
+
+
+def test_what_lies_beyond_a_resumed_step_does_not_push_out_new_snapshots(tmp_path):
+    trainer = a_trainer(tmp_path, "straight-through", snapshot_minutes=0.0)
+    trainer.run(9, progress=False)
+    trainer.close()
+    for path in snapshots.snapshots_in(tmp_path)[1:]:
+        path.write_bytes(path.read_bytes()[:-1])
+    again = a_trainer(tmp_path, "straight-through")
+    with pytest.warns(UserWarning, match="set aside"):
+        assert again.resume() == 0
+    again.run(5, progress=False)
+    again.close()
+    last = a_trainer(tmp_path, "straight-through")
+    assert last.resume() == 5
+    assert_equal_logits(logits_of(last.model), logits_of(again.model))
+
+
+@pytest.mark.parametrize("damage", ["torn", "missing", "not utf-8", "gone"])
+def test_metrics_are_mended_from_the_journal(tmp_path, damage):
+    trainer = a_trainer(tmp_path)
+    records = trainer.run(4, progress=False)
+    trainer.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    content = {
+        "torn": b"".join(lines[:3]) + lines[3][:9],
+        "missing": b"".join(lines[:1] + lines[2:]),
+        "not utf-8": b"".join(lines[:2]) + b"\xff\xfe\n" + lines[3],
+        "gone": b"",
+    }[damage]
+    path.write_bytes(content)
+    again = a_trainer(tmp_path)
+    assert again.resume() == 4
+    again.step()
+    mended = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in mended] == [0, 1, 2, 3, 4]
+    for row, record in zip(mended, records, strict=False):
+        for name in ("loss", "residual", "advantage", "tracker", "tokens"):
+            assert row[name] == getattr(record, name)
+
+
+def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeypatch):
+    whole = a_trainer(tmp_path / "whole")
+    whole.run(6, progress=False)
+    trainer = a_trainer(tmp_path / "run")
+    trainer.run(3, progress=False)
+    real, moved = training.score_update_, []
+
+    def interrupted(*args, **kwargs):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(real(*args, **kwargs))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "score_update_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.step()
+    with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
+        trainer.step()
+    trainer.close()
+    again = a_trainer(tmp_path / "run")
+    assert again.resume() == 4
+    again.run(2, progress=False)
+    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+
+
+def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    def a_run(folder, bad, most_skipped):
+        trainer = a_trainer(folder, most_skipped=most_skipped)
+        finite = trainer.loss_fn
+
+        def loss_fn(model, batch):
+            drawing = any(layer.training for layer in trainer.layers.values())
+            return finite(model, batch) * (torch.nan if drawing and trainer.steps_done in bad else 1.0)
+
+        trainer.loss_fn = loss_fn
+        return trainer
+
+    trainer = a_run(tmp_path, (2, 3), 2)
+    records = trainer.run(6, progress=False)
+    assert [math.isnan(record.loss) for record in records] == [False, False, True, True, False, False]
+    assert [one.skipped for one in journal.read(tmp_path / "journal")[1]] == [False, False, True, True, False, False]
+    trainer.close()
+    again = a_trainer(tmp_path)
+    assert again.resume() == 6 and again.estimator.delta == trainer.estimator.delta
+    assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
+
+    other = a_run(tmp_path / "other", (1, 2, 3), 1)
+    with pytest.raises(FloatingPointError, match="loss of step 2: expected a finite number, got nan, after 1 others"):
+        other.run(6, progress=False)
+    assert other.steps_done == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["reinforce", "several draws"])
+def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
+    def model():
+        torch.manual_seed(0)
+        plain = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        mk.convert(plain, "4:8", gap=2.0, logits_dtype=dtype)
+        return plain
+
+    trainer = a_trainer(tmp_path, how, model())
+    for _ in range(6):
+        trainer.step()
+    trainer.close()
+    again = a_trainer(tmp_path, how, model())
+    assert again.resume() == 6
+    assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
 
 
 CHILD = """
