@@ -389,9 +389,14 @@ def broken_off(inputs, folder, monkeypatch, step, options, break_off):
             break_off()
         return take(trainer)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(MaskTrainer, "step", broken)
-        return cli.main(learn(inputs, folder, *options))
+    # a job in the background is started with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(MaskTrainer, "step", broken)
+            return cli.main(learn(inputs, folder, *options))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("how", WAYS)
