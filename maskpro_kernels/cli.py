@@ -648,7 +648,8 @@ def _replay(args: argparse.Namespace) -> None:
             f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
             "runs by straight-through cannot be replayed"
         )
-    run, entries, torn = read_journal(progress / JOURNAL)
+    header, entries, torn = read_journal(progress / JOURNAL)
+    run = header["run"]
     if torn:
         print(f"the last record is cut short by a crash: {torn} bytes are left out", file=sys.stderr)
     steps = getattr(args, "steps", len(entries))
@@ -658,8 +659,7 @@ def _replay(args: argparse.Namespace) -> None:
     if output is not None and (output.exists() or not output.parent.is_dir()):
         raise ValueError(f"output: expected a new file in a folder that exists, got {args.output!r}")
     device = _device(args.device)
-    settings = {name: value for name, value in run.items() if name != "initial_losses"}
-    _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=settings)
+    _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
     layers = {
         name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer)
         for name, (layer, pattern, _, _) in run["layers"].items()

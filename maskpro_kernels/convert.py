@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from .functional import LOGIT_DTYPES
 from .masks import check_calibration, gap_for_flip_rate, initial_codes
-from .modules import Clock, MaskedLinear, NMLinear, Sparse24Linear, check_gap, masked_layers
-from .packed import pack_nm
+from .modules import Clock, MaskedLinear, NMLinear, check_gap, masked_layers, packed_class
 from .pattern import NMPattern
 from .reconstruction import reconstruct
 
@@ -138,13 +137,9 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     with torch.no_grad():
         for layer in masked_layers(model).values():
             if to == "packed":
-                kind = Sparse24Linear if layer.pattern == NMPattern("2:4") else NMLinear
-                replacements[id(layer)] = kind.from_masked(layer)
-                continue
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            linear.weight = nn.Parameter(layer.top_n_weight(), requires_grad=layer.weight.requires_grad)
-            linear.bias = layer.bias
-            replacements[id(layer)] = linear.train(layer.training)
+                replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer)
+            else:
+                replacements[id(layer)] = _dense(layer, layer.top_n_weight(), layer.weight.requires_grad)
     _replace(model, replacements)
     return replacements.get(id(model), model)
 
@@ -159,14 +154,13 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
     """
     pattern = NMPattern(pattern)
     layers, skipped = _select(model, pattern, None)
-    kind = Sparse24Linear if pattern == NMPattern("2:4") else NMLinear
     replacements, packed = {}, []
     for name, layer in layers.items():
         kept = (layer.weight != 0).view(layer.out_features, -1, pattern.m).sum(-1)
         if (kept > pattern.n).any():
             skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
         else:
-            replacements[id(layer)] = kind(pack_nm(layer.weight, pattern), layer.bias).train(layer.training)
+            replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern)
             packed.append(name)
     if not packed:
         raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
@@ -179,11 +173,16 @@ def unpack(model: nn.Module) -> None:
     replacements = {}
     for layer in model.modules():
         if isinstance(layer, NMLinear):
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            linear.weight = nn.Parameter(layer.packed.unpack(), requires_grad=False)
-            linear.bias = layer.bias
-            replacements[id(layer)] = linear.train(layer.training)
+            replacements[id(layer)] = _dense(layer, layer.packed.unpack(), layer.values.requires_grad)
     _replace(model, replacements)
+
+
+def _dense(layer: MaskedLinear | NMLinear, weight: Tensor, requires_grad: bool) -> nn.Linear:
+    """An nn.Linear with that weight, else as the layer."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
 
 
 def _select(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .modules import NMLinear, Sparse24Linear
+from .modules import NMLinear, packed_class
 from .packed import PackedNM, check_bitmask
 from .pattern import NMPattern
 
@@ -132,7 +132,6 @@ def replace_by_packed(
         ValueError: if ``pattern`` does not fit a layer, or nothing is left to replace.
     """
     pattern = NMPattern(pattern)
-    kind = Sparse24Linear if str(pattern) == "2:4" else NMLinear
     skipped = {bare_name(name, model) for name in skipped}
     holders = None if stored is None else {name.rpartition(".")[0] for name in stored if name.endswith(PACKED_PARTS)}
     layers, made = {}, {}
@@ -151,7 +150,9 @@ def replace_by_packed(
             values = torch.empty(rows, k // pattern.m * pattern.n, dtype=module.weight.dtype, device="meta")
             bitmask = torch.empty(rows, -(-k // 8), dtype=torch.uint8, device="meta")
             bias = None if module.bias is None else torch.empty(rows, dtype=module.weight.dtype, device="meta")
-            made[id(module)] = layers[name] = kind(PackedNM(values, bitmask, pattern), bias).train(module.training)
+            made[id(module)] = layers[name] = packed_class(pattern)(PackedNM(values, bitmask, pattern), bias).train(
+                module.training
+            )
         model.set_submodule(name, made[id(module)])
     if not layers:
         raise ValueError("quantization_config: expected an nn.Linear that is packed, got none")

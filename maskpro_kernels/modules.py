@@ -346,6 +346,11 @@ class Sparse24Linear(NMLinear):
         return super().from_dense(linear, pattern)
 
 
+def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
+    """The class of layers with packed weights of a pattern."""
+    return Sparse24Linear if NMPattern(pattern) == NMPattern("2:4") else NMLinear
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """All modules in eval mode; each one's own mode is restored afterwards."""

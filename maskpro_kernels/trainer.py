@@ -223,7 +223,7 @@ class MaskTrainer:
         own, entries, run, at_most = self._settings(), [], None, None
         if reinforce:
             header, entries, torn = read_journal(folder / JOURNAL)
-            run, at_most = {name: value for name, value in header.items() if name != "initial_losses"}, len(entries)
+            run, at_most = header["run"], len(entries)
             self._check_settings(own, run)
             if torn:
                 warnings.warn(
@@ -355,7 +355,7 @@ class MaskTrainer:
         if isinstance(self.estimator, Reinforce):
             losses = self._losses_of_initial_masks(progress) if self.estimator.draws == 1 else []
             if folder is not None:
-                header = {**self._run, "initial_losses": losses}
+                header = {"run": self._run, "initial_losses": losses}
                 self._journal = Journal.create(folder / JOURNAL, header, self.estimator.draws)
         self._begun = True
 

@@ -302,7 +302,7 @@ def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, "no such folder")
 
 
-def test_eval_refuses_a_folder_without_a_model(inputs, tmp_path, capsys):
+def test_eval_refuses_a_folder_without_a_model(inputs, run, tmp_path, capsys):
     arguments = ["eval", str(inputs / "runs"), "--data", str(inputs / "text.txt")]
     refuses(capsys, tmp_path, arguments, "model: expected a folder with a config.json")
 
