@@ -45,6 +45,7 @@ ORDER = [
     "export",
     "checkpoints",
     "hf",
+    "report",
     "cli",
 ]
 
