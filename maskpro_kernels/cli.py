@@ -36,12 +36,13 @@ from .masks import LARGEST_GAP, gap_for_flip_rate, initial_codes, initial_logits
 from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
 from .reconstruction import reconstruct
+from .report import write_html
 from .snapshots import newest_snapshot, snapshots_in
 from .trainer import JOURNAL, METRICS, MaskTrainer, ReplayedLayer, digest, replay
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE = "bfloat16"
-LOGITS, REPORT = "logits.safetensors", "report.json"
+LOGITS, REPORT, PAGE = "logits.safetensors", "report.json", "report.html"
 # What a run leaves while it goes on
 SETTINGS_FILE, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 # What the commands read of a report
@@ -603,6 +604,7 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
         "table": table,
         "validation": held_out.rows,
         "groups": groups,
+        "groups_by_layer": {name: code.numel() for name, code in learned.items()},
         "flipped_groups": sum(flips.values()),
         "flipped_groups_by_layer": flips,
         # What a replay prints
@@ -611,6 +613,7 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
         "skipped": start["skipped"],
         "steps": records,
     }
+    write_html(report, output / PAGE)
     # Last: a folder with a report is a run that ended.
     write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     # What is learned is in the logits; what a replay starts from stays

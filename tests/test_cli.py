@@ -78,7 +78,8 @@ def test_learn_writes_the_whole_record(run):
     written = report(run)
     assert sorted(os.listdir(run)) == sorted(
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-        + ["logits.safetensors", "report.json", "residual.png", "perplexity.png", "settings.json", "progress"]
+        + ["logits.safetensors", "report.json", "report.html", "residual.png", "perplexity.png"]
+        + ["settings.json", "progress"]
     )
     assert written["pattern"] == "2:4" and written["settings"]["seed"] == 0 and written["gap"] == 10
     assert {"python", "torch", "transformers"} <= set(written["versions"])

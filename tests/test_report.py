@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
+from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 
 from maskpro_kernels import cli, report
 from maskpro_kernels.report import command, write_html
@@ -362,3 +363,28 @@ def test_the_line_to_run_it_again_is_one_that_the_command_takes(options, gap, li
         del expected["calibration_batches"]
         assert "calibration_batches" not in parsed
     assert expected.items() <= parsed.items()
+
+
+def test_the_command_writes_a_page_and_its_line_runs_again(eager_reference, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    options = "--steps 3 --batch-size 4 --seq-len 16 --eval-windows 5 --eval-length 24 --dtype float32 --device cpu"
+    sources = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt")]
+    options += " --estimator straight-through --lr 1 --flip-rate 0.05"
+    output = tmp_path / "run"
+    assert cli.main(["learn", *sources, *options.split(), "--output", str(output)]) == 0
+    page = Page((output / "report.html").read_text(encoding="utf-8"))
+    values = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert values["groups_by_layer"].keys() == set(values["converted"]) == values["flipped_groups_by_layer"].keys()
+    assert sum(values["groups_by_layer"].values()) == values["groups"]
+    assert values["groups_by_layer"]["model.layers.1.mlp.down_proj"] == 32 * 64 // 4
+    assert page.headings[0] == f"2:4 mask of {tmp_path / 'model'}" and len(page.pictures) == 2
+    projections = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    shares, rates = page.table("block", *projections)
+    moved = values["flipped_groups_by_layer"]["model.layers.1.mlp.down_proj"]
+    assert moved and shares[1][-1] == f"{100 * moved / 512:.3f}%" and [row.count("–") for row in rates] == [4, 7]
+    (line,) = [text for text in page.paragraphs if text.startswith("maskpro learn")]
+    assert cli.main(shlex.split(line)[1:]) == 0
+    again = json.loads((tmp_path / "run-again" / "report.json").read_text(encoding="utf-8"))
+    assert again["logits"] == values["logits"] and again["gap"] == values["gap"]
