@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEMO = ["gguf>=0.17", "accelerate>=1.1", "matplotlib>=3.8"]
+TENSORBOARD = ["tensorboard>=2.18"]
 README = Path(__file__).parent / "README.md"
 
 setup(
@@ -30,7 +31,16 @@ setup(
     extras_require={
         "demo": DEMO,
         "data": ["datasets>=3"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.12", *DEMO],
+        "tensorboard": TENSORBOARD,
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "mpmath>=1.3",
+            "ruff>=0.12",
+            *DEMO,
+            *TENSORBOARD,
+        ],
         "bench": ["pytest>=8"],
     },
     entry_points={"console_scripts": ["maskpro = maskpro_kernels.cli:main"]},

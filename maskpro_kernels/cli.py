@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -37,6 +37,7 @@ from .modules import MaskedLinear, masked_layers
 from .pattern import NMPattern
 from .reconstruction import reconstruct
 from .report import write_html
+from .scalars import Scalars
 from .snapshots import newest_snapshot, snapshots_in
 from .trainer import JOURNAL, METRICS, MaskTrainer, ReplayedLayer, digest, replay
 
@@ -49,6 +50,7 @@ SETTINGS_FILE, PROGRESS, VALIDATION = "settings.json", "progress", "validation.j
 REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
 SETTINGS = ("data", "dtype", "eval_length")
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
+TENSORBOARD = "tensorboard"
 # What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
 DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
 SOURCES = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
@@ -188,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         metavar="E",
         help="steps between perplexities of the validation text (default: a fifth of the steps)",
+    )
+    learn.add_argument(
+        "--tensorboard",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help=f"write what each step sees for TensorBoard, into the folder {TENSORBOARD} of the output",
     )
     _add_evaluation(learn)
     learn.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
@@ -352,6 +360,7 @@ def _learn(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_output(output)
     _needs_matplotlib("output")
+    _needs_tensorboard(args)
 
     inputs = _inputs(args)
     _train(args, inputs, _initial_masks(args, inputs), resumed=False)
@@ -372,6 +381,7 @@ def _resume(args: argparse.Namespace) -> None:
     given = {"device": args.device} if args.device_given else {}
     args = argparse.Namespace(**settings | given | {"output": str(output)})
     _needs_matplotlib("resume")
+    _needs_tensorboard(args)
     inputs = _inputs(args)
     # the masks come from a snapshot
     convert(inputs.model, args.pattern, init="magnitude", gap=args.gap)
@@ -555,12 +565,17 @@ def _train(args: argparse.Namespace, inputs: _Inputs, start: dict, resumed: bool
     if held_out.due(trainer.steps_done):
         held_out.add(trainer.steps_done, tokens_done())
     began, checked = time.perf_counter(), held_out.seconds
-    with _Signals() as signals:
+    board = nullcontext()
+    if hasattr(args, "tensorboard"):
+        board = closing(Scalars(output / TENSORBOARD, trainer.steps_done, held_out.rows))
+    with _Signals() as signals, board as scalars:
 
         def check(record) -> bool:
             step = record.step + 1
             if held_out.due(step):
                 held_out.add(step, tokens_done())
+            if scalars is not None:
+                scalars.add(record, held_out.rows)
             return held_out.risen() or signals.came
 
         try:
@@ -821,6 +836,14 @@ def _needs_matplotlib(name: str) -> None:
         raise ValueError(
             f"{name}: pictures need the package matplotlib, which is not installed "
             "(pip install 'maskpro-kernels[demo]')"
+        )
+
+
+def _needs_tensorboard(args: argparse.Namespace) -> None:
+    if hasattr(args, "tensorboard") and find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard: expected the package tensorboard, which is not installed "
+            "(pip install 'maskpro-kernels[tensorboard]')"
         )
 
 

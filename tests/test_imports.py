@@ -46,6 +46,7 @@ ORDER = [
     "checkpoints",
     "hf",
     "report",
+    "scalars",
     "cli",
 ]
 
@@ -126,7 +127,7 @@ def test_library_is_imported_in_one_place(library, allowed):
 
 
 def test_import_of_the_package_is_light():
-    heavy = ["triton", "transformers", "matplotlib", "datasets"]
+    heavy = ["triton", "transformers", "matplotlib", "datasets", "tensorboard"]
     code = f"import sys, maskpro_kernels; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

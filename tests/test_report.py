@@ -343,7 +343,7 @@ def test_a_report_with_something_missing_is_refused(tmp_path, name):
     ("options", "gap", "line"),
     [
         (REINFORCE | {"flip_rate": 0.05, "calibration_batches": 16}, 3.0, "--flip-rate 0.05"),
-        (REINFORCE | {"draws": 4}, 10.0, "--draws 4"),
+        (REINFORCE | {"draws": 4, "tensorboard": True}, 10.0, "--draws 4 --lr 50.0 --tensorboard"),
         (STRAIGHT_THROUGH | {"calibration_batches": None, "data": "a text.txt"}, 15.0, "--data 'a text.txt'"),
     ],
     ids=["flip rate", "several draws", "straight-through"],
