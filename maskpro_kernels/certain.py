@@ -29,14 +29,18 @@ def noise_bound(r):
     return BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * NATS_PER_BIT_PATTERN
 
 
+def smallest_kept(z, kept):
+    """The smallest kept scaled logit of each group."""
+    return reference.extremes(z, kept)[1]
+
+
 def decided(z, kept, words):
     """Where no weight that ``kept``, the N largest of ``z``, drops can be drawn."""
     bounds = [torch.where(k, -torch.inf, z_i + noise_bound(r)) for z_i, k, r in zip(z, kept, words, strict=True)]
     highest = bounds[0]
     for bound in bounds[1:]:
         highest = torch.maximum(highest, bound)
-    _, smallest = reference.extremes(z, kept)
-    return highest < smallest + LEAST_NOISE
+    return highest < smallest_kept(z, kept) + LEAST_NOISE
 
 
 def flags(settled):
@@ -62,7 +66,9 @@ def expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
     """(``reference.score_terms`` where the draw is certain, where it is), N <= EXACT_SCORE_MAX_N."""
     kept, settled = expected_mask(z, group, seed, step, layer, draw, n)
     scale = coef * inv_temperature
-    return [s * scale for s in reference.exact_score(z, kept, n)], settled
+    # of the N largest, none is dropped above the smallest one kept
+    scores = reference.exact_score(z, kept, n, centre=smallest_kept(z, kept))
+    return [s * scale for s in scores], settled
 
 
 def group_expected_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):

@@ -7,11 +7,10 @@ first, without logarithms (``certain``); the rest are gathered and drawn in full
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +19,11 @@ from .graphs import LEAST_ROWS, ROW, graph
 from .pattern import code_dtype, codes_of
 
 # Most groups in one call of a graph
-PIECE = 1 << 17
+PIECE = 1 << 18
 
 # Bytes of results that such a call leaves. A draw's stand beside the masked weight, an update's in its place
 DRAW_BYTES = 1 << 20
-UPDATE_BYTES = 1 << 21
+UPDATE_BYTES = 1 << 22
 
 # Above, compiling a graph takes about a minute: there the full draw has to do alone
 CERTAIN_MAX_M = 8
@@ -35,24 +34,33 @@ def _run(
     group_tensors: Sequence[Tensor],
     rest: Sequence[Tensor] = (),
     first: Tensor | None = None,
+    changing: bool = False,
     **constants,
 ) -> list[Tensor]:
     """The results [groups, ...] of ``function`` on tensors [groups, ...] of at least one group, as a graph.
 
-    Where ``first`` is given, it is added to the last of the tensors, which holds indices.
+    Args:
+        first: the number of the first group, where the function takes those of consecutive groups.
+        changing: whether the function changes the first of the tensors.
     """
     groups = len(group_tensors[0])
     rows = max(-(-groups // ROW), LEAST_ROWS)
     padding = rows * ROW - groups
+    whole = group_tensors
     if padding:
-        group_tensors = [torch.cat([x, x[:1].expand(padding, *x.shape[1:])]) for x in group_tensors]
-    like_groups = tuple((x.dtype, *x.shape[1:]) for x in group_tensors)
+        whole = [torch.cat([x, x[:1].expand(padding, *x.shape[1:])]) for x in group_tensors]
+    like_groups = tuple((x.dtype, *x.shape[1:]) for x in whole)
     like_rest = tuple((x.dtype, *x.shape) for x in rest)
-    tensors = [x.view(rows, ROW, *x.shape[1:]) for x in group_tensors]
+    tensors = [x.view(rows, ROW, *x.shape[1:]) for x in whole]
     tensors += rest if first is None else [*rest, first]
     with torch.no_grad():
         results = graph(function, like_groups, like_rest, first is not None, **constants)(tensors)
-    return [x.flatten(0, 1)[:groups] for x in results]
+    results = [x.flatten(0, 1) for x in results]
+    if padding:
+        results = [x[:groups] for x in results]
+        if changing:
+            group_tensors[0].copy_(whole[0][:groups])
+    return results
 
 
 def _slices(out: Tensor, limit: int = DRAW_BYTES) -> Iterator[slice]:
@@ -62,43 +70,47 @@ def _slices(out: Tensor, limit: int = DRAW_BYTES) -> Iterator[slice]:
         yield slice(start, min(start + piece, len(out)))
 
 
-@dataclass(frozen=True)
 class _Groups:
     """Groups [groups, M] of logits that start at flat index ``start`` of a shard with ``columns`` groups a row."""
 
-    logits: Tensor
-    columns: int
-    offset: Tensor
-    row_stride: Tensor
-    start: int = 0
+    def __init__(self, logits: Tensor, columns: int, offset: Tensor, row_stride: Tensor, start: int = 0):
+        self.logits, self.columns, self.offset, self.row_stride, self.start = logits, columns, offset, row_stride, start
+        self.consecutive = int(row_stride) == columns
+        self.first = offset + start if start else offset
+
+    def part(self, which: slice) -> _Groups:
+        """Those groups alone."""
+        return _Groups(self.logits[which], self.columns, self.offset, self.row_stride, self.start + which.start)
 
     def run(
         self,
         function: Callable,
-        which: slice | Tensor,
+        which: slice,
         counter: Sequence[Tensor],
-        others: Sequence[Tensor],
+        others: Sequence[Tensor] = (),
+        changing: bool = False,
         **constants,
     ) -> list[Tensor]:
-        """``_run`` on some groups of (others, logits in float32, indices in the whole layer)."""
-        local, first = self._indices(which)
-        tensors = [*(x[which] for x in others), self.logits[which].float(), local]
-        return _run(function, tensors, counter, first, **constants)
+        """``_run`` on some groups of (others, logits in float32, numbers in the whole layer)."""
+        tensors = [*(x[which] for x in others), self.logits[which].float()]
+        if self.consecutive:
+            first = self.first + which.start if which.start else self.first
+            return _run(function, tensors, counter, first, changing, **constants)
+        tensors.append(self._numbers(torch.arange(which.start, which.stop)))
+        return _run(function, tensors, counter, None, changing, **constants)
 
-    def _indices(self, which: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """(local indices, what to add for those in the whole layer)."""
-        gathered = isinstance(which, Tensor)
-        if self.row_stride == self.columns:
-            first = self.offset + self.start
-            return (which, first) if gathered else (_consecutive()[: which.stop - which.start], first + which.start)
-        local = self.start + (which if gathered else torch.arange(which.start, which.stop))
-        return local // self.columns * self.row_stride + local % self.columns, self.offset
+    def run_gathered(
+        self, function: Callable, which: Tensor, counter: Sequence[Tensor], others: Sequence[Tensor] = (), **constants
+    ) -> list[Tensor]:
+        """``run`` on the groups of those indices."""
+        tensors = [*(x.index_select(0, which) for x in others), self.logits.index_select(0, which).float()]
+        return _run(function, [*tensors, self._numbers(which)], counter, **constants)
 
-
-@functools.cache
-def _consecutive() -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(PIECE)
+    def _numbers(self, which: Tensor) -> Tensor:
+        if self.consecutive:
+            return which + self.first
+        local = self.start + which
+        return local // self.columns * self.row_stride + local % self.columns + self.offset
 
 
 def _draw_into(
@@ -111,38 +123,39 @@ def _draw_into(
     limit: int = DRAW_BYTES,
     **constants,
 ) -> None:
-    """out [groups, ...] = ``full`` of (others, logits, indices), through ``first``, if any, where that decides it.
+    """out [groups, ...] = ``full`` of (others, logits, numbers), where ``first``, if any, has not decided it.
 
-    ``out`` may hold the logits themselves: ``first`` leaves undecided groups as they are.
+    ``first`` takes ``out`` ahead of the others, writes into it, and gives the ``certain.flags`` of what it left open.
+    ``out`` may be the logits themselves: what is open stays as it was, and ``first`` does not take them twice.
     """
     if first is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
         for which in _slices(out, limit):
             (out[which],) = groups.run(full, which, counter, others, **constants)
         return
+
+    def draw_open(open_groups: list[np.ndarray]) -> None:
+        count = sum(map(len, open_groups))
+        if count:
+            # some twice, to make whole rows
+            which = np.resize(np.concatenate(open_groups), -(-count // ROW) * ROW)
+            for part in torch.from_numpy(which).split(PIECE):
+                (result,) = groups.run_gathered(full, part, counter, others, **constants)
+                out.index_copy_(0, part, result)
+
+    targets = [] if out is groups.logits else [out]
     open_groups = []
-    for which in _slices(out, limit):
-        result, undecided = groups.run(first, which, counter, others, **constants)
-        again = _flagged(undecided)
-        if 2 * len(again) > len(undecided):
-            (result,) = groups.run(full, which, counter, others, **constants)
+    # what holds a single number a group is written without a copy in between
+    for which in _slices(out, limit if out[:1].numel() > 1 else PIECE * out.element_size()):
+        (undecided,) = groups.run(first, which, counter, [*targets, *others], changing=True, **constants)
+        # many times as fast as torch's
+        again = np.flatnonzero(undecided.numpy().view(np.bool_)) + which.start
+        if 2 * len(again) <= len(undecided):
+            open_groups.append(again)
+        elif targets:
+            (out[which],) = groups.run(full, which, counter, others, **constants)
         else:
-            open_groups.append(again + which.start)
-        out[which] = result
-        # not held while the next piece is made
-        del result, undecided
-    for which in torch.cat(open_groups).split(PIECE) if open_groups else []:
-        if len(which):
-            whole_rows = torch.cat([which, which[:1].expand(-len(which) % ROW)])
-            (out[whole_rows],) = groups.run(full, whole_rows, counter, others, **constants)
-
-
-def _flagged(flags: Tensor) -> Tensor:
-    """Where uint8 flags, few of them set, are 1."""
-    if len(flags) % 8:
-        return flags.nonzero().view(-1)
-    eights = flags.view(torch.int64).nonzero().view(-1)
-    of_eights, inside = flags.view(-1, 8)[eights].nonzero(as_tuple=True)
-    return eights[of_eights] * 8 + inside
+            draw_open([again])
+    draw_open(open_groups)
 
 
 def _words(weight: Tensor, m: int) -> Tensor:
@@ -171,14 +184,28 @@ def _mask_words(words, kept):
     return torch.stack(masked, dim=-1)
 
 
-def _certain_mask(logits, group, *counter, n):
+def _certain_mask_(out, logits, group, *counter, n):
     kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
-    return reference.encode(kept, code_dtype(len(kept))), undecided
+    out.copy_(reference.encode(kept, out.dtype))
+    return undecided
 
 
-def _certain_masked_weight(words, logits, group, *counter, n):
+def _certain_masked_weight_(out, words, logits, group, *counter, n):
     kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
-    return _mask_words(words, kept), undecided
+    out.copy_(_mask_words(words, kept))
+    return undecided
+
+
+def _certain_update_(logits, group, *counter, n):
+    new, undecided = certain.group_expected_update(logits, group, *counter, n=n)
+    logits.copy_(new)
+    return undecided
+
+
+def _certain_terms_(out, logits, group, *counter, n):
+    terms, undecided = certain.group_expected_terms(logits, group, *counter, n=n)
+    out.copy_(terms)
+    return undecided
 
 
 def _drawn_masked_weight(words, logits, group, *counter, n):
@@ -198,7 +225,7 @@ def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, 
     codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m))
     groups = _Groups(logits.view(-1, m), codes.shape[1], group_offset, group_row_stride)
     counter = (seed, step, inv_temperature, layer, draw)
-    _draw_into(codes.view(-1), _certain_mask, reference.group_sample_mask, groups, counter, n=n)
+    _draw_into(codes.view(-1), _certain_mask_, reference.group_sample_mask, groups, counter, n=n)
     return codes
 
 
@@ -210,7 +237,7 @@ def sample_masked_weight(
     groups = _Groups(logits.view(-1, m), logits.shape[1] // m, group_offset, group_row_stride)
     counter = (seed, step, inv_temperature, layer, draw)
     words = [_words(weight, m)]
-    _draw_into(_words(out, m), _certain_masked_weight, _drawn_masked_weight, groups, counter, words, n=n)
+    _draw_into(_words(out, m), _certain_masked_weight_, _drawn_masked_weight, groups, counter, words, n=n)
     return out
 
 
@@ -299,7 +326,7 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
         _update(groups, (seed, step), coef, draws, (inv_temperature, layer), n)
         if not in_place:
             whole, counter = slice(0, len(wide)), (seed, step, draws[:1], layer)
-            (flat[part],) = groups.run(reference.group_round_logits, whole, counter, (), dtype=logits.dtype)
+            (flat[part],) = groups.run(reference.group_round_logits, whole, counter, dtype=logits.dtype)
 
 
 def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
@@ -308,16 +335,16 @@ def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
     exact = n <= reference.EXACT_SCORE_MAX_N
     if len(coef) == 1:
         counter = (*seed_and_step, coef, draws, *rest)
-        first = certain.group_expected_update if exact else None
+        first = _certain_update_ if exact else None
         _draw_into(groups.logits, first, reference.group_updated_logits, groups, counter, limit=UPDATE_BYTES, n=n)
         return
     for which in _slices(groups.logits, DRAW_BYTES):
-        piece = replace(groups, logits=groups.logits[which], start=groups.start + which.start)
+        piece = groups.part(which)
         terms = torch.empty_like(piece.logits)
         delta = None
         for k in range(len(coef)):
             counter = (*seed_and_step, coef[k], draws[k], *rest)
-            first = certain.group_expected_terms if exact else None
+            first = _certain_terms_ if exact else None
             _draw_into(terms, first, reference.group_score_terms, piece, counter, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
         piece.logits.sub_(delta)
@@ -354,6 +381,6 @@ def _descend(function, tensors, logits, rate, seed, step, largest, layer, group_
             groups = _Groups(new, logits.shape[1] // m, group_offset, group_row_stride, part.start)
             counter = (seed, step, torch.zeros(1, dtype=torch.int64), layer)
             whole = slice(0, len(new))
-            (new,) = groups.run(reference.group_round_logits, whole, counter, (), dtype=logits.dtype)
+            (new,) = groups.run(reference.group_round_logits, whole, counter, dtype=logits.dtype)
         flat[part] = new
     return total / max(logits.numel(), 1)

@@ -57,18 +57,19 @@ Likes = tuple[tuple, ...]
 
 
 class _Bound(nn.Module):
-    """``function(*tensors, **constants)``; where ``indexed``, the tensor behind the others is added to the last of the
-    first ``groups``.
+    """``function(*tensors, **constants)``; where ``numbered``, the tensor behind the others is the number of the first
+    group, and the function gets the numbers of all groups behind the first ``groups`` tensors.
     """
 
-    def __init__(self, function: Callable, groups: int, indexed: bool, constants: Mapping):
+    def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
         super().__init__()
-        self.function, self.groups, self.indexed, self.constants = function, groups, indexed, constants
+        self.function, self.groups, self.numbered, self.constants = function, groups, numbered, constants
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.indexed:
+        if self.numbered:
             *tensors, first = tensors
-            tensors[self.groups - 1] = tensors[self.groups - 1] + first
+            rows = tensors[0].shape[0]
+            tensors.insert(self.groups, first + torch.arange(rows * ROW, device="cpu").view(rows, ROW))
         results = self.function(*tensors, **self.constants)
         return results if isinstance(results, tuple) else (results,)
 
@@ -76,18 +77,21 @@ class _Bound(nn.Module):
 class Graph:
     """``function(*groups, *rest, **constants)`` of tensors of groups [rows, ROW, ...], called with a list of them all.
 
+    The function may change the tensors of groups.
+
     It is compiled or loaded at its first call. It checks nothing: what its results depend on is in the key by which
     ``graph`` keeps it, and in its name on disk. Where it cannot be compiled it runs eagerly.
 
     Args:
         groups: (dtype, *shape of one group) of each tensor of groups.
         rest: (dtype, *shape) of each of the others.
-        indexed: whether a 0-dim int64 tensor is added to the last of the tensors of groups; it comes last.
+        numbered: whether the groups are consecutive, so that the number of the first one, a 0-dim int64 tensor that
+            comes last, stands for the tensor of their numbers, which the function takes behind those of groups.
     """
 
-    def __init__(self, function: Callable, groups: Likes, rest: Likes, indexed: bool, constants: Mapping):
-        self.whole = _Bound(function, len(groups), indexed, constants)
-        self.groups, self.rest = groups, (*rest, (torch.int64,)) if indexed else rest
+    def __init__(self, function: Callable, groups: Likes, rest: Likes, numbered: bool, constants: Mapping):
+        self.whole = _Bound(function, len(groups), numbered, constants)
+        self.groups, self.rest = groups, (*rest, (torch.int64,)) if numbered else rest
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -125,7 +129,7 @@ class Graph:
         """Of all that the compiled code depends on."""
         function, constants = self.whole.function, sorted(map(str, self.whole.constants.items()))
         name = (function.__module__, function.__qualname__, constants)
-        made_of = (name, self.groups, self.rest, self.whole.indexed, OPTIONS, torch.__version__, processor(), CODE)
+        made_of = (name, self.groups, self.rest, self.whole.numbered, OPTIONS, torch.__version__, processor(), CODE)
         return hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
 
     def _build(self, path: Path) -> None:
@@ -144,9 +148,9 @@ class Graph:
 
 
 @functools.cache
-def graph(function: Callable, groups: Likes, rest: Likes, indexed: bool, **constants: int | torch.dtype) -> Graph:
+def graph(function: Callable, groups: Likes, rest: Likes, numbered: bool, **constants: int | torch.dtype) -> Graph:
     """The graph of ``function`` with those constants, for tensors like those."""
-    return Graph(function, groups, rest, indexed, constants)
+    return Graph(function, groups, rest, numbered, constants)
 
 
 def load(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:

@@ -310,20 +310,16 @@ def _mask_log_prob_backward(ctx, grad):
 mask_log_prob.register_autograd(_mask_log_prob_backward, setup_context=_mask_log_prob_context)
 
 
-@torch.library.custom_op("maskpro::score_update_", mutates_args=("logits",))
-def score_update_(
-    logits: Tensor,
-    coef: Tensor,
-    n: int,
-    m: int,
-    inv_temperature: float,
-    seed: Tensor,
-    step: Tensor,
-    layer: int,
-    draws: Tensor,
-    group_offset: int,
-    group_row_stride: int,
-) -> None:
+# Not by custom_op, which takes longer over what changes its arguments than a small layer's update takes
+torch.library.define(
+    "maskpro::score_update_",
+    "(Tensor(a!) logits, Tensor coef, int n, int m, float inv_temperature, Tensor seed, Tensor step, int layer, "
+    "Tensor draws, int group_offset, int group_row_stride) -> ()",
+)
+
+
+@torch.library.impl("maskpro::score_update_", ("cpu", "cuda"))
+def _(logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offset, group_row_stride):
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draws[k]); coef float32, draws int64 [draws]."""
     if _uses_kernels(logits):
         _kernels("sampling").score_update_(
@@ -332,11 +328,17 @@ def score_update_(
     else:
         scalars = (inv_temperature, layer, group_offset, group_row_stride)
         _reference("score_update_", (logits, coef, seed, step, draws), scalars, n=n, m=m)
+    if not logits.is_inference():
+        # what autograd has saved of them is no longer theirs
+        torch.autograd.graph.increment_version(logits)
 
 
-@score_update_.register_fake
+@torch.library.register_fake("maskpro::score_update_")
 def _(logits, *_):
     return None
+
+
+score_update_ = torch.ops.maskpro.score_update_.default
 
 
 def _codes(mask: MaskSource) -> Tensor:

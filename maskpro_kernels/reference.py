@@ -12,6 +12,7 @@ groups are a list of M "columns", tensors [...] that hold the same position of e
 
 from __future__ import annotations
 
+import functools
 from math import factorial
 
 import torch
@@ -79,7 +80,8 @@ def ln(x, near_one):
 
 def exp(x):
     """e^x of float32 up to 88; 0 below -87, so that no subnormal arises."""
-    clamped = torch.clamp(x, min=EXP_UNDERFLOW)
+    underflow = x < EXP_UNDERFLOW
+    clamped = torch.where(underflow, EXP_UNDERFLOW, x)
     # + 128 keeps the argument positive, where conversion to integer rounds down
     exponent = (clamped * LOG2_E + 128.5).to(torch.int32) - 128
     scale = exponent.to(torch.float32)
@@ -89,7 +91,7 @@ def exp(x):
         p = p * r + coefficient
     p = p * r * r + r + 1.0
     power = ((exponent + 127) << 23).view(torch.float32)
-    return torch.where(x < EXP_UNDERFLOW, 0.0, p * power)
+    return torch.where(underflow, 0.0, p * power)
 
 
 def gumbel(r):
@@ -186,12 +188,9 @@ def dropped_total(xs, kept):
 
 def extremes(z, kept):
     """(largest dropped, smallest kept) scaled logit of each group."""
-    largest = torch.full_like(z[0], -torch.inf)
-    smallest = torch.full_like(z[0], torch.inf)
-    for z_i, k in zip(z, kept, strict=True):
-        largest = torch.maximum(largest, torch.where(k, -torch.inf, z_i))
-        smallest = torch.minimum(smallest, torch.where(k, z_i, torch.inf))
-    return largest, smallest
+    dropped = [torch.where(k, -torch.inf, z_i) for z_i, k in zip(z, kept, strict=True)]
+    held = [torch.where(k, z_i, torch.inf) for z_i, k in zip(z, kept, strict=True)]
+    return functools.reduce(torch.maximum, dropped), functools.reduce(torch.minimum, held)
 
 
 def kept_positions(kept):
@@ -214,8 +213,11 @@ def gather_slots(xs, kept, positions, n):
     slots = []
     for a in range(n):
         value = torch.zeros_like(xs[0])
-        for i in slot_columns(a, n, len(xs)):
-            value = torch.where(kept[i] & (positions[i] == a), xs[i], value)
+        columns = slot_columns(a, n, len(xs))
+        # the first kept column is the one that stays when all are taken from the last on
+        for i in reversed(columns) if a == 0 else columns:
+            here = kept[i] if a in (0, n - 1) else kept[i] & (positions[i] == a)
+            value = torch.where(here, xs[i], value)
         slots.append(value)
     return slots
 
@@ -223,10 +225,14 @@ def gather_slots(xs, kept, positions, n):
 def scatter_slots(slots, dropped, kept, positions):
     """Columns that hold ``slots`` where kept and ``dropped`` elsewhere."""
     n, m = len(slots), len(kept)
-    result = list(dropped)
-    for a in range(n):
-        for i in slot_columns(a, n, m):
-            result[i] = torch.where(kept[i] & (positions[i] == a), slots[a], result[i])
+    result = []
+    for i in range(m):
+        # the slots that this column can be, of which one is chosen as if it were kept
+        *others, last = [a for a in range(n) if i in slot_columns(a, n, m)]
+        value = slots[last]
+        for a in others:
+            value = torch.where(positions[i] == a, slots[a], value)
+        result.append(torch.where(kept[i], value, dropped[i]))
     return result
 
 
@@ -234,14 +240,16 @@ def members(subset, n):
     return [i for i in range(n) if subset >> i & 1]
 
 
-def urn(z, kept, n):
+def urn(z, kept, n, centre=None):
     """What the recursions over the subsets T of the kept weights need, T a bit set.
 
     Returns (e, sum R of the dropped e, exponents ln e, kept e by slot, RECIPROCAL_SCALE / s(T) by T,
-    positions), with e = exp(min(z - centre, EXPONENT_CLAMP)) and s(T) = R + e(T) >= 1.
+    positions), with e = exp(min(z - centre, EXPONENT_CLAMP)) and s(T) = R + e(T) >= 1. The centre is the largest
+    dropped or the smallest kept z, whichever is larger; a caller that knows it may give it.
     """
-    largest, smallest = extremes(z, kept)
-    centre = torch.maximum(largest, smallest)
+    if centre is None:
+        largest, smallest = extremes(z, kept)
+        centre = torch.maximum(largest, smallest)
     exponents = [torch.clamp(z_i - centre, max=EXPONENT_CLAMP) for z_i in z]
     e = [exp(x) for x in exponents]
     dropped_sum = dropped_total(e, kept)
@@ -289,13 +297,13 @@ def slot_score(inverse, dropped_sum, k, n):
     return q[whole]
 
 
-def exact_score(z, kept, n):
-    """Gradient of log p(S) in the scaled logits, N <= EXACT_SCORE_MAX_N, columns.
+def exact_score(z, kept, n, centre=None):
+    """Gradient of log p(S) in the scaled logits, N <= EXACT_SCORE_MAX_N, columns; ``centre`` as in ``urn``.
 
     score_k = q_k(S) / h(S) for kept k; dropped weights share minus the sum of those by their softmax.
     Every term is positive, so nothing cancels however certain the draw.
     """
-    e, dropped_sum, _, _, inverse, positions = urn(z, kept, n)
+    e, dropped_sum, _, _, inverse, positions = urn(z, kept, n, centre)
     if n == 1:
         slot_scores = [dropped_sum * inverse[1] * (1.0 / RECIPROCAL_SCALE)]
     else:

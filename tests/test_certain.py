@@ -82,7 +82,8 @@ def test_certain_draws_are_the_drawn_ones(n, m, gap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gap", [0.0, 4.0, 10.0])
 def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
-    logits = sharp_logits(150_003, 2, 4, gap, dtype)
+    # more than one piece, and no whole number of rows
+    logits = sharp_logits(compiled.PIECE + 37_859, 2, 4, gap, dtype)
     assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
     expected = updated(reference, logits, 2, 4)
     integers = torch.int32 if dtype == torch.float32 else torch.int16
@@ -98,8 +99,9 @@ def test_any_number_of_groups(groups):
 
 
 def test_several_draws_and_a_shard_with_rows_apart():
-    logits = sharp_logits(300 * 500, 2, 4, 8.0).view(300, -1)
-    shard = (1_000, 777)
+    logits = sharp_logits(300 * 1_000, 2, 4, 8.0).view(300, -1)
+    assert logits.numel() > 4 * compiled.PIECE
+    shard = (1_000, 1_277)
     assert torch.equal(drawn(compiled, logits, 2, 4, shard=shard), drawn(reference, logits, 2, 4, shard=shard))
     for draws in [(2,), (5, 9)]:
         expected = updated(reference, logits, 2, 4, draws, shard)
