@@ -51,11 +51,16 @@ def in_child(*arguments: str) -> dict:
 
 @pytest.mark.slow
 def test_a_steps_own_work_costs_a_sixteenth_of_the_eager_formulation():
-    seconds = {name: statistics.median(rounds) for name, rounds in in_child("cost").items()}
-    print(f"draw and update: {seconds['eager'] / seconds['ours']:.1f} times as fast as the eager formulation, "
-          f"{seconds['ours'] / seconds['step']:.0%} of a REINFORCE step")  # fmt: skip
-    assert seconds["ours"] <= LARGEST_COST * seconds["eager"], seconds
-    assert seconds["ours"] <= LARGEST_SHARE * seconds["step"], seconds
+    seconds = in_child("cost")
+    ours = seconds["ours"]
+    # round by round, for the machine may slow down in between
+    cost, share = (
+        statistics.median(own / other for own, other in zip(ours, seconds[name], strict=True))
+        for name in ("eager", "step")
+    )
+    print(f"draw and update: {1 / cost:.1f} times as fast as the eager formulation, {share:.0%} of a REINFORCE step")
+    assert cost <= LARGEST_COST, seconds
+    assert share <= LARGEST_SHARE, seconds
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
