@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 # Seconds: between two looks at the store, for answers to a roll call, for one connection
 LOOK, ANSWER, CONNECTION = 1.0, 5.0, 2.0
-# Gloo's own limit of time; ours are in ``Ranks.timeout``
+# For what is waited for as long as it takes
 NO_LIMIT = timedelta(days=365)
 MEETING = timedelta(minutes=30)
 CALL = "roll call"
@@ -75,7 +75,6 @@ class Ranks:
         if self.world == 1 or self._group is not None:
             return
         self._group = dist.new_group(backend="gloo", timeout=MEETING)
-        dist.distributed_c10d._set_pg_timeout(NO_LIMIT, self._group)
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"maskpro_kernels/{self._group.group_name}", store)
         # Nobody accepts or reads: the kernel takes connections as long as the process lives, however busy it is
@@ -92,9 +91,11 @@ class Ranks:
         """Part from the other ranks; they need not do so at the same time."""
         if self._group is None:
             return
-        self._failure = self._failure or RuntimeError("ranks: expected open ones, got closed ones")
         self._listener.close()
-        dist.destroy_process_group(self._group)
+        if self._failure is None:
+            # else something may be under way, and destroying would wait for it
+            dist.destroy_process_group(self._group)
+            self._failure = RuntimeError("ranks: expected open ones, got closed ones")
         self._group = None
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
@@ -189,6 +190,9 @@ class Ranks:
             # in the order of the device's stream; torch's own watchdog looks after it
             begin(dist.group.WORLD).wait()
             return
+        # a process that ends waits for what is under way, so that has to end soon after we give up
+        soon = NO_LIMIT if patient else timedelta(seconds=self.timeout + ANSWER)
+        dist.distributed_c10d._set_pg_timeout(soon, self._group)
         work, limit = begin(self._group), math.inf if patient else time.monotonic() + self.timeout
         while not work.is_completed():
             with contextlib.suppress(RuntimeError):
@@ -199,7 +203,7 @@ class Ranks:
         try:
             work.wait()
         except RuntimeError as error:
-            self._fail(cause=error)
+            self._fail(time.monotonic() > limit, error)
 
     def _called(self) -> bool:
         """Whether a rank calls the roll, or the store has gone."""
