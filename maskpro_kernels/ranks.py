@@ -12,10 +12,12 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -31,6 +33,24 @@ LOOK, ANSWER, CONNECTION = 1.0, 5.0, 2.0
 NO_LIMIT = timedelta(days=365)
 MEETING = timedelta(minutes=30)
 CALL = "roll call"
+
+
+@contextmanager
+def under_torchrun() -> Iterator[int]:
+    """Join the processes that torchrun has started, where it has started this one; gives its number on its machine.
+
+    That is 0 without torchrun. With GPUs each process takes the one of its number.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield 0
+        return
+    number = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield number
+    # not after an error: it would wait for what is under way
+    dist.destroy_process_group()
 
 
 class MissingRanks(RuntimeError):

@@ -7,6 +7,8 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -79,12 +81,8 @@ def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> No
     pipe.recv()
 
 
-def in_ranks(world: int, job, leaving: int | None = None, **arguments) -> list:
-    """What a job gives on each rank: its result, its error, or ``Ended``.
-
-    Args:
-        leaving: the one rank that is waited for, also to leave in good order; the others never answer.
-    """
+def in_ranks(world: int, job, **arguments) -> list:
+    """What a job gives on each rank: its result, its error, or ``Ended``."""
     context = multiprocessing.get_context("forkserver")
     # one process imports torch and what it loads late, and forks into the others
     context.set_forkserver_preload(["test_ranks", "torch._dynamo"])
@@ -101,16 +99,12 @@ def in_ranks(world: int, job, leaving: int | None = None, **arguments) -> list:
             theirs.close()
             pipes.append(ours)
         results = []
-        for pipe in pipes if leaving is None else pipes[leaving : leaving + 1]:
+        for pipe in pipes:
             assert pipe.poll(LONGEST), "a rank does not end"
             try:
                 results.append(pipe.recv())
             except EOFError:
                 results.append(Ended())
-        if leaving is not None:
-            pipes[leaving].send("leave")
-            processes[leaving].join(LONGEST)
-            assert processes[leaving].exitcode == 0
         return results
     finally:
         for process in processes:
@@ -249,30 +243,81 @@ def test_a_rank_that_is_slow_is_not_taken_for_one_that_has_ended(tmp_path):
     assert [result[2] for result in results[:2]] == [[2], [2]]
 
 
-def come_late(rank: int):
-    """What rank 0 sees of one that does not come."""
-    ranks.ANSWER = 0.5
-    late = []
+PRELUDE = """
+import os, signal
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from maskpro_kernels import ops, ranks
+from test_ranks import a_trainer, logits_of
+from maskpro_kernels.trainer import digest
+"""
 
-    def loss_fn(model, batch):
-        if rank == 1 and late:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return model(batch).square().mean()
-
-    trainer = a_trainer(loss_fn=loss_fn, accumulate=2, timeout=0.5)
+HANGING = """
+ranks.ANSWER = 0.5
+dist.init_process_group("gloo")
+def loss_fn(model, batch):
+    if dist.get_rank() == 1 and trainer.steps_done == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return model(batch).square().mean()
+trainer = a_trainer(loss_fn=loss_fn, accumulate=2, timeout=0.5)
+trainer.step()
+try:
     trainer.step()
-    late.append(True)
-    began = time.monotonic()
-    for _ in range(2):
-        with pytest.raises(ranks.MissingRanks) as caught:
-            trainer.step()
-    return str(caught.value), time.monotonic() - began
+except ranks.MissingRanks:
+    trainer.step()
+"""
+
+TORCHRUN = """
+with ranks.under_torchrun():
+    trainer = a_trainer(accumulate=2)
+    trainer.run(3, progress=False)
+    trainer.close()
+    print("rank", trainer.ranks.rank, "of", trainer.ranks.world, digest(logits_of(trainer.model)), flush=True)
+"""
 
 
-def test_a_rank_that_does_not_come_in_time_is_named():
-    ((message, seconds),) = in_ranks(2, come_late, leaving=0)
-    assert "rank 1 of 2 did not come within 0.5 s; this is rank 0" in message
-    assert 0.5 <= seconds < LONGEST / 4
+def environment() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(TESTS), str(TESTS.parent), inherited.get("PYTHONPATH")]
+    return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCH_COMPILE_DISABLE": "1"}
+
+
+def test_a_rank_that_hangs_is_named_in_time_and_the_others_end():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # as torchrun says that the store is there already
+    around = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + HANGING],
+            env=environment() | around | {"WORLD_SIZE": "2", "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, told = processes[0].communicate(timeout=LONGEST)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 1
+    named = "MissingRanks: ranks: rank 1 of 2 did not come within 0.5 s; this is rank 0"
+    assert told.rstrip().splitlines()[-1].endswith(named)
+
+
+def test_torchrun_starts_ranks():
+    code = [sys.executable, "-c", PRELUDE + TORCHRUN]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    told = [
+        subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONGEST, check=True).stdout
+        for command in (code, [sys.executable, *run, *code])
+    ]
+    (alone,), together = told[0].splitlines(), sorted(told[1].splitlines())
+    assert alone.startswith("rank 0 of 1 ")
+    bits = alone.split()[-1]
+    assert together == [f"rank {rank} of 2 {bits}" for rank in range(2)]
 
 
 def spoil(rank: int, folder, how: str, **arguments):
