@@ -29,9 +29,9 @@ Result = TypeVar("Result")
 
 # Seconds: between two looks at the store, for answers to a roll call, for one connection
 LOOK, ANSWER, CONNECTION = 1.0, 5.0, 2.0
+MEETING = timedelta(minutes=30)
 # For what is waited for as long as it takes
 NO_LIMIT = timedelta(days=365)
-MEETING = timedelta(minutes=30)
 CALL = "roll call"
 
 
@@ -91,10 +91,11 @@ class Ranks:
         self._failure: RuntimeError | None = None
 
     def connect(self) -> None:
-        """Meet the other ranks, where that has not been done."""
+        """Meet the other ranks, where that has not been done; torch raises where they do not come in half an hour."""
         if self.world == 1 or self._group is not None:
             return
         self._group = dist.new_group(backend="gloo", timeout=MEETING)
+        # torch has no public name for the store, nor for another limit of time
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"maskpro_kernels/{self._group.group_name}", store)
         # Nobody accepts or reads: the kernel takes connections as long as the process lives, however busy it is
@@ -145,8 +146,7 @@ class Ranks:
         """What a function gives on rank 0, which alone calls it. Patient.
 
         Raises:
-            Exception: what it raises there; on the others as RuntimeError, unless it is a ValueError or an
-                ArithmeticError.
+            Exception: what it raises there; on the others a ValueError where it is one, else a RuntimeError.
         """
         if self.world == 1:
             return function()
@@ -156,8 +156,8 @@ class Ranks:
                 result = function()
             except Exception as raised:
                 error = raised
-                plain = isinstance(raised, (ValueError, ArithmeticError))
-                told = raised if plain else RuntimeError(f"rank 0: {type(raised).__name__}: {raised}")
+                bad = isinstance(raised, ValueError)
+                told = ValueError(str(raised)) if bad else RuntimeError(f"rank 0: {type(raised).__name__}: {raised}")
         result, told = self.gather_objects((result, told))[0]
         if told is not None:
             raise error or told
@@ -199,8 +199,9 @@ class Ranks:
     def _gather(self, tensor: Tensor, patient: bool = False) -> list[Tensor]:
         self.bytes_sent += tensor.nbytes
         rows = [torch.empty_like(tensor) for _ in range(self.world)]
-        gathering = lambda group: dist.all_gather(rows, tensor, group=group, async_op=True)  # noqa: E731
-        self._run(gathering, tensor.device, patient)
+        self._run(
+            lambda group: dist.all_gather(rows, tensor, group=group, async_op=True), tensor.device, patient=patient
+        )
         return rows
 
     def _run(self, begin: Callable, device: torch.device, patient: bool = False) -> None:
@@ -236,7 +237,8 @@ class Ranks:
         ended, silent = self._call_the_roll()
         missing = ended or silent
         if not missing:
-            told = f"a connection between the {self.world} ranks broke: {cause}"
+            came = f"came later than {self.timeout:g} s" if late else "have lost a connection between them"
+            told = f"the {self.world} ranks {came}"
         else:
             names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
             came = "ended" if ended else f"did not come within {self.timeout:g} s" if late else "did not answer"

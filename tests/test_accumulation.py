@@ -12,7 +12,7 @@ import torch
 from test_trainer import a_model, a_trainer, assert_equal_logits, logits_of, some_batches, under_masks
 
 import maskpro_kernels as mk
-from maskpro_kernels.trainer import content, loss_tokens, weighted_mean, weights_of
+from maskpro_kernels.batches import content, loss_tokens, weighted_mean, weights_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

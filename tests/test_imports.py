@@ -37,6 +37,7 @@ ORDER = [
     "estimators",
     "journal",
     "snapshots",
+    "batches",
     "trainer",
     "masks",
     "reconstruction",
