@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -236,6 +237,36 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, masks, victim, 
     for theirs, records in results:
         assert [record["step"] for record in records] == [2, 3]
         assert_equal_logits(theirs, logits)
+
+
+def learn_until_some_moment(rank: int, folder: Path, victim: int, seconds: float):
+    ranks.ANSWER = 0.5
+    trainer = a_trainer(output_dir=folder, accumulate=4)
+    if (folder / "journal").exists():
+        trainer.resume()
+    else:
+        trainer.begin()
+    if rank == victim:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    trainer.run(60 - trainer.steps_done, progress=False)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_run_whose_ranks_are_killed_again_and_again_has_the_bits_of_a_whole_one(kills, tmp_path, eager_reference):
+    generator, killed = torch.Generator().manual_seed(kills), 0
+    for _ in range(kills):
+        world = [2, 4][int(torch.randint(2, (), generator=generator))]
+        victim = int(torch.randint(world, (), generator=generator))
+        moment = {"seconds": float(torch.rand((), generator=generator)) * 3 / kills, "victim": victim}
+        results = in_ranks(world, learn_until_some_moment, folder=tmp_path, **moment)
+        if isinstance(results.pop(victim), Ended):
+            killed += 1
+            assert all(result.missing == [victim] for result in results), results
+    assert killed > kills / 2
+    results = all_in_ranks(2, learn, how="reinforce", steps=60, folder=tmp_path, resume=True, accumulate=4)
+    whole, _ = learn(0, "reinforce", 60, accumulate=4)
+    for logits, _ in results:
+        assert_equal_logits(logits, whole)
 
 
 def test_a_rank_that_is_slow_is_not_taken_for_one_that_has_ended(tmp_path):
