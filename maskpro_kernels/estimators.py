@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from .functional import FLOAT32_MAX
 from .modules import MaskedLinear
 from .pattern import MaskSource
 from .philox import MAX_DRAWS
+from .ranks import Ranks
 
 # A normalized advantage beyond it is an outlier
 LARGEST_ADVANTAGE = 3.0
@@ -114,7 +116,8 @@ class StraightThrough:
     A mask is drawn, and backward gives the slope of the loss in it (``straight_through_gradient``). Every logit moves
     by -lr * slope / rms(slope), by at most ``largest``; rms is the root mean square over the layer, a running one of
     the steps before. That happens inside backward, layer by layer, where a layer is used once in a step: no gradient
-    is held. A layer that is used several times moves once, after backward, by the sum of its slopes.
+    is held. A layer that is used several times moves once, after backward, by the sum of its slopes. So does every
+    layer where a process takes several batches a step: it then holds a float32 slope for each weight.
 
     Args:
         lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
@@ -173,46 +176,93 @@ class StraightThrough:
         return self.lr if self.steps is None else self.lr * max(1.0 - step / self.steps, 0.0)
 
     @contextmanager
-    def attached(self, layers: Mapping[str, MaskedLinear], step: int) -> Iterator[Callable[[Tensor], None]]:
-        """With layers whose backward moves their logits; gives the function to call with the loss.
+    def attached(self, layers: Mapping[str, MaskedLinear], step: int, ranks: Ranks, batches: int) -> Iterator[Passes]:
+        """With layers whose logits move by the backward passes of a step, see ``Passes``.
 
-        It takes backward. It raises ValueError where no layer is reached, or where logits have a gradient by another
-        way than their mask, and FloatingPointError where a slope was not finite: the logits of its weights, and the
-        running mean square of its layer, are then as they were.
+        Args:
+            layers: by name.
+            step: index of the step, from 0.
+            ranks: over which slopes are summed.
+            batches: how many passes this rank makes; others make as many.
         """
         descents = {name: self._descents.setdefault(layer, _Descent(layer, self)) for name, layer in layers.items()}
         before = {layer: layer.logits_backward for layer in layers.values()}
-        counters = []
-
-        def backward(loss: Tensor) -> None:
-            # what runs again from here on, to compute an activation anew, is no further use
-            for counter in counters:
-                counter.remove()
-            torch.autograd.backward(loss, inputs=[layer.logits for layer in layers.values()])
-            for descent in descents.values():
-                descent.finish()
-            bad = _folded(descents)
-            elsewhere = [name for name, layer in layers.items() if layer.logits.grad is not None]
-            if elsewhere:
-                raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
-            if bad:
-                raise FloatingPointError(f"gradients of step {step}: expected finite numbers, got others in {bad}")
-
+        passes = Passes(descents, step, ranks, batches)
         try:
             for layer, descent in zip(layers.values(), descents.values(), strict=True):
                 layer.logits.grad = None
-                descent.begin(self.lr_at(step))
+                descent.begin(self.lr_at(step), ranks)
                 layer.logits_backward = descent
-                counters.append(layer.register_forward_hook(descent.count))
-            yield backward
+            passes.watch()
+            yield passes
         finally:
-            for counter in counters:
-                counter.remove()
+            passes.unwatch()
             for layer, own in before.items():
                 layer.logits_backward = own
                 layer.logits.grad = None
             for descent in descents.values():
                 descent.end()
+
+
+class Passes:
+    """The forward and backward passes of a step, in turn; the last backward has moved all logits.
+
+    Where each rank makes one pass, and all ranks use the same layers, a layer moves inside backward.
+    """
+
+    def __init__(self, descents: Mapping[str, _Descent], step: int, ranks: Ranks, batches: int):
+        self.descents, self.step, self.ranks, self.batches, self.left = descents, step, ranks, batches, batches
+        self.counters: list = []
+        self.used: list[int] = []
+
+    def watch(self) -> None:
+        """Count how often a forward uses each layer."""
+        for descent in self.descents.values():
+            descent.uses = 0
+            self.counters.append(descent.layer.register_forward_hook(descent.count))
+
+    def unwatch(self) -> None:
+        for counter in self.counters:
+            counter.remove()
+        self.counters.clear()
+
+    def uses(self) -> float:
+        """A number for how often the forwards have used each layer: another one on a rank that took another way."""
+        used = repr([*self.used, *(descent.uses for descent in self.descents.values())])
+        # 48 bits, which a float64 holds
+        return float(int.from_bytes(hashlib.blake2b(used.encode(), digest_size=6).digest(), "big"))
+
+    def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> None:
+        """Take the gradient of the loss of the last forward to the logits.
+
+        Args:
+            loss: 0-dim.
+            weight: of its slopes in the sum over the passes of all ranks.
+            alike: whether all ranks have used the same layers equally often.
+
+        Raises:
+            ValueError: if no layer is reached, or logits have a gradient by another way than their mask.
+            FloatingPointError: if a slope was not finite: the logits of its weights, and the running mean square of
+                its layer, are then as they were.
+        """
+        # what runs again from here on, to compute an activation anew, is no further use
+        self.unwatch()
+        self.left -= 1
+        for descent in self.descents.values():
+            self.used.append(descent.uses)
+            descent.weight, descent.at_once = weight, self.batches == 1 and alike and descent.uses <= 1
+        torch.autograd.backward(loss, inputs=[descent.layer.logits for descent in self.descents.values()])
+        if self.left:
+            self.watch()
+            return
+        for descent in self.descents.values():
+            descent.finish(everywhere=not alike)
+        bad = _folded(self.descents)
+        elsewhere = [name for name, descent in self.descents.items() if descent.layer.logits.grad is not None]
+        if elsewhere:
+            raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
+        if bad:
+            raise FloatingPointError(f"gradients of step {self.step}: expected finite numbers, got others in {bad}")
 
 
 def _folded(descents: Mapping[str, _Descent]) -> list[str]:
@@ -240,6 +290,8 @@ class _Descent:
         moves_logits: see ``MaskedLinear``.
         mean_square: running mean square of the slope, None until a step has given one above 0.
         latest: that of the step, on the device; None where backward has not come by.
+        weight: of the slopes of a pass.
+        at_once: whether the logits move inside the backward of a pass.
     """
 
     moves_logits = True
@@ -249,8 +301,8 @@ class _Descent:
         self.how = how
         self.mean_square: float | None = None
 
-    def begin(self, lr: float) -> None:
-        self.lr = lr
+    def begin(self, lr: float, ranks: Ranks) -> None:
+        self.lr, self.ranks = lr, ranks
         self.uses = 0
         self.latest: Tensor | None = None
         self.slopes: Tensor | None = None
@@ -260,20 +312,28 @@ class _Descent:
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         how = self.how
-        if self.uses > 1:
-            slope = ops.straight_through_grad(grad, x, weight, how.curvature, *mask)
-            self.slopes = slope if self.slopes is None else self.slopes.add_(slope)
+        if self.at_once and self.ranks.world == 1:
+            # the parameter itself: what autograd has kept may be a copy
+            mask = mask._replace(tensor=self.layer.logits.detach())
+            self._descend(
+                lambda rate: ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.largest, *mask)
+            )
             return
-        # the parameter itself: what autograd has kept may be a copy
-        mask = mask._replace(tensor=self.layer.logits.detach())
-        self._descend(
-            lambda rate: ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.largest, *mask)
-        )
+        slope = ops.straight_through_grad(grad, x, weight, how.curvature, *mask)
+        if self.weight != 1.0:
+            # of the slope, not of the loss: the curvature would take its square
+            slope.mul_(self.weight)
+        self.slopes = slope if self.slopes is None else self.slopes.add_(slope)
+        if self.at_once:
+            self.finish()
 
-    def finish(self) -> None:
-        """Move by the slopes that have been summed up, where they were."""
+    def finish(self, everywhere: bool = False) -> None:
+        """Move by the slopes that have been summed up, where they were, or where they may have been on another rank."""
+        if everywhere and self.slopes is None:
+            self.slopes = torch.zeros_like(self.layer.logits, dtype=torch.float32)
         if self.slopes is None:
             return
+        self.ranks.sum_(self.slopes)
         logits, counter = self.layer.logits.detach(), self.layer.counter()
         m, largest, seed_and_step = self.layer.pattern.m, self.how.largest, (counter["seed"], counter["step"])
         shard = (counter["layer"], 0, logits.shape[1] // m)

@@ -40,8 +40,8 @@ class Entry:
 
     Attributes:
         step: index of the step, from 0.
-        tokens: of its batch.
-        initial_loss: loss of the batch under the initial masks.
+        tokens: of its batches.
+        initial_loss: loss of its batches under the initial masks, weighted as those of the draws.
         draws: the draws of the step.
         skipped: whether no logits moved, since a loss was not finite.
     """

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batches import content, count_tokens, digest, tensors_of, weighted_mean, weights_of
 from .estimators import Reinforce, StraightThrough
 from .functional import FLOAT32_MAX, score_update_, top_n_mask
 from .journal import Draw, Entry, Journal, write_whole
 from .journal import read as read_journal
 from .modules import MaskedLinear, advance, clocks, evaluating, masked_layers
 from .pattern import NMPattern
+from .ranks import Ranks
 from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
 
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
+# Who makes which forwards of a step
+MASKS = ("same", "own")
+# What runs had before there was a setting
+EARLIER = {"accumulate": 1}
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,12 @@ class StepRecord:
 
     Attributes:
         step: index of the step, from 0.
-        loss: loss of the batch under the drawn masks, the mean where a step has several draws.
-        residual: with ``Reinforce`` that loss less the batch's loss under the initial masks.
+        loss: loss under the drawn masks: of several batches the mean by ``weights_of``, of several draws their mean.
+        residual: with ``Reinforce`` that loss less the loss of the same batches under the initial masks.
         advantage: with ``Reinforce`` the residual less the tracker.
         tracker: with ``Reinforce`` the tracker after the step. All three are None where a step has several draws.
         flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
-        tokens: elements of the batch's input ids.
+        tokens: elements of the batches' input ids.
         seconds: wall-clock time of the step.
     """
 
@@ -60,9 +68,17 @@ class MaskTrainer:
 
     ``batches`` is a finite sequence, visited in order and again from the start. For ``Reinforce`` the losses of the
     initial masks m_0, the top-N masks of the logits at the first step, are computed once a batch, before the logits
-    move. Modules other than MaskedLinear run in eval mode; but with ``StraightThrough`` those whose attribute
-    ``gradient_checkpointing`` is true, as blocks of transformers have it, are in training mode themselves (not what is
-    in them), since only then they compute their activations anew in backward.
+    move; a batch is known again by what is in it. Modules other than MaskedLinear run in eval mode; but with
+    ``StraightThrough`` those whose attribute ``gradient_checkpointing`` is true, as blocks of transformers have it, are
+    in training mode themselves (not what is in them), since only then they compute their activations anew in backward.
+
+    Where torch.distributed is initialized, all its processes, the ranks, make a trainer of the same model, batches and
+    settings and call the same methods. They share the forwards of a step, as ``masks`` says, tell each other the
+    losses, and each does the same update of all logits: with ``Reinforce`` nothing but numbers moves between them, and
+    the logits get the bits of one process with the same draws and batches a step, if it computes the same losses. With
+    ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
+    process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
+    number of ranks.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
@@ -79,10 +95,19 @@ class MaskTrainer:
         snapshots: how many are kept, besides the first.
         most_skipped: with ``Reinforce`` how many steps in a row may have a loss that is not finite: they move nothing
             and count as done. One more ends the run.
+        accumulate: batches a step. The loss of a draw is the mean of theirs, weighted by their tokens: of a mapping the
+            "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids.
+        masks: without effect on one process. "same": every rank makes all draws of a step, for its own share of the
+            batches; ``accumulate`` has to be a multiple of the ranks. "own": every rank makes its own share of the
+            draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks.
+        timeout: seconds that a rank waits for the others in a step.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
             as it was.
+
+    ``begin``, ``step``, ``run`` and ``resume`` raise ``ranks.MissingRanks``, a RuntimeError, which names the ranks that
+    have ended or did not come in time, and ValueError on all ranks where one has another model, batches or settings.
     """
 
     def __init__(
@@ -97,6 +122,9 @@ class MaskTrainer:
         snapshot_minutes: float = 10.0,
         snapshots: int = 2,
         most_skipped: int = 0,
+        accumulate: int = 1,
+        masks: str = "same",
+        timeout: float = 600.0,
     ):
         self.layers = masked_layers(model)
         if not callable(loss_fn):
@@ -119,6 +147,18 @@ class MaskTrainer:
             raise ValueError(f"snapshots: expected an int of at least 1, got {snapshots!r}")
         if isinstance(most_skipped, bool) or not isinstance(most_skipped, int) or most_skipped < 0:
             raise ValueError(f"most_skipped: expected an int of at least 0, got {most_skipped!r}")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate: expected an int of at least 1, got {accumulate!r}")
+        if masks not in MASKS:
+            raise ValueError(f'masks: expected "same" or "own", got {masks!r}')
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout: expected a number of seconds above 0, got {timeout!r}")
+        ranks, draws = Ranks(timeout), estimator.draws if isinstance(estimator, Reinforce) else 1
+        shared, parts = ("accumulate", accumulate) if masks == "same" else ("draws", draws)
+        if parts % ranks.world:
+            raise ValueError(
+                f'{shared}: expected a multiple of the {ranks.world} ranks with masks="{masks}", got {parts}'
+            )
         by_id = {}
         for name, layer in self.layers.items():
             other = by_id.setdefault(layer.layer, name)
@@ -144,6 +184,14 @@ class MaskTrainer:
         estimator.taken = True
         self.steps_done = 0
         self.most_skipped = most_skipped
+        self.accumulate, self.masks = accumulate, masks
+        self.ranks = ranks
+        pairs = [(draw, place) for draw in range(draws) for place in range(accumulate)]
+        owners = [(place if masks == "same" else draw) % ranks.world for draw, place in pairs]
+        # By rank: the forwards of a step that it makes, as (draw, which of the step's batches)
+        self._shares = [
+            [pair for pair, owner in zip(pairs, owners, strict=True) if owner == rank] for rank in range(ranks.world)
+        ]
         self._begun = self._broken = False
         self._skipped = 0
         self._journal: Journal | None = None
@@ -161,7 +209,8 @@ class MaskTrainer:
         Args:
             steps: how many.
             progress: whether to show the bar.
-            after_step: called with the record of every step; true ends the run.
+            after_step: called with the record of every step; true ends the run. The ranks wait for each other's,
+                however long it takes, and all end where one is true.
 
         Raises:
             ValueError: if ``steps`` is not an int of at least 1, or more than ``StraightThrough`` has left.
@@ -172,7 +221,7 @@ class MaskTrainer:
         self._check_steps(steps)
         self.begin(progress)
         records = []
-        with tqdm(total=steps, desc="learning", unit="step", disable=not progress) as bar:
+        with tqdm(total=steps, desc="learning", unit="step", disable=not progress or self.ranks.rank > 0) as bar:
             for _ in range(steps):
                 record = self.step()
                 records.append(record)
@@ -182,7 +231,7 @@ class MaskTrainer:
                 rate = record.tokens / record.seconds
                 bar.set_postfix(**shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=f"{rate:.0f}")
                 bar.update()
-                if after_step is not None and after_step(record):
+                if self.ranks.on_any(after_step is not None and bool(after_step(record))):
                     break
         self._snapshot()
         return records
@@ -206,31 +255,49 @@ class MaskTrainer:
             raise ValueError("resume: expected a trainer that has taken no step, got one that has")
         if self.output_dir is None:
             raise ValueError("output_dir: expected the folder of a run, got none")
-        folder, reinforce = self.output_dir, isinstance(self.estimator, Reinforce)
-        if reinforce and not (folder / JOURNAL).exists():
+        self.ranks.connect()
+        settings = self._settings()
+        self.ranks.agree(settings | {"masks": self.masks})
+        restored = self.ranks.first(lambda: self._restore(settings))
+        self._begun, self._broken = True, True
+        for layer in self.layers.values():
+            self.ranks.spread_(layer.logits.detach())
+        if isinstance(self.estimator, Reinforce):
+            self.estimator.delta, self.estimator.mean_square = restored.estimator
+        else:
+            self.estimator.set_mean_squares(self.layers, restored.estimator)
+        self._initial_losses, self.steps_done = restored.initial_losses, restored.steps
+        self._broken = False
+        for line in restored.warnings if self.ranks.rank == 0 else ():
+            warnings.warn(line, stacklevel=2)
+        return restored.steps
+
+    def _restore(self, settings: Mapping) -> _Restored:
+        """Set the logits to those of the run in ``output_dir``; gives the rest of it."""
+        folder = self.output_dir
+        if isinstance(self.estimator, Reinforce) and not (folder / JOURNAL).exists():
             raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(folder)!r}")
         if not snapshots_in(folder):
             raise ValueError(f"output_dir: expected a folder with snapshots, got {str(folder)!r}")
         self._acquire()
         try:
-            return self._resume(folder, reinforce)
+            return self._read_run(settings)
         except BaseException:
             if not self._begun:
-                self.close()
+                self._release()
             raise
 
-    def _resume(self, folder: Path, reinforce: bool) -> int:
-        own, entries, run, at_most = self._settings(), [], None, None
+    def _read_run(self, settings: Mapping) -> _Restored:
+        folder, reinforce = self.output_dir, isinstance(self.estimator, Reinforce)
+        header, entries, run, at_most, told = {}, [], None, None, []
         if reinforce:
             header, entries, torn = read_journal(folder / JOURNAL)
             run, at_most = header["run"], len(entries)
-            self._check_settings(own, run)
+            self._check_settings(settings, run)
             if torn:
-                warnings.warn(
-                    f"the last record of {folder / JOURNAL} was cut short: its step is taken again", stacklevel=3
-                )
+                told.append(f"the last record of {folder / JOURNAL} was cut short: its step is taken again")
         step, tensors, state, passed = newest_snapshot(folder, at_most, run)
-        self._check_settings(own, state["run"])
+        self._check_settings(settings, state["run"])
         done = len(entries) if reinforce else step
         beyond = [path for path in snapshots_in(folder) if step_of(path) > done]
         estimator = copy.copy(self.estimator)
@@ -238,9 +305,8 @@ class MaskTrainer:
 
         if reinforce:
             self._journal, _, _ = Journal.resume(folder / JOURNAL)
-            self._initial_losses = header["initial_losses"]
         for path in {*passed, *beyond}:
-            warnings.warn(f"{path} is damaged or of steps that are taken again: it is set aside", stacklevel=3)
+            told.append(f"{path} is damaged or of steps that are taken again: it is set aside")
             path.rename(path.with_suffix(".aside"))
         write_whole(folder / METRICS, metrics)
         # nothing that a disk can refuse from here on
@@ -250,13 +316,9 @@ class MaskTrainer:
                 layer.logits.copy_(tensors[name])
         for entry in entries[step:]:
             replay(self.layers, self.seed, entry)
-        if reinforce:
-            self.estimator.delta, self.estimator.mean_square = estimator.delta, estimator.mean_square
-        else:
-            self.estimator.set_mean_squares(self.layers, state["mean_squares"])
-        self._run, self.steps_done, self._snapshot_time = state["run"], done, time.monotonic()
-        self._broken = False
-        return done
+        self._run, self._snapshot_time = state["run"], time.monotonic()
+        moved = (estimator.delta, estimator.mean_square) if reinforce else state["mean_squares"]
+        return _Restored(done, header.get("initial_losses"), moved, told)
 
     def _metrics(self, folder: Path, entries: Sequence[Entry], done: int, estimator: Reinforce) -> bytes:
         """The lines of the steps that are done: those that are there, and of the others what the journal tells.
@@ -297,7 +359,11 @@ class MaskTrainer:
             ) from None
 
     def close(self) -> None:
-        """Let another trainer have ``output_dir``; this one takes no further step."""
+        """Let another trainer have ``output_dir``, and part from the other ranks; this one takes no further step."""
+        self._release()
+        self.ranks.close()
+
+    def _release(self) -> None:
         if self._journal is not None:
             self._journal.close()
         if self._lock is not None:
@@ -318,9 +384,11 @@ class MaskTrainer:
             "device": sorted({layer.weight.device.type for layer in self.layers.values()}),
             "weights": digest(layer.weight for layer in self.layers.values()),
             "batches": [digest(tensors_of(batch)) for batch in self.batches],
+            "accumulate": self.accumulate,
         }
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
+        run = EARLIER | run
         for name, own in settings.items():
             if run.get(name) != own:
                 short = isinstance(own, (int, str))
@@ -341,26 +409,35 @@ class MaskTrainer:
         """
         if self._begun:
             return
-        folder = self.output_dir
-        if folder is not None:
-            if (folder / METRICS).exists() or (folder / JOURNAL).exists():
-                raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(folder)!r}")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-            # of a run that had not begun
-            for left in [*snapshots_in(folder), *folder.glob("*.tmp")]:
-                left.unlink()
+        self.ranks.connect()
+        if self.output_dir is not None or self.ranks.world > 1:
             self._run = {**self._settings(), "logits": digest(layer.logits for layer in self.layers.values())}
-            self._snapshot()
+            self.ranks.agree(self._run | {"masks": self.masks})
+        if self.output_dir is not None:
+            self.ranks.first(self._open_folder)
         if isinstance(self.estimator, Reinforce):
             losses = self._losses_of_initial_masks(progress) if self.estimator.draws == 1 else []
-            if folder is not None:
-                header = {"run": self._run, "initial_losses": losses}
-                self._journal = Journal.create(folder / JOURNAL, header, self.estimator.draws)
+            if self.output_dir is not None:
+                self.ranks.first(lambda: self._open_journal(losses))
         self._begun = True
 
+    def _open_folder(self) -> None:
+        folder = self.output_dir
+        if (folder / METRICS).exists() or (folder / JOURNAL).exists():
+            raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(folder)!r}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        # of a run that had not begun
+        for left in [*snapshots_in(folder), *folder.glob("*.tmp")]:
+            left.unlink()
+        self._snapshot()
+
+    def _open_journal(self, initial_losses: list[float]) -> None:
+        header = {"run": self._run, "initial_losses": initial_losses}
+        self._journal = Journal.create(self.output_dir / JOURNAL, header, self.estimator.draws)
+
     def _snapshot(self) -> None:
-        if self.output_dir is None:
+        if self.output_dir is None or self.ranks.rank > 0:
             return
         state = {"run": self._run}
         if isinstance(self.estimator, StraightThrough):
@@ -370,7 +447,7 @@ class MaskTrainer:
         self._snapshot_time = time.monotonic()
 
     def step(self) -> StepRecord:
-        """One forward under newly drawn masks, one update of all logits.
+        """A forward for each draw and batch under newly drawn masks, one update of all logits.
 
         Raises:
             ValueError: if ``StraightThrough`` gets a loss without gradient, or has taken all its steps.
@@ -389,12 +466,13 @@ class MaskTrainer:
         for clock in clocks(self.model):
             clock.step.fill_(self.steps_done)
         start = time.perf_counter()
-        batch = self.batches[self.steps_done % len(self.batches)]
+        first = self.steps_done * self.accumulate
+        batches = [self.batches[(first + place) % len(self.batches)] for place in range(self.accumulate)]
         if isinstance(self.estimator, Reinforce):
-            loss, residual, advantage, flip_rate = self._reinforce(batch)
+            loss, residual, advantage, flip_rate = self._reinforce(batches)
             tracker = self.estimator.delta if self.estimator.draws == 1 else None
         else:
-            loss, flip_rate = self._straight_through(batch)
+            loss, flip_rate = self._straight_through(batches)
             residual = advantage = tracker = None
         advance(self.model)
         self._broken = False
@@ -405,11 +483,11 @@ class MaskTrainer:
             advantage=advantage,
             tracker=tracker,
             flip_rate=flip_rate,
-            tokens=count_tokens(batch),
+            tokens=sum(map(count_tokens, batches)),
             seconds=time.perf_counter() - start,
         )
         self.steps_done += 1
-        if self.output_dir is not None:
+        if self.output_dir is not None and self.ranks.rank == 0:
             with open(self.output_dir / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
             if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
@@ -422,21 +500,20 @@ class MaskTrainer:
         return record
 
     @torch.inference_mode()
-    def _reinforce(self, batch) -> tuple[float, float | None, float | None, float]:
-        """(loss, residual, advantage, flip rate) of a forward; the logits move by the scores of its masks.
+    def _reinforce(self, batches: Sequence) -> tuple[float, float | None, float | None, float]:
+        """(loss, residual, advantage, flip rate) of the forwards; the logits move by the scores of their masks.
 
         Of several draws the mean loss, and neither residual nor advantage.
         """
-        estimator, one = self.estimator, self.estimator.draws == 1
-        initial_loss = (
-            self._losses_of_initial_masks(progress=False)[self.steps_done % len(self.batches)] if one else 0.0
-        )
-        losses = []
+        estimator, one, weights = self.estimator, self.estimator.draws == 1, weights_of(batches)
+        initial_loss = weighted_mean(self._initial_losses_of(batches), weights) if one else 0.0
+        own = []
         with self._modes(drawing=True):
-            for draw in range(estimator.draws):
+            for draw, place in self._shares[self.ranks.rank]:
                 with self._drawing(draw):
-                    losses.append(float(self.loss_fn(self.model, batch)))
+                    own.append(float(self.loss_fn(self.model, batches[place])))
         flip_rate = self._flip_rate()
+        losses, _ = self._exchanged(own, weights, flip_rate)
         skipped = not all(map(math.isfinite, losses))
         before = estimator.delta, estimator.mean_square
         advantages = [0.0] * len(losses) if skipped else estimator.advantages(losses, initial_loss)
@@ -447,7 +524,7 @@ class MaskTrainer:
                     f"lr * advantage of step {self.steps_done}: expected a float32, got {max(coefs, key=abs)}"
                 )
             draws = tuple(Draw(*draw) for draw in zip(range(estimator.draws), losses, coefs, strict=True))
-            entry = Entry(self.steps_done, count_tokens(batch), initial_loss, draws, skipped)
+            entry = Entry(self.steps_done, sum(map(count_tokens, batches)), initial_loss, draws, skipped)
             if self._journal is not None:
                 # ahead of the update: a run that is killed in between takes the step again from here
                 self._journal.append(entry)
@@ -463,6 +540,30 @@ class MaskTrainer:
             return loss, None, None, flip_rate
         return loss, loss - initial_loss, advantages[0], flip_rate
 
+    def _exchanged(
+        self, own: Sequence[float], weights: Sequence[Fraction], flip_rate: float, way: float = 0.0
+    ) -> tuple[list[float], bool]:
+        """(loss of every draw, whether ``way`` is the same on all ranks), of the losses of this rank's forwards.
+
+        Raises:
+            RuntimeError: if the ranks are not at the same step, or have not drawn the same.
+        """
+        rows = self.ranks.gather([self.steps_done, flip_rate, way, *own])
+        for name, at in (("step", 0), ("flip rate", 1)):
+            others = {rank: row[at] for rank, row in enumerate(rows) if row[at] != rows[0][at]}
+            if others:
+                raise RuntimeError(
+                    f"ranks: expected the {name} of rank 0 on all of them, {rows[0][at]:g}, got by rank {others}"
+                )
+        losses = {}
+        for share, (_, _, _, *row) in zip(self._shares, rows, strict=True):
+            losses |= zip(share, row, strict=True)
+        draws = len(losses) // len(weights)
+        by_draw = [
+            weighted_mean([losses[draw, place] for place in range(len(weights))], weights) for draw in range(draws)
+        ]
+        return by_draw, all(row[2] == way for row in rows)
+
     @contextmanager
     def _drawing(self, draw: int):
         """The layers make this one of a step's draws."""
@@ -475,26 +576,36 @@ class MaskTrainer:
                 clock.draw = 0
 
     @torch.enable_grad()
-    def _straight_through(self, batch) -> tuple[float, float]:
-        """(loss, flip rate) of a forward; the logits move in its backward."""
-        flip_rate = self._flip_rate()
+    def _straight_through(self, batches: Sequence) -> tuple[float, float]:
+        """(loss, flip rate) of the forwards; the logits move in the last backward."""
+        flip_rate, weights = self._flip_rate(), weights_of(batches)
+        share, own = self._shares[self.ranks.rank], []
         with (
             self._modes(drawing=True, checkpointing=True),
-            self.estimator.attached(self.layers, self.steps_done) as backward,
+            self.estimator.attached(self.layers, self.steps_done, self.ranks, len(share)) as passes,
         ):
-            loss = self.loss_fn(self.model, batch)
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                raise ValueError(f"loss_fn: expected a loss with a gradient, got {loss!r}")
-            value = loss.item()
+            for _, place in share[:-1]:
+                passes.backward(self._differentiable(batches[place], own), float(weights[place]))
+            place = share[-1][1]
+            loss = self._differentiable(batches[place], own)
+            (value,), alike = self._exchanged(own, weights, flip_rate, passes.uses())
             self._check_loss(value)
             try:
-                backward(loss)
+                passes.backward(loss, float(weights[place]), alike)
             except BaseException:
                 # some logits may have moved: their next draw is another one
                 advance(self.model)
                 self.steps_done += 1
                 raise
         return value, flip_rate
+
+    def _differentiable(self, batch, values: list[float]) -> Tensor:
+        """The loss of a batch, whose value is appended."""
+        loss = self.loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError(f"loss_fn: expected a loss with a gradient, got {loss!r}")
+        values.append(loss.item())
+        return loss
 
     def _check_steps(self, steps: int) -> None:
         most = self.estimator.steps if isinstance(self.estimator, StraightThrough) else None
@@ -506,13 +617,24 @@ class MaskTrainer:
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss of step {self.steps_done}: expected a finite number, got {loss}")
 
+    @cached_property
+    def _contents(self) -> list[str]:
+        """What tells a batch from others, by its index."""
+        return [content(batch, index) for index, batch in enumerate(self.batches)]
+
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once, in the composition the steps will use."""
         if self._initial_losses is None:
-            losses = []
+            distinct = {}
+            for index, name in enumerate(self._contents):
+                distinct.setdefault(name, index)
+            own = dict(list(distinct.items())[self.ranks.rank :: self.ranks.world])
+            hidden = not progress or self.ranks.rank > 0
             with torch.inference_mode(), self._modes(drawing=False):
-                for batch in tqdm(self.batches, desc="initial losses", unit="batch", disable=not progress):
-                    losses.append(float(self.loss_fn(self.model, batch)))
+                for name, index in tqdm(own.items(), desc="initial losses", unit="batch", disable=hidden):
+                    own[name] = float(self.loss_fn(self.model, self.batches[index]))
+            found = {name: loss for losses in self.ranks.gather_objects(own) for name, loss in losses.items()}
+            losses = [found[name] for name in self._contents]
             bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
             if bad:
                 raise FloatingPointError(
@@ -520,6 +642,18 @@ class MaskTrainer:
                 )
             self._initial_losses = losses
         return self._initial_losses
+
+    def _initial_losses_of(self, batches: Sequence) -> list[float]:
+        """Losses under m_0 of the batches of this step."""
+        known = dict(zip(self._contents, self._losses_of_initial_masks(progress=False), strict=True))
+        found = []
+        for place, batch in enumerate(batches):
+            index = (self.steps_done * self.accumulate + place) % len(self.batches)
+            loss = known.get(content(batch, index))
+            if loss is None:
+                raise ValueError(f"batches: expected those of the first step, got another one at index {index}")
+            found.append(loss)
+        return found
 
     def _flip_rate(self) -> float:
         """Share of groups whose draw left the top-N mask, in the layer whose turn it is."""
@@ -536,6 +670,15 @@ class MaskTrainer:
                 if checkpointing and getattr(module, "gradient_checkpointing", False):
                     module.training = True
             yield
+
+
+class _Restored(NamedTuple):
+    """What a run goes on with, beside its logits: the state of its estimator is what that moves by."""
+
+    steps: int
+    initial_losses: list[float] | None
+    estimator: tuple[float, float | None] | dict[str, float]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -557,33 +700,3 @@ def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry:
         ids, _, coefs = zip(*entry.draws, strict=True)
         counter = {"seed": seed, "step": entry.step, "layer": layer.layer}
         score_update_(layer.logits, coefs, pattern=layer.pattern, draw=ids, **counter)
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Of the shapes, dtypes and bytes of tensors."""
-    whole = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        whole.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return whole.hexdigest()
-
-
-def tensors_of(batch) -> Iterator[Tensor]:
-    """The tensors of a batch of any form."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for name in sorted(batch, key=str):
-            yield from tensors_of(batch[name])
-    elif isinstance(batch, (tuple, list)):
-        for part in batch:
-            yield from tensors_of(part)
-
-
-def count_tokens(batch) -> int:
-    """Elements of a batch's input ids: those of the tensor, of "input_ids", or of the first element."""
-    if isinstance(batch, Mapping):
-        batch = batch["input_ids"] if "input_ids" in batch else next(iter(batch.values()), None)
-    elif isinstance(batch, (tuple, list)):
-        batch = batch[0] if batch else None
-    return batch.numel() if isinstance(batch, Tensor) else 0

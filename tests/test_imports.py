@@ -33,9 +33,11 @@ ORDER = [
     "packed",
     "uncompiled",
     "modules",
+    "ranks",
     "estimators",
     "journal",
     "snapshots",
+    "batches",
     "trainer",
     "masks",
     "reconstruction",
@@ -124,6 +126,22 @@ def test_library_is_imported_in_one_place(library, allowed):
     users = [module for module in SOURCES if library in imported(module, lazy=True)]
     assert users
     assert all(module.startswith(allowed) for module in users), users
+
+
+def test_collectives_are_called_in_one_place():
+    assert [module for module, path in SOURCES.items() if "torch.distributed" in names_in(path)] == ["ranks"]
+
+
+def names_in(path: Path) -> set[str]:
+    """What a file imports, and the attributes that it reads, as dotted names."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def test_import_of_the_package_is_light():

@@ -1,0 +1,590 @@
+"""Several processes that learn one mask: the bits of one process, and what happens where one of them ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_trainer import a_model, assert_equal_logits, logits_of
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels import journal, ops, ranks
+from maskpro_kernels.trainer import MASKS
+
+TESTS = Path(__file__).parent
+# Seconds: more than any of these runs takes on a busy machine
+LONGEST = 120
+
+
+class Ended(Exception):
+    """A process has ended without an answer."""
+
+
+def some_batches(count: int = 5) -> list[torch.Tensor]:
+    """The last one is smaller."""
+    batches = list(torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(1)))
+    return [*batches[:-1], batches[-1][:2]]
+
+
+def a_trainer(how: str = "reinforce", loss_fn=None, batches=None, model=None, seed=11, **arguments) -> mk.MaskTrainer:
+    estimators = {
+        "reinforce": lambda: mk.Reinforce(lr=2.0, alpha=0.75),
+        "normalized": lambda: mk.Reinforce(lr=2.0, alpha=0.75, normalize=True),
+        "two draws": lambda: mk.Reinforce(lr=2.0, draws=2),
+        "four draws": lambda: mk.Reinforce(lr=2.0, draws=4),
+        "straight-through": lambda: mk.StraightThrough(lr=0.3),
+    }
+
+    def square(model, batch):
+        return model(batch).square().mean()
+
+    model = a_model() if model is None else model
+    return mk.MaskTrainer(
+        model, loss_fn or square, batches or some_batches(), estimators[how](), seed=seed, **arguments
+    )
+
+
+def learn(rank: int, how: str, steps: int, folder=None, resume=False, **arguments):
+    """(logits, records without their seconds) of a run."""
+    trainer = a_trainer(how, output_dir=folder, **arguments)
+    if resume:
+        trainer.resume()
+    records = trainer.run(steps - trainer.steps_done, progress=False)
+    trainer.close()
+    return logits_of(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
+
+
+def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> None:
+    """In a process of its own: the result of a job, or its error."""
+    torch.set_num_threads(1)
+    ops.interpreting = ops.compiler_available = lambda: False
+    if world > 1:
+        # as with torchrun the store is in none of the ranks
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LONGEST))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        pipe.send(job(rank, **arguments))
+    except Exception as error:
+        pipe.send(error)
+    pipe.recv()
+
+
+def in_ranks(world: int, job, **arguments) -> list:
+    """What a job gives on each rank: its result, its error, or ``Ended``."""
+    context = multiprocessing.get_context("forkserver")
+    # one process imports torch and what it loads late, and forks into the others
+    context.set_forkserver_preload(["test_ranks", "torch._dynamo"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), str(TESTS.parent), before]))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes, processes = [], []
+    try:
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            arguments_of_one = (theirs, job, rank, world, store.port, arguments)
+            processes.append(context.Process(target=one_rank, args=arguments_of_one, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(ours)
+        results = []
+        for pipe in pipes:
+            assert pipe.poll(LONGEST), "a rank does not end"
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(Ended())
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def all_in_ranks(world: int, job, **arguments) -> list:
+    results = in_ranks(world, job, **arguments)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize(
+    ("how", "masks", "accumulate"),
+    [
+        ("reinforce", "same", 4),
+        ("four draws", "own", 2),
+        ("normalized", "same", 4),
+        ("two draws", "same", 4),
+        ("four draws", "own", 1),
+    ],
+)
+def test_ranks_have_the_bits_of_one_process(how, masks, accumulate, tmp_path, eager_reference):
+    steps = {"how": how, "steps": 3, "masks": masks, "accumulate": accumulate}
+    logits, records = learn(0, folder=tmp_path / "1", **steps)
+    assert records[-1]["loss"] != records[0]["loss"] and not torch.equal(logits[0], logits_of(a_model())[0])
+    for world in (2, 4):
+        for theirs, seen in all_in_ranks(world, learn, folder=tmp_path / str(world), **steps):
+            assert_equal_logits(theirs, logits)
+            assert seen == records
+        for name in ("journal", "metrics.jsonl"):
+            one, other = ((tmp_path / str(number) / name).read_bytes() for number in (1, world))
+            if name == "journal":
+                assert one == other
+            else:
+                assert one.count(b"\n") == other.count(b"\n") == 3
+
+
+def test_own_masks_on_two_ranks_are_two_draws_of_one_process(eager_reference):
+    logits, records = learn(0, "two draws", 3)
+    for theirs, seen in all_in_ranks(2, learn, how="two draws", steps=3, masks="own"):
+        assert_equal_logits(theirs, logits)
+        assert seen == records
+
+
+def count_bytes(rank: int, how: str, accumulate: int, masks: str):
+    """(bytes of all tensors that a step gives to collectives, those counted)."""
+    given = []
+
+    def counting(collective, at):
+        def counted(*args, **kwargs):
+            given.append(args[at].nbytes)
+            return collective(*args, **kwargs)
+
+        return counted
+
+    trainer = a_trainer(how, accumulate=accumulate, masks=masks)
+    trainer.begin()
+    for name, at in {"all_gather": 1, "all_reduce": 0, "broadcast": 0, "all_gather_into_tensor": 1}.items():
+        setattr(dist, name, counting(getattr(dist, name), at))
+    before = trainer.ranks.bytes_sent
+    trainer.step()
+    return sum(given), trainer.ranks.bytes_sent - before, trainer.accumulate
+
+
+@pytest.mark.parametrize(("how", "accumulate", "masks"), [("reinforce", 64, "same"), ("two draws", 16, "own")])
+def test_a_step_moves_numbers_alone(how, accumulate, masks):
+    for given, counted, _ in all_in_ranks(2, count_bytes, how=how, accumulate=accumulate, masks=masks):
+        assert 0 < given == counted < 1024
+
+
+def killed_in(step: int, victim: int, rank: int, trainer_of: list):
+    """A loss whose process is killed in the last forward of a step."""
+
+    def loss_fn(model, batch):
+        trainer = trainer_of[0] if trainer_of else None
+        if rank == victim and trainer is not None and trainer.steps_done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return model(batch).square().mean()
+
+    return loss_fn
+
+
+def learn_until_killed(rank: int, how: str, victim: int, folder, wait: float = 0.0, **arguments):
+    trainers: list = []
+    loss_fn = killed_in(2, victim, rank, trainers)
+
+    def slow(model, batch):
+        if trainers and rank == 1 and trainers[0].steps_done == 2:
+            time.sleep(wait)
+        return loss_fn(model, batch)
+
+    ranks.ANSWER = 0.5
+    trainers.append(a_trainer(how, loss_fn=slow, output_dir=folder, **arguments))
+    began = time.monotonic()
+    try:
+        trainers[0].run(4, progress=False)
+    except RuntimeError as error:
+        # as by the end of the process
+        trainers[0].close()
+        return type(error), str(error), error.missing, time.monotonic() - began
+    return None
+
+
+@pytest.mark.parametrize(
+    ("how", "masks", "victim", "resumed"),
+    [
+        ("reinforce", "same", 2, 2),
+        ("reinforce", "same", 0, 1),
+        ("four draws", "own", 3, 4),
+    ],
+)
+def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, masks, victim, resumed, tmp_path, eager_reference):
+    steps = {"masks": masks, "accumulate": 4 if masks == "same" else 1}
+    logits, _ = learn(0, how, 4, **steps)
+    results = in_ranks(4, learn_until_killed, how=how, victim=victim, folder=tmp_path, **steps)
+    assert isinstance(results.pop(victim), Ended)
+    for error, message, missing, seconds in results:
+        assert error is ranks.MissingRanks and issubclass(error, RuntimeError)
+        assert missing == [victim] and f"rank {victim} of 4 ended" in message
+        assert seconds < LONGEST / 4
+    assert len(journal.read(tmp_path / "journal")[1]) == 2
+    results = all_in_ranks(resumed, learn, how=how, steps=4, folder=tmp_path, resume=True, **steps)
+    assert len(results) == resumed
+    for theirs, records in results:
+        assert [record["step"] for record in records] == [2, 3]
+        assert_equal_logits(theirs, logits)
+
+
+def learn_until_some_moment(rank: int, folder: Path, victim: int, seconds: float):
+    ranks.ANSWER = 0.5
+    trainer = a_trainer(output_dir=folder, accumulate=4)
+    if (folder / "journal").exists():
+        trainer.resume()
+    else:
+        trainer.begin()
+    if rank == victim:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    trainer.run(60 - trainer.steps_done, progress=False)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_run_whose_ranks_are_killed_again_and_again_has_the_bits_of_a_whole_one(kills, tmp_path, eager_reference):
+    generator, killed = torch.Generator().manual_seed(kills), 0
+    for _ in range(kills):
+        world = [2, 4][int(torch.randint(2, (), generator=generator))]
+        victim = int(torch.randint(world, (), generator=generator))
+        moment = {"seconds": float(torch.rand((), generator=generator)) * 3 / kills, "victim": victim}
+        results = in_ranks(world, learn_until_some_moment, folder=tmp_path, **moment)
+        if isinstance(results.pop(victim), Ended):
+            killed += 1
+            assert all(result.missing == [victim] for result in results), results
+    assert killed > kills / 2
+    results = all_in_ranks(2, learn, how="reinforce", steps=60, folder=tmp_path, resume=True, accumulate=4)
+    whole, _ = learn(0, "reinforce", 60, accumulate=4)
+    for logits, _ in results:
+        assert_equal_logits(logits, whole)
+
+
+def test_a_rank_that_is_slow_is_not_taken_for_one_that_has_ended(tmp_path):
+    results = in_ranks(3, learn_until_killed, how="reinforce", victim=2, folder=tmp_path, wait=1.5, accumulate=3)
+    assert [result[2] for result in results[:2]] == [[2], [2]]
+
+
+PRELUDE = """
+import os, signal
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from maskpro_kernels import ops, ranks
+from test_ranks import a_trainer, logits_of
+from maskpro_kernels.trainer import digest
+"""
+
+HANGING = """
+ranks.ANSWER = 0.5
+dist.init_process_group("gloo")
+def loss_fn(model, batch):
+    if dist.get_rank() == 1 and trainer.steps_done == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return model(batch).square().mean()
+trainer = a_trainer(loss_fn=loss_fn, accumulate=2, timeout=0.5)
+trainer.step()
+try:
+    trainer.step()
+except ranks.MissingRanks:
+    trainer.step()
+"""
+
+TORCHRUN = """
+with ranks.under_torchrun():
+    trainer = a_trainer(accumulate=2)
+    trainer.run(3, progress=False)
+    trainer.close()
+    print("rank", trainer.ranks.rank, "of", trainer.ranks.world, digest(logits_of(trainer.model)), flush=True)
+"""
+
+
+def environment() -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(TESTS), str(TESTS.parent), inherited.get("PYTHONPATH")]
+    return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCH_COMPILE_DISABLE": "1"}
+
+
+def test_a_rank_that_hangs_is_named_in_time_and_the_others_end():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # as torchrun says that the store is there already
+    around = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + HANGING],
+            env=environment() | around | {"WORLD_SIZE": "2", "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, told = processes[0].communicate(timeout=LONGEST)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 1
+    named = "MissingRanks: ranks: rank 1 of 2 did not come within 0.5 s; this is rank 0"
+    assert told.rstrip().splitlines()[-1].endswith(named)
+
+
+def test_torchrun_starts_ranks():
+    code = [sys.executable, "-c", PRELUDE + TORCHRUN]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    told = [
+        subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONGEST, check=True).stdout
+        for command in (code, [sys.executable, *run, *code])
+    ]
+    (alone,), together = told[0].splitlines(), sorted(told[1].splitlines())
+    assert alone.startswith("rank 0 of 1 ")
+    bits = alone.split()[-1]
+    assert together == [f"rank {rank} of 2 {bits}" for rank in range(2)]
+
+
+def spoil(rank: int, folder, how: str, **arguments):
+    """Steps whose loss is not finite on rank 1 in step 2."""
+    trainers = []
+
+    def loss_fn(model, batch):
+        bad = rank == 1 and trainers and trainers[0].steps_done == 2
+        return model(batch).square().mean() * (math.inf if bad else 1.0)
+
+    trainers.append(a_trainer(how, loss_fn=loss_fn, output_dir=folder, most_skipped=1, **arguments))
+    records = trainers[0].run(4, progress=False)
+    return [record.loss for record in records], logits_of(trainers[0].model)
+
+
+@pytest.mark.parametrize(
+    ("how", "arguments"), [("reinforce", {"accumulate": 2}), ("two draws", {"masks": "own"})], ids=MASKS
+)
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(how, arguments, tmp_path):
+    (losses, logits), (others, theirs) = all_in_ranks(2, spoil, folder=tmp_path, how=how, **arguments)
+    assert [math.isfinite(loss) for loss in losses] == [math.isfinite(loss) for loss in others]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True]
+    assert [entry.skipped for entry in journal.read(tmp_path / "journal")[1]] == [False, False, True, False]
+    assert_equal_logits(logits, theirs)
+
+
+def differ(rank: int, folder) -> dict[str, str]:
+    """Messages of the trainers of ranks that differ in one thing each."""
+    heavier, other = a_model(), a_model()
+    heavier[0].weight.data[0, 0] += rank
+    with torch.no_grad():
+        other[0].logits[0, 0] += rank
+    trainers = {
+        "seed": a_trainer(seed=rank, accumulate=2),
+        "batches": a_trainer(batches=some_batches(5 + rank), accumulate=2),
+        "weights": a_trainer(model=heavier, accumulate=2),
+        "logits": a_trainer(model=other, accumulate=2),
+        "accumulate": a_trainer(accumulate=2 + 2 * rank),
+        "settings": a_trainer("two draws" if rank else "reinforce", accumulate=2),
+        "masks": a_trainer("two draws", accumulate=2, masks=MASKS[rank]),
+        # with a folder: nothing is written there
+        "layers, weights": a_trainer(model=mk_model(8 + 4 * rank), accumulate=2, output_dir=folder),
+    }
+    told = {}
+    for name, trainer in trainers.items():
+        with pytest.raises(ValueError) as caught:
+            trainer.begin()
+        told[name] = str(caught.value)
+    return told
+
+
+def mk_model(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, width), nn.Linear(width, 4))
+    mk.convert(model, "2:4", gap=2.0)
+    return model
+
+
+def test_ranks_that_differ_are_named_on_all(tmp_path):
+    one, other = all_in_ranks(2, differ, folder=tmp_path / "run")
+    assert one == other and len(one) == 8
+    for name, message in one.items():
+        assert message.startswith("ranks: expected what rank 0 has on all of them, got other ")
+        assert message.endswith(" on rank 1")
+        found = message.removesuffix(" on rank 1").split("got other ")[1].split(", ")
+        assert set(name.split(", ")) <= set(found) <= {*name.split(", "), "logits"}
+    assert not (tmp_path / "run").exists()
+
+
+def refuse(rank: int) -> list[str]:
+    told = []
+    for how, arguments in (
+        ("reinforce", {}),
+        ("reinforce", {"accumulate": 3}),
+        ("reinforce", {"masks": "own", "accumulate": 2}),
+        ("straight-through", {"masks": "own"}),
+    ):
+        with pytest.raises(ValueError) as caught:
+            a_trainer(how, **arguments)
+        told.append(str(caught.value))
+    return told
+
+
+def test_work_that_cannot_be_shared_is_refused():
+    for told in all_in_ranks(2, refuse):
+        assert told == [
+            'accumulate: expected a multiple of the 2 ranks with masks="same", got 1',
+            'accumulate: expected a multiple of the 2 ranks with masks="same", got 3',
+            'draws: expected a multiple of the 2 ranks with masks="own", got 1',
+            'draws: expected a multiple of the 2 ranks with masks="own", got 1',
+        ]
+
+
+def stop_on_one(rank: int):
+    trainer = a_trainer(accumulate=3)
+
+    def after(record):
+        # the others wait for what rank 0 does here, longer than in a step
+        time.sleep(1.2 if rank == 0 and record.step == 1 else 0.0)
+        return rank == 1 and record.step == 2
+
+    trainer.ranks.timeout = 0.1
+    records = trainer.run(9, progress=False, after_step=after)
+    return len(records), logits_of(trainer.model)
+
+
+def test_all_ranks_stop_where_one_does():
+    results = all_in_ranks(3, stop_on_one)
+    assert [steps for steps, _ in results] == [3, 3, 3]
+    assert_equal_logits(results[0][1], results[2][1])
+
+
+def learn_apart(rank: int, folder: Path, resume: bool):
+    """Of each rank its own folder: that of rank 0 alone is used."""
+    folder = folder / str(rank)
+    model = a_model()
+    if rank and resume:
+        # a run's logits come from its folder
+        with torch.no_grad():
+            model[0].logits.add_(1.0)
+    trainer = a_trainer("reinforce", model=model, output_dir=folder, accumulate=2)
+    told = None
+    if resume:
+        trainer.resume()
+    else:
+        with pytest.raises(ValueError) as caught:
+            trainer.resume()
+        told = str(caught.value)
+    trainer.run(2, progress=False)
+    trainer.close()
+    with pytest.raises(RuntimeError):
+        trainer.step()
+    return told, logits_of(model)
+
+
+def test_rank_0_alone_reads_and_writes(tmp_path, eager_reference):
+    for told, _ in all_in_ranks(2, learn_apart, folder=tmp_path, resume=False):
+        assert told == f"output_dir: expected a folder with a journal, got {str(tmp_path / '0')!r}"
+    assert not (tmp_path / "1").exists()
+    (_, logits), (_, others) = all_in_ranks(2, learn_apart, folder=tmp_path, resume=True)
+    assert not (tmp_path / "1").exists()
+    whole, _ = learn(0, "reinforce", 4, accumulate=2)
+    assert_equal_logits(logits, whole)
+    assert_equal_logits(others, whole)
+    # the folder holds a run by now
+    for error in in_ranks(2, learn, how="reinforce", steps=2, folder=tmp_path / "0", accumulate=2):
+        assert str(error).startswith("output_dir: expected a folder without a run, or resume, got ")
+
+
+def drift(rank: int) -> str:
+    trainer = a_trainer(accumulate=2)
+    trainer.begin()
+    with torch.no_grad():
+        for layer in trainer.layers.values():
+            layer.logits.mul_(1.0 if rank else 8.0)
+    with pytest.raises(RuntimeError) as caught:
+        trainer.step()
+    return str(caught.value)
+
+
+def test_logits_that_drift_apart_end_the_run():
+    for message in all_in_ranks(2, drift):
+        assert message.startswith("ranks: expected the flip rate of rank 0 on all of them, 0, got by rank {1: 0.")
+
+
+class TwoWays(nn.Module):
+    """Takes one layer for batches of five rows, the other one for smaller ones."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ways = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8)])
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.ways[len(x) == 5](x))
+
+
+def straight_through(rank: int, accumulate: int, steps: int, two_ways: bool = False):
+    """(logits, losses, most slopes held at a sum over the ranks)."""
+    model = TwoWays() if two_ways else a_model()
+    if two_ways:
+        mk.convert(model, "2:4", gap=2.0)
+    trainer = a_trainer("straight-through", model=model, accumulate=accumulate)
+    held, real = [], trainer.ranks.sum_
+
+    def summed(tensor):
+        descents = trainer.estimator._descents.values()
+        held.append(sum(descent.slopes is not None for descent in descents))
+        real(tensor)
+
+    trainer.ranks.sum_ = summed
+    losses = [record.loss for record in trainer.run(steps, progress=False)]
+    return logits_of(model), losses, max(held, default=0)
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulate", "two_ways"), [(2, 2, False), (4, 4, False), (2, 4, False), (2, 2, True)]
+)
+def test_straight_through_on_ranks_is_that_of_one_process(world, accumulate, two_ways, eager_reference):
+    steps = {"accumulate": accumulate, "steps": 4, "two_ways": two_ways}
+    logits, losses, _ = straight_through(0, **steps)
+    results = all_in_ranks(world, straight_through, **steps)
+    for theirs, seen, held in results:
+        assert_equal_logits(theirs, results[0][0])
+        for one, other in zip(theirs, logits, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert seen == pytest.approx(losses, rel=1e-5)
+        # inside backward, a layer at a time, where each rank has one batch and takes the same way
+        assert (held == 1) == (world == accumulate and not two_ways)
+
+
+def learn_until_killed_in_backward(rank: int, folder):
+    trainer = a_trainer("straight-through", output_dir=folder, accumulate=3)
+    ranks.ANSWER = 0.5
+    trainer.run(2, progress=False)
+    if rank == 1:
+        sums, real = [], trainer.ranks.sum_
+
+        def summed(tensor):
+            if sums:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sums.append(real(tensor))
+
+        trainer.ranks.sum_ = summed
+    with pytest.raises(ranks.MissingRanks) as caught:
+        trainer.step()
+    return caught.value.missing
+
+
+def test_a_rank_that_is_killed_in_backward_is_named(tmp_path, eager_reference):
+    results = in_ranks(3, learn_until_killed_in_backward, folder=tmp_path)
+    assert isinstance(results.pop(1), Ended) and results == [[1], [1]]
+    logits, _ = learn(0, "straight-through", 5, accumulate=3)
+    ((theirs, _),) = all_in_ranks(1, learn, how="straight-through", steps=5, folder=tmp_path, resume=True, accumulate=3)
+    for one, other in zip(theirs, logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
