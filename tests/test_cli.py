@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from maskpro_kernels import cli
+from maskpro_kernels import cli, pictures
+from maskpro_kernels.commands import held_out
 from maskpro_kernels.data import load_text, windows
 from maskpro_kernels.evaluation import perplexity
 from maskpro_kernels.export import load_logits
@@ -121,7 +122,7 @@ def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, c
 
 def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
     values = iter([10.0] * 3 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
-    monkeypatch.setattr(cli, "perplexity", lambda *args, **options: next(values))
+    monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
     assert cli.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     assert "stopped after 4 steps: the held-out perplexity rose" in capsys.readouterr().err
     written = report(tmp_path / "run")
@@ -264,7 +265,7 @@ def test_learn_refuses_non_finite_weights(inputs, tmp_path, capsys, monkeypatch)
 
 
 def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda package: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda package: None)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[demo]'")
 

@@ -45,6 +45,18 @@ ORDER = [
     "export",
     "checkpoints",
     "hf",
+    "pictures",
+    "commands.arguments",
+    "commands.models",
+    "commands.runs",
+    "commands.held_out",
+    "commands.signals",
+    "commands.inputs",
+    "commands.initial",
+    "commands.learn",
+    "commands.replay",
+    "commands.evaluation",
+    "commands.checkpoints",
     "cli",
 ]
 

@@ -1,0 +1,49 @@
+"""`maskpro replay`: the logits of a run again, from its journal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors.torch import save
+from tqdm import tqdm
+
+from ..journal import read as read_journal
+from ..journal import write_whole
+from ..pattern import NMPattern
+from ..snapshots import newest_snapshot
+from ..trainer import JOURNAL, ReplayedLayer, digest
+from ..trainer import replay as replay_step
+from .arguments import device_of, new_file
+from .runs import PROGRESS
+
+
+def replay(args: argparse.Namespace) -> None:
+    """Rebuild the logits, print their digest, and write them where asked for."""
+    progress = Path(args.source) / PROGRESS
+    if not (progress / JOURNAL).exists():
+        raise ValueError(
+            f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
+            "runs by straight-through cannot be replayed"
+        )
+    header, entries, torn = read_journal(progress / JOURNAL)
+    run = header["run"]
+    if torn:
+        print(f"the last record is cut short by a crash: {torn} bytes are left out", file=sys.stderr)
+    steps = getattr(args, "steps", len(entries))
+    if not 0 <= steps <= len(entries):
+        raise ValueError(f"steps: expected at most the {len(entries)} of the journal, got {steps}")
+    output = new_file(args, "output")
+    device = device_of(args.device)
+    _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
+    layers = {
+        name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer)
+        for name, (layer, pattern, _, _) in run["layers"].items()
+    }
+    for entry in tqdm(entries[:steps], desc="replaying", unit="step"):
+        replay_step(layers, run["seed"], entry)
+    logits = {name: layer.logits.cpu() for name, layer in layers.items()}
+    if output is not None:
+        write_whole(output, save(logits))
+    print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
