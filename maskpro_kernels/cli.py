@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +13,7 @@ from .commands.arguments import DTYPE, DTYPES
 from .commands.checkpoints import export, import_, validate
 from .commands.evaluation import compare, evaluate
 from .commands.learn import DEFAULTS, learn
+from .commands.progress import tell, wants_bars
 from .commands.replay import replay
 from .convert import INITIAL_MASKS
 
@@ -25,29 +28,78 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0, or 2 after a wrong argument, an unreadable file or a loss that is not finite, told in one line on stderr.
+        0, or 2 after a wrong argument, an unreadable file, a loss that is not finite or too little memory of the
+        device, told in one line on stderr.
+
+    Raises:
+        SystemExit: with 2 after arguments that cannot be parsed, told in one line too; with 0 after ``--help``.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    try:
-        _check_resume(args, argv)
-        args.run(args)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print("maskpro: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    args.bars = wants_bars(args)
+    with warnings.catch_warnings():
+        warnings.showwarning = _tell_warning
+        try:
+            _check_resume(args, argv)
+            args.run(args)
+        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+            _tell("error", error)
+            return 2
+        except torch.OutOfMemoryError as error:
+            _tell("error", f"{error}; take fewer tokens at a time, by smaller windows or batches")
+            return 2
     return 0
 
 
+def _tell(kind: str, what: object) -> None:
+    tell(" ".join(f"maskpro: {kind}: {what}".split()))
+
+
+def _tell_warning(message: Warning, *_) -> None:
+    _tell("warning", message)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells an error in one line, where argparse's usage of all options would bury it."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        # here, or the parser of all commands would tell it, and point to its own help
+        found, others = super().parse_known_args(args, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return found, others
+
+    def error(self, message: str) -> None:
+        _tell("error", f"{message}; `{self.prog} --help` tells what it takes")
+        self.exit(2)
+
+
+def _number_of(kind: Callable, expected: str) -> Callable:
+    def parsed(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return parsed
+
+
+_whole, _number = _number_of(int, "a whole number"), _number_of(float, "a number")
+
+
 def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:
-    """A run goes on with its own settings: others beside --resume would be without effect."""
+    """Settings beside --resume would be without effect."""
     given = {option.split("=")[0] for option in argv if option.startswith("--")}
-    others, args.device_given = given - {"--resume", "--device"}, "--device" in given
+    others, args.device_given = given - {"--resume", "--device", "--quiet"}, "--device" in given
     if hasattr(args, "resume") and others:
-        raise ValueError(f"resume: expected no other option but --device, got {', '.join(sorted(others))}")
+        raise ValueError(
+            f"resume: expected no other option but --device and --quiet, got {', '.join(sorted(others))}; a run goes "
+            "on with its own settings"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
+    parser = _Parser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_learn(commands)
     _add_eval(commands)
@@ -66,6 +118,7 @@ def _add_learn(commands) -> None:
         description="Learn an N:M mask of a causal language model whose weights stay frozen. Prints held-out "
         "perplexities and writes a Hugging Face checkpoint with exact zeros, the logits, a report and a picture.",
         formatter_class=SHOW,
+        allow_abbrev=False,
     )
     _add_model(parser, required=False)
     _add_data(parser, required=False)
@@ -79,7 +132,7 @@ def _add_learn(commands) -> None:
         "--resume",
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="go on with the run in DIR that was broken off, with its settings; alone, or with --device",
+        help="go on with the run in DIR that was broken off, with its settings; alone, or with --device and --quiet",
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     parser.add_argument(
@@ -95,35 +148,35 @@ def _add_learn(commands) -> None:
         default="reinforce",
         help="how to learn: from losses of forward passes alone, as the paper does, or by the gradient of the weights",
     )
-    parser.add_argument("--steps", type=int, default=1000, metavar="S", help="training steps")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="windows in a calibration batch")
-    parser.add_argument("--seq-len", type=int, default=128, metavar="L", help="tokens in a calibration window")
+    parser.add_argument("--steps", type=_whole, default=1000, metavar="S", help="training steps")
+    parser.add_argument("--batch-size", type=_whole, default=32, metavar="B", help="windows in a calibration batch")
+    parser.add_argument("--seq-len", type=_whole, default=128, metavar="L", help="tokens in a calibration window")
     parser.add_argument(
-        "--init-batches", type=int, default=16, metavar="I", help="batches for the initial mask, at most"
+        "--init-batches", type=_whole, default=16, metavar="I", help="batches for the initial mask, at most"
     )
     parser.add_argument(
         "--calibration-batches",
-        type=int,
+        type=_whole,
         default=argparse.SUPPRESS,
         metavar="C",
         help="distinct batches to cycle through, at most (default: 16 for reinforce, else all of the text)",
     )
     parser.add_argument(
         "--lr",
-        type=float,
+        type=_number,
         default=argparse.SUPPRESS,
         help="learning rate of the logits (default: 50 for reinforce; 0.1 for straight-through, falling to 0)",
     )
     parser.add_argument(
         "--alpha",
-        type=float,
+        type=_number,
         default=argparse.SUPPRESS,
         metavar="A",
         help="memory of the tracker of reinforce, in [0, 1] (default: 0.99)",
     )
     parser.add_argument(
         "--draws",
-        type=int,
+        type=_whole,
         default=argparse.SUPPRESS,
         metavar="K",
         help="masks that a step of reinforce draws and compares, a forward pass each (default: 1, with a tracker)",
@@ -131,7 +184,7 @@ def _add_learn(commands) -> None:
     exploration = parser.add_mutually_exclusive_group()
     exploration.add_argument(
         "--gap",
-        type=float,
+        type=_number,
         default=argparse.SUPPRESS,
         metavar="G",
         help="initial logit of a kept weight over a dropped one; larger explores less (default: 10 for reinforce, "
@@ -139,7 +192,7 @@ def _add_learn(commands) -> None:
     )
     exploration.add_argument(
         "--flip-rate",
-        type=float,
+        type=_number,
         default=argparse.SUPPRESS,
         metavar="F",
         help="instead of --gap: fraction of the groups whose first draw leaves the initial mask",
@@ -150,16 +203,17 @@ def _add_learn(commands) -> None:
         metavar="DATA",
         help=f"a text of another kind, whose test part the table shows too: {SOURCES}",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the batches and of all draws")
+    parser.add_argument("--seed", type=_whole, default=0, help="of the batches and of all draws")
     parser.add_argument(
         "--eval-every",
-        type=int,
+        type=_whole,
         default=argparse.SUPPRESS,
         metavar="E",
         help="steps between perplexities of the validation text (default: a fifth of the steps)",
     )
     _add_evaluation(parser)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    _add_quiet(parser)
     parser.set_defaults(run=learn)
 
 
@@ -170,11 +224,13 @@ def _add_eval(commands) -> None:
         description="Print the held-out perplexity of a run's folder or of any causal language model; for a run, "
         "also the fraction of groups that follow its pattern.",
         formatter_class=SHOW,
+        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
     _add_data(parser)
     _add_evaluation(parser)
     _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
+    _add_quiet(parser)
     parser.set_defaults(run=evaluate)
 
 
@@ -185,6 +241,7 @@ def _add_compare(commands) -> None:
         description="Print the table of several runs of the same model, pattern and texts, and draw the perplexity of "
         "their validation text over the tokens they learned from.",
         formatter_class=SHOW,
+        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder written by `maskpro learn`")
     parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="FILE", help="picture to write; must not exist")
@@ -198,11 +255,13 @@ def _add_export(commands) -> None:
         description="Rebuild the Hugging Face checkpoint of a run from its base model and its logits: with exact "
         "zeros, which any program loads, or with packed weights, smaller, which this package loads.",
         formatter_class=SHOW,
+        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
     parser.add_argument("--to", choices=("dense", "packed"), default="dense", help="how the weights are stored")
     _add_dtype(parser, "dtype of the weights", "that of the run")
+    _add_quiet(parser)
     parser.set_defaults(run=export)
 
 
@@ -213,13 +272,15 @@ def _add_replay(commands) -> None:
         description="Rebuild the logits of a run by reinforce from its first snapshot and its journal, without a "
         "model, and print their digest.",
         formatter_class=SHOW,
+        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn --estimator reinforce`")
-    parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, metavar="S", help="how many (default: all)")
+    parser.add_argument("--steps", type=_whole, default=argparse.SUPPRESS, metavar="S", help="how many (default: all)")
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="safetensors file to write; must not exist"
     )
     _add_device(parser)
+    _add_quiet(parser)
     parser.set_defaults(run=replay)
 
 
@@ -231,6 +292,7 @@ def _add_import(commands) -> None:
         "sparse-24-bitmask format; a folder whose weights hold zeros in the pattern; or, with --model, learned masks: "
         "an .npz file of MaskLLM, or bool masks of MaskPro in a .pt file or a folder of them.",
         formatter_class=SHOW,
+        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or file to read")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
@@ -240,6 +302,7 @@ def _add_import(commands) -> None:
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="that the weights or masks follow")
     parser.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
     _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
+    _add_quiet(parser)
     parser.set_defaults(run=import_)
 
 
@@ -250,6 +313,7 @@ def _add_validate(commands) -> None:
         description="Print for every matrix of a checkpoint the N:M patterns that it follows, the share of values that "
         "are not zero, how many are -0.0, and the largest power of two that divides its rows.",
         formatter_class=SHOW,
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
     parser.set_defaults(run=validate)
@@ -277,9 +341,20 @@ def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None
     parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
 
 
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="plain lines on stderr in place of bars; always so where it is no terminal",
+    )
+
+
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--eval-windows", type=int, default=24, metavar="W", help="test windows to evaluate, at most")
-    parser.add_argument("--eval-length", type=int, default=512, metavar="T", help="tokens in a test window")
+    parser.add_argument(
+        "--eval-windows", type=_whole, default=24, metavar="W", help="test windows to evaluate, at most"
+    )
+    parser.add_argument("--eval-length", type=_whole, default=512, metavar="T", help="tokens in a test window")
     _add_device(parser)
 
 

@@ -7,13 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def check_pictures(name: str) -> None:
-    """Raise ValueError that begins with the name of an argument unless pictures can be drawn."""
+def check_pictures(name: str, path: Path | None = None) -> None:
+    """Raise ValueError that begins with the name of an argument unless pictures can be drawn, of that file's kind."""
     if find_spec("matplotlib") is None:
         raise ValueError(
             f"{name}: pictures need the package matplotlib, which is not installed "
             "(pip install 'maskpro-kernels[demo]')"
         )
+    if path is not None:
+        from matplotlib.figure import Figure
+
+        kinds = sorted(Figure().canvas.get_supported_filetypes())
+        if path.suffix.removeprefix(".").lower() not in kinds:
+            raise ValueError(f"{name}: expected a file that ends in .{', .'.join(kinds)}, got {str(path)!r}")
 
 
 def draw_perplexity(curves: Mapping[str, Sequence[Mapping]], path: Path) -> None:

@@ -48,6 +48,7 @@ ORDER = [
     "pictures",
     "commands.arguments",
     "commands.models",
+    "commands.progress",
     "commands.runs",
     "commands.held_out",
     "commands.signals",

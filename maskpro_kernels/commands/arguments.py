@@ -14,12 +14,18 @@ DTYPE = "bfloat16"
 
 
 @contextmanager
-def naming(argument: str) -> Iterator[None]:
-    """Errors of what is made of an argument begin with its name."""
+def telling(argument: str, cure: str | None = None) -> Iterator[None]:
+    """Errors of what is made of an argument begin with its name, and end with what to do.
+
+    Raises:
+        ValueError, OSError: what came, as told.
+    """
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from error
+    except (ValueError, OSError) as error:
+        told = str(error).removeprefix(f"{argument}: ")
+        told = f"{argument}: {told}" + (f"; {cure}" if cure else "")
+        raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:
@@ -31,10 +37,19 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
 
 def device_of(name: str) -> torch.device:
     """The device of that name; ValueError where this machine has none."""
+    there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+    expected = f"device: expected a device of this machine, got {name!r}"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{expected}, of no known kind; there is {there}") from error
+    if device.type == "meta":
+        raise ValueError(f"{expected}, which does not compute; there is {there}")
+    try:
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected a device of this machine, got {name!r}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{expected}: {reason}; there is {there}") from error
 
 
 def new_file(args: argparse.Namespace, name: str) -> Path | None:
@@ -42,6 +57,13 @@ def new_file(args: argparse.Namespace, name: str) -> Path | None:
     if not hasattr(args, name):
         return None
     path = Path(getattr(args, name))
-    if path.exists() or not path.parent.is_dir():
-        raise ValueError(f"{name}: expected a new file in a folder that exists, got {str(path)!r}")
+    wrong = (
+        "which exists: give another name"
+        if path.exists()
+        else "whose folder does not: make it first"
+        if not path.parent.is_dir()
+        else None
+    )
+    if wrong:
+        raise ValueError(f"{name}: expected a new file in a folder that exists, got {str(path)!r}, {wrong}")
     return path

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
-from ..data import load_text, windows
+import torch
+
+from ..data import load_text
 from ..evaluation import perplexity
 from ..pattern import NMPattern
 from ..pictures import check_pictures, draw_perplexity
-from .arguments import DTYPE, check_least, device_of, naming, new_file
+from .arguments import DTYPE, check_least, device_of, new_file, telling
 from .held_out import print_table
-from .models import load
-from .runs import REPORT, read_report
+from .models import load, windows_of
+from .runs import REPORT, goes_on, how_to_go_on, read_report
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -20,21 +23,36 @@ def evaluate(args: argparse.Namespace) -> None:
     check_least(args, eval_windows=1, eval_length=2)
     device = device_of(args.device)
     report = Path(args.model) / REPORT
+    if goes_on(report.parent):
+        raise ValueError(
+            f"model: expected a model or a run that has ended, got {args.model!r}; {how_to_go_on(report.parent)}"
+        )
     run = read_report(report) if report.is_file() else None
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
-    with naming("data"):
+    with telling("data"):
         texts = load_text(args.data)
-    model, tokenizer = load(args.model, dtype, device)
-    test = windows(texts["test"], tokenizer, args.eval_length)[: args.eval_windows]
-    print(f"perplexity {perplexity(model, test, progress=True):.2f} over {test.numel()} tokens")
-    if run is not None:
-        pattern = NMPattern(run["pattern"])
-        follow = total = 0
-        for name in run["converted"]:
-            kept = (model.get_submodule(name).weight.reshape(-1, pattern.m) != 0).sum(1)
-            follow += int((kept <= pattern.n).sum())
-            total += len(kept)
-        print(f"{pattern} {follow / total:.2%} of {total} groups have at most {pattern.n} nonzeros")
+    model, tokenizer = load(args.model, dtype, device, args.bars)
+    test = windows_of(texts["test"], model, tokenizer, args.eval_length, "data", "--eval-length")[: args.eval_windows]
+    follows = None if run is None else _follows(model, run)
+    print(f"perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
+    if follows is not None:
+        print(follows)
+
+
+def _follows(model: torch.nn.Module, run: Mapping) -> str:
+    pattern = NMPattern(run["pattern"])
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    follow = total = 0
+    for name in run["converted"]:
+        if name not in linears or linears[name].in_features % pattern.m:
+            raise ValueError(
+                f"run: expected a linear layer {name!r} that {pattern} divides, as {REPORT} tells, got none in the "
+                f"checkpoint; restore {REPORT} from a copy, or move it away"
+            )
+        kept = (linears[name].weight.reshape(-1, pattern.m) != 0).sum(1)
+        follow += int((kept <= pattern.n).sum())
+        total += len(kept)
+    return f"{pattern} {follow / total:.2%} of {total} groups have at most {pattern.n} nonzeros"
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -42,7 +60,7 @@ def compare(args: argparse.Namespace) -> None:
     picture = new_file(args, "picture")
     reports = {str(Path(run)): read_report(Path(run) / REPORT) for run in args.runs}
     if picture is not None:
-        check_pictures("picture")
+        check_pictures("picture", picture)
     first = next(iter(reports.values()))
     # the same source may be another text elsewhere
     others = {(report["other_data"], report["table"][0].get("other_perplexity")) for report in reports.values()}
@@ -50,7 +68,10 @@ def compare(args: argparse.Namespace) -> None:
     for run, report in reports.items():
         for name in ("model", "data", "pattern", "dtype", "eval_length", "eval_tokens"):
             if report[name] != first[name]:
-                raise ValueError(f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}")
+                raise ValueError(
+                    f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}; compare it "
+                    "apart"
+                )
         table = report["table"]
         if len(others) > 1:
             table = [{name: value for name, value in row.items() if name != "other_perplexity"} for row in table]

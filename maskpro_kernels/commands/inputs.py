@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data import batches, load_text, windows
-from .arguments import device_of, naming
-from .models import load
+from ..convert import layers_to_convert
+from ..data import batches, load_text
+from .arguments import device_of, telling
+from .models import load, windows_of
 
 
 @dataclass
@@ -25,25 +26,32 @@ class Inputs:
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Load the texts and the model that the arguments of ``learn`` name."""
-    with naming("data"):
+    """Load the texts and the model that the arguments of ``learn`` name.
+
+    Raises:
+        ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
+    """
+    with telling("data"):
         texts = load_text(args.data)
     other = None
     if hasattr(args, "other_data"):
-        with naming("other_data"):
+        with telling("other_data"):
             other = load_text(args.other_data)["test"]
     device = device_of(args.device)
-    model, tokenizer = load(args.model, args.dtype, device)
+    model, tokenizer = load(args.model, args.dtype, device, args.bars)
+    with telling("model", "take another --pattern, --dtype or model"):
+        # told now, not after the evaluation of the dense model
+        layers_to_convert(model, args.pattern)
 
-    def held_out_windows(text: str) -> torch.Tensor:
-        return windows(text, tokenizer, args.eval_length)[: args.eval_windows]
+    def held_out_windows(text: str, data: str = "data") -> torch.Tensor:
+        return windows_of(text, model, tokenizer, args.eval_length, data, "--eval-length")[: args.eval_windows]
 
     tests = {"perplexity": held_out_windows(texts["test"])}
     if other is not None:
-        with naming("other_data"):
-            tests["other_perplexity"] = held_out_windows(other)
-    calibration = windows(texts["calibration"], tokenizer, args.seq_len).to(device)
-    calibration = batches(calibration, args.batch_size, args.seed)
+        tests["other_perplexity"] = held_out_windows(other, "other_data")
+    calibration = windows_of(texts["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len").to(device)
+    with telling("data", "give a longer text, or a smaller --batch-size or --seq-len"):
+        calibration = batches(calibration, args.batch_size, args.seed)
     return Inputs(
         model,
         tokenizer,

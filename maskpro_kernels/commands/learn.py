@@ -6,8 +6,7 @@ import argparse
 import json
 import math
 import platform
-import shlex
-import sys
+import shutil
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -27,11 +26,12 @@ from ..pattern import NMPattern
 from ..pictures import check_pictures, draw_perplexity, draw_residual
 from ..snapshots import newest_snapshot, snapshots_in
 from ..trainer import MaskTrainer, digest
-from .arguments import check_least, device_of
+from .arguments import check_least, device_of, telling
 from .held_out import HeldOut, print_table, table_row
 from .initial import initial_masks, top_n_codes
 from .inputs import Inputs, read_inputs
 from .models import save
+from .progress import StepLines, tell
 from .runs import (
     LOGITS,
     PERPLEXITY_PICTURE,
@@ -40,6 +40,9 @@ from .runs import (
     RESIDUAL_PICTURE,
     SETTINGS,
     VALIDATION,
+    check_free,
+    goes_on,
+    how_to_go_on,
     read_metrics,
     read_start,
 )
@@ -47,10 +50,11 @@ from .signals import Signals
 
 # What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
 DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
+ALPHA = 0.99
 # Steps in a row whose loss may be no number
 MOST_SKIPPED = 9
 # Of this process, not of the run
-NO_SETTINGS = ("run", "device_given")
+NO_SETTINGS = ("run", "device_given", "quiet", "bars")
 
 
 def learn(args: argparse.Namespace) -> None:
@@ -60,7 +64,13 @@ def learn(args: argparse.Namespace) -> None:
         return
     _complete(args)
     device_of(args.device)
-    check_output(Path(args.output))
+    output = Path(args.output)
+    if goes_on(output):
+        raise ValueError(
+            f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
+            f"{how_to_go_on(output)}"
+        )
+    check_output(output)
     check_pictures("output")
     inputs = read_inputs(args)
     _train(args, inputs, initial_masks(args, inputs), resumed=False)
@@ -69,8 +79,16 @@ def learn(args: argparse.Namespace) -> None:
 def _resume(args: argparse.Namespace) -> None:
     output = Path(args.resume)
     start = read_start(output)
+    check_free(output)
     given = {"device": args.device} if args.device_given else {}
-    args = argparse.Namespace(**start["settings"] | given | {"output": str(output)})
+    args = argparse.Namespace(**start["settings"] | given | {"output": str(output), "bars": args.bars})
+    try:
+        _complete(args)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"resume: expected the settings of a run, got others in {str(output / SETTINGS)!r}: {error}; restore the "
+            "file from a copy"
+        ) from error
     check_pictures("resume")
     inputs = read_inputs(args)
     # the masks come from a snapshot
@@ -105,19 +123,23 @@ def _complete(args: argparse.Namespace) -> None:
     if args.estimator == "reinforce":
         if args.gap > LARGEST_GAP:
             raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
-        if getattr(args, "draws", 1) != 1 and hasattr(args, "alpha"):
+        args.draws = getattr(args, "draws", 1)
+        if args.draws == 1:
+            args.alpha = getattr(args, "alpha", ALPHA)
+        elif hasattr(args, "alpha"):
             raise ValueError(f"alpha: expected none beside several draws, which need no tracker, got {args.alpha}")
-        args.alpha, args.draws = getattr(args, "alpha", 0.99), getattr(args, "draws", 1)
     else:
         for name in ("alpha", "draws"):
             if hasattr(args, name):
-                raise ValueError(f"{name}: expected none, for it is of reinforce alone, got {getattr(args, name)}")
+                raise ValueError(
+                    f"{name}: expected none, for it is of reinforce alone, got {getattr(args, name)}; leave it out"
+                )
     _estimator(args)
 
 
 def _estimator(args: argparse.Namespace) -> Reinforce | StraightThrough:
     if args.estimator == "reinforce":
-        return Reinforce(lr=args.lr, alpha=args.alpha, draws=args.draws)
+        return Reinforce(lr=args.lr, alpha=getattr(args, "alpha", ALPHA), draws=args.draws)
     return StraightThrough(lr=args.lr, steps=args.steps)
 
 
@@ -134,15 +156,17 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
         output_dir=progress,
         most_skipped=MOST_SKIPPED,
     )
-    held_out = HeldOut(progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps)
+    held_out = HeldOut(progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps, args.bars)
     earlier = 0.0
     if resumed:
-        trainer.resume()
-        held_out.restore(trainer.steps_done)
+        held_out.read()
+        with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
+            trainer.resume()
+        held_out.restart(trainer.steps_done)
         earlier = sum(record["seconds"] for record in read_metrics(progress))
-        print(f"{trainer.steps_done} steps were taken before", file=sys.stderr)
+        tell(f"{trainer.steps_done} steps were taken before")
     else:
-        trainer.begin(progress=True)
+        _begin(trainer, output, args.bars)
         # Behind the first snapshot: a folder with settings can be gone on with.
         write_whole(output / SETTINGS, json.dumps({"settings": _settings(args), **start}, indent=1).encode())
 
@@ -150,36 +174,49 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
         return sum(record["tokens"] for record in read_metrics(progress))
 
     if held_out.due(trainer.steps_done):
-        held_out.add(trainer.steps_done, tokens_done())
+        found = held_out.add(trainer.steps_done, tokens_done())
+        if not args.bars:
+            tell(f"step {trainer.steps_done} of {args.steps}: perplexity {found:.2f}")
     began, checked = time.perf_counter(), held_out.seconds
+    lines = StepLines(args.steps, trainer.steps_done)
     with Signals() as signals:
 
         def check(record) -> bool:
             step = record.step + 1
-            if held_out.due(step):
-                held_out.add(step, tokens_done())
+            found = held_out.add(step, tokens_done()) if held_out.due(step) else None
+            if not args.bars:
+                lines.add(record, found)
             return held_out.risen() or signals.came
 
         try:
             if trainer.steps_done < args.steps and not held_out.risen():
-                trainer.run(args.steps - trainer.steps_done, after_step=check)
+                trainer.run(args.steps - trainer.steps_done, progress=args.bars, after_step=check)
         except (FloatingPointError, KeyboardInterrupt):
             _save_logits(args, inputs.model)
-            print(
-                f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; "
-                f"{_how_to_go_on(output)}",
-                file=sys.stderr,
+            tell(
+                f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; {how_to_go_on(output)}"
             )
             raise
     if signals.came and trainer.steps_done < args.steps:
         _save_logits(args, inputs.model)
-        print(f"stopped after {trainer.steps_done} steps; {_how_to_go_on(output)}", file=sys.stderr)
+        tell(f"stopped after {trainer.steps_done} steps; {how_to_go_on(output)}")
         return
     if trainer.steps_done < args.steps:
-        print(f"stopped after {trainer.steps_done} steps: the held-out perplexity rose", file=sys.stderr)
+        tell(f"stopped after {trainer.steps_done} steps: the held-out perplexity rose")
     seconds = time.perf_counter() - began - (held_out.seconds - checked) + earlier + start["seconds"]
     _finish(args, inputs, start, held_out, seconds)
     trainer.close()
+
+
+def _begin(trainer: MaskTrainer, output: Path, bars: bool) -> None:
+    """What stands before the first step; where it fails, the folder is as it was and may be given again."""
+    new = not output.exists()
+    try:
+        trainer.begin(progress=bars)
+    except (FloatingPointError, KeyboardInterrupt, OSError):
+        trainer.close()
+        shutil.rmtree(output if new else output / PROGRESS, ignore_errors=True)
+        raise
 
 
 def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: HeldOut, seconds: float) -> None:
@@ -187,7 +224,7 @@ def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: 
     model, output, pattern = inputs.model, Path(args.output), NMPattern(args.pattern)
     progress = output / PROGRESS
     masked = masked_layers(model)
-    table = [*start["table"], table_row(args.estimator, model, inputs.tests, seconds)]
+    table = [*start["table"], table_row(args.estimator, model, inputs.tests, seconds, args.bars)]
     _save_logits(args, model)
     learned = top_n_codes(masked, pattern)
     flips = _flips(progress, learned, pattern)
@@ -250,13 +287,9 @@ def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPatte
     try:
         _, initial, _, _ = newest_snapshot(progress, at_most=0)
     except ValueError as error:
-        print(f"how many groups differ from the initial mask is not known: {error}", file=sys.stderr)
+        tell(f"how many groups differ from the initial mask is not known: {error}")
         return {}
     return {name: int((codes.cpu() != top_n_mask(initial[name], pattern)).sum()) for name, codes in learned.items()}
-
-
-def _how_to_go_on(output: Path) -> str:
-    return f"go on with: maskpro learn --resume {shlex.quote(str(output))}"
 
 
 def _versions() -> dict[str, str]:

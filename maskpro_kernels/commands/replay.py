@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from safetensors.torch import save
-from tqdm import tqdm
 
 from ..journal import read as read_journal
 from ..journal import write_whole
@@ -15,8 +13,11 @@ from ..pattern import NMPattern
 from ..snapshots import newest_snapshot
 from ..trainer import JOURNAL, ReplayedLayer, digest
 from ..trainer import replay as replay_step
-from .arguments import device_of, new_file
-from .runs import PROGRESS
+from .arguments import device_of, new_file, telling
+from .progress import followed, tell
+from .runs import LOGITS, PROGRESS
+
+CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
 
 
 def replay(args: argparse.Namespace) -> None:
@@ -25,23 +26,25 @@ def replay(args: argparse.Namespace) -> None:
     if not (progress / JOURNAL).exists():
         raise ValueError(
             f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
-            "runs by straight-through cannot be replayed"
+            f"a run by straight-through cannot be replayed, its logits are in its {LOGITS}"
         )
-    header, entries, torn = read_journal(progress / JOURNAL)
+    with telling("run", CURE):
+        header, entries, torn = read_journal(progress / JOURNAL)
     run = header["run"]
-    if torn:
-        print(f"the last record is cut short by a crash: {torn} bytes are left out", file=sys.stderr)
     steps = getattr(args, "steps", len(entries))
     if not 0 <= steps <= len(entries):
-        raise ValueError(f"steps: expected at most the {len(entries)} of the journal, got {steps}")
+        raise ValueError(f"steps: expected 0 to {len(entries)}, those of the journal, got {steps}")
     output = new_file(args, "output")
     device = device_of(args.device)
-    _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
+    with telling("run", CURE):
+        _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
+    if torn:
+        tell(f"the last record is cut short by a crash: {torn} bytes are left out")
     layers = {
         name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer)
         for name, (layer, pattern, _, _) in run["layers"].items()
     }
-    for entry in tqdm(entries[:steps], desc="replaying", unit="step"):
+    for entry in followed(entries[:steps], "replaying", args.bars):
         replay_step(layers, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
-from ..trainer import METRICS
+from filelock import FileLock, Timeout
+
+from ..pattern import NMPattern
+from ..trainer import LOCK, METRICS
+from .arguments import DTYPES
 
 # What a run leaves at its end
 LOGITS, REPORT = "logits.safetensors", "report.json"
@@ -15,33 +20,95 @@ SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 # What is read of a report, and of the settings in it
 REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
 REPORTED_SETTINGS = ("data", "dtype", "eval_length")
+# What a run goes on by: its settings, and what was known before its first step
+RESUMED_SETTINGS = ("model", "data", "init", "dtype", "device", "estimator", "steps", "lr", "gap", "seed")
+RESUMED = ("settings", "table", "seconds", "converted", "skipped")
+
+
+def goes_on(output: Path) -> bool:
+    """Whether the folder is that of a run that has begun to learn and has not ended."""
+    return (output / SETTINGS).is_file() and not (output / REPORT).exists()
+
+
+def how_to_go_on(output: Path) -> str:
+    return f"go on with: maskpro learn --resume {shlex.quote(str(output))}"
+
+
+def check_ended(output: Path, lacking: str) -> None:
+    """Raise ValueError unless the folder of a run holds a file that is written at the end."""
+    if not (output / lacking).is_file():
+        cure = f"its run has not ended, {how_to_go_on(output)}" if goes_on(output) else "give the folder of a run"
+        raise ValueError(
+            f"run: expected a folder written by `maskpro learn`, got {str(output)!r}, without {lacking}; {cure}"
+        )
+
+
+def check_free(output: Path) -> None:
+    """Raise ValueError if another process is at a run; the trainer would, but after the model has been loaded."""
+    lock = output / PROGRESS / LOCK
+    if lock.exists():
+        try:
+            with FileLock(lock, blocking=False):
+                pass
+        except Timeout:
+            raise ValueError(
+                f"resume: expected a run that no process is at, got {str(output)!r}; wait for the other, or end it"
+            ) from None
 
 
 def read_report(path: Path) -> dict:
     """What a run reported; ValueError unless it is one."""
-    if not path.is_file():
-        raise ValueError(
-            f"run: expected a folder written by `maskpro learn`, got {str(path.parent)!r}, without {REPORT}"
-        )
+    check_ended(path.parent, REPORT)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         settings = report["settings"]
         read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in REPORTED_SETTINGS}
+        _check_report(read)
         return read | {"other_data": settings.get("other_data")}
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}; restore it from a copy, or move "
+            "it away"
+        ) from error
+
+
+def _check_report(report: dict) -> None:
+    NMPattern(report["pattern"])
+    if report["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {report['dtype']!r}")
+    if not report["table"] or not report["converted"]:
+        raise ValueError("no rows in its table, or no layers")
+    for rows, names in (("table", ("perplexity", "seconds")), ("validation", ("step", "tokens", "perplexity"))):
+        for row in report[rows]:
+            for name in names:
+                float(row[name])
+    for text in (*(row["method"] for row in report["table"]), *report["converted"]):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} for a name")
 
 
 def read_start(output: Path) -> dict:
     """The settings of a run that has not ended, and what was known before its first step; ValueError if it is none."""
     if (output / REPORT).exists():
-        raise ValueError(f"resume: expected a run that has not ended, got {str(output)!r}, which has a report")
+        raise ValueError(
+            f"resume: expected a run that has not ended, got {str(output)!r}, which has a report; `maskpro eval` and "
+            "`maskpro export` take it"
+        )
+    if not (output / SETTINGS).is_file():
+        raise ValueError(
+            f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}, without "
+            f"{SETTINGS}; begin with `maskpro learn --output`"
+        )
     try:
         start = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-        start["settings"]
-    except (OSError, ValueError, KeyError) as error:
+        for holder, names in ((start, RESUMED), (start["settings"], RESUMED_SETTINGS)):
+            missing = [name for name in names if name not in holder]
+            if missing:
+                raise ValueError(f"no {', '.join(missing)} in {SETTINGS}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}: {error!r}"
+            f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}: {error!r}; "
+            f"restore {SETTINGS} from a copy, or begin anew with another --output"
         ) from error
     return start
 
