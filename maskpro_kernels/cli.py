@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             _tell("error", error)
             return 2
         except torch.OutOfMemoryError as error:
-            _tell("error", f"{error}; take fewer tokens at a time, by smaller windows or batches")
+            _tell("error", f"{error}; take smaller windows or batches, or another --device")
             return 2
     return 0
 

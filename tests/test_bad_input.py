@@ -634,3 +634,11 @@ def test_a_start_that_fails_leaves_its_folder_free(place, capsys, monkeypatch):
         assert cli.main(f"{LEARN} --output {output}".split()) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("maskpro: error: loss under the initial masks")
         assert contents(place) == before
+
+
+def test_a_warning_is_told_in_one_line(place, capsys):
+    changed(f"{KILLED}/journal", lambda content: content[:-1])(place)
+    capsys.readouterr()
+    assert cli.main(RESUME.split()) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warn" in line.lower()]
+    assert line == f"maskpro: warning: the last record of {KILLED}/journal was cut short: its step is taken again"

@@ -348,7 +348,14 @@ def test_eval_refuses_a_broken_report(inputs, run, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, "run: expected a report of `maskpro learn`")
 
 
-@pytest.mark.parametrize("error", [FloatingPointError("loss of step 2: expected a finite number"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FloatingPointError("loss of step 2: expected a finite number"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        KeyboardInterrupt(),
+    ],
+)
 def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, monkeypatch, error):
     step = MaskTrainer.step
 
@@ -358,12 +365,14 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
         return step(trainer)
 
     monkeypatch.setattr(MaskTrainer, "step", failing)
-    if isinstance(error, FloatingPointError):
-        assert cli.main(learn(inputs, tmp_path / "run")) == 2
-    else:
+    if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
             cli.main(learn(inputs, tmp_path / "run"))
-    assert "stopped after 2 steps; the logits are in" in capsys.readouterr().err
+    else:
+        assert cli.main(learn(inputs, tmp_path / "run")) == 2
+    told = capsys.readouterr().err
+    assert "stopped after 2 steps; the logits are in" in told
+    assert f"maskpro: error: {error}" in told or isinstance(error, KeyboardInterrupt)
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()

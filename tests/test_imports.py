@@ -137,9 +137,10 @@ def test_library_is_imported_in_one_place(library, allowed):
     assert all(module.startswith(allowed) for module in users), users
 
 
-def test_import_of_the_package_is_light():
+@pytest.mark.parametrize("module", ["maskpro_kernels", "maskpro_kernels.cli"])
+def test_import_of_the_package_is_light(module):
     heavy = ["triton", "transformers", "matplotlib", "datasets"]
-    code = f"import sys, maskpro_kernels; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -191,7 +191,7 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
         try:
             if trainer.steps_done < args.steps and not held_out.risen():
                 trainer.run(args.steps - trainer.steps_done, progress=args.bars, after_step=check)
-        except (FloatingPointError, KeyboardInterrupt):
+        except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt):
             _save_logits(args, inputs.model)
             tell(
                 f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; {how_to_go_on(output)}"
@@ -213,7 +213,7 @@ def _begin(trainer: MaskTrainer, output: Path, bars: bool) -> None:
     new = not output.exists()
     try:
         trainer.begin(progress=bars)
-    except (FloatingPointError, KeyboardInterrupt, OSError):
+    except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError):
         trainer.close()
         shutil.rmtree(output if new else output / PROGRESS, ignore_errors=True)
         raise
