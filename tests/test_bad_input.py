@@ -172,6 +172,11 @@ def base_has_moved(place):
     save_file(content, place / LOGITS, METADATA | {"model": "/none/model"})
 
 
+def rebuilt(place):
+    (place / LOGITS).unlink()
+    assert cli.main(f"replay reinforce --device cpu --output {LOGITS}".split()) == 0
+
+
 def a_flipped_byte(content):
     return content[:-60] + bytes([content[-60] ^ 1]) + content[-59:]
 
@@ -357,6 +362,18 @@ CASES = {
         "resume: expected the settings of a run",
         "from a copy",
     ),
+    "settings of an unknown dtype": (
+        RESUME,
+        edited("killed-reinforce/settings.json", settings={"dtype": "float4"}),
+        "dtype: expected one of bfloat16, float32, float16, got 'float4'",
+        "from a copy",
+    ),
+    "settings without a table": (
+        RESUME,
+        edited("killed-reinforce/settings.json", table=[{}]),
+        "had begun",
+        "from a copy",
+    ),
     "another seed in the settings": (
         RESUME,
         edited("killed-reinforce/settings.json", settings={"seed": 1}),
@@ -403,7 +420,12 @@ CASES = {
         "a run that has ended",
         "maskpro learn --resume killed-",
     ),
-    "torn report": (EVAL, cut("reinforce/report.json"), "run: expected a report of `maskpro learn`", "move it away"),
+    "torn report": (
+        EVAL,
+        cut("reinforce/report.json"),
+        "expected a report of `maskpro learn`",
+        "`maskpro learn --resume`",
+    ),
     "report of another program": (
         EVAL,
         write("reinforce/report.json", '{"model": "x"}'),
@@ -473,36 +495,41 @@ CASES = {
     ),
     "export of a run that goes on": ("export killed-reinforce out", None, "without logits", "maskpro learn --resume"),
     "export into a full folder": ("export reinforce model", None, "expected a new or empty folder", "give another"),
-    "torn logits": ("export reinforce out", cut(LOGITS), "expected a safetensors file", "restore it from a copy"),
+    "torn logits": (
+        "export reinforce out",
+        cut(LOGITS),
+        "expected a safetensors file",
+        "restore logits.safetensors from a copy",
+    ),
     "logits of another program": (
         "export reinforce out",
         tensors(LOGITS, lambda content: content),
         "got a file without ['dtype', 'model', 'pattern']",
-        "restore it from a copy",
+        "restore logits.safetensors from a copy",
     ),
     "logits of an unknown dtype": (
         "export reinforce out",
         tensors(LOGITS, lambda content: content, METADATA | {"dtype": "float4"}),
         "expected a dtype among bfloat16, float32, float16, got 'float4'",
-        "restore",
+        "restore logits.safetensors",
     ),
     "logits of an unknown pattern": (
         "export reinforce out",
         tensors(LOGITS, lambda content: content, METADATA | {"pattern": "3:5"}),
         "pattern: expected N:M",
-        "restore",
+        "restore logits.safetensors",
     ),
     "logits that are NaN": (
         "export reinforce out",
         tensors(LOGITS, of_first(lambda tensor: tensor.fill_(torch.nan)), METADATA),
         "expected finite logits [out, K]",
-        "restore",
+        "restore logits.safetensors",
     ),
     "whole numbers for logits": (
         "export reinforce out",
         tensors(LOGITS, of_first(lambda tensor: tensor.int()), METADATA),
         "expected finite logits [out, K], got [32, 64] of torch.int32",
-        "`maskpro replay --output` rebuilds",
+        "by `maskpro replay --output`",
     ),
     "logits of another model's layers": (
         "export reinforce out",
@@ -615,6 +642,27 @@ def test_what_was_damaged_is_sound_otherwise(estimator, place, capsys):
     assert cli.main(["validate", "out"]) == 0
     assert cli.main(["import", "out", "packed"]) == 0
     assert cli.main(["replay", "reinforce", "--output", "file", "--device", "cpu"]) == 0
+
+
+CURES = {
+    "move the report away": (EVAL, cut("reinforce/report.json"), removed("reinforce/report.json")),
+    "have the report written again": (
+        "learn --device cpu --resume reinforce",
+        cut("reinforce/report.json"),
+        removed("reinforce/report.json"),
+    ),
+    "move the perplexities away": (RESUME, cut(f"{KILLED}/validation.jsonl"), removed(f"{KILLED}/validation.jsonl")),
+    "rebuild the logits": ("export reinforce out", cut(LOGITS), rebuilt),
+}
+
+
+@pytest.mark.parametrize("cure", CURES)
+def test_cures_work(cure, place, capsys):
+    command, damage, mend = CURES[cure]
+    damage(place)
+    assert cli.main(command.split()) == 2
+    mend(place)
+    assert cli.main(command.split()) == 0
 
 
 def test_a_run_that_another_process_holds(place, capsys):

@@ -57,13 +57,9 @@ def new_file(args: argparse.Namespace, name: str) -> Path | None:
     if not hasattr(args, name):
         return None
     path = Path(getattr(args, name))
-    wrong = (
-        "which exists: give another name"
-        if path.exists()
-        else "whose folder does not: make it first"
-        if not path.parent.is_dir()
-        else None
-    )
-    if wrong:
-        raise ValueError(f"{name}: expected a new file in a folder that exists, got {str(path)!r}, {wrong}")
+    expected = f"{name}: expected a new file in a folder that exists, got {str(path)!r}"
+    if path.exists():
+        raise ValueError(f"{expected}, which exists: give another name")
+    if not path.parent.is_dir():
+        raise ValueError(f"{expected}, whose folder does not: make it first")
     return path

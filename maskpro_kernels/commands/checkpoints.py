@@ -26,7 +26,7 @@ def export(args: argparse.Namespace) -> None:
     check_output(output)
     source = Path(args.source) / LOGITS
     check_ended(source.parent, LOGITS)
-    with telling("run", "restore it from a copy; `maskpro replay --output` rebuilds the logits of a run by reinforce"):
+    with telling("run", f"restore {LOGITS} from a copy, or by `maskpro replay --output` of a run by reinforce"):
         logits, pattern, metadata = _learned(source)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
     with telling("run", "put back the base model of the run"):

@@ -22,11 +22,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """Print the perplexity of a run or a model; of a run also how many groups follow its pattern."""
     check_least(args, eval_windows=1, eval_length=2)
     device = device_of(args.device)
-    report = Path(args.model) / REPORT
-    if goes_on(report.parent):
-        raise ValueError(
-            f"model: expected a model or a run that has ended, got {args.model!r}; {how_to_go_on(report.parent)}"
-        )
+    folder = Path(args.model)
+    if goes_on(folder) and not (folder / "config.json").is_file():
+        raise ValueError(f"model: expected a model or a run that has ended, got {args.model!r}; {how_to_go_on(folder)}")
+    report = folder / REPORT
     run = read_report(report) if report.is_file() else None
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
     with telling("data"):

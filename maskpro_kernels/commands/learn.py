@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import platform
-import shutil
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -25,8 +25,8 @@ from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..pictures import check_pictures, draw_perplexity, draw_residual
 from ..snapshots import newest_snapshot, snapshots_in
-from ..trainer import MaskTrainer, digest
-from .arguments import check_least, device_of, telling
+from ..trainer import LOCK, MaskTrainer, digest
+from .arguments import DTYPES, check_least, device_of, telling
 from .held_out import HeldOut, print_table, table_row
 from .initial import initial_masks, top_n_codes
 from .inputs import Inputs, read_inputs
@@ -43,6 +43,7 @@ from .runs import (
     check_free,
     goes_on,
     how_to_go_on,
+    logits_metadata,
     read_metrics,
     read_start,
 )
@@ -102,6 +103,8 @@ def _complete(args: argparse.Namespace) -> None:
         if not hasattr(args, name):
             raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
     pattern = NMPattern(args.pattern)
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
     flip_rate = getattr(args, "flip_rate", None)
     lr, gap, distinct = DEFAULTS[args.estimator]
     args.lr = getattr(args, "lr", lr)
@@ -210,12 +213,18 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
 
 def _begin(trainer: MaskTrainer, output: Path, bars: bool) -> None:
     """What stands before the first step; where it fails, the folder is as it was and may be given again."""
-    new = not output.exists()
+    new, progress = not output.exists(), output / PROGRESS
     try:
         trainer.begin(progress=bars)
     except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError):
         trainer.close()
-        shutil.rmtree(output if new else output / PROGRESS, ignore_errors=True)
+        for left in (*snapshots_in(progress), progress / LOCK):
+            left.unlink(missing_ok=True)
+        # a folder that holds anything else stays
+        with contextlib.suppress(OSError):
+            progress.rmdir()
+            if new:
+                output.rmdir()
         raise
 
 
@@ -237,7 +246,7 @@ def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: 
     if args.estimator == "reinforce" and args.draws == 1:
         draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
-        "model": _base(args),
+        "model": _settings(args)["model"],
         "pattern": str(pattern),
         "settings": {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "gap")},
         # Not among the settings: with a flip rate it is not the one on the command line.
@@ -273,13 +282,8 @@ def _settings(args: argparse.Namespace) -> dict:
     return settings
 
 
-def _base(args: argparse.Namespace) -> str:
-    return str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-
-
 def _save_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
-    metadata = {"model": _base(args), "pattern": str(NMPattern(args.pattern)), "dtype": args.dtype}
-    save_logits(model, Path(args.output) / LOGITS, metadata)
+    save_logits(model, Path(args.output) / LOGITS, logits_metadata(_settings(args)))
 
 
 def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPattern) -> dict[str, int]:

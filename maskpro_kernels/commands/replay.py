@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from safetensors.torch import save
@@ -15,7 +16,7 @@ from ..trainer import JOURNAL, ReplayedLayer, digest
 from ..trainer import replay as replay_step
 from .arguments import device_of, new_file, telling
 from .progress import followed, tell
-from .runs import LOGITS, PROGRESS
+from .runs import LOGITS, PROGRESS, SETTINGS, logits_metadata
 
 CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
 
@@ -48,5 +49,13 @@ def replay(args: argparse.Namespace) -> None:
         replay_step(layers, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:
-        write_whole(output, save(logits))
+        write_whole(output, save(logits, metadata=_metadata(Path(args.source))))
     print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
+
+
+def _metadata(source: Path) -> dict[str, str] | None:
+    """As it stands beside the logits of the run, so that they can take their place; None where it is not known."""
+    try:
+        return logits_metadata(json.loads((source / SETTINGS).read_text(encoding="utf-8"))["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,7 +28,12 @@ RESUMED = ("settings", "table", "seconds", "converted", "skipped")
 
 def goes_on(output: Path) -> bool:
     """Whether the folder is that of a run that has begun to learn and has not ended."""
-    return (output / SETTINGS).is_file() and not (output / REPORT).exists()
+    return (output / SETTINGS).is_file() and (output / PROGRESS).is_dir() and not (output / REPORT).exists()
+
+
+def logits_metadata(settings: Mapping) -> dict[str, str]:
+    """What stands beside the logits of a run with these settings: all that an export takes besides them."""
+    return {name: settings[name] for name in ("model", "pattern", "dtype")}
 
 
 def how_to_go_on(output: Path) -> str:
@@ -68,7 +74,7 @@ def read_report(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}; restore it from a copy, or move "
-            "it away"
+            "it away: `maskpro learn --resume` then writes that of a run by reinforce again"
         ) from error
 
 
@@ -76,15 +82,22 @@ def _check_report(report: dict) -> None:
     NMPattern(report["pattern"])
     if report["dtype"] not in DTYPES:
         raise ValueError(f"dtype {report['dtype']!r}")
-    if not report["table"] or not report["converted"]:
-        raise ValueError("no rows in its table, or no layers")
-    for rows, names in (("table", ("perplexity", "seconds")), ("validation", ("step", "tokens", "perplexity"))):
-        for row in report[rows]:
-            for name in names:
-                float(row[name])
-    for text in (*(row["method"] for row in report["table"]), *report["converted"]):
-        if not isinstance(text, str):
-            raise TypeError(f"{text!r} for a name")
+    if not report["converted"] or not all(isinstance(name, str) for name in report["converted"]):
+        raise ValueError("no names of layers")
+    _check_table(report["table"])
+    _check_numbers(report["validation"], ("step", "tokens", "perplexity"))
+
+
+def _check_table(table: Sequence[Mapping]) -> None:
+    if not table or not all(isinstance(row["method"], str) for row in table):
+        raise ValueError("no names of methods in its table")
+    _check_numbers(table, ("perplexity", "seconds"))
+
+
+def _check_numbers(rows: Sequence[Mapping], names: Sequence[str]) -> None:
+    wrong = [row[name] for row in rows for name in names if not isinstance(row[name], (int, float))]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} for a number")
 
 
 def read_start(output: Path) -> dict:
@@ -105,6 +118,8 @@ def read_start(output: Path) -> dict:
             missing = [name for name in names if name not in holder]
             if missing:
                 raise ValueError(f"no {', '.join(missing)} in {SETTINGS}")
+        _check_table(start["table"])
+        _check_numbers([start], ("seconds",))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}: {error!r}; "
