@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -257,13 +258,15 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
 @contextmanager
 def _only_errors_told() -> Iterator[None]:
-    """Without transformers' table of the weights that a checkpoint lacks: they are refused in one line."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    """Without the table of weights that a checkpoint lacks, and the hub's retries: one line tells of them."""
+    before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
+    for library, _ in before:
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
 
 
 def show_bars(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 
@@ -15,7 +16,7 @@ from test_cli import contents, refuses
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from maskpro_kernels import cli
 from maskpro_kernels.trainer import MaskTrainer
@@ -36,13 +37,10 @@ class Killed(BaseException):
 def template(tmp_path_factory):
     """Folder with a model, a text, and runs that have ended and that were killed, by both estimators."""
     folder = tmp_path_factory.mktemp("template")
-    for name, model in {
-        "model": tiny_model(),
-        "narrow": tiny_model(hidden_size=20, intermediate_size=20),
-        "overflowing": tiny_model(),
-    }.items():
-        if name == "overflowing":
-            model.model.norm.weight.data.fill_(6e4)
+    models = {name: tiny_model() for name in ("model", "overflowing")}
+    models["overflowing"].model.norm.weight.data.fill_(6e4)
+    models["narrow"] = tiny_model(hidden_size=20, intermediate_size=20)
+    for name, model in models.items():
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
@@ -67,7 +65,7 @@ def template(tmp_path_factory):
 
 
 @pytest.fixture
-def place(template, tmp_path, monkeypatch):
+def place(template, tmp_path, monkeypatch, capsys):
     """A copy of the template to damage, the current folder."""
     folder = shutil.copytree(template, tmp_path / "place")
     for run in folder.glob("killed-*"):
@@ -75,6 +73,9 @@ def place(template, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # their logs go where stderr was when they were imported
+    for library in ("transformers", "huggingface_hub"):
+        monkeypatch.setattr(logging.getLogger(library), "handlers", [logging.StreamHandler(sys.stderr)])
     return folder
 
 
@@ -87,13 +88,9 @@ def edit(path, **changes):
 
 
 def write(path, content):
-    """What writes a file, and the folders above it."""
-
-    def damage(place):
-        (place / path).parent.mkdir(parents=True, exist_ok=True)
-        (place / path).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return damage
+    """What writes a file."""
+    content = content if isinstance(content, bytes) else content.encode()
+    return lambda place: (place / path).write_bytes(content)
 
 
 def cut(path):
@@ -102,7 +99,7 @@ def cut(path):
 
 
 def changed(path, change):
-    """What changes the bytes of a file, or of the files of a pattern."""
+    """What changes the bytes of the files of a pattern."""
 
     def damage(place):
         for file in place.glob(path):
@@ -124,14 +121,8 @@ def edited(path, **changes):
 
 
 def copied(source, target):
-    """What puts one file in the place of others."""
-
-    def damage(place):
-        content = next(place.glob(source)).read_bytes()
-        for file in place.glob(target):
-            file.write_bytes(content)
-
-    return damage
+    """What puts one file in the place of another."""
+    return lambda place: shutil.copy(place / source, place / target)
 
 
 def tensors(path, change, metadata=None):
@@ -156,13 +147,9 @@ def a_foreign_tokenizer(place):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(place / "model")
 
 
-def another_run(place):
-    """A run by another seed in the folder "other"."""
-    assert cli.main(f"{LEARN} --seed 1 --output other".split()) == 0
-
-
 def another_journal(place):
-    another_run(place)
+    """That of a run by another seed."""
+    assert cli.main(f"{LEARN} --seed 1 --output other".split()) == 0
     for run in ("reinforce", "killed-reinforce"):
         shutil.copy(place / "other" / "progress" / "journal", place / run / "progress" / "journal")
 
@@ -682,6 +669,19 @@ def test_a_start_that_fails_leaves_its_folder_free(place, capsys, monkeypatch):
         assert cli.main(f"{LEARN} --output {output}".split()) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("maskpro: error: loss under the initial masks")
         assert contents(place) == before
+
+
+def test_the_retries_of_the_hub_are_not_told(place, capsys, monkeypatch):
+    hub, heard = logging.getLogger("huggingface_hub.utils._http"), []
+
+    def unreachable(name):
+        heard.append(hub.isEnabledFor(logging.WARNING))
+        raise OSError("We couldn't connect to 'https://huggingface.co'. Check your internet connection.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
+    told = "We couldn't connect to 'https://huggingface.co'; check the name and the connection"
+    refuses(capsys, place, [*LEARN.split(), "--model", "none"], told)
+    assert heard == [False] and hub.isEnabledFor(logging.WARNING)
 
 
 def test_a_warning_is_told_in_one_line(place, capsys):
