@@ -38,13 +38,16 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     files = [folder] if folder.suffix == ".safetensors" else sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"checkpoint: expected a folder with safetensors files, got {str(folder)!r}, which has none")
+        told = "which has none" if folder.is_dir() else "which is no folder"
+        raise ValueError(f"checkpoint: expected a folder with safetensors files, got {str(folder)!r}, {told}")
     for file in files:
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}") from error
+            raise ValueError(
+                f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}; copy or download it again"
+            ) from error
     return files
 
 
@@ -89,6 +92,10 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
 def _stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, bool mask, or uint8 with eight to a byte)."""
     if source.suffix == ".npz":
+        expected = f"masks: expected an .npz file of MaskLLM, got {str(source)!r}"
+        if not zipfile.is_zipfile(source):
+            # numpy would take it for a pickle, and advise to load it as one
+            raise ValueError(f"{expected}, which is damaged or of another kind")
         try:
             with np.load(source, allow_pickle=False) as arrays:
                 for name in arrays.files:
@@ -96,15 +103,17 @@ def _stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
                         raise ValueError(f"flat uint8 arrays expected, {name} is {arrays[name].dtype}")
                     yield name, torch.from_numpy(arrays[name])
         except (ValueError, TypeError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"masks: expected an .npz file of MaskLLM, got {str(source)!r}: {error}") from error
+            raise ValueError(f"{expected}: {error}") from error
         return
     files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
     for file in files:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise ValueError(f"masks: expected a file of bool masks, got {str(file)!r}: {told}") from error
+            # without torch's advice to load it as a pickle, which runs whatever it holds
+            raise ValueError(
+                f"masks: expected a file of bool masks, got {str(file)!r}, which is damaged or holds more than tensors"
+            ) from error
         found = loaded if isinstance(loaded, Mapping) else {file.stem: loaded}
         for name, mask in found.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

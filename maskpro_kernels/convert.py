@@ -78,12 +78,7 @@ def convert(
         if gap != DEFAULT_GAP:
             raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
         gap = gap_for_flip_rate(flip_rate, pattern)
-    layers, skipped = _select(model, pattern, targets)
-    for name, layer in layers.items():
-        if layer.weight.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
-        if not torch.isfinite(layer.weight).all():
-            raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
+    layers, skipped = layers_to_convert(model, pattern, targets)
     if init == "reconstruction":
         if calibration is None:
             raise ValueError('calibration: expected batches for init="reconstruction", got none')
@@ -114,6 +109,24 @@ def convert(
         )
     _replace(model, replacements)
     return Conversion(list(layers), skipped, gap)
+
+
+def layers_to_convert(
+    model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] | None = None
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The layers that ``convert`` would replace, by name, and why it would leave out the others.
+
+    Raises:
+        TypeError, ValueError: an argument is not as in ``convert``, a weight is not finite, or nothing is left to
+            convert.
+    """
+    layers, skipped = _select(model, NMPattern(pattern), targets)
+    for name, layer in layers.items():
+        if layer.weight.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
+    return layers, skipped
 
 
 def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
@@ -208,7 +221,8 @@ def _select(
         skipped = {name: reason for name, reason in reasons.items() if reason}
         chosen = {name: module for name, module in linears.items() if name not in skipped}
         if not chosen:
-            raise ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {skipped}")
+            reasons = ", ".join(sorted(set(skipped.values())))
+            raise ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {reasons}")
         return chosen, skipped | subclasses
     if isinstance(targets, str):
         raise TypeError(f"targets: expected a sequence of fnmatch patterns, got the str {targets!r}")

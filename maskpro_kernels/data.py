@@ -116,11 +116,11 @@ def _stdlib_modules() -> list[str]:
 
 def _paragraphs(path: Path) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"source: expected a text file, got the folder {str(path)!r}")
+        raise ValueError(f"source: expected a text file, got the folder {str(path)!r}; give a file in it")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"source: expected UTF-8 text in {str(path)!r}, got {error}") from error
+        raise ValueError(f"source: expected UTF-8 text in {str(path)!r}, got {error}; convert it to UTF-8") from error
     pieces = [piece for piece in re.split(r"\n\s*\n", text) if piece.strip()]
     # Below three paragraphs the rule leaves no calibration text.
     if len(pieces) < len(SPLITS):

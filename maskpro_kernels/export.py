@@ -24,14 +24,16 @@ def check_output(folder: str | Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     # Told now: after hours of learning it would be too late.
     if not there.is_dir():
-        raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file")
+        raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file; give another name")
     try:
         # Permission bits alone do not tell: root, read-only and virtual file systems pass them.
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: {error}") from error
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty")
+        raise ValueError(
+            f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty; give another"
+        )
 
 
 def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, str]) -> None:

@@ -5,16 +5,19 @@ After ``import maskpro_kernels.hf`` transformers' ``from_pretrained`` loads chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .modules import NMLinear, packed_class
@@ -215,7 +218,7 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     Raises:
         TypeError: if ``dtype`` is not a floating-point torch.dtype.
         ValueError: if a package that "smollm2-135m" needs is not installed, or the folder holds no causal
-            language model.
+            language model, not all of its weights, or some of other shapes.
         OSError: if the folder or model id does not exist or cannot be read.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -225,10 +228,50 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     # A hub id is "name" or "owner/name"; anything deeper, absolute or dotted can only be a folder.
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
+    if Path(name).is_file():
+        raise ValueError(f"model: expected a folder, got the file {name!r}; give the folder that it lies in")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"model: expected a folder with a config.json, got {name!r}, which has none")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval(), tokenizer
+        raise ValueError(
+            f"model: expected a folder with a config.json, got {name!r}, which has none; give one that "
+            "save_pretrained has written"
+        )
+    try:
+        with _only_errors_told():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:
+        # Files that are damaged or of another kind: each of transformers' parsers has errors of its own
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        cure = "copy or download it again" if Path(name).is_dir() else "check the name and the connection"
+        told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}; {cure}"
+        raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
+    lacking = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if lacking:
+        raise ValueError(
+            f"model: expected all weights of the model in {name!r}, got none that fit for {len(lacking)}, such as "
+            f"{lacking[0]}; copy or download it again"
+        )
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _only_errors_told() -> Iterator[None]:
+    """Without the table of weights that a checkpoint lacks, and the hub's retries: one line tells of them."""
+    before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
+    for library, _ in before:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
+
+
+def show_bars(wanted: bool) -> None:
+    """Whether transformers draws bars while it loads and saves, in this process."""
+    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -14,6 +14,7 @@ from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from torch.utils.tensorboard import RecordWriter
 
 from maskpro_kernels import cli
+from maskpro_kernels.commands import learn
 from maskpro_kernels.scalars import Scalars
 from maskpro_kernels.trainer import MaskTrainer, StepRecord
 
@@ -154,8 +155,8 @@ def test_without_tensorboard_nothing_is_done(eager_reference, inputs, tmp_path, 
     finally:
         signal.signal(signal.SIGINT, before)
     files = sorted(tmp_path.rglob("*"))
-    find_spec = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda package: None if package == "tensorboard" else find_spec(package))
+    find_spec = learn.find_spec
+    monkeypatch.setattr(learn, "find_spec", lambda package: None if package == "tensorboard" else find_spec(package))
     capsys.readouterr()
     new = ["learn", *inputs, "--output", str(tmp_path / "new")]
     for arguments in [*new, "--tensorboard"], ["learn", "--resume", str(tmp_path / "run")]:

@@ -13,21 +13,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WORDS = [f"w{i}" for i in range(30)]
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(**others) -> LlamaForCausalLM:
+    """The model, or one with other settings in its config."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    settings = {
+        "vocab_size": len(WORDS) + 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | others)).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,65 @@
+"""Checks of what the command line gives."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPE = "bfloat16"
+
+
+@contextmanager
+def telling(argument: str, cure: str | None = None) -> Iterator[None]:
+    """Errors of what is made of an argument begin with its name, and end with what to do.
+
+    Raises:
+        ValueError, OSError: what came, as told.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        told = str(error).removeprefix(f"{argument}: ")
+        told = f"{argument}: {told}" + (f"; {cure}" if cure else "")
+        raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError unless each argument is at least as large as told."""
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"{name}: expected at least {low}, got {getattr(args, name)}")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; ValueError where this machine has none."""
+    there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+    expected = f"device: expected a device of this machine, got {name!r}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{expected}, of no known kind; there is {there}") from error
+    if device.type == "meta":
+        raise ValueError(f"{expected}, which does not compute; there is {there}")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{expected}: {reason}; there is {there}") from error
+
+
+def new_file(args: argparse.Namespace, name: str) -> Path | None:
+    """The path that an argument gives, if any; ValueError unless a new file can stand there."""
+    if not hasattr(args, name):
+        return None
+    path = Path(getattr(args, name))
+    expected = f"{name}: expected a new file in a folder that exists, got {str(path)!r}"
+    if path.exists():
+        raise ValueError(f"{expected}, which exists: give another name")
+    if not path.parent.is_dir():
+        raise ValueError(f"{expected}, whose folder does not: make it first")
+    return path

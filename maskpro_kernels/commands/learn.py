@@ -1,0 +1,328 @@
+"""`maskpro learn`: learn a mask, or go on with a run that was broken off."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import closing, nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..convert import convert, finalize
+from ..estimators import Reinforce, StraightThrough
+from ..evaluation import causal_lm_loss
+from ..export import check_output, save_logits
+from ..functional import top_n_mask
+from ..journal import write_whole
+from ..masks import LARGEST_GAP, gap_for_flip_rate
+from ..modules import masked_layers
+from ..pattern import NMPattern
+from ..pictures import check_pictures, draw_perplexity, draw_residual
+from ..report import write_html
+from ..scalars import Scalars
+from ..snapshots import newest_snapshot, snapshots_in
+from ..trainer import LOCK, MaskTrainer, digest
+from .arguments import DTYPES, check_least, device_of, telling
+from .held_out import HeldOut, print_table, table_row
+from .initial import initial_masks, top_n_codes
+from .inputs import Inputs, read_inputs
+from .models import save
+from .progress import StepLines, tell
+from .runs import (
+    LOGITS,
+    PAGE,
+    PERPLEXITY_PICTURE,
+    PROGRESS,
+    REPORT,
+    RESIDUAL_PICTURE,
+    SETTINGS,
+    TENSORBOARD,
+    VALIDATION,
+    check_free,
+    goes_on,
+    how_to_go_on,
+    logits_metadata,
+    read_metrics,
+    read_start,
+)
+from .signals import Signals
+
+# What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
+DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
+ALPHA = 0.99
+# Steps in a row whose loss may be no number
+MOST_SKIPPED = 9
+# Of this process, not of the run
+NO_SETTINGS = ("run", "device_given", "quiet", "bars")
+
+
+def learn(args: argparse.Namespace) -> None:
+    """Learn a mask and write what a run leaves; ``--resume`` goes on with one."""
+    if hasattr(args, "resume"):
+        _resume(args)
+        return
+    _complete(args)
+    device_of(args.device)
+    output = Path(args.output)
+    if goes_on(output):
+        raise ValueError(
+            f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
+            f"{how_to_go_on(output)}"
+        )
+    check_output(output)
+    check_pictures("output")
+    _check_tensorboard(args)
+    inputs = read_inputs(args)
+    _train(args, inputs, initial_masks(args, inputs), resumed=False)
+
+
+def _resume(args: argparse.Namespace) -> None:
+    output = Path(args.resume)
+    start = read_start(output)
+    check_free(output)
+    given = {"device": args.device} if args.device_given else {}
+    args = argparse.Namespace(**start["settings"] | given | {"output": str(output), "bars": args.bars})
+    try:
+        _complete(args)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"resume: expected the settings of a run, got others in {str(output / SETTINGS)!r}: {error}; restore the "
+            "file from a copy"
+        ) from error
+    check_pictures("resume")
+    _check_tensorboard(args)
+    inputs = read_inputs(args)
+    # the masks come from a snapshot
+    convert(inputs.model, args.pattern, init="magnitude", gap=args.gap)
+    _train(args, inputs, start, resumed=True)
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Put in what the command line left out, and check what can be told before anything is loaded."""
+    for name in ("model", "data", "output"):
+        if not hasattr(args, name):
+            raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
+    pattern = NMPattern(args.pattern)
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    flip_rate = getattr(args, "flip_rate", None)
+    lr, gap, distinct = DEFAULTS[args.estimator]
+    args.lr = getattr(args, "lr", lr)
+    args.gap = getattr(args, "gap", gap)
+    args.calibration_batches = getattr(args, "calibration_batches", distinct)
+    args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
+    check_least(
+        args, steps=1, batch_size=1, seq_len=2, init_batches=1, eval_windows=1, eval_length=2, eval_every=1, seed=0
+    )
+    if args.calibration_batches is not None:
+        check_least(args, calibration_batches=1)
+    if not (math.isfinite(args.gap) and args.gap > 0):
+        raise ValueError(f"gap: expected a positive number, got {args.gap}")
+    if flip_rate is not None:
+        # Its range is told now, not after the model has been loaded
+        args.gap = gap_for_flip_rate(flip_rate, pattern)
+    if args.seed >= 1 << 63:
+        raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
+    if args.estimator == "reinforce":
+        if args.gap > LARGEST_GAP:
+            raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
+        args.draws = getattr(args, "draws", 1)
+        if args.draws == 1:
+            args.alpha = getattr(args, "alpha", ALPHA)
+        elif hasattr(args, "alpha"):
+            raise ValueError(f"alpha: expected none beside several draws, which need no tracker, got {args.alpha}")
+    else:
+        for name in ("alpha", "draws"):
+            if hasattr(args, name):
+                raise ValueError(
+                    f"{name}: expected none, for it is of reinforce alone, got {getattr(args, name)}; leave it out"
+                )
+    _estimator(args)
+
+
+def _estimator(args: argparse.Namespace) -> Reinforce | StraightThrough:
+    if args.estimator == "reinforce":
+        return Reinforce(lr=args.lr, alpha=getattr(args, "alpha", ALPHA), draws=args.draws)
+    return StraightThrough(lr=args.lr, steps=args.steps)
+
+
+def _check_tensorboard(args: argparse.Namespace) -> None:
+    if hasattr(args, "tensorboard") and find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard: expected the package tensorboard, which is not installed "
+            "(pip install 'maskpro-kernels[tensorboard]')"
+        )
+
+
+def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bool) -> None:
+    """Learn, from the first step or from where a run was broken off, and write what was learned."""
+    output = Path(args.output)
+    progress = output / PROGRESS
+    trainer = MaskTrainer(
+        inputs.model,
+        causal_lm_loss,
+        inputs.calibration,
+        _estimator(args),
+        seed=args.seed,
+        output_dir=progress,
+        most_skipped=MOST_SKIPPED,
+    )
+    held_out = HeldOut(progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps, args.bars)
+    earlier = 0.0
+    if resumed:
+        held_out.read()
+        with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
+            trainer.resume()
+        held_out.restart(trainer.steps_done)
+        earlier = sum(record["seconds"] for record in read_metrics(progress))
+        tell(f"{trainer.steps_done} steps were taken before")
+    else:
+        _begin(trainer, output, args.bars)
+        # Behind the first snapshot: a folder with settings can be gone on with.
+        write_whole(output / SETTINGS, json.dumps({"settings": _settings(args), **start}, indent=1).encode())
+
+    def tokens_done() -> int:
+        return sum(record["tokens"] for record in read_metrics(progress))
+
+    if held_out.due(trainer.steps_done):
+        found = held_out.add(trainer.steps_done, tokens_done())
+        if not args.bars:
+            tell(f"step {trainer.steps_done} of {args.steps}: perplexity {found:.2f}")
+    began, checked = time.perf_counter(), held_out.seconds
+    lines = StepLines(args.steps, trainer.steps_done)
+    board = nullcontext()
+    if hasattr(args, "tensorboard"):
+        board = closing(Scalars(output / TENSORBOARD, trainer.steps_done, held_out.rows))
+    with Signals() as signals, board as scalars:
+
+        def check(record) -> bool:
+            step = record.step + 1
+            found = held_out.add(step, tokens_done()) if held_out.due(step) else None
+            if not args.bars:
+                lines.add(record, found)
+            if scalars is not None:
+                scalars.add(record, held_out.rows)
+            return held_out.risen() or signals.came
+
+        try:
+            if trainer.steps_done < args.steps and not held_out.risen():
+                trainer.run(args.steps - trainer.steps_done, progress=args.bars, after_step=check)
+        except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt):
+            _save_logits(args, inputs.model)
+            tell(
+                f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; {how_to_go_on(output)}"
+            )
+            raise
+    if signals.came and trainer.steps_done < args.steps:
+        _save_logits(args, inputs.model)
+        tell(f"stopped after {trainer.steps_done} steps; {how_to_go_on(output)}")
+        return
+    if trainer.steps_done < args.steps:
+        tell(f"stopped after {trainer.steps_done} steps: the held-out perplexity rose")
+    seconds = time.perf_counter() - began - (held_out.seconds - checked) + earlier + start["seconds"]
+    _finish(args, inputs, start, held_out, seconds)
+    trainer.close()
+
+
+def _begin(trainer: MaskTrainer, output: Path, bars: bool) -> None:
+    """What stands before the first step; where it fails, the folder is as it was and may be given again."""
+    new, progress = not output.exists(), output / PROGRESS
+    try:
+        trainer.begin(progress=bars)
+    except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError):
+        trainer.close()
+        for left in (*snapshots_in(progress), progress / LOCK):
+            left.unlink(missing_ok=True)
+        # a folder that holds anything else stays
+        with suppress(OSError):
+            progress.rmdir()
+            if new:
+                output.rmdir()
+        raise
+
+
+def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: HeldOut, seconds: float) -> None:
+    """Write what a run leaves that has taken its last step, and print its table."""
+    model, output, pattern = inputs.model, Path(args.output), NMPattern(args.pattern)
+    progress = output / PROGRESS
+    masked = masked_layers(model)
+    table = [*start["table"], table_row(args.estimator, model, inputs.tests, seconds, args.bars)]
+    _save_logits(args, model)
+    learned = top_n_codes(masked, pattern)
+    flips = _flips(progress, learned, pattern)
+    groups = sum(code.numel() for code in learned.values())
+    records = read_metrics(progress)
+    logits = {name: layer.logits for name, layer in masked.items()}
+
+    save(finalize(model), inputs.tokenizer, output)
+    draw_perplexity({args.estimator: held_out.rows}, output / PERPLEXITY_PICTURE)
+    if args.estimator == "reinforce" and args.draws == 1:
+        draw_residual(records, output / RESIDUAL_PICTURE)
+    report = {
+        "model": _settings(args)["model"],
+        "pattern": str(pattern),
+        "settings": {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "gap")},
+        # Not among the settings: with a flip rate it is not the one on the command line.
+        "gap": args.gap,
+        "versions": _versions(),
+        "eval_tokens": inputs.tests["perplexity"].numel(),
+        "table": table,
+        "validation": held_out.rows,
+        "groups": groups,
+        "groups_by_layer": {name: code.numel() for name, code in learned.items()},
+        "flipped_groups": sum(flips.values()),
+        "flipped_groups_by_layer": flips,
+        # What a replay prints
+        "logits": digest(logits[name] for name in sorted(logits)),
+        "converted": start["converted"],
+        "skipped": start["skipped"],
+        "steps": records,
+    }
+    write_html(report, output / PAGE)
+    # Last: a folder with a report is a run that ended.
+    write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    # What is learned is in the logits; what a replay starts from stays
+    for old in snapshots_in(progress)[1 if args.estimator == "reinforce" else 0 :]:
+        old.unlink()
+    print_table(table)
+    print(f"{sum(flips.values())} of {groups} groups differ from the {args.init} mask; written to {output}")
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """The arguments by which a run goes on, from whatever folder."""
+    settings = {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "output")}
+    for name in ("model", "data", "other_data"):
+        if name in settings and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    return settings
+
+
+def _save_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    save_logits(model, Path(args.output) / LOGITS, logits_metadata(_settings(args)))
+
+
+def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPattern) -> dict[str, int]:
+    """How many groups of each layer differ from the mask that learning began with."""
+    try:
+        _, initial, _, _ = newest_snapshot(progress, at_most=0)
+    except ValueError as error:
+        tell(f"how many groups differ from the initial mask is not known: {error}")
+        return {}
+    return {name: int((codes.cpu() != top_n_mask(initial[name], pattern)).sum()) for name, codes in learned.items()}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("maskpro-kernels", "torch", "triton", "transformers", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

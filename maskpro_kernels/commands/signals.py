@@ -1,0 +1,32 @@
+"""Signals that end a run after its step."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+
+
+class Signals:
+    """SIGINT and SIGTERM, noted so that a step can end first; a second one takes its usual way."""
+
+    def __init__(self):
+        self.came = False
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # a job in the background is not to end by what is meant for the foreground
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame) -> None:
+        self.came = True
+        print(f"{signal.Signals(number).name}: the run stops after this step", file=sys.stderr)
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
