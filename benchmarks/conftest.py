@@ -88,17 +88,27 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} "
             f"{row['median'] * 1e3:10.3f} ms ({row['q20'] * 1e3:.3f} to {row['q80'] * 1e3:.3f}) {roofline:>5} "
-            f"{row['median'] / base['median']:7.2f} x {base['provider']}"
+            f"{row['ratio']:7.2f} x {base['provider']}"
         )
     if config.getoption("compare") is not None:
-        terminalreporter.section(f"times as fast as in {config.getoption('compare')}")
+        terminalreporter.section(
+            f"times as fast as in {config.getoption('compare')}, change of the ratio to the first provider"
+        )
         ratios = harness.ratios(rows, config.stash[EARLIER])
         least = config.getoption("fail_below") or 0.0
-        for row, ratio in ratios:
+        for row, ratio, change in ratios:
             shape = "x".join(map(str, row["shape"]))
             verdict = f"  below {least:g}" if ratio < least else ""
             terminalreporter.write_line(
-                f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} {ratio:7.2f}{verdict}"
+                f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} {ratio:7.2f} "
+                f"{change - 1:+8.1%}{verdict}"
+            )
+        most = harness.most_changed(ratios)
+        if most is not None:
+            row, change = most
+            terminalreporter.write_line(
+                f"of the ratios to the first provider that of {row['op']}, {row['provider']}, changed most: by "
+                f"{change:.1%}, where a call takes {harness.LONG_SECONDS * 1e3:g} ms or more"
             )
         terminalreporter.write_line(f"{len(rows) - len(ratios)} rows have none like them there")
 
@@ -108,5 +118,5 @@ def pytest_sessionfinish(session, exitstatus):
     if least is None or exitstatus != pytest.ExitCode.OK:
         return
     ratios = harness.ratios(session.config.stash[ROWS], session.config.stash[EARLIER])
-    if not ratios or min(ratio for _, ratio in ratios) < least:
+    if not ratios or min(ratio for _, ratio, _ in ratios) < least:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,8 @@ SHORTEST_SAMPLE_SECONDS = 0.01
 # More than any cache of a GPU holds, several times over: 0.3 ms on an H100, while the call behind it is being queued
 FLUSHED_BYTES = 256 << 20
 FLUSHES = 4
+# Shorter calls are at the mercy of the clock
+LONG_SECONDS = 0.01
 # Less may stay in a CPU's caches from call to call
 UNCACHED_BYTES = {"cuda": 0, "cpu": 64 << 20}
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
@@ -110,13 +113,15 @@ def flops_per_second(dtype: torch.dtype) -> float:
 def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping, environment: Mapping) -> list[dict]:
     """One JSON row a provider: the case, quantiles of its seconds, rates, and the percentage of the roofline.
 
-    There is no percentage where all that bounds the work are bytes that may lie in a CPU's caches.
+    ``ratio`` is how many times as long as the first provider it took, the median over the rounds. There is no
+    percentage where all that bounds the work are bytes that may lie in a CPU's caches.
     """
     probabilities = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    rows = []
+    rows, base = [], next(iter(seconds.values()))
     for name, values in seconds.items():
         q20, median, q80 = torch.tensor(values, dtype=torch.float64).quantile(probabilities).tolist()
         row = {**case, "provider": name, "median": median, "q20": q20, "q80": q80, "rounds": len(values)}
+        row["ratio"] = statistics.median(own / other for own, other in zip(values, base, strict=True))
         if work is not None:
             by_bytes = work.bytes / copied_bytes_per_second() if work.bytes >= UNCACHED_BYTES[DEVICE] else 0.0
             by_flops = work.flops / flops_per_second(work.dtype) if work.flops else 0.0
@@ -143,7 +148,7 @@ def read(path: Path) -> list[dict]:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            case_of(row), row["median"], row["provider"], row["device"], row["threads"]
+            case_of(row), row["median"], row["ratio"], row["provider"], row["device"], row["threads"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}: expected a row of the benchmarks, got {line[:80]!r}") from None
         rows.append(row)
@@ -155,14 +160,23 @@ def case_of(row: Mapping) -> tuple:
     return row["op"], row["pattern"], tuple(row["shape"]), row["dtype"]
 
 
-def ratios(rows: Iterable[Mapping], earlier: Iterable[Mapping]) -> list[tuple[Mapping, float]]:
-    """(row, seconds of the last of ``earlier`` over its own) where one has its case, provider, device and threads."""
+def ratios(rows: Iterable[Mapping], earlier: Iterable[Mapping]) -> list[tuple[Mapping, float, float]]:
+    """(row, seconds of the last of ``earlier`` over its own, its ratio over that one's) where one has its case,
+    provider, device and threads.
+    """
 
     def key(row):
         return case_of(row), row["provider"], row["device"], row["threads"]
 
-    known = {key(row): row["median"] for row in earlier}
-    return [(row, known[key(row)] / row["median"]) for row in rows if key(row) in known]
+    known = {key(row): row for row in earlier}
+    found = [(row, known[key(row)]) for row in rows if key(row) in known]
+    return [(row, other["median"] / row["median"], row["ratio"] / other["ratio"]) for row, other in found]
+
+
+def most_changed(ratios: Iterable[tuple[Mapping, float, float]]) -> tuple[Mapping, float] | None:
+    """Of ``ratios``, (the row of long calls whose ratio to the first provider changed most, by what part); or None."""
+    changes = [(row, abs(change - 1)) for row, _, change in ratios if row["median"] >= LONG_SECONDS]
+    return max(changes, key=lambda found: found[1], default=None)
 
 
 def commit() -> str | None:

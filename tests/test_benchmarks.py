@@ -99,6 +99,7 @@ def test_a_file_without_rows_is_refused(line, tmp_path):
                 "shape": [1],
                 "dtype": "x",
                 "median": 1,
+                "ratio": 1,
                 "provider": "p",
                 "device": "d",
                 "threads": 1,
@@ -153,10 +154,28 @@ def test_ratios_match_case_provider_and_device():
         "device": "d",
         "threads": 2,
         "median": 2.0,
+        "ratio": 6.0,
     }
     others = [row | {key: "other"} for key in ("op", "pattern", "dtype", "provider", "device", "threads")]
-    assert harness.ratios([row], [row | {"median": 3.0}, *others]) == [(row, 1.5)]
+    assert harness.ratios([row], [row | {"median": 3.0, "ratio": 5.0}, *others]) == [(row, 1.5, 1.2)]
     assert harness.ratios([row], others) == []
+
+
+def test_a_ratio_is_taken_round_by_round():
+    """A machine that slows down in between does not move it."""
+    ours, theirs = harness.rows_of({"ours": [1.0, 1.0, 9.0], "theirs": [2.0, 2.0, 27.0]}, None, {}, {})
+    assert ours["ratio"] == 1.0 and theirs["ratio"] == 2.0
+
+
+def test_the_ratio_that_changed_most_is_of_a_long_call():
+    def found(provider, median, change):
+        return {"provider": provider, "median": median}, 1.0, change
+
+    shorter, longer = harness.LONG_SECONDS / 2, harness.LONG_SECONDS
+    ratios = [found("a", longer, 1.05), found("b", longer, 0.9), found("c", shorter, 3.0)]
+    row, change = harness.most_changed(ratios)
+    assert row["provider"] == "b" and change == pytest.approx(0.1)
+    assert harness.most_changed(ratios[2:]) is None
 
 
 def test_the_roofline_is_the_slower_of_bytes_and_products(monkeypatch):
