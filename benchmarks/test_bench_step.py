@@ -5,6 +5,8 @@ The eager formulation keeps the mask from draw to update; the others draw it aga
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import eager
 import pytest
 import torch
@@ -115,6 +117,15 @@ class Layer:
         exact = reference.mask_score(self.logits, codes, torch.ones_like(codes, dtype=torch.float32), 1.0, n=N, m=M)
         torch.testing.assert_close(eager.score(self.logits, mask), exact, rtol=0, atol=EAGER_SCORE_ERROR)
 
+    def check_compiled(self, op: str, compiled: Callable) -> None:
+        """What torch.compile makes of the reference gives its results, but for what its roundings decide."""
+        if op == "draw":
+            assert (compiled() != self.reference_draw()).float().mean() < 1e-4
+        elif op == "update":
+            torch.testing.assert_close(self.after(compiled), self.after(self.reference_update), rtol=0, atol=1e-5)
+        else:
+            torch.testing.assert_close(compiled(), self.reference_log_prob(), rtol=1e-5, atol=1e-6)
+
     @staticmethod
     def left_the_top(drawn: torch.Tensor, top: torch.Tensor) -> int:
         return int((drawn != top).view(-1, M).any(-1).sum())
@@ -143,5 +154,9 @@ def test_step(shape, op, compare):
         }[op]
         if DEVICE == "cuda" or shape[0] <= CHECKED_ROWS:
             providers["eager reference"] = by_reference
+        if shape == SHAPES[0] and op != "draw+update":
+            # each takes a quarter of a minute to compile
+            providers["reference under torch.compile"] = compiled = torch.compile(by_reference, dynamic=False)
+            layer.check_compiled(op, compiled)
         work = Work(bytes=round(BYTES[op] * shape[0] * shape[1]))
         compare(layer.check, providers, work=work, op=op, pattern=PATTERN, shape=shape, dtype=DTYPE)
