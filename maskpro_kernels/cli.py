@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 import warnings
@@ -16,9 +15,9 @@ from .commands.arguments import DTYPE, DTYPES
 from .commands.checkpoints import export, import_, validate
 from .commands.evaluation import compare, evaluate
 from .commands.learn import DEFAULTS, learn
-from .commands.progress import tell, wants_bars
+from .commands.progress import tell_as, wants_bars
 from .commands.replay import replay
-from .commands.runs import TENSORBOARD, goes_on, how_to_go_on
+from .commands.runs import TENSORBOARD, tell_missing
 from .convert import INITIAL_MASKS
 from .ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
 from .trainer import MASKS
@@ -38,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         or a rank that has ended, told in one line on stderr.
 
     Raises:
-        SystemExit: with 2 after arguments that cannot be parsed, told in one line too; with 0 after ``--help``.
+        SystemExit: with 2 after arguments that cannot be parsed, or where a rank ends while steps are taken, told in
+            one line too; with 0 after ``--help``.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
@@ -51,30 +51,22 @@ def main(argv: list[str] | None = None) -> int:
             with under_torchrun():
                 args.run(args)
         except MissingRanks as error:
-            folder = Path(args.resume if hasattr(args, "resume") else args.output)
-            cure = how_to_go_on(folder) if goes_on(folder) else "nothing was learned yet; run it again"
-            # rank 0 may be the one
-            first = next(rank for rank in itertools.count() if rank not in error.missing)
-            _tell("error", f"{error}; {cure}", by=first)
+            tell_missing(error, Path(args.resume if hasattr(args, "resume") else args.output))
             return 2
         except (ValueError, TypeError, OSError, FloatingPointError, FailedRank) as error:
-            _tell("error", error)
+            tell_as("error", error)
             return 2
         except torch.OutOfMemoryError as error:
             rank = rank_of_torchrun()
             where = f"rank {rank}: " if rank else ""
             # of this rank alone: no other can tell
-            _tell("error", f"{where}{error}; take smaller windows or batches, or another --device", by=rank)
+            tell_as("error", f"{where}{error}; take smaller windows or batches, or another --device", by=rank)
             return 2
     return 0
 
 
-def _tell(kind: str, what: object, by: int = 0) -> None:
-    tell(" ".join(f"maskpro: {kind}: {what}".split()), by)
-
-
 def _tell_warning(message: Warning, *_) -> None:
-    _tell("warning", message)
+    tell_as("warning", message)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         return found, others
 
     def error(self, message: str) -> None:
-        _tell("error", f"{message}; `{self.prog} --help` tells what it takes")
+        tell_as("error", f"{message}; `{self.prog} --help` tells what it takes")
         self.exit(2)
 
 

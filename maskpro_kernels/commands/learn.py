@@ -7,8 +7,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +52,7 @@ from .runs import (
     logits_metadata,
     read_metrics,
     read_start,
+    tell_missing,
 )
 from .signals import Signals
 
@@ -246,7 +247,7 @@ def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mappin
 
     more = ranks.first(has_more)
     if ranks.rank > 0:
-        with Signals() as signals:
+        with _taking_steps(output) as signals:
             if more:
                 trainer.run(args.steps - trainer.steps_done, progress=False, after_step=lambda _: signals.came)
         trainer.close()
@@ -257,7 +258,7 @@ def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mappin
     board = nullcontext()
     if hasattr(args, "tensorboard"):
         board = closing(Scalars(output / TENSORBOARD, trainer.steps_done, held_out.rows))
-    with Signals() as signals, board as scalars:
+    with _taking_steps(output) as signals, board as scalars:
 
         def check(record) -> bool:
             step = record.step + 1
@@ -288,6 +289,17 @@ def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mappin
     seconds = time.perf_counter() - began - (held_out.seconds - checked) + earlier + start["seconds"]
     _finish(args, inputs, start, held_out, seconds)
     trainer.close()
+
+
+@contextmanager
+def _taking_steps(output: Path) -> Iterator[Signals]:
+    """Signals are noted; and of ranks that end it is told before the signal that torchrun then sends."""
+    with Signals() as signals:
+        try:
+            yield signals
+        except MissingRanks as error:
+            tell_missing(error, output)
+            raise SystemExit(2) from error
 
 
 def _begin(trainer: MaskTrainer, output: Path, bars: bool) -> None:

@@ -29,6 +29,11 @@ def tell(line: str, by: int = 0) -> None:
         print(line, file=sys.stderr)
 
 
+def tell_as(kind: str, what: object, by: int = 0) -> None:
+    """Tell an error or a warning, whatever its lines, in one."""
+    tell(" ".join(f"maskpro: {kind}: {what}".split()), by)
+
+
 class StepLines:
     """A line at every fiftieth of a run's steps and at each held-out check.
 
