@@ -70,7 +70,7 @@ def learn(args: argparse.Namespace) -> None:
 
     Several ranks do so together: rank 0 alone evaluates, writes and tells, and what is wrong on one ends all.
     """
-    # not those of the trainer, which has to be told the masks: these wait for their evaluation
+    # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
     ranks = Ranks()
     ranks.connect()
     if hasattr(args, "resume"):
@@ -278,7 +278,7 @@ def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mappin
                 f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; {how_to_go_on(output)}"
             )
             raise
-    # a signal that no perplexity stands for may have come to another rank
+    # the signal may have come to another rank
     if trainer.steps_done < args.steps and (signals.came or not held_out.risen()):
         _save_logits(args, inputs.model)
         tell(f"stopped after {trainer.steps_done} steps; {how_to_go_on(output)}")
