@@ -20,7 +20,8 @@ from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 
 from maskpro_kernels import cli
 from maskpro_kernels.commands import learn as learning
-from maskpro_kernels.ranks import MissingRanks
+from maskpro_kernels.ranks import FailedRank, MissingRanks
+from maskpro_kernels.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -263,3 +264,26 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
     assert cli.main(["learn", "--output", str(tmp_path / "none")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (told is not None) and all(told in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            MissingRanks("ranks: rank 1 of 2 ended", [1]),
+            "ranks: rank 1 of 2 ended; nothing was learned yet; run it again",
+        ),
+        (FailedRank("rank 1: OSError: full"), "rank 1: OSError: full"),
+    ],
+)
+def test_ranks_that_fail_before_the_first_step_leave_nothing(inputs, tmp_path, capsys, monkeypatch, error, told):
+    begin = MaskTrainer._open_journal
+
+    def broken(trainer, losses):
+        begin(trainer, losses)
+        raise error
+
+    monkeypatch.setattr(MaskTrainer, "_open_journal", broken)
+    assert cli.main(learn(inputs, tmp_path / "new")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"maskpro: error: {told}"
+    assert contents(tmp_path) == {}
