@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -13,27 +15,30 @@ from .commands.arguments import DTYPE, DTYPES
 from .commands.checkpoints import export, import_, validate
 from .commands.evaluation import compare, evaluate
 from .commands.learn import DEFAULTS, learn
-from .commands.progress import tell, wants_bars
+from .commands.progress import tell_as, wants_bars
 from .commands.replay import replay
-from .commands.runs import TENSORBOARD
+from .commands.runs import TENSORBOARD, tell_missing
 from .convert import INITIAL_MASKS
+from .ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
+from .trainer import MASKS
 
 SHOW = argparse.ArgumentDefaultsHelpFormatter
 SOURCES = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command.
+    """Runs the command; under torchrun this rank's part of it, of which rank 0 alone prints.
 
     Args:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0, or 2 after a wrong argument, an unreadable file, a loss that is not finite or too little memory of the
-        device, told in one line on stderr.
+        0, or 2 after a wrong argument, an unreadable file, a loss that is not finite, too little memory of the device
+        or a rank that has ended, told in one line on stderr.
 
     Raises:
-        SystemExit: with 2 after arguments that cannot be parsed, told in one line too; with 0 after ``--help``.
+        SystemExit: with 2 after arguments that cannot be parsed, or where a rank ends while steps are taken, told in
+            one line too; with 0 after ``--help``.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
@@ -42,22 +47,26 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = _tell_warning
         try:
             _check_resume(args, argv)
-            args.run(args)
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
-            _tell("error", error)
+            _check_torchrun(args, argv)
+            with under_torchrun():
+                args.run(args)
+        except MissingRanks as error:
+            tell_missing(error, Path(args.resume if hasattr(args, "resume") else args.output))
+            return 2
+        except (ValueError, TypeError, OSError, FloatingPointError, FailedRank) as error:
+            tell_as("error", error)
             return 2
         except torch.OutOfMemoryError as error:
-            _tell("error", f"{error}; take smaller windows or batches, or another --device")
+            rank = rank_of_torchrun()
+            where = f"rank {rank}: " if rank else ""
+            # of this rank alone: no other can tell
+            tell_as("error", f"{where}{error}; take smaller windows or batches, or another --device", by=rank)
             return 2
     return 0
 
 
-def _tell(kind: str, what: object) -> None:
-    tell(" ".join(f"maskpro: {kind}: {what}".split()))
-
-
 def _tell_warning(message: Warning, *_) -> None:
-    _tell("warning", message)
+    tell_as("warning", message)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         return found, others
 
     def error(self, message: str) -> None:
-        _tell("error", f"{message}; `{self.prog} --help` tells what it takes")
+        tell_as("error", f"{message}; `{self.prog} --help` tells what it takes")
         self.exit(2)
 
 
@@ -91,12 +100,24 @@ _whole, _number = _number_of(int, "a whole number"), _number_of(float, "a number
 def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:
     """Settings beside --resume would be without effect."""
     given = {option.split("=")[0] for option in argv if option.startswith("--")}
-    others, args.device_given = given - {"--resume", "--device", "--quiet"}, "--device" in given
+    others, args.device_given = given - {"--resume", "--device", "--masks", "--quiet"}, "--device" in given
     if hasattr(args, "resume") and others:
         raise ValueError(
-            f"resume: expected no other option but --device and --quiet, got {', '.join(sorted(others))}; a run goes "
-            "on with its own settings"
+            f"resume: expected no other option but --device, --masks and --quiet, got {', '.join(sorted(others))}; a "
+            "run goes on with its own settings"
         )
+
+
+def _check_torchrun(args: argparse.Namespace, argv: list[str]) -> None:
+    """Several processes can share one command, and one process has nothing to share."""
+    if not of_torchrun():
+        if hasattr(args, "masks"):
+            raise ValueError(
+                f"masks: expected none without torchrun, since one process makes all forwards, got {args.masks!r}; "
+                "leave it out"
+            )
+    elif os.environ["WORLD_SIZE"] != "1" and args.run is not learn:
+        raise ValueError(f"torchrun: expected `learn`, the one command for several ranks, got {argv[0]!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +154,8 @@ def _add_learn(commands) -> None:
         "--resume",
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="go on with the run in DIR that was broken off, with its settings; alone, or with --device and --quiet",
+        help="go on with the run in DIR that was broken off, with its settings; alone, or with --device, --masks and "
+        "--quiet",
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     parser.add_argument(
@@ -181,6 +203,14 @@ def _add_learn(commands) -> None:
         default=argparse.SUPPRESS,
         metavar="K",
         help="masks that a step of reinforce draws and compares, a forward pass each (default: 1, with a tracker)",
+    )
+    parser.add_argument("--accumulate", type=_whole, default=1, metavar="A", help="batches a step")
+    parser.add_argument(
+        "--masks",
+        choices=MASKS,
+        default=argparse.SUPPRESS,
+        help="under torchrun: whether the ranks draw the same masks and share the batches of a step, or each draws its "
+        "own share of the masks (default: same)",
     )
     exploration = parser.add_mutually_exclusive_group()
     exploration.add_argument(
@@ -369,3 +399,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs, such as cuda:0"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -35,17 +35,37 @@ NO_LIMIT = timedelta(days=365)
 CALL = "roll call"
 
 
+def of_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def rank_of_torchrun() -> int:
+    """The rank that this process has under torchrun, known before the ranks have met; 0 without torchrun."""
+    return int(os.environ["RANK"]) if of_torchrun() else 0
+
+
 @contextmanager
 def under_torchrun() -> Iterator[int]:
     """Join the processes that torchrun has started, where it has started this one; gives its number on its machine.
 
     That is 0 without torchrun. With GPUs each process takes the one of its number.
+
+    Raises:
+        ValueError: if the machine has GPUs, but fewer than processes.
     """
-    if not dist.is_available() or not dist.is_torchelastic_launched():
+    if not of_torchrun():
         yield 0
         return
     number = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        # all on this machine see it, before they wait for each other
+        if processes > gpus:
+            raise ValueError(
+                f"nproc-per-node: expected at most {gpus}, the GPUs of this machine, got {processes}; with "
+                "CUDA_VISIBLE_DEVICES= the ranks run on CPU"
+            )
         torch.cuda.set_device(number)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     yield number
@@ -63,6 +83,10 @@ class MissingRanks(RuntimeError):
     def __init__(self, message: str, missing: Sequence[int] = ()):
         super().__init__(message)
         self.missing = list(missing)
+
+
+class FailedRank(RuntimeError):
+    """Another rank has raised what is no ValueError; the message tells which, and what."""
 
 
 class Ranks:
@@ -146,7 +170,7 @@ class Ranks:
         """What a function gives on rank 0, which alone calls it. Patient.
 
         Raises:
-            Exception: what it raises there; on the others a ValueError where it is one, else a RuntimeError.
+            Exception: what it raises there; on the others a ValueError where it is one, else a FailedRank.
         """
         if self.world == 1:
             return function()
@@ -155,12 +179,29 @@ class Ranks:
             try:
                 result = function()
             except Exception as raised:
-                error = raised
-                bad = isinstance(raised, ValueError)
-                told = ValueError(str(raised)) if bad else RuntimeError(f"rank 0: {type(raised).__name__}: {raised}")
+                error, told = raised, _told(raised, 0)
         result, told = self.gather_objects((result, told))[0]
         if told is not None:
             raise error or told
+        return result
+
+    def all_of(self, function: Callable[[], Result]) -> Result:
+        """What a function gives on this rank, once it has ended on all of them, which all call it. Patient.
+
+        Raises:
+            Exception: what it raises here; where it raises on others alone, a ValueError or FailedRank that names the
+                first of them.
+        """
+        if self.world == 1:
+            return function()
+        result = error = told = None
+        try:
+            result = function()
+        except Exception as raised:
+            error, told = raised, _told(raised, self.rank)
+        failed = next(filter(None, self.gather_objects(told)), None)
+        if failed is not None:
+            raise error or failed
         return result
 
     def agree(self, settings: Mapping[str, object]) -> None:
@@ -270,6 +311,13 @@ class Ranks:
 
     def _refuses(self, rank: int) -> bool:
         return rank in self._addresses and _connects(self._addresses[rank]) is False
+
+
+def _told(error: Exception, rank: int) -> ValueError | FailedRank:
+    """What the other ranks raise of an error of this one."""
+    if isinstance(error, ValueError):
+        return ValueError(f"rank {rank}: {error}" if rank else str(error))
+    return FailedRank(f"rank {rank}: {type(error).__name__}: {error}")
 
 
 def _connects(address: tuple[str, int]) -> bool | None:

@@ -154,11 +154,7 @@ class MaskTrainer:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout: expected a number of seconds above 0, got {timeout!r}")
         ranks, draws = Ranks(timeout), estimator.draws if isinstance(estimator, Reinforce) else 1
-        shared, parts = ("accumulate", accumulate) if masks == "same" else ("draws", draws)
-        if parts % ranks.world:
-            raise ValueError(
-                f'{shared}: expected a multiple of the {ranks.world} ranks with masks="{masks}", got {parts}'
-            )
+        check_shares(ranks.world, masks, accumulate, draws)
         by_id = {}
         for name, layer in self.layers.items():
             other = by_id.setdefault(layer.layer, name)
@@ -670,6 +666,13 @@ class MaskTrainer:
                 if checkpointing and getattr(module, "gradient_checkpointing", False):
                     module.training = True
             yield
+
+
+def check_shares(world: int, masks: str, accumulate: int, draws: int) -> None:
+    """Raise ValueError unless that many ranks can share the forwards of a step, as ``masks`` says, alike."""
+    shared, parts = ("accumulate", accumulate) if masks == "same" else ("draws", draws)
+    if parts % world:
+        raise ValueError(f'{shared}: expected a multiple of the {world} ranks with masks="{masks}", got {parts}')
 
 
 class _Restored(NamedTuple):

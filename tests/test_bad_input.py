@@ -333,7 +333,7 @@ CASES = {
     "settings beside resume": (
         f"{RESUME} --lr 1",
         None,
-        "no other option but --device and --quiet, got --lr",
+        "no other option but --device, --masks and --quiet, got --lr",
         "own settings",
     ),
     "torn settings": (RESUME, cut("killed-reinforce/settings.json"), "resume: expected a folder", "from a copy"),

@@ -494,7 +494,12 @@ def test_a_run_without_its_progress_is_not_begun_anew(inputs, tmp_path, capsys, 
 def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, ["learn", "--resume", str(tmp_path)], "resume: expected a folder in which")
     refuses(capsys, tmp_path, ["learn", "--resume", str(run)], "resume: expected a run that has not ended")
-    refuses(capsys, tmp_path, ["learn", "--resume", str(run), "--steps", "9"], "but --device and --quiet, got --steps")
+    refuses(
+        capsys,
+        tmp_path,
+        ["learn", "--resume", str(run), "--steps", "9"],
+        "but --device, --masks and --quiet, got --steps",
+    )
     refuses(capsys, tmp_path, ["learn", "--data", "pydoc"], "model: expected --model, or --resume alone, got none")
     refuses(
         capsys, tmp_path, ["replay", str(tmp_path)], "run: expected a folder of `maskpro learn --estimator reinforce`"

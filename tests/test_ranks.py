@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -496,6 +497,45 @@ def test_rank_0_alone_reads_and_writes(tmp_path, eager_reference):
     # the folder holds a run by now
     for error in in_ranks(2, learn, how="reinforce", steps=2, folder=tmp_path / "0", accumulate=2):
         assert str(error).startswith("output_dir: expected a folder without a run, or resume, got ")
+
+
+def raise_on(raising: Sequence[int], kind: type[Exception], rank: int, first: bool) -> tuple[str, str] | int:
+    """(kind, message) of what each rank gets of a call that raises on some, or what the call gives."""
+    together = ranks.Ranks()
+    together.connect()
+
+    def call() -> int:
+        if rank in raising:
+            raise kind(f"of {rank}")
+        return 10 + rank
+
+    try:
+        return together.first(call) if first else together.all_of(call)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def raised(rank: int) -> list:
+    """Of a call on rank 0, then on all ranks."""
+    return [
+        [raise_on(raising, kind, rank, first) for raising, kind in (((), OSError), ((0,), ValueError), ((0,), OSError))]
+        for first in (True, False)
+    ] + [[raise_on(raising, kind, rank, False) for raising in ((1,), (1, 2)) for kind in (ValueError, OSError)]]
+
+
+def test_what_is_raised_on_one_rank_is_raised_on_all():
+    results = all_in_ranks(3, raised)
+    for rank, (first, all_of, others) in enumerate(results):
+        own = ("OSError", "of 0") if rank == 0 else ("FailedRank", "rank 0: OSError: of 0")
+        assert first == [10, ("ValueError", "of 0"), own]
+        assert all_of == [10 + rank, ("ValueError", "of 0"), own]
+        failed = ("FailedRank", "rank 1: OSError: of 1")
+        assert others == [
+            ("ValueError", "of 1" if rank == 1 else "rank 1: of 1"),
+            ("OSError", "of 1") if rank == 1 else failed,
+            ("ValueError", f"of {rank}" if rank else "rank 1: of 1"),
+            ("OSError", f"of {rank}") if rank else failed,
+        ]
 
 
 def drift(rank: int) -> str:

@@ -344,9 +344,10 @@ def test_a_report_with_something_missing_is_refused(tmp_path, name):
     [
         (REINFORCE | {"flip_rate": 0.05, "calibration_batches": 16}, 3.0, "--flip-rate 0.05"),
         (REINFORCE | {"draws": 4, "tensorboard": True}, 10.0, "--draws 4 --lr 50.0 --tensorboard"),
+        (REINFORCE | {"accumulate": 4}, 10.0, "--accumulate 4"),
         (STRAIGHT_THROUGH | {"calibration_batches": None, "data": "a text.txt"}, 15.0, "--data 'a text.txt'"),
     ],
-    ids=["flip rate", "several draws", "straight-through"],
+    ids=["flip rate", "several draws", "several batches", "straight-through"],
 )
 def test_the_line_to_run_it_again_is_one_that_the_command_takes(options, gap, line):
     values = report_of([step_of(0)], options, gap=gap)

@@ -14,18 +14,36 @@ from ..functional import top_n_mask
 from ..masks import initial_codes, initial_logits
 from ..modules import MaskedLinear, masked_layers
 from ..pattern import NMPattern
+from ..ranks import Ranks
 from ..reconstruction import reconstruct
 from .held_out import table_row
 from .inputs import Inputs
 from .progress import tell
 
 
-def initial_masks(args: argparse.Namespace, inputs: Inputs) -> dict:
+def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dict:
     """Convert the model, evaluate the initial masks and leave that of ``--init``: the rows of the table, and more.
+
+    Rank 0 does so; the others take its mask, since another processor may find another one.
 
     Raises:
         ValueError: if the dense model has no perplexity.
     """
+    found = ranks.first(lambda: _evaluated(args, inputs))
+    if ranks.world > 1:
+        pattern = NMPattern(args.pattern)
+        # of a rank that cannot, all are to know
+        ranks.all_of(lambda: ranks.rank == 0 or convert(inputs.model, pattern, init="magnitude", gap=args.gap))
+        masked = masked_layers(inputs.model)
+        codes = top_n_codes(masked, pattern)
+        for code in codes.values():
+            ranks.spread_(code)
+        _set_logits(masked, codes, pattern, args.gap)
+    return found
+
+
+def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """The same on one rank."""
     pattern, model, tests = NMPattern(args.pattern), inputs.model, inputs.tests
 
     def row(method: str, seconds: float) -> dict:

@@ -7,8 +7,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,10 +25,11 @@ from ..masks import LARGEST_GAP, gap_for_flip_rate
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..pictures import check_pictures, draw_perplexity, draw_residual
+from ..ranks import FailedRank, MissingRanks, Ranks
 from ..report import write_html
 from ..scalars import Scalars
 from ..snapshots import newest_snapshot, snapshots_in
-from ..trainer import LOCK, MaskTrainer, digest
+from ..trainer import JOURNAL, LOCK, MASKS, MaskTrainer, check_shares, digest
 from .arguments import DTYPES, check_least, device_of, telling
 from .held_out import HeldOut, print_table, table_row
 from .initial import initial_masks, top_n_codes
@@ -51,6 +52,7 @@ from .runs import (
     logits_metadata,
     read_metrics,
     read_start,
+    tell_missing,
 )
 from .signals import Signals
 
@@ -60,48 +62,77 @@ ALPHA = 0.99
 # Steps in a row whose loss may be no number
 MOST_SKIPPED = 9
 # Of this process, not of the run
-NO_SETTINGS = ("run", "device_given", "quiet", "bars")
+NO_SETTINGS = ("run", "device_given", "masks", "quiet", "bars")
 
 
 def learn(args: argparse.Namespace) -> None:
-    """Learn a mask and write what a run leaves; ``--resume`` goes on with one."""
+    """Learn a mask and write what a run leaves; ``--resume`` goes on with one.
+
+    Several ranks do so together: rank 0 alone evaluates, writes and tells, and what is wrong on one ends all.
+    """
+    # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
+    ranks = Ranks()
+    ranks.connect()
     if hasattr(args, "resume"):
-        _resume(args)
-        return
-    _complete(args)
-    device_of(args.device)
-    output = Path(args.output)
+        _resume(args, ranks)
+    else:
+        _learn(args, ranks)
+    ranks.close()
+
+
+def _learn(args: argparse.Namespace, ranks: Ranks) -> None:
+    def check() -> None:
+        _complete(args)
+        _check_ranks(args, ranks)
+        check_pictures("output")
+        _check_tensorboard(args)
+
+    ranks.all_of(check)
+    ranks.first(lambda: _check_output(Path(args.output)))
+    inputs = ranks.all_of(lambda: read_inputs(args))
+    _train(args, ranks, inputs, initial_masks(args, inputs, ranks), resumed=False)
+
+
+def _check_output(output: Path) -> None:
     if goes_on(output):
         raise ValueError(
             f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
             f"{how_to_go_on(output)}"
         )
     check_output(output)
-    check_pictures("output")
-    _check_tensorboard(args)
-    inputs = read_inputs(args)
-    _train(args, inputs, initial_masks(args, inputs), resumed=False)
 
 
-def _resume(args: argparse.Namespace) -> None:
+def _resume(args: argparse.Namespace, ranks: Ranks) -> None:
     output = Path(args.resume)
-    start = read_start(output)
-    check_free(output)
-    given = {"device": args.device} if args.device_given else {}
+
+    def read() -> dict:
+        start = read_start(output)
+        check_free(output)
+        return start
+
+    start = ranks.first(read)
+    given = {"masks": args.masks} if hasattr(args, "masks") else {}
+    if args.device_given:
+        given["device"] = args.device
     args = argparse.Namespace(**start["settings"] | given | {"output": str(output), "bars": args.bars})
-    try:
-        _complete(args)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"resume: expected the settings of a run, got others in {str(output / SETTINGS)!r}: {error}; restore the "
-            "file from a copy"
-        ) from error
-    check_pictures("resume")
-    _check_tensorboard(args)
-    inputs = read_inputs(args)
-    # the masks come from a snapshot
-    convert(inputs.model, args.pattern, init="magnitude", gap=args.gap)
-    _train(args, inputs, start, resumed=True)
+
+    def prepare() -> Inputs:
+        try:
+            _complete(args)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"resume: expected the settings of a run, got others in {str(output / SETTINGS)!r}: {error}; restore "
+                "the file from a copy"
+            ) from error
+        _check_ranks(args, ranks)
+        check_pictures("resume")
+        _check_tensorboard(args)
+        inputs = read_inputs(args)
+        # the masks come from a snapshot
+        convert(inputs.model, args.pattern, init="magnitude", gap=args.gap)
+        return inputs
+
+    _train(args, ranks, ranks.all_of(prepare), start, resumed=True)
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -118,9 +149,10 @@ def _complete(args: argparse.Namespace) -> None:
     args.gap = getattr(args, "gap", gap)
     args.calibration_batches = getattr(args, "calibration_batches", distinct)
     args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
-    check_least(
-        args, steps=1, batch_size=1, seq_len=2, init_batches=1, eval_windows=1, eval_length=2, eval_every=1, seed=0
-    )
+    # the settings of earlier runs have none
+    args.accumulate = getattr(args, "accumulate", 1)
+    check_least(args, steps=1, batch_size=1, accumulate=1, seq_len=2, init_batches=1)
+    check_least(args, eval_windows=1, eval_length=2, eval_every=1, seed=0)
     if args.calibration_batches is not None:
         check_least(args, calibration_batches=1)
     if not (math.isfinite(args.gap) and args.gap > 0):
@@ -153,6 +185,19 @@ def _estimator(args: argparse.Namespace) -> Reinforce | StraightThrough:
     return StraightThrough(lr=args.lr, steps=args.steps)
 
 
+def _check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Whether the ranks can share the work; and the device, which each has of its own."""
+    check_shares(ranks.world, _masks(args), args.accumulate, getattr(args, "draws", 1))
+    if device_of(args.device).type != "cpu" and ranks.world > 1 and torch.device(args.device).index is not None:
+        raise ValueError(
+            f"device: expected one without a number, for each rank takes that of its own, got {args.device!r}"
+        )
+
+
+def _masks(args: argparse.Namespace) -> str:
+    return getattr(args, "masks", MASKS[0])
+
+
 def _check_tensorboard(args: argparse.Namespace) -> None:
     if hasattr(args, "tensorboard") and find_spec("tensorboard") is None:
         raise ValueError(
@@ -161,7 +206,7 @@ def _check_tensorboard(args: argparse.Namespace) -> None:
         )
 
 
-def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bool) -> None:
+def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mapping, resumed: bool) -> None:
     """Learn, from the first step or from where a run was broken off, and write what was learned."""
     output = Path(args.output)
     progress = output / PROGRESS
@@ -173,34 +218,47 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
         seed=args.seed,
         output_dir=progress,
         most_skipped=MOST_SKIPPED,
+        accumulate=args.accumulate,
+        masks=_masks(args),
     )
     held_out = HeldOut(progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps, args.bars)
-    earlier = 0.0
     if resumed:
-        held_out.read()
+        ranks.first(held_out.read)
         with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
             trainer.resume()
         held_out.restart(trainer.steps_done)
-        earlier = sum(record["seconds"] for record in read_metrics(progress))
         tell(f"{trainer.steps_done} steps were taken before")
     else:
         _begin(trainer, output, args.bars)
         # Behind the first snapshot: a folder with settings can be gone on with.
-        write_whole(output / SETTINGS, json.dumps({"settings": _settings(args), **start}, indent=1).encode())
+        settings = json.dumps({"settings": _settings(args), **start}, indent=1).encode()
+        ranks.first(lambda: write_whole(output / SETTINGS, settings))
 
     def tokens_done() -> int:
         return sum(record["tokens"] for record in read_metrics(progress))
 
-    if held_out.due(trainer.steps_done):
-        found = held_out.add(trainer.steps_done, tokens_done())
-        if not args.bars:
-            tell(f"step {trainer.steps_done} of {args.steps}: perplexity {found:.2f}")
+    def has_more() -> bool:
+        """Whether there are steps to take, by what is known of the held-out text."""
+        if held_out.due(trainer.steps_done):
+            found = held_out.add(trainer.steps_done, tokens_done())
+            if not args.bars:
+                tell(f"step {trainer.steps_done} of {args.steps}: perplexity {found:.2f}")
+        return trainer.steps_done < args.steps and not held_out.risen()
+
+    more = ranks.first(has_more)
+    if ranks.rank > 0:
+        with _taking_steps(output) as signals:
+            if more:
+                trainer.run(args.steps - trainer.steps_done, progress=False, after_step=lambda _: signals.came)
+        trainer.close()
+        return
+    earlier = sum(record["seconds"] for record in read_metrics(progress))
     began, checked = time.perf_counter(), held_out.seconds
     lines = StepLines(args.steps, trainer.steps_done)
     board = nullcontext()
     if hasattr(args, "tensorboard"):
         board = closing(Scalars(output / TENSORBOARD, trainer.steps_done, held_out.rows))
-    with Signals() as signals, board as scalars:
+    with _taking_steps(output) as signals, board as scalars:
 
         def check(record) -> bool:
             step = record.step + 1
@@ -212,7 +270,7 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
             return held_out.risen() or signals.came
 
         try:
-            if trainer.steps_done < args.steps and not held_out.risen():
+            if more:
                 trainer.run(args.steps - trainer.steps_done, progress=args.bars, after_step=check)
         except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt):
             _save_logits(args, inputs.model)
@@ -220,9 +278,11 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
                 f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; {how_to_go_on(output)}"
             )
             raise
-    if signals.came and trainer.steps_done < args.steps:
+    # the signal may have come to another rank
+    if trainer.steps_done < args.steps and (signals.came or not held_out.risen()):
         _save_logits(args, inputs.model)
         tell(f"stopped after {trainer.steps_done} steps; {how_to_go_on(output)}")
+        trainer.close()
         return
     if trainer.steps_done < args.steps:
         tell(f"stopped after {trainer.steps_done} steps: the held-out perplexity rose")
@@ -231,14 +291,27 @@ def _train(args: argparse.Namespace, inputs: Inputs, start: Mapping, resumed: bo
     trainer.close()
 
 
+@contextmanager
+def _taking_steps(output: Path) -> Iterator[Signals]:
+    """Signals are noted; and of ranks that end it is told before the signal that torchrun then sends."""
+    with Signals() as signals:
+        try:
+            yield signals
+        except MissingRanks as error:
+            tell_missing(error, output)
+            raise SystemExit(2) from error
+
+
 def _begin(trainer: MaskTrainer, output: Path, bars: bool) -> None:
     """What stands before the first step; where it fails, the folder is as it was and may be given again."""
     new, progress = not output.exists(), output / PROGRESS
     try:
         trainer.begin(progress=bars)
-    except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError):
+    except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, MissingRanks, FailedRank):
         trainer.close()
-        for left in (*snapshots_in(progress), progress / LOCK):
+        if trainer.ranks.rank > 0:
+            raise
+        for left in (*snapshots_in(progress), progress / JOURNAL, progress / LOCK):
             left.unlink(missing_ok=True)
         # a folder that holds anything else stays
         with suppress(OSError):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
+from ..ranks import rank_of_torchrun
 from ..trainer import StepRecord
 
 # How many there are of what takes long, besides those of held-out checks
@@ -18,12 +19,19 @@ LINES = 50
 
 
 def wants_bars(args: argparse.Namespace) -> bool:
-    """Bars are for a terminal, unless it is to be quiet."""
-    return not getattr(args, "quiet", False) and sys.stderr.isatty()
+    """Bars are for a terminal, unless it is to be quiet; of several ranks the first has them."""
+    return rank_of_torchrun() == 0 and not getattr(args, "quiet", False) and sys.stderr.isatty()
 
 
-def tell(line: str) -> None:
-    print(line, file=sys.stderr)
+def tell(line: str, by: int = 0) -> None:
+    """Write a line to stderr, if this is the rank that is to."""
+    if rank_of_torchrun() == by:
+        print(line, file=sys.stderr)
+
+
+def tell_as(kind: str, what: object, by: int = 0) -> None:
+    """Tell an error or a warning, whatever its lines, in one."""
+    tell(" ".join(f"maskpro: {kind}: {what}".split()), by)
 
 
 class StepLines:

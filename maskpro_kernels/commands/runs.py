@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..pattern import NMPattern
+from ..ranks import MissingRanks
 from ..trainer import LOCK, METRICS
 from .arguments import DTYPES
+from .progress import tell_as
 
 # What a run leaves at its end
 LOGITS, REPORT, PAGE = "logits.safetensors", "report.json", "report.html"
@@ -39,6 +42,13 @@ def logits_metadata(settings: Mapping) -> dict[str, str]:
 
 def how_to_go_on(output: Path) -> str:
     return f"go on with: maskpro learn --resume {shlex.quote(str(output))}"
+
+
+def tell_missing(error: MissingRanks, output: Path) -> None:
+    """Tell in one line which ranks have ended and how to go on; the first that is left does."""
+    cure = how_to_go_on(output) if goes_on(output) else "nothing was learned yet; run it again"
+    first = next(rank for rank in itertools.count() if rank not in error.missing)
+    tell_as("error", f"{error}; {cure}", by=first)
 
 
 def check_ended(output: Path, lacking: str) -> None:

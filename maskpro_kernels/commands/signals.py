@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
+
+from .progress import tell
 
 
 class Signals:
@@ -24,7 +25,7 @@ class Signals:
 
     def _note(self, number: int, frame) -> None:
         self.came = True
-        print(f"{signal.Signals(number).name}: the run stops after this step", file=sys.stderr)
+        tell(f"{signal.Signals(number).name}: the run stops after this step")
         self.__exit__()
 
     def __exit__(self, *_) -> None:
