@@ -23,7 +23,7 @@ PIECE = 1 << 18
 
 # Bytes of results that such a call leaves. A draw's stand beside the masked weight, an update's in its place
 DRAW_BYTES = 1 << 20
-UPDATE_BYTES = 1 << 22
+UPDATE_BYTES = 1 << 21
 
 # Above, compiling a graph takes about a minute: there the full draw has to do alone
 CERTAIN_MAX_M = 8
