@@ -539,11 +539,36 @@ def test_what_a_refresh_left_is_not_trusted(tmp_path, damage):
         second.write_bytes(b"")
     again = a_trainer(tmp_path / "run", "refreshed")
     if damage == "record":
-        with pytest.warns(UserWarning, match="is taken again|are taken again"):
+        with pytest.warns(UserWarning, match="taken again"):
             assert again.resume() == HALVED[1]
     else:
         assert again.resume() == HALVED[1] + 1
     again.run(20 - again.steps_done, progress=False)
+    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+
+
+def test_the_losses_before_the_last_refresh_are_kept(tmp_path):
+    def a_run(folder):
+        trainer = a_trainer(folder, "refreshed")
+        real = trainer.loss_fn
+        # less than half of what it was at the step before: every other step has a refresh behind it
+        trainer.loss_fn = lambda model, batch: real(model, batch) * 0.1**trainer.steps_done
+        return trainer
+
+    whole = a_run(tmp_path / "whole")
+    whole.run(9, progress=False)
+    trainer = a_run(tmp_path / "run")
+    trainer.run(6, progress=False)
+    trainer._losses_of_initial_masks(progress=False)
+    trainer.close()
+    path = tmp_path / "run" / "journal"
+    path.write_bytes(path.read_bytes()[:-1])
+    again = a_run(tmp_path / "run")
+    with pytest.warns(UserWarning, match="taken again"):
+        assert again.resume() == 5
+    again.run(4, progress=False)
+    kept = snapshots.snapshots_in(tmp_path / "whole" / "initial-losses")
+    assert [snapshots.step_of(one) for one in kept] == [2, 6, 8]
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
 
 
