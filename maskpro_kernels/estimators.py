@@ -42,6 +42,10 @@ class Reinforce:
             the paper's published code does.
         normalize: divide the advantage by its running root mean square, of memory alpha, and bound it to +-3: lr is
             then free of the scale of the loss, and one outlier does not move the logits far. Not in the paper.
+        draws: masks a step. Of several the advantage of each is its loss less the mean of the others', without
+            residual and tracker.
+        refresh: take new initial masks m_0, the top-N masks of the logits, behind a step whose loss is at most half of
+            that under m_0. Each time costs a forward for every batch. With one draw.
 
     Attributes:
         taken: whether a trainer has it.
@@ -53,7 +57,13 @@ class Reinforce:
     """
 
     def __init__(
-        self, lr: float = 50.0, alpha: float = 0.99, tracker: str = "after", normalize: bool = False, draws: int = 1
+        self,
+        lr: float = 50.0,
+        alpha: float = 0.99,
+        tracker: str = "after",
+        normalize: bool = False,
+        draws: int = 1,
+        refresh: bool = False,
     ):
         _check_float("lr", lr, 0.0, FLOAT32_MAX, strict=True)
         _check_float("alpha", alpha, 0.0, 1.0)
@@ -63,7 +73,12 @@ class Reinforce:
             raise TypeError(f"normalize: expected a bool, got {normalize!r}")
         if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= MAX_DRAWS:
             raise ValueError(f"draws: expected an int in [1, {MAX_DRAWS}], got {draws!r}")
+        if not isinstance(refresh, bool):
+            raise TypeError(f"refresh: expected a bool, got {refresh!r}")
+        if refresh and draws > 1:
+            raise ValueError(f"refresh: expected False with several draws, which need no initial losses, got {refresh}")
         self.draws = draws
+        self.refresh = refresh
         self.lr = float(lr)
         self.alpha = float(alpha)
         self.tracker = tracker
@@ -74,7 +89,7 @@ class Reinforce:
 
     def settings(self) -> dict:
         """What the class was given, as JSON can hold it."""
-        return {name: getattr(self, name) for name in ("lr", "alpha", "tracker", "normalize", "draws")}
+        return {name: getattr(self, name) for name in ("lr", "alpha", "tracker", "normalize", "draws", "refresh")}
 
     def advantage(self, residual: float) -> float:
         """The advantage of a residual; moves the tracker."""
@@ -96,6 +111,14 @@ class Reinforce:
             return [self.advantage(losses[0] - initial_loss)]
         total = math.fsum(losses)
         return self._normalized([loss - (total - loss) / (count - 1) for loss in losses])
+
+    def refreshes(self, loss: float, initial_loss: float) -> bool:
+        """Whether the steps behind one with these losses are compared with new initial masks.
+
+        Not with that step itself: a baseline that the draw decides would bias its update. Where the loss under the
+        initial masks is not above 0, half of it is no less, and they stay.
+        """
+        return self.refresh and initial_loss > 0.0 and -math.inf < loss <= initial_loss / 2
 
     def _normalized(self, advantages: list[float]) -> list[float]:
         """Over their running root mean square and bounded, where asked for."""

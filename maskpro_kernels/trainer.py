@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .batches import content, count_tokens, digest, tensors_of, weighted_mean, weights_of
 from .estimators import Reinforce, StraightThrough
 from .functional import FLOAT32_MAX, score_update_, top_n_mask
-from .journal import Draw, Entry, Journal, write_whole
+from .journal import Draw, Entry, Journal, sync, write_whole
 from .journal import read as read_journal
 from .modules import MaskedLinear, advance, clocks, evaluating, masked_layers
 from .pattern import NMPattern
@@ -32,10 +32,15 @@ from .ranks import Ranks
 from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
 
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
+# Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
+REFRESHED = "initial-losses"
+# Where the last record is damaged and asked for the last of them, the one before counts
+REFRESHED_KEPT = 2
 # Who makes which forwards of a step
 MASKS = ("same", "own")
 # What runs had before there was a setting
 EARLIER = {"accumulate": 1}
+EARLIER_REINFORCE = {"refresh": False}
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,11 @@ class MaskTrainer:
 
     ``batches`` is a finite sequence, visited in order and again from the start. For ``Reinforce`` the losses of the
     initial masks m_0, the top-N masks of the logits at the first step, are computed once a batch, before the logits
-    move; a batch is known again by what is in it. Modules other than MaskedLinear run in eval mode; but with
-    ``StraightThrough`` those whose attribute ``gradient_checkpointing`` is true, as blocks of transformers have it, are
-    in training mode themselves (not what is in them), since only then they compute their activations anew in backward.
+    move; a batch is known again by what is in it. Behind a step after which the estimator ``refreshes``, m_0 becomes
+    the top-N masks of the logits that this step has left, and the losses are computed anew. Modules other than
+    MaskedLinear run in eval mode; but with ``StraightThrough`` those whose attribute ``gradient_checkpointing`` is
+    true, as blocks of transformers have it, are in training mode themselves (not what is in them), since only then
+    they compute their activations anew in backward.
 
     Where torch.distributed is initialized, all its processes, the ranks, make a trainer of the same model, batches and
     settings and call the same methods. They share the forwards of a step, as ``masks`` says, tell each other the
@@ -244,8 +251,8 @@ class MaskTrainer:
 
         Raises:
             ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
-                weights, settings, batches or layers; if the journal or all snapshots are damaged; or if another
-                trainer holds the folder. Nothing has changed then.
+                weights, settings, batches or layers; if the journal, all snapshots or the losses of refreshed initial
+                masks are damaged; or if another trainer holds the folder. Nothing has changed then.
         """
         if self._begun:
             raise ValueError("resume: expected a trainer that has taken no step, got one that has")
@@ -295,6 +302,7 @@ class MaskTrainer:
         step, tensors, state, passed = newest_snapshot(folder, at_most, run)
         self._check_settings(settings, state["run"])
         done = len(entries) if reinforce else step
+        initial_losses = self._initial_losses_at(entries, header["initial_losses"], run) if reinforce else None
         beyond = [path for path in snapshots_in(folder) if step_of(path) > done]
         estimator = copy.copy(self.estimator)
         metrics = self._metrics(folder, entries, done, estimator)
@@ -314,7 +322,27 @@ class MaskTrainer:
             replay(self.layers, self.seed, entry)
         self._run, self._snapshot_time = state["run"], time.monotonic()
         moved = (estimator.delta, estimator.mean_square) if reinforce else state["mean_squares"]
-        return _Restored(done, header.get("initial_losses"), moved, told)
+        return _Restored(done, initial_losses, moved, told)
+
+    def _initial_losses_at(self, entries: Sequence[Entry], first: list[float], run: Mapping) -> list[float] | None:
+        """Those that the step behind the entries is compared with; None where it has to compute them itself."""
+        steps = [entry.step + 1 for entry in entries if self._refreshes(entry)]
+        if not steps:
+            return first
+        with contextlib.suppress(ValueError):
+            step, tensors, _, _ = newest_snapshot(self.output_dir / REFRESHED, steps[-1], run)
+            if step == steps[-1]:
+                return tensors["losses"].tolist()
+        if steps[-1] == len(entries):
+            return None
+        folder = str(self.output_dir / REFRESHED)
+        raise ValueError(
+            f"output_dir: expected the initial losses from step {steps[-1]} on in {folder!r}, got none or damaged ones"
+        )
+
+    def _refreshes(self, entry: Entry) -> bool:
+        """Whether the initial masks of the steps behind it are those of its logits."""
+        return self.estimator.refresh and self.estimator.refreshes(entry.draws[0].loss, entry.initial_loss)
 
     def _metrics(self, folder: Path, entries: Sequence[Entry], done: int, estimator: Reinforce) -> bytes:
         """The lines of the steps that are done: those that are there, and of the others what the journal tells.
@@ -385,6 +413,8 @@ class MaskTrainer:
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
         run = EARLIER | run
+        if run["estimator"] == Reinforce.__name__:
+            run["settings"] = EARLIER_REINFORCE | run["settings"]
         for name, own in settings.items():
             if run.get(name) != own:
                 short = isinstance(own, (int, str))
@@ -424,7 +454,7 @@ class MaskTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         self._acquire()
         # of a run that had not begun
-        for left in [*snapshots_in(folder), *folder.glob("*.tmp")]:
+        for left in [*snapshots_in(folder), *snapshots_in(folder / REFRESHED), *folder.glob("*.tmp")]:
             left.unlink()
         self._snapshot()
 
@@ -530,6 +560,9 @@ class MaskTrainer:
         # until the step has ended logits may have moved in a part of the layers
         self._broken = True
         replay(self.layers, self.seed, entry)
+        if self._refreshes(entry):
+            # ahead of the next step: from a run that is killed in between it is the same one
+            self._initial_losses = None
         self._skipped = self._skipped + 1 if skipped else 0
         loss = math.nan if skipped else math.fsum(losses) / len(losses)
         if skipped or not one:
@@ -616,14 +649,21 @@ class MaskTrainer:
     @cached_property
     def _contents(self) -> list[str]:
         """What tells a batch from others, by its index."""
+        return self._contents_now()
+
+    def _contents_now(self) -> list[str]:
         return [content(batch, index) for index, batch in enumerate(self.batches)]
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
-        """Loss of every batch under m_0, computed once, in the composition the steps will use."""
+        """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
         if self._initial_losses is None:
             distinct = {}
-            for index, name in enumerate(self._contents):
+            # by now they may stand in another order
+            for index, name in enumerate(self._contents_now() if self.steps_done else self._contents):
                 distinct.setdefault(name, index)
+            gone = [index for index, name in enumerate(self._contents) if name not in distinct]
+            if gone:
+                raise ValueError(f"batches: expected those of the first step, got others in place of {gone}")
             own = dict(list(distinct.items())[self.ranks.rank :: self.ranks.world])
             hidden = not progress or self.ranks.rank > 0
             with torch.inference_mode(), self._modes(drawing=False):
@@ -636,8 +676,17 @@ class MaskTrainer:
                 raise FloatingPointError(
                     f"loss under the initial masks: expected finite numbers, batches {bad} give none"
                 )
+            if self.output_dir is not None and self.steps_done:
+                self.ranks.first(lambda: self._save_initial_losses(losses))
             self._initial_losses = losses
         return self._initial_losses
+
+    def _save_initial_losses(self, losses: Sequence[float]) -> None:
+        folder = self.output_dir / REFRESHED
+        folder.mkdir(exist_ok=True)
+        sync(self.output_dir)
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
+        save_snapshot(folder, self.steps_done, tensors, {"run": self._run}, REFRESHED_KEPT)
 
     def _initial_losses_of(self, batches: Sequence) -> list[float]:
         """Losses under m_0 of the batches of this step."""

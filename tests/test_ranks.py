@@ -22,7 +22,7 @@ from test_trainer import a_model, assert_equal_logits, logits_of
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import journal, ops, ranks
+from maskpro_kernels import journal, ops, ranks, snapshots
 from maskpro_kernels.trainer import MASKS
 
 TESTS = Path(__file__).parent
@@ -44,6 +44,7 @@ def a_trainer(how: str = "reinforce", loss_fn=None, batches=None, model=None, se
     estimators = {
         "reinforce": lambda: mk.Reinforce(lr=2.0, alpha=0.75),
         "normalized": lambda: mk.Reinforce(lr=2.0, alpha=0.75, normalize=True),
+        "refreshed": lambda: mk.Reinforce(lr=10.0, alpha=0.75, refresh=True),
         "two draws": lambda: mk.Reinforce(lr=2.0, draws=2),
         "four draws": lambda: mk.Reinforce(lr=2.0, draws=4),
         "straight-through": lambda: mk.StraightThrough(lr=0.3),
@@ -147,6 +148,44 @@ def test_ranks_have_the_bits_of_one_process(how, masks, accumulate, tmp_path, ea
                 assert one == other
             else:
                 assert one.count(b"\n") == other.count(b"\n") == 3
+
+
+def learn_across_a_refresh(rank: int, folder, **arguments):
+    """(logits, residuals, how many forwards under initial masks) of a run that is broken off between two steps.
+
+    The losses of step 0 are half of those under the initial masks, and so are those of step 13.
+    """
+    seen = []
+
+    def loss_fn(model, batch):
+        if not model[0].training:
+            seen.append(batch)
+        return model(batch).square().mean()
+
+    residuals = []
+    for steps in (1, 16):
+        trainer = a_trainer("refreshed", loss_fn, seed=1, output_dir=folder, **arguments)
+        if steps > 1:
+            trainer.resume()
+        residuals += [one.residual for one in trainer.run(steps - trainer.steps_done, progress=False)]
+        trainer.close()
+    return logits_of(trainer.model), residuals, len(seen)
+
+
+def test_ranks_refresh_initial_masks_together(tmp_path, eager_reference):
+    logits, residuals, forwards = learn_across_a_refresh(0, tmp_path / "1", accumulate=2)
+    assert forwards == 3 * 5
+    results = all_in_ranks(2, learn_across_a_refresh, folder=tmp_path / "2", accumulate=2)
+    for theirs, seen, _ in results:
+        assert_equal_logits(theirs, logits)
+        assert seen == residuals
+    # each batch on one of them
+    assert sum(count for _, _, count in results) == forwards and max(count for _, _, count in results) < forwards
+    one, two = ((tmp_path / number / "journal").read_bytes() for number in ("1", "2"))
+    assert one == two
+    for step in (1, 14):
+        found = [snapshots.newest_snapshot(tmp_path / number / "initial-losses", step)[:2] for number in ("1", "2")]
+        assert found[0][0] == found[1][0] == step and torch.equal(found[0][1]["losses"], found[1][1]["losses"])
 
 
 def test_own_masks_on_two_ranks_are_two_draws_of_one_process(eager_reference):
