@@ -336,7 +336,7 @@ class _Descent:
         self.ranks.sum_(self.slopes)
         logits, counter = self.layer.logits.detach(), self.layer.counter()
         m, largest, seed_and_step = self.layer.pattern.m, self.how.largest, (counter["seed"], counter["step"])
-        shard = (counter["layer"], 0, logits.shape[1] // m)
+        shard = (counter["layer"], counter["group_offset"], counter["group_row_stride"])
         self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, largest, m, *seed_and_step, *shard))
         self.slopes = None
 

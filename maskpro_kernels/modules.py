@@ -12,6 +12,7 @@ from .functional import (
     LOGIT_DTYPES,
     check_codes,
     check_exactly_n,
+    check_shard,
     describe,
     expand_mask,
     mask_log_prob,
@@ -81,6 +82,11 @@ class MaskedLinear(nn.Module):
         pattern: "N:M" or NMPattern.
         layer: id of the layer in the counter; layers with the same id draw the same noise.
         clock: seed and step, shared by the layers of a model; default: one of its own.
+        group_offset: index in the whole layer of the first group, where the weight is a shard; see ``shard_counter``.
+        group_row_stride: groups in a row of the whole layer; default: of the given weight.
+
+    A shard draws the bits of its part of the whole layer, and its logits move by the same bits. Two things are of the
+    shard alone: ``log_prob``, the sum over its groups, and the root mean square by which ``StraightThrough`` divides.
 
     Attributes:
         logits_backward: what takes the gradient that passes straight through a draw to the logits, see
@@ -101,6 +107,8 @@ class MaskedLinear(nn.Module):
         *,
         layer: int = 0,
         clock: Clock | None = None,
+        group_offset: int = 0,
+        group_row_stride: int | None = None,
     ):
         super().__init__()
         self.pattern = NMPattern(pattern)
@@ -120,11 +128,13 @@ class MaskedLinear(nn.Module):
             )
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
             raise ValueError(f"layer: expected an int in [0, {MAX_LAYERS}), got {layer!r}")
+        group_row_stride = check_shard(weight.shape, self.pattern, group_offset, group_row_stride)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.logits = nn.Parameter(logits.contiguous())
         self.layer = layer
+        self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.clock = Clock(device=weight.device) if clock is None else clock
         self.logits_backward: Callable | None = None
 
@@ -139,6 +149,8 @@ class MaskedLinear(nn.Module):
         logits_dtype: torch.dtype = torch.float32,
         layer: int = 0,
         clock: Clock | None = None,
+        group_offset: int = 0,
+        group_row_stride: int | None = None,
     ) -> MaskedLinear:
         """A MaskedLinear that shares the weight and bias of ``linear``.
 
@@ -148,7 +160,7 @@ class MaskedLinear(nn.Module):
             init: "magnitude" for the N largest weights of each group, or group codes [out, K / M].
             gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
             logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
-            layer, clock: as for the class.
+            layer, clock, group_offset, group_row_stride: as for the class.
 
         Raises:
             TypeError, ValueError: an argument is not as above, or a weight is not finite.
@@ -173,7 +185,8 @@ class MaskedLinear(nn.Module):
         else:
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
         logits = initial_logits(codes, pattern, gap, logits_dtype)
-        return cls(linear.weight, linear.bias, logits, pattern, layer=layer, clock=clock).train(linear.training)
+        where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
+        return cls(linear.weight, linear.bias, logits, pattern, clock=clock, **where).train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
@@ -215,36 +228,57 @@ class MaskedLinear(nn.Module):
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         return mask_log_prob(self.logits, self.drawn_codes(), self.pattern).sum()
 
+    @property
+    def is_shard(self) -> bool:
+        """Whether the layer does not start at the first group, or its rows not end where the whole layer's do."""
+        return (self.group_offset, self.group_row_stride) != (0, self.in_features // self.pattern.m)
+
     def counter(self) -> dict:
         """The counter of the current step, as keywords of the functions that draw."""
-        return {"seed": self.clock.seed, "step": self.clock.step, "layer": self.layer, "draw": self.clock.draw}
+        return {
+            "seed": self.clock.seed,
+            "step": self.clock.step,
+            "layer": self.layer,
+            "draw": self.clock.draw,
+            "group_offset": self.group_offset,
+            "group_row_stride": self.group_row_stride,
+        }
 
     def get_extra_state(self) -> Tensor:
-        """int64 [5]: layer id, N, M, and the clock's seed and step."""
+        """int64 [7]: layer id, N, M, the clock's seed and step, and where a shard lies: group offset and row stride."""
         if self.clock.seed.is_meta:
-            return torch.empty(5, dtype=torch.int64, device="meta")
-        return torch.tensor(
-            [self.layer, self.pattern.n, self.pattern.m, int(self.clock.seed), int(self.clock.step)], dtype=torch.int64
-        )
+            return torch.empty(7, dtype=torch.int64, device="meta")
+        clock, place = (int(self.clock.seed), int(self.clock.step)), (self.group_offset, self.group_row_stride)
+        return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *clock, *place], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.layer, _, _, seed, step = state.tolist()
+        self.layer, _, _, seed, step, *_ = state.tolist()
         self.clock.seed.fill_(seed)
         self.clock.step.fill_(step)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(f"{prefix}_extra_state")
-        if saved is not None and saved.tolist()[1:3] != [self.pattern.n, self.pattern.m]:
+        if saved is not None:
             *_, errors = args
-            _, n, m, *_ = saved.tolist()
-            errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
-            return
+            # what was saved before there were shards ends without a place
+            _, n, m, _, _, *place = saved.tolist()
+            if (n, m) != (self.pattern.n, self.pattern.m):
+                errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
+                return
+            own = [self.group_offset, self.group_row_stride]
+            if place and place != own:
+                errors.append(
+                    f"state_dict: expected group_offset and group_row_stride {own}, got those of another shard, "
+                    f"{place}, in {prefix!r}"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        shard = f", group_offset={self.group_offset}, group_row_stride={self.group_row_stride}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}, layer={self.layer}"
+            f"pattern={self.pattern}, layer={self.layer}{shard if self.is_shard else ''}"
         )
 
 

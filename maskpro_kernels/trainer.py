@@ -373,10 +373,7 @@ class MaskTrainer:
             "seed": self.seed,
             "estimator": type(self.estimator).__name__,
             "settings": self.estimator.settings(),
-            "layers": {
-                name: [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
-                for name, layer in self.layers.items()
-            },
+            "layers": {name: _told_of(layer) for name, layer in self.layers.items()},
             "device": sorted({layer.weight.device.type for layer in self.layers.values()}),
             "weights": digest(layer.weight for layer in self.layers.values()),
             "batches": [digest(tensors_of(batch)) for batch in self.batches],
@@ -684,13 +681,21 @@ class _Restored(NamedTuple):
     warnings: list[str]
 
 
+def _told_of(layer: MaskedLinear) -> list:
+    """What the settings of a run hold of a layer; only of a shard also where it lies, so that earlier runs go on."""
+    told = [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
+    return [*told, layer.group_offset, layer.group_row_stride] if layer.is_shard else told
+
+
 @dataclass(frozen=True)
 class ReplayedLayer:
-    """What of a MaskedLinear a replay moves: logits, by draws of a layer id."""
+    """What of a MaskedLinear a replay moves: logits, by draws of a layer id; of a shard, where it lies."""
 
     logits: Tensor
     pattern: NMPattern
     layer: int
+    group_offset: int = 0
+    group_row_stride: int | None = None
 
 
 @torch.inference_mode()
@@ -702,4 +707,5 @@ def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry:
         # together: all scores are those of the logits before the step, and they are rounded once
         ids, _, coefs = zip(*entry.draws, strict=True)
         counter = {"seed": seed, "step": entry.step, "layer": layer.layer}
-        score_update_(layer.logits, coefs, pattern=layer.pattern, draw=ids, **counter)
+        place = {"group_offset": layer.group_offset, "group_row_stride": layer.group_row_stride}
+        score_update_(layer.logits, coefs, pattern=layer.pattern, draw=ids, **counter, **place)
