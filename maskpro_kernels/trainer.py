@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -162,6 +162,11 @@ class MaskTrainer:
                 raise ValueError(
                     f"model: expected another layer id in each layer, or they draw the same noise, "
                     f"got {layer.layer} in {other} and {name}"
+                )
+            if layer.logits.is_meta or layer.weight.is_meta:
+                raise ValueError(
+                    f"model: expected weights and logits in memory, got some on meta in {name}; what offloads weights "
+                    f"loses what their logits learn"
                 )
             if not torch.isfinite(layer.logits).all():
                 raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
@@ -651,7 +656,7 @@ class MaskTrainer:
     def _flip_rate(self) -> float:
         """Share of groups whose draw left the top-N mask, in the layer whose turn it is."""
         layer = list(self.layers.values())[self.steps_done % len(self.layers)]
-        return float((layer.drawn_codes() != top_n_mask(layer.logits, layer.pattern)).float().mean())
+        return float((layer.drawn_codes() != top_n_mask(layer.logits_on_device(), layer.pattern)).float().mean())
 
     @contextmanager
     def _modes(self, drawing: bool, checkpointing: bool = False):
@@ -697,6 +702,9 @@ class ReplayedLayer:
     group_offset: int = 0
     group_row_stride: int | None = None
 
+    def moving_logits(self) -> AbstractContextManager[Tensor]:
+        return nullcontext(self.logits)
+
 
 @torch.inference_mode()
 def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry: Entry) -> None:
@@ -708,4 +716,5 @@ def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry:
         ids, _, coefs = zip(*entry.draws, strict=True)
         counter = {"seed": seed, "step": entry.step, "layer": layer.layer}
         place = {"group_offset": layer.group_offset, "group_row_stride": layer.group_row_stride}
-        score_update_(layer.logits, coefs, pattern=layer.pattern, draw=ids, **counter, **place)
+        with layer.moving_logits() as logits:
+            score_update_(logits, coefs, pattern=layer.pattern, draw=ids, **counter, **place)

@@ -297,6 +297,19 @@ def two_steps(rank: int) -> tuple[list[torch.Tensor], list[float], list[torch.Te
     return outputs, coefs, [layer.logits for layer in masked_layers(model).values()]
 
 
+def assert_distributed_weights_are_refused(rank: int) -> None:
+    linear = nn.Linear(WIDTH, HIDDEN)
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    with pytest.raises(ValueError, match="^linear: expected plain tensors as weights, got a DTensor in weight"):
+        mk.MaskedLinear.from_linear(linear, "2:4")
+    with pytest.raises(ValueError, match="^model: expected plain tensors as weights, got a DTensor in 0"):
+        mk.convert(nn.Sequential(linear), "2:4")
+
+
+def test_distributed_weights_are_refused_by_name():
+    all_in_ranks(2, assert_distributed_weights_are_refused)
+
+
 def move(model: nn.Module, coef: float) -> None:
     for layer in masked_layers(model).values():
         mk.score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
