@@ -74,7 +74,7 @@ def convert(
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
         logits_device: where all logits live, such as "cpu" where the devices of the weights have no room for them; each
-            layer's are then copied to its weight for each use. Default: with the weights.
+            layer's are then copied to its weight for each use. Default: with the weights. ``model.to`` moves both.
 
     Returns:
         A Conversion: names converted, names left out with the reason, and the gap.

@@ -255,8 +255,10 @@ class MaskedLinear(nn.Module):
         """``function(logits)``, differentiable, with logits on the weight's device."""
         if self.logits.device == self.weight.device:
             return function(self.logits)
-        logits, version = self.logits_on_device(), self.logits._version
-        away = object()
+        logits = self.logits_on_device()
+        if not torch.is_grad_enabled():
+            return function(logits)
+        away, version = object(), self.logits._version
 
         def pack(saved: Tensor):
             same = saved.device == logits.device and saved.dtype == logits.dtype and saved.is_set_to(logits)

@@ -157,7 +157,8 @@ class MaskTrainer:
         check_shares(ranks.world, masks, accumulate, draws)
         by_id = {}
         for name, layer in self.layers.items():
-            other = by_id.setdefault(layer.layer, name)
+            # shards of one layer start at groups of their own
+            other = by_id.setdefault((layer.layer, layer.group_offset), name)
             if other != name:
                 raise ValueError(
                     f"model: expected another layer id in each layer, or they draw the same noise, "

@@ -1,4 +1,4 @@
-"""A second device where there is none: "far", whose tensors lie in main memory but mix with those of no other device."""
+"""A second device where there is none: tensors on "far" lie in main memory, but mix with those of no other device."""
 
 from __future__ import annotations
 

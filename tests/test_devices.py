@@ -1,4 +1,4 @@
-"""Models spread over devices: weights here and there, logits with them or elsewhere, and what accelerate hooks to them."""
+"""Models spread over devices: weights here and there, logits with them or elsewhere, and what accelerate hooks."""
 
 from __future__ import annotations
 

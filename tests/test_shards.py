@@ -232,6 +232,36 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
     assert a_trainer(whole)._settings()["layers"] == {"0": [3, "2:4", [ROWS, K], "torch.float32"]}
 
 
+class Halves(nn.Module):
+    """A layer by its rows."""
+
+    def __init__(self, layer: mk.MaskedLinear):
+        super().__init__()
+        middle = ROWS // 2
+        self.parts = nn.ModuleList(shard_of(layer, slice(row, row + middle), slice(0, K)) for row in (0, middle))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def test_a_trainer_moves_two_shards_of_one_layer_as_the_whole_layer():
+    layer = a_layer("2:4")
+    layer.weight.copy_(whole_numbers(ROWS, K, seed=1))
+    models = nn.Sequential(layer), Halves(layer)
+    before = layer.logits.detach().clone()
+    batches = list(whole_numbers(3, 5, K, seed=2))
+    for model in models:
+        trainer = mk.MaskTrainer(
+            model, lambda model, x: model(x).square().mean(), batches, mk.Reinforce(lr=0.01), seed=9
+        )
+        trainer.run(3, progress=False)
+    assert torch.equal(torch.cat([part.logits for part in models[1].parts]), layer.logits)
+    assert not torch.equal(layer.logits, before)
+    models[1].parts[1].group_offset = 0
+    with pytest.raises(ValueError, match="^model: expected another layer id in each layer"):
+        mk.MaskTrainer(models[1], lambda model, x: model(x).mean(), batches, mk.Reinforce(), seed=9)
+
+
 class TwoLayers(nn.Module):
     """The hidden features are shared out: the first layer by its rows, the second by its columns."""
 
