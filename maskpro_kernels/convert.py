@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from .functional import LOGIT_DTYPES
 from .masks import check_calibration, gap_for_flip_rate, initial_codes
-from .modules import Clock, MaskedLinear, NMLinear, check_gap, masked_layers, packed_class
+from .modules import (
+    Clock,
+    MaskedLinear,
+    NMLinear,
+    check_gap,
+    check_in_memory,
+    device_of_logits,
+    masked_layers,
+    packed_class,
+)
 from .pattern import NMPattern
 from .reconstruction import reconstruct
 
@@ -45,8 +54,12 @@ def convert(
     flip_rate: float | None = None,
     calibration: Iterable | None = None,
     logits_dtype: torch.dtype = torch.float32,
+    logits_device: torch.device | str | None = None,
 ) -> Conversion:
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights are shared, not copied.
+
+    A model may be spread over several devices: logits, seed and step live with each weight. What accelerate's
+    ``dispatch_model`` has hooked to a layer to bring its inputs there is hooked to its replacement.
 
     Args:
         model: any module that contains nn.Linear layers.
@@ -60,12 +73,14 @@ def convert(
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
+        logits_device: where all logits live, such as "cpu" where the devices of the weights have no room for them; each
+            layer's are then copied to its weight for each use. Default: with the weights. ``model.to`` moves both.
 
     Returns:
         A Conversion: names converted, names left out with the reason, and the gap.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, a weight is not finite, or nothing is left
+        TypeError, ValueError: an argument is not as above, a weight is not finite or not in memory, or nothing is left
             to convert. The model is then as it was.
     """
     pattern = NMPattern(pattern)
@@ -74,6 +89,8 @@ def convert(
     if isinstance(init, str) and init not in INITIAL_MASKS:
         raise ValueError(f"init: expected one of {INITIAL_MASKS} or a mapping of names to group codes, got {init!r}")
     check_gap(gap, logits_dtype)
+    if logits_device is not None:
+        logits_device = device_of_logits(logits_device)
     if flip_rate is not None:
         if gap != DEFAULT_GAP:
             raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
@@ -104,6 +121,7 @@ def convert(
             codes.pop(name),
             gap,
             logits_dtype=logits_dtype,
+            logits_device=logits_device,
             layer=layer_id,
             clock=all_clocks[device],
         )
@@ -117,11 +135,12 @@ def layers_to_convert(
     """The layers that ``convert`` would replace, by name, and why it would leave out the others.
 
     Raises:
-        TypeError, ValueError: an argument is not as in ``convert``, a weight is not finite, or nothing is left to
-            convert.
+        TypeError, ValueError: an argument is not as in ``convert``, a weight is not finite or not in memory, or nothing
+            is left to convert.
     """
     layers, skipped = _select(model, NMPattern(pattern), targets)
     for name, layer in layers.items():
+        check_in_memory("model", layer, name)
         if layer.weight.dtype not in LOGIT_DTYPES:
             raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
         if not torch.isfinite(layer.weight).all():
@@ -142,13 +161,15 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
         ``model``, or its linear layer where the model itself is a MaskedLinear.
 
     Raises:
-        ValueError: if ``to`` is unknown, or the model has no MaskedLinear.
+        ValueError: if ``to`` is unknown, the model has no MaskedLinear, or a weight is not in memory.
     """
     if to not in ("dense", "packed"):
         raise ValueError(f'to: expected "dense" or "packed", got {to!r}')
-    replacements = {}
+    replacements, layers = {}, masked_layers(model)
+    for name, layer in layers.items():
+        check_in_memory("model", layer, name)
     with torch.no_grad():
-        for layer in masked_layers(model).values():
+        for layer in layers.values():
             if to == "packed":
                 replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer)
             else:
@@ -163,12 +184,13 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
     The output head and layers whose weight is shared stay as they are, as in ``convert``.
 
     Raises:
-        ValueError: if the weight of no layer follows the pattern. The model is then as it was.
+        ValueError: if the weight of no layer follows the pattern, or one is not in memory. The model is then as it was.
     """
     pattern = NMPattern(pattern)
     layers, skipped = _select(model, pattern, None)
     replacements, packed = {}, []
     for name, layer in layers.items():
+        check_in_memory("model", layer, name)
         kept = (layer.weight != 0).view(layer.out_features, -1, pattern.m).sum(-1)
         if (kept > pattern.n).any():
             skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
@@ -283,8 +305,22 @@ def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> 
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put a replacement wherever a module with that id stands, under every name it has."""
+    """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
+    for module in list(model.modules()):
+        if id(module) in replacements and hasattr(module, "_hf_hook"):
+            _hook(replacements[id(module)], module._hf_hook)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
+
+
+def _hook(layer: nn.Module, hook) -> None:
+    """Hook what accelerate had hooked to the layer before; the hook moves to its device what is not there."""
+    # it has made the hook, so it is there
+    from accelerate.hooks import add_hook_to_module
+
+    logits = getattr(layer, "logits", None)
+    add_hook_to_module(layer, hook)
+    if logits is not None:
+        layer.logits = logits

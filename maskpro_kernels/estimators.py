@@ -337,10 +337,11 @@ class _Descent:
         how = self.how
         if self.at_once and self.ranks.world == 1:
             # the parameter itself: what autograd has kept may be a copy
-            mask = mask._replace(tensor=self.layer.logits.detach())
-            self._descend(
-                lambda rate: ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.largest, *mask)
-            )
+            with self.layer.moving_logits() as logits:
+                mask = mask._replace(tensor=logits)
+                self._descend(
+                    lambda rate: ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.largest, *mask)
+                )
             return
         slope = ops.straight_through_grad(grad, x, weight, how.curvature, *mask)
         if self.weight != 1.0:
@@ -353,14 +354,15 @@ class _Descent:
     def finish(self, everywhere: bool = False) -> None:
         """Move by the slopes that have been summed up, where they were, or where they may have been on another rank."""
         if everywhere and self.slopes is None:
-            self.slopes = torch.zeros_like(self.layer.logits, dtype=torch.float32)
+            self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
         if self.slopes is None:
             return
         self.ranks.sum_(self.slopes)
-        logits, counter = self.layer.logits.detach(), self.layer.counter()
+        counter = self.layer.counter()
         m, largest, seed_and_step = self.layer.pattern.m, self.how.largest, (counter["seed"], counter["step"])
-        shard = (counter["layer"], 0, logits.shape[1] // m)
-        self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, largest, m, *seed_and_step, *shard))
+        shard = (counter["layer"], counter["group_offset"], counter["group_row_stride"])
+        with self.layer.moving_logits() as logits:
+            self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, largest, m, *seed_and_step, *shard))
         self.slopes = None
 
     def end(self) -> None:
@@ -369,7 +371,7 @@ class _Descent:
 
     def _descend(self, descend: Callable[[Tensor], Tensor]) -> None:
         def at_rate(rate: float) -> Tensor:
-            return descend(torch.full((), rate, dtype=torch.float32, device=self.layer.logits.device))
+            return descend(torch.full((), rate, dtype=torch.float32, device=self.layer.weight.device))
 
         square = self.mean_square
         if square is None:

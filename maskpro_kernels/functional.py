@@ -93,6 +93,56 @@ def sample_masked_weight(
     return masked.view(weight.shape)
 
 
+def shard_counter(pattern: str | NMPattern, in_features: int, *, row: int = 0, column: int = 0) -> dict[str, int]:
+    """Where a shard lies in its layer, as the keywords of the functions that draw and of ``MaskedLinear``.
+
+    Args:
+        pattern: "N:M" or NMPattern.
+        in_features: K of the whole layer, divisible by M.
+        row: of the whole layer, where the shard's first one stands.
+        column: of the whole layer, where the shard's first one stands; divisible by M.
+
+    Returns:
+        ``group_offset`` and ``group_row_stride``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    _check_int("in_features", in_features, philox.MAX_GROUPS * pattern.m + 1)
+    if in_features == 0 or in_features % pattern.m:
+        raise ValueError(f"in_features: expected an int divisible by {pattern.m}, above 0, got {in_features}")
+    _check_int("row", row, philox.MAX_GROUPS)
+    _check_int("column", column, in_features)
+    if column % pattern.m:
+        raise ValueError(f"column: expected an int divisible by {pattern.m}, or groups are torn, got {column}")
+    stride = in_features // pattern.m
+    return {"group_offset": row * stride + column // pattern.m, "group_row_stride": stride}
+
+
+def check_shard(shape: Sequence[int], pattern: NMPattern, group_offset: int, group_row_stride: int | None) -> int:
+    """The groups in a row of the whole layer that a matrix [rows, K] of that shape is a shard of.
+
+    Raises:
+        TypeError, ValueError: the matrix cannot lie there.
+    """
+    rows, groups = shape[0], shape[1] // pattern.m
+    _check_int("group_offset", group_offset, philox.MAX_GROUPS)
+    if group_row_stride is None:
+        group_row_stride = groups
+    else:
+        _check_int("group_row_stride", group_row_stride, philox.MAX_GROUPS)
+        if group_row_stride < groups:
+            raise ValueError(
+                f"group_row_stride: expected at least the {groups} groups of a row of the given tensor, "
+                f"got {group_row_stride}"
+            )
+    last = group_offset + (rows - 1) * group_row_stride + groups
+    if last > philox.MAX_GROUPS:
+        raise ValueError(f"group_offset: expected group indices below {philox.MAX_GROUPS}, got up to {last}")
+    return group_row_stride
+
+
 def top_n_mask(scores: Tensor, pattern: str | NMPattern) -> Tensor:
     """Group codes of the N largest scores of every group, ties to the lower index.
 
@@ -556,20 +606,8 @@ def _counter_tensors(device: torch.device, seed: Scalar, step: Scalar) -> tuple[
 
 def _shard(matrix: Tensor, pattern: NMPattern, layer, draw, offset, stride) -> tuple[int, ...]:
     """(layer, draw, offset, row stride) checked; without the draw where it is None."""
-    rows, groups = matrix.shape[0], matrix.shape[1] // pattern.m
     _check_int("layer", layer, philox.MAX_LAYERS)
-    _check_int("group_offset", offset, philox.MAX_GROUPS)
-    if stride is None:
-        stride = groups
-    else:
-        _check_int("group_row_stride", stride, philox.MAX_GROUPS)
-        if stride < groups:
-            raise ValueError(
-                f"group_row_stride: expected at least the {groups} groups of a row of the given tensor, got {stride}"
-            )
-    last = offset + (rows - 1) * stride + groups
-    if last > philox.MAX_GROUPS:
-        raise ValueError(f"group_offset: expected group indices below {philox.MAX_GROUPS}, got up to {last}")
+    stride = check_shard(matrix.shape, pattern, offset, stride)
     return (layer, offset, stride) if draw is None else (layer, draw, offset, stride)
 
 

@@ -84,7 +84,8 @@ def initial_codes(
         raise ValueError('calibration: expected batches for init="wanda", got none')
     squares = input_squares(model, layers, calibration)
     return {
-        name: top_n_mask(layer.weight.detach().abs().float() * squares[name].sqrt(), pattern)
+        # a hook on the layer may yet bring its inputs to where the weight is
+        name: top_n_mask(layer.weight.detach().abs().float() * squares[name].sqrt().to(layer.weight.device), pattern)
         for name, layer in layers.items()
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from .functional import (
     LOGIT_DTYPES,
     check_codes,
     check_exactly_n,
+    check_shard,
     describe,
     expand_mask,
     mask_log_prob,
@@ -26,6 +28,8 @@ from .ops import masked_weight
 from .packed import PackedNM, check_bitmask, check_shapes, pack_nm, packed_linear
 from .pattern import MaskSource, NMPattern
 from .philox import MAX_LAYERS
+
+Result = TypeVar("Result")
 
 
 class Clock(nn.Module):
@@ -58,6 +62,36 @@ def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
         raise ValueError(f"gap: expected a finite float of at least 0, got {gap} for logits in {dtype}")
 
 
+def device_of_logits(device: torch.device | str) -> torch.device:
+    """The device that ``logits_device`` names.
+
+    Raises:
+        TypeError, ValueError: it names none, or "meta", which holds nothing.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"logits_device: expected a device or its name, got {describe(device)}")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"logits_device: expected the name of a device, got {device!r}") from error
+    if found.type == "meta":
+        raise ValueError("logits_device: expected a device that holds what is learnt, got meta")
+    return found
+
+
+def check_in_memory(argument: str, layer: nn.Module, name: str = "weight") -> None:
+    """Raise ValueError unless a layer's weight lies on its device as a whole."""
+    if layer.weight.is_meta:
+        offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
+        cure = "accelerate offloads it, give it a device in device_map" if offloads else "load it first"
+        raise ValueError(f"{argument}: expected weights in memory, got {name} on meta: {cure}")
+    if hasattr(layer.weight, "to_local"):
+        raise ValueError(
+            f"{argument}: expected plain tensors as weights, got a DTensor in {name}: give its local shard to "
+            f"MaskedLinear, with shard_counter"
+        )
+
+
 def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits [..., K] of group codes [..., K / M]: ``gap`` where kept, 0 where dropped.
 
@@ -77,10 +111,16 @@ class MaskedLinear(nn.Module):
     Args:
         weight: float32, bfloat16 or float16 [out, K], K divisible by M. Kept as a frozen Parameter.
         bias: [out] or None.
-        logits: float32, bfloat16 or float16 [out, K].
+        logits: float32, bfloat16 or float16 [out, K]. They may live on another device than the weight, such as the CPU:
+            each use copies them to the weight's device for as long as it lasts, and what moves them writes them back.
         pattern: "N:M" or NMPattern.
         layer: id of the layer in the counter; layers with the same id draw the same noise.
         clock: seed and step, shared by the layers of a model; default: one of its own.
+        group_offset: index in the whole layer of the first group, where the weight is a shard; see ``shard_counter``.
+        group_row_stride: groups in a row of the whole layer; default: of the given weight.
+
+    A shard draws the bits of its part of the whole layer, and its logits move by the same bits. Two things are of the
+    shard alone: ``log_prob``, the sum over its groups, and the root mean square by which ``StraightThrough`` divides.
 
     Attributes:
         logits_backward: what takes the gradient that passes straight through a draw to the logits, see
@@ -101,6 +141,8 @@ class MaskedLinear(nn.Module):
         *,
         layer: int = 0,
         clock: Clock | None = None,
+        group_offset: int = 0,
+        group_row_stride: int | None = None,
     ):
         super().__init__()
         self.pattern = NMPattern(pattern)
@@ -112,19 +154,21 @@ class MaskedLinear(nn.Module):
             raise ValueError(f"weight: expected [out, K] with K divisible by {m}, above 0, got {list(weight.shape)}")
         if logits.shape != weight.shape:
             raise ValueError(f"logits: expected shape {list(weight.shape)}, got {list(logits.shape)}")
-        if logits.device != weight.device:
-            raise ValueError(f"logits: expected a tensor on {weight.device}, got one on {logits.device}")
+        if logits.is_meta != weight.is_meta:
+            raise ValueError(f"logits: expected a tensor that fits a weight on {weight.device}, got {describe(logits)}")
         if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
             raise ValueError(
                 f"bias: expected shape {[weight.shape[0]]} of {weight.dtype}, got {list(bias.shape)} of {bias.dtype}"
             )
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < MAX_LAYERS:
             raise ValueError(f"layer: expected an int in [0, {MAX_LAYERS}), got {layer!r}")
+        group_row_stride = check_shard(weight.shape, self.pattern, group_offset, group_row_stride)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.logits = nn.Parameter(logits.contiguous())
         self.layer = layer
+        self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.clock = Clock(device=weight.device) if clock is None else clock
         self.logits_backward: Callable | None = None
 
@@ -137,8 +181,11 @@ class MaskedLinear(nn.Module):
         gap: float = 10.0,
         *,
         logits_dtype: torch.dtype = torch.float32,
+        logits_device: torch.device | str | None = None,
         layer: int = 0,
         clock: Clock | None = None,
+        group_offset: int = 0,
+        group_row_stride: int | None = None,
     ) -> MaskedLinear:
         """A MaskedLinear that shares the weight and bias of ``linear``.
 
@@ -148,7 +195,8 @@ class MaskedLinear(nn.Module):
             init: "magnitude" for the N largest weights of each group, or group codes [out, K / M].
             gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
             logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
-            layer, clock: as for the class.
+            logits_device: where the logits live; default: with the weight.
+            layer, clock, group_offset, group_row_stride: as for the class.
 
         Raises:
             TypeError, ValueError: an argument is not as above, or a weight is not finite.
@@ -157,6 +205,8 @@ class MaskedLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
         check_gap(gap, logits_dtype)
+        device = linear.weight.device if logits_device is None else device_of_logits(logits_device)
+        check_in_memory("linear", linear)
         if linear.weight.dtype not in LOGIT_DTYPES or linear.in_features % pattern.m:
             raise ValueError(
                 f"linear: expected float32, bfloat16 or float16 and in_features divisible by {pattern.m}, "
@@ -172,8 +222,9 @@ class MaskedLinear(nn.Module):
             codes = top_n_mask(linear.weight.detach().abs(), pattern)
         else:
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
-        logits = initial_logits(codes, pattern, gap, logits_dtype)
-        return cls(linear.weight, linear.bias, logits, pattern, layer=layer, clock=clock).train(linear.training)
+        logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
+        where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
+        return cls(linear.weight, linear.bias, logits, pattern, clock=clock, **where).train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
@@ -184,67 +235,129 @@ class MaskedLinear(nn.Module):
 
                 return straight_through(self, input)
             return self.straight_through(input)
-        arguments = (input, self.weight, self.logits, self.bias)
         if self.training:
-            y, _ = masked_linear(*arguments, pattern=self.pattern, log_prob=False, **self.counter())
+            y, _ = self._product(masked_linear, input, log_prob=False, **self.counter())
             return y
-        return top_n_linear(*arguments, pattern=self.pattern)
+        return self._product(top_n_linear, input)
 
     def straight_through(self, input: Tensor) -> Tensor:
         """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""
-        arguments = (input, self.weight, self.logits, self.bias)
-        how = {"pattern": self.pattern, "logits_backward": self.logits_backward}
-        return straight_through_linear(*arguments, **how, **self.counter())
+        how = {"logits_backward": self.logits_backward, **self.counter()}
+        return self._product(straight_through_linear, input, **how)
+
+    def _product(self, function: Callable[..., Result], input: Tensor, **how) -> Result:
+        def of(logits: Tensor) -> Result:
+            return function(input, self.weight, logits, self.bias, pattern=self.pattern, **how)
+
+        return self._with_logits(of)
+
+    def _with_logits(self, function: Callable[[Tensor], Result]) -> Result:
+        """``function(logits)``, differentiable, with logits on the weight's device."""
+        if self.logits.device == self.weight.device:
+            return function(self.logits)
+        logits = self.logits_on_device()
+        if not torch.is_grad_enabled():
+            return function(logits)
+        away, version = object(), self.logits._version
+
+        def pack(saved: Tensor):
+            same = saved.device == logits.device and saved.dtype == logits.dtype and saved.is_set_to(logits)
+            return away if same else saved
+
+        def unpack(saved) -> Tensor:
+            if saved is not away:
+                return saved
+            if self.logits._version != version:
+                raise RuntimeError("logits: expected those of the forward in its backward, got logits that have moved")
+            return self.logits_on_device().detach()
+
+        # else the graph would keep the copies of all layers on the device until backward
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return function(logits)
+
+    def logits_on_device(self) -> Tensor:
+        """The logits on the weight's device: themselves, or where they live elsewhere a copy."""
+        return self.logits.to(self.weight.device)
+
+    @contextmanager
+    def moving_logits(self) -> Iterator[Tensor]:
+        """The logits on the weight's device, to be changed in place; where they live elsewhere it is written back."""
+        logits = self.logits_on_device().detach()
+        yield logits
+        if logits.device != self.logits.device:
+            self.logits.detach().copy_(logits)
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
         if self.training:
-            return sample_masked_weight(self.weight, self.logits, self.pattern, **self.counter())
+            return sample_masked_weight(self.weight, self.logits_on_device(), self.pattern, **self.counter())
         return self.top_n_weight()
 
     def top_n_weight(self) -> Tensor:
         """The weight [out, K] where its logit is among the N largest of its group, exact zeros elsewhere."""
-        source = MaskSource(self.logits.detach().contiguous(), "top_n", self.pattern.n, self.pattern.m)
+        source = MaskSource(self.logits_on_device().detach().contiguous(), "top_n", self.pattern.n, self.pattern.m)
         return masked_weight(self.weight.contiguous(), *source)
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
-        return sample_mask(self.logits.detach(), self.pattern, **self.counter())
+        return sample_mask(self.logits_on_device().detach(), self.pattern, **self.counter())
 
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
-        return mask_log_prob(self.logits, self.drawn_codes(), self.pattern).sum()
+        codes = self.drawn_codes()
+        return self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum())
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether the layer does not start at the first group, or its rows not end where the whole layer's do."""
+        return (self.group_offset, self.group_row_stride) != (0, self.in_features // self.pattern.m)
 
     def counter(self) -> dict:
         """The counter of the current step, as keywords of the functions that draw."""
-        return {"seed": self.clock.seed, "step": self.clock.step, "layer": self.layer, "draw": self.clock.draw}
+        return {
+            "seed": self.clock.seed,
+            "step": self.clock.step,
+            "layer": self.layer,
+            "draw": self.clock.draw,
+            "group_offset": self.group_offset,
+            "group_row_stride": self.group_row_stride,
+        }
 
     def get_extra_state(self) -> Tensor:
-        """int64 [5]: layer id, N, M, and the clock's seed and step."""
+        """int64 [7]: layer id, N, M, the clock's seed and step, and where a shard lies: group offset and row stride."""
         if self.clock.seed.is_meta:
-            return torch.empty(5, dtype=torch.int64, device="meta")
-        return torch.tensor(
-            [self.layer, self.pattern.n, self.pattern.m, int(self.clock.seed), int(self.clock.step)], dtype=torch.int64
-        )
+            return torch.empty(7, dtype=torch.int64, device="meta")
+        clock, place = (int(self.clock.seed), int(self.clock.step)), (self.group_offset, self.group_row_stride)
+        return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *clock, *place], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.layer, _, _, seed, step = state.tolist()
+        self.layer, _, _, seed, step, *_ = state.tolist()
         self.clock.seed.fill_(seed)
         self.clock.step.fill_(step)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(f"{prefix}_extra_state")
-        if saved is not None and saved.tolist()[1:3] != [self.pattern.n, self.pattern.m]:
+        if saved is not None:
             *_, errors = args
-            _, n, m, *_ = saved.tolist()
-            errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
-            return
+            # what was saved before there were shards ends without a place
+            _, n, m, _, _, *place = saved.tolist()
+            if (n, m) != (self.pattern.n, self.pattern.m):
+                errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
+                return
+            own = [self.group_offset, self.group_row_stride]
+            if place and place != own:
+                errors.append(
+                    f"state_dict: expected group_offset and group_row_stride {own}, got those of another shard, "
+                    f"{place}, in {prefix!r}"
+                )
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        shard = f", group_offset={self.group_offset}, group_row_stride={self.group_row_stride}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}, layer={self.layer}"
+            f"pattern={self.pattern}, layer={self.layer}{shard if self.is_shard else ''}"
         )
 
 

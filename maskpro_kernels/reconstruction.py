@@ -196,8 +196,8 @@ def reconstruct(
     rounds = [calls[i::ROUNDS] for i in range(ROUNDS) if calls[i::ROUNDS]] if schedule == "online" else [calls]
     bar = tqdm(total=len(layers) * len(rounds), desc="reconstruction", unit="layer", disable=not progress)
 
-    def descend(names: Iterable[str], gram: Tensor) -> None:
-        ordered = _by_place(gram, pattern.m, damping)
+    def descend(names: Sequence[str], gram: Tensor) -> None:
+        ordered = _by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
         for name in names:
             codes[name], _ = _descend_rows(layers[name].weight, codes[name], *ordered, pattern, sweeps)
             bar.update()
@@ -249,7 +249,12 @@ def _masked(layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor], patter
     """With layers that multiply under the masks that stand in ``codes`` at the time."""
 
     def forward(name, layer):
-        return lambda input: codes_linear(input, layer.weight, codes[name], layer.bias, pattern=pattern)
+        def multiply(input: Tensor) -> Tensor:
+            # in place of a forward to which a hook might have brought its input
+            input = input.to(layer.weight.device)
+            return codes_linear(input, layer.weight, codes[name], layer.bias, pattern=pattern)
+
+        return multiply
 
     before = {layer: layer.__dict__.get("forward") for layer in layers.values()}
     try:

@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -164,11 +164,17 @@ class MaskTrainer:
         check_shares(ranks.world, masks, accumulate, draws)
         by_id = {}
         for name, layer in self.layers.items():
-            other = by_id.setdefault(layer.layer, name)
+            # shards of one layer start at groups of their own
+            other = by_id.setdefault((layer.layer, layer.group_offset), name)
             if other != name:
                 raise ValueError(
                     f"model: expected another layer id in each layer, or they draw the same noise, "
                     f"got {layer.layer} in {other} and {name}"
+                )
+            if layer.logits.is_meta or layer.weight.is_meta:
+                raise ValueError(
+                    f"model: expected weights and logits in memory, got some on meta in {name}; what offloads weights "
+                    f"loses what their logits learn"
                 )
             if not torch.isfinite(layer.logits).all():
                 raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
@@ -401,10 +407,7 @@ class MaskTrainer:
             "seed": self.seed,
             "estimator": type(self.estimator).__name__,
             "settings": self.estimator.settings(),
-            "layers": {
-                name: [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
-                for name, layer in self.layers.items()
-            },
+            "layers": {name: _told_of(layer) for name, layer in self.layers.items()},
             "device": sorted({layer.weight.device.type for layer in self.layers.values()}),
             "weights": digest(layer.weight for layer in self.layers.values()),
             "batches": [digest(tensors_of(batch)) for batch in self.batches],
@@ -703,7 +706,7 @@ class MaskTrainer:
     def _flip_rate(self) -> float:
         """Share of groups whose draw left the top-N mask, in the layer whose turn it is."""
         layer = list(self.layers.values())[self.steps_done % len(self.layers)]
-        return float((layer.drawn_codes() != top_n_mask(layer.logits, layer.pattern)).float().mean())
+        return float((layer.drawn_codes() != top_n_mask(layer.logits_on_device(), layer.pattern)).float().mean())
 
     @contextmanager
     def _modes(self, drawing: bool, checkpointing: bool = False):
@@ -733,13 +736,24 @@ class _Restored(NamedTuple):
     warnings: list[str]
 
 
+def _told_of(layer: MaskedLinear) -> list:
+    """What the settings of a run hold of a layer; only of a shard also where it lies, so that earlier runs go on."""
+    told = [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
+    return [*told, layer.group_offset, layer.group_row_stride] if layer.is_shard else told
+
+
 @dataclass(frozen=True)
 class ReplayedLayer:
-    """What of a MaskedLinear a replay moves: logits, by draws of a layer id."""
+    """What of a MaskedLinear a replay moves: logits, by draws of a layer id; of a shard, where it lies."""
 
     logits: Tensor
     pattern: NMPattern
     layer: int
+    group_offset: int = 0
+    group_row_stride: int | None = None
+
+    def moving_logits(self) -> AbstractContextManager[Tensor]:
+        return nullcontext(self.logits)
 
 
 @torch.inference_mode()
@@ -751,4 +765,6 @@ def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry:
         # together: all scores are those of the logits before the step, and they are rounded once
         ids, _, coefs = zip(*entry.draws, strict=True)
         counter = {"seed": seed, "step": entry.step, "layer": layer.layer}
-        score_update_(layer.logits, coefs, pattern=layer.pattern, draw=ids, **counter)
+        place = {"group_offset": layer.group_offset, "group_row_stride": layer.group_row_stride}
+        with layer.moving_logits() as logits:
+            score_update_(logits, coefs, pattern=layer.pattern, draw=ids, **counter, **place)

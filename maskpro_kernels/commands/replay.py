@@ -42,8 +42,8 @@ def replay(args: argparse.Namespace) -> None:
     if torn:
         tell(f"the last record is cut short by a crash: {torn} bytes are left out")
     layers = {
-        name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer)
-        for name, (layer, pattern, _, _) in run["layers"].items()
+        name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer, *place)
+        for name, (layer, pattern, _, _, *place) in run["layers"].items()
     }
     for entry in followed(entries[:steps], "replaying", args.bars):
         replay_step(layers, run["seed"], entry)
