@@ -15,6 +15,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.convert import pack
 from maskpro_kernels.modules import Clock, clocks, masked_layers
+from maskpro_kernels.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -132,6 +133,11 @@ def assert_layer_computes_the_same(rank: int) -> None:
         assert_same(*gradients, slopes=logits_backward is not None)
         for one, other in zip(*found, strict=True):
             assert torch.equal(one, other.cpu())
+    # as where another rank has used a layer that this one has not
+    with mk.StraightThrough().attached({"near": near, "away": away}, 0, Ranks(), 1) as passes:
+        passes.backward(near(inputs).square().sum(), alike=False)
+    assert away.logits.device.type == "cpu"
+    near.load_state_dict({**near.state_dict(), "logits": away.logits.detach()})
     near.eval()
     away.eval()
     assert torch.equal(near(inputs), away(inputs.to("far")).cpu())
