@@ -99,12 +99,21 @@ class _Groups:
         tensors.append(self._numbers(torch.arange(which.start, which.stop)))
         return _run(function, tensors, counter, None, changing, **constants)
 
-    def run_gathered(
-        self, function: Callable, which: Tensor, counter: Sequence[Tensor], others: Sequence[Tensor] = (), **constants
+    def run_numbered(
+        self,
+        function: Callable,
+        which: slice | Tensor,
+        counter: Sequence[Tensor],
+        others: Sequence[Tensor] = (),
+        **constants,
     ) -> list[Tensor]:
-        """``run`` on the groups of those indices."""
-        tensors = [*(x.index_select(0, which) for x in others), self.logits.index_select(0, which).float()]
-        return _run(function, [*tensors, self._numbers(which)], counter, **constants)
+        """``run`` on consecutive groups, or on those of some indices: by the same graph, which takes their numbers."""
+        if isinstance(which, Tensor):
+            tensors, local = [x.index_select(0, which) for x in (*others, self.logits)], which
+        else:
+            tensors, local = [x[which] for x in (*others, self.logits)], torch.arange(which.start, which.stop)
+        tensors[-1] = tensors[-1].float()
+        return _run(function, [*tensors, self._numbers(local)], counter, **constants)
 
     def _numbers(self, which: Tensor) -> Tensor:
         if self.consecutive:
@@ -130,7 +139,7 @@ def _draw_into(
     """
     if first is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
         for which in _slices(out, limit):
-            (out[which],) = groups.run(full, which, counter, others, **constants)
+            (out[which],) = groups.run_numbered(full, which, counter, others, **constants)
         return
 
     def draw_open(open_groups: list[np.ndarray]) -> None:
@@ -139,7 +148,7 @@ def _draw_into(
             # some twice, to make whole rows
             which = np.resize(np.concatenate(open_groups), -(-count // ROW) * ROW)
             for part in torch.from_numpy(which).split(PIECE):
-                (result,) = groups.run_gathered(full, part, counter, others, **constants)
+                (result,) = groups.run_numbered(full, part, counter, others, **constants)
                 out.index_copy_(0, part, result)
 
     targets = [] if out is groups.logits else [out]
@@ -152,7 +161,7 @@ def _draw_into(
         if 2 * len(again) <= len(undecided):
             open_groups.append(again)
         elif targets:
-            (out[which],) = groups.run(full, which, counter, others, **constants)
+            (out[which],) = groups.run_numbered(full, which, counter, others, **constants)
         else:
             draw_open([again])
     draw_open(open_groups)
