@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import route_to_the_eager_reference
 from safetensors.torch import load_file, save_file
-from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from tiny_llama import tiny_model, tiny_text, tiny_tokenizer, write_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from maskpro_kernels import cli, pictures
@@ -27,11 +27,7 @@ SETTINGS = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """Folder with a tiny model, `model`, and a text, `text.txt`."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

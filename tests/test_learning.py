@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
-from maskpro_kernels import cli, compiled, ops
+from maskpro_kernels import cli, ops
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def compiled_reference(monkeypatch, poisoned):
-    """The route that users get: a language model is too much for the interpreter, and for what keeps every tensor."""
+def compiled_reference(monkeypatch):
+    """The route that users get: a language model is too much for the interpreter."""
     monkeypatch.setattr(ops, "interpreting", lambda: False)
-    monkeypatch.setattr(compiled, "torch", torch)
 
 
 def learn(folder, *options) -> tuple[dict, dict]:

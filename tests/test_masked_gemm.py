@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from enumerated import KERNEL_DEVICE
@@ -412,6 +413,18 @@ MUTANTS = {
     "stays at the first tokens of the gradient": ("grad_pointers += BLOCK_T * rows", "grad_pointers += 0", "weight"),
     "stays at the first tokens of x": ("x_pointers += BLOCK_T * groups * M", "x_pointers += 0", "weight"),
 }
+
+
+def test_what_is_allocated_is_let_go_but_checked_first(poisoned, monkeypatch):
+    monkeypatch.setattr(conftest, "MOST_KEPT", 10 * conftest.MARGIN)
+    for _ in range(3 * conftest.NEWEST):
+        poisoned.empty(5, dtype=torch.float32)
+    assert len(poisoned.buffers) <= 2 * conftest.NEWEST
+    poisoned.buffers[0][-1] = 1.0
+    with pytest.raises(AssertionError, match="wrote beyond the end"):
+        for _ in range(2 * conftest.NEWEST):
+            poisoned.empty(5, dtype=torch.float32)
+    poisoned.buffers.clear()
 
 
 @pytest.mark.parametrize("mutation", MUTANTS)

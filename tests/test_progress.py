@@ -11,7 +11,7 @@ import threading
 
 import pytest
 from test_cli import learn
-from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from tiny_llama import write_inputs
 
 from maskpro_kernels import cli
 from maskpro_kernels.commands import progress
@@ -27,11 +27,7 @@ LINE = re.compile(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def on_a_terminal(monkeypatch, arguments):

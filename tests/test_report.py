@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
-from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from tiny_llama import write_inputs
 
 from maskpro_kernels import cli, report
 from maskpro_kernels.report import command, write_html
@@ -367,9 +367,7 @@ def test_the_line_to_run_it_again_is_one_that_the_command_takes(options, gap, li
 
 
 def test_the_command_writes_a_page_and_its_line_runs_again(eager_reference, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    write_inputs(tmp_path)
     options = "--steps 3 --batch-size 4 --seq-len 16 --eval-windows 5 --eval-length 24 --dtype float32 --device cpu"
     sources = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt")]
     options += " --estimator straight-through --lr 1 --flip-rate 0.05"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from tiny_llama import write_inputs
 from torch.utils.tensorboard import RecordWriter
 
 from maskpro_kernels import cli
@@ -92,10 +92,7 @@ def test_another_process_goes_on(tmp_path, done):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Options of a run of 6 steps that name a tiny model and a text."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
     options = "--steps 6 --batch-size 4 --seq-len 16 --eval-every 2 --eval-windows 5 --eval-length 24 --device cpu"
     return ["--model", str(folder / "model"), "--data", str(folder / "text.txt"), *options.split()]
 

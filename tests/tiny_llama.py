@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -41,3 +42,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_text(paragraphs: int = 50, words: int = 20, seed: int = 0) -> str:
     draw = random.Random(seed)
     return "\n\n".join(" ".join(draw.choices(WORDS, k=words)) for _ in range(paragraphs))
+
+
+def write_inputs(folder: Path) -> Path:
+    """Write the model with its tokenizer, `model`, and a text, `text.txt`, into a folder; gives the folder."""
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(tiny_text(), encoding="utf-8")
+    return folder
