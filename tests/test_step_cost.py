@@ -33,6 +33,10 @@ STRAIGHT_THROUGH_ROUNDS = 3
 # Seconds from the loaded model to a first step, where a process before has compiled
 LONGEST_START = 5.0
 
+# Of the time that a run by REINFORCE took for its steps, the whole process that replays it included
+REPLAYED_STEPS = 40
+LARGEST_REPLAY = 1 / 3
+
 LAYERS, WIDTH, BATCH = 8, 1024, 32
 MEMORY_SLACK = 0.05
 
@@ -116,6 +120,14 @@ def test_a_second_start_compiles_nothing():
     before = start["convert"] + max(0.0, start["first_step"] - start["second_step"])
     print(f"a second start: {before:.1f} s from the loaded model to a first step at full speed")
     assert before <= LONGEST_START, start
+
+
+@pytest.mark.slow
+def test_a_replay_takes_a_third_of_the_run():
+    seconds = in_child("replay")
+    share = seconds["replay"] / (REPLAYED_STEPS * statistics.median(seconds["steps"]))
+    print(f"a replay of {REPLAYED_STEPS} steps: {seconds['replay']:.1f} s, {share:.0%} of the run")
+    assert share <= LARGEST_REPLAY, seconds
 
 
 def seconds_of(function) -> float:
@@ -342,12 +354,28 @@ def measure_start() -> dict:
     return {**seconds, "built": len(built)}
 
 
+def measure_replay() -> dict:
+    """Seconds of each step of a run on SmolLM2-135M, 1,024 tokens a step, and of the process that replays them."""
+    from maskpro_kernels import cli
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        sources = f"--model smollm2-135m --data pydoc --init magnitude --batch-size 8 --output {run}"
+        assert cli.main(["learn", *sources.split(), "--steps", str(REPLAYED_STEPS), "--eval-windows", "1"]) == 0
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        command, printed = [sys.executable, "-m", "maskpro_kernels.cli", "replay", str(run)], []
+        replay = seconds_of(lambda: printed.append(subprocess.check_output(command, text=True)))
+    assert report["logits"] in printed[0], printed
+    return {"steps": [record["seconds"] for record in report["steps"]], "replay": replay}
+
+
 MEASUREMENTS = {
     "start": measure_start,
     "cost": measure_cost,
     "memory": measure_memory,
     "largest": measure_largest,
     "model": measure_model,
+    "replay": measure_replay,
     "straight_through_cost": measure_straight_through_cost,
     "straight_through_memory": measure_straight_through_memory,
 }
