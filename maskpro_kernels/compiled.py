@@ -76,6 +76,7 @@ class _Groups:
     def __init__(self, logits: Tensor, columns: int, offset: Tensor, row_stride: Tensor, start: int = 0):
         self.logits, self.columns, self.offset, self.row_stride, self.start = logits, columns, offset, row_stride, start
         self.consecutive = int(row_stride) == columns
+        # the number of the first, where they are consecutive
         self.first = offset + start if start else offset
 
     def part(self, which: slice) -> _Groups:
@@ -124,7 +125,7 @@ class _Groups:
 
 def _draw_into(
     out: Tensor,
-    first: Callable | None,
+    settle: Callable | None,
     full: Callable,
     groups: _Groups,
     counter: Sequence[Tensor],
@@ -132,30 +133,29 @@ def _draw_into(
     limit: int = DRAW_BYTES,
     **constants,
 ) -> None:
-    """out [groups, ...] = ``full`` of (others, logits, numbers), where ``first``, if any, has not decided it.
+    """out [groups, ...] = ``full`` of (others, logits, numbers), where ``settle``, if any, has not decided it.
 
-    ``first`` takes ``out`` ahead of the others, writes into it, and gives the ``certain.flags`` of what it left open.
-    ``out`` may be the logits themselves: what is open stays as it was, and ``first`` does not take them twice.
+    ``settle`` takes ``out`` ahead of the others, writes into it, and gives the ``certain.flags`` of what it left open.
+    ``out`` may be the logits themselves: what is open stays as it was, and ``settle`` does not take them twice.
     """
-    if first is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
+    if settle is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
         for which in _slices(out, limit):
             (out[which],) = groups.run_numbered(full, which, counter, others, **constants)
         return
 
-    def draw_open(open_groups: list[np.ndarray]) -> None:
-        count = sum(map(len, open_groups))
-        if count:
-            # some twice, to make whole rows
-            which = np.resize(np.concatenate(open_groups), -(-count // ROW) * ROW)
-            for part in torch.from_numpy(which).split(PIECE):
-                (result,) = groups.run_numbered(full, part, counter, others, **constants)
-                out.index_copy_(0, part, result)
+    def draw_open(which: np.ndarray) -> None:
+        for start in range(0, len(which), PIECE):
+            part = which[start : start + PIECE]
+            # Some twice, to make whole rows; those of an earlier part would be drawn from what it has written
+            part = torch.from_numpy(np.resize(part, -(-len(part) // ROW) * ROW))
+            (result,) = groups.run_numbered(full, part, counter, others, **constants)
+            out.index_copy_(0, part, result)
 
     targets = [] if out is groups.logits else [out]
     open_groups = []
     # what holds a single number a group is written without a copy in between
     for which in _slices(out, limit if out[:1].numel() > 1 else PIECE * out.element_size()):
-        (undecided,) = groups.run(first, which, counter, [*targets, *others], changing=True, **constants)
+        (undecided,) = groups.run(settle, which, counter, [*targets, *others], changing=True, **constants)
         # many times as fast as torch's
         again = np.flatnonzero(undecided.numpy().view(np.bool_)) + which.start
         if 2 * len(again) <= len(undecided):
@@ -163,8 +163,9 @@ def _draw_into(
         elif targets:
             (out[which],) = groups.run_numbered(full, which, counter, others, **constants)
         else:
-            draw_open([again])
-    draw_open(open_groups)
+            draw_open(again)
+    if open_groups:
+        draw_open(np.concatenate(open_groups))
 
 
 def _words(weight: Tensor, m: int) -> Tensor:
@@ -344,8 +345,8 @@ def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
     exact = n <= reference.EXACT_SCORE_MAX_N
     if len(coef) == 1:
         counter = (*seed_and_step, coef, draws, *rest)
-        first = _certain_update_ if exact else None
-        _draw_into(groups.logits, first, reference.group_updated_logits, groups, counter, limit=UPDATE_BYTES, n=n)
+        settle = _certain_update_ if exact else None
+        _draw_into(groups.logits, settle, reference.group_updated_logits, groups, counter, limit=UPDATE_BYTES, n=n)
         return
     for which in _slices(groups.logits, DRAW_BYTES):
         piece = groups.part(which)
@@ -353,8 +354,8 @@ def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
         delta = None
         for k in range(len(coef)):
             counter = (*seed_and_step, coef[k], draws[k], *rest)
-            first = _certain_terms_ if exact else None
-            _draw_into(terms, first, reference.group_score_terms, piece, counter, n=n)
+            settle = _certain_terms_ if exact else None
+            _draw_into(terms, settle, reference.group_score_terms, piece, counter, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
         piece.logits.sub_(delta)
 

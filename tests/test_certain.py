@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from maskpro_kernels import certain, compiled, reference
+from maskpro_kernels import certain, compiled, graphs, reference
 
 SEED, STEP, LAYER, OFFSET = 0x123456789ABCDEF, 7, 3, 21
 INVERSE_TEMPERATURE = 1.3
@@ -89,6 +89,20 @@ def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
     integers = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(updated(compiled, logits, 2, 4).view(integers), expected.view(integers))
     assert not torch.equal(expected, logits)
+
+
+def test_more_open_groups_than_a_piece_holds(monkeypatch):
+    """They are drawn in whole rows, which hold some groups twice: none may be updated twice."""
+    monkeypatch.setattr(compiled, "PIECE", 1_024)
+    logits = sharp_logits(50_003, 2, 4, 5.0)
+    group = torch.arange(50_003) + OFFSET
+    counter = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2)]
+    _, undecided = certain.group_expected_mask(logits.view(-1, 4), group, *counter, 2)
+    count = int(undecided.sum())
+    assert count > 2 * compiled.PIECE and count % graphs.ROW
+    assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
+    for draws in [(2,), (2, 5)]:
+        assert torch.equal(updated(compiled, logits, 2, 4, draws), updated(reference, logits, 2, 4, draws))
 
 
 @pytest.mark.parametrize("groups", [1, 7, 31, 32, 33, 64, 65, 4_096])
