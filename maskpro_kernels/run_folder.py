@@ -136,7 +136,10 @@ class RunFolder:
         self._acquire()
 
     def read(self, settings: Mapping) -> SavedRun:
-        """What the folder holds of the run with these ``settings_of``; it stays as it is.
+        """What the folder holds of a run; it stays as it is.
+
+        Args:
+            settings: that the run has to have, see ``settings_of``.
 
         Raises:
             ValueError: if the run has other settings, or its journal or all its snapshots are damaged.

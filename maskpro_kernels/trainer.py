@@ -521,6 +521,7 @@ class MaskTrainer:
 
     @torch.inference_mode()
     def _losses_under_top_n_masks(self, batches: Iterable) -> list[float]:
+        """A forward for each batch, under the masks that the logits have made likeliest."""
         with self._modes(drawing=False):
             return [float(self.loss_fn(self.model, batch)) for batch in batches]
 
