@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import content, count_tokens, digest, tensors_of, weighted_mean, weights_of
+from .batches import count_tokens, digest, weighted_mean, weights_of
 from .estimators import Reinforce, StraightThrough
-from .functional import FLOAT32_MAX, score_update_, top_n_mask
-from .journal import Draw, Entry, Journal, sync, write_whole
-from .journal import read as read_journal
+from .functional import FLOAT32_MAX, top_n_mask
+from .initial_losses import InitialLosses
+from .journal import Draw, Entry
 from .modules import MaskedLinear, advance, clocks, evaluating, masked_layers
-from .pattern import NMPattern
 from .ranks import Ranks
-from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
+from .replay import replay
+from .run_folder import RunFolder, settings_of
 
-METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
-# Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
-REFRESHED = "initial-losses"
-# Where the last record is damaged and asked for the last of them, the one before counts
-REFRESHED_KEPT = 2
 # Who makes which forwards of a step
 MASKS = ("same", "own")
-# What runs had before there was a setting
-EARLIER = {"accumulate": 1}
-EARLIER_REINFORCE = {"refresh": False}
 
 
 @dataclass(frozen=True)
@@ -162,27 +150,7 @@ class MaskTrainer:
             raise ValueError(f"timeout: expected a number of seconds above 0, got {timeout!r}")
         ranks, draws = Ranks(timeout), estimator.draws if isinstance(estimator, Reinforce) else 1
         check_shares(ranks.world, masks, accumulate, draws)
-        by_id = {}
-        for name, layer in self.layers.items():
-            # shards of one layer start at groups of their own
-            other = by_id.setdefault((layer.layer, layer.group_offset), name)
-            if other != name:
-                raise ValueError(
-                    f"model: expected another layer id in each layer, or they draw the same noise, "
-                    f"got {layer.layer} in {other} and {name}"
-                )
-            if layer.logits.is_meta or layer.weight.is_meta:
-                raise ValueError(
-                    f"model: expected weights and logits in memory, got some on meta in {name}; what offloads weights "
-                    f"loses what their logits learn"
-                )
-            if not torch.isfinite(layer.logits).all():
-                raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
-            if isinstance(estimator, StraightThrough):
-                if not layer.logits.requires_grad:
-                    raise ValueError(f"model: expected logits that require a gradient, got frozen ones in {name}")
-                if not layer.logits.is_contiguous():
-                    raise ValueError(f"model: expected contiguous logits, got {layer.logits.stride()} in {name}")
+        _check_layers(self.layers, estimator)
         self.model = model
         self.loss_fn = loss_fn
         self.batches = batches
@@ -201,14 +169,42 @@ class MaskTrainer:
         self._shares = [
             [pair for pair, owner in zip(pairs, owners, strict=True) if owner == rank] for rank in range(ranks.world)
         ]
+        self._initial_losses = InitialLosses(batches, ranks)
+        # Of rank 0 alone
+        self._folder: RunFolder | None = None
+        if self.output_dir is not None and ranks.rank == 0:
+            self._folder = RunFolder(self.output_dir, journaled=isinstance(estimator, Reinforce))
         self._begun = self._broken = False
         self._skipped = 0
-        self._journal: Journal | None = None
-        self._lock: FileLock | None = None
-        self._initial_losses: list[float] | None = None
         for clock in clocks(model):
             clock.seed.fill_(seed)
             clock.step.fill_(0)
+
+    def begin(self, progress: bool = False) -> None:
+        """What stands before the first step, which does it where it has not been done.
+
+        With ``Reinforce`` the losses of the initial masks; and in ``output_dir`` the first snapshot and the journal.
+
+        Args:
+            progress: whether to show a bar.
+
+        Raises:
+            ValueError: if ``output_dir`` holds a run.
+            FloatingPointError: if a loss of the initial masks is not finite.
+        """
+        if self._begun:
+            return
+        self.ranks.connect()
+        if self.output_dir is not None or self.ranks.world > 1:
+            run = self._agreed_settings(logits=digest(layer.logits for layer in self.layers.values()))
+        if self.output_dir is not None:
+            self.ranks.first(lambda: self._start_folder(run))
+        if isinstance(self.estimator, Reinforce):
+            draws = self.estimator.draws
+            losses = self._losses_of_initial_masks(progress) if draws == 1 else []
+            if self.output_dir is not None:
+                self.ranks.first(lambda: self._folder.start_journal(losses, draws))
+        self._begun = True
 
     def run(
         self, steps: int, progress: bool = True, after_step: Callable[[StepRecord], bool | None] | None = None
@@ -244,236 +240,6 @@ class MaskTrainer:
                     break
         self._snapshot()
         return records
-
-    def resume(self) -> int:
-        """Go on with the run in ``output_dir``, which another process has left at any moment; gives its steps.
-
-        With ``Reinforce`` the newest sound snapshot is loaded and the journal's steps behind it are taken again by
-        their updates alone: the logits get the bits of a run that was never broken off. With ``StraightThrough`` the
-        steps behind the snapshot are lost.
-
-        Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
-        the masked layers, the batches and the settings, such as other weights, has to be as it was.
-
-        Raises:
-            ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
-                weights, settings, batches or layers; if the journal, all snapshots or the losses of refreshed initial
-                masks are damaged; or if another trainer holds the folder. Nothing has changed then.
-        """
-        if self._begun:
-            raise ValueError("resume: expected a trainer that has taken no step, got one that has")
-        if self.output_dir is None:
-            raise ValueError("output_dir: expected the folder of a run, got none")
-        self.ranks.connect()
-        settings = self._settings()
-        self.ranks.agree(settings | {"masks": self.masks})
-        restored = self.ranks.first(lambda: self._restore(settings))
-        self._begun, self._broken = True, True
-        for layer in self.layers.values():
-            self.ranks.spread_(layer.logits.detach())
-        if isinstance(self.estimator, Reinforce):
-            self.estimator.delta, self.estimator.mean_square = restored.estimator
-        else:
-            self.estimator.set_mean_squares(self.layers, restored.estimator)
-        self._initial_losses, self.steps_done = restored.initial_losses, restored.steps
-        self._broken = False
-        for line in restored.warnings if self.ranks.rank == 0 else ():
-            warnings.warn(line, stacklevel=2)
-        return restored.steps
-
-    def _restore(self, settings: Mapping) -> _Restored:
-        """Set the logits to those of the run in ``output_dir``; gives the rest of it."""
-        folder = self.output_dir
-        if isinstance(self.estimator, Reinforce) and not (folder / JOURNAL).exists():
-            raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(folder)!r}")
-        if not snapshots_in(folder):
-            raise ValueError(f"output_dir: expected a folder with snapshots, got {str(folder)!r}")
-        self._acquire()
-        try:
-            return self._read_run(settings)
-        except BaseException:
-            if not self._begun:
-                self._release()
-            raise
-
-    def _read_run(self, settings: Mapping) -> _Restored:
-        folder, reinforce = self.output_dir, isinstance(self.estimator, Reinforce)
-        header, entries, run, at_most, told = {}, [], None, None, []
-        if reinforce:
-            header, entries, torn = read_journal(folder / JOURNAL)
-            run, at_most = header["run"], len(entries)
-            self._check_settings(settings, run)
-            if torn:
-                told.append(f"the last record of {folder / JOURNAL} was cut short: its step is taken again")
-        step, tensors, state, passed = newest_snapshot(folder, at_most, run)
-        self._check_settings(settings, state["run"])
-        done = len(entries) if reinforce else step
-        initial_losses = self._initial_losses_at(entries, header["initial_losses"], run) if reinforce else None
-        beyond = [path for path in snapshots_in(folder) if step_of(path) > done]
-        estimator = copy.copy(self.estimator)
-        metrics = self._metrics(folder, entries, done, estimator)
-
-        if reinforce:
-            self._journal, _, _ = Journal.resume(folder / JOURNAL)
-        for path in {*passed, *beyond}:
-            told.append(f"{path} is damaged or of steps that are taken again: it is set aside")
-            path.rename(path.with_suffix(".aside"))
-        write_whole(folder / METRICS, metrics)
-        # nothing that a disk can refuse from here on
-        self._begun, self._broken = True, True
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.logits.copy_(tensors[name])
-        for entry in entries[step:]:
-            replay(self.layers, self.seed, entry)
-        self._run, self._snapshot_time = state["run"], time.monotonic()
-        moved = (estimator.delta, estimator.mean_square) if reinforce else state["mean_squares"]
-        return _Restored(done, initial_losses, moved, told)
-
-    def _initial_losses_at(self, entries: Sequence[Entry], first: list[float], run: Mapping) -> list[float] | None:
-        """Those that the step behind the entries is compared with; None where it has to compute them itself."""
-        steps = [entry.step + 1 for entry in entries if self._refreshes(entry)]
-        if not steps:
-            return first
-        with contextlib.suppress(ValueError):
-            step, tensors, _, _ = newest_snapshot(self.output_dir / REFRESHED, steps[-1], run)
-            if step == steps[-1]:
-                return tensors["losses"].tolist()
-        if steps[-1] == len(entries):
-            return None
-        folder = str(self.output_dir / REFRESHED)
-        raise ValueError(
-            f"output_dir: expected the initial losses from step {steps[-1]} on in {folder!r}, got none or damaged ones"
-        )
-
-    def _refreshes(self, entry: Entry) -> bool:
-        """Whether the initial masks of the steps behind it are those of its logits."""
-        return self.estimator.refresh and self.estimator.refreshes(entry.draws[0].loss, entry.initial_loss)
-
-    def _metrics(self, folder: Path, entries: Sequence[Entry], done: int, estimator: Reinforce) -> bytes:
-        """The lines of the steps that are done: those that are there, and of the others what the journal tells.
-
-        ``estimator`` is moved through the steps.
-        """
-        lines = {}
-        if (folder / METRICS).exists():
-            for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    lines[json.loads(line)["step"]] = line
-        for entry in entries:
-            losses, one = [draw.loss for draw in entry.draws], len(entry.draws) == 1
-            advantages = [None] if entry.skipped else estimator.advantages(losses, entry.initial_loss)
-            record = StepRecord(
-                step=entry.step,
-                loss=math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan,
-                residual=losses[0] - entry.initial_loss if one and not entry.skipped else None,
-                advantage=advantages[0] if one else None,
-                tracker=estimator.delta if one else None,
-                flip_rate=math.nan,
-                tokens=entry.tokens,
-                seconds=0.0,
-            )
-            lines.setdefault(entry.step, json.dumps(asdict(record)))
-        return "".join(lines[step] + "\n" for step in sorted(lines) if step < done).encode()
-
-    def _acquire(self) -> None:
-        """Keep other trainers out of ``output_dir``, in this process and in others."""
-        self._lock = FileLock(self.output_dir / LOCK, blocking=False)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            self._lock = None
-            raise ValueError(
-                f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
-                f"{str(self.output_dir)!r}"
-            ) from None
-
-    def close(self) -> None:
-        """Let another trainer have ``output_dir``, and part from the other ranks; this one takes no further step."""
-        self._release()
-        self.ranks.close()
-
-    def _release(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        if self._lock is not None:
-            self._lock.release()
-            self._broken = self._begun
-        self._journal = self._lock = None
-
-    def _settings(self) -> dict:
-        """What a run is told from others by, beside its losses."""
-        return {
-            "seed": self.seed,
-            "estimator": type(self.estimator).__name__,
-            "settings": self.estimator.settings(),
-            "layers": {name: _told_of(layer) for name, layer in self.layers.items()},
-            "device": sorted({layer.weight.device.type for layer in self.layers.values()}),
-            "weights": digest(layer.weight for layer in self.layers.values()),
-            "batches": [digest(tensors_of(batch)) for batch in self.batches],
-            "accumulate": self.accumulate,
-        }
-
-    def _check_settings(self, settings: Mapping, run: Mapping) -> None:
-        run = EARLIER | run
-        if run["estimator"] == Reinforce.__name__:
-            run["settings"] = EARLIER_REINFORCE | run["settings"]
-        for name, own in settings.items():
-            if run.get(name) != own:
-                short = isinstance(own, (int, str))
-                told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
-                raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.output_dir)!r}")
-
-    def begin(self, progress: bool = False) -> None:
-        """What stands before the first step, which does it where it has not been done.
-
-        With ``Reinforce`` the losses of the initial masks; and in ``output_dir`` the first snapshot and the journal.
-
-        Args:
-            progress: whether to show a bar.
-
-        Raises:
-            ValueError: if ``output_dir`` holds a run.
-            FloatingPointError: if a loss of the initial masks is not finite.
-        """
-        if self._begun:
-            return
-        self.ranks.connect()
-        if self.output_dir is not None or self.ranks.world > 1:
-            self._run = {**self._settings(), "logits": digest(layer.logits for layer in self.layers.values())}
-            self.ranks.agree(self._run | {"masks": self.masks})
-        if self.output_dir is not None:
-            self.ranks.first(self._open_folder)
-        if isinstance(self.estimator, Reinforce):
-            losses = self._losses_of_initial_masks(progress) if self.estimator.draws == 1 else []
-            if self.output_dir is not None:
-                self.ranks.first(lambda: self._open_journal(losses))
-        self._begun = True
-
-    def _open_folder(self) -> None:
-        folder = self.output_dir
-        if (folder / METRICS).exists() or (folder / JOURNAL).exists():
-            raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(folder)!r}")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._acquire()
-        # of a run that had not begun
-        for left in [*snapshots_in(folder), *snapshots_in(folder / REFRESHED), *folder.glob("*.tmp")]:
-            left.unlink()
-        self._snapshot()
-
-    def _open_journal(self, initial_losses: list[float]) -> None:
-        header = {"run": self._run, "initial_losses": initial_losses}
-        self._journal = Journal.create(self.output_dir / JOURNAL, header, self.estimator.draws)
-
-    def _snapshot(self) -> None:
-        if self.output_dir is None or self.ranks.rank > 0:
-            return
-        state = {"run": self._run}
-        if isinstance(self.estimator, StraightThrough):
-            state["mean_squares"] = self.estimator.mean_squares(self.layers)
-        tensors = {name: layer.logits for name, layer in self.layers.items()}
-        save_snapshot(self.output_dir, self.steps_done, tensors, state, self.snapshots)
-        self._snapshot_time = time.monotonic()
 
     def step(self) -> StepRecord:
         """A forward for each draw and batch under newly drawn masks, one update of all logits.
@@ -516,9 +282,8 @@ class MaskTrainer:
             seconds=time.perf_counter() - start,
         )
         self.steps_done += 1
-        if self.output_dir is not None and self.ranks.rank == 0:
-            with open(self.output_dir / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
+        if self._folder is not None:
+            self._folder.add_metrics(asdict(record))
             if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
         if self._skipped > self.most_skipped:
@@ -528,6 +293,102 @@ class MaskTrainer:
             )
         return record
 
+    def resume(self) -> int:
+        """Go on with the run in ``output_dir``, which another process has left at any moment; gives its steps.
+
+        With ``Reinforce`` the newest sound snapshot is loaded and the journal's steps behind it are taken again by
+        their updates alone: the logits get the bits of a run that was never broken off. With ``StraightThrough`` the
+        steps behind the snapshot are lost.
+
+        Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
+        the masked layers, the batches and the settings, such as other weights, has to be as it was.
+
+        Raises:
+            ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
+                weights, settings, batches or layers; if the journal, all snapshots or the losses of refreshed initial
+                masks are damaged; or if another trainer holds the folder. Nothing has changed then.
+        """
+        if self._begun:
+            raise ValueError("resume: expected a trainer that has taken no step, got one that has")
+        if self.output_dir is None:
+            raise ValueError("output_dir: expected the folder of a run, got none")
+        self.ranks.connect()
+        settings = self._agreed_settings()
+        restored = self.ranks.first(lambda: self._restore(settings))
+        self._begun, self._broken = True, True
+        for layer in self.layers.values():
+            self.ranks.spread_(layer.logits.detach())
+        if isinstance(self.estimator, Reinforce):
+            self.estimator.delta, self.estimator.mean_square = restored.estimator
+        else:
+            self.estimator.set_mean_squares(self.layers, restored.estimator)
+        self._initial_losses.losses, self.steps_done = restored.initial_losses, restored.steps
+        self._broken = False
+        for line in restored.warnings if self.ranks.rank == 0 else ():
+            warnings.warn(line, stacklevel=2)
+        return restored.steps
+
+    def close(self) -> None:
+        """Let another trainer have ``output_dir``, and part from the other ranks; this one takes no further step."""
+        if self._folder is not None:
+            self._folder.close()
+            self._broken = self._begun
+        self.ranks.close()
+
+    def _agreed_settings(self, **others: str) -> dict:
+        """What the run is told from others by, these beside it, once all ranks have the same."""
+        settings = settings_of(self.layers, self.estimator, self.batches, self.seed, self.accumulate) | others
+        self.ranks.agree(settings | {"masks": self.masks})
+        return settings
+
+    def _start_folder(self, run: Mapping) -> None:
+        self._folder.start(run)
+        self._snapshot()
+
+    def _snapshot(self) -> None:
+        if self._folder is None:
+            return
+        state = {}
+        if isinstance(self.estimator, StraightThrough):
+            state["mean_squares"] = self.estimator.mean_squares(self.layers)
+        tensors = {name: layer.logits for name, layer in self.layers.items()}
+        self._folder.add_snapshot(self.steps_done, tensors, state, self.snapshots)
+        self._snapshot_time = time.monotonic()
+
+    def _restore(self, settings: Mapping) -> _Restored:
+        """Set the logits to those of the run in ``output_dir``; gives the rest of it."""
+        folder = self._folder
+        folder.take_over()
+        try:
+            saved = folder.read(settings)
+            refreshed = [entry.step + 1 for entry in saved.entries if self._refreshes(entry)]
+            initial_losses = folder.initial_losses(saved, refreshed[-1]) if refreshed else saved.initial_losses
+            estimator = copy.copy(self.estimator)
+            records = _records_of(saved.entries, estimator)
+            folder.go_on(saved, list(map(asdict, records)))
+        except BaseException:
+            folder.close()
+            raise
+        # nothing that a disk can refuse from here on
+        self._begun, self._broken = True, True
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.logits.copy_(saved.tensors[name])
+        for entry in saved.entries[saved.snapshot_step :]:
+            replay(self.layers, self.seed, entry)
+        self._snapshot_time = time.monotonic()
+        if isinstance(estimator, Reinforce):
+            moved = estimator.delta, estimator.mean_square
+        else:
+            moved = saved.state["mean_squares"]
+        return _Restored(saved.steps, initial_losses, moved, saved.warnings)
+
+    def _check_steps(self, steps: int) -> None:
+        most = self.estimator.steps if isinstance(self.estimator, StraightThrough) else None
+        if most is not None and self.steps_done + steps > most:
+            raise ValueError(f"steps: expected at most {most - self.steps_done} more of StraightThrough's {most}, "
+                             f"got {steps}")  # fmt: skip
+
     @torch.inference_mode()
     def _reinforce(self, batches: Sequence) -> tuple[float, float | None, float | None, float]:
         """(loss, residual, advantage, flip rate) of the forwards; the logits move by the scores of their masks.
@@ -535,7 +396,7 @@ class MaskTrainer:
         Of several draws the mean loss, and neither residual nor advantage.
         """
         estimator, one, weights = self.estimator, self.estimator.draws == 1, weights_of(batches)
-        initial_loss = weighted_mean(self._initial_losses_of(batches), weights) if one else 0.0
+        initial_loss = self._initial_loss(batches, weights) if one else 0.0
         own = []
         with self._modes(drawing=True):
             for draw, place in self._shares[self.ranks.rank]:
@@ -554,9 +415,9 @@ class MaskTrainer:
                 )
             draws = tuple(Draw(*draw) for draw in zip(range(estimator.draws), losses, coefs, strict=True))
             entry = Entry(self.steps_done, sum(map(count_tokens, batches)), initial_loss, draws, skipped)
-            if self._journal is not None:
+            if self._folder is not None:
                 # ahead of the update: a run that is killed in between takes the step again from here
-                self._journal.append(entry)
+                self._folder.journal.append(entry)
         except BaseException:
             estimator.delta, estimator.mean_square = before
             raise
@@ -565,12 +426,16 @@ class MaskTrainer:
         replay(self.layers, self.seed, entry)
         if self._refreshes(entry):
             # ahead of the next step: from a run that is killed in between it is the same one
-            self._initial_losses = None
+            self._initial_losses.losses = None
         self._skipped = self._skipped + 1 if skipped else 0
         loss = math.nan if skipped else math.fsum(losses) / len(losses)
         if skipped or not one:
             return loss, None, None, flip_rate
         return loss, loss - initial_loss, advantages[0], flip_rate
+
+    def _refreshes(self, entry: Entry) -> bool:
+        """Whether the initial masks of the steps behind it are those of its logits."""
+        return self.estimator.refreshes(entry.draws[0].loss, entry.initial_loss)
 
     def _exchanged(
         self, own: Sequence[float], weights: Sequence[Fraction], flip_rate: float, way: float = 0.0
@@ -639,69 +504,31 @@ class MaskTrainer:
         values.append(loss.item())
         return loss
 
-    def _check_steps(self, steps: int) -> None:
-        most = self.estimator.steps if isinstance(self.estimator, StraightThrough) else None
-        if most is not None and self.steps_done + steps > most:
-            raise ValueError(f"steps: expected at most {most - self.steps_done} more of StraightThrough's {most}, "
-                             f"got {steps}")  # fmt: skip
-
     def _check_loss(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss of step {self.steps_done}: expected a finite number, got {loss}")
 
-    @cached_property
-    def _contents(self) -> list[str]:
-        """What tells a batch from others, by its index."""
-        return self._contents_now()
-
-    def _contents_now(self) -> list[str]:
-        return [content(batch, index) for index, batch in enumerate(self.batches)]
-
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
-        if self._initial_losses is None:
-            distinct = {}
-            # by now they may stand in another order
-            for index, name in enumerate(self._contents_now() if self.steps_done else self._contents):
-                distinct.setdefault(name, index)
-            gone = [index for index, name in enumerate(self._contents) if name not in distinct]
-            if gone:
-                raise ValueError(f"batches: expected those of the first step, got others in place of {gone}")
-            own = dict(list(distinct.items())[self.ranks.rank :: self.ranks.world])
-            hidden = not progress or self.ranks.rank > 0
-            with torch.inference_mode(), self._modes(drawing=False):
-                for name, index in tqdm(own.items(), desc="initial losses", unit="batch", disable=hidden):
-                    own[name] = float(self.loss_fn(self.model, self.batches[index]))
-            found = {name: loss for losses in self.ranks.gather_objects(own) for name, loss in losses.items()}
-            losses = [found[name] for name in self._contents]
-            bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-            if bad:
-                raise FloatingPointError(
-                    f"loss under the initial masks: expected finite numbers, batches {bad} give none"
-                )
+        initial = self._initial_losses
+        if initial.losses is None:
+            losses = initial.computed(self._losses_under_top_n_masks, self.steps_done, progress)
             if self.output_dir is not None and self.steps_done:
-                self.ranks.first(lambda: self._save_initial_losses(losses))
-            self._initial_losses = losses
-        return self._initial_losses
+                # ahead of the steps that are compared with them; those of the first stand in the journal's header
+                self.ranks.first(lambda: self._folder.add_initial_losses(self.steps_done, losses))
+            initial.losses = losses
+        return initial.losses
 
-    def _save_initial_losses(self, losses: Sequence[float]) -> None:
-        folder = self.output_dir / REFRESHED
-        folder.mkdir(exist_ok=True)
-        sync(self.output_dir)
-        tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
-        save_snapshot(folder, self.steps_done, tensors, {"run": self._run}, REFRESHED_KEPT)
+    @torch.inference_mode()
+    def _losses_under_top_n_masks(self, batches: Iterable) -> list[float]:
+        """A forward for each batch, under the masks that the logits have made likeliest."""
+        with self._modes(drawing=False):
+            return [float(self.loss_fn(self.model, batch)) for batch in batches]
 
-    def _initial_losses_of(self, batches: Sequence) -> list[float]:
-        """Losses under m_0 of the batches of this step."""
-        known = dict(zip(self._contents, self._losses_of_initial_masks(progress=False), strict=True))
-        found = []
-        for place, batch in enumerate(batches):
-            index = (self.steps_done * self.accumulate + place) % len(self.batches)
-            loss = known.get(content(batch, index))
-            if loss is None:
-                raise ValueError(f"batches: expected those of the first step, got another one at index {index}")
-            found.append(loss)
-        return found
+    def _initial_loss(self, batches: Sequence, weights: Sequence[Fraction]) -> float:
+        """Loss under m_0 of the batches of this step."""
+        self._losses_of_initial_masks(progress=False)
+        return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
 
     def _flip_rate(self) -> float:
         """Share of groups whose draw left the top-N mask, in the layer whose turn it is."""
@@ -727,6 +554,31 @@ def check_shares(world: int, masks: str, accumulate: int, draws: int) -> None:
         raise ValueError(f'{shared}: expected a multiple of the {world} ranks with masks="{masks}", got {parts}')
 
 
+def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Reinforce | StraightThrough) -> None:
+    """Raise ValueError unless the estimator can move the logits of these layers."""
+    by_id = {}
+    for name, layer in layers.items():
+        # shards of one layer start at groups of their own
+        other = by_id.setdefault((layer.layer, layer.group_offset), name)
+        if other != name:
+            raise ValueError(
+                f"model: expected another layer id in each layer, or they draw the same noise, "
+                f"got {layer.layer} in {other} and {name}"
+            )
+        if layer.logits.is_meta or layer.weight.is_meta:
+            raise ValueError(
+                f"model: expected weights and logits in memory, got some on meta in {name}; what offloads weights "
+                f"loses what their logits learn"
+            )
+        if not torch.isfinite(layer.logits).all():
+            raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
+        if isinstance(estimator, StraightThrough):
+            if not layer.logits.requires_grad:
+                raise ValueError(f"model: expected logits that require a gradient, got frozen ones in {name}")
+            if not layer.logits.is_contiguous():
+                raise ValueError(f"model: expected contiguous logits, got {layer.logits.stride()} in {name}")
+
+
 class _Restored(NamedTuple):
     """What a run goes on with, beside its logits: the state of its estimator is what that moves by."""
 
@@ -736,35 +588,21 @@ class _Restored(NamedTuple):
     warnings: list[str]
 
 
-def _told_of(layer: MaskedLinear) -> list:
-    """What the settings of a run hold of a layer; only of a shard also where it lies, so that earlier runs go on."""
-    told = [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
-    return [*told, layer.group_offset, layer.group_row_stride] if layer.is_shard else told
-
-
-@dataclass(frozen=True)
-class ReplayedLayer:
-    """What of a MaskedLinear a replay moves: logits, by draws of a layer id; of a shard, where it lies."""
-
-    logits: Tensor
-    pattern: NMPattern
-    layer: int
-    group_offset: int = 0
-    group_row_stride: int | None = None
-
-    def moving_logits(self) -> AbstractContextManager[Tensor]:
-        return nullcontext(self.logits)
-
-
-@torch.inference_mode()
-def replay(layers: Mapping[str, MaskedLinear | ReplayedLayer], seed: int, entry: Entry) -> None:
-    """Move the logits by the update of a step; they are as they were then."""
-    if entry.skipped:
-        return
-    for layer in layers.values():
-        # together: all scores are those of the logits before the step, and they are rounded once
-        ids, _, coefs = zip(*entry.draws, strict=True)
-        counter = {"seed": seed, "step": entry.step, "layer": layer.layer}
-        place = {"group_offset": layer.group_offset, "group_row_stride": layer.group_row_stride}
-        with layer.moving_logits() as logits:
-            score_update_(logits, coefs, pattern=layer.pattern, draw=ids, **counter, **place)
+def _records_of(entries: Sequence[Entry], estimator: Reinforce) -> list[StepRecord]:
+    """What the journal tells of its steps; ``estimator`` is moved through them."""
+    records = []
+    for entry in entries:
+        losses, one = [draw.loss for draw in entry.draws], len(entry.draws) == 1
+        advantages = [None] if entry.skipped else estimator.advantages(losses, entry.initial_loss)
+        record = StepRecord(
+            step=entry.step,
+            loss=math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan,
+            residual=losses[0] - entry.initial_loss if one and not entry.skipped else None,
+            advantage=advantages[0] if one else None,
+            tracker=estimator.delta if one else None,
+            flip_rate=math.nan,
+            tokens=entry.tokens,
+            seconds=0.0,
+        )
+        records.append(record)
+    return records

@@ -12,7 +12,9 @@ import torch
 from test_trainer import a_model, a_trainer, assert_equal_logits, logits_of, some_batches, under_masks
 
 import maskpro_kernels as mk
+from maskpro_kernels import trainer as training
 from maskpro_kernels.batches import content, loss_tokens, weighted_mean, weights_of
+from maskpro_kernels.run_folder import settings_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -187,13 +189,11 @@ def test_accumulation_belongs_to_a_run(tmp_path):
 
 
 def test_runs_from_before_accumulation_go_on(tmp_path, monkeypatch):
-    settings = mk.MaskTrainer._settings
-
-    def without(trainer):
-        return {name: value for name, value in settings(trainer).items() if name != "accumulate"}
+    def without(*args):
+        return {name: value for name, value in settings_of(*args).items() if name != "accumulate"}
 
     with monkeypatch.context() as earlier:
-        earlier.setattr(mk.MaskTrainer, "_settings", without)
+        earlier.setattr(training, "settings_of", without)
         trainer = a_trainer(a_model(), output_dir=tmp_path)
         trainer.run(3, progress=False)
         trainer.close()

@@ -13,11 +13,12 @@ from tiny_llama import tiny_model, tiny_text, tiny_tokenizer, write_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from maskpro_kernels import cli, pictures
+from maskpro_kernels.batches import digest
 from maskpro_kernels.commands import held_out
 from maskpro_kernels.data import load_text, windows
 from maskpro_kernels.evaluation import perplexity
 from maskpro_kernels.export import load_logits
-from maskpro_kernels.trainer import MaskTrainer, digest
+from maskpro_kernels.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -16,11 +16,11 @@ import torch
 from test_trainer import a_model, assert_equal_logits, logits_of, some_batches
 
 import maskpro_kernels as mk
-from maskpro_kernels import journal, snapshots
+from maskpro_kernels import journal, replay, run_folder, snapshots
 from maskpro_kernels import trainer as training
+from maskpro_kernels.batches import digest
 from maskpro_kernels.journal import Draw, Entry, Journal
 from maskpro_kernels.snapshots import newest_snapshot, save_snapshot
-from maskpro_kernels.trainer import digest
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -378,7 +378,7 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
     whole.run(6, progress=False)
     trainer = a_trainer(tmp_path / "run")
     trainer.run(3, progress=False)
-    real, moved = training.score_update_, []
+    real, moved = replay.score_update_, []
 
     def interrupted(*args, **kwargs):
         if moved:
@@ -386,7 +386,7 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
         moved.append(real(*args, **kwargs))
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "score_update_", interrupted)
+        patched.setattr(replay, "score_update_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trainer.step()
     with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
@@ -445,21 +445,22 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     def only(real, when, instead):
         return lambda *args: instead(*args) if when(*args) else real(*args)
 
-    append, save, loss = Journal.append, training.save_snapshot, trainer.loss_fn
+    append, save, loss = Journal.append, run_folder.save_snapshot, trainer.loss_fn
     layer = trainer.layers["0"]
     if where == "before its record":
         patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], broken))
     elif where == "before its update":
         patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], behind(append)))
     elif where == "in its update":
-        patched.setattr(training, "replay", only(training.replay, lambda *args: args[2].step == HALVED[0], broken))
+        patched.setattr(training, "replay", only(replay.replay, lambda *args: args[2].step == HALVED[0], broken))
     elif where == "in a forward of the new masks":
         last = trainer.batches[-1]
         trainer.loss_fn = only(loss, lambda _, b: trainer.steps_done and not layer.training and b is last, broken)
     elif where == "before the losses are on disk":
-        patched.setattr(training, "save_snapshot", only(save, lambda folder, *_: "losses" in folder.name, broken))
+        patched.setattr(run_folder, "save_snapshot", only(save, lambda folder, *_: "losses" in folder.name, broken))
     elif where == "behind them":
-        patched.setattr(training, "save_snapshot", only(save, lambda folder, *_: "losses" in folder.name, behind(save)))
+        losses_alone = only(save, lambda folder, *_: "losses" in folder.name, behind(save))
+        patched.setattr(run_folder, "save_snapshot", losses_alone)
     elif where == "in the forward of the next step":
         trainer.loss_fn = only(loss, lambda *_: layer.training and trainer.steps_done == HALVED[0] + 1, broken)
     elif where == "before the next record":
@@ -498,14 +499,14 @@ def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where,
     header, entries, _ = journal.read(tmp_path / "run" / "journal")
     replayed = a_trainer(None, "refreshed")
     for one in entries:
-        training.replay(replayed.layers, header["run"]["seed"], one)
+        replay.replay(replayed.layers, header["run"]["seed"], one)
     assert_equal_logits(logits_of(replayed.model), logits_of(whole.model))
 
 
 def test_losses_under_refreshed_masks_are_read_not_computed(tmp_path):
     trainer = a_trainer(tmp_path, "refreshed")
     trainer.run(10, progress=False)
-    expected = trainer._initial_losses
+    expected = trainer._initial_losses.losses
     trainer.close()
     again = a_trainer(tmp_path, "refreshed")
     assert again.resume() == 10

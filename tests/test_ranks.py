@@ -321,7 +321,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 from maskpro_kernels import ops, ranks
 from test_ranks import a_trainer, logits_of
-from maskpro_kernels.trainer import digest
+from maskpro_kernels.batches import digest
 """
 
 HANGING = """

@@ -22,7 +22,7 @@ from tiny_llama import tiny_model, tiny_tokenizer, write_inputs
 from maskpro_kernels import cli
 from maskpro_kernels.commands import learn as learning
 from maskpro_kernels.ranks import FailedRank, MissingRanks
-from maskpro_kernels.trainer import MaskTrainer
+from maskpro_kernels.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -278,13 +278,13 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
     ],
 )
 def test_ranks_that_fail_before_the_first_step_leave_nothing(inputs, tmp_path, capsys, monkeypatch, error, told):
-    begin = MaskTrainer._open_journal
+    start = RunFolder.start_journal
 
-    def broken(trainer, losses):
-        begin(trainer, losses)
+    def broken(folder, losses, draws):
+        start(folder, losses, draws)
         raise error
 
-    monkeypatch.setattr(MaskTrainer, "_open_journal", broken)
+    monkeypatch.setattr(RunFolder, "start_journal", broken)
     assert cli.main(learn(inputs, tmp_path / "new")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"maskpro: error: {told}"
     assert contents(tmp_path) == {}

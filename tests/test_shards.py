@@ -17,7 +17,8 @@ from maskpro_kernels.commands.runs import PROGRESS
 from maskpro_kernels.journal import Draw, Entry
 from maskpro_kernels.modules import Clock, masked_layers
 from maskpro_kernels.ranks import Ranks
-from maskpro_kernels.trainer import JOURNAL, replay
+from maskpro_kernels.replay import replay
+from maskpro_kernels.run_folder import JOURNAL, settings_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -229,7 +230,8 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
     assert digest([shard.logits]) in capsys.readouterr().out
     # a whole layer is told as in runs from before there were shards
     assert header["run"]["layers"] == {"0": [3, "2:4", [9, 16], "torch.float32", 60, 16]}
-    assert a_trainer(whole)._settings()["layers"] == {"0": [3, "2:4", [ROWS, K], "torch.float32"]}
+    settings = settings_of({"0": whole}, mk.Reinforce(), batches, seed=9, accumulate=1)
+    assert settings["layers"] == {"0": [3, "2:4", [ROWS, K], "torch.float32"]}
 
 
 class Halves(nn.Module):

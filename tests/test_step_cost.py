@@ -153,7 +153,7 @@ def measure_cost() -> dict:
     mk.convert(model, "2:4", gap=GAP)
     trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
     # the initial loss belongs to no step
-    trainer._losses_of_initial_masks(progress=False)
+    trainer.begin()
     with torch.inference_mode():
         return paired({"ours": layers.ours, "eager": layers.eager, "step": trainer.step})
 
@@ -348,7 +348,7 @@ def measure_start() -> dict:
     seconds = {"convert": seconds_of(lambda: mk.convert(model, "2:4", gap=GAP))}
     trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
     # the initial loss belongs to no step
-    trainer._losses_of_initial_masks(progress=False)
+    trainer.begin()
     for name in ("first_step", "second_step"):
         seconds[name] = seconds_of(trainer.step)
     return {**seconds, "built": len(built)}

@@ -575,7 +575,7 @@ def test_a_refresh_costs_a_forward_for_every_batch():
         elif at:
             assert initial == pytest.approx(expected[record.step % 4])
     assert at and at[-1] < 11 and len(seen) == 3 * (1 + len(at))
-    while trainer._initial_losses is not None:
+    while trainer._initial_losses.losses is not None:
         trainer.step()
     batches[:] = [batch + 1.0 for batch in batches]
     with pytest.raises(ValueError, match="^batches: expected those of the first step, got others in place of "):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..batches import digest
 from ..convert import convert, finalize
 from ..estimators import Reinforce, StraightThrough
 from ..evaluation import causal_lm_loss
@@ -27,9 +28,10 @@ from ..pattern import NMPattern
 from ..pictures import check_pictures, draw_perplexity, draw_residual
 from ..ranks import FailedRank, MissingRanks, Ranks
 from ..report import write_html
+from ..run_folder import JOURNAL, LOCK
 from ..scalars import Scalars
 from ..snapshots import newest_snapshot, snapshots_in
-from ..trainer import JOURNAL, LOCK, MASKS, MaskTrainer, check_shares, digest
+from ..trainer import MASKS, MaskTrainer, check_shares
 from .arguments import DTYPES, check_least, device_of, telling
 from .held_out import HeldOut, print_table, table_row
 from .initial import initial_masks, top_n_codes

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from safetensors.torch import save
 
+from ..batches import digest
 from ..journal import read as read_journal
 from ..journal import write_whole
 from ..pattern import NMPattern
+from ..replay import ReplayedLayer
+from ..replay import replay as replay_step
+from ..run_folder import JOURNAL
 from ..snapshots import newest_snapshot
-from ..trainer import JOURNAL, ReplayedLayer, digest
-from ..trainer import replay as replay_step
 from .arguments import device_of, new_file, telling
 from .progress import followed, tell
 from .runs import LOGITS, PROGRESS, SETTINGS, logits_metadata

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
-from ..trainer import LOCK, METRICS
+from ..run_folder import LOCK, METRICS
 from .arguments import DTYPES
 from .progress import tell_as
 
