@@ -86,6 +86,7 @@ def test_the_change_is_that_of_the_error(pattern):
         assert changes[int(swap[row, group])] == pytest.approx(min(changes.values()), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.usefixtures("eager_reference")
 @settings(max_examples=30)
 @given(
     pattern=st.sampled_from(PATTERNS),
