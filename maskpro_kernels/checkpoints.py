@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
+import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .export import disk_errors
 from .packed import PackedNM
 from .pattern import GROUP_SIZES, NMPattern
 
@@ -97,20 +97,27 @@ def _stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
             # numpy would take it for a pickle, and advise to load it as one
             raise ValueError(f"{expected}, which is damaged or of another kind")
         try:
-            with np.load(source, allow_pickle=False) as arrays:
+            with open(source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 for name in arrays.files:
-                    if arrays[name].dtype != np.uint8 or arrays[name].ndim != 1:
-                        raise ValueError(f"flat uint8 arrays expected, {name} is {arrays[name].dtype}")
-                    yield name, torch.from_numpy(arrays[name])
-        except (ValueError, TypeError, OSError, zipfile.BadZipFile, zlib.error) as error:
+                    # decompressed anew each time it is asked for
+                    array = arrays[name]
+                    if not isinstance(array, np.ndarray):
+                        raise ValueError(f"flat uint8 arrays expected, {name} is none")
+                    if array.dtype != np.uint8 or array.ndim != 1:
+                        raise ValueError(f"flat uint8 arrays expected, {name} is {array.dtype}")
+                    yield name, torch.from_numpy(array)
+        except Exception as error:
+            # zipfile, zlib and numpy each have errors of their own for damage
             raise ValueError(f"{expected}: {error}") from error
         return
     files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
     for file in files:
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            # without torch's advice to load it as a pickle, which runs whatever it holds
+            with warnings.catch_warnings(action="ignore"):
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # which of a dozen errors depends on where the damage is; told without torch's advice to load it as a
+            # pickle, which runs whatever it holds
             raise ValueError(
                 f"masks: expected a file of bool masks, got {str(file)!r}, which is damaged or holds more than tensors"
             ) from error
@@ -118,6 +125,13 @@ def _stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
         for name, mask in found.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 raise ValueError(f"masks: expected bool masks, got {type(mask).__name__} {name!r} in {str(file)!r}")
+            if not isinstance(name, str):
+                raise ValueError(f"masks: expected names of layers, got {name!r} in {str(file)!r}")
+            # sums and products would take another byte for what it is
+            if mask.layout != torch.strided or mask.is_meta or (mask.view(torch.uint8) > 1).any():
+                raise ValueError(
+                    f"masks: expected bool masks whose bytes are 0 or 1, got others in {name} of {str(file)!r}"
+                )
             yield name, mask
 
 
@@ -132,6 +146,7 @@ def decompress(source: str | Path, output: str | Path) -> int:
 
     Raises:
         ValueError: if a file is damaged, or parts of a weight are missing or do not agree.
+        OSError: if a file cannot be written.
     """
     source, output = Path(source), Path(output)
     files = weight_files(source)
@@ -156,7 +171,8 @@ def decompress(source: str | Path, output: str | Path) -> int:
                 elif part == "compressed":
                     parts = [_tensor(where[f"{name}.{part}"], f"{name}.{part}") for part in COMPRESSED]
                     tensors[f"{name}.weight"] = _decompressed(name, *parts)
-        save_file(tensors, output / file.name, metadata={"format": "pt"})
+        with disk_errors(output / file.name):
+            save_file(tensors, output / file.name, metadata={"format": "pt"})
         written |= dict.fromkeys(tensors, file.name)
     if [file.name for file in files] != [SINGLE]:
         (output / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written}, indent=2), encoding="utf-8")
@@ -165,10 +181,22 @@ def decompress(source: str | Path, output: str | Path) -> int:
             shutil.copy(other, output / other.name)
     config = output / "config.json"
     if config.exists():
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = _settings(config)
         kept = {name: value for name, value in settings.items() if name not in COMPRESSION_SETTINGS}
         config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return len(names)
+
+
+def _settings(config: Path) -> dict:
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__}")
+        return settings
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint: expected settings in {config.name}, got {error}; copy or download it again"
+        ) from error
 
 
 def _check_parts(where: Mapping[str, Path], name: str, parts: Iterable[str]) -> None:
@@ -187,6 +215,8 @@ def _decompressed(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> 
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"checkpoint: expected two positive integers in {name}.shape, got {sizes}")
     rows, k = sizes
+    if k % 4:
+        raise ValueError(f"checkpoint: expected rows of whole groups of 4 in {name}.shape, got {sizes}")
     if values.numel() != rows * k // 2 or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"checkpoint: expected {rows * k // 2} values of float32, bfloat16 or float16 in {name}.compressed, "
@@ -236,8 +266,8 @@ def survey(files: Iterable[Path]) -> Iterator[Survey]:
             where |= dict.fromkeys(opened.keys(), file)
     for stored in sorted(where):
         name, _, part = stored.rpartition(".")
-        form = next((form for form in (COMPRESSED, PACKED) if part in form and f"{name}.{form[0]}" in where), None)
-        if form is None:
+        form = _form(where, name)
+        if form is None or part not in form:
             tensor = _tensor(where[stored], stored)
             if tensor.dim() == 2 and tensor.is_floating_point():
                 # floats of 8 bits know few operations
@@ -249,8 +279,26 @@ def survey(files: Iterable[Path]) -> Iterator[Survey]:
             yield _surveyed(f"{name}.weight", weight, packed=True)
 
 
+def _form(where: Mapping[str, Path], name: str) -> tuple[str, ...] | None:
+    """The parts that a weight is stored in, by the file of each tensor; None where it is not packed."""
+    if f"{name}.compressed" in where:
+        return COMPRESSED
+    bitmask = f"{name}.bitmask"
+    if f"{name}.values" in where and bitmask in where:
+        with safe_open(where[bitmask], framework="pt") as opened:
+            # other programs have tensors of these names too
+            if opened.get_slice(bitmask).get_dtype() == "U8":
+                return PACKED
+    return None
+
+
 def _unpacked(name: str, values: Tensor, bitmask: Tensor) -> Tensor:
     """A packed weight whose pattern is not told beside it: the first M in whose groups equally many are kept."""
+    if values.dim() != 2 or bitmask.dim() != 2:
+        raise ValueError(
+            f"checkpoint: expected matrices {name}.values and {name}.bitmask, got {list(values.shape)} and "
+            f"{list(bitmask.shape)}"
+        )
     per_row = values.shape[1]
     for m in GROUP_SIZES:
         for k in range(8 * bitmask.shape[1], 8 * bitmask.shape[1] - 8, -1):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,13 +58,23 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, st
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        with disk_errors(path):
+            save_file(tensors, temporary, metadata=metadata)
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     # The new name is itself lost in a crash unless the folder reaches the disk too.
     sync(path.parent)
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """What safetensors cannot write, such as to a full disk, is told as an OSError, which its own error is not."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

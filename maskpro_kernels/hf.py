@@ -20,6 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .export import disk_errors
 from .modules import NMLinear, packed_class
 from .packed import PackedNM, check_bitmask
 from .pattern import NMPattern
@@ -281,6 +282,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     Raises:
         ValueError: if packed weights are not all of one pattern.
+        OSError: if a file cannot be written.
     """
     config = packed_config(model)
     if config is not None:
@@ -288,8 +290,15 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     elif isinstance(getattr(model.config, "quantization_config", None), PackedConfig):
         # of weights that were packed when the model was loaded
         model.hf_quantizer.remove_quantization_config(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with disk_errors(folder):
+        model.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # tokenizers raises no other for a full disk
+        if type(error) is Exception:
+            raise OSError(f"{folder}: {error}") from error
+        raise
 
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

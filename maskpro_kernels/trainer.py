@@ -180,6 +180,11 @@ class MaskTrainer:
             clock.seed.fill_(seed)
             clock.step.fill_(0)
 
+    @property
+    def broken(self) -> bool:
+        """Whether the logits may be of no step, the last one having been broken off in its update; or it is closed."""
+        return self._broken
+
     def begin(self, progress: bool = False) -> None:
         """What stands before the first step, which does it where it has not been done.
 

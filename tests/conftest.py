@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import contextmanager
 
 import torch
 
@@ -92,3 +94,14 @@ def route_to_the_eager_reference(monkeypatch):
 def eager_reference(monkeypatch):
     """CPU tensors go to the eager reference: for tests of what is built on the operations."""
     route_to_the_eager_reference(monkeypatch)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A disk that is full, as far as a file can tell: none grows beyond that many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -162,6 +163,29 @@ def base_has_moved(place):
 def rebuilt(place):
     (place / LOGITS).unlink()
     assert cli.main(f"replay reinforce --device cpu --output {LOGITS}".split()) == 0
+
+
+def archived(path):
+    """What writes a zip file of one that is no array."""
+
+    def write(place):
+        with zipfile.ZipFile(place / path, "w") as file:
+            file.write(place / "model" / "config.json", "config.json")
+
+    return write
+
+
+def torn_masks(path):
+    def write(place):
+        torch.save({"x": torch.ones(4, 8).bool()}, place / path, _use_new_zipfile_serialization=False)
+        (place / path).write_bytes((place / path).read_bytes()[:-60])
+
+    return write
+
+
+def flat(path):
+    parts = {"x.values": torch.ones(3), "x.bitmask": torch.ones(2, dtype=torch.uint8)}
+    return lambda place: save_file(parts, place / path)
 
 
 def a_flipped_byte(content):
@@ -398,6 +422,12 @@ CASES = {
         "expected a perplexity in each line",
         "move the file away",
     ),
+    "no first perplexity": (
+        RESUME,
+        write(f"{KILLED}/validation.jsonl", '{"step": 0, "tokens": 0, "perplexity": NaN}'),
+        "expected a perplexity in each line",
+        "move the file away",
+    ),
     # eval
     "eval of nothing": (f"{EVAL} --eval-windows 0", None, "eval_windows: expected", "at least 1"),
     "eval of no folder": (f"eval ./none {SOURCES}", None, "model: expected", "no such folder"),
@@ -530,6 +560,12 @@ CASES = {
         "expected",
         "another model than 'narrow'",
     ),
+    "a base model of other weights": (
+        "export reinforce out",
+        tensors(LOGITS, lambda content: content, METADATA | {"weights": "0"}),
+        "run: expected the weights of 'model' that its masks were learned on",
+        "put back the base model as it was",
+    ),
     "a base model that has moved": (
         "export reinforce out",
         base_has_moved,
@@ -593,6 +629,18 @@ CASES = {
         "masks: expected an .npz file of MaskLLM",
         "which is damaged or of another kind",
     ),
+    "import of another archive": (
+        "import m.npz out --model model",
+        archived("m.npz"),
+        "masks: expected an .npz file of MaskLLM",
+        "flat uint8 arrays expected, config.json is none",
+    ),
+    "import of masks in torch's older form, torn": (
+        "import m.pt out --model model",
+        torn_masks("m.pt"),
+        "masks: expected a file of bool masks",
+        "which is damaged or holds more than tensors",
+    ),
     "import into a full folder": ("import model reinforce", None, "expected a new or empty folder", "give another"),
     "import of torn weights": (
         "import model out",
@@ -602,6 +650,12 @@ CASES = {
     ),
     "validation of nothing": ("validate none", None, "expected a folder with safetensors files", "'none'"),
     "validation of another file": ("validate text.txt", None, "expected a folder with safetensors files", "'text.txt'"),
+    "validation of a packed weight that is flat": (
+        "validate flat.safetensors",
+        flat("flat.safetensors"),
+        "expected matrices x.values and x.bitmask",
+        "got [3] and [2]",
+    ),
     "validation of a torn file": (
         "validate model",
         cut("model/model.safetensors"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import files_of_at_most
 from safetensors.torch import load_file, save_file
 from test_cli import refuses
 from tiny_llama import tiny_model, tiny_tokenizer
@@ -87,6 +92,19 @@ def test_what_a_mask_drops_is_zero_where_a_group_keeps_fewer(folder, to):
     assert torch.equal(weight, masked(tiny_model(), masks).get_submodule(LAYER).weight)
 
 
+def zipped(tmp_path):
+    path = tmp_path / "masks.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("note.txt", "none")
+    return path
+
+
+def of_other_bytes():
+    mask = torch.zeros(4, 8).bool()
+    mask.view(torch.uint8)[0, 0] = 2
+    return mask
+
+
 def stored(tmp_path, content):
     path = tmp_path / "masks.pt"
     torch.save(content, path)
@@ -105,6 +123,18 @@ BAD_MASKS = {
     "expected 32 bits for a, got 64": (
         lambda p: np.savez(p / "m.npz", **{"a.mask": np.zeros(8, np.uint8)}) or p / "m.npz"
     ),
+    "flat uint8 arrays expected, note.txt is none": zipped,
+    "flat uint8 arrays expected, masks/data.pkl is none": (
+        lambda p: stored(p, {"a": torch.ones(4, 8).bool()}).rename(p / "m.npz")
+    ),
+    "expected names of layers, got 3": lambda p: stored(p, {3: torch.zeros(4, 8).bool()}),
+    "expected bool masks whose bytes are 0 or 1, got others in a": lambda p: stored(p, {"a": of_other_bytes()}),
+    "expected bool masks whose bytes .*, got others in b": lambda p: stored(
+        p, {"b": torch.ones(4, 8).bool().to_sparse()}
+    ),
+    "expected bool masks whose bytes .*, got others in c": lambda p: stored(
+        p, {"c": torch.ones(4, 8, device="meta").bool()}
+    ),
     "flat uint8 arrays expected, a is bool": (lambda p: np.savez(p / "m.npz", a=np.zeros((4, 8), bool)) or p / "m.npz"),
 }
 
@@ -113,6 +143,49 @@ BAD_MASKS = {
 def test_bad_masks_are_refused(told, tmp_path):
     with pytest.raises(ValueError, match=f"masks: .*{told}"):
         checkpoints.read_masks(BAD_MASKS[told](tmp_path), {"a": nn.Linear(8, 4)}, "2:4")
+
+
+def written_by(write):
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["npz", "pt", "legacy.pt"])
+def test_damaged_masks_are_masks_or_refused(form, tmp_path):
+    """Wherever bytes are cut off or changed: no other error, and no warning."""
+    mask = torch.tensor([[1, 1, 0, 0] * 2] * 4, dtype=torch.bool)
+    content = {
+        "npz": lambda file: np.savez_compressed(file, a=np.packbits(mask.numpy())),
+        "pt": lambda file: torch.save({"a": mask}, file),
+        "legacy.pt": lambda file: torch.save({"a": mask}, file, _use_new_zipfile_serialization=False),
+    }
+    content, file = written_by(content[form]), tmp_path / f"masks.{form}"
+    draw, refused = random.Random(0), 0
+    for turn in range(600):
+        damaged = bytearray(content)
+        if turn % 3:
+            for _ in range(draw.choice((1, 2, 4))):
+                damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        else:
+            damaged = damaged[: draw.randrange(len(damaged))]
+        file.write_bytes(damaged)
+        with warnings.catch_warnings(action="error"):
+            try:
+                (read,) = checkpoints.read_masks(file, {"a": nn.Linear(8, 4)}, "2:4").values()
+                assert read.shape == mask.shape
+            except ValueError as error:
+                assert str(error).startswith("masks: expected")
+                refused += 1
+    assert refused > 200
+
+
+def test_an_array_is_decompressed_once(tmp_path, monkeypatch):
+    asked, take = [], np.lib.npyio.NpzFile.__getitem__
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda file, name: asked.append(name) or take(file, name))
+    masks = random_masks(tiny_model())
+    checkpoints.read_masks(store(masks, tmp_path / "m.npz", "maskllm"), layers(tiny_model()), "2:4")
+    assert asked == [f"{name}.weight.mask" for name in masks]
 
 
 def test_what_compressed_tensors_wrote(tmp_path):
@@ -225,6 +298,10 @@ def test_bad_imports_are_refused(folder, tmp_path, capsys):
         (lambda t: t.pop("a.shape"), "expected a.compressed, .bitmask, .shape, got none of .'shape'"),
         (lambda t: t.update({"a.shape": torch.tensor([4, 8, 1])}), "expected two positive integers in a.shape"),
         (lambda t: t.update({"a.shape": torch.tensor([-4, 8])}), "expected two positive integers in a.shape"),
+        (
+            lambda t: t.update({"a.shape": torch.tensor([2, 3]), "a.compressed": torch.ones(3)}),
+            "expected rows of whole groups of 4 in a.shape, got .2, 3.",
+        ),
         (lambda t: t.update({"a.shape": torch.tensor([4, 16])}), "expected 32 values of .* in a.compressed"),
         (lambda t: t.update({"a.bitmask": t["a.bitmask"] ^ 1}), "a.bitmask: expected exactly 2 of every 4"),
     ],
@@ -240,6 +317,20 @@ def test_damaged_compressed_weights_are_refused(change, told, tmp_path):
         checkpoints.decompress(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
         list(checkpoints.survey(checkpoints.weight_files(tmp_path)))
+
+
+@pytest.mark.parametrize("config", ["[]", "{", "\x00"])
+def test_a_damaged_config_is_refused(config, tmp_path):
+    source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
+    (source / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="checkpoint: expected settings in config.json, got .*download it again"):
+        checkpoints.decompress(source, tmp_path / "out")
+
+
+def test_a_full_disk_is_told_as_one(tmp_path):
+    source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
+    with files_of_at_most(4096), pytest.raises(OSError, match="model-0.safetensors: .*File too large"):
+        checkpoints.decompress(source, tmp_path / "out")
 
 
 def test_a_single_shard_keeps_its_index(tmp_path):
@@ -296,6 +387,16 @@ def test_validate_unpacks(pattern, tmp_path):
     save_file({"a.values": packed.values, "a.bitmask": packed.bitmask ^ 1}, tmp_path / "packed.safetensors")
     with pytest.raises(ValueError, match="expected a bitmask in a that keeps N of every M"):
         list(checkpoints.survey(checkpoints.weight_files(tmp_path)))
+
+
+def test_validate_takes_weights_for_packed_where_a_bitmask_is_there(tmp_path):
+    tensors = {"a.weight": torch.ones(8, 8), "mem.values": torch.ones(3, 3), "b.bitmask": torch.ones(2, 2)}
+    tensors |= {"c.values": torch.ones(2, 8), "c.bitmask": torch.ones(2, 8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    rows = list(checkpoints.survey(checkpoints.weight_files(tmp_path)))
+    assert {row.name: (row.shape, row.packed) for row in rows} == {
+        name: (tuple(tensor.shape), False) for name, tensor in tensors.items()
+    }
 
 
 def test_validate_reads_compressed_tensors():

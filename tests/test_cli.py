@@ -4,10 +4,17 @@ import json
 import os
 import shutil
 import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from fcntl import ioctl
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import route_to_the_eager_reference
+from conftest import files_of_at_most, route_to_the_eager_reference
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer, write_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -15,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from maskpro_kernels import cli, pictures
 from maskpro_kernels.batches import digest
 from maskpro_kernels.commands import held_out
+from maskpro_kernels.commands import learn as learning
 from maskpro_kernels.data import load_text, windows
 from maskpro_kernels.evaluation import perplexity
 from maskpro_kernels.export import load_logits
+from maskpro_kernels.modules import MaskedLinear
 from maskpro_kernels.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -128,6 +137,23 @@ def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, ca
     assert len(written["steps"]) == 4
 
 
+def test_learning_stops_where_the_held_out_perplexity_is_no_number(inputs, tmp_path, capsys, monkeypatch):
+    values = iter([10.0] * 3 + [10.0, float("nan"), 10.5, float("nan"), float("nan")] + [9.0])
+    monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
+    assert cli.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
+    assert "stopped after 4 steps: the held-out perplexity rose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [float("nan"), float("inf")])
+def test_an_initial_mask_without_a_held_out_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch, found):
+    values = iter([10.0] * 3 + [found])
+    monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
+    assert cli.main(learn(inputs, tmp_path / "deep" / "run")) == 2
+    told = f"perplexity of the validation text at step 0: expected a finite number, got {found}; take another --dtype"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {told}")
+    assert contents(tmp_path) == {}
+
+
 def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
     """It neither moves a mask nor is the text that learning stops by; compare shows it where it is the same."""
     other = tmp_path / "other.txt"
@@ -193,6 +219,27 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
     for name, tensor in learned.state_dict().items():
         assert torch.equal(tensor, state[name])
         assert torch.equal(tensor.bfloat16(), short.state_dict()[name])
+
+
+def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
+    """In the dtype of the run, where the logits tell which they were; replayed logits tell it too."""
+    assert cli.main(["replay", str(run), "--output", str(tmp_path / "replayed"), "--device", "cpu"]) == 0
+    logits, metadata = load_logits(run / "logits.safetensors")
+    assert load_logits(tmp_path / "replayed")[1] == metadata
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    metadata["model"] = str(tmp_path / "model")
+    save_file(logits, tmp_path / "run" / "logits.safetensors", metadata=metadata)
+    export = ["export", str(tmp_path / "run"), str(tmp_path / "out")]
+    told = "that its masks were learned on, got others; put back the base model as it was"
+    refuses(capsys, tmp_path, export, f"run: expected the weights of {metadata['model']!r}", told)
+    assert cli.main([*export, "--dtype", "bfloat16"]) == 0
+    del metadata["weights"]
+    save_file(logits, tmp_path / "run" / "logits.safetensors", metadata=metadata)
+    assert cli.main([*export[:-1], str(tmp_path / "earlier")]) == 0
 
 
 def test_export_packs(run, tmp_path, inputs, capsys):
@@ -374,6 +421,125 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
+
+
+def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run, tmp_path, capsys, monkeypatch):
+    """Logits of a part of the layers have moved: those of the step are rebuilt from the journal."""
+    update, updates = MaskedLinear.moving_logits, []
+
+    def interrupted(layer):
+        updates.append(layer)
+        # the fifth layer of the third step
+        if len(updates) == 2 * 14 + 5:
+            raise KeyboardInterrupt
+        return update(layer)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MaskedLinear, "moving_logits", interrupted)
+        cli.main(learn(inputs, tmp_path / "run"))
+    told = "stopped after 2 steps; the next one was broken off in its update, and the logits are rebuilt where the run"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "logits.safetensors").exists()
+    assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert report(tmp_path / "run")["logits"] == report(run)["logits"]
+
+
+def on_a_full_disk(function):
+    def limited(*args):
+        with files_of_at_most(4096):
+            return function(*args)
+
+    return limited
+
+
+def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run, tmp_path, capsys, monkeypatch):
+    step, output = MaskTrainer.step, tmp_path / "run"
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            raise FloatingPointError("loss of step 2: expected a finite number")
+        return step(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskTrainer, "step", failing)
+        patched.setattr(learning, "save_logits", on_a_full_disk(learning.save_logits))
+        assert cli.main(learn(inputs, output)) == 2
+    *_, told, error = capsys.readouterr().err.splitlines()
+    assert told.startswith("stopped after 2 steps; the logits could not be saved: ") and "File too large" in told
+    assert told.endswith(f"; go on with: maskpro learn --resume {output}")
+    assert error == "maskpro: error: loss of step 2: expected a finite number"
+    assert cli.main(["learn", "--resume", str(output)]) == 0
+    assert report(output)["logits"] == report(run)["logits"]
+
+
+@pytest.mark.parametrize("failing", ["save_logits", "save", "draw_perplexity", "write_html"])
+def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, monkeypatch, failing):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(learning, failing, on_a_full_disk(getattr(learning, failing)))
+        assert cli.main(learn(inputs, output)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("maskpro: error: output: ") and "File too large" in error
+    assert error.endswith(f"; go on with: maskpro learn --resume {output}")
+    assert not (output / "report.json").exists()
+    assert cli.main(["learn", "--resume", str(output)]) == 0
+    assert report(output)["logits"] == report(run)["logits"]
+    learned, resumed = (load_file(folder / "model.safetensors") for folder in (run, output))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in learned.items())
+
+
+def test_all_that_a_run_leaves_is_on_disk_before_its_report(inputs, tmp_path, monkeypatch):
+    sync, replace, done = os.fsync, os.replace, []
+
+    def synced(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def replaced(source, target):
+        replace(source, target)
+        done.append(("replaced", Path(target)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    output = tmp_path / "deep" / "run"
+    assert cli.main(learn(inputs, output)) == 0
+    before = done[: done.index(("replaced", output / "report.json"))]
+    files = {path for path in output.iterdir() if path.is_file()} - {output / "report.json"}
+    assert files <= set(before)
+    # their names too, and those of the folders
+    assert max(map(before.index, files)) < len(before) - 1 - before[::-1].index(output)
+    assert {tmp_path, tmp_path / "deep"} <= set(before)
+
+
+# Writes lines until a signal comes
+TALKATIVE = """
+import sys
+from maskpro_kernels.commands.signals import Signals
+with Signals() as signals:
+    print("ready", flush=True)
+    while not signals.came:
+        print("x" * 200, file=sys.stderr)
+print("ended")
+"""
+
+
+def test_a_signal_in_the_midst_of_a_write_to_a_slow_pipe(monkeypatch):
+    # without its buffer there would be nothing to break
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    reading, writing = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", TALKATIVE], stdout=subprocess.PIPE, stderr=writing) as child:
+        os.close(writing)
+        assert child.stdout.readline() == b"ready\n"
+        before = filled = 0
+        while not 0 < filled == before:
+            time.sleep(0.2)
+            before, filled = filled, struct.unpack("i", ioctl(reading, termios.FIONREAD, bytes(4)))[0]
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with open(reading, "rb") as pipe:
+            told = pipe.read()
+        assert child.stdout.read() == b"ended\n", told[-1000:]
+    assert child.returncode == 0 and b"SIGTERM: the run stops after this step\n" in told
 
 
 WAYS = {

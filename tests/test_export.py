@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from conftest import files_of_at_most
 from torch import nn
 
 from maskpro_kernels import MaskedLinear
@@ -44,6 +45,16 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space left"):
+        save_logits(masked(torch.bfloat16), path, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "logits.safetensors"
+    save_logits(masked(), path, {})
+    before = path.read_bytes()
+    with files_of_at_most(100), pytest.raises(OSError, match=r"logits.safetensors: .*File too large"):
         save_logits(masked(torch.bfloat16), path, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import files_of_at_most
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,19 @@ def test_folder_round_trip(tmp_path, dtype):
     assert not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert tokenizer(tiny_text(2))["input_ids"] == tiny_tokenizer()(tiny_text(2))["input_ids"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_full_disk_is_told_as_one(tmp_path, file):
+    """Whichever library writes the file that is too large."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.add_tokens([f"added{index}" for index in range(2000)])
+    hf.save_model(model, tokenizer, tmp_path)
+    size = (tmp_path / file).stat().st_size
+    if file == "tokenizer.json":
+        assert size > (tmp_path / "model.safetensors").stat().st_size
+    with files_of_at_most(size - 1), pytest.raises(OSError, match="File too large"):
+        hf.save_model(model, tokenizer, tmp_path)
 
 
 def test_folder_is_loaded_in_the_dtype_asked_for(tmp_path):

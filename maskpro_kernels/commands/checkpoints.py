@@ -17,7 +17,7 @@ from ..pattern import NMPattern
 from .arguments import DTYPE, DTYPES, telling
 from .models import load, save
 from .progress import tell
-from .runs import LOGITS, check_ended
+from .runs import LOGITS, check_ended, digest_of_weights
 
 
 def export(args: argparse.Namespace) -> None:
@@ -34,6 +34,12 @@ def export(args: argparse.Namespace) -> None:
         model, tokenizer = load(metadata["model"], dtype, torch.device("cpu"), args.bars)
     with telling("run", f"its logits are those of another model than {metadata['model']!r}"):
         convert(model, pattern, targets=list(codes), init=codes)
+    # the logits of earlier runs do not tell
+    if "weights" in metadata and dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
+        raise ValueError(
+            f"run: expected the weights of {metadata['model']!r} that its masks were learned on, got others; put back "
+            "the base model as it was"
+        )
     save(finalize(model, to=args.to), tokenizer, output)
     print(f"{args.to} {pattern} checkpoint of {metadata['model']} written to {output}")
 

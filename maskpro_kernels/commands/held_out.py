@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ class HeldOut:
             try:
                 rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
                 self.rows = [{name: row[name] for name in ("step", "tokens", "perplexity")} for row in rows]
+                if rows and not math.isfinite(rows[0]["perplexity"]):
+                    raise ValueError(f"{rows[0]['perplexity']} in the first")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"resume: expected a perplexity in each line of {str(self.path)!r}, got {error!r}; move the file "
@@ -66,15 +69,21 @@ class HeldOut:
         return not known and (step % self.every == 0 or step >= self.steps)
 
     def add(self, step: int, tokens: int) -> float:
+        """Find the perplexity behind a step; FloatingPointError where the first, which judges the others, is none."""
         began = time.perf_counter()
         value = perplexity(self.model, self.validation, progress=self.bars)
+        if not self.rows and not math.isfinite(value):
+            raise FloatingPointError(
+                f"perplexity of the validation text at step {step}: expected a finite number, got {value}; take "
+                "another --dtype, --init or --data"
+            )
         self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         self.seconds += time.perf_counter() - began
         return value
 
     def risen(self) -> bool:
-        """Whether it was twice in a row far above that of the initial mask."""
-        return len(self.rows) > 2 and all(
-            row["perplexity"] > DIVERGED * self.rows[0]["perplexity"] for row in self.rows[-2:]
+        """Whether it was twice in a row far above that of the initial mask, or no number."""
+        return len(self.rows) > 2 and not any(
+            row["perplexity"] <= DIVERGED * self.rows[0]["perplexity"] for row in self.rows[-2:]
         )

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from ..estimators import Reinforce, StraightThrough
 from ..evaluation import causal_lm_loss
 from ..export import check_output, save_logits
 from ..functional import top_n_mask
-from ..journal import write_whole
+from ..journal import sync, write_whole
 from ..masks import LARGEST_GAP, gap_for_flip_rate
 from ..modules import masked_layers
 from ..pattern import NMPattern
@@ -49,6 +49,7 @@ from .runs import (
     TENSORBOARD,
     VALIDATION,
     check_free,
+    digest_of_weights,
     goes_on,
     how_to_go_on,
     logits_metadata,
@@ -224,6 +225,16 @@ def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mappin
         masks=_masks(args),
     )
     held_out = HeldOut(progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps, args.bars)
+
+    def tokens_done() -> int:
+        return sum(record["tokens"] for record in read_metrics(progress))
+
+    def look() -> None:
+        """Find the perplexity of the held-out text where the run stands, and tell it."""
+        found = held_out.add(trainer.steps_done, tokens_done())
+        if not args.bars:
+            tell(f"step {trainer.steps_done} of {args.steps}: perplexity {found:.2f}")
+
     if resumed:
         ranks.first(held_out.read)
         with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
@@ -231,20 +242,15 @@ def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mappin
         held_out.restart(trainer.steps_done)
         tell(f"{trainer.steps_done} steps were taken before")
     else:
-        _begin(trainer, output, args.bars)
+        _begin(trainer, look, output, args.bars)
         # Behind the first snapshot: a folder with settings can be gone on with.
         settings = json.dumps({"settings": _settings(args), **start}, indent=1).encode()
         ranks.first(lambda: write_whole(output / SETTINGS, settings))
 
-    def tokens_done() -> int:
-        return sum(record["tokens"] for record in read_metrics(progress))
-
     def has_more() -> bool:
         """Whether there are steps to take, by what is known of the held-out text."""
         if held_out.due(trainer.steps_done):
-            found = held_out.add(trainer.steps_done, tokens_done())
-            if not args.bars:
-                tell(f"step {trainer.steps_done} of {args.steps}: perplexity {found:.2f}")
+            look()
         return trainer.steps_done < args.steps and not held_out.risen()
 
     more = ranks.first(has_more)
@@ -274,22 +280,29 @@ def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mappin
         try:
             if more:
                 trainer.run(args.steps - trainer.steps_done, progress=args.bars, after_step=check)
-        except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt):
-            _save_logits(args, inputs.model)
-            tell(
-                f"stopped after {trainer.steps_done} steps; the logits are in {output / LOGITS}; {how_to_go_on(output)}"
-            )
+        except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError):
+            where = _keep_logits(args, trainer)
+            tell(f"stopped after {trainer.steps_done} steps; {where}; {how_to_go_on(output)}")
             raise
     # the signal may have come to another rank
     if trainer.steps_done < args.steps and (signals.came or not held_out.risen()):
-        _save_logits(args, inputs.model)
+        with telling("output", how_to_go_on(output)):
+            _save_logits(args, inputs.model)
         tell(f"stopped after {trainer.steps_done} steps; {how_to_go_on(output)}")
         trainer.close()
         return
     if trainer.steps_done < args.steps:
         tell(f"stopped after {trainer.steps_done} steps: the held-out perplexity rose")
     seconds = time.perf_counter() - began - (held_out.seconds - checked) + earlier + start["seconds"]
-    _finish(args, inputs, start, held_out, seconds)
+    with telling("output", how_to_go_on(output)):
+        report = _finish(args, inputs, start, held_out, seconds)
+    # What is learned is in the logits; what a replay starts from stays
+    for old in snapshots_in(progress)[1 if args.estimator == "reinforce" else 0 :]:
+        old.unlink()
+    print_table(report["table"])
+    print(
+        f"{report['flipped_groups']} of {report['groups']} groups differ from the {args.init} mask; written to {output}"
+    )
     trainer.close()
 
 
@@ -304,27 +317,50 @@ def _taking_steps(output: Path) -> Iterator[Signals]:
             raise SystemExit(2) from error
 
 
-def _begin(trainer: MaskTrainer, output: Path, bars: bool) -> None:
-    """What stands before the first step; where it fails, the folder is as it was and may be given again."""
-    new, progress = not output.exists(), output / PROGRESS
+def _begin(trainer: MaskTrainer, look: Callable[[], None], output: Path, bars: bool) -> None:
+    """What stands before the first step; where it fails, the folder is as it was and may be given again.
+
+    Args:
+        look: finds the perplexity that the later ones are compared with.
+    """
+    progress = output / PROGRESS
+    made = [folder for folder in (progress, output, *output.parents) if not folder.exists()]
+
+    def keep_and_look() -> None:
+        for folder in made:
+            # its name is itself lost in a crash unless the folder above reaches the disk too
+            sync(folder.parent)
+        look()
+
     try:
         trainer.begin(progress=bars)
+        trainer.ranks.first(keep_and_look)
     except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, MissingRanks, FailedRank):
         trainer.close()
         if trainer.ranks.rank > 0:
             raise
-        for left in (*snapshots_in(progress), progress / JOURNAL, progress / LOCK):
+        for left in (*snapshots_in(progress), progress / JOURNAL, progress / LOCK, progress / VALIDATION):
             left.unlink(missing_ok=True)
         # a folder that holds anything else stays
         with suppress(OSError):
-            progress.rmdir()
-            if new:
-                output.rmdir()
+            for folder in made:
+                folder.rmdir()
         raise
 
 
-def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: HeldOut, seconds: float) -> None:
-    """Write what a run leaves that has taken its last step, and print its table."""
+def _keep_logits(args: argparse.Namespace, trainer: MaskTrainer) -> str:
+    """Save what was learned before an error, which stays the one that is told; gives where it is."""
+    if trainer.broken:
+        return "the next one was broken off in its update, and the logits are rebuilt where the run goes on"
+    try:
+        _save_logits(args, trainer.model)
+    except OSError as error:
+        return f"the logits could not be saved: {error}"
+    return f"the logits are in {Path(args.output) / LOGITS}"
+
+
+def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: HeldOut, seconds: float) -> dict:
+    """Write what a run leaves that has taken its last step; gives its report."""
     model, output, pattern = inputs.model, Path(args.output), NMPattern(args.pattern)
     progress = output / PROGRESS
     masked = masked_layers(model)
@@ -361,13 +397,11 @@ def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: 
         "steps": records,
     }
     write_html(report, output / PAGE)
-    # Last: a folder with a report is a run that ended.
+    # Last, and behind all else on the disk too: a folder with a report is a run that ended.
+    for written in (*filter(Path.is_file, output.iterdir()), output):
+        sync(written)
     write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
-    # What is learned is in the logits; what a replay starts from stays
-    for old in snapshots_in(progress)[1 if args.estimator == "reinforce" else 0 :]:
-        old.unlink()
-    print_table(table)
-    print(f"{sum(flips.values())} of {groups} groups differ from the {args.init} mask; written to {output}")
+    return report
 
 
 def _settings(args: argparse.Namespace) -> dict:
@@ -380,7 +414,7 @@ def _settings(args: argparse.Namespace) -> dict:
 
 
 def _save_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
-    save_logits(model, Path(args.output) / LOGITS, logits_metadata(_settings(args)))
+    save_logits(model, Path(args.output) / LOGITS, logits_metadata(_settings(args), digest_of_weights(model)))
 
 
 def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPattern) -> dict[str, int]:

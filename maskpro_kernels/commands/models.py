@@ -27,7 +27,8 @@ def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
     """See ``hf.save_model``."""
     from ..hf import save_model
 
-    save_model(model, tokenizer, folder)
+    with telling("output"):
+        save_model(model, tokenizer, folder)
 
 
 def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -51,13 +52,14 @@ def replay(args: argparse.Namespace) -> None:
         replay_step(layers, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:
-        write_whole(output, save(logits, metadata=_metadata(Path(args.source))))
+        write_whole(output, save(logits, metadata=_metadata(Path(args.source), run)))
     print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
 
 
-def _metadata(source: Path) -> dict[str, str] | None:
+def _metadata(source: Path, run: Mapping) -> dict[str, str] | None:
     """As it stands beside the logits of the run, so that they can take their place; None where it is not known."""
     try:
-        return logits_metadata(json.loads((source / SETTINGS).read_text(encoding="utf-8"))["settings"])
+        settings = json.loads((source / SETTINGS).read_text(encoding="utf-8"))["settings"]
+        return logits_metadata(settings, run["weights"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,8 +8,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
+from ..batches import digest
+from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
 from ..run_folder import LOCK, METRICS
@@ -35,9 +38,18 @@ def goes_on(output: Path) -> bool:
     return (output / SETTINGS).is_file() and (output / PROGRESS).is_dir() and not (output / REPORT).exists()
 
 
-def logits_metadata(settings: Mapping) -> dict[str, str]:
-    """What stands beside the logits of a run with these settings: all that an export takes besides them."""
-    return {name: settings[name] for name in ("model", "pattern", "dtype")}
+def logits_metadata(settings: Mapping, weights: str) -> dict[str, str]:
+    """What stands beside the logits of a run with these settings: all that an export takes besides them.
+
+    Args:
+        weights: the digest of the masked layers' weights, in the dtype of the settings.
+    """
+    return {name: settings[name] for name in ("model", "pattern", "dtype")} | {"weights": weights}
+
+
+def digest_of_weights(model: torch.nn.Module) -> str:
+    """That of the masked layers, as the snapshots of a run hold it."""
+    return digest(layer.weight for layer in masked_layers(model).values())
 
 
 def how_to_go_on(output: Path) -> str:

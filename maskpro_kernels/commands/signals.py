@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 
-from .progress import tell
+from ..ranks import rank_of_torchrun
 
 
 class Signals:
@@ -25,9 +28,17 @@ class Signals:
 
     def _note(self, number: int, frame) -> None:
         self.came = True
-        tell(f"{signal.Signals(number).name}: the run stops after this step")
+        _tell_at_once(f"{signal.Signals(number).name}: the run stops after this step\n")
         self.__exit__()
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def _tell_at_once(line: str) -> None:
+    """Write to stderr beside its buffer: the handler may have come into a write of the same thread, which holds it."""
+    # none where the process was started without one: the number may be another file's by now
+    if rank_of_torchrun() == 0 and sys.__stderr__ is not None:
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno(), line.encode())
