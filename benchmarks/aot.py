@@ -60,11 +60,13 @@ def build(
     m: int,
     logits: str = "fp32",
     weight: str = "bf16",
+    out: str | None = None,
     **constants,
 ) -> Built:
     """Compile ``<kernel>_kernel`` of groups as ``launch`` would for logits and weights of those dtypes.
 
-    "score_updates" is the update by several draws.
+    Masked weights are of the weight's dtype unless ``out`` names another. "score_updates" is the update by several
+    draws.
     """
     name = "score_update" if kernel == "score_updates" else kernel
     function = getattr(FILES.get(kernel, sampling), f"{name}_kernel")
@@ -76,9 +78,9 @@ def build(
         | {
             "logits": f"*{logits}",
             "scores": f"*{logits}",
-            "source": f"*{logits}",
+            "source": code if constants.get("KIND") == "codes" else f"*{logits}",
             "weight": "*fp32" if kernel == "best_swaps" else f"*{weight}",
-            "out": "*fp32" if kernel in ("mask_log_prob", "mask_score") else f"*{weight}",
+            "out": "*fp32" if kernel in ("mask_log_prob", "mask_score") else f"*{out or weight}",
             "codes": code,
             "grad": "*fp32",
             "coef": "*fp32",
@@ -116,11 +118,13 @@ def build_product(
     log_prob: bool = False,
     weight: str | None = None,
     update: bool = True,
+    precision: str = "ieee",
+    multiples: tuple[str, ...] = ("rows", "groups"),
 ) -> Built:
     """Compile ``<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
 
     The weight and the bias are of the operands' dtype unless ``weight`` names another. The straight-through kernel
-    steps the logits, or without ``update`` writes their slope.
+    steps the logits, or without ``update`` writes their slope. ``multiples`` are what is a multiple of 16.
     """
     steps = product == "straight_through" and update
     function = getattr(straight_through if product == "straight_through" else masked_gemm, f"{product}_kernel")
@@ -141,7 +145,7 @@ def build_product(
         "LOG_PROB": log_prob,
         "UPDATE": steps,
         "OPERAND": ELEMENTS[operand],
-        "PRECISION": "ieee",
+        "PRECISION": precision,
         "BLOCK_OUT": tile.out,
         "BLOCK_T": tile.tokens,
         "BLOCK_K": max(tile.k, m),
@@ -151,7 +155,7 @@ def build_product(
     elif not log_prob:
         known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}
-    return _compile(function, target, types, constants, tile.options(target), multiples=("rows", "groups"))
+    return _compile(function, target, types, constants, tile.options(target), multiples)
 
 
 def build_packed(

@@ -254,7 +254,8 @@ def score_update_(
     matrix = _matrix("logits", logits, pattern).detach()
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
-    if logits.is_inference() and not torch.is_inference_mode_enabled():
+    # dynamo does not trace the question, and refuses such a tensor itself
+    if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")
     inverse = _inverse_temperature(temperature)
     coefs, draws = _coefs_and_draws(coef, draw, inverse)

@@ -6,6 +6,7 @@ time (AOTInductor), so that a call costs microseconds and a process that finds i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -45,7 +46,6 @@ OPTIONS = {
 
 # What the compiled code is made from
 SOURCES = ("pattern", "philox", "reference", "certain", "graphs", "compiled")
-
 
 KEPT_SECONDS = 90 * 24 * 3600
 
@@ -116,8 +116,11 @@ class Graph:
     def _compiled(self) -> Callable[[list[Tensor]], list[Tensor]]:
         path = cache_folder() / f"{self.whole.function.__name__.strip('_')}-{self._digest()}.pt2"
         # the folder may be deleted at any time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock")
+        with FileLock(lock):
+            # a lock that others wait for is not to be removed
+            os.utime(lock)
             if intact(path):
                 os.utime(path)
             else:
@@ -164,19 +167,22 @@ def intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (FileNotFoundError, zipfile.BadZipFile):
+    except Exception:
+        # by where the damage is: errors of zipfile, zlib and struct, of encryption and unknown compression
         return False
 
 
 def remove_unused(folder: Path) -> None:
     """Remove what nobody has loaded for KEPT_SECONDS, and what killed processes left behind."""
     for path in folder.iterdir():
-        if time.time() - path.stat().st_mtime < KEPT_SECONDS:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        # another process may have removed its own in the meantime
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < KEPT_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 @functools.cache

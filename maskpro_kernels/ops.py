@@ -64,6 +64,17 @@ def _uses_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
 
 
+def _quick_op(name: str, schema: str):
+    """As ``torch.library.custom_op``, but without its wrapper, which takes longer than a small layer's kernel does."""
+
+    def register(function):
+        torch.library.define(f"maskpro::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"maskpro::{name}", ("cpu", "cuda"))(function)
+        return getattr(torch.ops.maskpro, name).default
+
+    return register
+
+
 @torch.library.custom_op("maskpro::sample_mask", mutates_args=())
 def sample_mask(
     logits: Tensor,
@@ -162,11 +173,7 @@ def _masked_weight_backward(ctx, grad):
 masked_weight.register_autograd(_masked_weight_backward, setup_context=_masked_weight_context)
 
 
-@torch.library.custom_op(
-    "maskpro::masked_linear",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)",
-)
+@_quick_op("masked_linear", f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)")
 def masked_linear(x, weight, bias, log_prob, *mask):
     """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
 
@@ -186,7 +193,7 @@ def masked_linear(x, weight, bias, log_prob, *mask):
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
-@masked_linear.register_fake
+@torch.library.register_fake("maskpro::masked_linear")
 def _(x, weight, bias, log_prob, *_):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
 
@@ -229,7 +236,7 @@ def _masked_linear_backward(ctx, grad, log_prob_grad):
     return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(mask) - 1)
 
 
-masked_linear.register_autograd(_masked_linear_backward, setup_context=_masked_linear_context)
+torch.library.register_autograd("maskpro::masked_linear", _masked_linear_backward, setup_context=_masked_linear_context)
 
 
 @torch.library.custom_op(
@@ -310,16 +317,12 @@ def _mask_log_prob_backward(ctx, grad):
 mask_log_prob.register_autograd(_mask_log_prob_backward, setup_context=_mask_log_prob_context)
 
 
-# Not by custom_op, which takes longer over what changes its arguments than a small layer's update takes
-torch.library.define(
-    "maskpro::score_update_",
+@_quick_op(
+    "score_update_",
     "(Tensor(a!) logits, Tensor coef, int n, int m, float inv_temperature, Tensor seed, Tensor step, int layer, "
     "Tensor draws, int group_offset, int group_row_stride) -> ()",
 )
-
-
-@torch.library.impl("maskpro::score_update_", ("cpu", "cuda"))
-def _(logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offset, group_row_stride):
+def score_update_(logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offset, group_row_stride):
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draws[k]); coef float32, draws int64 [draws]."""
     if _uses_kernels(logits):
         _kernels("sampling").score_update_(
@@ -336,9 +339,6 @@ def _(logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offse
 @torch.library.register_fake("maskpro::score_update_")
 def _(logits, *_):
     return None
-
-
-score_update_ = torch.ops.maskpro.score_update_.default
 
 
 def _codes(mask: MaskSource) -> Tensor:
@@ -466,8 +466,8 @@ def _(values, bitmask, n, m):
     return values.new_empty(values.shape[0], values.shape[1] // n * m)
 
 
-@torch.library.custom_op("maskpro::nm_linear", mutates_args=())
-def nm_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+@_quick_op("nm_linear", "(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m) -> Tensor")
+def nm_linear(x, values, bitmask, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias; x and bias are of the dtype of the values."""
     with _without_autocast(x):
         if _uses_kernels(x):
@@ -475,7 +475,7 @@ def nm_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n
         return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
 
 
-@nm_linear.register_fake
+@torch.library.register_fake("maskpro::nm_linear")
 def _(x, values, *_):
     return x.new_empty(x.shape[0], values.shape[0])
 
@@ -489,8 +489,9 @@ def _nm_linear_context(ctx, inputs, output):
 def _nm_linear_backward(ctx, grad):
     values, bitmask = ctx.saved_tensors
     needs_x, _, _, needs_bias, _, _ = ctx.needs_input_grad
-    x_grad = grad @ unpack_nm(values, bitmask, *ctx.pattern) if needs_x else None
+    with _without_autocast(grad):
+        x_grad = grad @ unpack_nm(values, bitmask, *ctx.pattern) if needs_x else None
     return x_grad, None, None, grad.sum(0) if needs_bias else None, None, None
 
 
-nm_linear.register_autograd(_nm_linear_backward, setup_context=_nm_linear_context)
+torch.library.register_autograd("maskpro::nm_linear", _nm_linear_backward, setup_context=_nm_linear_context)

@@ -57,6 +57,9 @@ for (product, target, itemsize), tiles in TILES.items():
         for n, m in patterns:
             given = dict(options)
             # only logits can be stepped
+            # such layers take the transient weight
+            if product == "masked_linear_input_grad" and "rows" not in given.get("multiples", ["rows"]):
+                continue
             if product == "straight_through" and given.get("kind", "drawn") != "drawn":
                 given["update"] = False
             if product != "masked_linear":
@@ -134,8 +137,16 @@ def test_descent_compiles_for_every_target(n, m):
     check([("descend", n, m, logits, {}) for logits in ("fp32", "bf16", "fp16")])
 
 
-def test_shards_compile_for_every_target():
-    check([("sample_mask", 2, 4, "fp32", {"WHOLE": False})])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(8, 16, marks=pytest.mark.slow)])
+def test_shards_compile_for_every_target(n, m):
+    kernels = ("sample_mask", "masked_weight", "score_update", "score_updates", "descend")
+    check([(kernel, n, m, "fp32", {"WHOLE": False}) for kernel in kernels])
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(8, 16, marks=pytest.mark.slow)])
+def test_weights_under_given_masks_and_of_another_dtype_compile_for_every_target(n, m):
+    cases = [{"KIND": "top_n"}, {"KIND": "codes"}, {"weight": "fp32", "out": "bf16"}]
+    check([("masked_weight", n, m, "fp32", case) for case in cases])
 
 
 @pytest.mark.parametrize(
@@ -266,6 +277,19 @@ def test_products_of_other_groups_compile_for_every_target(n, m):
 @pytest.mark.parametrize("kind", ["top_n", "codes"])
 def test_products_under_given_masks_compile_for_every_target(kind):
     check_products("bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), kind=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operand", ["bf16", "fp32"])
+@pytest.mark.parametrize("multiples", [["rows"], ["groups"]], ids="only {0[0]} aligned".format)
+def test_products_of_odd_sizes_compile_for_every_target(multiples, operand):
+    check_products(operand, [(2, 4)], list(SHARED_LIMITS), multiples=multiples, log_prob=True)
+
+
+@pytest.mark.slow
+def test_products_in_tf32_compile_for_every_target():
+    # on sm_100 one tile leaves a value on the stack, and with any limit of registers its exact product leaves more
+    check_products("fp32", [(2, 4)], ["sm_80", "sm_90", "sm_100"], stack=8, precision="tf32", log_prob=True)
 
 
 PACKED_CHILD = """

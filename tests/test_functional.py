@@ -541,6 +541,24 @@ def test_sample_masked_weight_has_exact_zeros_where_the_draw_drops():
     assert (masked[~kept].view(torch.int32) == 0).all()
 
 
+@pytest.mark.parametrize("coef", [0.5, (0.5, -0.25)], ids=["one draw", "two draws"])
+def test_score_update_compiles_without_a_graph_break(coef):
+    draw = (0, 1) if isinstance(coef, tuple) else 0
+
+    def update(logits, step):
+        return mk.score_update_(logits, coef, pattern="2:4", seed=7, step=step, draw=draw)
+
+    torch._dynamo.reset()
+    graph = torch.compile(update, fullgraph=True, backend="aot_eager")
+    # of its own memory, and a column of a larger tensor
+    for logits in (normal(3, 8), normal(3, 16)[:, ::2]):
+        expected, found = logits.clone(), logits.clone()
+        for step in range(2):
+            update(expected, torch.tensor(step))
+            graph(found, torch.tensor(step))
+        assert torch.equal(found, expected) and not torch.equal(found, logits)
+
+
 class Layer(nn.Module):
     """A user's own module around masked_linear."""
 

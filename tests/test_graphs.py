@@ -190,6 +190,58 @@ def test_what_nobody_loads_goes(folder):
     assert list(folder.iterdir()) == [kept]
 
 
+def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypatch):
+    """Or a process would run eagerly, though its graph has been built."""
+    (folder / "left").write_bytes(b"")
+    listed = list(folder.iterdir())
+    (folder / "left").unlink()
+    monkeypatch.setattr(type(folder), "iterdir", lambda _: iter(listed))
+    graphs.remove_unused(folder)
+
+
+def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch):
+    graph, lock = a_graph(), folder / "scaled_sum-x.lock"
+    monkeypatch.setattr(graphs.Graph, "_digest", lambda _: "x")
+    monkeypatch.setattr(graphs.Graph, "_build", lambda self, path: None)
+    monkeypatch.setattr(graphs, "load", lambda path: list)
+    lock.write_bytes(b"")
+    os.utime(lock, (0, 0))
+    graph(tensors(2))
+    assert lock.exists() and time.time() - lock.stat().st_mtime < graphs.KEPT_SECONDS
+
+
+def test_a_folder_that_was_deleted_is_made_anew_for_its_owner_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "maskpro_kernels"
+    monkeypatch.setattr(graphs, "cache_folder", lambda: folder)
+    monkeypatch.setattr(graphs.Graph, "_build", lambda self, path: None)
+    monkeypatch.setattr(graphs, "load", lambda path: list)
+    before = os.umask(0o002)
+    try:
+        a_graph()(tensors(2))
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_damage_of_any_kind_is_seen(tmp_path):
+    path = tmp_path / "graph.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("graph", b"code" * 8)
+        archive.writestr("more", b"data" * 8, compress_type=zipfile.ZIP_DEFLATED)
+    whole = path.read_bytes()
+    assert graphs.intact(path)
+    found = []
+    for place in range(len(whole)):
+        for bit in (0, 3, 7):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            # and nothing is raised
+            found.append(graphs.intact(path))
+    # what is not looked at, as times and attributes of files, may be damaged
+    assert not all(found)
+
+
 CHILD = "from maskpro_kernels import graphs; print(graphs.cache_folder())"
 
 

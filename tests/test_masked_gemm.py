@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import conftest
@@ -137,7 +138,7 @@ def small_tiles(product, m, *_):
 PATTERNS = [NMPattern(p) for p in ("1:4", "2:4", "4:8", "8:16")]
 
 
-def operands(pattern, tokens=20, rows=24, k=96, dtype=torch.float32, bias=True):
+def operands(pattern, tokens=20, rows=48, k=96, dtype=torch.float32, bias=True):
     """x, weight, logits, bias, each a leaf that requires its gradient."""
     k -= k % pattern.m
     tensors = [normal(tokens, k, dtype=dtype), normal(rows, k, seed=1, dtype=dtype), 3 * normal(rows, k, seed=2)]
@@ -195,7 +196,7 @@ def test_gradients_are_within_the_error_budget(tiles, pattern, dtype, route, lau
     if tiles == "many tiles":
         monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
     x, weight, logits, bias = operands(pattern, dtype=dtype)
-    upstream = normal(20, 24, seed=4, dtype=dtype)
+    upstream = normal(20, 48, seed=4, dtype=dtype)
     y, _ = mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)
     _, mask = mask_of("drawn", logits, pattern)
     y.backward(upstream)
@@ -346,7 +347,7 @@ def test_autocast_keeps_the_weight_itself_for_backward():
 
 def test_a_backward_inside_of_autocast_runs_in_the_dtype_of_its_forward(route):
     x, weight, logits, bias = operands(NMPattern("2:4"))
-    upstream = normal(20, 24, seed=4)
+    upstream = normal(20, 48, seed=4)
     expected, inside = (
         mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)[0] for _ in range(2)
     )
@@ -366,7 +367,7 @@ def test_double_precision_is_refused_by_name_under_autocast_too():
 def test_meta_tensors_give_shapes():
     x, weight, logits, bias = (t.detach().to("meta") for t in operands(NMPattern("2:4")))
     y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
-    assert y.is_meta and y.shape == (20, 24) and log_prob.shape == ()
+    assert y.is_meta and y.shape == (20, 48) and log_prob.shape == ()
 
 
 def test_a_tied_weight_gets_the_gradients_of_both_layers():
@@ -438,11 +439,12 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     mutant.torch = poisoned
-    mutant.tiles_for = small_tiles
+    # which neither the tokens, the rows nor the columns fill
+    mutant.tiles_for = lambda *args: replace(small_tiles(*args), out=32)
     for name in ("masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"):
         monkeypatch.setattr(masked_gemm, name, getattr(mutant, name))
     pattern = NMPattern("2:4")
-    x, weight, logits, bias = operands(pattern, tokens=17, rows=17, k=36)
+    x, weight, logits, bias = operands(pattern, tokens=17, rows=48, k=36)
     _, mask = mask_of("drawn", logits, pattern)
     y, _ = mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)
     expected = nn.functional.linear(x, torch.where(mask, weight, 0), bias)

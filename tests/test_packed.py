@@ -10,6 +10,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels import NMPattern, compiled, ops, reference
+from maskpro_kernels.kernels import packed as kernels_file
 from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:32", "16:32", "31:32"]
@@ -242,6 +243,37 @@ def test_autocast():
         expected = nn.functional.linear(x, weight, torch.ones(8))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected)
+
+
+def test_a_backward_inside_of_autocast_runs_in_the_dtype_of_its_forward():
+    x = torch.randn(3, 64, requires_grad=True)
+    upstream = torch.randn(3, 8)
+    packed = mk.pack_24(sparse(8, 64, "2:4"))
+    expected, inside = (mk.nm_linear(x, packed) for _ in range(2))
+    (expected,) = torch.autograd.grad(expected, x, upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(inside, x, upstream)
+    assert torch.equal(found, expected)
+
+
+def test_the_route_is_told_as_it_is_taken(launched, monkeypatch):
+    packed = mk.pack_24(sparse(8, 64, "2:4", torch.bfloat16))
+    values, bitmask = packed.values, packed.bitmask
+    apart = torch.cat([values.flatten()[:1], values.flatten()])[1:].view(values.shape)
+    kernels = {"vector": "packed_vector", "tiles": "packed_linear", "unpack": "unpack"}
+    for tokens, own, expected in (
+        (1, values, "vector"),
+        (5, values, "tiles"),
+        (65, values, "unpack"),
+        (1, apart, "unpack"),
+    ):
+        x = torch.randn(tokens, 64).bfloat16()
+        assert kernels_file.route(x, own, bitmask, 2, 4) == expected
+        launched.clear()
+        mk.nm_linear(x, mk.PackedNM(own, bitmask, "2:4"))
+        assert launched[kernels[expected]] == 1
+    monkeypatch.setattr(kernels_file, "INTERPRETED", False)
+    assert kernels_file.route(torch.randn(1, 64).bfloat16(), values, bitmask, 2, 4) == "unpack"
 
 
 class TestModules:

@@ -89,6 +89,9 @@ class Tiles(_CompileOptions):
     k: int
 
 
+# What an integer argument is a multiple of where Triton compiles a kernel for aligned rows
+ALIGNED = 16
+
 # Streaming multiprocessors or compute units: as many programs leave none idle
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
@@ -157,7 +160,7 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
     ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=192),),
-    ("straight_through", 4): (Tiles(out=32, tokens=32, k=64),),
+    ("straight_through", 4): (Tiles(out=32, tokens=32, k=64, registers=168),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 

@@ -14,7 +14,7 @@ from ..pattern import MaskSource
 from ..reference import EXACT_SCORE_MAX_N
 from . import device as d
 from . import sampling
-from .launch import INTERPRETED, ONE_PASS_TOKENS, architecture, launch_tiles, tiles_for
+from .launch import ALIGNED, INTERPRETED, ONE_PASS_TOKENS, architecture, launch_tiles, tiles_for
 
 UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "tokens"]
 
@@ -298,7 +298,7 @@ def masked_linear(x, weight, bias, mask, log_prob):
         if log_prob:
             mask, total = _drawn_with_log_prob(mask)
         bias = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(x, sampling.masked_weight(weight.to(x.dtype), mask), bias), total
+        return torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias), total
     tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
     out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
@@ -325,8 +325,9 @@ def _drawn_with_log_prob(mask):
 def masked_linear_input_grad(grad, weight, mask):
     """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
     tokens, (rows, k) = grad.shape[0], weight.shape
-    if rows == 0 or not one_pass(tokens, grad.device):
-        return grad @ sampling.masked_weight(weight.to(grad.dtype), mask)
+    # tiles of grad whose rows start anywhere are loaded value by value, and the addresses alone fill the registers
+    if rows == 0 or rows % ALIGNED or not one_pass(tokens, grad.device):
+        return grad @ sampling.masked_weight(weight, mask, grad.dtype)
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     grid = (triton.cdiv(k, tile.k), triton.cdiv(tokens, tile.tokens))
     out = torch.empty(tokens, k, dtype=result_dtype(grad.dtype), device=grad.device)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..reference import INTEGERS
 from . import device as d
-from .launch import PACKED_TOKENS, architecture, launch, launch_rows, launch_tiles, rows_for, tiles_for
+from .launch import INTERPRETED, PACKED_TOKENS, architecture, launch, launch_rows, launch_tiles, rows_for, tiles_for
 from .masked_gemm import operand_constants, result_dtype
 
 VALUES = tl.constexpr(8)
@@ -236,14 +236,18 @@ def unpack_kernel(
     tl.store(out + index[:, None] * M + tl.arange(0, M)[None, :], tile, mask=inside[:, None])
 
 
-def route(tokens: int, k: int, dtype: torch.dtype, n: int, m: int, device: torch.device) -> str:
-    """How a product with a packed weight [rows, K] is computed.
+def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, m: int) -> str:
+    """How the product of x [tokens, K] with a packed weight is computed.
 
     "vector": one token, without tensor cores. "tiles": tiles of the weight are unpacked in registers and multiplied.
     "unpack": the whole weight is unpacked into a transient one and multiplied by torch.
     """
-    multiplied = dtype.itemsize == 2 and (n, m) in MULTIPLIED and k % run_length(n, m) == 0
-    if not multiplied or not 0 < tokens <= PACKED_TOKENS[architecture(device)]:
+    tokens, k = x.shape
+    if not (x.is_cuda or INTERPRETED) or not 0 < tokens <= PACKED_TOKENS[architecture(x.device)]:
+        return "unpack"
+    multiplied = values.itemsize == 2 and (n, m) in MULTIPLIED and k % run_length(n, m) == 0
+    # a slice may start anywhere, words do not
+    if not multiplied or not len(values) or values.data_ptr() % 16 or bitmask.data_ptr() % 16:
         return "unpack"
     return "vector" if tokens == 1 else "tiles"
 
@@ -253,10 +257,8 @@ def nm_linear(x, values, bitmask, bias, n, m):
     tokens, rows, k = x.shape[0], values.shape[0], x.shape[1]
     if tokens == 0:
         return torch.empty(0, rows, dtype=x.dtype, device=x.device)
-    how = route(tokens, k, x.dtype, n, m, x.device)
-    # a slice may start anywhere, words do not
-    aligned = values.data_ptr() % 16 == bitmask.data_ptr() % 16 == 0
-    if rows == 0 or how == "unpack" or not aligned:
+    how = route(x, values, bitmask, n, m)
+    if how == "unpack":
         return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
     run, target = run_length(n, m), architecture(x.device)
     out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)

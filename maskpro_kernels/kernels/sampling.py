@@ -12,13 +12,13 @@ import triton.language as tl
 from ..pattern import code_dtype
 from ..reference import quadrature_grid
 from . import device as d
-from .launch import launch
+from .launch import INTERPRETED, launch
 
 UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "columns", "total"]
 
 
 @triton.jit
-def group_words_index(offset, row_stride, columns, first, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def group_index(offset, row_stride, columns, first, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """uint32 index in the whole layer of BLOCK consecutive groups; first is an int64 scalar."""
     local = tl.arange(0, BLOCK)
     if WHOLE:
@@ -93,7 +93,7 @@ def drawn_code(
 ):
     """int32 group codes of a draw."""
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
-    group = group_words_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+    group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
     return d.drawn_code(z, group, N, M, tl.load(seed), tl.load(step), layer, draw)
 
 
@@ -249,7 +249,7 @@ def score_update_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_columns(logits, first, total, M, BLOCK)
     z = d.scaled(x, inv_temperature, M)
-    group = group_words_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+    group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
     seed_value = tl.load(seed)
     step_value = tl.load(step)
     scale = tl.load(coef) * inv_temperature
@@ -284,9 +284,15 @@ def sample_mask(logits, n, m, inv_temperature, seed, step, layer, draw, offset, 
     return codes
 
 
-def masked_weight(weight, mask):
-    """``reference.sample_masked_weight`` and its kin as one kernel; ``mask`` a MaskSource."""
-    out = torch.empty_like(weight)
+def masked_weight(weight, mask, dtype=None):
+    """``reference.sample_masked_weight`` and its kin as one kernel; ``mask`` a MaskSource.
+
+    In ``dtype``, to which the values are rounded, or that of the weight.
+    """
+    if dtype is not None and INTERPRETED:
+        # the interpreter truncates where hardware rounds
+        weight = weight.to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     columns, groups = weight.shape[1] // mask.m, weight.numel() // mask.m
     counter = (mask.seed, mask.step, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
     launch(masked_weight_kernel, "masked_weight", mask.m, groups, weight.device,
