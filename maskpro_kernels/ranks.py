@@ -33,8 +33,8 @@ Result = TypeVar("Result")
 LOOK, ANSWER, CONNECTION = 1.0, 5.0, 2.0
 # Seconds between two looks for answers, the first ones and the last ones
 FIRST_PAUSE, LAST_PAUSE = 0.05, 0.4
-# Connections that are tried at the same time
-TRIED = 32
+# Connections that are tried at the same time, and that wait to be accepted at most, where the kernel allows as many
+TRIED, QUEUE = 32, socket.SOMAXCONN
 MEETING = timedelta(minutes=30)
 # For what is waited for as long as it takes
 NO_LIMIT = timedelta(days=365)
@@ -341,7 +341,7 @@ class SignOfLife:
     """
 
     def __init__(self):
-        self._listener = socket.create_server(("", 0))
+        self._listener = socket.create_server(("", 0), backlog=QUEUE)
         self.port = self._listener.getsockname()[1]
         self._closed = False
         threading.Thread(target=self._accept, name="sign of life", daemon=True).start()
@@ -355,7 +355,7 @@ class SignOfLife:
         self._listener.close()
 
     def _accept(self) -> None:
-        # of what nobody accepts the kernel takes no more than a queue of some hundred
+        # the kernel takes no more than the queue of what nobody accepts
         while not self._closed:
             try:
                 self._listener.accept()[0].close()
