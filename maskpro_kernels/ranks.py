@@ -128,7 +128,7 @@ class Ranks:
         # torch has no public name for the store, nor for another limit of time
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"maskpro_kernels/{self._group.group_name}", store)
-        self._sign = SignOfLife()
+        self._sign, self._addresses = SignOfLife(), {}
         own = socket.gethostname(), self._sign.port
         addresses = {
             rank: ("127.0.0.1" if host == own[0] else host, port)
