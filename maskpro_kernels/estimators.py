@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -140,7 +142,8 @@ class StraightThrough:
     by -lr * slope / rms(slope), by at most ``largest``; rms is the root mean square over the layer, a running one of
     the steps before. That happens inside backward, layer by layer, where a layer is used once in a step: no gradient
     is held. A layer that is used several times moves once, after backward, by the sum of its slopes. So does every
-    layer where a process takes several batches a step: it then holds a float32 slope for each weight.
+    layer where a process takes several batches a step, and in a step whose losses do not come to the same layers on all
+    ranks: a process then holds a float32 slope for each weight.
 
     Args:
         lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
@@ -214,7 +217,7 @@ class StraightThrough:
         try:
             for layer, descent in zip(layers.values(), descents.values(), strict=True):
                 layer.logits.grad = None
-                descent.begin(self.lr_at(step), ranks)
+                descent.begin(self.lr_at(step), passes)
                 layer.logits_backward = descent
             passes.watch()
             yield passes
@@ -230,13 +233,18 @@ class StraightThrough:
 class Passes:
     """The forward and backward passes of a step, in turn; the last backward has moved all logits.
 
-    Where each rank makes one pass, and all ranks use the same layers, a layer moves inside backward.
+    On several ranks the slopes of a layer are summed up before it moves. Where each rank makes one pass, and all come
+    to the same layers in the same order, that happens inside backward, in this order: a slope that comes ahead of its
+    turn is held. All other slopes are held until backward has ended. So the slopes of two layers are never summed up
+    for those of one, whichever way the backward of a rank goes.
     """
 
     def __init__(self, descents: Mapping[str, _Descent], step: int, ranks: Ranks, batches: int):
         self.descents, self.step, self.ranks, self.batches, self.left = descents, step, ranks, batches, batches
         self.counters: list = []
-        self.used: list[int] = []
+        self.turns: deque[_Descent] = deque()
+        # autograd has a thread for each device
+        self.lock = threading.Lock()
 
     def watch(self) -> None:
         """Count how often a forward uses each layer."""
@@ -249,11 +257,16 @@ class Passes:
             counter.remove()
         self.counters.clear()
 
-    def uses(self) -> float:
-        """A number for how often the forwards have used each layer: another one on a rank that took another way."""
-        used = repr([*self.used, *(descent.uses for descent in self.descents.values())])
+    def way(self, loss: Tensor) -> float:
+        """A number for the turns that the layers take in a backward of ``loss``: another one where they are others."""
+        turns = []
+        if self.ranks.world > 1 and self.batches == 1:
+            reached = _reached(loss, self.descents)
+            times = Counter(reached)
+            turns = [name for name in reached if times[name] == 1 and self.descents[name].uses <= 1]
+        self.turns = deque(self.descents[name] for name in turns)
         # 48 bits, which a float64 holds
-        return float(int.from_bytes(hashlib.blake2b(used.encode(), digest_size=6).digest(), "big"))
+        return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
 
     def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> None:
         """Take the gradient of the loss of the last forward to the logits.
@@ -261,31 +274,68 @@ class Passes:
         Args:
             loss: 0-dim.
             weight: of its slopes in the sum over the passes of all ranks.
-            alike: whether all ranks have used the same layers equally often.
+            alike: whether ``way`` has given the same on all ranks.
 
         Raises:
-            ValueError: if no layer is reached, or logits have a gradient by another way than their mask.
+            ValueError: if no layer is reached, one is reached again after it has moved, or logits have a gradient by
+                another way than their mask.
             FloatingPointError: if a slope was not finite: the logits of its weights, and the running mean square of
                 its layer, are then as they were.
         """
         # what runs again from here on, to compute an activation anew, is no further use
         self.unwatch()
         self.left -= 1
+        if not alike:
+            self.turns.clear()
         for descent in self.descents.values():
-            self.used.append(descent.uses)
-            descent.weight, descent.at_once = weight, self.batches == 1 and alike and descent.uses <= 1
+            descent.weight = weight
+            descent.at_once = self.ranks.world == 1 and self.batches == 1 and descent.uses <= 1
         torch.autograd.backward(loss, inputs=[descent.layer.logits for descent in self.descents.values()])
         if self.left:
             self.watch()
             return
-        for descent in self.descents.values():
-            descent.finish(everywhere=not alike)
+        self._finish()
         bad = _folded(self.descents)
         elsewhere = [name for name, descent in self.descents.items() if descent.layer.logits.grad is not None]
         if elsewhere:
             raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
         if bad:
             raise FloatingPointError(f"gradients of step {self.step}: expected finite numbers, got others in {bad}")
+
+    def take_turns(self) -> None:
+        """Move the layers whose turn has come."""
+        with self.lock:
+            while self.turns and self.turns[0].slopes is not None:
+                self.turns.popleft().finish()
+
+    def _finish(self) -> None:
+        """Move the layers that backward has not moved, and that it has come to on any rank."""
+        while self.turns:
+            # other ranks may wait for it, though backward has not come to it on this one
+            self.turns.popleft().finish()
+        held = self.ranks.gather([descent.slopes is not None for descent in self.descents.values()])
+        for descent, *on_ranks in zip(self.descents.values(), *held, strict=True):
+            if any(on_ranks):
+                descent.finish()
+
+
+def _reached(loss: Tensor, descents: Mapping[str, _Descent]) -> list[str]:
+    """The layers that backward comes to, in its order, each as often as it does; of a reentrant checkpoint none."""
+    names = {id(descent.layer.logits): name for name, descent in descents.items()}
+    ahead, seen, found = [loss.grad_fn], {None}, []
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for source, _ in node.next_functions:
+            name = names.get(id(getattr(source, "variable", None)))
+            if name is None:
+                ahead.append(source)
+            else:
+                # autograd takes what the forward did last first
+                found.append((node._sequence_nr(), name))
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 def _folded(descents: Mapping[str, _Descent]) -> list[str]:
@@ -307,14 +357,16 @@ def _folded(descents: Mapping[str, _Descent]) -> list[str]:
 
 
 class _Descent:
-    """Moves the logits of one layer: inside backward, or after it where the layer was used several times.
+    """Moves the logits of one layer, inside backward or after it: see ``Passes``.
 
     Attributes:
         moves_logits: see ``MaskedLinear``.
         mean_square: running mean square of the slope, None until a step has given one above 0.
         latest: that of the step, on the device; None where backward has not come by.
+        uses: how often the forward of a pass has used the layer.
+        slopes: those summed up of the step, float32; None where there are none, and once the logits have moved by them.
         weight: of the slopes of a pass.
-        at_once: whether the logits move inside the backward of a pass.
+        at_once: whether the logits move by the slopes of a pass where these are computed, in one kernel.
     """
 
     moves_logits = True
@@ -324,8 +376,8 @@ class _Descent:
         self.how = how
         self.mean_square: float | None = None
 
-    def begin(self, lr: float, ranks: Ranks) -> None:
-        self.lr, self.ranks = lr, ranks
+    def begin(self, lr: float, passes: Passes) -> None:
+        self.lr, self.passes = lr, passes
         self.uses = 0
         self.latest: Tensor | None = None
         self.slopes: Tensor | None = None
@@ -335,7 +387,12 @@ class _Descent:
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         how = self.how
-        if self.at_once and self.ranks.world == 1:
+        if self.latest is not None:
+            raise ValueError(
+                "loss_fn: expected a backward that comes to a layer as often as the forward uses it, got one that "
+                "comes again after the layer has moved"
+            )
+        if self.at_once:
             # the parameter itself: what autograd has kept may be a copy
             with self.layer.moving_logits() as logits:
                 mask = mask._replace(tensor=logits)
@@ -348,16 +405,13 @@ class _Descent:
             # of the slope, not of the loss: the curvature would take its square
             slope.mul_(self.weight)
         self.slopes = slope if self.slopes is None else self.slopes.add_(slope)
-        if self.at_once:
-            self.finish()
+        self.passes.take_turns()
 
-    def finish(self, everywhere: bool = False) -> None:
-        """Move by the slopes that have been summed up, where they were, or where they may have been on another rank."""
-        if everywhere and self.slopes is None:
-            self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
+    def finish(self) -> None:
+        """Move by the slopes that the passes of all ranks have summed up; this one may have none."""
         if self.slopes is None:
-            return
-        self.ranks.sum_(self.slopes)
+            self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
+        self.passes.ranks.sum_(self.slopes)
         counter = self.layer.counter()
         m, largest, seed_and_step = self.layer.pattern.m, self.how.largest, (counter["seed"], counter["step"])
         shard = (counter["layer"], counter["group_offset"], counter["group_row_stride"])
@@ -367,7 +421,7 @@ class _Descent:
 
     def end(self) -> None:
         """Free what a step has left, also one that broke off."""
-        self.latest = self.slopes = None
+        self.latest = self.slopes = self.passes = None
 
     def _descend(self, descend: Callable[[Tensor], Tensor]) -> None:
         def at_rate(rate: float) -> Tensor:

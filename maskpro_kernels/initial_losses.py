@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from tqdm import tqdm
@@ -37,11 +37,13 @@ class InitialLosses:
     def _contents_now(self) -> list[str]:
         return [content(batch, index) for index, batch in enumerate(self._batches)]
 
-    def computed(self, losses_of: Callable[[Iterable], list[float]], steps_done: int, progress: bool) -> list[float]:
+    def computed(self, loss_of: Callable[[object], float], steps_done: int, progress: bool) -> list[float]:
         """What ``losses`` has to be, by a forward for each batch that is not the same as another.
 
+        The ranks wait for each other's forward as for those of a step.
+
         Args:
-            losses_of: gives the losses of batches under the masks m_0 of now.
+            loss_of: gives the loss of a batch under the masks m_0 of now.
             steps_done: how many steps have been taken.
             progress: whether to show a bar.
 
@@ -55,13 +57,14 @@ class InitialLosses:
         gone = [index for index, name in enumerate(self._contents) if name not in index_of]
         if gone:
             raise ValueError(f"batches: expected those of the first step, got others in place of {gone}")
-        share = list(index_of)[self._ranks.rank :: self._ranks.world]
+        names, world, found = list(index_of), self._ranks.world, {}
         hidden = not progress or self._ranks.rank > 0
-        batches = (self._batches[index_of[name]] for name in share)
-        own = losses_of(tqdm(batches, desc="initial losses", total=len(share), unit="batch", disable=hidden))
-        found = {}
-        for losses in self._ranks.gather_objects(dict(zip(share, own, strict=True))):
-            found |= losses
+        for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
+            by_rank = names[first : first + world]
+            own = by_rank[self._ranks.rank : self._ranks.rank + 1]
+            # a rank without a batch has a part in it, too
+            rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in own] or [math.nan])
+            found |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
         losses = [found[name] for name in self._contents]
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:

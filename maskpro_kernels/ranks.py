@@ -15,8 +15,10 @@ import math
 import os
 import pickle
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -29,6 +31,10 @@ Result = TypeVar("Result")
 
 # Seconds: between two looks at the store, for answers to a roll call, for one connection
 LOOK, ANSWER, CONNECTION = 1.0, 5.0, 2.0
+# Seconds between two looks for answers, the first ones and the last ones
+FIRST_PAUSE, LAST_PAUSE = 0.05, 0.4
+# Connections that are tried at the same time, and that wait to be accepted at most, where the kernel allows as many
+TRIED, QUEUE = 32, socket.SOMAXCONN
 MEETING = timedelta(minutes=30)
 # For what is waited for as long as it takes
 NO_LIMIT = timedelta(days=365)
@@ -122,21 +128,22 @@ class Ranks:
         # torch has no public name for the store, nor for another limit of time
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"maskpro_kernels/{self._group.group_name}", store)
-        # Nobody accepts or reads: the kernel takes connections as long as the process lives, however busy it is
-        self._listener = socket.create_server(("", 0))
-        own = socket.gethostname(), self._listener.getsockname()[1]
-        self._addresses = {}
-        for rank, (host, port) in enumerate(self.gather_objects(own)):
-            address = ("127.0.0.1" if host == own[0] else host, port)
-            # a refusal tells nothing where a connection cannot be had anyway
-            if rank != self.rank and _connects(address):
-                self._addresses[rank] = address
+        self._sign, self._addresses = SignOfLife(), {}
+        own = socket.gethostname(), self._sign.port
+        addresses = {
+            rank: ("127.0.0.1" if host == own[0] else host, port)
+            for rank, (host, port) in enumerate(self.gather_objects(own))
+            if rank != self.rank
+        }
+        # a refusal tells nothing where a connection cannot be had anyway
+        taken = _connect_to_all(addresses.values())
+        self._addresses = {rank: address for rank, address in addresses.items() if taken[address]}
 
     def close(self) -> None:
         """Part from the other ranks; they need not do so at the same time."""
         if self._group is None:
             return
-        self._listener.close()
+        self._sign.close()
         if self._failure is None:
             # else something may be under way, and destroying would wait for it
             dist.destroy_process_group(self._group)
@@ -149,10 +156,16 @@ class Ranks:
             return [list(numbers)]
         return [row.tolist() for row in self._gather(torch.tensor(numbers, dtype=torch.float64, device="cpu"))]
 
-    def on_any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Patient: waits as long as it takes."""
+    def on_any(self, function: Callable[[], object] | None) -> bool:
+        """Whether a function gives what is true on any rank; a rank without one takes that of others as it comes.
+
+        Patient, but not until all ranks have come to it.
+        """
         if self.world == 1:
-            return flag
+            return function is not None and bool(function())
+        if not any(asked for (asked,) in self.gather([function is not None])):
+            return False
+        flag = function is not None and bool(function())
         return any(row.item() for row in self._gather(torch.tensor([flag], device="cpu"), patient=True))
 
     def gather_objects(self, thing: object) -> list:
@@ -294,23 +307,61 @@ class Ranks:
         try:
             self._store.set(CALL, b"1")
             self._store.set(f"here/{self.rank}", b"1")
+            pause = FIRST_PAUSE
             while waiting and time.monotonic() < limit:
-                for rank in sorted(waiting):
-                    # refusal first: a rank may answer and end in between
-                    refused = self._refuses(rank)
-                    if self._store.check([f"here/{rank}"]):
-                        waiting.remove(rank)
-                    elif refused:
-                        waiting.remove(rank)
-                        ended.add(rank)
-                time.sleep(0.05)
+                waiting = self._silent(waiting)
+                refusing = self._refusing(waiting)
+                # a rank may have answered and ended in between
+                ended |= self._silent(refusing)
+                waiting -= refusing
+                time.sleep(pause)
+                # longer and longer: all ranks look at all that are silent
+                pause = min(2 * pause, LAST_PAUSE)
         except RuntimeError:
             # without torchrun the store is in the process of rank 0, and ends with it
             return [0], []
         return sorted(ended), sorted(waiting)
 
-    def _refuses(self, rank: int) -> bool:
-        return rank in self._addresses and _connects(self._addresses[rank]) is False
+    def _silent(self, ranks: set[int]) -> set[int]:
+        """Those that have not answered a roll call."""
+        return {rank for rank in ranks if not self._store.check([f"here/{rank}"])}
+
+    def _refusing(self, ranks: set[int]) -> set[int]:
+        """Those whose sign of life has gone."""
+        addresses = {rank: self._addresses[rank] for rank in ranks & self._addresses.keys()}
+        taken = _connect_to_all(addresses.values())
+        return {rank for rank, address in addresses.items() if taken[address] is False}
+
+
+class SignOfLife:
+    """A port at which the kernel takes connections as long as this process lives, however busy it is.
+
+    Attributes:
+        port: which.
+    """
+
+    def __init__(self):
+        self._listener = socket.create_server(("", 0), backlog=QUEUE)
+        self.port = self._listener.getsockname()[1]
+        self._closed = False
+        threading.Thread(target=self._accept, name="sign of life", daemon=True).start()
+
+    def close(self) -> None:
+        """Refuse connections from now on."""
+        self._closed = True
+        # wakes the thread, without which the kernel would keep the port open
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        # the kernel takes no more than the queue of what nobody accepts
+        while not self._closed:
+            try:
+                self._listener.accept()[0].close()
+            except OSError:
+                # such as too many open files: the queue holds meanwhile
+                time.sleep(0.0 if self._closed else LOOK)
 
 
 def _told(error: Exception, rank: int) -> ValueError | FailedRank:
@@ -318,6 +369,13 @@ def _told(error: Exception, rank: int) -> ValueError | FailedRank:
     if isinstance(error, ValueError):
         return ValueError(f"rank {rank}: {error}" if rank else str(error))
     return FailedRank(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def _connect_to_all(addresses: Iterable[tuple[str, int]]) -> dict[tuple[str, int], bool | None]:
+    """What ``_connects`` gives of each."""
+    addresses = list(addresses)
+    with ThreadPoolExecutor(TRIED) as pool:
+        return dict(zip(addresses, pool.map(_connects, addresses), strict=True))
 
 
 def _connects(address: tuple[str, int]) -> bool | None:

@@ -6,10 +6,11 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,9 @@ class MaskTrainer:
         masks: without effect on one process. "same": every rank makes all draws of a step, for its own share of the
             batches; ``accumulate`` has to be a multiple of the ranks. "own": every rank makes its own share of the
             draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks.
-        timeout: seconds that a rank waits for the others in a step.
+        timeout: seconds that a rank waits for the others in a step, and for each of their losses of the initial masks.
+            As long as it takes it waits for ``after_step`` of ``run``, and, before the first step and where initial
+            masks are refreshed, for what rank 0 reads and writes and for settings that are compared.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
@@ -241,7 +244,7 @@ class MaskTrainer:
                 rate = record.tokens / record.seconds
                 bar.set_postfix(**shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=f"{rate:.0f}")
                 bar.update()
-                if self.ranks.on_any(after_step is not None and bool(after_step(record))):
+                if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
                     break
         self._snapshot()
         return records
@@ -490,7 +493,7 @@ class MaskTrainer:
                 passes.backward(self._differentiable(batches[place], own), float(weights[place]))
             place = share[-1][1]
             loss = self._differentiable(batches[place], own)
-            (value,), alike = self._exchanged(own, weights, flip_rate, passes.uses())
+            (value,), alike = self._exchanged(own, weights, flip_rate, passes.way(loss))
             self._check_loss(value)
             try:
                 passes.backward(loss, float(weights[place]), alike)
@@ -517,7 +520,7 @@ class MaskTrainer:
         """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
         initial = self._initial_losses
         if initial.losses is None:
-            losses = initial.computed(self._losses_under_top_n_masks, self.steps_done, progress)
+            losses = initial.computed(self._loss_under_top_n_masks, self.steps_done, progress)
             if self.output_dir is not None and self.steps_done:
                 # ahead of the steps that are compared with them; those of the first stand in the journal's header
                 self.ranks.first(lambda: self._folder.add_initial_losses(self.steps_done, losses))
@@ -525,10 +528,10 @@ class MaskTrainer:
         return initial.losses
 
     @torch.inference_mode()
-    def _losses_under_top_n_masks(self, batches: Iterable) -> list[float]:
-        """A forward for each batch, under the masks that the logits have made likeliest."""
+    def _loss_under_top_n_masks(self, batch) -> float:
+        """A forward under the masks that the logits have made likeliest."""
         with self._modes(drawing=False):
-            return [float(self.loss_fn(self.model, batch)) for batch in batches]
+            return float(self.loss_fn(self.model, batch))
 
     def _initial_loss(self, batches: Sequence, weights: Sequence[Fraction]) -> float:
         """Loss under m_0 of the batches of this step."""

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from test_trainer import a_model, assert_equal_logits, logits_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import maskpro_kernels as mk
-from maskpro_kernels import journal, ops, ranks, snapshots
+from maskpro_kernels import estimators, journal, ops, ranks, snapshots
 from maskpro_kernels.trainer import MASKS
 
 TESTS = Path(__file__).parent
@@ -344,7 +345,8 @@ with ranks.under_torchrun():
     trainer = a_trainer(accumulate=2)
     trainer.run(3, progress=False)
     trainer.close()
-    print("rank", trainer.ranks.rank, "of", trainer.ranks.world, digest(logits_of(trainer.model)), flush=True)
+    # a line at once, between those of other ranks
+    os.write(1, f"rank {trainer.ranks.rank} of {trainer.ranks.world} {digest(logits_of(trainer.model))}\\n".encode())
 """
 
 
@@ -606,11 +608,51 @@ class TwoWays(nn.Module):
         return self.out(self.ways[len(x) == 5](x))
 
 
-def straight_through(rank: int, accumulate: int, steps: int, two_ways: bool = False):
-    """(logits, losses, most slopes held at a sum over the ranks)."""
-    model = TwoWays() if two_ways else a_model()
-    if two_ways:
+class ThreeLayers(nn.Module):
+    """Of equal shapes, so that one's slopes could be taken for another's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+
+
+class Auxiliary(ThreeLayers):
+    """Uses all layers for all batches, but the gradient comes to the second one in those of five rows alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ys = [layer(x) for layer in (self.first, self.second, self.third)]
+        return torch.cat([ys[0] - 1, ys[1] if len(x) == 5 else ys[1].detach(), ys[2] - 2])
+
+
+class Unreached(ThreeLayers):
+    """The gradient comes to the last two layers in no batch, the last of which is not even used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x).detach()
+
+
+class Twice(ThreeLayers):
+    """One layer is used twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.first(self.second(torch.relu(self.first(x)))))
+
+
+class Checkpointed(ThreeLayers):
+    """Computes the first layers anew in backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(checkpoint(lambda x: self.second(torch.relu(self.first(x))), x, use_reentrant=False))
+
+
+def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Module] | None = None, taken_for=None):
+    """(logits, losses, most slopes held at a sum over the ranks, how many of these sums a step)."""
+    model = a_model() if kind is None else kind()
+    if kind is not None:
         mk.convert(model, "2:4", gap=2.0)
+    if taken_for is not None:
+        estimators._reached = lambda loss, descents: list(taken_for)
     trainer = a_trainer("straight-through", model=model, accumulate=accumulate)
     held, real = [], trainer.ranks.sum_
 
@@ -621,23 +663,88 @@ def straight_through(rank: int, accumulate: int, steps: int, two_ways: bool = Fa
 
     trainer.ranks.sum_ = summed
     losses = [record.loss for record in trainer.run(steps, progress=False)]
-    return logits_of(model), losses, max(held, default=0)
+    return logits_of(model), losses, max(held, default=0), len(held) / steps
 
 
-@pytest.mark.parametrize(
-    ("world", "accumulate", "two_ways"), [(2, 2, False), (4, 4, False), (2, 4, False), (2, 2, True)]
-)
-def test_straight_through_on_ranks_is_that_of_one_process(world, accumulate, two_ways, eager_reference):
-    steps = {"accumulate": accumulate, "steps": 4, "two_ways": two_ways}
-    logits, losses, _ = straight_through(0, **steps)
-    results = all_in_ranks(world, straight_through, **steps)
-    for theirs, seen, held in results:
+def assert_that_of_one_process(results: list, **steps) -> None:
+    logits, losses, *_ = straight_through(0, **steps)
+    for theirs, seen, *_ in results:
         assert_equal_logits(theirs, results[0][0])
         for one, other in zip(theirs, logits, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
         assert seen == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulate", "kind", "most_held", "sums"),
+    [
         # inside backward, a layer at a time, where each rank has one batch and takes the same way
-        assert (held == 1) == (world == accumulate and not two_ways)
+        (2, 2, None, 1, 2),
+        (4, 4, None, 1, 2),
+        (2, 2, Checkpointed, 1, 3),
+        (2, 2, Unreached, 1, 1),
+        # with that of a layer which backward comes to twice
+        (2, 2, Twice, 2, 3),
+        # else when backward has ended: always, or in the one step of the four whose batches differ
+        (2, 4, None, 2, 2),
+        (2, 4, Auxiliary, 3, 3),
+        (2, 2, TwoWays, 3, 2.25),
+        (2, 2, Auxiliary, 3, 3),
+    ],
+)
+def test_straight_through_on_ranks_is_that_of_one_process(world, accumulate, kind, most_held, sums, eager_reference):
+    steps = {"accumulate": accumulate, "steps": 4, "kind": kind}
+    results = all_in_ranks(world, straight_through, **steps)
+    assert_that_of_one_process(results, **steps)
+    assert max(held for _, _, held, _ in results) == most_held
+    assert all(count == sums for *_, count in results)
+
+
+@pytest.mark.parametrize("taken_for", [["third", "second", "first"], ["first", "third", "second"], ["second"]], ids=str)
+def test_turns_that_backward_does_not_take_cost_memory_alone(taken_for, eager_reference):
+    """Layers are not mixed up where all ranks are mistaken about what their backwards come to, and when."""
+    steps = {"accumulate": 2, "steps": 4, "kind": Auxiliary}
+    results = all_in_ranks(2, straight_through, taken_for=taken_for, **steps)
+    assert_that_of_one_process(results, **steps)
+
+
+def hang(rank: int, where: str):
+    """The ranks that each is missing where rank 1 hangs for longer than that is told in."""
+    ranks.LOOK, ranks.ANSWER = 0.1, 0.5
+
+    def hanging() -> None:
+        if rank == 1:
+            time.sleep(3.0)
+
+    def loss_fn(model, batch):
+        if not model[0].training and trainer.steps_done == {"begin": 0, "refresh": 1}.get(where):
+            hanging()
+        return model(batch).square().mean()
+
+    def advantages(*losses):
+        hanging()
+        return mk.Reinforce.advantages(trainer.estimator, *losses)
+
+    trainer = a_trainer("refreshed", loss_fn, seed=1, accumulate=2, timeout=0.5)
+    if where == "update":
+        trainer.estimator.advantages = advantages
+    with pytest.raises(ranks.MissingRanks) as caught:
+        trainer.run(3, progress=False)
+    return caught.value.missing
+
+
+@pytest.mark.parametrize("where", ["begin", "refresh", "update"])
+def test_a_rank_that_hangs_outside_of_the_forwards_of_a_step_is_named_in_time(where):
+    assert all_in_ranks(2, hang, where=where)[0] == [1]
+
+
+def test_more_ranks_than_fit_a_queue_see_a_sign_of_life(monkeypatch):
+    monkeypatch.setattr(ranks, "QUEUE", 64)
+    sign = ranks.SignOfLife()
+    address = ("127.0.0.1", sign.port)
+    assert [ranks._connects(address) for _ in range(400)] == [True] * 400
+    sign.close()
+    assert ranks._connects(address) is False
 
 
 def learn_until_killed_in_backward(rank: int, folder):

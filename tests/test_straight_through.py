@@ -557,6 +557,35 @@ def test_losses_that_gradients_do_not_take_to_the_masks(eager_reference):
         learn(model, 1, regularised, [x])
 
 
+class InParts(torch.autograd.Function):
+    """A layer whose use the forward hides from its hooks, and which backward comes to in two parts."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer.forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            for part, grad_of_part in zip(x.chunk(2), grad.chunk(2), strict=True):
+                ctx.layer.forward(part.detach()).backward(grad_of_part)
+        return torch.zeros_like(x), None
+
+
+def test_a_layer_that_is_come_to_again_after_it_has_moved_is_told(eager_reference):
+    model, x = two_layers()
+
+    def loss(model, x):
+        return model[2](InParts.apply(torch.relu(model[0](x)), model[2])[:, :1].expand(-1, 16)).square().mean()
+
+    with pytest.raises(ValueError, match="loss_fn: .* comes again after the layer has moved"):
+        learn(model, 1, loss, [x])
+    assert_detached(model)
+
+
 def test_losses_that_cannot_be_learned_from(eager_reference):
     model = a_model()
     before = logits_of(model)
