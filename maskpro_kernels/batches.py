@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,17 +37,26 @@ def tensors_of(batch) -> Iterator[Tensor]:
 
 
 def content(batch, index: int) -> str:
-    """What tells a batch from others: what is in it, or its index where that is more than tensors and plain values."""
+    """What tells a batch from others: what is in it, or its index where that is more than can be compared.
+
+    Compared are tensors, arrays of numpy, None, strings, bytes and numbers, in mappings with strings or ints as keys,
+    in tuples and in lists.
+    """
     parts = [digest(tensors_of(batch))]
 
     def plain(part) -> bool:
         if isinstance(part, Mapping):
             names = sorted(part, key=str)
-            parts.append(repr(names))
+            parts.append(f"mapping {names!r}")
             return all(isinstance(name, (str, int)) and plain(part[name]) for name in names)
         if isinstance(part, (tuple, list)):
-            parts.append(str(len(part)))
+            # a word of its own, or [1, [2]] would be [[1], 2]
+            parts.append(f"list {len(part)}")
             return all(map(plain, part))
+        if isinstance(part, (np.ndarray, np.generic)) and not part.dtype.hasobject:
+            values = hashlib.blake2b(part.tobytes(), digest_size=16).hexdigest()
+            parts.append(f"array {part.dtype.str} {part.shape} {values}")
+            return True
         parts.append("tensor" if isinstance(part, Tensor) else repr(part))
         return part is None or isinstance(part, (Tensor, str, bytes, int, float))
 

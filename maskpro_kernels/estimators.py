@@ -213,7 +213,7 @@ class StraightThrough:
         """
         descents = {name: self._descents.setdefault(layer, _Descent(layer, self)) for name, layer in layers.items()}
         before = {layer: layer.logits_backward for layer in layers.values()}
-        passes = Passes(descents, step, ranks, batches)
+        passes = Passes(descents, ranks, batches)
         try:
             for layer, descent in zip(layers.values(), descents.values(), strict=True):
                 layer.logits.grad = None
@@ -239,8 +239,8 @@ class Passes:
     for those of one, whichever way the backward of a rank goes.
     """
 
-    def __init__(self, descents: Mapping[str, _Descent], step: int, ranks: Ranks, batches: int):
-        self.descents, self.step, self.ranks, self.batches, self.left = descents, step, ranks, batches, batches
+    def __init__(self, descents: Mapping[str, _Descent], ranks: Ranks, batches: int):
+        self.descents, self.ranks, self.batches, self.left = descents, ranks, batches, batches
         self.counters: list = []
         self.turns: deque[_Descent] = deque()
         # autograd has a thread for each device
@@ -268,8 +268,11 @@ class Passes:
         # 48 bits, which a float64 holds
         return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
 
-    def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> None:
+    def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
         """Take the gradient of the loss of the last forward to the logits.
+
+        Behind the last pass it gives the names of the layers in which a slope was not finite: the logits of its
+        weights, and the running mean square of the layer, are as they were. Else none.
 
         Args:
             loss: 0-dim.
@@ -279,8 +282,6 @@ class Passes:
         Raises:
             ValueError: if no layer is reached, one is reached again after it has moved, or logits have a gradient by
                 another way than their mask.
-            FloatingPointError: if a slope was not finite: the logits of its weights, and the running mean square of
-                its layer, are then as they were.
         """
         # what runs again from here on, to compute an activation anew, is no further use
         self.unwatch()
@@ -293,14 +294,13 @@ class Passes:
         torch.autograd.backward(loss, inputs=[descent.layer.logits for descent in self.descents.values()])
         if self.left:
             self.watch()
-            return
+            return []
         self._finish()
         bad = _folded(self.descents)
         elsewhere = [name for name, descent in self.descents.items() if descent.layer.logits.grad is not None]
         if elsewhere:
             raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
-        if bad:
-            raise FloatingPointError(f"gradients of step {self.step}: expected finite numbers, got others in {bad}")
+        return bad
 
     def take_turns(self) -> None:
         """Move the layers whose turn has come."""

@@ -198,6 +198,15 @@ def write_whole(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, unless it is there; their names are on disk then."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        # its name is itself lost in a crash unless the folder above reaches the disk too
+        sync(folder.parent)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or what a folder lists, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -12,9 +12,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .batches import digest, tensors_of
+from .batches import content, digest, tensors_of
 from .estimators import Reinforce, StraightThrough
-from .journal import Entry, Journal, sync, write_whole
+from .journal import Entry, Journal, make_folder, write_whole
 from .journal import read as read_journal
 from .modules import MaskedLinear
 from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
@@ -36,7 +36,10 @@ def settings_of(
     seed: int,
     accumulate: int,
 ) -> dict:
-    """What a run is told from others by, beside its losses, as JSON can hold it."""
+    """What a run is told from others by, beside its losses, as JSON can hold it.
+
+    Of a batch with objects that ``content`` cannot compare, the tensors alone.
+    """
     return {
         "seed": seed,
         "estimator": type(estimator).__name__,
@@ -45,6 +48,7 @@ def settings_of(
         "device": sorted({layer.weight.device.type for layer in layers.values()}),
         "weights": digest(layer.weight for layer in layers.values()),
         "batches": [digest(tensors_of(batch)) for batch in batches],
+        "batch_contents": [content(batch, index) for index, batch in enumerate(batches)],
         "accumulate": accumulate,
     }
 
@@ -108,15 +112,31 @@ class RunFolder:
         Raises:
             ValueError: if the folder holds a run, or another trainer has it.
         """
-        if (self.path / METRICS).exists() or (self.path / JOURNAL).exists():
-            raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(self.path)!r}")
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_new()
+        make_folder(self.path)
         self._acquire()
-        # of a run that had not begun
-        left = [*snapshots_in(self.path), *snapshots_in(self.path / INITIAL_LOSSES), *self.path.glob("*.tmp")]
-        for path in left:
-            path.unlink()
+        try:
+            # again: another trainer may have had the folder since
+            self._check_new()
+            # of a run that had not begun
+            left = [*snapshots_in(self.path), *snapshots_in(self.path / INITIAL_LOSSES), *self._unfinished()]
+            for path in left:
+                path.unlink()
+        except BaseException:
+            self.close()
+            raise
         self._run = run
+
+    def _check_new(self) -> None:
+        """Raise ValueError if the folder holds a run, or of one whose other files are lost what it has learned."""
+        learned = any(step_of(path) > 0 for path in snapshots_in(self.path))
+        if learned or (self.path / METRICS).exists() or (self.path / JOURNAL).exists():
+            raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(self.path)!r}")
+
+    def _unfinished(self) -> list[Path]:
+        """Files of which a process that was killed had written a part."""
+        folders = self.path, self.path / INITIAL_LOSSES
+        return [path for folder in folders for path in folder.glob("*.tmp") if path.is_file()]
 
     def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
         """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
@@ -161,7 +181,8 @@ class RunFolder:
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
         """Raise ValueError unless a run has these settings."""
-        run = EARLIER_SETTINGS | run
+        # earlier runs knew of their batches no more than the tensors
+        run = EARLIER_SETTINGS | {"batch_contents": settings["batch_contents"]} | run
         if run["estimator"] == Reinforce.__name__:
             run["settings"] = EARLIER_REINFORCE_SETTINGS | run["settings"]
         for name, own in settings.items():
@@ -188,12 +209,14 @@ class RunFolder:
         )
 
     def go_on(self, saved: SavedRun, rows: Sequence[Mapping]) -> None:
-        """Set aside or mend what is damaged, so that the next step finds the folder as the last one would have left it.
+        """Remove, set aside or mend what is damaged: the next step finds the folder as the last would have left it.
 
         Args:
             saved: what ``read`` has given.
             rows: metrics of steps, for those without a line.
         """
+        for path in self._unfinished():
+            path.unlink()
         metrics = self._mended_metrics(saved.steps, rows)
         if self.journaled:
             self.journal, _, _ = Journal.resume(self.path / JOURNAL)
@@ -225,8 +248,7 @@ class RunFolder:
     def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:
         """Add the losses of all batches under refreshed initial masks, which this step is the first to need."""
         folder = self.path / INITIAL_LOSSES
-        folder.mkdir(exist_ok=True)
-        sync(self.path)
+        make_folder(folder)
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
         save_snapshot(folder, step, tensors, {"run": self._run}, INITIAL_LOSSES_KEPT)
 

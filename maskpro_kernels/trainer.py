@@ -7,10 +7,11 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,10 +88,12 @@ class MaskTrainer:
         output_dir: folder for what the run leaves, made if missing: ``metrics.jsonl``, a line a step; snapshots of the
             logits; and with ``Reinforce`` a journal, from which the logits of every step can be rebuilt. Where it holds
             a run, that one is gone on with by ``resume``, or nothing is done.
-        snapshot_minutes: minutes between snapshots. ``run`` leaves one at its end, too.
+        snapshot_minutes: minutes between snapshots. ``run`` leaves one at its end, too; with ``StraightThrough`` also
+            where an error ends it, but for one within an update.
         snapshots: how many are kept, besides the first.
-        most_skipped: with ``Reinforce`` how many steps in a row may have a loss that is not finite: they move nothing
-            and count as done. One more ends the run.
+        most_skipped: how many steps in a row may have a loss that is not finite, or with ``StraightThrough`` a
+            gradient. They count as done. Such a loss moves nothing; such a gradient leaves the logits of its weights,
+            and a warning names the layer. One more ends the run; one that is resumed counts on.
         accumulate: batches a step. The loss of a draw is the mean of theirs, weighted by their tokens: of a mapping the
             "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids.
         masks: without effect on one process. "same": every rank makes all draws of a step, for its own share of the
@@ -185,7 +188,10 @@ class MaskTrainer:
 
     @property
     def broken(self) -> bool:
-        """Whether the logits may be of no step, the last one having been broken off in its update; or it is closed."""
+        """Whether the last step was broken off from its update on, or the trainer is closed.
+
+        The logits may then be of no step, or of another one than ``steps_done`` tells.
+        """
         return self._broken
 
     def begin(self, progress: bool = False) -> None:
@@ -234,18 +240,22 @@ class MaskTrainer:
         self._check_steps(steps)
         self.begin(progress)
         records = []
-        with tqdm(total=steps, desc="learning", unit="step", disable=not progress or self.ranks.rank > 0) as bar:
-            for _ in range(steps):
-                record = self.step()
-                records.append(record)
-                shown = {"loss": f"{record.loss:.4f}"}
-                if record.residual is not None:
-                    shown |= {"residual": f"{record.residual:+.2e}", "advantage": f"{record.advantage:+.2e}"}
-                rate = record.tokens / record.seconds
-                bar.set_postfix(**shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=f"{rate:.0f}")
-                bar.update()
-                if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
-                    break
+        try:
+            with tqdm(total=steps, desc="learning", unit="step", disable=not progress or self.ranks.rank > 0) as bar:
+                for _ in range(steps):
+                    record = self.step()
+                    records.append(record)
+                    shown = {"loss": f"{record.loss:.4f}"}
+                    if record.residual is not None:
+                        shown |= {"residual": f"{record.residual:+.2e}", "advantage": f"{record.advantage:+.2e}"}
+                    rate = record.tokens / record.seconds
+                    bar.set_postfix(**shown, flips=f"{record.flip_rate:.1e}", tokens_per_s=f"{rate:.0f}")
+                    bar.update()
+                    if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
+                        break
+        except BaseException:
+            self._keep_steps()
+            raise
         self._snapshot()
         return records
 
@@ -254,10 +264,10 @@ class MaskTrainer:
 
         Raises:
             ValueError: if ``StraightThrough`` gets a loss without gradient, or has taken all its steps.
-            FloatingPointError: if the loss, the update or a gradient is not finite. Logits and tracker are then as
-                before the step. With ``Reinforce`` a step with such a loss counts as done, and so does with
-                ``StraightThrough`` one with such a gradient, where only the logits of its weights are as before.
-            RuntimeError: if the last step was broken off in its update, or the trainer is closed.
+            FloatingPointError: if the update is not finite: logits and tracker are then as before the step. And where
+                more steps in a row than ``most_skipped`` have had a loss, or with ``StraightThrough`` a gradient, that
+                is not finite: this one counts as done, too.
+            RuntimeError: if the last step was broken off from its update on, or the trainer is closed.
         """
         if self._broken:
             raise RuntimeError(
@@ -273,12 +283,11 @@ class MaskTrainer:
         batches = [self.batches[(first + place) % len(self.batches)] for place in range(self.accumulate)]
         if isinstance(self.estimator, Reinforce):
             loss, residual, advantage, flip_rate = self._reinforce(batches)
-            tracker = self.estimator.delta if self.estimator.draws == 1 else None
+            tracker, bad = self.estimator.delta if self.estimator.draws == 1 else None, []
         else:
-            loss, flip_rate = self._straight_through(batches)
+            loss, flip_rate, bad = self._straight_through(batches)
             residual = advantage = tracker = None
         advance(self.model)
-        self._broken = False
         record = StepRecord(
             step=self.steps_done,
             loss=loss,
@@ -289,17 +298,28 @@ class MaskTrainer:
             tokens=sum(map(count_tokens, batches)),
             seconds=time.perf_counter() - start,
         )
+        self._skipped = self._skipped + 1 if bad or not math.isfinite(loss) else 0
         self.steps_done += 1
+        self._broken = False
         if self._folder is not None:
             self._folder.add_metrics(asdict(record))
             if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
-        if self._skipped > self.most_skipped:
-            raise FloatingPointError(
-                f"loss of step {record.step}: expected a finite number, got {record.loss}"
-                + (f", after {self._skipped - 1} others in a row" if self._skipped > 1 else "")
-            )
+        if self._skipped:
+            self._check_skipped(record, bad)
         return record
+
+    def _check_skipped(self, record: StepRecord, bad: Sequence[str]) -> None:
+        """Raise FloatingPointError where too many steps have been skipped; ``bad`` are layers by their gradients."""
+        told = f"loss of step {record.step}: expected a finite number, got {record.loss}"
+        if bad:
+            told = f"gradients of step {record.step}: expected finite numbers, got others in {bad}"
+        if self._skipped > self.most_skipped:
+            others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
+            raise FloatingPointError(told + others)
+        if bad and self.ranks.rank == 0:
+            # the record does not show it, as it does a loss
+            warnings.warn(f"{told}; the logits of their weights are as before", stacklevel=3)
 
     def resume(self) -> int:
         """Go on with the run in ``output_dir``, which another process has left at any moment; gives its steps.
@@ -309,7 +329,8 @@ class MaskTrainer:
         steps behind the snapshot are lost.
 
         Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
-        the masked layers, the batches and the settings, such as other weights, has to be as it was.
+        the masked layers, the batches and the settings, such as other weights, has to be as it was; so do objects in
+        the batches that are neither tensors nor arrays nor plain values.
 
         Raises:
             ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
@@ -331,6 +352,7 @@ class MaskTrainer:
         else:
             self.estimator.set_mean_squares(self.layers, restored.estimator)
         self._initial_losses.losses, self.steps_done = restored.initial_losses, restored.steps
+        self._skipped = restored.skipped
         self._broken = False
         for line in restored.warnings if self.ranks.rank == 0 else ():
             warnings.warn(line, stacklevel=2)
@@ -358,10 +380,18 @@ class MaskTrainer:
             return
         state = {}
         if isinstance(self.estimator, StraightThrough):
-            state["mean_squares"] = self.estimator.mean_squares(self.layers)
+            state = {"mean_squares": self.estimator.mean_squares(self.layers), "skipped": self._skipped}
         tensors = {name: layer.logits for name, layer in self.layers.items()}
         self._folder.add_snapshot(self.steps_done, tensors, state, self.snapshots)
         self._snapshot_time = time.monotonic()
+
+    def _keep_steps(self) -> None:
+        """Behind an error: leave a snapshot of the steps that ``resume`` could not have otherwise."""
+        if self._folder is None or self._folder.journaled or self._broken:
+            return
+        # the error that came first is the one to be told
+        with suppress(OSError, RuntimeError):
+            self._snapshot()
 
     def _restore(self, settings: Mapping) -> _Restored:
         """Set the logits to those of the run in ``output_dir``; gives the rest of it."""
@@ -387,9 +417,11 @@ class MaskTrainer:
         self._snapshot_time = time.monotonic()
         if isinstance(estimator, Reinforce):
             moved = estimator.delta, estimator.mean_square
+            skipped = len(list(takewhile(lambda entry: entry.skipped, reversed(saved.entries))))
         else:
-            moved = saved.state["mean_squares"]
-        return _Restored(saved.steps, initial_losses, moved, saved.warnings)
+            # snapshots of earlier runs do not tell
+            moved, skipped = saved.state["mean_squares"], saved.state.get("skipped", 0)
+        return _Restored(saved.steps, initial_losses, moved, skipped, saved.warnings)
 
     def _check_steps(self, steps: int) -> None:
         most = self.estimator.steps if isinstance(self.estimator, StraightThrough) else None
@@ -435,7 +467,6 @@ class MaskTrainer:
         if self._refreshes(entry):
             # ahead of the next step: from a run that is killed in between it is the same one
             self._initial_losses.losses = None
-        self._skipped = self._skipped + 1 if skipped else 0
         loss = math.nan if skipped else math.fsum(losses) / len(losses)
         if skipped or not one:
             return loss, None, None, flip_rate
@@ -481,8 +512,11 @@ class MaskTrainer:
                 clock.draw = 0
 
     @torch.enable_grad()
-    def _straight_through(self, batches: Sequence) -> tuple[float, float]:
-        """(loss, flip rate) of the forwards; the logits move in the last backward."""
+    def _straight_through(self, batches: Sequence) -> tuple[float, float, list[str]]:
+        """(loss, flip rate) of the forwards, and layers whose gradient was not finite.
+
+        The logits move in the last backward, which a loss that is not finite does not reach.
+        """
         flip_rate, weights = self._flip_rate(), weights_of(batches)
         share, own = self._shares[self.ranks.rank], []
         with (
@@ -494,15 +528,12 @@ class MaskTrainer:
             place = share[-1][1]
             loss = self._differentiable(batches[place], own)
             (value,), alike = self._exchanged(own, weights, flip_rate, passes.way(loss))
-            self._check_loss(value)
-            try:
-                passes.backward(loss, float(weights[place]), alike)
-            except BaseException:
-                # some logits may have moved: their next draw is another one
-                advance(self.model)
-                self.steps_done += 1
-                raise
-        return value, flip_rate
+            if not math.isfinite(value):
+                return value, flip_rate, []
+            # until the step has ended logits may have moved in a part of the layers
+            self._broken = True
+            bad = passes.backward(loss, float(weights[place]), alike)
+        return value, flip_rate, bad
 
     def _differentiable(self, batch, values: list[float]) -> Tensor:
         """The loss of a batch, whose value is appended."""
@@ -511,10 +542,6 @@ class MaskTrainer:
             raise ValueError(f"loss_fn: expected a loss with a gradient, got {loss!r}")
         values.append(loss.item())
         return loss
-
-    def _check_loss(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"loss of step {self.steps_done}: expected a finite number, got {loss}")
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
@@ -593,6 +620,7 @@ class _Restored(NamedTuple):
     steps: int
     initial_losses: list[float] | None
     estimator: tuple[float, float | None] | dict[str, float]
+    skipped: int
     warnings: list[str]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -442,6 +443,46 @@ def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run,
     assert not (tmp_path / "run" / "logits.safetensors").exists()
     assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     assert report(tmp_path / "run")["logits"] == report(run)["logits"]
+
+
+STRAIGHT_THROUGH = ("--estimator", "straight-through", "--lr", "1")
+
+
+def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_of_it(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    step, update = MaskTrainer.step, MaskedLinear.moving_logits
+
+    def interrupted(layer):
+        if layer.layer == 5:
+            raise KeyboardInterrupt
+        return update(layer)
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            patched.setattr(MaskedLinear, "moving_logits", interrupted)
+        return step(trainer)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MaskTrainer, "step", failing)
+        cli.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH))
+    told = "stopped after 2 steps; the next one was broken off in its update, and the logits of the last snapshot are"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "logits.safetensors").exists()
+    assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path, monkeypatch):
+    finite, calls = learning.causal_lm_loss, []
+
+    def loss_fn(model, batch):
+        calls.append(torch.is_grad_enabled())
+        return finite(model, batch) * (math.nan if sum(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(learning, "causal_lm_loss", loss_fn)
+    assert cli.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 0
+    losses = [row["loss"] for row in report(tmp_path / "run")["steps"]]
+    assert [math.isfinite(loss) for loss in losses] == [step != 1 for step in range(len(losses))] and len(losses) > 2
 
 
 def on_a_full_disk(function):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_trainer import a_model, assert_equal_logits, logits_of, some_batches
@@ -246,6 +249,62 @@ def test_the_run_of_another_is_refused(tmp_path, name):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+# Batches without a tensor, and others that differ in one thing
+PLAIN = {
+    "a number": ([[0, 1], [2, 3]], [[0, 1], [2, 4]]),
+    "a string": (["cat", "dog"], ["cat", "cow"]),
+    "a key": ([{"x": 0, "y": 1}], [{"x": 0, "z": 1}]),
+    "an array": ([np.arange(4)], [np.arange(1, 5)]),
+    "a dtype": ([np.zeros(2, np.int32)], [np.zeros(2, np.float32)]),
+    "where a list begins": ([[1, [2]]], [[[1], 2]]),
+    "a tensor's key": ([{"x": torch.ones(2)}], [{"y": torch.ones(2)}]),
+    "a tensor beside an object": ([(torch.ones(2), object())], [(torch.zeros(2), object())]),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_run_of_other_batches_is_refused(tmp_path, name):
+    def of(batches):
+        trainer = a_trainer(tmp_path, batches=batches)
+        trainer.loss_fn = lambda model, _: model(torch.ones(5, 16)).square().mean()
+        return trainer
+
+    batches, others = PLAIN[name]
+    trainer = of(batches)
+    trainer.run(2, progress=False)
+    trainer.close()
+    with pytest.raises(ValueError, match="^output_dir: expected a run with batch(es|_contents) of this trainer"):
+        of(others).resume()
+    assert of(copy.deepcopy(batches)).resume() == 2
+
+
+def test_runs_from_before_batches_were_told_by_more_than_tensors_go_on(tmp_path, monkeypatch):
+    def without(*args):
+        settings = run_folder.settings_of(*args)
+        return {name: value for name, value in settings.items() if name != "batch_contents"}
+
+    def named(name, count=3):
+        return [{"x": batch, "name": name} for batch in some_batches(count)]
+
+    def of(batches):
+        trainer = a_trainer(tmp_path, batches=batches)
+        trainer.loss_fn = lambda model, batch: model(batch["x"]).square().mean()
+        return trainer
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(training, "settings_of", without)
+        trainer = of(named("one"))
+        trainer.run(3, progress=False)
+        trainer.close()
+    with pytest.raises(ValueError, match="^output_dir: expected a run with batches of this trainer"):
+        of(named("one", 2)).resume()
+    for steps in (3, 5):
+        again = of(named("other"))
+        assert again.resume() == steps
+        again.run(2, progress=False)
+        again.close()
+
+
 def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(ValueError, match="output_dir: expected the folder of a run, got none"):
         a_trainer(None).resume()
@@ -333,6 +392,65 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
     assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
 
 
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_what_was_learned_is_not_what_a_start_left(tmp_path, how):
+    """Snapshots of steps are of a run, also where all its other files are lost."""
+    trainer = a_trainer(tmp_path, how)
+    trainer.run(3, progress=False)
+    trainer.close()
+    for name in ("journal", "metrics.jsonl"):
+        (tmp_path / name).unlink(missing_ok=True)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, or resume"):
+        a_trainer(tmp_path, how).step()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    if how == "straight-through":
+        again = a_trainer(tmp_path, how)
+        assert again.resume() == 3
+        assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
+
+
+def test_a_run_that_another_trainer_has_had_meanwhile_is_not_removed(tmp_path, monkeypatch):
+    lock, folder = run_folder.RunFolder._acquire, tmp_path / "run"
+    a_trainer(tmp_path / "other", "straight-through").run(2, progress=False)
+
+    def late(own):
+        shutil.copytree(tmp_path / "other", folder, dirs_exist_ok=True)
+        lock(own)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder.RunFolder, "_acquire", late)
+        with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, or resume"):
+            a_trainer(folder, "straight-through").begin()
+    assert a_trainer(folder, "straight-through").resume() == 2
+
+
+def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
+    trainer = a_trainer(tmp_path, "refreshed")
+    trainer.run(10, progress=False)
+    trainer.close()
+    left = [tmp_path / "snapshot-0000000011-x.safetensors.tmp", tmp_path / "initial-losses" / "snapshot-x.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    with pytest.raises(ValueError, match="^output_dir: expected a run with seed 12"):
+        a_trainer(tmp_path, "refreshed", seed=12).resume()
+    assert all(path.exists() for path in left)
+    assert a_trainer(tmp_path, "refreshed").resume() == 10
+    assert not any(path.exists() for path in left)
+
+
+def test_the_names_of_new_folders_are_on_disk(tmp_path, monkeypatch):
+    sync, done = os.fsync, []
+
+    def synced(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    a_trainer(tmp_path / "deep" / "run").begin()
+    assert done[:2] == [tmp_path, tmp_path / "deep"]
+
+
 def test_what_lies_beyond_a_resumed_step_does_not_push_out_new_snapshots(tmp_path):
     trainer = a_trainer(tmp_path, "straight-through", snapshot_minutes=0.0)
     trainer.run(9, progress=False)
@@ -398,19 +516,21 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
 
 
+def spoiled(folder, how, bad, most_skipped=0):
+    """A trainer with losses that are not finite in these steps."""
+    trainer = a_trainer(folder, how, most_skipped=most_skipped)
+    finite = trainer.loss_fn
+
+    def loss_fn(model, batch):
+        drawing = any(layer.training for layer in trainer.layers.values())
+        return finite(model, batch) * (torch.nan if drawing and trainer.steps_done in bad else 1.0)
+
+    trainer.loss_fn = loss_fn
+    return trainer
+
+
 def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
-    def a_run(folder, bad, most_skipped):
-        trainer = a_trainer(folder, most_skipped=most_skipped)
-        finite = trainer.loss_fn
-
-        def loss_fn(model, batch):
-            drawing = any(layer.training for layer in trainer.layers.values())
-            return finite(model, batch) * (torch.nan if drawing and trainer.steps_done in bad else 1.0)
-
-        trainer.loss_fn = loss_fn
-        return trainer
-
-    trainer = a_run(tmp_path, (2, 3), 2)
+    trainer = spoiled(tmp_path, "reinforce", (2, 3), 2)
     records = trainer.run(6, progress=False)
     assert [math.isnan(record.loss) for record in records] == [False, False, True, True, False, False]
     assert [one.skipped for one in journal.read(tmp_path / "journal")[1]] == [False, False, True, True, False, False]
@@ -419,10 +539,118 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
     assert again.resume() == 6 and again.estimator.delta == trainer.estimator.delta
     assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
 
-    other = a_run(tmp_path / "other", (1, 2, 3), 1)
+    other = spoiled(tmp_path / "other", "reinforce", (1, 2, 3), 1)
     with pytest.raises(FloatingPointError, match="loss of step 2: expected a finite number, got nan, after 1 others"):
         other.run(6, progress=False)
     assert other.steps_done == 3
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_a_run_goes_on_behind_a_loss_that_is_not_finite(tmp_path, how):
+    """Whether the run bears it or ends there and is resumed: the step moves nothing and is not taken again."""
+    borne = spoiled(tmp_path / "borne", how, {2}, 1)
+    borne.run(2, progress=False)
+    before = logits_of(borne.model)
+    assert math.isnan(borne.step().loss)
+    assert_equal_logits(logits_of(borne.model), before)
+    records = borne.run(3, progress=False)
+
+    ended = spoiled(tmp_path / "ended", how, {2})
+    with pytest.raises(FloatingPointError, match="loss of step 2: expected a finite number, got nan$"):
+        ended.run(6, progress=False)
+    assert ended.steps_done == 3 and not ended.broken
+    ended.close()
+    again = spoiled(tmp_path / "ended", how, {2})
+    assert again.resume() == 3
+    assert [one.loss for one in again.run(3, progress=False)] == [one.loss for one in records]
+    assert_equal_logits(logits_of(again.model), logits_of(borne.model))
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_a_resumed_run_counts_on_with_the_losses_that_were_not_finite(tmp_path, how):
+    first = spoiled(tmp_path, how, {1, 2, 3, 4}, 2)
+    first.run(3, progress=False)
+    first.close()
+    for step, others in ((3, 2), (4, 3)):
+        again = spoiled(tmp_path, how, {1, 2, 3, 4}, 2)
+        assert again.resume() == step
+        with pytest.raises(FloatingPointError, match=f"loss of step {step}: .*, after {others} others in a row"):
+            again.run(2, progress=False)
+        again.close()
+    last = spoiled(tmp_path, how, {6, 7}, 2)
+    assert last.resume() == 5
+    # a finite one begins a new row
+    assert [math.isnan(one.loss) for one in last.run(3, progress=False)] == [False, True, True]
+
+
+def test_an_error_between_two_updates_loses_no_step(tmp_path):
+    whole = a_trainer(tmp_path / "whole", "straight-through")
+    whole.run(6, progress=False)
+    trainer = a_trainer(tmp_path / "run", "straight-through")
+    finite = trainer.loss_fn
+
+    def interrupted(model, batch):
+        if trainer.steps_done == 3:
+            raise KeyboardInterrupt
+        return finite(model, batch)
+
+    trainer.loss_fn = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(6, progress=False)
+    assert not trainer.broken
+    trainer.close()
+    again = a_trainer(tmp_path / "run", "straight-through")
+    assert again.resume() == 3
+    again.run(3, progress=False)
+    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+
+
+def test_a_disk_that_is_full_as_well_hides_no_error(tmp_path, monkeypatch):
+    trainer = spoiled(tmp_path, "straight-through", {2})
+    trainer.begin()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshots, "write_whole", full)
+    with pytest.raises(FloatingPointError, match="loss of step 2"):
+        trainer.run(6, progress=False)
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+@pytest.mark.parametrize("where", ["in its update", "behind its update"])
+def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, how, where):
+    whole = a_trainer(tmp_path / "whole", how)
+    whole.run(5, progress=False)
+    trainer = a_trainer(tmp_path / "run", how)
+    trainer.run(2, progress=False)
+    files = sorted(tmp_path.glob("run/snapshot-*"))
+    move, moved = mk.MaskedLinear.moving_logits, []
+
+    def interrupted(*args, **_):
+        if where == "in its update" and not moved:
+            moved.append(args)
+            return move(*args)
+        raise KeyboardInterrupt
+
+    before = logits_of(trainer.model)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if where == "in its update":
+            patched.setattr(mk.MaskedLinear, "moving_logits", interrupted)
+        else:
+            patched.setattr(training, "StepRecord", interrupted)
+        trainer.run(3, progress=False)
+    assert any(not torch.equal(*pair) for pair in zip(before, logits_of(trainer.model), strict=True))
+    assert trainer.broken and trainer.steps_done == 2
+    assert sorted(tmp_path.glob("run/snapshot-*")) == files
+    with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
+        trainer.step()
+    trainer.close()
+    again = a_trainer(tmp_path / "run", how)
+    assert again.resume() == (2 if how == "straight-through" else 3)
+    assert not again.broken
+    again.run(5 - again.steps_done, progress=False)
+    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
 
 
 # Steps of the run "refreshed" whose losses are half of those under the initial masks
@@ -577,8 +805,8 @@ def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
     trainer = a_trainer(tmp_path, "refreshed")
     trainer.run(10, progress=False)
     trainer.close()
-    (tmp_path / "journal").unlink()
-    (tmp_path / "metrics.jsonl").unlink()
+    for left in (*snapshots.snapshots_in(tmp_path)[1:], tmp_path / "journal", tmp_path / "metrics.jsonl"):
+        left.unlink()
     a_trainer(tmp_path, "refreshed").step()
     assert not snapshots.snapshots_in(tmp_path / "initial-losses")
 

@@ -450,6 +450,30 @@ def test_a_gradient_that_is_not_finite_is_told_and_spoils_nothing(eager_referenc
     assert not same(before, logits_of(model))
 
 
+def test_a_run_bears_gradients_that_are_not_finite(eager_reference, tmp_path):
+    """Each of as many as it may is told; one more ends the run, and is not taken again where it is resumed."""
+
+    def a_trainer():
+        arguments = {"seed": 3, "output_dir": tmp_path, "most_skipped": 1}
+        return mk.MaskTrainer(a_model(), causal_lm_loss, batches_of_tokens(), mk.StraightThrough(), **arguments)
+
+    trainer = a_trainer()
+    trainer.step()
+    before, squares = logits_of(trainer.model), squares_of(trainer)
+    trainer.loss_fn = lambda model, batch: Broken.apply(causal_lm_loss(model, batch), math.nan)
+    with pytest.warns(UserWarning, match="^gradients of step 1: .*q_proj.*; the logits of their weights are as before"):
+        assert math.isfinite(trainer.step().loss)
+    with pytest.raises(FloatingPointError, match="gradients of step 2: .*q_proj.*, after 1 others in a row"):
+        trainer.run(1, progress=False)
+    assert same(before, logits_of(trainer.model)) and squares_of(trainer) == squares
+    trainer.close()
+    again = a_trainer()
+    assert again.resume() == 3
+    assert same(before, logits_of(again.model)) and squares_of(again) == squares
+    again.step()
+    assert not same(before, logits_of(again.model))
+
+
 def two_layers(**options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -62,7 +62,7 @@ from .signals import Signals
 # What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
 DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
 ALPHA = 0.99
-# Steps in a row whose loss may be no number
+# Steps in a row whose loss, or gradient, may be no number
 MOST_SKIPPED = 9
 # Of this process, not of the run
 NO_SETTINGS = ("run", "device_given", "masks", "quiet", "bars")
@@ -326,15 +326,9 @@ def _begin(trainer: MaskTrainer, look: Callable[[], None], output: Path, bars: b
     progress = output / PROGRESS
     made = [folder for folder in (progress, output, *output.parents) if not folder.exists()]
 
-    def keep_and_look() -> None:
-        for folder in made:
-            # its name is itself lost in a crash unless the folder above reaches the disk too
-            sync(folder.parent)
-        look()
-
     try:
         trainer.begin(progress=bars)
-        trainer.ranks.first(keep_and_look)
+        trainer.ranks.first(look)
     except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, MissingRanks, FailedRank):
         trainer.close()
         if trainer.ranks.rank > 0:
@@ -351,7 +345,8 @@ def _begin(trainer: MaskTrainer, look: Callable[[], None], output: Path, bars: b
 def _keep_logits(args: argparse.Namespace, trainer: MaskTrainer) -> str:
     """Save what was learned before an error, which stays the one that is told; gives where it is."""
     if trainer.broken:
-        return "the next one was broken off in its update, and the logits are rebuilt where the run goes on"
+        goes_on = "are rebuilt" if args.estimator == "reinforce" else "of the last snapshot are taken"
+        return f"the next one was broken off in its update, and the logits {goes_on} where the run goes on"
     try:
         _save_logits(args, trainer.model)
     except OSError as error:
