@@ -289,23 +289,23 @@ def learn_until_some_moment(rank: int, folder: Path, victim: int, seconds: float
         trainer.begin()
     if rank == victim:
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    trainer.run(60 - trainer.steps_done, progress=False)
+    # more than any machine takes until then
+    trainer.run(1_000_000, progress=False)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_run_whose_ranks_are_killed_again_and_again_has_the_bits_of_a_whole_one(kills, tmp_path, eager_reference):
-    generator, killed = torch.Generator().manual_seed(kills), 0
+    generator = torch.Generator().manual_seed(kills)
     for _ in range(kills):
         world = [2, 4][int(torch.randint(2, (), generator=generator))]
         victim = int(torch.randint(world, (), generator=generator))
         moment = {"seconds": float(torch.rand((), generator=generator)) * 3 / kills, "victim": victim}
         results = in_ranks(world, learn_until_some_moment, folder=tmp_path, **moment)
-        if isinstance(results.pop(victim), Ended):
-            killed += 1
-            assert all(result.missing == [victim] for result in results), results
-    assert killed > kills / 2
-    results = all_in_ranks(2, learn, how="reinforce", steps=60, folder=tmp_path, resume=True, accumulate=4)
-    whole, _ = learn(0, "reinforce", 60, accumulate=4)
+        assert isinstance(results.pop(victim), Ended)
+        assert all(result.missing == [victim] for result in results), results
+    steps = len(journal.read(tmp_path / "journal")[1]) + 5
+    results = all_in_ranks(2, learn, how="reinforce", steps=steps, folder=tmp_path, resume=True, accumulate=4)
+    whole, _ = learn(0, "reinforce", steps, accumulate=4)
     for logits, _ in results:
         assert_equal_logits(logits, whole)
 
