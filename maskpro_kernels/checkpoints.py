@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .export import disk_errors
+from .export import disk_errors, open_to_others
 from .packed import PackedNM
 from .pattern import GROUP_SIZES, NMPattern
 
@@ -173,6 +173,7 @@ def decompress(source: str | Path, output: str | Path) -> int:
                     tensors[f"{name}.weight"] = _decompressed(name, *parts)
         with disk_errors(output / file.name):
             save_file(tensors, output / file.name, metadata={"format": "pt"})
+        open_to_others(output / file.name)
         written |= dict.fromkeys(tensors, file.name)
     if [file.name for file in files] != [SINGLE]:
         (output / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written}, indent=2), encoding="utf-8")

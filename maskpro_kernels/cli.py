@@ -14,8 +14,8 @@ import torch
 from .commands.arguments import DTYPE, DTYPES
 from .commands.checkpoints import export, import_, validate
 from .commands.evaluation import compare, evaluate
-from .commands.learn import DEFAULTS, learn
-from .commands.progress import tell_as, wants_bars
+from .commands.learn import DEFAULTS, learn, versions
+from .commands.progress import log_told, tell_as, wants_bars
 from .commands.replay import replay
 from .commands.runs import TENSORBOARD, tell_missing
 from .convert import INITIAL_MASKS
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.bars = wants_bars(args)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), log_told():
         warnings.showwarning = _tell_warning
         try:
             _check_resume(args, argv)
@@ -84,6 +84,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
+class _Versions(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        for name, number in versions().items():
+            print(name, number)
+        parser.exit()
+
+
 def _number_of(kind: Callable, expected: str) -> Callable:
     def parsed(text: str):
         try:
@@ -122,6 +129,7 @@ def _check_torchrun(args: argparse.Namespace, argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of what matters here, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_learn(commands)
     _add_eval(commands)

@@ -60,12 +60,20 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, st
     try:
         with disk_errors(path):
             save_file(tensors, temporary, metadata=metadata)
+        open_to_others(temporary)
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     # The new name is itself lost in a crash unless the folder reaches the disk too.
     sync(path.parent)
+
+
+def open_to_others(path: str | Path) -> None:
+    """Give a file of safetensors, which its owner alone may read, the mode that other new files have."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 @contextmanager

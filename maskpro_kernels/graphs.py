@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -23,6 +24,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
 ROW = 32
@@ -124,6 +127,9 @@ class Graph:
             if intact(path):
                 os.utime(path)
             else:
+                logger.info(
+                    "compiling %s: once, it is kept in %s", self.whole.function.__name__.strip("_"), path.parent
+                )
                 self._build(path)
                 remove_unused(path.parent)
         return load(path)

@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .export import disk_errors
+from .export import disk_errors, open_to_others
 from .modules import NMLinear, packed_class
 from .packed import PackedNM, check_bitmask
 from .pattern import NMPattern
@@ -245,7 +245,9 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     except Exception as error:
         # Files that are damaged or of another kind: each of transformers' parsers has errors of its own
         reason = " ".join(str(error).split()).partition(". ")[0]
-        cure = "copy or download it again" if Path(name).is_dir() else "check the name and the connection"
+        cure = "copy or download it again"
+        if not Path(name).is_dir():
+            cure = "there is no folder of that name; of a model on the hub check the name and the connection"
         told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}; {cure}"
         raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
     lacking = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
@@ -292,6 +294,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         model.hf_quantizer.remove_quantization_config(model)
     with disk_errors(folder):
         model.save_pretrained(folder)
+    for path in Path(folder).glob("*.safetensors"):
+        open_to_others(path)
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:

@@ -573,6 +573,7 @@ CASES = {
         "put back the base model of the run",
     ),
     # replay
+    "replay of nothing": ("replay none", None, "got 'none': there is none", "check its name"),
     "replay of no run": ("replay model", None, "run: expected a folder of `maskpro learn", "without a journal"),
     "replay of straight-through": ("replay straight-through", None, "cannot be replayed", "logits.safetensors"),
     "an empty journal": (
@@ -733,7 +734,7 @@ def test_the_retries_of_the_hub_are_not_told(place, capsys, monkeypatch):
         raise OSError("We couldn't connect to 'https://huggingface.co'. Check your internet connection.")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
-    told = "We couldn't connect to 'https://huggingface.co'; check the name and the connection"
+    told = "connect to 'https://huggingface.co'; there is no folder of that name; of a model on the hub check the name"
     refuses(capsys, place, [*LEARN.split(), "--model", "none"], told)
     assert heard == [False] and hub.isEnabledFor(logging.WARNING)
 

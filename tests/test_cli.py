@@ -529,6 +529,13 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, 
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in learned.items())
 
 
+def test_versions_are_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not ended.value.code and f"torch {torch.__version__}" in lines and lines[0].startswith("python 3.")
+
+
 def test_all_that_a_run_leaves_is_on_disk_before_its_report(inputs, tmp_path, monkeypatch):
     sync, replace, done = os.fsync, os.replace, []
 

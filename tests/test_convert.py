@@ -207,6 +207,10 @@ def test_bad_argument_leaves_the_model_as_it_was(arguments, error, message):
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Embedding(4, 4))])
 def test_model_without_linears_is_refused(model):
     refused(model, ValueError, "^model: expected a module that contains nn.Linear")
+    refused(nn.Linear(8, 8), ValueError, "got none; a single layer is converted by MaskedLinear.from_linear$")
+    model = nn.Sequential(nn.Linear(8, 8))
+    mk.convert(model, "2:4")
+    refused(model, ValueError, "got none, but MaskedLinear: it has been converted; finalize it first$")
 
 
 @pytest.mark.parametrize("model", [None, "smollm2-135m", {}])

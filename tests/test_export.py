@@ -35,6 +35,16 @@ def test_logits_round_trip(tmp_path, dtype):
     assert os.listdir(tmp_path) == ["logits.safetensors"]
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_logits(masked(), tmp_path / "logits.safetensors", {})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "logits.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "logits.safetensors"
     save_logits(masked(), path, {})

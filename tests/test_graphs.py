@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from test_imports import imported
 
 from maskpro_kernels import graphs
+from maskpro_kernels.commands.progress import log_told
 
 
 def scaled_sum(x, index, scale, *, power):
@@ -188,6 +189,17 @@ def test_what_nobody_loads_goes(folder):
         os.utime(path, (long_ago, long_ago))
     graphs.remove_unused(folder)
     assert list(folder.iterdir()) == [kept]
+
+
+def test_a_command_tells_that_it_compiles(folder, monkeypatch, capsys):
+    monkeypatch.setattr(graphs.Graph, "_build", lambda self, path: None)
+    monkeypatch.setattr(graphs, "load", lambda path: list)
+    with log_told():
+        a_graph()(tensors(2))
+    told = capsys.readouterr().err
+    assert told == f"compiling scaled_sum: once, it is kept in {folder}\n"
+    a_graph(power=5)(tensors(2))
+    assert not capsys.readouterr().err
 
 
 def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypatch):

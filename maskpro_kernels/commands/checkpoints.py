@@ -42,6 +42,8 @@ def export(args: argparse.Namespace) -> None:
         )
     save(finalize(model, to=args.to), tokenizer, output)
     print(f"{args.to} {pattern} checkpoint of {metadata['model']} written to {output}")
+    if args.to == "packed":
+        print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
 
 
 def _learned(path: Path) -> tuple[dict[str, torch.Tensor], NMPattern, dict[str, str]]:

@@ -377,7 +377,7 @@ def _finish(args: argparse.Namespace, inputs: Inputs, start: Mapping, held_out: 
         "settings": {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "gap")},
         # Not among the settings: with a flip rate it is not the one on the command line.
         "gap": args.gap,
-        "versions": _versions(),
+        "versions": versions(),
         "eval_tokens": inputs.tests["perplexity"].numel(),
         "table": table,
         "validation": held_out.rows,
@@ -422,7 +422,8 @@ def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPatte
     return {name: int((codes.cpu() != top_n_mask(initial[name], pattern)).sum()) for name, codes in learned.items()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run gives."""
     versions = {"python": platform.python_version()}
     for package in ("maskpro-kernels", "torch", "triton", "transformers", "safetensors"):
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -32,6 +34,25 @@ def tell(line: str, by: int = 0) -> None:
 def tell_as(kind: str, what: object, by: int = 0) -> None:
     """Tell an error or a warning, whatever its lines, in one."""
     tell(" ".join(f"maskpro: {kind}: {what}".split()), by)
+
+
+@contextmanager
+def log_told() -> Iterator[None]:
+    """What the package logs, such as that it compiles, is told in a line each."""
+    handler, logger = _Teller(), logging.getLogger(__package__.partition(".")[0])
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Teller(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(record.getMessage())
 
 
 class StepLines:

@@ -27,6 +27,11 @@ CURE = f"restore the folder from a copy; the logits that were learned are in its
 def replay(args: argparse.Namespace) -> None:
     """Rebuild the logits, print their digest, and write them where asked for."""
     progress = Path(args.source) / PROGRESS
+    if not Path(args.source).is_dir():
+        raise ValueError(
+            f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}: there is none; "
+            "check its name"
+        )
     if not (progress / JOURNAL).exists():
         raise ValueError(
             f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
