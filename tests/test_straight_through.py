@@ -67,6 +67,21 @@ def test_slopes_are_within_the_error_budget(problem, parts):
     within_budget(found, by_torch, exact)
 
 
+def test_tiles_that_are_taken_in_groups_are_all_taken_once(monkeypatch):
+    """Of a group and a part of one, three rows of tiles each."""
+    pattern = NMPattern("2:4")
+    count = straight_through.SHARING.value + 3
+    grad, x, weight, logits = tensors(pattern, rows=40, k=32 * count)
+    mask = source(logits, pattern)
+    whole = ops.straight_through_grad(grad, x, weight, CURVATURE, *mask)
+    monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+    in_tiles = ops.straight_through_grad(grad, x, weight, CURVATURE, *mask)
+    torch.testing.assert_close(in_tiles, whole, rtol=1e-4, atol=1e-4)
+    rate = torch.tensor(0.5, device=KERNEL_DEVICE)
+    mean_square = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, 0.75, *mask)
+    torch.testing.assert_close(mean_square, whole.square().mean(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("m", [2, 4, 8])
 def test_a_slope_is_what_dropping_and_keeping_cost(m):
     """Of a loss whose derivatives those are: exactly, were it not for the mean of the group."""
