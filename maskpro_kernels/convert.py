@@ -227,16 +227,12 @@ def _select(
     everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     linears = {name: module for name, module in everything.items() if type(module) is nn.Linear}
     if not linears:
-        raise ValueError(
-            "model: expected a module that contains nn.Linear layers, got none"
-            + (
-                ", but MaskedLinear: it has been converted; finalize it first"
-                if any(isinstance(module, MaskedLinear) for module in model.modules())
-                else "; a single layer is converted by MaskedLinear.from_linear"
-                if isinstance(model, nn.Linear)
-                else ""
-            )
-        )
+        told = "model: expected a module that contains nn.Linear layers, got none"
+        if any(isinstance(module, MaskedLinear) for module in model.modules()):
+            told += ", but MaskedLinear: it has been converted; finalize it first"
+        elif isinstance(model, nn.Linear):
+            told += "; a single layer is converted by MaskedLinear.from_linear"
+        raise ValueError(told)
     # they compute something else than x @ w.T + b, or rely on their type
     subclasses = {
         name: f"subclass of nn.Linear: {type(module).__name__}"

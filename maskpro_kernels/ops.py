@@ -65,7 +65,7 @@ def _uses_kernels(tensor: Tensor) -> bool:
 
 
 def _quick_op(name: str, schema: str):
-    """As ``torch.library.custom_op``, but without its wrapper, which takes longer than a small layer's kernel does."""
+    """As ``torch.library.custom_op``, but without its wrapper, for what is called once or more a layer and step."""
 
     def register(function):
         torch.library.define(f"maskpro::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
