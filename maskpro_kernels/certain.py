@@ -72,16 +72,16 @@ def expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
 
 
 def group_expected_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):
-    """(``reference.score_terms`` where the draw is certain, ``flags`` elsewhere) of groups of logits."""
+    """(columns of ``reference.score_terms`` where the draw is certain, ``flags`` elsewhere) of groups of logits."""
     z = reference.scaled(reference.columns(logits), inv_temperature)
     terms, settled = expected_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n)
-    return reference.uncolumns(terms), flags(settled)
+    return terms, flags(settled)
 
 
 def group_expected_update(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
-    """(``reference.group_updated_logits`` of a single draw where it is certain, else the logits; ``flags``)."""
+    """(columns of ``reference.group_updated_logits`` of a draw where it is certain, else of the logits; ``flags``)."""
     xs = reference.columns(logits)
     z = reference.scaled(xs, inv_temperature)
     terms, settled = expected_terms(z, group, seed, step, coef[0], draws[0], inv_temperature, layer, n)
     new = [torch.where(settled, x - t, x) for x, t in zip(xs, terms, strict=True)]
-    return reference.uncolumns(new), flags(settled)
+    return new, flags(settled)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import certain, reference
-from .graphs import LEAST_ROWS, ROW, graph
+from . import certain, philox, reference
+from .graphs import LEAST_ROWS, ROW, Places, graph
 from .pattern import code_dtype, codes_of
 
 # Most groups in one call of a graph
@@ -34,40 +34,59 @@ def _run(
     group_tensors: Sequence[Tensor],
     rest: Sequence[Tensor] = (),
     first: Tensor | None = None,
-    changing: bool = False,
+    target: Tensor | None = None,
     **constants,
 ) -> list[Tensor]:
     """The results [groups, ...] of ``function`` on tensors [groups, ...] of at least one group, as a graph.
 
     Args:
         first: the number of the first group, where the function takes those of consecutive groups.
-        changing: whether the function changes the first of the tensors.
+        target: words [groups, words] that the function writes, of memory of their own or of the first tensor's.
     """
-    groups = len(group_tensors[0])
-    rows = max(-(-groups // ROW), LEAST_ROWS)
-    padding = rows * ROW - groups
-    whole = group_tensors
-    if padding:
-        whole = [torch.cat([x, x[:1].expand(padding, *x.shape[1:])]) for x in group_tensors]
-    like_groups = tuple((x.dtype, *x.shape[1:]) for x in whole)
-    like_rest = tuple((x.dtype, *x.shape) for x in rest)
+    groups = group_tensors[0].shape[0]
+    rows, beyond = divmod(groups, ROW)
+    whole, words = group_tensors, target
+    ragged = beyond or rows < LEAST_ROWS
+    if ragged:
+        rows = max(-(-groups // ROW), LEAST_ROWS)
+        whole = [torch.cat([x, x[:1].expand(rows * ROW - groups, *x.shape[1:])]) for x in group_tensors]
     tensors = [x.view(rows, ROW, *x.shape[1:]) for x in whole]
-    tensors += rest if first is None else [*rest, first]
-    with torch.no_grad():
-        results = graph(function, like_groups, like_rest, first is not None, **constants)(tensors)
+    like_groups = tuple([(x.dtype, *x.shape[2:]) for x in tensors])
+    like_rest = tuple([(x.dtype, *x.shape) for x in rest])
+    places = None
+    if target is not None:
+        in_place = target.data_ptr() == group_tensors[0].data_ptr()
+        if ragged:
+            words = whole[0].view(target.dtype) if in_place else target.new_empty(rows * ROW, target.shape[1])
+        places = Places(target.dtype, target.shape[1], in_place)
+        tensors += words.view(rows, ROW, places.count).unbind(-1)
+    tensors += rest
+    if first is not None:
+        tensors.append(first)
+    results = graph(function, like_groups, like_rest, first is not None, places, **constants)(tensors)
     results = [x.flatten(0, 1) for x in results]
-    if padding:
+    if ragged:
         results = [x[:groups] for x in results]
-        if changing:
-            group_tensors[0].copy_(whole[0][:groups])
+        if target is not None:
+            target.copy_(words[:groups])
     return results
 
 
-def _slices(out: Tensor, limit: int = DRAW_BYTES) -> Iterator[slice]:
-    """The pieces in which results [groups, ...] are made."""
-    piece = min(limit // (out.element_size() * math.prod(out.shape[1:])), PIECE)
-    for start in range(0, len(out), piece):
-        yield slice(start, min(start + piece, len(out)))
+def _pieces(which: slice, size: int) -> Iterator[slice]:
+    """Consecutive groups, ``size`` of them at a time."""
+    for start in range(which.start, which.stop, size):
+        yield slice(start, min(start + size, which.stop))
+
+
+def _slices(out: Tensor, limit: int = DRAW_BYTES, which: slice | None = None) -> Iterator[slice]:
+    """The pieces in which results [groups, ...], or some of them, are made."""
+    size = min(limit // (out.element_size() * math.prod(out.shape[1:])), PIECE)
+    return _pieces(which or slice(0, len(out)), size)
+
+
+def _part(x: Tensor, which: slice) -> Tensor:
+    """``x[which]``, at no cost where that is all of it."""
+    return x if which.stop - which.start == x.shape[0] else x[which]
 
 
 class _Groups:
@@ -89,16 +108,18 @@ class _Groups:
         which: slice,
         counter: Sequence[Tensor],
         others: Sequence[Tensor] = (),
-        changing: bool = False,
+        target: Tensor | None = None,
         **constants,
     ) -> list[Tensor]:
-        """``_run`` on some groups of (others, logits in float32, numbers in the whole layer)."""
-        tensors = [*(x[which] for x in others), self.logits[which].float()]
+        """``_run`` on some groups of (logits in float32, others, numbers in the whole layer), and of ``target``."""
+        tensors = [_part(self.logits, which).float(), *[_part(x, which) for x in others]]
+        if target is not None:
+            target = _part(target, which)
         if self.consecutive:
             first = self.first + which.start if which.start else self.first
-            return _run(function, tensors, counter, first, changing, **constants)
+            return _run(function, tensors, counter, first, target, **constants)
         tensors.append(self._numbers(torch.arange(which.start, which.stop)))
-        return _run(function, tensors, counter, None, changing, **constants)
+        return _run(function, tensors, counter, None, target, **constants)
 
     def run_numbered(
         self,
@@ -110,10 +131,10 @@ class _Groups:
     ) -> list[Tensor]:
         """``run`` on consecutive groups, or on those of some indices: by the same graph, which takes their numbers."""
         if isinstance(which, Tensor):
-            tensors, local = [x.index_select(0, which) for x in (*others, self.logits)], which
+            tensors, local = [x.index_select(0, which) for x in (self.logits, *others)], which
         else:
-            tensors, local = [x[which] for x in (*others, self.logits)], torch.arange(which.start, which.stop)
-        tensors[-1] = tensors[-1].float()
+            tensors, local = [x[which] for x in (self.logits, *others)], torch.arange(which.start, which.stop)
+        tensors[0] = tensors[0].float()
         return _run(function, [*tensors, self._numbers(local)], counter, **constants)
 
     def _numbers(self, which: Tensor) -> Tensor:
@@ -133,57 +154,89 @@ def _draw_into(
     limit: int = DRAW_BYTES,
     **constants,
 ) -> None:
-    """out [groups, ...] = ``full`` of (others, logits, numbers), where ``settle``, if any, has not decided it.
+    """out [groups, ...] = ``full`` of (logits, others, numbers), where ``settle``, if any, has not decided it.
 
-    ``settle`` takes ``out`` ahead of the others, writes into it, and gives the ``certain.flags`` of what it left open.
-    ``out`` may be the logits themselves: what is open stays as it was, and ``settle`` does not take them twice.
+    ``settle`` writes into the words of ``out``, and gives the ``certain.flags`` of what it left open. ``out`` may be
+    the logits themselves: what is open stays as it was.
     """
+
+    def draw_all(which: slice) -> None:
+        for part in _slices(out, limit, which):
+            (out[part],) = groups.run_numbered(full, part, counter, others, **constants)
+
     if settle is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
-        for which in _slices(out, limit):
-            (out[which],) = groups.run_numbered(full, which, counter, others, **constants)
-        return
+        return draw_all(slice(0, len(out)))
 
     def draw_open(which: np.ndarray) -> None:
         for start in range(0, len(which), PIECE):
-            part = which[start : start + PIECE]
-            # Some twice, to make whole rows; those of an earlier part would be drawn from what it has written
-            part = torch.from_numpy(np.resize(part, -(-len(part) // ROW) * ROW))
+            part = _in_whole_rows(which[start : start + PIECE])
             (result,) = groups.run_numbered(full, part, counter, others, **constants)
             out.index_copy_(0, part, result)
 
-    targets = [] if out is groups.logits else [out]
+    words = _words(out)
     open_groups = []
-    # what holds a single number a group is written without a copy in between
-    for which in _slices(out, limit if out[:1].numel() > 1 else PIECE * out.element_size()):
-        (undecided,) = groups.run(settle, which, counter, [*targets, *others], changing=True, **constants)
+    # all that it leaves are flags
+    for which in _pieces(slice(0, len(out)), PIECE):
+        (undecided,) = groups.run(settle, which, counter, others, words, **constants)
         # many times as fast as torch's
-        again = np.flatnonzero(undecided.numpy().view(np.bool_)) + which.start
+        (again,) = undecided.numpy().view(np.bool_).nonzero()
+        if which.start:
+            again += which.start
         if 2 * len(again) <= len(undecided):
             open_groups.append(again)
-        elif targets:
-            (out[which],) = groups.run_numbered(full, which, counter, others, **constants)
-        else:
+        elif out is groups.logits:
             draw_open(again)
+        else:
+            draw_all(which)
     if open_groups:
-        draw_open(np.concatenate(open_groups))
+        draw_open(np.concatenate(open_groups) if len(open_groups) > 1 else open_groups[0])
 
 
-def _words(weight: Tensor, m: int) -> Tensor:
+def _in_whole_rows(which: np.ndarray) -> Tensor:
+    """Indices, the last again and again until they fill rows: one result, however often it is written.
+
+    Others would not do: what is drawn for those of earlier rows would be drawn from what was written there.
+    """
+    rows = max(-(-len(which) // ROW), LEAST_ROWS)
+    filled = np.empty(rows * ROW, np.int64)
+    filled[: len(which)], filled[len(which) :] = which, which[-1]
+    return torch.from_numpy(filled)
+
+
+def _words(groups: Tensor) -> Tensor:
+    """Groups [groups, ...] as integers [groups, words] of up to 8 bytes, as far as their memory is aligned."""
+    groups = groups.view(len(groups), -1)
+    if groups.dtype == torch.float32:
+        wide = groups.shape[1] % 2 == 0 and groups.storage_offset() % 2 == 0
+        return groups.view(torch.int64 if wide else torch.int32)
+    return groups
+
+
+def _write(places: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
+    """Fill the places of groups' words with columns: integers of the same size, or one or two of 32 bits."""
+    if len(columns) > len(places):
+        bits = [x.view(torch.int32).to(torch.int64) for x in columns]
+        columns = [low & philox.WORD | high << 32 for low, high in zip(bits[::2], bits[1::2], strict=True)]
+    for place, column in zip(places, columns, strict=True):
+        place.copy_(column.view(place.dtype))
+
+
+def _weight_words(weight: Tensor, m: int) -> Tensor:
     """A matrix [rows, K] as integers [groups, words] of up to 8 bytes: masks apply to whole words."""
     size = min(m * weight.element_size(), 8)
     if weight.storage_offset() * weight.element_size() % size:
         weight = weight.clone()
-    words = weight.view(-1).view(torch.int64 if size == 8 else torch.int32)
+    words = weight.view(torch.int64 if size == 8 else torch.int32)
     return words.view(-1, m * weight.element_size() // size)
 
 
 def _mask_words(words, kept):
-    """``reference.masked`` for groups as ``_words`` packs them."""
-    count = words.shape[-1]
-    fields = len(kept) // count
+    """The columns of groups as ``_weight_words`` packs them, zeros where weights are not kept."""
+    columns = reference.columns(words)
+    fields = len(kept) // len(columns)
     bits = 8 * words.element_size() // fields
     masked = []
-    for i, word in enumerate(words.unbind(-1)):
+    for i, word in enumerate(columns):
         mask = None
         for field, k in enumerate(kept[i * fields : (i + 1) * fields]):
             # the last field holds the sign
@@ -191,43 +244,43 @@ def _mask_words(words, kept):
             here = torch.where(k, ones, 0).to(word.dtype)
             mask = here if mask is None else mask | here
         masked.append(word & mask)
-    return torch.stack(masked, dim=-1)
+    return masked
 
 
-def _certain_mask_(out, logits, group, *counter, n):
+def _certain_mask_(logits, group, *counter, places, n):
     kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
-    out.copy_(reference.encode(kept, out.dtype))
+    _write(places, [reference.encode(kept, places[0].dtype)])
     return undecided
 
 
-def _certain_masked_weight_(out, words, logits, group, *counter, n):
+def _certain_masked_weight_(logits, words, group, *counter, places, n):
     kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
-    out.copy_(_mask_words(words, kept))
+    _write(places, _mask_words(words, kept))
     return undecided
 
 
-def _certain_update_(logits, group, *counter, n):
+def _certain_update_(logits, group, *counter, places, n):
     new, undecided = certain.group_expected_update(logits, group, *counter, n=n)
-    logits.copy_(new)
+    _write(places, new)
     return undecided
 
 
-def _certain_terms_(out, logits, group, *counter, n):
+def _certain_terms_(logits, group, *counter, places, n):
     terms, undecided = certain.group_expected_terms(logits, group, *counter, n=n)
-    out.copy_(terms)
+    _write(places, terms)
     return undecided
 
 
-def _drawn_masked_weight(words, logits, group, *counter, n):
-    return _mask_words(words, reference.group_drawn(logits, group, *counter, n))
+def _drawn_masked_weight(logits, words, group, *counter, n):
+    return torch.stack(_mask_words(words, reference.group_drawn(logits, group, *counter, n)), dim=-1)
 
 
-def _top_n_masked_weight(words, scores, *, n):
-    return _mask_words(words, reference.top_n(reference.columns(scores), n))
+def _top_n_masked_weight_(scores, words, *, places, n):
+    _write(places, _mask_words(words, reference.top_n(reference.columns(scores), n)))
 
 
-def _code_masked_weight(words, codes, *, m):
-    return _mask_words(words, reference.decode(codes, m))
+def _code_masked_weight_(codes, words, *, places, m):
+    _write(places, _mask_words(words, reference.decode(codes, m)))
 
 
 def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
@@ -246,8 +299,8 @@ def sample_masked_weight(
     out = torch.empty_like(weight)
     groups = _Groups(logits.view(-1, m), logits.shape[1] // m, group_offset, group_row_stride)
     counter = (seed, step, inv_temperature, layer, draw)
-    words = [_words(weight, m)]
-    _draw_into(_words(out, m), _certain_masked_weight_, _drawn_masked_weight, groups, counter, words, n=n)
+    words = [_weight_words(weight, m)]
+    _draw_into(_weight_words(out, m), _certain_masked_weight_, _drawn_masked_weight, groups, counter, words, n=n)
     return out
 
 
@@ -263,18 +316,19 @@ def top_n_mask(scores, *, n, m):
 def top_n_masked_weight(weight, scores, *, n, m):
     """``reference.top_n_masked_weight``."""
     out = torch.empty_like(weight)
-    words, masked, groups = _words(weight, m), _words(out, m), scores.view(-1, m)
+    words, masked, groups = _weight_words(weight, m), _weight_words(out, m), scores.view(-1, m)
     for which in _slices(masked):
-        (masked[which],) = _run(_top_n_masked_weight, [words[which], groups[which].float()], (), n=n)
+        tensors = [groups[which].float(), words[which]]
+        _run(_top_n_masked_weight_, tensors, target=masked[which], n=n)
     return out
 
 
 def code_masked_weight(weight, codes, *, n, m):
     """``reference.code_masked_weight``."""
     out = torch.empty_like(weight)
-    words, masked, flat = _words(weight, m), _words(out, m), codes.view(-1)
+    words, masked, flat = _weight_words(weight, m), _weight_words(out, m), codes.view(-1)
     for which in _slices(masked):
-        (masked[which],) = _run(_code_masked_weight, [words[which], flat[which]], (), m=m)
+        _run(_code_masked_weight_, [flat[which], words[which]], target=masked[which], m=m)
     return out
 
 

@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -39,6 +40,8 @@ USUAL_ROWS = 4096
 OPTIONS = {
     # With the heuristics inductor falls back to scalar code for the strided reads of a group
     "cpp.enable_tiling_heuristics": False,
+    # What is left out of a loop goes through memory: twice the time for an update of 4:8
+    "max_fusion_size": 1024,
     # Bits must not depend on a user's settings
     "cpp.enable_floating_point_contract_flag": "off",
     "cpp.enable_unsafe_math_opt_flag": False,
@@ -59,54 +62,74 @@ _making = threading.Lock()
 Likes = tuple[tuple, ...]
 
 
-class _Bound(nn.Module):
-    """``function(*tensors, **constants)``; where ``numbered``, the tensor behind the others is the number of the first
-    group, and the function gets the numbers of all groups behind the first ``groups`` tensors.
+class Places(NamedTuple):
+    """What a function fills: ``count`` words of every group, a tensor [rows, ROW] of the places of each.
+
+    They are of memory of their own, or, ``in_place``, of that of the first tensor, whose groups the function reads.
     """
 
-    def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
+    dtype: torch.dtype
+    count: int
+    in_place: bool
+
+
+class _Bound(nn.Module):
+    """``function(*tensors, **constants)``, with the places to fill, if any, by their name.
+
+    Where ``numbered``, the last tensor is the number of the first group, and the function gets the numbers of all
+    groups behind the first ``groups`` tensors.
+    """
+
+    def __init__(self, function: Callable, groups: int, places: int, numbered: bool, constants: Mapping):
         super().__init__()
-        self.function, self.groups, self.numbered, self.constants = function, groups, numbered, constants
+        self.function, self.groups, self.places = function, groups, places
+        self.numbered, self.constants = numbered, constants
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups + self.places :])
         if self.numbered:
-            *tensors, first = tensors
-            rows = tensors[0].shape[0]
-            tensors.insert(self.groups, first + torch.arange(rows * ROW, device="cpu").view(rows, ROW))
-        results = self.function(*tensors, **self.constants)
+            first, rows = rest.pop(), groups[0].shape[0]
+            groups.append(first + torch.arange(rows * ROW, device="cpu").view(rows, ROW))
+        places = {"places": tensors[self.groups :][: self.places]} if self.places else {}
+        results = self.function(*groups, *rest, **places, **self.constants)
+        if results is None:
+            return ()
         return results if isinstance(results, tuple) else (results,)
 
 
 class Graph:
-    """``function(*groups, *rest, **constants)`` of tensors of groups [rows, ROW, ...], called with a list of them all.
+    """``function(*groups, *rest, places=places, **constants)`` of tensors of groups [rows, ROW, ...].
 
-    The function may change the tensors of groups.
-
-    It is compiled or loaded at its first call. It checks nothing: what its results depend on is in the key by which
-    ``graph`` keeps it, and in its name on disk. Where it cannot be compiled it runs eagerly.
+    It is called with a list of (groups, places, rest), and compiled or loaded at its first call. It checks nothing:
+    what its results depend on is in the key by which ``graph`` keeps it, and in its name on disk. Where it cannot be
+    compiled it runs eagerly.
 
     Args:
         groups: (dtype, *shape of one group) of each tensor of groups.
         rest: (dtype, *shape) of each of the others.
         numbered: whether the groups are consecutive, so that the number of the first one, a 0-dim int64 tensor that
             comes last, stands for the tensor of their numbers, which the function takes behind those of groups.
+        places: what the function fills, by the keyword of that name, besides what it returns.
     """
 
-    def __init__(self, function: Callable, groups: Likes, rest: Likes, numbered: bool, constants: Mapping):
-        self.whole = _Bound(function, len(groups), numbered, constants)
+    def __init__(
+        self, function: Callable, groups: Likes, rest: Likes, numbered: bool, places: Places | None, constants: Mapping
+    ):
+        self.whole = _Bound(function, len(groups), places.count if places else 0, numbered, constants)
         self.groups, self.rest = groups, (*rest, (torch.int64,)) if numbered else rest
+        self.places = places
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         if self.run is None:
             with _making:
                 if self.run is None:
-                    self.run = self._made()
+                    self.run = self._made(tensors)
         return self.run(tensors)
 
-    def _made(self) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    def _made(self, tensors: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         try:
-            return self._compiled()
+            return self._compiled(tensors)
         except Exception as error:
             # what a compiler, its cache or its settings raise differs from release to release
             first_line = (str(error) or repr(error)).splitlines()[0]
@@ -114,9 +137,10 @@ class Graph:
             return self._eager
 
     def _eager(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        return self.whole(*tensors)
+        with torch.no_grad():
+            return self.whole(*tensors)
 
-    def _compiled(self) -> Callable[[list[Tensor]], list[Tensor]]:
+    def _compiled(self, tensors: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
         path = cache_folder() / f"{self.whole.function.__name__.strip('_')}-{self._digest()}.pt2"
         # the folder may be deleted at any time
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -130,7 +154,7 @@ class Graph:
                 logger.info(
                     "compiling %s: once, it is kept in %s", self.whole.function.__name__.strip("_"), path.parent
                 )
-                self._build(path)
+                self._build(path, tensors)
                 remove_unused(path.parent)
         return load(path)
 
@@ -138,28 +162,82 @@ class Graph:
         """Of all that the compiled code depends on."""
         function, constants = self.whole.function, sorted(map(str, self.whole.constants.items()))
         name = (function.__module__, function.__qualname__, constants)
-        made_of = (name, self.groups, self.rest, self.whole.numbered, OPTIONS, torch.__version__, processor(), CODE)
-        return hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
+        made_of = (name, self.groups, self.rest, self.whole.numbered, self.places, OPTIONS)
+        return hashlib.sha256(repr((*made_of, torch.__version__, processor(), CODE)).encode()).hexdigest()[:32]
 
-    def _build(self, path: Path) -> None:
+    def _build(self, path: Path, tensors: list[Tensor]) -> None:
+        """Compile it, and keep what is found to work on groups like the first of ``tensors``.
+
+        Raises:
+            RuntimeError: if it gives other bits than the function.
+        """
         rows = torch.export.Dim("rows", min=LEAST_ROWS)
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             # of torch.export, about itself
             warnings.simplefilter("ignore", FutureWarning)
-            groups = [torch.zeros(USUAL_ROWS, ROW, *shape, dtype=dtype, device="cpu") for dtype, *shape in self.groups]
-            rest = [torch.zeros(shape, dtype=dtype, device="cpu") for dtype, *shape in self.rest]
+            groups = [_zeros(dtype, USUAL_ROWS, ROW, *shape) for dtype, *shape in self.groups]
+            if self.places:
+                # each in memory of its own: torch.export would take what they share for a dependence
+                words = _zeros(self.places.dtype, USUAL_ROWS, ROW, self.places.count)
+                groups += [words.clone()[..., i] for i in range(self.places.count)]
+            rest = [_zeros(*like) for like in self.rest]
             shapes = (*[{0: rows}] * len(groups), *[None] * len(rest))
             exported = torch.export.export(self.whole, (*groups, *rest), dynamic_shapes=(shapes,))
             with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-                package = os.path.join(unfinished, "graph.pt2")
-                torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=dict(OPTIONS))
+                package = Path(unfinished) / "graph.pt2"
+                torch._inductor.aoti_compile_and_package(
+                    exported, package_path=os.fspath(package), inductor_configs=dict(OPTIONS)
+                )
+                self._check(load(package), tensors)
                 os.replace(package, path)
+
+    def _check(self, run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> None:
+        """Raise unless ``run`` does what the function does, bit for bit.
+
+        A compiler may err, and this one does not know that places are of the memory of a tensor that it reads: that
+        is right as long as it reads a group before it fills its places, which it does where all is one loop.
+        """
+        expected, found = self._sample(tensors), self._sample(tensors)
+        results = [*self.whole(*expected), *expected], [*run(list(found)), *found]
+        for one, other in zip(*results, strict=True):
+            if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+                raise RuntimeError(f"the graph of {self.whole.function.__name__} differs from the function")
+
+    def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Few groups like ``tensors``: with their integers, for not all may be codes of groups, and any floats."""
+        generator = torch.Generator().manual_seed(0)
+
+        def like(x: Tensor, spread: float) -> Tensor:
+            if not x.is_floating_point():
+                return x.clone()
+            return torch.randn(x.shape, generator=generator, dtype=torch.float32).mul_(spread).to(x.dtype)
+
+        # far apart, so that some draws are certain; the others may be factors
+        groups = [like(x[:LEAST_ROWS], 16.0) for x in tensors[: len(self.groups)]]
+        rest = [like(x, 1.0).abs() for x in tensors[len(tensors) - len(self.rest) :]]
+        if self.places is None:
+            return [*groups, *rest]
+        words = torch.zeros(LEAST_ROWS, ROW, self.places.count, dtype=self.places.dtype)
+        if self.places.in_place:
+            words = groups[0].view(self.places.dtype)
+        return [*groups, *words.unbind(-1), *rest]
+
+
+def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 @functools.cache
-def graph(function: Callable, groups: Likes, rest: Likes, numbered: bool, **constants: int | torch.dtype) -> Graph:
+def graph(
+    function: Callable,
+    groups: Likes,
+    rest: Likes,
+    numbered: bool,
+    places: Places | None = None,
+    **constants: int | torch.dtype,
+) -> Graph:
     """The graph of ``function`` with those constants, for tensors like those."""
-    return Graph(function, groups, rest, numbered, constants)
+    return Graph(function, groups, rest, numbered, places, constants)
 
 
 def load(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
