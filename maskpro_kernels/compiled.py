@@ -81,7 +81,7 @@ def _pieces(which: slice, size: int) -> Iterator[slice]:
 def _slices(out: Tensor, limit: int = DRAW_BYTES, which: slice | None = None) -> Iterator[slice]:
     """The pieces in which results [groups, ...], or some of them, are made."""
     size = min(limit // (out.element_size() * math.prod(out.shape[1:])), PIECE)
-    return _pieces(which or slice(0, len(out)), size)
+    return _pieces(which or slice(0, out.shape[0]), size)
 
 
 def _part(x: Tensor, which: slice) -> Tensor:
@@ -176,13 +176,13 @@ def _draw_into(
     words = _words(out)
     open_groups = []
     # all that it leaves are flags
-    for which in _pieces(slice(0, len(out)), PIECE):
+    for which in _pieces(slice(0, out.shape[0]), PIECE):
         (undecided,) = groups.run(settle, which, counter, others, words, **constants)
         # many times as fast as torch's
         (again,) = undecided.numpy().view(np.bool_).nonzero()
         if which.start:
             again += which.start
-        if 2 * len(again) <= len(undecided):
+        if 2 * len(again) <= undecided.shape[0]:
             open_groups.append(again)
         elif out is groups.logits:
             draw_open(again)
@@ -205,7 +205,7 @@ def _in_whole_rows(which: np.ndarray) -> Tensor:
 
 def _words(groups: Tensor) -> Tensor:
     """Groups [groups, ...] as integers [groups, words] of up to 8 bytes, as far as their memory is aligned."""
-    groups = groups.view(len(groups), -1)
+    groups = groups if groups.dim() == 2 else groups.unsqueeze(-1)
     if groups.dtype == torch.float32:
         wide = groups.shape[1] % 2 == 0 and groups.storage_offset() % 2 == 0
         return groups.view(torch.int64 if wide else torch.int32)
@@ -384,7 +384,7 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
     """``reference.score_update_``."""
     flat = logits.view(-1, m)
     in_place = logits.dtype == torch.float32
-    for part in [slice(0, len(flat))] if in_place else _slices(flat, UPDATE_BYTES):
+    for part in [slice(0, flat.shape[0])] if in_place else _slices(flat, UPDATE_BYTES):
         wide = flat[part].float()
         groups = _Groups(wide, logits.shape[1] // m, group_offset, group_row_stride, part.start)
         _update(groups, (seed, step), coef, draws, (inv_temperature, layer), n)
@@ -397,7 +397,7 @@ def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
     """``reference.group_updated_logits``, in place; all numbers of draws above one by the same graphs."""
     # the estimate of the score by arrival times needs the keys of all groups
     exact = n <= reference.EXACT_SCORE_MAX_N
-    if len(coef) == 1:
+    if coef.shape[0] == 1:
         counter = (*seed_and_step, coef, draws, *rest)
         settle = _certain_update_ if exact else None
         _draw_into(groups.logits, settle, reference.group_updated_logits, groups, counter, limit=UPDATE_BYTES, n=n)

@@ -89,8 +89,7 @@ def sample_masked_weight(
     pattern = NMPattern(pattern)
     mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
     _check_like("weight", weight, logits)
-    masked = ops.masked_weight(_matrix("weight", weight, pattern), mask.tensor.detach(), *mask[1:])
-    return masked.view(weight.shape)
+    return ops.masked_weight(_matrix("weight", weight, pattern), mask.tensor.detach(), *mask[1:]).view(weight.shape)
 
 
 def shard_counter(pattern: str | NMPattern, in_features: int, *, row: int = 0, column: int = 0) -> dict[str, int]:
@@ -252,7 +251,8 @@ def score_update_(
     """
     pattern = NMPattern(pattern)
     matrix = _matrix("logits", logits, pattern).detach()
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+    sizes = zip(logits.shape, logits.stride(), strict=True)
+    if not logits.is_contiguous() and any(size > 1 and stride == 0 for size, stride in sizes):
         raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
     # dynamo does not trace the question, and refuses such a tensor itself
     if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
@@ -518,7 +518,9 @@ def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(tensor)}")
     _check_groups(name, tensor, pattern)
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor.contiguous()
 
 
 def _linear_operands(
@@ -582,9 +584,12 @@ def _inverse_temperature(temperature: float) -> float:
 
 def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-dim tensor; a Python number is filled on the device, which neither copies nor synchronises."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=device)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    # what ``to`` and ``detach`` cost where they change nothing is much to a small layer
+    if value.dtype != dtype or value.device != device:
+        value = value.to(device=device, dtype=dtype)
+    return value.detach() if value.requires_grad else value
 
 
 def _stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:

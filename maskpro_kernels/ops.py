@@ -131,7 +131,7 @@ MASK = (
 )
 
 
-@torch.library.custom_op("maskpro::masked_weight", mutates_args=(), schema=f"(Tensor weight, {MASK}) -> Tensor")
+@_quick_op("masked_weight", f"(Tensor weight, {MASK}) -> Tensor")
 def masked_weight(weight, *mask):
     """The weight [rows, K] under a mask, exact zeros elsewhere."""
     mask = MaskSource(*mask)
@@ -140,7 +140,7 @@ def masked_weight(weight, *mask):
     return _reference_masked_weight(weight, mask)
 
 
-@masked_weight.register_fake
+@torch.library.register_fake("maskpro::masked_weight")
 def _(weight, *_):
     return torch.empty_like(weight)
 
@@ -170,7 +170,7 @@ def _masked_weight_backward(ctx, grad):
     return masked_weight(grad.contiguous(), *mask), *[None] * len(mask)
 
 
-masked_weight.register_autograd(_masked_weight_backward, setup_context=_masked_weight_context)
+torch.library.register_autograd("maskpro::masked_weight", _masked_weight_backward, setup_context=_masked_weight_context)
 
 
 @_quick_op("masked_linear", f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)")

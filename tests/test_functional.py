@@ -444,7 +444,7 @@ def test_an_error_of_a_run_is_raised(compiled_route, monkeypatch):
     def failing(tensors):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(graphs.Graph, "_compiled", lambda _: failing)
+    monkeypatch.setattr(graphs.Graph, "_compiled", lambda *_: failing)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of memory"):
             mk.top_n_mask(torch.zeros(1, 4), "2:4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ LIKE = (((torch.float32, 4),), ((torch.float32,),))
 
 
 def a_graph(power=3, groups=LIKE[0], rest=LIKE[1]):
-    return graphs.Graph(scaled_sum, groups, rest, True, {"power": power})
+    return graphs.Graph(scaled_sum, groups, rest, True, None, {"power": power})
 
 
 def tensors(rows):
@@ -78,18 +79,52 @@ def test_a_graph_is_compiled_once_for_all_shapes_and_processes(folder, builds):
     assert list(folder.glob("*.pt2")) == [file] and not list(folder.glob("tmp*"))
 
 
-def add_numbers_(x, index, *, factor):
-    x.copy_(x + index[..., None] * factor)
+def add_numbers_(x, index, *, places, factor):
+    for place, column in zip(places, x.unbind(-1), strict=True):
+        place.copy_(column + index * factor)
     return index
 
 
-def test_a_function_may_change_its_tensors(folder, builds):
-    """In place, also where pieces of a longer tensor are changed by a graph for the whole of it."""
-    graph = graphs.Graph(add_numbers_, ((torch.float32, 2),), (), True, {"factor": 2})
+def number_adder(in_place):
+    places = graphs.Places(torch.float32, 2, in_place)
+    return graphs.Graph(add_numbers_, ((torch.float32, 2),), (), True, places, {"factor": 2})
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_function_fills_places(in_place, folder, builds):
+    """Of the memory of its tensor or of another, also where these are pieces of something longer."""
+    graph = number_adder(in_place)
     x = torch.ones(5, graphs.ROW, 2)
+    out = x if in_place else torch.zeros_like(x)
     for rows in (slice(0, 3), slice(3, 5)):
-        graph([x[rows], torch.tensor(rows.start * graphs.ROW)])
-    assert torch.equal(x.view(-1, 2), 1.0 + 2 * torch.arange(5 * graphs.ROW)[:, None].expand(-1, 2))
+        (index,) = graph([x[rows], *out[rows].unbind(-1), torch.tensor(rows.start * graphs.ROW)])
+        assert torch.equal(index, torch.arange(5 * graphs.ROW).view(5, -1)[rows])
+    assert torch.equal(out.view(-1, 2), 1.0 + 2 * torch.arange(5 * graphs.ROW)[:, None].expand(-1, 2))
+    assert in_place or (x == 1.0).all()
+
+
+@pytest.mark.parametrize("wrong", ["index", "x"])
+def test_a_graph_that_differs_from_its_function_is_not_kept(wrong, folder, monkeypatch):
+    """By the last bit of one group."""
+    graph = number_adder(in_place=True)
+
+    def miscompiled(tensors):
+        x = tensors[0]
+        (index,) = graph.whole(*tensors)
+        if wrong == "index":
+            index[-1, -1] += 1
+        else:
+            x[-1, -1, -1] = x[-1, -1, -1].nextafter(torch.tensor(torch.inf))
+        return (index,)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
+    monkeypatch.setattr(graphs, "load", lambda path: miscompiled)
+    x = torch.ones(3, graphs.ROW, 2)
+    with pytest.warns(UserWarning, match="compilation failed .the graph of add_numbers_ differs from the function"):
+        (index,) = graph([x, *x.unbind(-1), torch.tensor(0)])
+    assert torch.equal(index.view(-1), torch.arange(3 * graphs.ROW))
+    assert torch.equal(x.view(-1, 2), 1.0 + 2 * torch.arange(3 * graphs.ROW)[:, None].expand(-1, 2))
+    assert not list(folder.glob("*.pt2"))
 
 
 def test_inference_mode_and_default_dtype_do_not_reach_the_graph(folder, builds):
@@ -106,8 +141,10 @@ def test_inference_mode_and_default_dtype_do_not_reach_the_graph(folder, builds)
 def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     names = [a_graph()._digest(), a_graph(power=4)._digest(), a_graph(rest=((torch.float64,),))._digest()]
     names.append(a_graph(groups=((torch.float32, 8),))._digest())
-    names.append(graphs.Graph(scaled_sum, *LIKE, False, {"power": 3})._digest())
-    names.append(graphs.Graph(check, *LIKE, True, {"power": 3})._digest())
+    names.append(graphs.Graph(scaled_sum, *LIKE, False, None, {"power": 3})._digest())
+    names.append(graphs.Graph(check, *LIKE, True, None, {"power": 3})._digest())
+    for places in itertools.product((torch.int32, torch.int64), (1, 2), (False, True)):
+        names.append(graphs.Graph(scaled_sum, *LIKE, True, graphs.Places(*places), {"power": 3})._digest())
     for name, value in (("processor", lambda: "another"), ("CODE", "edited"), ("OPTIONS", {})):
         with monkeypatch.context() as patch:
             patch.setattr(graphs, name, value)
@@ -140,7 +177,7 @@ def test_threads_that_come_together_compile_once(folder, monkeypatch):
     building, graph = threading.Barrier(2, timeout=60), a_graph()
     builds = []
 
-    def slow(self, path):
+    def slow(self, path, tensors):
         builds.append(path)
         time.sleep(0.2)
         path.write_bytes(b"")
@@ -165,7 +202,7 @@ def test_a_process_waits_for_another_that_compiles_the_same(folder, monkeypatch)
     monkeypatch.setattr(graphs.Graph, "_digest", lambda _: "x")
     monkeypatch.setattr(graphs, "load", lambda path: list)
 
-    def build(self, path):
+    def build(self, path, tensors):
         with pytest.raises(Timeout):
             FileLock(path.with_suffix(".lock"), is_singleton=False, timeout=0).acquire()
         with zipfile.ZipFile(path, "w") as archive:
@@ -192,7 +229,7 @@ def test_what_nobody_loads_goes(folder):
 
 
 def test_a_command_tells_that_it_compiles(folder, monkeypatch, capsys):
-    monkeypatch.setattr(graphs.Graph, "_build", lambda self, path: None)
+    monkeypatch.setattr(graphs.Graph, "_build", lambda *_: None)
     monkeypatch.setattr(graphs, "load", lambda path: list)
     with log_told():
         a_graph()(tensors(2))
@@ -214,7 +251,7 @@ def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypat
 def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch):
     graph, lock = a_graph(), folder / "scaled_sum-x.lock"
     monkeypatch.setattr(graphs.Graph, "_digest", lambda _: "x")
-    monkeypatch.setattr(graphs.Graph, "_build", lambda self, path: None)
+    monkeypatch.setattr(graphs.Graph, "_build", lambda *_: None)
     monkeypatch.setattr(graphs, "load", lambda path: list)
     lock.write_bytes(b"")
     os.utime(lock, (0, 0))
@@ -225,7 +262,7 @@ def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch):
 def test_a_folder_that_was_deleted_is_made_anew_for_its_owner_alone(tmp_path, monkeypatch):
     folder = tmp_path / "maskpro_kernels"
     monkeypatch.setattr(graphs, "cache_folder", lambda: folder)
-    monkeypatch.setattr(graphs.Graph, "_build", lambda self, path: None)
+    monkeypatch.setattr(graphs.Graph, "_build", lambda *_: None)
     monkeypatch.setattr(graphs, "load", lambda path: list)
     before = os.umask(0o002)
     try:
