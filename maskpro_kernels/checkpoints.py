@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .export import disk_errors, open_to_others
+from .export import write_tensors
 from .packed import PackedNM
 from .pattern import GROUP_SIZES, NMPattern
 
@@ -171,9 +170,7 @@ def decompress(source: str | Path, output: str | Path) -> int:
                 elif part == "compressed":
                     parts = [_tensor(where[f"{name}.{part}"], f"{name}.{part}") for part in COMPRESSED]
                     tensors[f"{name}.weight"] = _decompressed(name, *parts)
-        with disk_errors(output / file.name):
-            save_file(tensors, output / file.name, metadata={"format": "pt"})
-        open_to_others(output / file.name)
+        write_tensors(tensors, output / file.name, {"format": "pt"})
         written |= dict.fromkeys(tensors, file.name)
     if [file.name for file in files] != [SINGLE]:
         (output / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written}, indent=2), encoding="utf-8")

@@ -58,15 +58,24 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, st
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with disk_errors(path):
-            save_file(tensors, temporary, metadata=metadata)
-        open_to_others(temporary)
+        write_tensors(tensors, temporary, metadata)
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     # The new name is itself lost in a crash unless the folder reaches the disk too.
     sync(path.parent)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file in place, with the mode that other new files have.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with disk_errors(path):
+        save_file(tensors, path, metadata=metadata)
+    open_to_others(path)
 
 
 def open_to_others(path: str | Path) -> None:
