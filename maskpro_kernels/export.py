@@ -55,27 +55,27 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, st
     if wrong is not None:
         raise TypeError(f"metadata: expected strings as names and values, got {wrong!r}")
     tensors = {name: layer.logits.detach().contiguous() for name, layer in masked_layers(model).items()}
+    write_tensors(tensors, path, metadata)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file; one of that name is replaced only once the new one is safe on disk.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write_tensors(tensors, temporary, metadata)
+        with disk_errors(path):
+            save_file(tensors, temporary, metadata=metadata)
+        open_to_others(temporary)
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     # The new name is itself lost in a crash unless the folder reaches the disk too.
     sync(path.parent)
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file in place, with the mode that other new files have.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    with disk_errors(path):
-        save_file(tensors, path, metadata=metadata)
-    open_to_others(path)
 
 
 def open_to_others(path: str | Path) -> None:
