@@ -21,7 +21,7 @@ from .pattern import code_dtype, codes_of
 # Most groups in one call of a graph
 PIECE = 1 << 18
 
-# Bytes of results that such a call leaves. A draw's stand beside the masked weight, an update's in its place
+# Bytes of results that such a call leaves of full draws. They stand beside the masked weight, an update's in its place
 DRAW_BYTES = 1 << 20
 UPDATE_BYTES = 1 << 21
 
@@ -73,9 +73,12 @@ def _run(
 
 
 def _pieces(which: slice, size: int) -> Iterator[slice]:
-    """Consecutive groups, ``size`` of them at a time."""
-    for start in range(which.start, which.stop, size):
-        yield slice(start, min(start + size, which.stop))
+    """Consecutive groups, at most ``size`` of them at a time, and those beyond whole rows apart: they are copied."""
+    whole = which.stop - (which.stop - which.start) % ROW
+    for start in range(which.start, whole, size):
+        yield slice(start, min(start + size, whole))
+    if whole < which.stop:
+        yield slice(whole, which.stop)
 
 
 def _slices(out: Tensor, limit: int = DRAW_BYTES, which: slice | None = None) -> Iterator[slice]:
@@ -165,7 +168,8 @@ def _draw_into(
             (out[part],) = groups.run_numbered(full, part, counter, others, **constants)
 
     if settle is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
-        return draw_all(slice(0, len(out)))
+        draw_all(slice(0, len(out)))
+        return
 
     def draw_open(which: np.ndarray) -> None:
         for start in range(0, len(which), PIECE):
@@ -182,9 +186,10 @@ def _draw_into(
         (again,) = undecided.numpy().view(np.bool_).nonzero()
         if which.start:
             again += which.start
-        if 2 * len(again) <= undecided.shape[0]:
+        if 16 * len(again) <= undecided.shape[0]:
+            # few, of which many a piece make one call; their indices take 8 bytes each
             open_groups.append(again)
-        elif out is groups.logits:
+        elif 2 * len(again) <= undecided.shape[0] or out is groups.logits:
             draw_open(again)
         else:
             draw_all(which)
@@ -226,7 +231,8 @@ def _weight_words(weight: Tensor, m: int) -> Tensor:
     size = min(m * weight.element_size(), 8)
     if weight.storage_offset() * weight.element_size() % size:
         weight = weight.clone()
-    words = weight.view(torch.int64 if size == 8 else torch.int32)
+    # rows of a single one may lie at any stride
+    words = weight.view(-1).view(torch.int64 if size == 8 else torch.int32)
     return words.view(-1, m * weight.element_size() // size)
 
 

@@ -251,8 +251,8 @@ def score_update_(
     """
     pattern = NMPattern(pattern)
     matrix = _matrix("logits", logits, pattern).detach()
-    sizes = zip(logits.shape, logits.stride(), strict=True)
-    if not logits.is_contiguous() and any(size > 1 and stride == 0 for size, stride in sizes):
+    spans = zip(logits.shape, logits.stride(), strict=True)
+    if not logits.is_contiguous() and any(size > 1 and stride == 0 for size, stride in spans):
         raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
     # dynamo does not trace the question, and refuses such a tensor itself
     if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():

@@ -26,6 +26,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from .reference import INTEGERS
+
 logger = logging.getLogger(__name__)
 
 # A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
@@ -37,10 +39,14 @@ LEAST_ROWS = 2
 # What a graph is laid out for
 USUAL_ROWS = 4096
 
+# What it is compared with its function on
+SAMPLE_ROWS = 64
+
 OPTIONS = {
     # With the heuristics inductor falls back to scalar code for the strided reads of a group
     "cpp.enable_tiling_heuristics": False,
-    # What is left out of a loop goes through memory: twice the time for an update of 4:8
+    # What is left out of a loop goes through memory: twice the time for an update of 4:8. And places that are filled
+    # in one loop must not be read in the next
     "max_fusion_size": 1024,
     # Bits must not depend on a user's settings
     "cpp.enable_floating_point_contract_flag": "off",
@@ -80,17 +86,17 @@ class _Bound(nn.Module):
     groups behind the first ``groups`` tensors.
     """
 
-    def __init__(self, function: Callable, groups: int, places: int, numbered: bool, constants: Mapping):
+    def __init__(self, function: Callable, groups: int, count: int, numbered: bool, constants: Mapping):
         super().__init__()
-        self.function, self.groups, self.places = function, groups, places
+        self.function, self.groups, self.count = function, groups, count
         self.numbered, self.constants = numbered, constants
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups + self.places :])
+        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups + self.count :])
         if self.numbered:
             first, rows = rest.pop(), groups[0].shape[0]
             groups.append(first + torch.arange(rows * ROW, device="cpu").view(rows, ROW))
-        places = {"places": tensors[self.groups :][: self.places]} if self.places else {}
+        places = {"places": tensors[self.groups :][: self.count]} if self.count else {}
         results = self.function(*groups, *rest, **places, **self.constants)
         if results is None:
             return ()
@@ -100,9 +106,9 @@ class _Bound(nn.Module):
 class Graph:
     """``function(*groups, *rest, places=places, **constants)`` of tensors of groups [rows, ROW, ...].
 
-    It is called with a list of (groups, places, rest), and compiled or loaded at its first call. It checks nothing:
-    what its results depend on is in the key by which ``graph`` keeps it, and in its name on disk. Where it cannot be
-    compiled it runs eagerly.
+    It is called with a list of all these tensors, the places behind those of groups, and compiled or loaded at its
+    first call. It checks nothing: what its results depend on is in the key by which ``graph`` keeps it, and in its name
+    on disk. Where it cannot be compiled it runs eagerly.
 
     Args:
         groups: (dtype, *shape of one group) of each tensor of groups.
@@ -119,13 +125,15 @@ class Graph:
         self.groups, self.rest = groups, (*rest, (torch.int64,)) if numbered else rest
         self.places = places
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+        # native code has one caller at a time, and a second one would wait for the first while it holds the GIL
+        self.running = threading.Lock()
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        if self.run is None:
-            with _making:
-                if self.run is None:
+        with self.running:
+            if self.run is None:
+                with _making:
                     self.run = self._made(tensors)
-        return self.run(tensors)
+            return self.run(tensors)
 
     def _made(self, tensors: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         try:
@@ -194,33 +202,47 @@ class Graph:
     def _check(self, run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> None:
         """Raise unless ``run`` does what the function does, bit for bit.
 
-        A compiler may err, and this one does not know that places are of the memory of a tensor that it reads: that
-        is right as long as it reads a group before it fills its places, which it does where all is one loop.
+        Compilers may err, and neither inductor nor that of C++ knows that places are of the memory of a tensor which
+        is read: that is right as long as a group is read before its places are filled, as it is where all is one loop.
         """
         expected, found = self._sample(tensors), self._sample(tensors)
         results = [*self.whole(*expected), *expected], [*run(list(found)), *found]
         for one, other in zip(*results, strict=True):
-            if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+            if not _same_bits(one, other):
                 raise RuntimeError(f"the graph of {self.whole.function.__name__} differs from the function")
 
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
         """Few groups like ``tensors``: with their integers, for not all may be codes of groups, and any floats."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
 
-        def like(x: Tensor, spread: float) -> Tensor:
-            if not x.is_floating_point():
-                return x.clone()
-            return torch.randn(x.shape, generator=generator, dtype=torch.float32).mul_(spread).to(x.dtype)
+        def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
 
-        # far apart, so that some draws are certain; the others may be factors
-        groups = [like(x[:LEAST_ROWS], 16.0) for x in tensors[: len(self.groups)]]
-        rest = [like(x, 1.0).abs() for x in tensors[len(tensors) - len(self.rest) :]]
+        # as far apart as makes some draws certain and leaves others open, and factors that keep them so
+        some = torch.arange(SAMPLE_ROWS, device="cpu") % LEAST_ROWS
+        groups = [
+            16.0 * like(x, (SAMPLE_ROWS, *x.shape[1:])) if x.is_floating_point() else x[some]
+            for x in tensors[: len(self.groups)]
+        ]
+        rest = [
+            1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone()
+            for x in tensors[len(tensors) - len(self.rest) :]
+        ]
         if self.places is None:
             return [*groups, *rest]
-        words = torch.zeros(LEAST_ROWS, ROW, self.places.count, dtype=self.places.dtype)
+        words = _zeros(self.places.dtype, SAMPLE_ROWS, ROW, self.places.count)
         if self.places.in_place:
             words = groups[0].view(self.places.dtype)
         return [*groups, *words.unbind(-1), *rest]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same bits, but for those of a NaN, which no operation promises."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    nan = one.isnan()
+    bits = [x.masked_fill(nan, 0.0).view(INTEGERS[x.itemsize]) for x in (one, other)]
+    return torch.equal(nan, other.isnan()) and torch.equal(*bits)
 
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:

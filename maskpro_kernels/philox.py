@@ -35,12 +35,22 @@ def philox4x32(counter, key):
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        p0 = c0 * MULTIPLIERS[0]
-        p1 = c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        high0, low0 = _product(c0, MULTIPLIERS[0])
+        high1, low1 = _product(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0 = (k0 + KEY_STEPS[0]) & WORD
         k1 = (k1 + KEY_STEPS[1]) & WORD
     return c0, c1, c2, c3
+
+
+def _product(word, multiplier):
+    """(high, low) word of a product of two words."""
+    if isinstance(word, torch.Tensor) and word.dim() > 0:
+        product = word * multiplier
+        return (product >> 32) & WORD, product & WORD
+    # A single number is multiplied in C++, where signed integers must not overflow: less 2^32, no product does
+    product = word * (multiplier - (1 << 32))
+    return ((product >> 32) + word) & WORD, product & WORD
 
 
 def counter_word3(block, stream, draw):

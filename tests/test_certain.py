@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from maskpro_kernels import certain, compiled, graphs, reference
 
-SEED, STEP, LAYER, OFFSET = 0x123456789ABCDEF, 7, 3, 21
+SEED, STEP, LAYER, OFFSET = 0x123456789ABCDEF, (1 << 32) - 3, 3, 21
 INVERSE_TEMPERATURE = 1.3
 
 
@@ -47,7 +50,9 @@ def sharp_logits(groups: int, n: int, m: int, gap: float, dtype=torch.float32) -
 
 
 def updated(route, logits, n, m, draws=(2,), shard=None):
-    logits = logits.clone()
+    # at the same place of a word
+    start = logits.storage_offset()
+    logits = logits.new_empty(start + logits.numel())[start:].view(logits.shape).copy_(logits)
     coef = torch.tensor([3e3 / (k + 1) for k in range(len(draws))])
     counter = (scalar(SEED), scalar(STEP), torch.tensor(draws), scalar(INVERSE_TEMPERATURE), scalar(LAYER))
     offset, row_stride = shard or (OFFSET, logits.shape[1] // m)
@@ -108,8 +113,38 @@ def test_more_open_groups_than_a_piece_holds(monkeypatch):
 @pytest.mark.parametrize("groups", [1, 7, 31, 32, 33, 64, 65, 4_096])
 def test_any_number_of_groups(groups):
     logits = sharp_logits(groups, 2, 4, 4.0)
-    assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
-    assert torch.equal(updated(compiled, logits, 2, 4), updated(reference, logits, 2, 4))
+    # in memory that holds whole words, and in such that does not
+    shifted = torch.cat([torch.zeros(1), logits.view(-1)])[1:].view(logits.shape)
+    assert shifted.storage_offset() == 1
+    for given in (logits, shifted):
+        assert torch.equal(drawn(compiled, given, 2, 4), drawn(reference, logits, 2, 4))
+        assert torch.equal(updated(compiled, given, 2, 4), updated(reference, logits, 2, 4))
+
+
+IN_THREADS = """
+import threading
+import torch
+import maskpro_kernels as mk
+layers = [(torch.randn(64, 512), torch.randn(64, 512)) for _ in range(2)]
+expected = [mk.sample_masked_weight(*layer, "2:4", seed=0) for layer in layers]
+def draw(layer, masked):
+    for _ in range(400):
+        assert torch.equal(mk.sample_masked_weight(*layer, "2:4", seed=0), masked)
+    print("done")
+threads = [threading.Thread(target=draw, args=pair) for pair in zip(layers, expected)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_may_draw_at_the_same_time():
+    """Where they wait for each other, the whole process does, and nothing in it can end it."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IN_THREADS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["done"] * 2, done.stderr
 
 
 def test_several_draws_and_a_shard_with_rows_apart():

@@ -352,6 +352,20 @@ def test_no_rows_give_no_rows(function, shape, route):
         assert result.numel() == 0
 
 
+@pytest.mark.parametrize("rows", [1, 0])
+def test_a_weight_may_be_part_of_longer_rows(rows, route):
+    """Of a single row, or none, torch takes any stride for contiguous."""
+    weight, logits, x = normal(3, 9)[:rows, :8], normal(rows, 8, seed=1), normal(2, 8, seed=2)
+    assert weight.is_contiguous() and weight.stride(0) == 9
+    dense, codes = weight.clone(memory_format=torch.contiguous_format), mk.top_n_mask(logits, "2:4")
+    counter = {"seed": 3, "step": 4}
+    masked = mk.sample_masked_weight(weight, logits, "2:4", **counter)
+    assert torch.equal(masked, mk.sample_masked_weight(dense.view(rows, 8), logits, "2:4", **counter))
+    assert torch.equal(masked != 0, mk.expand_mask(mk.sample_mask(logits, "2:4", **counter), "2:4"))
+    expected = x @ (weight * mk.expand_mask(codes, "2:4")).T
+    torch.testing.assert_close(mk.codes_linear(x, weight, codes, pattern="2:4"), expected)
+
+
 def op_arguments(name: str, dtype: torch.dtype) -> tuple:
     logits = normal(2, 8, dtype=dtype).requires_grad_(name in ("mask_log_prob", "masked_linear"))
     weight = normal(2, 8, seed=1, dtype=dtype).requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from test_imports import imported
 
-from maskpro_kernels import graphs
+from maskpro_kernels import compiled, graphs
 from maskpro_kernels.commands.progress import log_told
 
 
@@ -125,6 +126,59 @@ def test_a_graph_that_differs_from_its_function_is_not_kept(wrong, folder, monke
     assert torch.equal(index.view(-1), torch.arange(3 * graphs.ROW))
     assert torch.equal(x.view(-1, 2), 1.0 + 2 * torch.arange(3 * graphs.ROW)[:, None].expand(-1, 2))
     assert not list(folder.glob("*.pt2"))
+
+
+def of_own_memory(tensors):
+    """Logits, places in them, and the rest, as copies."""
+    x, *rest = [tensor.clone() for tensor in tensors]
+    count = x.shape[-1] // 2
+    return [x, *x.view(torch.int64).unbind(-1), *rest[count:]]
+
+
+def twice(graph, tensors):
+    graph.whole(*tensors)
+    return graph.whole(*tensors)
+
+
+def flags_behind_places(graph, tensors):
+    graph.whole(*tensors)
+    return graph.whole(*of_own_memory(tensors))
+
+
+def first_place_ahead(graph, tensors):
+    ahead = of_own_memory(tensors)
+    graph.whole(*ahead)
+    tensors[1].copy_(ahead[1])
+    return graph.whole(*tensors)
+
+
+def zeros_negated(graph, tensors):
+    results = graph.whole(*tensors)
+    tensors[0].sub_(0.0).masked_fill_(tensors[0] == 0.0, -0.0)
+    return results
+
+
+@pytest.mark.parametrize(
+    "hazard", [twice, flags_behind_places, first_place_ahead, zeros_negated], ids=lambda hazard: hazard.__name__
+)
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (1, 8), (4, 8)])
+def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch):
+    """As by a loop that fills places of an update before another one reads the logits."""
+    like_rest = tuple((dtype,) for dtype in (torch.int64, torch.int64))
+    like_rest += ((torch.float32, 1), (torch.int64, 1), (torch.float32,), (torch.int64,))
+    places = graphs.Places(torch.int64, m // 2, True)
+    graph = graphs.Graph(compiled._certain_update_, ((torch.float32, m),), like_rest, True, places, {"n": n})
+    # of a first step, which changes nothing
+    rest = [torch.tensor(7), torch.tensor(0), torch.zeros(1), torch.tensor([0]), torch.tensor(1.0), torch.tensor(3)]
+    x = torch.zeros(3, graphs.ROW, m)
+    given = [x, *x.view(torch.int64).unbind(-1), *rest, torch.tensor(0)]
+    graph._check(lambda tensors: graph.whole(*tensors), given)
+    if hazard is zeros_negated:
+        sample = graph._sample(given)
+        sample[0][0, 0] = 0.0
+        monkeypatch.setattr(graph, "_sample", lambda _: of_own_memory(sample))
+    with pytest.raises(RuntimeError, match="the graph of _certain_update_ differs from the function"):
+        graph._check(functools.partial(hazard, graph), given)
 
 
 def test_inference_mode_and_default_dtype_do_not_reach_the_graph(folder, builds):
