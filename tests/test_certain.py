@@ -96,11 +96,12 @@ def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
     assert not torch.equal(expected, logits)
 
 
-def test_more_open_groups_than_a_piece_holds(monkeypatch):
-    """They are drawn in whole rows, which hold some groups twice: none may be updated twice."""
+@pytest.mark.parametrize("gap", [5.5, 5.0])
+def test_more_open_groups_than_a_piece_holds(gap, monkeypatch):
+    """They are drawn together where they are few, else piece by piece, in whole rows: none may be updated twice."""
     monkeypatch.setattr(compiled, "PIECE", 1_024)
-    logits = sharp_logits(50_003, 2, 4, 5.0)
-    group = torch.arange(50_003) + OFFSET
+    logits = sharp_logits(100_003, 2, 4, gap)
+    group = torch.arange(100_003) + OFFSET
     counter = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2)]
     _, undecided = certain.group_expected_mask(logits.view(-1, 4), group, *counter, 2)
     count = int(undecided.sum())
