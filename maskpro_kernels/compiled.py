@@ -187,7 +187,7 @@ def _draw_into(
         if which.start:
             again += which.start
         if 16 * len(again) <= undecided.shape[0]:
-            # few, of which many a piece make one call; their indices take 8 bytes each
+            # those of all pieces make one call; more of them would not do, for their indices take 8 bytes each
             open_groups.append(again)
         elif 2 * len(again) <= undecided.shape[0] or out is groups.logits:
             draw_open(again)
