@@ -23,6 +23,9 @@ MOST_ROUNDS = 15
 FEWEST_ROUNDS = 5
 # Slow providers get fewer rounds
 CASE_SECONDS = 3.0
+# What disturbs a machine for a moment is little in such a round
+LONG_ROUND_SECONDS = 5.0
+FEWEST_LONG_ROUNDS = 3
 # A sample repeats short calls until the clock's share is small
 SHORTEST_SAMPLE_SECONDS = 0.01
 MOST_CALLS = {"cuda": 20, "cpu": 1 << 20}
@@ -78,19 +81,21 @@ def sample(function: Callable[[], object], calls: int = 1) -> float:
 
 def paired(providers: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
     """Seconds of every provider by round."""
-    calls, round_seconds = {}, 0.0
+    calls, first, round_seconds = {}, {}, 0.0
     for name, function in providers.items():
         function()
         synchronize()
         start = time.perf_counter()
-        once = sample(function)
+        first[name] = sample(function)
         whole = time.perf_counter() - start
         # on a GPU the clock of events is finer, and emptying the cache takes longer than a short call
-        calls[name] = max(1, min(MOST_CALLS[DEVICE], round(SHORTEST_SAMPLE_SECONDS / once)))
+        calls[name] = max(1, min(MOST_CALLS[DEVICE], round(SHORTEST_SAMPLE_SECONDS / first[name])))
         round_seconds += calls[name] * whole
-    rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(CASE_SECONDS / round_seconds)))
-    seconds = {name: [] for name in providers}
-    for _ in range(rounds):
+    fewest = FEWEST_ROUNDS if round_seconds < LONG_ROUND_SECONDS else FEWEST_LONG_ROUNDS
+    rounds = min(MOST_ROUNDS, max(fewest, int(CASE_SECONDS / round_seconds)))
+    # samples of single calls are a round already
+    seconds = {name: [first[name]] if set(calls.values()) == {1} else [] for name in providers}
+    while any(len(of_provider) < rounds for of_provider in seconds.values()):
         for name, function in providers.items():
             seconds[name].append(sample(function, calls[name]))
     return seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from .commands.arguments import DTYPE, DTYPES
 from .commands.checkpoints import export, import_, validate
 from .commands.evaluation import compare, evaluate
 from .commands.learn import DEFAULTS, learn, versions
-from .commands.progress import log_told, tell_as, wants_bars
+from .commands.progress import log_told, tell, tell_as, wants_bars
 from .commands.replay import replay
 from .commands.runs import TENSORBOARD, tell_missing
 from .convert import INITIAL_MASKS
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0, or 2 after a wrong argument, an unreadable file, a loss that is not finite, too little memory of the device
-        or a rank that has ended, told in one line on stderr.
+        or a rank that has ended, told in one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
 
     Raises:
         SystemExit: with 2 after arguments that cannot be parsed, or where a rank ends while steps are taken, told in
@@ -50,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
             _check_torchrun(args, argv)
             with under_torchrun():
                 args.run(args)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            tell("maskpro: interrupted")
+            return 128 + signal.SIGINT
+        except BrokenPipeError:
+            # or what is left in its buffer would be tried again at the end of the process, with a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except MissingRanks as error:
             tell_missing(error, Path(args.resume if hasattr(args, "resume") else args.output))
             return 2

@@ -2,12 +2,14 @@
 
 One graph serves all shapes and all dtypes of logits: tensors are taken in pieces of whole rows of
 groups, 16-bit logits are widened a piece at a time. Draws whose outcome no noise can change are found
-first, without logarithms (``certain``); the rest are gathered and drawn in full.
+first, without logarithms (``certain``); the rest are gathered and drawn in full. What finds them, a byte
+a group, is kept for the update of the same step, which then makes no noise but for the rest.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -24,6 +26,9 @@ PIECE = 1 << 18
 # Bytes of results that such a call leaves of full draws. They stand beside the masked weight, an update's in its place
 DRAW_BYTES = 1 << 20
 UPDATE_BYTES = 1 << 21
+
+# Bytes of noise levels that are kept: those of 268 million weights at 2:4
+KEPT_BYTES = 1 << 26
 
 # Above, compiling a graph takes about a minute: there the full draw has to do alone
 CERTAIN_MAX_M = 8
@@ -114,8 +119,8 @@ class _Groups:
         target: Tensor | None = None,
         **constants,
     ) -> list[Tensor]:
-        """``_run`` on some groups of (logits in float32, others, numbers in the whole layer), and of ``target``."""
-        tensors = [_part(self.logits, which).float(), *[_part(x, which) for x in others]]
+        """``_run`` on (others, numbers in the whole layer) of some groups, and on those of ``target``."""
+        tensors = [_part(x, which) for x in others]
         if target is not None:
             target = _part(target, which)
         if self.consecutive:
@@ -132,7 +137,7 @@ class _Groups:
         others: Sequence[Tensor] = (),
         **constants,
     ) -> list[Tensor]:
-        """``run`` on consecutive groups, or on those of some indices: by the same graph, which takes their numbers."""
+        """``_run`` on (logits in float32, others, numbers) of consecutive groups or of some indices, by one graph."""
         if isinstance(which, Tensor):
             tensors, local = [x.index_select(0, which) for x in (self.logits, *others)], which
         else:
@@ -147,27 +152,79 @@ class _Groups:
         return local // self.columns * self.row_stride + local % self.columns + self.offset
 
 
+class _KeptLevels:
+    """Noise levels of the draws of a step, kept for what draws them again: the update, a backward, the next batch."""
+
+    def __init__(self):
+        # by what else than the seed and the step decides them: (seed and step, levels)
+        self.levels: dict[tuple, tuple[tuple, Tensor]] = {}
+        self.bytes = 0
+        self.changing = threading.Lock()
+
+    def find(self, where: tuple, when: tuple) -> Tensor | None:
+        kept_of, levels = self.levels.get(where, (None, None))
+        return levels if kept_of == when else None
+
+    def add(self, where: tuple, when: tuple, levels: Tensor) -> None:
+        """Keep them if there is room; levels of other steps give way."""
+        with self.changing:
+            self._remove(where)
+            if self.bytes + levels.nbytes > KEPT_BYTES:
+                for other in [other for other, (kept_of, _) in self.levels.items() if kept_of != when]:
+                    self._remove(other)
+            if self.bytes + levels.nbytes <= KEPT_BYTES:
+                self.levels[where] = when, levels
+                self.bytes += levels.nbytes
+
+    def _remove(self, where: tuple) -> None:
+        if where in self.levels:
+            self.bytes -= self.levels.pop(where)[1].nbytes
+
+
+_kept_levels = _KeptLevels()
+
+
+def _noise_levels(groups: _Groups, seed: Tensor, step: Tensor, layer: Tensor, draw: Tensor) -> Tensor | None:
+    """``certain.group_noise_levels`` of all groups, uint8 [groups]; None where the full draw has to do alone."""
+    count, m = groups.logits.shape
+    if m > CERTAIN_MAX_M:
+        return None
+    where = (count, m, groups.columns, int(groups.row_stride), int(groups.first), int(layer), int(draw))
+    when = (int(seed), int(step))
+    levels = _kept_levels.find(where, when)
+    if levels is None:
+        levels = torch.empty(count, dtype=torch.uint8)
+        column = levels.view(-1, 1)
+        for which in _pieces(slice(0, count), PIECE):
+            groups.run(_noise_levels_, which, (seed, step, layer, draw), [column], column, m=m)
+        _kept_levels.add(where, when, levels)
+    return levels
+
+
 def _draw_into(
     out: Tensor,
-    settle: Callable | None,
+    settle: Callable,
     full: Callable,
     groups: _Groups,
+    levels: Tensor | None,
+    known: Sequence[Tensor],
     counter: Sequence[Tensor],
     others: Sequence[Tensor] = (),
     limit: int = DRAW_BYTES,
     **constants,
 ) -> None:
-    """out [groups, ...] = ``full`` of (logits, others, numbers), where ``settle``, if any, has not decided it.
+    """out [groups, ...] = ``full`` of (logits, others, numbers, counter), where ``settle`` has not decided it.
 
-    ``settle`` writes into the words of ``out``, and gives the ``certain.flags`` of what it left open. ``out`` may be
-    the logits themselves: what is open stays as it was.
+    ``settle`` takes (logits, levels, others, known), writes into the words of ``out``, and gives the ``certain.flags``
+    of what it left open; it is left out where there are no levels. ``out`` may be the logits themselves: what is open
+    stays as it was.
     """
 
     def draw_all(which: slice) -> None:
         for part in _slices(out, limit, which):
             (out[part],) = groups.run_numbered(full, part, counter, others, **constants)
 
-    if settle is None or groups.logits.shape[-1] > CERTAIN_MAX_M:
+    if levels is None:
         draw_all(slice(0, len(out)))
         return
 
@@ -181,7 +238,9 @@ def _draw_into(
     open_groups = []
     # all that it leaves are flags
     for which in _pieces(slice(0, out.shape[0]), PIECE):
-        (undecided,) = groups.run(settle, which, counter, others, words, **constants)
+        tensors = [_part(x, which) for x in (groups.logits, levels, *others)]
+        tensors[0] = tensors[0].float()
+        (undecided,) = _run(settle, tensors, known, target=_part(words, which), **constants)
         # many times as fast as torch's
         (again,) = undecided.numpy().view(np.bool_).nonzero()
         if which.start:
@@ -253,26 +312,30 @@ def _mask_words(words, kept):
     return masked
 
 
-def _certain_mask_(logits, group, *counter, places, n):
-    kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
+def _noise_levels_(_, group, *counter, places, m):
+    _write(places, [certain.group_noise_levels(group, *counter, m=m)])
+
+
+def _certain_mask_(logits, levels, inv_temperature, *, places, n):
+    kept, undecided = certain.group_expected_mask(logits, levels, inv_temperature, n)
     _write(places, [reference.encode(kept, places[0].dtype)])
     return undecided
 
 
-def _certain_masked_weight_(logits, words, group, *counter, places, n):
-    kept, undecided = certain.group_expected_mask(logits, group, *counter, n)
+def _certain_masked_weight_(logits, levels, words, inv_temperature, *, places, n):
+    kept, undecided = certain.group_expected_mask(logits, levels, inv_temperature, n)
     _write(places, _mask_words(words, kept))
     return undecided
 
 
-def _certain_update_(logits, group, *counter, places, n):
-    new, undecided = certain.group_expected_update(logits, group, *counter, n=n)
+def _certain_update_(logits, levels, coef, inv_temperature, *, places, n):
+    new, undecided = certain.group_expected_update(logits, levels, coef, inv_temperature, n=n)
     _write(places, new)
     return undecided
 
 
-def _certain_terms_(logits, group, *counter, places, n):
-    terms, undecided = certain.group_expected_terms(logits, group, *counter, n=n)
+def _certain_terms_(logits, levels, coef, inv_temperature, *, places, n):
+    terms, undecided = certain.group_expected_terms(logits, levels, coef, inv_temperature, n=n)
     _write(places, terms)
     return undecided
 
@@ -293,8 +356,10 @@ def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, 
     """``reference.sample_mask``."""
     codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m))
     groups = _Groups(logits.view(-1, m), codes.shape[1], group_offset, group_row_stride)
+    levels = _noise_levels(groups, seed, step, layer, draw)
     counter = (seed, step, inv_temperature, layer, draw)
-    _draw_into(codes.view(-1), _certain_mask_, reference.group_sample_mask, groups, counter, n=n)
+    full = reference.group_sample_mask
+    _draw_into(codes.view(-1), _certain_mask_, full, groups, levels, (inv_temperature,), counter, n=n)
     return codes
 
 
@@ -304,9 +369,11 @@ def sample_masked_weight(
     """``reference.sample_masked_weight``."""
     out = torch.empty_like(weight)
     groups = _Groups(logits.view(-1, m), logits.shape[1] // m, group_offset, group_row_stride)
+    levels = _noise_levels(groups, seed, step, layer, draw)
     counter = (seed, step, inv_temperature, layer, draw)
-    words = [_weight_words(weight, m)]
-    _draw_into(_weight_words(out, m), _certain_masked_weight_, _drawn_masked_weight, groups, counter, words, n=n)
+    words, masked = [_weight_words(weight, m)], _weight_words(out, m)
+    settle, full = _certain_masked_weight_, _drawn_masked_weight
+    _draw_into(masked, settle, full, groups, levels, (inv_temperature,), counter, words, n=n)
     return out
 
 
@@ -389,33 +456,39 @@ def mask_score(logits, codes, grad, inv_temperature, *, n, m):
 def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):
     """``reference.score_update_``."""
     flat = logits.view(-1, m)
-    in_place = logits.dtype == torch.float32
-    for part in [slice(0, flat.shape[0])] if in_place else _slices(flat, UPDATE_BYTES):
-        wide = flat[part].float()
-        groups = _Groups(wide, logits.shape[1] // m, group_offset, group_row_stride, part.start)
-        _update(groups, (seed, step), coef, draws, (inv_temperature, layer), n)
-        if not in_place:
-            whole, counter = slice(0, len(wide)), (seed, step, draws[:1], layer)
-            (flat[part],) = groups.run(reference.group_round_logits, whole, counter, dtype=logits.dtype)
-
-
-def _update(groups: _Groups, seed_and_step, coef, draws, rest, n: int) -> None:
-    """``reference.group_updated_logits``, in place; all numbers of draws above one by the same graphs."""
+    whole = _Groups(flat, logits.shape[1] // m, group_offset, group_row_stride)
     # the estimate of the score by arrival times needs the keys of all groups
     exact = n <= reference.EXACT_SCORE_MAX_N
+    levels = [_noise_levels(whole, seed, step, layer, draw) if exact else None for draw in draws]
+    in_place = logits.dtype == torch.float32
+    for part in [slice(0, flat.shape[0])] if in_place else _slices(flat, UPDATE_BYTES):
+        groups = whole.part(part)
+        groups.logits = groups.logits.float()
+        here = [None if x is None else _part(x, part) for x in levels]
+        _update(groups, here, (seed, step), coef, draws, (inv_temperature, layer), n)
+        if not in_place:
+            all_of_them, counter = slice(0, len(groups.logits)), (seed, step, draws[:1], layer)
+            (flat[part],) = groups.run(
+                reference.group_round_logits, all_of_them, counter, [groups.logits], dtype=logits.dtype
+            )
+
+
+def _update(groups: _Groups, levels, seed_and_step, coef, draws, rest, n: int) -> None:
+    """``reference.group_updated_logits``, in place; all numbers of draws above one by the same graphs."""
+    inv_temperature = rest[0]
     if coef.shape[0] == 1:
-        counter = (*seed_and_step, coef, draws, *rest)
-        settle = _certain_update_ if exact else None
-        _draw_into(groups.logits, settle, reference.group_updated_logits, groups, counter, limit=UPDATE_BYTES, n=n)
+        counter, known = (*seed_and_step, coef, draws, *rest), (coef, inv_temperature)
+        full = reference.group_updated_logits
+        _draw_into(groups.logits, _certain_update_, full, groups, levels[0], known, counter, limit=UPDATE_BYTES, n=n)
         return
     for which in _slices(groups.logits, DRAW_BYTES):
         piece = groups.part(which)
         terms = torch.empty_like(piece.logits)
         delta = None
         for k in range(len(coef)):
-            counter = (*seed_and_step, coef[k], draws[k], *rest)
-            settle = _certain_terms_ if exact else None
-            _draw_into(terms, settle, reference.group_score_terms, piece, counter, n=n)
+            counter, known = (*seed_and_step, coef[k], draws[k], *rest), (coef[k], inv_temperature)
+            here = None if levels[k] is None else _part(levels[k], which)
+            _draw_into(terms, _certain_terms_, reference.group_score_terms, piece, here, known, counter, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
         piece.logits.sub_(delta)
 
@@ -451,6 +524,6 @@ def _descend(function, tensors, logits, rate, seed, step, largest, layer, group_
             groups = _Groups(new, logits.shape[1] // m, group_offset, group_row_stride, part.start)
             counter = (seed, step, torch.zeros(1, dtype=torch.int64), layer)
             whole = slice(0, len(new))
-            (new,) = groups.run(reference.group_round_logits, whole, counter, dtype=logits.dtype)
+            (new,) = groups.run(reference.group_round_logits, whole, counter, [new], dtype=logits.dtype)
         flat[part] = new
     return total / max(logits.numel(), 1)

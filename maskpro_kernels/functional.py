@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -88,7 +89,7 @@ def sample_masked_weight(
     """
     pattern = NMPattern(pattern)
     mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
-    _check_like("weight", weight, logits)
+    _check_like("weight", weight, "logits", logits)
     return ops.masked_weight(_matrix("weight", weight, pattern), mask.tensor.detach(), *mask[1:]).view(weight.shape)
 
 
@@ -310,7 +311,7 @@ def masked_linear(
     """
     pattern = NMPattern(pattern)
     tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
-    _check_like("logits", logits, weight)
+    _check_like("logits", logits, "weight", weight)
     mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
     source = mask.tensor if log_prob else mask.tensor.detach()
     y, total = ops.masked_linear(tokens, matrix, vector, log_prob, source, *mask[1:])
@@ -383,7 +384,7 @@ def straight_through_linear(
     """
     pattern = NMPattern(pattern)
     tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
-    _check_like("logits", logits, weight)
+    _check_like("logits", logits, "weight", weight)
     mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
     y = _StraightThroughLinear.apply(tokens, matrix, vector, logits_backward, *mask)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -439,7 +440,7 @@ def top_n_linear(
     """
     pattern = NMPattern(pattern)
     tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
-    _check_like("logits", logits, weight)
+    _check_like("logits", logits, "weight", weight)
     mask = MaskSource(_matrix("logits", logits.detach(), pattern), "top_n", pattern.n, pattern.m)
     y, _ = ops.masked_linear(tokens, matrix, vector, False, *mask)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -501,9 +502,10 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
 
 
 def describe(value) -> str:
+    """What an argument is, in a line, however much it holds."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
@@ -562,9 +564,11 @@ def _drawn(logits, pattern: NMPattern, temperature, seed, step, layer, draw, off
     return MaskSource(matrix, "drawn", pattern.n, pattern.m, inverse, seed, step, *shard)
 
 
-def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.device != like.device:
-        raise ValueError(f"{name}: expected a tensor {list(like.shape)} on {like.device}, got {describe(tensor)}")
+        raise ValueError(
+            f"{name}: expected a tensor like {other}, {list(like.shape)} on {like.device}, got {describe(tensor)}"
+        )
 
 
 def _check_int(name: str, value: int, limit: int) -> None:

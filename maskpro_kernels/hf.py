@@ -328,7 +328,8 @@ def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeni
     unpack = {}
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32, **unpack).to(dtype)
+    # not by `model.to`: it would round the frequencies of the rotary embedding as well
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=dtype, **unpack)
     # The weights are plain by now; a model or config that still calls them GGUF cannot be saved and loaded.
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)

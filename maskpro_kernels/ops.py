@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from . import compiled, reference
 from .kernels.launch import INTERPRETED
 from .pattern import MaskSource, code_dtype
+
+logger = logging.getLogger(__name__)
 
 
 def interpreting() -> bool:
@@ -36,6 +39,7 @@ def compiler_available() -> bool:
     try:
         cpp_builder.get_cpp_compiler()
     except Exception:  # torch raises types of its own that differ between releases
+        logger.warning("no C++ compiler is found, such as g++: maskpro_kernels runs eagerly on CPU, which is slower")
         return False
     return True
 

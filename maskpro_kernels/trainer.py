@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import takewhile
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from .batches import count_tokens, digest, weighted_mean, weights_of
 from .estimators import Reinforce, StraightThrough
-from .functional import FLOAT32_MAX, top_n_mask
+from .functional import FLOAT32_MAX, describe, top_n_mask
 from .initial_losses import InitialLosses
 from .journal import Draw, Entry
 from .modules import MaskedLinear, advance, clocks, evaluating, masked_layers
@@ -441,7 +442,7 @@ class MaskTrainer:
         with self._modes(drawing=True):
             for draw, place in self._shares[self.ranks.rank]:
                 with self._drawing(draw):
-                    own.append(float(self.loss_fn(self.model, batches[place])))
+                    own.append(_value_of(self.loss_fn(self.model, batches[place])))
         flip_rate = self._flip_rate()
         losses, _ = self._exchanged(own, weights, flip_rate)
         skipped = not all(map(math.isfinite, losses))
@@ -539,8 +540,8 @@ class MaskTrainer:
         """The loss of a batch, whose value is appended."""
         loss = self.loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise ValueError(f"loss_fn: expected a loss with a gradient, got {loss!r}")
-        values.append(loss.item())
+            raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
+        values.append(_value_of(loss))
         return loss
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
@@ -558,7 +559,7 @@ class MaskTrainer:
     def _loss_under_top_n_masks(self, batch) -> float:
         """A forward under the masks that the logits have made likeliest."""
         with self._modes(drawing=False):
-            return float(self.loss_fn(self.model, batch))
+            return _value_of(self.loss_fn(self.model, batch))
 
     def _initial_loss(self, batches: Sequence, weights: Sequence[Fraction]) -> float:
         """Loss under m_0 of the batches of this step."""
@@ -580,6 +581,12 @@ class MaskTrainer:
                 if checkpointing and getattr(module, "gradient_checkpointing", False):
                     module.training = True
             yield
+
+
+def _value_of(loss: Tensor | float) -> float:
+    if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
+        raise ValueError(f"loss_fn: expected a 0-dim tensor, got {describe(loss)}")
+    return float(loss)
 
 
 def check_shares(world: int, masks: str, accumulate: int, draws: int) -> None:

@@ -144,8 +144,25 @@ def test_every_provider_meets_every_round(monkeypatch):
     monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     seconds = harness.paired(providers)
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("ab", harness.FEWEST_ROUNDS)
-    # one call and one sample of each before the rounds
-    assert seen[4:] == ["a", "b"] * harness.FEWEST_ROUNDS
+    # one call of each before its first sample, which counts
+    assert seen == ["a", "a", "b", "b"] + ["a", "b"] * (harness.FEWEST_ROUNDS - 1)
+
+
+@pytest.mark.parametrize(
+    ("sampled", "ticks", "rounds", "calls_before"),
+    [
+        (1e-6, 1e-4, harness.MOST_ROUNDS, 4),
+        (0.3, 0.3, harness.FEWEST_ROUNDS, 2),
+        (9.0, 9.0, harness.FEWEST_LONG_ROUNDS, 2),
+    ],
+)
+def test_long_providers_get_fewer_rounds(sampled, ticks, rounds, calls_before, monkeypatch):
+    seen = []
+    monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or sampled)
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=itertools.count(0, ticks).__next__))
+    seconds = harness.paired({name: lambda name=name: seen.append(name) for name in "ab"})
+    assert [len(values) for values in seconds.values()] == [rounds] * 2
+    assert len(seen) == calls_before + 2 * rounds
 
 
 def test_ratios_match_case_provider_and_device():

@@ -29,15 +29,36 @@ def words_of_all_sizes() -> torch.Tensor:
     return torch.cat([ends, powers, between, (1 << 32) - 1 - ends])
 
 
-def test_noise_lies_between_the_bounds():
+def kernels_bound(r):
+    """That of ``certain`` in kernels/device.py."""
+    quarter = (r >> 2).to(torch.int32).to(torch.float32)
+    return certain.BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * certain.NATS_PER_BIT_PATTERN
+
+
+@pytest.mark.parametrize(
+    ("bound", "loosest"),
+    # a level takes eighths of a doubling together
+    [(lambda r: certain.ceiling(certain.noise_levels([r])), 0.2), (kernels_bound, 0.1)],
+    ids=["level", "kernel"],
+)
+def test_noise_lies_between_the_bounds(bound, loosest):
     r = words_of_all_sizes()
     noise = reference.gumbel(r)
-    slack = certain.noise_bound(r) - noise
+    slack = bound(r) - noise
     assert slack.min() > 0
     assert noise.min() > certain.LEAST_NOISE
     # a bound that is loose would leave nothing certain
-    assert slack[(r >= 1 << 7) & (r < 1 << 28)].max() < 0.1
+    assert slack[(r >= 1 << 7) & (r < 1 << 28)].max() < loosest
     assert noise.min() - certain.LEAST_NOISE < 1e-3
+
+
+def test_the_level_of_a_group_is_that_of_its_largest_noise():
+    r = words_of_all_sizes()[: 1 << 19]
+    words = list(r[torch.randperm(len(r), generator=torch.Generator().manual_seed(0))].view(4, -1))
+    levels = certain.noise_levels(words)
+    assert levels.dtype == torch.uint8
+    assert torch.equal(levels, torch.stack([certain.noise_levels([word]) for word in words]).amin(0))
+    assert (certain.ceiling(levels) > torch.stack([reference.gumbel(word) for word in words]).amax(0)).all()
 
 
 def sharp_logits(groups: int, n: int, m: int, gap: float, dtype=torch.float32) -> torch.Tensor:
@@ -75,12 +96,14 @@ def test_certain_draws_are_the_drawn_ones(n, m, gap):
     logits = sharp_logits(150_003, n, m, gap)
     group = torch.arange(150_003) + OFFSET
     counter = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2)]
-    kept, undecided = certain.group_expected_mask(logits.view(-1, m), group, *counter, n)
+    levels = certain.group_noise_levels(group, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
+    kept, undecided = certain.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
     expected = reference.group_drawn(logits.view(-1, m), group, *counter, n)
     differs = (torch.stack(kept) != torch.stack(expected)).any(0)
     assert not (differs & (undecided == 0)).any()
     share = float(undecided.float().mean())
-    low, high = {0.0: (1, 1), 4.0: (0.05, 0.5), 10.0: (1e-5, 0.01), 30.0: (0, 0)}[gap]
+    # the level is that of all weights, and twice as many groups are open as for the dropped ones alone
+    low, high = {0.0: (1, 1), 4.0: (0.05, 0.8), 10.0: (1e-5, 0.01), 30.0: (0, 0)}[gap]
     assert low <= share <= high, share
 
 
@@ -102,8 +125,8 @@ def test_more_open_groups_than_a_piece_holds(gap, monkeypatch):
     monkeypatch.setattr(compiled, "PIECE", 1_024)
     logits = sharp_logits(100_003, 2, 4, gap)
     group = torch.arange(100_003) + OFFSET
-    counter = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2)]
-    _, undecided = certain.group_expected_mask(logits.view(-1, 4), group, *counter, 2)
+    levels = certain.group_noise_levels(group, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=4)
+    _, undecided = certain.group_expected_mask(logits.view(-1, 4), levels, scalar(INVERSE_TEMPERATURE), 2)
     count = int(undecided.sum())
     assert count > 2 * compiled.PIECE and count % graphs.ROW
     assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
@@ -181,3 +204,71 @@ def test_weights_are_masked_as_words_of_several(m, dtype):
         expected = reference.top_n_masked_weight(weight, logits, n=m // 2, m=m)
         result = compiled.top_n_masked_weight(weight, logits, n=m // 2, m=m)
         assert torch.equal(result.view(integers), expected.view(integers))
+
+
+@pytest.fixture
+def kept_levels(monkeypatch):
+    kept = compiled._KeptLevels()
+    monkeypatch.setattr(compiled, "_kept_levels", kept)
+    return kept
+
+
+def counting(monkeypatch):
+    """How many groups' noise is made, by call."""
+    made, run = [], compiled._Groups.run
+
+    def counted(groups, function, which, *others, **more):
+        if function is compiled._noise_levels_:
+            made.append(which.stop - which.start)
+        return run(groups, function, which, *others, **more)
+
+    monkeypatch.setattr(compiled._Groups, "run", counted)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_update_takes_the_noise_levels_of_its_draw(dtype, kept_levels, monkeypatch):
+    """Those of another layer, draw, shard, step or seed are others, whatever has been drawn before."""
+    made = counting(monkeypatch)
+    logits = sharp_logits(64 * 1_000, 2, 4, 6.0, dtype).view(64, -1)
+    names = ["SEED", "STEP", "LAYER"]
+    for changed in [None, *names, "shard", None]:
+        with pytest.MonkeyPatch.context() as other:
+            if changed in names:
+                other.setitem(globals(), changed, 7)
+            shard = (5, 1_277) if changed == "shard" else None
+            before = len(made)
+            mask = drawn(compiled, logits, 2, 4, shard=shard)
+            assert torch.equal(mask, drawn(reference, logits, 2, 4, shard=shard))
+            assert sum(made[before:]) == logits.numel() // 4
+            before = len(made)
+            expected = updated(reference, logits, 2, 4, (2,), shard)
+            assert torch.equal(updated(compiled, logits, 2, 4, (2,), shard), expected)
+            # the logits may have moved since: levels are of the noise alone
+            assert torch.equal(
+                drawn(compiled, expected, 2, 4, shard=shard), drawn(reference, expected, 2, 4, shard=shard)
+            )
+            assert len(made) == before
+            # of two draws one is known
+            assert torch.equal(
+                updated(compiled, logits, 2, 4, (2, 5), shard), updated(reference, logits, 2, 4, (2, 5), shard)
+            )
+            assert sum(made[before:]) == logits.numel() // 4
+
+
+def test_no_more_noise_levels_are_kept_than_there_is_room_for(kept_levels, monkeypatch):
+    monkeypatch.setattr(compiled, "KEPT_BYTES", 100)
+    levels = {name: torch.full((40,), value, dtype=torch.uint8) for value, name in enumerate("abc")}
+    for name in "abc":
+        kept_levels.add((name,), (0, 0), levels[name])
+    assert kept_levels.find(("a",), (0, 0)) is levels["a"] and kept_levels.find(("b",), (0, 0)) is levels["b"]
+    assert kept_levels.find(("c",), (0, 0)) is None and kept_levels.bytes == 80
+    assert kept_levels.find(("a",), (0, 1)) is None
+    kept_levels.add(("a",), (0, 1), levels["b"])
+    assert kept_levels.find(("a",), (0, 1)) is levels["b"] and kept_levels.bytes == 80
+    # those of an earlier step make room
+    kept_levels.add(("c",), (0, 1), levels["c"])
+    assert kept_levels.find(("b",), (0, 0)) is None and kept_levels.find(("c",), (0, 1)) is levels["c"]
+    assert kept_levels.bytes == 80 and kept_levels.find(("a",), (0, 1)) is levels["b"]
+    kept_levels.add(("d",), (0, 2), torch.zeros(101, dtype=torch.uint8))
+    assert kept_levels.bytes == 0

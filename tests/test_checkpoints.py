@@ -375,6 +375,14 @@ def test_validate_tells_what_a_checkpoint_holds(tmp_path, capsys):
     assert cli.main(["validate", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "50.00%" in out and "2:4, 4:8" in out and "none" in out
+    assert out.splitlines()[-3:] == ["1 of 3 follow 2:4, 4:8", "1 of 3 follow no pattern", "1 of 3 follow 1:2"]
+    # the logits of a run are no weights of its checkpoint
+    logits = tmp_path / "logits.safetensors"
+    save_file({"a": torch.rand(2, 8)}, logits)
+    assert cli.main(["validate", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == out
+    assert cli.main(["validate", str(logits)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 follow no pattern"
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "8:16"])

@@ -590,6 +590,26 @@ def test_a_signal_in_the_midst_of_a_write_to_a_slow_pipe(monkeypatch):
     assert child.returncode == 0 and b"SIGTERM: the run stops after this step\n" in told
 
 
+def test_an_interrupt_before_the_first_step_is_told_in_a_line(inputs, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning, "initial_masks", interrupted)
+    before = contents(tmp_path)
+    assert cli.main(learn(inputs, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "maskpro: interrupted"
+    assert contents(tmp_path) == before
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(inputs):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "maskpro_kernels.cli", "validate", str(inputs / "model")]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert ended.returncode == 141 and ended.stderr == b""
+
+
 WAYS = {
     "reinforce": [],
     "several draws": ["--draws", "2"],

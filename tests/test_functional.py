@@ -165,6 +165,17 @@ def value_id(value) -> str:
     return repr(value)
 
 
+def test_a_wrong_argument_is_told_in_a_line():
+    logits = torch.zeros(2, 8)
+    with pytest.raises(TypeError) as told:
+        mk.sample_mask(list(range(100_000)), "2:4", seed=0)
+    assert str(told.value) == "logits: expected a tensor, got list [0, 1, 2, 3, 4, 5, ...]"
+    with pytest.raises(
+        ValueError, match=r"^weight: expected a tensor like logits, \[2, 8\] on cpu, got a tensor \[8, 2\]"
+    ):
+        mk.sample_masked_weight(torch.zeros(8, 2), logits, "2:4", seed=0)
+
+
 def assert_refused(function: str, argument: str, arguments: dict) -> None:
     """The error names the argument, what was expected and what came, and no tensor given has changed."""
     tensors = {name: v for name, v in arguments.items() if isinstance(v, torch.Tensor) and not v.is_meta}

@@ -15,8 +15,9 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 from test_imports import imported
+from torch._inductor import cpp_builder
 
-from maskpro_kernels import compiled, graphs
+from maskpro_kernels import compiled, graphs, ops
 from maskpro_kernels.commands.progress import log_told
 
 
@@ -291,6 +292,16 @@ def test_a_command_tells_that_it_compiles(folder, monkeypatch, capsys):
     assert told == f"compiling scaled_sum: once, it is kept in {folder}\n"
     a_graph(power=5)(tensors(2))
     assert not capsys.readouterr().err
+
+
+def test_that_no_compiler_is_found_is_told(monkeypatch, caplog):
+    def none_found():
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
+    # the answer of this process is kept
+    assert not ops.compiler_available.__wrapped__()
+    assert "no C++ compiler is found" in caplog.text
 
 
 def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypatch):

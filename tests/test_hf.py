@@ -89,6 +89,8 @@ def test_smollm2_loads_scores_and_saves(tmp_path):
     # 14.26 with the topics of Python 3.11; they differ a little between versions of Python.
     assert 12 < perplexity(model, test) < 17
     hf.save_model(model, tokenizer, tmp_path)
+    # what from_pretrained keeps in float32 whatever the dtype, such as the frequencies of the rotary embedding
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert perplexity(loaded, test) == perplexity(model, test)
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(model.model.layers[7].mlp.down_proj.weight, loaded.model.layers[7].mlp.down_proj.weight)

@@ -243,6 +243,19 @@ def test_modes_are_restored_after_an_error_in_the_loss():
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("loss", [torch.ones(2), [1.0], None])
+def test_a_loss_that_is_no_number_is_refused(loss):
+    model, losses = a_model(), []
+    before = logits_of(model)
+    trainer = a_trainer(model, loss_fn=lambda m, b: losses.pop(0) if losses else loss)
+    with pytest.raises(ValueError, match="^loss_fn: expected a 0-dim tensor, got "):
+        trainer.step()
+    losses += [0.5] * 3
+    with pytest.raises(ValueError, match="^loss_fn: expected a 0-dim tensor, got "):
+        trainer.step()
+    assert_equal_logits(logits_of(model), before)
+
+
 def test_forwards_run_under_inference_mode():
     model, seen = a_model(), []
 

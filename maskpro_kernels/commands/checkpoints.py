@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -98,7 +99,9 @@ def import_(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace) -> None:
     """Print which patterns the matrices of a checkpoint follow."""
-    rows = list(survey(weight_files(args.checkpoint)))
+    # in the folder of a run the logits stand beside the weights
+    files = [file for file in weight_files(args.checkpoint) if file.name != LOGITS or file == Path(args.checkpoint)]
+    rows = list(survey(files))
     if not rows:
         raise ValueError(f"checkpoint: expected matrices of floats, got none in {args.checkpoint!r}")
     width = max(len(row.name) for row in rows)
@@ -111,6 +114,8 @@ def validate(args: argparse.Namespace) -> None:
             f"{row.name:<{width}}  {shape:>14}  {row.density:>8.2%}  {row.negative_zeros:>6}  {row.alignment:>7}  "
             f"{follows}{stored}"
         )
+    for patterns, count in Counter(row.patterns for row in rows).most_common():
+        print(f"{count} of {len(rows)} follow {', '.join(patterns) or 'no pattern'}")
 
 
 def _stored_dtype(folder: str) -> str:
