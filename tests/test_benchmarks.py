@@ -151,7 +151,7 @@ def test_every_provider_meets_every_round(monkeypatch):
 @pytest.mark.parametrize(
     ("sampled", "ticks", "rounds", "calls_before"),
     [
-        (1e-6, 1e-4, harness.MOST_ROUNDS, 4),
+        (1e-6, 1e-6, harness.MOST_ROUNDS, 4),
         (0.3, 0.3, harness.FEWEST_ROUNDS, 2),
         (9.0, 9.0, harness.FEWEST_LONG_ROUNDS, 2),
     ],
