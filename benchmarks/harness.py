@@ -80,7 +80,11 @@ def sample(function: Callable[[], object], calls: int = 1) -> float:
 
 
 def paired(providers: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of every provider by round."""
+    """Seconds of every provider by round.
+
+    Where all take long, the first round is that by which the number of rounds is found: each provider there follows a
+    call of its own.
+    """
     calls, first, round_seconds = {}, {}, 0.0
     for name, function in providers.items():
         function()

@@ -18,6 +18,7 @@ from . import philox, reference
 LEAST_NOISE = -3.1301
 # -ln(2^-30) and the exponent's bias of 127, in nats, and slack for the roundings below
 BOUND_AT_ZERO = 157 * reference.LN2 + 1e-3
+# The kernels bound the noise of the dropped weights alone, by all bits
 NATS_PER_BIT_PATTERN = reference.LN2 / (1 << 23)
 
 # Of the bit pattern of a float: its exponent and three bits of its mantissa

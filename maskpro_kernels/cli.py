@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,18 +52,19 @@ def main(argv: list[str] | None = None) -> int:
             _check_torchrun(args, argv)
             with under_torchrun():
                 args.run(args)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except KeyboardInterrupt:
-            tell("maskpro: interrupted")
+            # the reader of stderr may have been interrupted as well
+            with suppress(OSError):
+                tell("maskpro: interrupted")
             return 128 + signal.SIGINT
-        except BrokenPipeError:
-            # or what is left in its buffer would be tried again at the end of the process, with a traceback
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
         except MissingRanks as error:
             tell_missing(error, Path(args.resume if hasattr(args, "resume") else args.output))
             return 2
         except (ValueError, TypeError, OSError, FloatingPointError, FailedRank) as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return 128 + signal.SIGPIPE
             tell_as("error", error)
             return 2
         except torch.OutOfMemoryError as error:
@@ -72,6 +74,20 @@ def main(argv: list[str] | None = None) -> int:
             tell_as("error", f"{where}{error}; take smaller windows or batches, or another --device", by=rank)
             return 2
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has gone; what was still to be printed then goes nowhere."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # or the end of the process would try it again, with a traceback
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def _tell_warning(message: Warning, *_) -> None:

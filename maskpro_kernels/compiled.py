@@ -3,7 +3,7 @@
 One graph serves all shapes and all dtypes of logits: tensors are taken in pieces of whole rows of
 groups, 16-bit logits are widened a piece at a time. Draws whose outcome no noise can change are found
 first, without logarithms (``certain``); the rest are gathered and drawn in full. What finds them, a byte
-a group, is kept for the update of the same step, which then makes no noise but for the rest.
+a group, is kept until another step needs the room: the update then makes no noise but for the rest.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ PIECE = 1 << 18
 DRAW_BYTES = 1 << 20
 UPDATE_BYTES = 1 << 21
 
-# Bytes of noise levels that are kept: those of 268 million weights at 2:4
+# Bytes of noise levels that are kept: those of 268 million weights at 2:4; and what keeping any takes besides
 KEPT_BYTES = 1 << 26
+ENTRY_BYTES = 1 << 10
 
 # Above, compiling a graph takes about a minute: there the full draw has to do alone
 CERTAIN_MAX_M = 8
@@ -153,7 +154,11 @@ class _Groups:
 
 
 class _KeptLevels:
-    """Noise levels of the draws of a step, kept for what draws them again: the update, a backward, the next batch."""
+    """Noise levels of the draws of a step, kept for what draws them again: the update, a backward, the next batch.
+
+    What came first in a step stays, for others ask in the same order; levels of other steps give way where there is no
+    room.
+    """
 
     def __init__(self):
         # by what else than the seed and the step decides them: (seed and step, levels)
@@ -166,37 +171,53 @@ class _KeptLevels:
         return levels if kept_of == when else None
 
     def add(self, where: tuple, when: tuple, levels: Tensor) -> None:
-        """Keep them if there is room; levels of other steps give way."""
+        size = levels.nbytes + ENTRY_BYTES
         with self.changing:
             self._remove(where)
-            if self.bytes + levels.nbytes > KEPT_BYTES:
+            if size > KEPT_BYTES:
+                return
+            if self.bytes + size > KEPT_BYTES:
                 for other in [other for other, (kept_of, _) in self.levels.items() if kept_of != when]:
                     self._remove(other)
-            if self.bytes + levels.nbytes <= KEPT_BYTES:
+            if self.bytes + size <= KEPT_BYTES:
                 self.levels[where] = when, levels
-                self.bytes += levels.nbytes
+                self.bytes += size
 
     def _remove(self, where: tuple) -> None:
         if where in self.levels:
-            self.bytes -= self.levels.pop(where)[1].nbytes
+            self.bytes -= self.levels.pop(where)[1].nbytes + ENTRY_BYTES
 
 
 _kept_levels = _KeptLevels()
 
 
-def _noise_levels(groups: _Groups, seed: Tensor, step: Tensor, layer: Tensor, draw: Tensor) -> Tensor | None:
-    """``certain.group_noise_levels`` of all groups, uint8 [groups]; None where the full draw has to do alone."""
+def _kept_by(groups: _Groups, seed: Tensor, step: Tensor, layer: Tensor, draw: Tensor) -> tuple[tuple, tuple]:
+    """(where, when) of the noise of these groups, for ``_KeptLevels``."""
     count, m = groups.logits.shape
-    if m > CERTAIN_MAX_M:
+    shard = (int(groups.offset), int(groups.row_stride), groups.columns, groups.start)
+    return (count, m, *shard, int(layer), int(draw)), (int(seed), int(step))
+
+
+def _made_levels(groups: _Groups, where: tuple, when: tuple) -> Tensor:
+    """``certain.group_noise_levels``, uint8 [groups], of the step that they are kept by."""
+    # not by the tensors of the caller, which another thread may advance in the meantime
+    counter = [torch.tensor(value, device="cpu") for value in (*when, *where[-2:])]
+    count, m = groups.logits.shape
+    levels = torch.empty(count, dtype=torch.uint8)
+    column = levels.view(-1, 1)
+    for which in _pieces(slice(0, count), PIECE):
+        groups.run(_noise_levels_, which, counter, [column], column, m=m)
+    return levels
+
+
+def _noise_levels(groups: _Groups, seed: Tensor, step: Tensor, layer: Tensor, draw: Tensor) -> Tensor | None:
+    """Levels of all groups, kept from now on; None where the full draw has to do alone."""
+    if groups.logits.shape[-1] > CERTAIN_MAX_M:
         return None
-    where = (count, m, groups.columns, int(groups.row_stride), int(groups.first), int(layer), int(draw))
-    when = (int(seed), int(step))
+    where, when = _kept_by(groups, seed, step, layer, draw)
     levels = _kept_levels.find(where, when)
     if levels is None:
-        levels = torch.empty(count, dtype=torch.uint8)
-        column = levels.view(-1, 1)
-        for which in _pieces(slice(0, count), PIECE):
-            groups.run(_noise_levels_, which, (seed, step, layer, draw), [column], column, m=m)
+        levels = _made_levels(groups, where, when)
         _kept_levels.add(where, when, levels)
     return levels
 
@@ -457,15 +478,20 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
     """``reference.score_update_``."""
     flat = logits.view(-1, m)
     whole = _Groups(flat, logits.shape[1] // m, group_offset, group_row_stride)
+    levels = [None] * len(draws)
     # the estimate of the score by arrival times needs the keys of all groups
-    exact = n <= reference.EXACT_SCORE_MAX_N
-    levels = [_noise_levels(whole, seed, step, layer, draw) if exact else None for draw in draws]
+    exact = n <= reference.EXACT_SCORE_MAX_N and m <= CERTAIN_MAX_M
+    if exact and len(draws) == 1:
+        levels = [_noise_levels(whole, seed, step, layer, draws[0])]
+    elif exact:
+        # levels that no draw has kept are made a piece at a time
+        levels = [_kept_levels.find(*_kept_by(whole, seed, step, layer, draw)) for draw in draws]
     in_place = logits.dtype == torch.float32
     for part in [slice(0, flat.shape[0])] if in_place else _slices(flat, UPDATE_BYTES):
         groups = whole.part(part)
         groups.logits = groups.logits.float()
         here = [None if x is None else _part(x, part) for x in levels]
-        _update(groups, here, (seed, step), coef, draws, (inv_temperature, layer), n)
+        _update(groups, exact, here, (seed, step), coef, draws, (inv_temperature, layer), n)
         if not in_place:
             all_of_them, counter = slice(0, len(groups.logits)), (seed, step, draws[:1], layer)
             (flat[part],) = groups.run(
@@ -473,9 +499,9 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
             )
 
 
-def _update(groups: _Groups, levels, seed_and_step, coef, draws, rest, n: int) -> None:
+def _update(groups: _Groups, exact: bool, levels, seed_and_step, coef, draws, rest, n: int) -> None:
     """``reference.group_updated_logits``, in place; all numbers of draws above one by the same graphs."""
-    inv_temperature = rest[0]
+    inv_temperature, layer = rest
     if coef.shape[0] == 1:
         counter, known = (*seed_and_step, coef, draws, *rest), (coef, inv_temperature)
         full = reference.group_updated_logits
@@ -488,6 +514,8 @@ def _update(groups: _Groups, levels, seed_and_step, coef, draws, rest, n: int) -
         for k in range(len(coef)):
             counter, known = (*seed_and_step, coef[k], draws[k], *rest), (coef[k], inv_temperature)
             here = None if levels[k] is None else _part(levels[k], which)
+            if exact and here is None:
+                here = _made_levels(piece, *_kept_by(piece, *seed_and_step, layer, draws[k]))
             _draw_into(terms, _certain_terms_, reference.group_score_terms, piece, here, known, counter, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
         piece.logits.sub_(delta)

@@ -501,11 +501,15 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
         )
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 def describe(value) -> str:
     """What an argument is, in a line, however much it holds."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
-    return f"{type(value).__name__} {reprlib.repr(value)}"
+    return f"{type(value).__name__} {_SHORT.repr(value)}"
 
 
 def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:

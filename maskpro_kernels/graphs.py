@@ -42,25 +42,6 @@ USUAL_ROWS = 4096
 # What it is compared with its function on
 SAMPLE_ROWS = 64
 
-OPTIONS = {
-    # With the heuristics inductor falls back to scalar code for the strided reads of a group
-    "cpp.enable_tiling_heuristics": False,
-    # What is left out of a loop goes through memory: twice the time for an update of 4:8. And places that are filled
-    # in one loop must not be read in the next
-    "max_fusion_size": 1024,
-    # Bits must not depend on a user's settings
-    "cpp.enable_floating_point_contract_flag": "off",
-    "cpp.enable_unsafe_math_opt_flag": False,
-    "cpp.simdlen": None,
-    # Else the number of threads where it was compiled would decide how all later ones run
-    "cpp.dynamic_threads": True,
-}
-
-if hasattr(torch._inductor.config.cpp, "march") and torch.backends.cpu.get_cpu_capability() == "AVX512":
-    # GCC prefers half of such a register where it copies one, and what was written by halves cannot be read at once
-    # until it has come to the cache: a fifth of an update's time
-    OPTIONS["cpp.march"] = "native -mprefer-vector-width=512"
-
 # What the compiled code is made from
 SOURCES = ("pattern", "philox", "reference", "certain", "graphs", "compiled")
 
@@ -175,7 +156,7 @@ class Graph:
         """Of all that the compiled code depends on."""
         function, constants = self.whole.function, sorted(map(str, self.whole.constants.items()))
         name = (function.__module__, function.__qualname__, constants)
-        made_of = (name, self.groups, self.rest, self.whole.numbered, self.places, OPTIONS)
+        made_of = (name, self.groups, self.rest, self.whole.numbered, self.places, options())
         return hashlib.sha256(repr((*made_of, torch.__version__, processor(), CODE)).encode()).hexdigest()[:32]
 
     def _build(self, path: Path, tensors: list[Tensor]) -> None:
@@ -199,7 +180,7 @@ class Graph:
             with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
                 package = Path(unfinished) / "graph.pt2"
                 torch._inductor.aoti_compile_and_package(
-                    exported, package_path=os.fspath(package), inductor_configs=dict(OPTIONS)
+                    exported, package_path=os.fspath(package), inductor_configs=dict(options())
                 )
                 self._check(load(package), tensors)
                 os.replace(package, path)
@@ -252,6 +233,33 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
+@functools.cache
+def options() -> dict[str, object]:
+    """How graphs are compiled."""
+    # here, for it brings all of inductor
+    from torch._inductor import config as inductor_config
+
+    chosen = {
+        # With the heuristics inductor falls back to scalar code for the strided reads of a group
+        "cpp.enable_tiling_heuristics": False,
+        # What is left out of a loop goes through memory: twice the time for an update of 4:8. And places that are
+        # filled in one loop must not be read in the next
+        "max_fusion_size": 1024,
+        # Bits must not depend on a user's settings
+        "cpp.enable_floating_point_contract_flag": "off",
+        "cpp.enable_unsafe_math_opt_flag": False,
+        "cpp.simdlen": None,
+        # Else the number of threads where it was compiled would decide how all later ones run
+        "cpp.dynamic_threads": True,
+    }
+    # torch before 2.13 has no such setting
+    if hasattr(inductor_config.cpp, "march") and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        # GCC prefers half of such a register where it copies one, and what was written by halves cannot be read as a
+        # whole until it has come to the cache: a fifth of an update's loop
+        chosen["cpp.march"] = "native -mprefer-vector-width=512"
+    return chosen
 
 
 @functools.cache

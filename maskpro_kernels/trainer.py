@@ -585,7 +585,7 @@ class MaskTrainer:
 
 def _value_of(loss: Tensor | float) -> float:
     if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
-        raise ValueError(f"loss_fn: expected a 0-dim tensor, got {describe(loss)}")
+        raise ValueError(f"loss_fn: expected a 0-dim tensor or a number, got {describe(loss)}")
     return float(loss)
 
 

@@ -231,33 +231,55 @@ def test_an_update_takes_the_noise_levels_of_its_draw(dtype, kept_levels, monkey
     """Those of another layer, draw, shard, step or seed are others, whatever has been drawn before."""
     made = counting(monkeypatch)
     logits = sharp_logits(64 * 1_000, 2, 4, 6.0, dtype).view(64, -1)
-    names = ["SEED", "STEP", "LAYER"]
-    for changed in [None, *names, "shard", None]:
+    shards = {"offset": (5, 250), "row stride": (OFFSET, 1_277), "both": (5, 1_277), "first rows": None, "M": None}
+    for changed in [None, "SEED", "STEP", "LAYER", *shards, None]:
+        given = logits[:24] if changed == "first rows" else logits
+        n, m = 2, 4
+        if changed == "M":
+            # as many groups in as many rows
+            n, m, given = 1, 2, logits[:, :500].contiguous()
         with pytest.MonkeyPatch.context() as other:
-            if changed in names:
+            if changed in ("SEED", "STEP", "LAYER"):
                 other.setitem(globals(), changed, 7)
-            shard = (5, 1_277) if changed == "shard" else None
+            shard = shards.get(changed)
+            groups, before = given.numel() // m, len(made)
+            mask = drawn(compiled, given, n, m, shard=shard)
+            assert torch.equal(mask, drawn(reference, given, n, m, shard=shard))
+            assert sum(made[before:]) == groups
             before = len(made)
-            mask = drawn(compiled, logits, 2, 4, shard=shard)
-            assert torch.equal(mask, drawn(reference, logits, 2, 4, shard=shard))
-            assert sum(made[before:]) == logits.numel() // 4
-            before = len(made)
-            expected = updated(reference, logits, 2, 4, (2,), shard)
-            assert torch.equal(updated(compiled, logits, 2, 4, (2,), shard), expected)
+            expected = updated(reference, given, n, m, (2,), shard)
+            assert torch.equal(updated(compiled, given, n, m, (2,), shard), expected)
             # the logits may have moved since: levels are of the noise alone
-            assert torch.equal(
-                drawn(compiled, expected, 2, 4, shard=shard), drawn(reference, expected, 2, 4, shard=shard)
-            )
+            moved = drawn(compiled, expected, n, m, shard=shard)
+            assert torch.equal(moved, drawn(reference, expected, n, m, shard=shard))
             assert len(made) == before
             # of two draws one is known
-            assert torch.equal(
-                updated(compiled, logits, 2, 4, (2, 5), shard), updated(reference, logits, 2, 4, (2, 5), shard)
-            )
-            assert sum(made[before:]) == logits.numel() // 4
+            both = updated(reference, given, n, m, (2, 5), shard)
+            assert torch.equal(updated(compiled, given, n, m, (2, 5), shard), both)
+            assert sum(made[before:]) == groups
+
+
+def test_levels_are_of_the_step_that_they_are_kept_by(kept_levels, monkeypatch):
+    """Though another thread advances meanwhile."""
+    logits = sharp_logits(4_096, 2, 4, 7.0)
+    step, run = torch.tensor(0), compiled._Groups.run
+
+    def advancing(groups, function, *others, **more):
+        step.fill_(1)
+        return run(groups, function, *others, **more)
+
+    counter = [scalar(s) for s in (INVERSE_TEMPERATURE, LAYER, 2, OFFSET, 1_024 * 4)]
+    with monkeypatch.context() as other:
+        other.setattr(compiled._Groups, "run", advancing)
+        compiled.sample_mask(logits, scalar(SEED), step, *counter, n=2, m=4)
+    for number in (0, 1):
+        expected = reference.sample_mask(logits, scalar(SEED), scalar(number), *counter, n=2, m=4)
+        assert torch.equal(compiled.sample_mask(logits, scalar(SEED), scalar(number), *counter, n=2, m=4), expected)
 
 
 def test_no_more_noise_levels_are_kept_than_there_is_room_for(kept_levels, monkeypatch):
     monkeypatch.setattr(compiled, "KEPT_BYTES", 100)
+    monkeypatch.setattr(compiled, "ENTRY_BYTES", 0)
     levels = {name: torch.full((40,), value, dtype=torch.uint8) for value, name in enumerate("abc")}
     for name in "abc":
         kept_levels.add((name,), (0, 0), levels[name])
@@ -270,5 +292,13 @@ def test_no_more_noise_levels_are_kept_than_there_is_room_for(kept_levels, monke
     kept_levels.add(("c",), (0, 1), levels["c"])
     assert kept_levels.find(("b",), (0, 0)) is None and kept_levels.find(("c",), (0, 1)) is levels["c"]
     assert kept_levels.bytes == 80 and kept_levels.find(("a",), (0, 1)) is levels["b"]
+    # what no room would do for moves nothing
     kept_levels.add(("d",), (0, 2), torch.zeros(101, dtype=torch.uint8))
-    assert kept_levels.bytes == 0
+    assert kept_levels.bytes == 80 and kept_levels.find(("d",), (0, 2)) is None
+
+
+def test_small_levels_do_not_fill_the_memory_beside_the_limit(kept_levels, monkeypatch):
+    monkeypatch.setattr(compiled, "KEPT_BYTES", 10 * compiled.ENTRY_BYTES)
+    for number in range(100):
+        kept_levels.add((number,), (0, 0), torch.zeros(0, dtype=torch.uint8))
+    assert len(kept_levels.levels) == 10

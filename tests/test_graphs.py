@@ -200,7 +200,7 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     names.append(graphs.Graph(check, *LIKE, True, None, {"power": 3})._digest())
     for places in itertools.product((torch.int32, torch.int64), (1, 2), (False, True)):
         names.append(graphs.Graph(scaled_sum, *LIKE, True, graphs.Places(*places), {"power": 3})._digest())
-    for name, value in (("processor", lambda: "another"), ("CODE", "edited"), ("OPTIONS", {})):
+    for name, value in (("processor", lambda: "another"), ("CODE", "edited"), ("options", dict)):
         with monkeypatch.context() as patch:
             patch.setattr(graphs, name, value)
             names.append(a_graph()._digest())
@@ -292,6 +292,11 @@ def test_a_command_tells_that_it_compiles(folder, monkeypatch, capsys):
     assert told == f"compiling scaled_sum: once, it is kept in {folder}\n"
     a_graph(power=5)(tensors(2))
     assert not capsys.readouterr().err
+
+
+def test_whole_registers_are_copied_where_there_are_such():
+    widest = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch._inductor.config.cpp, "march")
+    assert ("prefer-vector-width=512" in graphs.options().get("cpp.march", "")) == widest
 
 
 def test_that_no_compiler_is_found_is_told(monkeypatch, caplog):

@@ -99,9 +99,9 @@ def import_(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace) -> None:
     """Print which patterns the matrices of a checkpoint follow."""
+    files = weight_files(args.checkpoint)
     # in the folder of a run the logits stand beside the weights
-    files = [file for file in weight_files(args.checkpoint) if file.name != LOGITS or file == Path(args.checkpoint)]
-    rows = list(survey(files))
+    rows = list(survey([file for file in files if file.name != LOGITS] or files))
     if not rows:
         raise ValueError(f"checkpoint: expected matrices of floats, got none in {args.checkpoint!r}")
     width = max(len(row.name) for row in rows)
