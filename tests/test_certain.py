@@ -231,32 +231,39 @@ def test_an_update_takes_the_noise_levels_of_its_draw(dtype, kept_levels, monkey
     """Those of another layer, draw, shard, step or seed are others, whatever has been drawn before."""
     made = counting(monkeypatch)
     logits = sharp_logits(64 * 1_000, 2, 4, 6.0, dtype).view(64, -1)
-    shards = {"offset": (5, 250), "row stride": (OFFSET, 1_277), "both": (5, 1_277), "first rows": None, "M": None}
+    shards = {"offset": (5, 250), "row stride": (OFFSET, 1_277), "both": (5, 1_277), "first rows": None}
     for changed in [None, "SEED", "STEP", "LAYER", *shards, None]:
         given = logits[:24] if changed == "first rows" else logits
-        n, m = 2, 4
-        if changed == "M":
-            # as many groups in as many rows
-            n, m, given = 1, 2, logits[:, :500].contiguous()
         with pytest.MonkeyPatch.context() as other:
             if changed in ("SEED", "STEP", "LAYER"):
                 other.setitem(globals(), changed, 7)
             shard = shards.get(changed)
-            groups, before = given.numel() // m, len(made)
-            mask = drawn(compiled, given, n, m, shard=shard)
-            assert torch.equal(mask, drawn(reference, given, n, m, shard=shard))
+            groups, before = given.numel() // 4, len(made)
+            mask = drawn(compiled, given, 2, 4, shard=shard)
+            assert torch.equal(mask, drawn(reference, given, 2, 4, shard=shard))
             assert sum(made[before:]) == groups
             before = len(made)
-            expected = updated(reference, given, n, m, (2,), shard)
-            assert torch.equal(updated(compiled, given, n, m, (2,), shard), expected)
+            expected = updated(reference, given, 2, 4, (2,), shard)
+            assert torch.equal(updated(compiled, given, 2, 4, (2,), shard), expected)
             # the logits may have moved since: levels are of the noise alone
-            moved = drawn(compiled, expected, n, m, shard=shard)
-            assert torch.equal(moved, drawn(reference, expected, n, m, shard=shard))
+            moved = drawn(compiled, expected, 2, 4, shard=shard)
+            assert torch.equal(moved, drawn(reference, expected, 2, 4, shard=shard))
             assert len(made) == before
             # of two draws one is known
-            both = updated(reference, given, n, m, (2, 5), shard)
-            assert torch.equal(updated(compiled, given, n, m, (2, 5), shard), both)
+            both = updated(reference, given, 2, 4, (2, 5), shard)
+            assert torch.equal(updated(compiled, given, 2, 4, (2, 5), shard), both)
             assert sum(made[before:]) == groups
+
+
+def test_what_decides_noise_decides_what_is_kept():
+    def kept_by(shape=(6, 4), columns=2, offset=5, row_stride=9, start=0, seed=1, step=2, layer=3, draw=4):
+        groups = compiled._Groups(torch.zeros(shape), columns, scalar(offset), scalar(row_stride), start)
+        return compiled._kept_by(groups, *map(scalar, (seed, step, layer, draw)))
+
+    changes = [{"shape": (4, 4)}, {"shape": (6, 8)}, {"columns": 3}]
+    changes += [{name: 7} for name in ("offset", "row_stride", "start", "seed", "step", "layer", "draw")]
+    assert len({kept_by(), *(kept_by(**change) for change in changes)}) == 1 + len(changes)
+    assert kept_by() == kept_by()
 
 
 def test_levels_are_of_the_step_that_they_are_kept_by(kept_levels, monkeypatch):

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from test_imports import imported
 from torch._inductor import cpp_builder
 
-from maskpro_kernels import compiled, graphs, ops
+from maskpro_kernels import certain, compiled, graphs, ops
 from maskpro_kernels.commands.progress import log_told
 
 
@@ -130,10 +130,10 @@ def test_a_graph_that_differs_from_its_function_is_not_kept(wrong, folder, monke
 
 
 def of_own_memory(tensors):
-    """Logits, places in them, and the rest, as copies."""
-    x, *rest = [tensor.clone() for tensor in tensors]
+    """Logits, levels, places in the logits, and the rest, as copies."""
+    x, levels, *rest = [tensor.clone() for tensor in tensors]
     count = x.shape[-1] // 2
-    return [x, *x.view(torch.int64).unbind(-1), *rest[count:]]
+    return [x, levels, *x.view(torch.int64).unbind(-1), *rest[count:]]
 
 
 def twice(graph, tensors):
@@ -149,7 +149,7 @@ def flags_behind_places(graph, tensors):
 def first_place_ahead(graph, tensors):
     ahead = of_own_memory(tensors)
     graph.whole(*ahead)
-    tensors[1].copy_(ahead[1])
+    tensors[2].copy_(ahead[2])
     return graph.whole(*tensors)
 
 
@@ -165,14 +165,14 @@ def zeros_negated(graph, tensors):
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (1, 8), (4, 8)])
 def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch):
     """As by a loop that fills places of an update before another one reads the logits."""
-    like_rest = tuple((dtype,) for dtype in (torch.int64, torch.int64))
-    like_rest += ((torch.float32, 1), (torch.int64, 1), (torch.float32,), (torch.int64,))
+    like_groups, like_rest = ((torch.float32, m), (torch.uint8,)), ((torch.float32, 1), (torch.float32,))
     places = graphs.Places(torch.int64, m // 2, True)
-    graph = graphs.Graph(compiled._certain_update_, ((torch.float32, m),), like_rest, True, places, {"n": n})
+    graph = graphs.Graph(compiled._certain_update_, like_groups, like_rest, False, places, {"n": n})
     # of a first step, which changes nothing
-    rest = [torch.tensor(7), torch.tensor(0), torch.zeros(1), torch.tensor([0]), torch.tensor(1.0), torch.tensor(3)]
-    x = torch.zeros(3, graphs.ROW, m)
-    given = [x, *x.view(torch.int64).unbind(-1), *rest, torch.tensor(0)]
+    x, rest = torch.zeros(3, graphs.ROW, m), [torch.zeros(1), torch.tensor(1.0)]
+    group = torch.arange(3 * graphs.ROW).view(3, graphs.ROW)
+    levels = certain.group_noise_levels(group, *map(torch.tensor, (7, 0, 3, 0)), m=m)
+    given = [x, levels, *x.view(torch.int64).unbind(-1), *rest]
     graph._check(lambda tensors: graph.whole(*tensors), given)
     if hazard is zeros_negated:
         sample = graph._sample(given)
