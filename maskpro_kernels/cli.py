@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import sys
 import warnings
@@ -79,15 +80,19 @@ def main(argv: list[str] | None = None) -> int:
 def _nobody_reads() -> bool:
     """Whether the reader of stdout has gone; what was still to be printed then goes nowhere."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # or the end of the process would try it again, with a traceback
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except (AttributeError, OSError):
+        # none, or no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # or the end of the process would try it again, with a traceback
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stdout)
+    os.close(nowhere)
+    return True
 
 
 def _tell_warning(message: Warning, *_) -> None:
