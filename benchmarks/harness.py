@@ -98,8 +98,9 @@ def paired(providers: Mapping[str, Callable[[], object]]) -> dict[str, list[floa
     fewest = FEWEST_ROUNDS if round_seconds < LONG_ROUND_SECONDS else FEWEST_LONG_ROUNDS
     rounds = min(MOST_ROUNDS, max(fewest, int(CASE_SECONDS / round_seconds)))
     # samples of single calls are a round already
-    seconds = {name: [first[name]] if set(calls.values()) == {1} else [] for name in providers}
-    while any(len(of_provider) < rounds for of_provider in seconds.values()):
+    known = set(calls.values()) == {1}
+    seconds = {name: [first[name]] if known else [] for name in providers}
+    for _ in range(rounds - known):
         for name, function in providers.items():
             seconds[name].append(sample(function, calls[name]))
     return seconds

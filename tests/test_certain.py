@@ -102,8 +102,8 @@ def test_certain_draws_are_the_drawn_ones(n, m, gap):
     differs = (torch.stack(kept) != torch.stack(expected)).any(0)
     assert not (differs & (undecided == 0)).any()
     share = float(undecided.float().mean())
-    # the level is that of all weights, and twice as many groups are open as for the dropped ones alone
-    low, high = {0.0: (1, 1), 4.0: (0.05, 0.8), 10.0: (1e-5, 0.01), 30.0: (0, 0)}[gap]
+    # a level is that of all weights: of 8 twice as many open a group as of the 4 dropped ones
+    low, high = {0.0: (1, 1), 4.0: (0.05, 0.8 if m == 8 else 0.5), 10.0: (1e-5, 0.01), 30.0: (0, 0)}[gap]
     assert low <= share <= high, share
 
 
