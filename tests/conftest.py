@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 from contextlib import contextmanager
@@ -19,6 +20,22 @@ from maskpro_kernels.kernels.launch import launches
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
+
+
+# CPython keeps frames in chunks of 16 KiB; a call that enters the next one maps it, and unmaps it on return. A loop of
+# calls across such an end spends most of its time there, as Triton's interpreter does where pytest happens to call it
+# that deep. A frame of so many variables gets a chunk of its own, with room for the frames of all that it calls.
+VARIABLES = 5 << 13
+_names = " = ".join(f"v{i}" for i in range(VARIABLES))
+_defined = {}
+exec(f"def with_room_for_frames(call, **arguments):\n return call(**arguments)\n {_names} = None", _defined)
+with_room_for_frames = _defined["with_room_for_frames"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    pyfuncitem.obj = functools.partial(with_room_for_frames, pyfuncitem.obj)
+    return (yield)
 
 
 # Elements behind what a kernel may write

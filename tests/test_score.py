@@ -227,7 +227,7 @@ def exact_huge_log_probs(pattern):
 
 
 @LOG_PROBS
-@pytest.mark.parametrize("pattern", ["5:8", "16:32", "31:32"])
+@pytest.mark.parametrize("pattern", ["5:8", "16:32", pytest.param("31:32", marks=pytest.mark.slow)])
 def test_log_prob_is_exact_up_to_31_of_32(log_prob, pattern):
     exact = exact_huge_log_probs(pattern)
     error = (log_prob(*huge_cases(pattern), pattern).double() - exact).abs()
@@ -395,7 +395,7 @@ def test_gradient_of_log_prob_has_the_dtype_of_the_logits(pattern, dtype, accura
     assert ((logits.grad.cpu().double() - exact).abs() <= 4e-6 + accuracy * exact.abs()).all()
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "5:8"])
 def test_a_second_derivative_is_refused_with_a_clear_error(pattern):
     n, m = sizes(pattern)
     logits = torch.zeros(1, m, device=KERNEL_DEVICE, requires_grad=True)

@@ -10,7 +10,17 @@ import torch
 from enumerated import KERNEL_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_masked_gemm import COUNTER, DTYPES, PATTERNS, mask_of, normal, problems, small_tiles, within_budget
+from test_masked_gemm import (
+    COUNTER,
+    DTYPES,
+    INTERPRETED,
+    PATTERNS,
+    mask_of,
+    normal,
+    problems,
+    small_tiles,
+    within_budget,
+)
 from tiny_llama import tiny_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -102,7 +112,7 @@ def test_a_slope_is_what_dropping_and_keeping_cost(m):
 
 @pytest.mark.parametrize("logits_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", INTERPRETED, ids=str)
 @pytest.mark.parametrize("tiles", ["one tile", "many tiles"])
 def test_fused_updates_step_by_the_slope(tiles, pattern, dtype, logits_dtype, launched, monkeypatch):
     """Bit for bit as the slope of the same tiles and the eager reference of the step."""
