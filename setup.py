@@ -27,6 +27,7 @@ setup(
         "safetensors>=0.4.3",
         "tqdm>=4.60",
         "filelock>=3.12",
+        "llvmlite>=0.45",
     ],
     extras_require={
         "demo": DEMO,

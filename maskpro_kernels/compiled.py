@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import certain, philox, reference
-from .graphs import LEAST_ROWS, ROW, Places, graph
+from . import certain, reference
+from .graphs import Places, graph
 from .pattern import code_dtype, codes_of
 
 # Most groups in one call of a graph
@@ -31,7 +31,7 @@ UPDATE_BYTES = 1 << 21
 KEPT_BYTES = 1 << 26
 ENTRY_BYTES = 1 << 10
 
-# Above, compiling a graph takes about a minute: there the full draw has to do alone
+# Above, few draws are certain, and bounding them costs what they save: there the full draw has to do alone
 CERTAIN_MAX_M = 8
 
 
@@ -49,42 +49,23 @@ def _run(
         first: the number of the first group, where the function takes those of consecutive groups.
         target: words [groups, words] that the function writes, of memory of their own or of the first tensor's.
     """
-    groups = group_tensors[0].shape[0]
-    rows, beyond = divmod(groups, ROW)
-    whole, words = group_tensors, target
-    ragged = beyond or rows < LEAST_ROWS
-    if ragged:
-        rows = max(-(-groups // ROW), LEAST_ROWS)
-        whole = [torch.cat([x, x[:1].expand(rows * ROW - groups, *x.shape[1:])]) for x in group_tensors]
-    tensors = [x.view(rows, ROW, *x.shape[1:]) for x in whole]
-    like_groups = tuple([(x.dtype, *x.shape[2:]) for x in tensors])
+    tensors = list(group_tensors)
+    like_groups = tuple([(x.dtype, *x.shape[1:]) for x in tensors])
     like_rest = tuple([(x.dtype, *x.shape) for x in rest])
     places = None
     if target is not None:
-        in_place = target.data_ptr() == group_tensors[0].data_ptr()
-        if ragged:
-            words = whole[0].view(target.dtype) if in_place else target.new_empty(rows * ROW, target.shape[1])
-        places = Places(target.dtype, target.shape[1], in_place)
-        tensors += words.view(rows, ROW, places.count).unbind(-1)
+        places = Places(target.dtype, target.shape[1], target.data_ptr() == tensors[0].data_ptr())
+        tensors.append(target)
     tensors += rest
     if first is not None:
         tensors.append(first)
-    results = graph(function, like_groups, like_rest, first is not None, places, **constants)(tensors)
-    results = [x.flatten(0, 1) for x in results]
-    if ragged:
-        results = [x[:groups] for x in results]
-        if target is not None:
-            target.copy_(words[:groups])
-    return results
+    return graph(function, like_groups, like_rest, first is not None, places, **constants)(tensors)
 
 
 def _pieces(which: slice, size: int) -> Iterator[slice]:
-    """Consecutive groups, at most ``size`` of them at a time, and those beyond whole rows apart: they are copied."""
-    whole = which.stop - (which.stop - which.start) % ROW
-    for start in range(which.start, whole, size):
-        yield slice(start, min(start + size, whole))
-    if whole < which.stop:
-        yield slice(whole, which.stop)
+    """Consecutive groups, at most ``size`` of them at a time."""
+    for start in range(which.start, which.stop, size):
+        yield slice(start, min(start + size, which.stop))
 
 
 def _slices(out: Tensor, limit: int = DRAW_BYTES, which: slice | None = None) -> Iterator[slice]:
@@ -251,19 +232,18 @@ def _draw_into(
 
     def draw_open(which: np.ndarray) -> None:
         for start in range(0, len(which), PIECE):
-            part = _in_whole_rows(which[start : start + PIECE])
+            part = torch.from_numpy(which[start : start + PIECE])
             (result,) = groups.run_numbered(full, part, counter, others, **constants)
             out.index_copy_(0, part, result)
 
-    words = _words(out)
+    target = out if out.dim() == 2 else out.unsqueeze(-1)
     open_groups = []
     # all that it leaves are flags
     for which in _pieces(slice(0, out.shape[0]), PIECE):
         tensors = [_part(x, which) for x in (groups.logits, levels, *others)]
         tensors[0] = tensors[0].float()
-        (undecided,) = _run(settle, tensors, known, target=_part(words, which), **constants)
-        # many times as fast as torch's
-        (again,) = undecided.numpy().view(np.bool_).nonzero()
+        (undecided,) = _run(settle, tensors, known, target=_part(target, which), **constants)
+        again = _ones(undecided.numpy())
         if which.start:
             again += which.start
         if 16 * len(again) <= undecided.shape[0]:
@@ -277,33 +257,19 @@ def _draw_into(
         draw_open(np.concatenate(open_groups) if len(open_groups) > 1 else open_groups[0])
 
 
-def _in_whole_rows(which: np.ndarray) -> Tensor:
-    """Indices, the last again and again until they fill rows: one result, however often it is written.
-
-    Others would not do: what is drawn for those of earlier rows would be drawn from what was written there.
-    """
-    rows = max(-(-len(which) // ROW), LEAST_ROWS)
-    filled = np.empty(rows * ROW, np.int64)
-    filled[: len(which)], filled[len(which) :] = which, which[-1]
-    return torch.from_numpy(filled)
-
-
-def _words(groups: Tensor) -> Tensor:
-    """Groups [groups, ...] as integers [groups, words] of up to 8 bytes, as far as their memory is aligned."""
-    groups = groups if groups.dim() == 2 else groups.unsqueeze(-1)
-    if groups.dtype == torch.float32:
-        wide = groups.shape[1] % 2 == 0 and groups.storage_offset() % 2 == 0
-        return groups.view(torch.int64 if wide else torch.int32)
-    return groups
+def _ones(flags: np.ndarray) -> np.ndarray:
+    """The indices of the ones among zeros: of eight at a time first, for they are few."""
+    whole = len(flags) - len(flags) % 8
+    (words,) = (flags[:whole].view(np.int64) != 0).nonzero()
+    word, byte = flags[:whole].reshape(-1, 8)[words].view(np.bool_).nonzero()
+    (rest,) = flags[whole:].view(np.bool_).nonzero()
+    return np.concatenate([words[word] * 8 + byte, rest + whole])
 
 
 def _write(places: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
-    """Fill the places of groups' words with columns: integers of the same size, or one or two of 32 bits."""
-    if len(columns) > len(places):
-        bits = [x.view(torch.int32).to(torch.int64) for x in columns]
-        columns = [low & philox.WORD | high << 32 for low, high in zip(bits[::2], bits[1::2], strict=True)]
+    """Fill the places of groups with columns."""
     for place, column in zip(places, columns, strict=True):
-        place.copy_(column.view(place.dtype))
+        place.copy_(column)
 
 
 def _weight_words(weight: Tensor, m: int) -> Tensor:

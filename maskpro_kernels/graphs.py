@@ -1,7 +1,7 @@
-"""Functions of groups as native code: compiled by torch's inductor once, kept on disk, loaded by later processes.
+"""Functions of groups as native code: compiled once, kept on disk, loaded by later processes.
 
-One graph serves all shapes: it takes tensors of groups in rows of ``ROW``, any number of rows. It is compiled ahead of
-time (AOTInductor), so that a call costs microseconds and a process that finds it on disk traces and compiles nothing.
+One graph serves any number of groups. A call costs microseconds, and a process that finds it on disk traces and
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -17,8 +18,8 @@ import tempfile
 import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,24 +31,21 @@ from .reference import INTEGERS
 
 logger = logging.getLogger(__name__)
 
-# A multiple of every vector width, so that the loop needs no scalar tail: compiling one takes minutes
-ROW = 32
+# Groups that a function is traced with: as many columns no group has
+TRACED = 7
 
-# A graph of one row would be another graph than that of many
-LEAST_ROWS = 2
+# What a graph is compared with its function on: more than a vector holds, and no multiple of one
+SAMPLE = 2_003
 
-# What a graph is laid out for
-USUAL_ROWS = 4096
-
-# What it is compared with its function on
-SAMPLE_ROWS = 64
+# Fewest groups that threads share
+LEAST_SHARED = 1 << 14
 
 # What the compiled code is made from
-SOURCES = ("pattern", "philox", "reference", "certain", "graphs", "compiled")
+SOURCES = ("pattern", "philox", "reference", "certain", "graphs", "native", "compiled")
 
 KEPT_SECONDS = 90 * 24 * 3600
 
-# torch's exporter and compiler change settings of the whole process while they run
+# torch's tracer changes settings of the whole process while it runs
 _making = threading.Lock()
 
 # (dtype, *shape) of tensors
@@ -55,9 +53,9 @@ Likes = tuple[tuple, ...]
 
 
 class Places(NamedTuple):
-    """What a function fills: ``count`` words of every group, a tensor [rows, ROW] of the places of each.
+    """What a function fills: ``count`` columns of every group of a tensor [groups, count].
 
-    They are of memory of their own, or, ``in_place``, of that of the first tensor, whose groups the function reads.
+    It is one of its own, or, ``in_place``, the first tensor, whose groups the function reads before.
     """
 
     dtype: torch.dtype
@@ -66,23 +64,22 @@ class Places(NamedTuple):
 
 
 class _Bound(nn.Module):
-    """``function(*tensors, **constants)``, with the places to fill, if any, by their name.
+    """``function(*tensors, **constants)``, with the columns to fill, if any, by the keyword ``places``.
 
     Where ``numbered``, the last tensor is the number of the first group, and the function gets the numbers of all
     groups behind the first ``groups`` tensors.
     """
 
-    def __init__(self, function: Callable, groups: int, count: int, numbered: bool, constants: Mapping):
+    def __init__(self, function: Callable, groups: int, fills: bool, numbered: bool, constants: Mapping):
         super().__init__()
-        self.function, self.groups, self.count = function, groups, count
+        self.function, self.groups, self.fills = function, groups, fills
         self.numbered, self.constants = numbered, constants
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups + self.count :])
+        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups + self.fills :])
         if self.numbered:
-            first, rows = rest.pop(), groups[0].shape[0]
-            groups.append(first + torch.arange(rows * ROW, device="cpu").view(rows, ROW))
-        places = {"places": tensors[self.groups :][: self.count]} if self.count else {}
+            groups.append(rest.pop() + torch.arange(groups[0].shape[0], device="cpu"))
+        places = {"places": tensors[self.groups].unbind(-1)} if self.fills else {}
         results = self.function(*groups, *rest, **places, **self.constants)
         if results is None:
             return ()
@@ -90,11 +87,11 @@ class _Bound(nn.Module):
 
 
 class Graph:
-    """``function(*groups, *rest, places=places, **constants)`` of tensors of groups [rows, ROW, ...].
+    """``function(*groups, *rest, places=places, **constants)`` of tensors of groups [groups, ...].
 
-    It is called with a list of all these tensors, the places behind those of groups, and compiled or loaded at its
-    first call. It checks nothing: what its results depend on is in the key by which ``graph`` keeps it, and in its name
-    on disk. Where it cannot be compiled it runs eagerly.
+    It is called with a list of all these tensors, that of places behind those of groups, each contiguous, and compiled
+    or loaded at its first call. It checks nothing: what its results depend on is in the key by which ``graph`` keeps
+    it, and in its name on disk. Where it cannot be compiled it runs eagerly.
 
     Args:
         groups: (dtype, *shape of one group) of each tensor of groups.
@@ -107,19 +104,17 @@ class Graph:
     def __init__(
         self, function: Callable, groups: Likes, rest: Likes, numbered: bool, places: Places | None, constants: Mapping
     ):
-        self.whole = _Bound(function, len(groups), places.count if places else 0, numbered, constants)
+        self.whole = _Bound(function, len(groups), places is not None, numbered, constants)
         self.groups, self.rest = groups, (*rest, (torch.int64,)) if numbered else rest
         self.places = places
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
-        # native code has one caller at a time, and a second one would wait for the first while it holds the GIL
-        self.running = threading.Lock()
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        with self.running:
-            if self.run is None:
-                with _making:
+        if self.run is None:
+            with _making:
+                if self.run is None:
                     self.run = self._made(tensors)
-            return self.run(tensors)
+        return self.run(tensors)
 
     def _made(self, tensors: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
         try:
@@ -135,64 +130,74 @@ class Graph:
             return self.whole(*tensors)
 
     def _compiled(self, tensors: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-        path = cache_folder() / f"{self.whole.function.__name__.strip('_')}-{self._digest()}.pt2"
+        path = cache_folder() / f"{self.whole.function.__name__.strip('_')}-{self._digest()}.o"
         # the folder may be deleted at any time
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = path.with_suffix(".lock")
         with FileLock(lock):
             # a lock that others wait for is not to be removed
             os.utime(lock)
-            if intact(path):
+            kept = intact(path)
+            if kept is not None:
                 os.utime(path)
-            else:
-                logger.info(
-                    "compiling %s: once, it is kept in %s", self.whole.function.__name__.strip("_"), path.parent
-                )
-                self._build(path, tensors)
+                return self._loaded(*kept)
+            logger.info("compiling %s: once, it is kept in %s", self.whole.function.__name__.strip("_"), path.parent)
+            # tracing takes no tensors of inference mode
+            with torch.inference_mode(False), torch.no_grad():
+                code, results = self._build()
+                run = self._loaded(code, results)
+                self._check(run, tensors)
+            try:
+                keep(path, code, results)
                 remove_unused(path.parent)
-        return load(path)
+            except OSError as error:
+                logger.warning("%s is not kept: %s", path, error)
+            return run
 
     def _digest(self) -> str:
         """Of all that the compiled code depends on."""
         function, constants = self.whole.function, sorted(map(str, self.whole.constants.items()))
         name = (function.__module__, function.__qualname__, constants)
-        made_of = (name, self.groups, self.rest, self.whole.numbered, self.places, options())
-        return hashlib.sha256(repr((*made_of, torch.__version__, processor(), CODE)).encode()).hexdigest()[:32]
+        made_of = (name, self.groups, self.rest, self.whole.numbered, self.places)
+        made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
+        return hashlib.sha256(repr((*made_of, *made_by)).encode()).hexdigest()[:32]
 
-    def _build(self, path: Path, tensors: list[Tensor]) -> None:
-        """Compile it, and keep what is found to work on groups like the first of ``tensors``.
+    def _build(self) -> tuple[bytes, Likes]:
+        """(Machine code, (dtype, *shape of one group) of each result)."""
+        sample = [_zeros(dtype, TRACED, *shape) for dtype, *shape in self.groups]
+        if self.places:
+            sample.append(_zeros(self.places.dtype, TRACED, self.places.count))
+        sample += [_zeros(*like) for like in self.rest]
+        # here, for it brings all of LLVM
+        from . import native
 
-        Raises:
-            RuntimeError: if it gives other bits than the function.
-        """
-        rows = torch.export.Dim("rows", min=LEAST_ROWS)
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-            # of torch.export, about itself
-            warnings.simplefilter("ignore", FutureWarning)
-            groups = [_zeros(dtype, USUAL_ROWS, ROW, *shape) for dtype, *shape in self.groups]
-            if self.places:
-                # each in memory of its own: torch.export would take what they share for a dependence
-                words = _zeros(self.places.dtype, USUAL_ROWS, ROW, self.places.count)
-                groups += [words.clone()[..., i] for i in range(self.places.count)]
-            rest = [_zeros(*like) for like in self.rest]
-            shapes = (*[{0: rows}] * len(groups), *[None] * len(rest))
-            exported = torch.export.export(self.whole, (*groups, *rest), dynamic_shapes=(shapes,))
-            with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-                package = Path(unfinished) / "graph.pt2"
-                torch._inductor.aoti_compile_and_package(
-                    exported, package_path=os.fspath(package), inductor_configs=dict(options())
-                )
-                self._check(load(package), tensors)
-                os.replace(package, path)
+        assembly, results = native.lowered(native.traced(self.whole, sample), self.groups, self.rest, self.places)
+        return native.compiled(assembly), results
+
+    def _loaded(self, code: bytes, results: Likes) -> Callable[[list[Tensor]], list[Tensor]]:
+        from . import native
+
+        in_place = self.places is not None and self.places.in_place
+        position = len(self.groups)
+        loop = native.loaded(code, position + bool(self.places) - in_place + len(self.rest) + len(results))
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            count = tensors[0].shape[0]
+            filled = [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in results]
+            addresses = [x.data_ptr() for x in tensors]
+            if in_place:
+                del addresses[position]
+            addresses += [x.data_ptr() for x in filled]
+            # all or one: OpenMP starts threads anew where their number changes
+            loop(count, torch.get_num_threads() if count >= LEAST_SHARED else 1, *addresses)
+            return filled
+
+        return run
 
     def _check(self, run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> None:
-        """Raise unless ``run`` does what the function does, bit for bit.
-
-        Compilers may err, and neither inductor nor that of C++ knows that places are of the memory of a tensor which
-        is read: that is right as long as a group is read before its places are filled, as it is where all is one loop.
-        """
+        """Raise unless ``run`` does what the function does, bit for bit: translations and compilers may err."""
         expected, found = self._sample(tensors), self._sample(tensors)
-        results = [*self.whole(*expected), *expected], [*run(list(found)), *found]
+        results = [*self._eager(expected), *expected], [*run(found), *found]
         for one, other in zip(*results, strict=True):
             if not _same_bits(one, other):
                 raise RuntimeError(f"the graph of {self.whole.function.__name__} differs from the function")
@@ -205,9 +210,9 @@ class Graph:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
 
         # as far apart as makes some draws certain and leaves others open, and factors that keep them so
-        some = torch.arange(SAMPLE_ROWS, device="cpu") % LEAST_ROWS
+        some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
         groups = [
-            16.0 * like(x, (SAMPLE_ROWS, *x.shape[1:])) if x.is_floating_point() else x[some]
+            16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some]
             for x in tensors[: len(self.groups)]
         ]
         rest = [
@@ -216,10 +221,8 @@ class Graph:
         ]
         if self.places is None:
             return [*groups, *rest]
-        words = _zeros(self.places.dtype, SAMPLE_ROWS, ROW, self.places.count)
-        if self.places.in_place:
-            words = groups[0].view(self.places.dtype)
-        return [*groups, *words.unbind(-1), *rest]
+        own = _zeros(self.places.dtype, SAMPLE, self.places.count)
+        return [*groups, groups[0] if self.places.in_place else own, *rest]
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -236,35 +239,6 @@ def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 @functools.cache
-def options() -> dict[str, object]:
-    """How graphs are compiled."""
-    # here, for it brings all of inductor
-    from torch._inductor import config as inductor_config
-
-    chosen = {
-        # With the heuristics inductor falls back to scalar code for the strided reads of a group
-        "cpp.enable_tiling_heuristics": False,
-        # What is left out of a loop goes through memory: twice the time for an update of 4:8. And places that are
-        # filled in one loop must not be read in the next
-        "max_fusion_size": 1024,
-        # Rows have no tail: writing one for vectors, which no loop would hold, takes a tenth of the compilation
-        "cpp.enable_loop_tail_vec": False,
-        # Bits must not depend on a user's settings
-        "cpp.enable_floating_point_contract_flag": "off",
-        "cpp.enable_unsafe_math_opt_flag": False,
-        "cpp.simdlen": None,
-        # Else the number of threads where it was compiled would decide how all later ones run
-        "cpp.dynamic_threads": True,
-    }
-    # torch before 2.13 has no such setting
-    if hasattr(inductor_config.cpp, "march") and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        # GCC prefers half of such a register where it copies one, and what was written by halves cannot be read as a
-        # whole until it has come to the cache: a fifth of an update's loop
-        chosen["cpp.march"] = "native -mprefer-vector-width=512"
-    return chosen
-
-
-@functools.cache
 def graph(
     function: Callable,
     groups: Likes,
@@ -277,20 +251,27 @@ def graph(
     return Graph(function, groups, rest, numbered, places, constants)
 
 
-def load(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The graph of a file, which takes all tensors in a list and empties it."""
-    # what its own call adds, parsing its signature anew, costs as much as a small layer
-    return torch._inductor.aoti_load_package(os.fspath(path)).loader.boxed_run
+def keep(path: Path, code: bytes, results: Likes) -> None:
+    """A graph's file: a digest of the rest, a line that tells its results, and machine code."""
+    told = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
+    body = told + b"\n" + code
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        unfinished.write_bytes(hashlib.sha256(body).digest() + body)
+        os.replace(unfinished, path)
 
 
-def intact(path: Path) -> bool:
-    """Whether a graph's file is there and whole."""
+def intact(path: Path) -> tuple[bytes, Likes] | None:
+    """(Machine code, results) of a graph's file, if it is there and whole."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:
-        # by where the damage is: errors of zipfile, zlib and struct, of encryption and unknown compression
-        return False
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, body = data[:32], data[32:]
+    if hashlib.sha256(body).digest() != digest:
+        return None
+    told, code = body.split(b"\n", 1)
+    return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(told))
 
 
 def remove_unused(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The operations as torch custom ops, and the one rule of dispatch.
 
 CUDA tensors go to the kernels; CPU tensors go to the kernels under Triton's interpreter
-(``TRITON_INTERPRET=1``), else to the reference: compiled by inductor where a C++ compiler is there,
+(``TRITON_INTERPRET=1``), else to the reference: compiled by LLVM where it can,
 else eager. All routes give the same bits. Arguments are checked in ``functional``, not here:
 matrices are contiguous and two-dimensional, seed and step 0-dim int64 tensors on the same device.
 """
@@ -30,16 +30,11 @@ def interpreting() -> bool:
 
 @functools.cache
 def compiler_available() -> bool:
-    """Whether torch's compiler is switched on and finds a C++ compiler on this machine."""
-    from torch._inductor import cpp_builder
-
-    if torch._dynamo.config.disable:
-        return False
-
+    """Whether LLVM compiles for this machine."""
     try:
-        cpp_builder.get_cpp_compiler()
-    except Exception:  # torch raises types of its own that differ between releases
-        logger.warning("no C++ compiler is found, such as g++: maskpro_kernels runs eagerly on CPU, which is slower")
+        importlib.import_module("llvmlite.binding").get_host_cpu_name()
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("LLVM does not compile here (%s): maskpro_kernels runs eagerly on CPU, which is slower", error)
         return False
     return True
 

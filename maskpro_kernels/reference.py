@@ -502,7 +502,7 @@ def round_stochastically(x, r, dtype):
         steps = torch.where(normal, 0.0, magnitude * (1.0 / FLOAT16_SUBNORMAL_STEP))
         whole = steps.to(torch.int32).to(torch.float32)
         up = (r >> 8).to(torch.float32) * 2.0**-24 < steps - whole
-        small = (whole + torch.where(up, 1.0, 0.0)) * FLOAT16_SUBNORMAL_STEP
+        small = (whole + up.to(torch.float32)) * FLOAT16_SUBNORMAL_STEP
         rounded = torch.where(normal, grid, torch.where(x < 0.0, 0.0 - small, small))
         rounded = torch.clamp(rounded, -FLOAT16_MAX, FLOAT16_MAX)
     return torch.where((x.abs() < torch.inf) & (x != 0.0), rounded, x)

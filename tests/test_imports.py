@@ -19,6 +19,7 @@ ORDER = [
     "philox",
     "reference",
     "certain",
+    "native",
     "graphs",
     "compiled",
     "kernels.device",
