@@ -18,7 +18,7 @@ import torch
 from llvmlite import binding, ir
 from torch import Tensor, fx
 
-# The bits of floats of 16 are computed in integers: those that results hold are exact in them
+# bfloat16 as the upper half of a float32's bits, for llvmlite has no such type
 TYPES = {
     torch.bool: ir.IntType(1),
     torch.uint8: ir.IntType(8),
