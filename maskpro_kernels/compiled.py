@@ -1,8 +1,8 @@
 """The reference as native code: its functions again, with its arguments, through compiled graphs.
 
-One graph serves all shapes and all dtypes of logits: tensors are taken in pieces of whole rows of
-groups, 16-bit logits are widened a piece at a time. Draws whose outcome no noise can change are found
-first, without logarithms (``certain``); the rest are gathered and drawn in full. What finds them, a byte
+One graph serves all shapes and all dtypes of logits: tensors are taken in pieces, 16-bit logits are
+widened a piece at a time. Draws whose outcome no noise can change are found first, without logarithms
+(``certain``); the rest are gathered and drawn in full. What finds them, a byte
 a group, is kept until another step needs the room: the update then makes no noise but for the rest.
 """
 
@@ -31,7 +31,7 @@ UPDATE_BYTES = 1 << 21
 KEPT_BYTES = 1 << 26
 ENTRY_BYTES = 1 << 10
 
-# Above, few draws are certain, and bounding them costs what they save: there the full draw has to do alone
+# Above, the full draw does alone: a level is that of the largest noise of all M, which settles the fewer the more
 CERTAIN_MAX_M = 8
 
 
@@ -47,7 +47,7 @@ def _run(
 
     Args:
         first: the number of the first group, where the function takes those of consecutive groups.
-        target: words [groups, words] that the function writes, of memory of their own or of the first tensor's.
+        target: columns [groups, count] that the function writes: memory of their own, or the first tensor.
     """
     tensors = list(group_tensors)
     like_groups = tuple([(x.dtype, *x.shape[1:]) for x in tensors])

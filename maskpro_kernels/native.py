@@ -100,6 +100,7 @@ class _Body:
         if name == "getitem":
             self.known[node] = given[args[1]]
             return
+        self.refuse_what_is_not_read(node, name)
         if name == "unbind":
             self.known[node] = [Columns([value], given.dtype) for value in given.values]
             return
@@ -107,7 +108,6 @@ class _Body:
             filled = self.known[args[1]]
             self.fill(given.values[0], self.cast(filled.values[0], filled.dtype, given.dtype))
             return
-        self.refuse_what_is_not_read(node, name)
         if name == "view" and isinstance(args[1], torch.dtype):
             values = [self.builder.bitcast(value, TYPES[dtype]) for value in given.values]
         elif name in SAME:
@@ -154,19 +154,18 @@ class _Body:
 
     def refuse_what_is_not_read(self, node: fx.Node, name: str) -> None:
         """Raise where an operation is another one than its name alone says."""
-        args, value = node.args, node.meta.get("val")
-        before = args[0].meta["val"] if args and isinstance(args[0], fx.Node) else None
+        args, value = node.args, node.meta["val"]
         odd = set(node.kwargs) - {"dtype", "layout", "device", "pin_memory", "memory_format", "min", "max"}
         if name in ("select", "unbind", "stack"):
-            inner = before if name != "stack" else value[0]
-            dim = args[1] if len(args) > 1 else 0
-            odd |= {"dim"} - ({"dim"} if name == "stack" and dim in (-1, value.dim() - 1) else set())
-            if name != "stack" and dim in (-1, inner.dim() - 1):
-                odd.discard("dim")
+            columns = value if name == "stack" else args[0].meta["val"]
+            if (args[1] if len(args) > 1 else 0) not in (-1, columns.dim() - 1):
+                odd.add("dim")
         elif name in SAME and not isinstance(args[-1], torch.dtype):
-            odd |= {"layout"} if value.numel() != before.numel() or value.shape[:1] != before.shape[:1] else set()
-        elif name == "arange":
-            odd |= {"start"} if len(args) > 1 else set()
+            before = args[0].meta["val"]
+            if (value.numel(), value.shape[:1]) != (before.numel(), before.shape[:1]):
+                odd.add("layout")
+        elif name == "arange" and len(args) > 1:
+            odd.add("start")
         if odd:
             raise NotImplementedError(f"{node.target} has no translation with {', '.join(sorted(odd))}")
 

@@ -868,7 +868,6 @@ def killed_until_done(folder: Path, how: str, kills: int, steps: int) -> int:
     folder.mkdir()
     generator = torch.Generator().manual_seed(kills)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TORCH_COMPILE_DISABLE": "1"}
     code = CHILD.format(tests=str(Path(__file__).parent), steps=steps)
     killed = 0
     while True:

@@ -353,7 +353,7 @@ with ranks.under_torchrun():
 def environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(TESTS), str(TESTS.parent), inherited.get("PYTHONPATH")]
-    return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TORCH_COMPILE_DISABLE": "1"}
+    return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def test_a_rank_that_hangs_is_named_in_time_and_the_others_end():
