@@ -9,6 +9,7 @@ groups as ``reference`` does, and say which groups are undecided: those have to 
 from __future__ import annotations
 
 import functools
+import operator
 
 import torch
 
@@ -50,46 +51,108 @@ def ceiling(levels):
     return HIGHEST_CEILING - levels.to(torch.float32) * NATS_PER_LEVEL
 
 
-def decided(z, kept, levels):
-    """(where no weight that ``kept``, the N largest of ``z``, drops can be drawn, the smallest kept of each group)."""
-    largest_dropped, smallest_kept = reference.extremes(z, kept)
-    return largest_dropped + ceiling(levels) < smallest_kept + LEAST_NOISE, smallest_kept
+def descending(xs):
+    """Columns with the values of each group from the largest on, by Batcher's odd-even merge sort (1968).
+
+    Where one is no number, others are lost.
+    """
+    xs, count, sorted_ = list(xs), len(xs), 1
+    while sorted_ < count:
+        distance = sorted_
+        while distance:
+            for start in range(distance % sorted_, count - distance, 2 * distance):
+                for i in range(start, min(start + distance, count - distance)):
+                    j = i + distance
+                    if i // (2 * sorted_) == j // (2 * sorted_):
+                        behind = xs[i] < xs[j]
+                        xs[i], xs[j] = torch.where(behind, xs[j], xs[i]), torch.where(behind, xs[i], xs[j])
+            distance //= 2
+        sorted_ *= 2
+    return xs
 
 
-def flags(settled):
-    """uint8 1 where not ``settled``, for what looks for the few ones among many bytes."""
-    return torch.where(settled, 0, 1).to(torch.uint8)
+class Expected:
+    """What a draw of groups keeps whatever the noise, columns of float32 logits, and where it is certain.
+
+    Attributes:
+        settled: where no weight that is not among the N largest can be drawn. What is said of other groups is void.
+        kept: whether a weight is among the N largest.
+    """
+
+    def __init__(self, xs, levels, inv_temperature, n):
+        self.xs, self.inv_temperature, self.n = xs, inv_temperature, n
+        self.descending = descending(xs)
+        numbers = functools.reduce(operator.and_, [x == x for x in xs])
+        # rounded subtraction and multiplication keep the order
+        self.smallest_kept, largest_dropped = self._scaled(self.descending[n - 1 : n + 1])
+        self.settled = numbers & (largest_dropped + ceiling(levels) < self.smallest_kept + LEAST_NOISE)
+        self.kept = [x >= self.descending[n - 1] for x in xs]
+
+    def _scaled(self, xs):
+        return [(x - self.descending[0]) * self.inv_temperature for x in xs]
+
+    def flags(self):
+        """uint8 1 where not settled, for what looks for the few ones among many bytes."""
+        return torch.where(self.settled, 0, 1).to(torch.uint8)
+
+    def score(self):
+        """``reference.exact_score`` of the kept ones, N <= EXACT_SCORE_MAX_N."""
+        if (self.n, len(self.xs)) == (2, 4):
+            return self._score_of_two_in_four()
+        # none is dropped above the smallest one kept
+        return reference.exact_score(self._scaled(self.xs), self.kept, self.n, centre=self.smallest_kept)
+
+    def _score_of_two_in_four(self):
+        """The same rank by rank, for two summands have no order: the first has the scaled logit 0, the second e = 1."""
+        first, _, third, _ = self.descending
+        is_first, is_third = ([x == rank for x in self.xs] for rank in (first, third))
+        e_first = reference.exp(torch.clamp(0.0 - self.smallest_kept, max=reference.EXPONENT_CLAMP))
+        e_third, e_fourth = (reference.exp(z - self.smallest_kept) for z in self._scaled(self.descending[2:]))
+        dropped = e_third + e_fourth
+        # of all that the kept ones are summed up in, this alone asks which of the two comes first
+        ahead = is_first[2]
+        for is_, kept in ((is_first[1], self.kept[1]), (is_first[0], self.kept[0])):
+            ahead = torch.where(kept, is_, ahead)
+        both = torch.where(ahead, dropped + e_first + 1.0, dropped + 1.0 + e_first)
+        to_first, to_second, to_both = (
+            reference.RECIPROCAL_SCALE / s for s in (dropped + e_first, dropped + 1.0, both)
+        )
+        inverse_h = (1.0 / reference.RECIPROCAL_SCALE) / (to_first + to_second)
+        score_first, score_second = (
+            (dropped * alone * to_both + dropped * alone * alone) * inverse_h for alone in (to_first, to_second)
+        )
+        present = dropped > 0.0
+        share = torch.where(present, (score_first + score_second) / torch.where(present, dropped, 1.0), 0.0)
+        score_third, score_fourth = 0.0 - e_third * share, 0.0 - e_fourth * share
+        return [
+            torch.where(
+                kept, torch.where(one, score_first, score_second), torch.where(three, score_third, score_fourth)
+            )
+            for kept, one, three in zip(self.kept, is_first, is_third, strict=True)
+        ]
 
 
 def group_expected_mask(logits, levels, inv_temperature, n):
-    """(kept columns of the N largest, ``flags`` where a draw might differ) of groups of logits."""
-    z = reference.scaled(reference.columns(logits), inv_temperature)
-    kept = reference.top_n(z, n)
-    settled, _ = decided(z, kept, levels)
-    return kept, flags(settled)
-
-
-def expected_terms(z, levels, coef, inv_temperature, n):
-    """(``reference.score_terms`` where the draw is certain, where it is), N <= EXACT_SCORE_MAX_N."""
-    kept = reference.top_n(z, n)
-    settled, smallest_kept = decided(z, kept, levels)
-    scale = coef * inv_temperature
-    # of the N largest, none is dropped above the smallest one kept
-    scores = reference.exact_score(z, kept, n, centre=smallest_kept)
-    return [s * scale for s in scores], settled
+    """(kept columns of the N largest, ``Expected.flags``) of groups of logits."""
+    expected = Expected(_float_columns(logits), levels, inv_temperature, n)
+    return expected.kept, expected.flags()
 
 
 def group_expected_terms(logits, levels, coef, inv_temperature, *, n):
-    """(columns of ``reference.score_terms`` where the draw is certain, ``flags`` elsewhere) of groups of logits."""
-    z = reference.scaled(reference.columns(logits), inv_temperature)
-    terms, settled = expected_terms(z, levels, coef, inv_temperature, n)
-    return terms, flags(settled)
+    """(``reference.group_score_terms`` where the draw is certain, ``Expected.flags``)."""
+    expected = Expected(_float_columns(logits), levels, inv_temperature, n)
+    scale = coef * inv_temperature
+    return reference.uncolumns([s * scale for s in expected.score()]), expected.flags()
 
 
 def group_expected_update(logits, levels, coef, inv_temperature, *, n):
-    """(columns of ``reference.group_updated_logits`` of a draw where it is certain, else of the logits; ``flags``)."""
-    xs = reference.columns(logits)
-    z = reference.scaled(xs, inv_temperature)
-    terms, settled = expected_terms(z, levels, coef[0], inv_temperature, n)
-    new = [torch.where(settled, x - t, x) for x, t in zip(xs, terms, strict=True)]
-    return new, flags(settled)
+    """(``reference.group_updated_logits`` of a draw where it is certain, else the logits; ``Expected.flags``)."""
+    xs = _float_columns(logits)
+    expected = Expected(xs, levels, inv_temperature, n)
+    scale = coef[0] * inv_temperature
+    new = [torch.where(expected.settled, x - s * scale, x) for x, s in zip(xs, expected.score(), strict=True)]
+    return reference.uncolumns(new), expected.flags()
+
+
+def _float_columns(logits):
+    return [x.to(torch.float32) for x in reference.columns(logits)]

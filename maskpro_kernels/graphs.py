@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
 
 import torch
 from filelock import FileLock
@@ -50,73 +50,95 @@ _making = threading.Lock()
 
 # (dtype, *shape) of tensors
 Likes = tuple[tuple, ...]
-
-
-class Places(NamedTuple):
-    """What a function fills: ``count`` columns of every group of a tensor [groups, count].
-
-    It is one of its own, or, ``in_place``, the first tensor, whose groups the function reads before.
-    """
-
-    dtype: torch.dtype
-    count: int
-    in_place: bool
+# Of a group's number
+NUMBER = (torch.int64,)
 
 
 class _Bound(nn.Module):
-    """``function(*tensors, **constants)``, with the columns to fill, if any, by the keyword ``places``.
+    """``function(*tensors, **constants)``, as a tuple.
 
     Where ``numbered``, the last tensor is the number of the first group, and the function gets the numbers of all
     groups behind the first ``groups`` tensors.
     """
 
-    def __init__(self, function: Callable, groups: int, fills: bool, numbered: bool, constants: Mapping):
+    def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
         super().__init__()
-        self.function, self.groups, self.fills = function, groups, fills
-        self.numbered, self.constants = numbered, constants
+        self.function, self.groups, self.numbered, self.constants = function, groups, numbered, constants
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups + self.fills :])
+        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups :])
         if self.numbered:
             groups.append(rest.pop() + torch.arange(groups[0].shape[0], device="cpu"))
-        places = {"places": tensors[self.groups].unbind(-1)} if self.fills else {}
-        results = self.function(*groups, *rest, **places, **self.constants)
-        if results is None:
-            return ()
+        results = self.function(*groups, *rest, **self.constants)
         return results if isinstance(results, tuple) else (results,)
 
 
-class Graph:
-    """``function(*groups, *rest, places=places, **constants)`` of tensors of groups [groups, ...].
+class _Drawn(nn.Module):
+    """``settle`` on all groups, and ``full`` on those that it leaves open, as ``Graph`` tells."""
 
-    It is called with a list of all these tensors, that of places behind those of groups, each contiguous, and compiled
-    or loaded at its first call. It checks nothing: what its results depend on is in the key by which ``graph`` keeps
-    it, and in its name on disk. Where it cannot be compiled it runs eagerly.
+    def __init__(self, settle: _Bound, full: _Bound):
+        super().__init__()
+        self.settle, self.full = settle, full
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        *tensors, shard = tensors
+        result, undecided = self.settle(*tensors)
+        (which,) = undecided.nonzero(as_tuple=True)
+        start, columns, row_stride, offset = shard.tolist()
+        local = which + start
+        number = local // columns * row_stride + local % columns + offset
+        groups, rest = tensors[: self.settle.groups - 1], tensors[self.settle.groups :]
+        (drawn,) = self.full(*(x[which] for x in groups), number, *rest)
+        return (result.index_put((which,), drawn),)
+
+
+class Graph:
+    """``function(*groups, *rest, **constants)`` of tensors of groups [groups, ...], and of others.
+
+    It is called with a list of all these tensors, each contiguous, and the memory of the first result where that is to
+    be of the caller's. It gives a list of results [groups, ...], and is compiled or loaded at its first call. It checks
+    nothing: what its results depend on is in the key by which ``graph`` keeps it, and in its name on disk. Where it
+    cannot be compiled it runs eagerly.
 
     Args:
         groups: (dtype, *shape of one group) of each tensor of groups.
         rest: (dtype, *shape) of each of the others.
         numbered: whether the groups are consecutive, so that the number of the first one, a 0-dim int64 tensor that
             comes last, stands for the tensor of their numbers, which the function takes behind those of groups.
-        places: what the function fills, by the keyword of that name, besides what it returns.
+        out: (dtype, *shape of one group) of memory that is given for the first result.
+        in_place: index of the tensor of groups whose memory that is; None where it is no tensor's.
+        full: the results of the function are then one and uint8 1 for each group that this one leaves open. Such a
+            group gets the result of ``full``, which takes their numbers in the whole layer instead of the last tensor
+            of groups. What comes last of all is a tensor int64 (start, columns, row_stride, offset): group i has the
+            number l // columns * row_stride + l % columns + offset, with l = start + i.
     """
 
     def __init__(
-        self, function: Callable, groups: Likes, rest: Likes, numbered: bool, places: Places | None, constants: Mapping
+        self,
+        function: Callable,
+        groups: Likes,
+        rest: Likes,
+        numbered: bool = False,
+        out: tuple | None = None,
+        in_place: int | None = None,
+        full: Callable | None = None,
+        constants: Mapping = MappingProxyType({}),
     ):
-        self.whole = _Bound(function, len(groups), places is not None, numbered, constants)
-        self.groups, self.rest = groups, (*rest, (torch.int64,)) if numbered else rest
-        self.places = places
-        self.run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+        self.name = function.__name__.strip("_")
+        self.function = _Bound(function, len(groups), numbered, constants)
+        self.full = None if full is None else _Bound(full, len(groups), False, constants)
+        self.whole = self.function if full is None else _Drawn(self.function, self.full)
+        self.groups, self.rest, self.out, self.in_place = groups, (*rest, NUMBER) if numbered else rest, out, in_place
+        self.run: Callable[..., list[Tensor]] | None = None
 
-    def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
         if self.run is None:
             with _making:
                 if self.run is None:
                     self.run = self._made(tensors)
-        return self.run(tensors)
+        return self.run(tensors, out)
 
-    def _made(self, tensors: list[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    def _made(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
         try:
             return self._compiled(tensors)
         except Exception as error:
@@ -125,12 +147,15 @@ class Graph:
             warnings.warn(f"compilation failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=4)
             return self._eager
 
-    def _eager(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+    def _eager(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
         with torch.no_grad():
-            return self.whole(*tensors)
+            results = list(self.whole(*tensors))
+            if out is not None:
+                results[0] = out.copy_(results[0])
+        return results
 
-    def _compiled(self, tensors: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-        path = cache_folder() / f"{self.whole.function.__name__.strip('_')}-{self._digest()}.o"
+    def _compiled(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+        path = cache_folder() / f"{self.name}-{self._digest()}.o"
         # the folder may be deleted at any time
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = path.with_suffix(".lock")
@@ -141,7 +166,7 @@ class Graph:
             if kept is not None:
                 os.utime(path)
                 return self._loaded(*kept)
-            logger.info("compiling %s: once, it is kept in %s", self.whole.function.__name__.strip("_"), path.parent)
+            logger.info("compiling %s: once, it is kept in %s", self.name, path.parent)
             # tracing takes no tensors of inference mode
             with torch.inference_mode(False), torch.no_grad():
                 code, results = self._build()
@@ -156,51 +181,61 @@ class Graph:
 
     def _digest(self) -> str:
         """Of all that the compiled code depends on."""
-        function, constants = self.whole.function, sorted(map(str, self.whole.constants.items()))
-        name = (function.__module__, function.__qualname__, constants)
-        made_of = (name, self.groups, self.rest, self.whole.numbered, self.places)
+        functions = [bound.function for bound in (self.function, self.full) if bound]
+        names = [(function.__module__, function.__qualname__) for function in functions]
+        constants = sorted(map(str, self.function.constants.items()))
+        made_of = (names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place)
         made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
         return hashlib.sha256(repr((*made_of, *made_by)).encode()).hexdigest()[:32]
 
     def _build(self) -> tuple[bytes, Likes]:
         """(Machine code, (dtype, *shape of one group) of each result)."""
-        sample = [_zeros(dtype, TRACED, *shape) for dtype, *shape in self.groups]
-        if self.places:
-            sample.append(_zeros(self.places.dtype, TRACED, self.places.count))
-        sample += [_zeros(*like) for like in self.rest]
         # here, for it brings all of LLVM
         from . import native
 
-        assembly, results = native.lowered(native.traced(self.whole, sample), self.groups, self.rest, self.places)
+        rest = [_zeros(*like) for like in self.rest]
+        graph, full = (
+            bound and native.traced(bound, [_zeros(dtype, TRACED, *shape) for dtype, *shape in groups] + rest)
+            for bound, groups in ((self.function, self.groups), (self.full, (*self.groups[:-1], NUMBER)))
+        )
+        assembly, results = native.lowered(graph, self.groups, self.rest, self.in_place, full)
+        if self.out not in (None, results[0]):
+            raise ValueError(f"out: expected {results[0]}, got {self.out}")
         return native.compiled(assembly), results
 
-    def _loaded(self, code: bytes, results: Likes) -> Callable[[list[Tensor]], list[Tensor]]:
+    def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
         from . import native
 
-        in_place = self.places is not None and self.places.in_place
-        position = len(self.groups)
-        loop = native.loaded(code, position + bool(self.places) - in_place + len(self.rest) + len(results))
+        # where the first result is a tensor's, its address is there already
+        written = results if self.in_place is None else results[1:]
+        made = results if self.out is None else results[1:]
+        loop = native.loaded(code, len(self.groups) + len(self.rest) + (self.full is not None) + len(written))
 
-        def run(tensors: list[Tensor]) -> list[Tensor]:
+        def run(tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
             count = tensors[0].shape[0]
-            filled = [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in results]
+            filled = [] if out is None else [out]
+            filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
             addresses = [x.data_ptr() for x in tensors]
-            if in_place:
-                del addresses[position]
-            addresses += [x.data_ptr() for x in filled]
+            addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
             # all or one: OpenMP starts threads anew where their number changes
             loop(count, torch.get_num_threads() if count >= LEAST_SHARED else 1, *addresses)
             return filled
 
         return run
 
-    def _check(self, run: Callable[[list[Tensor]], Sequence[Tensor]], tensors: list[Tensor]) -> None:
+    def _check(self, run: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
         """Raise unless ``run`` does what the function does, bit for bit: translations and compilers may err."""
-        expected, found = self._sample(tensors), self._sample(tensors)
-        results = [*self._eager(expected), *expected], [*run(found), *found]
-        for one, other in zip(*results, strict=True):
+        given, found_in = self._sample(tensors), self._sample(tensors)
+        expected = self._eager(given)
+        out = None
+        if self.in_place is not None:
+            out = found_in[self.in_place]
+            given[self.in_place] = expected[0]
+        elif self.out:
+            out = torch.empty_like(expected[0])
+        for one, other in zip([*expected, *given], [*run(found_in, out), *found_in], strict=True):
             if not _same_bits(one, other):
-                raise RuntimeError(f"the graph of {self.whole.function.__name__} differs from the function")
+                raise RuntimeError(f"the graph of {self.name} differs from the function")
 
     def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
         """Few groups like ``tensors``: with their integers, for not all may be codes of groups, and any floats."""
@@ -211,18 +246,11 @@ class Graph:
 
         # as far apart as makes some draws certain and leaves others open, and factors that keep them so
         some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
-        groups = [
-            16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some]
-            for x in tensors[: len(self.groups)]
+        groups, rest = tensors[: len(self.groups)], tensors[len(self.groups) :]
+        return [
+            *(16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some] for x in groups),
+            *(1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),
         ]
-        rest = [
-            1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone()
-            for x in tensors[len(tensors) - len(self.rest) :]
-        ]
-        if self.places is None:
-            return [*groups, *rest]
-        own = _zeros(self.places.dtype, SAMPLE, self.places.count)
-        return [*groups, groups[0] if self.places.in_place else own, *rest]
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -243,12 +271,14 @@ def graph(
     function: Callable,
     groups: Likes,
     rest: Likes,
-    numbered: bool,
-    places: Places | None = None,
+    numbered: bool = False,
+    out: tuple | None = None,
+    in_place: int | None = None,
+    full: Callable | None = None,
     **constants: int | torch.dtype,
 ) -> Graph:
     """The graph of ``function`` with those constants, for tensors like those."""
-    return Graph(function, groups, rest, numbered, places, constants)
+    return Graph(function, groups, rest, numbered, out, in_place, full, constants)
 
 
 def keep(path: Path, code: bytes, results: Likes) -> None:

@@ -119,21 +119,6 @@ def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
     assert not torch.equal(expected, logits)
 
 
-@pytest.mark.parametrize("gap", [5.5, 5.0])
-def test_more_open_groups_than_a_piece_holds(gap, monkeypatch):
-    """They are drawn together where they are few, else piece by piece: none may be updated twice."""
-    monkeypatch.setattr(compiled, "PIECE", 1_024)
-    logits = sharp_logits(100_003, 2, 4, gap)
-    group = torch.arange(100_003) + OFFSET
-    levels = certain.group_noise_levels(group, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=4)
-    _, undecided = certain.group_expected_mask(logits.view(-1, 4), levels, scalar(INVERSE_TEMPERATURE), 2)
-    count = int(undecided.sum())
-    assert count > 2 * compiled.PIECE
-    assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
-    for draws in [(2,), (2, 5)]:
-        assert torch.equal(updated(compiled, logits, 2, 4, draws), updated(reference, logits, 2, 4, draws))
-
-
 @pytest.mark.parametrize("groups", [1, 7, 31, 32, 33, 64, 65, 4_096])
 def test_any_number_of_groups(groups):
     logits = sharp_logits(groups, 2, 4, 4.0)
@@ -161,13 +146,6 @@ for thread in threads:
 for thread in threads:
     thread.join()
 """
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1_003])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
-def test_all_ones_are_found_in_order(count, share):
-    flags = (torch.rand(count, generator=torch.Generator().manual_seed(count)) < share).to(torch.uint8).numpy()
-    assert compiled._ones(flags).tolist() == [i for i in range(count) if flags[i]]
 
 
 def test_threads_may_draw_at_the_same_time():
@@ -224,10 +202,10 @@ def counting(monkeypatch):
     """How many groups' noise is made, by call."""
     made, run = [], compiled._Groups.run
 
-    def counted(groups, function, which, *others, **more):
-        if function is compiled._noise_levels_:
-            made.append(which.stop - which.start)
-        return run(groups, function, which, *others, **more)
+    def counted(groups, function, *others, **more):
+        if function is compiled._group_noise_levels:
+            made.append(groups.logits.shape[0])
+        return run(groups, function, *others, **more)
 
     monkeypatch.setattr(compiled._Groups, "run", counted)
     return made

@@ -466,7 +466,7 @@ def test_a_graph_that_cannot_be_compiled_runs_eagerly(compiled_route, error, mon
 
 
 def test_an_error_of_a_run_is_raised(compiled_route, monkeypatch):
-    def failing(tensors):
+    def failing(tensors, out):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(graphs.Graph, "_compiled", lambda *_: failing)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from llvmlite import binding
 from test_imports import imported
 
-from maskpro_kernels import certain, compiled, graphs, ops, reference
+from maskpro_kernels import certain, graphs, native, ops, reference
 from maskpro_kernels.commands.progress import log_told
 
 
@@ -29,7 +29,7 @@ LIKE = (((torch.float32, 4),), ((torch.float32,),))
 
 
 def a_graph(power=3, groups=LIKE[0], rest=LIKE[1]):
-    return graphs.Graph(scaled_sum, groups, rest, True, None, {"power": power})
+    return graphs.Graph(scaled_sum, groups, rest, numbered=True, constants={"power": power})
 
 
 def tensors(groups):
@@ -90,28 +90,72 @@ def test_a_graph_is_compiled_once_for_all_shapes_and_processes(folder, builds):
     assert list(folder.glob("*.o")) == [file] and not list(folder.glob("tmp*"))
 
 
-def add_numbers_(x, index, *, places, factor):
-    for place, column in zip(places, x.unbind(-1), strict=True):
-        place.copy_(column + index * factor)
-    return index
+def add_numbers(x, index, *, factor):
+    return torch.stack([column + index * factor for column in x.unbind(-1)], dim=-1), index
 
 
 def number_adder(in_place):
-    places = graphs.Places(torch.float32, 2, in_place)
-    return graphs.Graph(add_numbers_, ((torch.float32, 2),), (), True, places, {"factor": 2})
+    like = (torch.float32, 2)
+    return graphs.Graph(add_numbers, (like,), (), True, like, 0 if in_place else None, constants={"factor": 2})
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_function_fills_places(in_place, folder, builds):
-    """Of the memory of its tensor or of another, also where these are pieces of something longer."""
+def test_a_function_fills_given_memory(in_place, folder, builds):
+    """Of its tensor or of another, also where these are pieces of something longer."""
     graph = number_adder(in_place)
     x = torch.ones(50_000, 2)
     out = x if in_place else torch.zeros_like(x)
     for part in (slice(0, 3), slice(3, 50_000)):
-        (index,) = graph([x[part], out[part], torch.tensor(part.start)])
+        filled, index = graph([x[part], torch.tensor(part.start)], out[part])
         assert torch.equal(index, torch.arange(50_000)[part])
+        assert filled.data_ptr() == out[part].data_ptr()
     assert torch.equal(out, 1.0 + 2 * torch.arange(50_000)[:, None].expand(-1, 2))
     assert in_place or (x == 1.0).all()
+
+
+def test_memory_of_another_kind_is_refused(folder):
+    graph = graphs.Graph(add_numbers, ((torch.float32, 2),), (), True, (torch.float32, 4), constants={"factor": 2})
+    with pytest.raises(ValueError, match="out: expected .torch.float32, 2., got .torch.float32, 4."):
+        graph._compiled([torch.ones(3, 2), torch.tensor(0)])
+
+
+def settle(x, threshold, scale, *, power):
+    """Groups that begin below their threshold are left open, and as they are."""
+    is_open = x[:, 0] < threshold
+    settled = [torch.where(is_open, column, column * scale) for column in x.unbind(-1)]
+    return torch.stack(settled, dim=-1), torch.where(is_open, 1, 0).to(torch.uint8)
+
+
+def draw_full(x, number, scale, *, power):
+    return torch.stack([column * scale + (number * power).to(torch.float32) for column in x.unbind(-1)], dim=-1)
+
+
+SHARD = (3, 10, 17, 5)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_what_a_function_leaves_open_is_drawn_in_full(share, in_place, folder, builds):
+    """At both ends of blocks, of batches and of the shares of threads."""
+    like, scalar = (torch.float32, 2), (torch.float32,)
+    place = 0 if in_place else None
+    graph = graphs.Graph(settle, (like, scalar), (scalar,), False, like, place, draw_full, {"power": 3})
+    start, columns, row_stride, offset = SHARD
+    counts = [1, 7, 8, 9, native.BATCH, native.BLOCK - 1, native.BLOCK, 2 * native.BLOCK + 9]
+    for count in [*counts, graphs.LEAST_SHARED, 3 * graphs.LEAST_SHARED + 5]:
+        generator = torch.Generator().manual_seed(count)
+        x, chance = torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator)
+        chance[[0, -1]] = 0.0
+        is_open = chance < share
+        local = torch.arange(start, start + count)
+        number = local // columns * row_stride + local % columns + offset
+        expected = 2.0 * x + torch.where(is_open, 3.0 * number, 0.0)[:, None]
+        tensors = [x, torch.where(is_open, 2.0, -1.0), torch.tensor(2.0), torch.tensor(SHARD)]
+        assert torch.equal(*graph._eager(tensors), expected)
+        out = x if in_place else torch.empty_like(x)
+        (result,) = graph(tensors, out)
+        assert result is out and torch.equal(out, expected)
+    assert len(builds) == 1
 
 
 @pytest.mark.parametrize("wrong", ["index", "x"])
@@ -119,50 +163,41 @@ def test_a_graph_that_differs_from_its_function_is_not_kept(wrong, folder, monke
     """By the last bit of one group."""
     graph = number_adder(in_place=True)
 
-    def miscompiled(tensors):
-        x = tensors[0]
-        (index,) = graph.whole(*tensors)
+    def miscompiled(tensors, out):
+        x, index = graph._eager(tensors, out)
         if wrong == "index":
             index[-1] += 1
         else:
             x[-1, -1] = x[-1, -1].nextafter(torch.tensor(torch.inf))
-        return (index,)
+        return x, index
 
     monkeypatch.setattr(graphs.Graph, "_loaded", lambda *_: miscompiled)
     x = torch.ones(300, 2)
-    with pytest.warns(UserWarning, match="compilation failed .the graph of add_numbers_ differs from the function"):
-        (index,) = graph([x, x, torch.tensor(0)])
+    with pytest.warns(UserWarning, match="compilation failed .the graph of add_numbers differs from the function"):
+        _, index = graph([x, torch.tensor(0)], x)
     assert torch.equal(index, torch.arange(300))
     assert torch.equal(x, 1.0 + 2 * torch.arange(300)[:, None].expand(-1, 2))
     assert not list(folder.glob("*.o"))
 
 
-def of_own_memory(tensors):
-    """Logits, levels, the places in the logits, and the rest, as copies."""
-    x, levels, _, *rest = [tensor.clone() for tensor in tensors]
-    return [x, levels, x, *rest]
+def twice(graph, tensors, out):
+    graph._eager(tensors, out)
+    return graph._eager(tensors, out)
 
 
-def twice(graph, tensors):
-    graph.whole(*tensors)
-    return graph.whole(*tensors)
+def flags_behind_places(graph, tensors, out):
+    graph._eager(tensors, out)
+    return [out, graph.whole(*tensors)[1]]
 
 
-def flags_behind_places(graph, tensors):
-    graph.whole(*tensors)
-    return graph.whole(*of_own_memory(tensors))
+def first_place_ahead(graph, tensors, out):
+    out[:, 0] = graph.whole(*tensors)[0][:, 0]
+    return graph._eager(tensors, out)
 
 
-def first_place_ahead(graph, tensors):
-    ahead = of_own_memory(tensors)
-    graph.whole(*ahead)
-    tensors[0][:, 0] = ahead[0][:, 0]
-    return graph.whole(*tensors)
-
-
-def zeros_negated(graph, tensors):
-    results = graph.whole(*tensors)
-    tensors[0].sub_(0.0).masked_fill_(tensors[0] == 0.0, -0.0)
+def zeros_negated(graph, tensors, out):
+    results = graph._eager(tensors, out)
+    out.sub_(0.0).masked_fill_(out == 0.0, -0.0)
     return results
 
 
@@ -172,19 +207,26 @@ def zeros_negated(graph, tensors):
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (1, 8), (4, 8)])
 def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch):
     """As by a loop that fills places of an update before another one reads the logits."""
-    like_groups, like_rest = ((torch.float32, m), (torch.uint8,)), ((torch.float32, 1), (torch.float32,))
-    places = graphs.Places(torch.float32, m, True)
-    graph = graphs.Graph(compiled._certain_update_, like_groups, like_rest, False, places, {"n": n})
+    like = (torch.float32, m)
+    graph = graphs.Graph(
+        certain.group_expected_update,
+        (like, (torch.uint8,)),
+        ((torch.float32, 1), (torch.float32,)),
+        False,
+        like,
+        0,
+        constants={"n": n},
+    )
     # of a first step, which changes nothing
     x, rest = torch.zeros(96, m), [torch.zeros(1), torch.tensor(1.0)]
     levels = certain.group_noise_levels(torch.arange(96), *map(torch.tensor, (7, 0, 3, 0)), m=m)
-    given = [x, levels, x, *rest]
-    graph._check(lambda tensors: graph.whole(*tensors), given)
+    given = [x, levels, *rest]
+    graph._check(graph._eager, given)
     if hazard is zeros_negated:
         sample = graph._sample(given)
         sample[0][0, 0] = 0.0
-        monkeypatch.setattr(graph, "_sample", lambda _: of_own_memory(sample))
-    with pytest.raises(RuntimeError, match="the graph of _certain_update_ differs from the function"):
+        monkeypatch.setattr(graph, "_sample", lambda _: [tensor.clone() for tensor in sample])
+    with pytest.raises(RuntimeError, match="the graph of group_expected_update differs from the function"):
         graph._check(functools.partial(hazard, graph), given)
 
 
@@ -202,10 +244,12 @@ def test_inference_mode_and_default_dtype_do_not_reach_the_graph(folder, builds)
 def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     names = [a_graph()._digest(), a_graph(power=4)._digest(), a_graph(rest=((torch.float64,),))._digest()]
     names.append(a_graph(groups=((torch.float32, 8),))._digest())
-    names.append(graphs.Graph(scaled_sum, *LIKE, False, None, {"power": 3})._digest())
-    names.append(graphs.Graph(check, *LIKE, True, None, {"power": 3})._digest())
-    for places in itertools.product((torch.int32, torch.int64), (1, 2), (False, True)):
-        names.append(graphs.Graph(scaled_sum, *LIKE, True, graphs.Places(*places), {"power": 3})._digest())
+    constants = {"power": 3}
+    names.append(graphs.Graph(scaled_sum, *LIKE, constants=constants)._digest())
+    names.append(graphs.Graph(check, *LIKE, True, constants=constants)._digest())
+    for out in itertools.product((torch.int32, torch.int64), (1, 2)):
+        for in_place, full in itertools.product((None, 0, 1), (None, settle, draw_full)):
+            names.append(graphs.Graph(scaled_sum, *LIKE, True, out, in_place, full, constants)._digest())
     for name, value in (("processor", lambda: "another"), ("CODE", "edited")):
         with monkeypatch.context() as patch:
             patch.setattr(graphs, name, value)

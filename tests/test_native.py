@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def loop_of(function, *tensors):
     """The results of ``function`` on tensors of groups, by a loop."""
-    graph = graphs.Graph(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), (), False, None, {})
+    graph = graphs.Graph(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
     run = graph._loaded(*graph._build())
     return run(list(tensors))
 
@@ -110,7 +110,7 @@ def test_columns_of_groups_are_taken_apart_and_put_together():
 def test_what_has_no_translation_is_named():
     graph = native.traced(lambda x: (x.sin(),), [torch.zeros(2)])
     with pytest.raises(NotImplementedError, match="aten.sin.default has no translation"):
-        native.lowered(graph, ((torch.float32,),), (), None)
+        native.lowered(graph, ((torch.float32,),), ())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_has_no_translation_is_named():
 def test_what_is_not_taken_column_by_column_is_refused(function):
     graph = native.traced(lambda x: (function(x),), [torch.zeros(7, 4)])
     with pytest.raises(NotImplementedError):
-        native.lowered(graph, ((torch.float32, 4),), (), None)
+        native.lowered(graph, ((torch.float32, 4),), ())
 
 
 def test_without_openmp_one_thread_does_all(monkeypatch):
