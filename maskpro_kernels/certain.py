@@ -54,7 +54,7 @@ def ceiling(levels):
 def descending(xs):
     """Columns with the values of each group from the largest on, by Batcher's odd-even merge sort (1968).
 
-    Where one is no number, others are lost.
+    Where one is no number there is no order.
     """
     xs, count, sorted_ = list(xs), len(xs), 1
     while sorted_ < count:

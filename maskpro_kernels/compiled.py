@@ -21,8 +21,8 @@ from .pattern import code_dtype, codes_of
 # Most groups in one call of a graph that takes their numbers, or leaves something of each
 PIECE = 1 << 18
 
-# Bytes of logits in float32 that stand beside those of 16 bits
-WIDENED_BYTES = 1 << 21
+# Bytes of float32 that stand beside the logits at a time: copies of those of 16 bits, or terms of an update
+COPIED_BYTES = 1 << 21
 
 # Bytes of noise levels that are kept: those of 268 million weights at 2:4; and what keeping any takes besides
 KEPT_BYTES = 1 << 26
@@ -34,27 +34,27 @@ def _run(
     tensors: Sequence[Tensor],
     rest: Sequence[Tensor] = (),
     *,
+    out: Tensor,
     first: Tensor | None = None,
     shard: Tensor | None = None,
-    out: Tensor | None = None,
     full: Callable | None = None,
     **constants,
 ) -> list[Tensor]:
-    """The results [groups, ...] of ``function`` on tensors [groups, ...] of at least one group, as a graph.
+    """The results [groups, ...] of ``function`` on tensors [groups, ...], as a graph; the first alone of no groups.
 
     Args:
-        first: the number of the first group, where the function takes those of consecutive groups.
         out: memory for the first result: of its own, or that of one of the tensors.
+        first: the number of the first group, where the function takes those of consecutive groups.
         full, shard: what draws the groups that the function leaves open, and where these lie, as ``graphs.Graph`` says.
     """
+    if not tensors[0].shape[0]:
+        return [out]
     like_groups = tuple([(x.dtype, *x.shape[1:]) for x in tensors])
     like_rest = tuple([(x.dtype, *x.shape) for x in rest])
-    like_out = in_place = None
-    if out is not None:
-        like_out, address = (out.dtype, *out.shape[1:]), out.data_ptr()
-        for i, x in enumerate(tensors):
-            if x.data_ptr() == address:
-                in_place = i
+    like_out, address, in_place = (out.dtype, *out.shape[1:]), out.data_ptr(), None
+    for i, x in enumerate(tensors):
+        if x.data_ptr() == address:
+            in_place = i
     made = graph(function, like_groups, like_rest, first is not None, like_out, in_place, full, **constants)
     return made([*tensors, *rest, *(x for x in (first, shard) if x is not None)], out)
 
@@ -65,9 +65,9 @@ def _pieces(count: int, size: int = PIECE) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _widened(logits: Tensor) -> Iterator[slice]:
-    """The pieces in which 16-bit logits [groups, M] stand in float32."""
-    return _pieces(logits.shape[0], min(WIDENED_BYTES // (4 * logits.shape[1]), PIECE))
+def _copied(logits: Tensor) -> Iterator[slice]:
+    """The pieces in which float32 values stand beside logits [groups, M]."""
+    return _pieces(logits.shape[0], COPIED_BYTES // (4 * logits.shape[1]))
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -180,8 +180,8 @@ def _draw_into(
 ) -> None:
     """out [groups, ...] = ``full`` of (logits, others, numbers, counter), where ``settle`` has not decided it.
 
-    ``settle`` takes (logits, others, levels, counter) and gives the ``certain.flags`` of what it left open as well; it
-    is left out where there are no levels. ``out`` may be the logits themselves.
+    ``settle`` takes (logits, others, levels, counter) and gives the ``certain.Expected.flags`` as well; it is left
+    out where there are no levels. ``out`` may be the logits themselves.
     """
     tensors = [groups.logits, *others]
     if levels is None:
@@ -191,29 +191,22 @@ def _draw_into(
 
 
 def _weight_words(weight: Tensor, m: int) -> Tensor:
-    """A matrix [rows, K] as integers [groups, words] of up to 8 bytes: masks apply to whole words."""
-    size = min(m * weight.element_size(), 8)
-    if weight.storage_offset() * weight.element_size() % size:
+    """A matrix [rows, K] as int32 [groups, words], of one weight or two: masks apply to whole words."""
+    if weight.storage_offset() * weight.element_size() % 4:
         weight = weight.clone()
     # rows of a single one may lie at any stride
-    words = weight.view(-1).view(torch.int64 if size == 8 else torch.int32)
-    return words.view(-1, m * weight.element_size() // size)
+    return weight.view(-1).view(torch.int32).view(-1, m * weight.element_size() // 4)
 
 
 def _mask_words(words, kept):
     """Groups as ``_weight_words`` packs them, zeros where weights are not kept."""
     columns = reference.columns(words)
-    fields = len(kept) // len(columns)
-    bits = 8 * words.element_size() // fields
     masked = []
-    for i, word in enumerate(columns):
-        mask = None
-        for field, k in enumerate(kept[i * fields : (i + 1) * fields]):
-            # the last field holds the sign
-            ones = -1 << bits * field if field == fields - 1 else (1 << bits) - 1 << bits * field
-            here = torch.where(k, ones, 0).to(word.dtype)
-            mask = here if mask is None else mask | here
-        masked.append(word & mask)
+    if len(columns) == len(kept):
+        masked = [torch.where(k, word, 0) for word, k in zip(columns, kept, strict=True)]
+    else:
+        for word, low, high in zip(columns, kept[::2], kept[1::2], strict=True):
+            masked.append(word & (torch.where(low, 0xFFFF, 0) | torch.where(high, -0x10000, 0)).to(torch.int32))
     return reference.uncolumns(masked)
 
 
@@ -356,7 +349,7 @@ def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group
     if logits.dtype == torch.float32:
         _update(whole, exact, levels, (seed, step), coef, draws, (inv_temperature, layer), n)
         return
-    for part in _widened(flat):
+    for part in _copied(flat):
         groups, here = whole.part(part, flat[part].float()), [None if x is None else x[part] for x in levels]
         _update(groups, exact, here, (seed, step), coef, draws, (inv_temperature, layer), n)
         _round_into(flat[part], groups, (seed, step, draws[:1], layer))
@@ -374,7 +367,7 @@ def _update(groups: _Groups, exact: bool, levels, seed_and_step, coef, draws, re
         full = reference.group_updated_logits
         _draw_into(groups.logits, _certain_update, full, groups, levels[0], counter, n=n)
         return
-    for which in _widened(groups.logits):
+    for which in _copied(groups.logits):
         piece = groups.part(which, groups.logits[which])
         terms = torch.empty_like(piece.logits)
         delta = None
@@ -412,7 +405,7 @@ def _descend(function, tensors, logits, rate, seed, step, largest, layer, group_
     flat = logits.view(-1, m)
     whole = _Groups(flat, logits.shape[1] // m, group_offset, group_row_stride)
     total = torch.zeros((), dtype=torch.float32)
-    for part in _widened(flat):
+    for part in _copied(flat):
         given, out = [*(x[part] for x in tensors), flat[part]], flat[part]
         if logits.dtype != torch.float32:
             out = torch.empty(out.shape, dtype=torch.float32)

@@ -34,8 +34,11 @@ logger = logging.getLogger(__name__)
 # Groups that a function is traced with: as many columns no group has
 TRACED = 7
 
-# What a graph is compared with its function on: more than a vector holds, and no multiple of one
-SAMPLE = 2_003
+# Groups that a graph is compared with its function on: more than are settled at a time, and no multiple of a vector
+SAMPLE = 5_003
+
+# Where they lie: in rows that the whole layer sets apart
+SAMPLE_SHARD = (3, 1_000, 1_777, 5)
 
 # Fewest groups that threads share
 LEAST_SHARED = 1 << 14
@@ -50,15 +53,15 @@ _making = threading.Lock()
 
 # (dtype, *shape) of tensors
 Likes = tuple[tuple, ...]
-# Of a group's number
-NUMBER = (torch.int64,)
+# Of a group's number, and of those of many, which the compiled code holds in half the width: it fits more into a vector
+NUMBER, NUMBERS = (torch.int64,), (torch.uint32,)
 
 
 class _Bound(nn.Module):
     """``function(*tensors, **constants)``, as a tuple.
 
     Where ``numbered``, the last tensor is the number of the first group, and the function gets the numbers of all
-    groups behind the first ``groups`` tensors.
+    groups behind the first ``groups`` tensors. It gets all numbers in int64.
     """
 
     def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
@@ -69,6 +72,7 @@ class _Bound(nn.Module):
         groups, rest = list(tensors[: self.groups]), list(tensors[self.groups :])
         if self.numbered:
             groups.append(rest.pop() + torch.arange(groups[0].shape[0], device="cpu"))
+        groups = [x.to(torch.int64) if x.dtype == torch.uint32 else x for x in groups]
         results = self.function(*groups, *rest, **self.constants)
         return results if isinstance(results, tuple) else (results,)
 
@@ -196,7 +200,7 @@ class Graph:
         rest = [_zeros(*like) for like in self.rest]
         graph, full = (
             bound and native.traced(bound, [_zeros(dtype, TRACED, *shape) for dtype, *shape in groups] + rest)
-            for bound, groups in ((self.function, self.groups), (self.full, (*self.groups[:-1], NUMBER)))
+            for bound, groups in ((self.function, self.groups), (self.full, (*self.groups[:-1], NUMBERS)))
         )
         assembly, results = native.lowered(graph, self.groups, self.rest, self.in_place, full)
         if self.out not in (None, results[0]):
@@ -247,6 +251,9 @@ class Graph:
         # as far apart as makes some draws certain and leaves others open, and factors that keep them so
         some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
         groups, rest = tensors[: len(self.groups)], tensors[len(self.groups) :]
+        if self.full:
+            *rest, _ = rest
+            rest.append(torch.tensor(SAMPLE_SHARD, device="cpu"))
         return [
             *(16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some] for x in groups),
             *(1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),

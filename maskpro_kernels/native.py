@@ -2,6 +2,8 @@
 
 A function is traced once with torch; what it does to a group becomes the body of a loop over groups, which LLVM
 vectorises, interleaved columns included. Nothing is reassociated, contracted or approximated: bits are those of torch.
+Where a function leaves groups open, such a loop runs over a block of them, and another over what has been gathered of
+the open ones, which are then put back.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ TYPES = {
     torch.uint8: ir.IntType(8),
     torch.int16: ir.IntType(16),
     torch.int32: ir.IntType(32),
+    torch.uint32: ir.IntType(32),
     torch.int64: ir.IntType(64),
     torch.float32: ir.FloatType(),
     torch.float16: ir.HalfType(),
     torch.bfloat16: ir.IntType(16),
 }
-LONG, POINTER = ir.IntType(64), ir.PointerType()
-UNSIGNED = (torch.bool, torch.uint8)
+WORD, LONG, POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
+UNSIGNED = (torch.bool, torch.uint8, torch.uint32)
 ENTRY, SHARED = "loop", "shared"
 # of OpenMP
 THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
@@ -54,9 +57,7 @@ INTEGER_OPERATIONS = {
     "__xor__": "xor",
     "logical_and": "and_",
     "logical_or": "or_",
-    "__rshift__": "ashr",
     "__lshift__": "shl",
-    "bitwise_right_shift": "ashr",
     "bitwise_left_shift": "shl",
 }
 FLOAT_OPERATIONS = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
@@ -97,59 +98,69 @@ class _Body:
         raise AssertionError("a graph ends with its output")
 
     def operation(self, node: fx.Node) -> None:
-        name = "getitem" if node.target is operator.getitem else node.target._schema.name.split("::")[1]
-        args, given = node.args, self.known.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
-        dtype = node.meta["val"].dtype if isinstance(node.meta.get("val"), Tensor) else None
-        if name == "getitem":
-            self.known[node] = given[args[1]]
+        if node.target is operator.getitem:
+            source, i = node.args
+            self.known[node] = self.known[source][i]
             return
+        name = node.target._schema.name.split("::")[1]
         self.refuse_what_is_not_read(node, name)
         if name == "unbind":
-            self.known[node] = [Columns([value], given.dtype) for value in given.values]
-            return
-        if name == "view" and isinstance(args[1], torch.dtype):
-            values = [self.builder.bitcast(value, TYPES[dtype]) for value in given.values]
-        elif name in SAME:
-            values = given.values
-        elif name == "select":
-            values = [given.values[args[2]]]
-        elif name == "stack":
-            values = [value for x in args[0] for value in self.known[x].values]
-        elif name == "_to_copy":
-            values = [self.cast(value, given.dtype, dtype) for value in given.values]
-        elif name == "arange":
-            values = [self.group]
-        elif name in ("scalar_tensor", "full", "full_like", "zeros_like", "zeros", "new_zeros", "empty_like"):
-            number = args[0] if name == "scalar_tensor" else args[1] if name.startswith("full") else 0
-            values = [self.constant(number, dtype)]
-        elif name in COMPARISONS:
-            values = self.compared(node, COMPARISONS[name])
-        elif name in ("bitwise_not", "logical_not"):
-            values = [self.builder.not_(self.cast(value, given.dtype, dtype)) for value in given.values]
-        elif name == "abs":
-            magnitude = self.builder.module.declare_intrinsic("llvm.fabs", [TYPES[dtype]])
-            values = [self.builder.call(magnitude, [value]) for value in given.values]
-        elif name == "reciprocal":
-            values = [self.builder.fdiv(self.constant(1.0, dtype), value) for value in given.values]
-        elif name == "where":
-            chosen = zip(*self.spread([given.values, *(self.operand(x, dtype) for x in args[1:])]), strict=True)
-            values = [self.builder.select(*three) for three in chosen]
-        elif name in ("minimum", "maximum"):
-            values = [self.extreme(name, dtype, *pair) for pair in self.pairs(node, dtype)]
-        elif name in ("clamp", "clamp_min", "clamp_max"):
-            values = self.clamped(node, name, given, dtype)
-        elif name == "rsub":
-            subtract = self.builder.fsub if dtype.is_floating_point else self.builder.sub
-            values = [subtract(b, a) for a, b in self.pairs(node, dtype)]
+            columns = self.known[node.args[0]]
+            self.known[node] = [Columns([value], columns.dtype) for value in columns.values]
         else:
-            operations = FLOAT_OPERATIONS if dtype.is_floating_point else INTEGER_OPERATIONS
-            if name not in operations:
-                raise NotImplementedError(f"{node.target} has no translation")
-            apply = getattr(self.builder, operations[name])
-            if dtype in UNSIGNED and name.endswith(("rshift__", "right_shift")):
-                apply = self.builder.lshr
-            values = [apply(*pair) for pair in self.pairs(node, dtype)]
-        self.known[node] = Columns(values, dtype)
+            dtype = node.meta["val"].dtype
+            self.known[node] = Columns(self.translated(node, name, dtype), dtype)
+
+    def translated(self, node: fx.Node, name: str, dtype: torch.dtype) -> list:
+        """The values of the columns of a result."""
+        args, builder = node.args, self.builder
+        given = self.known.get(args[0]) if args and isinstance(args[0], fx.Node) else None
+        match name:
+            case "view" if isinstance(args[1], torch.dtype):
+                return [builder.bitcast(value, TYPES[dtype]) for value in given.values]
+            case _ if name in SAME:
+                return given.values
+            case "select":
+                return [given.values[args[2]]]
+            case "stack":
+                return [value for x in args[0] for value in self.known[x].values]
+            case "_to_copy":
+                return [self.cast(value, given.dtype, dtype) for value in given.values]
+            case "arange":
+                return [self.group]
+            case "scalar_tensor":
+                return [self.constant(args[0], dtype)]
+            case "full" | "full_like":
+                return [self.constant(args[1], dtype)]
+            case "zeros" | "zeros_like" | "new_zeros" | "empty_like":
+                return [self.constant(0, dtype)]
+            case "bitwise_not" | "logical_not":
+                return [builder.not_(self.cast(value, given.dtype, dtype)) for value in given.values]
+            case "abs":
+                magnitude = builder.module.declare_intrinsic("llvm.fabs", [TYPES[dtype]])
+                return [builder.call(magnitude, [value]) for value in given.values]
+            case "reciprocal":
+                return [builder.fdiv(self.constant(1.0, dtype), value) for value in given.values]
+            case "where":
+                operands = [given.values, *(self.operand(x, dtype) for x in args[1:])]
+                return [builder.select(*three) for three in zip(*self.spread(operands), strict=True)]
+            case "minimum" | "maximum":
+                return [self.extreme(name, dtype, *pair) for pair in self.pairs(node, dtype)]
+            case "clamp" | "clamp_min" | "clamp_max":
+                return self.clamped(node, name, given, dtype)
+            case "rsub":
+                subtract = builder.fsub if dtype.is_floating_point else builder.sub
+                return [subtract(b, a) for a, b in self.pairs(node, dtype)]
+            case _ if name in COMPARISONS:
+                return self.compared(node, COMPARISONS[name])
+            case "__rshift__" | "bitwise_right_shift":
+                shift = builder.lshr if dtype in UNSIGNED else builder.ashr
+                return [shift(*pair) for pair in self.pairs(node, dtype)]
+        operations = FLOAT_OPERATIONS if dtype.is_floating_point else INTEGER_OPERATIONS
+        if name not in operations:
+            raise NotImplementedError(f"{node.target} has no translation")
+        apply = getattr(builder, operations[name])
+        return [apply(*pair) for pair in self.pairs(node, dtype)]
 
     def refuse_what_is_not_read(self, node: fx.Node, name: str) -> None:
         """Raise where an operation is another one than its name alone says."""
@@ -273,11 +284,10 @@ def lowered(
     if full is None:
         function, results = _add_loop(module, ENTRY, graph, groups, rest, in_place)
     else:
-        settle, results = _add_loop(module, "settle", graph, groups, rest, in_place)
-        results = results[:1]
-        draw, drawn = _add_loop(module, "draw", full, [*groups[:-1], (torch.int64,)], rest, in_place)
-        if drawn != results:
-            raise ValueError(f"full: expected the result {results}, got {drawn}")
+        settle, settled = _add_loop(module, "settle", graph, groups, rest, in_place)
+        draw, results = _add_loop(module, "draw", full, [*groups[:-1], (torch.uint32,)], rest, in_place)
+        if settled != (*results, (torch.uint8,)):
+            raise ValueError(f"full: expected the results of the function but its flags {settled}, got {results}")
         function = _add_draws(module, settle, draw, groups, rest, in_place, *results)
     _add_shared(module, function)
     return str(module), results
@@ -324,6 +334,7 @@ def _add_loop(
     function, builder = _add_function(module, name, 2, given + len(results) - (in_place is not None))
     # some CPUs are tuned for half of such registers, and gain from whole ones here
     set.add(function.attributes, '"prefer-vector-width"="512"')
+    # its arguments would no longer be known to lie apart
     function.attributes.add("noinline")
     start, stop, *pointers = function.args
     for pointer in pointers:
@@ -352,13 +363,14 @@ def _add_loop(
 def _loaded(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, dtype: torch.dtype, count: int) -> list:
     """The columns of a group."""
     addresses = [_address(builder, pointer, group, i, count, dtype) for i in range(count)]
-    return [builder.load(x, typ=TYPES[dtype]) for x in addresses]
+    # where tensors are views of files or of other tensors, nothing is aligned
+    return [builder.load(x, typ=TYPES[dtype], align=1) for x in addresses]
 
 
 def _store(builder: ir.IRBuilder, values: Sequence, pointer: ir.Value, group: ir.Value, dtype: torch.dtype) -> None:
     """The values of ``_loaded``."""
     for i, value in enumerate(values):
-        builder.store(value, _address(builder, pointer, group, i, len(values), dtype))
+        builder.store(value, _address(builder, pointer, group, i, len(values), dtype), align=1)
 
 
 def _add_draws(
@@ -441,7 +453,7 @@ def _add_batch(
     for place in (*gathered, drawn):
         # of the vectors that are read and written there
         place.align = 64
-    numbers = builder.alloca(LONG, BATCH)
+    numbers = builder.alloca(WORD, BATCH)
     out = pointers[given + 1] if own else pointers[in_place]
     first, columns, row_stride, offset = _loaded(builder, pointers[given], LONG(0), torch.int64, 4)
     shift, gap = builder.add(first, offset), builder.sub(row_stride, columns)
@@ -453,19 +465,25 @@ def _add_batch(
         return builder.load(builder.gep(found, [i], source_etype=LONG), typ=LONG)
 
     def copy(source: ir.Value, source_group: ir.Value, target: ir.Value, target_group: ir.Value, typ: ir.Type) -> None:
-        value = builder.load(builder.gep(source, [source_group], source_etype=typ), typ=typ, align=1)
-        builder.store(value, builder.gep(target, [target_group], source_etype=typ), align=1)
+        # a vector as the step between groups would be rounded up to a power of two
+        size, byte = LONG(typ.count), ir.IntType(8)
+        read, written = (
+            builder.gep(pointer, [builder.mul(group, size)], source_etype=byte)
+            for pointer, group in ((source, source_group), (target, target_group))
+        )
+        builder.store(builder.load(read, typ=typ, align=1), written, align=1)
 
     def gather(i: ir.Value) -> None:
         group = found_at(builder.select(builder.icmp_signed("<", i, last), i, last))
         for source, target, typ in zip(pointers, gathered, types, strict=False):
             copy(source, group, target, i, typ)
-        _store(builder, [builder.add(group, shift)], numbers, i, torch.int64)
+        _store(builder, [builder.trunc(builder.add(group, shift), WORD)], numbers, i, torch.uint32)
 
     def set_apart(i: ir.Value) -> None:
-        (number,) = _loaded(builder, numbers, i, torch.int64, 1)
-        row = builder.sdiv(builder.sub(number, offset), columns)
-        _store(builder, [builder.add(number, builder.mul(row, gap))], numbers, i, torch.int64)
+        (number,) = _loaded(builder, numbers, i, torch.uint32, 1)
+        row = builder.sdiv(builder.sub(builder.zext(number, LONG), offset), columns)
+        skipped = builder.trunc(builder.mul(row, gap), WORD)
+        _store(builder, [builder.add(number, skipped)], numbers, i, torch.uint32)
 
     def scatter(i: ir.Value) -> None:
         copy(drawn, i, out, found_at(i), result_type)
@@ -547,7 +565,7 @@ def _openmp() -> ctypes.CDLL | None:
 
 def _add_shared(module: ir.Module, loop: ir.Function) -> None:
     """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *addresses]."""
-    number = ir.FunctionType(ir.IntType(32), [])
+    number = ir.FunctionType(WORD, [])
     thread, threads = (ir.Function(module, number, name) for name in (THREAD, THREADS))
     function, builder = _add_function(module, SHARED, 0, 1)
 

@@ -107,16 +107,78 @@ def test_certain_draws_are_the_drawn_ones(n, m, gap):
     assert low <= share <= high, share
 
 
+@pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
+def test_groups_are_sorted_from_the_largest_on(m):
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(5_003, m, generator=generator).round(decimals=1)
+    x[::5, 0], x[::7, -1] = torch.inf, -torch.inf
+    assert torch.equal(torch.stack(certain.descending(x.unbind(-1)), dim=-1), x.sort(dim=-1, descending=True).values)
+
+
+@pytest.mark.parametrize("gap", [8.0, 30.0, 200.0])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (2, 8), (4, 8)])
+def test_what_is_settled_has_the_score_of_the_reference(n, m, gap):
+    """Bit for bit, with ties among the kept and among the dropped weights, and sums of the dropped ones that vanish."""
+    logits = sharp_logits(50_003, n, m, gap).view(-1, m)
+    logits[1::3] += torch.randn(logits[1::3].shape, generator=torch.Generator().manual_seed(n)).round()
+    levels = torch.randint(0, 256, (len(logits),), generator=torch.Generator().manual_seed(m)).to(torch.uint8)
+    inverse = scalar(INVERSE_TEMPERATURE)
+    expected = certain.Expected(reference.columns(logits), levels, inverse, n)
+    z = reference.scaled(reference.columns(logits), inverse)
+    kept = reference.top_n(z, n)
+    settled = expected.settled
+    assert settled.float().mean() > 0.1
+    assert torch.equal(torch.stack(expected.kept)[:, settled], torch.stack(kept)[:, settled])
+    ours, theirs = (torch.stack(scores)[:, settled] for scores in (expected.score(), reference.exact_score(z, kept, n)))
+    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+@pytest.mark.parametrize("m", [2, 4, 8])
+def test_groups_with_what_is_no_number_are_left_open(m):
+    """As are those with an infinity that the noise cannot reach past, but not those with hopeless weights alone."""
+    logits = torch.zeros(4 * m + 2, m)
+    logits[:, 0] = 50.0
+    for column in range(m):
+        for row, value in enumerate((torch.nan, torch.inf, 40.0, -torch.inf)):
+            logits[4 * column + row, column] = value
+    logits[-2], logits[-1, 1:] = -torch.inf, -torch.inf
+    levels = torch.full((len(logits),), 100, dtype=torch.uint8)
+    _, undecided = certain.group_expected_mask(logits, levels, scalar(1.0), 1)
+    rows = undecided.view(-1).tolist()
+    for column in range(m):
+        no_number, infinite, near, hopeless = rows[4 * column : 4 * column + 4]
+        assert no_number and infinite
+        assert near == (column > 0)
+        # without the first, the others tie
+        assert hopeless == (column == 0 and m > 2)
+    assert rows[-2:] == [1, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gap", [0.0, 4.0, 10.0])
 def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
-    # more than one piece, and no whole number of rows
-    logits = sharp_logits(compiled.PIECE + 37_859, 2, 4, gap, dtype)
+    logits = sharp_logits(300_003, 2, 4, gap, dtype)
     assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
     expected = updated(reference, logits, 2, 4)
     integers = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(updated(compiled, logits, 2, 4).view(integers), expected.view(integers))
     assert not torch.equal(expected, logits)
+
+
+@pytest.mark.parametrize(
+    ("n", "m"),
+    [(1, 2), (3, 4), (4, 8)]
+    + [pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((4, 16), (8, 16), (4, 32), (16, 32), (31, 32))],
+)
+def test_other_patterns_are_settled_as_well(n, m):
+    """In part, and their codes have bits up to the sign."""
+    logits = sharp_logits(20_003, n, m, 7.5)
+    groups = torch.arange(20_003) + OFFSET
+    levels = certain.group_noise_levels(groups, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
+    _, undecided = certain.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
+    assert 0.001 < undecided.float().mean() < 0.9
+    assert torch.equal(drawn(compiled, logits, n, m), drawn(reference, logits, n, m))
+    assert torch.equal(updated(compiled, logits, n, m), updated(reference, logits, n, m))
 
 
 @pytest.mark.parametrize("groups", [1, 7, 31, 32, 33, 64, 65, 4_096])

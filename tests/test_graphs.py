@@ -113,6 +113,41 @@ def test_a_function_fills_given_memory(in_place, folder, builds):
     assert in_place or (x == 1.0).all()
 
 
+@pytest.mark.parametrize("part", ["gathered", "numbers", "carried over"])
+def test_the_check_sees_what_is_drawn_wrongly(part, monkeypatch):
+    """A batch, the numbers of a shard's groups, or what one block leaves to the next."""
+    like, scalar = (torch.float32, 2), (torch.float32,)
+    graph = graphs.Graph(settle, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
+    given = [torch.rand(64, 2), torch.rand(64), torch.tensor(2.0), torch.tensor((0, 8, 8, 0))]
+
+    def wrong(tensors, out):
+        x, threshold, scale, shard = tensors
+        if part == "gathered":
+            threshold = threshold.clone()
+            threshold[7] = torch.inf if not x[7, 0] < threshold[7] else -torch.inf
+        elif part == "numbers":
+            shard = torch.tensor((shard[0], shard[1], shard[1], shard[3]))
+        (result,) = graph._eager([x, threshold, scale, shard])
+        if part == "carried over":
+            (last,) = (x[:, 0] < threshold)[: native.BLOCK].nonzero()[-1]
+            result[last] = x[last]
+        return [out.copy_(result)]
+
+    graph._check(graph._eager, given)
+    with pytest.raises(RuntimeError, match="the graph of settle differs from the function"):
+        graph._check(wrong, given)
+
+
+def test_flags_of_another_kind_are_refused():
+    def of_no_flags(x, threshold, scale, *, power):
+        return x * scale, threshold
+
+    like, scalar = (torch.float32, 2), (torch.float32,)
+    graph = graphs.Graph(of_no_flags, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
+    with pytest.raises(ValueError, match="full: expected the results of the function but its flags"):
+        graph._build()
+
+
 def test_memory_of_another_kind_is_refused(folder):
     graph = graphs.Graph(add_numbers, ((torch.float32, 2),), (), True, (torch.float32, 4), constants={"factor": 2})
     with pytest.raises(ValueError, match="out: expected .torch.float32, 2., got .torch.float32, 4."):
@@ -134,9 +169,10 @@ SHARD = (3, 10, 17, 5)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
-def test_what_a_function_leaves_open_is_drawn_in_full(share, in_place, folder, builds):
+@pytest.mark.parametrize(("share", "threads"), [(0.0, 2), (0.01, 3), (0.5, 1), (0.5, 2), (1.0, 2)])
+def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, folder, builds, monkeypatch):
     """At both ends of blocks, of batches and of the shares of threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     like, scalar = (torch.float32, 2), (torch.float32,)
     place = 0 if in_place else None
     graph = graphs.Graph(settle, (like, scalar), (scalar,), False, like, place, draw_full, {"power": 3})
@@ -146,6 +182,7 @@ def test_what_a_function_leaves_open_is_drawn_in_full(share, in_place, folder, b
         generator = torch.Generator().manual_seed(count)
         x, chance = torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator)
         chance[[0, -1]] = 0.0
+        chance[[x for x in (native.BLOCK - 1, native.BLOCK, count // 2 - 1, count // 2) if 0 <= x < count]] = 0.0
         is_open = chance < share
         local = torch.arange(start, start + count)
         number = local // columns * row_stride + local % columns + offset
@@ -185,12 +222,12 @@ def twice(graph, tensors, out):
     return graph._eager(tensors, out)
 
 
-def flags_behind_places(graph, tensors, out):
+def flags_of_what_is_updated(graph, tensors, out):
     graph._eager(tensors, out)
     return [out, graph.whole(*tensors)[1]]
 
 
-def first_place_ahead(graph, tensors, out):
+def first_column_ahead(graph, tensors, out):
     out[:, 0] = graph.whole(*tensors)[0][:, 0]
     return graph._eager(tensors, out)
 
@@ -202,11 +239,11 @@ def zeros_negated(graph, tensors, out):
 
 
 @pytest.mark.parametrize(
-    "hazard", [twice, flags_behind_places, first_place_ahead, zeros_negated], ids=lambda hazard: hazard.__name__
+    "hazard", [twice, flags_of_what_is_updated, first_column_ahead, zeros_negated], ids=lambda hazard: hazard.__name__
 )
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (1, 8), (4, 8)])
 def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch):
-    """As by a loop that fills places of an update before another one reads the logits."""
+    """As by a loop that updates columns of logits before another one reads them."""
     like = (torch.float32, m)
     graph = graphs.Graph(
         certain.group_expected_update,
