@@ -57,12 +57,12 @@ def environment() -> dict:
 def compare(environment, request) -> Callable[..., None]:
     """compare(gate, providers, work=, op=, pattern=, shape=, dtype=): check, then time.
 
-    ``gate`` raises where a provider is wrong; nothing is timed then. ``providers`` are functions by name, the first one
-    what the others are set against. ``work`` is the least that all of them have to do.
+    ``gate`` raises where a provider is wrong; nothing is timed then. ``providers`` are functions by name, or the parts
+    of each, and the first one is what the others are set against. ``work`` is the least that all of them have to do.
     """
 
     def run(
-        gate: Callable[[], None], providers: Mapping[str, Callable[[], object]], work: Work | None = None, **case
+        gate: Callable[[], None], providers: Mapping[str, harness.Provider], work: Work | None = None, **case
     ) -> None:
         gate()
         rows = harness.rows_of(harness.paired(providers), work, case, environment)

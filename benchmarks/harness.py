@@ -11,7 +11,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,13 @@ import torch
 import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MOST_ROUNDS = 15
+MOST_ROUNDS = 60
 FEWEST_ROUNDS = 5
 # Slow providers get fewer rounds
-CASE_SECONDS = 3.0
+CASE_SECONDS = 6.0
 # What disturbs a machine for a moment is little in such a round
 LONG_ROUND_SECONDS = 5.0
-FEWEST_LONG_ROUNDS = 3
+FEWEST_LONG_ROUNDS = 4
 # A sample repeats short calls until the clock's share is small
 SHORTEST_SAMPLE_SECONDS = 0.01
 MOST_CALLS = {"cuda": 20, "cpu": 1 << 20}
@@ -79,18 +79,25 @@ def sample(function: Callable[[], object], calls: int = 1) -> float:
     return sum(start.elapsed_time(end) for start, end in spans) / calls / 1e3
 
 
-def paired(providers: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+# What is timed: a function, or the parts of long work
+Provider = Callable[[], object] | Sequence[Callable[[], object]]
+
+
+def paired(providers: Mapping[str, Provider]) -> dict[str, list[float]]:
     """Seconds of every provider by round.
 
-    Where all take long, the first round is that by which the number of rounds is found: each provider there follows a
-    call of its own.
+    Parts are timed one beside the same one of the others, all providers having as many, and count together: work of
+    seconds meets the same moments of a busy machine. Where all functions take long, the first round is that by which
+    the number of rounds is found: each provider there follows a call of its own.
     """
+    parts = {name: [provider] if callable(provider) else provider for name, provider in providers.items()}
     calls, first, round_seconds = {}, {}, 0.0
-    for name, function in providers.items():
-        function()
+    for name, functions in parts.items():
+        for function in functions:
+            function()
         synchronize()
         start = time.perf_counter()
-        first[name] = sample(function)
+        first[name] = sum(map(sample, functions))
         whole = time.perf_counter() - start
         # on a GPU the clock of events is finer, and emptying the cache takes longer than a short call
         calls[name] = max(1, min(MOST_CALLS[DEVICE], round(SHORTEST_SAMPLE_SECONDS / first[name])))
@@ -98,11 +105,15 @@ def paired(providers: Mapping[str, Callable[[], object]]) -> dict[str, list[floa
     fewest = FEWEST_ROUNDS if round_seconds < LONG_ROUND_SECONDS else FEWEST_LONG_ROUNDS
     rounds = min(MOST_ROUNDS, max(fewest, int(CASE_SECONDS / round_seconds)))
     # samples of single calls are a round already
-    known = set(calls.values()) == {1}
-    seconds = {name: [first[name]] if known else [] for name in providers}
+    known = set(calls.values()) == {1} and all(map(callable, providers.values()))
+    seconds = {name: [first[name]] if known else [] for name in parts}
     for _ in range(rounds - known):
-        for name, function in providers.items():
-            seconds[name].append(sample(function, calls[name]))
+        taken = dict.fromkeys(parts, 0.0)
+        for beside in zip(*parts.values(), strict=True):
+            for name, function in zip(parts, beside, strict=True):
+                taken[name] += sample(function, calls[name])
+        for name, values in seconds.items():
+            values.append(taken[name])
     return seconds
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import eager
 import pytest
@@ -48,22 +50,32 @@ class Layers:
         self.seed, self.step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, 0))
         # each side moves its own logits
         self.eager_logits = [layer.logits.clone() for layer in self.layers]
+        self.eager_masks = [None] * len(self.layers)
 
     def counter(self, layer) -> dict:
         return {"seed": self.seed, "step": self.step, "layer": layer.layer}
 
-    def ours(self):
-        for layer in self.layers:
-            mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
-        for layer in self.layers:
-            mk.score_update_(layer.logits, COEF, pattern=PATTERN, **self.counter(layer))
-        self.step.add_(1)
+    def draw(self, layer):
+        mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
 
-    def eager(self):
-        sides = zip(self.layers, self.eager_logits, strict=True)
-        masks = [eager.draw(layer.weight, logits, self.generator)[0] for layer, logits in sides]
-        for logits, mask in zip(self.eager_logits, masks, strict=True):
-            eager.update_(logits, mask, COEF)
+    def update(self, layer):
+        mk.score_update_(layer.logits, COEF, pattern=PATTERN, **self.counter(layer))
+
+    def eager_draw(self, i):
+        self.eager_masks[i], _ = eager.draw(self.layers[i].weight, self.eager_logits[i], self.generator)
+
+    def eager_update(self, i):
+        eager.update_(self.eager_logits[i], self.eager_masks[i], COEF)
+
+    def parts(self) -> dict[str, list[Callable[[], None]]]:
+        """A step's own work, one layer after another: all are drawn, then all are updated."""
+        layers, numbers = self.layers, range(len(self.layers))
+        draws, updates = ([partial(f, layer) for layer in layers] for f in (self.draw, self.update))
+        eager_draws, eager_updates = ([partial(f, i) for i in numbers] for f in (self.eager_draw, self.eager_update))
+        return {
+            "ours": [*draws, *updates, lambda: self.step.add_(1)],
+            "eager formulation": [*eager_draws, *eager_updates, lambda: None],
+        }
 
     def check(self):
         """Of the smallest layer: the bits of the reference."""
@@ -90,7 +102,7 @@ def test_draw_and_update_of_all_layers(model, compare):
         weights = sum(layer.weight.numel() for layer in layers.layers)
         compare(
             layers.check,
-            {"ours": layers.ours, "eager formulation": layers.eager},
+            layers.parts(),
             work=Work(bytes=12 * weights),
             op="draw+update, all layers",
             pattern=PATTERN,

@@ -148,11 +148,24 @@ def test_every_provider_meets_every_round(monkeypatch):
     assert seen == ["a", "a", "b", "b"] + ["a", "b"] * (harness.FEWEST_ROUNDS - 1)
 
 
+def test_parts_stand_beside_each_other_and_count_together(monkeypatch):
+    seen = []
+    providers = {name: [lambda part=part: seen.append(part) for part in name] for name in ("ab", "xy")}
+    monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or 1.0)
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    seconds = harness.paired(providers)
+    rounds = harness.FEWEST_ROUNDS
+    assert seconds == {"ab": [2.0] * rounds, "xy": [2.0] * rounds}
+    assert "".join(seen) == "ababxyxy" + "axby" * rounds
+    with pytest.raises(ValueError, match="zip"):
+        harness.paired(providers | {"xy": providers["xy"][:1]})
+
+
 @pytest.mark.parametrize(
     ("sampled", "ticks", "rounds", "calls_before"),
     [
         (1e-6, 1e-6, harness.MOST_ROUNDS, 4),
-        (0.3, 0.3, harness.FEWEST_ROUNDS, 2),
+        (0.7, 0.7, harness.FEWEST_ROUNDS, 2),
         (9.0, 9.0, harness.FEWEST_LONG_ROUNDS, 2),
     ],
 )

@@ -155,8 +155,13 @@ def measure_cost() -> dict:
     trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
     # the initial loss belongs to no step
     trainer.begin()
+
+    def whole(parts):
+        return lambda: [part() for part in parts]
+
+    parts = layers.parts()
     with torch.inference_mode():
-        return paired({"ours": layers.ours, "eager": layers.eager, "step": trainer.step})
+        return paired({"ours": whole(parts["ours"]), "eager": whole(parts["eager formulation"]), "step": trainer.step})
 
 
 def plain_model(dtype: torch.dtype) -> nn.Sequential:
