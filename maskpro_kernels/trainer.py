@@ -586,7 +586,7 @@ class MaskTrainer:
 def _value_of(loss: Tensor | float) -> float:
     if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
         raise ValueError(f"loss_fn: expected a 0-dim tensor or a number, got {describe(loss)}")
-    return float(loss)
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def check_shares(world: int, masks: str, accumulate: int, draws: int) -> None:
