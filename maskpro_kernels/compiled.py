@@ -18,7 +18,7 @@ from . import certain, reference
 from .graphs import graph
 from .pattern import code_dtype, codes_of
 
-# Most groups in one call of a graph that takes their numbers, or leaves something of each
+# Most groups whose numbers, 8 bytes each, are made at a time
 PIECE = 1 << 18
 
 # Bytes of float32 that stand beside the logits at a time: copies of those of 16 bits, or terms of an update

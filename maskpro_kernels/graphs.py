@@ -274,18 +274,9 @@ def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 @functools.cache
-def graph(
-    function: Callable,
-    groups: Likes,
-    rest: Likes,
-    numbered: bool = False,
-    out: tuple | None = None,
-    in_place: int | None = None,
-    full: Callable | None = None,
-    **constants: int | torch.dtype,
-) -> Graph:
-    """The graph of ``function`` with those constants, for tensors like those."""
-    return Graph(function, groups, rest, numbered, out, in_place, full, constants)
+def graph(*given, **constants: int | torch.dtype) -> Graph:
+    """The ``Graph`` of what is given, with those constants."""
+    return Graph(*given, constants=constants)
 
 
 def keep(path: Path, code: bytes, results: Likes) -> None:
