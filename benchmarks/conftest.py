@@ -8,11 +8,13 @@ from pathlib import Path
 
 import harness
 import pytest
-from harness import Work
+from harness import DEVICE, VISITS, Work
 
 from maskpro_kernels.kernels.launch import INTERPRETED
 
-ROWS = pytest.StashKey[list]()
+# The last to start ends before ten minutes are over, on a slow machine too
+WITHIN_SECONDS = 480.0
+TIMINGS = pytest.StashKey[harness.Timings]()
 EARLIER = pytest.StashKey[list]()
 STARTED = pytest.StashKey[float]()
 
@@ -24,12 +26,17 @@ def pytest_addoption(parser):
         "--fail-below", metavar="R", type=float, help="with --compare: fail where a row is less than R times as fast"
     )
     parser.addoption(
-        "--within", metavar="SECONDS", type=float, help="skip the benchmarks that would start later than that"
+        "--within",
+        metavar="SECONDS",
+        type=float,
+        default=WITHIN_SECONDS,
+        help="skip the benchmarks, and later visits of them, that would start later than that (default: %(default)s)",
     )
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    path = config.getoption("rows")
+    config.stash[TIMINGS] = harness.Timings(None if path is None else Path(path))
     config.stash[STARTED] = time.monotonic()
     if INTERPRETED:
         raise pytest.UsageError("TRITON_INTERPRET: expected to be unset, for the interpreter's time tells nothing")
@@ -44,38 +51,43 @@ def pytest_configure(config):
 
 def pytest_runtest_setup(item):
     limit = item.config.getoption("within")
-    if limit is not None and time.monotonic() - item.config.stash[STARTED] > limit:
+    if time.monotonic() - item.config.stash[STARTED] > limit:
         pytest.skip(f"--within: the {limit:g} seconds are over")
 
 
-@pytest.fixture(scope="session")
-def environment() -> dict:
-    return harness.environment()
+@pytest.fixture(scope="session", params=range(1, VISITS[DEVICE] + 1), ids="visit {}".format)
+def visit(request) -> int:
+    """Being of the session, it makes pytest run all benchmarks under one number before the next."""
+    return request.param
 
 
 @pytest.fixture
-def compare(environment, request) -> Callable[..., None]:
+def compare(visit, request) -> Callable[..., None]:
     """compare(gate, providers, work=, op=, pattern=, shape=, dtype=): check, then time.
 
-    ``gate`` raises where a provider is wrong; nothing is timed then. ``providers`` are functions by name, or the parts
-    of each, and the first one is what the others are set against. ``work`` is the least that all of them have to do.
+    ``gate`` raises where a provider is wrong; nothing is timed then, and what earlier visits timed does not count.
+    ``providers`` are functions by name, or the parts of each, and the first one is what the others are set against.
+    ``work`` is the least that all of them have to do.
     """
 
     def run(
         gate: Callable[[], None], providers: Mapping[str, harness.Provider], work: Work | None = None, **case
     ) -> None:
+        timings, key = request.config.stash[TIMINGS], harness.case_of(case)
+        if key in timings.refused:
+            pytest.fail("its check failed at an earlier visit")
+        timings.refused.add(key)
         gate()
-        rows = harness.rows_of(harness.paired(providers), work, case, environment)
-        request.config.stash[ROWS] += rows
-        path = request.config.getoption("rows")
-        if path is not None:
-            harness.append(Path(path), rows)
+        timings.refused.remove(key)
+        timings.add(harness.paired(providers), work, case)
+        if visit == VISITS[DEVICE]:
+            timings.write(key)
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
+    rows = config.stash[TIMINGS].rows()
     if not rows:
         return
     terminalreporter.section("timings")
@@ -114,9 +126,12 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_sessionfinish(session, exitstatus):
+    timings = session.config.stash[TIMINGS]
+    # of a run cut short, or of some visits alone
+    timings.write_all()
     least = session.config.getoption("fail_below")
     if least is None or exitstatus != pytest.ExitCode.OK:
         return
-    ratios = harness.ratios(session.config.stash[ROWS], session.config.stash[EARLIER])
+    ratios = harness.ratios(timings.rows(), session.config.stash[EARLIER])
     if not ratios or min(ratio for _, ratio, _ in ratios) < least:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

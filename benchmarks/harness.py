@@ -1,7 +1,8 @@
-"""Timing in paired rounds, and the rows that it makes.
+"""Timing in paired rounds, and the rows that they make.
 
-In every round each provider is timed once, so that what changes on the machine meanwhile meets all of them, and ratios
-hold on a busy machine as well.
+In every round all providers are timed, so that what changes on the machine meanwhile meets each of them. But a busy
+machine does not slow all work alike, and stays as it is for seconds to minutes: on a CPU a run therefore visits every
+benchmark several times, minutes apart.
 """
 
 from __future__ import annotations
@@ -19,13 +20,10 @@ import torch
 import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MOST_ROUNDS = 60
-FEWEST_ROUNDS = 5
-# Slow providers get fewer rounds
-CASE_SECONDS = 6.0
-# What disturbs a machine for a moment is little in such a round
-LONG_ROUND_SECONDS = 5.0
-FEWEST_LONG_ROUNDS = 4
+# Nobody else works on a GPU meanwhile
+VISITS = {"cuda": 1, "cpu": 4}
+VISIT_SECONDS = 2.0
+FEWEST_ROUNDS = {"cuda": 5, "cpu": 2}
 # A sample repeats short calls until the clock's share is small
 SHORTEST_SAMPLE_SECONDS = 0.01
 MOST_CALLS = {"cuda": 20, "cpu": 1 << 20}
@@ -84,37 +82,45 @@ Provider = Callable[[], object] | Sequence[Callable[[], object]]
 
 
 def paired(providers: Mapping[str, Provider]) -> dict[str, list[float]]:
-    """Seconds of every provider by round.
+    """Seconds of every provider by round, of one visit.
 
-    Parts are timed one beside the same one of the others, all providers having as many, and count together: work of
-    seconds meets the same moments of a busy machine. Where all functions take long, the first round is that by which
-    the number of rounds is found: each provider there follows a call of its own.
+    Of a provider in parts each part is timed beside the same one of the others, all having as many, and they count
+    together: work of seconds meets the same moments of a busy machine. The first round tells how often to repeat short
+    calls, and counts where all take long.
     """
     parts = {name: [provider] if callable(provider) else provider for name, provider in providers.items()}
-    calls, first, round_seconds = {}, {}, 0.0
-    for name, functions in parts.items():
+    for functions in parts.values():
         for function in functions:
             function()
-        synchronize()
-        start = time.perf_counter()
-        first[name] = sum(map(sample, functions))
-        whole = time.perf_counter() - start
-        # on a GPU the clock of events is finer, and emptying the cache takes longer than a short call
-        calls[name] = max(1, min(MOST_CALLS[DEVICE], round(SHORTEST_SAMPLE_SECONDS / first[name])))
-        round_seconds += calls[name] * whole
-    fewest = FEWEST_ROUNDS if round_seconds < LONG_ROUND_SECONDS else FEWEST_LONG_ROUNDS
-    rounds = min(MOST_ROUNDS, max(fewest, int(CASE_SECONDS / round_seconds)))
-    # samples of single calls are a round already
-    known = set(calls.values()) == {1} and all(map(callable, providers.values()))
-    seconds = {name: [first[name]] if known else [] for name in parts}
-    for _ in range(rounds - known):
-        taken = dict.fromkeys(parts, 0.0)
-        for beside in zip(*parts.values(), strict=True):
-            for name, function in zip(parts, beside, strict=True):
-                taken[name] += sample(function, calls[name])
-        for name, values in seconds.items():
-            values.append(taken[name])
-    return seconds
+    synchronize()
+    start = time.perf_counter()
+    rounds = [_round(parts, dict.fromkeys(parts, 1))]
+    # on a GPU the clock of events is finer, and emptying the cache takes longer than a short call
+    calls = {
+        name: max(1, min(MOST_CALLS[DEVICE], round(SHORTEST_SAMPLE_SECONDS / seconds)))
+        for name, seconds in rounds[0].items()
+    }
+    if set(calls.values()) != {1}:
+        rounds = []
+    while len(rounds) < FEWEST_ROUNDS[DEVICE] or time.perf_counter() - start < VISIT_SECONDS:
+        rounds.append(_round(parts, calls))
+    return {name: [seconds[name] for seconds in rounds] for name in parts}
+
+
+def _round(parts: Mapping[str, Sequence[Callable[[], object]]], calls: Mapping[str, int]) -> dict[str, float]:
+    """Seconds of every provider.
+
+    All are set against the first one, which is timed before each of the others, so that their ratios do not hang on one
+    sample of it; the mean counts.
+    """
+    first, *others = parts
+    order = [name for other in others for name in (first, other)] or [first]
+    taken = dict.fromkeys(parts, 0.0)
+    for beside in zip(*parts.values(), strict=True):
+        functions = dict(zip(parts, beside, strict=True))
+        for name in order:
+            taken[name] += sample(functions[name], calls[name]) / order.count(name)
+    return taken
 
 
 @functools.cache
@@ -156,6 +162,42 @@ def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping
                 row["percent_of_roofline"] = 100 * max(by_bytes, by_flops) / median
         rows.append({**row, **environment})
     return rows
+
+
+class Timings:
+    """What a run has timed, by case: the seconds of all its visits, and the rows of these.
+
+    Attributes:
+        path: file that gets the rows, or None.
+        refused: cases whose check failed, or has not ended: they have no speed, whatever other visits found.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.refused: set[tuple] = set()
+        self._seconds: dict[tuple, dict[str, list[float]]] = {}
+        self._rows: dict[tuple, list[dict]] = {}
+        self._written: set[tuple] = set()
+
+    def add(self, seconds: Mapping[str, list[float]], work: Work | None, case: Mapping) -> None:
+        """Take in the rounds of a visit."""
+        together = self._seconds.setdefault(case_of(case), {name: [] for name in seconds})
+        for name, values in seconds.items():
+            together[name] += values
+        self._rows[case_of(case)] = rows_of(together, work, case, environment())
+
+    def rows(self) -> list[dict]:
+        return [row for case, rows in self._rows.items() if case not in self.refused for row in rows]
+
+    def write(self, case: tuple) -> None:
+        """Append the rows of a case to the file, once: it takes in no visit any more."""
+        if self.path is not None and case in self._rows and case not in self.refused | self._written:
+            append(self.path, self._rows[case])
+            self._written.add(case)
+
+    def write_all(self) -> None:
+        for case in self._rows:
+            self.write(case)
 
 
 def append(path: Path, rows: Iterable[Mapping]) -> None:
@@ -223,6 +265,7 @@ def device_name() -> str:
     return "cpu"
 
 
+@functools.cache
 def environment() -> dict:
     """What a timing depends on besides its case."""
     return {

@@ -24,7 +24,7 @@ COEF = 1e-6
 SEED = 11
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model():
     """Frozen weights in bfloat16."""
     try:

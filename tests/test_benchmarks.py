@@ -20,19 +20,22 @@ import plot
 
 BENCHMARKS = Path(harness.__file__).parent
 
-# ours is planted: it draws the mask of the next step
+# ours is planted: from a visit on it draws the mask of the next step
 PLANTED = """
+import harness
 import torch
 from harness import Work
 from maskpro_kernels import reference
+
+harness.VISIT_SECONDS = 0.0
 
 def draw(logits, step):
     seed, step, layer, draw, offset, stride = (torch.tensor(i) for i in (3, step, 0, 0, 0, 16))
     return reference.sample_mask(logits, seed, step, torch.tensor(1.0), layer, draw, offset, stride, n=2, m=4)
 
-def test_draw(compare):
+def test_draw(compare, visit):
     logits = torch.randn(64, 64)
-    ours = lambda: draw(logits, {step})
+    ours = lambda: draw(logits, 5 + (visit >= {wrong_from}))
     expected = draw(logits, 5)
 
     def gate():
@@ -50,22 +53,25 @@ def run(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def plant(folder: Path, step: int) -> Path:
+def plant(folder: Path, wrong_from: int = harness.VISITS[harness.DEVICE] + 1) -> Path:
     folder.mkdir(parents=True)
-    (folder / "test_bench_planted.py").write_text(PLANTED.format(step=step))
+    (folder / "test_bench_planted.py").write_text(PLANTED.format(wrong_from=wrong_from))
     return folder
 
 
-def test_a_wrong_kernel_gets_no_speed(tmp_path):
-    wrong, rows = plant(tmp_path / "wrong", step=6), tmp_path / "rows.jsonl"
+@pytest.mark.parametrize("wrong_from", {1, harness.VISITS[harness.DEVICE] // 2, harness.VISITS[harness.DEVICE]} - {0})
+def test_a_wrong_kernel_gets_no_speed(wrong_from, tmp_path):
+    """Not even that of the visits before."""
+    wrong, rows = plant(tmp_path / "wrong", wrong_from), tmp_path / "rows.jsonl"
     done = run(wrong, "--rows", str(rows))
     assert done.returncode == 1
     assert "AssertionError" in done.stdout and " ms " not in done.stdout
+    assert ("its check failed at an earlier visit" in done.stdout) == (wrong_from < harness.VISITS[harness.DEVICE])
     assert not rows.exists()
 
 
 def test_rows_comparison_and_pictures(tmp_path):
-    right, path = plant(tmp_path / "right", step=5), tmp_path / "rows.jsonl"
+    right, path = plant(tmp_path / "right"), tmp_path / "rows.jsonl"
     done = run(right, "--rows", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = harness.read(path)
@@ -75,7 +81,9 @@ def test_rows_comparison_and_pictures(tmp_path):
         assert row["gb_per_s"] == pytest.approx(20480 / row["median"] / 1e9)
         # 20 kB stay in a CPU's caches
         assert ("percent_of_roofline" in row) == (harness.DEVICE == "cuda")
-        assert {"commit", "torch", "triton", "device", "threads", "rounds"} <= row.keys()
+        assert {"commit", "torch", "triton", "device", "threads"} <= row.keys()
+        # draws this small are repeated, so that the round that finds how often does not count
+        assert row["rounds"] == harness.VISITS[harness.DEVICE] * harness.FEWEST_ROUNDS[harness.DEVICE]
 
     faster = tmp_path / "faster.jsonl"
     harness.append(faster, [row | {"median": row["median"] / 1e3} for row in rows])
@@ -117,65 +125,98 @@ def test_a_file_without_rows_is_refused(line, tmp_path):
     ("options", "told"), [(["--fail-below", "1"], "--compare FILE"), (["--compare", "missing.jsonl"], "missing.jsonl")]
 )
 def test_options_without_effect_are_refused(options, told, tmp_path):
-    done = run(plant(tmp_path / "any", step=5), *options)
+    done = run(plant(tmp_path / "any"), *options)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert told in done.stderr
 
 
 def test_a_limit_of_time_skips_what_would_start_later(tmp_path):
-    right = plant(tmp_path / "right", step=5)
+    right = plant(tmp_path / "right")
     done = run(right, "--within", "0", "-rs")
     assert done.returncode == 0
-    assert "1 skipped" in done.stdout and "--within: the 0 seconds are over" in done.stdout
-    assert "1 passed" in run(right, "--within", "600").stdout
+    visits = harness.VISITS[harness.DEVICE]
+    assert f"{visits} skipped" in done.stdout and "--within: the 0 seconds are over" in done.stdout
+    assert f"{visits} passed" in run(right, "--within", "600").stdout
 
 
 def test_the_interpreter_is_not_timed(tmp_path):
-    done = run(plant(tmp_path / "any", step=5), TRITON_INTERPRET="1")
+    done = run(plant(tmp_path / "any"), TRITON_INTERPRET="1")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "TRITON_INTERPRET: expected" in done.stderr
 
 
-def test_every_provider_meets_every_round(monkeypatch):
+@pytest.fixture
+def ticking(monkeypatch):
+    """ticking(sampled, seconds): a call is timed to ``sampled``, and between two looks at the clock it goes on by
+    ``seconds``.
+    """
+
+    def set_(sampled, seconds):
+        samples = iter(sampled) if isinstance(sampled, list) else itertools.repeat(sampled)
+        monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or next(samples))
+        clock = itertools.count(0.0, seconds).__next__
+        monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=clock))
+
+    return set_
+
+
+def test_the_first_provider_stands_before_each_of_the_others(ticking):
     seen = []
-    providers = {name: lambda name=name: seen.append(name) for name in "ab"}
-    monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or 1.0)
-    # as the wall clock sees it
-    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    seconds = harness.paired(providers)
-    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("ab", harness.FEWEST_ROUNDS)
-    # one call of each before its first sample, which counts
-    assert seen == ["a", "a", "b", "b"] + ["a", "b"] * (harness.FEWEST_ROUNDS - 1)
+    # in each round a, b, a, c
+    ticking([1.0, 5.0, 3.0, 7.0] * harness.FEWEST_ROUNDS[harness.DEVICE], harness.VISIT_SECONDS)
+    seconds = harness.paired({name: lambda name=name: seen.append(name) for name in "abc"})
+    rounds = harness.FEWEST_ROUNDS[harness.DEVICE]
+    assert seconds == {"a": [2.0] * rounds, "b": [5.0] * rounds, "c": [7.0] * rounds}
+    # one call of each before the first round, which counts
+    assert "".join(seen) == "abc" + "abac" * rounds
 
 
-def test_parts_stand_beside_each_other_and_count_together(monkeypatch):
+def test_a_provider_alone_is_timed(ticking):
+    ticking(1.0, harness.VISIT_SECONDS)
+    assert harness.paired({"a": lambda: None}) == {"a": [1.0] * harness.FEWEST_ROUNDS[harness.DEVICE]}
+
+
+def test_parts_stand_beside_each_other_and_count_together(ticking):
     seen = []
     providers = {name: [lambda part=part: seen.append(part) for part in name] for name in ("ab", "xy")}
-    monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or 1.0)
-    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    ticking(1.0, harness.VISIT_SECONDS)
     seconds = harness.paired(providers)
-    rounds = harness.FEWEST_ROUNDS
+    rounds = harness.FEWEST_ROUNDS[harness.DEVICE]
     assert seconds == {"ab": [2.0] * rounds, "xy": [2.0] * rounds}
-    assert "".join(seen) == "ababxyxy" + "axby" * rounds
+    assert "".join(seen) == "abxy" + "axby" * rounds
     with pytest.raises(ValueError, match="zip"):
         harness.paired(providers | {"xy": providers["xy"][:1]})
 
 
-@pytest.mark.parametrize(
-    ("sampled", "ticks", "rounds", "calls_before"),
-    [
-        (1e-6, 1e-6, harness.MOST_ROUNDS, 4),
-        (0.7, 0.7, harness.FEWEST_ROUNDS, 2),
-        (9.0, 9.0, harness.FEWEST_LONG_ROUNDS, 2),
-    ],
-)
-def test_long_providers_get_fewer_rounds(sampled, ticks, rounds, calls_before, monkeypatch):
+@pytest.mark.parametrize(("sampled", "first_counts"), [(1e-6, False), (0.7, True)])
+def test_a_visit_takes_rounds_while_it_has_time(sampled, first_counts, ticking):
     seen = []
-    monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or sampled)
-    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=itertools.count(0, ticks).__next__))
+    looks = 10 * harness.FEWEST_ROUNDS[harness.DEVICE]
+    ticking(sampled, harness.VISIT_SECONDS / looks)
     seconds = harness.paired({name: lambda name=name: seen.append(name) for name in "ab"})
+    # the clock is looked at once before the first round, and before each of the others that would exceed the fewest
+    rounds = looks + harness.FEWEST_ROUNDS[harness.DEVICE] - 1
     assert [len(values) for values in seconds.values()] == [rounds] * 2
-    assert len(seen) == calls_before + 2 * rounds
+    assert len(seen) == 2 + 2 * rounds + 2 * (not first_counts)
+
+
+def test_rows_are_of_all_visits_and_written_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "environment", lambda: {"device": "d", "threads": 1})
+    cases = [{"op": op, "pattern": "2:4", "shape": [1], "dtype": "x"} for op in ("draw", "update")]
+    timings = harness.Timings(tmp_path / "rows.jsonl")
+    timings.add({"a": [1.0], "b": [3.0]}, None, cases[0])
+    timings.add({"a": [2.0]}, None, cases[1])
+    timings.add({"a": [1.0, 1.0], "b": [2.0, 2.0]}, None, cases[0])
+    timings.write(harness.case_of(cases[0]))
+    timings.write_all()
+    timings.write_all()
+    rows = harness.read(timings.path)
+    assert [(row["op"], row["provider"], row["rounds"], row["ratio"]) for row in rows] == [
+        ("draw", "a", 3, 1.0),
+        ("draw", "b", 3, 2.0),
+        ("update", "a", 1, 1.0),
+    ]
+    assert rows == timings.rows()
 
 
 def test_ratios_match_case_provider_and_device():
