@@ -20,9 +20,10 @@ import torch
 import triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Nobody else works on a GPU meanwhile
+# Nobody else works on a GPU meanwhile. All of a CPU's visits together take no longer than ten minutes.
 VISITS = {"cuda": 1, "cpu": 4}
-VISIT_SECONDS = 2.0
+VISIT_SECONDS = {"cuda": 3.0, "cpu": 1.5}
+# Of a visit, where that takes longer
 FEWEST_ROUNDS = {"cuda": 5, "cpu": 2}
 # A sample repeats short calls until the clock's share is small
 SHORTEST_SAMPLE_SECONDS = 0.01
@@ -102,7 +103,7 @@ def paired(providers: Mapping[str, Provider]) -> dict[str, list[float]]:
     }
     if set(calls.values()) != {1}:
         rounds = []
-    while len(rounds) < FEWEST_ROUNDS[DEVICE] or time.perf_counter() - start < VISIT_SECONDS:
+    while len(rounds) < FEWEST_ROUNDS[DEVICE] or time.perf_counter() - start < VISIT_SECONDS[DEVICE]:
         rounds.append(_round(parts, calls))
     return {name: [seconds[name] for seconds in rounds] for name in parts}
 
@@ -144,7 +145,8 @@ def flops_per_second(dtype: torch.dtype) -> float:
 def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping, environment: Mapping) -> list[dict]:
     """One JSON row a provider: the case, quantiles of its seconds, rates, and the percentage of the roofline.
 
-    ``ratio`` is how many times as long as the first provider it took, the median over the rounds. There is no
+    ``ratio`` is how many times as long as the first provider it took, the median over the rounds. A round's seconds of
+    the first provider are a mean, so that its quantiles lie closer together than those of the others. There is no
     percentage where all that bounds the work are bytes that may lie in a CPU's caches.
     """
     probabilities = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
@@ -169,35 +171,43 @@ class Timings:
 
     Attributes:
         path: file that gets the rows, or None.
-        refused: cases whose check failed, or has not ended: they have no speed, whatever other visits found.
+        refused: cases of which a check failed: they have no speed, whatever other visits found.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
         self.refused: set[tuple] = set()
-        self._seconds: dict[tuple, dict[str, list[float]]] = {}
+        self._visits: dict[tuple, list[Mapping[str, list[float]]]] = {}
         self._rows: dict[tuple, list[dict]] = {}
-        self._written: set[tuple] = set()
 
     def add(self, seconds: Mapping[str, list[float]], work: Work | None, case: Mapping) -> None:
-        """Take in the rounds of a visit."""
-        together = self._seconds.setdefault(case_of(case), {name: [] for name in seconds})
-        for name, values in seconds.items():
-            together[name] += values
-        self._rows[case_of(case)] = rows_of(together, work, case, environment())
+        """Take in the rounds of a visit; with the last one the rows of the case go to the file.
+
+        Raises:
+            ValueError: if the case has had all its visits.
+        """
+        key = case_of(case)
+        visits = self._visits.setdefault(key, [])
+        if len(visits) == VISITS[DEVICE]:
+            raise ValueError(f"case: expected another one for each benchmark, got {key} again")
+        visits.append(seconds)
+        together = {name: [value for visit in visits for value in visit[name]] for name in seconds}
+        self._rows[key] = rows_of(together, work, {**case, "visits": len(visits)}, environment())
+        if len(visits) == VISITS[DEVICE]:
+            self._write(key)
 
     def rows(self) -> list[dict]:
         return [row for case, rows in self._rows.items() if case not in self.refused for row in rows]
 
-    def write(self, case: tuple) -> None:
-        """Append the rows of a case to the file, once: it takes in no visit any more."""
-        if self.path is not None and case in self._rows and case not in self.refused | self._written:
-            append(self.path, self._rows[case])
-            self._written.add(case)
+    def write_unfinished(self) -> None:
+        """Append the rows of cases that no further visit comes to."""
+        for case, visits in self._visits.items():
+            if len(visits) < VISITS[DEVICE]:
+                self._write(case)
 
-    def write_all(self) -> None:
-        for case in self._rows:
-            self.write(case)
+    def _write(self, case: tuple) -> None:
+        if self.path is not None and case not in self.refused:
+            append(self.path, self._rows[case])
 
 
 def append(path: Path, rows: Iterable[Mapping]) -> None:

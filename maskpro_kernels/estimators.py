@@ -149,7 +149,9 @@ class StraightThrough:
         lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
         steps: how many steps there will be, and no more; None: lr stays as it is.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens.
-        largest: most that a logit moves in a step.
+        largest: most that a logit moves in a step. A kept and a dropped weight start the gap apart, and change places
+            after gap / (2 largest) steps at the soonest. Where that is one or two steps, a few weights with massive
+            activations are dropped on the word of slopes that do not see how far the loss bends there.
         memory: share of the running mean square that a step leaves, in [0, 1).
 
     Attributes:
@@ -165,7 +167,7 @@ class StraightThrough:
         steps: int | None = None,
         *,
         curvature: float = 1.0,
-        largest: float = 5.0,
+        largest: float = 2.0,
         memory: float = 0.9,
     ):
         _check_float("lr", lr, 0.0, FLOAT32_MAX, strict=True)

@@ -306,6 +306,21 @@ def test_steps_are_those_of_the_formula(eager_reference):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_few_batches_do_not_change_a_mask(eager_reference):
+    """Whatever their slopes: a bound of 2 takes at least 4 steps over a gap of 15."""
+    model = a_model(gap=15.0)
+
+    def masks():
+        return [mk.top_n_mask(logits, "2:4") for logits in logits_of(model).values()]
+
+    before = masks()
+    trainer = mk.MaskTrainer(model, causal_lm_loss, batches_of_tokens(), mk.StraightThrough(lr=1e6), seed=3)
+    trainer.run(3, progress=False)
+    assert all(map(torch.equal, masks(), before))
+    trainer.run(7, progress=False)
+    assert not all(map(torch.equal, masks(), before))
+
+
 def test_the_learning_rate_falls_to_nothing(eager_reference):
     estimator = mk.StraightThrough(lr=0.5, steps=4)
     assert [estimator.lr_at(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
@@ -335,7 +350,7 @@ def test_a_layer_that_is_used_twice_moves_once_by_the_sum(eager_reference):
     for layer in (twin.shared, twin.own):
         layer.logits_backward = mk.straight_through_gradient
     twin(x).square().mean().backward()
-    learn(model, 1, lambda model, x: model(x).square().mean(), [x])
+    learn(model, 1, lambda model, x: model(x).square().mean(), [x], largest=5.0)
     for name, layer in (("shared", twin.shared), ("own", twin.own)):
         grad = layer.logits.grad
         expected = before[name] - (grad / grad.square().mean().sqrt()).clamp(-5, 5)

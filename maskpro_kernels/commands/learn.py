@@ -62,6 +62,8 @@ from .signals import Signals
 # What each estimator takes where the command line says nothing: learning rate, gap, distinct batches
 DEFAULTS = {"reinforce": (50.0, 10.0, 16), "straight-through": (0.1, 15.0, None)}
 ALPHA = 0.99
+# Of straight-through runs whose settings have none
+EARLIER_LARGEST = 5.0
 # Steps in a row whose loss, or gradient, may be no number
 MOST_SKIPPED = 9
 # Of this process, not of the run
@@ -117,7 +119,10 @@ def _resume(args: argparse.Namespace, ranks: Ranks) -> None:
     given = {"masks": args.masks} if hasattr(args, "masks") else {}
     if args.device_given:
         given["device"] = args.device
-    args = argparse.Namespace(**start["settings"] | given | {"output": str(output), "bars": args.bars})
+    settings = start["settings"]
+    if settings.get("estimator") == "straight-through":
+        settings = {"largest": EARLIER_LARGEST} | settings
+    args = argparse.Namespace(**settings | given | {"output": str(output), "bars": args.bars})
 
     def prepare() -> Inputs:
         try:
@@ -154,6 +159,8 @@ def _complete(args: argparse.Namespace) -> None:
     args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
     # the settings of earlier runs have none
     args.accumulate = getattr(args, "accumulate", 1)
+    if args.estimator == "straight-through":
+        args.largest = getattr(args, "largest", StraightThrough().largest)
     check_least(args, steps=1, batch_size=1, accumulate=1, seq_len=2, init_batches=1)
     check_least(args, eval_windows=1, eval_length=2, eval_every=1, seed=0)
     if args.calibration_batches is not None:
@@ -185,7 +192,7 @@ def _complete(args: argparse.Namespace) -> None:
 def _estimator(args: argparse.Namespace) -> Reinforce | StraightThrough:
     if args.estimator == "reinforce":
         return Reinforce(lr=args.lr, alpha=getattr(args, "alpha", ALPHA), draws=args.draws)
-    return StraightThrough(lr=args.lr, steps=args.steps)
+    return StraightThrough(lr=args.lr, steps=args.steps, largest=args.largest)
 
 
 def _check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
