@@ -242,6 +242,13 @@ def _add_learn(commands) -> None:
         metavar="K",
         help="masks that a step of reinforce draws and compares, a forward pass each (default: 1, with a tracker)",
     )
+    parser.add_argument(
+        "--largest",
+        type=_number,
+        default=argparse.SUPPRESS,
+        metavar="L",
+        help="most that a step of straight-through moves a logit (default: 2)",
+    )
     parser.add_argument("--accumulate", type=_whole, default=1, metavar="A", help="batches a step")
     parser.add_argument(
         "--masks",

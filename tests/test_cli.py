@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from fcntl import ioctl
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from maskpro_kernels.batches import digest
 from maskpro_kernels.commands import held_out
 from maskpro_kernels.commands import learn as learning
 from maskpro_kernels.data import load_text, windows
+from maskpro_kernels.estimators import StraightThrough
 from maskpro_kernels.evaluation import perplexity
 from maskpro_kernels.export import load_logits
 from maskpro_kernels.modules import MaskedLinear
@@ -317,6 +319,11 @@ def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monke
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[demo]'")
 
 
+def test_reinforce_has_no_bound_of_a_step(inputs, tmp_path, capsys):
+    arguments = learn(inputs, tmp_path / "output", "--largest", "1")
+    refuses(capsys, tmp_path, arguments, "largest: expected none, for it is of straight-through alone")
+
+
 def test_straight_through_has_no_alpha(inputs, tmp_path, capsys):
     arguments = learn(inputs, tmp_path / "output", "--estimator", "straight-through", "--alpha", "0.5")
     refuses(capsys, tmp_path, arguments, "alpha: expected none, for it is of reinforce alone")
@@ -469,6 +476,25 @@ def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_o
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run" / "logits.safetensors").exists()
     assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_an_earlier_straight_through_run_goes_on_with_its_own_bound(inputs, tmp_path, monkeypatch):
+    step, output = MaskTrainer.step, tmp_path / "run"
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskTrainer, "step", failing)
+        patched.setattr(learning, "StraightThrough", partial(StraightThrough, largest=5.0))
+        assert cli.main(learn(inputs, output, *STRAIGHT_THROUGH)) == 130
+    start = json.loads((output / "settings.json").read_text(encoding="utf-8"))
+    assert start["settings"].pop("largest") == 5.0
+    (output / "settings.json").write_text(json.dumps(start), encoding="utf-8")
+    assert cli.main(["learn", "--resume", str(output)]) == 0
+    assert report(output)["settings"]["largest"] == 5.0
 
 
 def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path, monkeypatch):

@@ -159,8 +159,6 @@ def _complete(args: argparse.Namespace) -> None:
     args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
     # the settings of earlier runs have none
     args.accumulate = getattr(args, "accumulate", 1)
-    if args.estimator == "straight-through":
-        args.largest = getattr(args, "largest", StraightThrough().largest)
     check_least(args, steps=1, batch_size=1, accumulate=1, seq_len=2, init_batches=1)
     check_least(args, eval_windows=1, eval_length=2, eval_every=1, seed=0)
     if args.calibration_batches is not None:
@@ -180,13 +178,19 @@ def _complete(args: argparse.Namespace) -> None:
             args.alpha = getattr(args, "alpha", ALPHA)
         elif hasattr(args, "alpha"):
             raise ValueError(f"alpha: expected none beside several draws, which need no tracker, got {args.alpha}")
+        _check_none(args, "straight-through", "largest")
     else:
-        for name in ("alpha", "draws"):
-            if hasattr(args, name):
-                raise ValueError(
-                    f"{name}: expected none, for it is of reinforce alone, got {getattr(args, name)}; leave it out"
-                )
+        args.largest = getattr(args, "largest", StraightThrough().largest)
+        _check_none(args, "reinforce", "alpha", "draws")
     _estimator(args)
+
+
+def _check_none(args: argparse.Namespace, estimator: str, *names: str) -> None:
+    for name in names:
+        if hasattr(args, name):
+            raise ValueError(
+                f"{name}: expected none, for it is of {estimator} alone, got {getattr(args, name)}; leave it out"
+            )
 
 
 def _estimator(args: argparse.Namespace) -> Reinforce | StraightThrough:
