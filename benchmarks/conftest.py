@@ -77,7 +77,7 @@ def compare(visit, request) -> Callable[..., None]:
     ) -> None:
         timings, key = request.config.stash[TIMINGS], harness.case_of(case)
         if key in timings.refused:
-            pytest.fail("its check failed at an earlier visit")
+            pytest.fail("its check, or a provider, failed at an earlier visit")
         try:
             gate()
             seconds = harness.paired(providers)

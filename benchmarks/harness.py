@@ -171,7 +171,7 @@ class Timings:
 
     Attributes:
         path: file that gets the rows, or None.
-        refused: cases of which a check failed: they have no speed, whatever other visits found.
+        refused: cases of which a check, or a provider, failed: they have no speed, whatever other visits found.
     """
 
     def __init__(self, path: Path | None):
