@@ -44,5 +44,5 @@ setup(
         ],
         "bench": ["pytest>=8"],
     },
-    entry_points={"console_scripts": ["maskpro = maskpro_kernels.cli:main"]},
+    entry_points={"console_scripts": ["maskpro = maskpro_kernels.cli.main:main"]},
 )

@@ -16,9 +16,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from maskpro_kernels.kernels import masked_gemm, packed, sampling, straight_through, swaps
-from maskpro_kernels.kernels.launch import CONFIGURATIONS, Rows, Tiles
-from maskpro_kernels.reference import quadrature_grid
+from maskpro_kernels.ops.reference.quadrature import quadrature_grid
+from maskpro_kernels.ops.triton import masked_gemm, packed, sampling, straight_through, swaps
+from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +31,7 @@ FILES = {"best_swaps": swaps, "descend": straight_through}
 COUNTER = {
     "inv_temperature": "fp32",
     "rate": "*fp32",
-    "largest": "fp32",
+    "max_update": "fp32",
     "partial": "*fp32",
     "seed": "*i64",
     "step": "*i64",
@@ -165,18 +165,18 @@ def build_packed(
     m: int,
     config: Rows | Tiles | None = None,
     element: str = "bf16",
-    multiples: tuple[str, ...] = ("rows", "runs"),
+    multiples: tuple[str, ...] = ("rows", "chunks"),
 ) -> Built:
     """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias.
 
     ``config`` is a row of the launch tables; "unpack" has its own. ``multiples`` are what is a multiple of 16.
     """
     function = getattr(packed, f"{kernel}_kernel")
-    run = packed.run_length(n, m) if kernel != "unpack" else 8
+    chunk = packed.chunk_length(n, m) if kernel != "unpack" else 8
     types = (
         {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "bias", "out"), f"*{element}")
-        | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[run], "rows": "i32", "runs": "i32"}
+        | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[chunk], "rows": "i32", "chunks": "i32"}
     )
     known = {"N": n, "M": m}
     if kernel == "unpack":

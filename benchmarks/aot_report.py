@@ -24,7 +24,8 @@ import torch
 import triton
 from aot import Built, build, build_packed, build_product
 
-from maskpro_kernels.kernels.launch import (
+from maskpro_kernels.ops.triton.packed import MULTIPLIED, chunk_length
+from maskpro_kernels.ops.triton.tiles import (
     CONFIGURATIONS,
     ONE_PASS_TOKENS,
     PACKED_TILES,
@@ -36,7 +37,6 @@ from maskpro_kernels.kernels.launch import (
     rows_for,
     tiles_for,
 )
-from maskpro_kernels.kernels.packed import MULTIPLIED, run_length
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 GROUP_KERNELS = ["sample_mask", "masked_weight", "score_update"]
@@ -217,7 +217,7 @@ def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[C
 def packed_kernel(kernel: str, target: str, n: int, m: int, config: Rows | Tiles) -> tuple[Built, float, float]:
     """(the compiled kernel, its instructions a weight twice)."""
     built = build_packed(kernel, target, n, m, config)
-    taken = config.rows * config.block * run_length(n, m) if isinstance(config, Rows) else config.out * config.k
+    taken = config.rows * config.block * chunk_length(n, m) if isinstance(config, Rows) else config.out * config.k
     _, most = instructions(disassembled(built.asm["cubin"]), looping=True)
     each = most / (taken / (32 * config.num_warps))
     return built, each, each
@@ -304,7 +304,7 @@ def packed_roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int)
     """Seconds of a product with a packed weight by bytes, issue slots and matrix units, and of the dense one."""
     chip = CHIPS[target]
     if tokens == 1:
-        config, kernel = rows_for("packed_vector", rows, k // run_length(n, m), target), "packed_vector"
+        config, kernel = rows_for("packed_vector", rows, k // chunk_length(n, m), target), "packed_vector"
     else:
         config, kernel = tiles_for("packed_linear", m, torch.bfloat16, tokens, rows, k, target), "packed_linear"
     _, each, _ = packed_kernel(kernel, target, n, m, config)

@@ -10,7 +10,7 @@ import harness
 import pytest
 from harness import DEVICE, VISITS, Work
 
-from maskpro_kernels.kernels.launch import INTERPRETED
+from maskpro_kernels.ops.triton.tiles import INTERPRETED
 
 # What starts last takes less than a minute on two cores, so that ten are enough
 WITHIN_SECONDS = 540.0

@@ -11,7 +11,7 @@ from harness import DEVICE, Work
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import reference
+from maskpro_kernels.ops import reference
 
 PATTERN, N, M = "2:4", 2, 4
 DTYPE = "bfloat16 operands, float32 logits"

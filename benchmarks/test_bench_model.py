@@ -12,8 +12,8 @@ import torch
 from harness import DEVICE, Work
 
 import maskpro_kernels as mk
-from maskpro_kernels import reference
-from maskpro_kernels.evaluation import causal_lm_loss
+from maskpro_kernels.ops import reference
+from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytest.importorskip("gguf", reason="reading SmolLM2-135M needs the extra demo")
 hf = pytest.importorskip("maskpro_kernels.hf")

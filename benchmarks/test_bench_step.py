@@ -13,8 +13,8 @@ import torch
 from harness import DEVICE, Work
 
 import maskpro_kernels as mk
-from maskpro_kernels import reference
 from maskpro_kernels.modules import initial_logits
+from maskpro_kernels.ops import reference
 
 PATTERN, N, M = "2:4", 2, 4
 DTYPE = "bfloat16 weight, float32 logits"

@@ -10,8 +10,9 @@ import torch
 from harness import DEVICE, Work
 
 import maskpro_kernels as mk
-from maskpro_kernels import ops, reference
+from maskpro_kernels import ops
 from maskpro_kernels.modules import initial_logits
+from maskpro_kernels.ops import reference
 
 PATTERN, N, M = "2:4", 2, 4
 DTYPE = "bfloat16 operands, float32 logits"

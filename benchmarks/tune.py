@@ -15,8 +15,8 @@ import torch
 import triton
 
 import maskpro_kernels as mk
-from maskpro_kernels.kernels import launch, masked_gemm
-from maskpro_kernels.kernels.launch import Tiles
+from maskpro_kernels.ops.triton import masked_gemm, tiles
+from maskpro_kernels.ops.triton.tiles import Tiles
 from maskpro_kernels.pattern import MaskSource
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
@@ -101,7 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU to time on")
-    print(f"{torch.cuda.get_device_name()}, row {launch.architecture(torch.device('cuda'))}")
+    print(f"{torch.cuda.get_device_name()}, row {tiles.architecture(torch.device('cuda'))}")
     for product, shape, tokens in itertools.product(arguments.products, SHAPES, TOKENS):
         timer = triton.testing.do_bench
         ranked = best(product, shape, tokens, candidates(tokens), timer, getattr(torch, arguments.dtype))

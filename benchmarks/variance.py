@@ -117,13 +117,13 @@ def exact(task: Problem, alpha: float = ALPHA) -> dict[str, float]:
     masks = listed(task)
     p, squares, signal = masks.probabilities, masks.scores.square().sum(1), masks.gradients.square().sum(1)
     residuals = masks.losses - task.initial[:, None]
-    settled = (residuals @ p).mean()
-    spread = ((residuals - settled).square() @ p).mean() * (1 - alpha) / (1 + alpha)
+    determined = (residuals @ p).mean()
+    spread = ((residuals - determined).square() @ p).mean() * (1 - alpha) / (1 + alpha)
 
     def of_one_draw(tracker: Tensor | float, spread: Tensor | float) -> float:
         return float((((residuals - tracker).square() + spread) @ (p * squares) - signal).mean())
 
-    found = {"1 draw, residual": of_one_draw(0.0, 0.0), "1 draw, residual and tracker": of_one_draw(settled, spread)}
+    found = {"1 draw, residual": of_one_draw(0.0, 0.0), "1 draw, residual and tracker": of_one_draw(determined, spread)}
     centred = masks.losses - (masks.losses @ p)[:, None]
     own, others = centred.square() @ (p * squares), (centred.square() @ p) * (p @ squares)
     for draws in DRAWS:
@@ -142,7 +142,7 @@ class Sampled(NamedTuple):
 
 
 def sampled(task: Problem, antithetic: bool, samples: int, seed: int = 0) -> dict[str, Sampled]:
-    """Two draws against initial loss and a tracker that has settled; four, each against the others.
+    """Two draws against initial loss and a tracker that has determined; four, each against the others.
 
     Of antithetic draws the others are those of the other pair: the own partner would bias the estimate.
     """
@@ -172,7 +172,7 @@ def sampled(task: Problem, antithetic: bool, samples: int, seed: int = 0) -> dic
             others = (losses.sum(2, keepdim=True) - losses) / 3
         scores = task.scores[groups, places].flatten(2)
         for name, advantages in {
-            "2 draws, residual and settled tracker": losses[..., :2] - against[:, None, None],
+            "2 draws, residual and determined tracker": losses[..., :2] - against[:, None, None],
             "4 draws, leave-one-out": losses - others,
         }.items():
             count = advantages.shape[2]

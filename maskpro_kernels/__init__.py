@@ -1,26 +1,30 @@
 """Fused kernels for learning and running N:M sparse language models."""
 
-from .convert import Conversion, convert, finalize
-from .estimators import Reinforce, StraightThrough
-from .functional import (
+from .functional.linear import (
     codes_linear,
+    masked_linear,
+    straight_through_gradient,
+    straight_through_linear,
+    top_n_linear,
+)
+from .functional.masks import (
     expand_mask,
     mask_log_prob,
-    masked_linear,
     pack_mask,
     sample_mask,
     sample_masked_weight,
     score_update_,
     shard_counter,
-    straight_through_gradient,
-    straight_through_linear,
-    top_n_linear,
     top_n_mask,
 )
-from .modules import MaskedLinear, NMLinear, Sparse24Linear, advance, log_prob
-from .packed import PackedNM, nm_linear, pack_24, pack_nm, sparse24_linear
+from .modules import MaskedLinear, advance, log_prob
+from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
 from .pattern import NMPattern
-from .trainer import MaskTrainer, StepRecord
+from .pruning.convert import Conversion, convert
+from .pruning.finalize import finalize
+from .training.reinforce import Reinforce
+from .training.straight_through import StraightThrough
+from .training.trainer import MaskTrainer, StepRecord
 
 __version__ = "0.1.0"
 

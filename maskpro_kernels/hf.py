@@ -20,9 +20,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .export import disk_errors, open_to_others
-from .modules import NMLinear, packed_class
-from .packed import PackedNM, check_bitmask
+from .files import disk_errors, open_to_others
+from .packed import NMLinear, PackedNM, check_bitmask, packed_class
 from .pattern import NMPattern
 
 SMOLLM2 = "smollm2-135m"

@@ -1,4 +1,4 @@
-"""Linear layers: MaskedLinear, whose weights stand under a learned N:M mask, and NMLinear, whose weights are packed."""
+"""MaskedLinear, whose weights stand under a learned N:M mask, and the counter state that a model's layers share."""
 
 from __future__ import annotations
 
@@ -9,30 +9,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .functional import (
-    LOGIT_DTYPES,
-    check_codes,
-    check_exactly_n,
-    check_shard,
-    describe,
-    expand_mask,
-    mask_log_prob,
-    masked_linear,
-    sample_mask,
-    sample_masked_weight,
-    straight_through_linear,
-    top_n_linear,
-    top_n_mask,
-)
-from .ops import masked_weight
-from .packed import PackedNM, check_bitmask, check_shapes, pack_nm, packed_linear
+from .functional.checks import LOGIT_DTYPES, check_codes, check_exactly_n, check_shard, describe
+from .functional.linear import masked_linear, straight_through_linear, top_n_linear
+from .functional.masks import expand_mask, mask_log_prob, sample_mask, sample_masked_weight, top_n_mask
+from .ops.philox import MAX_LAYERS
+from .ops.registry import masked_weight
 from .pattern import MaskSource, NMPattern
-from .philox import MAX_LAYERS
 
 Result = TypeVar("Result")
 
 
-class Clock(nn.Module):
+class CounterState(nn.Module):
     """Seed and step of the draws, 0-dim int64 buffers that all layers of a model share.
 
     A shared submodule stays shared when the model is moved or copied. Not part of the state_dict, where it
@@ -105,7 +92,7 @@ def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float, dtype: t
 class MaskedLinear(nn.Module):
     """nn.Linear under an N:M mask with one logit a weight.
 
-    In training mode the mask is drawn anew at the current step of ``clock``; in eval mode it keeps
+    In training mode the mask is drawn anew at the current step of ``counter_state``; in eval mode it keeps
     the N largest logits of each group. ``forward`` returns y alone and changes no state.
 
     Args:
@@ -115,7 +102,7 @@ class MaskedLinear(nn.Module):
             each use copies them to the weight's device for as long as it lasts, and what moves them writes them back.
         pattern: "N:M" or NMPattern.
         layer: id of the layer in the counter; layers with the same id draw the same noise.
-        clock: seed and step, shared by the layers of a model; default: one of its own.
+        counter_state: seed and step, shared by the layers of a model; default: one of its own.
         group_offset: index in the whole layer of the first group, where the weight is a shard; see ``shard_counter``.
         group_row_stride: groups in a row of the whole layer; default: of the given weight.
 
@@ -140,7 +127,7 @@ class MaskedLinear(nn.Module):
         pattern: str | NMPattern,
         *,
         layer: int = 0,
-        clock: Clock | None = None,
+        counter_state: CounterState | None = None,
         group_offset: int = 0,
         group_row_stride: int | None = None,
     ):
@@ -169,7 +156,7 @@ class MaskedLinear(nn.Module):
         self.logits = nn.Parameter(logits.contiguous())
         self.layer = layer
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
-        self.clock = Clock(device=weight.device) if clock is None else clock
+        self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: Callable | None = None
 
     @classmethod
@@ -183,7 +170,7 @@ class MaskedLinear(nn.Module):
         logits_dtype: torch.dtype = torch.float32,
         logits_device: torch.device | str | None = None,
         layer: int = 0,
-        clock: Clock | None = None,
+        counter_state: CounterState | None = None,
         group_offset: int = 0,
         group_row_stride: int | None = None,
     ) -> MaskedLinear:
@@ -196,7 +183,7 @@ class MaskedLinear(nn.Module):
             gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
             logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
             logits_device: where the logits live; default: with the weight.
-            layer, clock, group_offset, group_row_stride: as for the class.
+            layer, counter_state, group_offset, group_row_stride: as for the class.
 
         Raises:
             TypeError, ValueError: an argument is not as above, or a weight is not finite.
@@ -224,14 +211,16 @@ class MaskedLinear(nn.Module):
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
         where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
-        return cls(linear.weight, linear.bias, logits, pattern, clock=clock, **where).train(linear.training)
+        return cls(linear.weight, linear.bias, logits, pattern, counter_state=counter_state, **where).train(
+            linear.training
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
         if self.training and self.logits_backward is not None:
             if getattr(self.logits_backward, "moves_logits", False):
                 # late: it loads torch's compiler
-                from .uncompiled import straight_through
+                from .graph_break import straight_through
 
                 return straight_through(self, input)
             return self.straight_through(input)
@@ -315,25 +304,28 @@ class MaskedLinear(nn.Module):
     def counter(self) -> dict:
         """The counter of the current step, as keywords of the functions that draw."""
         return {
-            "seed": self.clock.seed,
-            "step": self.clock.step,
+            "seed": self.counter_state.seed,
+            "step": self.counter_state.step,
             "layer": self.layer,
-            "draw": self.clock.draw,
+            "draw": self.counter_state.draw,
             "group_offset": self.group_offset,
             "group_row_stride": self.group_row_stride,
         }
 
     def get_extra_state(self) -> Tensor:
-        """int64 [7]: layer id, N, M, the clock's seed and step, and where a shard lies: group offset and row stride."""
-        if self.clock.seed.is_meta:
+        """int64 [7]: layer id, N, M, the seed and step, and where a shard lies: group offset and row stride."""
+        if self.counter_state.seed.is_meta:
             return torch.empty(7, dtype=torch.int64, device="meta")
-        clock, place = (int(self.clock.seed), int(self.clock.step)), (self.group_offset, self.group_row_stride)
-        return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *clock, *place], dtype=torch.int64)
+        counter_state, place = (
+            (int(self.counter_state.seed), int(self.counter_state.step)),
+            (self.group_offset, self.group_row_stride),
+        )
+        return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *counter_state, *place], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.layer, _, _, seed, step, *_ = state.tolist()
-        self.clock.seed.fill_(seed)
-        self.clock.step.fill_(step)
+        self.counter_state.seed.fill_(seed)
+        self.counter_state.step.fill_(step)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(f"{prefix}_extra_state")
@@ -361,109 +353,6 @@ class MaskedLinear(nn.Module):
         )
 
 
-class NMLinear(nn.Module):
-    """nn.Linear with a packed N:M weight, for inference: half the values of 2:4, and a bit for each weight.
-
-    Gradients flow to the input and the bias. The state_dict holds ``values``, ``bitmask`` and ``bias``.
-
-    Args:
-        packed: the weight, see ``pack_nm``.
-        bias: [out] of the values' dtype, or None.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-    """
-
-    def __init__(self, packed: PackedNM, bias: Tensor | None = None):
-        super().__init__()
-        if not isinstance(packed, PackedNM):
-            raise TypeError(f"packed: expected a PackedNM, got {describe(packed)}")
-        self.pattern = packed.pattern
-        self.out_features, self.in_features = packed.shape
-        self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
-        self.register_buffer("bitmask", packed.bitmask)
-        values = packed.values
-        if bias is not None and (
-            bias.shape != (self.out_features,) or bias.dtype != values.dtype or bias.device != values.device
-        ):
-            raise ValueError(
-                f"bias: expected [{self.out_features}] of {values.dtype} on {values.device}, got {describe(bias)}"
-            )
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    @classmethod
-    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern) -> NMLinear:
-        """Pack an nn.Linear in which at most N of every M consecutive weights are not zero.
-
-        Raises:
-            TypeError, ValueError: ``linear`` is no nn.Linear, or as ``pack_nm``.
-        """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
-        return cls(pack_nm(linear.weight, pattern), linear.bias).train(linear.training)
-
-    @classmethod
-    def from_masked(cls, layer: MaskedLinear) -> NMLinear:
-        """Pack the weight of a MaskedLinear under the N largest logits of every group.
-
-        Raises:
-            TypeError: if ``layer`` is no MaskedLinear.
-        """
-        if not isinstance(layer, MaskedLinear):
-            raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
-        return cls(pack_nm(layer.top_n_weight(), layer.pattern), layer.bias).train(layer.training)
-
-    @property
-    def packed(self) -> PackedNM:
-        return PackedNM(self.values.detach(), self.bitmask, self.pattern)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """y [..., out] of input [..., K]."""
-        return packed_linear(input, self.values, self.bitmask, self.bias, self.pattern)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        *_, errors = args
-        values, bitmask = (state_dict.get(f"{prefix}{name}") for name in ("values", "bitmask"))
-        if bitmask is not None and not bitmask.is_meta:
-            try:
-                check_shapes(self.values if values is None else values, bitmask, self.pattern)
-                check_bitmask(bitmask, self.in_features, self.pattern)
-            except (TypeError, ValueError) as error:
-                errors.append(f"state_dict: {prefix}{error}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}"
-        )
-
-
-class Sparse24Linear(NMLinear):
-    """``NMLinear`` of 2:4.
-
-    Raises:
-        ValueError: if ``packed`` is of another pattern.
-        TypeError, ValueError: as ``NMLinear``.
-    """
-
-    def __init__(self, packed: PackedNM, bias: Tensor | None = None):
-        if isinstance(packed, PackedNM) and packed.pattern != NMPattern("2:4"):
-            raise ValueError(f"packed: expected 2:4, got {packed.pattern}")
-        super().__init__(packed, bias)
-
-    @classmethod
-    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4") -> Sparse24Linear:
-        """``NMLinear.from_dense`` of 2:4."""
-        return super().from_dense(linear, pattern)
-
-
-def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
-    """The class of layers with packed weights of a pattern."""
-    return Sparse24Linear if NMPattern(pattern) == NMPattern("2:4") else NMLinear
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """All modules in eval mode; each one's own mode is restored afterwards."""
@@ -488,9 +377,9 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     return layers
 
 
-def clocks(model: nn.Module) -> list[Clock]:
-    """The distinct clocks of a model: one, or one a device where layers are spread over several."""
-    return list({id(layer.clock): layer.clock for layer in masked_layers(model).values()}.values())
+def counter_states(model: nn.Module) -> list[CounterState]:
+    """The distinct counter_states of a model: one, or one a device where layers are spread over several."""
+    return list({id(layer.counter_state): layer.counter_state for layer in masked_layers(model).values()}.values())
 
 
 def advance(model: nn.Module) -> None:
@@ -502,8 +391,8 @@ def advance(model: nn.Module) -> None:
     Raises:
         ValueError: if the model has no MaskedLinear.
     """
-    for clock in clocks(model):
-        clock.step.add_(1)
+    for counter_state in counter_states(model):
+        counter_state.step.add_(1)
 
 
 def log_prob(model: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""Packed N:M weights: the kept values and a bitmask, and products with them."""
+"""Packed N:M weights: the kept values and a bitmask, products with them, and the modules that hold them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
-from .functional import LOGIT_DTYPES, check_exactly_n, describe, expand_mask
+from .functional.checks import LOGIT_DTYPES, check_exactly_n, describe
+from .functional.masks import expand_mask
+from .modules import MaskedLinear
 from .pattern import NMPattern, bitmask_of, codes_of
 
 
@@ -180,3 +182,106 @@ def sparse24_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> 
     if isinstance(packed, PackedNM) and packed.pattern != NMPattern("2:4"):
         raise ValueError(f"packed: expected 2:4, got {packed.pattern}")
     return nm_linear(x, packed, bias)
+
+
+class NMLinear(nn.Module):
+    """nn.Linear with a packed N:M weight, for inference: half the values of 2:4, and a bit for each weight.
+
+    Gradients flow to the input and the bias. The state_dict holds ``values``, ``bitmask`` and ``bias``.
+
+    Args:
+        packed: the weight, see ``pack_nm``.
+        bias: [out] of the values' dtype, or None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    def __init__(self, packed: PackedNM, bias: Tensor | None = None):
+        super().__init__()
+        if not isinstance(packed, PackedNM):
+            raise TypeError(f"packed: expected a PackedNM, got {describe(packed)}")
+        self.pattern = packed.pattern
+        self.out_features, self.in_features = packed.shape
+        self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
+        self.register_buffer("bitmask", packed.bitmask)
+        values = packed.values
+        if bias is not None and (
+            bias.shape != (self.out_features,) or bias.dtype != values.dtype or bias.device != values.device
+        ):
+            raise ValueError(
+                f"bias: expected [{self.out_features}] of {values.dtype} on {values.device}, got {describe(bias)}"
+            )
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern) -> NMLinear:
+        """Pack an nn.Linear in which at most N of every M consecutive weights are not zero.
+
+        Raises:
+            TypeError, ValueError: ``linear`` is no nn.Linear, or as ``pack_nm``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
+        return cls(pack_nm(linear.weight, pattern), linear.bias).train(linear.training)
+
+    @classmethod
+    def from_masked(cls, layer: MaskedLinear) -> NMLinear:
+        """Pack the weight of a MaskedLinear under the N largest logits of every group.
+
+        Raises:
+            TypeError: if ``layer`` is no MaskedLinear.
+        """
+        if not isinstance(layer, MaskedLinear):
+            raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
+        return cls(pack_nm(layer.top_n_weight(), layer.pattern), layer.bias).train(layer.training)
+
+    @property
+    def packed(self) -> PackedNM:
+        return PackedNM(self.values.detach(), self.bitmask, self.pattern)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., out] of input [..., K]."""
+        return packed_linear(input, self.values, self.bitmask, self.bias, self.pattern)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        *_, errors = args
+        values, bitmask = (state_dict.get(f"{prefix}{name}") for name in ("values", "bitmask"))
+        if bitmask is not None and not bitmask.is_meta:
+            try:
+                check_shapes(self.values if values is None else values, bitmask, self.pattern)
+                check_bitmask(bitmask, self.in_features, self.pattern)
+            except (TypeError, ValueError) as error:
+                errors.append(f"state_dict: {prefix}{error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}"
+        )
+
+
+class Sparse24Linear(NMLinear):
+    """``NMLinear`` of 2:4.
+
+    Raises:
+        ValueError: if ``packed`` is of another pattern.
+        TypeError, ValueError: as ``NMLinear``.
+    """
+
+    def __init__(self, packed: PackedNM, bias: Tensor | None = None):
+        if isinstance(packed, PackedNM) and packed.pattern != NMPattern("2:4"):
+            raise ValueError(f"packed: expected 2:4, got {packed.pattern}")
+        super().__init__(packed, bias)
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4") -> Sparse24Linear:
+        """``NMLinear.from_dense`` of 2:4."""
+        return super().from_dense(linear, pattern)
+
+
+def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
+    """The class of layers with packed weights of a pattern."""
+    return Sparse24Linear if NMPattern(pattern) == NMPattern("2:4") else NMLinear

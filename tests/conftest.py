@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
 import hypothesis
 import pytest
 
-from maskpro_kernels import compiled, ops
-from maskpro_kernels.kernels.launch import launches
+from maskpro_kernels.ops import dispatch
+from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops.triton.launch import launches
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
@@ -86,10 +87,10 @@ class PoisonedTorch:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end."""
-    from maskpro_kernels.kernels import masked_gemm, packed, sampling, straight_through, swaps
+    from maskpro_kernels.ops.triton import masked_gemm, packed, sampling, straight_through, swaps
 
     poisoned_torch = PoisonedTorch()
-    for module in (compiled, sampling, masked_gemm, packed, straight_through, swaps):
+    for module in (kernels, sampling, masked_gemm, packed, straight_through, swaps):
         monkeypatch.setattr(module, "torch", poisoned_torch)
     yield poisoned_torch
     poisoned_torch.check_margins()
@@ -103,8 +104,8 @@ def launched():
 
 
 def route_to_the_eager_reference(monkeypatch):
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
-    monkeypatch.setattr(ops, "compiler_available", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "compiler_available", lambda: False)
 
 
 @pytest.fixture

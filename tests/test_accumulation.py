@@ -12,9 +12,9 @@ import torch
 from test_trainer import a_model, a_trainer, assert_equal_logits, logits_of, some_batches, under_masks
 
 import maskpro_kernels as mk
-from maskpro_kernels import trainer as training
-from maskpro_kernels.batches import content, loss_tokens, weighted_mean, weights_of
-from maskpro_kernels.run_folder import settings_of
+from maskpro_kernels.training import trainer as training
+from maskpro_kernels.training.batches import content, loss_tokens, weighted_mean, weights_of
+from maskpro_kernels.training.run_folder import settings_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

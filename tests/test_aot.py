@@ -47,7 +47,7 @@ for kernel, n, m, logits, constants in cases:
 PRODUCTS_CHILD = """
 import json, sys
 from aot import build_product
-from maskpro_kernels.kernels.launch import TILES
+from maskpro_kernels.ops.triton.tiles import TILES
 forbidden, operand, patterns, targets, options, widest_and_narrowest = json.load(sys.stdin)
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[operand]
 for (product, target, itemsize), tiles in TILES.items():
@@ -231,7 +231,7 @@ def test_a_cost_is_worse_where_one_figure_is():
 SLOPES_CHILD = """
 import json, sys
 from aot import TARGETS, build_product
-from maskpro_kernels.kernels.launch import TILES
+from maskpro_kernels.ops.triton.tiles import TILES
 (patterns,) = json.load(sys.stdin)
 for target in TARGETS:
     for n, m in patterns:
@@ -297,13 +297,13 @@ import json, sys
 import aot_report
 from dataclasses import replace
 from aot import TARGETS, build_packed
-from maskpro_kernels.kernels.launch import PACKED_TILES, ROWS
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
 n, m, element = json.load(sys.stdin)
 for target in TARGETS:
     # as few rows a program as a small layer gets, too
     rows = [*ROWS["packed_vector"], *(replace(ROWS["packed_vector"][-1], rows=rows) for rows in (1, 2))]
     tiles = PACKED_TILES["packed_linear", target, 2]
-    aligned = ("rows", "runs")
+    aligned = ("rows", "chunks")
     cases = [("packed_vector", config, aligned) for config in rows]
     cases += [("packed_linear", tile, aligned) for tile in tiles]
     cases += [("packed_vector", rows[2], ()), ("packed_linear", tiles[-1], ())]

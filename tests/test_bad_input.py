@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from maskpro_kernels import cli
-from maskpro_kernels.trainer import MaskTrainer
+from maskpro_kernels.cli import main
+from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -58,10 +58,10 @@ def template(tmp_path_factory):
         patched.chdir(folder)
         for estimator in ("reinforce", "straight-through"):
             arguments = f"{LEARN} --estimator {estimator} --output".split()
-            assert cli.main([*arguments, estimator]) == 0
+            assert main.main([*arguments, estimator]) == 0
             with patched.context() as broken, pytest.raises(Killed):
                 broken.setattr(MaskTrainer, "step", killed)
-                cli.main([*arguments, f"killed-{estimator}"])
+                main.main([*arguments, f"killed-{estimator}"])
     return folder
 
 
@@ -150,7 +150,7 @@ def a_foreign_tokenizer(place):
 
 def another_journal(place):
     """That of a run by another seed."""
-    assert cli.main(f"{LEARN} --seed 1 --output other".split()) == 0
+    assert main.main(f"{LEARN} --seed 1 --output other".split()) == 0
     for run in ("reinforce", "killed-reinforce"):
         shutil.copy(place / "other" / "progress" / "journal", place / run / "progress" / "journal")
 
@@ -162,7 +162,7 @@ def base_has_moved(place):
 
 def rebuilt(place):
     (place / LOGITS).unlink()
-    assert cli.main(f"replay reinforce --device cpu --output {LOGITS}".split()) == 0
+    assert main.main(f"replay reinforce --device cpu --output {LOGITS}".split()) == 0
 
 
 def archived(path):
@@ -357,7 +357,7 @@ CASES = {
     "settings beside resume": (
         f"{RESUME} --lr 1",
         None,
-        "no other option but --device, --masks and --quiet, got --lr",
+        "no other option but --device, --parallel and --quiet, got --lr",
         "own settings",
     ),
     "torn settings": (RESUME, cut("killed-reinforce/settings.json"), "resume: expected a folder", "from a copy"),
@@ -621,25 +621,25 @@ CASES = {
     "import of no masks": (
         "import text.txt out --model model",
         None,
-        "masks: expected a file of bool masks",
+        "parallel: expected a file of bool masks",
         "which is damaged or holds more than tensors",
     ),
     "import of torn arrays": (
         "import m.npz out --model model",
         write("m.npz", "PK"),
-        "masks: expected an .npz file of MaskLLM",
+        "parallel: expected an .npz file of MaskLLM",
         "which is damaged or of another kind",
     ),
     "import of another archive": (
         "import m.npz out --model model",
         archived("m.npz"),
-        "masks: expected an .npz file of MaskLLM",
+        "parallel: expected an .npz file of MaskLLM",
         "flat uint8 arrays expected, config.json is none",
     ),
     "import of masks in torch's older form, torn": (
         "import m.pt out --model model",
         torn_masks("m.pt"),
-        "masks: expected a file of bool masks",
+        "parallel: expected a file of bool masks",
         "which is damaged or holds more than tensors",
     ),
     "import into a full folder": ("import model reinforce", None, "expected a new or empty folder", "give another"),
@@ -677,13 +677,13 @@ def test_bad_input_is_told_in_one_line_and_changes_nothing(name, place, capsys):
 @pytest.mark.parametrize("estimator", ["reinforce", "straight-through"])
 def test_what_was_damaged_is_sound_otherwise(estimator, place, capsys):
     """The cases fail by what was done to them alone."""
-    assert cli.main(["learn", "--resume", f"killed-{estimator}", "--device", "cpu"]) == 0
-    assert cli.main(["eval", estimator, *EVAL.split()[2:]]) == 0
-    assert cli.main(["compare", "reinforce", "straight-through", "--picture", "picture.png"]) == 0
-    assert cli.main(["export", estimator, "out"]) == 0
-    assert cli.main(["validate", "out"]) == 0
-    assert cli.main(["import", "out", "packed"]) == 0
-    assert cli.main(["replay", "reinforce", "--output", "file", "--device", "cpu"]) == 0
+    assert main.main(["learn", "--resume", f"killed-{estimator}", "--device", "cpu"]) == 0
+    assert main.main(["eval", estimator, *EVAL.split()[2:]]) == 0
+    assert main.main(["compare", "reinforce", "straight-through", "--picture", "picture.png"]) == 0
+    assert main.main(["export", estimator, "out"]) == 0
+    assert main.main(["validate", "out"]) == 0
+    assert main.main(["import", "out", "packed"]) == 0
+    assert main.main(["replay", "reinforce", "--output", "file", "--device", "cpu"]) == 0
 
 
 CURES = {
@@ -702,9 +702,9 @@ CURES = {
 def test_cures_work(cure, place, capsys):
     command, damage, mend = CURES[cure]
     damage(place)
-    assert cli.main(command.split()) == 2
+    assert main.main(command.split()) == 2
     mend(place)
-    assert cli.main(command.split()) == 0
+    assert main.main(command.split()) == 0
 
 
 def test_a_run_that_another_process_holds(place, capsys):
@@ -721,7 +721,7 @@ def test_a_start_that_fails_leaves_its_folder_free(place, capsys, monkeypatch):
     monkeypatch.setattr(MaskTrainer, "_losses_of_initial_masks", without_losses)
     for output in ("out", "empty"):
         before = contents(place)
-        assert cli.main(f"{LEARN} --output {output}".split()) == 2
+        assert main.main(f"{LEARN} --output {output}".split()) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("maskpro: error: loss under the initial masks")
         assert contents(place) == before
 
@@ -742,6 +742,6 @@ def test_the_retries_of_the_hub_are_not_told(place, capsys, monkeypatch):
 def test_a_warning_is_told_in_one_line(place, capsys):
     changed(f"{KILLED}/journal", lambda content: content[:-1])(place)
     capsys.readouterr()
-    assert cli.main(RESUME.split()) == 0
+    assert main.main(RESUME.split()) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warn" in line.lower()]
     assert line == f"maskpro: warning: the last record of {KILLED}/journal was cut short: its step is taken again"

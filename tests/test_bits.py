@@ -7,8 +7,9 @@ import functools
 import pytest
 import torch
 
-from maskpro_kernels import compiled, graphs, reference
-from maskpro_kernels.kernels import launch, sampling
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.cpu import compiled_loop, kernels
+from maskpro_kernels.ops.triton import sampling, tiles
 from maskpro_kernels.pattern import MaskSource
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
@@ -109,34 +110,34 @@ def test_kernel_and_reference_update_to_the_same_bits(n, m, dtype, groups, launc
 @pytest.mark.parametrize(("n", "m"), COMPILED)
 def test_compiled_and_eager_reference_draw_the_same_masks(n, m, dtype):
     logits = problem(m, dtype, 1_000_003)
-    assert torch.equal(draw(compiled, n, m, logits), draw(reference, n, m, logits))
+    assert torch.equal(draw(kernels, n, m, logits), draw(reference, n, m, logits))
 
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "m"), COMPILED)
 def test_compiled_and_eager_reference_update_to_the_same_bits(n, m, dtype):
     logits = problem(m, dtype, 1_000_003)
-    assert torch.equal(bits(update(compiled, n, m, logits)), bits(update(reference, n, m, logits)))
+    assert torch.equal(bits(update(kernels, n, m, logits)), bits(update(reference, n, m, logits)))
 
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(5, 8, marks=pytest.mark.slow)])
 def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dtype, launched, monkeypatch):
     """More groups than the compiled route takes at a time, in rows that lie apart."""
-    monkeypatch.setattr(compiled, "COPIED_BYTES", 1 << 19)
+    monkeypatch.setattr(kernels, "COPIED_BYTES", 1 << 19)
     logits = problem(m, dtype, 100_000).view(100, -1)
     expected = update(reference, n, m, logits, draws=(DRAW, 7, 1), row_stride=1_234)
     assert not torch.equal(expected, update(reference, n, m, logits, row_stride=1_234))
     assert torch.equal(bits(update(sampling, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
     assert launched["score_updates"] == 1
-    assert torch.equal(bits(update(compiled, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
+    assert torch.equal(bits(update(kernels, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
 
 
 @pytest.mark.parametrize("gap", [4.0, 10.0, 30.0])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16), pytest.param(20, 32, marks=pytest.mark.slow)])
 def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, monkeypatch):
-    """Blocks as small as on a GPU: most of them settle their draws without noise, others do not."""
-    monkeypatch.setattr(launch, "INTERPRETER_BLOCK", 64)
+    """Blocks as small as on a GPU: most of them by_bounds their draws without noise, others do not."""
+    monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)
     generator = torch.Generator().manual_seed(n)
     logits = torch.zeros(700, m).scatter_(1, torch.rand(700, m, generator=generator).topk(n).indices, gap)
     logits[::7] += torch.randn(logits[::7].shape, generator=generator)
@@ -145,17 +146,17 @@ def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, 
 
 
 def test_the_compiled_route_runs_a_graph_for_each_operation_whatever_the_shape(monkeypatch):
-    fresh = functools.cache(compiled.graph.__wrapped__)
-    monkeypatch.setattr(compiled, "graph", fresh)
-    monkeypatch.setattr(graphs.Graph, "_eager", None)
+    fresh = functools.cache(kernels.graph.__wrapped__)
+    monkeypatch.setattr(kernels, "graph", fresh)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_eager", None)
     logits = problem(4, torch.float32, 5_003)
-    assert torch.equal(draw(compiled, 2, 4, logits), draw(reference, 2, 4, logits))
-    assert torch.equal(update(compiled, 2, 4, logits), update(reference, 2, 4, logits))
+    assert torch.equal(draw(kernels, 2, 4, logits), draw(reference, 2, 4, logits))
+    assert torch.equal(update(kernels, 2, 4, logits), update(reference, 2, 4, logits))
     # and one for the noise of both
     assert fresh.cache_info().currsize == 3
     other = problem(4, torch.float32, 9_000).view(9, -1)
     with torch.inference_mode():
-        assert torch.equal(draw(compiled, 2, 4, other), draw(reference, 2, 4, other))
+        assert torch.equal(draw(kernels, 2, 4, other), draw(reference, 2, 4, other))
     assert fresh.cache_info().currsize == 3
 
 
@@ -183,9 +184,9 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
         sampling.masked_weight(weight, MaskSource(logits, "drawn", n, m, TEMPERATURE, *counter)),
         sampling.masked_weight(weight, MaskSource(codes, "codes", n, m)),
         reference.code_masked_weight(weight, codes, n=n, m=m),
-        compiled.code_masked_weight(weight, codes, n=n, m=m),
+        kernels.code_masked_weight(weight, codes, n=n, m=m),
         reference.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
-        compiled.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
+        kernels.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
     ):
         assert torch.equal(result.isnan(), expected.isnan())
         assert torch.equal(result.nan_to_num(), expected.nan_to_num())
@@ -197,9 +198,9 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
     ("n", "m", "route"),
     [
         *((n, m, reference) for n, m in ((1, 2), (2, 4), (4, 8), (5, 8))),
-        (2, 4, compiled),
-        pytest.param(1, 2, compiled, marks=pytest.mark.slow),
-        pytest.param(4, 8, compiled, marks=pytest.mark.slow),
+        (2, 4, kernels),
+        pytest.param(1, 2, kernels, marks=pytest.mark.slow),
+        pytest.param(4, 8, kernels, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).split(".")[-1],
 )

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from maskpro_kernels import certain, compiled, reference
+from maskpro_kernels.ops import bounds, reference
+from maskpro_kernels.ops.cpu import kernels
 
 SEED, STEP, LAYER, OFFSET = 0x123456789ABCDEF, (1 << 32) - 3, 3, 21
 INVERSE_TEMPERATURE = 1.3
@@ -32,13 +33,13 @@ def words_of_all_sizes() -> torch.Tensor:
 def kernels_bound(r):
     """That of ``certain`` in kernels/device.py."""
     quarter = (r >> 2).to(torch.int32).to(torch.float32)
-    return certain.BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * certain.NATS_PER_BIT_PATTERN
+    return bounds.BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * bounds.NATS_PER_BIT_PATTERN
 
 
 @pytest.mark.parametrize(
     ("bound", "loosest"),
     # a level takes eighths of a doubling together
-    [(lambda r: certain.ceiling(certain.noise_levels([r])), 0.2), (kernels_bound, 0.1)],
+    [(lambda r: bounds.ceiling(bounds.noise_levels([r])), 0.2), (kernels_bound, 0.1)],
     ids=["level", "kernel"],
 )
 def test_noise_lies_between_the_bounds(bound, loosest):
@@ -46,19 +47,19 @@ def test_noise_lies_between_the_bounds(bound, loosest):
     noise = reference.gumbel(r)
     slack = bound(r) - noise
     assert slack.min() > 0
-    assert noise.min() > certain.LEAST_NOISE
+    assert noise.min() > bounds.LEAST_NOISE
     # a bound that is loose would leave nothing certain
     assert slack[(r >= 1 << 7) & (r < 1 << 28)].max() < loosest
-    assert noise.min() - certain.LEAST_NOISE < 1e-3
+    assert noise.min() - bounds.LEAST_NOISE < 1e-3
 
 
 def test_the_level_of_a_group_is_that_of_its_largest_noise():
     r = words_of_all_sizes()[: 1 << 19]
     words = list(r[torch.randperm(len(r), generator=torch.Generator().manual_seed(0))].view(4, -1))
-    levels = certain.noise_levels(words)
+    levels = bounds.noise_levels(words)
     assert levels.dtype == torch.uint8
-    assert torch.equal(levels, torch.stack([certain.noise_levels([word]) for word in words]).amin(0))
-    assert (certain.ceiling(levels) > torch.stack([reference.gumbel(word) for word in words]).amax(0)).all()
+    assert torch.equal(levels, torch.stack([bounds.noise_levels([word]) for word in words]).amin(0))
+    assert (bounds.ceiling(levels) > torch.stack([reference.gumbel(word) for word in words]).amax(0)).all()
 
 
 def sharp_logits(groups: int, n: int, m: int, gap: float, dtype=torch.float32) -> torch.Tensor:
@@ -92,12 +93,12 @@ def drawn(route, logits, n, m, weight=None, shard=None):
 @pytest.mark.parametrize("gap", [0.0, 4.0, 10.0, 30.0])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8)])
 def test_certain_draws_are_the_drawn_ones(n, m, gap):
-    """Where nothing, some, few and all groups are certain."""
+    """Where nothing, some, few and all groups are bounds."""
     logits = sharp_logits(150_003, n, m, gap)
     group = torch.arange(150_003) + OFFSET
     counter = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2)]
-    levels = certain.group_noise_levels(group, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
-    kept, undecided = certain.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
+    levels = bounds.group_noise_levels(group, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
+    kept, undecided = bounds.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
     expected = reference.group_drawn(logits.view(-1, m), group, *counter, n)
     differs = (torch.stack(kept) != torch.stack(expected)).any(0)
     assert not (differs & (undecided == 0)).any()
@@ -112,7 +113,7 @@ def test_groups_are_sorted_from_the_largest_on(m):
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(5_003, m, generator=generator).round(decimals=1)
     x[::5, 0], x[::7, -1] = torch.inf, -torch.inf
-    assert torch.equal(torch.stack(certain.descending(x.unbind(-1)), dim=-1), x.sort(dim=-1, descending=True).values)
+    assert torch.equal(torch.stack(bounds.descending(x.unbind(-1)), dim=-1), x.sort(dim=-1, descending=True).values)
 
 
 @pytest.mark.parametrize("gap", [8.0, 30.0, 200.0])
@@ -123,13 +124,15 @@ def test_what_is_settled_has_the_score_of_the_reference(n, m, gap):
     logits[1::3] += torch.randn(logits[1::3].shape, generator=torch.Generator().manual_seed(n)).round()
     levels = torch.randint(0, 256, (len(logits),), generator=torch.Generator().manual_seed(m)).to(torch.uint8)
     inverse = scalar(INVERSE_TEMPERATURE)
-    expected = certain.Expected(reference.columns(logits), levels, inverse, n)
+    expected = bounds.Expected(reference.columns(logits), levels, inverse, n)
     z = reference.scaled(reference.columns(logits), inverse)
     kept = reference.top_n(z, n)
-    settled = expected.settled
-    assert settled.float().mean() > 0.1
-    assert torch.equal(torch.stack(expected.kept)[:, settled], torch.stack(kept)[:, settled])
-    ours, theirs = (torch.stack(scores)[:, settled] for scores in (expected.score(), reference.exact_score(z, kept, n)))
+    determined = expected.determined
+    assert determined.float().mean() > 0.1
+    assert torch.equal(torch.stack(expected.kept)[:, determined], torch.stack(kept)[:, determined])
+    ours, theirs = (
+        torch.stack(scores)[:, determined] for scores in (expected.score(), reference.exact_score(z, kept, n))
+    )
     assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
 
@@ -143,7 +146,7 @@ def test_groups_with_what_is_no_number_are_left_open(m):
             logits[4 * column + row, column] = value
     logits[-2], logits[-1, 1:] = -torch.inf, -torch.inf
     levels = torch.full((len(logits),), 100, dtype=torch.uint8)
-    _, undecided = certain.group_expected_mask(logits, levels, scalar(1.0), 1)
+    _, undecided = bounds.group_expected_mask(logits, levels, scalar(1.0), 1)
     rows = undecided.view(-1).tolist()
     for column in range(m):
         no_number, infinite, near, hopeless = rows[4 * column : 4 * column + 4]
@@ -158,10 +161,10 @@ def test_groups_with_what_is_no_number_are_left_open(m):
 @pytest.mark.parametrize("gap", [0.0, 4.0, 10.0])
 def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
     logits = sharp_logits(300_003, 2, 4, gap, dtype)
-    assert torch.equal(drawn(compiled, logits, 2, 4), drawn(reference, logits, 2, 4))
+    assert torch.equal(drawn(kernels, logits, 2, 4), drawn(reference, logits, 2, 4))
     expected = updated(reference, logits, 2, 4)
     integers = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(updated(compiled, logits, 2, 4).view(integers), expected.view(integers))
+    assert torch.equal(updated(kernels, logits, 2, 4).view(integers), expected.view(integers))
     assert not torch.equal(expected, logits)
 
 
@@ -174,11 +177,11 @@ def test_other_patterns_are_settled_as_well(n, m):
     """In part, and their codes have bits up to the sign."""
     logits = sharp_logits(20_003, n, m, 7.5)
     groups = torch.arange(20_003) + OFFSET
-    levels = certain.group_noise_levels(groups, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
-    _, undecided = certain.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
+    levels = bounds.group_noise_levels(groups, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
+    _, undecided = bounds.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
     assert 0.001 < undecided.float().mean() < 0.9
-    assert torch.equal(drawn(compiled, logits, n, m), drawn(reference, logits, n, m))
-    assert torch.equal(updated(compiled, logits, n, m), updated(reference, logits, n, m))
+    assert torch.equal(drawn(kernels, logits, n, m), drawn(reference, logits, n, m))
+    assert torch.equal(updated(kernels, logits, n, m), updated(reference, logits, n, m))
 
 
 @pytest.mark.parametrize("groups", [1, 7, 31, 32, 33, 64, 65, 4_096])
@@ -188,8 +191,8 @@ def test_any_number_of_groups(groups):
     shifted = torch.cat([torch.zeros(1), logits.view(-1)])[1:].view(logits.shape)
     assert shifted.storage_offset() == 1
     for given in (logits, shifted):
-        assert torch.equal(drawn(compiled, given, 2, 4), drawn(reference, logits, 2, 4))
-        assert torch.equal(updated(compiled, given, 2, 4), updated(reference, logits, 2, 4))
+        assert torch.equal(drawn(kernels, given, 2, 4), drawn(reference, logits, 2, 4))
+        assert torch.equal(updated(kernels, given, 2, 4), updated(reference, logits, 2, 4))
 
 
 IN_THREADS = """
@@ -220,12 +223,12 @@ def test_threads_may_draw_at_the_same_time():
 
 def test_several_draws_and_a_shard_with_rows_apart():
     logits = sharp_logits(300 * 1_000, 2, 4, 8.0).view(300, -1)
-    assert logits.numel() > 4 * compiled.PIECE
+    assert logits.numel() > 4 * kernels.PIECE
     shard = (1_000, 1_277)
-    assert torch.equal(drawn(compiled, logits, 2, 4, shard=shard), drawn(reference, logits, 2, 4, shard=shard))
+    assert torch.equal(drawn(kernels, logits, 2, 4, shard=shard), drawn(reference, logits, 2, 4, shard=shard))
     for draws in [(2,), (5, 9)]:
         expected = updated(reference, logits, 2, 4, draws, shard)
-        assert torch.equal(updated(compiled, logits, 2, 4, draws, shard), expected)
+        assert torch.equal(updated(kernels, logits, 2, 4, draws, shard), expected)
         assert not torch.equal(expected, logits)
 
 
@@ -246,30 +249,30 @@ def test_weights_are_masked_as_words_of_several(m, dtype):
     integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     for weight in (storage[:-1].view(1, -1), storage[1:].view(1, -1)):
         expected = drawn(reference, logits, m // 2, m, weight)
-        result = drawn(compiled, logits, m // 2, m, weight)
+        result = drawn(kernels, logits, m // 2, m, weight)
         assert torch.equal(result.view(integers), expected.view(integers))
         expected = reference.top_n_masked_weight(weight, logits, n=m // 2, m=m)
-        result = compiled.top_n_masked_weight(weight, logits, n=m // 2, m=m)
+        result = kernels.top_n_masked_weight(weight, logits, n=m // 2, m=m)
         assert torch.equal(result.view(integers), expected.view(integers))
 
 
 @pytest.fixture
 def kept_levels(monkeypatch):
-    kept = compiled._KeptLevels()
-    monkeypatch.setattr(compiled, "_kept_levels", kept)
+    kept = kernels._KeptLevels()
+    monkeypatch.setattr(kernels, "_kept_levels", kept)
     return kept
 
 
 def counting(monkeypatch):
     """How many groups' noise is made, by call."""
-    made, run = [], compiled._Groups.run
+    made, run = [], kernels._Groups.run
 
     def counted(groups, function, *others, **more):
-        if function is compiled._group_noise_levels:
+        if function is kernels._group_noise_levels:
             made.append(groups.logits.shape[0])
         return run(groups, function, *others, **more)
 
-    monkeypatch.setattr(compiled._Groups, "run", counted)
+    monkeypatch.setattr(kernels._Groups, "run", counted)
     return made
 
 
@@ -286,26 +289,26 @@ def test_an_update_takes_the_noise_levels_of_its_draw(dtype, kept_levels, monkey
                 other.setitem(globals(), changed, 7)
             shard = shards.get(changed)
             groups, before = given.numel() // 4, len(made)
-            mask = drawn(compiled, given, 2, 4, shard=shard)
+            mask = drawn(kernels, given, 2, 4, shard=shard)
             assert torch.equal(mask, drawn(reference, given, 2, 4, shard=shard))
             assert sum(made[before:]) == groups
             before = len(made)
             expected = updated(reference, given, 2, 4, (2,), shard)
-            assert torch.equal(updated(compiled, given, 2, 4, (2,), shard), expected)
+            assert torch.equal(updated(kernels, given, 2, 4, (2,), shard), expected)
             # the logits may have moved since: levels are of the noise alone
-            moved = drawn(compiled, expected, 2, 4, shard=shard)
+            moved = drawn(kernels, expected, 2, 4, shard=shard)
             assert torch.equal(moved, drawn(reference, expected, 2, 4, shard=shard))
             assert len(made) == before
             # of two draws one is known
             both = updated(reference, given, 2, 4, (2, 5), shard)
-            assert torch.equal(updated(compiled, given, 2, 4, (2, 5), shard), both)
+            assert torch.equal(updated(kernels, given, 2, 4, (2, 5), shard), both)
             assert sum(made[before:]) == groups
 
 
 def test_what_decides_noise_decides_what_is_kept():
     def kept_by(shape=(6, 4), columns=2, offset=5, row_stride=9, start=0, seed=1, step=2, layer=3, draw=4):
-        groups = compiled._Groups(torch.zeros(shape), columns, scalar(offset), scalar(row_stride), start)
-        return compiled._kept_by(groups, *map(scalar, (seed, step, layer, draw)))
+        groups = kernels._Groups(torch.zeros(shape), columns, scalar(offset), scalar(row_stride), start)
+        return kernels._kept_by(groups, *map(scalar, (seed, step, layer, draw)))
 
     changes = [{"shape": (4, 4)}, {"shape": (6, 8)}, {"columns": 3}]
     changes += [{name: 7} for name in ("offset", "row_stride", "start", "seed", "step", "layer", "draw")]
@@ -316,7 +319,7 @@ def test_what_decides_noise_decides_what_is_kept():
 def test_levels_are_of_the_step_that_they_are_kept_by(kept_levels, monkeypatch):
     """Though another thread advances meanwhile."""
     logits = sharp_logits(4_096, 2, 4, 7.0)
-    step, run = torch.tensor(0), compiled._Groups.run
+    step, run = torch.tensor(0), kernels._Groups.run
 
     def advancing(groups, function, *others, **more):
         step.fill_(1)
@@ -324,16 +327,16 @@ def test_levels_are_of_the_step_that_they_are_kept_by(kept_levels, monkeypatch):
 
     counter = [scalar(s) for s in (INVERSE_TEMPERATURE, LAYER, 2, OFFSET, 1_024 * 4)]
     with monkeypatch.context() as other:
-        other.setattr(compiled._Groups, "run", advancing)
-        compiled.sample_mask(logits, scalar(SEED), step, *counter, n=2, m=4)
+        other.setattr(kernels._Groups, "run", advancing)
+        kernels.sample_mask(logits, scalar(SEED), step, *counter, n=2, m=4)
     for number in (0, 1):
         expected = reference.sample_mask(logits, scalar(SEED), scalar(number), *counter, n=2, m=4)
-        assert torch.equal(compiled.sample_mask(logits, scalar(SEED), scalar(number), *counter, n=2, m=4), expected)
+        assert torch.equal(kernels.sample_mask(logits, scalar(SEED), scalar(number), *counter, n=2, m=4), expected)
 
 
 def test_no_more_noise_levels_are_kept_than_there_is_room_for(kept_levels, monkeypatch):
-    monkeypatch.setattr(compiled, "KEPT_BYTES", 100)
-    monkeypatch.setattr(compiled, "ENTRY_BYTES", 0)
+    monkeypatch.setattr(kernels, "KEPT_BYTES", 100)
+    monkeypatch.setattr(kernels, "ENTRY_BYTES", 0)
     levels = {name: torch.full((40,), value, dtype=torch.uint8) for value, name in enumerate("abc")}
     for name in "abc":
         kept_levels.add((name,), (0, 0), levels[name])
@@ -352,7 +355,7 @@ def test_no_more_noise_levels_are_kept_than_there_is_room_for(kept_levels, monke
 
 
 def test_small_levels_do_not_fill_the_memory_beside_the_limit(kept_levels, monkeypatch):
-    monkeypatch.setattr(compiled, "KEPT_BYTES", 10 * compiled.ENTRY_BYTES)
+    monkeypatch.setattr(kernels, "KEPT_BYTES", 10 * kernels.ENTRY_BYTES)
     for number in range(100):
         kept_levels.add((number,), (0, 0), torch.zeros(0, dtype=torch.uint8))
     assert len(kept_levels.levels) == 10

@@ -20,8 +20,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
-from maskpro_kernels import checkpoints, cli, hf
-from maskpro_kernels.convert import pack, unpack
+from maskpro_kernels import hf
+from maskpro_kernels.checkpoints import safetensors_files, survey
+from maskpro_kernels.checkpoints.importers import compressed_tensors, learned_masks
+from maskpro_kernels.cli import main
+from maskpro_kernels.pruning.finalize import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -74,7 +77,7 @@ def store(masks, path, how):
 def test_masks_of_others(how, file, tmp_path):
     model = tiny_model()
     masks = random_masks(model)
-    read = checkpoints.read_masks(store(masks, tmp_path / file, how), layers(model), "2:4")
+    read = learned_masks.read_masks(store(masks, tmp_path / file, how), layers(model), "2:4")
     assert read.keys() == masks.keys()
     assert all(torch.equal(read[name], mask) for name, mask in masks.items())
 
@@ -84,7 +87,7 @@ def test_what_a_mask_drops_is_zero_where_a_group_keeps_fewer(folder, to):
     masks = random_masks(tiny_model())
     masks[LAYER][:, :4] = torch.tensor([False, False, False, True])
     arguments = ["import", str(store(masks, folder / "masks", "folder")), str(folder / "out"), "--to", to]
-    assert cli.main([*arguments, "--model", str(folder / "model")]) == 0
+    assert main.main([*arguments, "--model", str(folder / "model")]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(folder / "out")
     layer = loaded.get_submodule(LAYER)
     assert layer.bias is None and loaded.dtype == torch.float32
@@ -142,7 +145,7 @@ BAD_MASKS = {
 @pytest.mark.parametrize("told", BAD_MASKS)
 def test_bad_masks_are_refused(told, tmp_path):
     with pytest.raises(ValueError, match=f"masks: .*{told}"):
-        checkpoints.read_masks(BAD_MASKS[told](tmp_path), {"a": nn.Linear(8, 4)}, "2:4")
+        learned_masks.read_masks(BAD_MASKS[told](tmp_path), {"a": nn.Linear(8, 4)}, "2:4")
 
 
 def written_by(write):
@@ -172,7 +175,7 @@ def test_damaged_masks_are_masks_or_refused(form, tmp_path):
         file.write_bytes(damaged)
         with warnings.catch_warnings(action="error"):
             try:
-                (read,) = checkpoints.read_masks(file, {"a": nn.Linear(8, 4)}, "2:4").values()
+                (read,) = learned_masks.read_masks(file, {"a": nn.Linear(8, 4)}, "2:4").values()
                 assert read.shape == mask.shape
             except ValueError as error:
                 assert str(error).startswith("masks: expected")
@@ -184,7 +187,7 @@ def test_an_array_is_decompressed_once(tmp_path, monkeypatch):
     asked, take = [], np.lib.npyio.NpzFile.__getitem__
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda file, name: asked.append(name) or take(file, name))
     masks = random_masks(tiny_model())
-    checkpoints.read_masks(store(masks, tmp_path / "m.npz", "maskllm"), layers(tiny_model()), "2:4")
+    learned_masks.read_masks(store(masks, tmp_path / "m.npz", "maskllm"), layers(tiny_model()), "2:4")
     assert asked == [f"{name}.weight.mask" for name in masks]
 
 
@@ -195,7 +198,7 @@ def test_what_compressed_tensors_wrote(tmp_path):
     settings = {"model_type": "llama", "quantization_config": {"sparsity_config": {"format": "sparse-24-bitmask"}}}
     (tmp_path / "in" / "config.json").write_text(json.dumps(settings))
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
-    assert checkpoints.decompress(tmp_path / "in", tmp_path / "out") == 2
+    assert compressed_tensors.decompress(tmp_path / "in", tmp_path / "out") == 2
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name in ("layers.0.down", "layers.1.up"):
         dense = tensors[f"dense.{name}"]
@@ -224,7 +227,7 @@ def compressed_folder(folder, model):
     for i, part in enumerate(tensors):
         save_file(part, folder / f"model-{i}.safetensors", {"format": "pt"})
     where = {name: f"model-{i}.safetensors" for i, part in enumerate(tensors) for name in part}
-    (folder / checkpoints.INDEX).write_text(json.dumps({"weight_map": where}))
+    (folder / safetensors_files.INDEX).write_text(json.dumps({"weight_map": where}))
     return folder
 
 
@@ -233,7 +236,7 @@ def test_import_of_a_compressed_checkpoint(to, tmp_path, capsys):
     model = masked(tiny_model(), random_masks(tiny_model()))
     source = compressed_folder(tmp_path / "in", model)
     arguments = ["import", str(source), str(tmp_path / "out"), "--to", to, "--dtype", "float32"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     assert f"{to} 2:4 checkpoint with 14 sparse layers written to" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     layer = loaded.get_submodule(LAYER)
@@ -248,7 +251,7 @@ def test_import_of_masks(how, to, folder, capsys):
     masks = random_masks(tiny_model())
     source = store(masks, folder / ("m.npz" if how == "maskllm" else "masks"), how)
     arguments = ["import", str(source), str(folder / "out"), "--model", str(folder / "model"), "--to", to]
-    assert cli.main([*arguments, "--dtype", "float32"]) == 0
+    assert main.main([*arguments, "--dtype", "float32"]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(folder / "out")
     tokens = torch.arange(12).view(1, 12)
     assert torch.equal(loaded(tokens).logits, masked(tiny_model(), masks)(tokens).logits)
@@ -264,7 +267,8 @@ def test_import_of_a_dense_checkpoint_with_zeros(tmp_path, capsys):
     model.get_submodule(LAYER).weight.data.fill_(1.0)
     hf.save_model(model, tiny_tokenizer(), tmp_path / "in")
     assert (
-        cli.main(["import", str(tmp_path / "in"), str(tmp_path / "out"), "--pattern", "4:8", "--dtype", "float32"]) == 0
+        main.main(["import", str(tmp_path / "in"), str(tmp_path / "out"), "--pattern", "4:8", "--dtype", "float32"])
+        == 0
     )
     captured = capsys.readouterr()
     assert f"left dense: {LAYER} (100.0% of its groups do not follow 4:8)" in captured.err
@@ -314,9 +318,9 @@ def test_damaged_compressed_weights_are_refused(change, told, tmp_path):
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
-        checkpoints.decompress(tmp_path, tmp_path / "out")
+        compressed_tensors.decompress(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
-        list(checkpoints.survey(checkpoints.weight_files(tmp_path)))
+        list(survey.survey(safetensors_files.weight_files(tmp_path)))
 
 
 @pytest.mark.parametrize("config", ["[]", "{", "\x00"])
@@ -324,13 +328,13 @@ def test_a_damaged_config_is_refused(config, tmp_path):
     source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
     (source / "config.json").write_text(config)
     with pytest.raises(ValueError, match="checkpoint: expected settings in config.json, got .*download it again"):
-        checkpoints.decompress(source, tmp_path / "out")
+        compressed_tensors.decompress(source, tmp_path / "out")
 
 
 def test_a_full_disk_is_told_as_one(tmp_path):
     source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
     with files_of_at_most(4096), pytest.raises(OSError, match="model-0.safetensors: .*File too large"):
-        checkpoints.decompress(source, tmp_path / "out")
+        compressed_tensors.decompress(source, tmp_path / "out")
 
 
 def test_a_single_shard_keeps_its_index(tmp_path):
@@ -340,14 +344,14 @@ def test_a_single_shard_keeps_its_index(tmp_path):
         {"a.compressed": packed.values, "a.bitmask": packed.bitmask, "a.shape": torch.tensor([4, 8])},
         tmp_path / "in" / "model-00001-of-00001.safetensors",
     )
-    assert checkpoints.decompress(tmp_path / "in", tmp_path / "out") == 1
-    index = json.loads((tmp_path / "out" / checkpoints.INDEX).read_text())
+    assert compressed_tensors.decompress(tmp_path / "in", tmp_path / "out") == 1
+    index = json.loads((tmp_path / "out" / safetensors_files.INDEX).read_text())
     assert index["weight_map"] == {"a.weight": "model-00001-of-00001.safetensors"}
 
 
 def test_validate_reads_floats_of_8_bits(tmp_path):
     save_file({"a": torch.tensor([[0.0, 1, 0, -2]]).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    (row,) = checkpoints.survey(checkpoints.weight_files(tmp_path))
+    (row,) = survey.survey(safetensors_files.weight_files(tmp_path))
     assert row.density == 0.5 and row.patterns == ("1:2", "2:4")
 
 
@@ -366,22 +370,22 @@ def test_validate_tells_what_a_checkpoint_holds(tmp_path, capsys):
     weight = torch.tensor([[0.0, 1, -0.0, 2, 0, 0, 3, 4]]).repeat(2, 1)
     dense = {"a.weight": weight, "b.weight": torch.ones(3, 24), "c.weight": torch.zeros(4), "d.weight": weight[:, :6]}
     save_file({name: tensor.contiguous() for name, tensor in dense.items()}, tmp_path / "dense.safetensors")
-    rows = {row.name: row for row in checkpoints.survey(checkpoints.weight_files(tmp_path))}
+    rows = {row.name: row for row in survey.survey(safetensors_files.weight_files(tmp_path))}
     assert rows.keys() == {"a.weight", "b.weight", "d.weight"}
     a = rows["a.weight"]
     assert a.patterns == ("2:4", "4:8") and a.density == 0.5 and a.negative_zeros == 2 and a.shape == (2, 8)
     assert a.alignment == 8 and rows["b.weight"].alignment == 8 and rows["d.weight"].alignment == 2
     assert rows["b.weight"].patterns == () and not a.packed
-    assert cli.main(["validate", str(tmp_path)]) == 0
+    assert main.main(["validate", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "50.00%" in out and "2:4, 4:8" in out and "none" in out
     assert out.splitlines()[-3:] == ["1 of 3 follow 2:4, 4:8", "1 of 3 follow no pattern", "1 of 3 follow 1:2"]
     # the logits of a run are no weights of its checkpoint
     logits = tmp_path / "logits.safetensors"
     save_file({"a": torch.rand(2, 8)}, logits)
-    assert cli.main(["validate", str(tmp_path)]) == 0
+    assert main.main(["validate", str(tmp_path)]) == 0
     assert capsys.readouterr().out == out
-    assert cli.main(["validate", str(logits)]) == 0
+    assert main.main(["validate", str(logits)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 of 1 follow no pattern"
 
 
@@ -390,25 +394,25 @@ def test_validate_unpacks(pattern, tmp_path):
     weight = torch.where(random_masks(tiny_model(), pattern)[LAYER], torch.ones(32, 64), 0)
     packed = mk.pack_nm(weight, pattern)
     save_file({"a.values": packed.values, "a.bitmask": packed.bitmask}, tmp_path / "packed.safetensors")
-    (row,) = checkpoints.survey(checkpoints.weight_files(tmp_path))
+    (row,) = survey.survey(safetensors_files.weight_files(tmp_path))
     assert row.name == "a.weight" and row.packed and pattern in row.patterns and row.shape == (32, 64)
     save_file({"a.values": packed.values, "a.bitmask": packed.bitmask ^ 1}, tmp_path / "packed.safetensors")
     with pytest.raises(ValueError, match="expected a bitmask in a that keeps N of every M"):
-        list(checkpoints.survey(checkpoints.weight_files(tmp_path)))
+        list(survey.survey(safetensors_files.weight_files(tmp_path)))
 
 
 def test_validate_takes_weights_for_packed_where_a_bitmask_is_there(tmp_path):
     tensors = {"a.weight": torch.ones(8, 8), "mem.values": torch.ones(3, 3), "b.bitmask": torch.ones(2, 2)}
     tensors |= {"c.values": torch.ones(2, 8), "c.bitmask": torch.ones(2, 8)}
     save_file(tensors, tmp_path / "model.safetensors")
-    rows = list(checkpoints.survey(checkpoints.weight_files(tmp_path)))
+    rows = list(survey.survey(safetensors_files.weight_files(tmp_path)))
     assert {row.name: (row.shape, row.packed) for row in rows} == {
         name: (tuple(tensor.shape), False) for name, tensor in tensors.items()
     }
 
 
 def test_validate_reads_compressed_tensors():
-    rows = {row.name: row for row in checkpoints.survey([COMPRESSED])}
+    rows = {row.name: row for row in survey.survey([COMPRESSED])}
     assert rows["layers.0.down.weight"].packed and "2:4" in rows["layers.0.down.weight"].patterns
     assert rows["layers.0.down.weight"].density == rows["dense.layers.0.down"].density
     assert rows["dense.layers.0.down"].negative_zeros > 0

@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_model, tiny_text, tiny_tokenizer, write_inputs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from maskpro_kernels import cli, pictures
-from maskpro_kernels.batches import digest
-from maskpro_kernels.commands import held_out
-from maskpro_kernels.commands import learn as learning
-from maskpro_kernels.data import load_text, windows
-from maskpro_kernels.estimators import StraightThrough
-from maskpro_kernels.evaluation import perplexity
-from maskpro_kernels.export import load_logits
+from maskpro_kernels.checkpoints.logits import load_logits
+from maskpro_kernels.cli import held_out, main
+from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.modules import MaskedLinear
-from maskpro_kernels.trainer import MaskTrainer
+from maskpro_kernels.report import plots
+from maskpro_kernels.text.data import load_text, windows
+from maskpro_kernels.text.perplexity import perplexity
+from maskpro_kernels.training.batches import digest
+from maskpro_kernels.training.straight_through import StraightThrough
+from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -50,7 +50,7 @@ def run(inputs):
     output = inputs / "runs" / "one"
     with pytest.MonkeyPatch.context() as monkeypatch:
         route_to_the_eager_reference(monkeypatch)
-        assert cli.main(learn(inputs, output)) == 0
+        assert main.main(learn(inputs, output)) == 0
     return output
 
 
@@ -104,7 +104,7 @@ def test_learn_writes_the_whole_record(run):
 
 
 def test_learn_prints_the_table(inputs, tmp_path, capsys):
-    assert cli.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
+    assert main.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0].split() == ["method", "perplexity", "seconds"]
@@ -117,7 +117,7 @@ def test_learn_prints_the_table(inputs, tmp_path, capsys):
 
 def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, capsys):
     options = "--init reconstruction --estimator straight-through --steps 6 --eval-every 2 --lr 1".split()
-    assert cli.main(learn(inputs, tmp_path / "run", *options)) == 0
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:6]]
     assert rows == ["dense", "magnitude", "wanda", "reconstruction", "straight-through"]
     written = report(tmp_path / "run")
@@ -134,7 +134,7 @@ def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, c
 def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
     values = iter([10.0] * 3 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
     monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
-    assert cli.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
+    assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     assert "stopped after 4 steps: the held-out perplexity rose" in capsys.readouterr().err
     written = report(tmp_path / "run")
     assert [row["perplexity"] for row in written["validation"]] == [10.0, 12.0, 10.5, 11.5, 11.2]
@@ -144,7 +144,7 @@ def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, ca
 def test_learning_stops_where_the_held_out_perplexity_is_no_number(inputs, tmp_path, capsys, monkeypatch):
     values = iter([10.0] * 3 + [10.0, float("nan"), 10.5, float("nan"), float("nan")] + [9.0])
     monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
-    assert cli.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
+    assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     assert "stopped after 4 steps: the held-out perplexity rose" in capsys.readouterr().err
 
 
@@ -152,7 +152,7 @@ def test_learning_stops_where_the_held_out_perplexity_is_no_number(inputs, tmp_p
 def test_an_initial_mask_without_a_held_out_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch, found):
     values = iter([10.0] * 3 + [found])
     monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
-    assert cli.main(learn(inputs, tmp_path / "deep" / "run")) == 2
+    assert main.main(learn(inputs, tmp_path / "deep" / "run")) == 2
     told = f"perplexity of the validation text at step 0: expected a finite number, got {found}; take another --dtype"
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {told}")
     assert contents(tmp_path) == {}
@@ -162,7 +162,7 @@ def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
     """It neither moves a mask nor is the text that learning stops by; compare shows it where it is the same."""
     other = tmp_path / "other.txt"
     other.write_text(tiny_text(seed=1), encoding="utf-8")
-    assert cli.main(learn(inputs, tmp_path / "run", "--other-data", str(other))) == 0
+    assert main.main(learn(inputs, tmp_path / "run", "--other-data", str(other))) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
     assert table[0] == ["method", "perplexity", "other", "text", "seconds"]
     plain, both = report(run), report(tmp_path / "run")
@@ -179,7 +179,7 @@ def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
     both["table"][0]["other_perplexity"] += 1
     (changed / "report.json").write_text(json.dumps(both))
     for another, shown in (copy, True), (run, False), (changed, False):
-        assert cli.main(["compare", str(tmp_path / "run"), str(another)]) == 0
+        assert main.main(["compare", str(tmp_path / "run"), str(another)]) == 0
         printed = capsys.readouterr().out
         assert ("other text" in printed) == shown and len(printed.splitlines()) == 6, printed
 
@@ -190,8 +190,8 @@ def test_seconds_count_from_the_dense_model(run):
 
 
 def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
-    assert cli.main(learn(inputs, tmp_path / "again")) == 0
-    assert cli.main(learn(inputs, tmp_path / "other", "--seed", "1")) == 0
+    assert main.main(learn(inputs, tmp_path / "again")) == 0
+    assert main.main(learn(inputs, tmp_path / "other", "--seed", "1")) == 0
     first, again, other = (
         load_logits(folder / "logits.safetensors")[0] for folder in (run, tmp_path / "again", tmp_path / "other")
     )
@@ -202,18 +202,18 @@ def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
 def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
     options = f"--data {inputs / 'text.txt'} --eval-windows 5 --eval-length 24 --device cpu".split()
     table = {row["method"]: row["perplexity"] for row in report(run)["table"]}
-    assert cli.main(["eval", str(run), *options]) == 0
+    assert main.main(["eval", str(run), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"perplexity {table['reinforce']:.2f} over 120 tokens"
     assert lines[1] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
-    assert cli.main(["eval", str(inputs / "model"), *options, "--dtype", "float32"]) == 0
+    assert main.main(["eval", str(inputs / "model"), *options, "--dtype", "float32"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"perplexity {table['dense']:.2f} over 120 tokens"]
 
 
 def test_export_rebuilds_the_checkpoint(run, tmp_path):
     """In the dtype of the run where none is given."""
-    assert cli.main(["export", str(run), str(tmp_path / "float32")]) == 0
-    assert cli.main(["export", str(run), str(tmp_path / "bfloat16"), "--dtype", "bfloat16"]) == 0
+    assert main.main(["export", str(run), str(tmp_path / "float32")]) == 0
+    assert main.main(["export", str(run), str(tmp_path / "bfloat16"), "--dtype", "bfloat16"]) == 0
     learned, exported, short = map(
         AutoModelForCausalLM.from_pretrained, (run, tmp_path / "float32", tmp_path / "bfloat16")
     )
@@ -227,7 +227,7 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
 
 def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
     """In the dtype of the run, where the logits tell which they were; replayed logits tell it too."""
-    assert cli.main(["replay", str(run), "--output", str(tmp_path / "replayed"), "--device", "cpu"]) == 0
+    assert main.main(["replay", str(run), "--output", str(tmp_path / "replayed"), "--device", "cpu"]) == 0
     logits, metadata = load_logits(run / "logits.safetensors")
     assert load_logits(tmp_path / "replayed")[1] == metadata
     model = AutoModelForCausalLM.from_pretrained(inputs / "model")
@@ -240,20 +240,20 @@ def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
     export = ["export", str(tmp_path / "run"), str(tmp_path / "out")]
     told = "that its masks were learned on, got others; put back the base model as it was"
     refuses(capsys, tmp_path, export, f"run: expected the weights of {metadata['model']!r}", told)
-    assert cli.main([*export, "--dtype", "bfloat16"]) == 0
+    assert main.main([*export, "--dtype", "bfloat16"]) == 0
     del metadata["weights"]
     save_file(logits, tmp_path / "run" / "logits.safetensors", metadata=metadata)
-    assert cli.main([*export[:-1], str(tmp_path / "earlier")]) == 0
+    assert main.main([*export[:-1], str(tmp_path / "earlier")]) == 0
 
 
 def test_export_packs(run, tmp_path, inputs, capsys):
-    assert cli.main(["export", str(run), str(tmp_path / "packed"), "--to", "packed"]) == 0
+    assert main.main(["export", str(run), str(tmp_path / "packed"), "--to", "packed"]) == 0
     assert f"packed 2:4 checkpoint of {inputs / 'model'} written to" in capsys.readouterr().out
     learned, packed = map(AutoModelForCausalLM.from_pretrained, (run, tmp_path / "packed"))
     tokens = torch.arange(12).view(1, 12)
     assert torch.equal(packed(tokens).logits, learned(tokens).logits)
     data = ["--data", str(inputs / "text.txt"), "--device", "cpu", "--eval-windows", "5", "--eval-length", "24"]
-    assert cli.main(["eval", str(tmp_path / "packed"), *data, "--dtype", "float32"]) == 0
+    assert main.main(["eval", str(tmp_path / "packed"), *data, "--dtype", "float32"]) == 0
     assert f"perplexity {report(run)['table'][-1]['perplexity']:.2f} over" in capsys.readouterr().out
 
 
@@ -314,13 +314,13 @@ def test_learn_refuses_non_finite_weights(inputs, tmp_path, capsys, monkeypatch)
 
 
 def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pictures, "find_spec", lambda package: None)
+    monkeypatch.setattr(plots, "find_spec", lambda package: None)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[demo]'")
 
 
 def test_reinforce_has_no_bound_of_a_step(inputs, tmp_path, capsys):
-    arguments = learn(inputs, tmp_path / "output", "--largest", "1")
+    arguments = learn(inputs, tmp_path / "output", "--max-update", "1")
     refuses(capsys, tmp_path, arguments, "largest: expected none, for it is of straight-through alone")
 
 
@@ -331,7 +331,7 @@ def test_straight_through_has_no_alpha(inputs, tmp_path, capsys):
 
 def test_gap_excludes_flip_rate(inputs, tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
-        cli.main(learn(inputs, tmp_path / "output", "--gap", "5", "--flip-rate", "0.1"))
+        main.main(learn(inputs, tmp_path / "output", "--gap", "5", "--flip-rate", "0.1"))
     assert refusal.value.code == 2
     assert "not allowed with" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
@@ -365,10 +365,10 @@ def test_eval_refuses_a_folder_without_a_model(inputs, run, tmp_path, capsys):
 def test_compare_puts_runs_into_one_table(inputs, run, tmp_path, capsys):
     other = tmp_path / "other"
     options = "--init magnitude --estimator straight-through --eval-every 1".split()
-    assert cli.main(learn(inputs, other, *options)) == 0
+    assert main.main(learn(inputs, other, *options)) == 0
     capsys.readouterr()
     picture = tmp_path / "perplexity.png"
-    assert cli.main(["compare", str(run), str(other), "--picture", str(picture)]) == 0
+    assert main.main(["compare", str(run), str(other), "--picture", str(picture)]) == 0
     lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
     names = ["dense", "magnitude", "wanda", f"reinforce: {run}", f"straight-through: {other}"]
     assert [name for name, *_ in lines] == names
@@ -422,10 +422,10 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     code, line = (
         (130, "maskpro: interrupted") if isinstance(error, KeyboardInterrupt) else (2, f"maskpro: error: {error}")
     )
-    assert cli.main(learn(inputs, tmp_path / "run")) == code
+    assert main.main(learn(inputs, tmp_path / "run")) == code
     told = capsys.readouterr().err
     assert "stopped after 2 steps; the logits are in" in told and line in told
-    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
+    assert main.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
 
@@ -443,11 +443,11 @@ def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run,
 
     with monkeypatch.context() as patched:
         patched.setattr(MaskedLinear, "moving_logits", interrupted)
-        assert cli.main(learn(inputs, tmp_path / "run")) == 130
+        assert main.main(learn(inputs, tmp_path / "run")) == 130
     told = "stopped after 2 steps; the next one was broken off in its update, and the logits are rebuilt where the run"
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run" / "logits.safetensors").exists()
-    assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     assert report(tmp_path / "run")["logits"] == report(run)["logits"]
 
 
@@ -471,11 +471,11 @@ def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_o
 
     with monkeypatch.context() as patched:
         patched.setattr(MaskTrainer, "step", failing)
-        assert cli.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 130
+        assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 130
     told = "stopped after 2 steps; the next one was broken off in its update, and the logits of the last snapshot are"
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run" / "logits.safetensors").exists()
-    assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
 
 
 def test_an_earlier_straight_through_run_goes_on_with_its_own_bound(inputs, tmp_path, monkeypatch):
@@ -488,13 +488,13 @@ def test_an_earlier_straight_through_run_goes_on_with_its_own_bound(inputs, tmp_
 
     with monkeypatch.context() as patched:
         patched.setattr(MaskTrainer, "step", failing)
-        patched.setattr(learning, "StraightThrough", partial(StraightThrough, largest=5.0))
-        assert cli.main(learn(inputs, output, *STRAIGHT_THROUGH)) == 130
+        patched.setattr(learning, "StraightThrough", partial(StraightThrough, max_update=5.0))
+        assert main.main(learn(inputs, output, *STRAIGHT_THROUGH)) == 130
     start = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-    assert start["settings"].pop("largest") == 5.0
+    assert start["settings"].pop("max_update") == 5.0
     (output / "settings.json").write_text(json.dumps(start), encoding="utf-8")
-    assert cli.main(["learn", "--resume", str(output)]) == 0
-    assert report(output)["settings"]["largest"] == 5.0
+    assert main.main(["learn", "--resume", str(output)]) == 0
+    assert report(output)["settings"]["max_update"] == 5.0
 
 
 def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path, monkeypatch):
@@ -505,7 +505,7 @@ def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path
         return finite(model, batch) * (math.nan if sum(calls) == 2 else 1.0)
 
     monkeypatch.setattr(learning, "causal_lm_loss", loss_fn)
-    assert cli.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 0
+    assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 0
     losses = [row["loss"] for row in report(tmp_path / "run")["steps"]]
     assert [math.isfinite(loss) for loss in losses] == [step != 1 for step in range(len(losses))] and len(losses) > 2
 
@@ -529,12 +529,12 @@ def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run
     with monkeypatch.context() as patched:
         patched.setattr(MaskTrainer, "step", failing)
         patched.setattr(learning, "save_logits", on_a_full_disk(learning.save_logits))
-        assert cli.main(learn(inputs, output)) == 2
+        assert main.main(learn(inputs, output)) == 2
     *_, told, error = capsys.readouterr().err.splitlines()
     assert told.startswith("stopped after 2 steps; the logits could not be saved: ") and "File too large" in told
     assert told.endswith(f"; go on with: maskpro learn --resume {output}")
     assert error == "maskpro: error: loss of step 2: expected a finite number"
-    assert cli.main(["learn", "--resume", str(output)]) == 0
+    assert main.main(["learn", "--resume", str(output)]) == 0
     assert report(output)["logits"] == report(run)["logits"]
 
 
@@ -543,12 +543,12 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, 
     output = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(learning, failing, on_a_full_disk(getattr(learning, failing)))
-        assert cli.main(learn(inputs, output)) == 2
+        assert main.main(learn(inputs, output)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("maskpro: error: output: ") and "File too large" in error
     assert error.endswith(f"; go on with: maskpro learn --resume {output}")
     assert not (output / "report.json").exists()
-    assert cli.main(["learn", "--resume", str(output)]) == 0
+    assert main.main(["learn", "--resume", str(output)]) == 0
     assert report(output)["logits"] == report(run)["logits"]
     learned, resumed = (load_file(folder / "model.safetensors") for folder in (run, output))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in learned.items())
@@ -556,7 +556,7 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, 
 
 def test_versions_are_printed(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
+        main.main(["--version"])
     lines = capsys.readouterr().out.splitlines()
     assert not ended.value.code and f"torch {torch.__version__}" in lines and lines[0].startswith("python 3.")
 
@@ -575,7 +575,7 @@ def test_all_that_a_run_leaves_is_on_disk_before_its_report(inputs, tmp_path, mo
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
     output = tmp_path / "deep" / "run"
-    assert cli.main(learn(inputs, output)) == 0
+    assert main.main(learn(inputs, output)) == 0
     before = done[: done.index(("replaced", output / "report.json"))]
     files = {path for path in output.iterdir() if path.is_file()} - {output / "report.json"}
     assert files <= set(before)
@@ -587,7 +587,7 @@ def test_all_that_a_run_leaves_is_on_disk_before_its_report(inputs, tmp_path, mo
 # Writes lines until a signal comes
 TALKATIVE = """
 import sys
-from maskpro_kernels.commands.signals import Signals
+from maskpro_kernels.cli.signals import Signals
 with Signals() as signals:
     print("ready", flush=True)
     while not signals.came:
@@ -621,7 +621,7 @@ def test_an_interrupt_before_the_first_step_is_told_in_a_line(inputs, tmp_path, 
 
     monkeypatch.setattr(learning, "initial_masks", interrupted)
     before = contents(tmp_path)
-    assert cli.main(learn(inputs, tmp_path / "out")) == 130
+    assert main.main(learn(inputs, tmp_path / "out")) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "maskpro: interrupted"
     assert contents(tmp_path) == before
 
@@ -643,7 +643,7 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(inputs, tmp_path, capsys, monk
         raise BrokenPipeError("download")
 
     monkeypatch.setattr(learning, "read_inputs", broken)
-    assert cli.main(learn(inputs, tmp_path / "out")) == 2
+    assert main.main(learn(inputs, tmp_path / "out")) == 2
     assert "download" in capsys.readouterr().err
 
 
@@ -673,7 +673,7 @@ def broken_off(inputs, folder, monkeypatch, step, options, break_off):
     try:
         with monkeypatch.context() as patched:
             patched.setattr(MaskTrainer, "step", broken)
-            return cli.main(learn(inputs, folder, *options))
+            return main.main(learn(inputs, folder, *options))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -682,13 +682,13 @@ def broken_off(inputs, folder, monkeypatch, step, options, break_off):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, tmp_path, capsys, monkeypatch, number, how):
     options = [*WAYS[how], "--steps", "6", "--eval-every", "2"]
-    assert cli.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
     capsys.readouterr()
     run = tmp_path / "run"
     assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), number)) == 0
     assert f"stopped after 4 steps; go on with: maskpro learn --resume {run}" in capsys.readouterr().err
     assert not (run / "report.json").exists()
-    assert cli.main(["learn", "--resume", str(run), "--device", "cpu"]) == 0
+    assert main.main(["learn", "--resume", str(run), "--device", "cpu"]) == 0
     assert "4 steps were taken before" in capsys.readouterr().err
     whole, resumed = report(tmp_path / "whole"), report(run)
     for name in ("validation", "flipped_groups", "settings", "gap", "converted"):
@@ -712,10 +712,10 @@ def test_a_run_that_was_killed_goes_on(inputs, tmp_path, monkeypatch, how, step)
         raise Killed
 
     options = [*WAYS[how], "--steps", "6", "--eval-every", "3"]
-    assert cli.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
     with pytest.raises(Killed):
         broken_off(inputs, tmp_path / "run", monkeypatch, step, options, kill)
-    assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     expected = learned_logits(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(tmp_path / "run").items())
     assert report(tmp_path / "run")["validation"] == report(tmp_path / "whole")["validation"]
@@ -723,25 +723,25 @@ def test_a_run_that_was_killed_goes_on(inputs, tmp_path, monkeypatch, how, step)
 
 def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
     file = tmp_path / "logits.safetensors"
-    assert cli.main(["replay", str(run), "--output", str(file), "--device", "cpu"]) == 0
+    assert main.main(["replay", str(run), "--output", str(file), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     replayed, learned = load_file(file), learned_logits(run)
     assert replayed.keys() == learned.keys()
     assert all(torch.equal(tensor, replayed[name]) for name, tensor in learned.items())
     assert out == f"3 steps of 3, logits {digest(learned[name] for name in sorted(learned))}\n"
     assert report(run)["logits"] in out
-    assert cli.main(["replay", str(run), "--steps", "0", "--device", "cpu"]) == 0
+    assert main.main(["replay", str(run), "--steps", "0", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("0 steps of 3, logits ")
 
 
 def test_a_damaged_first_snapshot_does_not_keep_a_run_from_its_end(inputs, tmp_path, capsys, monkeypatch):
     options = ["--steps", "6", "--eval-every", "3"]
-    assert cli.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
     run = tmp_path / "run"
     assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
     first = sorted(run.glob("progress/snapshot-*"))[0]
     first.write_bytes(first.read_bytes()[:-1])
-    assert cli.main(["learn", "--resume", str(run)]) == 0
+    assert main.main(["learn", "--resume", str(run)]) == 0
     assert "how many groups differ from the initial mask is not known" in capsys.readouterr().err
     expected = learned_logits(tmp_path / "whole")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(run).items())
@@ -755,7 +755,7 @@ def test_a_run_without_its_progress_is_not_begun_anew(inputs, tmp_path, capsys, 
     assert broken_off(inputs, run, monkeypatch, 1, [], lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
     shutil.rmtree(run / "progress")
     capsys.readouterr()
-    assert cli.main(["learn", "--resume", str(run)]) == 2
+    assert main.main(["learn", "--resume", str(run)]) == 2
     assert "output_dir: expected a folder with a journal" in capsys.readouterr().err
 
 
@@ -766,7 +766,7 @@ def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
         capsys,
         tmp_path,
         ["learn", "--resume", str(run), "--steps", "9"],
-        "but --device, --masks and --quiet, got --steps",
+        "but --device, --parallel and --quiet, got --steps",
     )
     refuses(capsys, tmp_path, ["learn", "--data", "pydoc"], "model: expected --model, or --resume alone, got none")
     refuses(
@@ -782,7 +782,7 @@ def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
     journal.write_bytes(content[:-60] + b"?" + content[-59:])
     refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "journal: expected a whole record of step 1 at byte")
     journal.write_bytes(content[:-1])
-    assert cli.main(["replay", str(tmp_path / "copy")]) == 0
+    assert main.main(["replay", str(tmp_path / "copy")]) == 0
     captured = capsys.readouterr()
     assert "the last record is cut short by a crash: 46 bytes are left out" in captured.err
     assert captured.out.startswith("2 steps of 2")
@@ -800,7 +800,7 @@ def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:
-        cli.main([*command, "--help"])
+        main.main([*command, "--help"])
     assert end.value.code == 0
     assert "usage: maskpro" in capsys.readouterr().out
 
@@ -815,7 +815,7 @@ def refuses(capsys, folder, arguments, *messages):
     before = contents(folder)
     capsys.readouterr()
     try:
-        assert cli.main(arguments) == 2
+        assert main.main(arguments) == 2
     except SystemExit as end:
         assert end.code == 2
     captured = capsys.readouterr()

@@ -11,7 +11,7 @@ from tiny_llama import tiny_model
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.masks import flip_rate, gap_for_flip_rate
+from maskpro_kernels.pruning.gap import flip_rate, gap_for_flip_rate
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -90,7 +90,7 @@ def test_default_leaves_out_what_does_not_fit_with_the_reason():
     }
     assert type(model.quantizable) is nn.modules.linear.NonDynamicallyQuantizableLinear
     assert [model.first.layer, model.second.layer] == [0, 1]
-    assert model.first.clock is model.second.clock
+    assert model.first.counter_state is model.second.counter_state
     assert model.second.bias is None and model.first.bias is not None
 
 
@@ -101,7 +101,7 @@ def test_a_second_conversion_takes_other_ids_and_the_same_clock():
     conversion = mk.convert(model, "4:8", ["second"])
     assert conversion.converted == ["second"]
     assert [model.first.layer, model.second.layer] == [0, 1]
-    assert model.first.clock is model.second.clock
+    assert model.first.counter_state is model.second.counter_state
     assert [str(model.first.pattern), str(model.second.pattern)] == ["2:4", "4:8"]
 
 

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from maskpro_kernels.data import batches, load_text, windows
+from maskpro_kernels.text.data import batches, load_text, windows
 
 
 def characters(text, verbose=True):

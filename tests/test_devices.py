@@ -13,8 +13,8 @@ from test_ranks import all_in_ranks
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.convert import pack
-from maskpro_kernels.modules import Clock, clocks, masked_layers
+from maskpro_kernels.modules import CounterState, counter_states, masked_layers
+from maskpro_kernels.pruning.finalize import pack
 from maskpro_kernels.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -81,7 +81,7 @@ def assert_spread_model_learns_the_same(rank: int, estimator: str, logits_device
     layers = masked_layers(spread).values()
     assert [layer.weight.device.type for layer in layers] == ["far", "cpu"]
     assert [layer.logits.device.type for layer in layers] == [logits_device or "far", "cpu"]
-    assert [clock.step.device.type for clock in clocks(spread)] == ["far", "cpu"]
+    assert [counter_state.step.device.type for counter_state in counter_states(spread)] == ["far", "cpu"]
     before = logits_of(spread)
     for accumulate in (1, 2):
         ours, theirs = (learned(model, estimator, accumulate) for model in (spread, whole))
@@ -113,10 +113,10 @@ def test_a_model_on_two_devices_learns_as_one_on_one(estimator, logits_device, i
 def assert_layer_computes_the_same(rank: int) -> None:
     device = far_device()
     linear = a_linear(16, 8, 0)
-    near = mk.MaskedLinear.from_linear(linear, "2:4", gap=1.0, clock=Clock(seed=9)).train()
-    clock = Clock(seed=9, device="far")
+    near = mk.MaskedLinear.from_linear(linear, "2:4", gap=1.0, counter_state=CounterState(seed=9)).train()
+    counter_state = CounterState(seed=9, device="far")
     away = mk.MaskedLinear.from_linear(
-        copy.deepcopy(linear).to("far"), "2:4", gap=1.0, logits_device="cpu", clock=clock
+        copy.deepcopy(linear).to("far"), "2:4", gap=1.0, logits_device="cpu", counter_state=counter_state
     ).train()
     assert away.weight.device.type == "far" and away.logits.device.type == "cpu"
     inputs = some_batches()[0]

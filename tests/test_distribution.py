@@ -11,7 +11,10 @@ from enumerated import KERNEL_DEVICE, chi_square_p, code_counts, set_probabiliti
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpro_kernels import compiled, functional, ops, reference
+from maskpro_kernels import functional
+from maskpro_kernels.ops import dispatch
+from maskpro_kernels.ops.cpu import kernels as cpu_kernels
+from maskpro_kernels.ops.cpu import reference
 from maskpro_kernels.pattern import GROUP_SIZES, NMPattern
 
 PATTERNS = ["2:4", "1:4", "4:8", "2:8", "8:16"]
@@ -91,7 +94,7 @@ def test_rare_sets_at_gap_12_appear_at_their_rate():
 
     Compiled where possible, which has the same bits in a fraction of the time.
     """
-    route = compiled if ops.compiler_available() else reference
+    route = cpu_kernels if dispatch.compiler_available() else reference
     logits = torch.tensor([12.0, 12.0, 0.0, 0.0])
     tile = logits.repeat(ROWS, GROUPS)
     steps = 100
@@ -120,9 +123,9 @@ def test_no_two_steps_layers_draws_or_seeds_draw_the_same_masks():
 def eager_codes(logits, pattern, temperature=1.0, seed=0, step=0, layer=0, draw=0):
     """The eager reference on logits of any shape."""
     matrix = logits.reshape(-1, logits.shape[-1]).contiguous()
-    clock = (torch.tensor(seed), torch.tensor(step))
+    counter_state = (torch.tensor(seed), torch.tensor(step))
     shard = (layer, draw, 0, matrix.shape[1] // pattern.m)
-    codes = reference.sample_mask(matrix, *clock, 1.0 / temperature, *shard, n=pattern.n, m=pattern.m)
+    codes = reference.sample_mask(matrix, *counter_state, 1.0 / temperature, *shard, n=pattern.n, m=pattern.m)
     return codes.view(*logits.shape[:-1], -1)
 
 

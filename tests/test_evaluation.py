@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_llama import WORDS, tiny_model
 
-from maskpro_kernels.evaluation import causal_lm_loss, perplexity
+from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
 
 
 def ids(rows, length, seed=0):

@@ -9,7 +9,8 @@ from conftest import files_of_at_most
 from torch import nn
 
 from maskpro_kernels import MaskedLinear
-from maskpro_kernels.export import check_output, load_logits, save_logits
+from maskpro_kernels.checkpoints.logits import load_logits, save_logits
+from maskpro_kernels.files import check_output
 
 
 def masked(logits_dtype=torch.float32):

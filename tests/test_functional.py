@@ -11,7 +11,8 @@ from enumerated import exact_log_prob, exact_score
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import compiled, graphs, ops, reference
+from maskpro_kernels.ops import dispatch, reference
+from maskpro_kernels.ops.cpu import compiled_loop, kernels
 from maskpro_kernels.pattern import GROUP_SIZES
 
 PATTERNS = [f"{n}:{m}" for m in GROUP_SIZES for n in sorted({1, m // 2, m - 1})]
@@ -336,8 +337,8 @@ def test_update_takes_several_draws_at_the_logits_as_given():
 
 @pytest.fixture(params=["kernels", "compiled", "eager"])
 def route(request, monkeypatch):
-    monkeypatch.setattr(ops, "interpreting", lambda: request.param == "kernels")
-    monkeypatch.setattr(ops, "compiler_available", lambda: request.param == "compiled")
+    monkeypatch.setattr(dispatch, "interpreting", lambda: request.param == "kernels")
+    monkeypatch.setattr(dispatch, "compiler_available", lambda: request.param == "compiled")
     return request.param
 
 
@@ -430,9 +431,9 @@ def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkey
         calls.append((n, m))
         return reference.top_n_mask(scores, n=n, m=m)
 
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
-    monkeypatch.setattr(ops, "compiler_available", lambda: True)
-    monkeypatch.setattr(compiled, "top_n_mask", recorded)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "compiler_available", lambda: True)
+    monkeypatch.setattr(kernels, "top_n_mask", recorded)
     assert mk.top_n_mask(torch.tensor([3.0, 1.0, 2.0, 0.0]), "2:4").tolist() == [0b0101]
     assert calls == [(2, 4)]
 
@@ -440,9 +441,9 @@ def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkey
 @pytest.fixture
 def compiled_route(monkeypatch):
     """CPU tensors go to the compiled reference, whose graphs are made anew."""
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
-    monkeypatch.setattr(ops, "compiler_available", lambda: True)
-    monkeypatch.setattr(compiled, "graph", functools.cache(compiled.graph.__wrapped__))
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "compiler_available", lambda: True)
+    monkeypatch.setattr(kernels, "graph", functools.cache(kernels.graph.__wrapped__))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("cache"), RuntimeError("no compiled frames")], ids=repr)
@@ -453,7 +454,7 @@ def test_a_graph_that_cannot_be_compiled_runs_eagerly(compiled_route, error, mon
         tries.append(error)
         raise error
 
-    monkeypatch.setattr(graphs.Graph, "_compiled", failing)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_compiled", failing)
     with pytest.warns(UserWarning, match=f"compilation failed .{error}"):
         codes = mk.top_n_mask(torch.tensor([3.0, 1.0, 2.0, 0.0]), "2:4")
     assert codes.tolist() == [0b0101]
@@ -469,7 +470,7 @@ def test_an_error_of_a_run_is_raised(compiled_route, monkeypatch):
     def failing(tensors, out):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(graphs.Graph, "_compiled", lambda *_: failing)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_compiled", lambda *_: failing)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="out of memory"):
             mk.top_n_mask(torch.zeros(1, 4), "2:4")

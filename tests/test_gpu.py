@@ -172,7 +172,7 @@ def test_a_captured_graph_draws_anew_after_each_advance():
         with torch.cuda.graph(graph):
             weight, y = layer.masked_weight(), model(x)
             advance(model)
-        layer.clock.step.zero_()
+        layer.counter_state.step.zero_()
         for step in range(3):
             graph.replay()
             expected = sample_masked_weight(layer.weight, layer.logits, "2:4", seed=0, step=step)

@@ -16,8 +16,10 @@ from filelock import FileLock, Timeout
 from llvmlite import binding
 from test_imports import imported
 
-from maskpro_kernels import certain, graphs, native, ops, reference
-from maskpro_kernels.commands.progress import log_told
+from maskpro_kernels import ops
+from maskpro_kernels.cli.progress import log_told
+from maskpro_kernels.ops import bounds, reference
+from maskpro_kernels.ops.cpu import compiled_loop, loops
 
 
 def scaled_sum(x, index, scale, *, power):
@@ -29,7 +31,7 @@ LIKE = (((torch.float32, 4),), ((torch.float32,),))
 
 
 def a_graph(power=3, groups=LIKE[0], rest=LIKE[1]):
-    return graphs.Graph(scaled_sum, groups, rest, numbered=True, constants={"power": power})
+    return compiled_loop.CompiledLoop(scaled_sum, groups, rest, numbered=True, constants={"power": power})
 
 
 def tensors(groups):
@@ -46,7 +48,7 @@ def check(graph, groups=5):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiled_loop, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -54,14 +56,14 @@ def folder(tmp_path, monkeypatch):
 def builds(monkeypatch):
     """How often something was compiled; nothing falls back to eager."""
     count = []
-    build = graphs.Graph._build
+    build = compiled_loop.CompiledLoop._build
 
     def counted(graph):
         count.append(graph)
         return build(graph)
 
-    monkeypatch.setattr(graphs.Graph, "_build", counted)
-    monkeypatch.setattr(graphs.Graph, "_made", graphs.Graph._compiled)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", counted)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_made", compiled_loop.CompiledLoop._compiled)
     return count
 
 
@@ -71,8 +73,8 @@ NOTHING = (b"code", ((torch.int64,),))
 
 @pytest.fixture
 def nothing(monkeypatch):
-    monkeypatch.setattr(graphs.Graph, "_build", lambda graph: NOTHING)
-    monkeypatch.setattr(graphs.Graph, "_loaded", lambda graph, code, results: graph._eager)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", lambda graph: NOTHING)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda graph, code, results: graph._eager)
 
 
 def test_a_graph_is_compiled_once_for_all_shapes_and_processes(folder, builds):
@@ -96,7 +98,9 @@ def add_numbers(x, index, *, factor):
 
 def number_adder(in_place):
     like = (torch.float32, 2)
-    return graphs.Graph(add_numbers, (like,), (), True, like, 0 if in_place else None, constants={"factor": 2})
+    return compiled_loop.CompiledLoop(
+        add_numbers, (like,), (), True, like, 0 if in_place else None, constants={"factor": 2}
+    )
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -117,7 +121,7 @@ def test_a_function_fills_given_memory(in_place, folder, builds):
 def test_the_check_sees_what_is_drawn_wrongly(part, monkeypatch):
     """A batch, the numbers of a shard's groups, or what one block leaves to the next."""
     like, scalar = (torch.float32, 2), (torch.float32,)
-    graph = graphs.Graph(settle, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
+    graph = compiled_loop.CompiledLoop(by_bounds, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
     given = [torch.rand(64, 2), torch.rand(64), torch.tensor(2.0), torch.tensor((0, 8, 8, 0))]
 
     def wrong(tensors, out):
@@ -129,12 +133,12 @@ def test_the_check_sees_what_is_drawn_wrongly(part, monkeypatch):
             shard = torch.tensor((shard[0], shard[1], shard[1], shard[3]))
         (result,) = graph._eager([x, threshold, scale, shard])
         if part == "carried over":
-            (last,) = (x[:, 0] < threshold)[: native.BLOCK].nonzero()[-1]
+            (last,) = (x[:, 0] < threshold)[: loops.BLOCK].nonzero()[-1]
             result[last] = x[last]
         return [out.copy_(result)]
 
     graph._check(graph._eager, given)
-    with pytest.raises(RuntimeError, match="the graph of settle differs from the function"):
+    with pytest.raises(RuntimeError, match="the graph of by_bounds differs from the function"):
         graph._check(wrong, given)
 
 
@@ -143,22 +147,24 @@ def test_flags_of_another_kind_are_refused():
         return x * scale, threshold
 
     like, scalar = (torch.float32, 2), (torch.float32,)
-    graph = graphs.Graph(of_no_flags, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
+    graph = compiled_loop.CompiledLoop(of_no_flags, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
     with pytest.raises(ValueError, match="full: expected the results of the function but its flags"):
         graph._build()
 
 
 def test_memory_of_another_kind_is_refused(folder):
-    graph = graphs.Graph(add_numbers, ((torch.float32, 2),), (), True, (torch.float32, 4), constants={"factor": 2})
+    graph = compiled_loop.CompiledLoop(
+        add_numbers, ((torch.float32, 2),), (), True, (torch.float32, 4), constants={"factor": 2}
+    )
     with pytest.raises(ValueError, match="out: expected .torch.float32, 2., got .torch.float32, 4."):
         graph._compiled([torch.ones(3, 2), torch.tensor(0)])
 
 
-def settle(x, threshold, scale, *, power):
+def by_bounds(x, threshold, scale, *, power):
     """Groups that begin below their threshold are left open, and as they are."""
     is_open = x[:, 0] < threshold
-    settled = [torch.where(is_open, column, column * scale) for column in x.unbind(-1)]
-    return torch.stack(settled, dim=-1), torch.where(is_open, 1, 0).to(torch.uint8)
+    determined = [torch.where(is_open, column, column * scale) for column in x.unbind(-1)]
+    return torch.stack(determined, dim=-1), torch.where(is_open, 1, 0).to(torch.uint8)
 
 
 def draw_full(x, number, scale, *, power):
@@ -175,14 +181,16 @@ def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     like, scalar = (torch.float32, 2), (torch.float32,)
     place = 0 if in_place else None
-    graph = graphs.Graph(settle, (like, scalar), (scalar,), False, like, place, draw_full, {"power": 3})
+    graph = compiled_loop.CompiledLoop(
+        by_bounds, (like, scalar), (scalar,), False, like, place, draw_full, {"power": 3}
+    )
     start, columns, row_stride, offset = SHARD
-    counts = [1, 7, 8, 9, native.BATCH, native.BLOCK - 1, native.BLOCK, 2 * native.BLOCK + 9]
-    for count in [*counts, graphs.LEAST_SHARED, 3 * graphs.LEAST_SHARED + 5]:
+    counts = [1, 7, 8, 9, loops.BATCH, loops.BLOCK - 1, loops.BLOCK, 2 * loops.BLOCK + 9]
+    for count in [*counts, compiled_loop.LEAST_SHARED, 3 * compiled_loop.LEAST_SHARED + 5]:
         generator = torch.Generator().manual_seed(count)
         x, chance = torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator)
         chance[[0, -1]] = 0.0
-        chance[[x for x in (native.BLOCK - 1, native.BLOCK, count // 2 - 1, count // 2) if 0 <= x < count]] = 0.0
+        chance[[x for x in (loops.BLOCK - 1, loops.BLOCK, count // 2 - 1, count // 2) if 0 <= x < count]] = 0.0
         is_open = chance < share
         local = torch.arange(start, start + count)
         number = local // columns * row_stride + local % columns + offset
@@ -208,7 +216,7 @@ def test_a_graph_that_differs_from_its_function_is_not_kept(wrong, folder, monke
             x[-1, -1] = x[-1, -1].nextafter(torch.tensor(torch.inf))
         return x, index
 
-    monkeypatch.setattr(graphs.Graph, "_loaded", lambda *_: miscompiled)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda *_: miscompiled)
     x = torch.ones(300, 2)
     with pytest.warns(UserWarning, match="compilation failed .the graph of add_numbers differs from the function"):
         _, index = graph([x, torch.tensor(0)], x)
@@ -245,8 +253,8 @@ def zeros_negated(graph, tensors, out):
 def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch):
     """As by a loop that updates columns of logits before another one reads them."""
     like = (torch.float32, m)
-    graph = graphs.Graph(
-        certain.group_expected_update,
+    graph = compiled_loop.CompiledLoop(
+        bounds.group_expected_update,
         (like, (torch.uint8,)),
         ((torch.float32, 1), (torch.float32,)),
         False,
@@ -256,7 +264,7 @@ def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch
     )
     # of a first step, which changes nothing
     x, rest = torch.zeros(96, m), [torch.zeros(1), torch.tensor(1.0)]
-    levels = certain.group_noise_levels(torch.arange(96), *map(torch.tensor, (7, 0, 3, 0)), m=m)
+    levels = bounds.group_noise_levels(torch.arange(96), *map(torch.tensor, (7, 0, 3, 0)), m=m)
     given = [x, levels, *rest]
     graph._check(graph._eager, given)
     if hazard is zeros_negated:
@@ -282,14 +290,14 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     names = [a_graph()._digest(), a_graph(power=4)._digest(), a_graph(rest=((torch.float64,),))._digest()]
     names.append(a_graph(groups=((torch.float32, 8),))._digest())
     constants = {"power": 3}
-    names.append(graphs.Graph(scaled_sum, *LIKE, constants=constants)._digest())
-    names.append(graphs.Graph(check, *LIKE, True, constants=constants)._digest())
+    names.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, constants=constants)._digest())
+    names.append(compiled_loop.CompiledLoop(check, *LIKE, True, constants=constants)._digest())
     for out in itertools.product((torch.int32, torch.int64), (1, 2)):
-        for in_place, full in itertools.product((None, 0, 1), (None, settle, draw_full)):
-            names.append(graphs.Graph(scaled_sum, *LIKE, True, out, in_place, full, constants)._digest())
+        for in_place, full in itertools.product((None, 0, 1), (None, by_bounds, draw_full)):
+            names.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, True, out, in_place, full, constants)._digest())
     for name, value in (("processor", lambda: "another"), ("CODE", "edited")):
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, name, value)
+            patch.setattr(compiled_loop, name, value)
             names.append(a_graph()._digest())
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "3.0")
@@ -303,15 +311,15 @@ def test_the_sources_are_all_that_graphs_are_made_from(tmp_path, monkeypatch):
     while pending:
         reached.add(module := pending.pop())
         pending += {name[1:] for name in imported(module, lazy=True) if name.startswith(".")} - reached
-    assert set(graphs.SOURCES) == reached
-    assert graphs.sources() == graphs.CODE
-    for name in graphs.SOURCES:
+    assert set(compiled_loop.SOURCES) == reached
+    assert compiled_loop.sources() == compiled_loop.CODE
+    for name in compiled_loop.SOURCES:
         (tmp_path / f"{name}.py").write_text("x = 1\n")
-    monkeypatch.setattr(graphs, "__file__", str(tmp_path / "graphs.py"))
-    digests = [graphs.sources()]
-    for name in graphs.SOURCES:
+    monkeypatch.setattr(compiled_loop, "__file__", str(tmp_path / "compiled_loop.py"))
+    digests = [compiled_loop.sources()]
+    for name in compiled_loop.SOURCES:
         (tmp_path / f"{name}.py").write_text("x = 2\n")
-        digests.append(graphs.sources())
+        digests.append(compiled_loop.sources())
     assert len(set(digests)) == len(digests)
 
 
@@ -324,8 +332,8 @@ def test_threads_that_come_together_compile_once(folder, monkeypatch):
         time.sleep(0.2)
         return NOTHING
 
-    monkeypatch.setattr(graphs.Graph, "_build", slow)
-    monkeypatch.setattr(graphs.Graph, "_loaded", lambda graph, code, results: graph._eager)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", slow)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda graph, code, results: graph._eager)
 
     def call():
         building.wait()
@@ -341,15 +349,15 @@ def test_threads_that_come_together_compile_once(folder, monkeypatch):
 
 def test_a_process_waits_for_another_that_compiles_the_same(folder, monkeypatch):
     graph, path = a_graph(), folder / "scaled_sum-x.o"
-    monkeypatch.setattr(graphs.Graph, "_digest", lambda _: "x")
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_digest", lambda _: "x")
 
     def build(graph):
         with pytest.raises(Timeout):
             FileLock(path.with_suffix(".lock"), is_singleton=False, timeout=0).acquire()
         return NOTHING
 
-    monkeypatch.setattr(graphs.Graph, "_loaded", lambda graph, code, results: graph._eager)
-    monkeypatch.setattr(graphs.Graph, "_build", build)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda graph, code, results: graph._eager)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", build)
     graph(tensors(2))
     assert path.exists()
     with FileLock(path.with_suffix(".lock"), is_singleton=False, timeout=0):
@@ -362,10 +370,10 @@ def test_what_nobody_loads_goes(folder):
         path.write_bytes(b"")
     left.mkdir()
     (left / "graph.o").write_bytes(b"")
-    long_ago = time.time() - graphs.KEPT_SECONDS - 1
+    long_ago = time.time() - compiled_loop.KEPT_SECONDS - 1
     for path in (old, left):
         os.utime(path, (long_ago, long_ago))
-    graphs.remove_unused(folder)
+    compiled_loop.remove_unused(folder)
     assert list(folder.iterdir()) == [kept]
 
 
@@ -394,21 +402,21 @@ def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypat
     listed = list(folder.iterdir())
     (folder / "left").unlink()
     monkeypatch.setattr(type(folder), "iterdir", lambda _: iter(listed))
-    graphs.remove_unused(folder)
+    compiled_loop.remove_unused(folder)
 
 
 def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch, nothing):
     graph, lock = a_graph(), folder / "scaled_sum-x.lock"
-    monkeypatch.setattr(graphs.Graph, "_digest", lambda _: "x")
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_digest", lambda _: "x")
     lock.write_bytes(b"")
     os.utime(lock, (0, 0))
     graph(tensors(2))
-    assert lock.exists() and time.time() - lock.stat().st_mtime < graphs.KEPT_SECONDS
+    assert lock.exists() and time.time() - lock.stat().st_mtime < compiled_loop.KEPT_SECONDS
 
 
 def test_a_folder_that_was_deleted_is_made_anew_for_its_owner_alone(tmp_path, monkeypatch, nothing):
     folder = tmp_path / "maskpro_kernels"
-    monkeypatch.setattr(graphs, "cache_folder", lambda: folder)
+    monkeypatch.setattr(compiled_loop, "cache_folder", lambda: folder)
     before = os.umask(0o002)
     try:
         a_graph()(tensors(2))
@@ -419,22 +427,22 @@ def test_a_folder_that_was_deleted_is_made_anew_for_its_owner_alone(tmp_path, mo
 
 def test_damage_of_any_kind_is_seen(tmp_path):
     path = tmp_path / "graph.o"
-    assert graphs.intact(path) is None
-    graphs.keep(path, b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    assert compiled_loop.intact(path) is None
+    compiled_loop.keep(path, b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
     whole = path.read_bytes()
-    assert graphs.intact(path) == (b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    assert compiled_loop.intact(path) == (b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
     for place in range(len(whole)):
         for bit in (0, 3, 7):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
             # and nothing is raised
-            assert graphs.intact(path) is None
+            assert compiled_loop.intact(path) is None
         path.write_bytes(whole[:place])
-        assert graphs.intact(path) is None
+        assert compiled_loop.intact(path) is None
 
 
-CHILD = "from maskpro_kernels import graphs; print(graphs.cache_folder())"
+CHILD = "from maskpro_kernels import graphs; print(compiled_loop.cache_folder())"
 
 
 def folder_of(**given: str | None) -> str:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from enumerated import KERNEL_DEVICE
 
-from maskpro_kernels import reference
-from maskpro_kernels.kernels import device
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.triton import device
 
 GOLDEN_WORDS = [0, 1, 255, 1 << 16, 1 << 31, (1 << 32) - 1]
 BLOCK = 1 << 16

@@ -9,8 +9,8 @@ from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from maskpro_kernels import hf
-from maskpro_kernels.data import load_text, windows
-from maskpro_kernels.evaluation import perplexity
+from maskpro_kernels.text.data import load_text, windows
+from maskpro_kernels.text.perplexity import perplexity
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

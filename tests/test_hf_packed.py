@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
-from maskpro_kernels.convert import unpack
-from maskpro_kernels.evaluation import causal_lm_loss
+from maskpro_kernels.pruning.finalize import unpack
+from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -19,11 +19,11 @@ import torch
 from test_trainer import a_model, assert_equal_logits, logits_of, some_batches
 
 import maskpro_kernels as mk
-from maskpro_kernels import journal, replay, run_folder, snapshots
-from maskpro_kernels import trainer as training
-from maskpro_kernels.batches import digest
-from maskpro_kernels.journal import Draw, Entry, Journal
-from maskpro_kernels.snapshots import newest_snapshot, save_snapshot
+from maskpro_kernels.training import journal, run_folder, score_updates, snapshots
+from maskpro_kernels.training import trainer as training
+from maskpro_kernels.training.batches import digest
+from maskpro_kernels.training.journal import Draw, Entry, Journal
+from maskpro_kernels.training.snapshots import newest_snapshot, save_snapshot
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -317,7 +317,7 @@ def test_what_cannot_be_resumed(tmp_path):
     trainer.step()
     with pytest.raises(ValueError, match="resume: expected a trainer that has taken no step"):
         trainer.resume()
-    for name, value in {"snapshot_minutes": -1, "snapshots": 0, "most_skipped": -1}.items():
+    for name, value in {"snapshot_minutes": -1, "snapshots": 0, "max_skipped": -1}.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
             a_trainer(tmp_path / "other", **{name: value})
 
@@ -496,7 +496,7 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
     whole.run(6, progress=False)
     trainer = a_trainer(tmp_path / "run")
     trainer.run(3, progress=False)
-    real, moved = replay.score_update_, []
+    real, moved = score_updates.score_update_, []
 
     def interrupted(*args, **kwargs):
         if moved:
@@ -504,7 +504,7 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
         moved.append(real(*args, **kwargs))
 
     with monkeypatch.context() as patched:
-        patched.setattr(replay, "score_update_", interrupted)
+        patched.setattr(score_updates, "score_update_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trainer.step()
     with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
@@ -516,9 +516,9 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
 
 
-def spoiled(folder, how, bad, most_skipped=0):
+def spoiled(folder, how, bad, max_skipped=0):
     """A trainer with losses that are not finite in these steps."""
-    trainer = a_trainer(folder, how, most_skipped=most_skipped)
+    trainer = a_trainer(folder, how, max_skipped=max_skipped)
     finite = trainer.loss_fn
 
     def loss_fn(model, batch):
@@ -680,7 +680,7 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     elif where == "before its update":
         patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], behind(append)))
     elif where == "in its update":
-        patched.setattr(training, "replay", only(replay.replay, lambda *args: args[2].step == HALVED[0], broken))
+        patched.setattr(training, "replay", only(score_updates.replay, lambda *args: args[2].step == HALVED[0], broken))
     elif where == "in a forward of the new masks":
         last = trainer.batches[-1]
         trainer.loss_fn = only(loss, lambda _, b: trainer.steps_done and not layer.training and b is last, broken)
@@ -727,7 +727,7 @@ def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where,
     header, entries, _ = journal.read(tmp_path / "run" / "journal")
     replayed = a_trainer(None, "refreshed")
     for one in entries:
-        replay.replay(replayed.layers, header["run"]["seed"], one)
+        score_updates.replay(replayed.layers, header["run"]["seed"], one)
     assert_equal_logits(logits_of(replayed.model), logits_of(whole.model))
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from maskpro_kernels import cli, ops
+from maskpro_kernels.cli import main
+from maskpro_kernels.ops import dispatch
 
 pytestmark = pytest.mark.slow
 
@@ -14,14 +15,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def compiled_reference(monkeypatch):
     """The route that users get: a language model is too much for the interpreter."""
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
 
 
 def learn(folder, *options) -> tuple[dict, dict]:
     """(rows of the table by method, the whole report) of a run."""
     output = folder / "run"
     sources = ["--model", "smollm2-135m", "--data", "pydoc", "--device", "cpu", "--batch-size", "8"]
-    assert cli.main(["learn", *sources, "--output", str(output), *options]) == 0
+    assert main.main(["learn", *sources, "--output", str(output), *options]) == 0
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     return {row["method"]: row for row in report["table"]}, report
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskpro_kernels as mk
-from maskpro_kernels import reference
-from maskpro_kernels.kernels import launch, masked_gemm
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.triton import masked_gemm, tiles
 from maskpro_kernels.pattern import NMPattern
 
 KINDS = ["drawn", "top_n", "codes"]
@@ -114,9 +114,9 @@ def check_product_in_parts(problem, parts):
     # no fewer than the check of the mask takes, or each of its tokens would draw the mask anew
     tokens = max(x.numel(), weight.shape[1] ** 2 // 16) // weight.shape[1]
     sizes = (weight.shape[0], min(tokens, 128), weight.shape[1])
-    tiles = launch.Tiles(*(launch.power_above(-(-size // parts)) for size in sizes))
+    whole = tiles.Tiles(*(tiles.power_above(-(-size // parts)) for size in sizes))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(launch, "INTERPRETER_TILES", tiles)
+        patched.setattr(tiles, "INTERPRETER_TILES", whole)
         check_product(*problem)
 
 
@@ -134,7 +134,7 @@ def test_many_products_are_within_the_error_budget(problem, parts):
 
 
 def small_tiles(product, m, *_):
-    return launch.Tiles(out=16, tokens=16, k=max(32, m))
+    return tiles.Tiles(out=16, tokens=16, k=max(32, m))
 
 
 PATTERNS = [NMPattern(p) for p in ("1:4", "2:4", "4:8", "8:16")]
@@ -153,14 +153,14 @@ def operands(pattern, tokens=20, rows=48, k=96, dtype=torch.float32, bias=True):
 @pytest.fixture(params=["one pass", "transient weight"])
 def route(request, monkeypatch):
     most = 0 if request.param == "transient weight" else 1 << 20
-    monkeypatch.setattr(masked_gemm, "ONE_PASS_TOKENS", dict.fromkeys(launch.ONE_PASS_TOKENS, most))
+    monkeypatch.setattr(masked_gemm, "ONE_PASS_TOKENS", dict.fromkeys(tiles.ONE_PASS_TOKENS, most))
     return request.param
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, NMPattern("1:2"), NMPattern("4:32")], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
-    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: launch.Tiles(out=16, tokens=64, k=64))
+    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tiles.Tiles(out=16, tokens=64, k=64))
     k = 40 if pattern.m <= 8 else 3 * pattern.m
     logits, weight = 3 * normal(19, k), torch.ones(19, k, device=KERNEL_DEVICE)
     codes, mask = mask_of(kind, logits, pattern)
@@ -439,7 +439,7 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     assert before in source
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(before, after) if before else source)
-    spec = importlib.util.spec_from_file_location("maskpro_kernels.kernels.mutant", path)
+    spec = importlib.util.spec_from_file_location("maskpro_kernels.ops.triton.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
     mutant.torch = poisoned
@@ -478,7 +478,7 @@ def test_a_compiled_model_is_one_graph_for_all_steps_and_numbers_of_tokens(train
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     outputs, frames = [], 0
     for tokens, seed in [(5, 0), (9, 0), (130, 0), (9, 7)]:
-        model[0].clock.seed.fill_(seed)
+        model[0].counter_state.seed.fill_(seed)
         mk.advance(model)
         x = normal(2, tokens, 16)
         outputs.append(compiled(x))
@@ -506,10 +506,10 @@ def test_a_compiled_training_step_gives_the_eager_gradients():
 
 
 def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
 
     def tile(tokens, rows, k=4096, product="masked_linear", m=4):
-        chosen = launch.tiles_for(product, m, torch.bfloat16, tokens, rows, k, "sm_90")
+        chosen = tiles.tiles_for(product, m, torch.bfloat16, tokens, rows, k, "sm_90")
         return chosen.out, chosen.tokens, chosen.k
 
     assert tile(1, 4096) == tile(16, 4096) == (16, 16, 64)

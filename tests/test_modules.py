@@ -1,4 +1,4 @@
-"""MaskedLinear as a drop-in nn.Linear, and the clock that the layers of a model share."""
+"""MaskedLinear as a drop-in nn.Linear, and the counter_state that the layers of a model share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import ops
-from maskpro_kernels.modules import Clock, clocks
+from maskpro_kernels.modules import CounterState, counter_states
+from maskpro_kernels.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -24,7 +24,7 @@ def a_linear(bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 
 
 
 def two_layers() -> nn.Sequential:
-    """Equal weights on one clock: only the layer ids differ. At a gap of 1 most steps change a mask."""
+    """Equal weights on one counter_state: only the layer ids differ. At a gap of 1 most steps change a mask."""
     model = nn.Sequential(a_linear(), nn.ReLU(), nn.Linear(6, 16), nn.Sequential(a_linear()))
     mk.convert(model, "2:4", targets=["0", "3.0"], gap=1.0)
     return model
@@ -79,7 +79,7 @@ def test_codes_may_be_given():
 
 
 def test_training_draws_at_the_step_of_the_clock():
-    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0, layer=5, clock=Clock(seed=9)).train()
+    layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0, layer=5, counter_state=CounterState(seed=9)).train()
     draws = []
     for step in range(3):
         drawn = mk.sample_mask(layer.logits.detach(), "2:4", seed=9, step=step, layer=5)
@@ -176,22 +176,22 @@ def test_state_dict_round_trip():
     with torch.no_grad():
         for layer in (model[0], model[3][0]):
             layer.logits.normal_()
-            layer.clock.seed.fill_(11)
+            layer.counter_state.seed.fill_(11)
     model[0].layer, model[3][0].layer = 8, 3
     mk.advance(model)
     fresh = two_layers()
     fresh.load_state_dict(model.state_dict())
     assert_same_state(state(fresh), state(model))
     assert (fresh[0].layer, fresh[3][0].layer) == (8, 3)
-    assert fresh[0].clock is fresh[3][0].clock
-    assert (int(fresh[0].clock.seed), int(fresh[0].clock.step)) == (11, 1)
+    assert fresh[0].counter_state is fresh[3][0].counter_state
+    assert (int(fresh[0].counter_state.seed), int(fresh[0].counter_state.step)) == (11, 1)
     for layer, same in ((model[0], fresh[0]), (model[3][0], fresh[3][0])):
         assert torch.equal(layer.drawn_codes(), same.drawn_codes())
 
 
 def test_state_dict_can_be_saved_as_safetensors(tmp_path):
     model, fresh = two_layers(), two_layers()
-    model[0].clock.seed.fill_(11)
+    model[0].counter_state.seed.fill_(11)
     mk.advance(model)
     save_file(model.state_dict(), tmp_path / "state.safetensors")
     fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
@@ -237,18 +237,18 @@ MOVES = {
 def test_clock_stays_shared(move):
     model = MOVES[move](two_layers())
     first, second = model[0], model[3][0]
-    assert first.clock is second.clock
-    assert len(clocks(model)) == 1
-    assert first.clock.step.dtype == torch.int64
+    assert first.counter_state is second.counter_state
+    assert len(counter_states(model)) == 1
+    assert first.counter_state.step.dtype == torch.int64
     mk.advance(model)
     if move != "to_meta":
-        assert int(first.clock.step) == int(second.clock.step) == 1
+        assert int(first.counter_state.step) == int(second.counter_state.step) == 1
 
 
 def test_copy_has_a_clock_of_its_own():
     model = two_layers()
     mk.advance(copy.deepcopy(model))
-    assert int(model[0].clock.step) == 0
+    assert int(model[0].counter_state.step) == 0
 
 
 def test_layers_with_different_ids_draw_different_masks():
@@ -283,7 +283,7 @@ def test_model_without_masked_layers_is_refused(function):
 
 def test_forward_runs_on_the_kernels(monkeypatch, launched):
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4")
-    monkeypatch.setattr(ops, "interpreting", lambda: True)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     layer.train()(torch.randn(3, 16))
     layer.eval()(torch.randn(3, 16))
     assert launched == {"masked_linear": 2}

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from maskpro_kernels import graphs, native
+from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.25e-39, torch.inf, -torch.inf, torch.nan, 88.5, -3e38, 0.1, 7.0]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def loop_of(function, *tensors):
     """The results of ``function`` on tensors of groups, by a loop."""
-    graph = graphs.Graph(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
+    graph = compiled_loop.CompiledLoop(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
     run = graph._loaded(*graph._build())
     return run(list(tensors))
 
@@ -24,7 +24,7 @@ def check(function, *tensors):
     expected = function(*tensors)
     for one, other in zip(loop_of(function, *tensors), expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
-        assert graphs._same_bits(one, other), (one, other)
+        assert compiled_loop._same_bits(one, other), (one, other)
 
 
 def pairs(dtype=torch.float32):
@@ -108,9 +108,9 @@ def test_columns_of_groups_are_taken_apart_and_put_together():
 
 
 def test_what_has_no_translation_is_named():
-    graph = native.traced(lambda x: (x.sin(),), [torch.zeros(2)])
+    graph = codegen.traced(lambda x: (x.sin(),), [torch.zeros(2)])
     with pytest.raises(NotImplementedError, match="aten.sin.default has no translation"):
-        native.lowered(graph, ((torch.float32,),), ())
+        loops.lowered(graph, ((torch.float32,),), ())
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_what_has_no_translation_is_named():
     [lambda x: x[0], lambda x: x.view(-1, 2)[:, 0], lambda x: torch.stack([x[:, 0], x[:, 1]]), lambda x: x.sum(-1)],
 )
 def test_what_is_not_taken_column_by_column_is_refused(function):
-    graph = native.traced(lambda x: (function(x),), [torch.zeros(7, 4)])
+    graph = codegen.traced(lambda x: (function(x),), [torch.zeros(7, 4)])
     with pytest.raises(NotImplementedError):
-        native.lowered(graph, ((torch.float32, 4),), ())
+        loops.lowered(graph, ((torch.float32, 4),), ())
 
 
 def test_without_openmp_one_thread_does_all(monkeypatch):
-    monkeypatch.setattr(native, "_openmp", lambda: None)
-    x = torch.arange(10.0 * graphs.LEAST_SHARED).view(-1, 2)
+    monkeypatch.setattr(loops, "_openmp", lambda: None)
+    x = torch.arange(10.0 * compiled_loop.LEAST_SHARED).view(-1, 2)
     check(lambda x: (x + 1.0,), x)
 
 
@@ -134,7 +134,12 @@ def test_threads_share_the_groups(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for count in (1, graphs.LEAST_SHARED - 1, graphs.LEAST_SHARED, 5 * graphs.LEAST_SHARED + 7):
+        for count in (
+            1,
+            compiled_loop.LEAST_SHARED - 1,
+            compiled_loop.LEAST_SHARED,
+            5 * compiled_loop.LEAST_SHARED + 7,
+        ):
             x = torch.arange(2 * count, dtype=torch.float32).view(count, 2)
             check(lambda x: (x + 1.0,), x)
     finally:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import NMPattern, compiled, ops, reference
-from maskpro_kernels.kernels import packed as kernels_file
+from maskpro_kernels import NMPattern, ops
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops.triton import packed as kernels_file
 from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:32", "16:32", "31:32"]
@@ -134,7 +136,7 @@ def test_the_compiled_reference_unpacks_as_the_eager_one(pattern, dtype):
     for groups in (40, 41):
         packed = mk.pack_nm(sparse(523, groups * m, pattern, dtype), pattern)
         expected = reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m)
-        assert same_bits(compiled.unpack_nm(packed.values, packed.bitmask, n=n, m=m), expected)
+        assert same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=n, m=m), expected)
 
 
 def within_budget(y, by_torch, exact) -> bool:
@@ -233,7 +235,7 @@ def test_inputs_and_values_may_lie_anywhere(launched):
     torch.testing.assert_close(mk.nm_linear(x, mk.PackedNM(values, bitmask, "2:4")), expected)
     # words cannot be loaded from there
     assert launched["unpack"] == 1
-    assert same_bits(compiled.unpack_nm(values, bitmask, n=2, m=4), weight)
+    assert same_bits(kernels.unpack_nm(values, bitmask, n=2, m=4), weight)
 
 
 def test_autocast():

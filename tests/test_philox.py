@@ -10,8 +10,9 @@ from enumerated import KERNEL_DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskpro_kernels import functional, philox, reference
-from maskpro_kernels.kernels import device
+from maskpro_kernels import functional
+from maskpro_kernels.ops import philox, reference
+from maskpro_kernels.ops.triton import device
 from maskpro_kernels.pattern import NMPattern
 
 KNOWN_ANSWERS = [
@@ -193,13 +194,13 @@ def public(name, tensors, n, m, seed, step, layer, draw, group_offset, group_row
 def plain(name, tensors, n, m, seed, step, layer, draw, group_offset, group_row_stride):
     """The eager reference."""
     tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-    clock = (torch.tensor(seed), torch.tensor(step))
+    counter_state = (torch.tensor(seed), torch.tensor(step))
     shard = (group_offset, group_row_stride)
     if name == "score_update_":
         coef = torch.tensor([3.0])
-        reference.score_update_(tensors[0], coef, *clock, torch.tensor([draw]), 1.0, layer, *shard, n=n, m=m)
+        reference.score_update_(tensors[0], coef, *counter_state, torch.tensor([draw]), 1.0, layer, *shard, n=n, m=m)
         return tensors[0]
-    return getattr(reference, name)(*tensors, *clock, 1.0, layer, draw, *shard, n=n, m=m)
+    return getattr(reference, name)(*tensors, *counter_state, 1.0, layer, draw, *shard, n=n, m=m)
 
 
 ROWS, GROUPS = 6, 10

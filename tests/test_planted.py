@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from maskpro_kernels import MaskTrainer, Reinforce, convert, expand_mask, ops, top_n_mask
+from maskpro_kernels import MaskTrainer, Reinforce, convert, expand_mask, top_n_mask
+from maskpro_kernels.ops import dispatch
 
 ROWS, GROUPS_A_ROW = 4, 16
 COLUMNS = 4 * GROUPS_A_ROW
@@ -52,7 +53,7 @@ def solved(seed: int, alpha: float = 0.99, trainer=MaskTrainer) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_residual_and_tracker_solve_the_planted_problem_and_each_is_needed(seed, monkeypatch):
     # the compiled reference: 8,000 steps are too many for the interpreter
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     both = solved(seed)
     assert both >= 0.95
     assert solved(seed, trainer=ZeroInitialLosses) < both

@@ -13,10 +13,9 @@ import pytest
 from test_cli import learn
 from tiny_llama import write_inputs
 
-from maskpro_kernels import cli
-from maskpro_kernels.commands import progress
-from maskpro_kernels.commands.progress import StepLines, followed
-from maskpro_kernels.trainer import StepRecord
+from maskpro_kernels.cli import main, progress
+from maskpro_kernels.cli.progress import StepLines, followed
+from maskpro_kernels.training.trainer import StepRecord
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -48,7 +47,7 @@ def on_a_terminal(monkeypatch, arguments):
     reader.start()
     with open(slave, "w", buffering=1) as terminal, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)
-        code = cli.main(arguments)
+        code = main.main(arguments)
     reader.join()
     os.close(master)
     assert code == 0
@@ -70,7 +69,7 @@ def test_bars_are_for_a_terminal(inputs, tmp_path, monkeypatch):
 
 def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_path, capsys):
     options = "--steps 100 --eval-every 33 --batch-size 1 --seq-len 4 --eval-windows 1 --eval-length 8".split()
-    assert cli.main(learn(inputs, tmp_path / "run", *options)) == 0
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines[:4]] == ["dense", "left dense", "magnitude", "wanda"]
     assert re.fullmatch(r"wanda: perplexity \d+\.\d\d, \d+\.\d seconds", lines[3])
@@ -86,8 +85,8 @@ def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_p
 
 
 def test_to_be_quiet_is_of_a_process_and_not_of_a_run(inputs, tmp_path, capsys):
-    assert cli.main(learn(inputs, tmp_path / "loud")) == 0
-    assert cli.main(learn(inputs, tmp_path / "quiet", "--quiet")) == 0
+    assert main.main(learn(inputs, tmp_path / "loud")) == 0
+    assert main.main(learn(inputs, tmp_path / "quiet", "--quiet")) == 0
     loud, quiet = (
         json.loads((tmp_path / name / "report.json").read_text())["settings"] | {"output": None}
         for name in ("loud", "quiet")

@@ -23,8 +23,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import maskpro_kernels as mk
-from maskpro_kernels import estimators, journal, ops, ranks, snapshots
-from maskpro_kernels.trainer import MASKS
+from maskpro_kernels import ops, ranks
+from maskpro_kernels.training import journal, snapshots
+from maskpro_kernels.training import straight_through as straight_through_file
+from maskpro_kernels.training.trainer import PARALLEL
 
 TESTS = Path(__file__).parent
 # Seconds: more than any of these runs takes on a busy machine
@@ -126,17 +128,17 @@ def all_in_ranks(world: int, job, **arguments) -> list:
 
 
 @pytest.mark.parametrize(
-    ("how", "masks", "accumulate"),
+    ("how", "parallel", "accumulate"),
     [
-        ("reinforce", "same", 4),
-        ("four draws", "own", 2),
-        ("normalized", "same", 4),
-        ("two draws", "same", 4),
-        ("four draws", "own", 1),
+        ("reinforce", "data", 4),
+        ("four draws", "draws", 2),
+        ("normalized", "data", 4),
+        ("two draws", "data", 4),
+        ("four draws", "draws", 1),
     ],
 )
-def test_ranks_have_the_bits_of_one_process(how, masks, accumulate, tmp_path, eager_reference):
-    steps = {"how": how, "steps": 3, "masks": masks, "accumulate": accumulate}
+def test_ranks_have_the_bits_of_one_process(how, parallel, accumulate, tmp_path, eager_reference):
+    steps = {"how": how, "steps": 3, "parallel": parallel, "accumulate": accumulate}
     logits, records = learn(0, folder=tmp_path / "1", **steps)
     assert records[-1]["loss"] != records[0]["loss"] and not torch.equal(logits[0], logits_of(a_model())[0])
     for world in (2, 4):
@@ -191,12 +193,12 @@ def test_ranks_refresh_initial_masks_together(tmp_path, eager_reference):
 
 def test_own_masks_on_two_ranks_are_two_draws_of_one_process(eager_reference):
     logits, records = learn(0, "two draws", 3)
-    for theirs, seen in all_in_ranks(2, learn, how="two draws", steps=3, masks="own"):
+    for theirs, seen in all_in_ranks(2, learn, how="two draws", steps=3, parallel="draws"):
         assert_equal_logits(theirs, logits)
         assert seen == records
 
 
-def count_bytes(rank: int, how: str, accumulate: int, masks: str):
+def count_bytes(rank: int, how: str, accumulate: int, parallel: str):
     """(bytes of all tensors that a step gives to collectives, those counted)."""
     given = []
 
@@ -207,7 +209,7 @@ def count_bytes(rank: int, how: str, accumulate: int, masks: str):
 
         return counted
 
-    trainer = a_trainer(how, accumulate=accumulate, masks=masks)
+    trainer = a_trainer(how, accumulate=accumulate, parallel=parallel)
     trainer.begin()
     for name, at in {"all_gather": 1, "all_reduce": 0, "broadcast": 0, "all_gather_into_tensor": 1}.items():
         setattr(dist, name, counting(getattr(dist, name), at))
@@ -216,9 +218,9 @@ def count_bytes(rank: int, how: str, accumulate: int, masks: str):
     return sum(given), trainer.ranks.bytes_sent - before, trainer.accumulate
 
 
-@pytest.mark.parametrize(("how", "accumulate", "masks"), [("reinforce", 64, "same"), ("two draws", 16, "own")])
-def test_a_step_moves_numbers_alone(how, accumulate, masks):
-    for given, counted, _ in all_in_ranks(2, count_bytes, how=how, accumulate=accumulate, masks=masks):
+@pytest.mark.parametrize(("how", "accumulate", "parallel"), [("reinforce", 64, "data"), ("two draws", 16, "draws")])
+def test_a_step_moves_numbers_alone(how, accumulate, parallel):
+    for given, counted, _ in all_in_ranks(2, count_bytes, how=how, accumulate=accumulate, parallel=parallel):
         assert 0 < given == counted < 1024
 
 
@@ -256,15 +258,15 @@ def learn_until_killed(rank: int, how: str, victim: int, folder, wait: float = 0
 
 
 @pytest.mark.parametrize(
-    ("how", "masks", "victim", "resumed"),
+    ("how", "parallel", "victim", "resumed"),
     [
-        ("reinforce", "same", 2, 2),
-        ("reinforce", "same", 0, 1),
-        ("four draws", "own", 3, 4),
+        ("reinforce", "data", 2, 2),
+        ("reinforce", "data", 0, 1),
+        ("four draws", "draws", 3, 4),
     ],
 )
-def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, masks, victim, resumed, tmp_path, eager_reference):
-    steps = {"masks": masks, "accumulate": 4 if masks == "same" else 1}
+def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, parallel, victim, resumed, tmp_path, eager_reference):
+    steps = {"parallel": parallel, "accumulate": 4 if parallel == "data" else 1}
     logits, _ = learn(0, how, 4, **steps)
     results = in_ranks(4, learn_until_killed, how=how, victim=victim, folder=tmp_path, **steps)
     assert isinstance(results.pop(victim), Ended)
@@ -322,7 +324,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 from maskpro_kernels import ops, ranks
 from test_ranks import a_trainer, logits_of
-from maskpro_kernels.batches import digest
+from maskpro_kernels.training.batches import digest
 """
 
 HANGING = """
@@ -401,15 +403,15 @@ def spoil(rank: int, folder, how: str, **arguments):
         bad = rank == 1 and trainers and trainers[0].steps_done == 2
         return model(batch).square().mean() * (math.inf if bad else 1.0)
 
-    trainers.append(a_trainer(how, loss_fn=loss_fn, output_dir=folder, most_skipped=1, **arguments))
+    trainers.append(a_trainer(how, loss_fn=loss_fn, output_dir=folder, max_skipped=1, **arguments))
     records = trainers[0].run(4, progress=False)
     return [record.loss for record in records], logits_of(trainers[0].model)
 
 
 @pytest.mark.parametrize(
     ("how", "arguments"),
-    [("reinforce", {"accumulate": 2}), ("two draws", {"masks": "own"}), ("straight-through", {"accumulate": 2})],
-    ids=[*MASKS, "straight-through"],
+    [("reinforce", {"accumulate": 2}), ("two draws", {"parallel": "draws"}), ("straight-through", {"accumulate": 2})],
+    ids=[*PARALLEL, "straight-through"],
 )
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(how, arguments, tmp_path):
     (losses, logits), (others, theirs) = all_in_ranks(2, spoil, folder=tmp_path, how=how, **arguments)
@@ -434,7 +436,7 @@ def differ(rank: int, folder) -> dict[str, str]:
         "logits": a_trainer(model=other, accumulate=2),
         "accumulate": a_trainer(accumulate=2 + 2 * rank),
         "settings": a_trainer("two draws" if rank else "reinforce", accumulate=2),
-        "masks": a_trainer("two draws", accumulate=2, masks=MASKS[rank]),
+        "parallel": a_trainer("two draws", accumulate=2, parallel=PARALLEL[rank]),
         # with a folder: nothing is written there
         "layers, weights": a_trainer(model=mk_model(8 + 4 * rank), accumulate=2, output_dir=folder),
     }
@@ -469,8 +471,8 @@ def refuse(rank: int) -> list[str]:
     for how, arguments in (
         ("reinforce", {}),
         ("reinforce", {"accumulate": 3}),
-        ("reinforce", {"masks": "own", "accumulate": 2}),
-        ("straight-through", {"masks": "own"}),
+        ("reinforce", {"parallel": "draws", "accumulate": 2}),
+        ("straight-through", {"parallel": "draws"}),
     ):
         with pytest.raises(ValueError) as caught:
             a_trainer(how, **arguments)
@@ -481,10 +483,10 @@ def refuse(rank: int) -> list[str]:
 def test_work_that_cannot_be_shared_is_refused():
     for told in all_in_ranks(2, refuse):
         assert told == [
-            'accumulate: expected a multiple of the 2 ranks with masks="same", got 1',
-            'accumulate: expected a multiple of the 2 ranks with masks="same", got 3',
-            'draws: expected a multiple of the 2 ranks with masks="own", got 1',
-            'draws: expected a multiple of the 2 ranks with masks="own", got 1',
+            'accumulate: expected a multiple of the 2 ranks with parallel="data", got 1',
+            'accumulate: expected a multiple of the 2 ranks with parallel="data", got 3',
+            'draws: expected a multiple of the 2 ranks with parallel="draws", got 1',
+            'draws: expected a multiple of the 2 ranks with parallel="draws", got 1',
         ]
 
 
@@ -656,12 +658,12 @@ def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Modul
     if kind is not None:
         mk.convert(model, "2:4", gap=2.0)
     if taken_for is not None:
-        estimators._reached = lambda loss, descents: list(taken_for)
+        straight_through_file._reached = lambda loss, descents: list(taken_for)
     trainer = a_trainer("straight-through", model=model, accumulate=accumulate)
     held, real = [], trainer.ranks.sum_
 
     def summed(tensor):
-        descents = trainer.estimator._descents.values()
+        descents = trainer.estimator._updaters.values()
         held.append(sum(descent.slopes is not None for descent in descents))
         real(tensor)
 

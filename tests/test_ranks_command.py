@@ -19,10 +19,10 @@ from test_cli import contents, refuses
 from test_ranks import LONGEST, all_in_ranks, environment
 from tiny_llama import tiny_model, tiny_tokenizer, write_inputs
 
-from maskpro_kernels import cli
-from maskpro_kernels.commands import learn as learning
+from maskpro_kernels.cli import learn as learning
+from maskpro_kernels.cli import main
 from maskpro_kernels.ranks import FailedRank, MissingRanks
-from maskpro_kernels.run_folder import RunFolder
+from maskpro_kernels.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -33,14 +33,14 @@ SETTINGS = f"{SIZES} --steps 4 --eval-every 2 --dtype float32 --device cpu".spli
 BROKEN_OFF = """
 import os, sys
 from maskpro_kernels import cli
-from maskpro_kernels.trainer import MaskTrainer
+from maskpro_kernels.training.trainer import MaskTrainer
 take, number, ranks, at = MaskTrainer.step, int(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
 def step(trainer):
     if trainer.steps_done == at and str(trainer.ranks.rank) in ranks:
         os.kill(os.getpid(), number)
     return take(trainer)
 MaskTrainer.step = step
-sys.exit(cli.main(sys.argv[4:]))
+sys.exit(main.main(sys.argv[4:]))
 """
 
 
@@ -107,7 +107,7 @@ def without_seconds(table: str) -> list[list[str]]:
 
 
 def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
-    assert cli.main(learn(inputs, tmp_path / "one", "--accumulate", "2")) == 0
+    assert main.main(learn(inputs, tmp_path / "one", "--accumulate", "2")) == 0
     table = capsys.readouterr().out
     two = OnRanks(tmp_path / "logs", learn(inputs, tmp_path / "two", "--accumulate", "2"))
     assert (two.code, two.out[1], two.err[1]) == (0, "", ""), two.err
@@ -115,7 +115,7 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
     expected, found = report(tmp_path / "one"), report(tmp_path / "two")
     assert found["logits"] == expected["logits"]
     assert found["settings"] | {"output": ""} == expected["settings"] | {"output": ""}
-    assert found["settings"]["accumulate"] == 2 and "masks" not in found["settings"]
+    assert found["settings"]["accumulate"] == 2 and "parallel" not in found["settings"]
     for name in ("validation", "flipped_groups", "converted", "skipped"):
         assert found[name] == expected[name], name
     assert [step["loss"] for step in found["steps"]] == [step["loss"] for step in expected["steps"]]
@@ -132,9 +132,9 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
 def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs, tmp_path, capsys, victim):
     """On two ranks each time; in one process at the end."""
     run, options = tmp_path / "run", ["--draws", "2", "--steps", "6"]
-    assert cli.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
     how = f"go on with: maskpro learn --resume {run}"
-    own = ["--masks", "own"]
+    own = ["--parallel", "draws"]
     stopped = OnRanks(tmp_path / "stopped", learn(inputs, run, *options, *own), (signal.SIGTERM, "0,1", 1))
     assert (stopped.code, stopped.out[1], stopped.err[1]) == (0, "", ""), stopped.err
     told = stopped.err[0].splitlines()
@@ -149,23 +149,23 @@ def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs,
     assert broken.err[1] == ("" if survivor == 0 else f"{line}\n") and broken.out[1] == ""
 
     capsys.readouterr()
-    assert cli.main(["learn", "--resume", str(run)]) == 0
+    assert main.main(["learn", "--resume", str(run)]) == 0
     assert "4 steps were taken before" in capsys.readouterr().err
     assert report(run)["logits"] == report(tmp_path / "whole")["logits"]
     assert report(run)["validation"] == report(tmp_path / "whole")["validation"]
-    assert "masks" not in report(run)["settings"]
+    assert "parallel" not in report(run)["settings"]
 
 
 def refused(rank: int, cases: list) -> list[tuple[int, str, str]]:
     """(code, output, errors) of commands of this rank, as under torchrun."""
     os.environ.update(TORCHELASTIC_RUN_ID="tests", RANK=str(rank), WORLD_SIZE="2")
     # the ranks have met
-    cli.under_torchrun = contextlib.nullcontext
+    main.under_torchrun = contextlib.nullcontext
     results = []
     for case in cases:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             try:
-                code = cli.main(case[rank])
+                code = main.main(case[rank])
             except SystemExit as end:
                 code = end.code
         results.append((code, out.getvalue(), err.getvalue()))
@@ -188,9 +188,9 @@ def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp
     nothing = [*sound, "--data", str(inputs / "none.txt")]
     cases = {
         "accumulate: expected a multiple of the 2 ranks": of_both("--accumulate", "3"),
-        'draws: expected a multiple of the 2 ranks with masks="own", got 1': of_both("--masks", "own"),
+        'draws: expected a multiple of the 2 ranks with parallel="draws", got 1': of_both("--parallel", "draws"),
         "accumulate: expected at least 1, got 0": of_both("--accumulate", "0"),
-        "argument --masks: invalid choice: 'none'": of_both("--masks", "none"),
+        "argument --parallel: invalid choice: 'none'": of_both("--parallel", "none"),
         "data: text: expected at least 9999 tokens": of_both("--seq-len", "9999"),
         "output: expected a new or empty folder": of_both("--output", str(tmp_path / "full")),
         "resume: expected a folder in which": [["learn", "--resume", str(tmp_path / "full")]] * 2,
@@ -212,9 +212,17 @@ def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp
 
 def test_masks_are_shared_under_torchrun_alone(inputs, tmp_path, capsys):
     refuses(
-        capsys, tmp_path, learn(inputs, tmp_path / "new", "--masks", "own"), "masks: expected none without torchrun"
+        capsys,
+        tmp_path,
+        learn(inputs, tmp_path / "new", "--parallel", "draws"),
+        "parallel: expected none without torchrun",
     )
-    refuses(capsys, tmp_path, ["learn", "--resume", "none", "--masks", "same"], "masks: expected none without torchrun")
+    refuses(
+        capsys,
+        tmp_path,
+        ["learn", "--resume", "none", "--parallel", "data"],
+        "parallel: expected none without torchrun",
+    )
 
 
 def test_each_rank_needs_a_gpu_of_its_own(inputs, tmp_path, capsys, monkeypatch):
@@ -260,9 +268,9 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(cli, "learn", fail)
-    monkeypatch.setattr(cli, "under_torchrun", contextlib.nullcontext)
-    assert cli.main(["learn", "--output", str(tmp_path / "none")]) == 2
+    monkeypatch.setattr(main, "learn", fail)
+    monkeypatch.setattr(main, "under_torchrun", contextlib.nullcontext)
+    assert main.main(["learn", "--output", str(tmp_path / "none")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (told is not None) and all(told in line for line in lines)
 
@@ -285,6 +293,6 @@ def test_ranks_that_fail_before_the_first_step_leave_nothing(inputs, tmp_path, c
         raise error
 
     monkeypatch.setattr(RunFolder, "start_journal", broken)
-    assert cli.main(learn(inputs, tmp_path / "new")) == 2
+    assert main.main(learn(inputs, tmp_path / "new")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"maskpro: error: {told}"
     assert contents(tmp_path) == {}

@@ -13,10 +13,11 @@ from tiny_llama import tiny_model
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import reconstruction, reference
-from maskpro_kernels.masks import initial_codes
+from maskpro_kernels.ops import reference
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.reconstruction import reconstruct, swap_descent
+from maskpro_kernels.pruning import reconstruction
+from maskpro_kernels.pruning.initial_masks import initial_codes
+from maskpro_kernels.pruning.reconstruction import reconstruct, swap_descent
 
 PATTERNS = ["1:4", "2:4", "4:8", "8:16", "16:32"]
 

@@ -12,8 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from tiny_llama import write_inputs
 
-from maskpro_kernels import cli, report
-from maskpro_kernels.report import command, write_html
+from maskpro_kernels.cli import main, parser
+from maskpro_kernels.report import html
+from maskpro_kernels.report.html import command, write_html
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "base", "source", "embed"}
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
@@ -131,8 +132,8 @@ def line_of(values):
 
 def page_of(values, folder):
     """The page of what a report file would hold."""
-    write_html(json.loads(json.dumps(values)), folder / "report.html")
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+    write_html(json.loads(json.dumps(values)), folder / "html.html")
+    return Page((folder / "html.html").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_page_of_a_long_run_stays_small(tmp_path, settings):
     steps = [step_of(step, residual=math.sin(step), tracker=math.cos(step)) for step in range(10_000)]
     rows = [{"step": step, "tokens": 1024 * step, "perplexity": 40 - step / 1000} for step in range(0, 10_001, 10)]
     page = page_of(report_of(steps, settings, layers, validation=rows), tmp_path)
-    assert (tmp_path / "report.html").stat().st_size < 500_000
+    assert (tmp_path / "html.html").stat().st_size < 500_000
     assert page.says("Curves are means of 500 stretches")
     assert [len(rows) for rows in page.table("block", *(f"{name}_proj" for name in names))] == [80, 80]
 
@@ -312,10 +313,10 @@ def test_a_long_curve_is_thinned_out_and_keeps_its_extremes():
     points = [(step, 1.0 if step % 2 else -1.0) for step in range(10_000)]
     points[5000], points[7000], points[7001] = (5000, 90.0), (7000, math.nan), (7001, None)
     axes = Figure().subplots()
-    report._curve(axes, points, "loss", "#000000")
+    html._curve(axes, points, "loss", "#000000")
     (line,), (band,) = axes.lines, axes.collections
     x, y = line.get_xydata().T
-    assert len(x) == report.MOST_POINTS and (x[1:] > x[:-1]).all()
+    assert len(x) == html.MOST_POINTS and (x[1:] > x[:-1]).all()
     assert x[0] == pytest.approx(sum(range(20)) / 20, abs=1) and abs(y[0]) < 0.1
     low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
     assert (low, high) == (-1, 90)
@@ -324,18 +325,18 @@ def test_a_long_curve_is_thinned_out_and_keeps_its_extremes():
 @pytest.mark.parametrize(("line", "style"), [(True, "-"), (False, "None")])
 def test_a_short_curve_shows_every_point(line, style):
     axes = Figure().subplots()
-    report._curve(axes, [(0, 1.0), (1, math.nan), (2, math.inf), (3, None), (4, 5.0)], "loss", "#000000", line)
+    html._curve(axes, [(0, 1.0), (1, math.nan), (2, math.inf), (3, None), (4, 5.0)], "loss", "#000000", line)
     (drawn,) = axes.lines
     assert drawn.get_xydata().tolist() == [[0, 1], [4, 5]] and not axes.collections
     assert drawn.get_linestyle() == style and drawn.get_marker() == "o"
 
 
-@pytest.mark.parametrize("name", sorted(report.NEEDED))
+@pytest.mark.parametrize("name", sorted(html.NEEDED))
 def test_a_report_with_something_missing_is_refused(tmp_path, name):
     values = report_of([step_of(0)], REINFORCE)
     del values[name]
     with pytest.raises(ValueError, match=f"^report: expected that of `maskpro learn`, got one without {name}$"):
-        write_html(values, tmp_path / "report.html")
+        write_html(values, tmp_path / "html.html")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -352,7 +353,7 @@ def test_a_report_with_something_missing_is_refused(tmp_path, name):
 def test_the_line_to_run_it_again_is_one_that_the_command_takes(options, gap, line):
     values = report_of([step_of(0)], options, gap=gap)
     assert line in line_of(values)
-    parsed = vars(cli._parser().parse_args(shlex.split(line_of(values))[1:]))
+    parsed = vars(parser._parser().parse_args(shlex.split(line_of(values))[1:]))
     expected = values["settings"] | {"model": "smollm2-135m", "output": "runs/mine-again"}
     if "flip_rate" in options:
         assert "gap" not in parsed
@@ -372,9 +373,9 @@ def test_the_command_writes_a_page_and_its_line_runs_again(eager_reference, tmp_
     sources = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt")]
     options += " --estimator straight-through --lr 1 --flip-rate 0.05"
     output = tmp_path / "run"
-    assert cli.main(["learn", *sources, *options.split(), "--output", str(output)]) == 0
-    page = Page((output / "report.html").read_text(encoding="utf-8"))
-    values = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert main.main(["learn", *sources, *options.split(), "--output", str(output)]) == 0
+    page = Page((output / "html.html").read_text(encoding="utf-8"))
+    values = json.loads((output / "html.json").read_text(encoding="utf-8"))
     assert values["groups_by_layer"].keys() == set(values["converted"]) == values["flipped_groups_by_layer"].keys()
     assert sum(values["groups_by_layer"].values()) == values["groups"]
     assert values["groups_by_layer"]["model.layers.1.mlp.down_proj"] == 32 * 64 // 4
@@ -384,6 +385,6 @@ def test_the_command_writes_a_page_and_its_line_runs_again(eager_reference, tmp_
     moved = values["flipped_groups_by_layer"]["model.layers.1.mlp.down_proj"]
     assert moved and shares[1][-1] == f"{100 * moved / 512:.3f}%" and [row.count("–") for row in rates] == [4, 7]
     (line,) = [text for text in page.paragraphs if text.startswith("maskpro learn")]
-    assert cli.main(shlex.split(line)[1:]) == 0
-    again = json.loads((tmp_path / "run-again" / "report.json").read_text(encoding="utf-8"))
+    assert main.main(shlex.split(line)[1:]) == 0
+    again = json.loads((tmp_path / "run-again" / "html.json").read_text(encoding="utf-8"))
     assert again["logits"] == values["logits"] and again["gap"] == values["gap"]

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from enumerated import KERNEL_DEVICE
 
-from maskpro_kernels import functional, reference
-from maskpro_kernels.kernels import device
+from maskpro_kernels import functional
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.triton import device
 
 DTYPES = [torch.bfloat16, torch.float16]
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -171,9 +172,9 @@ def test_kernel_and_reference_round_to_the_same_bits(dtype):
 
 def eager_update(logits, coefs, draws, n, m, seed=1, step=2, layer=3):
     moved = logits.clone()
-    clock = (torch.tensor(seed), torch.tensor(step))
+    counter_state = (torch.tensor(seed), torch.tensor(step))
     shard = (layer, 0, logits.shape[1] // m)
-    reference.score_update_(moved, torch.tensor(coefs), *clock, torch.tensor(draws), 1.0, *shard, n=n, m=m)
+    reference.score_update_(moved, torch.tensor(coefs), *counter_state, torch.tensor(draws), 1.0, *shard, n=n, m=m)
     return moved
 
 

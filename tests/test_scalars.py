@@ -13,10 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_llama import write_inputs
 from torch.utils.tensorboard import RecordWriter
 
-from maskpro_kernels import cli
-from maskpro_kernels.commands import learn
-from maskpro_kernels.scalars import Scalars
-from maskpro_kernels.trainer import MaskTrainer, StepRecord
+from maskpro_kernels.cli import learn, main
+from maskpro_kernels.report.tensorboard import Scalars
+from maskpro_kernels.training.trainer import MaskTrainer, StepRecord
 
 
 def read(folder):
@@ -108,7 +107,7 @@ def broken_off(inputs, output, monkeypatch, error, *options):
 
     with monkeypatch.context() as patched:
         patched.setattr(MaskTrainer, "step", step)
-        return cli.main(["learn", *inputs, "--output", str(output), *options])
+        return main.main(["learn", *inputs, "--output", str(output), *options])
 
 
 @pytest.mark.parametrize("estimator", ["reinforce", "straight-through"])
@@ -123,7 +122,7 @@ def test_a_run_that_was_killed_goes_on_in_its_scalars(eager_reference, inputs, t
         broken_off(inputs, tmp_path / "run", monkeypatch, kill, "--tensorboard", "--estimator", estimator)
     assert [step for step, _ in read(tmp_path / "run" / "tensorboard")["loss"]] == [0, 1, 2]
     wait_for_the_next_second()
-    assert cli.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
     written = read(tmp_path / "run" / "tensorboard")
     assert report["settings"]["tensorboard"] is True
@@ -157,9 +156,9 @@ def test_without_tensorboard_nothing_is_done(eager_reference, inputs, tmp_path, 
     capsys.readouterr()
     new = ["learn", *inputs, "--output", str(tmp_path / "new")]
     for arguments in [*new, "--tensorboard"], ["learn", "--resume", str(tmp_path / "run")]:
-        assert cli.main(arguments) == 2
+        assert main.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(message) and line.endswith("(pip install 'maskpro-kernels[tensorboard]')")
         assert sorted(tmp_path.rglob("*")) == files
-    assert cli.main(new) == 0
+    assert main.main(new) == 0
     assert not (tmp_path / "new" / "tensorboard").exists()

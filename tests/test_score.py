@@ -16,7 +16,8 @@ from enumerated import (
     subset_codes,
 )
 
-from maskpro_kernels import functional, ops, philox, reference
+from maskpro_kernels import functional, ops
+from maskpro_kernels.ops import philox, reference
 from maskpro_kernels.pattern import NMPattern
 
 EXACT_PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "4:16"]
@@ -258,10 +259,10 @@ AMPLIFIED = 2.0**20
 def reference_update(logits, pattern, seed, temperature=1.0):
     n, m = sizes(pattern)
     moved = logits.clone()
-    clock = (torch.tensor(seed), torch.tensor(0))
+    counter_state = (torch.tensor(seed), torch.tensor(0))
     shard = (0, 0, logits.shape[1] // m)
     coef, draws = torch.tensor([-AMPLIFIED]), torch.tensor([0])
-    reference.score_update_(moved, coef, *clock, draws, 1.0 / temperature, *shard, n=n, m=m)
+    reference.score_update_(moved, coef, *counter_state, draws, 1.0 / temperature, *shard, n=n, m=m)
     return (moved.double() - logits) / AMPLIFIED
 
 

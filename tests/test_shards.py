@@ -11,14 +11,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import maskpro_kernels as mk
-from maskpro_kernels import cli, journal
-from maskpro_kernels.batches import digest
-from maskpro_kernels.commands.runs import PROGRESS
-from maskpro_kernels.journal import Draw, Entry
-from maskpro_kernels.modules import Clock, masked_layers
+from maskpro_kernels.cli import main
+from maskpro_kernels.cli.runs import PROGRESS
+from maskpro_kernels.modules import CounterState, masked_layers
 from maskpro_kernels.ranks import Ranks
-from maskpro_kernels.replay import replay
-from maskpro_kernels.run_folder import JOURNAL, settings_of
+from maskpro_kernels.training import journal
+from maskpro_kernels.training.batches import digest
+from maskpro_kernels.training.journal import Draw, Entry
+from maskpro_kernels.training.run_folder import JOURNAL, settings_of
+from maskpro_kernels.training.score_updates import replay
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -40,13 +41,15 @@ def whole_numbers(*shape: int, seed: int) -> torch.Tensor:
 def a_layer(pattern: str, dtype: torch.dtype = torch.float32) -> mk.MaskedLinear:
     generator = torch.Generator().manual_seed(0)
     weight, logits = (torch.randn(ROWS, K, generator=generator) for _ in range(2))
-    return mk.MaskedLinear(weight, None, logits.to(dtype), pattern, layer=3, clock=Clock(seed=9)).train()
+    return mk.MaskedLinear(weight, None, logits.to(dtype), pattern, layer=3, counter_state=CounterState(seed=9)).train()
 
 
 def shard_of(layer: mk.MaskedLinear, rows: slice, columns: slice) -> mk.MaskedLinear:
     weight, logits = (tensor.detach()[rows, columns].clone() for tensor in (layer.weight, layer.logits))
     place = mk.shard_counter(layer.pattern, layer.in_features, row=rows.start, column=columns.start)
-    return mk.MaskedLinear(weight, None, logits, layer.pattern, layer=layer.layer, clock=layer.clock, **place).train()
+    return mk.MaskedLinear(
+        weight, None, logits, layer.pattern, layer=layer.layer, counter_state=layer.counter_state, **place
+    ).train()
 
 
 def assert_is_part(shard: mk.MaskedLinear, layer: mk.MaskedLinear, place: tuple[slice, slice]) -> None:
@@ -177,7 +180,7 @@ def test_states_from_before_there_were_shards_load():
     for place in PLACES.values():
         shard = shard_of(fresh, *place)
         shard.load_state_dict({**state, "weight": state["weight"][place], "logits": state["logits"][place]})
-        assert shard.layer == 8 and (int(shard.clock.seed), int(shard.clock.step)) == (11, 1)
+        assert shard.layer == 8 and (int(shard.counter_state.seed), int(shard.counter_state.step)) == (11, 1)
         drawn = mk.sample_mask(state["logits"], "2:4", seed=11, step=1, layer=8)
         rows, columns = place
         assert torch.equal(shard.drawn_codes(), drawn[rows, columns.start // 4 : columns.stop // 4])
@@ -226,7 +229,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
     with pytest.raises(ValueError, match="^output_dir: expected a run with "):
         elsewhere.resume()
 
-    assert cli.main(["replay", str(tmp_path)]) == 0
+    assert main.main(["replay", str(tmp_path)]) == 0
     assert digest([shard.logits]) in capsys.readouterr().out
     # a whole layer is told as in runs from before there were shards
     assert header["run"]["layers"] == {"0": [3, "2:4", [9, 16], "torch.float32", 60, 16]}
@@ -288,16 +291,20 @@ def parameters() -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
 
 
-def masked(weight: torch.Tensor, bias: torch.Tensor | None, layer: int, clock: Clock, **place) -> mk.MaskedLinear:
+def masked(
+    weight: torch.Tensor, bias: torch.Tensor | None, layer: int, counter_state: CounterState, **place
+) -> mk.MaskedLinear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight, linear.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
-    return mk.MaskedLinear.from_linear(linear, "2:4", gap=1.0, layer=layer, clock=clock, **place).train()
+    return mk.MaskedLinear.from_linear(
+        linear, "2:4", gap=1.0, layer=layer, counter_state=counter_state, **place
+    ).train()
 
 
 def whole_model() -> TwoLayers:
     up, up_bias, down, bias = parameters()
-    clock = Clock(seed=5)
-    return TwoLayers(masked(up, up_bias, 0, clock), masked(down, None, 1, clock), bias)
+    counter_state = CounterState(seed=5)
+    return TwoLayers(masked(up, up_bias, 0, counter_state), masked(down, None, 1, counter_state), bias)
 
 
 def part_of_the_model(rank: int, world: int) -> TwoLayers:
@@ -306,10 +313,10 @@ def part_of_the_model(rank: int, world: int) -> TwoLayers:
     up, up_bias, down = (
         distribute_tensor(tensor, mesh, [Shard(dim)]).to_local() for tensor, dim in ((up, 0), (up_bias, 0), (down, 1))
     )
-    clock, first = Clock(seed=5), rank * HIDDEN // world
+    counter_state, first = CounterState(seed=5), rank * HIDDEN // world
     return TwoLayers(
-        masked(up, up_bias, 0, clock, **mk.shard_counter("2:4", WIDTH, row=first)),
-        masked(down, None, 1, clock, **mk.shard_counter("2:4", HIDDEN, column=first)),
+        masked(up, up_bias, 0, counter_state, **mk.shard_counter("2:4", WIDTH, row=first)),
+        masked(down, None, 1, counter_state, **mk.shard_counter("2:4", HIDDEN, column=first)),
         bias,
     )
 

@@ -80,9 +80,9 @@ def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
 @pytest.mark.parametrize("estimator", ["Reinforce", "StraightThrough"])
 def test_no_tensor_of_a_step_is_wider_than_float32(estimator):
     """Integers and floats of 64 bits live in pieces of a layer alone."""
-    bytes_ = in_child("largest", estimator)
+    bytes_ = in_child("max_update", estimator)
     # what matrix products copy is aligned
-    assert bytes_["masked_weight"] <= bytes_["largest"] <= 2 * bytes_["masked_weight"] + 1024, bytes_
+    assert bytes_["masked_weight"] <= bytes_["max_update"] <= 2 * bytes_["masked_weight"] + 1024, bytes_
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def measure_cost() -> dict:
     from test_bench_model import Layers
 
     import maskpro_kernels as mk
-    from maskpro_kernels.evaluation import causal_lm_loss
+    from maskpro_kernels.text.perplexity import causal_lm_loss
 
     model, batch = language_model()
     layers = Layers(copy.deepcopy(model))
@@ -249,14 +249,17 @@ def measure_largest(estimator: str) -> dict:
     trainer = mk.MaskTrainer(model, loss_fn, [batch], getattr(mk, estimator)(lr=1.0), seed=0)
     trainer.step()
     changes, start, end = memory_changes(trainer.step)
-    return {"largest": max(bytes_ for ts, bytes_ in changes if start <= ts <= end), "masked_weight": 2 * WIDTH * WIDTH}
+    return {
+        "max_update": max(bytes_ for ts, bytes_ in changes if start <= ts <= end),
+        "masked_weight": 2 * WIDTH * WIDTH,
+    }
 
 
 def measure_model() -> dict:
     """Peak bytes of a forward of SmolLM2-135M, and of a training step of its converted self, beyond what both hold."""
     import maskpro_kernels as mk
-    from maskpro_kernels.evaluation import causal_lm_loss
     from maskpro_kernels.hf import load_model
+    from maskpro_kernels.text.perplexity import causal_lm_loss
 
     model, _ = load_model("smollm2-135m", torch.bfloat16)
     model = model.to(DEVICE).eval()
@@ -292,7 +295,7 @@ def language_model() -> tuple[nn.Module, torch.Tensor]:
 def measure_straight_through_cost() -> dict:
     """Seconds by round of a straight-through step, and of forward and backward with the weights' gradients."""
     import maskpro_kernels as mk
-    from maskpro_kernels.evaluation import causal_lm_loss
+    from maskpro_kernels.text.perplexity import causal_lm_loss
 
     plain, batch = language_model()
     model, _ = language_model()
@@ -317,7 +320,7 @@ def measure_straight_through_cost() -> dict:
 def measure_straight_through_memory() -> dict:
     """Peak bytes of a straight-through step with checkpointed activations, and of the same without logits to learn."""
     import maskpro_kernels as mk
-    from maskpro_kernels.evaluation import causal_lm_loss
+    from maskpro_kernels.text.perplexity import causal_lm_loss
 
     model, batch = language_model()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -348,12 +351,12 @@ def measure_straight_through_memory() -> dict:
 def measure_start() -> dict:
     """Seconds of converting SmolLM2-135M and of its first two REINFORCE steps, and how many graphs were compiled."""
     import maskpro_kernels as mk
-    from maskpro_kernels import graphs
-    from maskpro_kernels.evaluation import causal_lm_loss
+    from maskpro_kernels.ops.cpu import compiled_loop
+    from maskpro_kernels.text.perplexity import causal_lm_loss
 
     built = []
-    build = graphs.Graph._build
-    graphs.Graph._build = lambda graph: (built.append(graph), build(graph))[1]
+    build = compiled_loop.CompiledLoop._build
+    compiled_loop.CompiledLoop._build = lambda graph: (built.append(graph), build(graph))[1]
     model, batch = language_model()
     seconds = {"convert": seconds_of(lambda: mk.convert(model, "2:4", gap=GAP))}
     trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
@@ -366,12 +369,12 @@ def measure_start() -> dict:
 
 def measure_replay() -> dict:
     """Seconds of each step of a run on SmolLM2-135M, 1,024 tokens a step, and of the process that replays them."""
-    from maskpro_kernels import cli
+    from maskpro_kernels.cli import main
 
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         sources = f"--model smollm2-135m --data pydoc --init magnitude --batch-size 8 --output {run}"
-        assert cli.main(["learn", *sources.split(), "--steps", str(REPLAYED_STEPS), "--eval-windows", "1"]) == 0
+        assert main.main(["learn", *sources.split(), "--steps", str(REPLAYED_STEPS), "--eval-windows", "1"]) == 0
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
         command, printed = [sys.executable, "-m", "maskpro_kernels.cli", "replay", str(run)], []
         replay = seconds_of(lambda: printed.append(subprocess.check_output(command, text=True)))
@@ -383,7 +386,7 @@ MEASUREMENTS = {
     "start": measure_start,
     "cost": measure_cost,
     "memory": measure_memory,
-    "largest": measure_largest,
+    "max_update": measure_largest,
     "model": measure_model,
     "replay": measure_replay,
     "straight_through_cost": measure_straight_through_cost,

@@ -26,11 +26,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskpro_kernels as mk
-from maskpro_kernels import compiled, ops, reference
-from maskpro_kernels.evaluation import causal_lm_loss
-from maskpro_kernels.kernels import launch, straight_through
+from maskpro_kernels import ops
 from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops.triton import straight_through, tiles
 from maskpro_kernels.pattern import MaskSource, NMPattern
+from maskpro_kernels.text.perplexity import causal_lm_loss
 
 CURVATURE = 0.25
 
@@ -67,9 +69,9 @@ def test_slopes_are_within_the_error_budget(problem, parts):
     x = x.reshape(-1, weight.shape[1]).contiguous()
     grad = normal(len(x), len(weight), seed=7, dtype=x.dtype)
     sizes = (len(weight), min(len(x), 128), weight.shape[1])
-    tiles = launch.Tiles(*(launch.power_above(-(-size // parts)) for size in sizes))
+    whole = tiles.Tiles(*(tiles.power_above(-(-size // parts)) for size in sizes))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(launch, "INTERPRETER_TILES", tiles)
+        patched.setattr(tiles, "INTERPRETER_TILES", whole)
         found = ops.straight_through_grad(grad, x, weight, CURVATURE, *source(logits, pattern))
     _, mask = mask_of("drawn", logits, pattern)
     by_torch, exact = (slope(grad, x, weight, mask, pattern.m, dtype) for dtype in (x.dtype, torch.float64))
@@ -159,16 +161,16 @@ def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype):
     ours, eager = logits.clone(), logits.clone()
     values = [
         module.straight_through_update_(into, weight, first, square, codes, rate, *counter, m=pattern.m)
-        for module, into in ((compiled, ours), (reference, eager))
+        for module, into in ((kernels, ours), (reference, eager))
     ]
     assert torch.equal(ours, eager) and not torch.equal(ours, logits)
     torch.testing.assert_close(*values, rtol=1e-5, atol=0)
     slopes = [
-        module.straight_through_grad(weight, first, square, codes, m=pattern.m) for module in (compiled, reference)
+        module.straight_through_grad(weight, first, square, codes, m=pattern.m) for module in (kernels, reference)
     ]
     assert torch.equal(*slopes)
     apart = logits.clone()
-    compiled.descend_(apart, slopes[0], rate, *counter, m=pattern.m)
+    kernels.descend_(apart, slopes[0], rate, *counter, m=pattern.m)
     assert torch.equal(apart, eager)
 
 
@@ -284,8 +286,8 @@ def test_steps_are_those_of_the_formula(eager_reference):
     model = a_model()
     twin = copy.deepcopy(model)
     layers = [m for m in twin.modules() if isinstance(m, mk.MaskedLinear)]
-    _, records = learn(model, steps=4, curvature=0.5, largest=2.0, memory=0.75)
-    layers[0].clock.seed.fill_(3)
+    _, records = learn(model, steps=4, curvature=0.5, max_update=2.0, decay=0.75)
+    layers[0].counter_state.seed.fill_(3)
     running = [None] * len(layers)
     for layer in layers:
         layer.train()
@@ -346,11 +348,11 @@ def test_a_layer_that_is_used_twice_moves_once_by_the_sum(eager_reference):
     x = torch.randn(30, 16)
     twin = copy.deepcopy(model)
     twin.train()
-    twin.shared.clock.seed.fill_(3)
+    twin.shared.counter_state.seed.fill_(3)
     for layer in (twin.shared, twin.own):
         layer.logits_backward = mk.straight_through_gradient
     twin(x).square().mean().backward()
-    learn(model, 1, lambda model, x: model(x).square().mean(), [x], largest=5.0)
+    learn(model, 1, lambda model, x: model(x).square().mean(), [x], max_update=5.0)
     for name, layer in (("shared", twin.shared), ("own", twin.own)):
         grad = layer.logits.grad
         expected = before[name] - (grad / grad.square().mean().sqrt()).clamp(-5, 5)
@@ -470,21 +472,25 @@ class Broken(torch.autograd.Function):
 
 
 def squares_of(trainer):
-    return [descent.mean_square for descent in trainer.estimator._descents.values()]
+    return [descent.mean_square for descent in trainer.estimator._updaters.values()]
 
 
 def test_a_gradient_that_is_not_finite_is_told_and_spoils_nothing(eager_reference):
     model = a_model()
     trainer, _ = learn(model, 1)
-    before, squares, step = logits_of(model), squares_of(trainer), int(next(iter(trainer.layers.values())).clock.step)
+    before, squares, step = (
+        logits_of(model),
+        squares_of(trainer),
+        int(next(iter(trainer.layers.values())).counter_state.step),
+    )
     trainer.loss_fn = lambda model, batch: Broken.apply(causal_lm_loss(model, batch), math.nan)
     with pytest.raises(FloatingPointError, match="gradients of step 1: .*q_proj"):
         trainer.step()
     assert same(before, logits_of(model)) and squares_of(trainer) == squares
     # the draw is spent: in other layers logits may have learned from it
-    assert trainer.steps_done == 2 and int(next(iter(trainer.layers.values())).clock.step) == step + 1
+    assert trainer.steps_done == 2 and int(next(iter(trainer.layers.values())).counter_state.step) == step + 1
     assert_detached(model)
-    assert all(d.slopes is None and d.latest is None for d in trainer.estimator._descents.values())
+    assert all(d.slopes is None and d.latest is None for d in trainer.estimator._updaters.values())
     trainer.loss_fn = causal_lm_loss
     trainer.step()
     assert not same(before, logits_of(model))
@@ -494,7 +500,7 @@ def test_a_run_bears_gradients_that_are_not_finite(eager_reference, tmp_path):
     """Each of as many as it may is told; one more ends the run, and is not taken again where it is resumed."""
 
     def a_trainer():
-        arguments = {"seed": 3, "output_dir": tmp_path, "most_skipped": 1}
+        arguments = {"seed": 3, "output_dir": tmp_path, "max_skipped": 1}
         return mk.MaskTrainer(a_model(), causal_lm_loss, batches_of_tokens(), mk.StraightThrough(), **arguments)
 
     trainer = a_trainer()
@@ -683,8 +689,8 @@ def test_losses_that_cannot_be_learned_from(eager_reference):
         ({"steps": 0}, ValueError, "steps"),
         ({"steps": 1.5}, ValueError, "steps"),
         ({"curvature": -1.0}, ValueError, "curvature"),
-        ({"largest": 0.0}, ValueError, "largest"),
-        ({"memory": 1.0}, ValueError, "memory"),
+        ({"max_update": 0.0}, ValueError, "max_update"),
+        ({"decay": 1.0}, ValueError, "memory"),
         ({"memory": None}, TypeError, "memory"),
     ],
 )

@@ -136,7 +136,7 @@ def test_steps_are_the_updates_worked_by_hand(tracker):
         assert record.flip_rate == flip_rate
         assert record.seconds > 0
         assert advantage != 0 and flip_rate > 0
-        assert int(model[0].clock.step) == step + 1
+        assert int(model[0].counter_state.step) == step + 1
 
 
 def test_same_seed_same_bits_another_seed_not():
@@ -155,7 +155,7 @@ def test_construction_sets_the_clock():
     model = a_model()
     mk.advance(model)
     a_trainer(model, seed=-(1 << 63))
-    assert (int(model[0].clock.seed), int(model[0].clock.step)) == (-(1 << 63), 0)
+    assert (int(model[0].counter_state.seed), int(model[0].counter_state.step)) == (-(1 << 63), 0)
 
 
 def test_initial_losses_come_once_a_batch_before_the_logits_move():
@@ -200,7 +200,7 @@ def test_loss_that_is_not_finite_changes_nothing(value):
     assert_equal_logits(logits_of(model), before)
     assert trainer.estimator.delta == delta
     # it counts: the same mask would give the same loss again
-    assert trainer.steps_done == int(model[0].clock.step) == 3
+    assert trainer.steps_done == int(model[0].counter_state.step) == 3
     bad.clear()
     assert trainer.step().step == 3
 
@@ -313,7 +313,7 @@ def test_trainer_refuses(arguments, error, message, tmp_path):
     with pytest.raises(error, match=message):
         a_trainer(**{"model": model, "output_dir": folder} | arguments)
     assert not folder.exists()
-    assert (int(model[0].clock.seed), int(model[0].clock.step)) == (0, 1)
+    assert (int(model[0].counter_state.seed), int(model[0].counter_state.step)) == (0, 1)
 
 
 def test_layers_that_would_draw_the_same_noise_are_refused():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from enumerated import KERNEL_DEVICE
 
-from maskpro_kernels.kernels import masked_gemm
-from maskpro_kernels.kernels.launch import Tiles
+from maskpro_kernels.ops.triton import masked_gemm
+from maskpro_kernels.ops.triton.tiles import Tiles
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 

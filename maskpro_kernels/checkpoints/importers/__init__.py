@@ -1,0 +1,1 @@
+"""What other programs store, one file a format."""

@@ -1,0 +1,116 @@
+"""Which N:M patterns a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..packed import PackedNM
+from ..pattern import GROUP_SIZES
+from .importers.compressed_tensors import COMPRESSED, _decompressed
+from .safetensors_files import _check_parts, _tensor
+
+# And in this package's own
+PACKED = ("values", "bitmask")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a weight of a checkpoint holds.
+
+    Attributes:
+        name: of the weight.
+        shape: [out, K].
+        density: share of its values that are not zero.
+        negative_zeros: how many are -0.0.
+        patterns: for each M that divides K, the smallest N:M that it follows, N < M; the tightest first.
+        packed: whether it is stored packed.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    density: float
+    negative_zeros: int
+    patterns: tuple[str, ...]
+    packed: bool
+
+    @property
+    def alignment(self) -> int:
+        """The largest power of two that divides K."""
+        return self.shape[1] & -self.shape[1]
+
+
+def survey(files: Iterable[Path]) -> Iterator[Survey]:
+    """Of every matrix in these safetensors files, one at a time in memory; packed ones are unpacked.
+
+    Raises:
+        ValueError: if a packed weight is damaged.
+    """
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    for stored in sorted(where):
+        name, _, part = stored.rpartition(".")
+        form = _form(where, name)
+        if form is None or part not in form:
+            tensor = _tensor(where[stored], stored)
+            if tensor.dim() == 2 and tensor.is_floating_point():
+                # floats of 8 bits know few operations
+                yield _surveyed(stored, tensor.float() if tensor.itemsize == 1 else tensor, packed=False)
+        elif part == form[0]:
+            _check_parts(where, name, form)
+            parts = [_tensor(where[f"{name}.{other}"], f"{name}.{other}") for other in form]
+            weight = _decompressed(name, *parts) if form == COMPRESSED else _unpacked(name, *parts)
+            yield _surveyed(f"{name}.weight", weight, packed=True)
+
+
+def _form(where: Mapping[str, Path], name: str) -> tuple[str, ...] | None:
+    """The parts that a weight is stored in, by the file of each tensor; None where it is not packed."""
+    if f"{name}.compressed" in where:
+        return COMPRESSED
+    bitmask = f"{name}.bitmask"
+    if f"{name}.values" in where and bitmask in where:
+        with safe_open(where[bitmask], framework="pt") as opened:
+            # other programs have tensors of these names too
+            if opened.get_slice(bitmask).get_dtype() == "U8":
+                return PACKED
+    return None
+
+
+def _unpacked(name: str, values: Tensor, bitmask: Tensor) -> Tensor:
+    """A packed weight whose pattern is not told beside it: the first M in whose groups equally many are kept."""
+    if values.dim() != 2 or bitmask.dim() != 2:
+        raise ValueError(
+            f"checkpoint: expected matrices {name}.values and {name}.bitmask, got {list(values.shape)} and "
+            f"{list(bitmask.shape)}"
+        )
+    per_row = values.shape[1]
+    for m in GROUP_SIZES:
+        for k in range(8 * bitmask.shape[1], 8 * bitmask.shape[1] - 8, -1):
+            n, rest = divmod(per_row * m, k) if k > 0 and k % m == 0 else (0, 1)
+            if rest or not 1 <= n < m:
+                continue
+            try:
+                return PackedNM(values, bitmask, f"{n}:{m}").check().unpack()
+            except (TypeError, ValueError):
+                continue
+    raise ValueError(f"checkpoint: expected a bitmask in {name} that keeps N of every M for some N:M, got another")
+
+
+def _surveyed(name: str, weight: Tensor, packed: bool) -> Survey:
+    rows, k = weight.shape
+    kept = weight != 0
+    patterns = []
+    for m in GROUP_SIZES:
+        if k and k % m == 0:
+            most = int(kept.view(rows, -1, m).sum(-1).max()) if rows else 0
+            if 1 <= most < m:
+                patterns.append((most / m, m, f"{most}:{m}"))
+    negative = int((weight.signbit() & ~kept).sum())
+    density = float(kept.float().mean()) if weight.numel() else 0.0
+    return Survey(name, (rows, k), density, negative, tuple(text for *_, text in sorted(patterns)), packed)

@@ -1,0 +1,99 @@
+"""The masks that learning can start from, each with its perplexity."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+
+from ..functional.masks import top_n_mask
+from ..modules import MaskedLinear, initial_logits, masked_layers
+from ..pattern import NMPattern
+from ..pruning.convert import INITIAL_MASKS, convert
+from ..pruning.initial_masks import initial_codes
+from ..pruning.reconstruction import reconstruct
+from ..ranks import Ranks
+from .held_out import table_row
+from .inputs import Inputs
+from .progress import tell
+
+
+def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dict:
+    """Convert the model, evaluate the initial masks and leave that of ``--init``: the rows of the table, and more.
+
+    Rank 0 does so; the others take its mask, since another processor may find another one.
+
+    Raises:
+        ValueError: if the dense model has no perplexity.
+    """
+    found = ranks.first(lambda: _evaluated(args, inputs))
+    if ranks.world > 1:
+        pattern = NMPattern(args.pattern)
+        # of a rank that cannot, all are to know
+        ranks.all_of(lambda: ranks.rank == 0 or convert(inputs.model, pattern, init="magnitude", gap=args.gap))
+        masked = masked_layers(inputs.model)
+        codes = top_n_codes(masked, pattern)
+        for code in codes.values():
+            ranks.spread_(code)
+        _set_logits(masked, codes, pattern, args.gap)
+    return found
+
+
+def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """The same on one rank."""
+    pattern, model, tests = NMPattern(args.pattern), inputs.model, inputs.tests
+
+    def row(method: str, seconds: float) -> dict:
+        found = table_row(method, model, tests, seconds, args.bars)
+        if method == "dense" and math.isnan(found["perplexity"]):
+            cure = "copy or download it again" if args.dtype == "float32" else "take --dtype float32"
+            raise ValueError(f"model: expected a finite loss, got nan in {args.dtype}; {cure}")
+        if not args.bars:
+            tell(f"{method}: perplexity {found['perplexity']:.2f}, {seconds:.1f} seconds")
+        return found
+
+    table = [row("dense", 0.0)]
+    codes, seconds = {}, {}
+    began = time.perf_counter()
+    conversion = convert(model, pattern, init="wanda", gap=args.gap, calibration=inputs.initial_batches)
+    masked = masked_layers(model)
+    codes["wanda"], seconds["wanda"] = top_n_codes(masked, pattern), time.perf_counter() - began
+    for name, reason in conversion.skipped.items():
+        tell(f"left dense: {name} ({reason})")
+    began = time.perf_counter()
+    codes["magnitude"] = initial_codes(masked, pattern, "magnitude")
+    seconds["magnitude"] = time.perf_counter() - began
+    if args.init == "reconstruction":
+        began = time.perf_counter()
+        codes["reconstruction"] = reconstruct(
+            model, masked, codes["wanda"], pattern, inputs.initial_batches, progress=args.bars
+        )
+        seconds["reconstruction"] = time.perf_counter() - began + seconds["wanda"]
+    # The mask that learning starts from goes last, so that its logits stay.
+    rows = {}
+    for init in sorted(codes, key=lambda init: init == args.init):
+        _set_logits(masked, codes[init], pattern, conversion.gap)
+        rows[init] = row(init, seconds[init])
+    table += [rows[init] for init in INITIAL_MASKS if init in rows]
+    return {
+        "table": table,
+        "seconds": seconds[args.init],
+        "converted": list(conversion.converted),
+        "skipped": dict(conversion.skipped),
+    }
+
+
+def top_n_codes(masked: Mapping[str, MaskedLinear], pattern: NMPattern) -> dict[str, torch.Tensor]:
+    """Group codes of the most likely masks."""
+    return {name: top_n_mask(module.logits.detach(), pattern) for name, module in masked.items()}
+
+
+@torch.no_grad()
+def _set_logits(
+    masked: Mapping[str, MaskedLinear], codes: Mapping[str, torch.Tensor], pattern: NMPattern, gap: float
+) -> None:
+    for name, module in masked.items():
+        module.logits.copy_(initial_logits(codes[name], pattern, gap))

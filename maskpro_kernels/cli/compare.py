@@ -1,0 +1,45 @@
+"""`maskpro compare`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..report.plots import check_pictures, draw_perplexity
+from .arguments import new_file
+from .held_out import print_table
+from .runs import REPORT, read_report
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print one table of several runs, and draw one picture of them where asked for."""
+    picture = new_file(args, "picture")
+    reports = {str(Path(run)): read_report(Path(run) / REPORT) for run in args.runs}
+    if picture is not None:
+        check_pictures("picture", picture)
+    first = next(iter(reports.values()))
+    # the same source may be another text elsewhere
+    others = {(report["other_data"], report["table"][0].get("other_perplexity")) for report in reports.values()}
+    initial, learned, curves = {}, [], {}
+    for run, report in reports.items():
+        for name in ("model", "data", "pattern", "dtype", "eval_length", "eval_tokens"):
+            if report[name] != first[name]:
+                raise ValueError(
+                    f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}; compare it "
+                    "apart"
+                )
+        table = report["table"]
+        if len(others) > 1:
+            table = [{name: value for name, value in row.items() if name != "other_perplexity"} for row in table]
+        *before, last = table
+        for row in before:
+            known = initial.setdefault(row["method"], row)
+            if any(known[name] != row[name] for name in row if name != "seconds"):
+                # from other calibration batches
+                name = f"{row['method']}: {run}"
+                initial[name] = row | {"method": name}
+        learned.append(last | {"method": f"{last['method']}: {run}"})
+        curves[run] = report["validation"]
+    print_table([*initial.values(), *learned])
+    if picture is not None:
+        draw_perplexity(curves, picture)

@@ -1,0 +1,52 @@
+"""`maskpro eval`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..pattern import NMPattern
+from ..text.data import load_text
+from ..text.perplexity import perplexity
+from .arguments import DTYPE, check_least, device_of, telling
+from .models import load, windows_of
+from .runs import REPORT, goes_on, how_to_go_on, read_report
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the perplexity of a run or a model; of a run also how many groups follow its pattern."""
+    check_least(args, eval_windows=1, eval_length=2)
+    device = device_of(args.device)
+    folder = Path(args.model)
+    if goes_on(folder) and not (folder / "config.json").is_file():
+        raise ValueError(f"model: expected a model or a run that has ended, got {args.model!r}; {how_to_go_on(folder)}")
+    report = folder / REPORT
+    run = read_report(report) if report.is_file() else None
+    dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
+    with telling("data"):
+        texts = load_text(args.data)
+    model, tokenizer = load(args.model, dtype, device, args.bars)
+    test = windows_of(texts["test"], model, tokenizer, args.eval_length, "data", "--eval-length")[: args.eval_windows]
+    follows = None if run is None else _follows(model, run)
+    print(f"perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
+    if follows is not None:
+        print(follows)
+
+
+def _follows(model: torch.nn.Module, run: Mapping) -> str:
+    pattern = NMPattern(run["pattern"])
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    follow = total = 0
+    for name in run["converted"]:
+        if name not in linears or linears[name].in_features % pattern.m:
+            raise ValueError(
+                f"run: expected a linear layer {name!r} that {pattern} divides, as {REPORT} tells, got none in the "
+                f"checkpoint; restore {REPORT} from a copy, or move it away"
+            )
+        kept = (linears[name].weight.reshape(-1, pattern.m) != 0).sum(1)
+        follow += int((kept <= pattern.n).sum())
+        total += len(kept)
+    return f"{pattern} {follow / total:.2%} of {total} groups have at most {pattern.n} nonzeros"

@@ -1,0 +1,58 @@
+"""`maskpro export`: the checkpoint of a run, from its logits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.logits import load_logits
+from ..files import check_output
+from ..functional.masks import top_n_mask
+from ..pattern import NMPattern
+from ..pruning.convert import convert
+from ..pruning.finalize import finalize
+from .arguments import DTYPES, telling
+from .models import load, save
+from .runs import LOGITS, check_ended, digest_of_weights
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the checkpoint of a run again, from its base model and its logits."""
+    output = Path(args.output)
+    check_output(output)
+    source = Path(args.source) / LOGITS
+    check_ended(source.parent, LOGITS)
+    with telling("run", f"restore {LOGITS} from a copy, or by `maskpro replay --output` of a run by reinforce"):
+        logits, pattern, metadata = _learned(source)
+        codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
+    with telling("run", "put back the base model of the run"):
+        dtype = getattr(args, "dtype", metadata["dtype"])
+        model, tokenizer = load(metadata["model"], dtype, torch.device("cpu"), args.bars)
+    with telling("run", f"its logits are those of another model than {metadata['model']!r}"):
+        convert(model, pattern, targets=list(codes), init=codes)
+    # the logits of earlier runs do not tell
+    if "weights" in metadata and dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
+        raise ValueError(
+            f"run: expected the weights of {metadata['model']!r} that its masks were learned on, got others; put back "
+            "the base model as it was"
+        )
+    save(finalize(model, to=args.to), tokenizer, output)
+    print(f"{args.to} {pattern} checkpoint of {metadata['model']} written to {output}")
+    if args.to == "packed":
+        print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
+
+
+def _learned(path: Path) -> tuple[dict[str, torch.Tensor], NMPattern, dict[str, str]]:
+    """(logits, pattern, metadata) of a run; ValueError unless they are of one."""
+    logits, metadata = load_logits(path)
+    missing = {"model", "pattern", "dtype"} - metadata.keys()
+    if missing or not logits:
+        raise ValueError(f"expected logits of `maskpro learn`, got a file without {sorted(missing) or 'any'}")
+    if metadata["dtype"] not in DTYPES:
+        raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {metadata['dtype']!r}")
+    for name, tensor in logits.items():
+        if not tensor.is_floating_point() or tensor.dim() != 2 or not torch.isfinite(tensor).all():
+            raise ValueError(f"expected finite logits [out, K], got {list(tensor.shape)} of {tensor.dtype} in {name}")
+    return logits, NMPattern(metadata["pattern"]), metadata

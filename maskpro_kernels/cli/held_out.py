@@ -1,0 +1,89 @@
+"""Perplexities of held-out text: of the methods, as a table, and of the steps of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..files import write_whole
+from ..text.perplexity import perplexity
+
+# Perplexities above that of the initial mask by this factor, twice in a row, end a run
+DIVERGED = 1.1
+
+
+def table_row(
+    method: str, model: torch.nn.Module, tests: Mapping[str, torch.Tensor], seconds: float, bars: bool
+) -> dict:
+    """The perplexity of each test; seconds from the dense model to the mask."""
+    perplexities = {name: perplexity(model, test, progress=bars) for name, test in tests.items()}
+    return {"method": method, **perplexities, "seconds": seconds}
+
+
+def print_table(table: Sequence[Mapping]) -> None:
+    """Print the columns that all rows have."""
+    width = max(16, *(len(row["method"]) for row in table))
+    columns = {"perplexity": ("perplexity", 2), "other_perplexity": ("other text", 2), "seconds": ("seconds", 1)}
+    columns = {name: column for name, column in columns.items() if all(name in row for row in table)}
+    print(f"{'method':<{width}}" + "".join(f"{title:>12}" for title, _ in columns.values()))
+    for row in table:
+        print(f"{row['method']:<{width}}" + "".join(f"{row[name]:>12.{n}f}" for name, (_, n) in columns.items()))
+
+
+class HeldOut:
+    """Perplexities of the validation text by step, each written down as soon as it is known."""
+
+    def __init__(
+        self, path: Path, model: torch.nn.Module, validation: torch.Tensor, every: int, steps: int, bars: bool
+    ):
+        self.path, self.model, self.validation, self.every, self.steps = path, model, validation, every, steps
+        self.bars = bars
+        self.rows: list[dict] = []
+        self.seconds = 0.0
+
+    def read(self) -> None:
+        """Take up the rows of another process; ValueError where they are damaged."""
+        if self.path.exists():
+            try:
+                rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+                self.rows = [{name: row[name] for name in ("step", "tokens", "perplexity")} for row in rows]
+                if rows and not math.isfinite(rows[0]["perplexity"]):
+                    raise ValueError(f"{rows[0]['perplexity']} in the first")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"resume: expected a perplexity in each line of {str(self.path)!r}, got {error!r}; move the file "
+                    "away to go on without those of the steps before"
+                ) from error
+
+    def restart(self, steps_done: int) -> None:
+        """Leave out the rows of steps that are taken again."""
+        self.rows = [row for row in self.rows if row["step"] <= steps_done]
+
+    def due(self, step: int) -> bool:
+        known = bool(self.rows) and self.rows[-1]["step"] == step
+        return not known and (step % self.every == 0 or step >= self.steps)
+
+    def add(self, step: int, tokens: int) -> float:
+        """Find the perplexity behind a step; FloatingPointError where the first, which judges the others, is none."""
+        began = time.perf_counter()
+        value = perplexity(self.model, self.validation, progress=self.bars)
+        if not self.rows and not math.isfinite(value):
+            raise FloatingPointError(
+                f"perplexity of the validation text at step {step}: expected a finite number, got {value}; take "
+                "another --dtype, --init or --data"
+            )
+        self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self.seconds += time.perf_counter() - began
+        return value
+
+    def risen(self) -> bool:
+        """Whether it was twice in a row far above that of the initial mask, or no number."""
+        return len(self.rows) > 2 and not any(
+            row["perplexity"] <= DIVERGED * self.rows[0]["perplexity"] for row in self.rows[-2:]
+        )

@@ -1,0 +1,117 @@
+"""The command `maskpro`: one line tells what is wrong, and an exit code says so."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
+from .learn import learn
+from .parser import _parser
+from .progress import log_told, tell, tell_as, wants_bars
+from .runs import tell_missing
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; under torchrun this rank's part of it, of which rank 0 alone prints.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        0, or 2 after a wrong argument, an unreadable file, a loss that is not finite, too little memory of the device
+        or a rank that has ended, told in one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
+
+    Raises:
+        SystemExit: with 2 after arguments that cannot be parsed, or where a rank ends while steps are taken, told in
+            one line too; with 0 after ``--help``.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    args.bars = wants_bars(args)
+    with warnings.catch_warnings(), log_told():
+        warnings.showwarning = _tell_warning
+        try:
+            _check_resume(args, argv)
+            _check_torchrun(args, argv)
+            with under_torchrun():
+                args.run(args)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            # the reader of stderr may have been interrupted as well
+            with suppress(OSError):
+                tell("maskpro: interrupted")
+            return 128 + signal.SIGINT
+        except MissingRanks as error:
+            tell_missing(error, Path(args.resume if hasattr(args, "resume") else args.output))
+            return 2
+        except (ValueError, TypeError, OSError, FloatingPointError, FailedRank) as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return 128 + signal.SIGPIPE
+            tell_as("error", error)
+            return 2
+        except torch.OutOfMemoryError as error:
+            rank = rank_of_torchrun()
+            where = f"rank {rank}: " if rank else ""
+            # of this rank alone: no other can tell
+            tell_as("error", f"{where}{error}; take smaller windows or batches, or another --device", by=rank)
+            return 2
+    return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has gone; what was still to be printed then goes nowhere."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (AttributeError, OSError):
+        # none, or no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # or the end of the process would try it again, with a traceback
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stdout)
+    os.close(nowhere)
+    return True
+
+
+def _tell_warning(message: Warning, *_) -> None:
+    tell_as("warning", message)
+
+
+def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:
+    """Settings beside --resume would be without effect."""
+    given = {option.split("=")[0] for option in argv if option.startswith("--")}
+    others, args.device_given = given - {"--resume", "--device", "--parallel", "--quiet"}, "--device" in given
+    if hasattr(args, "resume") and others:
+        raise ValueError(
+            f"resume: expected no other option but --device, --parallel and --quiet, got "
+            f"{', '.join(sorted(others))}; a run goes on with its own settings"
+        )
+
+
+def _check_torchrun(args: argparse.Namespace, argv: list[str]) -> None:
+    """Several processes can share one command, and one process has nothing to share."""
+    if not of_torchrun():
+        if hasattr(args, "masks"):
+            raise ValueError(
+                f"parallel: expected none without torchrun, since one process makes all forwards, got "
+                f"{args.parallel!r}; leave it out"
+            )
+    elif os.environ["WORLD_SIZE"] != "1" and args.run is not learn:
+        raise ValueError(f"torchrun: expected `learn`, the one command for several ranks, got {argv[0]!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

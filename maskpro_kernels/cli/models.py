@@ -1,0 +1,52 @@
+"""Models in and out; transformers takes seconds to import, and a wrong argument or --help does not wait for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..text.data import windows
+from .arguments import DTYPES, telling
+
+
+def load(name: str, dtype: str, device: torch.device, bars: bool):
+    """(model, tokenizer), see ``hf.load_model``.
+
+    Args:
+        bars: whether transformers draws its bars, here and when the model is saved.
+    """
+    from ..hf import load_model, show_bars
+
+    show_bars(bars)
+    model, tokenizer = load_model(name, DTYPES[dtype])
+    return model.to(device), tokenizer
+
+
+def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
+    """See ``hf.save_model``."""
+    from ..hf import save_model
+
+    with telling("output"):
+        save_model(model, tokenizer, folder)
+
+
+def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
+    """``data.windows`` for a model.
+
+    Args:
+        data: the argument that the text comes from, for errors.
+        option: that of the length.
+
+    Raises:
+        ValueError: if the text is too short, or the model does not know one of its tokens.
+    """
+    with telling(data, f"give a longer text, or a smaller {option}"):
+        found = windows(text, tokenizer, length)
+    known = model.get_input_embeddings().num_embeddings
+    if int(found.max()) >= known:
+        raise ValueError(
+            f"model: expected tokens below {known}, the size of its vocabulary, got {int(found.max())} of its "
+            "tokenizer, which is of another model; put the model's own beside it"
+        )
+    return found

@@ -1,0 +1,348 @@
+"""The options of the command `maskpro`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from ..pruning.convert import INITIAL_MASKS
+from ..training.trainer import PARALLEL
+from .arguments import DTYPE, DTYPES
+from .compare import compare
+from .evaluate import evaluate
+from .export import export
+from .import_checkpoint import import_
+from .learn import DEFAULTS, learn, versions
+from .progress import tell_as
+from .replay import replay
+from .runs import TENSORBOARD
+from .validate import validate
+
+SHOW = argparse.ArgumentDefaultsHelpFormatter
+SOURCES = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells an error in one line, where argparse's usage of all options would bury it."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        # here, or the parser of all commands would tell it, and point to its own help
+        found, others = super().parse_known_args(args, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return found, others
+
+    def error(self, message: str) -> None:
+        tell_as("error", f"{message}; `{self.prog} --help` tells what it takes")
+        self.exit(2)
+
+
+class _Versions(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        for name, number in versions().items():
+            print(name, number)
+        parser.exit()
+
+
+def _number_of(kind: Callable, expected: str) -> Callable:
+    def parsed(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return parsed
+
+
+_whole, _number = _number_of(int, "a whole number"), _number_of(float, "a number")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of what matters here, and end")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_learn(commands)
+    _add_eval(commands)
+    _add_compare(commands)
+    _add_export(commands)
+    _add_replay(commands)
+    _add_import(commands)
+    _add_validate(commands)
+    return parser
+
+
+def _add_learn(commands) -> None:
+    parser = commands.add_parser(
+        "learn",
+        help="learn a mask and write a masked checkpoint",
+        description="Learn an N:M mask of a causal language model whose weights stay frozen. Prints held-out "
+        "perplexities and writes a Hugging Face checkpoint with exact zeros, the logits, a report and a picture.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    _add_model(parser, required=False)
+    _add_data(parser, required=False)
+    parser.add_argument(
+        "--output",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="folder to write; must be new or empty",
+    )
+    parser.add_argument(
+        "--resume",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="go on with the run in DIR that was broken off, with its settings; alone, or with --device, "
+        "--parallel and --quiet",
+    )
+    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
+    parser.add_argument(
+        "--init",
+        choices=INITIAL_MASKS,
+        default="wanda",
+        help="mask to start from: largest weights; largest weight times activation norm; or, from that, swaps that "
+        "lower the error of each layer's outputs",
+    )
+    parser.add_argument(
+        "--estimator",
+        choices=DEFAULTS,
+        default="reinforce",
+        help="how to learn: from losses of forward passes alone, as the paper does, or by the gradient of the weights",
+    )
+    parser.add_argument("--steps", type=_whole, default=1000, metavar="S", help="training steps")
+    parser.add_argument("--batch-size", type=_whole, default=32, metavar="B", help="windows in a calibration batch")
+    parser.add_argument("--seq-len", type=_whole, default=128, metavar="L", help="tokens in a calibration window")
+    parser.add_argument(
+        "--init-batches", type=_whole, default=16, metavar="I", help="batches for the initial mask, at most"
+    )
+    parser.add_argument(
+        "--calibration-batches",
+        type=_whole,
+        default=argparse.SUPPRESS,
+        metavar="C",
+        help="distinct batches to cycle through, at most (default: 16 for reinforce, else all of the text)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=_number,
+        default=argparse.SUPPRESS,
+        help="learning rate of the logits (default: 50 for reinforce; 0.1 for straight-through, falling to 0)",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=_number,
+        default=argparse.SUPPRESS,
+        metavar="A",
+        help="memory of the tracker of reinforce, in [0, 1] (default: 0.99)",
+    )
+    parser.add_argument(
+        "--draws",
+        type=_whole,
+        default=argparse.SUPPRESS,
+        metavar="K",
+        help="masks that a step of reinforce draws and compares, a forward pass each (default: 1, with a tracker)",
+    )
+    parser.add_argument(
+        "--max-update",
+        type=_number,
+        default=argparse.SUPPRESS,
+        metavar="L",
+        help="most that a step of straight-through moves a logit (default: 2)",
+    )
+    parser.add_argument("--accumulate", type=_whole, default=1, metavar="A", help="batches a step")
+    parser.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        default=argparse.SUPPRESS,
+        help="under torchrun: whether the ranks draw the same masks and share the batches of a step, or each draws its "
+        "own share of the masks (default: same)",
+    )
+    exploration = parser.add_mutually_exclusive_group()
+    exploration.add_argument(
+        "--gap",
+        type=_number,
+        default=argparse.SUPPRESS,
+        metavar="G",
+        help="initial logit of a kept weight over a dropped one; larger explores less (default: 10 for reinforce, "
+        "15 for straight-through)",
+    )
+    exploration.add_argument(
+        "--flip-rate",
+        type=_number,
+        default=argparse.SUPPRESS,
+        metavar="F",
+        help="instead of --gap: fraction of the groups whose first draw leaves the initial mask",
+    )
+    parser.add_argument(
+        "--other-data",
+        default=argparse.SUPPRESS,
+        metavar="DATA",
+        help=f"a text of another kind, whose test part the table shows too: {SOURCES}",
+    )
+    parser.add_argument("--seed", type=_whole, default=0, help="of the batches and of all draws")
+    parser.add_argument(
+        "--eval-every",
+        type=_whole,
+        default=argparse.SUPPRESS,
+        metavar="E",
+        help="steps between perplexities of the validation text (default: a fifth of the steps)",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help=f"write what each step sees for TensorBoard, into the folder {TENSORBOARD} of the output",
+    )
+    _add_evaluation(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    _add_quiet(parser)
+    parser.set_defaults(run=learn)
+
+
+def _add_eval(commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="perplexity of a run or a model",
+        description="Print the held-out perplexity of a run's folder or of any causal language model; for a run, "
+        "also the fraction of groups that follow its pattern.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
+    _add_data(parser)
+    _add_evaluation(parser)
+    _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
+    _add_quiet(parser)
+    parser.set_defaults(run=evaluate)
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="one table and picture of several runs",
+        description="Print the table of several runs of the same model, pattern and texts, and draw the perplexity of "
+        "their validation text over the tokens they learned from.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder written by `maskpro learn`")
+    parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="FILE", help="picture to write; must not exist")
+    parser.set_defaults(run=compare)
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="masked checkpoint from a run's logits",
+        description="Rebuild the Hugging Face checkpoint of a run from its base model and its logits: with exact "
+        "zeros, which any program loads, or with packed weights, smaller, which this package loads.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    parser.add_argument("--to", choices=("dense", "packed"), default="dense", help="how the weights are stored")
+    _add_dtype(parser, "dtype of the weights", "that of the run")
+    _add_quiet(parser)
+    parser.set_defaults(run=export)
+
+
+def _add_replay(commands) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="rebuild a run's logits from its journal",
+        description="Rebuild the logits of a run by reinforce from its first snapshot and its journal, without a "
+        "model, and print their digest.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn --estimator reinforce`")
+    parser.add_argument("--steps", type=_whole, default=argparse.SUPPRESS, metavar="S", help="how many (default: all)")
+    parser.add_argument(
+        "--output", default=argparse.SUPPRESS, metavar="FILE", help="safetensors file to write; must not exist"
+    )
+    _add_device(parser)
+    _add_quiet(parser)
+    parser.set_defaults(run=replay)
+
+
+def _add_import(commands) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="checkpoint from what other programs store",
+        description="Write a checkpoint with exact zeros or with packed weights from: a folder in compressed-tensors' "
+        "sparse-24-bitmask format; a folder whose weights hold zeros in the pattern; or, with --model, learned masks: "
+        "an .npz file of MaskLLM, or bool masks of MaskPro in a .pt file or a folder of them.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or file to read")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--model", default=argparse.SUPPRESS, help="for masks: the model they are of, as in `maskpro learn --model`"
+    )
+    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="that the weights or masks follow")
+    parser.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
+    _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
+    _add_quiet(parser)
+    parser.set_defaults(run=import_)
+
+
+def _add_validate(commands) -> None:
+    parser = commands.add_parser(
+        "validate",
+        help="which N:M patterns a checkpoint holds",
+        description="Print for every matrix of a checkpoint the N:M patterns that it follows, the share of values that "
+        "are not zero, how many are -0.0, and the largest power of two that divides its rows.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
+    parser.set_defaults(run=validate)
+
+
+def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--model",
+        required=required,
+        default=argparse.SUPPRESS,
+        help="a local folder, a model id on the hub, or smollm2-135m",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--data",
+        required=required,
+        default=argparse.SUPPRESS,
+        help=SOURCES,
+    )
+
+
+def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="plain lines on stderr in place of bars; always so where it is no terminal",
+    )
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eval-windows", type=_whole, default=24, metavar="W", help="test windows to evaluate, at most"
+    )
+    parser.add_argument("--eval-length", type=_whole, default=512, metavar="T", help="tokens in a test window")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs, such as cuda:0"
+    )

@@ -1,0 +1,70 @@
+"""`maskpro replay`: the logits of a run again, from its journal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+
+from ..files import write_whole
+from ..pattern import NMPattern
+from ..training.batches import digest
+from ..training.journal import read as read_journal
+from ..training.run_folder import JOURNAL
+from ..training.score_updates import ReplayedLayer
+from ..training.score_updates import replay as replay_step
+from ..training.snapshots import newest_snapshot
+from .arguments import device_of, new_file, telling
+from .progress import followed, tell
+from .runs import LOGITS, PROGRESS, SETTINGS, logits_metadata
+
+CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
+
+
+def replay(args: argparse.Namespace) -> None:
+    """Rebuild the logits, print their digest, and write them where asked for."""
+    progress = Path(args.source) / PROGRESS
+    if not Path(args.source).is_dir():
+        raise ValueError(
+            f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}: there is none; "
+            "check its name"
+        )
+    if not (progress / JOURNAL).exists():
+        raise ValueError(
+            f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
+            f"a run by straight-through cannot be replayed, its logits are in its {LOGITS}"
+        )
+    with telling("run", CURE):
+        header, entries, torn = read_journal(progress / JOURNAL)
+    run = header["run"]
+    steps = getattr(args, "steps", len(entries))
+    if not 0 <= steps <= len(entries):
+        raise ValueError(f"steps: expected 0 to {len(entries)}, those of the journal, got {steps}")
+    output = new_file(args, "output")
+    device = device_of(args.device)
+    with telling("run", CURE):
+        _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
+    if torn:
+        tell(f"the last record is cut short by a crash: {torn} bytes are left out")
+    layers = {
+        name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer, *place)
+        for name, (layer, pattern, _, _, *place) in run["layers"].items()
+    }
+    for entry in followed(entries[:steps], "replaying", args.bars):
+        replay_step(layers, run["seed"], entry)
+    logits = {name: layer.logits.cpu() for name, layer in layers.items()}
+    if output is not None:
+        write_whole(output, save(logits, metadata=_metadata(Path(args.source), run)))
+    print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
+
+
+def _metadata(source: Path, run: Mapping) -> dict[str, str] | None:
+    """As it stands beside the logits of the run, so that they can take their place; None where it is not known."""
+    try:
+        settings = json.loads((source / SETTINGS).read_text(encoding="utf-8"))["settings"]
+        return logits_metadata(settings, run["weights"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

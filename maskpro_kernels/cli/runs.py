@@ -1,0 +1,157 @@
+"""What a run leaves in its folder, and reading it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..modules import masked_layers
+from ..pattern import NMPattern
+from ..ranks import MissingRanks
+from ..training.batches import digest
+from ..training.run_folder import LOCK, METRICS
+from .arguments import DTYPES
+from .progress import tell_as
+
+# What a run leaves at its end
+LOGITS, REPORT, PAGE = "logits.safetensors", "report.json", "report.html"
+PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
+# And while it goes on
+SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
+TENSORBOARD = "tensorboard"
+# What is read of a report, and of the settings in it
+REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
+REPORTED_SETTINGS = ("data", "dtype", "eval_length")
+# What a run goes on by: its settings, and what was known before its first step
+RESUMED_SETTINGS = ("model", "data", "init", "dtype", "device", "estimator", "steps", "lr", "gap", "seed")
+RESUMED = ("settings", "table", "seconds", "converted", "skipped")
+
+
+def goes_on(output: Path) -> bool:
+    """Whether the folder is that of a run that has begun to learn and has not ended."""
+    return (output / SETTINGS).is_file() and (output / PROGRESS).is_dir() and not (output / REPORT).exists()
+
+
+def logits_metadata(settings: Mapping, weights: str) -> dict[str, str]:
+    """What stands beside the logits of a run with these settings: all that an export takes besides them.
+
+    Args:
+        weights: the digest of the masked layers' weights, in the dtype of the settings.
+    """
+    return {name: settings[name] for name in ("model", "pattern", "dtype")} | {"weights": weights}
+
+
+def digest_of_weights(model: torch.nn.Module) -> str:
+    """That of the masked layers, as the snapshots of a run hold it."""
+    return digest(layer.weight for layer in masked_layers(model).values())
+
+
+def how_to_go_on(output: Path) -> str:
+    return f"go on with: maskpro learn --resume {shlex.quote(str(output))}"
+
+
+def tell_missing(error: MissingRanks, output: Path) -> None:
+    """Tell in one line which ranks have ended and how to go on; the first that is left does."""
+    cure = how_to_go_on(output) if goes_on(output) else "nothing was learned yet; run it again"
+    first = next(rank for rank in itertools.count() if rank not in error.missing)
+    tell_as("error", f"{error}; {cure}", by=first)
+
+
+def check_ended(output: Path, lacking: str) -> None:
+    """Raise ValueError unless the folder of a run holds a file that is written at the end."""
+    if not (output / lacking).is_file():
+        cure = f"its run has not ended, {how_to_go_on(output)}" if goes_on(output) else "give the folder of a run"
+        raise ValueError(
+            f"run: expected a folder written by `maskpro learn`, got {str(output)!r}, without {lacking}; {cure}"
+        )
+
+
+def check_free(output: Path) -> None:
+    """Raise ValueError if another process is at a run; the trainer would, but after the model has been loaded."""
+    lock = output / PROGRESS / LOCK
+    if lock.exists():
+        try:
+            with FileLock(lock, blocking=False):
+                pass
+        except Timeout:
+            raise ValueError(
+                f"resume: expected a run that no process is at, got {str(output)!r}; wait for the other, or end it"
+            ) from None
+
+
+def read_report(path: Path) -> dict:
+    """What a run reported; ValueError unless it is one."""
+    check_ended(path.parent, REPORT)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        settings = report["settings"]
+        read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in REPORTED_SETTINGS}
+        _check_report(read)
+        return read | {"other_data": settings.get("other_data")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}; restore it from a copy, or move "
+            "it away: `maskpro learn --resume` then writes that of a run by reinforce again"
+        ) from error
+
+
+def _check_report(report: dict) -> None:
+    NMPattern(report["pattern"])
+    if report["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {report['dtype']!r}")
+    if not report["converted"] or not all(isinstance(name, str) for name in report["converted"]):
+        raise ValueError("no names of layers")
+    _check_table(report["table"])
+    _check_numbers(report["validation"], ("step", "tokens", "perplexity"))
+
+
+def _check_table(table: Sequence[Mapping]) -> None:
+    if not table or not all(isinstance(row["method"], str) for row in table):
+        raise ValueError("no names of methods in its table")
+    _check_numbers(table, ("perplexity", "seconds"))
+
+
+def _check_numbers(rows: Sequence[Mapping], names: Sequence[str]) -> None:
+    wrong = [row[name] for row in rows for name in names if not isinstance(row[name], (int, float))]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} for a number")
+
+
+def read_start(output: Path) -> dict:
+    """The settings of a run that has not ended, and what was known before its first step; ValueError if it is none."""
+    if (output / REPORT).exists():
+        raise ValueError(
+            f"resume: expected a run that has not ended, got {str(output)!r}, which has a report; `maskpro eval` and "
+            "`maskpro export` take it"
+        )
+    if not (output / SETTINGS).is_file():
+        raise ValueError(
+            f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}, without "
+            f"{SETTINGS}; begin with `maskpro learn --output`"
+        )
+    try:
+        start = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        for holder, names in ((start, RESUMED), (start["settings"], RESUMED_SETTINGS)):
+            missing = [name for name in names if name not in holder]
+            if missing:
+                raise ValueError(f"no {', '.join(missing)} in {SETTINGS}")
+        _check_table(start["table"])
+        _check_numbers([start], ("seconds",))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}: {error!r}; "
+            f"restore {SETTINGS} from a copy, or begin anew with another --output"
+        ) from error
+    return start
+
+
+def read_metrics(progress: Path) -> list[dict]:
+    """What the trainer wrote of each step."""
+    path = progress / METRICS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

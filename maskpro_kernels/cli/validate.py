@@ -1,0 +1,31 @@
+"""`maskpro validate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from ..checkpoints.safetensors_files import weight_files
+from ..checkpoints.survey import survey
+from .runs import LOGITS
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Print which patterns the matrices of a checkpoint follow."""
+    files = weight_files(args.checkpoint)
+    # in the folder of a run the logits stand beside the weights
+    rows = list(survey([file for file in files if file.name != LOGITS] or files))
+    if not rows:
+        raise ValueError(f"checkpoint: expected matrices of floats, got none in {args.checkpoint!r}")
+    width = max(len(row.name) for row in rows)
+    print(f"{'weight':<{width}}  {'shape':>14}  {'density':>8}  {'-0.0':>6}  {'aligned':>7}  follows")
+    for row in rows:
+        shape = f"{row.shape[0]}x{row.shape[1]}"
+        follows = ", ".join(row.patterns) or "none"
+        stored = " (packed)" if row.packed else ""
+        print(
+            f"{row.name:<{width}}  {shape:>14}  {row.density:>8.2%}  {row.negative_zeros:>6}  {row.alignment:>7}  "
+            f"{follows}{stored}"
+        )
+    for patterns, count in Counter(row.patterns for row in rows).most_common():
+        print(f"{count} of {len(rows)} follow {', '.join(patterns) or 'no pattern'}")

@@ -1,0 +1,103 @@
+"""Files that are seen as a whole or not at all, also after a crash, and folders that may be written to."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is seen as a whole or not at all, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, unless it is there; their names are on disk then."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        # its name is itself lost in a crash unless the folder above reaches the disk too
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_output(folder: str | Path) -> None:
+    """Refuses an output folder that cannot be written or would mix with what is already there; leaves nothing behind.
+
+    Raises:
+        ValueError: if ``folder`` exists and is not empty, or it or a folder above it is a file or not writable.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    # Told now: after hours of learning it would be too late.
+    if not there.is_dir():
+        raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file; give another name")
+    try:
+        # Permission bits alone do not tell: root, read-only and virtual file systems pass them.
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: {error}") from error
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"output: expected a new or empty folder, got {str(folder)!r}, which is not empty; give another"
+        )
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file; one of that name is replaced only once the new one is safe on disk.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with disk_errors(path):
+            save_file(tensors, temporary, metadata=metadata)
+        open_to_others(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The new name is itself lost in a crash unless the folder reaches the disk too.
+    sync(path.parent)
+
+
+def open_to_others(path: str | Path) -> None:
+    """Give a file of safetensors, which its owner alone may read, the mode that other new files have."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """What safetensors cannot write, such as to a full disk, is told as an OSError, which its own error is not."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error

@@ -1,0 +1,222 @@
+"""Checks of arguments, and what the functions make of them."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import philox
+from ..pattern import MaskSource, NMPattern
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Scalar = int | Tensor
+
+
+def check_shard(shape: Sequence[int], pattern: NMPattern, group_offset: int, group_row_stride: int | None) -> int:
+    """The groups in a row of the whole layer that a matrix [rows, K] of that shape is a shard of.
+
+    Raises:
+        TypeError, ValueError: the matrix cannot lie there.
+    """
+    rows, groups = shape[0], shape[1] // pattern.m
+    _check_int("group_offset", group_offset, philox.MAX_GROUPS)
+    if group_row_stride is None:
+        group_row_stride = groups
+    else:
+        _check_int("group_row_stride", group_row_stride, philox.MAX_GROUPS)
+        if group_row_stride < groups:
+            raise ValueError(
+                f"group_row_stride: expected at least the {groups} groups of a row of the given tensor, "
+                f"got {group_row_stride}"
+            )
+    last = group_offset + (rows - 1) * group_row_stride + groups
+    if last > philox.MAX_GROUPS:
+        raise ValueError(f"group_offset: expected group indices below {philox.MAX_GROUPS}, got up to {last}")
+    return group_row_stride
+
+
+def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | None = None) -> None:
+    """Raise unless ``codes`` are group codes of the pattern, and fit ``like`` [..., K] where it is given."""
+    if not isinstance(codes, Tensor) or codes.dtype != pattern.code_dtype:
+        raise TypeError(f"{name}: expected group codes of dtype {pattern.code_dtype}, got {describe(codes)}")
+    if codes.dim() == 0:
+        raise ValueError(f"{name}: expected group codes [..., K / M], got a 0-dim tensor")
+    if like is None:
+        return
+    expected = (*like.shape[:-1], like.shape[-1] // pattern.m)
+    if tuple(codes.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected} for {pattern}, got {tuple(codes.shape)}")
+    if codes.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {codes.device}")
+
+
+def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
+    """Raise unless every code keeps exactly N of M; waits for the device."""
+    value = codes.to(torch.int64)
+    kept = sum(value >> i & 1 for i in range(pattern.m))
+    if pattern.m < 32:
+        # bits beyond the group count as too many
+        kept = kept + (value >> pattern.m != 0) * pattern.m
+    wrong = (kept != pattern.n).nonzero()
+    if len(wrong):
+        where = tuple(wrong[0].tolist())
+        raise ValueError(
+            f"{name}: expected exactly {pattern.n} of every {pattern.m} kept, "
+            f"got code {int(codes[where]):#x} in group {where} ({len(wrong)} groups differ)"
+        )
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def describe(value) -> str:
+    """What an argument is, in a line, however much it holds."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
+    return f"{type(value).__name__} {_SHORT.repr(value)}"
+
+
+def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
+    if tensor.dim() == 0 or tensor.shape[-1] == 0 or tensor.shape[-1] % pattern.m:
+        raise ValueError(f"{name}: expected a last dimension divisible by {pattern.m}, above 0, got {describe(tensor)}")
+
+
+def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
+    """The tensor as a contiguous matrix [rows, K]."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(tensor)}")
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(tensor)}")
+    _check_groups(name, tensor, pattern)
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor.contiguous()
+
+
+def _linear_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x [tokens, K], weight, bias) of a linear layer, checked and contiguous; x in the dtype of the product."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"weight: expected a tensor [out, K], got {describe(weight)}")
+    if weight.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}] on {weight.device}, got {describe(x)}")
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if x.dtype != weight.dtype and not (autocast and x.dtype in LOGIT_DTYPES):
+        raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {describe(x)}")
+    if bias is not None and (
+        not isinstance(bias, Tensor)
+        or bias.shape != weight.shape[:1]
+        or bias.dtype != weight.dtype
+        or bias.device != weight.device
+    ):
+        raise ValueError(
+            f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype} on {weight.device}, got {describe(bias)}"
+        )
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(device))
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return tokens, _matrix("weight", weight, pattern), None if bias is None else bias.contiguous()
+
+
+def _drawn(logits, pattern: NMPattern, temperature, seed, step, layer, draw, offset, stride) -> MaskSource:
+    """The checked arguments of a draw."""
+    matrix = _matrix("logits", logits, pattern)
+    inverse = _inverse_temperature(temperature)
+    seed, step = _counter_tensors(logits.device, seed, step)
+    _check_int("draw", draw, philox.MAX_DRAWS)
+    shard = _shard(matrix, pattern, layer, draw, offset, stride)
+    return MaskSource(matrix, "drawn", pattern.n, pattern.m, inverse, seed, step, *shard)
+
+
+def _check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected a tensor like {other}, {list(like.shape)} on {like.device}, got {describe(tensor)}"
+        )
+
+
+def _check_int(name: str, value: int, limit: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if not 0 <= value < limit:
+        raise ValueError(f"{name}: expected an int in [0, {limit}), got {value}")
+
+
+def _inverse_temperature(temperature: float) -> float:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: expected a float, got {describe(temperature)}")
+    if not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"temperature: expected a positive float in [1e-30, 1e30], got {temperature}")
+    return 1.0 / temperature
+
+
+def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor; a Python number is filled on the device, which neither copies nor synchronises."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    # what ``to`` and ``detach`` cost where they change nothing is much to a small layer
+    if value.dtype != dtype or value.device != device:
+        value = value.to(device=device, dtype=dtype)
+    return value.detach() if value.requires_grad else value
+
+
+def _stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 1-dim tensor of the values; a single one takes no launch but its own."""
+    tensors = [_on_device(value, dtype, device) for value in values]
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].view(1)
+
+
+def _counter_tensors(device: torch.device, seed: Scalar, step: Scalar) -> tuple[Tensor, Tensor]:
+    for name, value, low, high in (("seed", seed, -(1 << 63), 1 << 63), ("step", step, 0, philox.MAX_STEPS)):
+        if isinstance(value, Tensor):
+            if value.dim() != 0 or value.dtype != torch.int64:
+                raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
+        elif isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
+        elif not low <= value < high:
+            raise ValueError(f"{name}: expected an int in [{low}, {high}), got {value}")
+    return _on_device(seed, torch.int64, device), _on_device(step, torch.int64, device)
+
+
+def _shard(matrix: Tensor, pattern: NMPattern, layer, draw, offset, stride) -> tuple[int, ...]:
+    """(layer, draw, offset, row stride) checked; without the draw where it is None."""
+    _check_int("layer", layer, philox.MAX_LAYERS)
+    stride = check_shard(matrix.shape, pattern, offset, stride)
+    return (layer, offset, stride) if draw is None else (layer, draw, offset, stride)
+
+
+def _coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[int]]:
+    several = isinstance(draw, Sequence)
+    draws = list(draw) if several else [draw]
+    if isinstance(coef, str):
+        raise TypeError(f"coef: expected a float, a 0-dim tensor or a sequence of them, got {describe(coef)}")
+    listed = isinstance(coef, Sequence) or (isinstance(coef, Tensor) and coef.dim() == 1)
+    if listed != several:
+        raise ValueError(f"coef: expected a sequence exactly where draw is one, got {coef!r} for draw {draw!r}")
+    coefs = list(coef) if listed else [coef]
+    if len(coefs) != len(draws) or not coefs:
+        raise ValueError(f"coef: expected one for each of the {len(draws)} draws, at least one, got {len(coefs)}")
+    for c in coefs:
+        if isinstance(c, Tensor):
+            if c.dim() != 0 or not c.dtype.is_floating_point:
+                raise ValueError(f"coef: expected a float or a 0-dim floating-point tensor, got {describe(c)}")
+        elif isinstance(c, bool) or not isinstance(c, (int, float)):
+            raise TypeError(f"coef: expected a float or a 0-dim tensor, got {describe(c)}")
+        elif not max(abs(c), abs(c) * inverse_temperature) <= FLOAT32_MAX:
+            raise ValueError(f"coef: expected a number finite in float32, also over the temperature, got {c}")
+    for i in draws:
+        _check_int("draw", i, philox.MAX_DRAWS)
+    if len(set(draws)) != len(draws):
+        raise ValueError(f"draw: expected distinct ids, got {draws}")
+    return coefs, draws

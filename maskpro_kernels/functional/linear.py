@@ -1,0 +1,209 @@
+"""Linear layers under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import ops
+from ..pattern import MaskSource, NMPattern
+from .checks import Scalar, _check_like, _drawn, _linear_operands, _matrix, check_codes
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pattern: str | NMPattern,
+    temperature: float = 1.0,
+    log_prob: bool = True,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear layer under a drawn mask: (x @ (weight * mask).T + bias, log-probability of the mask).
+
+    Gradients flow to x, weight, bias, and through the log-probability to the logits (the score): of first order
+    and by backward only, not by ``torch.func.jvp``.
+
+    Args:
+        x: [..., K] in the weight's dtype; under autocast float32, bfloat16 or float16, and y in autocast's dtype.
+        weight: float32, bfloat16 or float16 [out, K].
+        logits: float32, bfloat16 or float16 [out, K].
+        bias: [out] or None.
+        log_prob: whether to compute the log-probability.
+        The others: as for ``sample_mask``.
+
+    Returns:
+        y [..., out], and the sum over the layer of log p(S), 0-dim float32, or None if not asked for.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
+    _check_like("logits", logits, "weight", weight)
+    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
+    source = mask.tensor if log_prob else mask.tensor.detach()
+    y, total = ops.masked_linear(tokens, matrix, vector, log_prob, source, *mask[1:])
+    return y.view(*x.shape[:-1], weight.shape[0]), total if log_prob else None
+
+
+def straight_through_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource, curvature: float = 1.0
+) -> Tensor:
+    """What passes straight through a draw to its logits: the slope of the loss in the mask.
+
+    That is w G + (1/2 - m) w^2 F, the slope halfway between kept and dropped, less its mean over every group, as a
+    group's mask has a fixed sum. G is the loss's derivative in the masked weight, and F = curvature * (sum of grad^2
+    over the tokens) (sum of x^2 over the tokens) its second one: of a loss that is a mean over the tokens, in nats,
+    the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv 1503.05671). With w G alone, weights
+    of which any change overshoots would come and go for ever.
+
+    Serves as ``logits_backward`` of ``straight_through_linear`` and of ``MaskedLinear``, which call it with their
+    contiguous operands; ``functools.partial`` binds another curvature.
+
+    Args:
+        grad: gradient of y [tokens, out].
+        x: [tokens, K].
+        weight: [out, K].
+        mask: the source of the mask under which y was computed.
+        curvature: factor of F, at least 0.
+
+    Returns:
+        Tensor [out, K] in the dtype of the logits.
+
+    Raises:
+        ValueError: if ``curvature`` is below 0.
+    """
+    if not curvature >= 0:
+        raise ValueError(f"curvature: expected a float of at least 0, got {curvature}")
+    return ops.straight_through_grad(grad, x, weight, curvature, *mask).to(mask.tensor.dtype)
+
+
+def straight_through_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pattern: str | NMPattern,
+    temperature: float = 1.0,
+    logits_backward: Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None] = straight_through_gradient,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Tensor:
+    """Linear layer under a drawn mask, with a gradient that passes straight through the draw to the logits.
+
+    Gradients flow to x, weight and bias as in ``masked_linear``.
+
+    Args:
+        x, weight, logits, bias: as for ``masked_linear``.
+        logits_backward: gives the gradient of the logits, see ``straight_through_gradient``. It is called after the
+            other gradients are computed, so it may move the logits itself, and then returns None.
+        The others: as for ``sample_mask``.
+
+    Returns:
+        y [..., out].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
+    _check_like("logits", logits, "weight", weight)
+    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
+    y = _StraightThroughLinear.apply(tokens, matrix, vector, logits_backward, *mask)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _StraightThroughLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, logits_backward, *mask):
+        y, _ = ops.masked_linear(x, weight, bias, False, *mask)
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.logits_backward, *mask = inputs
+        logits, *ctx.constants, seed, step, layer, draw, offset, stride = mask
+        ctx.counter = (layer, draw, offset, stride)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        needs_x, needs_weight, _, _, needs_logits, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs_weight or needs_logits else None, weight if needs_x or needs_logits else None, logits, seed, step
+        )
+        ctx.weight_dtype = weight.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, logits, seed, step = ctx.saved_tensors
+        mask = MaskSource(logits, *ctx.constants, seed, step, *ctx.counter)
+        needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        x_grad = ops.masked_linear_input_grad(grad, weight, *mask) if needs_x else None
+        weight_grad = ops.masked_linear_weight_grad(grad, x, *mask).to(ctx.weight_dtype) if needs_weight else None
+        bias_grad = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
+        # last: logits that have moved would draw another mask
+        logits_grad = ctx.logits_backward(grad, x, weight, mask) if needs_logits else None
+        return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(mask) - 1)
+
+
+def top_n_linear(
+    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, *, pattern: str | NMPattern
+) -> Tensor:
+    """Linear layer under the mask of the N largest logits of every group: x @ (weight * mask).T + bias.
+
+    Args:
+        x, weight, logits, bias: as for ``masked_linear``. Gradients flow to x, weight and bias.
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        y [..., out].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
+    _check_like("logits", logits, "weight", weight)
+    mask = MaskSource(_matrix("logits", logits.detach(), pattern), "top_n", pattern.n, pattern.m)
+    y, _ = ops.masked_linear(tokens, matrix, vector, False, *mask)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def codes_linear(
+    x: Tensor, weight: Tensor, codes: Tensor, bias: Tensor | None = None, *, pattern: str | NMPattern
+) -> Tensor:
+    """Linear layer under a given mask: x @ (weight * mask).T + bias.
+
+    Args:
+        x, weight, bias: as for ``masked_linear``. Gradients flow to them.
+        codes: group codes [out, K / M].
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        y [..., out].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
+    check_codes("codes", codes, pattern, weight)
+    mask = MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m)
+    y, _ = ops.masked_linear(tokens, matrix, vector, False, *mask)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,260 @@
+"""Masks: drawn, found, packed, their log-probability, and the update of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import philox
+from ..pattern import NMPattern
+from .checks import (
+    Scalar,
+    _check_groups,
+    _check_int,
+    _check_like,
+    _coefs_and_draws,
+    _counter_tensors,
+    _drawn,
+    _inverse_temperature,
+    _matrix,
+    _shard,
+    _stacked,
+    check_codes,
+    check_exactly_n,
+    describe,
+)
+
+
+def sample_mask(
+    logits: Tensor,
+    pattern: str | NMPattern,
+    *,
+    temperature: float = 1.0,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Tensor:
+    """Draw N of every M weights without replacement from softmax(logits / temperature).
+
+    Gumbel-top-N: the N largest logit / temperature + noise are kept. The draw is a pure function of
+    the logits and of (seed, step, layer, draw, group index), whatever the device. Noise spans
+    [-3.13, 22.87]: no draw crosses a gap above 26, and rates are exact to 1% up to a gap of 21.
+
+    Args:
+        logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
+        pattern: "N:M" or NMPattern.
+        temperature: positive; at most 1e30 and at least 1e-30.
+        seed: int or 0-dim int64 tensor.
+        step: int in [0, 2**32) or 0-dim int64 tensor.
+        layer: id in [0, 2**32). Two layers with the same id draw the same noise.
+        draw: id in [0, 2**16) of one of several draws in a step.
+        group_offset: index in the whole layer of the first group, where ``logits`` is a shard.
+        group_row_stride: groups in a row of the whole layer; default: of the given logits.
+
+    Returns:
+        Group codes [..., K / M]: bit i is set where weight i of the group is kept; uint8 for M <= 8,
+        int32 above.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
+    source, _, *counter = mask
+    codes = ops.sample_mask(source, *counter)
+    return codes.view(*logits.shape[:-1], logits.shape[-1] // pattern.m)
+
+
+def sample_masked_weight(
+    weight: Tensor,
+    logits: Tensor,
+    pattern: str | NMPattern,
+    *,
+    temperature: float = 1.0,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Tensor:
+    """The weight under the mask that ``sample_mask`` draws from the same arguments, exact zeros elsewhere.
+
+    Args:
+        weight: float32, bfloat16 or float16, shaped and placed like ``logits``. Gradients flow to it.
+        logits and the others: as for ``sample_mask``.
+
+    Returns:
+        Tensor like ``weight``, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
+    _check_like("weight", weight, "logits", logits)
+    return ops.masked_weight(_matrix("weight", weight, pattern), mask.tensor.detach(), *mask[1:]).view(weight.shape)
+
+
+def shard_counter(pattern: str | NMPattern, in_features: int, *, row: int = 0, column: int = 0) -> dict[str, int]:
+    """Where a shard lies in its layer, as the keywords of the functions that draw and of ``MaskedLinear``.
+
+    Args:
+        pattern: "N:M" or NMPattern.
+        in_features: K of the whole layer, divisible by M.
+        row: of the whole layer, where the shard's first one stands.
+        column: of the whole layer, where the shard's first one stands; divisible by M.
+
+    Returns:
+        ``group_offset`` and ``group_row_stride``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    _check_int("in_features", in_features, philox.MAX_GROUPS * pattern.m + 1)
+    if in_features == 0 or in_features % pattern.m:
+        raise ValueError(f"in_features: expected an int divisible by {pattern.m}, above 0, got {in_features}")
+    _check_int("row", row, philox.MAX_GROUPS)
+    _check_int("column", column, in_features)
+    if column % pattern.m:
+        raise ValueError(f"column: expected an int divisible by {pattern.m}, or groups are torn, got {column}")
+    stride = in_features // pattern.m
+    return {"group_offset": row * stride + column // pattern.m, "group_row_stride": stride}
+
+
+def top_n_mask(scores: Tensor, pattern: str | NMPattern) -> Tensor:
+    """Group codes of the N largest scores of every group, ties to the lower index.
+
+    Args:
+        scores: float32, bfloat16 or float16 [..., K], K divisible by M, no NaN.
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        Group codes [..., K / M].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    codes = ops.top_n_mask(_matrix("scores", scores, pattern), pattern.n, pattern.m)
+    return codes.view(*scores.shape[:-1], scores.shape[-1] // pattern.m)
+
+
+def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
+    """Group codes [..., K / M] of a bool mask [..., K].
+
+    Raises:
+        TypeError: if ``mask`` is not a bool tensor.
+        ValueError: if K is not divisible by M, or a group does not keep exactly N.
+    """
+    pattern = NMPattern(pattern)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
+    _check_groups("mask", mask, pattern)
+    groups = mask.unflatten(-1, (-1, pattern.m))
+    code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
+    for i in range(pattern.m):
+        code |= groups[..., i].to(torch.int32) << i
+    code = code.to(pattern.code_dtype)
+    check_exactly_n("mask", code, pattern)
+    return code
+
+
+def expand_mask(codes: Tensor, pattern: str | NMPattern) -> Tensor:
+    """bool mask [..., K] of group codes [..., K / M].
+
+    Raises:
+        TypeError: if ``codes`` does not have the pattern's code dtype.
+        ValueError: if ``codes`` has no dimension.
+    """
+    pattern = NMPattern(pattern)
+    check_codes("codes", codes, pattern)
+    bits = torch.arange(pattern.m, device=codes.device, dtype=codes.dtype)
+    return (codes[..., None] >> bits & 1).to(torch.bool).flatten(-2)
+
+
+def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Tensor:
+    """log p(S) of drawing each group's mask S from softmax(logits), in any order; differentiable in the logits.
+
+    Exact without cancellation: up to N = 4 by recursion over the subsets of S, above by quadrature over
+    the first dropped arrival (150 to 300 nodes: slow, meant for checks rather than for training).
+
+    Args:
+        logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
+        codes: group codes [..., K / M] that keep exactly N, which is not checked: it would wait for the device.
+        pattern: "N:M" or NMPattern.
+
+    Returns:
+        float32 [..., K / M].
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    matrix = _matrix("logits", logits, pattern)
+    check_codes("codes", codes, pattern, logits)
+    flat = codes.reshape(matrix.shape[0], matrix.shape[1] // pattern.m).contiguous()
+    return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m, 1.0).view(codes.shape)
+
+
+def score_update_(
+    logits: Tensor,
+    coef: float | Tensor | Sequence[float | Tensor],
+    *,
+    pattern: str | NMPattern,
+    temperature: float = 1.0,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: int = 0,
+    draw: int | Sequence[int] = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Tensor:
+    """logits -= sum of coef * score, in place; the masks are drawn again from their counters.
+
+    The score is the gradient of log p(S) in the logits at the temperature of the draw. Up to N = 4 it
+    is exact; above, it is the unbiased estimate from the arrival times of the draw, whose mean given S
+    is the exact score. All scores are taken at the logits as given, which are read once and written
+    once. 16-bit logits are rounded stochastically, once, so small updates are right on average.
+
+    Args:
+        logits: float32, bfloat16 or float16 [..., K], K divisible by M; changed.
+        coef: float or 0-dim tensor, or a sequence of K of them with ``draw`` a sequence of K ids.
+        pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride: as they were
+            given to ``sample_mask``.
+
+    Returns:
+        ``logits``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the logits are then untouched.
+    """
+    pattern = NMPattern(pattern)
+    matrix = _matrix("logits", logits, pattern).detach()
+    spans = zip(logits.shape, logits.stride(), strict=True)
+    if not logits.is_contiguous() and any(size > 1 and stride == 0 for size, stride in spans):
+        raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
+    # dynamo does not trace the question, and refuses such a tensor itself
+    if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")
+    inverse = _inverse_temperature(temperature)
+    coefs, draws = _coefs_and_draws(coef, draw, inverse)
+    seed, step = _counter_tensors(logits.device, seed, step)
+    with torch.no_grad():
+        device = logits.device
+        coef_tensor = _stacked(coefs, torch.float32, device)
+        draw_tensor = _stacked(draws, torch.int64, device)
+        layer, offset, stride = _shard(matrix, pattern, layer, None, group_offset, group_row_stride)
+        ops.score_update_(
+            matrix, coef_tensor, pattern.n, pattern.m, inverse, seed, step, layer, draw_tensor, offset, stride
+        )
+        if not logits.is_contiguous():
+            logits.copy_(matrix.view(logits.shape))
+    return logits

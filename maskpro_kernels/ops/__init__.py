@@ -1,0 +1,19 @@
+"""The operations, each on every route with the same bits."""
+
+from .registry import (
+    best_swaps,
+    descend_,
+    mask_log_prob,
+    mask_score,
+    masked_linear,
+    masked_linear_input_grad,
+    masked_linear_weight_grad,
+    masked_weight,
+    nm_linear,
+    sample_mask,
+    score_update_,
+    straight_through_grad,
+    straight_through_update_,
+    top_n_mask,
+    unpack_nm,
+)

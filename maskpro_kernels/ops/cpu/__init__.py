@@ -1,0 +1,1 @@
+"""The reference as machine code for the CPU."""

@@ -1,0 +1,369 @@
+"""Functions of groups as loops of machine code: compiled once, kept on disk, loaded by later processes.
+
+One loop serves any number of groups. A call costs microseconds, and a process that finds it on disk traces and
+compiles nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from ..reference.arithmetic import INTEGERS
+
+logger = logging.getLogger(__name__)
+
+# Groups that a function is traced with: as many columns no group has
+TRACED = 7
+
+# Groups that a loop is compared with its function on: more than are determined at a time, and no multiple of a vector
+SAMPLE = 5_003
+
+# Where they lie: in rows that the whole layer sets apart
+SAMPLE_SHARD = (3, 1_000, 1_777, 5)
+
+# Fewest groups that threads share
+LEAST_SHARED = 1 << 14
+
+KEPT_SECONDS = 90 * 24 * 3600
+
+# torch's tracer changes settings of the whole process while it runs
+_making = threading.Lock()
+
+# (dtype, *shape) of tensors
+Likes = tuple[tuple, ...]
+# Of a group's number, and of those of many, which the compiled code holds in half the width: it fits more into a vector
+NUMBER, NUMBERS = (torch.int64,), (torch.uint32,)
+
+
+class _Bound(nn.Module):
+    """``function(*tensors, **constants)``, as a tuple.
+
+    Where ``numbered``, the last tensor is the number of the first group, and the function gets the numbers of all
+    groups behind the first ``groups`` tensors. It gets all numbers in int64.
+    """
+
+    def __init__(self, function: Callable, groups: int, numbered: bool, constants: Mapping):
+        super().__init__()
+        self.function, self.groups, self.numbered, self.constants = function, groups, numbered, constants
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        groups, rest = list(tensors[: self.groups]), list(tensors[self.groups :])
+        if self.numbered:
+            groups.append(rest.pop() + torch.arange(groups[0].shape[0], device="cpu"))
+        groups = [x.to(torch.int64) if x.dtype == torch.uint32 else x for x in groups]
+        results = self.function(*groups, *rest, **self.constants)
+        return results if isinstance(results, tuple) else (results,)
+
+
+class _Drawn(nn.Module):
+    """``by_bounds`` on all groups, and ``full`` on those that it leaves open, as ``CompiledLoop`` tells."""
+
+    def __init__(self, by_bounds: _Bound, full: _Bound):
+        super().__init__()
+        self.by_bounds, self.full = by_bounds, full
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        *tensors, shard = tensors
+        result, undecided = self.by_bounds(*tensors)
+        (which,) = undecided.nonzero(as_tuple=True)
+        start, columns, row_stride, offset = shard.tolist()
+        local = which + start
+        number = local // columns * row_stride + local % columns + offset
+        groups, rest = tensors[: self.by_bounds.groups - 1], tensors[self.by_bounds.groups :]
+        (drawn,) = self.full(*(x[which] for x in groups), number, *rest)
+        return (result.index_put((which,), drawn),)
+
+
+class CompiledLoop:
+    """``function(*groups, *rest, **constants)`` of tensors of groups [groups, ...], and of others.
+
+    It is called with a list of all these tensors, each contiguous, and the memory of the first result where that is to
+    be of the caller's. It gives a list of results [groups, ...], and is compiled or loaded at its first call. It checks
+    nothing: what its results depend on is in the key by which ``compiled_loop`` keeps it, and in its name on disk.
+    Where it cannot be compiled it runs eagerly.
+
+    Args:
+        groups: (dtype, *shape of one group) of each tensor of groups.
+        rest: (dtype, *shape) of each of the others.
+        numbered: whether the groups are consecutive, so that the number of the first one, a 0-dim int64 tensor that
+            comes last, stands for the tensor of their numbers, which the function takes behind those of groups.
+        out: (dtype, *shape of one group) of memory that is given for the first result.
+        in_place: index of the tensor of groups whose memory that is; None where it is no tensor's.
+        full: the results of the function are then one and uint8 1 for each group that this one leaves open. Such a
+            group gets the result of ``full``, which takes their numbers in the whole layer instead of the last tensor
+            of groups. What comes last of all is a tensor int64 (start, columns, row_stride, offset): group i has the
+            number l // columns * row_stride + l % columns + offset, with l = start + i.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        groups: Likes,
+        rest: Likes,
+        numbered: bool = False,
+        out: tuple | None = None,
+        in_place: int | None = None,
+        full: Callable | None = None,
+        constants: Mapping = MappingProxyType({}),
+    ):
+        self.name = function.__name__.strip("_")
+        self.function = _Bound(function, len(groups), numbered, constants)
+        self.full = None if full is None else _Bound(full, len(groups), False, constants)
+        self.whole = self.function if full is None else _Drawn(self.function, self.full)
+        self.groups, self.rest, self.out, self.in_place = groups, (*rest, NUMBER) if numbered else rest, out, in_place
+        self.run: Callable[..., list[Tensor]] | None = None
+
+    def __call__(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        if self.run is None:
+            with _making:
+                if self.run is None:
+                    self.run = self._made(tensors)
+        return self.run(tensors, out)
+
+    def _made(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+        try:
+            return self._compiled(tensors)
+        except Exception as error:
+            # what a compiler, its cache or its settings raise differs from release to release
+            first_line = (str(error) or repr(error)).splitlines()[0]
+            warnings.warn(f"compilation failed ({first_line}); maskpro_kernels runs eagerly on CPU", stacklevel=4)
+            return self._eager
+
+    def _eager(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        with torch.no_grad():
+            results = list(self.whole(*tensors))
+            if out is not None:
+                results[0] = out.copy_(results[0])
+        return results
+
+    def _compiled(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+        path = cache_folder() / f"{self.name}-{self._digest()}.o"
+        # the folder may be deleted at any time
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock")
+        with FileLock(lock):
+            # a lock that others wait for is not to be removed
+            os.utime(lock)
+            kept = intact(path)
+            if kept is not None:
+                os.utime(path)
+                return self._loaded(*kept)
+            logger.info("compiling %s: once, it is kept in %s", self.name, path.parent)
+            # tracing takes no tensors of inference mode
+            with torch.inference_mode(False), torch.no_grad():
+                code, results = self._build()
+                run = self._loaded(code, results)
+                self._check(run, tensors)
+            try:
+                keep(path, code, results)
+                remove_unused(path.parent)
+            except OSError as error:
+                logger.warning("%s is not kept: %s", path, error)
+            return run
+
+    def _digest(self) -> str:
+        """Of all that the compiled code depends on."""
+        functions = [bound.function for bound in (self.function, self.full) if bound]
+        names = [(function.__module__, function.__qualname__) for function in functions]
+        constants = sorted(map(str, self.function.constants.items()))
+        made_of = (names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place)
+        made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
+        return hashlib.sha256(repr((*made_of, *made_by)).encode()).hexdigest()[:32]
+
+    def _build(self) -> tuple[bytes, Likes]:
+        """(Machine code, (dtype, *shape of one group) of each result)."""
+        # here, for it brings all of LLVM
+        from . import codegen, loops
+
+        rest = [_zeros(*like) for like in self.rest]
+        graph, full = (
+            bound and codegen.traced(bound, [_zeros(dtype, TRACED, *shape) for dtype, *shape in groups] + rest)
+            for bound, groups in ((self.function, self.groups), (self.full, (*self.groups[:-1], NUMBERS)))
+        )
+        assembly, results = loops.lowered(graph, self.groups, self.rest, self.in_place, full)
+        if self.out not in (None, results[0]):
+            raise ValueError(f"out: expected {results[0]}, got {self.out}")
+        return loops.compiled(assembly), results
+
+    def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
+        from . import loops
+
+        # where the first result is a tensor's, its address is there already
+        written = results if self.in_place is None else results[1:]
+        made = results if self.out is None else results[1:]
+        loop = loops.loaded(code, len(self.groups) + len(self.rest) + (self.full is not None) + len(written))
+
+        def run(tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+            count = tensors[0].shape[0]
+            filled = [] if out is None else [out]
+            filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
+            addresses = [x.data_ptr() for x in tensors]
+            addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
+            # all or one: OpenMP starts threads anew where their number changes
+            loop(count, torch.get_num_threads() if count >= LEAST_SHARED else 1, *addresses)
+            return filled
+
+        return run
+
+    def _check(self, run: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
+        """Raise unless ``run`` does what the function does, bit for bit: translations and compilers may err."""
+        given, found_in = self._sample(tensors), self._sample(tensors)
+        expected = self._eager(given)
+        out = None
+        if self.in_place is not None:
+            out = found_in[self.in_place]
+            given[self.in_place] = expected[0]
+        elif self.out:
+            out = torch.empty_like(expected[0])
+        for one, other in zip([*expected, *given], [*run(found_in, out), *found_in], strict=True):
+            if not _same_bits(one, other):
+                raise RuntimeError(f"the loop of {self.name} differs from the function")
+
+    def _sample(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Few groups like ``tensors``: with their integers, for not all may be codes of groups, and any floats."""
+        generator = torch.Generator("cpu").manual_seed(0)
+
+        def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
+
+        # as far apart as makes some draws certain and leaves others open, and factors that keep them so
+        some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
+        groups, rest = tensors[: len(self.groups)], tensors[len(self.groups) :]
+        if self.full:
+            *rest, _ = rest
+            rest.append(torch.tensor(SAMPLE_SHARD, device="cpu"))
+        return [
+            *(16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some] for x in groups),
+            *(1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),
+        ]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same bits, but for those of a NaN, which no operation promises."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    nan = one.isnan()
+    bits = [x.masked_fill(nan, 0.0).view(INTEGERS[x.itemsize]) for x in (one, other)]
+    return torch.equal(nan, other.isnan()) and torch.equal(*bits)
+
+
+def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
+@functools.cache
+def compiled_loop(*given, **constants: int | torch.dtype) -> CompiledLoop:
+    """The ``CompiledLoop`` of what is given, with those constants."""
+    return CompiledLoop(*given, constants=constants)
+
+
+def keep(path: Path, code: bytes, results: Likes) -> None:
+    """A loop's file: a digest of the rest, a line that tells its results, and machine code."""
+    told = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
+    body = told + b"\n" + code
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        unfinished.write_bytes(hashlib.sha256(body).digest() + body)
+        os.replace(unfinished, path)
+
+
+def intact(path: Path) -> tuple[bytes, Likes] | None:
+    """(Machine code, results) of a loop's file, if it is there and whole."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, body = data[:32], data[32:]
+    if hashlib.sha256(body).digest() != digest:
+        return None
+    told, code = body.split(b"\n", 1)
+    return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(told))
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove what nobody has loaded for KEPT_SECONDS, and what killed processes left behind."""
+    for path in folder.iterdir():
+        # another process may have removed its own in the meantime
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < KEPT_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """Where compiled loops are kept: ``maskpro_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` if nobody else may
+    write there, for what lies there is run; else a folder of this process.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "maskpro_kernels"
+    try:
+        if folder.is_absolute():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.stat()
+            if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+                return folder
+    except OSError:
+        pass
+    return Path(_of_this_process().name)
+
+
+@functools.cache
+def _of_this_process() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
+
+
+@functools.cache
+def processor() -> str:
+    """What native code may use here: a cache may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = {line.split(":")[0].strip(): line for line in lines if ":" in line}
+    model = [fields[name] for name in ("model name", "flags", "Features") if name in fields]
+    return " ".join([platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), *model])
+
+
+def sources() -> str:
+    """Digest of what loops are compiled from."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[2]
+    for path in sorted(
+        [
+            package / "pattern.py",
+            *(package / "ops").glob("*.py"),
+            *(package / "ops/reference").glob("*.py"),
+            *(package / "ops/cpu").glob("*.py"),
+        ]
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# Now, for a file may be edited before the first loop is compiled from what this process has loaded
+CODE = sources()

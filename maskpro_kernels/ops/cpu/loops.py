@@ -1,0 +1,340 @@
+"""Loops over groups as machine code: a traced function is the body, which LLVM vectorises with interleaved columns.
+
+Where a function leaves groups undetermined, such a loop runs over a block of them, and another over what has been
+gathered of those groups, which are then put back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from llvmlite import binding, ir
+from torch import fx
+
+from .codegen import LONG, POINTER, TYPES, WORD, Columns, _Body
+
+ENTRY, SHARED = "loop", "shared"
+# of OpenMP
+THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
+
+# Groups that are determined before those left open among them are looked for, and of these how many are drawn at a time
+BLOCK = 1 << 11
+BATCH = 1 << 8
+# A multiple of what any CPU's vectors hold, unrolled as they may be
+VECTORS = 1 << 6
+
+
+def lowered(
+    graph: fx.GraphModule,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None = None,
+    full: fx.GraphModule | None = None,
+) -> tuple[str, tuple[tuple, ...]]:
+    """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
+
+    The addresses are those of tensors of groups, of the rest, of the shard where there is ``full``, and of results,
+    but not of a first one in place of a tensor of groups. All others are as in ``graphs.CompiledLoop``, traced.
+    """
+    module = ir.Module("maskpro_kernels")
+    if full is None:
+        function, results = _add_loop(module, ENTRY, graph, groups, rest, in_place)
+    else:
+        by_bounds, determined = _add_loop(module, "by_bounds", graph, groups, rest, in_place)
+        draw, results = _add_loop(module, "draw", full, [*groups[:-1], (torch.uint32,)], rest, in_place)
+        if determined != (*results, (torch.uint8,)):
+            raise ValueError(f"full: expected the results of the function but its flags {determined}, got {results}")
+        function = _add_draws(module, by_bounds, draw, groups, rest, in_place, *results)
+    _add_shared(module, function)
+    return str(module), results
+
+
+def _add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[LONG] * longs, *[POINTER] * pointers]), name)
+    return function, ir.IRBuilder(function.append_basic_block())
+
+
+def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, count: int, dtype: torch.dtype):
+    """Of the i-th of ``count`` columns of a group."""
+    index = builder.add(builder.mul(group, LONG(count)), LONG(i))
+    return builder.gep(pointer, [index], source_etype=TYPES[dtype])
+
+
+def _each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
+    """A loop over [start, stop); the builder goes on behind it."""
+    before, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
+    builder.position_at_end(loop)
+    i = builder.phi(LONG)
+    i.add_incoming(start, before)
+    body(i)
+    following = builder.add(i, LONG(by))
+    i.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
+    builder.position_at_end(done)
+
+
+def _add_loop(
+    module: ir.Module,
+    name: str,
+    graph: fx.GraphModule,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None,
+) -> tuple[ir.Function, tuple[tuple, ...]]:
+    """``loop`` of a function by itself, and its results, as ``lowered`` tells."""
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
+    given = len(groups) + len(rest)
+    function, builder = _add_function(module, name, 2, given + len(results) - (in_place is not None))
+    # some CPUs are tuned for half of such registers, and gain from whole ones here
+    set.add(function.attributes, '"prefer-vector-width"="512"')
+    # its arguments would no longer be known to lie apart
+    function.attributes.add("noinline")
+    start, stop, *pointers = function.args
+    for pointer in pointers:
+        pointer.add_attribute("noalias")
+    outputs = pointers[given:] if in_place is None else [pointers[in_place], *pointers[given:]]
+    shared = {}
+    for node, pointer, (dtype, *shape) in zip(nodes[len(groups) :], pointers[len(groups) : given], rest, strict=True):
+        addresses = [builder.gep(pointer, [LONG(i)], source_etype=TYPES[dtype]) for i in range(math.prod(shape))]
+        shared[node] = Columns([builder.load(x, typ=TYPES[dtype]) for x in addresses], dtype)
+
+    def body(group: ir.Value) -> None:
+        known = dict(shared)
+        for node, pointer, (dtype, *shape) in zip(nodes, pointers, groups, strict=False):
+            known[node] = Columns(_loaded(builder, pointer, group, dtype, math.prod(shape)), dtype)
+        operations = _Body(graph, builder, group, known)
+        # all loads before all stores: a result may take the place of a tensor of groups
+        for pointer, (dtype, *shape), columns in zip(outputs, results, operations.run(), strict=True):
+            count = math.prod(shape)
+            _store(builder, columns.values * (count // len(columns.values)), pointer, group, dtype)
+
+    _each(builder, start, stop, body)
+    builder.ret_void()
+    return function, results
+
+
+def _loaded(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, dtype: torch.dtype, count: int) -> list:
+    """The columns of a group."""
+    addresses = [_address(builder, pointer, group, i, count, dtype) for i in range(count)]
+    # where tensors are views of files or of other tensors, nothing is aligned
+    return [builder.load(x, typ=TYPES[dtype], align=1) for x in addresses]
+
+
+def _store(builder: ir.IRBuilder, values: Sequence, pointer: ir.Value, group: ir.Value, dtype: torch.dtype) -> None:
+    """The values of ``_loaded``."""
+    for i, value in enumerate(values):
+        builder.store(value, _address(builder, pointer, group, i, len(values), dtype), align=1)
+
+
+def _add_draws(
+    module: ir.Module,
+    by_bounds: ir.Function,
+    draw: ir.Function,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None,
+    result: tuple,
+) -> ir.Function:
+    """``loop`` that determines BLOCK groups at a time, and draws what they leave open whenever BATCH groups are."""
+    batch = _add_batch(module, draw, groups, rest, in_place, result)
+    given, own = len(groups) + len(rest), in_place is None
+    function, builder = _add_function(module, ENTRY, 2, given + 1 + own)
+    start, stop, *pointers = function.args
+    determined = [*pointers[:given], *pointers[given + 1 :]]
+    byte = ir.IntType(8)
+    # read in words, of which the last one may go beyond what was determined
+    flags_type = ir.ArrayType(byte, BLOCK + 8)
+    flags, found, filled = builder.alloca(flags_type), builder.alloca(LONG, BATCH), builder.alloca(LONG)
+    builder.store(flags_type(None), flags)
+    builder.store(LONG(0), filled)
+
+    def draw_found(size: ir.Value) -> None:
+        builder.call(batch, [size, found, *pointers])
+        builder.store(LONG(0), filled)
+
+    def block(first: ir.Value) -> None:
+        beyond = builder.add(first, LONG(BLOCK))
+        end = builder.select(builder.icmp_signed("<", beyond, stop), beyond, stop)
+        here = builder.gep(flags, [builder.neg(first)], source_etype=byte)
+        builder.call(by_bounds, [first, end, *determined, here])
+
+        def flag_of(group: ir.Value, typ: ir.Type) -> ir.Value:
+            return builder.load(builder.gep(here, [group], source_etype=byte), typ=typ, align=1)
+
+        def collect(group: ir.Value) -> None:
+            size = builder.load(filled, typ=LONG)
+            builder.store(group, builder.gep(found, [size], source_etype=LONG))
+            size = builder.add(size, builder.zext(flag_of(group, byte), LONG))
+            builder.store(size, filled)
+            with builder.if_then(builder.icmp_signed("==", size, LONG(BATCH)), likely=False):
+                draw_found(size)
+
+        def word(group: ir.Value) -> None:
+            with builder.if_then(builder.icmp_signed("!=", flag_of(group, LONG), LONG(0)), likely=False):
+                last = builder.add(group, LONG(8))
+                _each(builder, group, builder.select(builder.icmp_signed("<", last, end), last, end), collect)
+
+        _each(builder, first, end, word, by=8)
+
+    _each(builder, start, stop, block, by=BLOCK)
+    size = builder.load(filled, typ=LONG)
+    with builder.if_then(builder.icmp_signed("!=", size, LONG(0))):
+        draw_found(size)
+    builder.ret_void()
+    return function
+
+
+def _add_batch(
+    module: ir.Module,
+    draw: ir.Function,
+    groups: Sequence[tuple],
+    rest: Sequence[tuple],
+    in_place: int | None,
+    result: tuple,
+) -> ir.Function:
+    """``batch(size, open groups, *addresses)``: up to BATCH groups, drawn side by side and put back."""
+    given, own = len(groups) + len(rest), in_place is None
+    function, builder = _add_function(module, "batch", 1, 1 + given + 1 + own)
+    function.attributes.add("noinline")
+    size, found, *pointers = function.args
+    # a group as a vector, or loops would be made of instructions that gather and scatter, and take longer
+    *types, result_type = (
+        ir.VectorType(ir.IntType(8), dtype.itemsize * math.prod(shape)) for dtype, *shape in (*groups[:-1], result)
+    )
+    gathered = [builder.alloca(group, BATCH) for group in types]
+    drawn = builder.alloca(result_type, BATCH) if own else gathered[in_place]
+    for place in (*gathered, drawn):
+        # of the vectors that are read and written there
+        place.align = 64
+    numbers = builder.alloca(WORD, BATCH)
+    out = pointers[given + 1] if own else pointers[in_place]
+    first, columns, row_stride, offset = _loaded(builder, pointers[given], LONG(0), torch.int64, 4)
+    shift, gap = builder.add(first, offset), builder.sub(row_stride, columns)
+    # whole vectors, with the last group again and again: what a vector leaves over is done one by one
+    padded = builder.and_(builder.add(size, LONG(VECTORS - 1)), LONG(-VECTORS))
+    last = builder.sub(size, LONG(1))
+
+    def found_at(i: ir.Value) -> ir.Value:
+        return builder.load(builder.gep(found, [i], source_etype=LONG), typ=LONG)
+
+    def copy(source: ir.Value, source_group: ir.Value, target: ir.Value, target_group: ir.Value, typ: ir.Type) -> None:
+        # a vector as the step between groups would be rounded up to a power of two
+        size, byte = LONG(typ.count), ir.IntType(8)
+        read, written = (
+            builder.gep(pointer, [builder.mul(group, size)], source_etype=byte)
+            for pointer, group in ((source, source_group), (target, target_group))
+        )
+        builder.store(builder.load(read, typ=typ, align=1), written, align=1)
+
+    def gather(i: ir.Value) -> None:
+        group = found_at(builder.select(builder.icmp_signed("<", i, last), i, last))
+        for source, target, typ in zip(pointers, gathered, types, strict=False):
+            copy(source, group, target, i, typ)
+        _store(builder, [builder.trunc(builder.add(group, shift), WORD)], numbers, i, torch.uint32)
+
+    def set_apart(i: ir.Value) -> None:
+        (number,) = _loaded(builder, numbers, i, torch.uint32, 1)
+        row = builder.sdiv(builder.sub(builder.zext(number, LONG), offset), columns)
+        skipped = builder.trunc(builder.mul(row, gap), WORD)
+        _store(builder, [builder.add(number, skipped)], numbers, i, torch.uint32)
+
+    def scatter(i: ir.Value) -> None:
+        copy(drawn, i, out, found_at(i), result_type)
+
+    _each(builder, LONG(0), padded, gather)
+    # rows that lie side by side need no division
+    with builder.if_then(builder.icmp_signed("!=", gap, LONG(0))):
+        _each(builder, LONG(0), padded, set_apart)
+    results = [drawn] if own else []
+    builder.call(draw, [LONG(0), padded, *gathered, numbers, *pointers[len(groups) : given], *results])
+    _each(builder, LONG(0), size, scatter)
+    builder.ret_void()
+    return function
+
+
+@functools.cache
+def _initialize() -> None:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+
+
+@functools.cache
+def machine() -> binding.TargetMachine:
+    """This one, with all that its processor has."""
+    _initialize()
+    target = binding.Target.from_default_triple()
+    features = binding.get_host_cpu_features().flatten()
+    return target.create_target_machine(binding.get_host_cpu_name(), features, opt=3, reloc="pic", codemodel="default")
+
+
+def compiled(assembly: str) -> bytes:
+    """The object file of a module."""
+    module = binding.parse_assembly(assembly)
+    module.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = options.slp_vectorization = True
+    builder = binding.create_pass_builder(machine(), options)
+    builder.getModulePassManager().run(module, builder)
+    return machine().emit_object(module)
+
+
+def loaded(code: bytes, addresses: int) -> Callable[..., None]:
+    """``loop(count, threads, *addresses)`` of an object file: all groups, without the GIL."""
+    _initialize()
+    jit = binding.create_lljit_compiler()
+    builder = binding.JITLibraryBuilder().add_object_img(code).export_symbol(ENTRY).export_symbol(SHARED)
+    openmp = _openmp()
+    for name in (THREAD, THREADS):
+        # where there is no OpenMP nothing calls them, but they have to be something
+        builder.import_symbol(name, ctypes.cast(getattr(openmp, name, _NO_THREAD), ctypes.c_void_p).value)
+    library = builder.link(jit, ENTRY)
+    whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * addresses)(library[ENTRY])
+    given = ctypes.c_int64 * (1 + addresses)
+
+    def loop(count: int, threads: int, *tensors: int) -> None:
+        if threads > 1 and openmp:
+            openmp.GOMP_parallel(ctypes.c_void_p(library[SHARED]), given(count, *tensors), threads, 0)
+        else:
+            whole(0, count, *tensors)
+
+    # the code lives as long as these
+    loop.kept = jit, library
+    return loop
+
+
+_NO_THREAD = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The library whose threads torch's own loops run in, where that is GNU's: no second one is loaded."""
+    try:
+        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+    except (OSError, AttributeError):
+        return None
+    library.GOMP_parallel.restype = None
+    return library
+
+
+def _add_shared(module: ir.Module, loop: ir.Function) -> None:
+    """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *addresses]."""
+    number = ir.FunctionType(WORD, [])
+    thread, threads = (ir.Function(module, number, name) for name in (THREAD, THREADS))
+    function, builder = _add_function(module, SHARED, 0, 1)
+
+    def datum(i: int, type_):
+        return builder.load(builder.gep(function.args[0], [LONG(i)], source_etype=LONG), typ=type_)
+
+    own, all_ = (builder.sext(builder.call(f, []), LONG) for f in (thread, threads))
+    count = datum(0, LONG)
+    bounds = [builder.sdiv(builder.mul(count, x), all_) for x in (own, builder.add(own, LONG(1)))]
+    builder.call(loop, [*bounds, *(datum(1 + i, POINTER) for i in range(len(loop.args) - 2))])
+    builder.ret_void()

@@ -1,0 +1,79 @@
+"""The one rule of dispatch: which code runs an operation.
+
+CUDA tensors go to the kernels; CPU tensors go to the kernels under Triton's interpreter (``TRITON_INTERPRET=1``), else
+to the reference: as machine code where LLVM compiles for the machine, else eager. All routes give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .cpu import kernels as cpu_kernels
+from .triton.tiles import INTERPRETED
+
+logger = logging.getLogger(__name__)
+
+
+def interpreting() -> bool:
+    """Whether CPU tensors go to the kernels through Triton's interpreter."""
+    return INTERPRETED
+
+
+@functools.cache
+def compiler_available() -> bool:
+    """Whether LLVM compiles for this machine."""
+    try:
+        importlib.import_module("llvmlite.binding").get_host_cpu_name()
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("LLVM does not compile here (%s): maskpro_kernels runs eagerly on CPU, which is slower", error)
+        return False
+    return True
+
+
+@functools.cache
+def kernels(file: str):
+    return importlib.import_module(f"maskpro_kernels.ops.triton.{file}")
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _scalar(value: float | int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor that is only read; kept, for a layer needs the same few at every step."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
+
+
+def run_reference(name: str, args: tuple, scalars: tuple = (), **constants: int):
+    """Run the reference, compiled where possible; ``scalars`` become 0-dim tensors so that no value is compiled in."""
+    device = args[0].device
+    tensors = [_scalar(s, torch.float32 if isinstance(s, float) else torch.int64, device) for s in scalars]
+    module = cpu_kernels if device.type == "cpu" and compiler_available() else reference
+    return getattr(module, name)(*args, *tensors, **constants)
+
+
+def uses_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
+
+
+def quick_op(name: str, schema: str):
+    """As ``torch.library.custom_op``, but without its wrapper, for what is called once or more a layer and step."""
+
+    def register(function):
+        torch.library.define(f"maskpro::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"maskpro::{name}", ("cpu", "cuda"))(function)
+        return getattr(torch.ops.maskpro, name).default
+
+    return register
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Products in the dtype of their operands, also where backward runs inside of autocast."""
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()

@@ -1,0 +1,114 @@
+"""Gumbel-top-k: the N largest of logits plus Gumbel noise are a draw without replacement."""
+
+from __future__ import annotations
+
+import torch
+
+from ...pattern import code_dtype
+from .. import philox
+from .arithmetic import ln
+from .groups import columns, decode, encode, group_index, grouped, uncolumns
+
+TWO_POW_MINUS_32 = 2.0**-32
+
+
+def gumbel(r):
+    """Gumbel noise -ln(-ln(1 - u)), u = (r + 1/2) 2^-32, of 32-bit integers held in int64.
+
+    1 - u is formed from the complement of r, so the rare large values are resolved to 2^-32.
+    """
+    u = (r.to(torch.float32) + 0.5) * TWO_POW_MINUS_32
+    v = ((r ^ philox.WORD).to(torch.float32) + 0.5) * TWO_POW_MINUS_32
+    e = 0.0 - ln(v, 0.0 - u)
+    return 0.0 - ln(e, e - 1.0)
+
+
+def scaled(xs, inv_temperature):
+    """Logits in float32, less the group's largest, over the temperature."""
+    xs = [x.to(torch.float32) for x in xs]
+    largest = xs[0]
+    for x in xs[1:]:
+        largest = torch.maximum(largest, x)
+    return [(x - largest) * inv_temperature for x in xs]
+
+
+def top_n(keys, n):
+    """Which columns hold the N largest keys of their group, ties to the lower index: bool columns."""
+    m = len(keys)
+    wins = [0] * m
+    for i in range(m):
+        for j in range(i + 1, m):
+            ahead = (keys[i] >= keys[j]).to(torch.int32)
+            wins[i] = wins[i] + ahead
+            wins[j] = wins[j] + (1 - ahead)
+    return [w >= m - n for w in wins]
+
+
+def drawn_keys(z, group, seed, step, layer, draw):
+    """Scaled logits plus Gumbel noise."""
+    words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
+    return [z_i + gumbel(r) for z_i, r in zip(z, words, strict=True)]
+
+
+def group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n):
+    """Kept columns of a draw."""
+    z = scaled(columns(logits), inv_temperature)
+    return top_n(drawn_keys(z, group, seed, step, layer, draw), n)
+
+
+def masked(weight, kept):
+    """Groups of the weight where kept, exact zeros elsewhere."""
+    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    return uncolumns([torch.where(k, w, zero) for w, k in zip(columns(weight), kept, strict=True)])
+
+
+def group_sample_mask(logits, group, seed, step, inv_temperature, layer, draw, *, n):
+    kept = group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n)
+    return encode(kept, code_dtype(logits.shape[-1]))
+
+
+def group_sample_masked_weight(weight, logits, group, seed, step, inv_temperature, layer, draw, *, n):
+    return masked(weight, group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n))
+
+
+def group_top_n_mask(scores, *, n):
+    return encode(top_n(columns(scores), n), code_dtype(scores.shape[-1]))
+
+
+def group_top_n_masked_weight(weight, scores, *, n):
+    return masked(weight, top_n(columns(scores), n))
+
+
+def group_code_masked_weight(weight, codes):
+    return masked(weight, decode(codes, weight.shape[-1]))
+
+
+def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
+    """Group codes [rows, K / M] of a draw."""
+    group = group_index(logits, group_offset, group_row_stride, m)
+    return group_sample_mask(grouped(logits, m), group, seed, step, inv_temperature, layer, draw, n=n)
+
+
+def sample_masked_weight(
+    weight, logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m
+):
+    """The weight [rows, K] under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
+    group = group_index(logits, group_offset, group_row_stride, m)
+    return group_sample_masked_weight(
+        grouped(weight, m), grouped(logits, m), group, seed, step, inv_temperature, layer, draw, n=n
+    ).view(weight.shape)
+
+
+def top_n_mask(scores, *, n, m):
+    """Group codes [rows, K / M] of the N largest scores, ties to the lower index."""
+    return group_top_n_mask(grouped(scores, m), n=n)
+
+
+def top_n_masked_weight(weight, scores, *, n, m):
+    """The weight [rows, K] where its score is among the N largest of its group, exact zeros elsewhere."""
+    return group_top_n_masked_weight(grouped(weight, m), grouped(scores, m), n=n).view(weight.shape)
+
+
+def code_masked_weight(weight, codes, *, n, m):
+    """The weight [rows, K] where its group code [rows, K / M] keeps it, exact zeros elsewhere."""
+    return group_code_masked_weight(grouped(weight, m), codes).view(weight.shape)

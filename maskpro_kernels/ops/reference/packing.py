@@ -1,0 +1,33 @@
+"""Packed N:M weights, unpacked."""
+
+from __future__ import annotations
+
+import torch
+
+from ...pattern import codes_of
+from .arithmetic import INTEGERS
+from .groups import columns, decode, grouped, uncolumns
+
+
+def group_unpacked(values, codes, *, m):
+    """[..., M]: the N values [..., N] of each group in order where its code keeps, zeros elsewhere."""
+    values, kept = columns(values), decode(codes, m)
+    n = len(values)
+    before = torch.zeros_like(kept[0], dtype=torch.int32)
+    out = []
+    for i in range(m):
+        # so many of the values stand before: all that lie behind have to find room as well
+        fewest, most = max(0, i - (m - n)), min(i, n - 1)
+        value = values[fewest]
+        for count in range(fewest + 1, most + 1):
+            value = torch.where(before >= count, values[count], value)
+        out.append(torch.where(kept[i], value, 0))
+        before = before + kept[i].to(torch.int32)
+    return uncolumns(out)
+
+
+def unpack_nm(values, bitmask, *, n, m):
+    """[rows, K] of values [rows, K N / M] and their bitmask, bit for bit."""
+    k = values.shape[1] // n * m
+    as_integers = values.view(INTEGERS[values.itemsize])
+    return group_unpacked(grouped(as_integers, n), codes_of(bitmask, k, m), m=m).flatten(1).view(values.dtype)

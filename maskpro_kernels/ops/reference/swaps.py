@@ -1,0 +1,46 @@
+"""The best swap of a kept with a dropped weight in every group."""
+
+from __future__ import annotations
+
+import torch
+
+from .groups import decode
+
+
+def best_swaps(weight, product, codes, blocks, *, m):
+    """The swap of a kept with a dropped weight in every group that lowers the reconstruction error most.
+
+    The error of a row is E = d H d^T, d = weight * mask - weight. With R = d H, and c_i = -2 w_i R_i + w_i^2 H_ii
+    for a kept weight and +2 w_j R_j + w_j^2 H_jj for a dropped one, a swap changes it by c_i + c_j - 2 w_i w_j H_ij.
+
+    Args:
+        weight, product: w and R, float32 [rows, M, K / M]: weights that stand at the same place of their groups
+            lie together.
+        codes: [rows, K / M].
+        blocks: the diagonal blocks of H, float32 [M, M, K / M].
+
+    Returns:
+        (change of E, float32 [rows, K / M]; codes of the two weights, whose exclusive or with the mask's is the
+        swapped mask); on a tie the pair with the lower indices.
+    """
+    w, r = weight.unbind(1), product.unbind(1)
+    kept = decode(codes, m)
+    costs = []
+    for i in range(m):
+        pull = 2.0 * w[i] * r[i]
+        costs.append(torch.where(kept[i], 0.0 - pull, pull) + w[i] * w[i] * blocks[i, i])
+    best = torch.full_like(costs[0], torch.inf)
+    swap = torch.zeros_like(codes)
+    for i in range(m):
+        for j in range(i + 1, m):
+            change = costs[i] + costs[j] - 2.0 * (w[i] * w[j]) * blocks[i, j]
+            better = (kept[i] != kept[j]) & (change < best)
+            best = torch.where(better, change, best)
+            swap = torch.where(better, pair_code(i, j, m), swap)
+    return best, swap
+
+
+def pair_code(i, j, m):
+    """Group code of two weights, as a signed integer where M = 32."""
+    code = 1 << i | 1 << j
+    return code - (1 << 32) if m == 32 and j == 31 else code

@@ -1,0 +1,57 @@
+"""Device functions, which kernels are built of."""
+
+from .arithmetic import (
+    exp,
+    ln,
+)
+from .exponential_race import (
+    arrival_ratio,
+    dropped_softmax,
+    exponential_race_score,
+)
+from .groups import (
+    decode,
+    decode_tile,
+    encode,
+    join_columns,
+    split_columns,
+)
+from .gumbel_top_k import (
+    determined,
+    drawn_code,
+    drawn_keys,
+    gumbel,
+    scaled,
+    top_n,
+)
+from .philox import (
+    group_words,
+    philox4x32,
+)
+from .plackett_luce import (
+    add_term,
+    dropped_total,
+    exact_log_prob,
+    exact_score,
+    gather_slots,
+    kept_positions,
+    largest_dropped,
+    order_sum,
+    plackett_luce_terms,
+    scatter_slots,
+    slot_score,
+    smallest_kept,
+)
+from .quadrature import (
+    log_arrivals,
+    node_exponent,
+    node_weight,
+    one_minus_exp_ratio,
+    peak_exponent,
+    quadrature_log_prob,
+    quadrature_score,
+)
+from .rounding import (
+    round_group,
+    round_stochastically,
+)

@@ -1,0 +1,38 @@
+"""Logarithm and exponential, with the bits of the reference."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import EXP, EXP_UNDERFLOW, LN, LN2, LN2_HIGH, LN2_LOW, LOG2_E, SQRT_HALF_BITS
+
+
+@triton.jit
+def ln(x, near_one):
+    """Natural logarithm of positive float32; near_one is x - 1 as the caller knows it best."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - SQRT_HALF_BITS) >> 23
+    t = tl.where(exponent == 0, near_one, (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0)
+    p = t * LN[5] + LN[4]
+    p = p * t + LN[3]
+    p = p * t + LN[2]
+    p = p * t + LN[1]
+    p = p * t + LN[0]
+    return p * t * t + t + exponent.to(tl.float32) * LN2
+
+
+@triton.jit
+def exp(x):
+    """e^x of float32 up to 88; 0 below -87, so that no subnormal arises."""
+    clamped = tl.maximum(x, EXP_UNDERFLOW)
+    exponent = (clamped * LOG2_E + 128.5).to(tl.int32) - 128
+    scale = exponent.to(tl.float32)
+    r = clamped - scale * LN2_HIGH - scale * LN2_LOW
+    p = r * EXP[4] + EXP[3]
+    p = p * r + EXP[2]
+    p = p * r + EXP[1]
+    p = p * r + EXP[0]
+    p = p * r * r + r + 1.0
+    power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < EXP_UNDERFLOW, 0.0, p * power)

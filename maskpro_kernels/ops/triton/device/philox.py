@@ -1,0 +1,40 @@
+"""Philox4x32-10."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import KEY_STEPS, MULTIPLIERS, ROUNDS
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Four uint32 words for a counter and key of uint32 words."""
+    for _ in tl.static_range(ROUNDS):
+        product0 = tl.mul(c0.to(tl.uint64), MULTIPLIERS[0], sanitize_overflow=False)
+        product1 = tl.mul(c2.to(tl.uint64), MULTIPLIERS[1], sanitize_overflow=False)
+        low0, high0 = product0.to(tl.uint32), (product0 >> 32).to(tl.uint32)
+        low1, high1 = product1.to(tl.uint32), (product1 >> 32).to(tl.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, KEY_STEPS[0], sanitize_overflow=False)
+        k1 = tl.add(k1, KEY_STEPS[1], sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def group_words(group, M: tl.constexpr, STREAM: tl.constexpr, seed, step, layer, draw):
+    """M uint32 columns of random words for uint32 group indices; the other arguments are int64 scalars."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c1 = layer.to(tl.uint32)
+    c2 = step.to(tl.uint32)
+    words = ()
+    for block in tl.static_range((M + 3) // 4):
+        c3 = (draw << 16 | (STREAM << 8 | block)).to(tl.uint32)
+        w0, w1, w2, w3 = philox4x32(group, c1, c2, c3, k0, k1)
+        if M == 2:
+            words = words + (w0, w1)
+        else:
+            words = words + (w0, w1, w2, w3)
+    return words

@@ -1,0 +1,45 @@
+"""Stochastic rounding of logits to 16 bits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .constants import BFLOAT16_MAX, FLOAT16_MAX, FLOAT16_SMALLEST_NORMAL, FLOAT16_SUBNORMAL_STEP, STREAM_ROUNDING
+from .philox import group_words
+
+
+@triton.jit
+def round_stochastically(x, r, dtype: tl.constexpr):
+    """float32 rounded up or down to a 16-bit dtype's grid with probability by distance; r uint32 words.
+
+    Finite values stay finite, others pass through.
+    """
+    if dtype == tl.bfloat16:
+        # the sign of a zero is not defined through a bit cast, so zeros step aside
+        bits = tl.where(x == 0.0, 1.0, x).to(tl.int32, bitcast=True)
+        grid = ((bits + (r >> 16).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
+        rounded = tl.minimum(tl.maximum(grid, 0.0 - BFLOAT16_MAX), BFLOAT16_MAX)
+    else:
+        magnitude = tl.abs(x)
+        normal = magnitude >= FLOAT16_SMALLEST_NORMAL
+        bits = tl.where(normal, x, 1.0).to(tl.int32, bitcast=True)
+        grid = ((bits + (r >> 19).to(tl.int32)) & -8192).to(tl.float32, bitcast=True)
+        steps = tl.where(normal, 0.0, magnitude * (1.0 / FLOAT16_SUBNORMAL_STEP))
+        whole = steps.to(tl.int32).to(tl.float32)
+        up = ((r >> 8).to(tl.float32) * (1.0 / 16777216.0)) < (steps - whole)
+        small = (whole + tl.where(up, 1.0, 0.0)) * FLOAT16_SUBNORMAL_STEP
+        rounded = tl.where(normal, grid, tl.where(x < 0.0, 0.0 - small, small))
+        rounded = tl.minimum(tl.maximum(rounded, 0.0 - FLOAT16_MAX), FLOAT16_MAX)
+    finite = tl.abs(x) < float("inf")
+    return tl.where(finite & (x != 0.0), rounded, x)
+
+
+@triton.jit
+def round_group(x, group, M: tl.constexpr, seed, step, layer, draw, dtype: tl.constexpr):
+    """Columns rounded to a 16-bit dtype with words of the rounding stream."""
+    words = group_words(group, M, STREAM_ROUNDING, seed, step, layer, draw)
+    rounded = ()
+    for i in tl.static_range(M):
+        rounded = rounded + (round_stochastically(x[i], words[i], dtype),)
+    return rounded

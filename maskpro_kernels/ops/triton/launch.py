@@ -1,0 +1,45 @@
+"""The one place that launches kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+
+import torch
+
+from .tiles import INTERPRETED, Rows, Tiles, architecture, configuration
+
+# How often each kernel has been launched in this process
+launches: Counter[str] = Counter()
+
+
+def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, **constants) -> None:
+    """Launch ``kernel`` on ``groups`` groups; nothing happens where there are none."""
+    if groups == 0:
+        return
+    config = configuration(name, m, groups)
+    grid = ((groups + config.block - 1) // config.block,)
+    options = config.options(architecture(device))
+    _launch(kernel, name, grid, device, args, options, M=m, BLOCK=config.block, **constants)
+
+
+def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torch.device, *args, **constants) -> None:
+    """Launch a kernel whose programs own some rows each."""
+    grid = ((rows + config.rows - 1) // config.rows,)
+    options = config.options(architecture(device))
+    _launch(kernel, name, grid, device, args, options, M=m, ROWS=config.rows, BLOCK=config.block, **constants)
+
+
+def launch_tiles(kernel, name: str, m: int, grid: tuple[int, int], tile: Tiles, device, *args, **constants) -> None:
+    """Launch a kernel of masked products on a grid of tiles."""
+    options = tile.options(architecture(device))
+    blocks = {"BLOCK_OUT": tile.out, "BLOCK_T": tile.tokens, "BLOCK_K": tile.k}
+    _launch(kernel, name, grid, device, args, options, M=m, **blocks, **constants)
+
+
+def _launch(kernel, name, grid, device, args, options, **constants) -> None:
+    launches[name] += 1
+    options = {} if INTERPRETED else {**options, "enable_fp_fusion": False}
+    # Triton launches on the current device, whatever device its arguments live on
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants, **options)

@@ -1,0 +1,352 @@
+"""One-pass masked products: a tile of the weight is loaded, masked in registers, and multiplied.
+
+Tensors are contiguous: the weight is [rows, K], x [tokens, K], y and its gradient [tokens, rows], the bias [rows].
+Weight and bias may be of another dtype than x, in which the product runs. Neither mask nor masked weight
+reaches memory. The weight is the row operand of every product, so that few tokens still fill the matrix
+units. A tile's groups are held as [groups, M], row by row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...pattern import MaskSource
+from ..reference.plackett_luce import EXACT_SCORE_MAX_N
+from . import device as d
+from . import sampling
+from .launch import launch_tiles
+from .tiles import ALIGNED, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for
+
+UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "tokens"]
+
+
+@triton.jit
+def tile_groups(first_row, first_group, rows, groups, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """(row, group in the row, whether it exists) of a tile's ROWS * GROUPS groups."""
+    index = tl.arange(0, ROWS * GROUPS)
+    row = first_row + index // GROUPS
+    group = first_group + index % GROUPS
+    return row, group, (row < rows) & (group < groups)
+
+
+@triton.jit
+def load_groups(pointer, row, group, inside, groups, M: tl.constexpr):
+    """[groups of the tile, M] as stored, zeros outside."""
+    offsets = (row.to(tl.int64) * groups + group) * M
+    return tl.load(pointer + offsets[:, None] + tl.arange(0, M)[None, :], mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def tile_code(
+    source,
+    z,
+    row,
+    group,
+    inside,
+    groups,
+    seed,
+    step,
+    layer,
+    draw,
+    offset,
+    row_stride,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+):
+    """int32 group codes of a tile; z are the scaled logits or the scores, unused where codes are given."""
+    if KIND == "drawn":
+        index = (offset + row * row_stride + group).to(tl.uint32)
+        code = d.drawn_code(z, index, N, M, tl.load(seed), tl.load(step), layer, draw)
+    elif KIND == "top_n":
+        code = d.encode(d.top_n(z, N, M), M)
+    else:
+        code = tl.load(source + row.to(tl.int64) * groups + group, mask=inside, other=0).to(tl.int32)
+    return code
+
+
+@triton.jit
+def tile_logits(source, inv_temperature, row, group, inside, groups, KIND: tl.constexpr, M: tl.constexpr):
+    """Columns of scaled logits, or of scores as they are; nothing where codes are given."""
+    if KIND == "codes":
+        columns = ()
+    else:
+        columns = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
+        if KIND == "drawn":
+            columns = d.scaled(columns, inv_temperature, M)
+    return columns
+
+
+@triton.jit
+def masked_groups(tile, code, M: tl.constexpr):
+    """[groups, M] where the code keeps, exact zeros elsewhere."""
+    kept = d.decode(code, M)
+    columns = d.split_columns(tile, M)
+    masked = ()
+    for i in tl.static_range(M):
+        masked = masked + (tl.where(kept[i], columns[i], 0.0),)
+    return d.join_columns(masked, M)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def masked_linear_kernel(
+    x,
+    weight,
+    source,
+    bias,
+    out,
+    partial,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    tokens: tl.int64,
+    rows,
+    groups,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    LOG_PROB: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    GROUPS: tl.constexpr = BLOCK_K // M
+    first_row = tl.program_id(0) * BLOCK_OUT
+    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    x_pointers = x + token[None, :] * (groups * M) + k[:, None]
+    total = tl.zeros((BLOCK_OUT, BLOCK_T), tl.float32)
+    log_probs = tl.zeros((BLOCK_OUT * GROUPS,), tl.float32)
+    for first_group in range(0, groups, GROUPS):
+        row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
+        w = load_groups(weight, row, group, inside, groups, M)
+        z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
+        code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+        if LOG_PROB:
+            # every block of tokens sees this tile, the first one alone counts it
+            if tl.program_id(1) == 0:
+                log_probs += tl.where(inside, d.exact_log_prob(z, d.decode(code, M), N, M), 0.0)
+        masked = tl.reshape(masked_groups(w, code, M), (BLOCK_OUT, BLOCK_K)).to(OPERAND)
+        present = (token[None, :] < tokens) & (first_group * M + k[:, None] < groups * M)
+        x_tile = tl.load(x_pointers, mask=present, other=0.0).to(OPERAND)
+        total = tl.dot(masked, x_tile, total, input_precision=PRECISION)
+        x_pointers += BLOCK_K
+    row = first_row + tl.arange(0, BLOCK_OUT)
+    if bias is not None:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    pointers = out + token[None, :] * rows + row[:, None]
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))
+    if LOG_PROB:
+        if tl.program_id(1) == 0:
+            tl.store(partial + tl.program_id(0), tl.sum(log_probs, 0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def masked_linear_input_grad_kernel(
+    grad,
+    weight,
+    source,
+    out,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    tokens: tl.int64,
+    rows,
+    groups,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    GROUPS: tl.constexpr = BLOCK_K // M
+    first_group = tl.program_id(0) * GROUPS
+    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tl.arange(0, BLOCK_OUT)
+    grad_pointers = grad + token[None, :] * rows + o[:, None]
+    total = tl.zeros((BLOCK_K, BLOCK_T), tl.float32)
+    for first_row in range(0, rows, BLOCK_OUT):
+        row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
+        w = load_groups(weight, row, group, inside, groups, M)
+        z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
+        code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+        masked = tl.reshape(masked_groups(w, code, M), (BLOCK_OUT, BLOCK_K)).to(OPERAND)
+        present = (token[None, :] < tokens) & (first_row + o[:, None] < rows)
+        grad_tile = tl.load(grad_pointers, mask=present, other=0.0).to(OPERAND)
+        total = tl.dot(tl.trans(masked), grad_tile, total, input_precision=PRECISION)
+        grad_pointers += BLOCK_OUT
+    k = first_group * M + tl.arange(0, BLOCK_K)
+    pointers = out + token[None, :] * (groups * M) + k[:, None]
+    present = (token[None, :] < tokens) & (k[:, None] < groups * M)
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def weight_grad_tile(
+    grad,
+    x,
+    tokens,
+    rows,
+    groups,
+    first_row,
+    first_group,
+    M: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """float32 [BLOCK_OUT, BLOCK_K] of grad.T @ x, zeros outside the weight; all tokens in order."""
+    o = first_row + tl.arange(0, BLOCK_OUT)
+    k = first_group * M + tl.arange(0, BLOCK_K)
+    t = tl.arange(0, BLOCK_T)
+    grad_pointers = grad + t[None, :] * rows + o[:, None]
+    x_pointers = x + t[:, None] * (groups * M) + k[None, :]
+    total = tl.zeros((BLOCK_OUT, BLOCK_K), tl.float32)
+    for first_token in range(0, tokens, BLOCK_T):
+        present = first_token + t < tokens
+        grad_tile = tl.load(grad_pointers, mask=present[None, :] & (o[:, None] < rows), other=0.0).to(OPERAND)
+        x_tile = tl.load(x_pointers, mask=present[:, None] & (k[None, :] < groups * M), other=0.0).to(OPERAND)
+        total = tl.dot(grad_tile, x_tile, total, input_precision=PRECISION)
+        grad_pointers += BLOCK_T * rows
+        x_pointers += BLOCK_T * groups * M
+    return total
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def masked_linear_weight_grad_kernel(
+    grad,
+    x,
+    source,
+    out,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    tokens: tl.int64,
+    rows,
+    groups,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    GROUPS: tl.constexpr = BLOCK_K // M
+    first_row = tl.program_id(0) * BLOCK_OUT
+    first_group = tl.program_id(1) * GROUPS
+    total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
+                             M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
+    row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
+    z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
+    code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+    masked = masked_groups(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), code, M)
+    offsets = (row.to(tl.int64) * groups + group) * M
+    pointers = out + offsets[:, None] + tl.arange(0, M)[None, :]
+    tl.store(pointers, masked.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what the kernel writes a result of ``dtype``."""
+    # the interpreter truncates where hardware rounds
+    return torch.float32 if INTERPRETED else dtype
+
+
+def operand_constants(dtype: torch.dtype) -> dict:
+    """Constants of a kernel that multiplies tiles of ``dtype``."""
+    # the interpreter multiplies the bits of 16-bit floats as integers
+    wide = INTERPRETED or dtype == torch.float32
+    element = tl.float32 if wide else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"OPERAND": element, "PRECISION": "tf32" if tf32 and not INTERPRETED else "ieee"}
+
+
+def mask_arguments(mask, tokens, matrix):
+    counter = (mask.seed, mask.step, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
+    return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
+
+
+def one_pass(tokens: int, device: torch.device) -> bool:
+    """Whether the mask is drawn inside the product, rather than into a transient masked weight."""
+    return 0 < tokens <= ONE_PASS_TOKENS[architecture(device)]
+
+
+def masked_linear(x, weight, bias, mask, log_prob):
+    """(x @ (weight * mask).T + bias, log-probability of the drawn mask summed over the layer or None)."""
+    tokens, rows = x.shape[0], weight.shape[0]
+    if rows == 0 or not one_pass(tokens, x.device):
+        total = None
+        if log_prob:
+            mask, total = _drawn_with_log_prob(mask)
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias), total
+    tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
+    grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
+    out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    # above that N the log-probability is a quadrature, too much for the registers of a product
+    inside = log_prob and mask.n <= EXACT_SCORE_MAX_N
+    partial = torch.empty(grid[0], dtype=torch.float32, device=x.device) if inside else None
+    launch_tiles(masked_linear_kernel, "masked_linear", mask.m, grid, tile, x.device,
+                 x, weight, mask.tensor, bias, out, partial, *mask_arguments(mask, tokens, weight),
+                 KIND=mask.kind, N=mask.n, LOG_PROB=inside, **operand_constants(x.dtype))  # fmt: skip
+    total = None
+    if log_prob:
+        total = partial.sum() if inside else _drawn_with_log_prob(mask)[1]
+    return out.to(x.dtype), total
+
+
+def _drawn_with_log_prob(mask):
+    """(the drawn mask as codes, its log-probability summed over the layer, 0-dim float32)."""
+    logits, _, n, m, inv_temperature, *counter = mask
+    codes = sampling.sample_mask(logits, n, m, inv_temperature, *counter)
+    total = sampling.mask_log_prob(logits, codes, n, m, inv_temperature).sum()
+    return MaskSource(codes, "codes", n, m), total
+
+
+def masked_linear_input_grad(grad, weight, mask):
+    """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
+    tokens, (rows, k) = grad.shape[0], weight.shape
+    # tiles of grad whose rows start anywhere are loaded value by value, and the addresses alone fill the registers
+    if rows == 0 or rows % ALIGNED or not one_pass(tokens, grad.device):
+        return grad @ sampling.masked_weight(weight, mask, grad.dtype)
+    tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
+    grid = (triton.cdiv(k, tile.k), triton.cdiv(tokens, tile.tokens))
+    out = torch.empty(tokens, k, dtype=result_dtype(grad.dtype), device=grad.device)
+    launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, grid, tile, grad.device,
+                 grad, weight, mask.tensor, out, *mask_arguments(mask, tokens, weight),
+                 KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip
+    return out.to(grad.dtype)
+
+
+def masked_linear_weight_grad(grad, x, mask):
+    """(grad.T @ x) * mask: [rows, K] for grad [tokens, rows] and x [tokens, K]."""
+    tokens, rows, k = grad.shape[0], grad.shape[1], x.shape[1]
+    if rows == 0 or not one_pass(tokens, grad.device):
+        return sampling.masked_weight(grad.t() @ x, mask)
+    out = torch.empty(rows, k, dtype=result_dtype(grad.dtype), device=grad.device)
+    tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
+    grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
+    launch_tiles(masked_linear_weight_grad_kernel, "masked_linear_weight_grad", mask.m, grid, tile, grad.device,
+                 grad, x, mask.tensor, out, *mask_arguments(mask, tokens, out),
+                 KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip
+    return out.to(grad.dtype)

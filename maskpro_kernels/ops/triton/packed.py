@@ -1,0 +1,288 @@
+"""Products with a packed N:M weight: values are put back into their places in registers, and multiplied.
+
+Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. Where a kernel of this file multiplies, a
+thread takes a chunk of the weight at a time whose values fill 16 bytes, one load: four words of two 16-bit values each,
+and beside them one word of the bitmask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.arithmetic import INTEGERS
+from . import device as d
+from .launch import launch, launch_rows, launch_tiles
+from .masked_gemm import operand_constants, result_dtype
+from .tiles import INTERPRETED, PACKED_TOKENS, architecture, rows_for, tiles_for
+
+VALUES = tl.constexpr(8)
+WORDS = tl.constexpr(4)
+# Patterns of which a chunk's 16 bytes hold whole groups, and whose kernels the tests compile ahead of time
+MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
+
+
+def chunk_length(n: int, m: int) -> int:
+    """Weights of a chunk: those of eight values."""
+    return VALUES.value * m // n
+
+
+@triton.jit
+def low_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """The value in the low half of an int32 word, as OUT."""
+    return (word & 0xFFFF).to(tl.int16).to(ELEMENT, bitcast=True).to(OUT)
+
+
+@triton.jit
+def high_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    return (word >> 16).to(tl.int16).to(ELEMENT, bitcast=True).to(OUT)
+
+
+@triton.jit
+def placed_one(value, kept, M: tl.constexpr):
+    """M columns of a group with one value."""
+    columns = ()
+    for i in tl.static_range(M):
+        columns = columns + (tl.where(kept[i], value, 0.0),)
+    return columns
+
+
+@triton.jit
+def placed_two_of_four(first, second, kept):
+    """4 columns of a group with two values: the first stands at the lowest place kept, the other at the last."""
+    return (
+        tl.where(kept[0], first, 0.0),
+        tl.where(kept[1], tl.where(kept[0], second, first), 0.0),
+        tl.where(kept[2], tl.where(kept[3], first, second), 0.0),
+        tl.where(kept[3], second, 0.0),
+    )
+
+
+@triton.jit
+def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """M columns of a group whose values lie in COUNT words: the next one is taken wherever a weight is kept."""
+    columns = ()
+    for i in tl.static_range(M):
+        columns = columns + (tl.where(kept[i], low_half(words[0], ELEMENT, OUT), 0.0),)
+        moved = ()
+        for j in tl.static_range(COUNT):
+            # as unsigned, for the sign would fill the place of the value that comes in
+            shifted = words[j].to(tl.uint32, bitcast=True) >> 16
+            if j + 1 < COUNT:
+                shifted |= words[j + 1].to(tl.uint32, bitcast=True) << 16
+            moved = moved + (tl.where(kept[i], shifted.to(tl.int32, bitcast=True), words[j]),)
+        words = moved
+    return columns
+
+
+@triton.jit
+def placed(words, code, N: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """Columns of OUT: the values of a chunk at their places, zeros elsewhere."""
+    columns = ()
+    for group in tl.static_range(VALUES // N):
+        kept = d.decode(code >> (group * M), M)
+        if N == 1:
+            if group % 2 == 0:
+                columns = columns + placed_one(low_half(words[group // 2], ELEMENT, OUT), kept, M)
+            else:
+                columns = columns + placed_one(high_half(words[group // 2], ELEMENT, OUT), kept, M)
+        elif N == 2:
+            first, second = low_half(words[group], ELEMENT, OUT), high_half(words[group], ELEMENT, OUT)
+            columns = columns + placed_two_of_four(first, second, kept)
+        else:
+            own = ()
+            for i in tl.static_range(N // 2):
+                own = own + (words[group * (N // 2) + i],)
+            columns = columns + placed_in_turn(own, kept, N // 2, M, ELEMENT, OUT)
+    return columns
+
+
+@triton.jit
+def load_chunk(values, bitmask, chunk, inside):
+    """(WORDS columns of a chunk's values, the int32 code of its groups); zeros where it does not exist."""
+    words = tl.load(values + chunk[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
+    return d.split_columns(words, WORDS), tl.load(bitmask + chunk, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def packed_vector_kernel(
+    x,
+    values,
+    bitmask,
+    bias,
+    out,
+    rows,
+    chunks,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token. A program owns ROWS rows, each of its threads chunks of all of them; no part of K is elsewhere."""
+    CHUNK: tl.constexpr = VALUES * M // N
+    first_row = tl.program_id(0) * ROWS
+    totals = ()
+    biases = ()
+    for r in tl.static_range(ROWS):
+        totals = totals + (tl.zeros((BLOCK,), tl.float32),)
+        if bias is not None:
+            biases = biases + (tl.load(bias + tl.minimum(first_row + r, rows - 1)).to(tl.float32),)
+    for first in range(0, chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        inside = chunk < chunks
+        activations = ()
+        for part in tl.static_range(CHUNK // 8):
+            # one load of a thread: a wider tile would be spread over threads, and come by shared memory
+            pointers = x + chunk[:, None] * CHUNK + part * 8 + tl.arange(0, 8)[None, :]
+            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+            activations = activations + d.split_columns(tile.to(tl.float32), 8)
+        new = ()
+        for r in tl.static_range(ROWS):
+            # beyond the end the last row once more, which needs no mask
+            at = tl.minimum(first_row + r, rows - 1).to(tl.int64) * chunks + chunk
+            words, code = load_chunk(values, bitmask, at, inside)
+            columns = placed(words, code, N, M, ELEMENT, tl.float32)
+            total = totals[r]
+            for i in tl.static_range(CHUNK):
+                total = tl.fma(columns[i], activations[i], total)
+            new = new + (total,)
+        totals = new
+    for r in tl.static_range(ROWS):
+        row = tl.minimum(first_row + r, rows - 1)
+        y = tl.sum(totals[r], 0)
+        if bias is not None:
+            y += biases[r]
+        tl.store(out + row, y.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def packed_linear_kernel(
+    x,
+    values,
+    bitmask,
+    bias,
+    out,
+    tokens: tl.int64,
+    rows,
+    chunks,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    CHUNK: tl.constexpr = VALUES * M // N
+    CHUNKS: tl.constexpr = BLOCK_K // CHUNK
+    first_row = tl.program_id(0) * BLOCK_OUT
+    token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    index = tl.arange(0, BLOCK_OUT * CHUNKS)
+    row = first_row + index // CHUNKS
+    x_pointers = x + token[None, :] * (chunks * CHUNK) + k[:, None]
+    total = tl.zeros((BLOCK_OUT, BLOCK_T), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + index % CHUNKS
+        words, code = load_chunk(values, bitmask, row.to(tl.int64) * chunks + chunk, (row < rows) & (chunk < chunks))
+        tile = d.join_columns(placed(words, code, N, M, ELEMENT, OPERAND), CHUNK)
+        weight = tl.reshape(tile, (BLOCK_OUT, BLOCK_K))
+        present = (token[None, :] < tokens) & (first * CHUNK + k[:, None] < chunks * CHUNK)
+        x_tile = tl.load(x_pointers, mask=present, other=0.0).to(OPERAND)
+        total = tl.dot(weight, x_tile, total, input_precision=PRECISION)
+        x_pointers += BLOCK_K
+    row = first_row + tl.arange(0, BLOCK_OUT)
+    if bias is not None:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    pointers = out + token[None, :] * rows + row[:, None]
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))
+
+
+@triton.jit
+def load_code(bitmask, row, group, inside, row_bytes, M: tl.constexpr):
+    """int32 group codes from the bitmask of any pattern."""
+    pointers = bitmask + row * row_bytes + group * M // 8
+    code = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+    if M < 8:
+        code = code >> (group * M % 8).to(tl.int32) & ((1 << M) - 1)
+    for i in tl.static_range(1, M // 8):
+        code |= tl.load(pointers + i, mask=inside, other=0).to(tl.int32) << (8 * i)
+    return code
+
+
+@triton.jit(do_not_specialize=["groups", "row_bytes", "total"])
+def unpack_kernel(
+    values,
+    bitmask,
+    out,
+    groups: tl.int64,
+    row_bytes: tl.int64,
+    total: tl.int64,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Any pattern, values of any integer type; ``groups`` in a row, ``total`` in all."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    kept = d.decode(load_code(bitmask, index // groups, index % groups, inside, row_bytes, M), M)
+    at = index * N
+    columns = ()
+    for i in tl.static_range(M):
+        # where a bitmask keeps too many nothing is read beyond the end
+        columns = columns + (tl.load(values + at, mask=kept[i] & (at < total * N), other=0),)
+        at += kept[i].to(tl.int64)
+    tile = d.join_columns(columns, M)
+    tl.store(out + index[:, None] * M + tl.arange(0, M)[None, :], tile, mask=inside[:, None])
+
+
+def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, m: int) -> str:
+    """How the product of x [tokens, K] with a packed weight is computed.
+
+    "vector": one token, without tensor cores. "tiles": tiles of the weight are unpacked in registers and multiplied.
+    "unpack": the whole weight is unpacked into a transient one and multiplied by torch.
+    """
+    tokens, k = x.shape
+    if not (x.is_cuda or INTERPRETED) or not 0 < tokens <= PACKED_TOKENS[architecture(x.device)]:
+        return "unpack"
+    multiplied = values.itemsize == 2 and (n, m) in MULTIPLIED and k % chunk_length(n, m) == 0
+    # a slice may start anywhere, words do not
+    if not multiplied or not len(values) or values.data_ptr() % 16 or bitmask.data_ptr() % 16:
+        return "unpack"
+    return "vector" if tokens == 1 else "tiles"
+
+
+def nm_linear(x, values, bitmask, bias, n, m):
+    """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which is that of the values."""
+    tokens, rows, k = x.shape[0], values.shape[0], x.shape[1]
+    if tokens == 0:
+        return torch.empty(0, rows, dtype=x.dtype, device=x.device)
+    how = route(x, values, bitmask, n, m)
+    if how == "unpack":
+        return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
+    chunk, target = chunk_length(n, m), architecture(x.device)
+    out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk])
+    operands = (x, *words, bias, out)
+    constants = {"N": n, "ELEMENT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]}
+    if how == "vector":
+        config = rows_for("packed_vector", rows, k // chunk, target)
+        launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
+                    *operands, rows, k // chunk, **constants)  # fmt: skip
+    else:
+        tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
+        grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
+        launch_tiles(packed_linear_kernel, "packed_linear", m, grid, tile, x.device,
+                     *operands, tokens, rows, k // chunk, **constants, **operand_constants(x.dtype))  # fmt: skip
+    return out.to(x.dtype)
+
+
+def unpack_nm(values, bitmask, n, m):
+    """``reference.unpack_nm`` as one kernel."""
+    rows, groups = values.shape[0], values.shape[1] // n
+    out = torch.empty(rows, groups * m, dtype=values.dtype, device=values.device)
+    integers, total = INTEGERS[values.itemsize], rows * groups
+    launch(unpack_kernel, "unpack", m, total, values.device,
+           values.view(integers), bitmask, out.view(integers), groups, bitmask.shape[1], total, N=n)  # fmt: skip
+    return out

@@ -1,0 +1,337 @@
+"""Draw, top-N, log-probability and score update: one program, a run of consecutive groups.
+
+Tensors are contiguous. ``total`` is the number of groups, ``columns`` those in a row of the tensor.
+The group with flat index p has the index offset + p in the whole layer, or, where rows of a shard lie
+further apart (WHOLE false), offset + p // columns * row_stride + p % columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...pattern import code_dtype
+from ..reference.quadrature import quadrature_grid
+from . import device as d
+from .device.constants import EXACT_SCORE_MAX_N
+from .launch import launch
+from .tiles import INTERPRETED
+
+UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "columns", "total"]
+
+
+@triton.jit
+def group_index(offset, row_stride, columns, first, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """uint32 index in the whole layer of BLOCK consecutive groups; first is an int64 scalar."""
+    local = tl.arange(0, BLOCK)
+    if WHOLE:
+        index = (first + offset).to(tl.uint32) + local.to(tl.uint32)
+    else:
+        flat = first + local
+        index = (offset + flat // columns * row_stride + flat % columns).to(tl.uint32)
+    return index
+
+
+@triton.jit
+def tile_offsets(first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """(offsets [BLOCK, M] from the first group's first weight, which of them exist)."""
+    group = tl.arange(0, BLOCK)[:, None]
+    inside = first + group < total
+    return group * M + tl.arange(0, M)[None, :], inside
+
+
+@triton.jit
+def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The M columns of a run of groups, float32."""
+    offsets, inside = tile_offsets(first, total, M, BLOCK)
+    return d.split_columns(tl.load(pointer + first * M + offsets, mask=inside, other=0.0).to(tl.float32), M)
+
+
+@triton.jit
+def store_columns(pointer, columns, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    offsets, inside = tile_offsets(first, total, M, BLOCK)
+    tile = d.join_columns(columns, M)
+    tl.store(pointer + first * M + offsets, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_codes(pointer, first, total, N: tl.constexpr, BLOCK: tl.constexpr):
+    local = tl.arange(0, BLOCK)
+    # beyond the end as well N are kept: the score of another number would divide by zero
+    return tl.load(pointer + first + local, mask=first + local < total, other=(1 << N) - 1).to(tl.int32)
+
+
+@triton.jit
+def store_codes(pointer, codes, first, total, BLOCK: tl.constexpr):
+    local = tl.arange(0, BLOCK)
+    tl.store(pointer + first + local, codes.to(pointer.dtype.element_ty), mask=first + local < total)
+
+
+@triton.jit
+def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The weight where the int32 group code keeps it, exact zeros elsewhere."""
+    offsets, inside = tile_offsets(first, total, M, BLOCK)
+    w = tl.load(weight + first * M + offsets, mask=inside, other=0.0).to(tl.float32)
+    masked = tl.where(d.decode_tile(code, M), w, 0.0)
+    tl.store(out + first * M + offsets, masked.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def drawn_code(
+    logits,
+    inv_temperature,
+    seed,
+    step,
+    layer,
+    draw,
+    offset,
+    row_stride,
+    columns,
+    total,
+    first,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """int32 group codes of a draw."""
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
+    group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+    return d.drawn_code(z, group, N, M, tl.load(seed), tl.load(step), layer, draw)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def sample_mask_kernel(
+    logits,
+    codes,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    columns: tl.int64,
+    total: tl.int64,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    code = drawn_code(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
+                      N, M, BLOCK, WHOLE)  # fmt: skip
+    store_codes(codes, code, first, total, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
+    store_codes(codes, d.encode(kept, M), first, total, BLOCK)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def masked_weight_kernel(
+    source,
+    weight,
+    out,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    columns: tl.int64,
+    total: tl.int64,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if KIND == "drawn":
+        code = drawn_code(source, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
+                          N, M, BLOCK, WHOLE)  # fmt: skip
+    elif KIND == "top_n":
+        code = d.encode(d.top_n(load_columns(source, first, total, M, BLOCK), N, M), M)
+    else:
+        code = load_codes(source, first, total, N, BLOCK)
+    store_masked(out, weight, code, first, total, M, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def mask_log_prob_kernel(
+    logits,
+    codes,
+    out,
+    inv_temperature,
+    total: tl.int64,
+    NODES: tl.constexpr,
+    STEP: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
+    code = load_codes(codes, first, total, N, BLOCK)
+    if N <= EXACT_SCORE_MAX_N:
+        log_prob = d.exact_log_prob(z, d.decode(code, M), N, M)
+    else:
+        log_prob = d.quadrature_log_prob(z, code, NODES, STEP, M)
+    store_codes(out, log_prob, first, total, BLOCK)
+
+
+@triton.jit(do_not_specialize=["total"])
+def mask_score_kernel(
+    logits,
+    codes,
+    grad,
+    out,
+    inv_temperature,
+    total: tl.int64,
+    NODES: tl.constexpr,
+    STEP: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
+    code = load_codes(codes, first, total, N, BLOCK)
+    if N <= EXACT_SCORE_MAX_N:
+        scores = d.exact_score(z, d.decode(code, M), N, M)
+    else:
+        scores = d.quadrature_score(z, code, NODES, STEP, M)
+    local = tl.arange(0, BLOCK)
+    g = tl.load(grad + first + local, mask=first + local < total, other=0.0) * inv_temperature
+    scaled = ()
+    for i in tl.static_range(M):
+        scaled = scaled + (scores[i] * g,)
+    store_columns(out, scaled, first, total, M, BLOCK)
+
+
+@triton.jit
+def update_terms(z, group, seed, step, layer, draw, scale, N: tl.constexpr, M: tl.constexpr):
+    """Columns of scale * score(mask of a draw)."""
+    if N <= EXACT_SCORE_MAX_N:
+        code = d.drawn_code(z, group, N, M, seed, step, layer, draw)
+        scores = d.exact_score(z, d.decode(code, M), N, M)
+    else:
+        keys = d.drawn_keys(z, group, M, seed, step, layer, draw)
+        scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
+    terms = ()
+    for i in tl.static_range(M):
+        terms = terms + (scores[i] * scale,)
+    return terms
+
+
+@triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total", "count"])
+def score_update_kernel(
+    logits,
+    coef,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draws,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    columns: tl.int64,
+    total: tl.int64,
+    count: tl.int64,
+    SEVERAL: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    x = load_columns(logits, first, total, M, BLOCK)
+    z = d.scaled(x, inv_temperature, M)
+    group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+    seed_value = tl.load(seed)
+    step_value = tl.load(step)
+    scale = tl.load(coef) * inv_temperature
+    delta = update_terms(z, group, seed_value, step_value, layer, tl.load(draws), scale, N, M)
+    if SEVERAL:
+        for k in range(1, count):
+            scale = tl.load(coef + k) * inv_temperature
+            terms = update_terms(z, group, seed_value, step_value, layer, tl.load(draws + k), scale, N, M)
+            total_terms = ()
+            for i in tl.static_range(M):
+                total_terms = total_terms + (delta[i] + terms[i],)
+            delta = total_terms
+    new = ()
+    for i in tl.static_range(M):
+        new = new + (x[i] - delta[i],)
+    if logits.dtype.element_ty != tl.float32:
+        new = d.round_group(new, group, M, seed_value, step_value, layer, tl.load(draws), logits.dtype.element_ty)
+    store_columns(logits, new, first, total, M, BLOCK)
+
+
+def _counter(logits, m, seed, step, layer, draw, offset, row_stride):
+    groups = logits.shape[1] // m
+    return (seed, step, layer, draw, offset, row_stride, groups, logits.numel() // m), row_stride == groups
+
+
+def sample_mask(logits, n, m, inv_temperature, seed, step, layer, draw, offset, row_stride):
+    """``reference.sample_mask`` as one kernel."""
+    codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m), device=logits.device)
+    counter, whole = _counter(logits, m, seed, step, layer, draw, offset, row_stride)
+    launch(sample_mask_kernel, "sample_mask", m, codes.numel(), logits.device,
+           logits, codes, inv_temperature, *counter, N=n, WHOLE=whole)  # fmt: skip
+    return codes
+
+
+def masked_weight(weight, mask, dtype=None):
+    """``reference.sample_masked_weight`` and its kin as one kernel; ``mask`` a MaskSource.
+
+    In ``dtype``, to which the values are rounded, or that of the weight.
+    """
+    if dtype is not None and INTERPRETED:
+        # the interpreter truncates where hardware rounds
+        weight = weight.to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    columns, groups = weight.shape[1] // mask.m, weight.numel() // mask.m
+    counter = (mask.seed, mask.step, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
+    launch(masked_weight_kernel, "masked_weight", mask.m, groups, weight.device,
+           mask.tensor, weight, out, mask.inv_temperature, *counter, columns, groups,
+           KIND=mask.kind, N=mask.n, WHOLE=mask.group_row_stride == columns)  # fmt: skip
+    return out
+
+
+def top_n_mask(scores, n, m):
+    """``reference.top_n_mask`` as one kernel."""
+    codes = torch.empty(scores.shape[0], scores.shape[1] // m, dtype=code_dtype(m), device=scores.device)
+    launch(top_n_mask_kernel, "top_n_mask", m, codes.numel(), scores.device, scores, codes, codes.numel(), N=n)
+    return codes
+
+
+def mask_log_prob(logits, codes, n, m, inv_temperature):
+    """``reference.mask_log_prob`` as one kernel."""
+    nodes, step = quadrature_grid(n)
+    out = torch.empty(codes.shape, dtype=torch.float32, device=logits.device)
+    launch(mask_log_prob_kernel, "mask_log_prob", m, codes.numel(), logits.device,
+           logits, codes, out, inv_temperature, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+    return out
+
+
+def mask_score(logits, codes, grad, n, m, inv_temperature):
+    """``reference.mask_score`` as one kernel."""
+    nodes, step = quadrature_grid(n)
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    launch(mask_score_kernel, "mask_score", m, codes.numel(), logits.device,
+           logits, codes, grad, out, inv_temperature, codes.numel(), NODES=nodes, STEP=step, N=n)  # fmt: skip
+    return out
+
+
+def score_update_(logits, coef, n, m, inv_temperature, seed, step, layer, draws, offset, row_stride):
+    """``reference.score_update_`` as one kernel: logits read once and written once, however many draws."""
+    counter, whole = _counter(logits, m, seed, step, layer, draws, offset, row_stride)
+    several = coef.numel() > 1
+    launch(score_update_kernel, "score_updates" if several else "score_update", m, counter[-1], logits.device,
+           logits, coef, inv_temperature, *counter, coef.numel(), SEVERAL=several,
+           N=n, WHOLE=whole)  # fmt: skip

@@ -1,0 +1,202 @@
+"""The slope of a loss in the mask, and the step of the logits against it, in the epilogue of a matrix product.
+
+G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. A
+program owns a tile of it and loops over all tokens: sums have a fixed order, and G never reaches memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import device as d
+from .launch import launch, launch_tiles
+from .masked_gemm import (
+    UNSPECIALIZED,
+    load_groups,
+    mask_arguments,
+    operand_constants,
+    tile_code,
+    tile_groups,
+    tile_logits,
+    weight_grad_tile,
+)
+from .sampling import group_index, load_columns, store_columns
+from .tiles import architecture, configuration, tiles_for
+
+# Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory
+SHARING = tl.constexpr(16)
+
+
+@triton.jit
+def column_sum(columns, M: tl.constexpr):
+    """In index order."""
+    total = columns[0]
+    for i in tl.static_range(1, M):
+        total = total + columns[i]
+    return total
+
+
+@triton.jit
+def mask_slope(weight, grad, square, code, M: tl.constexpr):
+    """``reference.mask_slope`` of columns."""
+    kept = d.decode(code, M)
+    h = ()
+    for i in tl.static_range(M):
+        half = 0.5 * (weight[i] * weight[i] * square[i])
+        h = h + (weight[i] * grad[i] + tl.where(kept[i], 0.0 - half, half),)
+    mean = column_sum(h, M) * (1.0 / M)
+    centred = ()
+    for i in tl.static_range(M):
+        centred = centred + (h[i] - mean,)
+    return centred
+
+
+@triton.jit
+def sum_of_squares(columns, M: tl.constexpr):
+    squares = ()
+    for i in tl.static_range(M):
+        squares = squares + (columns[i] * columns[i],)
+    return column_sum(squares, M)
+
+
+@triton.jit
+def descended(x, gradient, rate, max_update, group, seed, step, layer, M: tl.constexpr, dtype: tl.constexpr):
+    """Columns of logits less the bounded step, rounded to 16 bits where ``dtype`` is."""
+    rate = tl.where(rate < float("inf"), rate, 0.0)
+    new = ()
+    for i in tl.static_range(M):
+        bounded = tl.maximum(tl.minimum(gradient[i] * rate, max_update), 0.0 - max_update)
+        new = new + (x[i] - tl.where(tl.abs(gradient[i]) < float("inf"), bounded, 0.0),)
+    if dtype != tl.float32:
+        new = d.round_group(new, group, M, tl.load(seed), tl.load(step), layer, tl.full((), 0, tl.int64), dtype)
+    return new
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def straight_through_kernel(
+    grad,
+    x,
+    weight,
+    grad_squares,
+    x_squares,
+    source,
+    out,
+    partial,
+    rate,
+    max_update,
+    inv_temperature,
+    seed,
+    step,
+    layer: tl.int64,
+    draw: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    tokens: tl.int64,
+    rows,
+    groups,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    UPDATE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    GROUPS: tl.constexpr = BLOCK_K // M
+    row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
+    # In the order in which they start, programs next to each other share rows of grad as well as columns of x
+    group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, row_tiles, SHARING)
+    first_row = row_tile * BLOCK_OUT
+    first_group = group_tile * GROUPS
+    total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
+                             M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
+    row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
+    z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
+    code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+    w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
+    squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
+    squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
+    grads = d.split_columns(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), M)
+    slope = mask_slope(w, grads, d.split_columns(squares, M), code, M)
+    offsets = ((row.to(tl.int64) * groups + group) * M)[:, None] + tl.arange(0, M)[None, :]
+    if UPDATE:
+        logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
+        index = (offset + row * row_stride + group).to(tl.uint32)
+        dtype: tl.constexpr = source.dtype.element_ty
+        new = descended(logits, slope, tl.load(rate), max_update, index, seed, step, layer, M, dtype)
+        tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
+        # weights outside of the matrix are read as zeros: no slope
+        tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
+    else:
+        tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total"])
+def descend_kernel(
+    logits,
+    gradient,
+    partial,
+    rate,
+    max_update,
+    seed,
+    step,
+    layer: tl.int64,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    columns: tl.int64,
+    total: tl.int64,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    x = load_columns(logits, first, total, M, BLOCK)
+    g = load_columns(gradient, first, total, M, BLOCK)
+    group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+    new = descended(x, g, tl.load(rate), max_update, group, seed, step, layer, M, logits.dtype.element_ty)
+    store_columns(logits, new, first, total, M, BLOCK)
+    tl.store(partial + tl.program_id(0), tl.sum(sum_of_squares(g, M), 0))
+
+
+def straight_through_grad(grad, x, weight, grad_squares, x_squares, mask):
+    """``ops.straight_through_grad`` as one kernel."""
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    _launch(grad, x, weight, grad_squares, x_squares, mask, out)
+    return out
+
+
+def straight_through_update_(grad, x, weight, grad_squares, x_squares, rate, max_update, mask):
+    """``ops.straight_through_update_`` as one kernel."""
+    return _mean_square(_launch(grad, x, weight, grad_squares, x_squares, mask, None, rate, max_update), weight)
+
+
+def descend_(logits, gradient, rate, max_update, m, seed, step, layer, offset, row_stride):
+    """``reference.descend_`` as one kernel."""
+    columns, groups = logits.shape[1] // m, logits.numel() // m
+    programs = triton.cdiv(groups, configuration("descend", m, groups).block)
+    partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
+    launch(descend_kernel, "descend", m, groups, logits.device,
+           logits, gradient, partial, rate, max_update, seed, step, layer, offset, row_stride, columns, groups,
+           WHOLE=row_stride == columns)  # fmt: skip
+    return _mean_square(partial, logits)
+
+
+def _launch(grad, x, weight, grad_squares, x_squares, mask, out, rate=None, max_update=0.0):
+    """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
+    rows, k = weight.shape
+    tile = tiles_for("straight_through", mask.m, grad.dtype, len(grad), rows, k, architecture(weight.device))
+    grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
+    partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
+    if rows:
+        launch_tiles(straight_through_kernel, "straight_through", mask.m, grid, tile, weight.device,
+                     grad, x, weight, grad_squares, x_squares, mask.tensor, out, partial, rate, max_update,
+                     *mask_arguments(mask, len(grad), weight), KIND=mask.kind, N=mask.n,
+                     UPDATE=out is None, **operand_constants(grad.dtype))  # fmt: skip
+    return partial
+
+
+def _mean_square(partial, logits):
+    """Over all weights, from sums in fixed order."""
+    return partial.sum() / max(logits.numel(), 1)

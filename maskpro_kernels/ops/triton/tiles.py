@@ -1,0 +1,242 @@
+"""Launch configurations by kernel and architecture, and how one is chosen."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+# As triton reads it when it is imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CompileOptions:
+    """How a kernel is compiled: warps and stages, and the most registers a thread may take (None: as ptxas likes)."""
+
+    num_warps: int = 4
+    num_stages: int = 3
+    registers: int | None = None
+
+    def options(self, target: str) -> dict[str, int]:
+        """Triton's, for the architecture ``target``."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.registers is not None and target.startswith("sm_"):
+            options["maxnreg"] = self.registers
+        return options
+
+
+@dataclass(frozen=True)
+class Configuration(_CompileOptions):
+    """How a kernel over groups is launched: groups a program."""
+
+    block: int
+
+
+# By kernel and M. A thread holds one group of M keys and noise words in registers, two where M is small.
+# The log-probability's quadrature runs NODES passes over M columns, so it too takes a group a thread.
+CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
+    (kernel, m): Configuration(block=256 if m <= 4 else 128)
+    for kernel in (
+        "sample_mask",
+        "masked_weight",
+        "top_n_mask",
+        "mask_log_prob",
+        "mask_score",
+        "score_update",
+        "score_updates",
+        "best_swaps",
+        "descend",
+        "unpack",
+    )
+    for m in (2, 4, 8, 16, 32)
+}
+
+# With one group a thread ptxas holds this one to 32 registers on sm_90 and puts 8 bytes on the stack
+CONFIGURATIONS["masked_weight", 8] = Configuration(block=256)
+# With two groups a thread Triton 3.6's ptxas puts 8 bytes of several draws on the stack on sm_80
+CONFIGURATIONS["score_updates", 4] = Configuration(block=128)
+# With one group a thread it puts 8 bytes of this one on the stack on sm_90 and sm_100
+CONFIGURATIONS["descend", 16] = Configuration(block=256)
+# Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
+CONFIGURATIONS["score_update", 32] = Configuration(block=128, registers=255)
+
+
+@dataclass(frozen=True)
+class Rows(_CompileOptions):
+    """How a kernel over rows of chunks is launched: rows a program, chunks of each that it takes at a time."""
+
+    rows: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Tiles(_CompileOptions):
+    """How a masked product is launched: what of rows, tokens and K a program multiplies at a time."""
+
+    out: int
+    tokens: int
+    k: int
+
+
+# What an integer argument is a multiple of where Triton compiles a kernel for aligned rows
+ALIGNED = 16
+
+# Streaming multiprocessors or compute units: as many programs leave none idle
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+# Most tokens for which a mask is drawn inside the product, by architecture: one block of them. A second
+# block would draw every tile again: on an H100 2.7 ps a weight by 90 issue slots, where writing and reading
+# a transient masked weight of 16 bits takes 1.2 ps. On the others that ratio is the same within a factor of 2.
+# The gradient of the weight draws once either way, but its small tiles lose to torch's beyond a few hundred.
+ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
+
+# Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
+PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
+
+# By kernel, short rows before long ones. A thread holds one chunk of each of its rows, so that many loads are under way
+# at once; a chunk of the activations is loaded once for all of them.
+ROWS: dict[str, tuple[Rows, ...]] = {
+    "packed_vector": (
+        Rows(rows=4, block=32, num_warps=1),
+        Rows(rows=4, block=64, num_warps=2),
+        Rows(rows=4, block=128, num_warps=4),
+    )
+}
+
+# By product, architecture and bytes of an operand, narrow before wide. With few tokens the draw bounds the time:
+# small tiles then, so that no processor idles and a thread holds two groups of 4. With many, larger ones, so that
+# x is not read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05. Where ptxas, left alone, aims at
+# a number of registers that puts a value on the stack for some pattern, the row names the most it may take.
+_TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
+    ("masked_linear", 2): (
+        Tiles(out=16, tokens=16, k=64),
+        # Not 4 warps: on sm_100 ptxas then aims at 128 registers, and puts a value on the stack at 4:8 or 8:16
+        Tiles(out=16, tokens=32, k=128, num_warps=8, registers=128),
+        Tiles(out=16, tokens=64, k=64, registers=160),
+        Tiles(out=32, tokens=64, k=64, num_warps=8, registers=160),
+        Tiles(out=16, tokens=128, k=64, registers=160),
+        Tiles(out=32, tokens=128, k=64, num_warps=8),
+        # Not 3 stages: with weights of 4 bytes, as under autocast, they exceed the 99 KiB of cards of 8.6
+        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2, registers=248),
+    ),
+    ("masked_linear", 4): (
+        Tiles(out=16, tokens=16, k=64),
+        Tiles(out=16, tokens=32, k=64),
+        Tiles(out=16, tokens=64, k=32),
+        Tiles(out=32, tokens=64, k=32, num_warps=8),
+        # Not 4 warps: each thread's part of the product alone would be more than its registers hold
+        Tiles(out=16, tokens=128, k=32, num_warps=8),
+        Tiles(out=32, tokens=128, k=16, num_warps=8),
+    ),
+    ("masked_linear_input_grad", 2): (
+        Tiles(out=64, tokens=16, k=16, registers=128),
+        Tiles(out=64, tokens=32, k=16),
+        Tiles(out=64, tokens=64, k=16, registers=128),
+        Tiles(out=64, tokens=64, k=32, num_warps=8, registers=128),
+        Tiles(out=64, tokens=128, k=16, registers=160),
+        # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
+        Tiles(out=32, tokens=128, k=32),
+        # Not 3 stages: at 1:2 they leave a value on the stack on sm_100
+        Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2, registers=192),
+    ),
+    ("masked_linear_input_grad", 4): (
+        Tiles(out=64, tokens=16, k=16),
+        Tiles(out=64, tokens=32, k=16),
+        Tiles(out=32, tokens=64, k=16, registers=160),
+        Tiles(out=32, tokens=64, k=32, num_warps=8),
+        Tiles(out=32, tokens=128, k=32, num_warps=8, registers=160),
+    ),
+    ("masked_linear_weight_grad", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8),),
+    ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
+    ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=192),),
+    ("straight_through", 4): (Tiles(out=32, tokens=32, k=64, registers=168),),
+}
+TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
+
+# Of packed weights, all of 16 bits. Bytes bound these: small tiles keep all processors at work, but each program reads
+# all of x again, from the cache, and beyond 16 tokens that costs more than the weight. A thread holds at least two
+# chunks, for the words of the bitmask that belong to one are too few bytes to be loaded ahead of their use.
+_PACKED_TILES = (
+    Tiles(out=16, tokens=16, k=256),
+    Tiles(out=32, tokens=16, k=256, num_warps=8),
+    Tiles(out=32, tokens=32, k=128),
+    Tiles(out=64, tokens=32, k=128, num_warps=8),
+    Tiles(out=32, tokens=64, k=128),
+    Tiles(out=64, tokens=64, k=128, num_warps=8),
+)
+PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
+
+# The dimension of the weight along which a product's results lie
+RESULT_SIDE = {
+    "masked_linear": "out",
+    "packed_linear": "out",
+    "masked_linear_input_grad": "k",
+    "masked_linear_weight_grad": "out",
+    "straight_through": "out",
+}
+
+# The interpreter runs one program at a time through numpy: the cost is by call, not by element
+INTERPRETER_BLOCK = 1 << 16
+INTERPRETER_ROWS = 64
+INTERPRETER_TILES = Tiles(out=512, tokens=128, k=512)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The row of the tables for a device: its own architecture, or the one whose limits it shares."""
+    if INTERPRETED:
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def configuration(kernel: str, m: int, groups: int) -> Configuration:
+    """The configuration of a kernel for groups of ``m``."""
+    if INTERPRETED:
+        return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)))
+    return CONFIGURATIONS[kernel, m]
+
+
+def power_above(size: int) -> int:
+    """The smallest power of two that is at least ``size`` and 1."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def rows_for(kernel: str, rows: int, chunks: int, target: str) -> Rows:
+    """The configuration of a kernel over rows for that many rows of that many chunks."""
+    if INTERPRETED:
+        return Rows(rows=min(INTERPRETER_ROWS, power_above(rows)), block=power_above(chunks))
+    fitting = [config for config in ROWS[kernel] if chunks <= config.block]
+    config = fitting[0] if fitting else ROWS[kernel][-1]
+    # fewer rows a program where processors would idle
+    most = max(1, rows // (2 * PROCESSORS[target]))
+    return replace(config, rows=min(config.rows, power_above(most + 1) // 2))
+
+
+def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int, k: int, target: str) -> Tiles:
+    """The tiles of a masked product of that many tokens with a weight [rows, k], by the table's row ``target``."""
+    if INTERPRETED:
+        most = INTERPRETER_TILES
+        out, columns = min(most.out, power_above(rows)), min(most.k, power_above(k))
+        return Tiles(out=out, tokens=min(most.tokens, power_above(tokens)), k=max(columns, m))
+    return _from_table(product, target, m, operand.itemsize, tokens, rows, k)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, rows: int, k: int) -> Tiles:
+    """Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of those
+    the largest that still gives every processor a program, or else the smallest.
+    """
+    candidates = (TILES | PACKED_TILES)[product, target, itemsize]
+    padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
+    fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]
+    side = RESULT_SIDE[product]
+    width = rows if side == "out" else k
+    busy = [tile for tile in fitting if width >= PROCESSORS[target] * getattr(tile, side)]
+    chosen = busy[-1] if busy else fitting[0]
+    return replace(chosen, k=max(chosen.k, m))

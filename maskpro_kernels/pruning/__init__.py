@@ -1,0 +1,1 @@
+"""Initial masks, masked layers into a model, and finished masks out of it."""

@@ -1,0 +1,1 @@
+"""Texts, and the perplexity of language models on them."""

@@ -1,0 +1,1 @@
+"""Learning the masks of a converted model."""

@@ -1,0 +1,275 @@
+"""The folder of a run: which trainer may have it, what tells its run from others, and what that leaves in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from ..files import make_folder, write_whole
+from ..modules import MaskedLinear
+from .batches import content, digest, tensors_of
+from .journal import Entry, Journal
+from .journal import read as read_journal
+from .reinforce import Reinforce
+from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
+from .straight_through import StraightThrough
+
+METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
+# Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
+INITIAL_LOSSES = "initial-losses"
+# Where the last record is damaged and asked for the last of them, the one before counts
+INITIAL_LOSSES_KEPT = 2
+# What runs had before there was a setting, of the trainer or of Reinforce
+EARLIER_SETTINGS = {"accumulate": 1}
+EARLIER_REINFORCE_SETTINGS = {"refresh": False}
+
+
+def settings_of(
+    layers: Mapping[str, MaskedLinear],
+    estimator: Reinforce | StraightThrough,
+    batches: Sequence,
+    seed: int,
+    accumulate: int,
+) -> dict:
+    """What a run is told from others by, beside its losses, as JSON can hold it.
+
+    Of a batch with objects that ``content`` cannot compare, the tensors alone.
+    """
+    return {
+        "seed": seed,
+        "estimator": type(estimator).__name__,
+        "settings": estimator.settings(),
+        "layers": {name: _settings_of_layer(layer) for name, layer in layers.items()},
+        "device": sorted({layer.weight.device.type for layer in layers.values()}),
+        "weights": digest(layer.weight for layer in layers.values()),
+        "batches": [digest(tensors_of(batch)) for batch in batches],
+        "batch_contents": [content(batch, index) for index, batch in enumerate(batches)],
+        "accumulate": accumulate,
+    }
+
+
+def _settings_of_layer(layer: MaskedLinear) -> list:
+    """Only of a shard also where it lies, so that earlier runs go on."""
+    settings = [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
+    return [*settings, layer.group_offset, layer.group_row_stride] if layer.is_shard else settings
+
+
+class SavedRun(NamedTuple):
+    """What a folder holds of a run.
+
+    Attributes:
+        steps: how many can be had again.
+        entries: of its journal; none where it has no journal.
+        initial_losses: those that its first step was compared with; None where it has no journal.
+        snapshot_step: how many steps had been taken at the newest sound snapshot.
+        tensors: of that snapshot.
+        state: of that snapshot.
+        unusable: snapshots that are damaged, or of steps that are taken again.
+        warnings: what of it is damaged.
+    """
+
+    steps: int
+    entries: list[Entry]
+    initial_losses: list[float] | None
+    snapshot_step: int
+    tensors: dict[str, Tensor]
+    state: dict
+    unusable: set[Path]
+    warnings: list[str]
+
+
+class RunFolder:
+    """What a run leaves on disk, for one trainer at a time. Nothing is computed here.
+
+    A new run begins by ``start``, and ``start_journal`` where it has a journal; one that was broken off goes on by
+    ``take_over``, ``read`` and ``go_on``. Errors name the trainer's argument ``output_dir``.
+
+    Args:
+        path: of the folder; ``start`` makes it.
+        journaled: whether the run has a journal.
+
+    Attributes:
+        journal: what the records of steps are appended to; None before it is there, and where there is none.
+    """
+
+    def __init__(self, path: Path, journaled: bool):
+        self.path, self.journaled = path, journaled
+        self.journal: Journal | None = None
+        self._lock: FileLock | None = None
+        self._run: Mapping | None = None
+
+    def start(self, run: Mapping) -> None:
+        """Make the folder and keep other trainers out of it.
+
+        Args:
+            run: what tells the run from others, as JSON can hold it.
+
+        Raises:
+            ValueError: if the folder holds a run, or another trainer has it.
+        """
+        self._check_new()
+        make_folder(self.path)
+        self._acquire()
+        try:
+            # again: another trainer may have had the folder since
+            self._check_new()
+            # of a run that had not begun
+            left = [*snapshots_in(self.path), *snapshots_in(self.path / INITIAL_LOSSES), *self._unfinished()]
+            for path in left:
+                path.unlink()
+        except BaseException:
+            self.close()
+            raise
+        self._run = run
+
+    def _check_new(self) -> None:
+        """Raise ValueError if the folder holds a run, or of one whose other files are lost what it has learned."""
+        learned = any(step_of(path) > 0 for path in snapshots_in(self.path))
+        if learned or (self.path / METRICS).exists() or (self.path / JOURNAL).exists():
+            raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(self.path)!r}")
+
+    def _unfinished(self) -> list[Path]:
+        """Files of which a process that was killed had written a part."""
+        folders = self.path, self.path / INITIAL_LOSSES
+        return [path for folder in folders for path in folder.glob("*.tmp") if path.is_file()]
+
+    def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
+        """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
+        header = {"run": self._run, "initial_losses": initial_losses}
+        self.journal = Journal.create(self.path / JOURNAL, header, draws)
+
+    def take_over(self) -> None:
+        """Keep other trainers out of a folder that holds a run.
+
+        Raises:
+            ValueError: if it holds none, or another trainer has it.
+        """
+        if self.journaled and not (self.path / JOURNAL).exists():
+            raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.path)!r}")
+        if not snapshots_in(self.path):
+            raise ValueError(f"output_dir: expected a folder with snapshots, got {str(self.path)!r}")
+        self._acquire()
+
+    def read(self, settings: Mapping) -> SavedRun:
+        """What the folder holds of a run; it stays as it is.
+
+        Args:
+            settings: that the run has to have, see ``settings_of``.
+
+        Raises:
+            ValueError: if the run has other settings, or its journal or all its snapshots are damaged.
+        """
+        header, entries, warnings = {}, [], []
+        if self.journaled:
+            header, entries, torn = read_journal(self.path / JOURNAL)
+            self._check_settings(settings, header["run"])
+            if torn:
+                warnings.append(f"the last record of {self.path / JOURNAL} was cut short: its step is taken again")
+        at_most = len(entries) if self.journaled else None
+        snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, header.get("run"))
+        self._check_settings(settings, state["run"])
+        steps = len(entries) if self.journaled else snapshot_step
+        unusable = {*damaged, *(path for path in snapshots_in(self.path) if step_of(path) > steps)}
+        warnings += [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
+        initial_losses = header.get("initial_losses")
+        return SavedRun(steps, entries, initial_losses, snapshot_step, tensors, state, unusable, warnings)
+
+    def _check_settings(self, settings: Mapping, run: Mapping) -> None:
+        """Raise ValueError unless a run has these settings."""
+        # earlier runs knew of their batches no more than the tensors
+        run = EARLIER_SETTINGS | {"batch_contents": settings["batch_contents"]} | run
+        if run["estimator"] == Reinforce.__name__:
+            run["settings"] = EARLIER_REINFORCE_SETTINGS | run["settings"]
+        for name, own in settings.items():
+            if run.get(name) != own:
+                short = isinstance(own, (int, str))
+                told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
+                raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.path)!r}")
+
+    def initial_losses(self, saved: SavedRun, step: int) -> list[float] | None:
+        """Those of ``add_initial_losses`` at a step; None where they are to be computed, since that step is the next.
+
+        Raises:
+            ValueError: if they are missing or damaged, and steps have been compared with them.
+        """
+        folder = self.path / INITIAL_LOSSES
+        with contextlib.suppress(ValueError):
+            newest, tensors, _, _ = newest_snapshot(folder, step, saved.state["run"])
+            if newest == step:
+                return tensors["losses"].tolist()
+        if step == saved.steps:
+            return None
+        raise ValueError(
+            f"output_dir: expected the initial losses from step {step} on in {str(folder)!r}, got none or damaged ones"
+        )
+
+    def go_on(self, saved: SavedRun, rows: Sequence[Mapping]) -> None:
+        """Remove, set aside or mend what is damaged: the next step finds the folder as the last would have left it.
+
+        Args:
+            saved: what ``read`` has given.
+            rows: metrics of steps, for those without a line.
+        """
+        for path in self._unfinished():
+            path.unlink()
+        metrics = self._mended_metrics(saved.steps, rows)
+        if self.journaled:
+            self.journal, _, _ = Journal.resume(self.path / JOURNAL)
+        for path in saved.unusable:
+            path.rename(path.with_suffix(".aside"))
+        write_whole(self.path / METRICS, metrics)
+        self._run = saved.state["run"]
+
+    def _mended_metrics(self, steps: int, rows: Sequence[Mapping]) -> bytes:
+        """The lines of the steps that are done: those that are there, and of the others those of ``rows``."""
+        lines, path = {}, self.path / METRICS
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    lines[json.loads(line)["step"]] = line
+        for row in rows:
+            lines.setdefault(row["step"], json.dumps(row))
+        return "".join(lines[step] + "\n" for step in sorted(lines) if step < steps).encode()
+
+    def add_metrics(self, row: Mapping) -> None:
+        """Add the line of a step."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping, keep: int) -> None:
+        """Add a snapshot, with arguments as for ``save_snapshot``."""
+        save_snapshot(self.path, step, tensors, {"run": self._run, **state}, keep)
+
+    def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:
+        """Add the losses of all batches under refreshed initial masks, which this step is the first to need."""
+        folder = self.path / INITIAL_LOSSES
+        make_folder(folder)
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
+        save_snapshot(folder, step, tensors, {"run": self._run}, INITIAL_LOSSES_KEPT)
+
+    def _acquire(self) -> None:
+        """Keep other trainers out, in this process and in others."""
+        self._lock = FileLock(self.path / LOCK, blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            self._lock = None
+            raise ValueError(
+                f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
+                f"{str(self.path)!r}"
+            ) from None
+
+    def close(self) -> None:
+        """Let another trainer have the folder."""
+        if self.journal is not None:
+            self.journal.close()
+        if self._lock is not None:
+            self._lock.release()
+        self.journal = self._lock = None

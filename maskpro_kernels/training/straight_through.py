@@ -1,0 +1,333 @@
+"""Straight-through learning: logits follow the slope of the loss in the mask, inside the backward pass."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..functional.checks import FLOAT32_MAX
+from ..modules import MaskedLinear
+from ..pattern import MaskSource
+from ..ranks import Ranks
+from .estimator import _check_float
+
+
+class StraightThrough:
+    """Straight-through learning: the gradient of the masked weights tells each logit where to go.
+
+    A mask is drawn, and backward gives the slope of the loss in it (``straight_through_gradient``). Every logit moves
+    by -lr * slope / rms(slope), by at most ``max_update``; rms is the root mean square over the layer, a running one of
+    the steps before. That happens inside backward, layer by layer, where a layer is used once in a step: no gradient
+    is held. A layer that is used several times moves once, after backward, by the sum of its slopes. So does every
+    layer where a process takes several batches a step, and in a step whose losses do not come to the same layers on all
+    ranks: a process then holds a float32 slope for each weight.
+
+    Args:
+        lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
+        steps: how many steps there will be, and no more; None: lr stays as it is.
+        curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens.
+        max_update: most that a logit moves in a step. A kept and a dropped weight start the gap apart and change places
+            after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few weights with massive
+            activations are dropped on the word of slopes that do not see how far the loss bends there.
+        decay: share of the running mean square that a step leaves, in [0, 1).
+
+    Attributes:
+        taken: whether a trainer has it.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    def __init__(
+        self,
+        lr: float = 0.1,
+        steps: int | None = None,
+        *,
+        curvature: float = 1.0,
+        max_update: float = 2.0,
+        decay: float = 0.9,
+    ):
+        _check_float("lr", lr, 0.0, FLOAT32_MAX, strict=True)
+        _check_float("curvature", curvature, 0.0, FLOAT32_MAX)
+        _check_float("max_update", max_update, 0.0, FLOAT32_MAX, strict=True)
+        _check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"steps: expected an int of at least 1 or None, got {steps!r}")
+        self.lr = float(lr)
+        self.steps = steps
+        self.curvature = float(curvature)
+        self.max_update = float(max_update)
+        self.decay = float(decay)
+        self.taken = False
+        self._updaters: dict[MaskedLinear, LayerUpdater] = {}
+
+    def settings(self) -> dict:
+        """What the class was given, as JSON can hold it."""
+        names = ("lr", "steps", "curvature", "max_update", "decay")
+        return {name: getattr(self, name) for name in names}
+
+    def mean_squares(self, layers: Mapping[str, MaskedLinear]) -> dict[str, float]:
+        """Running mean squares of the slopes by name of the layer, those that a step has given."""
+        found = {name: self._updaters[layer].mean_square for name, layer in layers.items() if layer in self._updaters}
+        return {name: square for name, square in found.items() if square is not None}
+
+    def set_mean_squares(self, layers: Mapping[str, MaskedLinear], squares: Mapping[str, float]) -> None:
+        """Go on with the ``mean_squares`` of another process."""
+        for name, square in squares.items():
+            self._updaters.setdefault(layers[name], LayerUpdater(layers[name], self)).mean_square = square
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.lr if self.steps is None else self.lr * max(1.0 - step / self.steps, 0.0)
+
+    @contextmanager
+    def attached(
+        self, layers: Mapping[str, MaskedLinear], step: int, ranks: Ranks, batches: int
+    ) -> Iterator[BackwardPass]:
+        """With layers whose logits move by the backward backward_pass of a step, see ``BackwardPass``.
+
+        Args:
+            layers: by name.
+            step: index of the step, from 0.
+            ranks: over which slopes are summed.
+            batches: how many backward_pass this rank makes; others make as many.
+        """
+        updaters = {name: self._updaters.setdefault(layer, LayerUpdater(layer, self)) for name, layer in layers.items()}
+        before = {layer: layer.logits_backward for layer in layers.values()}
+        backward_pass = BackwardPass(updaters, ranks, batches)
+        try:
+            for layer, updater in zip(layers.values(), updaters.values(), strict=True):
+                layer.logits.grad = None
+                updater.begin(self.lr_at(step), backward_pass)
+                layer.logits_backward = updater
+            backward_pass.watch()
+            yield backward_pass
+        finally:
+            backward_pass.unwatch()
+            for layer, own in before.items():
+                layer.logits_backward = own
+                layer.logits.grad = None
+            for updater in updaters.values():
+                updater.end()
+
+
+class BackwardPass:
+    """The forward and backward backward_pass of a step, in turn; the last backward has moved all logits.
+
+    On several ranks the slopes of a layer are summed up before it moves. Where each rank makes one pass, and all come
+    to the same layers in the same order, that happens inside backward, in this order: a slope that comes ahead of its
+    turn is held. All other slopes are held until backward has ended. So the slopes of two layers are never summed up
+    for those of one, whichever way the backward of a rank goes.
+    """
+
+    def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
+        self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
+        self.counters: list = []
+        self.turns: deque[LayerUpdater] = deque()
+        # autograd has a thread for each device
+        self.lock = threading.Lock()
+
+    def watch(self) -> None:
+        """Count how often a forward uses each layer."""
+        for updater in self.updaters.values():
+            updater.uses = 0
+            self.counters.append(updater.layer.register_forward_hook(updater.count))
+
+    def unwatch(self) -> None:
+        for counter in self.counters:
+            counter.remove()
+        self.counters.clear()
+
+    def way(self, loss: Tensor) -> float:
+        """A number for the turns that the layers take in a backward of ``loss``: another one where they are others."""
+        turns = []
+        if self.ranks.world > 1 and self.batches == 1:
+            reached = _reached(loss, self.updaters)
+            times = Counter(reached)
+            turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
+        self.turns = deque(self.updaters[name] for name in turns)
+        # 48 bits, which a float64 holds
+        return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
+
+    def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
+        """Take the gradient of the loss of the last forward to the logits.
+
+        Behind the last pass it gives the names of the layers in which a slope was not finite: the logits of its
+        weights, and the running mean square of the layer, are as they were. Else none.
+
+        Args:
+            loss: 0-dim.
+            weight: of its slopes in the sum over the backward_pass of all ranks.
+            alike: whether ``way`` has given the same on all ranks.
+
+        Raises:
+            ValueError: if no layer is reached, one is reached again after it has moved, or logits have a gradient by
+                another way than their mask.
+        """
+        # what runs again from here on, to compute an activation anew, is no further use
+        self.unwatch()
+        self.left -= 1
+        if not alike:
+            self.turns.clear()
+        for updater in self.updaters.values():
+            updater.weight = weight
+            updater.at_once = self.ranks.world == 1 and self.batches == 1 and updater.uses <= 1
+        torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
+        if self.left:
+            self.watch()
+            return []
+        self._finish()
+        bad = _folded(self.updaters)
+        elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
+        if elsewhere:
+            raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
+        return bad
+
+    def take_turns(self) -> None:
+        """Move the layers whose turn has come."""
+        with self.lock:
+            while self.turns and self.turns[0].slopes is not None:
+                self.turns.popleft().finish()
+
+    def _finish(self) -> None:
+        """Move the layers that backward has not moved, and that it has come to on any rank."""
+        while self.turns:
+            # other ranks may wait for it, though backward has not come to it on this one
+            self.turns.popleft().finish()
+        held = self.ranks.gather([updater.slopes is not None for updater in self.updaters.values()])
+        for updater, *on_ranks in zip(self.updaters.values(), *held, strict=True):
+            if any(on_ranks):
+                updater.finish()
+
+
+def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
+    """The layers that backward comes to, in its order, each as often as it does; of a reentrant checkpoint none."""
+    names = {id(updater.layer.logits): name for name, updater in updaters.items()}
+    ahead, seen, found = [loss.grad_fn], {None}, []
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for source, _ in node.next_functions:
+            name = names.get(id(getattr(source, "variable", None)))
+            if name is None:
+                ahead.append(source)
+            else:
+                # autograd takes what the forward did last first
+                found.append((node._sequence_nr(), name))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def _folded(updaters: Mapping[str, LayerUpdater]) -> list[str]:
+    """Take the mean squares of a step into the running ones; names of the layers whose are not finite."""
+    reached = {name: updater for name, updater in updaters.items() if updater.latest is not None}
+    if not reached:
+        raise ValueError(
+            "loss_fn: expected a loss that a gradient takes to a masked layer, got none; checkpointed activations "
+            "need use_reentrant=False"
+        )
+    # one transfer a device
+    by_device: dict[torch.device, list[LayerUpdater]] = {}
+    for updater in reached.values():
+        by_device.setdefault(updater.latest.device, []).append(updater)
+    for group in by_device.values():
+        for updater, square in zip(group, torch.stack([d.latest for d in group]).tolist(), strict=True):
+            updater.fold(square)
+    return [name for name, updater in reached.items() if not updater.finite]
+
+
+class LayerUpdater:
+    """Moves the logits of one layer, inside backward or after it: see ``BackwardPass``.
+
+    Attributes:
+        moves_logits: see ``MaskedLinear``.
+        mean_square: running mean square of the slope, None until a step has given one above 0.
+        latest: that of the step, on the device; None where backward has not come by.
+        uses: how often the forward of a pass has used the layer.
+        slopes: those summed up of the step, float32; None where there are none, and once the logits have moved by them.
+        weight: of the slopes of a pass.
+        at_once: whether the logits move by the slopes of a pass where these are computed, in one kernel.
+    """
+
+    moves_logits = True
+
+    def __init__(self, layer: MaskedLinear, how: StraightThrough):
+        self.layer = layer
+        self.how = how
+        self.mean_square: float | None = None
+
+    def begin(self, lr: float, backward_pass: BackwardPass) -> None:
+        self.lr, self.backward_pass = lr, backward_pass
+        self.uses = 0
+        self.latest: Tensor | None = None
+        self.slopes: Tensor | None = None
+
+    def count(self, *_) -> None:
+        self.uses += 1
+
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
+        how = self.how
+        if self.latest is not None:
+            raise ValueError(
+                "loss_fn: expected a backward that comes to a layer as often as the forward uses it, got one that "
+                "comes again after the layer has moved"
+            )
+        if self.at_once:
+            # the parameter itself: what autograd has kept may be a copy
+            with self.layer.moving_logits() as logits:
+                mask = mask._replace(tensor=logits)
+                self._descend(
+                    lambda rate: ops.straight_through_update_(
+                        grad, x, weight, how.curvature, rate, how.max_update, *mask
+                    )
+                )
+            return
+        slope = ops.straight_through_grad(grad, x, weight, how.curvature, *mask)
+        if self.weight != 1.0:
+            # of the slope, not of the loss: the curvature would take its square
+            slope.mul_(self.weight)
+        self.slopes = slope if self.slopes is None else self.slopes.add_(slope)
+        self.backward_pass.take_turns()
+
+    def finish(self) -> None:
+        """Move by the slopes that the backward_pass of all ranks have summed up; this one may have none."""
+        if self.slopes is None:
+            self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
+        self.backward_pass.ranks.sum_(self.slopes)
+        counter = self.layer.counter()
+        m, max_update, seed_and_step = self.layer.pattern.m, self.how.max_update, (counter["seed"], counter["step"])
+        shard = (counter["layer"], counter["group_offset"], counter["group_row_stride"])
+        with self.layer.moving_logits() as logits:
+            self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, *seed_and_step, *shard))
+        self.slopes = None
+
+    def end(self) -> None:
+        """Free what a step has left, also one that broke off."""
+        self.latest = self.slopes = self.backward_pass = None
+
+    def _descend(self, descend: Callable[[Tensor], Tensor]) -> None:
+        def at_rate(rate: float) -> Tensor:
+            return descend(torch.full((), rate, dtype=torch.float32, device=self.layer.weight.device))
+
+        square = self.mean_square
+        if square is None:
+            # at a rate of 0 nothing moves
+            square = float(at_rate(0.0))
+        usable = math.isfinite(square) and square > 0.0
+        self.latest = at_rate(min(self.lr / math.sqrt(square), FLOAT32_MAX) if usable else 0.0)
+
+    def fold(self, square: float) -> None:
+        self.finite = math.isfinite(square)
+        if not self.finite or square == 0.0:
+            return
+        old = square if self.mean_square is None else self.mean_square
+        self.mean_square = self.how.decay * old + (1.0 - self.how.decay) * square
