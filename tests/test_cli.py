@@ -629,7 +629,7 @@ def test_an_interrupt_before_the_first_step_is_told_in_a_line(inputs, tmp_path, 
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(inputs):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "maskpro_kernels.cli", "validate", str(inputs / "model")]
+    command = [sys.executable, "-m", "maskpro_kernels", "validate", str(inputs / "model")]
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert ended.returncode == 141 and ended.stderr == b""

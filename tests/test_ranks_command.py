@@ -78,7 +78,7 @@ class OnRanks:
     """
 
     def __init__(self, folder: Path, arguments, broken_off=None):
-        code = ["-m", "maskpro_kernels.cli"]
+        code = ["-m", "maskpro_kernels"]
         if broken_off is not None:
             number, ranks, step = broken_off
             code = ["--no-python", sys.executable, "-c", BROKEN_OFF, str(int(number)), ranks, str(step)]

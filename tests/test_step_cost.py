@@ -376,7 +376,7 @@ def measure_replay() -> dict:
         sources = f"--model smollm2-135m --data pydoc --init magnitude --batch-size 8 --output {run}"
         assert main.main(["learn", *sources.split(), "--steps", str(REPLAYED_STEPS), "--eval-windows", "1"]) == 0
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-        command, printed = [sys.executable, "-m", "maskpro_kernels.cli", "replay", str(run)], []
+        command, printed = [sys.executable, "-m", "maskpro_kernels", "replay", str(run)], []
         replay = seconds_of(lambda: printed.append(subprocess.check_output(command, text=True)))
     assert report["logits"] in printed[0], printed
     return {"steps": [record["seconds"] for record in report["steps"]], "replay": replay}

@@ -111,7 +111,3 @@ def _check_torchrun(args: argparse.Namespace, argv: list[str]) -> None:
             )
     elif os.environ["WORLD_SIZE"] != "1" and args.run is not learn:
         raise ValueError(f"torchrun: expected `learn`, the one command for several ranks, got {argv[0]!r}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
