@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from far_device import far_device
-from test_ranks import all_in_ranks
+from helpers.far_device import far_device
+from helpers.in_ranks import all_in_ranks
 from torch import nn
 
 import maskpro_kernels as mk
