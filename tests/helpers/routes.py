@@ -8,3 +8,9 @@ from maskpro_kernels.ops import dispatch
 def route_to_the_eager_reference(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(dispatch, "compiler_available", lambda: False)
+
+
+def take_route(monkeypatch, route):
+    """CPU tensors go to the "kernels" in Triton's interpreter, to the "compiled" reference, or to the "eager" one."""
+    monkeypatch.setattr(dispatch, "interpreting", lambda: route == "kernels")
+    monkeypatch.setattr(dispatch, "compiler_available", lambda: route == "compiled")
