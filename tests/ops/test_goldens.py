@@ -7,6 +7,7 @@ differently.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import maskpro_kernels as mk
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 ROWS, SEED = 33, 12345678901234
+PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "5:8", "8:16", "16:32"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RUNS = {
     "one draw": {"estimator": {"lr": 4.0, "alpha": 0.9}},
@@ -93,9 +95,14 @@ def run(folder: Path, estimator: dict, pattern: str = "2:4", logits_dtype=torch.
     return [digest(model.up.logits, model.down.logits), hashlib.sha256(content[start:]).hexdigest()[:16]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pattern", ["1:2", "1:4", "2:4", "3:4", "4:8", "5:8", "8:16", "16:32"])
-@pytest.mark.parametrize("route", ["eager", "compiled", "kernels"])
+def cases():
+    """Every pattern, dtype and route; what the interpreter takes seconds for is slow."""
+    for route, pattern, dtype in itertools.product(("eager", "compiled", "kernels"), PATTERNS, DTYPES):
+        slow = route == "kernels" and mk.NMPattern(pattern).m > 8
+        yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("route", "pattern", "dtype"), cases())
 def test_draws_and_updates_are_those_of_an_earlier_version(route, pattern, dtype, monkeypatch):
     take_route(monkeypatch, route)
     assert operations(pattern, DTYPES[dtype]) == GOLDENS[f"{pattern} {dtype}"]
