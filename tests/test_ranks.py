@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from helpers.children import environment
 from helpers.in_ranks import LONGEST, Ended, all_in_ranks, in_ranks
-from helpers.small_trainer import a_model, assert_equal_logits, logits_of
+from helpers.rank_jobs import learn_on_rank, rank_trainer
+from helpers.small_trainer import a_model, assert_equal_logits, logits_of, some_batches, uneven_batches
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,41 +28,6 @@ from maskpro_kernels import ranks
 from maskpro_kernels.training import journal, snapshots
 from maskpro_kernels.training import straight_through as straight_through_file
 from maskpro_kernels.training.trainer import PARALLEL
-
-
-def some_batches(count: int = 5) -> list[torch.Tensor]:
-    """The last one is smaller."""
-    batches = list(torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(1)))
-    return [*batches[:-1], batches[-1][:2]]
-
-
-def a_trainer(how: str = "reinforce", loss_fn=None, batches=None, model=None, seed=11, **arguments) -> mk.MaskTrainer:
-    estimators = {
-        "reinforce": lambda: mk.Reinforce(lr=2.0, alpha=0.75),
-        "normalized": lambda: mk.Reinforce(lr=2.0, alpha=0.75, normalize=True),
-        "refreshed": lambda: mk.Reinforce(lr=10.0, alpha=0.75, refresh=True),
-        "two draws": lambda: mk.Reinforce(lr=2.0, draws=2),
-        "four draws": lambda: mk.Reinforce(lr=2.0, draws=4),
-        "straight-through": lambda: mk.StraightThrough(lr=0.3),
-    }
-
-    def square(model, batch):
-        return model(batch).square().mean()
-
-    model = a_model() if model is None else model
-    return mk.MaskTrainer(
-        model, loss_fn or square, batches or some_batches(), estimators[how](), seed=seed, **arguments
-    )
-
-
-def learn(rank: int, how: str, steps: int, folder=None, resume=False, **arguments):
-    """(logits, records without their seconds) of a run."""
-    trainer = a_trainer(how, output_dir=folder, **arguments)
-    if resume:
-        trainer.resume()
-    records = trainer.run(steps - trainer.steps_done, progress=False)
-    trainer.close()
-    return logits_of(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +42,10 @@ def learn(rank: int, how: str, steps: int, folder=None, resume=False, **argument
 )
 def test_ranks_have_the_bits_of_one_process(how, parallel, accumulate, tmp_path, eager_reference):
     steps = {"how": how, "steps": 3, "parallel": parallel, "accumulate": accumulate}
-    logits, records = learn(0, folder=tmp_path / "1", **steps)
+    logits, records = learn_on_rank(0, folder=tmp_path / "1", **steps)
     assert records[-1]["loss"] != records[0]["loss"] and not torch.equal(logits[0], logits_of(a_model())[0])
     for world in (2, 4):
-        for theirs, seen in all_in_ranks(world, learn, folder=tmp_path / str(world), **steps):
+        for theirs, seen in all_in_ranks(world, learn_on_rank, folder=tmp_path / str(world), **steps):
             assert_equal_logits(theirs, logits)
             assert seen == records
         for name in ("journal", "metrics.jsonl"):
@@ -104,7 +70,7 @@ def learn_across_a_refresh(rank: int, folder, **arguments):
 
     residuals = []
     for steps in (1, 16):
-        trainer = a_trainer("refreshed", loss_fn, seed=1, output_dir=folder, **arguments)
+        trainer = rank_trainer("refreshed", loss_fn=loss_fn, seed=1, output_dir=folder, **arguments)
         if steps > 1:
             trainer.resume()
         residuals += [one.residual for one in trainer.run(steps - trainer.steps_done, progress=False)]
@@ -129,8 +95,8 @@ def test_ranks_refresh_initial_masks_together(tmp_path, eager_reference):
 
 
 def test_own_masks_on_two_ranks_are_two_draws_of_one_process(eager_reference):
-    logits, records = learn(0, "two draws", 3)
-    for theirs, seen in all_in_ranks(2, learn, how="two draws", steps=3, parallel="draws"):
+    logits, records = learn_on_rank(0, "two draws", 3)
+    for theirs, seen in all_in_ranks(2, learn_on_rank, how="two draws", steps=3, parallel="draws"):
         assert_equal_logits(theirs, logits)
         assert seen == records
 
@@ -146,7 +112,7 @@ def count_bytes(rank: int, how: str, accumulate: int, parallel: str):
 
         return counted
 
-    trainer = a_trainer(how, accumulate=accumulate, parallel=parallel)
+    trainer = rank_trainer(how, accumulate=accumulate, parallel=parallel)
     trainer.begin()
     for name, at in {"all_gather": 1, "all_reduce": 0, "broadcast": 0, "all_gather_into_tensor": 1}.items():
         setattr(dist, name, counting(getattr(dist, name), at))
@@ -183,7 +149,7 @@ def learn_until_killed(rank: int, how: str, victim: int, folder, wait: float = 0
         return loss_fn(model, batch)
 
     ranks.ANSWER = 0.5
-    trainers.append(a_trainer(how, loss_fn=slow, output_dir=folder, **arguments))
+    trainers.append(rank_trainer(how, loss_fn=slow, output_dir=folder, **arguments))
     began = time.monotonic()
     try:
         trainers[0].run(4, progress=False)
@@ -204,7 +170,7 @@ def learn_until_killed(rank: int, how: str, victim: int, folder, wait: float = 0
 )
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, parallel, victim, resumed, tmp_path, eager_reference):
     steps = {"parallel": parallel, "accumulate": 4 if parallel == "data" else 1}
-    logits, _ = learn(0, how, 4, **steps)
+    logits, _ = learn_on_rank(0, how, 4, **steps)
     results = in_ranks(4, learn_until_killed, how=how, victim=victim, folder=tmp_path, **steps)
     assert isinstance(results.pop(victim), Ended)
     for error, message, missing, seconds in results:
@@ -212,7 +178,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, parallel, victi
         assert missing == [victim] and f"rank {victim} of 4 ended" in message
         assert seconds < LONGEST / 4
     assert len(journal.read(tmp_path / "journal")[1]) == 2
-    results = all_in_ranks(resumed, learn, how=how, steps=4, folder=tmp_path, resume=True, **steps)
+    results = all_in_ranks(resumed, learn_on_rank, how=how, steps=4, folder=tmp_path, resume=True, **steps)
     assert len(results) == resumed
     for theirs, records in results:
         assert [record["step"] for record in records] == [2, 3]
@@ -221,7 +187,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, parallel, victi
 
 def learn_until_some_moment(rank: int, folder: Path, victim: int, seconds: float):
     ranks.ANSWER = 0.5
-    trainer = a_trainer(output_dir=folder, accumulate=4)
+    trainer = rank_trainer(output_dir=folder, accumulate=4)
     if (folder / "journal").exists():
         trainer.resume()
     else:
@@ -243,8 +209,8 @@ def test_a_run_whose_ranks_are_killed_again_and_again_has_the_bits_of_a_whole_on
         assert isinstance(results.pop(victim), Ended)
         assert all(result.missing == [victim] for result in results), results
     steps = len(journal.read(tmp_path / "journal")[1]) + 5
-    results = all_in_ranks(2, learn, how="reinforce", steps=steps, folder=tmp_path, resume=True, accumulate=4)
-    whole, _ = learn(0, "reinforce", steps, accumulate=4)
+    results = all_in_ranks(2, learn_on_rank, how="reinforce", steps=steps, folder=tmp_path, resume=True, accumulate=4)
+    whole, _ = learn_on_rank(0, "reinforce", steps, accumulate=4)
     for logits, _ in results:
         assert_equal_logits(logits, whole)
 
@@ -259,8 +225,8 @@ import os, signal
 import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
+from helpers.rank_jobs import rank_trainer
 from helpers.small_trainer import logits_of
-from tests.test_ranks import a_trainer
 from maskpro_kernels import ranks
 from maskpro_kernels.training.batches import digest
 """
@@ -272,7 +238,7 @@ def loss_fn(model, batch):
     if dist.get_rank() == 1 and trainer.steps_done == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     return model(batch).square().mean()
-trainer = a_trainer(loss_fn=loss_fn, accumulate=2, timeout=0.5)
+trainer = rank_trainer(loss_fn=loss_fn, accumulate=2, timeout=0.5)
 trainer.step()
 try:
     trainer.step()
@@ -282,7 +248,7 @@ except ranks.MissingRanks:
 
 TORCHRUN = """
 with ranks.under_torchrun():
-    trainer = a_trainer(accumulate=2)
+    trainer = rank_trainer(accumulate=2)
     trainer.run(3, progress=False)
     trainer.close()
     # a line at once, between those of other ranks
@@ -335,7 +301,7 @@ def spoil(rank: int, folder, how: str, **arguments):
         bad = rank == 1 and trainers and trainers[0].steps_done == 2
         return model(batch).square().mean() * (math.inf if bad else 1.0)
 
-    trainers.append(a_trainer(how, loss_fn=loss_fn, output_dir=folder, max_skipped=1, **arguments))
+    trainers.append(rank_trainer(how, loss_fn=loss_fn, output_dir=folder, max_skipped=1, **arguments))
     records = trainers[0].run(4, progress=False)
     return [record.loss for record in records], logits_of(trainers[0].model)
 
@@ -361,16 +327,16 @@ def differ(rank: int, folder) -> dict[str, str]:
     with torch.no_grad():
         other[0].logits[0, 0] += rank
     trainers = {
-        "seed": a_trainer(seed=rank, accumulate=2),
-        "batches, batch_contents": a_trainer(batches=some_batches(5 + rank), accumulate=2),
-        "batch_contents": a_trainer(batches=[[0, 1], [2, 3 + rank]], accumulate=2),
-        "weights": a_trainer(model=heavier, accumulate=2),
-        "logits": a_trainer(model=other, accumulate=2),
-        "accumulate": a_trainer(accumulate=2 + 2 * rank),
-        "settings": a_trainer("two draws" if rank else "reinforce", accumulate=2),
-        "parallel": a_trainer("two draws", accumulate=2, parallel=PARALLEL[rank]),
+        "seed": rank_trainer(seed=rank, accumulate=2),
+        "batches, batch_contents": rank_trainer(batches=[*uneven_batches(), *some_batches(rank)], accumulate=2),
+        "batch_contents": rank_trainer(batches=[[0, 1], [2, 3 + rank]], accumulate=2),
+        "weights": rank_trainer(model=heavier, accumulate=2),
+        "logits": rank_trainer(model=other, accumulate=2),
+        "accumulate": rank_trainer(accumulate=2 + 2 * rank),
+        "settings": rank_trainer("two draws" if rank else "reinforce", accumulate=2),
+        "parallel": rank_trainer("two draws", accumulate=2, parallel=PARALLEL[rank]),
         # with a folder: nothing is written there
-        "layers, weights": a_trainer(model=mk_model(8 + 4 * rank), accumulate=2, output_dir=folder),
+        "layers, weights": rank_trainer(model=mk_model(8 + 4 * rank), accumulate=2, output_dir=folder),
     }
     told = {}
     for name, trainer in trainers.items():
@@ -407,7 +373,7 @@ def refuse(rank: int) -> list[str]:
         ("straight-through", {"parallel": "draws"}),
     ):
         with pytest.raises(ValueError) as caught:
-            a_trainer(how, **arguments)
+            rank_trainer(how, **arguments)
         told.append(str(caught.value))
     return told
 
@@ -423,7 +389,7 @@ def test_work_that_cannot_be_shared_is_refused():
 
 
 def stop_on_one(rank: int):
-    trainer = a_trainer(accumulate=3)
+    trainer = rank_trainer(accumulate=3)
 
     def after(record):
         # the others wait for what rank 0 does here, longer than in a step
@@ -449,7 +415,7 @@ def learn_apart(rank: int, folder: Path, resume: bool):
         # a run's logits come from its folder
         with torch.no_grad():
             model[0].logits.add_(1.0)
-    trainer = a_trainer("reinforce", model=model, output_dir=folder, accumulate=2)
+    trainer = rank_trainer("reinforce", model=model, output_dir=folder, accumulate=2)
     told = None
     if resume:
         trainer.resume()
@@ -470,11 +436,11 @@ def test_rank_0_alone_reads_and_writes(tmp_path, eager_reference):
     assert not (tmp_path / "1").exists()
     (_, logits), (_, others) = all_in_ranks(2, learn_apart, folder=tmp_path, resume=True)
     assert not (tmp_path / "1").exists()
-    whole, _ = learn(0, "reinforce", 4, accumulate=2)
+    whole, _ = learn_on_rank(0, "reinforce", 4, accumulate=2)
     assert_equal_logits(logits, whole)
     assert_equal_logits(others, whole)
     # the folder holds a run by now
-    for error in in_ranks(2, learn, how="reinforce", steps=2, folder=tmp_path / "0", accumulate=2):
+    for error in in_ranks(2, learn_on_rank, how="reinforce", steps=2, folder=tmp_path / "0", accumulate=2):
         assert str(error).startswith("output_dir: expected a folder without a run, or resume, got ")
 
 
@@ -518,7 +484,7 @@ def test_what_is_raised_on_one_rank_is_raised_on_all():
 
 
 def drift(rank: int) -> str:
-    trainer = a_trainer(accumulate=2)
+    trainer = rank_trainer(accumulate=2)
     trainer.begin()
     with torch.no_grad():
         for layer in trainer.layers.values():
@@ -591,7 +557,7 @@ def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Modul
         mk.convert(model, "2:4", gap=2.0)
     if taken_for is not None:
         straight_through_file._reached = lambda loss, descents: list(taken_for)
-    trainer = a_trainer("straight-through", model=model, accumulate=accumulate)
+    trainer = rank_trainer("straight-through", model=model, accumulate=accumulate)
     held, real = [], trainer.ranks.sum_
 
     def summed(tensor):
@@ -663,7 +629,7 @@ def hang(rank: int, where: str):
         hanging()
         return mk.Reinforce.advantages(trainer.estimator, *losses)
 
-    trainer = a_trainer("refreshed", loss_fn, seed=1, accumulate=2, timeout=0.5)
+    trainer = rank_trainer("refreshed", loss_fn=loss_fn, seed=1, accumulate=2, timeout=0.5)
     if where == "update":
         trainer.estimator.advantages = advantages
     with pytest.raises(ranks.MissingRanks) as caught:
@@ -686,7 +652,7 @@ def test_more_ranks_than_fit_a_queue_see_a_sign_of_life(monkeypatch):
 
 
 def learn_until_killed_in_backward(rank: int, folder):
-    trainer = a_trainer("straight-through", output_dir=folder, accumulate=3)
+    trainer = rank_trainer("straight-through", output_dir=folder, accumulate=3)
     ranks.ANSWER = 0.5
     trainer.run(2, progress=False)
     if rank == 1:
@@ -706,8 +672,10 @@ def learn_until_killed_in_backward(rank: int, folder):
 def test_a_rank_that_is_killed_in_backward_is_named(tmp_path, eager_reference):
     results = in_ranks(3, learn_until_killed_in_backward, folder=tmp_path)
     assert isinstance(results.pop(1), Ended) and results == [[1], [1]]
-    logits, _ = learn(0, "straight-through", 5, accumulate=3)
-    ((theirs, _),) = all_in_ranks(1, learn, how="straight-through", steps=5, folder=tmp_path, resume=True, accumulate=3)
+    logits, _ = learn_on_rank(0, "straight-through", 5, accumulate=3)
+    ((theirs, _),) = all_in_ranks(
+        1, learn_on_rank, how="straight-through", steps=5, folder=tmp_path, resume=True, accumulate=3
+    )
     for one, other in zip(theirs, logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5

@@ -173,19 +173,6 @@ def test_a_shard_says_where_it_lies():
     assert "group_offset" not in repr(layer)
 
 
-def test_states_from_before_there_were_shards_load():
-    layer, fresh = a_layer("2:4"), a_layer("2:4")
-    state = layer.state_dict()
-    state["_extra_state"] = torch.tensor([8, 2, 4, 11, 1])
-    for place in PLACES.values():
-        shard = shard_of(fresh, *place)
-        shard.load_state_dict({**state, "weight": state["weight"][place], "logits": state["logits"][place]})
-        assert shard.layer == 8 and (int(shard.counter_state.seed), int(shard.counter_state.step)) == (11, 1)
-        drawn = mk.sample_mask(state["logits"], "2:4", seed=11, step=1, layer=8)
-        rows, columns = place
-        assert torch.equal(shard.drawn_codes(), drawn[rows, columns.start // 4 : columns.stop // 4])
-
-
 def test_a_state_goes_back_to_where_it_lay_and_nowhere_else():
     layer = a_layer("2:4")
     first, second = (shard_of(layer, slice(row, row + 4), slice(0, K)) for row in (0, 4))
@@ -231,7 +218,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
 
     assert main.main(["replay", str(tmp_path)]) == 0
     assert digest([shard.logits]) in capsys.readouterr().out
-    # a whole layer is told as in runs from before there were shards
+    # a whole layer is told without a place
     assert header["run"]["layers"] == {"0": [3, "2:4", [9, 16], "torch.float32", 60, 16]}
     settings = settings_of({"0": whole}, mk.Reinforce(), batches, seed=9, accumulate=1)
     assert settings["layers"] == {"0": [3, "2:4", [ROWS, K], "torch.float32"]}

@@ -12,7 +12,6 @@ import sys
 import termios
 import time
 from fcntl import ioctl
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,6 @@ from maskpro_kernels.report import plots
 from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.perplexity import perplexity
 from maskpro_kernels.training.batches import digest
-from maskpro_kernels.training.straight_through import StraightThrough
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -232,9 +230,6 @@ def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
     told = "that its masks were learned on, got others; put back the base model as it was"
     refuses(capsys, tmp_path, export, f"run: expected the weights of {metadata['model']!r}", told)
     assert main.main([*export, "--dtype", "bfloat16"]) == 0
-    del metadata["weights"]
-    save_file(logits, tmp_path / "run" / "logits.safetensors", metadata=metadata)
-    assert main.main([*export[:-1], str(tmp_path / "earlier")]) == 0
 
 
 def test_export_packs(run, tmp_path, inputs, capsys):
@@ -467,25 +462,6 @@ def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_o
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run" / "logits.safetensors").exists()
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
-
-
-def test_an_earlier_straight_through_run_goes_on_with_its_own_bound(inputs, tmp_path, monkeypatch):
-    step, output = MaskTrainer.step, tmp_path / "run"
-
-    def failing(trainer):
-        if trainer.steps_done == 2:
-            raise KeyboardInterrupt
-        return step(trainer)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(MaskTrainer, "step", failing)
-        patched.setattr(learning, "StraightThrough", partial(StraightThrough, max_update=5.0))
-        assert main.main(learn(inputs, output, *STRAIGHT_THROUGH)) == 130
-    start = json.loads((output / "settings.json").read_text(encoding="utf-8"))
-    assert start["settings"].pop("max_update") == 5.0
-    (output / "settings.json").write_text(json.dumps(start), encoding="utf-8")
-    assert main.main(["learn", "--resume", str(output)]) == 0
-    assert report(output)["settings"]["max_update"] == 5.0
 
 
 def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path, monkeypatch):

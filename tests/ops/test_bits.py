@@ -146,8 +146,8 @@ def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, 
 
 
 def test_the_compiled_route_runs_a_graph_for_each_operation_whatever_the_shape(monkeypatch):
-    fresh = functools.cache(kernels.graph.__wrapped__)
-    monkeypatch.setattr(kernels, "graph", fresh)
+    fresh = functools.cache(compiled_loop.compiled_loop.__wrapped__)
+    monkeypatch.setattr(kernels, "compiled_loop", fresh)
     monkeypatch.setattr(compiled_loop.CompiledLoop, "_eager", None)
     logits = problem(4, torch.float32, 5_003)
     assert torch.equal(draw(kernels, 2, 4, logits), draw(reference, 2, 4, logits))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.children import environment
 from helpers.routes import route_to_the_eager_reference
-from helpers.small_trainer import a_model, assert_equal_logits, logits_of, some_batches
+from helpers.small_trainer import a_model, a_trainer_in, assert_equal_logits, logits_of, some_batches
 
 import maskpro_kernels as mk
 from maskpro_kernels.training import journal, run_folder, score_updates, snapshots
@@ -29,13 +29,8 @@ from maskpro_kernels.training.snapshots import newest_snapshot, save_snapshot
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-ESTIMATORS = {
-    "reinforce": lambda: mk.Reinforce(lr=2.0, alpha=0.75),
-    "normalized": lambda: mk.Reinforce(lr=2.0, alpha=0.75, normalize=True),
-    "refreshed": lambda: mk.Reinforce(lr=10.0, alpha=0.75, refresh=True),
-    "several draws": lambda: mk.Reinforce(lr=2.0, draws=3),
-    "straight-through": lambda: mk.StraightThrough(lr=0.3),
-}
+# One that keeps each kind of state
+WAYS = ["reinforce", "normalized", "refreshed", "three draws", "straight-through"]
 
 
 def entry(step: int, draws: int = 1) -> Entry:
@@ -168,28 +163,18 @@ def test_every_byte_of_a_snapshot_flipped_is_found(tmp_path):
         newest_snapshot(tmp_path)
 
 
-def a_trainer(folder, how="reinforce", model=None, **arguments):
-    arguments = {"seed": 11, "output_dir": folder, "estimator": ESTIMATORS[how]()} | arguments
-    estimator, batches = arguments.pop("estimator"), arguments.pop("batches", some_batches())
-
-    def loss_fn(model, batch):
-        return model(batch).square().mean()
-
-    return mk.MaskTrainer(model or a_model(), loss_fn, batches, estimator, **arguments)
-
-
-@pytest.mark.parametrize("how", ESTIMATORS)
+@pytest.mark.parametrize("how", WAYS)
 def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, how):
-    whole = a_trainer(tmp_path / "whole", how, snapshot_minutes=0.0)
+    whole = a_trainer_in(tmp_path / "whole", how, snapshot_minutes=0.0)
     records = whole.run(9, progress=False)
-    first = a_trainer(tmp_path / "run", how)
+    first = a_trainer_in(tmp_path / "run", how)
     first.run(4, progress=False)
     if how != "straight-through":
         # behind the last snapshot, in the journal alone
         for _ in range(2):
             first.step()
     first.close()
-    second = a_trainer(tmp_path / "run", how)
+    second = a_trainer_in(tmp_path / "run", how)
     steps = second.resume()
     assert steps == (4 if how == "straight-through" else 6)
     assert_equal_logits(logits_of(second.model), logits_of(first.model))
@@ -201,17 +186,17 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, how):
     assert lines == [9, 9]
 
 
-@pytest.mark.parametrize("how", ESTIMATORS)
+@pytest.mark.parametrize("how", WAYS)
 def test_a_damaged_snapshot_is_passed_over(tmp_path, how):
-    whole = a_trainer(tmp_path / "whole", how)
+    whole = a_trainer_in(tmp_path / "whole", how)
     whole.run(6, progress=False)
-    trainer = a_trainer(tmp_path / "run", how)
+    trainer = a_trainer_in(tmp_path / "run", how)
     trainer.run(3, progress=False)
     trainer.run(3, progress=False)
     trainer.close()
     newest = sorted(tmp_path.glob("run/snapshot-*"))[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
-    again = a_trainer(tmp_path / "run", how)
+    again = a_trainer_in(tmp_path / "run", how)
     with pytest.warns(UserWarning, match="is damaged or of steps that are taken again: it is set aside"):
         assert again.resume() == (3 if how == "straight-through" else 6)
     assert newest.with_suffix(".aside").exists() and not newest.exists()
@@ -238,12 +223,12 @@ def _other_weights():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_run_of_another_is_refused(tmp_path, name):
-    trainer = a_trainer(tmp_path)
+    trainer = a_trainer_in(tmp_path)
     trainer.run(2, progress=False)
     trainer.close()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     arguments = {key: value() if key == "model" else value for key, value in OTHERS[name].items()}
-    other = a_trainer(tmp_path, **arguments)
+    other = a_trainer_in(tmp_path, **arguments)
     before = logits_of(other.model)
     with pytest.raises(ValueError, match=f"output_dir: expected a run with {name} "):
         other.resume()
@@ -267,7 +252,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_run_of_other_batches_is_refused(tmp_path, name):
     def of(batches):
-        trainer = a_trainer(tmp_path, batches=batches)
+        trainer = a_trainer_in(tmp_path, batches=batches)
         trainer.loss_fn = lambda model, _: model(torch.ones(5, 16)).square().mean()
         return trainer
 
@@ -280,53 +265,26 @@ def test_the_run_of_other_batches_is_refused(tmp_path, name):
     assert of(copy.deepcopy(batches)).resume() == 2
 
 
-def test_runs_from_before_batches_were_told_by_more_than_tensors_go_on(tmp_path, monkeypatch):
-    def without(*args):
-        settings = run_folder.settings_of(*args)
-        return {name: value for name, value in settings.items() if name != "batch_contents"}
-
-    def named(name, count=3):
-        return [{"x": batch, "name": name} for batch in some_batches(count)]
-
-    def of(batches):
-        trainer = a_trainer(tmp_path, batches=batches)
-        trainer.loss_fn = lambda model, batch: model(batch["x"]).square().mean()
-        return trainer
-
-    with monkeypatch.context() as earlier:
-        earlier.setattr(training, "settings_of", without)
-        trainer = of(named("one"))
-        trainer.run(3, progress=False)
-        trainer.close()
-    with pytest.raises(ValueError, match="^output_dir: expected a run with batches of this trainer"):
-        of(named("one", 2)).resume()
-    for steps in (3, 5):
-        again = of(named("other"))
-        assert again.resume() == steps
-        again.run(2, progress=False)
-        again.close()
-
-
 def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(ValueError, match="output_dir: expected the folder of a run, got none"):
-        a_trainer(None).resume()
+        a_trainer_in(None).resume()
     with pytest.raises(ValueError, match="output_dir: expected a folder with a journal"):
-        a_trainer(tmp_path / "none").resume()
+        a_trainer_in(tmp_path / "none").resume()
     with pytest.raises(ValueError, match="output_dir: expected a folder with snapshots"):
-        a_trainer(tmp_path / "none", "straight-through").resume()
+        a_trainer_in(tmp_path / "none", "straight-through").resume()
     assert not (tmp_path / "none").exists()
-    trainer = a_trainer(tmp_path / "run")
+    trainer = a_trainer_in(tmp_path / "run")
     trainer.step()
     with pytest.raises(ValueError, match="resume: expected a trainer that has taken no step"):
         trainer.resume()
     for name, value in {"snapshot_minutes": -1, "snapshots": 0, "max_skipped": -1}.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
-            a_trainer(tmp_path / "other", **{name: value})
+            a_trainer_in(tmp_path / "other", **{name: value})
 
 
 @pytest.mark.parametrize("failing", ["journal", "snapshot"])
 def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, failing):
-    trainer = a_trainer(tmp_path, snapshot_minutes=0.0)
+    trainer = a_trainer_in(tmp_path, snapshot_minutes=0.0)
     trainer.run(3, progress=False)
     before = logits_of(trainer.model)
 
@@ -347,10 +305,10 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, fail
 
     route_to_the_eager_reference(ops_are_eager)
     try:
-        again = a_trainer(tmp_path)
+        again = a_trainer_in(tmp_path)
         assert again.resume() == (3 if failing == "journal" else 4)
         again.run(7 - again.steps_done, progress=False)
-        whole = a_trainer(tmp_path / "whole")
+        whole = a_trainer_in(tmp_path / "whole")
         whole.run(7, progress=False)
         assert_equal_logits(logits_of(again.model), logits_of(whole.model))
     finally:
@@ -358,9 +316,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, fail
 
 
 def test_one_trainer_at_a_time(tmp_path):
-    first = a_trainer(tmp_path)
+    first = a_trainer_in(tmp_path)
     first.step()
-    for other in (a_trainer(tmp_path), a_trainer(tmp_path)):
+    for other in (a_trainer_in(tmp_path), a_trainer_in(tmp_path)):
         with pytest.raises(ValueError, match="output_dir: expected a folder that no other trainer holds"):
             other.resume()
     first.close()
@@ -376,18 +334,18 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
         raise KeyboardInterrupt
 
     for gap in (3.0, 4.0, 5.0):
-        other = a_trainer(tmp_path, model=a_model(gap))
+        other = a_trainer_in(tmp_path, model=a_model(gap))
         other._losses_of_initial_masks = killed
         with pytest.raises(KeyboardInterrupt):
             other.step()
         other.close()
     (tmp_path / "snapshot-x.safetensors.tmp").touch()
-    trainer = a_trainer(tmp_path)
+    trainer = a_trainer_in(tmp_path)
     trainer.step()
     assert len(snapshots.snapshots_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
     trainer.close()
     save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}}, keep=2)
-    again = a_trainer(tmp_path)
+    again = a_trainer_in(tmp_path)
     with pytest.warns(UserWarning, match="set aside"):
         assert again.resume() == 1
     assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
@@ -396,24 +354,24 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 def test_what_was_learned_is_not_what_a_start_left(tmp_path, how):
     """Snapshots of steps are of a run, also where all its other files are lost."""
-    trainer = a_trainer(tmp_path, how)
+    trainer = a_trainer_in(tmp_path, how)
     trainer.run(3, progress=False)
     trainer.close()
     for name in ("journal", "metrics.jsonl"):
         (tmp_path / name).unlink(missing_ok=True)
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, or resume"):
-        a_trainer(tmp_path, how).step()
+        a_trainer_in(tmp_path, how).step()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     if how == "straight-through":
-        again = a_trainer(tmp_path, how)
+        again = a_trainer_in(tmp_path, how)
         assert again.resume() == 3
         assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
 
 
 def test_a_run_that_another_trainer_has_had_meanwhile_is_not_removed(tmp_path, monkeypatch):
     lock, folder = run_folder.RunFolder._acquire, tmp_path / "run"
-    a_trainer(tmp_path / "other", "straight-through").run(2, progress=False)
+    a_trainer_in(tmp_path / "other", "straight-through").run(2, progress=False)
 
     def late(own):
         shutil.copytree(tmp_path / "other", folder, dirs_exist_ok=True)
@@ -422,21 +380,21 @@ def test_a_run_that_another_trainer_has_had_meanwhile_is_not_removed(tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(run_folder.RunFolder, "_acquire", late)
         with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, or resume"):
-            a_trainer(folder, "straight-through").begin()
-    assert a_trainer(folder, "straight-through").resume() == 2
+            a_trainer_in(folder, "straight-through").begin()
+    assert a_trainer_in(folder, "straight-through").resume() == 2
 
 
 def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
-    trainer = a_trainer(tmp_path, "refreshed")
+    trainer = a_trainer_in(tmp_path, "refreshed")
     trainer.run(10, progress=False)
     trainer.close()
     left = [tmp_path / "snapshot-0000000011-x.safetensors.tmp", tmp_path / "initial-losses" / "snapshot-x.tmp"]
     for path in left:
         path.write_bytes(b"half")
     with pytest.raises(ValueError, match="^output_dir: expected a run with seed 12"):
-        a_trainer(tmp_path, "refreshed", seed=12).resume()
+        a_trainer_in(tmp_path, "refreshed", seed=12).resume()
     assert all(path.exists() for path in left)
-    assert a_trainer(tmp_path, "refreshed").resume() == 10
+    assert a_trainer_in(tmp_path, "refreshed").resume() == 10
     assert not any(path.exists() for path in left)
 
 
@@ -448,29 +406,29 @@ def test_the_names_of_new_folders_are_on_disk(tmp_path, monkeypatch):
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", synced)
-    a_trainer(tmp_path / "deep" / "run").begin()
+    a_trainer_in(tmp_path / "deep" / "run").begin()
     assert done[:2] == [tmp_path, tmp_path / "deep"]
 
 
 def test_what_lies_beyond_a_resumed_step_does_not_push_out_new_snapshots(tmp_path):
-    trainer = a_trainer(tmp_path, "straight-through", snapshot_minutes=0.0)
+    trainer = a_trainer_in(tmp_path, "straight-through", snapshot_minutes=0.0)
     trainer.run(9, progress=False)
     trainer.close()
     for path in snapshots.snapshots_in(tmp_path)[1:]:
         path.write_bytes(path.read_bytes()[:-1])
-    again = a_trainer(tmp_path, "straight-through")
+    again = a_trainer_in(tmp_path, "straight-through")
     with pytest.warns(UserWarning, match="set aside"):
         assert again.resume() == 0
     again.run(5, progress=False)
     again.close()
-    last = a_trainer(tmp_path, "straight-through")
+    last = a_trainer_in(tmp_path, "straight-through")
     assert last.resume() == 5
     assert_equal_logits(logits_of(last.model), logits_of(again.model))
 
 
 @pytest.mark.parametrize("damage", ["torn", "missing", "not utf-8", "gone"])
 def test_metrics_are_mended_from_the_journal(tmp_path, damage):
-    trainer = a_trainer(tmp_path)
+    trainer = a_trainer_in(tmp_path)
     records = trainer.run(4, progress=False)
     trainer.close()
     path = tmp_path / "metrics.jsonl"
@@ -482,7 +440,7 @@ def test_metrics_are_mended_from_the_journal(tmp_path, damage):
         "gone": b"",
     }[damage]
     path.write_bytes(content)
-    again = a_trainer(tmp_path)
+    again = a_trainer_in(tmp_path)
     assert again.resume() == 4
     again.step()
     mended = [json.loads(line) for line in path.read_text().splitlines()]
@@ -493,9 +451,9 @@ def test_metrics_are_mended_from_the_journal(tmp_path, damage):
 
 
 def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeypatch):
-    whole = a_trainer(tmp_path / "whole")
+    whole = a_trainer_in(tmp_path / "whole")
     whole.run(6, progress=False)
-    trainer = a_trainer(tmp_path / "run")
+    trainer = a_trainer_in(tmp_path / "run")
     trainer.run(3, progress=False)
     real, moved = score_updates.score_update_, []
 
@@ -511,7 +469,7 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
         trainer.step()
     trainer.close()
-    again = a_trainer(tmp_path / "run")
+    again = a_trainer_in(tmp_path / "run")
     assert again.resume() == 4
     again.run(2, progress=False)
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
@@ -519,7 +477,7 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
 
 def spoiled(folder, how, bad, max_skipped=0):
     """A trainer with losses that are not finite in these steps."""
-    trainer = a_trainer(folder, how, max_skipped=max_skipped)
+    trainer = a_trainer_in(folder, how, max_skipped=max_skipped)
     finite = trainer.loss_fn
 
     def loss_fn(model, batch):
@@ -536,7 +494,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(tmp_path):
     assert [math.isnan(record.loss) for record in records] == [False, False, True, True, False, False]
     assert [one.skipped for one in journal.read(tmp_path / "journal")[1]] == [False, False, True, True, False, False]
     trainer.close()
-    again = a_trainer(tmp_path)
+    again = a_trainer_in(tmp_path)
     assert again.resume() == 6 and again.estimator.delta == trainer.estimator.delta
     assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
 
@@ -585,9 +543,9 @@ def test_a_resumed_run_counts_on_with_the_losses_that_were_not_finite(tmp_path, 
 
 
 def test_an_error_between_two_updates_loses_no_step(tmp_path):
-    whole = a_trainer(tmp_path / "whole", "straight-through")
+    whole = a_trainer_in(tmp_path / "whole", "straight-through")
     whole.run(6, progress=False)
-    trainer = a_trainer(tmp_path / "run", "straight-through")
+    trainer = a_trainer_in(tmp_path / "run", "straight-through")
     finite = trainer.loss_fn
 
     def interrupted(model, batch):
@@ -600,7 +558,7 @@ def test_an_error_between_two_updates_loses_no_step(tmp_path):
         trainer.run(6, progress=False)
     assert not trainer.broken
     trainer.close()
-    again = a_trainer(tmp_path / "run", "straight-through")
+    again = a_trainer_in(tmp_path / "run", "straight-through")
     assert again.resume() == 3
     again.run(3, progress=False)
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
@@ -621,9 +579,9 @@ def test_a_disk_that_is_full_as_well_hides_no_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 @pytest.mark.parametrize("where", ["in its update", "behind its update"])
 def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, how, where):
-    whole = a_trainer(tmp_path / "whole", how)
+    whole = a_trainer_in(tmp_path / "whole", how)
     whole.run(5, progress=False)
-    trainer = a_trainer(tmp_path / "run", how)
+    trainer = a_trainer_in(tmp_path / "run", how)
     trainer.run(2, progress=False)
     files = sorted(tmp_path.glob("run/snapshot-*"))
     move, moved = mk.MaskedLinear.moving_logits, []
@@ -647,7 +605,7 @@ def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, 
     with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
         trainer.step()
     trainer.close()
-    again = a_trainer(tmp_path / "run", how)
+    again = a_trainer_in(tmp_path / "run", how)
     assert again.resume() == (2 if how == "straight-through" else 3)
     assert not again.broken
     again.run(5 - again.steps_done, progress=False)
@@ -710,41 +668,41 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     ],
 )
 def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where, steps):
-    whole = a_trainer(tmp_path / "whole", "refreshed")
+    whole = a_trainer_in(tmp_path / "whole", "refreshed")
     records = whole.run(20, progress=False)
     assert [one.step for one in records if one.loss <= (one.loss - one.residual) / 2] == HALVED
-    trainer = a_trainer(tmp_path / "run", "refreshed")
+    trainer = a_trainer_in(tmp_path / "run", "refreshed")
     with pytest.MonkeyPatch.context() as patched:
         broken_off(trainer, where, patched)
         with pytest.raises(KeyboardInterrupt):
             trainer.run(20, progress=False)
     trainer.close()
-    again = a_trainer(tmp_path / "run", "refreshed")
+    again = a_trainer_in(tmp_path / "run", "refreshed")
     assert again.resume() == steps
     rest = again.run(20 - steps, progress=False)
     assert [(r.loss, r.residual, r.tracker) for r in rest] == [(r.loss, r.residual, r.tracker) for r in records[steps:]]
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
     # the journal alone tells the logits
     header, entries, _ = journal.read(tmp_path / "run" / "journal")
-    replayed = a_trainer(None, "refreshed")
+    replayed = a_trainer_in(None, "refreshed")
     for one in entries:
         score_updates.replay(replayed.layers, header["run"]["seed"], one)
     assert_equal_logits(logits_of(replayed.model), logits_of(whole.model))
 
 
 def test_losses_under_refreshed_masks_are_read_not_computed(tmp_path):
-    trainer = a_trainer(tmp_path, "refreshed")
+    trainer = a_trainer_in(tmp_path, "refreshed")
     trainer.run(10, progress=False)
     expected = trainer._initial_losses.losses
     trainer.close()
-    again = a_trainer(tmp_path, "refreshed")
+    again = a_trainer_in(tmp_path, "refreshed")
     assert again.resume() == 10
     again.loss_fn = None
     assert again._losses_of_initial_masks(progress=False) == expected
     again.close()
     (path,) = snapshots.snapshots_in(tmp_path / "initial-losses")
     path.write_bytes(path.read_bytes()[:-1])
-    damaged = a_trainer(tmp_path, "refreshed")
+    damaged = a_trainer_in(tmp_path, "refreshed")
     before = logits_of(damaged.model)
     with pytest.raises(ValueError, match="^output_dir: expected the initial losses from step 5 on in .*, got none or"):
         damaged.resume()
@@ -754,9 +712,9 @@ def test_losses_under_refreshed_masks_are_read_not_computed(tmp_path):
 @pytest.mark.parametrize("damage", ["record", "losses"])
 def test_what_a_refresh_left_is_not_trusted(tmp_path, damage):
     """The last record may be damaged where the losses that it asked for are there already, and they themselves."""
-    whole = a_trainer(tmp_path / "whole", "refreshed")
+    whole = a_trainer_in(tmp_path / "whole", "refreshed")
     whole.run(20, progress=False)
-    trainer = a_trainer(tmp_path / "run", "refreshed")
+    trainer = a_trainer_in(tmp_path / "run", "refreshed")
     trainer.run(HALVED[1] + 1, progress=False)
     trainer._losses_of_initial_masks(progress=False)
     trainer.close()
@@ -767,7 +725,7 @@ def test_what_a_refresh_left_is_not_trusted(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     else:
         second.write_bytes(b"")
-    again = a_trainer(tmp_path / "run", "refreshed")
+    again = a_trainer_in(tmp_path / "run", "refreshed")
     if damage == "record":
         with pytest.warns(UserWarning, match="taken again"):
             assert again.resume() == HALVED[1]
@@ -779,7 +737,7 @@ def test_what_a_refresh_left_is_not_trusted(tmp_path, damage):
 
 def test_the_losses_before_the_last_refresh_are_kept(tmp_path):
     def a_run(folder):
-        trainer = a_trainer(folder, "refreshed")
+        trainer = a_trainer_in(folder, "refreshed")
         real = trainer.loss_fn
         # less than half of what it was at the step before: every other step has a refresh behind it
         trainer.loss_fn = lambda model, batch: real(model, batch) * 0.1**trainer.steps_done
@@ -803,33 +761,17 @@ def test_the_losses_before_the_last_refresh_are_kept(tmp_path):
 
 
 def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
-    trainer = a_trainer(tmp_path, "refreshed")
+    trainer = a_trainer_in(tmp_path, "refreshed")
     trainer.run(10, progress=False)
     trainer.close()
     for left in (*snapshots.snapshots_in(tmp_path)[1:], tmp_path / "journal", tmp_path / "metrics.jsonl"):
         left.unlink()
-    a_trainer(tmp_path, "refreshed").step()
+    a_trainer_in(tmp_path, "refreshed").step()
     assert not snapshots.snapshots_in(tmp_path / "initial-losses")
 
 
-def test_runs_from_before_there_was_a_refresh_go_on(tmp_path, monkeypatch):
-    settings = mk.Reinforce.settings
-
-    def without(estimator):
-        return {name: value for name, value in settings(estimator).items() if name != "refresh"}
-
-    with monkeypatch.context() as earlier:
-        earlier.setattr(mk.Reinforce, "settings", without)
-        trainer = a_trainer(tmp_path)
-        trainer.run(3, progress=False)
-        trainer.close()
-    with pytest.raises(ValueError, match="output_dir: expected a run with settings of this trainer"):
-        a_trainer(tmp_path, estimator=mk.Reinforce(lr=2.0, alpha=0.75, refresh=True)).resume()
-    assert a_trainer(tmp_path).resume() == 3
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("how", ["reinforce", "several draws"])
+@pytest.mark.parametrize("how", ["reinforce", "three draws"])
 def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
     def model():
         torch.manual_seed(0)
@@ -837,11 +779,11 @@ def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
         mk.convert(plain, "4:8", gap=2.0, logits_dtype=dtype)
         return plain
 
-    trainer = a_trainer(tmp_path, how, model())
+    trainer = a_trainer_in(tmp_path, how, model())
     for _ in range(6):
         trainer.step()
     trainer.close()
-    again = a_trainer(tmp_path, how, model())
+    again = a_trainer_in(tmp_path, how, model())
     assert again.resume() == 6
     assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
 
@@ -851,9 +793,9 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.training.test_journal import a_trainer
+from helpers.small_trainer import a_trainer_in
 folder = Path(sys.argv[1])
-trainer = a_trainer(folder, sys.argv[2], snapshot_minutes=0.0)
+trainer = a_trainer_in(folder, sys.argv[2], snapshot_minutes=0.0)
 if (folder / "journal").exists() if sys.argv[2] == "reinforce" else list(folder.glob("snapshot-*.safetensors")):
     trainer.resume()
 print("ready", flush=True)
