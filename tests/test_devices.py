@@ -157,7 +157,7 @@ def assert_moved_logits_are_noticed(rank: int) -> None:
         layer.logits_backward = logits_backward
         x = some_batches()[0].to("far").requires_grad_()
         loss = layer(x).sum()
-        mk.score_update_(layer.logits, 0.5, pattern="2:4", **layer.counter())
+        mk.score_update_(layer.logits, 0.5, pattern="2:4", **layer.counter().keywords())
         with pytest.raises(RuntimeError, match="^logits: expected those of the forward in its backward"):
             loss.backward()
     del device

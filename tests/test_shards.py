@@ -89,8 +89,8 @@ def test_scores_move_shards_as_the_whole_layer(pattern, dtype, place):
         replay({"layer": layer}, 9, entry)
         replay({"layer": shard}, 9, entry)
         assert_is_part(shard, layer, place)
-    mk.score_update_(layer.logits, 0.5, pattern=pattern, **layer.counter())
-    mk.score_update_(shard.logits, 0.5, pattern=pattern, **shard.counter())
+    mk.score_update_(layer.logits, 0.5, pattern=pattern, **layer.counter().keywords())
+    mk.score_update_(shard.logits, 0.5, pattern=pattern, **shard.counter().keywords())
     assert_is_part(shard, layer, place)
     assert (layer.logits != before).any(1).all()
 
@@ -338,7 +338,7 @@ def test_distributed_weights_are_refused_by_name():
 
 def move(model: nn.Module, coef: float) -> None:
     for layer in masked_layers(model).values():
-        mk.score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
+        mk.score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter().keywords())
     mk.advance(model)
 
 

@@ -508,11 +508,11 @@ class MaskTrainer:
         """The layers make this one of a step's draws."""
         try:
             for counter_state in counter_states(self.model):
-                counter_state.draw = draw
+                counter_state.draw.fill_(draw)
             yield
         finally:
             for counter_state in counter_states(self.model):
-                counter_state.draw = 0
+                counter_state.draw.fill_(0)
 
     @torch.enable_grad()
     def _straight_through(self, batches: Sequence) -> tuple[float, float, list[str]]:

@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 
+from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import compiled_loop, kernels
 from maskpro_kernels.ops.triton import sampling, tiles
-from maskpro_kernels.pattern import MaskSource
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 OTHERS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m) if (n, m) not in PATTERNS]

@@ -27,11 +27,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskpro_kernels as mk
 from maskpro_kernels import ops
+from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.triton import straight_through, tiles
-from maskpro_kernels.pattern import MaskSource, NMPattern
+from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 CURVATURE = 0.25
