@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import rank_trainer
-from helpers.small_trainer import a_model, assert_equal_logits, logits_of
+from helpers.small_trainer import a_model, logits_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +89,7 @@ def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Modul
 def assert_that_of_one_process(results: list, **steps) -> None:
     logits, losses, *_ = straight_through(0, **steps)
     for theirs, seen, *_ in results:
-        assert_equal_logits(theirs, results[0][0])
+        assert_same_bits(theirs, results[0][0])
         for one, other in zip(theirs, logits, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
         assert seen == pytest.approx(losses, rel=1e-5)

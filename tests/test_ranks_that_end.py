@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.bits import assert_same_bits
 from helpers.children import environment
 from helpers.in_ranks import LONGEST, Ended, all_in_ranks, in_ranks
 from helpers.rank_jobs import learn_on_rank, rank_trainer
-from helpers.small_trainer import assert_equal_logits
 
 import maskpro_kernels as mk
 from maskpro_kernels import ranks
@@ -79,7 +79,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, parallel, victi
     assert len(results) == resumed
     for theirs, records in results:
         assert [record["step"] for record in records] == [2, 3]
-        assert_equal_logits(theirs, logits)
+        assert_same_bits(theirs, logits)
 
 
 def learn_until_some_moment(rank: int, folder: Path, victim: int, seconds: float):
@@ -109,7 +109,7 @@ def test_a_run_whose_ranks_are_killed_again_and_again_has_the_bits_of_a_whole_on
     results = all_in_ranks(2, learn_on_rank, how="reinforce", steps=steps, folder=tmp_path, resume=True, accumulate=4)
     whole, _ = learn_on_rank(0, "reinforce", steps, accumulate=4)
     for logits, _ in results:
-        assert_equal_logits(logits, whole)
+        assert_same_bits(logits, whole)
 
 
 def test_a_rank_that_is_slow_is_not_taken_for_one_that_has_ended(tmp_path):

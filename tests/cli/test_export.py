@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.command import refuses, report
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,8 +26,8 @@ def test_export_rebuilds_the_checkpoint(run, tmp_path):
     state = exported.state_dict()
     assert state.keys() == learned.state_dict().keys()
     for name, tensor in learned.state_dict().items():
-        assert torch.equal(tensor, state[name])
-        assert torch.equal(tensor.bfloat16(), short.state_dict()[name])
+        assert_same_bits(tensor, state[name])
+        assert_same_bits(tensor.bfloat16(), short.state_dict()[name])
 
 
 def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
@@ -52,7 +53,7 @@ def test_export_packs(run, tmp_path, inputs, capsys):
     assert f"packed 2:4 checkpoint of {inputs / 'model'} written to" in capsys.readouterr().out
     learned, packed = map(AutoModelForCausalLM.from_pretrained, (run, tmp_path / "packed"))
     tokens = torch.arange(12).view(1, 12)
-    assert torch.equal(packed(tokens).logits, learned(tokens).logits)
+    assert_same_bits(packed(tokens).logits, learned(tokens).logits)
     data = ["--data", str(inputs / "text.txt"), "--device", "cpu", "--eval-windows", "5", "--eval-length", "24"]
     assert main.main(["eval", str(tmp_path / "packed"), *data, "--dtype", "float32"]) == 0
     assert f"perplexity {report(run)['table'][-1]['perplexity']:.2f} over" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-import torch
+from helpers.bits import assert_same_bits
 from helpers.command import learn, refuses, report
 from safetensors.torch import load_file
 
@@ -70,7 +70,7 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, tmp_path, capsys, mo
         assert one == other, name
     assert [row["loss"] for row in whole["steps"]] == [row["loss"] for row in resumed["steps"]]
     expected = learned_logits(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(run).items())
+    assert_same_bits(learned_logits(run), expected)
     assert [row["perplexity"] for row in whole["table"]] == [row["perplexity"] for row in resumed["table"]]
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_goes_on(inputs, tmp_path, monkeypatch, how, step)
         broken_off(inputs, tmp_path / "run", monkeypatch, step, options, kill)
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     expected = learned_logits(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(tmp_path / "run").items())
+    assert_same_bits(learned_logits(tmp_path / "run"), expected)
     assert report(tmp_path / "run")["validation"] == report(tmp_path / "whole")["validation"]
 
 
@@ -98,8 +98,7 @@ def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
     assert main.main(["replay", str(run), "--output", str(file), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     replayed, learned = load_file(file), learned_logits(run)
-    assert replayed.keys() == learned.keys()
-    assert all(torch.equal(tensor, replayed[name]) for name, tensor in learned.items())
+    assert_same_bits(replayed, learned)
     assert out == f"3 steps of 3, logits {digest(learned[name] for name in sorted(learned))}\n"
     assert report(run)["logits"] in out
     assert main.main(["replay", str(run), "--steps", "0", "--device", "cpu"]) == 0
@@ -116,7 +115,7 @@ def test_a_damaged_first_snapshot_does_not_keep_a_run_from_its_end(inputs, tmp_p
     assert main.main(["learn", "--resume", str(run)]) == 0
     assert "how many groups differ from the initial mask is not known" in capsys.readouterr().err
     expected = learned_logits(tmp_path / "whole")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in learned_logits(run).items())
+    assert_same_bits(learned_logits(run), expected)
     assert (
         report(run)["flipped_groups_by_layer"] == {} and report(run)["logits"] == report(tmp_path / "whole")["logits"]
     )

@@ -57,11 +57,6 @@ def logits_of(model: nn.Module) -> list[torch.Tensor]:
     return [module.logits.detach().clone() for module in model.modules() if isinstance(module, mk.MaskedLinear)]
 
 
-def assert_equal_logits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
-    assert len(one) == len(other)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 def under_masks(model: nn.Module, batch: torch.Tensor, codes: list[torch.Tensor]) -> float:
     """The loss with the masks of those codes, by torch alone."""
     first, second = model[0], model[2]

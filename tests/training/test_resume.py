@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.children import environment
 from helpers.routes import route_to_the_eager_reference
-from helpers.small_trainer import a_trainer_in, assert_equal_logits, logits_of
+from helpers.small_trainer import a_trainer_in, logits_of
 
 import maskpro_kernels as mk
 from maskpro_kernels.training import score_updates, snapshots
@@ -42,9 +43,9 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, how):
     second = a_trainer_in(tmp_path / "run", how)
     steps = second.resume()
     assert steps == (4 if how == "straight-through" else 6)
-    assert_equal_logits(logits_of(second.model), logits_of(first.model))
+    assert_same_bits(logits_of(second.model), logits_of(first.model))
     rest = second.run(9 - steps, progress=False)
-    assert_equal_logits(logits_of(second.model), logits_of(whole.model))
+    assert_same_bits(logits_of(second.model), logits_of(whole.model))
     assert [r.loss for r in rest] == [r.loss for r in records[steps:]]
     assert [r.advantage for r in rest] == [r.advantage for r in records[steps:]]
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("run", "whole")]
@@ -67,7 +68,7 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path, how):
     assert newest.with_suffix(".aside").exists() and not newest.exists()
     if again.steps_done < 6:
         again.run(3, progress=False)
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 def test_what_cannot_be_resumed(tmp_path):
@@ -104,7 +105,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, fail
         trainer.step()
     trainer.close()
     if failing == "journal":
-        assert_equal_logits(logits_of(trainer.model), before)
+        assert_same_bits(logits_of(trainer.model), before)
     monkeypatch.undo()
     ops_are_eager = pytest.MonkeyPatch()
 
@@ -115,7 +116,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, fail
         again.run(7 - again.steps_done, progress=False)
         whole = a_trainer_in(tmp_path / "whole")
         whole.run(7, progress=False)
-        assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+        assert_same_bits(logits_of(again.model), logits_of(whole.model))
     finally:
         ops_are_eager.undo()
 
@@ -133,7 +134,7 @@ def test_what_lies_beyond_a_resumed_step_does_not_push_out_new_snapshots(tmp_pat
     again.close()
     last = a_trainer_in(tmp_path, "straight-through")
     assert last.resume() == 5
-    assert_equal_logits(logits_of(last.model), logits_of(again.model))
+    assert_same_bits(logits_of(last.model), logits_of(again.model))
 
 
 @pytest.mark.parametrize("damage", ["torn", "missing", "not utf-8", "gone"])
@@ -182,7 +183,7 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
     again = a_trainer_in(tmp_path / "run")
     assert again.resume() == 4
     again.run(2, progress=False)
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 def test_an_error_between_two_updates_loses_no_step(tmp_path):
@@ -204,7 +205,7 @@ def test_an_error_between_two_updates_loses_no_step(tmp_path):
     again = a_trainer_in(tmp_path / "run", "straight-through")
     assert again.resume() == 3
     again.run(3, progress=False)
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
@@ -240,7 +241,7 @@ def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, 
     assert again.resume() == (2 if how == "straight-through" else 3)
     assert not again.broken
     again.run(5 - again.steps_done, progress=False)
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -258,7 +259,7 @@ def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
     trainer.close()
     again = a_trainer_in(tmp_path, how, model())
     assert again.resume() == 6
-    assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
+    assert_same_bits(logits_of(again.model), logits_of(trainer.model))
 
 
 CHILD = """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers.small_trainer import a_trainer_in, assert_equal_logits, logits_of
+from helpers.bits import assert_same_bits
+from helpers.small_trainer import a_trainer_in, logits_of
 
 import maskpro_kernels as mk
 from maskpro_kernels.training import journal, run_folder, score_updates, snapshots
@@ -82,13 +83,13 @@ def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where,
     assert again.resume() == steps
     rest = again.run(20 - steps, progress=False)
     assert [(r.loss, r.residual, r.tracker) for r in rest] == [(r.loss, r.residual, r.tracker) for r in records[steps:]]
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
     # the journal alone tells the logits
     header, entries, _ = journal.read(tmp_path / "run" / "journal")
     replayed = a_trainer_in(None, "refreshed")
     for one in entries:
         score_updates.replay(replayed.layers, header["run"]["seed"], one)
-    assert_equal_logits(logits_of(replayed.model), logits_of(whole.model))
+    assert_same_bits(logits_of(replayed.model), logits_of(whole.model))
 
 
 def test_losses_under_refreshed_masks_are_read_not_computed(tmp_path):
@@ -107,7 +108,7 @@ def test_losses_under_refreshed_masks_are_read_not_computed(tmp_path):
     before = logits_of(damaged.model)
     with pytest.raises(ValueError, match="^output_dir: expected the initial losses from step 5 on in .*, got none or"):
         damaged.resume()
-    assert_equal_logits(logits_of(damaged.model), before)
+    assert_same_bits(logits_of(damaged.model), before)
 
 
 @pytest.mark.parametrize("damage", ["record", "losses"])
@@ -133,7 +134,7 @@ def test_what_a_refresh_left_is_not_trusted(tmp_path, damage):
     else:
         assert again.resume() == HALVED[1] + 1
     again.run(20 - again.steps_done, progress=False)
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 def test_the_losses_before_the_last_refresh_are_kept(tmp_path):
@@ -158,4 +159,4 @@ def test_the_losses_before_the_last_refresh_are_kept(tmp_path):
     again.run(4, progress=False)
     kept = snapshots.snapshots_in(tmp_path / "whole" / "initial-losses")
     assert [snapshots.step_of(one) for one in kept] == [2, 6, 8]
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))

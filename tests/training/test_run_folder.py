@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.small_trainer import a_model, a_trainer_in, assert_equal_logits, logits_of, some_batches
+from helpers.bits import assert_same_bits
+from helpers.small_trainer import a_model, a_trainer_in, logits_of, some_batches
 
 import maskpro_kernels as mk
 from maskpro_kernels.training import run_folder, snapshots
@@ -46,7 +47,7 @@ def test_the_run_of_another_is_refused(tmp_path, name):
     before = logits_of(other.model)
     with pytest.raises(ValueError, match=f"output_dir: expected a run with {name} "):
         other.resume()
-    assert_equal_logits(logits_of(other.model), before)
+    assert_same_bits(logits_of(other.model), before)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
@@ -112,7 +113,7 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
     again = a_trainer_in(tmp_path)
     with pytest.warns(UserWarning, match="set aside"):
         assert again.resume() == 1
-    assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
+    assert_same_bits(logits_of(again.model), logits_of(trainer.model))
 
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
@@ -130,7 +131,7 @@ def test_what_was_learned_is_not_what_a_start_left(tmp_path, how):
     if how == "straight-through":
         again = a_trainer_in(tmp_path, how)
         assert again.resume() == 3
-        assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
+        assert_same_bits(logits_of(again.model), logits_of(trainer.model))
 
 
 def test_a_run_that_another_trainer_has_had_meanwhile_is_not_removed(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from helpers.small_trainer import a_model, a_trainer, assert_equal_logits, logits_of, loss_fn, some_batches
+from helpers.bits import assert_same_bits
+from helpers.small_trainer import a_model, a_trainer, logits_of, loss_fn, some_batches
 from torch import nn
 
 import maskpro_kernels as mk
@@ -22,7 +23,7 @@ def test_same_seed_same_bits_another_seed_not():
         losses = [record.loss for record in a_trainer(model, seed).run(4, progress=False)]
         runs.append((losses, logits_of(model)))
     assert runs[0][0] == runs[1][0]
-    assert_equal_logits(runs[0][1], runs[1][1])
+    assert_same_bits(runs[0][1], runs[1][1])
     assert runs[0][0] != runs[2][0]
     assert not any(torch.equal(a, b) for a, b in zip(runs[0][1], runs[2][1], strict=True))
 
@@ -44,7 +45,7 @@ def test_initial_losses_come_once_a_batch_before_the_logits_move():
             drawn.append(index)
         else:
             initial.append(index)
-            assert_equal_logits(logits_of(module), start)
+            assert_same_bits(logits_of(module), start)
         return loss_fn(module, batch)
 
     trainer = a_trainer(model, batches=batches, loss_fn=recording)
@@ -60,7 +61,7 @@ def test_steps_alone_and_in_a_run_are_the_same():
     stepped = [trainer.step() for _ in range(4)]
     ran = a_trainer(other).run(4, progress=False)
     assert [(r.step, r.loss, r.advantage) for r in stepped] == [(r.step, r.loss, r.advantage) for r in ran]
-    assert_equal_logits(logits_of(one), logits_of(other))
+    assert_same_bits(logits_of(one), logits_of(other))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -73,7 +74,7 @@ def test_loss_that_is_not_finite_changes_nothing(value):
     bad.append(True)
     with pytest.raises(FloatingPointError, match="loss of step 2: expected a finite number"):
         trainer.step()
-    assert_equal_logits(logits_of(model), before)
+    assert_same_bits(logits_of(model), before)
     assert trainer.estimator.delta == delta
     # it counts: the same mask would give the same loss again
     assert trainer.steps_done == int(model[0].counter_state.step) == 3
@@ -88,7 +89,7 @@ def test_initial_loss_that_is_not_finite_names_the_batch(value):
     trainer = a_trainer(model, batches=batches, loss_fn=lambda m, b: loss_fn(m, b) + (value if b is batches[1] else 0))
     with pytest.raises(FloatingPointError, match=r"initial masks: expected finite numbers, batches \[1\]"):
         trainer.step()
-    assert_equal_logits(logits_of(model), before)
+    assert_same_bits(logits_of(model), before)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -129,7 +130,7 @@ def test_a_loss_that_is_no_number_is_refused(loss):
     losses += [0.5] * 3
     with pytest.raises(ValueError, match="^loss_fn: expected a 0-dim tensor or a number, got "):
         trainer.step()
-    assert_equal_logits(logits_of(model), before)
+    assert_same_bits(logits_of(model), before)
 
 
 def test_forwards_run_under_inference_mode():
@@ -153,7 +154,7 @@ def test_weights_and_biases_never_move():
     frozen = {name: t.clone() for name, t in model.state_dict().items() if name.endswith(("weight", "bias"))}
     a_trainer(model).run(3, progress=False)
     assert len(frozen) == 4
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())
+    assert_same_bits({name: model.state_dict()[name] for name in frozen}, frozen)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_no_step_is_taken_at_a_learning_rate_that_has_fallen_to_nothing():
     before = logits_of(model)
     with pytest.raises(ValueError, match="^steps: expected at most 1 more of StraightThrough's 3, got 2"):
         trainer.run(2, progress=False)
-    assert_equal_logits(logits_of(model), before)
+    assert_same_bits(logits_of(model), before)
     trainer.step()
     with pytest.raises(ValueError, match="^steps: expected at most 0 more"):
         trainer.step()
@@ -241,7 +242,7 @@ def test_run_refuses_wrong_steps(steps):
     before = logits_of(model)
     with pytest.raises((TypeError, ValueError), match="^steps: expected an int of at least 1"):
         a_trainer(model).run(steps)
-    assert_equal_logits(logits_of(model), before)
+    assert_same_bits(logits_of(model), before)
 
 
 def test_metrics_are_written_a_line_a_step(tmp_path):
