@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.command import refuses
 from helpers.full_disk import files_of_at_most
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
@@ -78,8 +79,7 @@ def test_masks_of_others(how, file, tmp_path):
     model = tiny_model()
     masks = random_masks(model)
     read = learned_masks.read_masks(store(masks, tmp_path / file, how), layers(model), "2:4")
-    assert read.keys() == masks.keys()
-    assert all(torch.equal(read[name], mask) for name, mask in masks.items())
+    assert_same_bits(read, masks)
 
 
 @pytest.mark.parametrize("to", ["dense", "packed"])
@@ -92,7 +92,7 @@ def test_what_a_mask_drops_is_zero_where_a_group_keeps_fewer(folder, to):
     layer = loaded.get_submodule(LAYER)
     assert layer.bias is None and loaded.dtype == torch.float32
     weight = layer.weight if to == "dense" else layer.packed.unpack()
-    assert torch.equal(weight, masked(tiny_model(), masks).get_submodule(LAYER).weight)
+    assert_same_bits(weight, masked(tiny_model(), masks).get_submodule(LAYER).weight)
 
 
 def zipped(tmp_path):
@@ -202,8 +202,8 @@ def test_what_compressed_tensors_wrote(tmp_path):
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name in ("layers.0.down", "layers.1.up"):
         dense = tensors[f"dense.{name}"]
-        assert written[f"{name}.weight"].dtype == dense.dtype and torch.equal(written[f"{name}.weight"], dense)
-        assert torch.equal(written[f"dense.{name}"], dense)
+        assert_same_bits(written[f"{name}.weight"], dense)
+        assert_same_bits(written[f"dense.{name}"], dense)
         assert not any(f"{name}.{part}" in written for part in ("compressed", "bitmask", "shape"))
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "llama"}
     assert (tmp_path / "out" / "tokenizer.json").exists()
@@ -242,7 +242,7 @@ def test_import_of_a_compressed_checkpoint(to, tmp_path, capsys):
     layer = loaded.get_submodule(LAYER)
     assert type(layer) is (nn.Linear if to == "dense" else mk.Sparse24Linear)
     tokens = torch.arange(12).view(1, 12)
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert_same_bits(loaded(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("to", ["dense", "packed"])
@@ -254,7 +254,7 @@ def test_import_of_masks(how, to, folder, capsys):
     assert main.main([*arguments, "--dtype", "float32"]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(folder / "out")
     tokens = torch.arange(12).view(1, 12)
-    assert torch.equal(loaded(tokens).logits, masked(tiny_model(), masks)(tokens).logits)
+    assert_same_bits(loaded(tokens).logits, masked(tiny_model(), masks)(tokens).logits)
 
 
 def test_import_of_a_dense_checkpoint_with_zeros(tmp_path, capsys):
@@ -361,7 +361,7 @@ def test_packing_and_unpacking_a_model():
     conversion = pack(model, "2:4")
     assert len(conversion.converted) == 14 and list(conversion.skipped) == ["lm_head"]
     unpack(model)
-    assert all(torch.equal(layer.weight, expected[name]) for name, layer in layers(model).items())
+    assert_same_bits({name: layer.weight for name, layer in layers(model).items()}, expected)
     with pytest.raises(ValueError, match="pattern: expected one that some layer follows"):
         pack(tiny_model(), "2:4")
 

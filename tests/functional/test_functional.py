@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.enumerated import exact_log_prob, exact_score
 from torch import nn
 
@@ -184,7 +185,7 @@ def assert_refused(function: str, argument: str, arguments: dict) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^{argument}: expected .*got "):
         getattr(mk, function)(**arguments)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, before[name])
+        assert_same_bits(tensor, before[name])
 
 
 @pytest.mark.parametrize(
@@ -235,10 +236,10 @@ def test_pack_and_expand_are_inverse(pattern):
     codes = mk.pack_mask(mask, pattern)
     assert codes.shape == (3, 5, 2)
     assert codes.dtype == (torch.uint8 if m <= 8 else torch.int32)
-    assert torch.equal(mk.expand_mask(codes, pattern), mask)
+    assert_same_bits(mk.expand_mask(codes, pattern), mask)
     powers = 2 ** torch.arange(m, dtype=torch.int64)
     unsigned = (keep * powers).sum(-1)
-    assert torch.equal(codes.to(torch.int64) % (1 << m), unsigned)
+    assert_same_bits(codes.to(torch.int64) % (1 << m), unsigned)
 
 
 def test_bit_31_makes_a_code_negative():
@@ -246,7 +247,7 @@ def test_bit_31_makes_a_code_negative():
     mask[[0, 31]] = True
     codes = mk.pack_mask(mask, "2:32")
     assert codes.tolist() == [-(1 << 31) + 1]
-    assert torch.equal(mk.expand_mask(codes, "2:32"), mask)
+    assert_same_bits(mk.expand_mask(codes, "2:32"), mask)
 
 
 def test_pack_names_the_first_wrong_group():
@@ -294,14 +295,14 @@ def test_logits_need_not_be_contiguous(rearranged):
     contiguous = normal(2, 3, 8)
     other = rearranged(contiguous)
     assert not other.is_contiguous()
-    assert torch.equal(mk.sample_mask(other, "2:4", **COUNTER), mk.sample_mask(contiguous, "2:4", **COUNTER))
-    assert torch.equal(mk.top_n_mask(other, "2:4"), mk.top_n_mask(contiguous, "2:4"))
-    assert torch.equal(
+    assert_same_bits(mk.sample_mask(other, "2:4", **COUNTER), mk.sample_mask(contiguous, "2:4", **COUNTER))
+    assert_same_bits(mk.top_n_mask(other, "2:4"), mk.top_n_mask(contiguous, "2:4"))
+    assert_same_bits(
         mk.sample_masked_weight(rearranged(contiguous + 1), other, "2:4", **COUNTER),
         mk.sample_masked_weight(contiguous + 1, contiguous, "2:4", **COUNTER),
     )
     assert mk.score_update_(other, 0.5, pattern="2:4", **COUNTER) is other
-    assert torch.equal(other, mk.score_update_(contiguous.clone(), 0.5, pattern="2:4", **COUNTER))
+    assert_same_bits(other, mk.score_update_(contiguous.clone(), 0.5, pattern="2:4", **COUNTER))
 
 
 def test_update_of_strided_logits_leaves_what_lies_between():
@@ -372,8 +373,8 @@ def test_a_weight_may_be_part_of_longer_rows(rows, route):
     dense, codes = weight.clone(memory_format=torch.contiguous_format), mk.top_n_mask(logits, "2:4")
     counter = {"seed": 3, "step": 4}
     masked = mk.sample_masked_weight(weight, logits, "2:4", **counter)
-    assert torch.equal(masked, mk.sample_masked_weight(dense.view(rows, 8), logits, "2:4", **counter))
-    assert torch.equal(masked != 0, mk.expand_mask(mk.sample_mask(logits, "2:4", **counter), "2:4"))
+    assert_same_bits(masked, mk.sample_masked_weight(dense.view(rows, 8), logits, "2:4", **counter))
+    assert_same_bits(masked != 0, mk.expand_mask(mk.sample_mask(logits, "2:4", **counter), "2:4"))
     expected = x @ (weight * mk.expand_mask(codes, "2:4")).T
     torch.testing.assert_close(mk.codes_linear(x, weight, codes, pattern="2:4"), expected)
 
@@ -463,7 +464,7 @@ def test_a_graph_that_cannot_be_compiled_runs_eagerly(compiled_route, error, mon
     logits = normal(5, 64)
     expected = reference_update(logits)
     with pytest.warns(UserWarning, match="compilation failed"):
-        assert torch.equal(mk.score_update_(logits, 0.5, pattern="2:4", seed=3), expected)
+        assert_same_bits(mk.score_update_(logits, 0.5, pattern="2:4", seed=3), expected)
 
 
 def test_an_error_of_a_run_is_raised(compiled_route, monkeypatch):
@@ -487,7 +488,7 @@ def test_results_do_not_follow_the_default_dtype(compiled_route):
     assert log_prob.dtype == logits.grad.dtype == torch.float32
     codes = reference.top_n_mask(logits.detach(), n=2, m=4)
     expected = reference.mask_score(logits.detach(), codes, torch.ones(8, 2), 1.0, n=2, m=4)
-    assert torch.equal(logits.grad, expected)
+    assert_same_bits(logits.grad, expected)
 
 
 def test_logits_of_inference_mode_are_refused_outside_of_it():
@@ -497,7 +498,7 @@ def test_logits_of_inference_mode_are_refused_outside_of_it():
     before = logits.clone()
     with pytest.raises(ValueError, match="^logits: expected a tensor that may change"):
         mk.score_update_(logits, 0.5, pattern="2:4", seed=3)
-    assert torch.equal(logits, before)
+    assert_same_bits(logits, before)
 
 
 def reference_update(logits: torch.Tensor) -> torch.Tensor:
@@ -542,7 +543,7 @@ def test_masked_linear_without_log_prob():
     given = linear_arguments()
     y, log_prob = mk.masked_linear(**given, pattern="2:4", log_prob=False, **COUNTER)
     assert log_prob is None
-    assert torch.equal(y, mk.masked_linear(**given, pattern="2:4", **COUNTER)[0])
+    assert_same_bits(y, mk.masked_linear(**given, pattern="2:4", **COUNTER)[0])
     y.sum().backward()
     assert given["logits"].grad is None
     assert given["weight"].grad is not None
@@ -563,7 +564,7 @@ def test_sample_masked_weight_has_exact_zeros_where_the_draw_drops():
     weight, logits = normal(4, 16), normal(4, 16, seed=1)
     masked = mk.sample_masked_weight(weight, logits, "4:8", **COUNTER)
     kept = mk.expand_mask(mk.sample_mask(logits, "4:8", **COUNTER), "4:8")
-    assert torch.equal(masked[kept], weight[kept])
+    assert_same_bits(masked[kept], weight[kept])
     assert (masked[~kept].view(torch.int32) == 0).all()
 
 
@@ -605,8 +606,8 @@ def test_masked_linear_compiles_without_a_graph_break():
     for step in range(2):
         arguments = (normal(3, 8), torch.tensor(7), torch.tensor(step))
         (y, log_prob), (y_graph, log_prob_graph) = eager(*arguments), graph(*arguments)
-        assert torch.equal(y, y_graph)
-        assert torch.equal(log_prob, log_prob_graph)
+        assert_same_bits(y, y_graph)
+        assert_same_bits(log_prob, log_prob_graph)
         (y.sum() + log_prob).backward()
         (y_graph.sum() + log_prob_graph).backward()
     for parameter, same in zip(eager.parameters(), whole.parameters(), strict=True):

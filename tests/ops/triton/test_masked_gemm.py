@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import poison
+from helpers.bits import assert_same_bits
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import (
     COUNTER,
@@ -50,7 +51,7 @@ def check_mask(kind, logits, codes, mask, pattern):
     weight = (2.0 ** (columns % 16)).expand(rows, k)
     x = (torch.arange(-(-k // 16), device=logits.device)[:, None] == columns // 16).float()
     y = product(kind, x, weight, logits, codes, None, pattern)
-    assert torch.equal(y, nn.functional.linear(x, torch.where(mask, weight, 0)))
+    assert_same_bits(y, nn.functional.linear(x, torch.where(mask, weight, 0)))
 
 
 def check_product(kind, x, weight, logits, bias, pattern):
@@ -109,7 +110,7 @@ def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched)
     codes, mask = mask_of(kind, logits, pattern)
     identity = torch.eye(k, device=KERNEL_DEVICE)
     y = product(kind, identity, weight, logits, codes, None, pattern)
-    assert torch.equal(y.T != 0, mask)
+    assert_same_bits(y.T != 0, mask)
     assert launched["masked_linear"] == 1
 
 
@@ -302,7 +303,7 @@ def test_a_backward_inside_of_autocast_runs_in_the_dtype_of_its_forward(route):
     with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
         gradients = torch.autograd.grad(inside, (x, weight), upstream)
     for ours, theirs in zip(gradients, expected, strict=True):
-        assert torch.equal(ours, theirs)
+        assert_same_bits(ours, theirs)
 
 
 def test_double_precision_is_refused_by_name_under_autocast_too():
@@ -333,7 +334,7 @@ def test_weights_of_any_layout():
     expected = mk.masked_linear(x, weight, logits, pattern="2:4", log_prob=False, seed=0)[0]
     strided = [t.detach().T.contiguous().T for t in (x, weight, logits)]
     assert not any(t.is_contiguous() for t in strided)
-    assert torch.equal(mk.masked_linear(*strided, pattern="2:4", log_prob=False, seed=0)[0], expected)
+    assert_same_bits(mk.masked_linear(*strided, pattern="2:4", log_prob=False, seed=0)[0], expected)
 
 
 # By mutation: the text of masked_gemm.py, by what it is replaced, and the results that then are wrong

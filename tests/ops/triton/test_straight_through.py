@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits, first_difference
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import (
     COUNTER,
@@ -135,7 +136,7 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtype, logits_dtype, la
     assert launched["straight_through"] == 2
     also = ops.descend_(apart, gradient, rate, largest, pattern.m, *counter, *shard)
     assert launched["descend"] == 1
-    assert torch.equal(fused.cpu(), expected) and torch.equal(apart.cpu(), expected)
+    assert_same_bits([fused, apart], [expected, expected], pattern.m)
     assert not torch.equal(fused, logits)
     for value in (found, also):
         torch.testing.assert_close(value.cpu(), mean_square, rtol=1e-5, atol=0)
@@ -169,10 +170,10 @@ def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype):
     slopes = [
         module.straight_through_grad(weight, first, square, codes, m=pattern.m) for module in (kernels, reference)
     ]
-    assert torch.equal(*slopes)
+    assert_same_bits(*slopes)
     apart = logits.clone()
     kernels.descend_(apart, slopes[0], rate, *counter, m=pattern.m)
-    assert torch.equal(apart, eager)
+    assert_same_bits(apart, eager)
 
 
 @pytest.mark.parametrize("rate", [math.inf, math.nan, 0.0])
@@ -183,7 +184,7 @@ def test_a_rate_that_is_not_finite_moves_nothing(rate):
     ops.straight_through_update_(
         grad, x, weight, 1.0, torch.tensor(rate, device=KERNEL_DEVICE), 1.0, *source(moved, pattern)
     )
-    assert torch.equal(moved, logits)
+    assert_same_bits(moved, logits)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -197,7 +198,7 @@ def test_gradients_that_are_not_finite_leave_their_logits(bad):
     assert not mean_square.isfinite()
     untouched = torch.zeros(len(logits), dtype=torch.bool)
     untouched[5] = True
-    assert torch.equal(moved[untouched], logits[untouched])
+    assert_same_bits(moved[untouched], logits[untouched])
     assert moved.isfinite().all() and (moved[~untouched] != logits[~untouched]).any(1).all()
 
 
@@ -221,13 +222,13 @@ def test_all_gradients_but_the_logits_are_those_of_masked_linear(tokens):
     others = [t.clone().requires_grad_() for t in (x, weight, bias)]
     y = mk.straight_through_linear(leaves[0], leaves[1], leaves[3], leaves[2], pattern=pattern, **COUNTER)
     expected, _ = mk.masked_linear(others[0], others[1], logits, others[2], pattern=pattern, log_prob=False, **COUNTER)
-    assert torch.equal(y, expected)
+    assert_same_bits(y, expected)
     y.backward(grad)
     expected.backward(grad)
     for ours, theirs in zip(leaves, others, strict=False):
-        assert torch.equal(ours.grad, theirs.grad)
+        assert_same_bits(ours.grad, theirs.grad)
     found = mk.straight_through_gradient(grad, x, weight, source(logits, pattern))
-    assert torch.equal(leaves[3].grad, found)
+    assert_same_bits(leaves[3].grad, found)
 
 
 def test_second_derivatives_are_refused():
@@ -250,7 +251,7 @@ def test_gradients_arrive_for_any_optimizer_also_under_compile():
     eager = [layer.logits.grad.clone() for layer in (model[0], model[2])]
     model.zero_grad()
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
-    assert all(torch.equal(layer.logits.grad, grad) for layer, grad in zip((model[0], model[2]), eager, strict=True))
+    assert_same_bits([layer.logits.grad for layer in (model[0], model[2])], eager)
     before = model[0].logits.detach().clone()
     torch.optim.SGD([layer.logits for layer in (model[0], model[2])], lr=1.0).step()
     assert not torch.equal(model[0].logits, before)
@@ -276,10 +277,6 @@ def learn(model, steps=4, loss_fn=causal_lm_loss, batches=None, **options):
     estimator = mk.StraightThrough(lr=1.0, **options)
     trainer = mk.MaskTrainer(model, loss_fn, batches or batches_of_tokens(), estimator, seed=3)
     return trainer, trainer.run(steps, progress=False)
-
-
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_steps_are_those_of_the_formula(eager_reference):
@@ -319,9 +316,9 @@ def test_few_batches_do_not_change_a_mask(eager_reference):
     before = masks()
     trainer = mk.MaskTrainer(model, causal_lm_loss, batches_of_tokens(), mk.StraightThrough(lr=1e6), seed=3)
     trainer.run(3, progress=False)
-    assert all(map(torch.equal, masks(), before))
+    assert_same_bits(masks(), before)
     trainer.run(7, progress=False)
-    assert not all(map(torch.equal, masks(), before))
+    assert first_difference(masks(), before)
 
 
 def test_the_learning_rate_falls_to_nothing(eager_reference):
@@ -371,7 +368,7 @@ def test_checkpointed_activations_give_the_same_bits(eager_reference):
     handle.remove()
     assert len(runs) == 2 * len(second), "nothing was computed anew"
     assert [record.loss for record in first] == [record.loss for record in second]
-    assert same(logits_of(plain), logits_of(checkpointed))
+    assert_same_bits(logits_of(plain), logits_of(checkpointed))
     assert not any(module.training for module in checkpointed.modules() if not isinstance(module, mk.MaskedLinear))
 
 
@@ -425,9 +422,10 @@ def test_a_compiled_model_learns_as_an_eager_one(problem, estimator, graphs, eag
         last = counter.frame_count
         outputs.append(loss_fn(run.eval(), batches[0]).item())
     assert last == first > 0 and (graphs is None or first == graphs)
-    assert not same(learned[0], initial)
+    assert first_difference(learned[0], initial)
     if graphs is not None:
-        assert losses[0] == losses[1] and same(*learned) and outputs[0] == outputs[1]
+        assert losses[0] == losses[1] and outputs[0] == outputs[1]
+        assert_same_bits(*learned)
     torch.testing.assert_close((losses[1], outputs[1]), (losses[0], outputs[0]), rtol=1e-5, atol=0)
     torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-3)
 
@@ -456,7 +454,7 @@ def test_only_logits_learn(eager_reference):
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
         if name in before:
-            assert torch.equal(parameter, before[name])
+            assert_same_bits(parameter, before[name])
 
 
 class Broken(torch.autograd.Function):
@@ -487,14 +485,15 @@ def test_a_gradient_that_is_not_finite_is_told_and_spoils_nothing(eager_referenc
     trainer.loss_fn = lambda model, batch: Broken.apply(causal_lm_loss(model, batch), math.nan)
     with pytest.raises(FloatingPointError, match="gradients of step 1: .*q_proj"):
         trainer.step()
-    assert same(before, logits_of(model)) and squares_of(trainer) == squares
+    assert_same_bits(before, logits_of(model))
+    assert squares_of(trainer) == squares
     # the draw is spent: in other layers logits may have learned from it
     assert trainer.steps_done == 2 and int(next(iter(trainer.layers.values())).counter_state.step) == step + 1
     assert_detached(model)
     assert all(d.slopes is None and d.latest is None for d in trainer.estimator._updaters.values())
     trainer.loss_fn = causal_lm_loss
     trainer.step()
-    assert not same(before, logits_of(model))
+    assert first_difference(before, logits_of(model))
 
 
 def test_a_run_bears_gradients_that_are_not_finite(eager_reference, tmp_path):
@@ -512,13 +511,15 @@ def test_a_run_bears_gradients_that_are_not_finite(eager_reference, tmp_path):
         assert math.isfinite(trainer.step().loss)
     with pytest.raises(FloatingPointError, match="gradients of step 2: .*q_proj.*, after 1 others in a row"):
         trainer.run(1, progress=False)
-    assert same(before, logits_of(trainer.model)) and squares_of(trainer) == squares
+    assert_same_bits(before, logits_of(trainer.model))
+    assert squares_of(trainer) == squares
     trainer.close()
     again = a_trainer()
     assert again.resume() == 3
-    assert same(before, logits_of(again.model)) and squares_of(again) == squares
+    assert_same_bits(before, logits_of(again.model))
+    assert squares_of(again) == squares
     again.step()
-    assert not same(before, logits_of(again.model))
+    assert first_difference(before, logits_of(again.model))
 
 
 def two_layers(**options):
@@ -558,14 +559,16 @@ def test_the_first_usable_slope_sets_the_scale(first, eager_reference):
     else:
         with pytest.raises(FloatingPointError):
             trainer.step()
-    assert same(logits_of(model), logits_of(twin)) and squares_of(trainer) == [None, None]
+    assert_same_bits(logits_of(model), logits_of(twin))
+    assert squares_of(trainer) == [None, None]
     trainer.loss_fn = loss
     trainer.step()
     fresh = mk.MaskTrainer(twin, loss, [x], mk.StraightThrough(lr=1.0), seed=3)
     # the draw of the second step
     fresh.steps_done = 1
     fresh.step()
-    assert same(logits_of(model), logits_of(twin)) and squares_of(trainer) == squares_of(fresh)
+    assert_same_bits(logits_of(model), logits_of(twin))
+    assert squares_of(trainer) == squares_of(fresh)
 
 
 def test_the_parameter_moves_though_autograd_keeps_a_copy(eager_reference):
@@ -581,7 +584,7 @@ def test_the_parameter_moves_though_autograd_keeps_a_copy(eager_reference):
 
     learn(model, 2, loss, [x])
     learn(twin, 2, copied, [x])
-    assert same(logits_of(model), logits_of(twin))
+    assert_same_bits(logits_of(model), logits_of(twin))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -611,7 +614,7 @@ def test_losses_that_gradients_do_not_take_to_the_masks(eager_reference):
 
     with pytest.raises(ValueError, match="loss_fn: .*use_reentrant=False"):
         learn(model, 1, reentrant, [x])
-    assert same(before, logits_of(model))
+    assert_same_bits(before, logits_of(model))
     assert_detached(model)
 
     def regularised(model, x):
@@ -677,7 +680,7 @@ def test_losses_that_cannot_be_learned_from(eager_reference):
     ):
         with pytest.raises(error, match=message):
             learn(model, 1, loss_fn)
-        assert same(before, logits_of(model))
+        assert_same_bits(before, logits_of(model))
         assert_detached(model)
 
 
