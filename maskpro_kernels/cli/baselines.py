@@ -12,8 +12,8 @@ import torch
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..pattern import NMPattern
-from ..pruning.convert import INITIAL_MASKS, convert
-from ..pruning.initial_masks import initial_codes
+from ..pruning.convert import convert
+from ..pruning.initial_masks import INITIAL_MASKS, initial_codes
 from ..pruning.reconstruction import reconstruct
 from ..ranks import Ranks
 from .held_out import table_row
