@@ -118,7 +118,7 @@ def _resume(args: argparse.Namespace, ranks: Ranks) -> None:
         return start
 
     start = ranks.first(read)
-    given = {"parallel": args.parallel} if hasattr(args, "masks") else {}
+    given = {"parallel": args.parallel} if hasattr(args, "parallel") else {}
     if args.device_given:
         given["device"] = args.device
     settings = start["settings"]

@@ -154,7 +154,7 @@ class MaskTrainer:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate: expected an int of at least 1, got {accumulate!r}")
         if parallel not in PARALLEL:
-            raise ValueError(f'masks: expected "data" or "draws", got {parallel!r}')
+            raise ValueError(f'parallel: expected "data" or "draws", got {parallel!r}')
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout: expected a number of seconds above 0, got {timeout!r}")
         ranks, draws = Ranks(timeout), estimator.draws if isinstance(estimator, Reinforce) else 1
@@ -508,11 +508,11 @@ class MaskTrainer:
         """The layers make this one of a step's draws."""
         try:
             for counter_state in counter_states(self.model):
-                counter_state.draw = draw
+                counter_state.draw.fill_(draw)
             yield
         finally:
             for counter_state in counter_states(self.model):
-                counter_state.draw = 0
+                counter_state.draw.fill_(0)
 
     @torch.enable_grad()
     def _straight_through(self, batches: Sequence) -> tuple[float, float, list[str]]:
