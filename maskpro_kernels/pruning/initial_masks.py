@@ -23,6 +23,7 @@ def initial_codes(
     init: str | Mapping[str, Tensor],
     model: nn.Module | None = None,
     calibration: Iterable | None = None,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Group codes of an initial mask for every layer.
 
@@ -32,6 +33,7 @@ def initial_codes(
         init: a name in ``INITIAL_MASKS``, or {name: group codes [out, K / M]}.
         model: the model that the layers are part of; "magnitude" and given codes need none.
         calibration: batches for the model, each a tensor, a tuple or a mapping; "magnitude" and given codes need none.
+        progress: whether a mask that takes minutes shows a bar.
 
     Returns:
         group codes [out, K / M] by name, on the devices of the weights.
@@ -43,7 +45,7 @@ def initial_codes(
     check_initial_mask(init)
     if isinstance(init, Mapping):
         return given(layers, pattern, init)
-    return INITIAL_MASKS[init](layers, pattern, model, calibration)
+    return INITIAL_MASKS[init](layers, pattern, model, calibration, progress)
 
 
 def check_initial_mask(init: str | Mapping[str, Tensor]) -> None:
@@ -54,14 +56,22 @@ def check_initial_mask(init: str | Mapping[str, Tensor]) -> None:
 
 
 def magnitude(
-    layers: Mapping[str, nn.Module], pattern: NMPattern, model: nn.Module | None, calibration: Iterable | None
+    layers: Mapping[str, nn.Module],
+    pattern: NMPattern,
+    model: nn.Module | None,
+    calibration: Iterable | None,
+    progress: bool,
 ) -> dict[str, Tensor]:
-    """The N largest |w| of each group; model and calibration are not used."""
+    """The N largest |w| of each group; this needs the weights alone."""
     return {name: top_n_mask(layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
 
 
 def wanda(
-    layers: Mapping[str, nn.Module], pattern: NMPattern, model: nn.Module | None, calibration: Iterable | None
+    layers: Mapping[str, nn.Module],
+    pattern: NMPattern,
+    model: nn.Module | None,
+    calibration: Iterable | None,
+    progress: bool,
 ) -> dict[str, Tensor]:
     """The N largest |w| * ||x|| of each group (Sun et al. 2023, arXiv 2306.11695).
 
@@ -77,12 +87,17 @@ def wanda(
 
 
 def reconstruction(
-    layers: Mapping[str, nn.Module], pattern: NMPattern, model: nn.Module | None, calibration: Iterable | None
+    layers: Mapping[str, nn.Module],
+    pattern: NMPattern,
+    model: nn.Module | None,
+    calibration: Iterable | None,
+    progress: bool,
 ) -> dict[str, Tensor]:
     """Wanda's masks, improved by ``reconstruct``."""
     _check_given("reconstruction", model, calibration)
     batches = list(calibration)
-    return reconstruct(model, layers, wanda(layers, pattern, model, batches), pattern, batches)
+    codes = wanda(layers, pattern, model, batches, progress)
+    return reconstruct(model, layers, codes, pattern, batches, progress=progress)
 
 
 def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:

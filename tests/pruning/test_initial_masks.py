@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.command import learn, report
+from helpers.tiny_llama import write_inputs
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.cli import main
 from maskpro_kernels.pruning import initial_masks
 from maskpro_kernels.pruning.calibration import calls_of, gram_matrices, input_squares
 from maskpro_kernels.pruning.initial_masks import initial_codes
@@ -24,12 +27,12 @@ def layers_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def test_a_new_initial_mask_is_known_by_its_name(monkeypatch):
-    """One function and one entry in the table."""
+def smallest(layers, pattern, model, calibration, progress):
+    """An initial mask of no use."""
+    return {name: mk.top_n_mask(-layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
 
-    def smallest(layers, pattern, model, calibration):
-        return {name: mk.top_n_mask(-layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
 
+def test_a_new_initial_mask_is_one_function_and_one_entry(monkeypatch):
     monkeypatch.setitem(initial_masks.INITIAL_MASKS, "smallest", smallest)
     model = two_layers()
     expected = initial_codes(layers_of(model), "2:4", "smallest")
@@ -90,3 +93,11 @@ def test_a_forward_pass_ends_where_nothing_behind_it_is_wanted():
     assert not reached
     gram_matrices(model, calls_of([torch.ones(2, 8)] * 3), [model[0]])
     assert len(reached) == 3
+
+
+def test_the_command_starts_from_a_new_initial_mask(tmp_path, monkeypatch):
+    monkeypatch.setitem(initial_masks.INITIAL_MASKS, "smallest", smallest)
+    arguments = learn(write_inputs(tmp_path), tmp_path / "run", "--init", "smallest", "--estimator", "straight-through")
+    assert main.main(arguments) == 0
+    table = report(tmp_path / "run")["table"]
+    assert [row["method"] for row in table] == ["dense", "magnitude", "wanda", "smallest", "straight-through"]
