@@ -11,7 +11,6 @@ from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from maskpro_kernels.cli import main
-from maskpro_kernels.report import plots
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -73,9 +72,9 @@ def test_learn_refuses_non_finite_weights(inputs, tmp_path, capsys, monkeypatch)
 
 
 def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plots, "find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
-    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[demo]'")
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[cli]'")
 
 
 def test_reinforce_has_no_bound_of_a_step(inputs, tmp_path, capsys):
