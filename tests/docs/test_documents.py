@@ -2,7 +2,7 @@
 
 Fenced blocks run document by document, from the first block to the last, in a folder of the document's own:
 
-- Python blocks share one namespace. What ``TINY_IN_PYTHON`` names in them becomes a tiny model, text or number of steps.
+- Python blocks share one namespace. ``TINY_IN_PYTHON`` makes models, texts and numbers of steps in them small.
 - ``maskpro`` lines of ``sh`` blocks run in this process. Models and texts become the tiny ones; sizes and steps become
   the small ones of ``SMALL``, appended, so that the line's own are parsed as well. A folder that ``--output`` names
   is removed first. One that ``--resume`` names becomes a run that was interrupted after its first step.
