@@ -54,7 +54,7 @@ INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 PROGRAMS = ("maskpro", "make", "pip", "python", "pytest", "torchrun", "git")
 
 SMALL = {
-    "learn": "--steps 3 --batch-size 4 --seq-len 16 --init-batches 2 --calibration-batches 2 --eval-every 3 "
+    "learn": "--steps 2 --batch-size 4 --seq-len 16 --init-batches 2 --calibration-batches 2 --eval-every 2 "
     "--eval-windows 2 --eval-length 24 --device cpu",
     "eval": "--eval-windows 2 --eval-length 24 --device cpu",
     "replay": "--device cpu",
