@@ -46,7 +46,7 @@ README, API, COMMANDS = ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "do
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 # With options of other programs
 FOREIGN = ("migration.md", "CONTRIBUTING.md", "measurements.md")
-LANGUAGES = {"python", "sh", "text", "json", "bibtex"}
+LANGUAGES = {"python", "sh", "text", "json", "toml", "bibtex"}
 FENCE = re.compile(
     r"(?:^<!-- (?P<marker>.*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
@@ -279,6 +279,8 @@ def test_fences_and_marks(document):
             assert not any(line.startswith(PROGRAMS) for line in block.code.splitlines()), block.code
         if block.language == "json":
             json.loads(block.code)
+        if block.language == "toml":
+            tomllib.loads(block.code)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
