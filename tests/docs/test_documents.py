@@ -330,6 +330,14 @@ def test_links_resolve(document):
             assert anchor in anchors_of(there), f"{document.name}: {target}"
 
 
+def test_contributing_lists_every_folder_of_the_package():
+    listed = re.findall(r"^\| `(maskpro_kernels/[\w./]+)` \|", text_of(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    package = [path for path in (ROOT / "maskpro_kernels").iterdir() if not path.name.startswith(("_", "py.typed"))]
+    for path in package:
+        name = f"maskpro_kernels/{path.name}"
+        assert any(row.rstrip("/") == name or row.startswith(f"{name}/") for row in listed), name
+
+
 def test_every_document_is_linked_from_readme_and_index():
     for page in (README, ROOT / "docs" / "index.md"):
         linked = {
