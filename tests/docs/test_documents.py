@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny_llama import tiny_text, write_inputs
+from helpers.routes import route_to_the_eager_reference
+from helpers.tiny_llama import tiny_text, write_inputs
 
 import maskpro_kernels
 from maskpro_kernels.cli import main
@@ -117,8 +118,6 @@ def prepared(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(tiny_text(paragraphs=600), encoding="utf-8")
     (folder / "other.txt").write_text(tiny_text(paragraphs=300, seed=1), encoding="utf-8")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        from conftest import route_to_the_eager_reference
-
         route_to_the_eager_reference(monkeypatch)
         monkeypatch.chdir(folder)
         learn = ["learn", "--model", "model", "--data", "text.txt", *SMALL["learn"].split(), "--output"]
