@@ -69,7 +69,7 @@ def test_codes_may_be_given():
     codes = torch.full((6, 4), 0b1100, dtype=torch.uint8)
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", init=codes).eval()
     assert_same_bits(mk.top_n_mask(layer.logits.detach(), "2:4"), codes)
-    assert_same_bits(layer.masked_weight(), layer.weight * mk.expand_mask(codes, "2:4"))
+    assert_same_bits(layer.masked_weight(), torch.where(mk.expand_mask(codes, "2:4"), layer.weight, 0.0))
 
 
 def test_training_draws_at_the_step_of_the_clock():

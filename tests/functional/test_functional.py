@@ -12,9 +12,11 @@ from helpers.enumerated import exact_log_prob, exact_score
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.ops import dispatch, reference
+from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.functional.checks import counter_of
+from maskpro_kernels.ops import dispatch, reference, registry
 from maskpro_kernels.ops.cpu import compiled_loop, kernels
-from maskpro_kernels.pattern import GROUP_SIZES
+from maskpro_kernels.pattern import GROUP_SIZES, NMPattern
 
 PATTERNS = [f"{n}:{m}" for m in GROUP_SIZES for n in sorted({1, m // 2, m - 1})]
 COUNTER = {"seed": 7, "step": 3, "layer": 2, "draw": 1}
@@ -383,13 +385,13 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
     logits = normal(2, 8, dtype=dtype).requires_grad_(name in ("mask_log_prob", "masked_linear"))
     weight = normal(2, 8, seed=1, dtype=dtype).requires_grad_()
     codes = some_codes(2, 2)
-    counter = (2, 4, 1.0, torch.tensor(7), torch.tensor(3), 5)
-    drawn = (logits, "drawn", *counter, 1, 0, 2)
-    given = (codes, "codes", 2, 4, 1.0, None, None, 0, 0, 0, 0)
+    counter = (*(torch.tensor(value) for value in (7, 3, 5, 1)), 0, 2)
+    drawn = (logits, "drawn", 2, 4, 1.0, *counter)
+    given = registry.flat(MaskSource(codes, "codes", 2, 4))
     x, bias = normal(3, 8, seed=2, dtype=dtype).requires_grad_(), normal(2, seed=3, dtype=dtype)
     grad = normal(3, 2, seed=4, dtype=dtype)
     return {
-        "sample_mask": (logits, *counter, 1, 0, 2),
+        "sample_mask": (logits, 2, 4, 1.0, *counter),
         "masked_weight": (weight, *drawn),
         "masked_weight of codes": (weight, *given),
         "masked_linear": (x, weight, bias, True, *drawn),
@@ -399,7 +401,7 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
         "top_n_mask": (logits, 2, 4),
         "mask_log_prob": (logits, codes, 2, 4, 0.5),
         "mask_score": (logits, codes, torch.ones(2, 2), 2, 4, 0.5),
-        "score_update_": (logits, torch.tensor([0.5, 1.0]), *counter, torch.tensor([0, 1]), 0, 2),
+        "score_update_": (logits, torch.tensor([0.5, 1.0]), 2, 4, 1.0, *counter[:3], torch.tensor([0, 1]), 0, 2),
     }[name]
 
 
@@ -504,9 +506,8 @@ def test_logits_of_inference_mode_are_refused_outside_of_it():
 def reference_update(logits: torch.Tensor) -> torch.Tensor:
     """What ``score_update_(logits, 0.5, pattern="2:4", seed=3)`` gives, by the eager reference."""
     updated = logits.clone()
-    seed, step, draws, layer, offset, stride = (torch.tensor(i) for i in (3, 0, [0], 0, 0, logits.shape[1] // 4))
-    coef, inverse = torch.tensor([0.5]), torch.tensor(1.0)
-    reference.score_update_(updated, coef, seed, step, draws, inverse, layer, offset, stride, n=2, m=4)
+    counter = counter_of(logits, NMPattern("2:4"), seed=3)._replace(draw=torch.tensor([0]))
+    reference.score_update_(updated, torch.tensor([0.5]), counter, torch.tensor(1.0), n=2, m=4)
     return updated
 
 

@@ -17,11 +17,11 @@ from helpers.products import (
     INTERPRETED,
     KINDS,
     PATTERNS,
+    TEMPERATURE,
     mask_of,
     normal,
     operands,
     problems,
-    scalar,
     small_tiles,
     within_budget,
 )
@@ -116,7 +116,7 @@ def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched)
 
 def log_probs_in_float64(logits, mask, pattern):
     """log p(S) of each group by a fine quadrature over the arrival time of the first dropped weight."""
-    z = logits.double().view(-1, pattern.m) / COUNTER["temperature"]
+    z = logits.double().view(-1, pattern.m) / TEMPERATURE
     kept = mask.view(-1, pattern.m)
     rest = torch.logsumexp(z.masked_fill(kept, -torch.inf), dim=1, keepdim=True)
     rates = (z - rest)[kept].view(-1, 1, pattern.n).exp()
@@ -182,7 +182,7 @@ def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(patte
     monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
     x, weight, logits, _ = operands(pattern, tokens=40, rows=21, k=40, bias=False)
     codes, _ = mask_of("drawn", logits, pattern)
-    inverse = scalar(1 / COUNTER["temperature"])
+    inverse = torch.tensor(1 / TEMPERATURE)
     groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), inverse, n=pattern.n, m=pattern.m)
     _, log_prob = mk.masked_linear(x, weight, logits, pattern=pattern, **COUNTER)
     torch.testing.assert_close(log_prob.cpu(), groups.double().sum().float(), rtol=1e-6, atol=0)
@@ -195,9 +195,10 @@ OF_THE_TEST = {"fill_", "copy_"}
 
 def test_few_tokens_are_one_launch(launched):
     x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=16))
-    seed, step = torch.tensor([0, 1], device=KERNEL_DEVICE)
+    # numbers would be filled into tensors first
+    counter = dict(zip(("seed", "step", "layer", "draw"), torch.arange(4, device=KERNEL_DEVICE), strict=True))
     with torch.profiler.profile() as profile:
-        mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=seed, step=step)
+        mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, **counter)
     assert launched == {"masked_linear": 1}
     by_torch = {event.key.removeprefix("aten::") for event in profile.key_averages() if event.key[:6] == "aten::"}
     assert by_torch <= VIEWS | OF_THE_TEST, by_torch - VIEWS

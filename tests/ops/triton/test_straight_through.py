@@ -11,9 +11,11 @@ from helpers.bits import assert_same_bits, first_difference
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import (
     COUNTER,
+    DRAW,
     DTYPES,
     INTERPRETED,
     PATTERNS,
+    TEMPERATURE,
     mask_of,
     normal,
     problems,
@@ -29,8 +31,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import maskpro_kernels as mk
 from maskpro_kernels import ops
 from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ops import reference
+from maskpro_kernels.ops import reference, registry
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.triton import straight_through, tiles
 from maskpro_kernels.pattern import NMPattern
@@ -41,9 +44,7 @@ CURVATURE = 0.25
 
 def source(logits, pattern, kind="drawn"):
     """The source of the mask that ``mask_of`` finds for the same logits."""
-    counter = [torch.tensor(COUNTER[name], device=logits.device) for name in ("seed", "step")]
-    shard = (COUNTER["layer"], COUNTER["draw"], 0, logits.shape[1] // pattern.m)
-    return MaskSource(logits, kind, pattern.n, pattern.m, 1 / COUNTER["temperature"], *counter, *shard)
+    return MaskSource(logits, kind, pattern.n, pattern.m, 1 / TEMPERATURE, counter_of(logits, pattern, **DRAW))
 
 
 def slope(grad, x, weight, mask, m, dtype):
@@ -74,7 +75,7 @@ def test_slopes_are_within_the_error_budget(problem, parts):
     whole = tiles.Tiles(*(tiles.power_above(-(-size // parts)) for size in sizes))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(tiles, "INTERPRETER_TILES", whole)
-        found = ops.straight_through_grad(grad, x, weight, CURVATURE, *source(logits, pattern))
+        found = ops.straight_through_grad(grad, x, weight, CURVATURE, source(logits, pattern))
     _, mask = mask_of("drawn", logits, pattern)
     by_torch, exact = (slope(grad, x, weight, mask, pattern.m, dtype) for dtype in (x.dtype, torch.float64))
     assert found.dtype == torch.float32
@@ -87,12 +88,12 @@ def test_tiles_that_are_taken_in_groups_are_all_taken_once(monkeypatch):
     count = straight_through.SHARING.value + 3
     grad, x, weight, logits = tensors(pattern, rows=40, k=32 * count)
     mask = source(logits, pattern)
-    whole = ops.straight_through_grad(grad, x, weight, CURVATURE, *mask)
+    whole = ops.straight_through_grad(grad, x, weight, CURVATURE, mask)
     monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
-    in_tiles = ops.straight_through_grad(grad, x, weight, CURVATURE, *mask)
+    in_tiles = ops.straight_through_grad(grad, x, weight, CURVATURE, mask)
     torch.testing.assert_close(in_tiles, whole, rtol=1e-4, atol=1e-4)
     rate = torch.tensor(0.5, device=KERNEL_DEVICE)
-    mean_square = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, 0.75, *mask)
+    mean_square = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, 0.75, mask)
     torch.testing.assert_close(mean_square, whole.square().mean(), rtol=1e-4, atol=0)
 
 
@@ -123,18 +124,15 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtype, logits_dtype, la
     if tiles == "many tiles":
         monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
     grad, x, weight, logits = tensors(pattern, dtype=dtype, logits=logits_dtype)
-    gradient = ops.straight_through_grad(grad, x, weight, CURVATURE, *source(logits, pattern))
+    gradient = ops.straight_through_grad(grad, x, weight, CURVATURE, source(logits, pattern))
     rate = torch.tensor(0.5 / float(gradient.square().mean().sqrt()), device=KERNEL_DEVICE)
-    largest, shard = 0.75, (COUNTER["layer"], 0, logits.shape[1] // pattern.m)
-    counter = source(logits, pattern)[5:7]
-    expected = logits.cpu().clone()
-    scalars = (torch.tensor(largest), *(torch.tensor(value) for value in shard))
-    on_cpu = [tensor.cpu() for tensor in (gradient, rate, *counter)]
-    mean_square = reference.descend_(expected, *on_cpu, *scalars, m=pattern.m)
+    max_update, counter, expected = 0.75, source(logits, pattern).counter, logits.cpu().clone()
+    on_cpu = gradient.cpu(), rate.cpu(), counter_of(expected, pattern, **DRAW), torch.tensor(max_update)
+    mean_square = reference.descend_(expected, *on_cpu, m=pattern.m)
     fused, apart = logits.clone(), logits.clone()
-    found = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, largest, *source(fused, pattern))
+    found = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, max_update, source(fused, pattern))
     assert launched["straight_through"] == 2
-    also = ops.descend_(apart, gradient, rate, largest, pattern.m, *counter, *shard)
+    also = ops.descend_(apart, gradient, rate, max_update, pattern.m, counter)
     assert launched["descend"] == 1
     assert_same_bits([fused, apart], [expected, expected], pattern.m)
     assert not torch.equal(fused, logits)
@@ -142,7 +140,7 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtype, logits_dtype, la
         torch.testing.assert_close(value.cpu(), mean_square, rtol=1e-5, atol=0)
     moved = (fused.float() - logits.float()).abs()
     # to what lies next to a logit below 16 in magnitude
-    assert float(moved.max()) <= largest + 16 * torch.finfo(logits_dtype).eps
+    assert float(moved.max()) <= max_update + 16 * torch.finfo(logits_dtype).eps
 
 
 @pytest.mark.parametrize(
@@ -158,11 +156,12 @@ def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype):
     codes, _ = mask_of("drawn", logits, pattern)
     first = (grad.T @ x).contiguous()
     square = torch.outer(grad.float().square().sum(0), x.float().square().sum(0)) * CURVATURE
-    rate, largest = torch.tensor(1e-3), torch.tensor(0.75)
-    counter = (torch.tensor(5), torch.tensor(6), largest, *(torch.tensor(v) for v in (3, 2, logits.shape[1])))
+    place = {"layer": 3, "group_offset": 2, "group_row_stride": logits.shape[1]}
+    counter = counter_of(logits, pattern, seed=5, step=6, **place)
+    step = torch.tensor(1e-3), counter, torch.tensor(0.75)
     ours, eager = logits.clone(), logits.clone()
     values = [
-        module.straight_through_update_(into, weight, first, square, codes, rate, *counter, m=pattern.m)
+        module.straight_through_update_(into, weight, first, square, codes, *step, m=pattern.m)
         for module, into in ((kernels, ours), (reference, eager))
     ]
     assert torch.equal(ours, eager) and not torch.equal(ours, logits)
@@ -172,7 +171,7 @@ def test_the_compiled_reference_steps_to_the_same_bits(pattern, logits_dtype):
     ]
     assert_same_bits(*slopes)
     apart = logits.clone()
-    kernels.descend_(apart, slopes[0], rate, *counter, m=pattern.m)
+    kernels.descend_(apart, slopes[0], *step, m=pattern.m)
     assert_same_bits(apart, eager)
 
 
@@ -182,7 +181,7 @@ def test_a_rate_that_is_not_finite_moves_nothing(rate):
     grad, x, weight, logits = tensors(pattern)
     moved = logits.clone()
     ops.straight_through_update_(
-        grad, x, weight, 1.0, torch.tensor(rate, device=KERNEL_DEVICE), 1.0, *source(moved, pattern)
+        grad, x, weight, 1.0, torch.tensor(rate, device=KERNEL_DEVICE), 1.0, source(moved, pattern)
     )
     assert_same_bits(moved, logits)
 
@@ -194,7 +193,7 @@ def test_gradients_that_are_not_finite_leave_their_logits(bad):
     grad[3, 5] = bad
     moved = logits.clone()
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
-    mean_square = ops.straight_through_update_(grad, x, weight, 1.0, rate, 1.0, *source(moved, pattern))
+    mean_square = ops.straight_through_update_(grad, x, weight, 1.0, rate, 1.0, source(moved, pattern))
     assert not mean_square.isfinite()
     untouched = torch.zeros(len(logits), dtype=torch.bool)
     untouched[5] = True
@@ -206,10 +205,10 @@ def test_opcheck():
     pattern = NMPattern("2:4")
     grad, x, weight, logits = tensors(pattern, rows=4, k=16)
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
-    mask = source(logits, pattern)
+    mask = registry.flat(source(logits, pattern))
     torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (grad, x, weight, 1.0, *mask))
     torch.library.opcheck(torch.ops.maskpro.straight_through_update_.default, (grad, x, weight, 1.0, rate, 1.0, *mask))
-    arguments = (logits, torch.randn_like(logits), rate, 1.0, 4, mask.seed, mask.step, 0, 0, 4)
+    arguments = (logits, torch.randn_like(logits), rate, 1.0, 4, *source(logits, pattern).counter)
     torch.library.opcheck(torch.ops.maskpro.descend_.default, arguments)
 
 
