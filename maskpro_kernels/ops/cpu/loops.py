@@ -13,7 +13,7 @@ import torch
 from llvmlite import ir
 from torch import fx
 
-from .codegen import LONG, POINTER, TYPES, WORD, Columns, Body
+from .codegen import LONG, POINTER, TYPES, WORD, Body, Columns
 
 ENTRY, SHARED = "loop", "shared"
 # of OpenMP
