@@ -9,10 +9,11 @@ import torch
 from helpers.arguments import cpu_normal
 from helpers.bits import assert_same_bits
 from helpers.routes import take_route
+from llvmlite import binding
 
 import maskpro_kernels as mk
 from maskpro_kernels.functional.checks import counter_of
-from maskpro_kernels.ops import reference
+from maskpro_kernels.ops import dispatch, reference
 from maskpro_kernels.ops.cpu import compiled_loop, kernels
 from maskpro_kernels.pattern import NMPattern
 
@@ -32,13 +33,13 @@ def test_cpu_tensors_go_to_the_compiled_reference_without_the_interpreter(monkey
 
 @pytest.fixture
 def compiled_route(monkeypatch):
-    """CPU tensors go to the compiled reference, whose graphs are made anew."""
+    """CPU tensors go to the compiled reference, whose loops are made anew."""
     take_route(monkeypatch, "compiled")
     monkeypatch.setattr(kernels, "compiled_loop", functools.cache(compiled_loop.compiled_loop.__wrapped__))
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("cache"), RuntimeError("no compiled frames")], ids=repr)
-def test_a_graph_that_cannot_be_compiled_runs_eagerly(compiled_route, error, monkeypatch):
+def test_a_loop_that_cannot_be_compiled_runs_eagerly(compiled_route, error, monkeypatch):
     tries = []
 
     def failing(*_, **__):
@@ -87,3 +88,13 @@ def reference_update(logits: torch.Tensor) -> torch.Tensor:
     counter = counter_of(logits, NMPattern("2:4"), seed=3)._replace(draw=torch.tensor([0]))
     reference.score_update_(updated, torch.tensor([0.5]), counter, torch.tensor(1.0), n=2, m=4)
     return updated
+
+
+def test_that_no_compiler_is_found_is_told(monkeypatch, caplog):
+    def none_found():
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(binding, "get_host_cpu_name", none_found)
+    # the answer of this process is kept
+    assert not dispatch.compiler_available.__wrapped__()
+    assert "LLVM does not compile here (no compiler)" in caplog.text
