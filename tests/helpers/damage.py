@@ -77,7 +77,7 @@ def copied(source, target):
     return lambda place: shutil.copy(place / source, place / target)
 
 
-def tensors(path, change, metadata=None):
+def changed_tensors(path, change, metadata=None):
     """What changes the tensors of a safetensors file."""
 
     def damage(place):

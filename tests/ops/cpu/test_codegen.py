@@ -15,8 +15,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def loop_of(function, *tensors):
     """The results of ``function`` on tensors of groups, by a loop."""
-    graph = compiled_loop.CompiledLoop(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
-    run = graph._loaded(*graph._build())
+    loop = compiled_loop.CompiledLoop(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
+    run = loop._loaded(*loop._build())
     return run(list(tensors))
 
 
