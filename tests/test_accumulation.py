@@ -12,9 +12,7 @@ import torch
 from test_trainer import a_model, a_trainer, assert_equal_logits, logits_of, some_batches, under_masks
 
 import maskpro_kernels as mk
-from maskpro_kernels.training import trainer as training
 from maskpro_kernels.training.batches import content, loss_tokens, weighted_mean, weights_of
-from maskpro_kernels.training.run_folder import settings_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -188,27 +186,11 @@ def test_accumulation_belongs_to_a_run(tmp_path):
     assert_equal_logits(logits_of(again.model), logits_of(whole.model))
 
 
-def test_runs_from_before_accumulation_go_on(tmp_path, monkeypatch):
-    def without(*args):
-        return {name: value for name, value in settings_of(*args).items() if name != "accumulate"}
-
-    with monkeypatch.context() as earlier:
-        earlier.setattr(training, "settings_of", without)
-        trainer = a_trainer(a_model(), output_dir=tmp_path)
-        trainer.run(3, progress=False)
-        trainer.close()
-    with pytest.raises(ValueError, match="output_dir: expected a run with accumulate 2, got 1"):
-        a_trainer(a_model(), output_dir=tmp_path, accumulate=2).resume()
-    again = a_trainer(a_model(), output_dir=tmp_path)
-    assert again.resume() == 3
-    assert_equal_logits(logits_of(again.model), logits_of(trainer.model))
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
         *({"accumulate": value} for value in (0, 1.0, True, None)),
-        *({"masks": value} for value in ("both", None)),
+        *({"parallel": value} for value in ("both", None)),
         *({"timeout": value} for value in (0, -1.0, math.inf, math.nan, True, "1")),
     ],
     ids=str,

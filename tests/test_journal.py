@@ -19,7 +19,7 @@ import torch
 from test_trainer import a_model, assert_equal_logits, logits_of, some_batches
 
 import maskpro_kernels as mk
-from maskpro_kernels.training import journal, run_folder, score_updates, snapshots
+from maskpro_kernels.training import journal, reinforce, run_folder, score_updates, snapshots
 from maskpro_kernels.training import trainer as training
 from maskpro_kernels.training.batches import digest
 from maskpro_kernels.training.journal import Draw, Entry, Journal
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
 def test_snapshots(tmp_path):
     tensors = [{"a": torch.randn(4, 8), "b": torch.randn(3).bfloat16()} for _ in range(5)]
     for step, one in enumerate(tensors):
-        save_snapshot(tmp_path, step, one, {"step": step, "square": 0.1 + step}, keep=2)
+        save_snapshot(tmp_path, step, one, {"step": step, "square": 0.1 + step})
     step, read, state, damaged = newest_snapshot(tmp_path)
     assert (step, state, damaged) == (4, {"step": 4, "square": 4.1}, [])
     assert all(torch.equal(read[name], tensors[4][name]) for name in ("a", "b"))
@@ -148,8 +148,8 @@ def test_snapshots(tmp_path):
 
 
 def test_every_byte_of_a_snapshot_flipped_is_found(tmp_path):
-    save_snapshot(tmp_path, 0, {"a": torch.zeros(2)}, {"x": 1}, keep=2)
-    path = save_snapshot(tmp_path, 3, {"a": torch.randn(4, 8)}, {"x": 1}, keep=2)
+    save_snapshot(tmp_path, 0, {"a": torch.zeros(2)}, {"x": 1})
+    path = save_snapshot(tmp_path, 3, {"a": torch.randn(4, 8)}, {"x": 1})
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
@@ -278,33 +278,6 @@ def test_the_run_of_other_batches_is_refused(tmp_path, name):
     assert of(copy.deepcopy(batches)).resume() == 2
 
 
-def test_runs_from_before_batches_were_told_by_more_than_tensors_go_on(tmp_path, monkeypatch):
-    def without(*args):
-        settings = run_folder.settings_of(*args)
-        return {name: value for name, value in settings.items() if name != "batch_contents"}
-
-    def named(name, count=3):
-        return [{"x": batch, "name": name} for batch in some_batches(count)]
-
-    def of(batches):
-        trainer = a_trainer(tmp_path, batches=batches)
-        trainer.loss_fn = lambda model, batch: model(batch["x"]).square().mean()
-        return trainer
-
-    with monkeypatch.context() as earlier:
-        earlier.setattr(training, "settings_of", without)
-        trainer = of(named("one"))
-        trainer.run(3, progress=False)
-        trainer.close()
-    with pytest.raises(ValueError, match="^output_dir: expected a run with batches of this trainer"):
-        of(named("one", 2)).resume()
-    for steps in (3, 5):
-        again = of(named("other"))
-        assert again.resume() == steps
-        again.run(2, progress=False)
-        again.close()
-
-
 def test_what_cannot_be_resumed(tmp_path):
     with pytest.raises(ValueError, match="output_dir: expected the folder of a run, got none"):
         a_trainer(None).resume()
@@ -317,7 +290,7 @@ def test_what_cannot_be_resumed(tmp_path):
     trainer.step()
     with pytest.raises(ValueError, match="resume: expected a trainer that has taken no step"):
         trainer.resume()
-    for name, value in {"snapshot_minutes": -1, "snapshots": 0, "max_skipped": -1}.items():
+    for name, value in {"snapshot_minutes": -1, "max_skipped": -1}.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
             a_trainer(tmp_path / "other", **{name: value})
 
@@ -385,7 +358,7 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
     trainer.step()
     assert len(snapshots.snapshots_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
     trainer.close()
-    save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}}, keep=2)
+    save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}})
     again = a_trainer(tmp_path)
     with pytest.warns(UserWarning, match="set aside"):
         assert again.resume() == 1
@@ -680,7 +653,9 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     elif where == "before its update":
         patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], behind(append)))
     elif where == "in its update":
-        patched.setattr(training, "replay", only(score_updates.replay, lambda *args: args[2].step == HALVED[0], broken))
+        patched.setattr(
+            reinforce, "replay", only(score_updates.replay, lambda *args: args[2].step == HALVED[0], broken)
+        )
     elif where == "in a forward of the new masks":
         last = trainer.batches[-1]
         trainer.loss_fn = only(loss, lambda _, b: trainer.steps_done and not layer.training and b is last, broken)
@@ -809,22 +784,6 @@ def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
         left.unlink()
     a_trainer(tmp_path, "refreshed").step()
     assert not snapshots.snapshots_in(tmp_path / "initial-losses")
-
-
-def test_runs_from_before_there_was_a_refresh_go_on(tmp_path, monkeypatch):
-    settings = mk.Reinforce.settings
-
-    def without(estimator):
-        return {name: value for name, value in settings(estimator).items() if name != "refresh"}
-
-    with monkeypatch.context() as earlier:
-        earlier.setattr(mk.Reinforce, "settings", without)
-        trainer = a_trainer(tmp_path)
-        trainer.run(3, progress=False)
-        trainer.close()
-    with pytest.raises(ValueError, match="output_dir: expected a run with settings of this trainer"):
-        a_trainer(tmp_path, estimator=mk.Reinforce(lr=2.0, alpha=0.75, refresh=True)).resume()
-    assert a_trainer(tmp_path).resume() == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

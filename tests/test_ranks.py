@@ -26,7 +26,7 @@ import maskpro_kernels as mk
 from maskpro_kernels import ops, ranks
 from maskpro_kernels.training import journal, snapshots
 from maskpro_kernels.training import straight_through as straight_through_file
-from maskpro_kernels.training.trainer import PARALLEL
+from maskpro_kernels.training.sharing import PARALLEL
 
 TESTS = Path(__file__).parent
 # Seconds: more than any of these runs takes on a busy machine

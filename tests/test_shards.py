@@ -105,15 +105,16 @@ def test_slopes_move_shards_as_the_whole_layer(pattern, dtype, place, passes):
     estimator = mk.StraightThrough(lr=0.5)
     layers = {"layer": layer, "shard": shard}
     # the running one of a shard is its own
-    estimator.set_mean_squares(layers, dict.fromkeys(layers, 100.0))
+    estimator.begin(layers)
+    estimator.load_state({"mean_squares": dict.fromkeys(layers, 100.0)})
     x, upstream = whole_numbers(5, K, seed=1), whole_numbers(5, ROWS, seed=2)
-    with estimator.attached(layers, 0, Ranks(), passes) as step:
+    with estimator.attached(0, Ranks(), passes) as step:
         for _ in range(passes):
             loss = (layer(x) * upstream).sum() + (shard(x[:, columns]) * upstream[:, rows]).sum()
             step.backward(loss, 1.0 / passes)
     assert_is_part(shard, layer, place)
     assert (layer.logits != before).any(1).all()
-    squares = estimator.mean_squares(layers)
+    squares = estimator.state()["mean_squares"]
     assert squares["layer"] != squares["shard"]
 
 
@@ -231,7 +232,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
 
     assert main.main(["replay", str(tmp_path)]) == 0
     assert digest([shard.logits]) in capsys.readouterr().out
-    # a whole layer is told as in runs from before there were shards
+    # of a shard also where it lies
     assert header["run"]["layers"] == {"0": [3, "2:4", [9, 16], "torch.float32", 60, 16]}
     settings = settings_of({"0": whole}, mk.Reinforce(), batches, seed=9, accumulate=1)
     assert settings["layers"] == {"0": [3, "2:4", [ROWS, K], "torch.float32"]}

@@ -690,8 +690,8 @@ def test_losses_that_cannot_be_learned_from(eager_reference):
         ({"steps": 1.5}, ValueError, "steps"),
         ({"curvature": -1.0}, ValueError, "curvature"),
         ({"max_update": 0.0}, ValueError, "max_update"),
-        ({"decay": 1.0}, ValueError, "memory"),
-        ({"memory": None}, TypeError, "memory"),
+        ({"decay": 1.0}, ValueError, "decay"),
+        ({"decay": None}, TypeError, "decay"),
     ],
 )
 def test_bad_arguments(arguments, error, name):

@@ -31,9 +31,10 @@ from ..text.perplexity import causal_lm_loss
 from ..training.batches import digest
 from ..training.reinforce import Reinforce
 from ..training.run_folder import JOURNAL, LOCK
+from ..training.sharing import PARALLEL, check_shares
 from ..training.snapshots import newest_snapshot, snapshots_in
 from ..training.straight_through import StraightThrough
-from ..training.trainer import PARALLEL, MaskTrainer, check_shares
+from ..training.trainer import MaskTrainer
 from .arguments import DTYPES, check_least, device_of, telling
 from .baselines import initial_masks, top_n_codes
 from .held_out import HeldOut, print_table, table_row
@@ -118,7 +119,7 @@ def _resume(args: argparse.Namespace, ranks: Ranks) -> None:
         return start
 
     start = ranks.first(read)
-    given = {"parallel": args.parallel} if hasattr(args, "masks") else {}
+    given = {"parallel": args.parallel} if hasattr(args, "parallel") else {}
     if args.device_given:
         given["device"] = args.device
     settings = start["settings"]

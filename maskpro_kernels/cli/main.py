@@ -104,7 +104,7 @@ def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:
 def _check_torchrun(args: argparse.Namespace, argv: list[str]) -> None:
     """Several processes can share one command, and one process has nothing to share."""
     if not of_torchrun():
-        if hasattr(args, "masks"):
+        if hasattr(args, "parallel"):
             raise ValueError(
                 f"parallel: expected none without torchrun, since one process makes all forwards, got "
                 f"{args.parallel!r}; leave it out"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..pruning.convert import INITIAL_MASKS
-from ..training.trainer import PARALLEL
+from ..training.sharing import PARALLEL
 from .arguments import DTYPE, DTYPES
 from .compare import compare
 from .evaluate import evaluate

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from ..ranks import rank_of_torchrun
-from ..training.trainer import StepRecord
+from ..training.step import StepRecord
 
 # How many there are of what takes long, besides those of held-out checks
 LINES = 50

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..training.trainer import StepRecord
+from ..training.step import StepRecord
 
 
 class Scalars:
