@@ -4,8 +4,11 @@ VENV36 := .venv-triton36
 # The interpreter and the compilers use one core each, so two processes run, and none waits for another's threads.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(patsubst %,tests/test_%.py,bits aot straight_through distribution masked_gemm score certain journal packed)
-TESTS := -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+LONGEST := $(patsubst %,tests/%.py,ops/test_bits ops/triton/test_aot ops/triton/test_straight_through \
+	ops/reference/test_distribution ops/triton/test_masked_gemm ops/reference/test_score ops/test_bounds \
+	training/test_journal test_packed)
+FILES := $(sort $(shell find tests -name 'test_*.py'))
+TESTS := -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 test test-triton36: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
@@ -51,7 +54,8 @@ GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear packed step str
 gpu-check:
 	failed=0; \
 	$(PYTHON) -m pytest tests/test_gpu.py -m gpu || failed=1; \
-	$(PYTHON) -m pytest tests/test_masked_gemm.py tests/test_straight_through.py tests/test_reconstruction.py \
+	$(PYTHON) -m pytest tests/ops/triton/test_masked_gemm.py tests/ops/triton/test_straight_through.py \
+		tests/pruning/test_reconstruction.py \
 		-m "not slow" -k "not error_budget" || failed=1; \
 	$(PYTHON) -m pytest $(GPU_BENCHMARKS) --rows $(ROWS) --within 270 -rs || failed=1; \
 	exit $$failed

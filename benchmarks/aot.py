@@ -35,6 +35,8 @@ COUNTER = {
     "partial": "*fp32",
     "seed": "*i64",
     "step": "*i64",
+    "layer": "*i64",
+    "draw": "*i64",
     "draws": "*i64",
 }
 

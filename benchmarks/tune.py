@@ -15,9 +15,9 @@ import torch
 import triton
 
 import maskpro_kernels as mk
+from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.ops.triton import masked_gemm, tiles
 from maskpro_kernels.ops.triton.tiles import Tiles
-from maskpro_kernels.pattern import MaskSource
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [16, 32, 64, 128]

@@ -9,34 +9,37 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import ops
+from .counter import Counter, MaskSource
 from .functional.checks import LOGIT_DTYPES, check_codes, check_exactly_n, check_shard, describe
-from .functional.linear import masked_linear, straight_through_linear, top_n_linear
-from .functional.masks import expand_mask, mask_log_prob, sample_mask, sample_masked_weight, top_n_mask
+from .functional.linear import LogitsBackward, linear_under, straight_through_under
+from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .ops.philox import MAX_LAYERS
-from .ops.registry import masked_weight
-from .pattern import MaskSource, NMPattern
+from .pattern import NMPattern
 
 Result = TypeVar("Result")
 
 
 class CounterState(nn.Module):
-    """Seed and step of the draws, 0-dim int64 buffers that all layers of a model share.
+    """Seed, step and draw id of the draws, 0-dim int64 buffers that all layers of a model share.
 
     A shared submodule stays shared when the model is moved or copied. Not part of the state_dict, where it
-    would stand under every layer as one shared tensor: the layers save its values in their extra state.
+    would stand under every layer as one shared tensor: the layers save seed and step in their extra state.
 
     Attributes:
+        seed: of all draws.
+        step: at which the layers draw, see ``advance``.
         draw: which of several draws in a step the layers make.
     """
 
     seed: Tensor
     step: Tensor
+    draw: Tensor
 
     def __init__(self, seed: int = 0, device: torch.device | str | None = None):
         super().__init__()
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("step", torch.tensor(0, dtype=torch.int64, device=device), persistent=False)
-        self.draw = 0
+        for name, value in (("seed", seed), ("step", 0), ("draw", 0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int64, device=device), persistent=False)
 
 
 def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
@@ -154,10 +157,11 @@ class MaskedLinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.logits = nn.Parameter(logits.contiguous())
+        self.register_buffer("layer_id", torch.tensor(layer, dtype=torch.int64, device=weight.device), persistent=False)
         self.layer = layer
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
-        self.logits_backward: Callable | None = None
+        self.logits_backward: LogitsBackward | None = None
 
     @classmethod
     def from_linear(
@@ -224,21 +228,27 @@ class MaskedLinear(nn.Module):
 
                 return straight_through(self, input)
             return self.straight_through(input)
-        if self.training:
-            y, _ = self._product(masked_linear, input, log_prob=False, **self.counter())
+
+        def product(logits: Tensor) -> Tensor:
+            y, _ = linear_under(input, self.weight, self.bias, self._mask(logits))
             return y
-        return self._product(top_n_linear, input)
+
+        return self._with_logits(product)
 
     def straight_through(self, input: Tensor) -> Tensor:
         """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""
-        how = {"logits_backward": self.logits_backward, **self.counter()}
-        return self._product(straight_through_linear, input, **how)
 
-    def _product(self, function: Callable[..., Result], input: Tensor, **how) -> Result:
-        def of(logits: Tensor) -> Result:
-            return function(input, self.weight, logits, self.bias, pattern=self.pattern, **how)
+        def product(logits: Tensor) -> Tensor:
+            return straight_through_under(input, self.weight, self.bias, self._mask(logits), self.logits_backward)
 
-        return self._with_logits(of)
+        return self._with_logits(product)
+
+    def _mask(self, logits: Tensor) -> MaskSource:
+        """The source of the mask of the current mode."""
+        n, m = self.pattern.n, self.pattern.m
+        if self.training:
+            return MaskSource(logits.contiguous(), "drawn", n, m, counter=self.counter())
+        return MaskSource(logits.detach().contiguous(), "top_n", n, m)
 
     def _with_logits(self, function: Callable[[Tensor], Result]) -> Result:
         """``function(logits)``, differentiable, with logits on the weight's device."""
@@ -278,18 +288,17 @@ class MaskedLinear(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
-        if self.training:
-            return sample_masked_weight(self.weight, self.logits_on_device(), self.pattern, **self.counter())
-        return self.top_n_weight()
+        return ops.masked_weight(self.weight.contiguous(), self._mask(self.logits_on_device().detach()))
 
     def top_n_weight(self) -> Tensor:
         """The weight [out, K] where its logit is among the N largest of its group, exact zeros elsewhere."""
-        source = MaskSource(self.logits_on_device().detach().contiguous(), "top_n", self.pattern.n, self.pattern.m)
-        return masked_weight(self.weight.contiguous(), *source)
+        logits = self.logits_on_device().detach().contiguous()
+        return ops.masked_weight(self.weight.contiguous(), MaskSource(logits, "top_n", self.pattern.n, self.pattern.m))
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
-        return sample_mask(self.logits_on_device().detach(), self.pattern, **self.counter())
+        logits = self.logits_on_device().detach().contiguous()
+        return ops.sample_mask(logits, self.pattern.n, self.pattern.m, 1.0, self.counter())
 
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
@@ -301,29 +310,22 @@ class MaskedLinear(nn.Module):
         """Whether the layer does not start at the first group, or its rows not end where the whole layer's do."""
         return (self.group_offset, self.group_row_stride) != (0, self.in_features // self.pattern.m)
 
-    def counter(self) -> dict:
-        """The counter of the current step, as keywords of the functions that draw."""
-        return {
-            "seed": self.counter_state.seed,
-            "step": self.counter_state.step,
-            "layer": self.layer,
-            "draw": self.counter_state.draw,
-            "group_offset": self.group_offset,
-            "group_row_stride": self.group_row_stride,
-        }
+    def counter(self) -> Counter:
+        """The counter of the current step and draw."""
+        state = self.counter_state
+        return Counter(state.seed, state.step, self.layer_id, state.draw, self.group_offset, self.group_row_stride)
 
     def get_extra_state(self) -> Tensor:
         """int64 [7]: layer id, N, M, the seed and step, and where a shard lies: group offset and row stride."""
-        if self.counter_state.seed.is_meta:
+        state = self.counter_state
+        if state.seed.is_meta:
             return torch.empty(7, dtype=torch.int64, device="meta")
-        counter_state, place = (
-            (int(self.counter_state.seed), int(self.counter_state.step)),
-            (self.group_offset, self.group_row_stride),
-        )
-        return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *counter_state, *place], dtype=torch.int64)
+        counter, place = (int(state.seed), int(state.step)), (self.group_offset, self.group_row_stride)
+        return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *counter, *place], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.layer, _, _, seed, step, *_ = state.tolist()
+        self.layer_id.fill_(self.layer)
         self.counter_state.seed.fill_(seed)
         self.counter_state.step.fill_(step)
 
@@ -331,13 +333,12 @@ class MaskedLinear(nn.Module):
         saved = state_dict.get(f"{prefix}_extra_state")
         if saved is not None:
             *_, errors = args
-            # what was saved before there were shards ends without a place
             _, n, m, _, _, *place = saved.tolist()
             if (n, m) != (self.pattern.n, self.pattern.m):
                 errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
                 return
             own = [self.group_offset, self.group_row_stride]
-            if place and place != own:
+            if place != own:
                 errors.append(
                     f"state_dict: expected group_offset and group_row_stride {own}, got those of another shard, "
                     f"{place}, in {prefix!r}"

@@ -1,10 +1,9 @@
-"""N:M patterns, group codes, the integers in which masks travel, and where a mask comes from."""
+"""N:M patterns, and group codes, the integers in which masks travel."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,23 +77,3 @@ def codes_of(bitmask: Tensor, k: int, m: int) -> Tensor:
         return nn.functional.pad(parts, (0, 4 - size)).contiguous().view(torch.int32).squeeze(-1)
     shifts = torch.arange(0, 8, m, device=bitmask.device, dtype=torch.uint8)
     return ((bitmask.unsqueeze(-1) >> shifts) & ((1 << m) - 1)).flatten(-2)[..., : k // m]
-
-
-class MaskSource(NamedTuple):
-    """Where the mask of a matrix [rows, K] comes from: the arguments that the ops share, in their order.
-
-    ``kind`` "drawn": drawn from the logits ``tensor`` [rows, K] at a counter. "top_n": the N largest of the
-    scores ``tensor`` [rows, K] in every group. "codes": the group codes ``tensor`` [rows, K / M].
-    """
-
-    tensor: Tensor
-    kind: str
-    n: int
-    m: int
-    inv_temperature: float = 1.0
-    seed: Tensor | None = None
-    step: Tensor | None = None
-    layer: int = 0
-    draw: int = 0
-    group_offset: int = 0
-    group_row_stride: int = 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from far_device import far_device
-from test_ranks import all_in_ranks
+from helpers.far_device import far_device
+from helpers.in_ranks import all_in_ranks
 from torch import nn
 
 import maskpro_kernels as mk
@@ -159,7 +159,7 @@ def assert_moved_logits_are_noticed(rank: int) -> None:
         layer.logits_backward = logits_backward
         x = some_batches()[0].to("far").requires_grad_()
         loss = layer(x).sum()
-        mk.score_update_(layer.logits, 0.5, pattern="2:4", **layer.counter())
+        mk.score_update_(layer.logits, 0.5, pattern="2:4", **layer.counter().keywords())
         with pytest.raises(RuntimeError, match="^logits: expected those of the forward in its backward"):
             loss.backward()
     del device

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import files_of_at_most
-from tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from helpers.full_disk import files_of_at_most
+from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from maskpro_kernels import hf

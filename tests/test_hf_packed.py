@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny_llama import tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

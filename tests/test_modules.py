@@ -271,7 +271,7 @@ def test_log_prob_of_a_model_is_the_sum_over_its_layers():
     torch.testing.assert_close(total, sum(terms), rtol=1e-6, atol=0)
     total.backward()
     for layer in layers:
-        moved = mk.score_update_(layer.logits.detach().clone(), 1.0, pattern="2:4", **layer.counter())
+        moved = mk.score_update_(layer.logits.detach().clone(), 1.0, pattern="2:4", **layer.counter().keywords())
         torch.testing.assert_close(layer.logits.grad, layer.logits.detach() - moved, rtol=0, atol=1e-6)
 
 

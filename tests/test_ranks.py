@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,29 +11,22 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_trainer import a_model, assert_equal_logits, logits_of
+from helpers.children import environment
+from helpers.in_ranks import LONGEST, Ended, all_in_ranks, in_ranks
+from helpers.small_trainer import a_model, assert_equal_logits, logits_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import maskpro_kernels as mk
-from maskpro_kernels import ops, ranks
+from maskpro_kernels import ranks
 from maskpro_kernels.training import journal, snapshots
 from maskpro_kernels.training import straight_through as straight_through_file
 from maskpro_kernels.training.sharing import PARALLEL
-
-TESTS = Path(__file__).parent
-# Seconds: more than any of these runs takes on a busy machine
-LONGEST = 120
-
-
-class Ended(Exception):
-    """A process has ended without an answer."""
 
 
 def some_batches(count: int = 5) -> list[torch.Tensor]:
@@ -70,61 +62,6 @@ def learn(rank: int, how: str, steps: int, folder=None, resume=False, **argument
     records = trainer.run(steps - trainer.steps_done, progress=False)
     trainer.close()
     return logits_of(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
-
-
-def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> None:
-    """In a process of its own: the result of a job, or its error."""
-    torch.set_num_threads(1)
-    ops.interpreting = ops.compiler_available = lambda: False
-    if world > 1:
-        # as with torchrun the store is in none of the ranks
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LONGEST))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        pipe.send(job(rank, **arguments))
-    except Exception as error:
-        pipe.send(error)
-    pipe.recv()
-
-
-def in_ranks(world: int, job, **arguments) -> list:
-    """What a job gives on each rank: its result, its error, or ``Ended``."""
-    context = multiprocessing.get_context("forkserver")
-    # one process imports torch and what it loads late, and forks into the others
-    context.set_forkserver_preload(["test_ranks", "torch._dynamo"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), str(TESTS.parent), before]))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipes, processes = [], []
-    try:
-        for rank in range(world):
-            ours, theirs = context.Pipe()
-            arguments_of_one = (theirs, job, rank, world, store.port, arguments)
-            processes.append(context.Process(target=one_rank, args=arguments_of_one, daemon=True))
-            processes[-1].start()
-            theirs.close()
-            pipes.append(ours)
-        results = []
-        for pipe in pipes:
-            assert pipe.poll(LONGEST), "a rank does not end"
-            try:
-                results.append(pipe.recv())
-            except EOFError:
-                results.append(Ended())
-        return results
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-
-
-def all_in_ranks(world: int, job, **arguments) -> list:
-    results = in_ranks(world, job, **arguments)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
 
 
 @pytest.mark.parametrize(
@@ -322,8 +259,9 @@ import os, signal
 import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
-from maskpro_kernels import ops, ranks
-from test_ranks import a_trainer, logits_of
+from helpers.small_trainer import logits_of
+from tests.test_ranks import a_trainer
+from maskpro_kernels import ranks
 from maskpro_kernels.training.batches import digest
 """
 
@@ -350,12 +288,6 @@ with ranks.under_torchrun():
     # a line at once, between those of other ranks
     os.write(1, f"rank {trainer.ranks.rank} of {trainer.ranks.world} {digest(logits_of(trainer.model))}\\n".encode())
 """
-
-
-def environment() -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(TESTS), str(TESTS.parent), inherited.get("PYTHONPATH")]
-    return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def test_a_rank_that_hangs_is_named_in_time_and_the_others_end():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from test_ranks import all_in_ranks
+from helpers.in_ranks import all_in_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -89,8 +89,8 @@ def test_scores_move_shards_as_the_whole_layer(pattern, dtype, place):
         replay({"layer": layer}, 9, entry)
         replay({"layer": shard}, 9, entry)
         assert_is_part(shard, layer, place)
-    mk.score_update_(layer.logits, 0.5, pattern=pattern, **layer.counter())
-    mk.score_update_(shard.logits, 0.5, pattern=pattern, **shard.counter())
+    mk.score_update_(layer.logits, 0.5, pattern=pattern, **layer.counter().keywords())
+    mk.score_update_(shard.logits, 0.5, pattern=pattern, **shard.counter().keywords())
     assert_is_part(shard, layer, place)
     assert (layer.logits != before).any(1).all()
 
@@ -352,7 +352,7 @@ def test_distributed_weights_are_refused_by_name():
 
 def move(model: nn.Module, coef: float) -> None:
     for layer in masked_layers(model).values():
-        mk.score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter())
+        mk.score_update_(layer.logits, coef, pattern=layer.pattern, **layer.counter().keywords())
     mk.advance(model)
 
 

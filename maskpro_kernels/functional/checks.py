@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from ..counter import Counter, MaskSource
 from ..ops import philox
-from ..pattern import MaskSource, NMPattern
+from ..pattern import NMPattern
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,11 +27,11 @@ def check_shard(shape: Sequence[int], pattern: NMPattern, group_offset: int, gro
         TypeError, ValueError: the matrix cannot lie there.
     """
     rows, groups = shape[0], shape[1] // pattern.m
-    _check_int("group_offset", group_offset, philox.MAX_GROUPS)
+    check_int("group_offset", group_offset, philox.MAX_GROUPS)
     if group_row_stride is None:
         group_row_stride = groups
     else:
-        _check_int("group_row_stride", group_row_stride, philox.MAX_GROUPS)
+        check_int("group_row_stride", group_row_stride, philox.MAX_GROUPS)
         if group_row_stride < groups:
             raise ValueError(
                 f"group_row_stride: expected at least the {groups} groups of a row of the given tensor, "
@@ -83,31 +85,34 @@ def describe(value) -> str:
     return f"{type(value).__name__} {_SHORT.repr(value)}"
 
 
-def _check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
+def check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
     if tensor.dim() == 0 or tensor.shape[-1] == 0 or tensor.shape[-1] % pattern.m:
         raise ValueError(f"{name}: expected a last dimension divisible by {pattern.m}, above 0, got {describe(tensor)}")
 
 
-def _matrix(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
+def matrix_of(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     """The tensor as a contiguous matrix [rows, K]."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(tensor)}")
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(tensor)}")
-    _check_groups(name, tensor, pattern)
+    check_groups(name, tensor, pattern)
     if tensor.dim() != 2:
         tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
     return tensor.contiguous()
 
 
-def _linear_operands(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x [tokens, K], weight, bias) of a linear layer, checked and contiguous; x in the dtype of the product."""
+def check_weight(weight: Tensor, pattern: NMPattern) -> None:
+    """Raise unless ``weight`` is a matrix [out, K] that the pattern divides."""
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, K], got {describe(weight)}")
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
+    check_groups("weight", weight, pattern)
+
+
+def linear_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x [tokens, K], weight, bias) of a linear layer, contiguous; x and bias checked, x in the product's dtype."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}] on {weight.device}, got {describe(x)}")
     device = x.device.type
@@ -126,34 +131,82 @@ def _linear_operands(
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
-    return tokens, _matrix("weight", weight, pattern), None if bias is None else bias.contiguous()
+    return tokens, weight.contiguous(), None if bias is None else bias.contiguous()
 
 
-def _drawn(logits, pattern: NMPattern, temperature, seed, step, layer, draw, offset, stride) -> MaskSource:
-    """The checked arguments of a draw."""
-    matrix = _matrix("logits", logits, pattern)
-    inverse = _inverse_temperature(temperature)
-    seed, step = _counter_tensors(logits.device, seed, step)
-    _check_int("draw", draw, philox.MAX_DRAWS)
-    shard = _shard(matrix, pattern, layer, draw, offset, stride)
-    return MaskSource(matrix, "drawn", pattern.n, pattern.m, inverse, seed, step, *shard)
+class CounterKeywords(TypedDict, total=False):
+    """The keywords by which public functions take a counter. All but ``seed`` may be left out.
+
+    Attributes:
+        seed: int of 64 bits or 0-dim int64 tensor.
+        step: int in [0, 2**32) or 0-dim int64 tensor; default 0.
+        layer: id in [0, 2**32), an int or 0-dim int64 tensor; default 0. Two layers of one id draw the same noise.
+        draw: id in [0, 2**16) of one of several draws in a step, an int or 0-dim int64 tensor; default 0.
+        group_offset: index in the whole layer of the first group, where the logits are a shard; default 0.
+        group_row_stride: groups in a row of the whole layer; default: of the given logits.
+    """
+
+    seed: Scalar
+    step: Scalar
+    layer: Scalar
+    draw: Scalar
+    group_offset: int
+    group_row_stride: int | None
 
 
-def _check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+def counter_of(
+    matrix: Tensor,
+    pattern: NMPattern,
+    seed: Scalar,
+    step: Scalar = 0,
+    layer: Scalar = 0,
+    draw: Scalar = 0,
+    group_offset: int = 0,
+    group_row_stride: int | None = None,
+) -> Counter:
+    """The checked counter of a draw from logits [rows, K], see ``CounterKeywords``."""
+    _check_scalar("seed", seed, -(1 << 63), 1 << 63)
+    _check_scalar("step", step, 0, philox.MAX_STEPS)
+    _check_scalar("layer", layer, 0, philox.MAX_LAYERS)
+    _check_scalar("draw", draw, 0, philox.MAX_DRAWS)
+    stride = check_shard(matrix.shape, pattern, group_offset, group_row_stride)
+    key = [on_device(value, torch.int64, matrix.device) for value in (seed, step, layer, draw)]
+    return Counter(*key, group_offset, stride)
+
+
+def check_keywords(counter: CounterKeywords) -> None:
+    """Raise TypeError unless these are keywords of a counter, the seed among them."""
+    known = CounterKeywords.__annotations__
+    for name in counter:
+        if name not in known:
+            raise TypeError(f"{name}: expected no keyword but those of the counter, {', '.join(known)}, got {name!r}")
+    if "seed" not in counter:
+        raise TypeError("seed: expected an int or a 0-dim int64 tensor, got none")
+
+
+def drawn_from(logits: Tensor, pattern: NMPattern, temperature: float, counter: CounterKeywords) -> MaskSource:
+    """The checked source of a mask that is drawn from logits [..., K]."""
+    check_keywords(counter)
+    matrix = matrix_of("logits", logits, pattern)
+    inverse = inverse_of(temperature)
+    return MaskSource(matrix, "drawn", pattern.n, pattern.m, inverse, counter_of(matrix, pattern, **counter))
+
+
+def check_like(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.shape != like.shape or tensor.device != like.device:
         raise ValueError(
             f"{name}: expected a tensor like {other}, {list(like.shape)} on {like.device}, got {describe(tensor)}"
         )
 
 
-def _check_int(name: str, value: int, limit: int) -> None:
+def check_int(name: str, value: int, limit: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if not 0 <= value < limit:
         raise ValueError(f"{name}: expected an int in [0, {limit}), got {value}")
 
 
-def _inverse_temperature(temperature: float) -> float:
+def inverse_of(temperature: float) -> float:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature: expected a float, got {describe(temperature)}")
     if not 1e-30 <= temperature <= 1e30:
@@ -161,7 +214,7 @@ def _inverse_temperature(temperature: float) -> float:
     return 1.0 / temperature
 
 
-def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 0-dim tensor; a Python number is filled on the device, which neither copies nor synchronises."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
@@ -171,32 +224,24 @@ def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) 
     return value.detach() if value.requires_grad else value
 
 
-def _stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+def stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A 1-dim tensor of the values; a single one takes no launch but its own."""
-    tensors = [_on_device(value, dtype, device) for value in values]
+    tensors = [on_device(value, dtype, device) for value in values]
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].view(1)
 
 
-def _counter_tensors(device: torch.device, seed: Scalar, step: Scalar) -> tuple[Tensor, Tensor]:
-    for name, value, low, high in (("seed", seed, -(1 << 63), 1 << 63), ("step", step, 0, philox.MAX_STEPS)):
-        if isinstance(value, Tensor):
-            if value.dim() != 0 or value.dtype != torch.int64:
-                raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
-        elif isinstance(value, bool) or not isinstance(value, int):
+def _check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype != torch.int64:
             raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
-        elif not low <= value < high:
-            raise ValueError(f"{name}: expected an int in [{low}, {high}), got {value}")
-    return _on_device(seed, torch.int64, device), _on_device(step, torch.int64, device)
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
+    elif not low <= value < high:
+        raise ValueError(f"{name}: expected an int in [{low}, {high}), got {value}")
 
 
-def _shard(matrix: Tensor, pattern: NMPattern, layer, draw, offset, stride) -> tuple[int, ...]:
-    """(layer, draw, offset, row stride) checked; without the draw where it is None."""
-    _check_int("layer", layer, philox.MAX_LAYERS)
-    stride = check_shard(matrix.shape, pattern, offset, stride)
-    return (layer, offset, stride) if draw is None else (layer, draw, offset, stride)
-
-
-def _coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[int]]:
+def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[Scalar]]:
+    """The checked coefficients and draw ids of an update, one each for every draw."""
     several = isinstance(draw, Sequence)
     draws = list(draw) if several else [draw]
     if isinstance(coef, str):
@@ -216,7 +261,7 @@ def _coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list
         elif not max(abs(c), abs(c) * inverse_temperature) <= FLOAT32_MAX:
             raise ValueError(f"coef: expected a number finite in float32, also over the temperature, got {c}")
     for i in draws:
-        _check_int("draw", i, philox.MAX_DRAWS)
-    if len(set(draws)) != len(draws):
+        _check_scalar("draw", i, 0, philox.MAX_DRAWS)
+    if not any(isinstance(i, Tensor) for i in draws) and len(set(draws)) != len(draws):
         raise ValueError(f"draw: expected distinct ids, got {draws}")
     return coefs, draws

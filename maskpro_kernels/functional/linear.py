@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..pattern import MaskSource, NMPattern
-from .checks import Scalar, _check_like, _drawn, _linear_operands, _matrix, check_codes
+from ..counter import Counter, MaskSource
+from ..pattern import NMPattern
+from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_operands, matrix_of
+
+# (gradient of y [tokens, out], x [tokens, K], weight [out, K], the mask's source) -> gradient of the logits, if any
+LogitsBackward = Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None]
 
 
 def masked_linear(
@@ -22,12 +27,7 @@ def masked_linear(
     pattern: str | NMPattern,
     temperature: float = 1.0,
     log_prob: bool = True,
-    seed: Scalar,
-    step: Scalar = 0,
-    layer: int = 0,
-    draw: int = 0,
-    group_offset: int = 0,
-    group_row_stride: int | None = None,
+    **counter: Unpack[CounterKeywords],
 ) -> tuple[Tensor, Tensor | None]:
     """Linear layer under a drawn mask: (x @ (weight * mask).T + bias, log-probability of the mask).
 
@@ -49,11 +49,23 @@ def masked_linear(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
-    _check_like("logits", logits, "weight", weight)
-    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
-    source = mask.tensor if log_prob else mask.tensor.detach()
-    y, total = ops.masked_linear(tokens, matrix, vector, log_prob, source, *mask[1:])
+    check_weight(weight, pattern)
+    check_like("logits", logits, "weight", weight)
+    return linear_under(x, weight, bias, drawn_from(logits, pattern, temperature, counter), log_prob)
+
+
+def linear_under(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSource, log_prob: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``masked_linear`` under any source of a mask.
+
+    Raises:
+        TypeError, ValueError: x, weight or bias are not as for ``masked_linear``.
+    """
+    tokens, matrix, vector = linear_operands(x, weight, bias)
+    if not log_prob:
+        mask = mask._replace(tensor=mask.tensor.detach())
+    y, total = ops.masked_linear(tokens, matrix, vector, log_prob, mask)
     return y.view(*x.shape[:-1], weight.shape[0]), total if log_prob else None
 
 
@@ -86,7 +98,7 @@ def straight_through_gradient(
     """
     if not curvature >= 0:
         raise ValueError(f"curvature: expected a float of at least 0, got {curvature}")
-    return ops.straight_through_grad(grad, x, weight, curvature, *mask).to(mask.tensor.dtype)
+    return ops.straight_through_grad(grad, x, weight, curvature, mask).to(mask.tensor.dtype)
 
 
 def straight_through_linear(
@@ -97,13 +109,8 @@ def straight_through_linear(
     *,
     pattern: str | NMPattern,
     temperature: float = 1.0,
-    logits_backward: Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None] = straight_through_gradient,
-    seed: Scalar,
-    step: Scalar = 0,
-    layer: int = 0,
-    draw: int = 0,
-    group_offset: int = 0,
-    group_row_stride: int | None = None,
+    logits_backward: LogitsBackward = straight_through_gradient,
+    **counter: Unpack[CounterKeywords],
 ) -> Tensor:
     """Linear layer under a drawn mask, with a gradient that passes straight through the draw to the logits.
 
@@ -122,44 +129,56 @@ def straight_through_linear(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
-    _check_like("logits", logits, "weight", weight)
-    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
-    y = _StraightThroughLinear.apply(tokens, matrix, vector, logits_backward, *mask)
+    check_weight(weight, pattern)
+    check_like("logits", logits, "weight", weight)
+    return straight_through_under(x, weight, bias, drawn_from(logits, pattern, temperature, counter), logits_backward)
+
+
+def straight_through_under(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: MaskSource, logits_backward: LogitsBackward
+) -> Tensor:
+    """``straight_through_linear`` under the source of a drawn mask.
+
+    Raises:
+        TypeError, ValueError: x, weight or bias are not as for ``masked_linear``.
+    """
+    tokens, matrix, vector = linear_operands(x, weight, bias)
+    y = _StraightThroughLinear.apply(tokens, matrix, vector, logits_backward, mask.tensor, mask)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class _StraightThroughLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, logits_backward, *mask):
-        y, _ = ops.masked_linear(x, weight, bias, False, *mask)
+    def forward(x, weight, bias, logits_backward, logits, mask):
+        y, _ = ops.masked_linear(x, weight, bias, False, mask._replace(tensor=logits))
         return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.logits_backward, *mask = inputs
-        logits, *ctx.constants, seed, step, layer, draw, offset, stride = mask
-        ctx.counter = (layer, draw, offset, stride)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        needs_x, needs_weight, _, _, needs_logits, *_ = ctx.needs_input_grad
+        x, weight, bias, ctx.logits_backward, logits, mask = inputs
+        ctx.bias_dtype, ctx.weight_dtype = None if bias is None else bias.dtype, weight.dtype
+        needs_x, needs_weight, _, _, needs_logits, _ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if needs_weight or needs_logits else None, weight if needs_x or needs_logits else None, logits, seed, step
+            x if needs_weight or needs_logits else None,
+            weight if needs_x or needs_logits else None,
+            logits,
+            *mask.counter.key,
         )
-        ctx.weight_dtype = weight.dtype
+        ctx.mask, ctx.shard = mask._replace(tensor=None, counter=None), mask.counter[4:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, logits, seed, step = ctx.saved_tensors
-        mask = MaskSource(logits, *ctx.constants, seed, step, *ctx.counter)
-        needs_x, needs_weight, needs_bias, _, needs_logits, *_ = ctx.needs_input_grad
+        x, weight, logits, *key = ctx.saved_tensors
+        mask = ctx.mask._replace(tensor=logits, counter=Counter(*key, *ctx.shard))
+        needs_x, needs_weight, needs_bias, _, needs_logits, _ = ctx.needs_input_grad
         grad = grad.contiguous()
-        x_grad = ops.masked_linear_input_grad(grad, weight, *mask) if needs_x else None
-        weight_grad = ops.masked_linear_weight_grad(grad, x, *mask).to(ctx.weight_dtype) if needs_weight else None
+        x_grad = ops.masked_linear_input_grad(grad, weight, mask) if needs_x else None
+        weight_grad = ops.masked_linear_weight_grad(grad, x, mask).to(ctx.weight_dtype) if needs_weight else None
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
         # last: logits that have moved would draw another mask
         logits_grad = ctx.logits_backward(grad, x, weight, mask) if needs_logits else None
-        return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(mask) - 1)
+        return x_grad, weight_grad, bias_grad, None, logits_grad, None
 
 
 def top_n_linear(
@@ -178,11 +197,11 @@ def top_n_linear(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
-    _check_like("logits", logits, "weight", weight)
-    mask = MaskSource(_matrix("logits", logits.detach(), pattern), "top_n", pattern.n, pattern.m)
-    y, _ = ops.masked_linear(tokens, matrix, vector, False, *mask)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    check_weight(weight, pattern)
+    check_like("logits", logits, "weight", weight)
+    mask = MaskSource(matrix_of("logits", logits.detach(), pattern), "top_n", pattern.n, pattern.m)
+    y, _ = linear_under(x, weight, bias, mask)
+    return y
 
 
 def codes_linear(
@@ -202,8 +221,7 @@ def codes_linear(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    tokens, matrix, vector = _linear_operands(x, weight, bias, pattern)
+    check_weight(weight, pattern)
     check_codes("codes", codes, pattern, weight)
-    mask = MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m)
-    y, _ = ops.masked_linear(tokens, matrix, vector, False, *mask)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y, _ = linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m))
+    return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -11,20 +12,21 @@ from .. import ops
 from ..ops import philox
 from ..pattern import NMPattern
 from .checks import (
+    CounterKeywords,
     Scalar,
-    _check_groups,
-    _check_int,
-    _check_like,
-    _coefs_and_draws,
-    _counter_tensors,
-    _drawn,
-    _inverse_temperature,
-    _matrix,
-    _shard,
-    _stacked,
     check_codes,
     check_exactly_n,
+    check_groups,
+    check_int,
+    check_keywords,
+    check_like,
+    coefs_and_draws,
+    counter_of,
     describe,
+    drawn_from,
+    inverse_of,
+    matrix_of,
+    stacked,
 )
 
 
@@ -33,12 +35,7 @@ def sample_mask(
     pattern: str | NMPattern,
     *,
     temperature: float = 1.0,
-    seed: Scalar,
-    step: Scalar = 0,
-    layer: int = 0,
-    draw: int = 0,
-    group_offset: int = 0,
-    group_row_stride: int | None = None,
+    **counter: Unpack[CounterKeywords],
 ) -> Tensor:
     """Draw N of every M weights without replacement from softmax(logits / temperature).
 
@@ -50,12 +47,11 @@ def sample_mask(
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
         pattern: "N:M" or NMPattern.
         temperature: positive; at most 1e30 and at least 1e-30.
-        seed: int or 0-dim int64 tensor.
-        step: int in [0, 2**32) or 0-dim int64 tensor.
-        layer: id in [0, 2**32). Two layers with the same id draw the same noise.
-        draw: id in [0, 2**16) of one of several draws in a step.
-        group_offset: index in the whole layer of the first group, where ``logits`` is a shard.
-        group_row_stride: groups in a row of the whole layer; default: of the given logits.
+        counter: where the draw stands, by the keywords ``seed`` (int of 64 bits or 0-dim int64 tensor); ``step`` = 0
+            (in [0, 2**32)), ``layer`` = 0 (id in [0, 2**32): two layers of one id draw the same noise) and ``draw`` = 0
+            (id in [0, 2**16) of one of several draws in a step), each an int or a 0-dim int64 tensor; and where logits
+            are a shard, ``group_offset`` = 0 (index in the whole layer of the first group) and ``group_row_stride``
+            (groups in a row of the whole layer; default: of the given logits), see ``shard_counter``.
 
     Returns:
         Group codes [..., K / M]: bit i is set where weight i of the group is kept; uint8 for M <= 8,
@@ -65,9 +61,8 @@ def sample_mask(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
-    source, _, *counter = mask
-    codes = ops.sample_mask(source, *counter)
+    mask = drawn_from(logits, pattern, temperature, counter)
+    codes = ops.sample_mask(mask.tensor, pattern.n, pattern.m, mask.inv_temperature, mask.counter)
     return codes.view(*logits.shape[:-1], logits.shape[-1] // pattern.m)
 
 
@@ -77,12 +72,7 @@ def sample_masked_weight(
     pattern: str | NMPattern,
     *,
     temperature: float = 1.0,
-    seed: Scalar,
-    step: Scalar = 0,
-    layer: int = 0,
-    draw: int = 0,
-    group_offset: int = 0,
-    group_row_stride: int | None = None,
+    **counter: Unpack[CounterKeywords],
 ) -> Tensor:
     """The weight under the mask that ``sample_mask`` draws from the same arguments, exact zeros elsewhere.
 
@@ -97,9 +87,10 @@ def sample_masked_weight(
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    mask = _drawn(logits, pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride)
-    _check_like("weight", weight, "logits", logits)
-    return ops.masked_weight(_matrix("weight", weight, pattern), mask.tensor.detach(), *mask[1:]).view(weight.shape)
+    mask = drawn_from(logits, pattern, temperature, counter)
+    check_like("weight", weight, "logits", logits)
+    mask = mask._replace(tensor=mask.tensor.detach())
+    return ops.masked_weight(matrix_of("weight", weight, pattern), mask).view(weight.shape)
 
 
 def shard_counter(pattern: str | NMPattern, in_features: int, *, row: int = 0, column: int = 0) -> dict[str, int]:
@@ -118,11 +109,11 @@ def shard_counter(pattern: str | NMPattern, in_features: int, *, row: int = 0, c
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    _check_int("in_features", in_features, philox.MAX_GROUPS * pattern.m + 1)
+    check_int("in_features", in_features, philox.MAX_GROUPS * pattern.m + 1)
     if in_features == 0 or in_features % pattern.m:
         raise ValueError(f"in_features: expected an int divisible by {pattern.m}, above 0, got {in_features}")
-    _check_int("row", row, philox.MAX_GROUPS)
-    _check_int("column", column, in_features)
+    check_int("row", row, philox.MAX_GROUPS)
+    check_int("column", column, in_features)
     if column % pattern.m:
         raise ValueError(f"column: expected an int divisible by {pattern.m}, or groups are torn, got {column}")
     stride = in_features // pattern.m
@@ -143,7 +134,7 @@ def top_n_mask(scores: Tensor, pattern: str | NMPattern) -> Tensor:
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    codes = ops.top_n_mask(_matrix("scores", scores, pattern), pattern.n, pattern.m)
+    codes = ops.top_n_mask(matrix_of("scores", scores, pattern), pattern.n, pattern.m)
     return codes.view(*scores.shape[:-1], scores.shape[-1] // pattern.m)
 
 
@@ -157,7 +148,7 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
     pattern = NMPattern(pattern)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
-    _check_groups("mask", mask, pattern)
+    check_groups("mask", mask, pattern)
     groups = mask.unflatten(-1, (-1, pattern.m))
     code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
     for i in range(pattern.m):
@@ -198,7 +189,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
-    matrix = _matrix("logits", logits, pattern)
+    matrix = matrix_of("logits", logits, pattern)
     check_codes("codes", codes, pattern, logits)
     flat = codes.reshape(matrix.shape[0], matrix.shape[1] // pattern.m).contiguous()
     return ops.mask_log_prob(matrix, flat, pattern.n, pattern.m, 1.0).view(codes.shape)
@@ -210,12 +201,8 @@ def score_update_(
     *,
     pattern: str | NMPattern,
     temperature: float = 1.0,
-    seed: Scalar,
-    step: Scalar = 0,
-    layer: int = 0,
-    draw: int | Sequence[int] = 0,
-    group_offset: int = 0,
-    group_row_stride: int | None = None,
+    draw: Scalar | Sequence[Scalar] = 0,
+    **counter: Unpack[CounterKeywords],
 ) -> Tensor:
     """logits -= sum of coef * score, in place; the masks are drawn again from their counters.
 
@@ -227,8 +214,8 @@ def score_update_(
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M; changed.
         coef: float or 0-dim tensor, or a sequence of K of them with ``draw`` a sequence of K ids.
-        pattern, temperature, seed, step, layer, draw, group_offset, group_row_stride: as they were
-            given to ``sample_mask``.
+        draw: id of the draw, or a sequence of distinct ones.
+        pattern, temperature, counter: as they were given to ``sample_mask``.
 
     Returns:
         ``logits``.
@@ -237,24 +224,20 @@ def score_update_(
         TypeError, ValueError: an argument is not as above; the logits are then untouched.
     """
     pattern = NMPattern(pattern)
-    matrix = _matrix("logits", logits, pattern).detach()
+    matrix = matrix_of("logits", logits, pattern).detach()
     spans = zip(logits.shape, logits.stride(), strict=True)
     if not logits.is_contiguous() and any(size > 1 and stride == 0 for size, stride in spans):
         raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
     # dynamo does not trace the question, and refuses such a tensor itself
     if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")
-    inverse = _inverse_temperature(temperature)
-    coefs, draws = _coefs_and_draws(coef, draw, inverse)
-    seed, step = _counter_tensors(logits.device, seed, step)
+    inverse = inverse_of(temperature)
+    coefs, draws = coefs_and_draws(coef, draw, inverse)
+    check_keywords(counter)
+    where = counter_of(matrix, pattern, **counter)._replace(draw=stacked(draws, torch.int64, logits.device))
     with torch.no_grad():
-        device = logits.device
-        coef_tensor = _stacked(coefs, torch.float32, device)
-        draw_tensor = _stacked(draws, torch.int64, device)
-        layer, offset, stride = _shard(matrix, pattern, layer, None, group_offset, group_row_stride)
-        ops.score_update_(
-            matrix, coef_tensor, pattern.n, pattern.m, inverse, seed, step, layer, draw_tensor, offset, stride
-        )
+        factors = stacked(coefs, torch.float32, logits.device)
+        ops.score_update_(matrix, factors, pattern.n, pattern.m, inverse, where)
         if not logits.is_contiguous():
             logits.copy_(matrix.view(logits.shape))
     return logits

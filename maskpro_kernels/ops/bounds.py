@@ -41,9 +41,9 @@ def noise_levels(words):
     return torch.clamp((quarter.view(torch.int32) >> LEVEL_SHIFT) - LOWEST_PATTERN, 0, 255).to(torch.uint8)
 
 
-def group_noise_levels(group, seed, step, layer, draw, *, m):
+def group_noise_levels(group, key, *, m):
     """``noise_levels`` of a draw of groups of M."""
-    return noise_levels(philox.group_words(group, m, philox.STREAM_DRAW, seed, step, layer, draw))
+    return noise_levels(philox.group_words(group, m, philox.STREAM_DRAW, key))
 
 
 def ceiling(levels):
@@ -97,39 +97,8 @@ class Expected:
 
     def score(self):
         """``reference.exact_score`` of the kept ones, N <= EXACT_SCORE_MAX_N."""
-        if (self.n, len(self.xs)) == (2, 4):
-            return self._score_of_two_in_four()
         # none is dropped above the smallest one kept
         return reference.exact_score(self._scaled(self.xs), self.kept, self.n, centre=self.smallest_kept)
-
-    def _score_of_two_in_four(self):
-        """The same rank by rank, for two summands have no order: the first has the scaled logit 0, the second e = 1."""
-        first, _, third, _ = self.descending
-        is_first, is_third = ([x == rank for x in self.xs] for rank in (first, third))
-        e_first = reference.exp(torch.clamp(0.0 - self.smallest_kept, max=reference.EXPONENT_CLAMP))
-        e_third, e_fourth = (reference.exp(z - self.smallest_kept) for z in self._scaled(self.descending[2:]))
-        dropped = e_third + e_fourth
-        # of all that the kept ones are summed up in, this alone asks which of the two comes first
-        ahead = is_first[2]
-        for is_, kept in ((is_first[1], self.kept[1]), (is_first[0], self.kept[0])):
-            ahead = torch.where(kept, is_, ahead)
-        both = torch.where(ahead, dropped + e_first + 1.0, dropped + 1.0 + e_first)
-        to_first, to_second, to_both = (
-            reference.RECIPROCAL_SCALE / s for s in (dropped + e_first, dropped + 1.0, both)
-        )
-        inverse_h = (1.0 / reference.RECIPROCAL_SCALE) / (to_first + to_second)
-        score_first, score_second = (
-            (dropped * alone * to_both + dropped * alone * alone) * inverse_h for alone in (to_first, to_second)
-        )
-        present = dropped > 0.0
-        share = torch.where(present, (score_first + score_second) / torch.where(present, dropped, 1.0), 0.0)
-        score_third, score_fourth = 0.0 - e_third * share, 0.0 - e_fourth * share
-        return [
-            torch.where(
-                kept, torch.where(one, score_first, score_second), torch.where(three, score_third, score_fourth)
-            )
-            for kept, one, three in zip(self.kept, is_first, is_third, strict=True)
-        ]
 
 
 def group_expected_mask(logits, levels, inv_temperature, n):

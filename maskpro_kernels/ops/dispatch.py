@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -38,27 +39,33 @@ def compiler_available() -> bool:
 
 
 @functools.cache
-def kernels(file: str):
+def kernels(file: str) -> ModuleType:
+    """A file of Triton kernels; Triton is imported when the first one is wanted."""
     return importlib.import_module(f"maskpro_kernels.ops.triton.{file}")
 
 
-@functools.lru_cache(maxsize=1 << 12)
-def _scalar(value: float | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A 0-dim tensor that is only read; kept, for a layer needs the same few at every step."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device=device)
-
-
-def run_reference(name: str, args: tuple, scalars: tuple = (), **constants: int):
-    """Run the reference, compiled where possible; ``scalars`` become 0-dim tensors so that no value is compiled in."""
-    device = args[0].device
-    tensors = [_scalar(s, torch.float32 if isinstance(s, float) else torch.int64, device) for s in scalars]
-    module = cpu_kernels if device.type == "cpu" and compiler_available() else reference
-    return getattr(module, name)(*args, *tensors, **constants)
-
-
 def uses_kernels(tensor: Tensor) -> bool:
+    """Whether operations on a tensor go to the Triton kernels."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
+
+
+def run_reference(name: str, *args, **constants: int):
+    """Run a function of the reference: as machine code where that can be, else as it stands."""
+    tensor = args[0]
+    module = cpu_kernels if tensor.device.type == "cpu" and compiler_available() else reference
+    return getattr(module, name)(*args, **constants)
+
+
+def scalar(value: float, like: Tensor) -> Tensor:
+    """A number as a 0-dim float32 tensor on a tensor's device, so that no compiled loop holds its value."""
+    return _scalar(value, like.device)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _scalar(value: float, device: torch.device) -> Tensor:
+    # only read, and kept: a layer needs the same few at every step
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def quick_op(name: str, schema: str):

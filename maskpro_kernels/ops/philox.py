@@ -65,19 +65,19 @@ def group_index(rows: int, columns: int, offset: int, row_stride: int, device: t
     return offset + row[:, None] * row_stride + column
 
 
-def group_words(group, m, stream, seed, step, layer, draw):
+def group_words(group, m, stream, key):
     """The ``m`` random 32-bit words of every group, a list of int64 tensors shaped like ``group``.
 
     Args:
         group: int64, the group's index in the whole layer.
         m: words wanted, one a weight.
         stream: STREAM_DRAW or STREAM_ROUNDING.
-        seed, step: 0-dim int64 tensors.
-        layer, draw: ints or 0-dim int64 tensors.
+        key: (seed, step, layer, draw), 0-dim int64 tensors.
     """
-    key = (seed & WORD, (seed >> 32) & WORD)
+    seed, step, layer, draw = key
+    seed_words = (seed & WORD, (seed >> 32) & WORD)
     words = []
     for block in range((m + 3) // 4):
         counter = (group & WORD, layer, step & WORD, counter_word3(block, stream, draw))
-        words.extend(philox4x32(counter, key))
+        words.extend(philox4x32(counter, seed_words))
     return words[:m]

@@ -1,7 +1,8 @@
 """The operations as torch custom ops, with their fakes and gradients.
 
-Arguments are checked in ``functional``, not here: matrices are contiguous and two-dimensional, seed and step 0-dim
-int64 tensors on the same device.
+Arguments are checked in ``functional``, not here: matrices are contiguous and two-dimensional, tensors of a counter
+int64 on the same device. A ``Counter`` and a ``MaskSource`` are passed whole, and flattened only for torch.library,
+whose schemas know no tuples of tensors and numbers.
 """
 
 from __future__ import annotations
@@ -9,34 +10,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pattern import MaskSource, code_dtype
+from ..counter import Counter, MaskSource
+from ..pattern import code_dtype
 from . import reference
-from .dispatch import kernels, quick_op, run_reference, uses_kernels, without_autocast
+from .dispatch import kernels, quick_op, run_reference, scalar, uses_kernels, without_autocast
+
+COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
+MASK = (
+    "Tensor source, str kind, int n, int m, float inv_temperature, Tensor? seed, Tensor? step, Tensor? layer, "
+    "Tensor? draw, int group_offset, int group_row_stride"
+)
+NO_COUNTER = (None, None, None, None, 0, 0)
 
 
-@torch.library.custom_op("maskpro::sample_mask", mutates_args=())
-def sample_mask(
-    logits: Tensor,
-    n: int,
-    m: int,
-    inv_temperature: float,
-    seed: Tensor,
-    step: Tensor,
-    layer: int,
-    draw: int,
-    group_offset: int,
-    group_row_stride: int,
-) -> Tensor:
-    """Group codes [rows, K / M] of a draw from logits [rows, K]."""
-    counter = (layer, draw, group_offset, group_row_stride)
+def flat(mask: MaskSource) -> tuple:
+    """A mask's source as the ops take it."""
+    *source, counter = mask
+    return *source, *(counter or NO_COUNTER)
+
+
+def unflat(source: Tensor, kind: str, n: int, m: int, inv_temperature: float, *counter) -> MaskSource:
+    """``flat`` undone."""
+    return MaskSource(source, kind, n, m, inv_temperature, Counter(*counter) if kind == "drawn" else None)
+
+
+@torch.library.custom_op(
+    "maskpro::sample_mask",
+    mutates_args=(),
+    schema=f"(Tensor logits, int n, int m, float inv_temperature, {COUNTER}) -> Tensor",
+)
+def _sample_mask(logits, n, m, inv_temperature, *counter):
+    counter = Counter(*counter)
     if uses_kernels(logits):
-        return kernels("sampling").sample_mask(logits, n, m, inv_temperature, seed, step, *counter)
-    return run_reference("sample_mask", (logits, seed, step), (inv_temperature, *counter), n=n, m=m)
+        return kernels("sampling").sample_mask(logits, n, m, inv_temperature, counter)
+    return run_reference("sample_mask", logits, counter, scalar(inv_temperature, logits), n=n, m=m)
 
 
-@sample_mask.register_fake
+@_sample_mask.register_fake
 def _(logits, n, m, *_):
     return logits.new_empty((logits.shape[0], logits.shape[1] // m), dtype=code_dtype(m))
+
+
+def sample_mask(logits: Tensor, n: int, m: int, inv_temperature: float, counter: Counter) -> Tensor:
+    """Group codes [rows, K / M] of a draw from logits [rows, K]."""
+    return _sample_mask(logits, n, m, inv_temperature, *counter)
 
 
 @torch.library.custom_op("maskpro::top_n_mask", mutates_args=())
@@ -44,7 +61,7 @@ def top_n_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Group codes [rows, K / M] of the N largest scores [rows, K], ties to the lower index."""
     if uses_kernels(scores):
         return kernels("sampling").top_n_mask(scores, n, m)
-    return run_reference("top_n_mask", (scores,), n=n, m=m)
+    return run_reference("top_n_mask", scores, n=n, m=m)
 
 
 @top_n_mask.register_fake
@@ -56,24 +73,13 @@ MASKED_WEIGHT = {"drawn": "sample_masked_weight", "top_n": "top_n_masked_weight"
 
 
 def _reference_masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
-    counter = scalars = ()
-    if mask.kind == "drawn":
-        counter = (mask.seed, mask.step)
-        scalars = (mask.inv_temperature, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
-    return run_reference(MASKED_WEIGHT[mask.kind], (weight, mask.tensor, *counter), scalars, n=mask.n, m=mask.m)
-
-
-# A MaskSource, in its order
-MASK = (
-    "Tensor source, str kind, int n, int m, float inv_temperature, Tensor? seed, Tensor? step, "
-    "int layer, int draw, int group_offset, int group_row_stride"
-)
+    drawn = (mask.counter, scalar(mask.inv_temperature, weight)) if mask.kind == "drawn" else ()
+    return run_reference(MASKED_WEIGHT[mask.kind], weight, mask.tensor, *drawn, n=mask.n, m=mask.m)
 
 
 @quick_op("masked_weight", f"(Tensor weight, {MASK}) -> Tensor")
-def masked_weight(weight, *mask):
-    """The weight [rows, K] under a mask, exact zeros elsewhere."""
-    mask = MaskSource(*mask)
+def _masked_weight(weight, *mask):
+    mask = unflat(*mask)
     if uses_kernels(weight):
         return kernels("sampling").masked_weight(weight, mask)
     return _reference_masked_weight(weight, mask)
@@ -84,6 +90,11 @@ def _(weight, *_):
     return torch.empty_like(weight)
 
 
+def masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
+    """The weight [rows, K] under a mask, exact zeros elsewhere."""
+    return _masked_weight(weight, *flat(mask))
+
+
 def _masked_weight_context(ctx, inputs, output):
     _, *mask = inputs
     _save_mask(ctx, mask)
@@ -91,34 +102,31 @@ def _masked_weight_context(ctx, inputs, output):
 
 def _save_mask(ctx, mask, *tensors):
     """Keep references to tensors and the mask's source for backward, where the mask is drawn again."""
-    source, kind, n, m, inv_temperature, seed, step, *counter = mask
-    ctx.save_for_backward(source, seed, step, *tensors)
-    ctx.constants = (kind, n, m, inv_temperature, counter)
+    source, kind, n, m, inv_temperature, *key, group_offset, group_row_stride = mask
+    ctx.save_for_backward(source, *key, *tensors)
+    ctx.constants = (kind, n, m, inv_temperature), (group_offset, group_row_stride)
 
 
 def _saved_mask(ctx):
     """(the mask's source, the other tensors that were saved with it)."""
-    source, seed, step, *tensors = ctx.saved_tensors
-    kind, n, m, inv_temperature, counter = ctx.constants
-    return MaskSource(source, kind, n, m, inv_temperature, seed, step, *counter), tensors
+    source, *saved = ctx.saved_tensors
+    key, tensors = saved[:4], saved[4:]
+    constants, shard = ctx.constants
+    return unflat(source, *constants, *key, *shard), tensors
 
 
 def _masked_weight_backward(ctx, grad):
     mask, _ = _saved_mask(ctx)
     # masking is linear in the weight
-    return masked_weight(grad.contiguous(), *mask), *[None] * len(mask)
+    return masked_weight(grad.contiguous(), mask), *[None] * len(flat(mask))
 
 
 torch.library.register_autograd("maskpro::masked_weight", _masked_weight_backward, setup_context=_masked_weight_context)
 
 
 @quick_op("masked_linear", f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)")
-def masked_linear(x, weight, bias, log_prob, *mask):
-    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
-
-    The product runs in the dtype of x.
-    """
-    mask, total = MaskSource(*mask), None
+def _masked_linear(x, weight, bias, log_prob, *mask):
+    mask, total = unflat(*mask), None
     with without_autocast(x):
         if uses_kernels(x):
             y, total = kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
@@ -126,15 +134,23 @@ def masked_linear(x, weight, bias, log_prob, *mask):
             bias = None if bias is None else bias.to(x.dtype)
             y = torch.nn.functional.linear(x, _reference_masked_weight(weight.to(x.dtype), mask), bias)
             if log_prob:
-                source, _, n, m, inv_temperature, *counter = mask
-                codes = sample_mask(source, n, m, inv_temperature, *counter)
-                total = mask_log_prob(source, codes, n, m, inv_temperature).sum()
+                total = mask_log_prob(mask.tensor, _codes(mask), mask.n, mask.m, mask.inv_temperature).sum()
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
 @torch.library.register_fake("maskpro::masked_linear")
 def _(x, weight, bias, log_prob, *_):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, log_prob: bool, mask: MaskSource
+) -> tuple[Tensor, Tensor]:
+    """(x [tokens, K] @ (weight [rows, K] * mask).T + bias, log p of the drawn mask, 0-dim, or empty if not asked for).
+
+    The product runs in the dtype of x.
+    """
+    return _masked_linear(x, weight, bias, log_prob, *flat(mask))
 
 
 def _masked_linear_context(ctx, inputs, output):
@@ -146,7 +162,7 @@ def _masked_linear_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[0])
     ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
     if not (needs_x or needs_weight or needs_logits):
-        mask = MaskSource(*mask)._replace(tensor=None, seed=None, step=None)
+        mask = [None if isinstance(part, Tensor) else part for part in mask]
     _save_mask(ctx, mask, x if needs_weight else None, weight if needs_x else None)
 
 
@@ -157,15 +173,15 @@ def _masked_linear_backward(ctx, grad, log_prob_grad):
     x_grad = weight_grad = bias_grad = logits_grad = None
     if grad is not None:
         grad = grad.contiguous()
-        x_grad = masked_linear_input_grad(grad, weight, *mask) if needs_x else None
-        weight_grad = masked_linear_weight_grad(grad, x, *mask).to(weight_dtype) if needs_weight else None
+        x_grad = masked_linear_input_grad(grad, weight, mask) if needs_x else None
+        weight_grad = masked_linear_weight_grad(grad, x, mask).to(weight_dtype) if needs_weight else None
         bias_grad = grad.sum(0).to(bias_dtype) if needs_bias else None
     if needs_logits and log_prob_grad is not None:
-        _, _, n, m, inv_temperature, *counter = mask
-        codes = sample_mask(mask.tensor, n, m, inv_temperature, *counter)
+        codes = _codes(mask)
         each = log_prob_grad.expand(codes.shape).contiguous()
-        logits_grad = mask_score(mask.tensor, codes, each, n, m, inv_temperature).to(mask.tensor.dtype)
-    return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(mask) - 1)
+        score = mask_score(mask.tensor, codes, each, mask.n, mask.m, mask.inv_temperature)
+        logits_grad = score.to(mask.tensor.dtype)
+    return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(flat(mask)) - 1)
 
 
 torch.library.register_autograd("maskpro::masked_linear", _masked_linear_backward, setup_context=_masked_linear_context)
@@ -174,35 +190,43 @@ torch.library.register_autograd("maskpro::masked_linear", _masked_linear_backwar
 @torch.library.custom_op(
     "maskpro::masked_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, Tensor weight, {MASK}) -> Tensor"
 )
-def masked_linear_input_grad(grad, weight, *mask):
-    """grad [tokens, rows] @ (weight [rows, K] * mask), in the dtype of grad."""
-    mask = MaskSource(*mask)
+def _masked_linear_input_grad(grad, weight, *mask):
+    mask = unflat(*mask)
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("masked_gemm").masked_linear_input_grad(grad, weight, mask)
         return grad @ _reference_masked_weight(weight.to(grad.dtype), mask)
 
 
-@masked_linear_input_grad.register_fake
+@_masked_linear_input_grad.register_fake
 def _(grad, weight, *_):
     return grad.new_empty(grad.shape[0], weight.shape[1])
+
+
+def masked_linear_input_grad(grad: Tensor, weight: Tensor, mask: MaskSource) -> Tensor:
+    """grad [tokens, rows] @ (weight [rows, K] * mask), in the dtype of grad."""
+    return _masked_linear_input_grad(grad, weight, *flat(mask))
 
 
 @torch.library.custom_op(
     "maskpro::masked_linear_weight_grad", mutates_args=(), schema=f"(Tensor grad, Tensor x, {MASK}) -> Tensor"
 )
-def masked_linear_weight_grad(grad, x, *mask):
-    """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
-    mask = MaskSource(*mask)
+def _masked_linear_weight_grad(grad, x, *mask):
+    mask = unflat(*mask)
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("masked_gemm").masked_linear_weight_grad(grad, x, mask)
         return _reference_masked_weight(grad.t() @ x, mask)
 
 
-@masked_linear_weight_grad.register_fake
+@_masked_linear_weight_grad.register_fake
 def _(grad, x, *_):
     return x.new_empty(grad.shape[1], x.shape[1])
+
+
+def masked_linear_weight_grad(grad: Tensor, x: Tensor, mask: MaskSource) -> Tensor:
+    """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
+    return _masked_linear_weight_grad(grad, x, *flat(mask))
 
 
 @torch.library.custom_op("maskpro::mask_score", mutates_args=())
@@ -210,10 +234,11 @@ def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int, inv_
     """grad [rows, K / M] times the gradient of log p(S) in logits, float32 [rows, K]."""
     if uses_kernels(logits):
         return kernels("sampling").mask_score(logits, codes, grad, n, m, inv_temperature)
+    inverse = scalar(inv_temperature, logits)
     if n > reference.EXACT_SCORE_MAX_N:
-        # the quadrature's nodes would be unrolled into a graph that takes minutes to compile
-        return reference.mask_score(logits, codes, grad, inv_temperature, n=n, m=m)
-    return run_reference("mask_score", (logits, codes, grad), (inv_temperature,), n=n, m=m)
+        # the quadrature's nodes would be unrolled into a loop that takes minutes to compile
+        return reference.mask_score(logits, codes, grad, inverse, n=n, m=m)
+    return run_reference("mask_score", logits, codes, grad, inverse, n=n, m=m)
 
 
 @mask_score.register_fake
@@ -226,9 +251,10 @@ def mask_log_prob(logits: Tensor, codes: Tensor, n: int, m: int, inv_temperature
     """log p(S) of the masks with those codes, float32 [rows, K / M]."""
     if uses_kernels(logits):
         return kernels("sampling").mask_log_prob(logits, codes, n, m, inv_temperature)
+    inverse = scalar(inv_temperature, logits)
     if n > reference.EXACT_SCORE_MAX_N:
-        return reference.mask_log_prob(logits, codes, inv_temperature, n=n, m=m)
-    return run_reference("mask_log_prob", (logits, codes), (inv_temperature,), n=n, m=m)
+        return reference.mask_log_prob(logits, codes, inverse, n=n, m=m)
+    return run_reference("mask_log_prob", logits, codes, inverse, n=n, m=m)
 
 
 @mask_log_prob.register_fake
@@ -249,20 +275,13 @@ def _mask_log_prob_backward(ctx, grad):
 mask_log_prob.register_autograd(_mask_log_prob_backward, setup_context=_mask_log_prob_context)
 
 
-@quick_op(
-    "score_update_",
-    "(Tensor(a!) logits, Tensor coef, int n, int m, float inv_temperature, Tensor seed, Tensor step, int layer, "
-    "Tensor draws, int group_offset, int group_row_stride) -> ()",
-)
-def score_update_(logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offset, group_row_stride):
-    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draws[k]); coef float32, draws int64 [draws]."""
+@quick_op("score_update_", f"(Tensor(a!) logits, Tensor coef, int n, int m, float inv_temperature, {COUNTER}) -> ()")
+def _score_update_(logits, coef, n, m, inv_temperature, *counter):
+    counter = Counter(*counter)
     if uses_kernels(logits):
-        kernels("sampling").score_update_(
-            logits, coef, n, m, inv_temperature, seed, step, layer, draws, group_offset, group_row_stride
-        )
+        kernels("sampling").score_update_(logits, coef, n, m, inv_temperature, counter)
     else:
-        scalars = (inv_temperature, layer, group_offset, group_row_stride)
-        run_reference("score_update_", (logits, coef, seed, step, draws), scalars, n=n, m=m)
+        run_reference("score_update_", logits, coef, counter, scalar(inv_temperature, logits), n=n, m=m)
     if not logits.is_inference():
         # what autograd has saved of them is no longer theirs
         torch.autograd.graph.increment_version(logits)
@@ -273,11 +292,15 @@ def _(logits, *_):
     return None
 
 
+def score_update_(logits: Tensor, coef: Tensor, n: int, m: int, inv_temperature: float, counter: Counter) -> None:
+    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw k); coef and the counter's draw [draws]."""
+    _score_update_(logits, coef, n, m, inv_temperature, *counter)
+
+
 def _codes(mask: MaskSource) -> Tensor:
-    source, kind, n, m, inv_temperature, *counter = mask
-    if kind == "drawn":
-        return sample_mask(source, n, m, inv_temperature, *counter)
-    return top_n_mask(source, n, m) if kind == "top_n" else source
+    if mask.kind == "drawn":
+        return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
+    return top_n_mask(mask.tensor, mask.n, mask.m) if mask.kind == "top_n" else mask.tensor
 
 
 def _column_squares(x: Tensor) -> Tensor:
@@ -298,25 +321,29 @@ def _derivatives(grad: Tensor, x: Tensor, curvature: float) -> tuple[Tensor, Ten
     mutates_args=(),
     schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, {MASK}) -> Tensor",
 )
-def straight_through_grad(grad, x, weight, curvature, *mask):
+def _straight_through_grad(grad, x, weight, curvature, *mask):
+    mask = unflat(*mask)
+    with without_autocast(grad):
+        if uses_kernels(grad):
+            squares = curvature * _column_squares(grad), _column_squares(x)
+            return kernels("straight_through").straight_through_grad(grad, x, weight, *squares, mask)
+        derivatives = _derivatives(grad, x, curvature)
+        return run_reference("straight_through_grad", weight, *derivatives, _codes(mask), m=mask.m)
+
+
+@_straight_through_grad.register_fake
+def _(grad, x, weight, *_):
+    return torch.empty_like(weight, dtype=torch.float32)
+
+
+def straight_through_grad(grad: Tensor, x: Tensor, weight: Tensor, curvature: float, mask: MaskSource) -> Tensor:
     """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
 
     G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
     which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken
     as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671).
     """
-    mask = MaskSource(*mask)
-    with without_autocast(grad):
-        if uses_kernels(grad):
-            squares = curvature * _column_squares(grad), _column_squares(x)
-            return kernels("straight_through").straight_through_grad(grad, x, weight, *squares, mask)
-        tensors = (weight, *_derivatives(grad, x, curvature), _codes(mask))
-        return run_reference("straight_through_grad", tensors, m=mask.m)
-
-
-@straight_through_grad.register_fake
-def _(grad, x, weight, *_):
-    return torch.empty_like(weight, dtype=torch.float32)
+    return _straight_through_grad(grad, x, weight, curvature, *flat(mask))
 
 
 @torch.library.custom_op(
@@ -325,50 +352,52 @@ def _(grad, x, weight, *_):
     schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float max_update, "
     f"{MASK.replace('Tensor source', 'Tensor(a!) source')}) -> Tensor",
 )
-def straight_through_update_(grad, x, weight, curvature, rate, max_update, *mask):
-    """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
-    mask = MaskSource(*mask)
+def _straight_through_update_(grad, x, weight, curvature, rate, max_update, *mask):
+    mask = unflat(*mask)
     if mask.kind != "drawn":
         raise ValueError(f'kind: expected "drawn", whose source are logits, got {mask.kind!r}')
     with without_autocast(grad):
         if uses_kernels(grad):
             squares = curvature * _column_squares(grad), _column_squares(x)
-            return kernels("straight_through").straight_through_update_(
-                grad, x, weight, *squares, rate, max_update, mask
-            )
-        tensors = (mask.tensor, weight, *_derivatives(grad, x, curvature), _codes(mask), rate, mask.seed, mask.step)
-        scalars = (max_update, mask.layer, mask.group_offset, mask.group_row_stride)
-        return run_reference("straight_through_update_", tensors, scalars, m=mask.m)
+            update_ = kernels("straight_through").straight_through_update_
+            return update_(grad, x, weight, *squares, rate, max_update, mask)
+        slope_of = (weight, *_derivatives(grad, x, curvature), _codes(mask))
+        step = (rate, mask.counter, scalar(max_update, weight))
+        return run_reference("straight_through_update_", mask.tensor, *slope_of, *step, m=mask.m)
 
 
-@straight_through_update_.register_fake
+@_straight_through_update_.register_fake
 def _(grad, *_):
     return grad.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("maskpro::descend_", mutates_args=("logits",))
-def descend_(
-    logits: Tensor,
-    gradient: Tensor,
-    rate: Tensor,
-    max_update: float,
-    m: int,
-    seed: Tensor,
-    step: Tensor,
-    layer: int,
-    group_offset: int,
-    group_row_stride: int,
+def straight_through_update_(
+    grad: Tensor, x: Tensor, weight: Tensor, curvature: float, rate: Tensor, max_update: float, mask: MaskSource
 ) -> Tensor:
-    """logits [rows, K] -= rate * gradient within +-max_update; gives the mean square of the gradient, 0-dim float32."""
-    counter = (layer, group_offset, group_row_stride)
+    """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
+    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, *flat(mask))
+
+
+@torch.library.custom_op(
+    "maskpro::descend_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, Tensor gradient, Tensor rate, float max_update, int m, {COUNTER}) -> Tensor",
+)
+def _descend_(logits, gradient, rate, max_update, m, *counter):
+    counter = Counter(*counter)
     if uses_kernels(logits):
-        return kernels("straight_through").descend_(logits, gradient, rate, max_update, m, seed, step, *counter)
-    return run_reference("descend_", (logits, gradient, rate, seed, step), (max_update, *counter), m=m)
+        return kernels("straight_through").descend_(logits, gradient, rate, max_update, m, counter)
+    return run_reference("descend_", logits, gradient, rate, counter, scalar(max_update, logits), m=m)
 
 
-@descend_.register_fake
+@_descend_.register_fake
 def _(logits, *_):
     return logits.new_empty((), dtype=torch.float32)
+
+
+def descend_(logits: Tensor, gradient: Tensor, rate: Tensor, max_update: float, m: int, counter: Counter) -> Tensor:
+    """logits [rows, K] -= rate * gradient within +-max_update; gives the mean square of the gradient, 0-dim float32."""
+    return _descend_(logits, gradient, rate, max_update, m, *counter)
 
 
 @torch.library.custom_op("maskpro::best_swaps", mutates_args=())
@@ -392,7 +421,7 @@ def unpack_nm(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
     """The weight [rows, K] of its values [rows, K N / M] and bitmask [rows, ceil(K / 8)], exact zeros elsewhere."""
     if uses_kernels(values):
         return kernels("packed").unpack_nm(values, bitmask, n, m)
-    return run_reference("unpack_nm", (values, bitmask), n=n, m=m)
+    return run_reference("unpack_nm", values, bitmask, n=n, m=m)
 
 
 @unpack_nm.register_fake

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 from numbers import Real
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -92,30 +94,33 @@ class Step:
     @torch.inference_mode()
     def losses(self) -> list[float]:
         """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
-        with self.drawing():
-            for draw, place in self.sharing.own:
-                self.forward(place, draw)
+        for draw, pairs in groupby(self.sharing.own, key=itemgetter(0)):
+            with self.drawing(draw):
+                for _, place in pairs:
+                    self.forward(place)
         losses, _ = self.exchange()
         return losses
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """With masked layers that draw, and all else in eval mode."""
+    def drawing(self, draw: int = 0) -> Iterator[None]:
+        """With masked layers that make one of the step's draws, and all else in eval mode; for a backward as well."""
+        states = counter_states(self._model)
         with _modes(self._model, self.layers, drawing=True, checkpointing=self._checkpointing):
-            yield
+            try:
+                for state in states:
+                    state.draw.fill_(draw)
+                yield
+            finally:
+                for state in states:
+                    state.draw.fill_(0)
 
-    def forward(self, place: int, draw: int = 0) -> Tensor | float:
-        """The loss of a batch under a draw, whose value is noted for ``exchange``.
-
-        Args:
-            place: of the batch in the step.
-            draw: which of the step's draws.
+    def forward(self, place: int) -> Tensor | float:
+        """The loss of the batch at that place in the step, whose value is noted for ``exchange``.
 
         Raises:
             ValueError: if the loss is no number, or has no gradient where one is asked for.
         """
-        with _making(self._model, draw):
-            loss = self._loss_fn(self._model, self.batches[place])
+        loss = self._loss_fn(self._model, self.batches[place])
         if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
             raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
         self._own.append(value_of(loss))
@@ -166,18 +171,6 @@ def _modes(
             if checkpointing and getattr(module, "gradient_checkpointing", False):
                 module.training = True
         yield
-
-
-@contextmanager
-def _making(model: nn.Module, draw: int) -> Iterator[None]:
-    """The layers make this one of a step's draws."""
-    try:
-        for counter_state in counter_states(model):
-            counter_state.draw = draw
-        yield
-    finally:
-        for counter_state in counter_states(model):
-            counter_state.draw = 0
 
 
 @torch.inference_mode()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..counter import MaskSource
 from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
-from ..pattern import MaskSource
 from ..ranks import Ranks
 from .estimator import Estimator, Option, StepResult
 from .number_checks import check_float, check_int
@@ -309,14 +309,12 @@ class LayerUpdater:
         if self.at_once:
             # the parameter itself: what autograd has kept may be a copy
             with self.layer.moving_logits() as logits:
-                mask = mask._replace(tensor=logits)
+                own = mask._replace(tensor=logits)
                 self._descend(
-                    lambda rate: ops.straight_through_update_(
-                        grad, x, weight, how.curvature, rate, how.max_update, *mask
-                    )
+                    lambda rate: ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.max_update, own)
                 )
             return
-        slope = ops.straight_through_grad(grad, x, weight, how.curvature, *mask)
+        slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask)
         if self.weight != 1.0:
             # of the slope, not of the loss: the curvature would take its square
             slope.mul_(self.weight)
@@ -328,11 +326,9 @@ class LayerUpdater:
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
         self.backward_pass.ranks.sum_(self.slopes)
-        counter = self.layer.counter()
-        m, max_update, seed_and_step = self.layer.pattern.m, self.how.max_update, (counter["seed"], counter["step"])
-        shard = (counter["layer"], counter["group_offset"], counter["group_row_stride"])
+        m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
         with self.layer.moving_logits() as logits:
-            self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, *seed_and_step, *shard))
+            self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
         self.slopes = None
 
     def end(self) -> None:

@@ -6,21 +6,14 @@ compiles nothing.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
-import platform
-import shutil
-import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -28,6 +21,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from ..reference.arithmetic import INTEGERS
+from . import cache
+from .cache import Likes
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +38,9 @@ SAMPLE_SHARD = (3, 1_000, 1_777, 5)
 # Fewest groups that threads share
 LEAST_SHARED = 1 << 14
 
-KEPT_SECONDS = 90 * 24 * 3600
-
 # torch's tracer changes settings of the whole process while it runs
 _making = threading.Lock()
 
-# (dtype, *shape) of tensors
-Likes = tuple[tuple, ...]
 # Of a group's number, and of those of many, which the compiled code holds in half the width: it fits more into a vector
 NUMBER, NUMBERS = (torch.int64,), (torch.uint32,)
 
@@ -156,14 +147,14 @@ class CompiledLoop:
         return results
 
     def _compiled(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
-        path = cache_folder() / f"{self.name}-{self._digest()}.o"
+        path = cache.folder() / f"{self.name}-{self._digest()}.o"
         # the folder may be deleted at any time
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = path.with_suffix(".lock")
         with FileLock(lock):
             # a lock that others wait for is not to be removed
             os.utime(lock)
-            kept = intact(path)
+            kept = cache.intact(path)
             if kept is not None:
                 os.utime(path)
                 return self._loaded(*kept)
@@ -174,8 +165,8 @@ class CompiledLoop:
                 run = self._loaded(code, results)
                 self._check(run, tensors)
             try:
-                keep(path, code, results)
-                remove_unused(path.parent)
+                cache.keep(path, code, results)
+                cache.remove_unused(path.parent)
             except OSError as error:
                 logger.warning("%s is not kept: %s", path, error)
             return run
@@ -186,13 +177,13 @@ class CompiledLoop:
         names = [(function.__module__, function.__qualname__) for function in functions]
         constants = sorted(map(str, self.function.constants.items()))
         made_of = (names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place)
-        made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
+        made_by = (torch.__version__, version("llvmlite"), cache.processor(), cache.CODE)
         return hashlib.sha256(repr((*made_of, *made_by)).encode()).hexdigest()[:32]
 
     def _build(self) -> tuple[bytes, Likes]:
         """(Machine code, (dtype, *shape of one group) of each result)."""
         # here, for it brings all of LLVM
-        from . import codegen, loops
+        from . import codegen, loops, machine
 
         rest = [_zeros(*like) for like in self.rest]
         graph, full = (
@@ -202,15 +193,15 @@ class CompiledLoop:
         assembly, results = loops.lowered(graph, self.groups, self.rest, self.in_place, full)
         if self.out not in (None, results[0]):
             raise ValueError(f"out: expected {results[0]}, got {self.out}")
-        return loops.compiled(assembly), results
+        return machine.object_code(assembly), results
 
     def _loaded(self, code: bytes, results: Likes) -> Callable[..., list[Tensor]]:
-        from . import loops
+        from . import machine
 
         # where the first result is a tensor's, its address is there already
         written = results if self.in_place is None else results[1:]
         made = results if self.out is None else results[1:]
-        loop = loops.loaded(code, len(self.groups) + len(self.rest) + (self.full is not None) + len(written))
+        loop = machine.loaded_loop(code, len(self.groups) + len(self.rest) + (self.full is not None) + len(written))
 
         def run(tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
             count = tensors[0].shape[0]
@@ -274,96 +265,3 @@ def _zeros(dtype: torch.dtype, *shape: int) -> Tensor:
 def compiled_loop(*given, **constants: int | torch.dtype) -> CompiledLoop:
     """The ``CompiledLoop`` of what is given, with those constants."""
     return CompiledLoop(*given, constants=constants)
-
-
-def keep(path: Path, code: bytes, results: Likes) -> None:
-    """A loop's file: a digest of the rest, a line that tells its results, and machine code."""
-    told = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
-    body = told + b"\n" + code
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        unfinished.write_bytes(hashlib.sha256(body).digest() + body)
-        os.replace(unfinished, path)
-
-
-def intact(path: Path) -> tuple[bytes, Likes] | None:
-    """(Machine code, results) of a loop's file, if it is there and whole."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    digest, body = data[:32], data[32:]
-    if hashlib.sha256(body).digest() != digest:
-        return None
-    told, code = body.split(b"\n", 1)
-    return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(told))
-
-
-def remove_unused(folder: Path) -> None:
-    """Remove what nobody has loaded for KEPT_SECONDS, and what killed processes left behind."""
-    for path in folder.iterdir():
-        # another process may have removed its own in the meantime
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime < KEPT_SECONDS:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
-
-
-@functools.cache
-def cache_folder() -> Path:
-    """Where compiled loops are kept: ``maskpro_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache`` if nobody else may
-    write there, for what lies there is run; else a folder of this process.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "maskpro_kernels"
-    try:
-        if folder.is_absolute():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = folder.stat()
-            if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-                return folder
-    except OSError:
-        pass
-    return Path(_of_this_process().name)
-
-
-@functools.cache
-def _of_this_process() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="maskpro_kernels-")
-
-
-@functools.cache
-def processor() -> str:
-    """What native code may use here: a cache may be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    fields = {line.split(":")[0].strip(): line for line in lines if ":" in line}
-    model = [fields[name] for name in ("model name", "flags", "Features") if name in fields]
-    return " ".join([platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), *model])
-
-
-def sources() -> str:
-    """Digest of what loops are compiled from."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parents[2]
-    for path in sorted(
-        [
-            package / "pattern.py",
-            *(package / "ops").glob("*.py"),
-            *(package / "ops/reference").glob("*.py"),
-            *(package / "ops/cpu").glob("*.py"),
-        ]
-    ):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-# Now, for a file may be edited before the first loop is compiled from what this process has loaded
-CODE = sources()

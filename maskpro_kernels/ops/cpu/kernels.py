@@ -1,19 +1,19 @@
-"""The reference as native code: its functions again, with its arguments, through compiled loops.
+"""The reference as machine code: its functions again, with its arguments, through compiled loops.
 
-One loop serves all shapes. Draws whose outcome no noise can change are determined first, without logarithms
-(``bounds``); the rest are drawn in full, in the same pass. What determines them, a byte a group, is kept until another
-step needs the room: the update then makes no noise but for the rest.
+One loop serves all shapes. A loop takes tensors alone, so a counter is flattened where one is called. Draws whose
+outcome no noise can change are determined first, without logarithms (``bounds``); the rest are drawn in full, in the
+same pass.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ...counter import Counter
 from ...pattern import code_dtype, codes_of
 from .. import bounds, reference
 from .compiled_loop import compiled_loop
@@ -23,10 +23,6 @@ PIECE = 1 << 18
 
 # Bytes of float32 that stand beside the logits at a time: copies of those of 16 bits, or terms of an update
 COPIED_BYTES = 1 << 21
-
-# Bytes of noise levels that are kept: those of 268 million weights at 2:4; and what keeping any takes besides
-KEPT_BYTES = 1 << 26
-ENTRY_BYTES = 1 << 10
 
 
 def _run(
@@ -78,94 +74,42 @@ def _integers(*values: int) -> Tensor:
 
 
 class _Groups:
-    """Groups [groups, M] of logits that start at flat index ``start`` of a shard with ``columns`` groups a row."""
+    """Groups [groups, M] of logits and the counter of their draw, from flat index ``start`` of a shard on.
 
-    def __init__(self, logits: Tensor, columns: int, offset: Tensor | int, row_stride: Tensor | int, start: int = 0):
-        self.logits = logits
-        # as ``CompiledLoop`` takes it
-        self.shard = start, columns, int(row_stride), int(offset)
+    Attributes:
+        logits: [groups, M].
+        counter: of the draw.
+        shard: (start, groups in a row, group_row_stride, group_offset), as ``CompiledLoop`` takes it.
+    """
+
+    def __init__(self, logits: Tensor, columns: int, counter: Counter, start: int = 0):
+        self.logits, self.counter = logits, counter
+        self.shard = start, columns, counter.group_row_stride, counter.group_offset
 
     def part(self, which: slice, logits: Tensor) -> _Groups:
         """Some of them, with other logits."""
-        start, columns, row_stride, offset = self.shard
-        return _Groups(logits, columns, offset, row_stride, start + which.start)
+        start, columns, *_ = self.shard
+        return _Groups(logits, columns, self.counter, start + which.start)
+
+    def by_draw(self, draw: Tensor) -> _Groups:
+        """The same groups in another draw."""
+        start, columns, *_ = self.shard
+        return _Groups(self.logits, columns, self.counter._replace(draw=draw), start)
 
     def run(
-        self, function: Callable, tensors: Sequence[Tensor], counter: Sequence[Tensor], out: Tensor, **constants
+        self, function: Callable, tensors: Sequence[Tensor], rest: Sequence[Tensor], out: Tensor, **constants
     ) -> None:
-        """``_run`` on (tensors, numbers in the whole layer) of all groups, into ``out``."""
+        """``_run`` on (tensors, numbers in the whole layer) of all groups and (key, rest), into ``out``."""
         start, columns, row_stride, offset = self.shard
+        rest = (*self.counter.key, *rest)
         if row_stride == columns:
             (first,) = _integers(offset + start)
-            _run(function, tensors, counter, first=first, out=out, **constants)
+            _run(function, tensors, rest, first=first, out=out, **constants)
             return
         for which in _pieces(len(out)):
             local = torch.arange(start + which.start, start + which.stop)
             number = local // columns * row_stride + local % columns + offset
-            _run(function, [*(x[which] for x in tensors), number], counter, out=out[which], **constants)
-
-
-class _KeptLevels:
-    """Noise levels of the draws of a step, kept for what draws them again: the update, a backward, the next batch.
-
-    What came first in a step stays, for others ask in the same order; levels of other steps give way where there is no
-    room.
-    """
-
-    def __init__(self):
-        # by what else than the seed and the step decides them: (seed and step, levels)
-        self.levels: dict[tuple, tuple[tuple, Tensor]] = {}
-        self.bytes = 0
-        self.changing = threading.Lock()
-
-    def find(self, where: tuple, when: tuple) -> Tensor | None:
-        kept_of, levels = self.levels.get(where, (None, None))
-        return levels if kept_of == when else None
-
-    def add(self, where: tuple, when: tuple, levels: Tensor) -> None:
-        size = levels.nbytes + ENTRY_BYTES
-        with self.changing:
-            self._remove(where)
-            if size > KEPT_BYTES:
-                return
-            if self.bytes + size > KEPT_BYTES:
-                for other in [other for other, (kept_of, _) in self.levels.items() if kept_of != when]:
-                    self._remove(other)
-            if self.bytes + size <= KEPT_BYTES:
-                self.levels[where] = when, levels
-                self.bytes += size
-
-    def _remove(self, where: tuple) -> None:
-        if where in self.levels:
-            self.bytes -= self.levels.pop(where)[1].nbytes + ENTRY_BYTES
-
-
-_kept_levels = _KeptLevels()
-
-
-def _kept_by(groups: _Groups, seed: Tensor, step: Tensor, layer: Tensor, draw: Tensor) -> tuple[tuple, tuple]:
-    """(where, when) of the noise of these groups, for ``_KeptLevels``."""
-    count, m = groups.logits.shape
-    return (count, m, *groups.shard, int(layer), int(draw)), (int(seed), int(step))
-
-
-def _made_levels(groups: _Groups, where: tuple, when: tuple) -> Tensor:
-    """``bounds.group_noise_levels``, uint8 [groups], of the step that they are kept by."""
-    # not by the tensors of the caller, which another thread may advance in the meantime
-    counter = torch.tensor([*when, *where[-2:]], device="cpu").unbind()
-    levels = torch.empty(groups.logits.shape[0], dtype=torch.uint8)
-    groups.run(_group_noise_levels, [groups.logits], counter, levels)
-    return levels
-
-
-def _noise_levels(groups: _Groups, seed: Tensor, step: Tensor, layer: Tensor, draw: Tensor) -> Tensor:
-    """Levels of all groups, kept from now on."""
-    where, when = _kept_by(groups, seed, step, layer, draw)
-    levels = _kept_levels.find(where, when)
-    if levels is None:
-        levels = _made_levels(groups, where, when)
-        _kept_levels.add(where, when, levels)
-    return levels
+            _run(function, [*(x[which] for x in tensors), number], rest, out=out[which], **constants)
 
 
 def _draw_into(
@@ -173,21 +117,20 @@ def _draw_into(
     by_bounds: Callable,
     full: Callable,
     groups: _Groups,
-    levels: Tensor | None,
-    counter: Sequence[Tensor],
+    rest: Sequence[Tensor],
     others: Sequence[Tensor] = (),
     **constants,
 ) -> None:
-    """out [groups, ...] = ``full`` of (logits, others, numbers, counter), where ``by_bounds`` has not decided it.
+    """out [groups, ...] = ``full`` of (logits, others, numbers, key, rest), where ``by_bounds`` has not determined it.
 
-    ``by_bounds`` takes (logits, others, levels, counter) and gives the ``bounds.Expected.flags`` as well; it is left
-    out where there are no levels. ``out`` may be the logits themselves.
+    ``by_bounds`` takes (logits, others, noise levels, key, rest) and gives ``Expected.flags`` as well. ``out`` may be
+    the logits themselves.
     """
-    tensors = [groups.logits, *others]
-    if levels is None:
-        groups.run(full, tensors, counter, out, **constants)
-    else:
-        _run(by_bounds, [*tensors, levels], counter, shard=_integers(*groups.shard), out=out, full=full, **constants)
+    levels = torch.empty(groups.logits.shape[0], dtype=torch.uint8)
+    groups.run(_noise_levels, [groups.logits], (), levels)
+    rest = (*groups.counter.key, *rest)
+    shard = _integers(*groups.shard)
+    _run(by_bounds, [groups.logits, *others, levels], rest, shard=shard, out=out, full=full, **constants)
 
 
 def _weight_words(weight: Tensor, m: int) -> Tensor:
@@ -210,30 +153,48 @@ def _mask_words(words, kept):
     return reference.uncolumns(masked)
 
 
-def _group_noise_levels(logits, group, *counter):
-    return bounds.group_noise_levels(group, *counter, m=logits.shape[-1])
+def _noise_levels(logits, group, *key):
+    return bounds.group_noise_levels(group, key, m=logits.shape[-1])
 
 
-def _determined_mask(logits, levels, seed, step, inv_temperature, layer, draw, *, n):
-    kept, undecided = bounds.group_expected_mask(logits, levels, inv_temperature, n)
-    return reference.encode(kept, code_dtype(len(kept))), undecided
+def _determined_mask(logits, levels, seed, step, layer, draw, inv_temperature, *, n):
+    kept, undetermined = bounds.group_expected_mask(logits, levels, inv_temperature, n)
+    return reference.encode(kept, code_dtype(len(kept))), undetermined
 
 
-def _determined_masked_weight(logits, words, levels, seed, step, inv_temperature, layer, draw, *, n):
-    kept, undecided = bounds.group_expected_mask(logits, levels, inv_temperature, n)
-    return _mask_words(words, kept), undecided
+def _drawn_mask(logits, group, *key_and_temperature, n):
+    *key, inv_temperature = key_and_temperature
+    return reference.group_sample_mask(logits, group, key, inv_temperature, n=n)
 
 
-def _determined_update(logits, levels, seed, step, coef, draws, inv_temperature, layer, *, n):
+def _determined_masked_weight(logits, words, levels, seed, step, layer, draw, inv_temperature, *, n):
+    kept, undetermined = bounds.group_expected_mask(logits, levels, inv_temperature, n)
+    return _mask_words(words, kept), undetermined
+
+
+def _drawn_masked_weight(logits, words, group, *key_and_temperature, n):
+    *key, inv_temperature = key_and_temperature
+    return _mask_words(words, reference.group_drawn(logits, group, key, inv_temperature, n))
+
+
+def _determined_update(logits, levels, seed, step, layer, draw, coef, inv_temperature, *, n):
     return bounds.group_expected_update(logits, levels, coef, inv_temperature, n=n)
 
 
-def _determined_terms(logits, levels, seed, step, coef, draw, inv_temperature, layer, *, n):
+def _drawn_update(logits, group, seed, step, layer, draw, coef, inv_temperature, *, n):
+    return reference.group_updated_logits(logits, group, coef, (seed, step, layer, draw), inv_temperature, n=n)
+
+
+def _determined_terms(logits, levels, seed, step, layer, draw, coef, inv_temperature, *, n):
     return bounds.group_expected_terms(logits, levels, coef, inv_temperature, n=n)
 
 
-def _drawn_masked_weight(logits, words, group, *counter, n):
-    return _mask_words(words, reference.group_drawn(logits, group, *counter, n))
+def _drawn_terms(logits, group, seed, step, layer, draw, coef, inv_temperature, *, n):
+    return reference.group_score_terms(logits, group, coef, (seed, step, layer, draw), inv_temperature, n=n)
+
+
+def _rounded(x, group, *key, dtype):
+    return reference.group_round_logits(x, group, key, dtype=dtype)
 
 
 def _top_n_mask(scores, *, n):
@@ -248,26 +209,20 @@ def _code_masked_weight(codes, words, *, m):
     return _mask_words(words, reference.decode(codes, m))
 
 
-def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
+def sample_mask(logits, counter, inv_temperature, *, n, m):
     """``reference.sample_mask``."""
     codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m))
-    groups = _Groups(logits.view(-1, m), codes.shape[1], group_offset, group_row_stride)
-    levels = _noise_levels(groups, seed, step, layer, draw)
-    counter = (seed, step, inv_temperature, layer, draw)
-    _draw_into(codes.view(-1), _determined_mask, reference.group_sample_mask, groups, levels, counter, n=n)
+    groups = _Groups(logits.view(-1, m), codes.shape[1], counter)
+    _draw_into(codes.view(-1), _determined_mask, _drawn_mask, groups, (inv_temperature,), n=n)
     return codes
 
 
-def sample_masked_weight(
-    weight, logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m
-):
+def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
     """``reference.sample_masked_weight``."""
     out = torch.empty_like(weight)
-    groups = _Groups(logits.view(-1, m), logits.shape[1] // m, group_offset, group_row_stride)
-    levels = _noise_levels(groups, seed, step, layer, draw)
-    counter = (seed, step, inv_temperature, layer, draw)
+    groups = _Groups(logits.view(-1, m), logits.shape[1] // m, counter)
     words, masked = [_weight_words(weight, m)], _weight_words(out, m)
-    _draw_into(masked, _determined_masked_weight, _drawn_masked_weight, groups, levels, counter, words, n=n)
+    _draw_into(masked, _determined_masked_weight, _drawn_masked_weight, groups, (inv_temperature,), words, n=n)
     return out
 
 
@@ -334,49 +289,45 @@ def mask_score(logits, codes, grad, inv_temperature, *, n, m):
     return out
 
 
-def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):
+def score_update_(logits, coef, counter, inv_temperature, *, n, m):
     """``reference.score_update_``."""
     flat = logits.view(-1, m)
-    whole = _Groups(flat, logits.shape[1] // m, group_offset, group_row_stride)
-    levels = [None] * len(draws)
-    # the estimate of the score by arrival times needs the keys of all groups
-    exact = n <= reference.EXACT_SCORE_MAX_N
-    if exact and len(draws) == 1:
-        levels = [_noise_levels(whole, seed, step, layer, draws[0])]
-    elif exact:
-        # levels that no draw has kept are made a piece at a time
-        levels = [_kept_levels.find(*_kept_by(whole, seed, step, layer, draw)) for draw in draws]
+    whole = _Groups(flat, logits.shape[1] // m, counter)
     if logits.dtype == torch.float32:
-        _update(whole, exact, levels, (seed, step), coef, draws, (inv_temperature, layer), n)
+        _update(whole, coef, inv_temperature, n)
         return
     for part in _copied(flat):
-        groups, here = whole.part(part, flat[part].float()), [None if x is None else x[part] for x in levels]
-        _update(groups, exact, here, (seed, step), coef, draws, (inv_temperature, layer), n)
-        _round_into(flat[part], groups, (seed, step, draws[:1], layer))
+        groups = whole.part(part, flat[part].float())
+        _update(groups, coef, inv_temperature, n)
+        _round_into(flat[part], groups.by_draw(counter.draw[0]))
 
 
-def _round_into(out: Tensor, groups: _Groups, counter: Sequence[Tensor]) -> None:
+def _round_into(out: Tensor, groups: _Groups) -> None:
     """16-bit logits from those of float32."""
-    groups.run(reference.group_round_logits, [groups.logits], counter, out, dtype=out.dtype)
+    groups.run(_rounded, [groups.logits], (), out, dtype=out.dtype)
 
 
-def _update(groups: _Groups, exact: bool, levels, seed_and_step, coef, draws, rest, n: int) -> None:
+def _update(groups: _Groups, coef: Tensor, inv_temperature: Tensor, n: int) -> None:
     """``reference.group_updated_logits``, in place; all numbers of draws above one by the same loops."""
+    # the score as an exponential race needs the keys of all groups
+    exact = n <= reference.EXACT_SCORE_MAX_N
     if coef.shape[0] == 1:
-        counter = (*seed_and_step, coef, draws, *rest)
-        full = reference.group_updated_logits
-        _draw_into(groups.logits, _determined_update, full, groups, levels[0], counter, n=n)
+        rest = (coef, inv_temperature)
+        if exact:
+            _draw_into(groups.logits, _determined_update, _drawn_update, groups, rest, n=n)
+        else:
+            groups.run(_drawn_update, [groups.logits], rest, groups.logits, n=n)
         return
     for which in _copied(groups.logits):
         piece = groups.part(which, groups.logits[which])
         terms = torch.empty_like(piece.logits)
         delta = None
-        for k in range(len(coef)):
-            here = None if levels[k] is None else levels[k][which]
-            if exact and here is None:
-                here = _made_levels(piece, *_kept_by(piece, *seed_and_step, rest[1], draws[k]))
-            counter = (*seed_and_step, coef[k], draws[k], *rest)
-            _draw_into(terms, _determined_terms, reference.group_score_terms, piece, here, counter, n=n)
+        for factor, draw in zip(coef, groups.counter.draw, strict=True):
+            here, rest = piece.by_draw(draw), (factor, inv_temperature)
+            if exact:
+                _draw_into(terms, _determined_terms, _drawn_terms, here, rest, n=n)
+            else:
+                here.run(_drawn_terms, [here.logits], rest, terms, n=n)
             delta = terms.clone() if delta is None else delta.add_(terms)
         piece.logits.sub_(delta)
 
@@ -389,21 +340,20 @@ def straight_through_grad(weight, grad, square, codes, *, m):
     return out
 
 
-def straight_through_update_(logits, weight, grad, square, codes, rate, seed, step, max_update, *shard, m):
+def straight_through_update_(logits, weight, grad, square, codes, rate, counter, max_update, *, m):
     """``reference.straight_through_update_``."""
     tensors = [*(x.view(-1, m) for x in (weight, grad, square)), codes.view(-1)]
-    return _descend(reference.group_straight_through_logits, tensors, logits, rate, seed, step, max_update, *shard, m)
+    return _descend(reference.group_straight_through_logits, tensors, logits, rate, counter, max_update, m)
 
 
-def descend_(logits, gradient, rate, seed, step, max_update, *shard, m):
+def descend_(logits, gradient, rate, counter, max_update, *, m):
     """``reference.descend_``."""
-    tensors = [gradient.view(-1, m)]
-    return _descend(reference.group_descended_logits, tensors, logits, rate, seed, step, max_update, *shard, m)
+    return _descend(reference.group_descended_logits, [gradient.view(-1, m)], logits, rate, counter, max_update, m)
 
 
-def _descend(function, tensors, logits, rate, seed, step, max_update, layer, group_offset, group_row_stride, m):
+def _descend(function, tensors, logits, rate, counter, max_update, m):
     flat = logits.view(-1, m)
-    whole = _Groups(flat, logits.shape[1] // m, group_offset, group_row_stride)
+    whole = _Groups(flat, logits.shape[1] // m, counter)
     total = torch.zeros((), dtype=torch.float32)
     for part in _copied(flat):
         given, out = [*(x[part] for x in tensors), flat[part]], flat[part]
@@ -412,6 +362,5 @@ def _descend(function, tensors, logits, rate, seed, step, max_update, layer, gro
         _, squares = _run(function, given, (rate, max_update), out=out)
         total += squares.sum()
         if logits.dtype != torch.float32:
-            counter = (seed, step, torch.zeros(1, dtype=torch.int64), layer)
-            _round_into(flat[part], whole.part(part, out), counter)
+            _round_into(flat[part], whole.part(part, out))
     return total / max(logits.numel(), 1)

@@ -6,14 +6,11 @@ gathered of those groups, which are then put back.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from torch import fx
 
 from .codegen import LONG, POINTER, TYPES, WORD, Columns, _Body
@@ -192,6 +189,16 @@ def _add_draws(
     return function
 
 
+def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorType) -> None:
+    """Copy a group, bytes of that vector; source and target are (pointer, number of the group)."""
+    # a vector as the step between groups would be rounded up to a power of two
+    read, written = (
+        builder.gep(pointer, [builder.mul(group, LONG(typ.count))], source_etype=ir.IntType(8))
+        for pointer, group in (source, target)
+    )
+    builder.store(builder.load(read, typ=typ, align=1), written, align=1)
+
+
 def _add_batch(
     module: ir.Module,
     draw: ir.Function,
@@ -225,19 +232,10 @@ def _add_batch(
     def found_at(i: ir.Value) -> ir.Value:
         return builder.load(builder.gep(found, [i], source_etype=LONG), typ=LONG)
 
-    def copy(source: ir.Value, source_group: ir.Value, target: ir.Value, target_group: ir.Value, typ: ir.Type) -> None:
-        # a vector as the step between groups would be rounded up to a power of two
-        size, byte = LONG(typ.count), ir.IntType(8)
-        read, written = (
-            builder.gep(pointer, [builder.mul(group, size)], source_etype=byte)
-            for pointer, group in ((source, source_group), (target, target_group))
-        )
-        builder.store(builder.load(read, typ=typ, align=1), written, align=1)
-
     def gather(i: ir.Value) -> None:
         group = found_at(builder.select(builder.icmp_signed("<", i, last), i, last))
         for source, target, typ in zip(pointers, gathered, types, strict=False):
-            copy(source, group, target, i, typ)
+            _copy(builder, (source, group), (target, i), typ)
         _store(builder, [builder.trunc(builder.add(group, shift), WORD)], numbers, i, torch.uint32)
 
     def set_apart(i: ir.Value) -> None:
@@ -247,7 +245,7 @@ def _add_batch(
         _store(builder, [builder.add(number, skipped)], numbers, i, torch.uint32)
 
     def scatter(i: ir.Value) -> None:
-        copy(drawn, i, out, found_at(i), result_type)
+        _copy(builder, (drawn, i), (out, found_at(i)), result_type)
 
     _each(builder, LONG(0), padded, gather)
     # rows that lie side by side need no division
@@ -258,70 +256,6 @@ def _add_batch(
     _each(builder, LONG(0), size, scatter)
     builder.ret_void()
     return function
-
-
-@functools.cache
-def _initialize() -> None:
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-
-
-@functools.cache
-def machine() -> binding.TargetMachine:
-    """This one, with all that its processor has."""
-    _initialize()
-    target = binding.Target.from_default_triple()
-    features = binding.get_host_cpu_features().flatten()
-    return target.create_target_machine(binding.get_host_cpu_name(), features, opt=3, reloc="pic", codemodel="default")
-
-
-def compiled(assembly: str) -> bytes:
-    """The object file of a module."""
-    module = binding.parse_assembly(assembly)
-    module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = options.slp_vectorization = True
-    builder = binding.create_pass_builder(machine(), options)
-    builder.getModulePassManager().run(module, builder)
-    return machine().emit_object(module)
-
-
-def loaded(code: bytes, addresses: int) -> Callable[..., None]:
-    """``loop(count, threads, *addresses)`` of an object file: all groups, without the GIL."""
-    _initialize()
-    jit = binding.create_lljit_compiler()
-    builder = binding.JITLibraryBuilder().add_object_img(code).export_symbol(ENTRY).export_symbol(SHARED)
-    openmp = _openmp()
-    for name in (THREAD, THREADS):
-        # where there is no OpenMP nothing calls them, but they have to be something
-        builder.import_symbol(name, ctypes.cast(getattr(openmp, name, _NO_THREAD), ctypes.c_void_p).value)
-    library = builder.link(jit, ENTRY)
-    whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * addresses)(library[ENTRY])
-    given = ctypes.c_int64 * (1 + addresses)
-
-    def loop(count: int, threads: int, *tensors: int) -> None:
-        if threads > 1 and openmp:
-            openmp.GOMP_parallel(ctypes.c_void_p(library[SHARED]), given(count, *tensors), threads, 0)
-        else:
-            whole(0, count, *tensors)
-
-    # the code lives as long as these
-    loop.kept = jit, library
-    return loop
-
-
-_NO_THREAD = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
-
-
-@functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """The library whose threads torch's own loops run in, where that is GNU's: no second one is loaded."""
-    try:
-        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
-    except (OSError, AttributeError):
-        return None
-    library.GOMP_parallel.restype = None
-    return library
 
 
 def _add_shared(module: ir.Module, loop: ir.Function) -> None:

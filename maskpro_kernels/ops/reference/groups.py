@@ -44,6 +44,6 @@ def fixed_sum(xs):
     return total
 
 
-def group_index(x, group_offset, group_row_stride, m):
+def group_index(x, counter, m):
     """Index in the whole layer of every group of a matrix [rows, K], int64 [rows, K / M]."""
-    return philox.group_index(x.shape[0], x.shape[1] // m, group_offset, group_row_stride, x.device)
+    return philox.group_index(x.shape[0], x.shape[1] // m, counter.group_offset, counter.group_row_stride, x.device)

@@ -44,16 +44,16 @@ def top_n(keys, n):
     return [w >= m - n for w in wins]
 
 
-def drawn_keys(z, group, seed, step, layer, draw):
+def drawn_keys(z, group, key):
     """Scaled logits plus Gumbel noise."""
-    words = philox.group_words(group, len(z), philox.STREAM_DRAW, seed, step, layer, draw)
+    words = philox.group_words(group, len(z), philox.STREAM_DRAW, key)
     return [z_i + gumbel(r) for z_i, r in zip(z, words, strict=True)]
 
 
-def group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n):
+def group_drawn(logits, group, key, inv_temperature, n):
     """Kept columns of a draw."""
     z = scaled(columns(logits), inv_temperature)
-    return top_n(drawn_keys(z, group, seed, step, layer, draw), n)
+    return top_n(drawn_keys(z, group, key), n)
 
 
 def masked(weight, kept):
@@ -62,13 +62,13 @@ def masked(weight, kept):
     return uncolumns([torch.where(k, w, zero) for w, k in zip(columns(weight), kept, strict=True)])
 
 
-def group_sample_mask(logits, group, seed, step, inv_temperature, layer, draw, *, n):
-    kept = group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n)
+def group_sample_mask(logits, group, key, inv_temperature, *, n):
+    kept = group_drawn(logits, group, key, inv_temperature, n)
     return encode(kept, code_dtype(logits.shape[-1]))
 
 
-def group_sample_masked_weight(weight, logits, group, seed, step, inv_temperature, layer, draw, *, n):
-    return masked(weight, group_drawn(logits, group, seed, step, inv_temperature, layer, draw, n))
+def group_sample_masked_weight(weight, logits, group, key, inv_temperature, *, n):
+    return masked(weight, group_drawn(logits, group, key, inv_temperature, n))
 
 
 def group_top_n_mask(scores, *, n):
@@ -83,19 +83,17 @@ def group_code_masked_weight(weight, codes):
     return masked(weight, decode(codes, weight.shape[-1]))
 
 
-def sample_mask(logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m):
+def sample_mask(logits, counter, inv_temperature, *, n, m):
     """Group codes [rows, K / M] of a draw."""
-    group = group_index(logits, group_offset, group_row_stride, m)
-    return group_sample_mask(grouped(logits, m), group, seed, step, inv_temperature, layer, draw, n=n)
+    group = group_index(logits, counter, m)
+    return group_sample_mask(grouped(logits, m), group, counter.key, inv_temperature, n=n)
 
 
-def sample_masked_weight(
-    weight, logits, seed, step, inv_temperature, layer, draw, group_offset, group_row_stride, *, n, m
-):
+def sample_masked_weight(weight, logits, counter, inv_temperature, *, n, m):
     """The weight [rows, K] under the mask that ``sample_mask`` draws, exact zeros elsewhere."""
-    group = group_index(logits, group_offset, group_row_stride, m)
+    group = group_index(logits, counter, m)
     return group_sample_masked_weight(
-        grouped(weight, m), grouped(logits, m), group, seed, step, inv_temperature, layer, draw, n=n
+        grouped(weight, m), grouped(logits, m), group, counter.key, inv_temperature, n=n
     ).view(weight.shape)
 
 

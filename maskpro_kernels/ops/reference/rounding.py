@@ -37,8 +37,8 @@ def round_stochastically(x, r, dtype):
     return torch.where((x.abs() < torch.inf) & (x != 0.0), rounded, x)
 
 
-def group_round_logits(x, group, seed, step, draws, layer, *, dtype):
-    """float32 groups rounded stochastically to a 16-bit dtype with words under the first draw's id."""
-    words = philox.group_words(group, x.shape[-1], philox.STREAM_ROUNDING, seed, step, layer, draws[0])
+def group_round_logits(x, group, key, *, dtype):
+    """float32 groups rounded stochastically to a 16-bit dtype with words of the rounding stream."""
+    words = philox.group_words(group, x.shape[-1], philox.STREAM_ROUNDING, key)
     rounded = [round_stochastically(x_i, r, dtype) for x_i, r in zip(columns(x), words, strict=True)]
     return uncolumns(rounded).to(dtype)

@@ -26,9 +26,9 @@ def group_mask_score(logits, codes, grad, inv_temperature, *, n):
     return uncolumns([s * scale for s in scores])
 
 
-def score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
+def score_terms(z, group, coef, key, inv_temperature, n):
     """Columns of coef * score(mask of a draw), the score in the logits, not in z."""
-    keys = drawn_keys(z, group, seed, step, layer, draw)
+    keys = drawn_keys(z, group, key)
     kept = top_n(keys, n)
     scores = exact_score(z, kept, n) if n <= EXACT_SCORE_MAX_N else exponential_race_score(z, keys, kept)
     # d z / d logits is 1 / temperature
@@ -36,18 +36,19 @@ def score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n):
     return [s * scale for s in scores]
 
 
-def group_score_terms(logits, group, seed, step, coef, draw, inv_temperature, layer, *, n):
+def group_score_terms(logits, group, coef, key, inv_temperature, *, n):
     z = scaled(columns(logits), inv_temperature)
-    return uncolumns(score_terms(z, group, seed, step, coef, draw, inv_temperature, layer, n))
+    return uncolumns(score_terms(z, group, coef, key, inv_temperature, n))
 
 
-def group_updated_logits(logits, group, seed, step, coef, draws, inv_temperature, layer, *, n):
-    """float32 groups: logits less the sum over k of coef[k] * score(mask of draw draws[k])."""
+def group_updated_logits(logits, group, coef, key, inv_temperature, *, n):
+    """float32 groups: logits less the sum over k of coef[k] * score(mask of draw draw[k])."""
     xs = [x.to(torch.float32) for x in columns(logits)]
     z = scaled(xs, inv_temperature)
+    seed, step, layer, draw = key
     delta = None
     for k in range(coef.shape[0]):
-        terms = score_terms(z, group, seed, step, coef[k], draws[k], inv_temperature, layer, n)
+        terms = score_terms(z, group, coef[k], (seed, step, layer, draw[k]), inv_temperature, n)
         delta = terms if delta is None else [d + t for d, t in zip(delta, terms, strict=True)]
     return uncolumns([x - d for x, d in zip(xs, delta, strict=True)])
 
@@ -62,15 +63,14 @@ def mask_score(logits, codes, grad, inv_temperature, *, n, m):
     return group_mask_score(grouped(logits, m), codes, grad, inv_temperature, n=n).view(logits.shape)
 
 
-def score_update_(logits, coef, seed, step, draws, inv_temperature, layer, group_offset, group_row_stride, *, n, m):
-    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draws[k]), in place.
+def score_update_(logits, coef, counter, inv_temperature, *, n, m):
+    """logits [rows, K] -= sum over k of coef[k] * score(mask of draw draw[k]), in place.
 
-    All scores are taken at the given logits; coef float32 [draws], draws int64 [draws]. 16-bit logits
+    All scores are taken at the given logits; coef float32 [K], the counter's draw int64 [K]. 16-bit logits
     are rounded stochastically, once, with words of the rounding stream under the first draw's id.
     """
-    group = group_index(logits, group_offset, group_row_stride, m)
-    counter = (group, seed, step)
-    new = group_updated_logits(grouped(logits, m), *counter, coef, draws, inv_temperature, layer, n=n)
+    group = group_index(logits, counter, m)
+    new = group_updated_logits(grouped(logits, m), group, coef, counter.key, inv_temperature, n=n)
     if logits.dtype != torch.float32:
-        new = group_round_logits(new, *counter, draws, layer, dtype=logits.dtype)
+        new = group_round_logits(new, group, counter._replace(draw=counter.draw[0]).key, dtype=logits.dtype)
     logits.copy_(new.view(logits.shape))

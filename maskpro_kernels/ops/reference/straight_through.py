@@ -56,24 +56,20 @@ def straight_through_grad(weight, grad, square, codes, *, m):
     return group_mask_slope(*tensors, codes).view(weight.shape)
 
 
-def straight_through_update_(
-    logits, weight, grad, square, codes, rate, seed, step, max_update, layer, group_offset, group_row_stride, *, m
-):
+def straight_through_update_(logits, weight, grad, square, codes, rate, counter, max_update, *, m):
     """``descend_`` by ``straight_through_grad``."""
     gradient = straight_through_grad(weight, grad, square, codes, m=m)
-    return descend_(logits, gradient, rate, seed, step, max_update, layer, group_offset, group_row_stride, m=m)
+    return descend_(logits, gradient, rate, counter, max_update, m=m)
 
 
-def descend_(logits, gradient, rate, seed, step, max_update, layer, group_offset, group_row_stride, *, m):
+def descend_(logits, gradient, rate, counter, max_update, *, m):
     """logits [rows, K] -= rate * gradient within +-max_update, in place; gives the mean square of the gradient, 0-dim.
 
     Where rate or gradient is not finite nothing moves. 16-bit logits are rounded stochastically, with words of the
-    rounding stream under draw 0.
+    rounding stream.
     """
     new, squares = group_descended_logits(grouped(gradient, m), grouped(logits, m), rate, max_update)
     if logits.dtype != torch.float32:
-        group = group_index(logits, group_offset, group_row_stride, m)
-        draws = torch.zeros(1, dtype=torch.int64, device=logits.device)
-        new = group_round_logits(new, group, seed, step, draws, layer, dtype=logits.dtype)
+        new = group_round_logits(new, group_index(logits, counter, m), counter.key, dtype=logits.dtype)
     logits.copy_(new.view(logits.shape))
     return squares.sum() / max(logits.numel(), 1)

@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ...pattern import MaskSource
+from ...counter import MaskSource
 from ..reference.plackett_luce import EXACT_SCORE_MAX_N
 from . import device as d
 from . import sampling
 from .launch import launch_tiles
 from .tiles import ALIGNED, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for
 
-UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "tokens"]
+UNSPECIALIZED = ["offset", "row_stride", "tokens"]
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def tile_code(
     """int32 group codes of a tile; z are the scaled logits or the scores, unused where codes are given."""
     if KIND == "drawn":
         index = (offset + row * row_stride + group).to(tl.uint32)
-        code = d.drawn_code(z, index, N, M, tl.load(seed), tl.load(step), layer, draw)
+        code = d.drawn_code(z, index, N, M, d.load_key(seed, step, layer, draw))
     elif KIND == "top_n":
         code = d.encode(d.top_n(z, N, M), M)
     else:
@@ -99,8 +99,8 @@ def masked_linear_kernel(
     inv_temperature,
     seed,
     step,
-    layer: tl.int64,
-    draw: tl.int64,
+    layer,
+    draw,
     offset: tl.int64,
     row_stride: tl.int64,
     tokens: tl.int64,
@@ -156,8 +156,8 @@ def masked_linear_input_grad_kernel(
     inv_temperature,
     seed,
     step,
-    layer: tl.int64,
-    draw: tl.int64,
+    layer,
+    draw,
     offset: tl.int64,
     row_stride: tl.int64,
     tokens: tl.int64,
@@ -236,8 +236,8 @@ def masked_linear_weight_grad_kernel(
     inv_temperature,
     seed,
     step,
-    layer: tl.int64,
-    draw: tl.int64,
+    layer,
+    draw,
     offset: tl.int64,
     row_stride: tl.int64,
     tokens: tl.int64,
@@ -282,7 +282,8 @@ def operand_constants(dtype: torch.dtype) -> dict:
 
 
 def mask_arguments(mask, tokens, matrix):
-    counter = (mask.seed, mask.step, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
+    """What a kernel of products takes of a mask and of the sizes of x [tokens, K] and the matrix [rows, K]."""
+    counter = mask.counter or sampling.NO_COUNTER
     return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
 
@@ -317,8 +318,8 @@ def masked_linear(x, weight, bias, mask, log_prob):
 
 def _drawn_with_log_prob(mask):
     """(the drawn mask as codes, its log-probability summed over the layer, 0-dim float32)."""
-    logits, _, n, m, inv_temperature, *counter = mask
-    codes = sampling.sample_mask(logits, n, m, inv_temperature, *counter)
+    logits, _, n, m, inv_temperature, counter = mask
+    codes = sampling.sample_mask(logits, n, m, inv_temperature, counter)
     total = sampling.mask_log_prob(logits, codes, n, m, inv_temperature).sum()
     return MaskSource(codes, "codes", n, m), total
 

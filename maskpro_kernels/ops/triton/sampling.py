@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...counter import Counter
 from ...pattern import code_dtype
 from ..reference.quadrature import quadrature_grid
 from . import device as d
@@ -16,7 +17,10 @@ from .device.constants import EXACT_SCORE_MAX_N
 from .launch import launch
 from .tiles import INTERPRETED
 
-UNSPECIALIZED = ["layer", "draw", "offset", "row_stride", "columns", "total"]
+# Of a mask that is not drawn
+NO_COUNTER = Counter(None, None, None, None, 0, 0)
+
+UNSPECIALIZED = ["offset", "row_stride", "columns", "total"]
 
 
 @triton.jit
@@ -96,7 +100,7 @@ def drawn_code(
     """int32 group codes of a draw."""
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-    return d.drawn_code(z, group, N, M, tl.load(seed), tl.load(step), layer, draw)
+    return d.drawn_code(z, group, N, M, d.load_key(seed, step, layer, draw))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -106,8 +110,8 @@ def sample_mask_kernel(
     inv_temperature,
     seed,
     step,
-    layer: tl.int64,
-    draw: tl.int64,
+    layer,
+    draw,
     offset: tl.int64,
     row_stride: tl.int64,
     columns: tl.int64,
@@ -138,8 +142,8 @@ def masked_weight_kernel(
     inv_temperature,
     seed,
     step,
-    layer: tl.int64,
-    draw: tl.int64,
+    layer,
+    draw,
     offset: tl.int64,
     row_stride: tl.int64,
     columns: tl.int64,
@@ -214,13 +218,13 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(z, group, seed, step, layer, draw, scale, N: tl.constexpr, M: tl.constexpr):
+def update_terms(z, group, key, scale, N: tl.constexpr, M: tl.constexpr):
     """Columns of scale * score(mask of a draw)."""
     if N <= EXACT_SCORE_MAX_N:
-        code = d.drawn_code(z, group, N, M, seed, step, layer, draw)
+        code = d.drawn_code(z, group, N, M, key)
         scores = d.exact_score(z, d.decode(code, M), N, M)
     else:
-        keys = d.drawn_keys(z, group, M, seed, step, layer, draw)
+        keys = d.drawn_keys(z, group, M, key)
         scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
     terms = ()
     for i in tl.static_range(M):
@@ -228,14 +232,14 @@ def update_terms(z, group, seed, step, layer, draw, scale, N: tl.constexpr, M: t
     return terms
 
 
-@triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total", "count"])
+@triton.jit(do_not_specialize=["offset", "row_stride", "columns", "total", "count"])
 def score_update_kernel(
     logits,
     coef,
     inv_temperature,
     seed,
     step,
-    layer: tl.int64,
+    layer,
     draws,
     offset: tl.int64,
     row_stride: tl.int64,
@@ -252,14 +256,13 @@ def score_update_kernel(
     x = load_columns(logits, first, total, M, BLOCK)
     z = d.scaled(x, inv_temperature, M)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-    seed_value = tl.load(seed)
-    step_value = tl.load(step)
+    key = d.load_key(seed, step, layer, draws)
     scale = tl.load(coef) * inv_temperature
-    delta = update_terms(z, group, seed_value, step_value, layer, tl.load(draws), scale, N, M)
+    delta = update_terms(z, group, key, scale, N, M)
     if SEVERAL:
         for k in range(1, count):
             scale = tl.load(coef + k) * inv_temperature
-            terms = update_terms(z, group, seed_value, step_value, layer, tl.load(draws + k), scale, N, M)
+            terms = update_terms(z, group, d.load_key(seed, step, layer, draws + k), scale, N, M)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
@@ -268,21 +271,22 @@ def score_update_kernel(
     for i in tl.static_range(M):
         new = new + (x[i] - delta[i],)
     if logits.dtype.element_ty != tl.float32:
-        new = d.round_group(new, group, M, seed_value, step_value, layer, tl.load(draws), logits.dtype.element_ty)
+        new = d.round_group(new, group, M, key, logits.dtype.element_ty)
     store_columns(logits, new, first, total, M, BLOCK)
 
 
-def _counter(logits, m, seed, step, layer, draw, offset, row_stride):
-    groups = logits.shape[1] // m
-    return (seed, step, layer, draw, offset, row_stride, groups, logits.numel() // m), row_stride == groups
+def counter_arguments(counter, rows, m):
+    """(what a kernel over the groups of a matrix [rows, K] takes of a counter, whether its groups lie side by side)."""
+    columns = rows.shape[1] // m
+    return (*counter, columns, rows.numel() // m), counter.group_row_stride == columns
 
 
-def sample_mask(logits, n, m, inv_temperature, seed, step, layer, draw, offset, row_stride):
+def sample_mask(logits, n, m, inv_temperature, counter):
     """``reference.sample_mask`` as one kernel."""
     codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m), device=logits.device)
-    counter, whole = _counter(logits, m, seed, step, layer, draw, offset, row_stride)
+    arguments, whole = counter_arguments(counter, logits, m)
     launch(sample_mask_kernel, "sample_mask", m, codes.numel(), logits.device,
-           logits, codes, inv_temperature, *counter, N=n, WHOLE=whole)  # fmt: skip
+           logits, codes, inv_temperature, *arguments, N=n, WHOLE=whole)  # fmt: skip
     return codes
 
 
@@ -295,11 +299,10 @@ def masked_weight(weight, mask, dtype=None):
         # the interpreter truncates where hardware rounds
         weight = weight.to(dtype)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    columns, groups = weight.shape[1] // mask.m, weight.numel() // mask.m
-    counter = (mask.seed, mask.step, mask.layer, mask.draw, mask.group_offset, mask.group_row_stride)
-    launch(masked_weight_kernel, "masked_weight", mask.m, groups, weight.device,
-           mask.tensor, weight, out, mask.inv_temperature, *counter, columns, groups,
-           KIND=mask.kind, N=mask.n, WHOLE=mask.group_row_stride == columns)  # fmt: skip
+    arguments, whole = counter_arguments(mask.counter or NO_COUNTER, weight, mask.m)
+    launch(masked_weight_kernel, "masked_weight", mask.m, arguments[-1], weight.device,
+           mask.tensor, weight, out, mask.inv_temperature, *arguments,
+           KIND=mask.kind, N=mask.n, WHOLE=whole)  # fmt: skip
     return out
 
 
@@ -328,10 +331,10 @@ def mask_score(logits, codes, grad, n, m, inv_temperature):
     return out
 
 
-def score_update_(logits, coef, n, m, inv_temperature, seed, step, layer, draws, offset, row_stride):
+def score_update_(logits, coef, n, m, inv_temperature, counter):
     """``reference.score_update_`` as one kernel: logits read once and written once, however many draws."""
-    counter, whole = _counter(logits, m, seed, step, layer, draws, offset, row_stride)
+    arguments, whole = counter_arguments(counter, logits, m)
     several = coef.numel() > 1
-    launch(score_update_kernel, "score_updates" if several else "score_update", m, counter[-1], logits.device,
-           logits, coef, inv_temperature, *counter, coef.numel(), SEVERAL=several,
+    launch(score_update_kernel, "score_updates" if several else "score_update", m, arguments[-1], logits.device,
+           logits, coef, inv_temperature, *arguments, coef.numel(), SEVERAL=several,
            N=n, WHOLE=whole)  # fmt: skip

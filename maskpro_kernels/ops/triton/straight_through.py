@@ -20,7 +20,7 @@ from .masked_gemm import (
     tile_logits,
     weight_grad_tile,
 )
-from .sampling import group_index, load_columns, store_columns
+from .sampling import counter_arguments, group_index, load_columns, store_columns
 from .tiles import architecture, configuration, tiles_for
 
 # Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory
@@ -60,7 +60,7 @@ def sum_of_squares(columns, M: tl.constexpr):
 
 
 @triton.jit
-def descended(x, gradient, rate, max_update, group, seed, step, layer, M: tl.constexpr, dtype: tl.constexpr):
+def descended(x, gradient, rate, max_update, group, key, M: tl.constexpr, dtype: tl.constexpr):
     """Columns of logits less the bounded step, rounded to 16 bits where ``dtype`` is."""
     rate = tl.where(rate < float("inf"), rate, 0.0)
     new = ()
@@ -68,7 +68,7 @@ def descended(x, gradient, rate, max_update, group, seed, step, layer, M: tl.con
         bounded = tl.maximum(tl.minimum(gradient[i] * rate, max_update), 0.0 - max_update)
         new = new + (x[i] - tl.where(tl.abs(gradient[i]) < float("inf"), bounded, 0.0),)
     if dtype != tl.float32:
-        new = d.round_group(new, group, M, tl.load(seed), tl.load(step), layer, tl.full((), 0, tl.int64), dtype)
+        new = d.round_group(new, group, M, key, dtype)
     return new
 
 
@@ -87,8 +87,8 @@ def straight_through_kernel(
     inv_temperature,
     seed,
     step,
-    layer: tl.int64,
-    draw: tl.int64,
+    layer,
+    draw,
     offset: tl.int64,
     row_stride: tl.int64,
     tokens: tl.int64,
@@ -125,7 +125,8 @@ def straight_through_kernel(
         logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
         index = (offset + row * row_stride + group).to(tl.uint32)
         dtype: tl.constexpr = source.dtype.element_ty
-        new = descended(logits, slope, tl.load(rate), max_update, index, seed, step, layer, M, dtype)
+        key = d.load_key(seed, step, layer, draw)
+        new = descended(logits, slope, tl.load(rate), max_update, index, key, M, dtype)
         tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
         # weights outside of the matrix are read as zeros: no slope
         tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
@@ -133,7 +134,7 @@ def straight_through_kernel(
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["layer", "offset", "row_stride", "columns", "total"])
+@triton.jit(do_not_specialize=["offset", "row_stride", "columns", "total"])
 def descend_kernel(
     logits,
     gradient,
@@ -142,7 +143,8 @@ def descend_kernel(
     max_update,
     seed,
     step,
-    layer: tl.int64,
+    layer,
+    draw,
     offset: tl.int64,
     row_stride: tl.int64,
     columns: tl.int64,
@@ -155,7 +157,8 @@ def descend_kernel(
     x = load_columns(logits, first, total, M, BLOCK)
     g = load_columns(gradient, first, total, M, BLOCK)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-    new = descended(x, g, tl.load(rate), max_update, group, seed, step, layer, M, logits.dtype.element_ty)
+    key = d.load_key(seed, step, layer, draw)
+    new = descended(x, g, tl.load(rate), max_update, group, key, M, logits.dtype.element_ty)
     store_columns(logits, new, first, total, M, BLOCK)
     tl.store(partial + tl.program_id(0), tl.sum(sum_of_squares(g, M), 0))
 
@@ -172,14 +175,14 @@ def straight_through_update_(grad, x, weight, grad_squares, x_squares, rate, max
     return _mean_square(_launch(grad, x, weight, grad_squares, x_squares, mask, None, rate, max_update), weight)
 
 
-def descend_(logits, gradient, rate, max_update, m, seed, step, layer, offset, row_stride):
+def descend_(logits, gradient, rate, max_update, m, counter):
     """``reference.descend_`` as one kernel."""
-    columns, groups = logits.shape[1] // m, logits.numel() // m
+    arguments, whole = counter_arguments(counter, logits, m)
+    groups = arguments[-1]
     programs = triton.cdiv(groups, configuration("descend", m, groups).block)
     partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
     launch(descend_kernel, "descend", m, groups, logits.device,
-           logits, gradient, partial, rate, max_update, seed, step, layer, offset, row_stride, columns, groups,
-           WHOLE=row_stride == columns)  # fmt: skip
+           logits, gradient, partial, rate, max_update, *arguments, WHOLE=whole)  # fmt: skip
     return _mean_square(partial, logits)
 
 

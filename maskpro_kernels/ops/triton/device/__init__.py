@@ -26,6 +26,7 @@ from .gumbel_top_k import (
 )
 from .philox import (
     group_words,
+    load_key,
     philox4x32,
 )
 from .plackett_luce import (

@@ -34,9 +34,9 @@ def scaled(x, inv_temperature, M: tl.constexpr):
 
 
 @triton.jit
-def drawn_keys(z, group, M: tl.constexpr, seed, step, layer, draw):
+def drawn_keys(z, group, M: tl.constexpr, key):
     """Scaled logits plus Gumbel noise."""
-    words = group_words(group, M, STREAM_DRAW, seed, step, layer, draw)
+    words = group_words(group, M, STREAM_DRAW, key)
     keys = ()
     for i in tl.static_range(M):
         keys = keys + (z[i] + gumbel(words[i]),)
@@ -73,9 +73,9 @@ def determined(z, kept, words, M: tl.constexpr):
 
 
 @triton.jit
-def drawn_code(z, group, N: tl.constexpr, M: tl.constexpr, seed, step, layer, draw):
+def drawn_code(z, group, N: tl.constexpr, M: tl.constexpr, key):
     """int32 group codes of a draw; a block whose draws are all determined computes no noise."""
-    words = group_words(group, M, STREAM_DRAW, seed, step, layer, draw)
+    words = group_words(group, M, STREAM_DRAW, key)
     kept = top_n(z, N, M)
     code = encode(kept, M)
     if tl.min(determined(z, kept, words, M).to(tl.int32), 0) == 0:

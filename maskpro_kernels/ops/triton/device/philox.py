@@ -23,8 +23,15 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def group_words(group, M: tl.constexpr, STREAM: tl.constexpr, seed, step, layer, draw):
-    """M uint32 columns of random words for uint32 group indices; the other arguments are int64 scalars."""
+def load_key(seed, step, layer, draw):
+    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars."""
+    return tl.load(seed), tl.load(step), tl.load(layer), tl.load(draw)
+
+
+@triton.jit
+def group_words(group, M: tl.constexpr, STREAM: tl.constexpr, key):
+    """M uint32 columns of random words for uint32 group indices; ``key`` as ``load_key`` gives it."""
+    seed, step, layer, draw = key
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     c1 = layer.to(tl.uint32)

@@ -36,9 +36,9 @@ def round_stochastically(x, r, dtype: tl.constexpr):
 
 
 @triton.jit
-def round_group(x, group, M: tl.constexpr, seed, step, layer, draw, dtype: tl.constexpr):
+def round_group(x, group, M: tl.constexpr, key, dtype: tl.constexpr):
     """Columns rounded to a 16-bit dtype with words of the rounding stream."""
-    words = group_words(group, M, STREAM_ROUNDING, seed, step, layer, draw)
+    words = group_words(group, M, STREAM_ROUNDING, key)
     rounded = ()
     for i in tl.static_range(M):
         rounded = rounded + (round_stochastically(x[i], words[i], dtype),)

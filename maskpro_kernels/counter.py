@@ -1,0 +1,57 @@
+"""Where a mask comes from: the counter of its draw, and the source of a mask."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Counter(NamedTuple):
+    """What the random words of a draw are a function of, see ``ops.philox``.
+
+    Made once, by ``MaskedLinear`` or a public function, and passed whole. ``layer`` and ``draw`` are tensors as seed
+    and step are, so that a compiled graph holds none of them: equal blocks and all draws of a step share one.
+
+    Attributes:
+        seed, step, layer: 0-dim int64.
+        draw: 0-dim int64; int64 [K] of an update by K draws.
+        group_offset: index in the whole layer of the first group.
+        group_row_stride: groups in a row of the whole layer.
+    """
+
+    seed: Tensor
+    step: Tensor
+    layer: Tensor
+    draw: Tensor
+    group_offset: int
+    group_row_stride: int
+
+    @property
+    def key(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What all groups of a draw have in common: seed, step, layer and draw."""
+        return self[:4]
+
+    def keywords(self) -> dict[str, Tensor | int]:
+        """As the public functions take it: ``score_update_(..., **layer.counter().keywords())``."""
+        return self._asdict()
+
+
+class MaskSource(NamedTuple):
+    """Where the mask of a matrix [rows, K] comes from.
+
+    Attributes:
+        tensor: by ``kind``.
+        kind: "drawn": drawn from the logits ``tensor`` [rows, K] at ``counter``. "top_n": the N largest of the scores
+            ``tensor`` [rows, K] in every group. "codes": the group codes ``tensor`` [rows, K / M].
+        n, m: of the pattern.
+        inv_temperature: of a draw.
+        counter: of a draw.
+    """
+
+    tensor: Tensor
+    kind: str
+    n: int
+    m: int
+    inv_temperature: float = 1.0
+    counter: Counter | None = None

@@ -1,0 +1,302 @@
+"""The benchmarks' harness: no speed of what is wrong, rows that say what they are of, comparisons that can fail."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import harness
+import plot
+import pytest
+import torch
+from helpers.children import BENCHMARKS, ROOT, environment
+
+# ours is planted: from a visit on it draws the mask of the next step
+PLANTED = """
+import harness
+import pytest
+import torch
+from harness import Work
+from maskpro_kernels.ops import reference
+
+harness.VISIT_SECONDS[harness.DEVICE] = 0.0
+
+def draw(logits, step):
+    seed, step, layer, draw, offset, stride = (torch.tensor(i) for i in (3, step, 0, 0, 0, 16))
+    return reference.sample_mask(logits, seed, step, torch.tensor(1.0), layer, draw, offset, stride, n=2, m=4)
+
+@pytest.mark.parametrize("op", ["draw", "again"])
+def test_draw(op, compare, visit):
+    if (op, visit) == ("again", {interrupted}):
+        raise KeyboardInterrupt
+    logits = torch.randn(64, 64)
+    ours = lambda: draw(logits, 5 + (visit >= {wrong_from}))
+    expected = draw(logits, 5)
+
+    def gate():
+        assert torch.equal(ours(), expected)
+
+    providers = dict(ours=ours, reference=lambda: draw(logits, 5))
+    compare(gate, providers, work=Work(bytes=20480), op=op, pattern="2:4", shape=(64, 64), dtype="float32 logits")
+"""
+
+
+def run(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess:
+    # its conftest is that of the benchmarks
+    path = {"PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, ROOT)))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", *options]
+    return subprocess.run(command, cwd=folder, env=environment() | path | more, capture_output=True, text=True)
+
+
+VISITS = harness.VISITS[harness.DEVICE]
+
+
+def plant(folder: Path, wrong_from: int = VISITS + 1, interrupted: int = VISITS + 1) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "test_bench_planted.py").write_text(PLANTED.format(wrong_from=wrong_from, interrupted=interrupted))
+    return folder
+
+
+@pytest.mark.parametrize("wrong_from", range(1, VISITS + 1))
+def test_a_wrong_kernel_gets_no_speed(wrong_from, tmp_path):
+    """Not even that of the visits before."""
+    wrong, rows = plant(tmp_path / "wrong", wrong_from), tmp_path / "rows.jsonl"
+    done = run(wrong, "--rows", str(rows))
+    assert done.returncode == 1
+    assert "AssertionError" in done.stdout and " ms " not in done.stdout
+    assert ("its check, or a provider, failed at an earlier visit" in done.stdout) == (wrong_from < VISITS)
+    assert not rows.exists()
+
+
+def test_visits_of_a_benchmark_lie_apart(tmp_path):
+    done = run(plant(tmp_path / "right"), "--collect-only")
+    expected = [f"test_draw[visit{i}-{op}]" for i in range(1, VISITS + 1) for op in ("draw", "again")]
+    assert re.findall(r"test_draw\[\S+\]", done.stdout) == expected
+
+
+def test_an_interrupted_run_leaves_the_rows_of_its_visits(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    done = run(plant(tmp_path / "right", interrupted=VISITS), "--rows", str(path))
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+    found = [(row["op"], row["visits"]) for row in harness.read(path)]
+    # the first benchmark has had all its visits, the second lacks one
+    assert found == [("draw", VISITS)] * 2 + [("again", VISITS - 1)] * (2 if VISITS > 1 else 0)
+
+
+def test_rows_comparison_and_pictures(tmp_path):
+    right, path = plant(tmp_path / "right"), tmp_path / "rows.jsonl"
+    done = run(right, "--rows", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = harness.read(path)
+    assert [(row["op"], row["provider"]) for row in rows] == [
+        (op, provider) for op in ("draw", "again") for provider in ("ours", "reference")
+    ]
+    for row in rows:
+        assert 0 < row["q20"] <= row["median"] <= row["q80"]
+        assert row["gb_per_s"] == pytest.approx(20480 / row["median"] / 1e9)
+        # 20 kB stay in a CPU's caches
+        assert ("percent_of_roofline" in row) == (harness.DEVICE == "cuda")
+        assert {"commit", "torch", "triton", "device", "threads"} <= row.keys()
+        assert row["visits"] == VISITS
+        # draws this small are repeated, so that the round that finds how often does not count
+        assert row["rounds"] == VISITS * harness.FEWEST_ROUNDS[harness.DEVICE]
+
+    faster = tmp_path / "faster.jsonl"
+    harness.append(faster, [row | {"median": row["median"] / 1e3} for row in rows])
+    done = run(right, "--compare", str(faster), "--fail-below", "0.9")
+    assert done.returncode == 1
+    assert "times as fast" in done.stdout and done.stdout.count("below 0.9") == 4
+    slower = tmp_path / "slower.jsonl"
+    harness.append(slower, [row | {"median": row["median"] * 1e3} for row in rows])
+    assert run(right, "--compare", str(slower), "--fail-below", "0.9").returncode == 0
+
+    pictures = plot.pictures(rows, tmp_path / "pictures")
+    assert len(pictures) == 2
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+@pytest.mark.parametrize("line", ["{}", "nothing", '{"op": 1}', "[]"])
+def test_a_file_without_rows_is_refused(line, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        json.dumps(
+            {
+                "op": "draw",
+                "pattern": "2:4",
+                "shape": [1],
+                "dtype": "x",
+                "median": 1,
+                "ratio": 1,
+                "provider": "p",
+                "device": "d",
+                "threads": 1,
+            }
+        )
+        + f"\n{line}\n"
+    )
+    with pytest.raises(ValueError, match="line 2: expected a row"):
+        harness.read(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--fail-below", "1"], "--compare FILE"), (["--compare", "missing.jsonl"], "missing.jsonl")]
+    + [(["--rows", path], f"--rows: expected a file in a folder that exists, got {path}") for path in ("no/rows", ".")],
+)
+def test_options_without_effect_are_refused(options, told, tmp_path):
+    done = run(plant(tmp_path / "any"), *options)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert told in done.stderr
+
+
+def test_a_limit_of_time_skips_what_would_start_later(tmp_path):
+    right = plant(tmp_path / "right")
+    done = run(right, "--within", "0", "-rs")
+    assert done.returncode == 0
+    assert f"{2 * VISITS} skipped" in done.stdout and "--within: the 0 seconds are over" in done.stdout
+    assert f"{2 * VISITS} passed" in run(right, "--within", "600").stdout
+
+
+def test_the_interpreter_is_not_timed(tmp_path):
+    done = run(plant(tmp_path / "any"), TRITON_INTERPRET="1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "TRITON_INTERPRET: expected" in done.stderr
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """ticking(sampled, seconds): a call is timed to ``sampled``, and between two looks at the clock it goes on by
+    ``seconds``.
+    """
+
+    def set_(sampled, seconds):
+        samples = iter(sampled) if isinstance(sampled, list) else itertools.repeat(sampled)
+        monkeypatch.setattr(harness, "sample", lambda function, calls=1: function() or next(samples))
+        clock = itertools.count(0.0, seconds).__next__
+        monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=clock))
+
+    return set_
+
+
+def test_the_first_provider_stands_before_each_of_the_others(ticking):
+    seen = []
+    # in each round a, b, a, c
+    ticking([1.0, 5.0, 3.0, 7.0] * harness.FEWEST_ROUNDS[harness.DEVICE], harness.VISIT_SECONDS[harness.DEVICE])
+    seconds = harness.paired({name: lambda name=name: seen.append(name) for name in "abc"})
+    rounds = harness.FEWEST_ROUNDS[harness.DEVICE]
+    assert seconds == {"a": [2.0] * rounds, "b": [5.0] * rounds, "c": [7.0] * rounds}
+    # one call of each before the first round, which counts
+    assert "".join(seen) == "abc" + "abac" * rounds
+
+
+def test_a_provider_alone_is_timed(ticking):
+    ticking(1.0, harness.VISIT_SECONDS[harness.DEVICE])
+    assert harness.paired({"a": lambda: None}) == {"a": [1.0] * harness.FEWEST_ROUNDS[harness.DEVICE]}
+
+
+def test_parts_stand_beside_each_other_and_count_together(ticking):
+    seen = []
+    providers = {name: [lambda part=part: seen.append(part) for part in name] for name in ("ab", "xy")}
+    ticking(1.0, harness.VISIT_SECONDS[harness.DEVICE])
+    seconds = harness.paired(providers)
+    rounds = harness.FEWEST_ROUNDS[harness.DEVICE]
+    assert seconds == {"ab": [2.0] * rounds, "xy": [2.0] * rounds}
+    assert "".join(seen) == "abxy" + "axby" * rounds
+    with pytest.raises(ValueError, match="zip"):
+        harness.paired(providers | {"xy": providers["xy"][:1]})
+
+
+@pytest.mark.parametrize(("sampled", "first_counts"), [(1e-6, False), (0.7, True)])
+def test_a_visit_takes_rounds_while_it_has_time(sampled, first_counts, ticking):
+    seen = []
+    # a power of two, so that the clock adds up exactly
+    looks = 64
+    ticking(sampled, harness.VISIT_SECONDS[harness.DEVICE] / looks)
+    seconds = harness.paired({name: lambda name=name: seen.append(name) for name in "ab"})
+    # the clock is looked at once before the first round, and before each of the others that would exceed the fewest
+    rounds = looks + harness.FEWEST_ROUNDS[harness.DEVICE] - 1
+    assert [len(values) for values in seconds.values()] == [rounds] * 2
+    assert len(seen) == 2 + 2 * rounds + 2 * (not first_counts)
+
+
+def test_rows_are_of_all_visits_and_written_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "environment", lambda: {"device": "d", "threads": 1})
+    monkeypatch.setitem(harness.VISITS, harness.DEVICE, 2)
+    cases = [{"op": op, "pattern": "2:4", "shape": [1], "dtype": "x"} for op in ("draw", "update")]
+    timings = harness.Timings(tmp_path / "rows.jsonl")
+    timings.add({"a": [1.0], "b": [3.0]}, None, cases[0])
+    timings.add({"a": [2.0]}, None, cases[1])
+    assert not timings.path.exists()
+    timings.add({"a": [1.0, 1.0], "b": [2.0, 2.0]}, None, cases[0])
+    assert len(harness.read(timings.path)) == 2
+    timings.write_unfinished()
+    rows = harness.read(timings.path)
+    assert [(row["op"], row["provider"], row["visits"], row["rounds"], row["ratio"]) for row in rows] == [
+        ("draw", "a", 2, 3, 1.0),
+        ("draw", "b", 2, 3, 2.0),
+        ("update", "a", 1, 1, 1.0),
+    ]
+    assert rows == timings.rows()
+    with pytest.raises(ValueError, match="case: expected another one for each benchmark"):
+        timings.add({"a": [1.0], "b": [3.0]}, None, cases[0])
+
+
+def test_ratios_match_case_provider_and_device():
+    row = {
+        "op": "draw",
+        "pattern": "2:4",
+        "shape": [2, 3],
+        "dtype": "x",
+        "provider": "ours",
+        "device": "d",
+        "threads": 2,
+        "median": 2.0,
+        "ratio": 6.0,
+    }
+    others = [row | {key: "other"} for key in ("op", "pattern", "dtype", "provider", "device", "threads")]
+    assert harness.ratios([row], [row | {"median": 3.0, "ratio": 5.0}, *others]) == [(row, 1.5, 1.2)]
+    assert harness.ratios([row], others) == []
+
+
+def test_a_ratio_is_taken_round_by_round():
+    """A machine that slows down in between does not move it."""
+    ours, theirs = harness.rows_of({"ours": [1.0, 1.0, 9.0], "theirs": [2.0, 2.0, 27.0]}, None, {}, {})
+    assert ours["ratio"] == 1.0 and theirs["ratio"] == 2.0
+
+
+def test_the_ratio_that_changed_most_is_of_a_long_call():
+    def found(provider, median, change):
+        return {"provider": provider, "median": median}, 1.0, change
+
+    shorter, longer = harness.LONG_SECONDS / 2, harness.LONG_SECONDS
+    ratios = [found("a", longer, 1.05), found("b", longer, 0.9), found("c", shorter, 3.0)]
+    row, change = harness.most_changed(ratios)
+    assert row["provider"] == "b" and change == pytest.approx(0.1)
+    assert harness.most_changed(ratios[2:]) is None
+
+
+def test_the_roofline_is_the_slower_of_bytes_and_products(monkeypatch):
+    monkeypatch.setattr(harness, "copied_bytes_per_second", lambda: 1e9)
+    monkeypatch.setattr(harness, "flops_per_second", lambda dtype: {torch.bfloat16: 1e12, torch.float32: 1e11}[dtype])
+    seconds = {"ours": [1.0, 2.0, 3.0]}
+
+    def percent(**work):
+        (row,) = harness.rows_of(seconds, harness.Work(**work), {"op": "x"}, {})
+        return row["percent_of_roofline"]
+
+    assert percent(bytes=10**9) == pytest.approx(50)
+    assert percent(bytes=10**9, flops=10**12) == pytest.approx(50)
+    assert percent(bytes=10**9, flops=10**11, dtype=torch.float32) == pytest.approx(50)
+    assert percent(bytes=10**9, flops=2 * 10**12) == pytest.approx(100)
+
+
+def test_rates_are_this_machines():
+    # within what any machine does: 0.1 to 10,000 GB/s, 0.1 GFLOP/s to 10 PFLOP/s
+    assert 1e8 < harness.copied_bytes_per_second() < 1e13
+    assert 1e8 < harness.flops_per_second(torch.float32) < 1e16

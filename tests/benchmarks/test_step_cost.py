@@ -1,0 +1,394 @@
+"""Time and memory of a training step beyond the model's own forward.
+
+Measured in child processes without Triton's interpreter, on the route that users get.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.children import environment
+from torch import nn
+
+# Of the eager formulation's draws and updates, and of a REINFORCE step of 1,024 tokens
+LARGEST_COST = 1 / 16
+LARGEST_SHARE = 0.3
+
+# Of forward and backward of the unmasked model with the gradients of the same weights
+LARGEST_STRAIGHT_THROUGH_COST = 1.6
+STRAIGHT_THROUGH_ROUNDS = 3
+
+# Seconds from the loaded model to a first step, where a process before has compiled
+LONGEST_START = 5.0
+
+# Of the time that a run by REINFORCE took for its steps, the whole process that replays it included
+REPLAYED_STEPS = 40
+LARGEST_REPLAY = 1 / 3
+
+LAYERS, WIDTH, BATCH = 8, 1024, 32
+MEMORY_SLACK = 0.05
+
+GAP = 10.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def in_child(*arguments: str) -> dict:
+    """What this file prints when run with those arguments."""
+    done = subprocess.run([sys.executable, __file__, *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_steps_own_work_costs_a_sixteenth_of_the_eager_formulation():
+    seconds = in_child("cost")
+    ours = seconds["ours"]
+    # round by round, for the machine may slow down in between
+    cost, share = (
+        statistics.median(own / other for own, other in zip(ours, seconds[name], strict=True))
+        for name in ("eager", "step")
+    )
+    print(f"draw and update: {1 / cost:.1f} times as fast as the eager formulation, {share:.0%} of a REINFORCE step")
+    assert cost <= LARGEST_COST, seconds
+    assert share <= LARGEST_SHARE, seconds
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
+    peaks = in_child("memory", dtype)
+    extra = peaks["step"] - peaks["plain"]
+    assert extra >= peaks["logits"], "the measurement missed the logits"
+    allowed = (1 + MEMORY_SLACK) * (peaks["logits"] + peaks["masked_weight"] + peaks["noise_levels"])
+    assert extra <= allowed, f"{extra} bytes, {allowed:.0f} allowed: {peaks}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the allocator of a GPU keeps no record of single tensors")
+@pytest.mark.parametrize("estimator", ["Reinforce", "StraightThrough"])
+def test_no_tensor_of_a_step_is_wider_than_float32(estimator):
+    """Integers and floats of 64 bits live in pieces of a layer alone."""
+    bytes_ = in_child("largest", estimator)
+    # what matrix products copy is aligned
+    assert bytes_["masked_weight"] <= bytes_["largest"] <= 2 * bytes_["masked_weight"] + 1024, bytes_
+
+
+@pytest.mark.slow
+def test_a_step_of_a_language_model_holds_one_masked_weight():
+    bytes_ = in_child("model")
+    parts = bytes_["weights"] + bytes_["logits"] + bytes_["activations"] + bytes_["masked_weight"]
+    peak = bytes_["weights"] + bytes_["logits"] + bytes_["step"]
+    assert bytes_["step"] >= bytes_["activations"], "the measurement missed the activations"
+    assert peak <= (1 + MEMORY_SLACK) * parts, f"{peak} bytes, {parts} in parts: {bytes_}"
+
+
+@pytest.mark.slow
+def test_a_straight_through_step_costs_little_more_than_training_the_weights():
+    seconds = in_child("straight_through_cost")
+    ratio = statistics.median(ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
+    print(f"straight-through step: {ratio:.2f} times a step that trains the weights")
+    assert ratio <= LARGEST_STRAIGHT_THROUGH_COST, f"{ratio:.2f} times: {seconds}"
+
+
+@pytest.mark.slow
+def test_a_straight_through_step_holds_one_layers_gradient():
+    bytes_ = in_child("straight_through_memory")
+    allowed = (1 + MEMORY_SLACK) * (bytes_["weights"] + bytes_["logits"] + bytes_["activations"] + bytes_["transients"])
+    peak = bytes_["weights"] + bytes_["logits"] + bytes_["step"]
+    assert bytes_["step"] >= bytes_["activations"], "the measurement missed the activations"
+    assert peak <= allowed, f"{peak} bytes, {allowed:.0f} allowed: {bytes_}"
+    assert bytes_["step"] - bytes_["activations"] < bytes_["gradients"] / 4, bytes_
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing():
+    """Until the first step runs as fast as the second, converting and loading what was compiled before."""
+    in_child("start")
+    start = in_child("start")
+    assert start["built"] == 0
+    before = start["convert"] + max(0.0, start["first_step"] - start["second_step"])
+    print(f"a second start: {before:.1f} s from the loaded model to a first step at full speed")
+    assert before <= LONGEST_START, start
+
+
+@pytest.mark.slow
+def test_a_replay_takes_a_third_of_the_run():
+    seconds = in_child("replay")
+    share = seconds["replay"] / (REPLAYED_STEPS * statistics.median(seconds["steps"]))
+    print(f"a replay of {REPLAYED_STEPS} steps: {seconds['replay']:.1f} s, {share:.0%} of the run")
+    assert share <= LARGEST_REPLAY, seconds
+
+
+def seconds_of(function) -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_cost() -> dict:
+    """Seconds by round of the draws and updates of all layers of SmolLM2-135M, ours and eager, and of a whole step."""
+    from harness import paired
+    from test_bench_model import Layers
+
+    import maskpro_kernels as mk
+    from maskpro_kernels.text.perplexity import causal_lm_loss
+
+    model, batch = language_model()
+    layers = Layers(copy.deepcopy(model))
+    mk.convert(model, "2:4", gap=GAP)
+    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
+    # the initial loss belongs to no step
+    trainer.begin()
+
+    def whole(parts):
+        return lambda: [part() for part in parts]
+
+    parts = layers.parts()
+    providers = {"ours": whole(parts["ours"]), "eager": whole(parts["eager formulation"]), "step": trainer.step}
+    with torch.inference_mode():
+        visits = [paired(providers) for _ in range(2)]
+    return {name: [seconds for visit in visits for seconds in visit[name]] for name in providers}
+
+
+def plain_model(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [module for _ in range(LAYERS) for module in (nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU())]
+    return nn.Sequential(*blocks).to(DEVICE, dtype).eval()
+
+
+def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).float().square().mean()
+
+
+def peak_bytes(measured, before=lambda: None) -> int:
+    """Most bytes of tensors that lived at once in ``measured``, beyond those that lived before ``before``.
+
+    Every allocation counts, by torch's own records.
+    """
+    if DEVICE == "cuda":
+        at_start = torch.cuda.memory_allocated()
+        before()
+        torch.cuda.reset_peak_memory_stats()
+        measured()
+        return torch.cuda.max_memory_allocated() - at_start
+    changes, start, end = memory_changes(measured, before)
+    lived = itertools.accumulate(bytes_ for _, bytes_ in changes)
+    return max(bytes_ for (ts, _), bytes_ in zip(changes, lived, strict=True) if start <= ts <= end)
+
+
+def memory_changes(measured, before=lambda: None) -> tuple[list[tuple[float, int]], float, float]:
+    """((time, bytes) of every allocation and, negative, of every release on the CPU, start and end of ``measured``)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        before()
+        with torch.profiler.record_function("measured"):
+            measured()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    (span,) = (event for event in events if event.get("name") == "measured" and event.get("cat") == "user_annotation")
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    return changes, span["ts"], span["ts"] + span["dur"]
+
+
+def measure_memory(dtype_name: str) -> dict:
+    """Peak bytes of a plain model's forward, and of a step of its converted self beyond the same start."""
+    import maskpro_kernels as mk
+
+    dtype = getattr(torch, dtype_name)
+    batch = torch.randn(BATCH, WIDTH, device=DEVICE, dtype=dtype)
+
+    def converted(model: nn.Module) -> mk.MaskTrainer:
+        mk.convert(model, "2:4", gap=GAP)
+        trainer = mk.MaskTrainer(model, loss_fn, [batch], mk.Reinforce(lr=1.0), seed=0)
+        trainer.step()
+        return trainer
+
+    # compilation and the caches it fills are not the step's
+    converted(plain_model(dtype))
+    model = plain_model(dtype)
+    with torch.inference_mode():
+        loss_fn(model, batch)
+        plain = peak_bytes(lambda: loss_fn(model, batch))
+    trainers = []
+    step = peak_bytes(lambda: trainers[0].step(), before=lambda: trainers.append(converted(model)))
+    layers = trainers[0].layers.values()
+    return {
+        "plain": plain,
+        "step": step,
+        "logits": sum(layer.logits.nbytes for layer in layers),
+        "masked_weight": max(layer.weight.nbytes for layer in layers),
+        # a byte a group, from the draw to the update
+        "noise_levels": sum(layer.logits.numel() // 4 for layer in layers) if DEVICE == "cpu" else 0,
+    }
+
+
+def measure_largest(estimator: str) -> dict:
+    """Bytes of the largest tensor that a step allocates, and of the masked weight of a layer."""
+    import maskpro_kernels as mk
+
+    model = plain_model(torch.bfloat16)
+    mk.convert(model, "2:4", gap=GAP)
+    batch = torch.randn(BATCH, WIDTH, dtype=torch.bfloat16)
+    trainer = mk.MaskTrainer(model, loss_fn, [batch], getattr(mk, estimator)(lr=1.0), seed=0)
+    trainer.step()
+    changes, start, end = memory_changes(trainer.step)
+    return {
+        "largest": max(bytes_ for ts, bytes_ in changes if start <= ts <= end),
+        "masked_weight": 2 * WIDTH * WIDTH,
+    }
+
+
+def measure_model() -> dict:
+    """Peak bytes of a forward of SmolLM2-135M, and of a training step of its converted self, beyond what both hold."""
+    import maskpro_kernels as mk
+    from maskpro_kernels.hf import load_model
+    from maskpro_kernels.text.perplexity import causal_lm_loss
+
+    model, _ = load_model("smollm2-135m", torch.bfloat16)
+    model = model.to(DEVICE).eval()
+    batch = torch.randint(0, 49152, (8, 128), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.inference_mode():
+        causal_lm_loss(model, batch)
+        activations = peak_bytes(lambda: causal_lm_loss(model, batch))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    mk.convert(model, "2:4", gap=GAP)
+    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
+    # compilation and the caches it fills are not the step's
+    trainer.step()
+    return {
+        "weights": weights,
+        "logits": sum(layer.logits.nbytes for layer in trainer.layers.values()),
+        "activations": activations,
+        "masked_weight": max(layer.weight.nbytes for layer in trainer.layers.values()),
+        "step": peak_bytes(trainer.step),
+    }
+
+
+def language_model() -> tuple[nn.Module, torch.Tensor]:
+    """(SmolLM2-135M with frozen weights, a batch of 1,024 tokens)."""
+    from maskpro_kernels.hf import load_model
+
+    model, _ = load_model("smollm2-135m", torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    batch = torch.randint(0, 49152, (8, 128), generator=torch.Generator().manual_seed(0))
+    return model.to(DEVICE), batch.to(DEVICE)
+
+
+def measure_straight_through_cost() -> dict:
+    """Seconds by round of a straight-through step, and of forward and backward with the weights' gradients."""
+    import maskpro_kernels as mk
+    from maskpro_kernels.text.perplexity import causal_lm_loss
+
+    plain, batch = language_model()
+    model, _ = language_model()
+    names = mk.convert(model, "2:4", gap=15.0).converted
+    weights = [plain.get_submodule(name).weight.requires_grad_() for name in names]
+    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.StraightThrough(), seed=0)
+
+    def plain_step():
+        causal_lm_loss(plain, batch).backward()
+        for weight in weights:
+            weight.grad = None
+
+    seconds = {"ours": [], "plain": []}
+    trainer.step()
+    plain_step()
+    for _ in range(STRAIGHT_THROUGH_ROUNDS):
+        seconds["ours"].append(seconds_of(trainer.step))
+        seconds["plain"].append(seconds_of(plain_step))
+    return seconds
+
+
+def measure_straight_through_memory() -> dict:
+    """Peak bytes of a straight-through step with checkpointed activations, and of the same without logits to learn."""
+    import maskpro_kernels as mk
+    from maskpro_kernels.text.perplexity import causal_lm_loss
+
+    model, batch = language_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    # what is embedded requires its gradient, so that backward runs through the whole of the frozen model
+    embedded = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    causal_lm_loss(model, batch).backward()
+    activations = peak_bytes(lambda: causal_lm_loss(model, batch).backward())
+    embedded.remove()
+    model.eval()
+    mk.convert(model, "2:4", gap=15.0)
+    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.StraightThrough(), seed=0)
+    # compilation and the caches it fills are not the step's
+    trainer.step()
+    layers = trainer.layers.values()
+    largest = max(layer.weight.numel() for layer in layers)
+    return {
+        "weights": sum(p.nbytes for name, p in model.named_parameters() if not name.endswith("logits")),
+        "logits": sum(layer.logits.nbytes for layer in layers),
+        "activations": activations,
+        # a masked weight and a gradient in bfloat16, the second derivative in float32, and group codes
+        "transients": largest * (2 + 2 + 4 + 1),
+        "gradients": sum(layer.weight.nbytes for layer in layers),
+        "step": peak_bytes(trainer.step),
+    }
+
+
+def measure_start() -> dict:
+    """Seconds of converting SmolLM2-135M and of its first two REINFORCE steps, and how many graphs were compiled."""
+    import maskpro_kernels as mk
+    from maskpro_kernels.ops.cpu import compiled_loop
+    from maskpro_kernels.text.perplexity import causal_lm_loss
+
+    built = []
+    build = compiled_loop.CompiledLoop._build
+    compiled_loop.CompiledLoop._build = lambda graph: (built.append(graph), build(graph))[1]
+    model, batch = language_model()
+    seconds = {"convert": seconds_of(lambda: mk.convert(model, "2:4", gap=GAP))}
+    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
+    # the initial loss belongs to no step
+    trainer.begin()
+    for name in ("first_step", "second_step"):
+        seconds[name] = seconds_of(trainer.step)
+    return {**seconds, "built": len(built)}
+
+
+def measure_replay() -> dict:
+    """Seconds of each step of a run on SmolLM2-135M, 1,024 tokens a step, and of the process that replays them."""
+    from maskpro_kernels.cli import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        sources = f"--model smollm2-135m --data pydoc --init magnitude --batch-size 8 --output {run}"
+        assert main.main(["learn", *sources.split(), "--steps", str(REPLAYED_STEPS), "--eval-windows", "1"]) == 0
+        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        command, printed = [sys.executable, "-m", "maskpro_kernels", "replay", str(run)], []
+        replay = seconds_of(lambda: printed.append(subprocess.check_output(command, text=True)))
+    assert report["logits"] in printed[0], printed
+    return {"steps": [record["seconds"] for record in report["steps"]], "replay": replay}
+
+
+MEASUREMENTS = {
+    "start": measure_start,
+    "cost": measure_cost,
+    "memory": measure_memory,
+    "largest": measure_largest,
+    "model": measure_model,
+    "replay": measure_replay,
+    "straight_through_cost": measure_straight_through_cost,
+    "straight_through_memory": measure_straight_through_memory,
+}
+
+if __name__ == "__main__":
+    measurement, *options = sys.argv[1:]
+    print(json.dumps(MEASUREMENTS[measurement](*options)))

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+from helpers.full_disk import files_of_at_most
+from torch import nn
+
+from maskpro_kernels import MaskedLinear
+from maskpro_kernels.checkpoints.logits import load_logits, save_logits
+from maskpro_kernels.files import check_output
+
+
+def masked(logits_dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 12)))
+    for parent, name in ((model, "0"), (model[2], "0")):
+        module = MaskedLinear.from_linear(getattr(parent, name), "2:4")
+        module.logits.data = torch.randn_like(module.logits).to(logits_dtype)
+        setattr(parent, name, module)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_round_trip(tmp_path, dtype):
+    model = masked(dtype)
+    metadata = {"model": "a/b", "pattern": "2:4", "note": "ünïcode"}
+    save_logits(model, tmp_path / "logits.safetensors", metadata)
+    logits, read = load_logits(tmp_path / "logits.safetensors")
+    assert read == metadata
+    assert logits.keys() == {"0", "2.0"}
+    assert torch.equal(logits["0"], model[0].logits) and torch.equal(logits["2.0"], model[2][0].logits)
+    assert logits["0"].dtype == dtype and not logits["0"].requires_grad
+    assert os.listdir(tmp_path) == ["logits.safetensors"]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_logits(masked(), tmp_path / "logits.safetensors", {})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "logits.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "logits.safetensors"
+    save_logits(masked(), path, {})
+    before = path.read_bytes()
+
+    def fail(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_logits(masked(torch.bfloat16), path, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "logits.safetensors"
+    save_logits(masked(), path, {})
+    before = path.read_bytes()
+    with files_of_at_most(100), pytest.raises(OSError, match=r"logits.safetensors: .*File too large"):
+        save_logits(masked(torch.bfloat16), path, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_save_refuses_before_it_writes(tmp_path):
+    path = tmp_path / "logits.safetensors"
+    with pytest.raises(ValueError, match="model: expected a model with MaskedLinear layers, got none"):
+        save_logits(nn.Linear(4, 4), path, {})
+    with pytest.raises(TypeError, match=r"metadata: expected strings.*\('steps', 3\)"):
+        save_logits(masked(), path, {"steps": 3})
+    assert os.listdir(tmp_path) == []
+
+
+def test_load_refuses_what_is_no_safetensors_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_logits(tmp_path / "missing")
+    path = tmp_path / "logits.safetensors"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="path: expected a safetensors file, got .*logits.safetensors"):
+        load_logits(path)
+
+
+def test_check_output(tmp_path):
+    check_output(tmp_path)
+    check_output(tmp_path / "new" / "deep")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output: expected a new or empty folder, got .*not empty"):
+        check_output(tmp_path)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="output: expected a folder, got .*file' is a file"):
+            check_output(folder)
+
+
+def test_check_output_refuses_a_folder_it_cannot_write(tmp_path, monkeypatch):
+    def refuse(path, mode=0o777):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(ValueError, match="output: expected a writable folder, got .*deep.*Permission denied"):
+        check_output(tmp_path / "new" / "deep")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,300 @@
+"""`maskpro learn` on several ranks: the bits of one process, and what it tells where a rank ends or is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.children import environment
+from helpers.command import contents, refuses
+from helpers.in_ranks import LONGEST, all_in_ranks
+from helpers.tiny_llama import tiny_model, tiny_tokenizer, write_inputs
+
+from maskpro_kernels.cli import learn as learning
+from maskpro_kernels.cli import main, parser
+from maskpro_kernels.ranks import FailedRank, MissingRanks
+from maskpro_kernels.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+SIZES = "--batch-size 4 --seq-len 16 --init-batches 2 --calibration-batches 3 --eval-windows 2 --eval-length 24"
+SETTINGS = f"{SIZES} --steps 4 --eval-every 2 --dtype float32 --device cpu".split()
+
+# The command; before one step the ranks named send themselves a signal
+BROKEN_OFF = """
+import os, sys
+from maskpro_kernels.cli import main
+from maskpro_kernels.training.trainer import MaskTrainer
+take, number, ranks, at = MaskTrainer.step, int(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+def step(trainer):
+    if trainer.steps_done == at and str(trainer.ranks.rank) in ranks:
+        os.kill(os.getpid(), number)
+    return take(trainer)
+MaskTrainer.step = step
+sys.exit(main.main(sys.argv[4:]))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As torchrun has it: with more, sums of losses have another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Folder with a tiny model, `model`, and a text, `text.txt`."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def learn(inputs, output, *more):
+    sources = ["--model", str(inputs / "model"), "--data", str(inputs / "text.txt")]
+    return ["learn", *sources, *SETTINGS, "--output", str(output), *more]
+
+
+class OnRanks:
+    """A command that torchrun has run on two ranks.
+
+    Args:
+        folder: where torchrun writes what the ranks print.
+        arguments: of the command.
+        broken_off: (signal, ranks, step) to send it to themselves before.
+
+    Attributes:
+        code: of torchrun's end.
+        out, err: what each rank wrote.
+    """
+
+    def __init__(self, folder: Path, arguments, broken_off=None):
+        code = ["-m", "maskpro_kernels"]
+        if broken_off is not None:
+            number, ranks, step = broken_off
+            code = ["--no-python", sys.executable, "-c", BROKEN_OFF, str(int(number)), ranks, str(step)]
+        options = ["--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(folder)]
+        ended = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *options, *code, *arguments],
+            env=environment() | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=LONGEST,
+        )
+        self.code = ended.returncode
+        self.out, self.err = (
+            [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"*/attempt_0/*/{name}.log"))]
+            for name in ("stdout", "stderr")
+        )
+        assert len(self.out) == len(self.err) == 2
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def without_seconds(table: str) -> list[list[str]]:
+    return [line.split()[:2] for line in table.splitlines()[:5]]
+
+
+def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
+    assert main.main(learn(inputs, tmp_path / "one", "--accumulate", "2")) == 0
+    table = capsys.readouterr().out
+    two = OnRanks(tmp_path / "logs", learn(inputs, tmp_path / "two", "--accumulate", "2"))
+    assert (two.code, two.out[1], two.err[1]) == (0, "", ""), two.err
+    assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 6
+    expected, found = report(tmp_path / "one"), report(tmp_path / "two")
+    assert found["logits"] == expected["logits"]
+    assert found["settings"] | {"output": ""} == expected["settings"] | {"output": ""}
+    assert found["settings"]["accumulate"] == 2 and "parallel" not in found["settings"]
+    for name in ("validation", "flipped_groups", "converted", "skipped"):
+        assert found[name] == expected[name], name
+    assert [step["loss"] for step in found["steps"]] == [step["loss"] for step in expected["steps"]]
+    assert found["validation"][-1]["tokens"] == 4 * 2 * 4 * 16
+    # a snapshot's name ends in the digest of its bytes, whose header has no order of its own
+    files = [
+        sorted(re.sub("-[0-9a-f]{32}", "", path.name) for path in (tmp_path / name).rglob("*"))
+        for name in ("one", "two")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("victim", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs, tmp_path, capsys, victim):
+    """On two ranks each time; in one process at the end."""
+    run, options = tmp_path / "run", ["--draws", "2", "--steps", "6"]
+    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    how = f"go on with: maskpro learn --resume {run}"
+    own = ["--parallel", "draws"]
+    stopped = OnRanks(tmp_path / "stopped", learn(inputs, run, *options, *own), (signal.SIGTERM, "0,1", 1))
+    assert (stopped.code, stopped.out[1], stopped.err[1]) == (0, "", ""), stopped.err
+    told = stopped.err[0].splitlines()
+    assert "SIGTERM: the run stops after this step" in told and told[-1] == f"stopped after 2 steps; {how}"
+    assert not (run / "report.json").exists()
+
+    broken = OnRanks(tmp_path / "broken", ["learn", "--resume", str(run), *own], (signal.SIGKILL, victim, 4))
+    assert broken.code != 0
+    survivor = 1 - int(victim)
+    line = f"maskpro: error: ranks: rank {victim} of 2 ended; this is rank {survivor}; {how}"
+    assert [told for told in broken.err[survivor].splitlines() if "error" in told] == [line]
+    assert broken.err[1] == ("" if survivor == 0 else f"{line}\n") and broken.out[1] == ""
+
+    capsys.readouterr()
+    assert main.main(["learn", "--resume", str(run)]) == 0
+    assert "4 steps were taken before" in capsys.readouterr().err
+    assert report(run)["logits"] == report(tmp_path / "whole")["logits"]
+    assert report(run)["validation"] == report(tmp_path / "whole")["validation"]
+    assert "parallel" not in report(run)["settings"]
+
+
+def refused(rank: int, cases: list) -> list[tuple[int, str, str]]:
+    """(code, output, errors) of commands of this rank, as under torchrun."""
+    os.environ.update(TORCHELASTIC_RUN_ID="tests", RANK=str(rank), WORLD_SIZE="2")
+    # the ranks have met
+    main.under_torchrun = contextlib.nullcontext
+    results = []
+    for case in cases:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                code = main.main(case[rank])
+            except SystemExit as end:
+                code = end.code
+        results.append((code, out.getvalue(), err.getvalue()))
+    return results
+
+
+def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    bad = inputs / "bad"
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(bad)
+    tiny_tokenizer().save_pretrained(bad)
+
+    def of_both(*options):
+        return [learn(inputs, tmp_path / "new", "--accumulate", "2", *options)] * 2
+
+    sound, _ = of_both()
+    nothing = [*sound, "--data", str(inputs / "none.txt")]
+    cases = {
+        "accumulate: expected a multiple of the 2 ranks": of_both("--accumulate", "3"),
+        'draws: expected a multiple of the 2 ranks with parallel="draws", got 1': of_both("--parallel", "draws"),
+        "accumulate: expected at least 1, got 0": of_both("--accumulate", "0"),
+        "argument --parallel: invalid choice: 'none'": of_both("--parallel", "none"),
+        "data: text: expected at least 9999 tokens": of_both("--seq-len", "9999"),
+        "output: expected a new or empty folder": of_both("--output", str(tmp_path / "full")),
+        "resume: expected a folder in which": [["learn", "--resume", str(tmp_path / "full")]] * 2,
+        "model: expected a finite loss, got nan": of_both("--model", str(bad)),
+        "rank 1: data: ": [sound, nothing],
+        "data: ": [nothing, sound],
+        "ranks: expected what rank 0 has on all of them, got other settings": [sound, [*sound, "--lr", "1"]],
+        "torchrun: expected `learn`": [["validate", str(bad)]] * 2,
+    }
+    before = contents(tmp_path)
+    one, other = all_in_ranks(2, refused, cases=list(cases.values()))
+    assert other == [(2, "", "")] * len(cases)
+    for message, (code, out, err) in zip(cases, one, strict=True):
+        last = err.splitlines()[-1]
+        assert (code, out) == (2, "") and last.startswith(f"maskpro: error: {message}"), err
+        assert err.count("error") == 1, err
+    assert contents(tmp_path) == before
+
+
+def test_masks_are_shared_under_torchrun_alone(inputs, tmp_path, capsys):
+    refuses(
+        capsys,
+        tmp_path,
+        learn(inputs, tmp_path / "new", "--parallel", "draws"),
+        "parallel: expected none without torchrun",
+    )
+    refuses(
+        capsys,
+        tmp_path,
+        ["learn", "--resume", "none", "--parallel", "data"],
+        "parallel: expected none without torchrun",
+    )
+
+
+def test_each_rank_needs_a_gpu_of_its_own(inputs, tmp_path, capsys, monkeypatch):
+    names = {"TORCHELASTIC_RUN_ID": "tests", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refuses(
+        capsys,
+        tmp_path,
+        learn(inputs, tmp_path / "new"),
+        "nproc-per-node: expected at most 1, the GPUs of this machine",
+    )
+
+
+def test_a_device_with_a_number_is_not_for_several_ranks(monkeypatch):
+    monkeypatch.setattr(learning, "device_of", torch.device)
+    arguments = SimpleNamespace(device="cuda", accumulate=2)
+    learning._check_ranks(arguments, SimpleNamespace(world=2))
+    arguments.device = "cuda:1"
+    with pytest.raises(ValueError, match="device: expected one without a number, .*, got 'cuda:1'"):
+        learning._check_ranks(arguments, SimpleNamespace(world=2))
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "told"),
+    [
+        (1, MissingRanks("ranks: rank 0 of 2 ended", [0]), "rank 0 of 2 ended; nothing was learned yet; run it again"),
+        (1, MissingRanks("ranks: rank 0 of 3 ended", [0, 1]), None),
+        (0, MissingRanks("ranks: the ranks have lost a connection"), "a connection; nothing was learned yet"),
+        (1, MissingRanks("ranks: the ranks have lost a connection"), None),
+        (1, torch.OutOfMemoryError("CUDA out of memory"), "rank 1: CUDA out of memory; take smaller windows"),
+        (1, FloatingPointError("loss"), None),
+    ],
+)
+def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told):
+    """One that all have the first rank that is left, one that is this rank's alone that rank."""
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for module in (main, parser):
+        monkeypatch.setattr(module, "learn", fail)
+    monkeypatch.setattr(main, "under_torchrun", contextlib.nullcontext)
+    assert main.main(["learn", "--output", str(tmp_path / "none")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (told is not None) and all(told in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            MissingRanks("ranks: rank 1 of 2 ended", [1]),
+            "ranks: rank 1 of 2 ended; nothing was learned yet; run it again",
+        ),
+        (FailedRank("rank 1: OSError: full"), "rank 1: OSError: full"),
+    ],
+)
+def test_ranks_that_fail_before_the_first_step_leave_nothing(inputs, tmp_path, capsys, monkeypatch, error, told):
+    start = RunFolder.start_journal
+
+    def broken(folder, losses, draws):
+        start(folder, losses, draws)
+        raise error
+
+    monkeypatch.setattr(RunFolder, "start_journal", broken)
+    assert main.main(learn(inputs, tmp_path / "new")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"maskpro: error: {told}"
+    assert contents(tmp_path) == {}

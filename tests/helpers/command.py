@@ -1,0 +1,40 @@
+"""The command on a tiny model: its arguments, what it reports, and that it refuses."""
+
+from __future__ import annotations
+
+import json
+
+from maskpro_kernels.cli import main
+
+SETTINGS = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24".split()
+
+
+def learn(inputs, output, *more):
+    sources = ["--model", str(inputs / "model"), "--data", str(inputs / "text.txt"), "--device", "cpu"]
+    return ["learn", *sources, *SETTINGS, "--dtype", "float32", "--output", str(output), *more]
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def contents(folder):
+    """The bytes of each file below a folder, None for a folder, by path."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refuses(capsys, folder, arguments, *messages):
+    """The command ends with 2 and with one line that holds the messages, and the folder is as before."""
+    before = contents(folder)
+    capsys.readouterr()
+    try:
+        assert main.main(arguments) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("maskpro: error: ")
+    for message in messages:
+        assert message in line, line
+    assert captured.out == ""
+    assert contents(folder) == before

@@ -1,0 +1,75 @@
+"""Jobs in several processes, the ranks of one run: what each of them gives, or that it has ended."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from helpers.children import search_path
+from maskpro_kernels.ops import dispatch
+
+# Seconds: more than any of these runs takes on a busy machine
+LONGEST = 120
+
+
+class Ended(Exception):
+    """A process has ended without an answer."""
+
+
+def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> None:
+    """In a process of its own: the result of a job, or its error."""
+    torch.set_num_threads(1)
+    dispatch.interpreting = dispatch.compiler_available = lambda: False
+    if world > 1:
+        # as with torchrun the store is in none of the ranks
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LONGEST))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        pipe.send(job(rank, **arguments))
+    except Exception as error:
+        pipe.send(error)
+    pipe.recv()
+
+
+def in_ranks(world: int, job, **arguments) -> list:
+    """What a job gives on each rank: its result, its error, or ``Ended``."""
+    context = multiprocessing.get_context("forkserver")
+    # one process imports torch and what it loads late, and forks into the others
+    context.set_forkserver_preload(["helpers.small_trainer", "torch._dynamo"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = search_path()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes, processes = [], []
+    try:
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            arguments_of_one = (theirs, job, rank, world, store.port, arguments)
+            processes.append(context.Process(target=one_rank, args=arguments_of_one, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(ours)
+        results = []
+        for pipe in pipes:
+            assert pipe.poll(LONGEST), "a rank does not end"
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(Ended())
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def all_in_ranks(world: int, job, **arguments) -> list:
+    results = in_ranks(world, job, **arguments)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results

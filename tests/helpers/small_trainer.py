@@ -1,0 +1,48 @@
+"""A model of two layers, batches for it, and a trainer: what tests of learning run on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import maskpro_kernels as mk
+
+GAP = 2.0
+
+
+def a_model(gap: float = GAP) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    mk.convert(model, "2:4", gap=gap)
+    return model
+
+
+def some_batches(count: int = 3) -> list[torch.Tensor]:
+    return list(torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(1)))
+
+
+def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+def a_trainer(model: nn.Module, seed: int = 11, **arguments) -> mk.MaskTrainer:
+    estimator = arguments.pop("estimator", None) or mk.Reinforce(lr=2.0, alpha=0.75)
+    loss, batches = arguments.pop("loss_fn", loss_fn), arguments.pop("batches", some_batches())
+    return mk.MaskTrainer(model, loss, batches, estimator, seed=seed, **arguments)
+
+
+def logits_of(model: nn.Module) -> list[torch.Tensor]:
+    return [module.logits.detach().clone() for module in model.modules() if isinstance(module, mk.MaskedLinear)]
+
+
+def assert_equal_logits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def under_masks(model: nn.Module, batch: torch.Tensor, codes: list[torch.Tensor]) -> float:
+    """The loss with the masks of those codes, by torch alone."""
+    first, second = model[0], model[2]
+    weights = [layer.weight * mk.expand_mask(c, "2:4") for layer, c in zip((first, second), codes, strict=True)]
+    hidden = nn.functional.linear(batch, weights[0], first.bias)
+    return float(nn.functional.linear(hidden, weights[1], second.bias).square().mean())

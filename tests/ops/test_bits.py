@@ -1,0 +1,219 @@
+"""Reference, compiled reference and kernel give the same bits, whatever the route."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.cpu import compiled_loop, kernels
+from maskpro_kernels.ops.triton import sampling, tiles
+
+PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
+OTHERS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m) if (n, m) not in PATTERNS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# No block or row divides them; the interpreter takes seconds for a million
+GROUPS = [100_003, pytest.param(1_000_003, marks=pytest.mark.slow)]
+# The eager reference takes seconds for a million groups of more than 4
+COMPILED = [pytest.param(*pattern, marks=[] if pattern == (2, 4) else pytest.mark.slow) for pattern in PATTERNS]
+# Another dtype of 16 bits is another graph of the last rounding
+COMPILED_DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+SEED, STEP, LAYER, DRAW = 0x123456789ABCDEF, (1 << 32) - 3, 5, 3
+TEMPERATURE = 1 / 0.7
+
+
+@functools.cache
+def problem(m: int, dtype: torch.dtype, groups: int):
+    """Logits with gaps, ties and large values; a number of groups."""
+    generator = torch.Generator().manual_seed(m)
+    logits = torch.randn(groups, m, generator=generator) * 4
+    logits[: groups // 4] = logits[: groups // 4].round()
+    logits[groups // 4 : groups // 2] *= 8
+    return logits.to(dtype).view(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(n, m) for m in (2, 4, 8, 16, 32) for n in sorted({1, -(-m // 8), m // 2, m - 1})]
+)
+def test_top_n_of_ties_goes_to_the_lower_index(n, m):
+    """Few distinct scores, zeros of either sign, and infinities that fill a group or part of it."""
+    generator = torch.Generator().manual_seed(m)
+    scores = torch.randint(-2, 3, (1000, m), generator=generator).float()
+    scores[:300] *= torch.where(torch.rand(300, m, generator=generator) < 0.5, -1.0, 1.0)
+    scores[300:500][scores[300:500] == 2] = torch.inf
+    scores[400:600][scores[400:600] < 1] = -torch.inf
+    for i, value in enumerate((0.0, 1.0, torch.inf, -torch.inf)):
+        scores[i] = value
+    codes = sampling.top_n_mask(scores.view(1, -1), n, m)
+    # sorting is stable: equal scores stay in the order of their indices
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    expected = (1 << order.long()).sum(1).to(torch.int32).to(codes.dtype)
+    assert torch.equal(codes.flatten(), expected)
+    assert torch.equal(reference.top_n_mask(scores.view(1, -1), n=n, m=m), codes)
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+
+
+def draw(route, n, m, logits):
+    groups = logits.shape[1] // m
+    if route is sampling:
+        return sampling.sample_mask(logits, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, DRAW, 11, groups)
+    scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, groups)]
+    return route.sample_mask(logits, *scalars, n=n, m=m)
+
+
+def update(route, n, m, logits, draws=(DRAW,), row_stride=None):
+    logits, row_stride = logits.clone(), row_stride or logits.shape[1] // m
+    coef, draws = torch.tensor([0.37 / (k + 1) for k in range(len(draws))]), torch.tensor(draws)
+    if route is sampling:
+        counter = (scalar(SEED), scalar(STEP), LAYER, draws, 11, row_stride)
+        sampling.score_update_(logits, coef, n, m, TEMPERATURE, *counter)
+    else:
+        scalars = [scalar(s) for s in (TEMPERATURE, LAYER, 11, row_stride)]
+        route.score_update_(logits, coef, scalar(SEED), scalar(STEP), draws, *scalars, n=n, m=m)
+    return logits
+
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_kernel_and_reference_draw_the_same_masks(n, m, dtype, groups, launched):
+    logits = problem(m, dtype, groups)
+    expected = draw(reference, n, m, logits)
+    assert torch.equal(draw(sampling, n, m, logits), expected)
+    assert launched["sample_mask"] == 1
+    kept = sum(expected.to(torch.int64) >> i & 1 for i in range(m))
+    assert (kept == n).all()
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_kernel_and_reference_update_to_the_same_bits(n, m, dtype, groups, launched):
+    logits = problem(m, dtype, groups)
+    expected = update(reference, n, m, logits)
+    assert not torch.equal(expected, logits)
+    assert torch.equal(bits(update(sampling, n, m, logits)), bits(expected))
+    assert launched["score_update"] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), COMPILED)
+def test_compiled_and_eager_reference_draw_the_same_masks(n, m, dtype):
+    logits = problem(m, dtype, 1_000_003)
+    assert torch.equal(draw(kernels, n, m, logits), draw(reference, n, m, logits))
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), COMPILED)
+def test_compiled_and_eager_reference_update_to_the_same_bits(n, m, dtype):
+    logits = problem(m, dtype, 1_000_003)
+    assert torch.equal(bits(update(kernels, n, m, logits)), bits(update(reference, n, m, logits)))
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(5, 8, marks=pytest.mark.slow)])
+def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dtype, launched, monkeypatch):
+    """More groups than the compiled route takes at a time, in rows that lie apart."""
+    monkeypatch.setattr(kernels, "COPIED_BYTES", 1 << 19)
+    logits = problem(m, dtype, 100_000).view(100, -1)
+    expected = update(reference, n, m, logits, draws=(DRAW, 7, 1), row_stride=1_234)
+    assert not torch.equal(expected, update(reference, n, m, logits, row_stride=1_234))
+    assert torch.equal(bits(update(sampling, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
+    assert launched["score_updates"] == 1
+    assert torch.equal(bits(update(kernels, n, m, logits, (DRAW, 7, 1), 1_234)), bits(expected))
+
+
+@pytest.mark.parametrize("gap", [4.0, 10.0, 30.0])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16), pytest.param(20, 32, marks=pytest.mark.slow)])
+def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, monkeypatch):
+    """Blocks as small as on a GPU: most of them by_bounds their draws without noise, others do not."""
+    monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)
+    generator = torch.Generator().manual_seed(n)
+    logits = torch.zeros(700, m).scatter_(1, torch.rand(700, m, generator=generator).topk(n).indices, gap)
+    logits[::7] += torch.randn(logits[::7].shape, generator=generator)
+    logits = logits.view(1, -1)
+    assert torch.equal(draw(sampling, n, m, logits), draw(reference, n, m, logits))
+
+
+def test_the_compiled_route_runs_a_graph_for_each_operation_whatever_the_shape(monkeypatch):
+    fresh = functools.cache(kernels.graph.__wrapped__)
+    monkeypatch.setattr(kernels, "graph", fresh)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_eager", None)
+    logits = problem(4, torch.float32, 5_003)
+    assert torch.equal(draw(kernels, 2, 4, logits), draw(reference, 2, 4, logits))
+    assert torch.equal(update(kernels, 2, 4, logits), update(reference, 2, 4, logits))
+    # and one for the noise of both
+    assert fresh.cache_info().currsize == 3
+    other = problem(4, torch.float32, 9_000).view(9, -1)
+    with torch.inference_mode():
+        assert torch.equal(draw(kernels, 2, 4, other), draw(reference, 2, 4, other))
+    assert fresh.cache_info().currsize == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), OTHERS)
+def test_kernel_and_reference_agree_for_every_pattern(n, m, dtype):
+    logits = problem(m, dtype, 1 << 14)
+    assert torch.equal(draw(sampling, n, m, logits), draw(reference, n, m, logits))
+    assert torch.equal(bits(update(sampling, n, m, logits)), bits(update(reference, n, m, logits)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 4)])
+def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
+    logits = problem(m, torch.float32, 4_003)
+    weight = torch.randn(logits.shape).to(dtype)
+    weight[0, :5] = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, torch.nan]).to(dtype)
+    codes = draw(sampling, n, m, logits)
+    mask = (codes.to(torch.int64)[..., None] >> torch.arange(m) & 1).bool().view(weight.shape)
+    expected = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    counter = (scalar(SEED), scalar(STEP), LAYER, DRAW, 11, logits.numel() // m)
+    scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, logits.numel() // m)]
+    for result in (
+        sampling.masked_weight(weight, MaskSource(logits, "drawn", n, m, TEMPERATURE, *counter)),
+        sampling.masked_weight(weight, MaskSource(codes, "codes", n, m)),
+        reference.code_masked_weight(weight, codes, n=n, m=m),
+        kernels.code_masked_weight(weight, codes, n=n, m=m),
+        reference.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
+        kernels.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
+    ):
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+        zero = result == 0
+        assert not torch.signbit(result[zero & ~mask]).any()
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "route"),
+    [
+        *((n, m, reference) for n, m in ((1, 2), (2, 4), (4, 8), (5, 8))),
+        (2, 4, kernels),
+        pytest.param(1, 2, kernels, marks=pytest.mark.slow),
+        pytest.param(4, 8, kernels, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)).split(".")[-1],
+)
+def test_log_prob_and_score_have_the_same_bits_on_all_routes(n, m, route):
+    logits = problem(m, torch.float32, 515)
+    codes = draw(reference, n, m, logits)
+    grad = torch.randn(codes.shape)
+    inverse = scalar(TEMPERATURE)
+    assert torch.equal(
+        route.mask_log_prob(logits, codes, inverse, n=n, m=m),
+        sampling.mask_log_prob(logits, codes, n, m, TEMPERATURE),
+    )
+    assert torch.equal(
+        route.mask_score(logits, codes, grad, inverse, n=n, m=m),
+        sampling.mask_score(logits, codes, grad, n, m, TEMPERATURE),
+    )

@@ -1,0 +1,466 @@
+"""Masked products by the kernels: against float64 within an error budget, on both routes, for all sources of masks."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import poison
+from helpers.enumerated import KERNEL_DEVICE
+from helpers.products import (
+    COUNTER,
+    DTYPES,
+    INTERPRETED,
+    KINDS,
+    PATTERNS,
+    mask_of,
+    normal,
+    operands,
+    problems,
+    scalar,
+    small_tiles,
+    within_budget,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import maskpro_kernels as mk
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.triton import masked_gemm, tiles
+from maskpro_kernels.pattern import NMPattern
+
+
+def product(kind, x, weight, logits, codes, bias, pattern):
+    if kind == "drawn":
+        return mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)[0]
+    if kind == "top_n":
+        return mk.top_n_linear(x, weight, logits, bias, pattern=pattern)
+    return mk.codes_linear(x, weight, codes, bias, pattern=pattern)
+
+
+def check_mask(kind, logits, codes, mask, pattern):
+    """The mask bit by bit, 16 columns a token: sums of distinct powers of 2 below 2^16 are exact in float32."""
+    rows, k = logits.shape
+    columns = torch.arange(k, device=logits.device)
+    weight = (2.0 ** (columns % 16)).expand(rows, k)
+    x = (torch.arange(-(-k // 16), device=logits.device)[:, None] == columns // 16).float()
+    y = product(kind, x, weight, logits, codes, None, pattern)
+    assert torch.equal(y, nn.functional.linear(x, torch.where(mask, weight, 0)))
+
+
+def check_product(kind, x, weight, logits, bias, pattern):
+    codes, mask = mask_of(kind, logits, pattern)
+    check_mask(kind, logits, codes, mask, pattern)
+    y = product(kind, x, weight, logits, codes, bias, pattern)
+    assert y.shape == (*x.shape[:-1], weight.shape[0]) and y.dtype == x.dtype
+    masked = torch.where(mask, weight, 0)
+    wide = None if bias is None else bias.double()
+    exact = nn.functional.linear(x.double(), masked.double(), wide)
+    within_budget(y, nn.functional.linear(x, masked, bias), exact)
+
+
+# the larger the groups the slower the interpreter
+PROBLEMS = problems((2, 4, 4, 8, 8, 16, 32), most_tokens=300, most_rows=300, most_k=512)
+
+
+def check_product_in_parts(problem, parts):
+    """With tiles of one part in so many of the rows, the tokens and K."""
+    _, x, weight, *_ = problem
+    # no fewer than the check of the mask takes, or each of its tokens would draw the mask anew
+    tokens = max(x.numel(), weight.shape[1] ** 2 // 16) // weight.shape[1]
+    sizes = (weight.shape[0], min(tokens, 128), weight.shape[1])
+    whole = tiles.Tiles(*(tiles.power_above(-(-size // parts)) for size in sizes))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tiles, "INTERPRETER_TILES", whole)
+        check_product(*problem)
+
+
+@settings(max_examples=20)
+@given(PROBLEMS, st.sampled_from([1, 2]))
+def test_products_are_within_the_error_budget(problem, parts):
+    check_product_in_parts(problem, parts)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(PROBLEMS, st.sampled_from([1, 2, 3]))
+def test_many_products_are_within_the_error_budget(problem, parts):
+    check_product_in_parts(problem, parts)
+
+
+@pytest.fixture(params=["one pass", "transient weight"])
+def route(request, monkeypatch):
+    most = 0 if request.param == "transient weight" else 1 << 20
+    monkeypatch.setattr(masked_gemm, "ONE_PASS_TOKENS", dict.fromkeys(tiles.ONE_PASS_TOKENS, most))
+    return request.param
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, NMPattern("1:2"), NMPattern("4:32")], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
+    monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tiles.Tiles(out=16, tokens=64, k=64))
+    k = 40 if pattern.m <= 8 else 3 * pattern.m
+    logits, weight = 3 * normal(19, k), torch.ones(19, k, device=KERNEL_DEVICE)
+    codes, mask = mask_of(kind, logits, pattern)
+    identity = torch.eye(k, device=KERNEL_DEVICE)
+    y = product(kind, identity, weight, logits, codes, None, pattern)
+    assert torch.equal(y.T != 0, mask)
+    assert launched["masked_linear"] == 1
+
+
+def log_probs_in_float64(logits, mask, pattern):
+    """log p(S) of each group by a fine quadrature over the arrival time of the first dropped weight."""
+    z = logits.double().view(-1, pattern.m) / COUNTER["temperature"]
+    kept = mask.view(-1, pattern.m)
+    rest = torch.logsumexp(z.masked_fill(kept, -torch.inf), dim=1, keepdim=True)
+    rates = (z - rest)[kept].view(-1, 1, pattern.n).exp()
+    u = torch.arange(-40, 7, 1 / 16, dtype=torch.float64, device=z.device)
+    arrived = torch.log(-torch.expm1(-rates * u.exp()[:, None])).sum(2)
+    return torch.logsumexp(u - u.exp() + arrived, dim=1) + torch.log(torch.tensor(1 / 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pattern", INTERPRETED, ids=str)
+def test_gradients_to_logits_are_those_of_float64(pattern, route):
+    x, weight, logits, _ = operands(pattern, rows=5, k=32, bias=False)
+    _, log_prob = mk.masked_linear(x, weight, logits, pattern=pattern, **COUNTER)
+    (2 * log_prob).backward()
+    wide = logits.detach().double().requires_grad_()
+    exact = log_probs_in_float64(wide, mask_of("drawn", logits, pattern)[1], pattern).sum()
+    (2 * exact).backward()
+    torch.testing.assert_close(log_prob.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", INTERPRETED, ids=str)
+@pytest.mark.parametrize("tiles", ["one tile", "many tiles"])
+def test_gradients_are_within_the_error_budget(tiles, pattern, dtype, route, launched, monkeypatch):
+    if tiles == "many tiles":
+        monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
+    x, weight, logits, bias = operands(pattern, dtype=dtype)
+    upstream = normal(20, 48, seed=4, dtype=dtype)
+    y, _ = mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)
+    _, mask = mask_of("drawn", logits, pattern)
+    y.backward(upstream)
+    assert launched["masked_weight"] == (3 if route == "transient weight" else 0)
+
+    def gradients(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        plain = nn.functional.linear(leaves[0], torch.where(mask, leaves[1], 0), leaves[2])
+        (plain * upstream.to(dtype)).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for ours, by_torch, exact in zip((x, weight, bias), gradients(dtype), gradients(torch.float64), strict=True):
+        assert ours.grad.dtype == dtype
+        within_budget(ours.grad, by_torch, exact)
+    assert (weight.grad[~mask] == 0).all()
+    assert logits.grad is None
+
+
+@pytest.mark.parametrize("kind", ["top_n", "codes"])
+def test_gradients_under_a_given_mask(kind, route):
+    pattern = NMPattern("2:4")
+    x, weight, logits, bias = operands(pattern)
+    codes, mask = mask_of(kind, logits, pattern)
+    y = product(kind, x, weight, logits, codes, bias, pattern)
+    upstream = normal(*y.shape, seed=4)
+    y.backward(upstream)
+    torch.testing.assert_close(x.grad, upstream @ torch.where(mask, weight, 0))
+    torch.testing.assert_close(weight.grad, torch.where(mask, upstream.T @ x, 0))
+    torch.testing.assert_close(bias.grad, upstream.sum(0))
+    assert logits.grad is None
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS[:3], NMPattern("5:8")], ids=str)
+def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(pattern, route, monkeypatch):
+    monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
+    x, weight, logits, _ = operands(pattern, tokens=40, rows=21, k=40, bias=False)
+    codes, _ = mask_of("drawn", logits, pattern)
+    inverse = scalar(1 / COUNTER["temperature"])
+    groups = reference.mask_log_prob(logits.detach().cpu(), codes.cpu(), inverse, n=pattern.n, m=pattern.m)
+    _, log_prob = mk.masked_linear(x, weight, logits, pattern=pattern, **COUNTER)
+    torch.testing.assert_close(log_prob.cpu(), groups.double().sum().float(), rtol=1e-6, atol=0)
+
+
+VIEWS = {"detach", "view", "reshape", "slice", "as_strided", "set_", "to", "empty", "new_empty"}
+# the fixture poisons what is allocated, the interpreter copies what it reads
+OF_THE_TEST = {"fill_", "copy_"}
+
+
+def test_few_tokens_are_one_launch(launched):
+    x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=16))
+    seed, step = torch.tensor([0, 1], device=KERNEL_DEVICE)
+    with torch.profiler.profile() as profile:
+        mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=seed, step=step)
+    assert launched == {"masked_linear": 1}
+    by_torch = {event.key.removeprefix("aten::") for event in profile.key_averages() if event.key[:6] == "aten::"}
+    assert by_torch <= VIEWS | OF_THE_TEST, by_torch - VIEWS
+    mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
+    assert launched == {"masked_linear": 2}
+
+
+def test_many_tokens_draw_once(launched):
+    x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=129))
+    mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)
+    assert launched == {"masked_weight": 1}
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 8), (3, 0), (0, 0)])
+def test_empty_products(tokens, rows, route):
+    x, weight = normal(tokens, 8).requires_grad_(), normal(rows, 8, seed=1).requires_grad_()
+    logits = normal(rows, 8, seed=2).requires_grad_()
+    y, log_prob = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    assert y.shape == (tokens, rows)
+    (y.sum() + log_prob).backward()
+    assert (x.grad == 0).all() and x.grad.shape == x.shape
+    assert (weight.grad == 0).all() and weight.grad.shape == weight.shape
+    assert logits.grad.shape == logits.shape
+
+
+def test_only_what_needs_a_gradient_is_kept_for_backward():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    y, log_prob = mk.masked_linear(x.detach(), weight.detach(), logits, pattern="2:4", seed=0)
+    assert not y.requires_grad and log_prob.requires_grad
+    log_prob.backward()
+    assert logits.grad.abs().sum() > 0
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    owned = {t.data_ptr() for t in (x, weight, logits)}
+    assert all(t.data_ptr() in owned or t.dim() == 0 for t in saved)
+
+
+@pytest.mark.parametrize("moved", ["logits", "step"])
+def test_a_mask_that_moved_before_backward_is_refused(moved):
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    step = torch.tensor(3, device=KERNEL_DEVICE)
+    y, log_prob = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0, step=step)
+    with torch.no_grad():
+        {"logits": logits, "step": step}[moved].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_gradient_to_the_bias_alone_keeps_no_mask():
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    step = torch.tensor(3, device=KERNEL_DEVICE)
+    y, _ = mk.masked_linear(x.detach(), weight.detach(), logits, bias, pattern="2:4", log_prob=False, seed=0, step=step)
+    step.add_(1)
+    y.sum().backward()
+    assert (bias.grad == len(x)).all()
+
+
+def test_a_second_derivative_is_refused_with_a_clear_error():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    y, _ = mk.masked_linear(x, weight, logits, pattern="2:4", seed=0)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="masked_linear_input_grad.*no autograd formula"):
+        gradient.sum().backward()
+
+
+def test_autocast_multiplies_in_its_dtype():
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
+        y, _ = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
+        expected = nn.functional.linear(x, mk.sample_masked_weight(weight, logits, "2:4", seed=0), bias)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    mask = mk.expand_mask(mk.sample_mask(logits.detach(), "2:4", seed=0), "2:4")
+    exact = nn.functional.linear(leaves[0], torch.where(mask, leaves[1], 0), leaves[2])
+    within_budget(y, expected, exact)
+    upstream = normal(*y.shape, seed=4, dtype=torch.bfloat16)
+    ours, theirs = (torch.autograd.grad(out, (x, weight, bias), upstream) for out in (y, expected))
+    true = torch.autograd.grad(exact, leaves, upstream.double())
+    for gradient, by_torch, exact in zip(ours, theirs, true, strict=True):
+        assert gradient.dtype == torch.float32
+        within_budget(gradient, by_torch, exact)
+
+
+def test_autocast_keeps_the_weight_itself_for_backward():
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    saved = []
+    with (
+        torch.autocast(KERNEL_DEVICE, torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        mk.masked_linear(x, weight.detach(), logits, bias, pattern="2:4", log_prob=False, seed=0)
+    assert {t.data_ptr() for t in saved if t.shape == weight.shape} == {weight.data_ptr(), logits.data_ptr()}
+
+
+def test_a_backward_inside_of_autocast_runs_in_the_dtype_of_its_forward(route):
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+    upstream = normal(20, 48, seed=4)
+    expected, inside = (
+        mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)[0] for _ in range(2)
+    )
+    expected = torch.autograd.grad(expected, (x, weight), upstream)
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16):
+        gradients = torch.autograd.grad(inside, (x, weight), upstream)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_double_precision_is_refused_by_name_under_autocast_too():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    with torch.autocast(KERNEL_DEVICE, torch.bfloat16), pytest.raises(TypeError, match="^x: expected .*float64"):
+        mk.masked_linear(x.double(), weight, logits, pattern="2:4", seed=0)
+
+
+def test_meta_tensors_give_shapes():
+    x, weight, logits, bias = (t.detach().to("meta") for t in operands(NMPattern("2:4")))
+    y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
+    assert y.is_meta and y.shape == (20, 48) and log_prob.shape == ()
+
+
+def test_a_tied_weight_gets_the_gradients_of_both_layers():
+    x, weight, logits, _ = operands(NMPattern("2:4"), rows=96, bias=False)
+    first, second = ({"pattern": "2:4", "log_prob": False, "seed": 0, "layer": i} for i in (0, 1))
+    y, _ = mk.masked_linear(mk.masked_linear(x, weight, logits, **first)[0], weight, logits, **second)
+    y.sum().backward()
+    masks = [mk.expand_mask(mk.sample_mask(logits.detach(), "2:4", seed=0, layer=i), "2:4") for i in (0, 1)]
+    plain = weight.detach().requires_grad_()
+    nn.functional.linear(nn.functional.linear(x, plain * masks[0]), plain * masks[1]).sum().backward()
+    torch.testing.assert_close(weight.grad, plain.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_any_layout():
+    x, weight, logits, _ = operands(NMPattern("2:4"), bias=False)
+    expected = mk.masked_linear(x, weight, logits, pattern="2:4", log_prob=False, seed=0)[0]
+    strided = [t.detach().T.contiguous().T for t in (x, weight, logits)]
+    assert not any(t.is_contiguous() for t in strided)
+    assert torch.equal(mk.masked_linear(*strided, pattern="2:4", log_prob=False, seed=0)[0], expected)
+
+
+# By mutation: the text of masked_gemm.py, by what it is replaced, and the results that then are wrong
+MUTANTS = {
+    "nothing": ("", "", ""),
+    "y is stored without a mask": (
+        "tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))",
+        "tl.store(pointers, total.to(out.dtype.element_ty))",
+        "y",
+    ),
+    "the gradient of x is stored without a mask": (
+        "tl.store(pointers, total.to(out.dtype.element_ty), mask=present)",
+        "tl.store(pointers, total.to(out.dtype.element_ty))",
+        "x",
+    ),
+    "the gradient of the weight is stored without a mask": (
+        "tl.store(pointers, masked.to(out.dtype.element_ty), mask=inside[:, None])",
+        "tl.store(pointers, masked.to(out.dtype.element_ty))",
+        "weight",
+    ),
+    "draws for the neighbour": ("row * row_stride + group)", "row * row_stride + group + 1)", "y x weight"),
+    "forgets the last tile of K": ("range(0, groups, GROUPS)", "range(0, groups - GROUPS, GROUPS)", "y"),
+    "stays at the first columns of x": ("x_pointers += BLOCK_K\n", "x_pointers += 0\n", "y"),
+    "stays at the first rows of the gradient": ("grad_pointers += BLOCK_OUT\n", "grad_pointers += 0\n", "x"),
+    "stays at the first tokens of the gradient": ("grad_pointers += BLOCK_T * rows", "grad_pointers += 0", "weight"),
+    "stays at the first tokens of x": ("x_pointers += BLOCK_T * groups * M", "x_pointers += 0", "weight"),
+}
+
+
+def test_what_is_allocated_is_let_go_but_checked_first(poisoned, monkeypatch):
+    monkeypatch.setattr(poison, "MOST_KEPT", 10 * poison.MARGIN)
+    for _ in range(3 * poison.NEWEST):
+        poisoned.empty(5, dtype=torch.float32)
+    assert len(poisoned.buffers) <= 2 * poison.NEWEST
+    poisoned.buffers[0][-1] = 1.0
+    with pytest.raises(AssertionError, match="wrote beyond the end"):
+        for _ in range(2 * poison.NEWEST):
+            poisoned.empty(5, dtype=torch.float32)
+    poisoned.buffers.clear()
+
+
+@pytest.mark.parametrize("mutation", MUTANTS)
+def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
+    source = Path(masked_gemm.__file__).read_text()
+    before, after, wrong = MUTANTS[mutation]
+    assert before in source
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(before, after) if before else source)
+    spec = importlib.util.spec_from_file_location("maskpro_kernels.ops.triton.mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    mutant.torch = poisoned
+    # which neither the tokens, the rows nor the columns fill
+    mutant.tiles_for = lambda *args: replace(small_tiles(*args), out=32)
+    for name in ("masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad"):
+        monkeypatch.setattr(masked_gemm, name, getattr(mutant, name))
+    pattern = NMPattern("2:4")
+    x, weight, logits, bias = operands(pattern, tokens=17, rows=48, k=36)
+    _, mask = mask_of("drawn", logits, pattern)
+    y, _ = mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)
+    expected = nn.functional.linear(x, torch.where(mask, weight, 0), bias)
+    upstream = normal(*y.shape, seed=4)
+    results = {"y": (y, expected)}
+    for name, leaf in (("x", x), ("weight", weight)):
+        # apart, so that a stray write of one does not show in another
+        pair = (torch.autograd.grad(out, leaf, upstream, retain_graph=True)[0] for out in (y, expected))
+        results[name] = tuple(pair)
+    found = {name for name, (ours, theirs) in results.items() if not torch.allclose(ours, theirs, atol=1e-5)}
+    try:
+        poisoned.check_margins()
+    except AssertionError:
+        found.add("margin")
+        poisoned.buffers.clear()
+    assert found & set(wrong.split()) or ("margin" in found and "stored" in mutation) or not (wrong or found)
+    assert found <= {*wrong.split(), "margin"}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["drawn", "top-N"])
+def test_a_compiled_model_is_one_graph_for_all_steps_and_numbers_of_tokens(training):
+    counter = CompileCounterWithBackend("inductor")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).to(KERNEL_DEVICE)
+    mk.convert(model, "2:4", gap=1.0)
+    model.train(training)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    outputs, frames = [], 0
+    for tokens, seed in [(5, 0), (9, 0), (130, 0), (9, 7)]:
+        model[0].counter_state.seed.fill_(seed)
+        mk.advance(model)
+        x = normal(2, tokens, 16)
+        outputs.append(compiled(x))
+        # the backend may be called twice for the first graph: dynamo restarts where it meets a float
+        frames = frames or counter.frame_count
+        torch.testing.assert_close(outputs[-1], model(x))
+    assert training != torch.equal(outputs[1], outputs[3])
+    assert counter.frame_count == frames
+    compiled(normal(1, 1, 16))
+    assert counter.frame_count <= frames + 1
+
+
+def test_a_compiled_training_step_gives_the_eager_gradients():
+    x, weight, logits, bias = operands(NMPattern("2:4"))
+
+    def loss(x, weight, logits, bias, step):
+        y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0, step=step)
+        return y.square().mean() + 0.1 * log_prob
+
+    step = torch.tensor(3, device=KERNEL_DEVICE)
+    expected = torch.autograd.grad(loss(x, weight, logits, bias, step), (x, weight, logits, bias))
+    value = torch.compile(loss, fullgraph=True)(x, weight, logits, bias, step)
+    for ours, eager in zip(torch.autograd.grad(value, (x, weight, logits, bias)), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+
+    def tile(tokens, rows, k=4096, product="masked_linear", m=4):
+        chosen = tiles.tiles_for(product, m, torch.bfloat16, tokens, rows, k, "sm_90")
+        return chosen.out, chosen.tokens, chosen.k
+
+    assert tile(1, 4096) == tile(16, 4096) == (16, 16, 64)
+    assert tile(17, 4096) == (16, 32, 128)
+    assert tile(128, 4096) == (16, 128, 64)
+    assert tile(128, 32 * 133) == (32, 128, 64)
+    # 133 programs of 64 rows keep 132 processors busy
+    assert tile(128, 64 * 131) == (32, 128, 64)
+    assert tile(128, 64 * 133) == (64, 128, 64)
+    assert tile(16, 8, product="masked_linear_input_grad") == (64, 16, 16)
+    assert tile(16, 8, product="masked_linear_input_grad", m=32) == (64, 16, 32)
