@@ -11,7 +11,9 @@ from harness import DEVICE, Work
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.pattern import NMPattern
 
 PATTERN, N, M = "2:4", 2, 4
 DTYPE = "bfloat16 operands, float32 logits"
@@ -53,9 +55,10 @@ class Case:
         return nn.functional.linear(self.x, self.weight)
 
     def masked_by_reference(self):
-        scalars = [torch.tensor(i, device=DEVICE) for i in (1.0, LAYER, 0, 0, self.logits.shape[1] // M)]
-        counter = (self.counter["seed"], self.counter["step"], *scalars)
-        return reference.sample_masked_weight(self.weight, self.logits, *counter, n=N, m=M)
+        keywords = {name: value for name, value in self.counter.items() if name != "pattern"}
+        counter = counter_of(self.logits, NMPattern(PATTERN), **keywords)
+        one = torch.tensor(1.0, device=DEVICE)
+        return reference.sample_masked_weight(self.weight, self.logits, counter, one, n=N, m=M)
 
     def by_reference(self):
         return nn.functional.linear(self.x, self.masked_by_reference())

@@ -12,7 +12,9 @@ import torch
 from harness import DEVICE, Work
 
 import maskpro_kernels as mk
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytest.importorskip("gguf", reason="reading SmolLM2-135M needs the extra demo")
@@ -80,19 +82,14 @@ class Layers:
     def check(self):
         """Of the smallest layer: the bits of the reference."""
         layer = min(self.layers, key=lambda layer: layer.weight.numel())
-        one, zero, number, stride = (
-            torch.tensor(i, device=DEVICE) for i in (1.0, 0, layer.layer, layer.logits.shape[1] // M)
-        )
+        one = torch.tensor(1.0, device=DEVICE)
+        counter = counter_of(layer.logits, NMPattern(PATTERN), **self.counter(layer))
         masked = mk.sample_masked_weight(layer.weight, layer.logits, PATTERN, **self.counter(layer))
-        shard = (one, number, zero, zero, stride)
-        counter = (self.seed, self.step)
-        assert torch.equal(
-            masked, reference.sample_masked_weight(layer.weight, layer.logits, *counter, *shard, n=N, m=M)
-        )
+        assert torch.equal(masked, reference.sample_masked_weight(layer.weight, layer.logits, counter, one, n=N, m=M))
         ours, expected = layer.logits.clone(), layer.logits.clone()
         mk.score_update_(ours, 0.37, pattern=PATTERN, **self.counter(layer))
-        coef, draws = torch.tensor([0.37], device=DEVICE), zero[None]
-        reference.score_update_(expected, coef, *counter, draws, one, number, zero, stride, n=N, m=M)
+        coef, by_draws = torch.tensor([0.37], device=DEVICE), counter._replace(draw=counter.draw[None])
+        reference.score_update_(expected, coef, by_draws, one, n=N, m=M)
         assert torch.equal(ours, expected)
 
 

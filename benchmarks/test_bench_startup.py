@@ -19,12 +19,12 @@ mk.score_update_(logits, 1e-3, pattern="2:4", seed=11)
 float(logits.sum())
 """
 CHECK = f"""
-from maskpro_kernels import reference
-seed, zero, coef = (torch.tensor(i, device="{DEVICE}") for i in (11, 0, 1e-3))
-one, stride = torch.tensor(1.0, device="{DEVICE}"), torch.tensor(144, device="{DEVICE}")
-expected = reference.sample_masked_weight(weight, before, seed, zero, one, zero, zero, zero, stride, n=2, m=4)
-assert torch.equal(masked, expected)
-reference.score_update_(before, coef[None], seed, zero, zero[None], one, zero, zero, stride, n=2, m=4)
+from maskpro_kernels.functional.checks import counter_of
+from maskpro_kernels.ops import reference
+coef, one = (torch.tensor(i, device="{DEVICE}") for i in (1e-3, 1.0))
+counter = counter_of(before, mk.NMPattern("2:4"), seed=11)
+assert torch.equal(masked, reference.sample_masked_weight(weight, before, counter, one, n=2, m=4))
+reference.score_update_(before, coef[None], counter._replace(draw=counter.draw[None]), one, n=2, m=4)
 assert torch.equal(logits, before)
 """
 

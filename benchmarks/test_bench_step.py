@@ -13,8 +13,10 @@ import torch
 from harness import DEVICE, Work
 
 import maskpro_kernels as mk
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.modules import initial_logits
 from maskpro_kernels.ops import reference
+from maskpro_kernels.pattern import NMPattern
 
 PATTERN, N, M = "2:4", 2, 4
 DTYPE = "bfloat16 weight, float32 logits"
@@ -41,11 +43,9 @@ class Layer:
         self.logits = initial_logits(reference.top_n_mask(weight.abs(), n=N, m=M), PATTERN, GAP)
         # draws then leave the initial mask in places, and the score has something to say
         self.logits += torch.randn(shape, generator=self.generator, device=DEVICE)
-        self.seed, self.step, self.layer, self.draw, self.offset, self.row_stride = (
-            torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, STEP, LAYER, DRAW, 0, shape[1] // M)
-        )
+        self.where = counter_of(self.logits, NMPattern(PATTERN), SEED, STEP, LAYER, DRAW)
         self.inverse_temperature = torch.tensor(1.0, device=DEVICE)
-        self.counter = {"seed": self.seed, "step": self.step, "layer": LAYER, "draw": DRAW}
+        self.counter = self.where.keywords()
         self.mask = self.eager_draw()[0]
         self.codes = mk.sample_mask(self.logits, PATTERN, **self.counter)
 
@@ -60,16 +60,12 @@ class Layer:
         self.our_update()
 
     def reference_draw(self, rows=None):
-        shard = (self.layer, self.draw, self.offset, self.row_stride)
-        return reference.sample_masked_weight(
-            self.weight[:rows], self.logits[:rows], self.seed, self.step, self.inverse_temperature, *shard, n=N, m=M
-        )
+        tensors = self.weight[:rows], self.logits[:rows]
+        return reference.sample_masked_weight(*tensors, self.where, self.inverse_temperature, n=N, m=M)
 
     def reference_update(self, coef=COEF, rows=None):
-        counter = (self.seed, self.step, self.draw[None], self.inverse_temperature)
-        shard = (self.layer, self.offset, self.row_stride)
-        coefs = torch.tensor([coef], device=DEVICE)
-        reference.score_update_(self.logits[:rows], coefs, *counter, *shard, n=N, m=M)
+        coefs, where = torch.tensor([coef], device=DEVICE), self.where._replace(draw=self.where.draw[None])
+        reference.score_update_(self.logits[:rows], coefs, where, self.inverse_temperature, n=N, m=M)
 
     def reference_step(self):
         self.reference_draw()

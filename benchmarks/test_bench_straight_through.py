@@ -11,8 +11,11 @@ from harness import DEVICE, Work
 
 import maskpro_kernels as mk
 from maskpro_kernels import ops
+from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.modules import initial_logits
 from maskpro_kernels.ops import reference
+from maskpro_kernels.pattern import NMPattern
 
 PATTERN, N, M = "2:4", 2, 4
 DTYPE = "bfloat16 operands, float32 logits"
@@ -33,17 +36,16 @@ class Layer:
             for size in ((tokens, k), (tokens, rows), shape)
         )
         self.logits = initial_logits(reference.top_n_mask(self.weight.abs().float(), n=N, m=M), PATTERN, GAP)
-        seed, step = (torch.tensor(i, dtype=torch.int64, device=DEVICE) for i in (SEED, STEP))
-        self.counter = (seed, step, LAYER, 0, 0, k // M)
+        self.counter = counter_of(self.logits, NMPattern(PATTERN), SEED, STEP, LAYER)
         self.rate = torch.tensor(RATE, device=DEVICE)
 
     def ours(self):
-        mask = (self.logits, "drawn", N, M, 1.0, *self.counter)
-        return ops.straight_through_update_(self.grad, self.x, self.weight, CURVATURE, self.rate, LARGEST, *mask)
+        mask = MaskSource(self.logits, "drawn", N, M, counter=self.counter)
+        return ops.straight_through_update_(self.grad, self.x, self.weight, CURVATURE, self.rate, LARGEST, mask)
 
     def eager(self):
         """The same, one torch operation after another; returns the mean square of the slope."""
-        kept = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, *self.counter), PATTERN)
+        kept = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, self.counter), PATTERN)
         w = self.weight.float()
         first = (self.grad.T @ self.x).float()
         second = CURVATURE * torch.outer(self.grad.float().square().sum(0), self.x.float().square().sum(0))

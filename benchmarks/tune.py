@@ -16,6 +16,7 @@ import triton
 
 import maskpro_kernels as mk
 from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops.triton import masked_gemm, tiles
 from maskpro_kernels.ops.triton.tiles import Tiles
 
@@ -68,9 +69,9 @@ def best(
         torch.randn(size, dtype=dtype, device=device) for size in ((tokens, k), (tokens, rows), (rows, k))
     )
     logits = torch.randn(rows, k, device=device) * 4
-    seed, step = torch.tensor([0, 1], device=device)
-    mask = MaskSource(logits, "drawn", 2, 4, 1.0, seed, step, group_row_stride=k // 4)
-    kept = mk.expand_mask(mk.sample_mask(logits, "2:4", seed=seed, step=step), "2:4")
+    counter = counter_of(logits, mk.NMPattern("2:4"), seed=0, step=1)
+    mask = MaskSource(logits, "drawn", 2, 4, counter=counter)
+    kept = mk.expand_mask(mk.sample_mask(logits, "2:4", **counter.keywords()), "2:4")
     expected = {
         "masked_linear": x @ (weight * kept).T,
         "masked_linear_input_grad": grad @ (weight * kept),

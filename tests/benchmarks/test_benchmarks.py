@@ -23,13 +23,15 @@ import harness
 import pytest
 import torch
 from harness import Work
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
+from maskpro_kernels.pattern import NMPattern
 
 harness.VISIT_SECONDS[harness.DEVICE] = 0.0
 
 def draw(logits, step):
-    seed, step, layer, draw, offset, stride = (torch.tensor(i) for i in (3, step, 0, 0, 0, 16))
-    return reference.sample_mask(logits, seed, step, torch.tensor(1.0), layer, draw, offset, stride, n=2, m=4)
+    counter = counter_of(logits, NMPattern("2:4"), 3, step)
+    return reference.sample_mask(logits, counter, torch.tensor(1.0), n=2, m=4)
 
 @pytest.mark.parametrize("op", ["draw", "again"])
 def test_draw(op, compare, visit):

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.cpu import compiled_loop, kernels
 from maskpro_kernels.ops.triton import sampling, tiles
+from maskpro_kernels.pattern import NMPattern
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 OTHERS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m) if (n, m) not in PATTERNS]
@@ -19,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUPS = [100_003, pytest.param(1_000_003, marks=pytest.mark.slow)]
 # The eager reference takes seconds for a million groups of more than 4
 COMPILED = [pytest.param(*pattern, marks=[] if pattern == (2, 4) else pytest.mark.slow) for pattern in PATTERNS]
-# Another dtype of 16 bits is another graph of the last rounding
+# Another dtype of 16 bits is another loop of the last rounding
 COMPILED_DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 SEED, STEP, LAYER, DRAW = 0x123456789ABCDEF, (1 << 32) - 3, 5, 3
 TEMPERATURE = 1 / 0.7
@@ -55,27 +57,28 @@ def test_top_n_of_ties_goes_to_the_lower_index(n, m):
     assert torch.equal(reference.top_n_mask(scores.view(1, -1), n=n, m=m), codes)
 
 
-def scalar(value):
-    return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def counter(logits, n, m, draw=DRAW, row_stride=None):
+    where = {"step": STEP, "layer": LAYER, "draw": draw, "group_offset": 11, "group_row_stride": row_stride}
+    return counter_of(logits, NMPattern(f"{n}:{m}"), SEED, **where)
 
 
 def draw(route, n, m, logits):
-    groups = logits.shape[1] // m
     if route is sampling:
-        return sampling.sample_mask(logits, n, m, TEMPERATURE, scalar(SEED), scalar(STEP), LAYER, DRAW, 11, groups)
-    scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, groups)]
-    return route.sample_mask(logits, *scalars, n=n, m=m)
+        return sampling.sample_mask(logits, n, m, TEMPERATURE, counter(logits, n, m))
+    return route.sample_mask(logits, counter(logits, n, m), scalar(TEMPERATURE), n=n, m=m)
 
 
 def update(route, n, m, logits, draws=(DRAW,), row_stride=None):
-    logits, row_stride = logits.clone(), row_stride or logits.shape[1] // m
-    coef, draws = torch.tensor([0.37 / (k + 1) for k in range(len(draws))]), torch.tensor(draws)
+    logits, coef = logits.clone(), torch.tensor([0.37 / (k + 1) for k in range(len(draws))])
+    where = counter(logits, n, m, row_stride=row_stride)._replace(draw=torch.tensor(draws))
     if route is sampling:
-        counter = (scalar(SEED), scalar(STEP), LAYER, draws, 11, row_stride)
-        sampling.score_update_(logits, coef, n, m, TEMPERATURE, *counter)
+        sampling.score_update_(logits, coef, n, m, TEMPERATURE, where)
     else:
-        scalars = [scalar(s) for s in (TEMPERATURE, LAYER, 11, row_stride)]
-        route.score_update_(logits, coef, scalar(SEED), scalar(STEP), draws, *scalars, n=n, m=m)
+        route.score_update_(logits, coef, where, scalar(TEMPERATURE), n=n, m=m)
     return logits
 
 
@@ -136,7 +139,7 @@ def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dt
 @pytest.mark.parametrize("gap", [4.0, 10.0, 30.0])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16), pytest.param(20, 32, marks=pytest.mark.slow)])
 def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, monkeypatch):
-    """Blocks as small as on a GPU: most of them by_bounds their draws without noise, others do not."""
+    """Blocks as small as on a GPU: bounds determine the draws of most of them, not of others."""
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)
     generator = torch.Generator().manual_seed(n)
     logits = torch.zeros(700, m).scatter_(1, torch.rand(700, m, generator=generator).topk(n).indices, gap)
@@ -145,9 +148,9 @@ def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, 
     assert torch.equal(draw(sampling, n, m, logits), draw(reference, n, m, logits))
 
 
-def test_the_compiled_route_runs_a_graph_for_each_operation_whatever_the_shape(monkeypatch):
-    fresh = functools.cache(kernels.graph.__wrapped__)
-    monkeypatch.setattr(kernels, "graph", fresh)
+def test_the_compiled_route_runs_a_loop_for_each_operation_whatever_the_shape(monkeypatch):
+    fresh = functools.cache(kernels.compiled_loop.__wrapped__)
+    monkeypatch.setattr(kernels, "compiled_loop", fresh)
     monkeypatch.setattr(compiled_loop.CompiledLoop, "_eager", None)
     logits = problem(4, torch.float32, 5_003)
     assert torch.equal(draw(kernels, 2, 4, logits), draw(reference, 2, 4, logits))
@@ -178,15 +181,14 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
     codes = draw(sampling, n, m, logits)
     mask = (codes.to(torch.int64)[..., None] >> torch.arange(m) & 1).bool().view(weight.shape)
     expected = torch.where(mask, weight, torch.zeros((), dtype=dtype))
-    counter = (scalar(SEED), scalar(STEP), LAYER, DRAW, 11, logits.numel() // m)
-    scalars = [scalar(s) for s in (SEED, STEP, TEMPERATURE, LAYER, DRAW, 11, logits.numel() // m)]
+    where = counter(logits, n, m)
     for result in (
-        sampling.masked_weight(weight, MaskSource(logits, "drawn", n, m, TEMPERATURE, *counter)),
+        sampling.masked_weight(weight, MaskSource(logits, "drawn", n, m, TEMPERATURE, where)),
         sampling.masked_weight(weight, MaskSource(codes, "codes", n, m)),
         reference.code_masked_weight(weight, codes, n=n, m=m),
         kernels.code_masked_weight(weight, codes, n=n, m=m),
-        reference.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
-        kernels.sample_masked_weight(weight, logits, *scalars, n=n, m=m),
+        reference.sample_masked_weight(weight, logits, where, scalar(TEMPERATURE), n=n, m=m),
+        kernels.sample_masked_weight(weight, logits, where, scalar(TEMPERATURE), n=n, m=m),
     ):
         assert torch.equal(result.isnan(), expected.isnan())
         assert torch.equal(result.nan_to_num(), expected.nan_to_num())

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import bounds, reference
 from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.pattern import NMPattern
 
 SEED, STEP, LAYER, OFFSET = 0x123456789ABCDEF, (1 << 32) - 3, 3, 21
 INVERSE_TEMPERATURE = 1.3
@@ -31,7 +33,7 @@ def words_of_all_sizes() -> torch.Tensor:
 
 
 def kernels_bound(r):
-    """That of ``certain`` in kernels/device.py."""
+    """That of ``determined`` in ops/triton/device/gumbel_top_k.py."""
     quarter = (r >> 2).to(torch.int32).to(torch.float32)
     return bounds.BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * bounds.NATS_PER_BIT_PATTERN
 
@@ -48,7 +50,7 @@ def test_noise_lies_between_the_bounds(bound, loosest):
     slack = bound(r) - noise
     assert slack.min() > 0
     assert noise.min() > bounds.LEAST_NOISE
-    # a bound that is loose would leave nothing certain
+    # a bound that is loose would determine nothing
     assert slack[(r >= 1 << 7) & (r < 1 << 28)].max() < loosest
     assert noise.min() - bounds.LEAST_NOISE < 1e-3
 
@@ -71,35 +73,39 @@ def sharp_logits(groups: int, n: int, m: int, gap: float, dtype=torch.float32) -
     return logits.to(dtype).view(1, -1)
 
 
+def counter(logits, n, m, shard=None):
+    offset, row_stride = shard or (OFFSET, None)
+    place = {"group_offset": offset, "group_row_stride": row_stride}
+    return counter_of(logits, NMPattern(f"{n}:{m}"), SEED, STEP, LAYER, 2, **place)
+
+
 def updated(route, logits, n, m, draws=(2,), shard=None):
     # at the same place of a word
     start = logits.storage_offset()
     logits = logits.new_empty(start + logits.numel())[start:].view(logits.shape).copy_(logits)
     coef = torch.tensor([3e3 / (k + 1) for k in range(len(draws))])
-    counter = (scalar(SEED), scalar(STEP), torch.tensor(draws), scalar(INVERSE_TEMPERATURE), scalar(LAYER))
-    offset, row_stride = shard or (OFFSET, logits.shape[1] // m)
-    route.score_update_(logits, coef, *counter, scalar(offset), scalar(row_stride), n=n, m=m)
+    where = counter(logits, n, m, shard)._replace(draw=torch.tensor(draws))
+    route.score_update_(logits, coef, where, scalar(INVERSE_TEMPERATURE), n=n, m=m)
     return logits
 
 
 def drawn(route, logits, n, m, weight=None, shard=None):
-    offset, row_stride = shard or (OFFSET, logits.shape[1] // m)
-    scalars = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2, offset, row_stride)]
+    where, inverse = counter(logits, n, m, shard), scalar(INVERSE_TEMPERATURE)
     if weight is None:
-        return route.sample_mask(logits, *scalars, n=n, m=m)
-    return route.sample_masked_weight(weight, logits, *scalars, n=n, m=m)
+        return route.sample_mask(logits, where, inverse, n=n, m=m)
+    return route.sample_masked_weight(weight, logits, where, inverse, n=n, m=m)
 
 
 @pytest.mark.parametrize("gap", [0.0, 4.0, 10.0, 30.0])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8)])
-def test_certain_draws_are_the_drawn_ones(n, m, gap):
-    """Where nothing, some, few and all groups are bounds."""
+def test_determined_draws_are_the_drawn_ones(n, m, gap):
+    """Where none, some, few and all groups are determined."""
     logits = sharp_logits(150_003, n, m, gap)
     group = torch.arange(150_003) + OFFSET
-    counter = [scalar(s) for s in (SEED, STEP, INVERSE_TEMPERATURE, LAYER, 2)]
-    levels = bounds.group_noise_levels(group, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
+    key = counter(logits, n, m).key
+    levels = bounds.group_noise_levels(group, key, m=m)
     kept, undecided = bounds.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
-    expected = reference.group_drawn(logits.view(-1, m), group, *counter, n)
+    expected = reference.group_drawn(logits.view(-1, m), group, key, scalar(INVERSE_TEMPERATURE), n)
     differs = (torch.stack(kept) != torch.stack(expected)).any(0)
     assert not (differs & (undecided == 0)).any()
     share = float(undecided.float().mean())
@@ -118,7 +124,7 @@ def test_groups_are_sorted_from_the_largest_on(m):
 
 @pytest.mark.parametrize("gap", [8.0, 30.0, 200.0])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (2, 8), (4, 8)])
-def test_what_is_settled_has_the_score_of_the_reference(n, m, gap):
+def test_what_is_determined_has_the_score_of_the_reference(n, m, gap):
     """Bit for bit, with ties among the kept and among the dropped weights, and sums of the dropped ones that vanish."""
     logits = sharp_logits(50_003, n, m, gap).view(-1, m)
     logits[1::3] += torch.randn(logits[1::3].shape, generator=torch.Generator().manual_seed(n)).round()
@@ -256,106 +262,17 @@ def test_weights_are_masked_as_words_of_several(m, dtype):
         assert torch.equal(result.view(integers), expected.view(integers))
 
 
-@pytest.fixture
-def kept_levels(monkeypatch):
-    kept = kernels._KeptLevels()
-    monkeypatch.setattr(kernels, "_kept_levels", kept)
-    return kept
-
-
-def counting(monkeypatch):
-    """How many groups' noise is made, by call."""
-    made, run = [], kernels._Groups.run
-
-    def counted(groups, function, *others, **more):
-        if function is kernels._group_noise_levels:
-            made.append(groups.logits.shape[0])
-        return run(groups, function, *others, **more)
-
-    monkeypatch.setattr(kernels._Groups, "run", counted)
-    return made
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_update_takes_the_noise_levels_of_its_draw(dtype, kept_levels, monkeypatch):
-    """Those of another layer, draw, shard, step or seed are others, whatever has been drawn before."""
-    made = counting(monkeypatch)
+@pytest.mark.parametrize("changed", [None, "SEED", "STEP", "LAYER", "offset", "row stride", "both", "first rows"])
+def test_draws_and_updates_are_those_of_the_reference(changed, dtype, monkeypatch):
+    """In whole layers and in shards, by one draw and by two."""
     logits = sharp_logits(64 * 1_000, 2, 4, 6.0, dtype).view(64, -1)
-    shards = {"offset": (5, 250), "row stride": (OFFSET, 1_277), "both": (5, 1_277), "first rows": None}
-    for changed in [None, "SEED", "STEP", "LAYER", *shards, None]:
-        given = logits[:24] if changed == "first rows" else logits
-        with pytest.MonkeyPatch.context() as other:
-            if changed in ("SEED", "STEP", "LAYER"):
-                other.setitem(globals(), changed, 7)
-            shard = shards.get(changed)
-            groups, before = given.numel() // 4, len(made)
-            mask = drawn(kernels, given, 2, 4, shard=shard)
-            assert torch.equal(mask, drawn(reference, given, 2, 4, shard=shard))
-            assert sum(made[before:]) == groups
-            before = len(made)
-            expected = updated(reference, given, 2, 4, (2,), shard)
-            assert torch.equal(updated(kernels, given, 2, 4, (2,), shard), expected)
-            # the logits may have moved since: levels are of the noise alone
-            moved = drawn(kernels, expected, 2, 4, shard=shard)
-            assert torch.equal(moved, drawn(reference, expected, 2, 4, shard=shard))
-            assert len(made) == before
-            # of two draws one is known
-            both = updated(reference, given, 2, 4, (2, 5), shard)
-            assert torch.equal(updated(kernels, given, 2, 4, (2, 5), shard), both)
-            assert sum(made[before:]) == groups
-
-
-def test_what_decides_noise_decides_what_is_kept():
-    def kept_by(shape=(6, 4), columns=2, offset=5, row_stride=9, start=0, seed=1, step=2, layer=3, draw=4):
-        groups = kernels._Groups(torch.zeros(shape), columns, scalar(offset), scalar(row_stride), start)
-        return kernels._kept_by(groups, *map(scalar, (seed, step, layer, draw)))
-
-    changes = [{"shape": (4, 4)}, {"shape": (6, 8)}, {"columns": 3}]
-    changes += [{name: 7} for name in ("offset", "row_stride", "start", "seed", "step", "layer", "draw")]
-    assert len({kept_by(), *(kept_by(**change) for change in changes)}) == 1 + len(changes)
-    assert kept_by() == kept_by()
-
-
-def test_levels_are_of_the_step_that_they_are_kept_by(kept_levels, monkeypatch):
-    """Though another thread advances meanwhile."""
-    logits = sharp_logits(4_096, 2, 4, 7.0)
-    step, run = torch.tensor(0), kernels._Groups.run
-
-    def advancing(groups, function, *others, **more):
-        step.fill_(1)
-        return run(groups, function, *others, **more)
-
-    counter = [scalar(s) for s in (INVERSE_TEMPERATURE, LAYER, 2, OFFSET, 1_024 * 4)]
-    with monkeypatch.context() as other:
-        other.setattr(kernels._Groups, "run", advancing)
-        kernels.sample_mask(logits, scalar(SEED), step, *counter, n=2, m=4)
-    for number in (0, 1):
-        expected = reference.sample_mask(logits, scalar(SEED), scalar(number), *counter, n=2, m=4)
-        assert torch.equal(kernels.sample_mask(logits, scalar(SEED), scalar(number), *counter, n=2, m=4), expected)
-
-
-def test_no_more_noise_levels_are_kept_than_there_is_room_for(kept_levels, monkeypatch):
-    monkeypatch.setattr(kernels, "KEPT_BYTES", 100)
-    monkeypatch.setattr(kernels, "ENTRY_BYTES", 0)
-    levels = {name: torch.full((40,), value, dtype=torch.uint8) for value, name in enumerate("abc")}
-    for name in "abc":
-        kept_levels.add((name,), (0, 0), levels[name])
-    assert kept_levels.find(("a",), (0, 0)) is levels["a"] and kept_levels.find(("b",), (0, 0)) is levels["b"]
-    assert kept_levels.find(("c",), (0, 0)) is None and kept_levels.bytes == 80
-    assert kept_levels.find(("a",), (0, 1)) is None
-    kept_levels.add(("a",), (0, 1), levels["b"])
-    assert kept_levels.find(("a",), (0, 1)) is levels["b"] and kept_levels.bytes == 80
-    # those of an earlier step make room
-    kept_levels.add(("c",), (0, 1), levels["c"])
-    assert kept_levels.find(("b",), (0, 0)) is None and kept_levels.find(("c",), (0, 1)) is levels["c"]
-    assert kept_levels.bytes == 80 and kept_levels.find(("a",), (0, 1)) is levels["b"]
-    # what no room would do for moves nothing
-    kept_levels.add(("d",), (0, 2), torch.zeros(101, dtype=torch.uint8))
-    assert kept_levels.bytes == 80 and kept_levels.find(("d",), (0, 2)) is None
-
-
-def test_small_levels_do_not_fill_the_memory_beside_the_limit(kept_levels, monkeypatch):
-    monkeypatch.setattr(kernels, "KEPT_BYTES", 10 * kernels.ENTRY_BYTES)
-    for number in range(100):
-        kept_levels.add((number,), (0, 0), torch.zeros(0, dtype=torch.uint8))
-    assert len(kept_levels.levels) == 10
+    shard = {"offset": (5, 250), "row stride": (OFFSET, 1_277), "both": (5, 1_277)}.get(changed)
+    if changed in ("SEED", "STEP", "LAYER"):
+        monkeypatch.setitem(globals(), changed, 7)
+    given = logits[:24] if changed == "first rows" else logits
+    assert torch.equal(drawn(kernels, given, 2, 4, shard=shard), drawn(reference, given, 2, 4, shard=shard))
+    for draws in ((2,), (2, 5)):
+        expected = updated(reference, given, 2, 4, draws, shard)
+        assert not torch.equal(expected, given)
+        assert torch.equal(updated(kernels, given, 2, 4, draws, shard), expected)

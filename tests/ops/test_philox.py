@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskpro_kernels import functional
+from maskpro_kernels.counter import Counter
 from maskpro_kernels.ops import philox, reference
 from maskpro_kernels.ops.triton import device
 from maskpro_kernels.pattern import NMPattern
@@ -41,13 +42,11 @@ def philox_kernel(counters, keys, out, COUNT: tl.constexpr):
         tl.store(out + 4 * i + j, words[j].to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["layer", "draw"])
-def group_words_kernel(
-    groups, seed, step, layer: tl.int64, draw: tl.int64, out, STREAM: tl.constexpr, COUNT: tl.constexpr
-):
+@triton.jit
+def group_words_kernel(groups, seed, step, layer, draw, out, STREAM: tl.constexpr, COUNT: tl.constexpr):
     i = tl.arange(0, COUNT)
     group = tl.load(groups + i).to(tl.uint32)
-    words = device.group_words(group, 32, STREAM, tl.load(seed), tl.load(step), layer, draw)
+    words = device.group_words(group, 32, STREAM, device.load_key(seed, step, layer, draw))
     for j in tl.static_range(32):
         tl.store(out + 32 * i + j, words[j].to(tl.int64))
 
@@ -93,7 +92,7 @@ def counters_of(group, m, stream, seed, step, layer, draw):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(philox, "philox4x32", record)
-        philox.group_words(group, m, stream, torch.tensor(seed), torch.tensor(step), layer, draw)
+        philox.group_words(group, m, stream, [torch.tensor(i) for i in (seed, step, layer, draw)])
     return seen
 
 
@@ -157,17 +156,17 @@ EXTREMES = [
 @pytest.mark.parametrize("counter", EXTREMES)
 def test_kernel_builds_the_same_counter(counter, stream):
     groups = torch.tensor([0, 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 12345, 1 << 16, 99])
-    seed, step = torch.tensor(counter["seed"]), torch.tensor(counter["step"])
-    expected = philox.group_words(groups, 32, stream, seed, step, counter["layer"], counter["draw"])
-    on_device = [t.to(KERNEL_DEVICE) for t in (groups, seed, step)]
+    key = [torch.tensor(counter[name]) for name in ("seed", "step", "layer", "draw")]
+    expected = philox.group_words(groups, 32, stream, key)
+    on_device = [t.to(KERNEL_DEVICE) for t in (groups, *key)]
     out = torch.full((len(groups), 32), -1, dtype=torch.int64, device=KERNEL_DEVICE)
-    group_words_kernel[(1,)](*on_device, counter["layer"], counter["draw"], out, STREAM=stream, COUNT=len(groups))
+    group_words_kernel[(1,)](*on_device, out, STREAM=stream, COUNT=len(groups))
     assert torch.equal(out.cpu(), torch.stack(expected, dim=1))
 
 
 @pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
 def test_a_group_takes_the_leading_words_of_its_blocks(m):
-    arguments = (philox.STREAM_DRAW, torch.tensor(3), torch.tensor(4), 5, 6)
+    arguments = (philox.STREAM_DRAW, [torch.tensor(i) for i in (3, 4, 5, 6)])
     group = torch.arange(10)
     words = philox.group_words(group, m, *arguments)
     assert len(words) == m
@@ -194,13 +193,12 @@ def public(name, tensors, n, m, seed, step, layer, draw, group_offset, group_row
 def plain(name, tensors, n, m, seed, step, layer, draw, group_offset, group_row_stride):
     """The eager reference."""
     tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-    counter_state = (torch.tensor(seed), torch.tensor(step))
-    shard = (group_offset, group_row_stride)
+    key = [torch.tensor(i) for i in (seed, step, layer, draw)]
+    counter, one = Counter(*key, group_offset, group_row_stride), torch.tensor(1.0)
     if name == "score_update_":
-        coef = torch.tensor([3.0])
-        reference.score_update_(tensors[0], coef, *counter_state, torch.tensor([draw]), 1.0, layer, *shard, n=n, m=m)
+        reference.score_update_(tensors[0], torch.tensor([3.0]), counter._replace(draw=key[3][None]), one, n=n, m=m)
         return tensors[0]
-    return getattr(reference, name)(*tensors, *counter_state, 1.0, layer, draw, *shard, n=n, m=m)
+    return getattr(reference, name)(*tensors, counter, one, n=n, m=m)
 
 
 ROWS, GROUPS = 6, 10

@@ -21,7 +21,7 @@ from llvmlite import binding
 import maskpro_kernels
 from maskpro_kernels.cli.progress import log_told
 from maskpro_kernels.ops import bounds, dispatch, reference
-from maskpro_kernels.ops.cpu import compiled_loop, loops
+from maskpro_kernels.ops.cpu import cache, compiled_loop, loops
 
 
 def scaled_sum(x, index, scale, *, power):
@@ -50,7 +50,7 @@ def check(graph, groups=5):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled_loop, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -299,7 +299,7 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
             names.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, True, out, in_place, full, constants)._digest())
     for name, value in (("processor", lambda: "another"), ("CODE", "edited")):
         with monkeypatch.context() as patch:
-            patch.setattr(compiled_loop, name, value)
+            patch.setattr(cache, name, value)
             names.append(a_graph()._digest())
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "3.0")
@@ -313,15 +313,15 @@ def test_the_name_of_a_loop_changes_with_all_that_it_is_made_from(tmp_path, monk
     modules = modules_of(package)
     needed = [modules[name] for name in reached_from("maskpro_kernels.ops.cpu.kernels", modules)]
     assert {"codegen.py", "score.py", "pattern.py"} <= {path.name for path in needed}
-    assert compiled_loop.sources() == compiled_loop.CODE
+    assert cache.sources() == cache.CODE
     copy = shutil.copytree(package, tmp_path / "copy")
-    monkeypatch.setattr(compiled_loop, "__file__", str(copy / "ops" / "cpu" / "compiled_loop.py"))
-    digests = [compiled_loop.sources()]
+    monkeypatch.setattr(cache, "__file__", str(copy / "ops" / "cpu" / "cache.py"))
+    digests = [cache.sources()]
     for path in needed:
         with open(copy / path.relative_to(package), "a") as file:
             file.write("x = 2\n")
-        digests.append(compiled_loop.sources())
-    assert digests[0] == compiled_loop.CODE
+        digests.append(cache.sources())
+    assert digests[0] == cache.CODE
     assert len(set(digests)) == len(digests)
 
 
@@ -372,10 +372,10 @@ def test_what_nobody_loads_goes(folder):
         path.write_bytes(b"")
     left.mkdir()
     (left / "graph.o").write_bytes(b"")
-    long_ago = time.time() - compiled_loop.KEPT_SECONDS - 1
+    long_ago = time.time() - cache.KEPT_SECONDS - 1
     for path in (old, left):
         os.utime(path, (long_ago, long_ago))
-    compiled_loop.remove_unused(folder)
+    cache.remove_unused(folder)
     assert list(folder.iterdir()) == [kept]
 
 
@@ -404,7 +404,7 @@ def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypat
     listed = list(folder.iterdir())
     (folder / "left").unlink()
     monkeypatch.setattr(type(folder), "iterdir", lambda _: iter(listed))
-    compiled_loop.remove_unused(folder)
+    cache.remove_unused(folder)
 
 
 def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch, nothing):
@@ -413,12 +413,12 @@ def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch, nothing):
     lock.write_bytes(b"")
     os.utime(lock, (0, 0))
     graph(tensors(2))
-    assert lock.exists() and time.time() - lock.stat().st_mtime < compiled_loop.KEPT_SECONDS
+    assert lock.exists() and time.time() - lock.stat().st_mtime < cache.KEPT_SECONDS
 
 
 def test_a_folder_that_was_deleted_is_made_anew_for_its_owner_alone(tmp_path, monkeypatch, nothing):
     folder = tmp_path / "maskpro_kernels"
-    monkeypatch.setattr(compiled_loop, "cache_folder", lambda: folder)
+    monkeypatch.setattr(cache, "folder", lambda: folder)
     before = os.umask(0o002)
     try:
         a_graph()(tensors(2))
@@ -429,22 +429,22 @@ def test_a_folder_that_was_deleted_is_made_anew_for_its_owner_alone(tmp_path, mo
 
 def test_damage_of_any_kind_is_seen(tmp_path):
     path = tmp_path / "graph.o"
-    assert compiled_loop.intact(path) is None
-    compiled_loop.keep(path, b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    assert cache.intact(path) is None
+    cache.keep(path, b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
     whole = path.read_bytes()
-    assert compiled_loop.intact(path) == (b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    assert cache.intact(path) == (b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
     for place in range(len(whole)):
         for bit in (0, 3, 7):
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             path.write_bytes(damaged)
             # and nothing is raised
-            assert compiled_loop.intact(path) is None
+            assert cache.intact(path) is None
         path.write_bytes(whole[:place])
-        assert compiled_loop.intact(path) is None
+        assert cache.intact(path) is None
 
 
-CHILD = "from maskpro_kernels.ops.cpu import compiled_loop; print(compiled_loop.cache_folder())"
+CHILD = "from maskpro_kernels.ops.cpu import cache; print(cache.folder())"
 
 
 def folder_of(**given: str | None) -> str:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskpro_kernels import functional
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import dispatch, reference
 from maskpro_kernels.ops.cpu import kernels as cpu_kernels
 from maskpro_kernels.pattern import GROUP_SIZES, NMPattern
@@ -36,8 +37,8 @@ TEMPERATURES = [1.0, 0.6]
 
 
 def reference_codes(logits, n, m, temperature, seed, step=0, route=reference):
-    scalars = [torch.tensor(1.0 / temperature), *(torch.tensor(s) for s in (0, 0, 0, logits.shape[1] // m))]
-    return route.sample_mask(logits, torch.tensor(seed), torch.tensor(step), *scalars, n=n, m=m)
+    counter = counter_of(logits, NMPattern(f"{n}:{m}"), seed, step)
+    return route.sample_mask(logits, counter, torch.tensor(1.0 / temperature), n=n, m=m)
 
 
 def kernel_codes(logits, n, m, temperature, seed):
@@ -122,9 +123,8 @@ def test_no_two_steps_layers_draws_or_seeds_draw_the_same_masks():
 def eager_codes(logits, pattern, temperature=1.0, seed=0, step=0, layer=0, draw=0):
     """The eager reference on logits of any shape."""
     matrix = logits.reshape(-1, logits.shape[-1]).contiguous()
-    counter_state = (torch.tensor(seed), torch.tensor(step))
-    shard = (layer, draw, 0, matrix.shape[1] // pattern.m)
-    codes = reference.sample_mask(matrix, *counter_state, 1.0 / temperature, *shard, n=pattern.n, m=pattern.m)
+    counter = counter_of(matrix, pattern, seed, step, layer, draw)
+    codes = reference.sample_mask(matrix, counter, torch.tensor(1.0 / temperature), n=pattern.n, m=pattern.m)
     return codes.view(*logits.shape[:-1], -1)
 
 

@@ -9,8 +9,10 @@ import triton.language as tl
 from helpers.enumerated import KERNEL_DEVICE
 
 from maskpro_kernels import functional
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import device
+from maskpro_kernels.pattern import NMPattern
 
 DTYPES = [torch.bfloat16, torch.float16]
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -172,9 +174,8 @@ def test_kernel_and_reference_round_to_the_same_bits(dtype):
 
 def eager_update(logits, coefs, draws, n, m, seed=1, step=2, layer=3):
     moved = logits.clone()
-    counter_state = (torch.tensor(seed), torch.tensor(step))
-    shard = (layer, 0, logits.shape[1] // m)
-    reference.score_update_(moved, torch.tensor(coefs), *counter_state, torch.tensor(draws), 1.0, *shard, n=n, m=m)
+    counter = counter_of(logits, NMPattern(f"{n}:{m}"), seed, step, layer)._replace(draw=torch.tensor(draws))
+    reference.score_update_(moved, torch.tensor(coefs), counter, torch.tensor(1.0), n=n, m=m)
     return moved
 
 

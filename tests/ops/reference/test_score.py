@@ -17,6 +17,7 @@ from helpers.enumerated import (
 )
 
 from maskpro_kernels import functional, ops
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import philox, reference
 from maskpro_kernels.pattern import NMPattern
 
@@ -259,10 +260,8 @@ AMPLIFIED = 2.0**20
 def reference_update(logits, pattern, seed, temperature=1.0):
     n, m = sizes(pattern)
     moved = logits.clone()
-    counter_state = (torch.tensor(seed), torch.tensor(0))
-    shard = (0, 0, logits.shape[1] // m)
-    coef, draws = torch.tensor([-AMPLIFIED]), torch.tensor([0])
-    reference.score_update_(moved, coef, *counter_state, draws, 1.0 / temperature, *shard, n=n, m=m)
+    counter = counter_of(logits, NMPattern(pattern), seed)._replace(draw=torch.tensor([0]))
+    reference.score_update_(moved, torch.tensor([-AMPLIFIED]), counter, torch.tensor(1.0 / temperature), n=n, m=m)
     return (moved.double() - logits) / AMPLIFIED
 
 
@@ -331,9 +330,8 @@ def test_estimate_at_gap_10_varies_far_less_than_the_score_of_the_drawn_order(up
     group = torch.where(torch.arange(m) < n, 10.0, 0.0)
     count = DRAWS[update]
     codes, scores = drawn_scores(update, group, pattern, seed=33, count=count)
-    words = philox.group_words(
-        torch.arange(count), m, philox.STREAM_DRAW, torch.tensor(33), torch.tensor(0), layer=0, draw=0
-    )
+    key = [torch.tensor(i) for i in (33, 0, 0, 0)]
+    words = philox.group_words(torch.arange(count), m, philox.STREAM_DRAW, key)
     keys = group - group.max() + reference.gumbel(torch.stack(words, dim=1))
     ordered = ordered_score(group, keys, n)
     kept = functional.expand_mask(codes.to(NMPattern(pattern).code_dtype)[:, None], pattern)

@@ -1,0 +1,76 @@
+"""This machine: LLVM's assembly as its object code, and object code as a function whose threads are OpenMP's."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+
+from llvmlite import binding
+
+from .loops import ENTRY, SHARED, THREAD, THREADS
+
+
+@functools.cache
+def _initialize() -> None:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+
+
+@functools.cache
+def machine() -> binding.TargetMachine:
+    """This one, with all that its processor has."""
+    _initialize()
+    target = binding.Target.from_default_triple()
+    features = binding.get_host_cpu_features().flatten()
+    return target.create_target_machine(binding.get_host_cpu_name(), features, opt=3, reloc="pic", codemodel="default")
+
+
+def object_code(assembly: str) -> bytes:
+    """The object file of a module."""
+    module = binding.parse_assembly(assembly)
+    module.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = options.slp_vectorization = True
+    builder = binding.create_pass_builder(machine(), options)
+    builder.getModulePassManager().run(module, builder)
+    return machine().emit_object(module)
+
+
+def loaded_loop(code: bytes, addresses: int) -> Callable[..., None]:
+    """``loop(count, threads, *addresses)`` of an object file: all groups, without the GIL."""
+    _initialize()
+    jit = binding.create_lljit_compiler()
+    builder = binding.JITLibraryBuilder().add_object_img(code).export_symbol(ENTRY).export_symbol(SHARED)
+    openmp = _openmp()
+    for name in (THREAD, THREADS):
+        # where there is no OpenMP nothing calls them, but they have to be something
+        builder.import_symbol(name, ctypes.cast(getattr(openmp, name, _NO_THREAD), ctypes.c_void_p).value)
+    library = builder.link(jit, ENTRY)
+    whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * addresses)(library[ENTRY])
+    given = ctypes.c_int64 * (1 + addresses)
+
+    def loop(count: int, threads: int, *tensors: int) -> None:
+        if threads > 1 and openmp:
+            openmp.GOMP_parallel(ctypes.c_void_p(library[SHARED]), given(count, *tensors), threads, 0)
+        else:
+            whole(0, count, *tensors)
+
+    # the code lives as long as these
+    loop.kept = jit, library
+    return loop
+
+
+_NO_THREAD = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The library whose threads torch's own loops run in, where that is GNU's: no second one is loaded."""
+    try:
+        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+    except (OSError, AttributeError):
+        return None
+    library.GOMP_parallel.restype = None
+    return library
