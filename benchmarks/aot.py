@@ -28,7 +28,8 @@ TARGETS = {
 }
 ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 FILES = {"best_swaps": swaps, "descend": straight_through}
-COUNTER = {
+# Arguments of several kernels
+TYPES = {
     "inv_temperature": "fp32",
     "rate": "*fp32",
     "max_update": "fp32",
@@ -68,14 +69,14 @@ def build(
     """Compile ``<kernel>_kernel`` of groups as ``launch`` would for logits and weights of those dtypes.
 
     Masked weights are of the weight's dtype unless ``out`` names another. "score_updates" is the update by several
-    draws.
+    draws. ``constants`` take the place of those that ``launch`` passes by default.
     """
     name = "score_update" if kernel == "score_updates" else kernel
     function = getattr(FILES.get(kernel, sampling), f"{name}_kernel")
     nodes, step = quadrature_grid(n)
     code = "*u8" if m <= 8 else "*i32"
     types = (
-        COUNTER
+        TYPES
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | {
             "logits": f"*{logits}",
@@ -116,45 +117,41 @@ def build_product(
     tile: Tiles,
     operand: str = "bf16",
     logits: str = "fp32",
-    kind: str = "drawn",
-    log_prob: bool = False,
     weight: str | None = None,
-    update: bool = True,
-    precision: str = "ieee",
     multiples: tuple[str, ...] = ("rows", "groups"),
+    **constants,
 ) -> Built:
     """Compile ``<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
 
-    The weight and the bias are of the operands' dtype unless ``weight`` names another. The straight-through kernel
-    steps the logits, or without ``update`` writes their slope. ``multiples`` are what is a multiple of 16.
+    The weight and the bias are of the operands' dtype unless ``weight`` names another. ``multiples`` are what is a
+    multiple of 16. The straight-through kernel steps the logits, or with ``UPDATE=False`` writes their slope.
     """
-    steps = product == "straight_through" and update
+    known = {
+        "N": n,
+        "M": m,
+        "KIND": "drawn",
+        "LOG_PROB": False,
+        "UPDATE": product == "straight_through",
+        "OPERAND": ELEMENTS[operand],
+        "PRECISION": "ieee",
+        "BLOCK_OUT": tile.out,
+        "BLOCK_T": tile.tokens,
+        "BLOCK_K": max(tile.k, m),
+    } | constants
     function = getattr(straight_through if product == "straight_through" else masked_gemm, f"{product}_kernel")
     types = (
-        COUNTER
+        TYPES
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "grad", "out"), f"*{operand}")
         | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
-        | {"source": f"*{logits}" if kind != "codes" else "*u8" if m <= 8 else "*i32"}
+        | {"source": f"*{logits}" if known["KIND"] != "codes" else "*u8" if m <= 8 else "*i32"}
         | dict.fromkeys(("grad_squares", "x_squares"), "*fp32")
         | ({"out": "*fp32"} if product == "straight_through" else {})
         | {"rows": "i32", "groups": "i32"}
     )
-    known = {
-        "N": n,
-        "M": m,
-        "KIND": kind,
-        "LOG_PROB": log_prob,
-        "UPDATE": steps,
-        "OPERAND": ELEMENTS[operand],
-        "PRECISION": precision,
-        "BLOCK_OUT": tile.out,
-        "BLOCK_T": tile.tokens,
-        "BLOCK_K": max(tile.k, m),
-    }
     if product == "straight_through":
-        known |= {"out": None} if steps else {"partial": None, "rate": None}
-    elif not log_prob:
+        known |= {"out": None} if known["UPDATE"] else {"partial": None, "rate": None}
+    elif not known["LOG_PROB"]:
         known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}
     return _compile(function, target, types, constants, tile.options(target), multiples)

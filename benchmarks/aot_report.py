@@ -1,10 +1,11 @@
 """What the kernels cost on GPUs, read from their compiled code on a machine without one.
 
-For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, occupancy, and
-SASS instructions a weight, those of a block whose draws are all certain and those of one that draws. Then, for
-the layer shapes of LLaMA-2-7B, the time by bytes, by issue slots and by matrix units of the forward product, of
-16-bit operands with float32 logits; and for those of LLaMA-2-7B and 70B, of products with packed weights, beside
-the dense layer's. NVIDIA targets only. Nothing here is measured: the figures bound what a measurement can show.
+For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, occupancy, and SASS
+instructions a weight. The latter are given for a block whose draws are determined by its logits alone, and for one
+that computes noise. Then, for the layer shapes of LLaMA-2-7B, the time by bytes, by issue slots and by matrix units of
+the forward product, of 16-bit operands with float32 logits; and for those of LLaMA-2-7B and 70B, of products with
+packed weights, beside the dense layer's. NVIDIA targets only. Nothing here is measured: the figures bound what a
+measurement can show.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ class Cost:
         stack: bytes spilled and of stack, a thread's.
         shared: bytes of shared memory a block.
         occupancy: resident warps over the most there can be.
-        certain, drawn: instructions a weight, where no noise is computed and where it is.
+        determined, drawn: instructions a weight of a block whose draws are determined by its logits alone, and of one
+            that computes noise.
     """
 
     kernel: str
@@ -176,7 +178,7 @@ class Cost:
     stack: int
     shared: int
     occupancy: float
-    certain: float
+    determined: float
     drawn: float
 
     @classmethod
@@ -192,7 +194,7 @@ class Cost:
 
     def worse_than(self, before: dict) -> list[str]:
         """The figures that are worse than those ``before`` by more than TOLERANCE."""
-        names = ("registers", "stack", "shared", "certain", "drawn")
+        names = ("registers", "stack", "shared", "determined", "drawn")
         worse = [name for name in names if getattr(self, name) > (1 + TOLERANCE) * before[name]]
         return worse + ["occupancy"] * (self.occupancy < (1 - TOLERANCE) * before["occupancy"])
 
@@ -261,7 +263,7 @@ def write_table() -> None:
 
 def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     print(f"{'kernel':<42} {'N:M':>5} {'target':>6} {'regs':>5} {'spills':>6} {'KiB':>6} {'occup.':>6} ", end="")
-    print(f"{'certain':>8} {'drawn':>8}   (instructions a weight)")
+    print(f"{'determined':>10} {'drawn':>8}   (instructions a weight)")
     for target in targets:
         for n, m in patterns:
             for cost in itertools.chain(
@@ -269,7 +271,7 @@ def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
             ):
                 print(
                     f"{cost.kernel:<42} {cost.pattern:>5} {target:>6} {cost.registers:>5} {cost.stack:>6} "
-                    f"{cost.shared / 1024:>6.1f} {cost.occupancy:>6.0%} {cost.certain:>8.1f} {cost.drawn:>8.1f}",
+                    f"{cost.shared / 1024:>6.1f} {cost.occupancy:>6.0%} {cost.determined:>10.1f} {cost.drawn:>8.1f}",
                     flush=True,
                 )
     print()

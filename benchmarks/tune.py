@@ -1,5 +1,6 @@
-"""Times candidate tiles of the masked products on this GPU: the fastest are what ``TILES`` in ``kernels/launch.py``
-should hold.
+"""Times candidate tiles of the masked products on this GPU.
+
+The fastest are what ``TILES`` in ``maskpro_kernels/ops/triton/tiles.py`` should hold.
 
 Every candidate is checked against torch's matmul under the same mask before it is timed; one that does not
 compile or launch is left out.

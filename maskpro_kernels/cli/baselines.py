@@ -12,13 +12,16 @@ import torch
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..pattern import NMPattern
-from ..pruning.convert import INITIAL_MASKS, convert
-from ..pruning.initial_masks import initial_codes
-from ..pruning.reconstruction import reconstruct
+from ..pruning.convert import convert
+from ..pruning.initial_masks import INITIAL_MASKS, initial_codes
+from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
 from .held_out import table_row
 from .inputs import Inputs
 from .progress import tell
+
+# The initial masks that the table shows, whichever learning starts from
+BASELINES = ("magnitude", "wanda")
 
 
 def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dict:
@@ -56,22 +59,16 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
         return found
 
     table = [row("dense", 0.0)]
-    codes, seconds = {}, {}
-    began = time.perf_counter()
-    conversion = convert(model, pattern, init="wanda", gap=args.gap, calibration=inputs.initial_batches)
-    masked = masked_layers(model)
-    codes["wanda"], seconds["wanda"] = top_n_codes(masked, pattern), time.perf_counter() - began
-    for name, reason in conversion.skipped.items():
+    layers, skipped = layers_to_convert(model, pattern)
+    for name, reason in skipped.items():
         tell(f"left dense: {name} ({reason})")
-    began = time.perf_counter()
-    codes["magnitude"] = initial_codes(masked, pattern, "magnitude")
-    seconds["magnitude"] = time.perf_counter() - began
-    if args.init == "reconstruction":
+    codes, seconds = {}, {}
+    for init in dict.fromkeys((*BASELINES, args.init)):
         began = time.perf_counter()
-        codes["reconstruction"] = reconstruct(
-            model, masked, codes["wanda"], pattern, inputs.initial_batches, progress=args.bars
-        )
-        seconds["reconstruction"] = time.perf_counter() - began + seconds["wanda"]
+        codes[init] = initial_codes(layers, pattern, init, model, inputs.initial_batches, progress=args.bars)
+        seconds[init] = time.perf_counter() - began
+    conversion = convert(model, pattern, init=codes[args.init], gap=args.gap)
+    masked = masked_layers(model)
     # The mask that learning starts from goes last, so that its logits stay.
     rows = {}
     for init in sorted(codes, key=lambda init: init == args.init):

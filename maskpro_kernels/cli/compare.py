@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..report.plots import check_pictures, draw_perplexity
+from ..report.plots import check_picture, draw_perplexity
 from .arguments import new_file
 from .held_out import print_table
 from .runs import REPORT, read_report
@@ -16,7 +16,7 @@ def compare(args: argparse.Namespace) -> None:
     picture = new_file(args, "picture")
     reports = {str(Path(run)): read_report(Path(run) / REPORT) for run in args.runs}
     if picture is not None:
-        check_pictures("picture", picture)
+        check_picture("picture", picture)
     first = next(iter(reports.values()))
     # the same source may be another text elsewhere
     others = {(report["other_data"], report["table"][0].get("other_perplexity")) for report in reports.values()}

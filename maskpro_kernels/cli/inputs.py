@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..pruning.convert import layers_to_convert
+from ..pruning.selection import layers_to_convert
 from ..text.data import batches, load_text
 from .arguments import device_of, telling
 from .models import load, windows_of

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from ..checkpoints.logits import save_logits
+from ..extras import missing
 from ..files import check_output, sync, write_whole
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
@@ -25,7 +25,7 @@ from ..pruning.finalize import finalize
 from ..pruning.gap import LARGEST_GAP, gap_for_flip_rate
 from ..ranks import FailedRank, MissingRanks, Ranks
 from ..report.html import write_html
-from ..report.plots import check_pictures, draw_perplexity, draw_residual
+from ..report.plots import draw_perplexity, draw_residual
 from ..report.tensorboard import Scalars
 from ..text.perplexity import causal_lm_loss
 from ..training.batches import digest
@@ -92,7 +92,6 @@ def _learn(args: argparse.Namespace, ranks: Ranks) -> None:
     def check() -> None:
         _complete(args)
         _check_ranks(args, ranks)
-        check_pictures("output")
         _check_tensorboard(args)
 
     ranks.all_of(check)
@@ -136,7 +135,6 @@ def _resume(args: argparse.Namespace, ranks: Ranks) -> None:
                 "the file from a copy"
             ) from error
         _check_ranks(args, ranks)
-        check_pictures("resume")
         _check_tensorboard(args)
         inputs = read_inputs(args)
         # the masks come from a snapshot
@@ -216,11 +214,9 @@ def _parallel(args: argparse.Namespace) -> str:
 
 
 def _check_tensorboard(args: argparse.Namespace) -> None:
-    if hasattr(args, "tensorboard") and find_spec("tensorboard") is None:
-        raise ValueError(
-            "tensorboard: expected the package tensorboard, which is not installed "
-            "(pip install 'maskpro-kernels[tensorboard]')"
-        )
+    lacking = missing("tensorboard") if hasattr(args, "tensorboard") else None
+    if lacking:
+        raise ValueError(f"tensorboard: expected {lacking}")
 
 
 def _train(args: argparse.Namespace, ranks: Ranks, inputs: Inputs, start: Mapping, resumed: bool) -> None:

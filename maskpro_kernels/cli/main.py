@@ -13,11 +13,23 @@ from pathlib import Path
 
 import torch
 
+from ..extras import missing
 from ..ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
+from .evaluate import evaluate
+from .export import export
+from .import_checkpoint import import_
 from .learn import learn
 from .parser import _parser
 from .progress import log_told, tell, tell_as, wants_bars
 from .runs import tell_missing
+
+# The optional packages that a command needs
+PACKAGES = {
+    learn: ("transformers", "matplotlib"),
+    evaluate: ("transformers",),
+    export: ("transformers",),
+    import_: ("transformers",),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings(), log_told():
         warnings.showwarning = _tell_warning
         try:
+            _check_packages(args, argv)
             _check_resume(args, argv)
             _check_torchrun(args, argv)
             with under_torchrun():
@@ -88,6 +101,13 @@ def _nobody_reads() -> bool:
 
 def _tell_warning(message: Warning, *_) -> None:
     tell_as("warning", message)
+
+
+def _check_packages(args: argparse.Namespace, argv: list[str]) -> None:
+    """Tell what is not installed before anything is read or written."""
+    lacking = missing(*PACKAGES.get(args.run, ()))
+    if lacking:
+        raise ValueError(f"{argv[0]}: expected {lacking}")
 
 
 def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:

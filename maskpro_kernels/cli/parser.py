@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..pruning.convert import INITIAL_MASKS
+from ..pruning.initial_masks import INITIAL_MASKS
 from ..training.sharing import PARALLEL
 from .arguments import DTYPE, DTYPES
 from .compare import compare

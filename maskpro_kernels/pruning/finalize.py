@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from ..modules import MaskedLinear, check_in_memory, masked_layers
 from ..packed import NMLinear, packed_class
 from ..pattern import NMPattern
-from .convert import Conversion, _select
-from .replacement import _replace
+from .convert import Conversion
+from .replacement import replace_modules
+from .selection import select_layers
 
 
 def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
@@ -38,7 +39,7 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
                 replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer)
             else:
                 replacements[id(layer)] = _dense(layer, layer.top_n_weight(), layer.weight.requires_grad)
-    _replace(model, replacements)
+    replace_modules(model, replacements)
     return replacements.get(id(model), model)
 
 
@@ -51,7 +52,7 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
         ValueError: if the weight of no layer follows the pattern, or one is not in memory. The model is then as it was.
     """
     pattern = NMPattern(pattern)
-    layers, skipped = _select(model, pattern, None)
+    layers, skipped = select_layers(model, pattern)
     replacements, packed = {}, []
     for name, layer in layers.items():
         check_in_memory("model", layer, name)
@@ -63,7 +64,7 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
             packed.append(name)
     if not packed:
         raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
-    _replace(model, replacements)
+    replace_modules(model, replacements)
     return Conversion(packed, skipped)
 
 
@@ -73,7 +74,7 @@ def unpack(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, NMLinear):
             replacements[id(layer)] = _dense(layer, layer.packed.unpack(), layer.values.requires_grad)
-    _replace(model, replacements)
+    replace_modules(model, replacements)
 
 
 def _dense(layer: MaskedLinear | NMLinear, weight: Tensor, requires_grad: bool) -> nn.Linear:

@@ -1,23 +1,20 @@
-"""Initial masks: by magnitude, by Wanda, or given as group codes."""
+"""Initial masks: by magnitude, by Wanda, by reconstruction, or given as group codes.
+
+A new one is a function with the arguments of ``magnitude`` and an entry in ``INITIAL_MASKS``. ``convert`` knows it then
+by its name, and so does ``maskpro learn --init``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ..functional.checks import check_codes, check_exactly_n
 from ..functional.masks import top_n_mask
-from ..modules import evaluating
 from ..pattern import NMPattern
-
-
-def as_call(batch) -> tuple[tuple, dict]:
-    """(arguments, keywords) by which a model takes a batch: a mapping, a tuple or list, or anything else as it is."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+from .calibration import check_calibration, input_squares
+from .reconstruction import reconstruct
 
 
 def initial_codes(
@@ -26,30 +23,61 @@ def initial_codes(
     init: str | Mapping[str, Tensor],
     model: nn.Module | None = None,
     calibration: Iterable | None = None,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Group codes of an initial mask for every layer.
 
     Args:
         layers: modules with a ``weight`` [out, K], by name.
         pattern: "N:M" or NMPattern.
-        init: "magnitude": the N largest |w| of each group; "wanda": the N largest |w| * ||x||, ||x|| the
-            norm of the input column over the calibration batches (Sun et al. 2023, arXiv 2306.11695);
-            or {name: group codes [out, K / M]}.
-        model: the model that the layers are part of; needed for "wanda".
-        calibration: batches for the model, each a tensor, a tuple or a mapping; needed for "wanda".
+        init: a name in ``INITIAL_MASKS``, or {name: group codes [out, K / M]}.
+        model: the model that the layers are part of; "magnitude" and given codes need none.
+        calibration: batches for the model, each a tensor, a tuple or a mapping; "magnitude" and given codes need none.
+        progress: whether a mask that takes minutes shows a bar.
+
+    Returns:
+        group codes [out, K / M] by name, on the devices of the weights.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
     pattern = NMPattern(pattern)
+    check_initial_mask(init)
     if isinstance(init, Mapping):
-        return _given_codes(layers, pattern, init)
-    if init == "magnitude":
-        return {name: top_n_mask(layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
-    if init != "wanda":
-        raise ValueError(f'init: expected "magnitude", "wanda" or a mapping of names to group codes, got {init!r}')
-    if model is None or calibration is None:
-        raise ValueError('calibration: expected batches for init="wanda", got none')
+        return given(layers, pattern, init)
+    return INITIAL_MASKS[init](layers, pattern, model, calibration, progress)
+
+
+def check_initial_mask(init: str | Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless ``init`` names an initial mask or is a mapping."""
+    if not isinstance(init, Mapping) and (not isinstance(init, str) or init not in INITIAL_MASKS):
+        names = tuple(INITIAL_MASKS)
+        raise ValueError(f"init: expected one of {names} or a mapping of names to group codes, got {init!r}")
+
+
+def magnitude(
+    layers: Mapping[str, nn.Module],
+    pattern: NMPattern,
+    model: nn.Module | None,
+    calibration: Iterable | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The N largest |w| of each group; this needs the weights alone."""
+    return {name: top_n_mask(layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
+
+
+def wanda(
+    layers: Mapping[str, nn.Module],
+    pattern: NMPattern,
+    model: nn.Module | None,
+    calibration: Iterable | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The N largest |w| * ||x|| of each group (Sun et al. 2023, arXiv 2306.11695).
+
+    ||x|| is the norm of the weight's input column over the calibration batches.
+    """
+    _check_given("wanda", model, calibration)
     squares = input_squares(model, layers, calibration)
     return {
         # a hook on the layer may yet bring its inputs to where the weight is
@@ -58,7 +86,22 @@ def initial_codes(
     }
 
 
-def _given_codes(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def reconstruction(
+    layers: Mapping[str, nn.Module],
+    pattern: NMPattern,
+    model: nn.Module | None,
+    calibration: Iterable | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Wanda's masks, improved by ``reconstruct``."""
+    _check_given("reconstruction", model, calibration)
+    batches = list(calibration)
+    codes = wanda(layers, pattern, model, batches, progress)
+    return reconstruct(model, layers, codes, pattern, batches, progress=progress)
+
+
+def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Group codes that the caller has, checked."""
     unknown, missing = sorted(init.keys() - layers.keys()), sorted(layers.keys() - init.keys())
     if unknown or missing:
         raise ValueError(f"init: expected codes for exactly the layers converted; unknown {unknown}, missing {missing}")
@@ -70,44 +113,11 @@ def _given_codes(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapp
     return codes
 
 
-def check_calibration(calibration: Iterable) -> None:
-    """Raise TypeError unless it can be an iterable of batches; a tensor or a mapping is one batch."""
-    if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Mapping)):
-        raise TypeError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}")
+INITIAL_MASKS = {"magnitude": magnitude, "wanda": wanda, "reconstruction": reconstruction}
 
 
-def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Iterable) -> dict[str, Tensor]:
-    """Sum of squares of every input column of every layer over the calibration batches, float32 [K] by name.
-
-    Raises:
-        ValueError: if there is no batch, or a layer sees none of them.
-    """
-    sums: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable:
-        def add(module, args, kwargs):
-            x = (args[0] if args else kwargs["input"]).detach()
-            x = x.reshape(-1, x.shape[-1])
-            squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        return add
-
+def _check_given(init: str, model: nn.Module | None, calibration: Iterable | None) -> None:
+    """Raise unless there is a model with calibration batches."""
+    if model is None or calibration is None:
+        raise ValueError(f'calibration: expected batches for init="{init}", got none')
     check_calibration(calibration)
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    batches = 0
-    try:
-        with torch.inference_mode(), evaluating(model):
-            for batch in calibration:
-                args, kwargs = as_call(batch)
-                model(*args, **kwargs)
-                batches += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not batches:
-        raise ValueError("calibration: expected at least one batch, got none")
-    unseen = [name for name in layers if name not in sums]
-    if unseen:
-        raise ValueError(f"calibration: expected batches that reach every layer, {unseen} saw no input")
-    return sums

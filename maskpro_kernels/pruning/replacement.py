@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 
-def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
     for module in list(model.modules()):
         if id(module) in replacements and hasattr(module, "_hf_hook"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..extras import require
 from ..training.step import StepRecord
 
 
@@ -17,27 +18,28 @@ class Scalars:
     Args:
         folder: where the event files go, made if missing.
         steps_done: how many steps the run has taken.
-        held_out: the held-out perplexities so far, see ``add``.
+        validation: the validation perplexities so far, see ``add``.
 
     Raises:
         ModuleNotFoundError: if tensorboard, of the extra of that name, is not installed.
         OSError: if the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, steps_done: int, held_out: Sequence[Mapping]):
-        # seconds to import, and optional
+    def __init__(self, folder: str | Path, steps_done: int, validation: Sequence[Mapping]):
+        require("maskpro_kernels.report", "tensorboard")
+        # seconds to import
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(folder, purge_step=steps_done)
         self._unwritten = steps_done
-        self._add_held_out(held_out)
+        self._add_validation(validation)
 
-    def add(self, record: StepRecord, held_out: Sequence[Mapping]) -> None:
-        """Write what a step saw, and the held-out perplexities that are new.
+    def add(self, record: StepRecord, validation: Sequence[Mapping]) -> None:
+        """Write what a step saw, and the validation perplexities that are new.
 
         Args:
             record: of the step; what is None there is left out.
-            held_out: all of them in order, {"step": steps taken before, "perplexity": ...} each.
+            validation: all of them in order, {"step": steps taken before, "perplexity": ...} each.
         """
         values = {
             "loss": record.loss,
@@ -50,15 +52,15 @@ class Scalars:
         for name, value in values.items():
             if value is not None:
                 self._writer.add_scalar(name, value, record.step)
-        self._add_held_out(held_out)
+        self._add_validation(validation)
 
     def close(self) -> None:
         self._writer.close()
 
-    def _add_held_out(self, rows: Sequence[Mapping]) -> None:
+    def _add_validation(self, rows: Sequence[Mapping]) -> None:
         for row in rows:
             # those before were written by the process that found them, or a call ago
             if row["step"] >= self._unwritten:
-                self._writer.add_scalar("held_out_perplexity", row["perplexity"], row["step"])
+                self._writer.add_scalar("validation_perplexity", row["perplexity"], row["step"])
                 self._unwritten = row["step"] + 1
         self._writer.flush()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..extras import missing
+
 SPLITS = ("calibration", "validation", "test")
 
 
@@ -134,10 +136,10 @@ def _paragraphs(path: Path) -> list[str]:
 def _dataset_texts(source: str) -> dict[str, str]:
     try:
         from datasets import load_dataset
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ValueError(
             f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}: there is no such file, and '
-            "for datasets the package `datasets` has to be installed (pip install 'maskpro-kernels[data]')"
+            f"a dataset needs {missing('datasets') or error}"
         ) from error
     name, _, config = source.partition(":")
     data = load_dataset(name, config or None)

@@ -23,5 +23,5 @@ def check_int(name: str, value: int, low: int, high: int | None = None) -> None:
     """Raise ValueError unless ``value`` is an int of at least ``low``, and at most ``high`` where one is given."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < low or high is not None and value > high:
-        most = "" if high is None else f" and at most {high}"
-        raise ValueError(f"{name}: expected an int of at least {low}{most}, got {value!r}")
+        expected = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected an int {expected}, got {value!r}")

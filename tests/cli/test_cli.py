@@ -28,7 +28,6 @@ from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import held_out, main
 from maskpro_kernels.cli import learn as learning
 from maskpro_kernels.modules import MaskedLinear
-from maskpro_kernels.report import plots
 from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.perplexity import perplexity
 from maskpro_kernels.training.batches import digest
@@ -305,9 +304,9 @@ def test_learn_refuses_non_finite_weights(inputs, tmp_path, capsys, monkeypatch)
 
 
 def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plots, "find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
-    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[demo]'")
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[cli]'")
 
 
 def test_reinforce_has_no_bound_of_a_step(inputs, tmp_path, capsys):

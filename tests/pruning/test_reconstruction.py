@@ -15,9 +15,10 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.pruning import reconstruction
+from maskpro_kernels.pruning import blocks, reconstruction
 from maskpro_kernels.pruning.initial_masks import initial_codes
-from maskpro_kernels.pruning.reconstruction import reconstruct, swap_descent
+from maskpro_kernels.pruning.reconstruction import reconstruct
+from maskpro_kernels.pruning.swap_descent import swap_descent
 
 PATTERNS = ["1:4", "2:4", "4:8", "8:16", "16:32"]
 
@@ -130,7 +131,7 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
     weight, gram = problem(9, 64)
     codes = mk.top_n_mask(weight.abs(), "2:4")
     whole, _ = swap_descent(weight, codes, gram, "2:4")
-    monkeypatch.setattr(reconstruction, "PIECE", 2 * 64)
+    monkeypatch.setattr("maskpro_kernels.pruning.swap_descent.PIECE", 2 * 64)
     pieces, _ = swap_descent(weight, codes, gram, "2:4")
     assert torch.equal(whole, pieces)
 
@@ -270,16 +271,16 @@ def test_a_language_model_is_a_chain_of_blocks(eager_reference):
     model = tiny_model()
     batches = [torch.randint(0, model.config.vocab_size, (2, 12)) for _ in range(2)]
     layers = {name: module for name, module in layers_of(model).items() if name != "lm_head"}
-    chain = reconstruction._chain(model, layers)
+    chain = blocks.find_chain(model, layers)
     assert chain == list(model.model.layers)
     calls = [((batch,), {}) for batch in batches]
     with torch.no_grad(), reconstruction._without_cache(model):
-        recorded = reconstruction._record(model, chain, calls)
-        blocks = [block for block, _ in reconstruction._blocks(model, layers, calls)]
-        stages = reconstruction._stages(
+        recorded = blocks.record_chain(model, chain, calls)
+        found = [block for block, _ in blocks.calls_by_block(model, layers, calls)]
+        stages = blocks.layers_in_order(
             chain[0], [((recorded[0][0], *recorded[1][0][0][0]), recorded[1][0][0][1])], layers
         )
-    assert recorded is not None and blocks == chain
+    assert recorded is not None and found == chain
     assert [[name.split(".")[-1] for name in names] for names, _ in stages] == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],

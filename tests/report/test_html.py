@@ -13,7 +13,7 @@ from helpers.tiny_llama import write_inputs
 from matplotlib.figure import Figure
 
 from maskpro_kernels.cli import main, parser
-from maskpro_kernels.report import html
+from maskpro_kernels.report import html, svg
 from maskpro_kernels.report.html import command, write_html
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "base", "source", "embed"}
@@ -145,25 +145,25 @@ def page_of(values, folder):
 def test_page_of_a_run(tmp_path, settings, curves, count):
     page = page_of(report_of([step_of(step) for step in range(count)], settings), tmp_path)
     assert page.headings[0] == "2:4 mask of smollm2-135m"
-    assert page.says(f"Learned on pydoc by {settings['estimator']} from the wanda mask, whose perplexity is 73.02.")
-    (methods,) = page.table("mask", "perplexity", "seconds from the dense model")
+    assert page.says(
+        f"Learned on pydoc by {settings['estimator']} from the wanda mask, whose test perplexity is 73.02."
+    )
+    (methods,) = page.table("mask", "test perplexity", "seconds from the dense model")
     assert methods == [
         ["none (dense)", "14.27", "0.0"],
         ["magnitude", "2,652.29", "0.1"],
         ["wanda", "73.02", "21.0"],
         [settings["estimator"], "26.16", "286.0"],
     ]
-    held_out, losses = page.pictures
-    assert "perplexity of the validation text" in held_out and "tokens learned from" in held_out
+    validation, losses = page.pictures
+    assert "validation perplexity" in validation and "tokens learned from" in validation
     assert len([one for one in page.ids if re.fullmatch(r"loss-axes_\d+", one)]) == curves
     assert {"loss, nats a token", "step"} <= set(losses)
     assert ("tracker" in losses and "advantage, nats a token" in losses) == (curves == 3)
-    assert page.says(
-        f"Of the validation text: 40.00 after 0 steps, {40 / (count + 1):.2f} after {count} step{'s'[: count - 1]}."
-    )
+    assert page.says(f"40.00 after 0 steps, {40 / (count + 1):.2f} after {count} step{'s'[: count - 1]}.")
     # one step has one place
     assert len([text for text in losses if text in ("0", "−0")]) == 1
-    assert not page.says("ended early") and not page.says("moved nothing")
+    assert not page.says("ended early") and not page.says("changed nothing")
     tables = sum(page.tables, [])
     assert ["python", "3.12.1"] in tables and ["lm_head", "output head"] in tables and ["gap", "10.0"] in tables
     assert page.says("0123456789abcdef")
@@ -250,12 +250,12 @@ def test_skipped_steps_are_listed(tmp_path):
     bad = {"loss": math.nan, "residual": None, "advantage": None}
     steps = [step_of(step, **bad if step in (1, 4, 5, 6) else {}) for step in range(9)]
     page = page_of(report_of(steps, REINFORCE), tmp_path)
-    assert page.says("4 of 9 steps moved nothing, as a loss was no finite number: 1, 4 to 6.")
+    assert page.says("4 of 9 steps changed nothing, because a loss was no finite number: 1, 4 to 6.")
     every_second = [step_of(step, **bad if step % 2 else {}) for step in range(400)]
     page = page_of(report_of(every_second, REINFORCE), tmp_path)
-    assert page.says("200 of 400 steps moved nothing") and page.says("97, 99, and 150 later ones.")
+    assert page.says("200 of 400 steps changed nothing") and page.says("97, 99, and 150 later ones.")
     page = page_of(report_of([step_of(0, **bad)], REINFORCE), tmp_path)
-    assert page.says("No step has a finite loss") and page.says("1 of 1 step moved nothing")
+    assert page.says("No step has a finite loss") and page.says("1 of 1 step changed nothing")
 
 
 def test_perplexities_that_are_no_numbers(tmp_path):
@@ -264,7 +264,7 @@ def test_perplexities_that_are_no_numbers(tmp_path):
     values["table"][1]["perplexity"] = math.inf
     page = page_of(values, tmp_path)
     assert page.says("No finite value is known") and len(page.pictures) == 1
-    assert page.table("mask", "perplexity", "seconds from the dense model")[0][1][1] == "inf"
+    assert page.table("mask", "test perplexity", "seconds from the dense model")[0][1][1] == "inf"
     rows[1]["perplexity"] = 30.0
     page = page_of(report_of([step_of(0), step_of(1)], REINFORCE, validation=rows), tmp_path)
     assert len(page.pictures) == 2
@@ -274,7 +274,7 @@ def test_another_text_has_its_column(tmp_path):
     values = report_of([step_of(0)], STRAIGHT_THROUGH | {"other_data": "stdlib"})
     values["table"] = [row | {"other_perplexity": 7.43 + at} for at, row in enumerate(values["table"])]
     page = page_of(values, tmp_path)
-    (methods,) = page.table("mask", "perplexity", "other text", "seconds from the dense model")
+    (methods,) = page.table("mask", "test perplexity", "on the other text", "seconds from the dense model")
     assert [row[2] for row in methods] == ["7.43", "8.43", "9.43", "10.43"]
     assert page.says("The other text: stdlib.")
 
@@ -313,10 +313,10 @@ def test_a_long_curve_is_thinned_out_and_keeps_its_extremes():
     points = [(step, 1.0 if step % 2 else -1.0) for step in range(10_000)]
     points[5000], points[7000], points[7001] = (5000, 90.0), (7000, math.nan), (7001, None)
     axes = Figure().subplots()
-    html._curve(axes, points, "loss", "#000000")
+    svg.curve(axes, points, "loss", "#000000")
     (line,), (band,) = axes.lines, axes.collections
     x, y = line.get_xydata().T
-    assert len(x) == html.MOST_POINTS and (x[1:] > x[:-1]).all()
+    assert len(x) == svg.MOST_POINTS and (x[1:] > x[:-1]).all()
     assert x[0] == pytest.approx(sum(range(20)) / 20, abs=1) and abs(y[0]) < 0.1
     low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
     assert (low, high) == (-1, 90)
@@ -325,7 +325,7 @@ def test_a_long_curve_is_thinned_out_and_keeps_its_extremes():
 @pytest.mark.parametrize(("line", "style"), [(True, "-"), (False, "None")])
 def test_a_short_curve_shows_every_point(line, style):
     axes = Figure().subplots()
-    html._curve(axes, [(0, 1.0), (1, math.nan), (2, math.inf), (3, None), (4, 5.0)], "loss", "#000000", line)
+    svg.curve(axes, [(0, 1.0), (1, math.nan), (2, math.inf), (3, None), (4, 5.0)], "loss", "#000000", line)
     (drawn,) = axes.lines
     assert drawn.get_xydata().tolist() == [[0, 1], [4, 5]] and not axes.collections
     assert drawn.get_linestyle() == style and drawn.get_marker() == "o"

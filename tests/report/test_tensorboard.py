@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from helpers.tiny_llama import write_inputs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import RecordWriter
 
-from maskpro_kernels.cli import learn, main
+from maskpro_kernels.cli import main
 from maskpro_kernels.report.tensorboard import Scalars
 from maskpro_kernels.training.trainer import MaskTrainer, StepRecord
 
@@ -48,15 +49,15 @@ def test_every_step_is_readable_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RecordWriter, "write", slow)
     scalars = Scalars(tmp_path / "events", 0, held_out(0))
-    assert read(tmp_path / "events") == {"held_out_perplexity": [(0, 40)]}
+    assert read(tmp_path / "events") == {"validation_perplexity": [(0, 40)]}
     scalars.add(record_of(0), held_out(0))
     first = {"loss": 3, "residual": 0.5, "advantage": 0.25, "tracker": -1, "flip_rate": 0.125, "tokens_per_second": 512}
-    expected = {name: [(0, value)] for name, value in first.items()} | {"held_out_perplexity": [(0, 40)]}
+    expected = {name: [(0, value)] for name, value in first.items()} | {"validation_perplexity": [(0, 40)]}
     assert read(tmp_path / "events") == expected
     scalars.add(record_of(1, loss=9.0), held_out(0, 2))
     scalars.close()
     written = read(tmp_path / "events")
-    assert written["loss"] == [(0, 3), (1, 9)] and written["held_out_perplexity"] == [(0, 40), (2, 38)]
+    assert written["loss"] == [(0, 3), (1, 9)] and written["validation_perplexity"] == [(0, 40), (2, 38)]
 
 
 def test_what_is_not_known_is_left_out(tmp_path):
@@ -85,7 +86,7 @@ def test_another_process_goes_on(tmp_path, done):
     after.close()
     written = read(tmp_path)
     assert written["loss"] == [(step, (50.0 if step >= done else 3.0) + step) for step in range(6)]
-    assert written["held_out_perplexity"] == [(0, 40), (2, 38), (4, 36), (6, 34)]
+    assert written["validation_perplexity"] == [(0, 40), (2, 38), (4, 36), (6, 34)]
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +128,14 @@ def test_a_run_that_was_killed_goes_on_in_its_scalars(eager_reference, inputs, t
     written = read(tmp_path / "run" / "tensorboard")
     assert report["settings"]["tensorboard"] is True
     names = {"loss", "flip_rate", *(("residual", "advantage", "tracker") if estimator == "reinforce" else ())}
-    assert written.keys() == names | {"tokens_per_second", "held_out_perplexity"}
+    assert written.keys() == names | {"tokens_per_second", "validation_perplexity"}
     for name in names:
         expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in report["steps"]]
         assert written[name] == expected and len(expected) == 6
     rates = [(row["step"], pytest.approx(row["tokens"] / row["seconds"], rel=1e-6)) for row in report["steps"]]
     assert written["tokens_per_second"] == rates
     expected = [(row["step"], pytest.approx(row["perplexity"], rel=1e-6)) for row in report["validation"]]
-    assert written["held_out_perplexity"] == expected and len(expected) == 4
+    assert written["validation_perplexity"] == expected and len(expected) == 4
 
 
 def test_without_tensorboard_nothing_is_done(eager_reference, inputs, tmp_path, capsys, monkeypatch):
@@ -151,8 +152,7 @@ def test_without_tensorboard_nothing_is_done(eager_reference, inputs, tmp_path, 
     finally:
         signal.signal(signal.SIGINT, before)
     files = sorted(tmp_path.rglob("*"))
-    find_spec = learn.find_spec
-    monkeypatch.setattr(learn, "find_spec", lambda package: None if package == "tensorboard" else find_spec(package))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     capsys.readouterr()
     new = ["learn", *inputs, "--output", str(tmp_path / "new")]
     for arguments in [*new, "--tensorboard"], ["learn", "--resume", str(tmp_path / "run")]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...files import write_tensors
 from ...packed import PackedNM
-from ..safetensors_files import INDEX, SINGLE, _check_parts, _tensor, weight_files
+from ..safetensors_files import INDEX, SINGLE, check_parts, read_tensor, tensor_files, weight_files
 
-# What a weight is stored as in compressed-tensors' format sparse-24-bitmask
+# The parts that a weight is stored in
 COMPRESSED = ("compressed", "bitmask", "shape")
 # Settings that would make a loader look for tensors that are no longer there
 COMPRESSION_SETTINGS = ("quantization_config", "compression_config", "sparsity_config")
@@ -35,13 +35,10 @@ def decompress(source: str | Path, output: str | Path) -> int:
     """
     source, output = Path(source), Path(output)
     files = weight_files(source)
-    where = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            where |= dict.fromkeys(opened.keys(), file)
+    where = tensor_files(files)
     names = {name.removesuffix(".compressed") for name in where if name.endswith(".compressed")}
     for name in names:
-        _check_parts(where, name, COMPRESSED)
+        check_parts(where, name, COMPRESSED)
     if not names:
         return 0
     output.mkdir(parents=True, exist_ok=True)
@@ -54,8 +51,8 @@ def decompress(source: str | Path, output: str | Path) -> int:
                 if name not in names or part not in COMPRESSED:
                     tensors[stored] = opened.get_tensor(stored)
                 elif part == "compressed":
-                    parts = [_tensor(where[f"{name}.{part}"], f"{name}.{part}") for part in COMPRESSED]
-                    tensors[f"{name}.weight"] = _decompressed(name, *parts)
+                    parts = [read_tensor(where[f"{name}.{part}"], f"{name}.{part}") for part in COMPRESSED]
+                    tensors[f"{name}.weight"] = decompressed_weight(name, *parts)
         write_tensors(tensors, output / file.name, {"format": "pt"})
         written |= dict.fromkeys(tensors, file.name)
     if [file.name for file in files] != [SINGLE]:
@@ -83,7 +80,12 @@ def _settings(config: Path) -> dict:
         ) from error
 
 
-def _decompressed(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
+def decompressed_weight(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
+    """The weight [out, K] whose parts these are, with exact zeros.
+
+    Raises:
+        ValueError: if the parts do not agree.
+    """
     sizes = shape.flatten().tolist()
     if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(f"checkpoint: expected two positive integers in {name}.shape, got {sizes}")

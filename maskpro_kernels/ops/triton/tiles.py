@@ -1,9 +1,19 @@
-"""Launch configurations by kernel and architecture, and how one is chosen."""
+"""Tile tables: how each kernel is launched on each GPU architecture, and how a row is chosen.
+
+To add an architecture:
+
+1. Give it an entry in ``TABLE_ROW``: the architecture whose row it can take, or itself.
+2. If it has a row of its own, add it to ``PROCESSORS``, ``ONE_PASS_TOKENS`` and ``PACKED_TOKENS``, and replace in
+   ``TILES`` and ``PACKED_TILES`` the tiles that do not fit it. ``benchmarks/tune.py`` finds the fastest ones.
+3. Add it to ``TARGETS`` in ``benchmarks/aot.py`` and to the limits in the tests that compile every kernel ahead of
+   time.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +90,24 @@ class Tiles(_CompileOptions):
     tokens: int
     k: int
 
+
+# The architecture whose row of the tables each one takes. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction
+# mma.sync, as those of 8.0 do: 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block,
+# into which all tiles of sm_80 fit.
+TABLE_ROW = {
+    "sm_80": "sm_80",
+    "sm_86": "sm_80",
+    "sm_87": "sm_80",
+    "sm_89": "sm_80",
+    "sm_90": "sm_90",
+    "sm_100": "sm_100",
+    "sm_103": "sm_100",
+    "sm_120": "sm_80",
+    "sm_121": "sm_80",
+    "gfx942": "gfx942",
+}
+# What an unknown architecture takes: of its maker's rows the one that asks for the least shared memory
+NVIDIA_ROW, AMD_ROW = "sm_80", "gfx942"
 
 # What an integer argument is a multiple of where Triton compiles a kernel for aligned rows
 ALIGNED = 16
@@ -186,13 +214,28 @@ INTERPRETER_TILES = Tiles(out=512, tokens=128, k=512)
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of the tables for a device: its own architecture, or the one whose limits it shares."""
+    """The row of the tables for a device.
+
+    Warns once of each architecture that has no entry in ``TABLE_ROW``, and names the row that is taken instead.
+    """
     if INTERPRETED:
         return "sm_90"
     if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+        # such as gfx942:sramecc+:xnack-
+        return _table_row(torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0], AMD_ROW)
+    major, minor = torch.cuda.get_device_capability(device)
+    return _table_row(f"sm_{major}{minor}", NVIDIA_ROW)
+
+
+@functools.cache
+def _table_row(name: str, otherwise: str) -> str:
+    if name not in TABLE_ROW:
+        warnings.warn(
+            f"GPU architecture {name}: expected one of {', '.join(TABLE_ROW)}; its kernels are launched with the tiles "
+            f"of {otherwise}, which may be slow or not fit; maskpro_kernels/ops/triton/tiles.py tells how to add it",
+            stacklevel=2,
+        )
+    return TABLE_ROW.get(name, otherwise)
 
 
 def configuration(kernel: str, m: int, groups: int) -> Configuration:

@@ -54,10 +54,10 @@ for (product, target, itemsize), tiles in TILES.items():
             # such layers take the transient weight
             if product == "masked_linear_input_grad" and "rows" not in given.get("multiples", ["rows"]):
                 continue
-            if product == "straight_through" and given.get("kind", "drawn") != "drawn":
-                given["update"] = False
+            if product == "straight_through" and given.get("KIND", "drawn") != "drawn":
+                given["UPDATE"] = False
             if product != "masked_linear":
-                given.pop("log_prob", None)
+                given.pop("LOG_PROB", None)
             if product == "masked_linear_weight_grad":
                 given.pop("weight", None)
             built = build_product(product, target, n, m, tile, operand=operand, **given)
@@ -173,7 +173,7 @@ def check_products(operand, patterns, targets, stack=0, ends=False, **options):
 
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_products_compile_for_every_target(target):
-    check_products("bf16", [(2, 4)], [target], ends=True, log_prob=True)
+    check_products("bf16", [(2, 4)], [target], ends=True, LOG_PROB=True)
 
 
 COSTS_CHILD = """
@@ -210,12 +210,12 @@ def test_no_kernel_costs_more_than_its_row_of_the_table(everything):
 
 
 def test_a_cost_is_worse_where_one_figure_is():
-    before = {"registers": 100, "stack": 0, "shared": 1000, "occupancy": 0.5, "certain": 50.0, "drawn": 90.0}
+    before = {"registers": 100, "stack": 0, "shared": 1000, "occupancy": 0.5, "determined": 50.0, "drawn": 90.0}
     where = {"kernel": "k", "pattern": "2:4", "target": "sm_90"}
     assert aot_report.Cost(**where, **before).worse_than(before) == []
-    within = {"registers": 105, "shared": 1050, "occupancy": 0.475, "certain": 52.5, "drawn": 94.5}
+    within = {"registers": 105, "shared": 1050, "occupancy": 0.475, "determined": 52.5, "drawn": 94.5}
     assert aot_report.Cost(**where, **before | within).worse_than(before) == []
-    beyond = {"registers": 106, "stack": 8, "shared": 1051, "occupancy": 0.47, "certain": 52.6, "drawn": 94.6}
+    beyond = {"registers": 106, "stack": 8, "shared": 1051, "occupancy": 0.47, "determined": 52.6, "drawn": 94.6}
     for name, value in beyond.items():
         assert aot_report.Cost(**where, **before | {name: value}).worse_than(before) == [name]
 
@@ -229,7 +229,7 @@ for target in TARGETS:
     for n, m in patterns:
         for operand, itemsize in (("bf16", 2), ("fp32", 4)):
             for tile in TILES["straight_through", target, itemsize]:
-                built = build_product("straight_through", target, n, m, tile, operand=operand, update=False)
+                built = build_product("straight_through", target, n, m, tile, operand=operand, UPDATE=False)
                 print(json.dumps([target, n, m, operand, built.registers, built.spills, built.stack]), flush=True)
 """
 
@@ -246,42 +246,42 @@ def test_slopes_that_are_written_compile_for_every_target(pattern):
 @pytest.mark.parametrize("operand", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (8, 16)])
 def test_all_tiles_of_products_compile_for_every_target(n, m, operand):
-    check_products(operand, [(n, m)], list(SHARED_LIMITS), log_prob=n <= 4)
+    check_products(operand, [(n, m)], list(SHARED_LIMITS), LOG_PROB=n <= 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"logits": "bf16"}, {"logits": "fp16", "log_prob": True}, {"weight": "fp32"}],
+    [{"logits": "bf16"}, {"logits": "fp16", "LOG_PROB": True}, {"weight": "fp32"}],
     ids=["logits in bf16", "logits in fp16", "weight in fp32, as under autocast"],
 )
 def test_products_of_mixed_dtypes_compile_for_every_target(options):
-    check_products("bf16", [(2, 4), (8, 16)] if "log_prob" not in options else [(2, 4)], list(SHARED_LIMITS), **options)
+    check_products("bf16", [(2, 4), (8, 16)] if "LOG_PROB" not in options else [(2, 4)], list(SHARED_LIMITS), **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 8), (1, 32), (4, 16), (2, 32), (16, 32)])
 def test_products_of_other_groups_compile_for_every_target(n, m):
-    check_products("bf16", [(n, m)], list(SHARED_LIMITS), ends=True, log_prob=n <= 4)
+    check_products("bf16", [(n, m)], list(SHARED_LIMITS), ends=True, LOG_PROB=n <= 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["top_n", "codes"])
 def test_products_under_given_masks_compile_for_every_target(kind):
-    check_products("bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), kind=kind)
+    check_products("bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), KIND=kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operand", ["bf16", "fp32"])
 @pytest.mark.parametrize("multiples", [["rows"], ["groups"]], ids="only {0[0]} aligned".format)
 def test_products_of_odd_sizes_compile_for_every_target(multiples, operand):
-    check_products(operand, [(2, 4)], list(SHARED_LIMITS), multiples=multiples, log_prob=True)
+    check_products(operand, [(2, 4)], list(SHARED_LIMITS), multiples=multiples, LOG_PROB=True)
 
 
 @pytest.mark.slow
 def test_products_in_tf32_compile_for_every_target():
     # on sm_100 one tile leaves a value on the stack, and with any limit of registers its exact product leaves more
-    check_products("fp32", [(2, 4)], ["sm_80", "sm_90", "sm_100"], stack=8, precision="tf32", log_prob=True)
+    check_products("fp32", [(2, 4)], ["sm_80", "sm_90", "sm_100"], stack=8, PRECISION="tf32", LOG_PROB=True)
 
 
 PACKED_CHILD = """

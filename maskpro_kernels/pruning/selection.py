@@ -1,0 +1,147 @@
+"""Which layers of a model get a mask, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..functional.checks import LOGIT_DTYPES
+from ..modules import MaskedLinear, check_in_memory
+from ..pattern import NMPattern
+
+BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
+
+# (layers by name, the reason by name of the layers left out)
+Selection = tuple[dict[str, nn.Linear], dict[str, str]]
+
+
+def layers_to_convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] | None = None) -> Selection:
+    """The layers that ``convert`` would replace, by name, and why it would leave out the others.
+
+    Raises:
+        TypeError, ValueError: an argument is not as in ``convert``, a weight is not finite or not in memory, or nothing
+            is left to convert.
+    """
+    layers, skipped = select_layers(model, NMPattern(pattern), targets)
+    for name, layer in layers.items():
+        check_in_memory("model", layer, name)
+        if layer.weight.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
+    return layers, skipped
+
+
+def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] | None = None) -> Selection:
+    """The nn.Linear layers that ``targets`` name, by default all that can take a mask.
+
+    Raises:
+        TypeError, ValueError: ``targets`` are not as in ``convert``, or no layer is left.
+    """
+    everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in everything.items() if type(module) is nn.Linear}
+    if not linears:
+        raise ValueError(f"model: expected a module that contains nn.Linear layers, got none{_why_none(model)}")
+    # they compute something else than x @ w.T + b, or rely on their type
+    subclasses = {
+        name: f"subclass of nn.Linear: {type(module).__name__}"
+        for name, module in everything.items()
+        if name not in linears
+    }
+    if targets is None:
+        layers, skipped = _by_default(model, linears, pattern)
+    else:
+        _check_targets(targets)
+        layers, skipped = _by_targets(model, linears, pattern, targets)
+    return layers, skipped | subclasses
+
+
+def _why_none(model: nn.Module) -> str:
+    if any(isinstance(module, MaskedLinear) for module in model.modules()):
+        return ", but MaskedLinear: it has been converted; finalize it first"
+    if isinstance(model, nn.Linear):
+        return "; a single layer is converted by MaskedLinear.from_linear"
+    return ""
+
+
+def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern) -> Selection:
+    bypassed = _bypassed(model)
+    reasons = {
+        name: BYPASSED if name in bypassed else _reason_against(model, module, pattern)
+        for name, module in linears.items()
+    }
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    chosen = {name: module for name, module in linears.items() if name not in skipped}
+    if not chosen:
+        told = ", ".join(sorted(set(skipped.values())))
+        raise ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {told}")
+    return chosen, skipped
+
+
+def _by_targets(
+    model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern, targets: Sequence[str]
+) -> Selection:
+    # a layer that stands in several places answers to each of its names
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    matched = set()
+    for target in targets:
+        found = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
+        if not found:
+            raise ValueError(f"targets: expected each to match an nn.Linear, {target!r} matches none")
+        matched.update(found)
+    if not matched:
+        raise ValueError(f"targets: expected at least one pattern, got {targets!r}")
+    chosen = {name: module for name, module in linears.items() if name in matched}
+    bypassed = _bypassed(model)
+    for name, module in chosen.items():
+        if name in bypassed:
+            raise ValueError(f"targets: expected layers that run as modules, got {name}: {BYPASSED}")
+        if module.in_features % pattern.m:
+            raise ValueError(
+                f"targets: expected in_features divisible by {pattern.m}, got {module.in_features} in {name}"
+            )
+    return chosen, {name: "matches no target" for name in linears if name not in chosen}
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    expected = "targets: expected a sequence of fnmatch patterns"
+    if isinstance(targets, str):
+        raise TypeError(f"{expected}, got the str {targets!r}")
+    if not isinstance(targets, Sequence):
+        raise TypeError(f"{expected}, got {type(targets).__name__} {targets!r}")
+    for target in targets:
+        if not isinstance(target, str):
+            raise TypeError(f"targets: expected a sequence of str, got {type(target).__name__} {target!r} in it")
+
+
+def _bypassed(model: nn.Module) -> set[str]:
+    """Names of layers whose weights a parent reads past the module."""
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for child in ("linear1", "linear2")
+    }
+
+
+def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> str | None:
+    """Why a layer is not converted by default."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if linear is head:
+        return "output head"
+    embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    if any(weight is linear.weight for weight in embeddings):
+        return "weight tied to an embedding"
+    others = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not linear)
+    if any(other.weight is linear.weight for other in others):
+        return "weight tied to another layer"
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return "has forward hooks, which its replacement would lose"
+    if linear.in_features % pattern.m:
+        return f"in_features {linear.in_features} not divisible by {pattern.m}"
+    return None

@@ -1,0 +1,101 @@
+"""Which row of the tile tables a GPU takes, by faked capabilities, and the warning of an unknown one."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maskpro_kernels.ops.triton import tiles
+
+NVIDIA = {
+    (8, 0): "sm_80",
+    (8, 6): "sm_80",
+    (8, 7): "sm_80",
+    (8, 9): "sm_80",
+    (9, 0): "sm_90",
+    (10, 0): "sm_100",
+    (10, 3): "sm_100",
+    (12, 0): "sm_80",
+    (12, 1): "sm_80",
+}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """device(what, index): a GPU of that capability, or of that name of AMD's."""
+    known = {}
+
+    def clear():
+        tiles.architecture.cache_clear()
+        tiles._table_row.cache_clear()
+
+    def make(what, index=0):
+        known[torch.device("cuda", index)] = what
+        monkeypatch.setattr(torch.version, "hip", "7.0" if isinstance(what, str) else None)
+        return torch.device("cuda", index)
+
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: known[device])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=known[device]))
+    clear()
+    yield make
+    clear()
+
+
+@pytest.mark.parametrize(("capability", "row"), NVIDIA.items(), ids=str)
+def test_known_cards_of_nvidia_take_their_row_without_a_word(device, capability, row):
+    with warnings.catch_warnings(action="error"):
+        assert tiles.architecture(device(capability)) == row
+
+
+@pytest.mark.parametrize("name", ["gfx942", "gfx942:sramecc+:xnack-"])
+def test_known_cards_of_amd_take_their_row_without_a_word(device, name):
+    with warnings.catch_warnings(action="error"):
+        assert tiles.architecture(device(name)) == "gfx942"
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "row"),
+    [
+        ((7, 5), "sm_75", "sm_80"),
+        ((9, 9), "sm_99", "sm_80"),
+        ((10, 1), "sm_101", "sm_80"),
+        ((11, 0), "sm_110", "sm_80"),
+        ((13, 0), "sm_130", "sm_80"),
+        ("gfx90a:sramecc+:xnack-", "gfx90a", "gfx942"),
+        ("gfx950", "gfx950", "gfx942"),
+        ("gfx1201", "gfx1201", "gfx942"),
+    ],
+    ids=str,
+)
+def test_an_unknown_card_is_a_warning_once_that_names_what_is_used(device, what, name, row):
+    with pytest.warns(UserWarning) as told:
+        assert tiles.architecture(device(what)) == row
+    (warning,) = told
+    message = str(warning.message)
+    assert message.startswith(f"GPU architecture {name}: expected one of sm_80, ")
+    assert f"with the tiles of {row}," in message and "ops/triton/tiles.py tells how to add it" in message
+    with warnings.catch_warnings(action="error"):
+        assert tiles.architecture(device(what)) == row
+        # another card of the same kind
+        assert tiles.architecture(device(what, index=1)) == row
+
+
+def test_each_unknown_architecture_has_a_warning_of_its_own(device):
+    with pytest.warns(UserWarning) as told:
+        tiles.architecture(device((11, 0)))
+        tiles.architecture(device((13, 0), index=1))
+    assert [str(warning.message).split(":")[0] for warning in told] == [
+        "GPU architecture sm_110",
+        "GPU architecture sm_130",
+    ]
+
+
+def test_every_row_that_an_architecture_takes_is_in_every_table():
+    rows = {*tiles.TABLE_ROW.values(), tiles.NVIDIA_ROW, tiles.AMD_ROW}
+    for table in (tiles.PROCESSORS, tiles.ONE_PASS_TOKENS, tiles.PACKED_TOKENS):
+        assert table.keys() == rows
+    assert {target for _, target, _ in tiles.TILES} == {target for _, target, _ in tiles.PACKED_TILES} == rows

@@ -1,0 +1,135 @@
+"""Optional packages: the extras that bring them, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from helpers.children import ROOT, environment
+from helpers.source_tree import imports, modules_of
+
+from maskpro_kernels.cli import main
+from maskpro_kernels.extras import EXTRAS, missing, require
+from maskpro_kernels.report import plots
+from maskpro_kernels.report.tensorboard import Scalars
+
+PACKAGE = ROOT / "maskpro_kernels"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Packages by the names under which they are imported
+IMPORTED = {"torch", "triton", "numpy", "safetensors", "tqdm", "filelock", "llvmlite"}
+# What transformers brings, and what makes the hooks that it is imported for
+WITH_OTHERS = {"huggingface_hub", "accelerate"}
+
+
+def named(requirements):
+    return [re.match(r"[\w-]+", requirement)[0] for requirement in requirements]
+
+
+def brought(extra):
+    """The packages of an extra of pyproject.toml, those of the extras in it too."""
+    found = []
+    for requirement in PROJECT["optional-dependencies"][extra]:
+        inner = re.fullmatch(r"maskpro-kernels\[(.*)\]", requirement)
+        found += [name for other in inner[1].split(",") for name in brought(other)] if inner else named([requirement])
+    return found
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_extras_are_those_of_the_project(extra):
+    assert brought(extra) == list(EXTRAS[extra])
+
+
+def test_every_package_that_is_imported_is_a_dependency_or_optional():
+    modules = modules_of(PACKAGE)
+    libraries = {name.split(".")[0] for module in modules for name in imports(module, modules)}
+    optional = {package for packages in EXTRAS.values() for package in packages}
+    assert set(named(PROJECT["dependencies"])) == IMPORTED
+    own = {"maskpro_kernels", *sys.stdlib_module_names, "pydoc_data"}
+    assert libraries - own - optional - IMPORTED - WITH_OTHERS == set()
+
+
+@pytest.mark.parametrize(
+    ("packages", "told"),
+    [
+        (["transformers"], "the package transformers, which is not installed (pip install 'maskpro-kernels[hf]')"),
+        (["matplotlib"], "the package matplotlib, which is not installed (pip install 'maskpro-kernels[cli]')"),
+        (
+            ["transformers", "matplotlib"],
+            "the packages transformers and matplotlib, which are not installed (pip install 'maskpro-kernels[cli]')",
+        ),
+        (["accelerate"], "the package accelerate, which is not installed (pip install 'maskpro-kernels[demo]')"),
+        (["datasets"], "the package datasets, which is not installed (pip install 'maskpro-kernels[data]')"),
+    ],
+    ids=str,
+)
+def test_the_smallest_extra_that_brings_all_is_told(packages, told, monkeypatch):
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    assert missing(*packages) == told
+    with pytest.raises(ModuleNotFoundError) as raised:
+        require("this", *packages)
+    assert str(raised.value) == f"this needs {told}"
+
+
+def test_nothing_is_told_of_what_is_installed():
+    assert missing("transformers", "matplotlib") is None
+    require("this", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "packages", "extra"),
+    [
+        (["learn", "--model", "m", "--data", "d", "--output", "o"], ["transformers", "matplotlib"], "cli"),
+        (["learn", "--resume", "run"], ["matplotlib"], "cli"),
+        (["eval", "m", "--data", "d"], ["transformers"], "hf"),
+        (["export", "run", "out"], ["transformers"], "hf"),
+        (["import", "masks.npz", "out"], ["transformers"], "hf"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_a_command_tells_what_it_lacks_before_anything_else(arguments, packages, extra, monkeypatch, capsys):
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"maskpro: error: {arguments[0]}: expected the package")
+    assert all(package in line for package in packages)
+    assert line.endswith(f"(pip install 'maskpro-kernels[{extra}]')")
+
+
+@pytest.mark.parametrize(
+    ("package", "use", "extra"),
+    [
+        ("matplotlib", lambda path: plots.draw_perplexity({}, path), "cli"),
+        ("matplotlib", lambda path: plots.draw_residual([], path), "cli"),
+        ("tensorboard", lambda path: Scalars(path, 0, []), "tensorboard"),
+    ],
+)
+def test_a_report_tells_which_extra_it_lacks(package, use, extra, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"maskpro_kernels\.report needs the package {package}, .*maskpro-kernels\[{extra}\]"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        use(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_hugging_face_tell_which_extra_they_lack():
+    """And all else is there without transformers."""
+    code = "\n".join(
+        (
+            "import sys",
+            "sys.modules['transformers'] = None",
+            "import maskpro_kernels, maskpro_kernels.cli.main",
+            "try:",
+            "    import maskpro_kernels.hf",
+            "except ModuleNotFoundError as error:",
+            "    print(error)",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout.strip() == (
+        "maskpro_kernels.hf needs the package transformers, which is not installed (pip install 'maskpro-kernels[hf]')"
+    )
