@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import maskpro_kernels as mk
 from maskpro_kernels.cli import main
-from maskpro_kernels.cli.runs import PROGRESS
+from maskpro_kernels.cli.run_files import PROGRESS
 from maskpro_kernels.modules import CounterState, masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.training import journal

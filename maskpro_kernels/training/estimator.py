@@ -27,6 +27,7 @@ class Option(NamedTuple):
     Attributes:
         name: of the keyword. The option has hyphens for underscores.
         kind: int, float, or any function that makes a value of text or raises ValueError. JSON can hold the value.
+            Estimators with an option of the same name have it of the same kind.
         default: where the command line says nothing.
         help: for --help, without the default.
         metavar: what stands for the value in --help.

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 
 SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 2 --eval-length 24 --steps 4 --eval-every 2"
 SOURCES = "--data text.txt --device cpu"
-LEARN = f"learn --model model --output out --dtype float32 {SOURCES} {SIZES}"
+LEARN = f"learn --estimator reinforce --model model --output out --dtype float32 {SOURCES} {SIZES}"
 EVAL = f"eval reinforce {SOURCES} --eval-length 24"
 
 
@@ -193,7 +193,7 @@ def a_flipped_byte(content):
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-METADATA = {"model": "model", "pattern": "2:4", "dtype": "float32"}
+METADATA = {"model": "model", "pattern": "2:4", "dtype": "float32", "weights": "0"}
 LOGITS = "reinforce/logits.safetensors"
 JOURNAL, SNAPSHOTS = "reinforce/progress/journal", "reinforce/progress/snapshot-*"
 KILLED = "killed-reinforce/progress"
@@ -521,7 +521,7 @@ CASES = {
     "logits of another program": (
         "export reinforce out",
         tensors(LOGITS, lambda content: content),
-        "got a file without ['dtype', 'model', 'pattern']",
+        "got a file without ['dtype', 'model', 'pattern', 'weights']",
         "restore logits.safetensors from a copy",
     ),
     "logits of an unknown dtype": (
@@ -562,7 +562,7 @@ CASES = {
     ),
     "a base model of other weights": (
         "export reinforce out",
-        tensors(LOGITS, lambda content: content, METADATA | {"weights": "0"}),
+        tensors(LOGITS, lambda content: content, METADATA),
         "run: expected the weights of 'model' that its masks were learned on",
         "put back the base model as it was",
     ),
