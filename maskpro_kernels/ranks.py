@@ -2,8 +2,8 @@
 
 Numbers go through gloo, whatever the device. When a process ends, the kernel closes its sockets, and gloo fails where
 something waits for it. It does not say which rank has ended, and those that wait for another rank learn nothing. So the
-rank that sees a failure starts a roll call in the store that the ranks share. All waiting ranks look there once a second
-and answer.
+rank that sees a failure starts a roll call in the store that the ranks share. All waiting ranks look there once a
+second and answer.
 """
 
 from __future__ import annotations
