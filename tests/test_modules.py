@@ -72,7 +72,7 @@ def test_codes_may_be_given():
     assert_same_bits(layer.masked_weight(), torch.where(mk.expand_mask(codes, "2:4"), layer.weight, 0.0))
 
 
-def test_training_draws_at_the_step_of_the_clock():
+def test_training_draws_at_the_step_of_the_counter():
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0, layer=5, counter_state=CounterState(seed=9)).train()
     draws = []
     for step in range(3):
@@ -228,7 +228,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_clock_stays_shared(move):
+def test_counter_state_stays_shared(move):
     model = MOVES[move](two_layers())
     first, second = model[0], model[3][0]
     assert first.counter_state is second.counter_state
@@ -239,7 +239,7 @@ def test_clock_stays_shared(move):
         assert int(first.counter_state.step) == int(second.counter_state.step) == 1
 
 
-def test_copy_has_a_clock_of_its_own():
+def test_copy_has_a_counter_state_of_its_own():
     model = two_layers()
     mk.advance(copy.deepcopy(model))
     assert int(model[0].counter_state.step) == 0

@@ -135,7 +135,7 @@ def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dt
 
 @pytest.mark.parametrize("gap", [4.0, 10.0, 30.0])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16), pytest.param(20, 32, marks=pytest.mark.slow)])
-def test_kernel_and_reference_draw_the_same_where_blocks_are_certain(n, m, gap, monkeypatch):
+def test_kernel_and_reference_draw_the_same_where_blocks_are_determined(n, m, gap, monkeypatch):
     """Blocks as small as on a GPU: bounds determine the draws of most of them, not of others."""
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)
     generator = torch.Generator().manual_seed(n)

@@ -120,7 +120,8 @@ def test_groups_are_sorted_from_the_largest_on(m):
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(5_003, m, generator=generator).round(decimals=1)
     x[::5, 0], x[::7, -1] = torch.inf, -torch.inf
-    assert_same_bits(torch.stack(bounds.descending(x.unbind(-1)), dim=-1), x.sort(dim=-1, descending=True).values)
+    # zeros of either sign are equal
+    assert torch.equal(torch.stack(bounds.descending(x.unbind(-1)), dim=-1), x.sort(dim=-1, descending=True).values)
 
 
 @pytest.mark.parametrize("gap", [8.0, 30.0, 200.0])
@@ -180,11 +181,11 @@ def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
     [(1, 2), (3, 4), (4, 8)]
     + [pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((4, 16), (8, 16), (4, 32), (16, 32), (31, 32))],
 )
-def test_other_patterns_are_settled_as_well(n, m):
+def test_other_patterns_are_determined_as_well(n, m):
     """In part, and their codes have bits up to the sign."""
     logits = sharp_logits(20_003, n, m, 7.5)
     groups = torch.arange(20_003) + OFFSET
-    levels = bounds.group_noise_levels(groups, scalar(SEED), scalar(STEP), scalar(LAYER), scalar(2), m=m)
+    levels = bounds.group_noise_levels(groups, counter(logits, n, m).key, m=m)
     _, undecided = bounds.group_expected_mask(logits.view(-1, m), levels, scalar(INVERSE_TEMPERATURE), n)
     assert 0.001 < undecided.float().mean() < 0.9
     assert_same_bits(drawn(kernels, logits, n, m), drawn(reference, logits, n, m))
@@ -268,7 +269,7 @@ def test_weights_are_masked_as_words_of_several(m, dtype):
 def test_draws_and_updates_are_those_of_the_reference(changed, dtype, monkeypatch):
     """In whole layers and in shards, by one draw and by two."""
     logits = sharp_logits(64 * 1_000, 2, 4, 6.0, dtype).view(64, -1)
-    shard = {"offset": (5, 250), "row stride": (OFFSET, 1_277), "both": (5, 1_277)}.get(changed)
+    shard = {"offset": (5, 1_000), "row stride": (OFFSET, 1_277), "both": (5, 1_277)}.get(changed)
     if changed in ("SEED", "STEP", "LAYER"):
         monkeypatch.setitem(globals(), changed, 7)
     given = logits[:24] if changed == "first rows" else logits

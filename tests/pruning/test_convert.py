@@ -46,7 +46,7 @@ def test_default_leaves_out_what_does_not_fit_with_the_reason():
     assert model.second.bias is None and model.first.bias is not None
 
 
-def test_a_second_conversion_takes_other_ids_and_the_same_clock():
+def test_a_second_conversion_takes_other_ids_and_the_same_counter_state():
     model = Net()
     mk.convert(model, "2:4", ["first"])
     mk.advance(model)

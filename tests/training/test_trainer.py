@@ -28,7 +28,7 @@ def test_same_seed_same_bits_another_seed_not():
     assert not any(torch.equal(a, b) for a, b in zip(runs[0][1], runs[2][1], strict=True))
 
 
-def test_construction_sets_the_clock():
+def test_construction_sets_the_counter():
     model = a_model()
     mk.advance(model)
     a_trainer(model, seed=-(1 << 63))

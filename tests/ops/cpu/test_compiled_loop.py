@@ -188,7 +188,7 @@ def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch
     )
     # of a first step, which changes nothing
     x, rest = torch.zeros(96, m), [torch.zeros(1), torch.tensor(1.0)]
-    levels = bounds.group_noise_levels(torch.arange(96), *map(torch.tensor, (7, 0, 3, 0)), m=m)
+    levels = bounds.group_noise_levels(torch.arange(96), list(map(torch.tensor, (7, 0, 3, 0))), m=m)
     given = [x, levels, *rest]
     loop._check(loop._eager, given)
     if hazard is zeros_negated:
