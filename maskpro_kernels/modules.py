@@ -157,7 +157,7 @@ class MaskedLinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.logits = nn.Parameter(logits.contiguous())
-        self.register_buffer("layer_id", torch.tensor(layer, dtype=torch.int64, device=weight.device), persistent=False)
+        self.register_buffer("layer_id", torch.empty((), dtype=torch.int64, device=weight.device), persistent=False)
         self.layer = layer
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
@@ -306,6 +306,16 @@ class MaskedLinear(nn.Module):
         return self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum())
 
     @property
+    def layer(self) -> int:
+        """Id of the layer in the counter. Draws read ``layer_id``, the tensor of it, which no compiled graph holds."""
+        return self._layer
+
+    @layer.setter
+    def layer(self, layer: int) -> None:
+        self._layer = layer
+        self.layer_id.fill_(layer)
+
+    @property
     def is_shard(self) -> bool:
         """Whether the layer does not start at the first group, or its rows not end where the whole layer's do."""
         return (self.group_offset, self.group_row_stride) != (0, self.in_features // self.pattern.m)
@@ -325,7 +335,6 @@ class MaskedLinear(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.layer, _, _, seed, step, *_ = state.tolist()
-        self.layer_id.fill_(self.layer)
         self.counter_state.seed.fill_(seed)
         self.counter_state.step.fill_(step)
 

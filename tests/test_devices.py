@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from helpers.bits import assert_same_bits
 from helpers.far_device import far_device
 from helpers.in_ranks import all_in_ranks
 from torch import nn
@@ -92,7 +93,7 @@ def assert_spread_model_learns_the_same(rank: int, estimator: str, logits_device
     mk.finalize(spread)
     mk.finalize(whole)
     assert spread[0].weight.device.type == "far"
-    assert torch.equal(spread(calibration[0]), whole(calibration[0]))
+    assert_same_bits(spread(calibration[0]), whole(calibration[0]))
     del device
 
 
@@ -132,7 +133,7 @@ def assert_layer_computes_the_same(rank: int) -> None:
             gradients.append(layer.logits.grad)
         assert_same(*gradients, slopes=logits_backward is not None)
         for one, other in zip(*found, strict=True):
-            assert torch.equal(one, other.cpu())
+            assert_same_bits(one, other.cpu())
     # as where another rank has used a layer that this one has not
     estimator = mk.StraightThrough()
     estimator.begin({"near": near, "away": away})
@@ -142,7 +143,7 @@ def assert_layer_computes_the_same(rank: int) -> None:
     near.load_state_dict({**near.state_dict(), "logits": away.logits.detach()})
     near.eval()
     away.eval()
-    assert torch.equal(near(inputs), away(inputs.to("far")).cpu())
+    assert_same_bits(near(inputs), away(inputs.to("far")).cpu())
     assert len(away.state_dict()) == len(near.state_dict())
     del device
 
@@ -178,7 +179,7 @@ def test_what_dispatch_model_has_hooked_stays(device_map):
         mk.convert(one, "2:4")
     assert [getattr(model[i], "_hf_hook", None) for i in (0, 2)] == hooks
     batch = some_batches()[0]
-    assert torch.equal(model(batch), plain(batch))
+    assert_same_bits(model(batch), plain(batch))
     assert learned(model, "reinforce", 1)
     mk.finalize(model)
     assert [getattr(model[i], "_hf_hook", None) for i in (0, 2)] == hooks
@@ -202,7 +203,7 @@ def test_inputs_are_brought_to_hooked_layers():
         weights = [model[place].weight * mask for place, mask in zip((0, 2), masks, strict=True)]
         hidden = nn.functional.linear(2.0 * some_batches()[0], weights[0], model[0].bias).relu()
         y = nn.functional.linear(hidden, weights[1], model[2].bias)
-    assert torch.equal(model.eval()(some_batches()[0]), y)
+    assert_same_bits(model.eval()(some_batches()[0]), y)
     assert not torch.equal(y, expected)
 
 
@@ -225,7 +226,7 @@ def test_weights_that_a_hook_offloads_are_refused_by_name(how, tmp_path):
     with pytest.raises(ValueError, match="^model: " + message.format("0")):
         pack(model, "2:4")
     assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert torch.equal(model(some_batches()[0]), y)
+    assert_same_bits(model(some_batches()[0]), y)
     with pytest.raises(ValueError, match="^model: expected weights in memory, got 0 on meta: load it first"):
         mk.convert(a_model().to("meta"), "2:4")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from torch import nn
 
 from maskpro_kernels import (
@@ -42,14 +43,14 @@ def test_draws_and_updates_have_the_bits_of_the_cpu(pattern, dtype):
     logits, weight = problem(dtype)
     on_gpu = logits.cuda()
     codes = sample_mask(logits, pattern, **COUNTER)
-    assert torch.equal(sample_mask(on_gpu, pattern, **COUNTER).cpu(), codes)
-    assert torch.equal(top_n_mask(on_gpu, pattern).cpu(), top_n_mask(logits, pattern))
+    assert_same_bits(sample_mask(on_gpu, pattern, **COUNTER).cpu(), codes)
+    assert_same_bits(top_n_mask(on_gpu, pattern).cpu(), top_n_mask(logits, pattern))
     masked = sample_masked_weight(weight.cuda(), on_gpu, pattern, **COUNTER)
-    assert torch.equal(masked.cpu(), sample_masked_weight(weight, logits, pattern, **COUNTER))
+    assert_same_bits(masked.cpu(), sample_masked_weight(weight, logits, pattern, **COUNTER))
     coefs, draws = [0.37, -1.5], [0, 3]
     score_update_(on_gpu, coefs, pattern=pattern, draw=draws, **COUNTER)
     score_update_(logits, coefs, pattern=pattern, draw=draws, **COUNTER)
-    assert torch.equal(on_gpu.cpu(), logits)
+    assert_same_bits(on_gpu.cpu(), logits)
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8"])
@@ -57,13 +58,13 @@ def test_log_probabilities_have_the_bits_of_the_cpu(pattern):
     logits, _ = problem(torch.float32)
     codes = sample_mask(logits, pattern, **COUNTER)
     expected = mask_log_prob(logits, codes, pattern)
-    assert torch.equal(mask_log_prob(logits.cuda(), codes.cuda(), pattern).cpu(), expected)
+    assert_same_bits(mask_log_prob(logits.cuda(), codes.cuda(), pattern).cpu(), expected)
 
 
 def test_shards_have_the_bits_of_the_cpu():
     logits, _ = problem(torch.float32)
     counter = COUNTER | {"group_row_stride": 1000}
-    assert torch.equal(sample_mask(logits.cuda(), "2:4", **counter).cpu(), sample_mask(logits, "2:4", **counter))
+    assert_same_bits(sample_mask(logits.cuda(), "2:4", **counter).cpu(), sample_mask(logits, "2:4", **counter))
 
 
 def test_a_hundred_million_groups_have_the_bits_of_the_cpu():
@@ -72,7 +73,7 @@ def test_a_hundred_million_groups_have_the_bits_of_the_cpu():
     for piece in range(100):
         logits = torch.randn(1000, 4000, generator=generator) * 5
         counter = COUNTER | {"group_offset": piece * 1_000_000}
-        assert torch.equal(sample_mask(logits.cuda(), "2:4", **counter).cpu(), sample_mask(logits, "2:4", **counter))
+        assert_same_bits(sample_mask(logits.cuda(), "2:4", **counter).cpu(), sample_mask(logits, "2:4", **counter))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,7 +130,7 @@ def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern):
     initial = initial_logits(top_n_mask(model[0].weight.detach().abs(), pattern), pattern, 8.0).cpu()
     assert (learned["cuda"][1] != initial).float().mean() > 0.9
     assert learned["cuda"][0] == learned["cuda again"][0]
-    assert torch.equal(learned["cuda"][1], learned["cuda again"][1])
+    assert_same_bits(learned["cuda"][1], learned["cuda again"][1])
     torch.testing.assert_close(torch.tensor(learned["cuda"][0]), torch.tensor(learned["cpu"][0]), rtol=1e-3, atol=0)
     apart = (learned["cuda"][1] - learned["cpu"][1]).abs() > 1e-2
     assert apart.float().mean() < 0.01
@@ -145,7 +146,7 @@ def test_packed_weights_unpack_and_multiply_as_on_the_cpu(tokens, pattern, dtype
     weight = torch.where(expand_mask(top_n_mask(weight.abs(), pattern), pattern), weight, 0).to(dtype)
     x, bias = torch.randn(tokens, 1056, generator=generator).to(dtype), torch.randn(301, generator=generator).to(dtype)
     packed = pack_nm(weight.cuda(), pattern)
-    assert torch.equal(packed.unpack().cpu(), weight)
+    assert_same_bits(packed.unpack().cpu(), weight)
     on_gpu = x.cuda(), packed, bias.cuda()
     y = nm_linear(*on_gpu)
     exact = nn.functional.linear(x.double(), weight.double(), bias.double())
@@ -156,7 +157,7 @@ def test_packed_weights_unpack_and_multiply_as_on_the_cpu(tokens, pattern, dtype
     with torch.cuda.graph(graph):
         captured = nm_linear(*on_gpu)
     graph.replay()
-    assert torch.equal(captured, y)
+    assert_same_bits(captured, y)
 
 
 def test_a_captured_graph_draws_anew_after_each_advance():
@@ -176,5 +177,5 @@ def test_a_captured_graph_draws_anew_after_each_advance():
         for step in range(3):
             graph.replay()
             expected = sample_masked_weight(layer.weight, layer.logits, "2:4", seed=0, step=step)
-            assert torch.equal(weight, expected)
-            assert torch.equal(y.T, expected[:, :128])
+            assert_same_bits(weight, expected)
+            assert_same_bits(y.T, expected[:, :128])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.full_disk import files_of_at_most
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ def test_folder_round_trip(tmp_path, dtype):
     assert (tmp_path / "config.json").is_file() and (tmp_path / "model.safetensors").is_file()
     loaded, tokenizer = hf.load_model(str(tmp_path), dtype)
     assert not loaded.training
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert_same_bits(list(loaded.parameters()), list(model.parameters()))
     assert tokenizer(tiny_text(2))["input_ids"] == tiny_tokenizer()(tiny_text(2))["input_ids"]
 
 
@@ -95,4 +96,4 @@ def test_smollm2_loads_scores_and_saves(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert perplexity(loaded, test) == perplexity(model, test)
     assert loaded.dtype == torch.bfloat16
-    assert torch.equal(model.model.layers[7].mlp.down_proj.weight, loaded.model.layers[7].mlp.down_proj.weight)
+    assert_same_bits(model.model.layers[7].mlp.down_proj.weight, loaded.model.layers[7].mlp.down_proj.weight)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -54,14 +55,14 @@ def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
     assert type(loaded.get_submodule(LAYER)) is kind and loaded.get_submodule(LAYER).values.dtype == dtype
     tokens = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded(tokens).logits, dense(tokens).logits)
+    assert_same_bits(loaded(tokens).logits, dense(tokens).logits)
     generated = [model.generate(tokens, max_new_tokens=20, do_sample=False) for model in (loaded, dense)]
-    assert torch.equal(*generated)
+    assert_same_bits(*generated)
     assert torch.isfinite(causal_lm_loss(loaded, tokens))
 
     loaded.save_pretrained(tmp_path / "again")
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
-    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert_same_bits(again, first)
     assert f"{LAYER}.values" in first and f"{LAYER}.weight" not in first
 
 
@@ -77,12 +78,12 @@ def test_other_classes_load_it_as_well(folder):
     tokens = torch.arange(12).view(1, 12)
     base = AutoModel.from_pretrained(folder)
     assert type(base.get_submodule(LAYER.removeprefix("model."))) is mk.Sparse24Linear
-    assert torch.equal(base(tokens).last_hidden_state, causal.model(tokens).last_hidden_state)
+    assert_same_bits(base(tokens).last_hidden_state, causal.model(tokens).last_hidden_state)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder)
     assert type(classifier.score) is nn.Linear and type(classifier.get_submodule(LAYER)) is mk.Sparse24Linear
     base.save_pretrained(folder / "base")
     again = AutoModelForCausalLM.from_pretrained(folder / "base")
-    assert torch.equal(again.model(tokens).last_hidden_state, causal.model(tokens).last_hidden_state)
+    assert_same_bits(again.model(tokens).last_hidden_state, causal.model(tokens).last_hidden_state)
 
 
 def test_an_unpacked_model_is_saved_as_a_dense_one(folder, tmp_path):
@@ -92,7 +93,7 @@ def test_an_unpacked_model_is_saved_as_a_dense_one(folder, tmp_path):
     hf.save_model(model, tokenizer, tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert torch.equal(loaded.get_submodule(LAYER).weight, expected)
+    assert_same_bits(loaded.get_submodule(LAYER).weight, expected)
 
 
 def test_a_module_in_two_places_is_replaced_in_both():
@@ -108,7 +109,7 @@ def test_sharded_checkpoints(tmp_path):
     packed.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded.get_submodule(LAYER).packed.unpack(), packed.get_submodule(LAYER).packed.unpack())
+    assert_same_bits(loaded.get_submodule(LAYER).packed.unpack(), packed.get_submodule(LAYER).packed.unpack())
 
 
 def rewrite(change):
@@ -208,6 +209,7 @@ def test_smollm2_packed(tmp_path):
     assert stored == pytest.approx(9 / 16 * sum(dense[f"{name}.weight"].nbytes for name in names), rel=0.01)
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("dense", "packed")]
     tokens = tokenizer("The mask of a weight matrix", return_tensors="pt").input_ids
-    assert torch.equal(*(model(tokens).logits for model in models))
+    assert_same_bits(*(model(tokens).logits for model in models))
     expected, ours = (model.generate(tokens, max_new_tokens=50, do_sample=False) for model in models)
-    assert ours.shape[1] == tokens.shape[1] + 50 and torch.equal(ours, expected)
+    assert ours.shape[1] == tokens.shape[1] + 50
+    assert_same_bits(ours, expected)

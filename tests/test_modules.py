@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -34,13 +35,6 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert value.dtype == other[name].dtype
-        assert torch.equal(value, other[name]), name
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -53,7 +47,7 @@ def test_stands_in_for_a_linear(shape, bias, dtype, training):
     weight = linear.weight * mk.expand_mask(codes, "2:4")
     y = layer(x)
     assert y.dtype == dtype
-    assert torch.equal(y, nn.functional.linear(x, weight, linear.bias))
+    assert_same_bits(y, nn.functional.linear(x, weight, linear.bias))
     assert (layer.in_features, layer.out_features, layer.bias is not None) == (16, 6, bias)
 
 
@@ -63,7 +57,7 @@ def test_shares_the_weight_and_keeps_logits_in_float32():
     assert layer.weight.data_ptr() == linear.weight.data_ptr()
     assert layer.logits.dtype == torch.float32
     kept = mk.expand_mask(mk.top_n_mask(linear.weight.detach().abs(), "2:4"), "2:4")
-    assert torch.equal(layer.logits, torch.where(kept, 7.0, 0.0))
+    assert_same_bits(layer.logits, torch.where(kept, 7.0, 0.0))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -74,17 +68,17 @@ def test_takes_the_mode_of_the_linear(training):
 def test_codes_may_be_given():
     codes = torch.full((6, 4), 0b1100, dtype=torch.uint8)
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", init=codes).eval()
-    assert torch.equal(mk.top_n_mask(layer.logits.detach(), "2:4"), codes)
-    assert torch.equal(layer.masked_weight(), layer.weight * mk.expand_mask(codes, "2:4"))
+    assert_same_bits(mk.top_n_mask(layer.logits.detach(), "2:4"), codes)
+    assert_same_bits(layer.masked_weight(), torch.where(mk.expand_mask(codes, "2:4"), layer.weight, 0.0))
 
 
-def test_training_draws_at_the_step_of_the_clock():
+def test_training_draws_at_the_step_of_the_counter():
     layer = mk.MaskedLinear.from_linear(a_linear(), "2:4", gap=1.0, layer=5, counter_state=CounterState(seed=9)).train()
     draws = []
     for step in range(3):
         drawn = mk.sample_mask(layer.logits.detach(), "2:4", seed=9, step=step, layer=5)
-        assert torch.equal(layer.drawn_codes(), drawn)
-        assert torch.equal(layer.masked_weight() != 0, mk.expand_mask(drawn, "2:4"))
+        assert_same_bits(layer.drawn_codes(), drawn)
+        assert_same_bits(layer.masked_weight() != 0, mk.expand_mask(drawn, "2:4"))
         draws.append(drawn)
         mk.advance(layer)
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
@@ -95,7 +89,7 @@ def test_eval_does_not_depend_on_the_step():
     x = torch.randn(3, 16)
     before = layer(x)
     mk.advance(layer)
-    assert torch.equal(layer(x), before)
+    assert_same_bits(layer(x), before)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -104,8 +98,8 @@ def test_forward_changes_no_state(training):
     before = state(model)
     x = torch.randn(3, 16)
     first = model(x)
-    assert torch.equal(model(x), first)
-    assert_same_state(state(model), before)
+    assert_same_bits(model(x), first)
+    assert_same_bits(state(model), before)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -181,12 +175,12 @@ def test_state_dict_round_trip():
     mk.advance(model)
     fresh = two_layers()
     fresh.load_state_dict(model.state_dict())
-    assert_same_state(state(fresh), state(model))
+    assert_same_bits(state(fresh), state(model))
     assert (fresh[0].layer, fresh[3][0].layer) == (8, 3)
     assert fresh[0].counter_state is fresh[3][0].counter_state
     assert (int(fresh[0].counter_state.seed), int(fresh[0].counter_state.step)) == (11, 1)
     for layer, same in ((model[0], fresh[0]), (model[3][0], fresh[3][0])):
-        assert torch.equal(layer.drawn_codes(), same.drawn_codes())
+        assert_same_bits(layer.drawn_codes(), same.drawn_codes())
 
 
 def test_state_dict_can_be_saved_as_safetensors(tmp_path):
@@ -195,8 +189,8 @@ def test_state_dict_can_be_saved_as_safetensors(tmp_path):
     mk.advance(model)
     save_file(model.state_dict(), tmp_path / "state.safetensors")
     fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    assert_same_state(state(fresh), state(model))
-    assert torch.equal(model[0].drawn_codes(), fresh[0].drawn_codes())
+    assert_same_bits(state(fresh), state(model))
+    assert_same_bits(model[0].drawn_codes(), fresh[0].drawn_codes())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -221,7 +215,7 @@ def test_state_of_another_pattern_is_refused(pattern):
     before = state(layer)
     with pytest.raises(RuntimeError, match=f"expected logits of pattern 2:4, got {pattern}"):
         layer.load_state_dict(other.state_dict())
-    assert_same_state(state(layer), before)
+    assert_same_bits(state(layer), before)
 
 
 MOVES = {
@@ -234,7 +228,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_clock_stays_shared(move):
+def test_counter_state_stays_shared(move):
     model = MOVES[move](two_layers())
     first, second = model[0], model[3][0]
     assert first.counter_state is second.counter_state
@@ -245,7 +239,7 @@ def test_clock_stays_shared(move):
         assert int(first.counter_state.step) == int(second.counter_state.step) == 1
 
 
-def test_copy_has_a_clock_of_its_own():
+def test_copy_has_a_counter_state_of_its_own():
     model = two_layers()
     mk.advance(copy.deepcopy(model))
     assert int(model[0].counter_state.step) == 0
@@ -255,10 +249,10 @@ def test_layers_with_different_ids_draw_different_masks():
     model = two_layers()
     first, second = model[0], model[3][0]
     assert (first.layer, second.layer) == (0, 1)
-    assert torch.equal(first.logits, second.logits)
+    assert_same_bits(first.logits, second.logits)
     assert not torch.equal(first.drawn_codes(), second.drawn_codes())
     second.layer = first.layer
-    assert torch.equal(first.drawn_codes(), second.drawn_codes())
+    assert_same_bits(first.drawn_codes(), second.drawn_codes())
 
 
 def test_log_prob_of_a_model_is_the_sum_over_its_layers():

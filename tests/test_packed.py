@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from torch import nn
 
 import maskpro_kernels as mk
@@ -18,7 +19,6 @@ from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "1:8", "4:8", "5:8", "8:16", "11:16", "1:32", "16:32", "31:32"]
 MULTIPLIED = ["2:4", "1:4", "4:8", "8:16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def sparse(rows: int, k: int, pattern: str, dtype=torch.float32, seed=0, kept_zeros=0.0) -> torch.Tensor:
@@ -30,10 +30,6 @@ def sparse(rows: int, k: int, pattern: str, dtype=torch.float32, seed=0, kept_ze
     return torch.where(mk.expand_mask(codes, pattern), weight, 0)
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.view(INTEGERS[a.itemsize]), b.view(INTEGERS[b.itemsize]))
-
-
 def test_2_4_by_hand():
     weight = torch.tensor([[0, 1, 0, 2, 3, 4, 0, 0, 0, 0, 5, 6], [7, 0, 0, 8, 0, 9, 10, 0, 0, 11, 0, 0]]).bfloat16()
     packed = mk.pack_24(weight)
@@ -41,7 +37,7 @@ def test_2_4_by_hand():
     # the last group of row 1 has one value: a zero is stored beside it, the first there is
     assert packed.bitmask.tolist() == [[0b0011_1010, 0b1100], [0b0110_1001, 0b0011]]
     assert packed.shape == (2, 12) and packed.nbytes == 2 * 12 + 4
-    assert torch.equal(packed.check().unpack(), weight)
+    assert_same_bits(packed.check().unpack(), weight)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +71,7 @@ def test_packing_and_unpacking_give_back_every_bit(m, n, rows, groups, dtype, se
     weight = sparse(rows, groups * m, f"{n}:{m}", dtype, seed, kept_zeros)
     packed = mk.pack_nm(weight, f"{n}:{m}")
     assert packed.values.shape == (rows, groups * n) and packed.bitmask.shape == (rows, -(-groups * m // 8))
-    assert same_bits(packed.check().unpack(), weight)
+    assert_same_bits(packed.check().unpack(), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,14 +80,14 @@ def test_every_value_keeps_its_bits(dtype):
     values = (bits.to(torch.int16) if dtype.itemsize == 2 else bits * 65537).view(dtype)
     codes = mk.top_n_mask(torch.rand(64, 64), "2:4")
     unpacked = mk.PackedNM(values, bitmask_of(codes, 4), "2:4").unpack()
-    assert same_bits(unpacked[mk.expand_mask(codes, "2:4")].view(64, 32), values)
+    assert_same_bits(unpacked[mk.expand_mask(codes, "2:4")].view(64, 32), values)
 
 
 def test_minus_zero_is_stored_where_there_is_room():
     weight = torch.tensor([[-0.0, 1.0, 0.0, 0.0, -0.0, -0.0, 3.0, 4.0]])
     unpacked = mk.pack_24(weight).unpack()
     assert unpacked.signbit().tolist() == [[True, *[False] * 7]]
-    assert torch.equal(unpacked, weight)
+    assert_same_bits(unpacked, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,17 +96,18 @@ def test_torchs_own_compression_stores_the_same_values_at_the_same_places(dtype)
     weight = sparse(64, 128, "2:4", dtype)
     packed = mk.pack_24(weight)
     values, metadata = conversions.sparse_semi_structured_from_dense_cutlass(weight)
-    assert same_bits(packed.values, values)
-    assert same_bits(conversions.sparse_semi_structured_to_dense_cutlass(packed.values, metadata), packed.unpack())
+    assert_same_bits(packed.values, values)
+    assert_same_bits(conversions.sparse_semi_structured_to_dense_cutlass(packed.values, metadata), packed.unpack())
 
 
 @pytest.mark.parametrize("m", GROUP_SIZES)
 def test_bitmasks_of_codes_and_back(m):
     codes = mk.top_n_mask(torch.randn(3, 7 * m), NMPattern(f"{m - 1}:{m}"))
     bitmask = bitmask_of(codes, m)
-    assert torch.equal(codes_of(bitmask, 7 * m, m), codes)
+    assert_same_bits(codes_of(bitmask, 7 * m, m), codes)
     bits = (bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
-    assert torch.equal(bits[:, : 7 * m].bool(), mk.expand_mask(codes, f"{m - 1}:{m}")) and not bits[:, 7 * m :].any()
+    assert_same_bits(bits[:, : 7 * m].bool(), mk.expand_mask(codes, f"{m - 1}:{m}"))
+    assert not bits[:, 7 * m :].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,7 +115,7 @@ def test_bitmasks_of_codes_and_back(m):
 def test_the_kernel_unpacks_as_the_reference_does(pattern, dtype, launched):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     packed = mk.pack_nm(sparse(37, 5 * m, pattern, dtype), pattern)
-    assert same_bits(packed.unpack(), reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m))
+    assert_same_bits(packed.unpack(), reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m))
     assert launched["unpack"] == 1
 
 
@@ -136,7 +133,7 @@ def test_the_compiled_reference_unpacks_as_the_eager_one(pattern, dtype):
     for groups in (40, 41):
         packed = mk.pack_nm(sparse(523, groups * m, pattern, dtype), pattern)
         expected = reference.unpack_nm(packed.values, packed.bitmask, n=n, m=m)
-        assert same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=n, m=m), expected)
+        assert_same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=n, m=m), expected)
 
 
 def within_budget(y, by_torch, exact) -> bool:
@@ -235,7 +232,7 @@ def test_inputs_and_values_may_lie_anywhere(launched):
     torch.testing.assert_close(mk.nm_linear(x, mk.PackedNM(values, bitmask, "2:4")), expected)
     # words cannot be loaded from there
     assert launched["unpack"] == 1
-    assert same_bits(kernels.unpack_nm(values, bitmask, n=2, m=4), weight)
+    assert_same_bits(kernels.unpack_nm(values, bitmask, n=2, m=4), weight)
 
 
 def test_autocast():
@@ -255,7 +252,7 @@ def test_a_backward_inside_of_autocast_runs_in_the_dtype_of_its_forward():
     (expected,) = torch.autograd.grad(expected, x, upstream)
     with torch.autocast("cpu", torch.bfloat16):
         (found,) = torch.autograd.grad(inside, x, upstream)
-    assert torch.equal(found, expected)
+    assert_same_bits(found, expected)
 
 
 def test_the_route_is_told_as_it_is_taken(launched, monkeypatch):
@@ -304,10 +301,10 @@ class TestModules:
         weights = [sparse(24, 64, "2:4", seed=seed) for seed in range(2)]
         layers = [mk.Sparse24Linear(mk.pack_24(weight), torch.randn(24)) for weight in weights]
         layers[1].load_state_dict(layers[0].state_dict())
-        assert torch.equal(layers[1].packed.unpack(), weights[0])
+        assert_same_bits(layers[1].packed.unpack(), weights[0])
         narrow = layers[1].to(torch.bfloat16)
         assert narrow.bitmask.dtype == torch.uint8 and narrow.values.dtype == torch.bfloat16
-        assert torch.equal(narrow.packed.unpack(), weights[0].bfloat16())
+        assert_same_bits(narrow.packed.unpack(), weights[0].bfloat16())
 
     def test_a_damaged_state_dict_is_refused(self):
         layer = mk.Sparse24Linear(mk.pack_24(sparse(24, 64, "2:4")))
@@ -321,7 +318,7 @@ class TestModules:
             state[name.split()[0]] = change(state[name.split()[0]])
             with pytest.raises(RuntimeError, match="bitmask: expected|size mismatch for values"):
                 layer.load_state_dict(state)
-            assert torch.equal(layer.packed.unpack(), before)
+            assert_same_bits(layer.packed.unpack(), before)
 
     def test_finalize_to_packed(self):
         for pattern, kind in (("2:4", mk.Sparse24Linear), ("4:8", mk.NMLinear)):
@@ -348,7 +345,7 @@ def test_compiles_as_a_whole():
     whole = torch.compile(model, fullgraph=True, backend=backend)
     for tokens in (2, 3, 17):
         x = torch.randn(tokens, 64)
-        assert torch.equal(whole(x), model(x))
+        assert_same_bits(whole(x), model(x))
     assert len(graphs) <= 2
 
 

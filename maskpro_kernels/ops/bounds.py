@@ -1,9 +1,9 @@
-"""Draws without logarithms: most groups of a sharp mask keep their N largest logits whatever the noise.
+"""Bounds on the noise: most groups of a sharp mask keep their N largest logits whatever the noise, without logarithms.
 
-Noise lies between LEAST_NOISE and a ``ceiling`` that a byte tells for each group, so a draw keeps the N largest logits
-unless the largest dropped one, with the ceiling added, reaches the smallest kept one with the least noise added.
-Rounded addition is monotone, so the comparison holds for the rounded keys of ``reference`` as well. Functions take
-groups as ``reference`` does, and say which groups are undecided: those have to be drawn.
+Noise lies between LEAST_NOISE and the ``ceiling`` of its group, which a byte gives. So a draw keeps the N largest
+logits unless the largest dropped one plus the ceiling reaches the smallest kept one plus the least noise. Rounded
+addition is monotone, so this holds for the rounded keys of ``reference`` as well. Functions take groups as
+``reference`` does, and flag those that the bounds do not determine: these have to be drawn.
 """
 
 from __future__ import annotations

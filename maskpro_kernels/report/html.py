@@ -57,9 +57,6 @@ def command(report: Mapping) -> list[list[str]]:
     settings = report["settings"] | {"model": report["model"], "output": f"{Path(report['settings']['output'])}-again"}
     if "flip_rate" not in settings:
         settings["gap"] = report["gap"]
-    if settings.get("draws", 1) != 1:
-        # without effect there, and refused
-        settings.pop("alpha", None)
     line = [["maskpro", "learn"]]
     for name, value in settings.items():
         if value is not None:

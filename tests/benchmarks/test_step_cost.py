@@ -345,14 +345,14 @@ def measure_straight_through_memory() -> dict:
 
 
 def measure_start() -> dict:
-    """Seconds of converting SmolLM2-135M and of its first two REINFORCE steps, and how many graphs were compiled."""
+    """Seconds of converting SmolLM2-135M and of its first two REINFORCE steps, and how many loops were compiled."""
     import maskpro_kernels as mk
     from maskpro_kernels.ops.cpu import compiled_loop
     from maskpro_kernels.text.perplexity import causal_lm_loss
 
     built = []
     build = compiled_loop.CompiledLoop._build
-    compiled_loop.CompiledLoop._build = lambda graph: (built.append(graph), build(graph))[1]
+    compiled_loop.CompiledLoop._build = lambda loop: (built.append(loop), build(loop))[1]
     model, batch = language_model()
     seconds = {"convert": seconds_of(lambda: mk.convert(model, "2:4", gap=GAP))}
     trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)

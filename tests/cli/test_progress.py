@@ -11,7 +11,6 @@ import threading
 
 import pytest
 from helpers.command import learn
-from helpers.tiny_llama import write_inputs
 
 from maskpro_kernels.cli import main, progress
 from maskpro_kernels.cli.progress import StepLines, followed
@@ -22,11 +21,6 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 LINE = re.compile(
     r"step (\d+) of (\d+): loss \d+\.\d{4}, (?:validation perplexity (\d+\.\d\d), )?\d+ tokens a second, [\d:]+ left"
 )
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def on_a_terminal(monkeypatch, arguments):

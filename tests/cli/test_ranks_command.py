@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import signal
@@ -16,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.children import environment
-from helpers.command import contents, refuses
+from helpers.command import contents, refuses, report
 from helpers.in_ranks import LONGEST, all_in_ranks
-from helpers.tiny_llama import tiny_model, tiny_tokenizer, write_inputs
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
 from maskpro_kernels.cli import main, parser, run_settings
 from maskpro_kernels.ranks import FailedRank, MissingRanks
@@ -51,12 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """Folder with a tiny model, `model`, and a text, `text.txt`."""
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def learn(inputs, output, *more):
@@ -96,10 +89,6 @@ class OnRanks:
             for name in ("stdout", "stderr")
         )
         assert len(self.out) == len(self.err) == 2
-
-
-def report(folder):
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def without_seconds(table: str) -> list[list[str]]:

@@ -39,3 +39,8 @@ def refuses(capsys, folder, arguments, *messages):
         assert message in line, line
     assert captured.out == ""
     assert contents(folder) == before
+
+
+def nonzeros(model, name, m=4):
+    """Of each group of a layer."""
+    return (model.get_submodule(name).weight.view(-1, m) != 0).sum(1)

@@ -38,7 +38,7 @@ def _layers(n: int, m: int) -> list[list[tuple[int, torch.Tensor, torch.Tensor]]
 def set_probabilities(logits: torch.Tensor, n: int) -> torch.Tensor:
     """Probability of every set in the order of ``subset_codes``: float64, differentiable in the logits [M].
 
-    By the subset dynamic program over what has been drawn so far. What remains in the urn is summed,
+    By the subset dynamic program over what has been drawn so far. What has not been drawn is summed,
     never subtracted from the whole.
     """
     m = len(logits)
@@ -93,7 +93,7 @@ def _weights(logits) -> list[mpmath.mpf]:
     return [mpmath.exp(mpmath.mpf(float(x))) for x in logits]
 
 
-def _urn(weights, kept):
+def _sums_of_remaining(weights, kept):
     """s(T) for every subset T of the kept: the dropped weights and T."""
     sums = [mpmath.fsum(w for i, w in enumerate(weights) if i not in kept)]
     for i in kept:
@@ -105,7 +105,7 @@ def exact_log_prob(logits, code: int) -> mpmath.mpf:
     """log p(S) by the sum over orders, for every N whose 2^N subsets are few enough."""
     with mpmath.workdps(DIGITS):
         weights, kept = _weights(logits), kept_of(code, len(logits))
-        sums = _urn(weights, kept)
+        sums = _sums_of_remaining(weights, kept)
         h = [mpmath.mpf(1)]
         for subset in range(1, 1 << len(kept)):
             h.append(sum(h[subset ^ 1 << a] for a in range(len(kept)) if subset >> a & 1) / sums[subset])
@@ -116,22 +116,22 @@ def exact_score(logits, code: int) -> list[mpmath.mpf]:
     """Gradient of log p(S) in the logits by the derivative of the same recursion.
 
     d h(T) / d l_k = (sum of d h(T - i) / d l_k - h(T) d s(T) / d l_k) / s(T), d s(T) / d l_k being exp l_k
-    where k is in the urn. Subtractions cost up to some 30 of the 60 digits.
+    where k has not been drawn. Subtractions cost up to some 30 of the 60 digits.
     """
     with mpmath.workdps(DIGITS):
         weights, kept = _weights(logits), kept_of(code, len(logits))
         n, m = len(kept), len(weights)
         slots = [kept.index(k) if k in kept else None for k in range(m)]
-        sums = _urn(weights, kept)
+        sums = _sums_of_remaining(weights, kept)
         h, dh = [mpmath.mpf(1)], [[mpmath.mpf(0)] * m]
         for subset in range(1, 1 << n):
             smaller = [subset ^ 1 << a for a in range(n) if subset >> a & 1]
             h.append(sum(h[t] for t in smaller) / sums[subset])
             row = []
             for k in range(m):
-                in_urn = slots[k] is None or subset >> slots[k] & 1
+                remains = slots[k] is None or subset >> slots[k] & 1
                 grown = sum(dh[t][k] for t in smaller)
-                row.append((grown - (h[subset] * weights[k] if in_urn else 0)) / sums[subset])
+                row.append((grown - (h[subset] * weights[k] if remains else 0)) / sums[subset])
             dh.append(row)
         return [(1 if k in kept else 0) + dh[-1][k] / h[-1] for k in range(m)]
 

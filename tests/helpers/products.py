@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 
 import maskpro_kernels as mk
 from helpers.enumerated import KERNEL_DEVICE
+from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import tiles
 from maskpro_kernels.pattern import NMPattern
 
 KINDS = ["drawn", "top_n", "codes"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-COUNTER = {"seed": 0x123456789ABCDEF, "step": 5, "layer": 3, "draw": 1, "temperature": 0.8}
+DRAW = {"seed": 0x123456789ABCDEF, "step": 5, "layer": 3, "draw": 1}
+TEMPERATURE = 0.8
+# as the public functions take them
+COUNTER = {**DRAW, "temperature": TEMPERATURE}
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -29,18 +33,13 @@ def within_budget(result, same_by_torch, exact):
     assert error <= 2 * error_of_torch + 1e-6 * exact.abs().max(), (float(error), float(error_of_torch))
 
 
-def scalar(value):
-    return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64)
-
-
 def mask_of(kind, logits, pattern):
     """(group codes, bool mask) by the eager reference on the CPU."""
     scores, sizes = logits.detach().cpu(), {"n": pattern.n, "m": pattern.m}
     if kind == "drawn":
-        counter = [scalar(COUNTER[name]) for name in ("seed", "step")]
-        draw = [scalar(1 / COUNTER["temperature"]), *(scalar(COUNTER[name]) for name in ("layer", "draw"))]
-        shard = [scalar(0), scalar(scores.shape[1] // pattern.m)]
-        codes = reference.sample_mask(scores, *counter, *draw, *shard, **sizes)
+        codes = reference.sample_mask(
+            scores, counter_of(scores, pattern, **DRAW), torch.tensor(1 / TEMPERATURE), **sizes
+        )
     else:
         codes = reference.top_n_mask(scores, **sizes)
     codes = codes.to(logits.device)

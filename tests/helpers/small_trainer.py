@@ -9,6 +9,16 @@ import maskpro_kernels as mk
 
 GAP = 2.0
 
+ESTIMATORS = {
+    "reinforce": lambda: mk.Reinforce(lr=2.0, alpha=0.75),
+    "normalized": lambda: mk.Reinforce(lr=2.0, alpha=0.75, normalize=True),
+    "refreshed": lambda: mk.Reinforce(lr=10.0, alpha=0.75, refresh=True),
+    "two draws": lambda: mk.Reinforce(lr=2.0, draws=2),
+    "three draws": lambda: mk.Reinforce(lr=2.0, draws=3),
+    "four draws": lambda: mk.Reinforce(lr=2.0, draws=4),
+    "straight-through": lambda: mk.StraightThrough(lr=0.3),
+}
+
 
 def a_model(gap: float = GAP) -> nn.Sequential:
     torch.manual_seed(0)
@@ -21,23 +31,30 @@ def some_batches(count: int = 3) -> list[torch.Tensor]:
     return list(torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(1)))
 
 
+def uneven_batches() -> list[torch.Tensor]:
+    """The last one is smaller."""
+    *whole, last = some_batches(5)
+    return [*whole, last[:2]]
+
+
 def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return model(batch).square().mean()
 
 
-def a_trainer(model: nn.Module, seed: int = 11, **arguments) -> mk.MaskTrainer:
-    estimator = arguments.pop("estimator", None) or mk.Reinforce(lr=2.0, alpha=0.75)
+def a_trainer(model: nn.Module | None = None, seed: int = 11, how: str = "reinforce", **arguments) -> mk.MaskTrainer:
+    """Of ``a_model()``, where none is given, and by the estimator of that name, where none is."""
+    estimator = arguments.pop("estimator", None) or ESTIMATORS[how]()
     loss, batches = arguments.pop("loss_fn", loss_fn), arguments.pop("batches", some_batches())
-    return mk.MaskTrainer(model, loss, batches, estimator, seed=seed, **arguments)
+    return mk.MaskTrainer(a_model() if model is None else model, loss, batches, estimator, seed=seed, **arguments)
+
+
+def a_trainer_in(folder, how: str = "reinforce", model: nn.Module | None = None, **arguments) -> mk.MaskTrainer:
+    """One that writes a folder."""
+    return a_trainer(model, how=how, output_dir=folder, **arguments)
 
 
 def logits_of(model: nn.Module) -> list[torch.Tensor]:
     return [module.logits.detach().clone() for module in model.modules() if isinstance(module, mk.MaskedLinear)]
-
-
-def assert_equal_logits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
-    assert len(one) == len(other)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def under_masks(model: nn.Module, batch: torch.Tensor, codes: list[torch.Tensor]) -> float:

@@ -99,3 +99,10 @@ def names_in(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def identifiers(tree: ast.AST) -> set[str]:
+    """All names in code: of modules, functions, classes, parameters, keywords, variables and attributes."""
+    fields = ("name", "asname", "id", "attr", "arg", "module")
+    found = (getattr(node, field, None) for node in statements(tree) for field in fields)
+    return {part for name in found if isinstance(name, str) for part in name.split(".")}

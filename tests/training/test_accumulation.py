@@ -9,18 +9,20 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers.small_trainer import a_model, a_trainer, assert_equal_logits, logits_of, some_batches, under_masks
+from helpers.bits import assert_same_bits
+from helpers.small_trainer import (
+    a_model,
+    a_trainer,
+    logits_of,
+    some_batches,
+    under_masks,
+    uneven_batches,
+)
 
 import maskpro_kernels as mk
 from maskpro_kernels.training.batches import content, loss_tokens, weighted_mean, weights_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
-
-
-def uneven_batches() -> list[torch.Tensor]:
-    """The last one is smaller."""
-    *whole, last = some_batches(5)
-    return [*whole, last[:2]]
 
 
 @pytest.mark.parametrize("draws", [1, 2])
@@ -125,7 +127,7 @@ def test_initial_losses_are_found_by_what_is_in_a_batch(accumulate):
     batches[:] = [one + 1.0] * 4
     with pytest.raises(ValueError, match="^batches: expected those of the first step, got another one at index "):
         trainer.step()
-    assert_equal_logits(logits_of(trainer.model), before)
+    assert_same_bits(logits_of(trainer.model), before)
 
 
 class Opaque:
@@ -183,7 +185,7 @@ def test_accumulation_belongs_to_a_run(tmp_path):
     again = a_trainer(a_model(), accumulate=2, output_dir=tmp_path)
     assert again.resume() == 2
     again.run(2, progress=False)
-    assert_equal_logits(logits_of(again.model), logits_of(whole.model))
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_the_curvature_of_a_batch_is_that_of_its_own_loss():
         batches = some_batches(1)
         a_trainer(models[-1], batches=batches, estimator=estimator, accumulate=accumulate).run(3, progress=False)
     for one, twice in zip(*map(logits_of, models), strict=True):
-        assert torch.equal(one, twice)
+        assert_same_bits(one, twice)
 
 
 def test_nothing_moves_where_the_loss_of_one_batch_is_not_finite():
@@ -238,7 +240,7 @@ def test_nothing_moves_where_the_loss_of_one_batch_is_not_finite():
     bad.append(batches[0])
     with pytest.raises(FloatingPointError, match="loss of step 1: expected a finite number, got nan"):
         trainer.step()
-    assert_equal_logits(logits_of(model), before)
+    assert_same_bits(logits_of(model), before)
     bad.clear()
     trainer.step()
     assert not torch.equal(logits_of(model)[0], before[0])

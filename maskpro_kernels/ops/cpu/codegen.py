@@ -62,7 +62,7 @@ def traced(function: Callable, sample: Sequence[Tensor]) -> fx.GraphModule:
     return make_fx(function)(*sample)
 
 
-class _Body:
+class Body:
     """The body of the loop, operation by operation."""
 
     def __init__(self, graph: fx.GraphModule, builder: ir.IRBuilder, group: ir.Value, known: Mapping[fx.Node, Columns]):

@@ -74,8 +74,8 @@ class _Drawn(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
         *tensors, shard = tensors
-        result, undecided = self.by_bounds(*tensors)
-        (which,) = undecided.nonzero(as_tuple=True)
+        result, undetermined = self.by_bounds(*tensors)
+        (which,) = undetermined.nonzero(as_tuple=True)
         start, columns, row_stride, offset = shard.tolist()
         local = which + start
         number = local // columns * row_stride + local % columns + offset
@@ -236,7 +236,7 @@ class CompiledLoop:
         def like(x: Tensor, shape: Sequence[int]) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(x.dtype)
 
-        # as far apart as makes some draws certain and leaves others open, and factors that keep them so
+        # as far apart as determines some draws and leaves others open, and factors that keep them so
         some = torch.arange(SAMPLE, device="cpu") % tensors[0].shape[0]
         groups, rest = tensors[: len(self.groups)], tensors[len(self.groups) :]
         if self.full:

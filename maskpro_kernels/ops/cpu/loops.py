@@ -13,13 +13,13 @@ import torch
 from llvmlite import ir
 from torch import fx
 
-from .codegen import LONG, POINTER, TYPES, WORD, Columns, _Body
+from .codegen import LONG, POINTER, TYPES, WORD, Body, Columns
 
 ENTRY, SHARED = "loop", "shared"
 # of OpenMP
 THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
 
-# Groups that are determined before those left open among them are looked for, and of these how many are drawn at a time
+# Groups that the bounds are tried on before those left open are looked for, and how many of these are drawn at a time
 BLOCK = 1 << 11
 BATCH = 1 << 8
 # A multiple of what any CPU's vectors hold, unrolled as they may be
@@ -36,16 +36,16 @@ def lowered(
     """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
 
     The addresses are those of tensors of groups, of the rest, of the shard where there is ``full``, and of results,
-    but not of a first one in place of a tensor of groups. All others are as in ``graphs.CompiledLoop``, traced.
+    but not of a first one in place of a tensor of groups. All others are as in ``CompiledLoop``, traced.
     """
     module = ir.Module("maskpro_kernels")
     if full is None:
         function, results = _add_loop(module, ENTRY, graph, groups, rest, in_place)
     else:
-        by_bounds, determined = _add_loop(module, "by_bounds", graph, groups, rest, in_place)
+        by_bounds, flagged = _add_loop(module, "by_bounds", graph, groups, rest, in_place)
         draw, results = _add_loop(module, "draw", full, [*groups[:-1], (torch.uint32,)], rest, in_place)
-        if determined != (*results, (torch.uint8,)):
-            raise ValueError(f"full: expected the results of the function but its flags {determined}, got {results}")
+        if flagged != (*results, (torch.uint8,)):
+            raise ValueError(f"full: expected the results of the function but its flags {flagged}, got {results}")
         function = _add_draws(module, by_bounds, draw, groups, rest, in_place, *results)
     _add_shared(module, function)
     return str(module), results
@@ -107,7 +107,7 @@ def _add_loop(
         known = dict(shared)
         for node, pointer, (dtype, *shape) in zip(nodes, pointers, groups, strict=False):
             known[node] = Columns(_loaded(builder, pointer, group, dtype, math.prod(shape)), dtype)
-        operations = _Body(graph, builder, group, known)
+        operations = Body(graph, builder, group, known)
         # all loads before all stores: a result may take the place of a tensor of groups
         for pointer, (dtype, *shape), columns in zip(outputs, results, operations.run(), strict=True):
             count = math.prod(shape)

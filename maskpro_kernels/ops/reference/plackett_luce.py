@@ -157,7 +157,7 @@ def exact_score(z, kept, n, centre=None):
 
 
 def exact_log_prob(z, kept, n):
-    """log p(S) by the urn's subsets, N <= EXACT_SCORE_MAX_N.
+    """log p(S) by the recursion over subsets, N <= EXACT_SCORE_MAX_N.
 
     f(T), the probability that something dropped is drawn before T is complete, is
     (R + sum over i in T of e_i f(T - i)) / s(T). Where f(S) is small, log p(S) = ln(1 - f(S)) to full

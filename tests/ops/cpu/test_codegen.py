@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops
+from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops, machine
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.25e-39, torch.inf, -torch.inf, torch.nan, 88.5, -3e38, 0.1, 7.0]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -15,8 +15,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def loop_of(function, *tensors):
     """The results of ``function`` on tensors of groups, by a loop."""
-    graph = compiled_loop.CompiledLoop(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
-    run = graph._loaded(*graph._build())
+    loop = compiled_loop.CompiledLoop(function, tuple((x.dtype, *x.shape[1:]) for x in tensors), ())
+    run = loop._loaded(*loop._build())
     return run(list(tensors))
 
 
@@ -124,7 +124,7 @@ def test_what_is_not_taken_column_by_column_is_refused(function):
 
 
 def test_without_openmp_one_thread_does_all(monkeypatch):
-    monkeypatch.setattr(loops, "_openmp", lambda: None)
+    monkeypatch.setattr(machine, "_openmp", lambda: None)
     x = torch.arange(10.0 * compiled_loop.LEAST_SHARED).view(-1, 2)
     check(lambda x: (x + 1.0,), x)
 

@@ -168,7 +168,7 @@ def exact_score(z, kept, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def exact_log_prob(z, kept, N: tl.constexpr, M: tl.constexpr):
-    """log p(S) by the urn's subsets, N <= EXACT_SCORE_MAX_N."""
+    """log p(S) by the recursion over subsets, N <= EXACT_SCORE_MAX_N."""
     e, dropped_sum, exponents, slots, inverse, positions = plackett_luce_terms(z, kept, N, M)
     f = (tl.zeros_like(dropped_sum),)
     for subset in tl.static_range(1, 1 << N):

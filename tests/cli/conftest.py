@@ -1,0 +1,26 @@
+"""What most tests of the command run on."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.command import learn
+from helpers.routes import route_to_the_eager_reference
+from helpers.tiny_llama import write_inputs
+
+from maskpro_kernels.cli import main
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """Folder with a tiny model, `model`, and a text, `text.txt`."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def run(inputs):
+    """Folder of a finished run."""
+    output = inputs / "runs" / "one"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        route_to_the_eager_reference(monkeypatch)
+        assert main.main(learn(inputs, output)) == 0
+    return output

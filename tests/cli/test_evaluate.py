@@ -1,0 +1,77 @@
+"""`maskpro eval` and `maskpro compare`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from helpers.command import learn, refuses, report
+
+from maskpro_kernels.cli import main
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
+    options = f"--data {inputs / 'text.txt'} --eval-windows 5 --eval-length 24 --device cpu".split()
+    table = {row["method"]: row["perplexity"] for row in report(run)["table"]}
+    assert main.main(["eval", str(run), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"test perplexity {table['reinforce']:.2f} over 120 tokens"
+    assert lines[1] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
+    assert main.main(["eval", str(inputs / "model"), *options, "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"test perplexity {table['dense']:.2f} over 120 tokens"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--eval-windows", "0"), "eval_windows: expected at least 1"),
+        (("--data", "EMPTY"), "the text is empty"),
+        (("--device", "abacus"), "device: expected"),
+    ],
+)
+def test_eval_refuses_bad_input(inputs, tmp_path, capsys, change, message):
+    (tmp_path / "empty.txt").touch()
+    change = [str(tmp_path / "empty.txt") if part == "EMPTY" else part for part in change]
+    arguments = ["eval", str(inputs / "model"), "--data", str(inputs / "text.txt"), *change]
+    refuses(capsys, tmp_path, arguments, message)
+
+
+def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
+    arguments = ["eval", str(tmp_path / "missing"), "--data", str(inputs / "text.txt")]
+    refuses(capsys, tmp_path, arguments, "no such folder")
+
+
+def test_eval_refuses_a_folder_without_a_model(inputs, run, tmp_path, capsys):
+    arguments = ["eval", str(inputs / "runs"), "--data", str(inputs / "text.txt")]
+    refuses(capsys, tmp_path, arguments, "model: expected a folder with a config.json")
+
+
+def test_compare_puts_runs_into_one_table(inputs, run, tmp_path, capsys):
+    other = tmp_path / "other"
+    options = "--init magnitude --estimator straight-through --eval-every 1".split()
+    assert main.main(learn(inputs, other, *options)) == 0
+    capsys.readouterr()
+    picture = tmp_path / "perplexity.png"
+    assert main.main(["compare", str(run), str(other), "--picture", str(picture)]) == 0
+    lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    names = ["dense", "magnitude", "wanda", f"reinforce: {run}", f"straight-through: {other}"]
+    assert [name for name, *_ in lines] == names
+    assert [perplexity for _, perplexity, _ in lines[3:]] == [
+        f"{report(folder)['table'][-1]['perplexity']:.2f}" for folder in (run, other)
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refuses(capsys, tmp_path, ["compare", str(run), "--picture", str(picture)], "picture: expected a new file")
+    refuses(capsys, tmp_path, ["compare", str(run), str(inputs)], "run: expected a folder written by `maskpro learn`")
+    changed = report(other) | {"eval_tokens": 7}
+    (other / "report.json").write_text(json.dumps(changed))
+    refuses(capsys, tmp_path, ["compare", str(run), str(other)], "expected the same eval_tokens in all, got 120 and 7")
+
+
+def test_eval_refuses_a_broken_report(inputs, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "broken")
+    (tmp_path / "broken" / "report.json").write_text('{"model": "x"}')
+    arguments = ["eval", str(tmp_path / "broken"), "--data", str(inputs / "text.txt")]
+    refuses(capsys, tmp_path, arguments, "run: expected a report of `maskpro learn`")

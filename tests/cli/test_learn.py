@@ -1,0 +1,177 @@
+"""`maskpro learn`: what it writes and prints, and when it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.command import contents, learn, nonzeros, report
+from helpers.tiny_llama import tiny_model, tiny_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskpro_kernels.checkpoints.logits import load_logits
+from maskpro_kernels.cli import held_out, main
+from maskpro_kernels.text.data import load_text, windows
+from maskpro_kernels.text.perplexity import perplexity
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def test_learn_writes_a_checkpoint_that_has_the_perplexity_it_reports(inputs, run):
+    written = report(run)
+    model = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert len(written["converted"]) == 14 and "lm_head" not in written["converted"]
+    dense = tiny_model()
+    for name in written["converted"]:
+        assert (nonzeros(model, name) == 2).all()
+        weight, kept = dense.get_submodule(name).weight, model.get_submodule(name).weight
+        assert_same_bits(kept, weight * (kept != 0))
+    test = windows(load_text(str(inputs / "text.txt"))["test"], tokenizer, 24)[:5]
+    table = {row["method"]: row for row in written["table"]}
+    assert list(table) == ["dense", "magnitude", "wanda", "reinforce"]
+    assert table["reinforce"]["perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
+    assert table["dense"]["perplexity"] == pytest.approx(perplexity(dense, test), rel=1e-6)
+    assert all(row["seconds"] >= 0 for row in table.values())
+
+
+def test_learn_writes_the_whole_record(run):
+    written = report(run)
+    assert sorted(os.listdir(run)) == sorted(
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        + ["logits.safetensors", "report.json", "report.html", "residual.png", "perplexity.png"]
+        + ["settings.json", "progress"]
+    )
+    assert written["pattern"] == "2:4" and written["settings"]["seed"] == 0 and written["gap"] == 10
+    assert {"python", "torch", "transformers"} <= set(written["versions"])
+    assert len(written["steps"]) == 3
+    assert {"step", "loss", "residual", "advantage", "tracker", "flip_rate"} <= set(written["steps"][0])
+    assert written["flipped_groups"] == sum(written["flipped_groups_by_layer"].values())
+    assert (run / "residual.png").read_bytes().startswith(b"\x89PNG")
+    logits, metadata = load_logits(run / "logits.safetensors")
+    assert logits.keys() == set(written["converted"]) and metadata["pattern"] == "2:4"
+    assert written["groups"] == sum(tensor.numel() for tensor in logits.values()) // 4
+
+
+def test_learn_prints_the_table(inputs, tmp_path, capsys):
+    assert main.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0].split() == ["method", "test", "perplexity", "seconds", "from", "dense"]
+    assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "reinforce"]
+    assert "groups differ from the magnitude mask" in lines[5]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (nonzeros(model, "model.layers.1.mlp.down_proj") == 1).all()
+    assert report(tmp_path)["settings"]["flip_rate"] == 0.05
+
+
+def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, capsys):
+    options = "--init reconstruction --estimator straight-through --steps 6 --eval-every 2 --lr 1".split()
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:6]]
+    assert rows == ["dense", "magnitude", "wanda", "reconstruction", "straight-through"]
+    written = report(tmp_path / "run")
+    assert written["gap"] == 15 and written["settings"]["lr"] == 1
+    assert [row["step"] for row in written["validation"]] == [0, 2, 4, 6]
+    # batches of 4 windows of 16 tokens
+    assert [row["tokens"] for row in written["validation"]] == [0, 128, 256, 384]
+    assert all(step["residual"] is None and step["loss"] > 0 for step in written["steps"])
+    assert not (tmp_path / "run" / "residual.png").exists()
+    assert (tmp_path / "run" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert written["flipped_groups"] > 0
+
+
+def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
+    values = iter([10.0] * 3 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
+    monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
+    assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
+    assert "stopped after 4 steps: at two evaluations in a row the validation perplexity was" in capsys.readouterr().err
+    written = report(tmp_path / "run")
+    assert [row["perplexity"] for row in written["validation"]] == [10.0, 12.0, 10.5, 11.5, 11.2]
+    assert len(written["steps"]) == 4
+
+
+def test_learning_stops_where_the_held_out_perplexity_is_no_number(inputs, tmp_path, capsys, monkeypatch):
+    values = iter([10.0] * 3 + [10.0, float("nan"), 10.5, float("nan"), float("nan")] + [9.0])
+    monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
+    assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
+    assert "stopped after 4 steps: at two evaluations in a row the validation perplexity was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [float("nan"), float("inf")])
+def test_an_initial_mask_without_a_held_out_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch, found):
+    values = iter([10.0] * 3 + [found])
+    monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
+    assert main.main(learn(inputs, tmp_path / "deep" / "run")) == 2
+    told = f"validation perplexity at step 0: expected a finite number, got {found}; take another --dtype"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {told}")
+    assert contents(tmp_path) == {}
+
+
+def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
+    """It neither moves a mask nor is the text that learning stops by; compare shows it where it is the same."""
+    other = tmp_path / "other.txt"
+    other.write_text(tiny_text(seed=1), encoding="utf-8")
+    assert main.main(learn(inputs, tmp_path / "run", "--other-data", str(other))) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
+    assert table[0] == "method test perplexity on the other text seconds from dense".split()
+    plain, both = report(run), report(tmp_path / "run")
+    assert both["settings"]["other_data"] == str(other) and both["validation"] == plain["validation"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    test = windows(load_text(str(other))["test"], AutoTokenizer.from_pretrained(tmp_path / "run"), 24)[:5]
+    for row, same, printed in zip(both["table"], plain["table"], table[1:], strict=True):
+        assert row["perplexity"] == same["perplexity"]
+        assert printed[1:3] == [f"{row['perplexity']:.2f}", f"{row['other_perplexity']:.2f}"]
+    assert both["table"][-1]["other_perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
+    copy, changed = tmp_path / "copy", tmp_path / "changed"
+    shutil.copytree(tmp_path / "run", copy)
+    shutil.copytree(tmp_path / "run", changed)
+    both["table"][0]["other_perplexity"] += 1
+    (changed / "report.json").write_text(json.dumps(both))
+    for another, shown in (copy, True), (run, False), (changed, False):
+        assert main.main(["compare", str(tmp_path / "run"), str(another)]) == 0
+        printed = capsys.readouterr().out
+        assert ("on the other text" in printed) == shown and len(printed.splitlines()) == 6, printed
+
+
+def test_seconds_count_from_the_dense_model(run):
+    table = {row["method"]: row["seconds"] for row in report(run)["table"]}
+    assert table["reinforce"] > table["wanda"] > 0
+
+
+def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
+    assert main.main(learn(inputs, tmp_path / "again")) == 0
+    assert main.main(learn(inputs, tmp_path / "other", "--seed", "1")) == 0
+    first, again, other = (
+        load_logits(folder / "logits.safetensors")[0] for folder in (run, tmp_path / "again", tmp_path / "other")
+    )
+    assert_same_bits(again, first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_all_that_a_run_leaves_is_on_disk_before_its_report(inputs, tmp_path, monkeypatch):
+    sync, replace, done = os.fsync, os.replace, []
+
+    def synced(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def replaced(source, target):
+        replace(source, target)
+        done.append(("replaced", Path(target)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    output = tmp_path / "deep" / "run"
+    assert main.main(learn(inputs, output)) == 0
+    before = done[: done.index(("replaced", output / "report.json"))]
+    files = {path for path in output.iterdir() if path.is_file()} - {output / "report.json"}
+    assert files <= set(before)
+    # their names too, and those of the folders
+    assert max(map(before.index, files)) < len(before) - 1 - before[::-1].index(output)
+    assert {tmp_path, tmp_path / "deep"} <= set(before)

@@ -1,0 +1,96 @@
+"""Values that `maskpro learn` refuses, before anything is written."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from helpers.command import learn, refuses
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from maskpro_kernels.cli import main
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--pattern", "4:2", "pattern: expected N:M with"),
+        ("--pattern", "2:5", "pattern: expected N:M with"),
+        ("--pattern", "two", 'pattern: expected "N:M"'),
+        ("--steps", "0", "steps: expected at least 1, got 0"),
+        ("--batch-size", "0", "batch_size: expected at least 1, got 0"),
+        ("--batch-size", "1000", "batch_size: expected 1 to"),
+        ("--seq-len", "1", "seq_len: expected at least 2, got 1"),
+        ("--seq-len", "100000", "text: expected at least 100000 tokens"),
+        ("--calibration-batches", "0", "calibration_batches: expected at least 1, got 0"),
+        ("--init-batches", "0", "init_batches: expected at least 1, got 0"),
+        ("--eval-every", "0", "eval_every: expected at least 1, got 0"),
+        ("--eval-windows", "0", "eval_windows: expected at least 1, got 0"),
+        ("--eval-length", "100000", "text: expected at least 100000 tokens"),
+        ("--gap", "27", "gap: expected at most 26"),
+        ("--gap", "0", "gap: expected a positive number, got 0"),
+        ("--gap", "nan", "gap: expected a positive number, got nan"),
+        ("--flip-rate", "1", "flip_rate: expected a float in [1.5e-11, 0.8333] for 2:4, got 1.0"),
+        ("--lr", "nan", "lr"),
+        ("--alpha", "1.5", "alpha"),
+        ("--seed", "-1", "seed: expected at least 0, got -1"),
+        ("--seed", "9223372036854775808", "seed: expected an int below 2**63"),
+        ("--device", "abacus", "device: expected a device of this machine, got 'abacus'"),
+        ("--model", "/no/such/folder", "no such folder"),
+        ("--data", "EMPTY", "the text is empty"),
+        ("--data", "FOLDER", "source: expected a text file, got the folder"),
+        ("--other-data", "EMPTY", "other_data: source: expected at least 3 paragraphs"),
+        ("--output", "FULL", "output: expected a new or empty folder"),
+    ],
+)
+def test_learn_refuses_bad_input(inputs, tmp_path, capsys, option, value, message):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    places = {"EMPTY": tmp_path / "empty.txt", "FOLDER": tmp_path, "FULL": tmp_path / "full"}
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output", option, str(places.get(value, value))), message)
+
+
+def test_learn_refuses_a_model_without_linears(inputs, tmp_path, capsys, monkeypatch):
+    class Unigram(torch.nn.Embedding):
+        def forward(self, input_ids, use_cache=False):
+            return type("Output", (), {"logits": super().forward(input_ids)})
+
+    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype: (Unigram(40, 40), tiny_tokenizer()))
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "Linear")
+
+
+def test_learn_refuses_non_finite_weights(inputs, tmp_path, capsys, monkeypatch):
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype: (model, tiny_tokenizer()))
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "model.layers.1.mlp.up_proj")
+
+
+def test_learn_refuses_to_run_without_matplotlib(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "pip install 'maskpro-kernels[cli]'")
+
+
+def test_reinforce_has_no_bound_of_a_step(inputs, tmp_path, capsys):
+    arguments = learn(inputs, tmp_path / "output", "--max-update", "1")
+    refuses(capsys, tmp_path, arguments, "max_update: expected none, for it is of straight-through alone")
+
+
+def test_straight_through_has_no_alpha(inputs, tmp_path, capsys):
+    arguments = learn(inputs, tmp_path / "output", "--estimator", "straight-through", "--alpha", "0.5")
+    refuses(capsys, tmp_path, arguments, "alpha: expected none, for it is of reinforce alone")
+
+
+def test_gap_excludes_flip_rate(inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        main.main(learn(inputs, tmp_path / "output", "--gap", "5", "--flip-rate", "0.1"))
+    assert refusal.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,152 @@
+"""Runs that an error, an interrupt or a full disk ends: what they keep, and what they tell."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.command import learn, nonzeros, report
+from helpers.full_disk import files_of_at_most
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from maskpro_kernels.cli import learning_run, main, run_end
+from maskpro_kernels.modules import MaskedLinear
+from maskpro_kernels.training.trainer import MaskTrainer
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FloatingPointError("loss of step 2: expected a finite number"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, monkeypatch, error):
+    step = MaskTrainer.step
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            raise error
+        return step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", failing)
+    code, line = (
+        (130, "maskpro: interrupted") if isinstance(error, KeyboardInterrupt) else (2, f"maskpro: error: {error}")
+    )
+    assert main.main(learn(inputs, tmp_path / "run")) == code
+    told = capsys.readouterr().err
+    assert "stopped after 2 steps; the logits are in" in told and line in told
+    assert main.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
+
+
+def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run, tmp_path, capsys, monkeypatch):
+    """Logits of a part of the layers have moved: those of the step are rebuilt from the journal."""
+    update, updates = MaskedLinear.moving_logits, []
+
+    def interrupted(layer):
+        updates.append(layer)
+        # the fifth layer of the third step
+        if len(updates) == 2 * 14 + 5:
+            raise KeyboardInterrupt
+        return update(layer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskedLinear, "moving_logits", interrupted)
+        assert main.main(learn(inputs, tmp_path / "run")) == 130
+    told = "stopped after 2 steps; the next one was broken off in its update, and the logits are rebuilt where the run"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "logits.safetensors").exists()
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert report(tmp_path / "run")["logits"] == report(run)["logits"]
+
+
+STRAIGHT_THROUGH = ("--estimator", "straight-through", "--lr", "1")
+
+
+def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_of_it(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    step, update = MaskTrainer.step, MaskedLinear.moving_logits
+
+    def interrupted(layer):
+        if layer.layer == 5:
+            raise KeyboardInterrupt
+        return update(layer)
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            patched.setattr(MaskedLinear, "moving_logits", interrupted)
+        return step(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskTrainer, "step", failing)
+        assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 130
+    told = "stopped after 2 steps; the next one was broken off in its update, and the logits of the last snapshot are"
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run" / "logits.safetensors").exists()
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path, monkeypatch):
+    finite, calls = learning_run.causal_lm_loss, []
+
+    def loss_fn(model, batch):
+        calls.append(torch.is_grad_enabled())
+        return finite(model, batch) * (math.nan if sum(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(learning_run, "causal_lm_loss", loss_fn)
+    assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 0
+    losses = [row["loss"] for row in report(tmp_path / "run")["steps"]]
+    assert [math.isfinite(loss) for loss in losses] == [step != 1 for step in range(len(losses))] and len(losses) > 2
+
+
+def on_a_full_disk(function):
+    def limited(*args):
+        with files_of_at_most(4096):
+            return function(*args)
+
+    return limited
+
+
+def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run, tmp_path, capsys, monkeypatch):
+    step, output = MaskTrainer.step, tmp_path / "run"
+
+    def failing(trainer):
+        if trainer.steps_done == 2:
+            raise FloatingPointError("loss of step 2: expected a finite number")
+        return step(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MaskTrainer, "step", failing)
+        patched.setattr(run_end, "save_logits", on_a_full_disk(run_end.save_logits))
+        assert main.main(learn(inputs, output)) == 2
+    *_, told, error = capsys.readouterr().err.splitlines()
+    assert told.startswith("stopped after 2 steps; the logits could not be saved: ") and "File too large" in told
+    assert told.endswith(f"; go on with: maskpro learn --resume {output}")
+    assert error == "maskpro: error: loss of step 2: expected a finite number"
+    assert main.main(["learn", "--resume", str(output)]) == 0
+    assert report(output)["logits"] == report(run)["logits"]
+
+
+@pytest.mark.parametrize("failing", ["save_logits", "save", "draw_perplexity", "write_html"])
+def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, monkeypatch, failing):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(run_end, failing, on_a_full_disk(getattr(run_end, failing)))
+        assert main.main(learn(inputs, output)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("maskpro: error: output: ") and "File too large" in error
+    assert error.endswith(f"; go on with: maskpro learn --resume {output}")
+    assert not (output / "report.json").exists()
+    assert main.main(["learn", "--resume", str(output)]) == 0
+    assert report(output)["logits"] == report(run)["logits"]
+    learned, resumed = (load_file(folder / "model.safetensors") for folder in (run, output))
+    assert_same_bits(resumed, learned)

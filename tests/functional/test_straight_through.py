@@ -1,0 +1,61 @@
+"""Straight-through layers: the gradients of masked ones, and a slope for the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.enumerated import KERNEL_DEVICE
+from helpers.products import (
+    COUNTER,
+    normal,
+)
+from helpers.slopes import slope_operands, source_of
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.pattern import NMPattern
+
+
+@pytest.mark.parametrize("tokens", [20, 150])
+def test_all_gradients_but_the_logits_are_those_of_masked_linear(tokens):
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = slope_operands(pattern, tokens=tokens)
+    bias = normal(24, seed=5)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, logits)]
+    others = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = mk.straight_through_linear(leaves[0], leaves[1], leaves[3], leaves[2], pattern=pattern, **COUNTER)
+    expected, _ = mk.masked_linear(others[0], others[1], logits, others[2], pattern=pattern, log_prob=False, **COUNTER)
+    assert_same_bits(y, expected)
+    y.backward(grad)
+    expected.backward(grad)
+    for ours, theirs in zip(leaves, others, strict=False):
+        assert_same_bits(ours.grad, theirs.grad)
+    found = mk.straight_through_gradient(grad, x, weight, source_of(logits, pattern))
+    assert_same_bits(leaves[3].grad, found)
+
+
+def test_second_derivatives_are_refused():
+    _, x, weight, logits = slope_operands(NMPattern("2:4"))
+    logits.requires_grad_()
+    y = mk.straight_through_linear(x, weight, logits, pattern="2:4", **COUNTER)
+    (first,) = torch.autograd.grad(y.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_gradients_arrive_for_any_optimizer_also_under_compile():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).to(KERNEL_DEVICE)
+    mk.convert(model, "2:4", targets=["0", "2"], gap=3.0)
+    for layer in (model[0], model[2]):
+        layer.logits_backward = mk.straight_through_gradient
+    x = normal(10, 32)
+    model(x).square().mean().backward()
+    eager = [layer.logits.grad.clone() for layer in (model[0], model[2])]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
+    assert_same_bits([layer.logits.grad for layer in (model[0], model[2])], eager)
+    before = model[0].logits.detach().clone()
+    torch.optim.SGD([layer.logits for layer in (model[0], model[2])], lr=1.0).step()
+    assert not torch.equal(model[0].logits, before)

@@ -1,0 +1,75 @@
+"""Masks of a tiny model, stored as others store theirs, and checkpoints with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import maskpro_kernels as mk
+from helpers.tiny_llama import tiny_tokenizer
+from maskpro_kernels.checkpoints import safetensors_files
+
+# Written by Sparse24BitMaskTensor of compressed-tensors 0.14.0.1: two weights, with -0.0 and with groups of fewer than
+# two values; the same weights as they were before under names that begin with "dense."
+COMPRESSED = Path(__file__).parent / "data" / "sparse24-bitmask.safetensors"
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def layers(model) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def random_masks(model, pattern="2:4") -> dict[str, torch.Tensor]:
+    """bool masks of all layers but the head."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: mk.expand_mask(mk.top_n_mask(torch.rand(layer.weight.shape, generator=generator), pattern), pattern)
+        for name, layer in layers(model).items()
+        if name != "lm_head"
+    }
+
+
+def masked(model, masks):
+    for name, mask in masks.items():
+        layer = model.get_submodule(name)
+        layer.weight.data = torch.where(mask, layer.weight, 0).detach()
+    return model
+
+
+def store(masks, path, how):
+    if how == "maskllm":
+        np.savez_compressed(path, **{f"{name}.weight.mask": np.packbits(mask.numpy()) for name, mask in masks.items()})
+    elif how == "dict":
+        torch.save({f"{name}.mask": mask for name, mask in masks.items()}, path)
+    else:
+        path.mkdir()
+        for name, mask in masks.items():
+            torch.save(mask, path / f"{name}.pt")
+    return path
+
+
+def compressed_folder(folder, model):
+    """A checkpoint in compressed-tensors' format, in two files."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    tensors = [{}, {}]
+    for i, (name, tensor) in enumerate(state.items()):
+        if name.endswith("proj.weight"):
+            packed = mk.pack_24(tensor)
+            name = name.removesuffix(".weight")
+            tensors[i % 2][f"{name}.compressed"] = packed.values
+            tensors[(i + 1) % 2][f"{name}.bitmask"] = packed.bitmask
+            tensors[i % 2][f"{name}.shape"] = torch.tensor(tensor.shape).view(-1, 1)
+        else:
+            tensors[i % 2][name] = tensor.clone()
+    model.config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    for i, part in enumerate(tensors):
+        save_file(part, folder / f"model-{i}.safetensors", {"format": "pt"})
+    where = {name: f"model-{i}.safetensors" for i, part in enumerate(tensors) for name in part}
+    (folder / safetensors_files.INDEX).write_text(json.dumps({"weight_map": where}))
+    return folder

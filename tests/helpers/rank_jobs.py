@@ -1,0 +1,20 @@
+"""A trainer as each of several ranks makes it, and the run that they take together."""
+
+from __future__ import annotations
+
+import maskpro_kernels as mk
+from helpers.small_trainer import a_trainer, logits_of, uneven_batches
+
+
+def rank_trainer(how: str = "reinforce", **arguments) -> mk.MaskTrainer:
+    return a_trainer(how=how, **{"batches": uneven_batches()} | arguments)
+
+
+def learn_on_rank(rank: int, how: str, steps: int, folder=None, resume=False, **arguments):
+    """(logits, records without their seconds) of a run."""
+    trainer = rank_trainer(how, output_dir=folder, **arguments)
+    if resume:
+        trainer.resume()
+    records = trainer.run(steps - trainer.steps_done, progress=False)
+    trainer.close()
+    return logits_of(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]

@@ -1,0 +1,198 @@
+"""Loops are kept on disk under all that they depend on, for one owner, and made anew where the file is damaged."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock, Timeout
+from helpers.loops import LIKE, NOTHING, a_loop, by_bounds, check_loop, draw_full, loop_tensors, scaled_sum
+from helpers.source_tree import modules_of, reached_from
+
+import maskpro_kernels
+from maskpro_kernels.cli.progress import log_told
+from maskpro_kernels.ops.cpu import cache, compiled_loop
+
+
+def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
+    names = [a_loop()._digest(), a_loop(power=4)._digest(), a_loop(rest=((torch.float64,),))._digest()]
+    names.append(a_loop(groups=((torch.float32, 8),))._digest())
+    constants = {"power": 3}
+    names.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, constants=constants)._digest())
+    names.append(compiled_loop.CompiledLoop(check_loop, *LIKE, True, constants=constants)._digest())
+    for out in itertools.product((torch.int32, torch.int64), (1, 2)):
+        for in_place, full in itertools.product((None, 0, 1), (None, by_bounds, draw_full)):
+            names.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, True, out, in_place, full, constants)._digest())
+    for name, value in (("processor", lambda: "another"), ("CODE", "edited")):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, name, value)
+            names.append(a_loop()._digest())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "3.0")
+        names.append(a_loop()._digest())
+    assert len(set(names)) == len(names)
+    assert a_loop()._digest() == names[0]
+
+
+def test_the_name_of_a_loop_changes_with_all_that_it_is_made_from(tmp_path, monkeypatch):
+    package = Path(maskpro_kernels.__file__).parent
+    modules = modules_of(package)
+    needed = [modules[name] for name in reached_from("maskpro_kernels.ops.cpu.kernels", modules)]
+    assert {"codegen.py", "score.py", "pattern.py"} <= {path.name for path in needed}
+    assert cache.sources() == cache.CODE
+    copy = shutil.copytree(package, tmp_path / "copy")
+    monkeypatch.setattr(cache, "__file__", str(copy / "ops" / "cpu" / "cache.py"))
+    digests = [cache.sources()]
+    for path in needed:
+        with open(copy / path.relative_to(package), "a") as file:
+            file.write("x = 2\n")
+        digests.append(cache.sources())
+    assert digests[0] == cache.CODE
+    assert len(set(digests)) == len(digests)
+
+
+def test_threads_that_come_together_compile_once(folder, monkeypatch):
+    building, loop = threading.Barrier(2, timeout=60), a_loop()
+    builds = []
+
+    def slow(loop):
+        builds.append(loop)
+        time.sleep(0.2)
+        return NOTHING
+
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", slow)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda loop, code, results: loop._eager)
+
+    def call():
+        building.wait()
+        loop(loop_tensors(2))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(builds) == 1
+
+
+def test_a_process_waits_for_another_that_compiles_the_same(folder, monkeypatch):
+    loop, path = a_loop(), folder / "scaled_sum-x.o"
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_digest", lambda _: "x")
+
+    def build(loop):
+        with pytest.raises(Timeout):
+            FileLock(path.with_suffix(".lock"), is_singleton=False, timeout=0).acquire()
+        return NOTHING
+
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_loaded", lambda loop, code, results: loop._eager)
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_build", build)
+    loop(loop_tensors(2))
+    assert path.exists()
+    with FileLock(path.with_suffix(".lock"), is_singleton=False, timeout=0):
+        pass
+
+
+def test_what_nobody_loads_goes(folder):
+    kept, old, left = folder / "kept.o", folder / "old.o", folder / "tmpx"
+    for path in (kept, old):
+        path.write_bytes(b"")
+    left.mkdir()
+    (left / "loop.o").write_bytes(b"")
+    long_ago = time.time() - cache.KEPT_SECONDS - 1
+    for path in (old, left):
+        os.utime(path, (long_ago, long_ago))
+    cache.remove_unused(folder)
+    assert list(folder.iterdir()) == [kept]
+
+
+def test_a_command_tells_that_it_compiles(folder, capsys, nothing):
+    with log_told():
+        a_loop()(loop_tensors(2))
+    told = capsys.readouterr().err
+    assert told == f"compiling scaled_sum: once, it is kept in {folder}\n"
+    a_loop(power=5)(loop_tensors(2))
+    assert not capsys.readouterr().err
+
+
+def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypatch):
+    """Or a process would run eagerly, though its loop has been built."""
+    (folder / "left").write_bytes(b"")
+    listed = list(folder.iterdir())
+    (folder / "left").unlink()
+    monkeypatch.setattr(type(folder), "iterdir", lambda _: iter(listed))
+    cache.remove_unused(folder)
+
+
+def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch, nothing):
+    loop, lock = a_loop(), folder / "scaled_sum-x.lock"
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_digest", lambda _: "x")
+    lock.write_bytes(b"")
+    os.utime(lock, (0, 0))
+    loop(loop_tensors(2))
+    assert lock.exists() and time.time() - lock.stat().st_mtime < cache.KEPT_SECONDS
+
+
+def test_a_folder_that_was_deleted_is_made_anew_for_its_owner_alone(tmp_path, monkeypatch, nothing):
+    folder = tmp_path / "maskpro_kernels"
+    monkeypatch.setattr(cache, "folder", lambda: folder)
+    before = os.umask(0o002)
+    try:
+        a_loop()(loop_tensors(2))
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_damage_of_any_kind_is_seen(tmp_path):
+    path = tmp_path / "loop.o"
+    assert cache.intact(path) is None
+    cache.keep(path, b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    whole = path.read_bytes()
+    assert cache.intact(path) == (b"code" * 8, ((torch.float32, 4), (torch.uint8,)))
+    for place in range(len(whole)):
+        for bit in (0, 3, 7):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            # and nothing is raised
+            assert cache.intact(path) is None
+        path.write_bytes(whole[:place])
+        assert cache.intact(path) is None
+
+
+CHILD = "from maskpro_kernels.ops.cpu import cache; print(cache.folder())"
+
+
+def folder_of(**given: str | None) -> str:
+    """What a process with that environment, None where a variable is missing, takes for the cache."""
+    environment = {name: value for name, value in (os.environ | given).items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_the_cache_lies_where_caches_do(tmp_path):
+    home, cache = str(tmp_path / "home"), str(tmp_path / "cache")
+    assert folder_of(XDG_CACHE_HOME=cache, HOME=home) == f"{cache}/maskpro_kernels"
+    for unset in (None, "", "relative"):
+        assert folder_of(XDG_CACHE_HOME=unset, HOME=home) == f"{home}/.cache/maskpro_kernels"
+    assert (tmp_path / "cache" / "maskpro_kernels").stat().st_mode & 0o777 == 0o700
+
+
+def test_loops_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_path):
+    shared = tmp_path / "maskpro_kernels"
+    shared.mkdir()
+    shared.chmod(0o777)
+    file = tmp_path / "file"
+    file.write_text("")
+    for base in (tmp_path, file):
+        folder = folder_of(XDG_CACHE_HOME=str(base))
+        assert "maskpro_kernels-" in folder
+        assert not os.path.exists(folder)

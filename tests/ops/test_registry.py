@@ -1,0 +1,56 @@
+"""The custom ops keep torch.library's contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.arguments import cpu_normal, some_codes
+
+from maskpro_kernels.counter import MaskSource
+from maskpro_kernels.ops import registry
+
+
+def op_arguments(name: str, dtype: torch.dtype) -> tuple:
+    logits = cpu_normal(2, 8, dtype=dtype).requires_grad_(name in ("mask_log_prob", "masked_linear"))
+    weight = cpu_normal(2, 8, seed=1, dtype=dtype).requires_grad_()
+    codes = some_codes(2, 2)
+    counter = (*(torch.tensor(value) for value in (7, 3, 5, 1)), 0, 2)
+    drawn = (logits, "drawn", 2, 4, 1.0, *counter)
+    given = registry.flat(MaskSource(codes, "codes", 2, 4))
+    x, bias = cpu_normal(3, 8, seed=2, dtype=dtype).requires_grad_(), cpu_normal(2, seed=3, dtype=dtype)
+    grad = cpu_normal(3, 2, seed=4, dtype=dtype)
+    return {
+        "sample_mask": (logits, 2, 4, 1.0, *counter),
+        "masked_weight": (weight, *drawn),
+        "masked_weight of codes": (weight, *given),
+        "masked_linear": (x, weight, bias, True, *drawn),
+        "masked_linear of codes": (x, weight, None, False, *given),
+        "masked_linear_input_grad": (grad, weight.detach(), *drawn),
+        "masked_linear_weight_grad": (grad, x.detach(), *drawn),
+        "top_n_mask": (logits, 2, 4),
+        "mask_log_prob": (logits, codes, 2, 4, 0.5),
+        "mask_score": (logits, codes, torch.ones(2, 2), 2, 4, 0.5),
+        "score_update_": (logits, torch.tensor([0.5, 1.0]), 2, 4, 1.0, *counter[:3], torch.tensor([0, 1]), 0, 2),
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sample_mask",
+        "masked_weight",
+        "masked_weight of codes",
+        "masked_linear",
+        "masked_linear of codes",
+        "masked_linear_input_grad",
+        "masked_linear_weight_grad",
+        "top_n_mask",
+        "mask_log_prob",
+        "mask_score",
+        "score_update_",
+    ],
+)
+def test_opcheck(name, dtype, launched):
+    torch.library.opcheck(getattr(torch.ops.maskpro, name.split()[0]).default, op_arguments(name, dtype))
+    assert launched

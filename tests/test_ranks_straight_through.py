@@ -1,0 +1,128 @@
+"""Straight-through learning on several ranks: the sums of one process, inside backward where all take the same way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.in_ranks import all_in_ranks
+from helpers.rank_jobs import rank_trainer
+from helpers.small_trainer import a_model, logits_of
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import maskpro_kernels as mk
+from maskpro_kernels.training import straight_through as straight_through_file
+
+
+class TwoWays(nn.Module):
+    """Takes one layer for batches of five rows, the other one for smaller ones."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ways = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8)])
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.ways[len(x) == 5](x))
+
+
+class ThreeLayers(nn.Module):
+    """Of equal shapes, so that one's slopes could be taken for another's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+
+
+class Auxiliary(ThreeLayers):
+    """Uses all layers for all batches, but the gradient comes to the second one in those of five rows alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ys = [layer(x) for layer in (self.first, self.second, self.third)]
+        return torch.cat([ys[0] - 1, ys[1] if len(x) == 5 else ys[1].detach(), ys[2] - 2])
+
+
+class Unreached(ThreeLayers):
+    """The gradient comes to the last two layers in no batch, the last of which is not even used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x).detach()
+
+
+class Twice(ThreeLayers):
+    """One layer is used twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.first(self.second(torch.relu(self.first(x)))))
+
+
+class Checkpointed(ThreeLayers):
+    """Computes the first layers anew in backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(checkpoint(lambda x: self.second(torch.relu(self.first(x))), x, use_reentrant=False))
+
+
+def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Module] | None = None, taken_for=None):
+    """(logits, losses, most slopes held at a sum over the ranks, how many of these sums a step)."""
+    model = a_model() if kind is None else kind()
+    if kind is not None:
+        mk.convert(model, "2:4", gap=2.0)
+    if taken_for is not None:
+        straight_through_file._reached = lambda loss, descents: list(taken_for)
+    trainer = rank_trainer("straight-through", model=model, accumulate=accumulate)
+    held, real = [], trainer.ranks.sum_
+
+    def summed(tensor):
+        descents = trainer.estimator._updaters.values()
+        held.append(sum(descent.slopes is not None for descent in descents))
+        real(tensor)
+
+    trainer.ranks.sum_ = summed
+    losses = [record.loss for record in trainer.run(steps, progress=False)]
+    return logits_of(model), losses, max(held, default=0), len(held) / steps
+
+
+def assert_that_of_one_process(results: list, **steps) -> None:
+    logits, losses, *_ = straight_through(0, **steps)
+    for theirs, seen, *_ in results:
+        assert_same_bits(theirs, results[0][0])
+        for one, other in zip(theirs, logits, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert seen == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulate", "kind", "most_held", "sums"),
+    [
+        # inside backward, a layer at a time, where each rank has one batch and takes the same way
+        (2, 2, None, 1, 2),
+        (4, 4, None, 1, 2),
+        (2, 2, Checkpointed, 1, 3),
+        (2, 2, Unreached, 1, 1),
+        # with that of a layer which backward comes to twice
+        (2, 2, Twice, 2, 3),
+        # else when backward has ended: always, or in the one step of the four whose batches differ
+        (2, 4, None, 2, 2),
+        (2, 4, Auxiliary, 3, 3),
+        (2, 2, TwoWays, 3, 2.25),
+        (2, 2, Auxiliary, 3, 3),
+    ],
+)
+def test_straight_through_on_ranks_is_that_of_one_process(world, accumulate, kind, most_held, sums, eager_reference):
+    steps = {"accumulate": accumulate, "steps": 4, "kind": kind}
+    results = all_in_ranks(world, straight_through, **steps)
+    assert_that_of_one_process(results, **steps)
+    assert max(held for _, _, held, _ in results) == most_held
+    assert all(count == sums for *_, count in results)
+
+
+@pytest.mark.parametrize("taken_for", [["third", "second", "first"], ["first", "third", "second"], ["second"]], ids=str)
+def test_turns_that_backward_does_not_take_cost_memory_alone(taken_for, eager_reference):
+    """Layers are not mixed up where all ranks are mistaken about what their backwards come to, and when."""
+    steps = {"accumulate": 2, "steps": 4, "kind": Auxiliary}
+    results = all_in_ranks(2, straight_through, taken_for=taken_for, **steps)
+    assert_that_of_one_process(results, **steps)

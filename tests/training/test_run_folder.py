@@ -1,0 +1,185 @@
+"""The folder of a run: it belongs to one trainer and one run, and holds nothing of a start that was broken off."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.small_trainer import a_model, a_trainer_in, logits_of, some_batches
+
+import maskpro_kernels as mk
+from maskpro_kernels.training import run_folder, snapshots
+from maskpro_kernels.training.snapshots import save_snapshot
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+OTHERS = {
+    "seed": {"seed": 12},
+    "estimator": {"estimator": mk.StraightThrough()},
+    "settings": {"estimator": mk.Reinforce(lr=3.0, alpha=0.75)},
+    "batches": {"batches": some_batches(2)},
+    "layers": {"model": lambda: a_model().append(mk.MaskedLinear.from_linear(torch.nn.Linear(4, 4), "2:4", layer=7))},
+    "weights": {"model": lambda: _other_weights()},
+}
+
+
+def _other_weights():
+    model = a_model()
+    model[0].weight.data[0, 0] += 1.0
+    return model
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_run_of_another_is_refused(tmp_path, name):
+    trainer = a_trainer_in(tmp_path)
+    trainer.run(2, progress=False)
+    trainer.close()
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = {key: value() if key == "model" else value for key, value in OTHERS[name].items()}
+    other = a_trainer_in(tmp_path, **arguments)
+    before = logits_of(other.model)
+    with pytest.raises(ValueError, match=f"output_dir: expected a run with {name} "):
+        other.resume()
+    assert_same_bits(logits_of(other.model), before)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+# Batches without a tensor, and others that differ in one thing
+PLAIN = {
+    "a number": ([[0, 1], [2, 3]], [[0, 1], [2, 4]]),
+    "a string": (["cat", "dog"], ["cat", "cow"]),
+    "a key": ([{"x": 0, "y": 1}], [{"x": 0, "z": 1}]),
+    "an array": ([np.arange(4)], [np.arange(1, 5)]),
+    "a dtype": ([np.zeros(2, np.int32)], [np.zeros(2, np.float32)]),
+    "where a list begins": ([[1, [2]]], [[[1], 2]]),
+    "a tensor's key": ([{"x": torch.ones(2)}], [{"y": torch.ones(2)}]),
+    "a tensor beside an object": ([(torch.ones(2), object())], [(torch.zeros(2), object())]),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_run_of_other_batches_is_refused(tmp_path, name):
+    def of(batches):
+        trainer = a_trainer_in(tmp_path, batches=batches)
+        trainer.loss_fn = lambda model, _: model(torch.ones(5, 16)).square().mean()
+        return trainer
+
+    batches, others = PLAIN[name]
+    trainer = of(batches)
+    trainer.run(2, progress=False)
+    trainer.close()
+    with pytest.raises(ValueError, match="^output_dir: expected a run with batch(es|_contents) of this trainer"):
+        of(others).resume()
+    assert of(copy.deepcopy(batches)).resume() == 2
+
+
+def test_one_trainer_at_a_time(tmp_path):
+    first = a_trainer_in(tmp_path)
+    first.step()
+    for other in (a_trainer_in(tmp_path), a_trainer_in(tmp_path)):
+        with pytest.raises(ValueError, match="output_dir: expected a folder that no other trainer holds"):
+            other.resume()
+    first.close()
+    with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended and that is not closed"):
+        first.step()
+    assert other.resume() == 1
+
+
+def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
+    """A snapshot of other logits must not be taken for that of the run."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for gap in (3.0, 4.0, 5.0):
+        other = a_trainer_in(tmp_path, model=a_model(gap))
+        other._losses_of_initial_masks = killed
+        with pytest.raises(KeyboardInterrupt):
+            other.step()
+        other.close()
+    (tmp_path / "snapshot-x.safetensors.tmp").touch()
+    trainer = a_trainer_in(tmp_path)
+    trainer.step()
+    assert len(snapshots.snapshots_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
+    trainer.close()
+    save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}})
+    again = a_trainer_in(tmp_path)
+    with pytest.warns(UserWarning, match="set aside"):
+        assert again.resume() == 1
+    assert_same_bits(logits_of(again.model), logits_of(trainer.model))
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_what_was_learned_is_not_what_a_start_left(tmp_path, how):
+    """Snapshots of steps are of a run, also where all its other files are lost."""
+    trainer = a_trainer_in(tmp_path, how)
+    trainer.run(3, progress=False)
+    trainer.close()
+    for name in ("journal", "metrics.jsonl"):
+        (tmp_path / name).unlink(missing_ok=True)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, or resume"):
+        a_trainer_in(tmp_path, how).step()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    if how == "straight-through":
+        again = a_trainer_in(tmp_path, how)
+        assert again.resume() == 3
+        assert_same_bits(logits_of(again.model), logits_of(trainer.model))
+
+
+def test_a_run_that_another_trainer_has_had_meanwhile_is_not_removed(tmp_path, monkeypatch):
+    lock, folder = run_folder.RunFolder._acquire, tmp_path / "run"
+    a_trainer_in(tmp_path / "other", "straight-through").run(2, progress=False)
+
+    def late(own):
+        shutil.copytree(tmp_path / "other", folder, dirs_exist_ok=True)
+        lock(own)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder.RunFolder, "_acquire", late)
+        with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, or resume"):
+            a_trainer_in(folder, "straight-through").begin()
+    assert a_trainer_in(folder, "straight-through").resume() == 2
+
+
+def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
+    trainer = a_trainer_in(tmp_path, "refreshed")
+    trainer.run(10, progress=False)
+    trainer.close()
+    left = [tmp_path / "snapshot-0000000011-x.safetensors.tmp", tmp_path / "initial-losses" / "snapshot-x.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    with pytest.raises(ValueError, match="^output_dir: expected a run with seed 12"):
+        a_trainer_in(tmp_path, "refreshed", seed=12).resume()
+    assert all(path.exists() for path in left)
+    assert a_trainer_in(tmp_path, "refreshed").resume() == 10
+    assert not any(path.exists() for path in left)
+
+
+def test_the_names_of_new_folders_are_on_disk(tmp_path, monkeypatch):
+    sync, done = os.fsync, []
+
+    def synced(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    a_trainer_in(tmp_path / "deep" / "run").begin()
+    assert done[:2] == [tmp_path, tmp_path / "deep"]
+
+
+def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
+    trainer = a_trainer_in(tmp_path, "refreshed")
+    trainer.run(10, progress=False)
+    trainer.close()
+    for left in (*snapshots.snapshots_in(tmp_path)[1:], tmp_path / "journal", tmp_path / "metrics.jsonl"):
+        left.unlink()
+    a_trainer_in(tmp_path, "refreshed").step()
+    assert not snapshots.snapshots_in(tmp_path / "initial-losses")
