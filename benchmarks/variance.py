@@ -172,7 +172,7 @@ def sampled(task: Problem, antithetic: bool, samples: int, seed: int = 0) -> dic
             others = (losses.sum(2, keepdim=True) - losses) / 3
         scores = task.scores[groups, places].flatten(2)
         for name, advantages in {
-            "2 draws, residual and determined tracker": losses[..., :2] - against[:, None, None],
+            "2 draws, residual and settled tracker": losses[..., :2] - against[:, None, None],
             "4 draws, leave-one-out": losses - others,
         }.items():
             count = advantages.shape[2]

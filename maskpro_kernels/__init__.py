@@ -23,8 +23,9 @@ from .pattern import NMPattern
 from .pruning.convert import Conversion, convert
 from .pruning.finalize import finalize
 from .training.reinforce import Reinforce
+from .training.step import StepRecord
 from .training.straight_through import StraightThrough
-from .training.trainer import MaskTrainer, StepRecord
+from .training.trainer import MaskTrainer
 
 __version__ = "0.1.0"
 

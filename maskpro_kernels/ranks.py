@@ -1,9 +1,9 @@
 """The processes that learn one mask together, and what they tell each other: the one place for collectives.
 
 Numbers go through gloo, whatever the device. When a process ends, the kernel closes its sockets, and gloo fails where
-something waits for it; but it does not say which rank has ended, nor does it tell those that wait for another one. So
-whoever sees a failure calls the roll, in the store that the processes have met in. All that wait look there once a
-second, and answer.
+something waits for it. It does not say which rank has ended, and those that wait for another rank learn nothing. So the
+rank that sees a failure starts a roll call in the store that the ranks share. All waiting ranks look there once a
+second and answer.
 """
 
 from __future__ import annotations

@@ -135,7 +135,9 @@ def assert_layer_computes_the_same(rank: int) -> None:
         for one, other in zip(*found, strict=True):
             assert_same_bits(one, other.cpu())
     # as where another rank has used a layer that this one has not
-    with mk.StraightThrough().attached({"near": near, "away": away}, 0, Ranks(), 1) as passes:
+    estimator = mk.StraightThrough()
+    estimator.begin({"near": near, "away": away})
+    with estimator.attached(0, Ranks(), 1) as passes:
         passes.backward(near(inputs).square().sum(), alike=False)
     assert away.logits.device.type == "cpu"
     near.load_state_dict({**near.state_dict(), "logits": away.logits.detach()})

@@ -13,7 +13,7 @@ from helpers.rank_jobs import learn_on_rank, rank_trainer
 from helpers.small_trainer import a_model, logits_of
 
 from maskpro_kernels.training import journal, snapshots
-from maskpro_kernels.training.trainer import PARALLEL
+from maskpro_kernels.training.sharing import PARALLEL
 
 
 @pytest.mark.parametrize(

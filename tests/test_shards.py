@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import maskpro_kernels as mk
 from maskpro_kernels.cli import main
-from maskpro_kernels.cli.runs import PROGRESS
+from maskpro_kernels.cli.run_files import PROGRESS
 from maskpro_kernels.modules import CounterState, masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.training import journal
@@ -106,15 +106,16 @@ def test_slopes_move_shards_as_the_whole_layer(pattern, dtype, place, passes):
     estimator = mk.StraightThrough(lr=0.5)
     layers = {"layer": layer, "shard": shard}
     # the running one of a shard is its own
-    estimator.set_mean_squares(layers, dict.fromkeys(layers, 100.0))
+    estimator.begin(layers)
+    estimator.load_state({"mean_squares": dict.fromkeys(layers, 100.0)})
     x, upstream = whole_numbers(5, K, seed=1), whole_numbers(5, ROWS, seed=2)
-    with estimator.attached(layers, 0, Ranks(), passes) as step:
+    with estimator.attached(0, Ranks(), passes) as step:
         for _ in range(passes):
             loss = (layer(x) * upstream).sum() + (shard(x[:, columns]) * upstream[:, rows]).sum()
             step.backward(loss, 1.0 / passes)
     assert_is_part(shard, layer, place)
     assert (layer.logits != before).any(1).all()
-    squares = estimator.mean_squares(layers)
+    squares = estimator.state()["mean_squares"]
     assert squares["layer"] != squares["shard"]
 
 

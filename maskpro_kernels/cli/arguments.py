@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,21 @@ import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE = "bfloat16"
+
+
+def _number_of(kind: Callable, expected: str) -> Callable:
+    """A type of argparse, whose errors tell what was expected."""
+
+    def parsed(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return parsed
+
+
+whole, number = _number_of(int, "a whole number"), _number_of(float, "a number")
 
 
 @contextmanager

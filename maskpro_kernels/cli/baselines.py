@@ -18,7 +18,7 @@ from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
 from .held_out import table_row
 from .inputs import Inputs
-from .progress import tell
+from .progress import Progress, tell
 
 # The initial masks that the table shows, whichever learning starts from
 BASELINES = ("magnitude", "wanda")
@@ -55,7 +55,7 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
             cure = "copy or download it again" if args.dtype == "float32" else "take --dtype float32"
             raise ValueError(f"model: expected a finite loss, got nan in {args.dtype}; {cure}")
         if not args.bars:
-            tell(f"{method}: perplexity {found['perplexity']:.2f}, {seconds:.1f} seconds")
+            tell(f"{method}: test perplexity {found['perplexity']:.2f}, {seconds:.1f} seconds from the dense model")
         return found
 
     table = [row("dense", 0.0)]
@@ -65,7 +65,8 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
     codes, seconds = {}, {}
     for init in dict.fromkeys((*BASELINES, args.init)):
         began = time.perf_counter()
-        codes[init] = initial_codes(layers, pattern, init, model, inputs.initial_batches, progress=args.bars)
+        progress = Progress(init, "layer", args.bars)
+        codes[init] = initial_codes(layers, pattern, init, model, inputs.initial_batches, progress)
         seconds[init] = time.perf_counter() - began
     conversion = convert(model, pattern, init=codes[args.init], gap=args.gap)
     masked = masked_layers(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..report.plots import check_picture, draw_perplexity
 from .arguments import new_file
 from .held_out import print_table
-from .runs import REPORT, read_report
+from .run_files import REPORT, read_report
 
 
 def compare(args: argparse.Namespace) -> None:

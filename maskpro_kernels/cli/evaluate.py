@@ -13,7 +13,7 @@ from ..text.data import load_text
 from ..text.perplexity import perplexity
 from .arguments import DTYPE, check_least, device_of, telling
 from .models import load, windows_of
-from .runs import REPORT, goes_on, how_to_go_on, read_report
+from .run_files import REPORT, goes_on, how_to_go_on, read_report
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def evaluate(args: argparse.Namespace) -> None:
     model, tokenizer = load(args.model, dtype, device, args.bars)
     test = windows_of(texts["test"], model, tokenizer, args.eval_length, "data", "--eval-length")[: args.eval_windows]
     follows = None if run is None else _follows(model, run)
-    print(f"perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
+    print(f"test perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
     if follows is not None:
         print(follows)
 

@@ -15,7 +15,7 @@ from ..pruning.convert import convert
 from ..pruning.finalize import finalize
 from .arguments import DTYPES, telling
 from .models import load, save
-from .runs import LOGITS, check_ended, digest_of_weights
+from .run_files import LOGITS, check_ended, digest_of_weights
 
 
 def export(args: argparse.Namespace) -> None:
@@ -32,8 +32,7 @@ def export(args: argparse.Namespace) -> None:
         model, tokenizer = load(metadata["model"], dtype, torch.device("cpu"), args.bars)
     with telling("run", f"its logits are those of another model than {metadata['model']!r}"):
         convert(model, pattern, targets=list(codes), init=codes)
-    # the logits of earlier runs do not tell
-    if "weights" in metadata and dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
+    if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
         raise ValueError(
             f"run: expected the weights of {metadata['model']!r} that its masks were learned on, got others; put back "
             "the base model as it was"
@@ -47,7 +46,7 @@ def export(args: argparse.Namespace) -> None:
 def _learned(path: Path) -> tuple[dict[str, torch.Tensor], NMPattern, dict[str, str]]:
     """(logits, pattern, metadata) of a run; ValueError unless they are of one."""
     logits, metadata = load_logits(path)
-    missing = {"model", "pattern", "dtype"} - metadata.keys()
+    missing = {"model", "pattern", "dtype", "weights"} - metadata.keys()
     if missing or not logits:
         raise ValueError(f"expected logits of `maskpro learn`, got a file without {sorted(missing) or 'any'}")
     if metadata["dtype"] not in DTYPES:

@@ -1,4 +1,4 @@
-"""Perplexities of held-out text: of the methods, as a table, and of the steps of a run."""
+"""Perplexities of held-out text: of the test text by method, as a table, and of the validation text by step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from ..files import write_whole
 from ..text.perplexity import perplexity
 
-# Perplexities above that of the initial mask by this factor, twice in a row, end a run
+# A run ends where the validation perplexity is above that of the initial mask by this factor, twice in a row
 DIVERGED = 1.1
 
 
 def table_row(
     method: str, model: torch.nn.Module, tests: Mapping[str, torch.Tensor], seconds: float, bars: bool
 ) -> dict:
-    """The perplexity of each test; seconds from the dense model to the mask."""
+    """The perplexity of each test text; seconds from the dense model to the mask."""
     perplexities = {name: perplexity(model, test, progress=bars) for name, test in tests.items()}
     return {"method": method, **perplexities, "seconds": seconds}
 
@@ -28,11 +28,14 @@ def table_row(
 def print_table(table: Sequence[Mapping]) -> None:
     """Print the columns that all rows have."""
     width = max(16, *(len(row["method"]) for row in table))
-    columns = {"perplexity": ("perplexity", 2), "other_perplexity": ("other text", 2), "seconds": ("seconds", 1)}
+    # from the dense model to each mask: those of the mask that learning started from are in those of the learned one
+    columns = {"perplexity": ("test perplexity", 2), "other_perplexity": ("on the other text", 2)}
+    columns["seconds"] = ("seconds from dense", 1)
     columns = {name: column for name, column in columns.items() if all(name in row for row in table)}
-    print(f"{'method':<{width}}" + "".join(f"{title:>12}" for title, _ in columns.values()))
+    print(f"{'method':<{width}}" + "".join(f"  {title}" for title, _ in columns.values()))
     for row in table:
-        print(f"{row['method']:<{width}}" + "".join(f"{row[name]:>12.{n}f}" for name, (_, n) in columns.items()))
+        figures = (f"{row[name]:>{len(title) + 2}.{digits}f}" for name, (title, digits) in columns.items())
+        print(f"{row['method']:<{width}}" + "".join(figures))
 
 
 class HeldOut:
@@ -69,12 +72,16 @@ class HeldOut:
         return not known and (step % self.every == 0 or step >= self.steps)
 
     def add(self, step: int, tokens: int) -> float:
-        """Find the perplexity behind a step; FloatingPointError where the first, which judges the others, is none."""
+        """Find the validation perplexity behind a step.
+
+        Raises:
+            FloatingPointError: if the first one, by which the others are judged, is not finite.
+        """
         began = time.perf_counter()
         value = perplexity(self.model, self.validation, progress=self.bars)
         if not self.rows and not math.isfinite(value):
             raise FloatingPointError(
-                f"perplexity of the validation text at step {step}: expected a finite number, got {value}; take "
+                f"validation perplexity at step {step}: expected a finite number, got {value}; take "
                 "another --dtype, --init or --data"
             )
         self.rows.append({"step": step, "tokens": tokens, "perplexity": value})

@@ -15,13 +15,14 @@ import torch
 
 from ..extras import missing
 from ..ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
+from .estimator_options import load_offered
 from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
-from .parser import _parser
+from .parser import build_parser
 from .progress import log_told, tell, tell_as, wants_bars
-from .runs import tell_missing
+from .run_files import tell_missing
 
 # The optional packages that a command needs
 PACKAGES = {
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             one line too; with 0 after ``--help``.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv)
+    load_offered()
+    args = build_parser().parse_args(argv)
     args.bars = wants_bars(args)
     with warnings.catch_warnings(), log_told():
         warnings.showwarning = _tell_warning

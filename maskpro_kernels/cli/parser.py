@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 
 from ..pruning.initial_masks import INITIAL_MASKS
-from ..training.trainer import PARALLEL
-from .arguments import DTYPE, DTYPES
+from ..training.sharing import PARALLEL
+from .arguments import DTYPE, DTYPES, number, whole
 from .compare import compare
+from .estimator_options import add_estimators, run_default
 from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
-from .learn import DEFAULTS, learn, versions
+from .learn import learn
 from .progress import tell_as
 from .replay import replay
-from .runs import TENSORBOARD
+from .run_files import TENSORBOARD
 from .validate import validate
+from .versions import versions
 
 SHOW = argparse.ArgumentDefaultsHelpFormatter
 SOURCES = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
@@ -41,25 +42,13 @@ class _Parser(argparse.ArgumentParser):
 
 class _Versions(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
-        for name, number in versions().items():
-            print(name, number)
+        for name, value in versions().items():
+            print(name, value)
         parser.exit()
 
 
-def _number_of(kind: Callable, expected: str) -> Callable:
-    def parsed(text: str):
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
-
-    return parsed
-
-
-_whole, _number = _number_of(int, "a whole number"), _number_of(float, "a number")
-
-
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command, with the options of all estimators that are registered."""
     parser = _Parser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
     parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of what matters here, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -77,18 +66,17 @@ def _add_learn(commands) -> None:
     parser = commands.add_parser(
         "learn",
         help="learn a mask and write a masked checkpoint",
-        description="Learn an N:M mask of a causal language model whose weights stay frozen. Prints held-out "
-        "perplexities and writes a Hugging Face checkpoint with exact zeros, the logits, a report and a picture.",
+        description="Learn an N:M mask of a causal language model whose weights stay frozen: by straight-through "
+        "gradients from the reconstruction mask, unless options say otherwise; --estimator reinforce is the paper's "
+        "way. Prints test perplexities and writes a Hugging Face checkpoint with exact zeros, the logits, a report and "
+        "pictures.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
     _add_model(parser, required=False)
     _add_data(parser, required=False)
     parser.add_argument(
-        "--output",
-        default=argparse.SUPPRESS,
-        metavar="DIR",
-        help="folder to write; must be new or empty",
+        "--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write; must be new or empty"
     )
     parser.add_argument(
         "--resume",
@@ -98,96 +86,88 @@ def _add_learn(commands) -> None:
         "--parallel and --quiet",
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
+    _add_initial_mask(parser)
+    add_estimators(parser)
+    _add_steps(parser)
+    _add_watching(parser)
+    _add_evaluation(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    _add_quiet(parser)
+    parser.set_defaults(run=learn)
+
+
+def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
+    """What a run of ``learn`` starts from."""
     parser.add_argument(
         "--init",
         choices=INITIAL_MASKS,
-        default="wanda",
+        default=argparse.SUPPRESS,
         help="mask to start from: largest weights; largest weight times activation norm; or, from that, swaps that "
-        "lower the error of each layer's outputs",
+        f"lower the error of each layer's outputs {run_default('init')}",
     )
     parser.add_argument(
-        "--estimator",
-        choices=DEFAULTS,
-        default="reinforce",
-        help="how to learn: from losses of forward passes alone, as the paper does, or by the gradient of the weights",
+        "--init-batches", type=whole, default=16, metavar="I", help="batches for the initial mask, at most"
     )
-    parser.add_argument("--steps", type=_whole, default=1000, metavar="S", help="training steps")
-    parser.add_argument("--batch-size", type=_whole, default=32, metavar="B", help="windows in a calibration batch")
-    parser.add_argument("--seq-len", type=_whole, default=128, metavar="L", help="tokens in a calibration window")
+    exploration = parser.add_mutually_exclusive_group()
+    exploration.add_argument(
+        "--gap",
+        type=number,
+        default=argparse.SUPPRESS,
+        metavar="G",
+        help="initial logit of a kept weight over a dropped one; larger explores less " + run_default("gap"),
+    )
+    exploration.add_argument(
+        "--flip-rate",
+        type=number,
+        default=argparse.SUPPRESS,
+        metavar="F",
+        help="instead of --gap: fraction of the groups whose first draw leaves the initial mask",
+    )
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    """How many steps a run of ``learn`` takes, on which batches."""
     parser.add_argument(
-        "--init-batches", type=_whole, default=16, metavar="I", help="batches for the initial mask, at most"
+        "--steps",
+        type=whole,
+        default=argparse.SUPPRESS,
+        metavar="S",
+        help="training steps " + run_default("steps"),
     )
+    parser.add_argument("--batch-size", type=whole, default=32, metavar="B", help="windows in a calibration batch")
+    parser.add_argument("--seq-len", type=whole, default=128, metavar="L", help="tokens in a calibration window")
     parser.add_argument(
         "--calibration-batches",
-        type=_whole,
+        type=whole,
         default=argparse.SUPPRESS,
         metavar="C",
-        help="distinct batches to cycle through, at most (default: 16 for reinforce, else all of the text)",
+        help="distinct batches to cycle through, at most " + run_default("calibration_batches"),
     )
-    parser.add_argument(
-        "--lr",
-        type=_number,
-        default=argparse.SUPPRESS,
-        help="learning rate of the logits (default: 50 for reinforce; 0.1 for straight-through, falling to 0)",
-    )
-    parser.add_argument(
-        "--alpha",
-        type=_number,
-        default=argparse.SUPPRESS,
-        metavar="A",
-        help="memory of the tracker of reinforce, in [0, 1] (default: 0.99)",
-    )
-    parser.add_argument(
-        "--draws",
-        type=_whole,
-        default=argparse.SUPPRESS,
-        metavar="K",
-        help="masks that a step of reinforce draws and compares, a forward pass each (default: 1, with a tracker)",
-    )
-    parser.add_argument(
-        "--max-update",
-        type=_number,
-        default=argparse.SUPPRESS,
-        metavar="L",
-        help="most that a step of straight-through moves a logit (default: 2)",
-    )
-    parser.add_argument("--accumulate", type=_whole, default=1, metavar="A", help="batches a step")
+    parser.add_argument("--accumulate", type=whole, default=1, metavar="A", help="batches a step")
     parser.add_argument(
         "--parallel",
         choices=PARALLEL,
         default=argparse.SUPPRESS,
         help="under torchrun: whether the ranks draw the same masks and share the batches of a step, or each draws its "
-        "own share of the masks (default: same)",
+        f"own share of the masks (default: {PARALLEL[0]})",
     )
-    exploration = parser.add_mutually_exclusive_group()
-    exploration.add_argument(
-        "--gap",
-        type=_number,
-        default=argparse.SUPPRESS,
-        metavar="G",
-        help="initial logit of a kept weight over a dropped one; larger explores less (default: 10 for reinforce, "
-        "15 for straight-through)",
-    )
-    exploration.add_argument(
-        "--flip-rate",
-        type=_number,
-        default=argparse.SUPPRESS,
-        metavar="F",
-        help="instead of --gap: fraction of the groups whose first draw leaves the initial mask",
-    )
+    parser.add_argument("--seed", type=whole, default=0, help="of the batches and of all draws")
+
+
+def _add_watching(parser: argparse.ArgumentParser) -> None:
+    """What a run of ``learn`` shows beside its table."""
     parser.add_argument(
         "--other-data",
         default=argparse.SUPPRESS,
         metavar="DATA",
         help=f"a text of another kind, whose test part the table shows too: {SOURCES}",
     )
-    parser.add_argument("--seed", type=_whole, default=0, help="of the batches and of all draws")
     parser.add_argument(
         "--eval-every",
-        type=_whole,
+        type=whole,
         default=argparse.SUPPRESS,
         metavar="E",
-        help="steps between perplexities of the validation text (default: a fifth of the steps)",
+        help="steps between validation perplexities (default: a fifth of the steps)",
     )
     parser.add_argument(
         "--tensorboard",
@@ -195,17 +175,13 @@ def _add_learn(commands) -> None:
         default=argparse.SUPPRESS,
         help=f"write what each step sees for TensorBoard, into the folder {TENSORBOARD} of the output",
     )
-    _add_evaluation(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
-    _add_quiet(parser)
-    parser.set_defaults(run=learn)
 
 
 def _add_eval(commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="perplexity of a run or a model",
-        description="Print the held-out perplexity of a run's folder or of any causal language model; for a run, "
+        description="Print the test perplexity of a run's folder or of any causal language model; for a run, "
         "also the fraction of groups that follow its pattern.",
         formatter_class=SHOW,
         allow_abbrev=False,
@@ -222,8 +198,8 @@ def _add_compare(commands) -> None:
     parser = commands.add_parser(
         "compare",
         help="one table and picture of several runs",
-        description="Print the table of several runs of the same model, pattern and texts, and draw the perplexity of "
-        "their validation text over the tokens they learned from.",
+        description="Print the table of several runs of the same model, pattern and texts, and draw their validation "
+        "perplexity over the tokens they learned from.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
@@ -259,7 +235,7 @@ def _add_replay(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn --estimator reinforce`")
-    parser.add_argument("--steps", type=_whole, default=argparse.SUPPRESS, metavar="S", help="how many (default: all)")
+    parser.add_argument("--steps", type=whole, default=argparse.SUPPRESS, metavar="S", help="how many (default: all)")
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="safetensors file to write; must not exist"
     )
@@ -335,10 +311,8 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--eval-windows", type=_whole, default=24, metavar="W", help="test windows to evaluate, at most"
-    )
-    parser.add_argument("--eval-length", type=_whole, default=512, metavar="T", help="tokens in a test window")
+    parser.add_argument("--eval-windows", type=whole, default=24, metavar="W", help="test windows to evaluate, at most")
+    parser.add_argument("--eval-length", type=whole, default=512, metavar="T", help="tokens in a test window")
     _add_device(parser)
 
 

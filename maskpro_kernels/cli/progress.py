@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from ..ranks import rank_of_torchrun
-from ..training.trainer import StepRecord
+from ..training.step import StepRecord
 
-# How many there are of what takes long, besides those of held-out checks
+# How many there are of what takes long, besides those of validation perplexities
 LINES = 50
 
 
@@ -56,7 +56,7 @@ class _Teller(logging.Handler):
 
 
 class StepLines:
-    """A line at every fiftieth of a run's steps and at each held-out check.
+    """A line at every fiftieth of a run's steps and at each validation perplexity.
 
     Loss and rate are means since the line before; the time left goes by all that passed since the first step here.
     """
@@ -67,7 +67,7 @@ class StepLines:
         self.records: list[StepRecord] = []
 
     def add(self, record: StepRecord, perplexity: float | None) -> None:
-        """Take note of a step, and of the held-out perplexity behind it where it was found."""
+        """Take note of a step, and of the validation perplexity behind it where it was found."""
         self.records.append(record)
         done = record.step + 1
         if perplexity is None and done % self.every and done < self.steps:
@@ -77,20 +77,43 @@ class StepLines:
         left = (time.perf_counter() - self.began) / (done - self.before) * (self.steps - done)
         tell(
             f"step {done} of {self.steps}: loss {statistics.fmean(losses) if losses else math.nan:.4f}, "
-            + (f"perplexity {perplexity:.2f}, " if perplexity is not None else "")
+            + (f"validation perplexity {perplexity:.2f}, " if perplexity is not None else "")
             + f"{rate:.0f} tokens a second, {tqdm.format_interval(left)} left"
         )
         self.records.clear()
 
 
+class Progress:
+    """A bar, or a line at every fiftieth part, of what takes long.
+
+    Args:
+        what: takes long.
+        unit: of which it has many.
+        bars: whether to show a bar.
+    """
+
+    def __init__(self, what: str, unit: str, bars: bool):
+        self.what, self.unit, self.bars = what, unit, bars
+        self.bar: tqdm | None = None
+        self.began = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take note that so many are done, of so many."""
+        if self.bars:
+            if self.bar is None:
+                self.bar = tqdm(total=total, desc=self.what, unit=self.unit)
+            self.bar.update(done - self.bar.n)
+            if done == total:
+                self.bar.close()
+        elif done and (done % max(total // LINES, 1) == 0 or done == total):
+            left = (time.perf_counter() - self.began) / done * (total - done)
+            tell(f"{self.what}: {self.unit} {done} of {total}, {tqdm.format_interval(left)} left")
+
+
 def followed(items: Sequence, what: str, bars: bool) -> Iterator:
     """The items one by one, under a bar or with a line at every fiftieth of them."""
-    if bars:
-        yield from tqdm(items, desc=what, unit="step")
-        return
-    began, every = time.perf_counter(), max(len(items) // LINES, 1)
+    progress = Progress(what, "step", bars)
+    progress(0, len(items))
     for done, item in enumerate(items, start=1):
         yield item
-        if done % every == 0 or done == len(items):
-            left = (time.perf_counter() - began) / done * (len(items) - done)
-            tell(f"{what}: step {done} of {len(items)}, {tqdm.format_interval(left)} left")
+        progress(done, len(items))

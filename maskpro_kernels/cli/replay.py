@@ -19,7 +19,7 @@ from ..training.score_updates import replay as replay_step
 from ..training.snapshots import newest_snapshot
 from .arguments import device_of, new_file, telling
 from .progress import followed, tell
-from .runs import LOGITS, PROGRESS, SETTINGS, logits_metadata
+from .run_files import LOGITS, PROGRESS, SETTINGS, logits_metadata
 
 CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
 
@@ -35,7 +35,7 @@ def replay(args: argparse.Namespace) -> None:
     if not (progress / JOURNAL).exists():
         raise ValueError(
             f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
-            f"a run by straight-through cannot be replayed, its logits are in its {LOGITS}"
+            f"a run by another estimator cannot be replayed, its logits are in its {LOGITS}"
         )
     with telling("run", CURE):
         header, entries, torn = read_journal(progress / JOURNAL)

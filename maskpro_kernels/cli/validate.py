@@ -7,7 +7,7 @@ from collections import Counter
 
 from ..checkpoints.safetensors_files import weight_files
 from ..checkpoints.survey import survey
-from .runs import LOGITS
+from .run_files import LOGITS
 
 
 def validate(args: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def straight_through_gradient(
     group's mask has a fixed sum. G is the loss's derivative in the masked weight, and F = curvature * (sum of grad^2
     over the tokens) (sum of x^2 over the tokens) its second one: of a loss that is a mean over the tokens, in nats,
     the Fisher information by K-FAC's factors (Martens and Grosse 2015, arXiv 1503.05671). With w G alone, weights
-    of which any change overshoots would come and go for ever.
+    of which any change overshoots would be dropped and kept in turn without end.
 
     Serves as ``logits_backward`` of ``straight_through_linear`` and of ``MaskedLinear``, which call it with their
     contiguous operands; ``functools.partial`` binds another curvature.

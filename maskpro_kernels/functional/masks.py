@@ -179,7 +179,7 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.
-        codes: group codes [..., K / M] that keep exactly N, which is not checked: it would wait for the device.
+        codes: group codes [..., K / M] that keep exactly N; not checked, because the check would wait for the device.
         pattern: "N:M" or NMPattern.
 
     Returns:

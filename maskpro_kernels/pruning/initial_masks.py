@@ -6,7 +6,7 @@ by its name, and so does ``maskpro learn --init``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from ..pattern import NMPattern
 from .calibration import check_calibration, input_squares
 from .reconstruction import reconstruct
 
+Progress = Callable[[int, int], None]
+
 
 def initial_codes(
     layers: Mapping[str, nn.Module],
@@ -23,7 +25,7 @@ def initial_codes(
     init: str | Mapping[str, Tensor],
     model: nn.Module | None = None,
     calibration: Iterable | None = None,
-    progress: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Group codes of an initial mask for every layer.
 
@@ -33,7 +35,7 @@ def initial_codes(
         init: a name in ``INITIAL_MASKS``, or {name: group codes [out, K / M]}.
         model: the model that the layers are part of; "magnitude" and given codes need none.
         calibration: batches for the model, each a tensor, a tuple or a mapping; "magnitude" and given codes need none.
-        progress: whether a mask that takes minutes shows a bar.
+        progress: called by a mask that takes minutes, with how many layers are done, and of how many.
 
     Returns:
         group codes [out, K / M] by name, on the devices of the weights.
@@ -60,7 +62,7 @@ def magnitude(
     pattern: NMPattern,
     model: nn.Module | None,
     calibration: Iterable | None,
-    progress: bool,
+    progress: Progress | None,
 ) -> dict[str, Tensor]:
     """The N largest |w| of each group; this needs the weights alone."""
     return {name: top_n_mask(layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
@@ -71,7 +73,7 @@ def wanda(
     pattern: NMPattern,
     model: nn.Module | None,
     calibration: Iterable | None,
-    progress: bool,
+    progress: Progress | None,
 ) -> dict[str, Tensor]:
     """The N largest |w| * ||x|| of each group (Sun et al. 2023, arXiv 2306.11695).
 
@@ -91,7 +93,7 @@ def reconstruction(
     pattern: NMPattern,
     model: nn.Module | None,
     calibration: Iterable | None,
-    progress: bool,
+    progress: Progress | None,
 ) -> dict[str, Tensor]:
     """Wanda's masks, improved by ``reconstruct``."""
     _check_given("reconstruction", model, calibration)

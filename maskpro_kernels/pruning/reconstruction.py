@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..functional.linear import codes_linear
 from ..modules import evaluating
@@ -35,7 +34,7 @@ def reconstruct(
     schedule: str = "sequential",
     damping: float = 0.01,
     sweeps: int = SWEEPS,
-    progress: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Masks under which the layers' outputs come near to those of the whole weights, on the inputs that they see.
 
@@ -50,7 +49,7 @@ def reconstruct(
         schedule: "sequential", see ``descend_in_sequence``, or "online", see ``descend_online``.
         damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
         sweeps: most sweeps of a row each time, see ``swap_descent``.
-        progress: whether to show a bar.
+        progress: called with how many layers are done, and of how many, before the first and after each.
 
     Returns:
         group codes by name.
@@ -63,15 +62,22 @@ def reconstruct(
         raise ValueError(f"schedule: expected one of {tuple(SCHEDULES)}, got {schedule!r}")
     calls = calls_of(calibration)
     visits = min(ROUNDS, len(calls)) if schedule == "online" else 1
-    bar = tqdm(total=len(layers) * visits, desc="reconstruction", unit="layer", disable=not progress)
+    done, total = 0, len(layers) * visits
+
+    def tell_done() -> None:
+        if progress is not None:
+            progress(done, total)
 
     def descend(names: Sequence[str], gram: Tensor) -> None:
+        nonlocal done
         ordered = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
         for name in names:
             codes[name], _ = descend_rows(layers[name].weight, codes[name], *ordered, pattern, sweeps)
-            bar.update()
+            done += 1
+            tell_done()
 
-    with bar, evaluating(model), _without_cache(model), _masked(layers, codes, pattern):
+    tell_done()
+    with evaluating(model), _without_cache(model), _masked(layers, codes, pattern):
         SCHEDULES[schedule](model, layers, calls, descend)
     return codes
 

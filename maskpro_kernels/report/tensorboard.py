@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..extras import require
-from ..training.trainer import StepRecord
+from ..training.step import StepRecord
 
 
 class Scalars:

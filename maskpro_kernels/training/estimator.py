@@ -1,13 +1,182 @@
-"""What an estimator is to the trainer, the run folder and the command."""
+"""The protocol of estimators: an estimator turns the losses of drawn masks into updates of the logits.
+
+The trainer, the run folder and the command know estimators by this protocol alone. A new one is a class that derives
+from ``Estimator``, in a file of its own; importing that file is all it takes. ``MaskTrainer`` takes its objects, and
+`maskpro learn --estimator NAME` offers it with its ``options``. A package offers one by an entry point in the group
+``maskpro_kernels.estimators``.
+"""
 
 from __future__ import annotations
 
-from ..functional.checks import FLOAT32_MAX
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..modules import MaskedLinear
+from .journal import Entry
+from .step import Step
 
 
-def _check_float(name: str, value: float, low: float, high: float, strict: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__} {value!r}")
-    if not low <= value <= high or strict and value == low:
-        raise ValueError(f"{name}: expected a float {'above' if strict else 'of at least'} {low:g}"
-                         + (f" and at most {high:g}" if high < FLOAT32_MAX else "") + f", got {value}")  # fmt: skip
+class Option(NamedTuple):
+    """An option of `maskpro learn` that an estimator takes as the keyword of that name.
+
+    Attributes:
+        name: of the keyword. The option has hyphens for underscores.
+        kind: int, float, or any function that makes a value of text or raises ValueError. JSON can hold the value.
+            Estimators with an option of the same name have it of the same kind.
+        default: where the command line says nothing.
+        help: for --help, without the default.
+        metavar: what stands for the value in --help.
+    """
+
+    name: str
+    kind: Callable[[str], object]
+    default: object
+    help: str
+    metavar: str
+
+
+class RunDefaults(NamedTuple):
+    """What suits an estimator where the command line says nothing: defaults of options that all runs have.
+
+    Attributes:
+        init: the initial mask.
+        gap: initial logit of a kept weight over a dropped one.
+        calibration_batches: distinct batches to cycle through, at most; None: all of the text.
+        steps: training steps.
+    """
+
+    init: str = "reconstruction"
+    gap: float = 15.0
+    calibration_batches: int | None = None
+    steps: int = 200
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found, see ``StepRecord``.
+
+    Attributes:
+        loss: under the drawn masks. Where it is not finite, the step has moved nothing.
+        residual, advantage, tracker: None where the estimator has none.
+        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or in part.
+        refreshes: whether the initial masks become those of the logits that the step has left.
+    """
+
+    loss: float
+    residual: float | None = None
+    advantage: float | None = None
+    tracker: float | None = None
+    bad_layers: tuple[str, ...] = ()
+    refreshes: bool = False
+
+
+class Estimator(ABC):
+    """How the logits move by the losses of drawn masks. An object serves one trainer.
+
+    A class with a ``name`` of its own is registered as it is defined.
+
+    Attributes:
+        name: on the command line.
+        summary: how it learns, in a few words, for --help.
+        options: of the command line; each is a keyword of the class.
+        run_defaults: of the options that all runs have.
+        needs_gradients: whether steps run backward. Logits then require gradients, and blocks whose activations are
+            checkpointed compute them anew. Else steps run in inference mode.
+        needs_flips: whether it learns from masks alone that a draw has changed. A gap that no draw crosses is refused.
+        needs_initial_losses: whether steps ask for the loss under the initial masks; it is computed before the first.
+        journaled: whether the update of a step follows from its record in the journal. Where a run goes on, the steps
+            behind the last snapshot are rebuilt by ``recall``; without a journal they are taken again.
+        draws: masks drawn in a step.
+        steps: how many steps there may be; None: any number.
+        taken: whether a trainer has it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    options: ClassVar[tuple[Option, ...]] = ()
+    run_defaults: ClassVar[RunDefaults] = RunDefaults()
+    needs_gradients: ClassVar[bool] = False
+    needs_flips: ClassVar[bool] = False
+    journaled: ClassVar[bool] = False
+    needs_initial_losses: bool = False
+    draws: int = 1
+    steps: int | None = None
+    taken: bool = False
+
+    def __init_subclass__(cls, **arguments) -> None:
+        super().__init_subclass__(**arguments)
+        if "name" not in vars(cls):
+            return
+        other = _registered.get(cls.name)
+        # a cell of a notebook that runs again defines the same class anew
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"name: expected one that no other estimator has, got {cls.name!r}, which is {other.__module__}."
+                f"{other.__qualname__}"
+            )
+        _registered[cls.name] = cls
+
+    @classmethod
+    def complete(cls, given: Mapping[str, object]) -> dict[str, object]:
+        """The options of a run: those given on the command line, and the defaults of the others.
+
+        Raises:
+            ValueError: if one does not go with another.
+        """
+        return {option.name: given.get(option.name, option.default) for option in cls.options}
+
+    @classmethod
+    def for_run(cls, steps: int, options: Mapping[str, object]) -> Estimator:
+        """One for a run of that many steps, with options as ``complete`` gives them.
+
+        Raises:
+            TypeError, ValueError: an option is out of its range.
+        """
+        return cls(**options)
+
+    def begin(self, layers: Mapping[str, MaskedLinear]) -> None:  # noqa: B027
+        """Prepare for the layers of a model, by name: once before the first step, and anew where resuming failed."""
+
+    @abstractmethod
+    def step(self, step: Step) -> StepResult:
+        """Make the forwards of a step and move the logits, the same way on all ranks.
+
+        It calls ``step.begin_update`` right before the first logit moves. What it raises before that leaves logits and
+        state as they were.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict:
+        """What tells its runs from others, as JSON gives it back. A run goes on with the same settings alone."""
+
+    def state(self) -> dict:
+        """The numbers that steps have left, as JSON gives them back."""
+        return {}
+
+    def load_state(self, state: Mapping) -> None:  # noqa: B027
+        """Go on with the ``state`` of another process."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that steps change beside the logits, by name. Snapshots hold them.
+
+        Where a run goes on, they get their values back in place. Of an estimator with a journal nothing but logits and
+        ``state`` goes on.
+        """
+        return {}
+
+    def recall(self, entry: Entry) -> StepResult:
+        """What a step found, by its record in the journal; moves the ``state`` as the step did, and no logits."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method recall, since its runs have a journal")
+
+
+_registered: dict[str, type[Estimator]] = {}
+
+
+def estimators() -> Mapping[str, type[Estimator]]:
+    """The classes of estimators by their names, in the order in which they were defined."""
+    return MappingProxyType(_registered)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..functional.checks import FLOAT32_MAX
 from ..ops.philox import MAX_DRAWS
-from .estimator import _check_float
+from .estimator import Estimator, Option, RunDefaults, StepResult
+from .journal import Draw, Entry
+from .number_checks import check_float, check_int
+from .score_updates import replay
+from .step import Step
 
 # A normalized advantage beyond it is an outlier
 LARGEST_ADVANTAGE = 3.0
 
 
-class Reinforce:
+class Reinforce(Estimator):
     """REINFORCE with loss residual and tracker (MaskPro, arXiv 2506.12876, section 4).
 
     residual r = f(m_t, batch) - f(m_0, batch); advantage = r - tracker; the logits move by
@@ -32,13 +36,23 @@ class Reinforce:
             that under m_0. Each time costs a forward for every batch. With one draw.
 
     Attributes:
-        taken: whether a trainer has it.
         delta: the tracker, a running mean of the residual.
         mean_square: the running mean of the squared advantage, None before the first step.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
+
+    name = "reinforce"
+    summary = "from losses of forward passes alone, as the paper does"
+    options = (
+        Option("lr", float, 50.0, "learning rate of the logits", "LR"),
+        Option("alpha", float, 0.99, "decay of the tracker, in [0, 1]", "A"),
+        Option("draws", int, 1, "masks that a step draws, a forward pass each; a single one has a tracker", "K"),
+    )
+    run_defaults = RunDefaults(init="wanda", gap=10.0, calibration_batches=16, steps=1000)
+    needs_flips = True
+    journaled = True
 
     def __init__(
         self,
@@ -49,31 +63,89 @@ class Reinforce:
         draws: int = 1,
         refresh: bool = False,
     ):
-        _check_float("lr", lr, 0.0, FLOAT32_MAX, strict=True)
-        _check_float("alpha", alpha, 0.0, 1.0)
+        check_float("lr", lr, 0.0, strict=True)
+        check_float("alpha", alpha, 0.0, 1.0)
         if tracker not in ("after", "before"):
             raise ValueError(f'tracker: expected "after" or "before", got {tracker!r}')
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize: expected a bool, got {normalize!r}")
-        if isinstance(draws, bool) or not isinstance(draws, int) or not 1 <= draws <= MAX_DRAWS:
-            raise ValueError(f"draws: expected an int in [1, {MAX_DRAWS}], got {draws!r}")
+        check_int("draws", draws, 1, MAX_DRAWS)
         if not isinstance(refresh, bool):
             raise TypeError(f"refresh: expected a bool, got {refresh!r}")
         if refresh and draws > 1:
             raise ValueError(f"refresh: expected False with several draws, which need no initial losses, got {refresh}")
         self.draws = draws
+        self.needs_initial_losses = draws == 1
         self.refresh = refresh
         self.lr = float(lr)
         self.alpha = float(alpha)
         self.tracker = tracker
         self.normalize = normalize
-        self.taken = False
         self.delta = 0.0
         self.mean_square: float | None = None
 
+    @classmethod
+    def complete(cls, given: Mapping[str, object]) -> dict[str, object]:
+        options = super().complete(given)
+        if options["draws"] == 1:
+            return options
+        if "alpha" in given:
+            raise ValueError(
+                f"alpha: expected none beside several draws, which need no tracker, got {given['alpha']}; leave it out"
+            )
+        del options["alpha"]
+        return options
+
     def settings(self) -> dict:
-        """What the class was given, as JSON can hold it."""
         return {name: getattr(self, name) for name in ("lr", "alpha", "tracker", "normalize", "draws", "refresh")}
+
+    def state(self) -> dict:
+        return {"delta": self.delta, "mean_square": self.mean_square}
+
+    def load_state(self, state: Mapping) -> None:
+        self.delta, self.mean_square = state["delta"], state["mean_square"]
+
+    def step(self, step: Step) -> StepResult:
+        """Move the logits by the scores of the drawn masks.
+
+        Raises:
+            FloatingPointError: if a factor of the scores is no float32. Logits and tracker are then as they were.
+        """
+        initial_loss = step.initial_loss() if self.needs_initial_losses else 0.0
+        losses = step.losses()
+        skipped = not all(map(math.isfinite, losses))
+        before = self.state()
+        advantages = [0.0] * len(losses) if skipped else self.advantages(losses, initial_loss)
+        coefs = [self.lr * advantage / self.draws for advantage in advantages]
+        try:
+            if not all(abs(coef) <= FLOAT32_MAX for coef in coefs):
+                raise FloatingPointError(
+                    f"lr * advantage of step {step.index}: expected a float32, got {max(coefs, key=abs)}"
+                )
+            draws = tuple(Draw(*draw) for draw in zip(range(self.draws), losses, coefs, strict=True))
+            entry = Entry(step.index, step.tokens, initial_loss, draws, skipped)
+            step.begin_update(entry)
+        except BaseException:
+            self.load_state(before)
+            raise
+        replay(step.layers, step.seed, entry)
+        return self._result(entry, advantages)
+
+    def recall(self, entry: Entry) -> StepResult:
+        losses = [draw.loss for draw in entry.draws]
+        return self._result(entry, [] if entry.skipped else self.advantages(losses, entry.initial_loss))
+
+    def _result(self, entry: Entry, advantages: Sequence[float]) -> StepResult:
+        """What a step found, behind which the tracker has moved."""
+        losses, one = [draw.loss for draw in entry.draws], self.draws == 1
+        tracker = self.delta if one else None
+        if entry.skipped:
+            return StepResult(math.nan, tracker=tracker)
+        loss = math.fsum(losses) / len(losses)
+        if not one:
+            return StepResult(loss)
+        refreshes = self.refreshes(loss, entry.initial_loss)
+        return StepResult(loss, loss - entry.initial_loss, advantages[0], tracker, refreshes=refreshes)
 
     def advantage(self, residual: float) -> float:
         """The advantage of a residual; moves the tracker."""

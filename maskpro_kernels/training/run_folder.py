@@ -15,25 +15,19 @@ from torch import Tensor
 from ..files import make_folder, write_whole
 from ..modules import MaskedLinear
 from .batches import content, digest, tensors_of
+from .estimator import Estimator
 from .journal import Entry, Journal
 from .journal import read as read_journal
-from .reinforce import Reinforce
 from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
-from .straight_through import StraightThrough
 
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
 # Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
 INITIAL_LOSSES = "initial-losses"
-# Where the last record is damaged and asked for the last of them, the one before counts
-INITIAL_LOSSES_KEPT = 2
-# What runs had before there was a setting, of the trainer or of Reinforce
-EARLIER_SETTINGS = {"accumulate": 1}
-EARLIER_REINFORCE_SETTINGS = {"refresh": False}
 
 
 def settings_of(
     layers: Mapping[str, MaskedLinear],
-    estimator: Reinforce | StraightThrough,
+    estimator: Estimator,
     batches: Sequence,
     seed: int,
     accumulate: int,
@@ -56,7 +50,7 @@ def settings_of(
 
 
 def _settings_of_layer(layer: MaskedLinear) -> list:
-    """Only of a shard also where it lies, so that earlier runs go on."""
+    """Layer id, pattern, shape and dtype of the logits, and of a shard where it lies in the whole layer."""
     settings = [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
     return [*settings, layer.group_offset, layer.group_row_stride] if layer.is_shard else settings
 
@@ -183,10 +177,6 @@ class RunFolder:
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
         """Raise ValueError unless a run has these settings."""
-        # earlier runs knew of their batches no more than the tensors
-        run = EARLIER_SETTINGS | {"batch_contents": settings["batch_contents"]} | run
-        if run["estimator"] == Reinforce.__name__:
-            run["settings"] = EARLIER_REINFORCE_SETTINGS | run["settings"]
         for name, own in settings.items():
             if run.get(name) != own:
                 short = isinstance(own, (int, str))
@@ -243,16 +233,16 @@ class RunFolder:
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping, keep: int) -> None:
+    def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
-        save_snapshot(self.path, step, tensors, {"run": self._run, **state}, keep)
+        save_snapshot(self.path, step, tensors, {"run": self._run, **state})
 
     def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:
         """Add the losses of all batches under refreshed initial masks, which this step is the first to need."""
         folder = self.path / INITIAL_LOSSES
         make_folder(folder)
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
-        save_snapshot(folder, step, tensors, {"run": self._run}, INITIAL_LOSSES_KEPT)
+        save_snapshot(folder, step, tensors, {"run": self._run})
 
     def _acquire(self) -> None:
         """Keep other trainers out, in this process and in others."""

@@ -17,7 +17,7 @@ from .journal import Entry
 
 @dataclass(frozen=True)
 class ReplayedLayer:
-    """What of a MaskedLinear a replay moves: logits, by draws of a layer id; of a shard, where it lies."""
+    """The parts of a MaskedLinear that a replay needs: its logits, its layer id, and where a shard lies."""
 
     logits: Tensor
     pattern: NMPattern

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..files import write_whole
 
+# Besides the first: where the newest is damaged, the one before counts
+KEPT = 2
 NAME = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})\.safetensors")
 
 
@@ -23,15 +25,14 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping, keep: int) -> Path:
-    """Write the snapshot of a step; of those up to that step all but the first and the newest ``keep`` are removed.
+def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
+    """Write the snapshot of a step; of those up to that step all but the first and the two newest are removed.
 
     Args:
         folder: exists.
         step: how many steps have been taken.
         tensors: by name.
         state: JSON can hold it.
-        keep: at least 1.
 
     Raises:
         OSError: if it cannot be written; the others are then as they were.
@@ -40,7 +41,7 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state:
     content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
     path = folder / f"snapshot-{step:010}-{_digest(content)}.safetensors"
     write_whole(path, content)
-    for old in [other for other in snapshots_in(folder) if step_of(other) <= step][1:-keep]:
+    for old in [other for other in snapshots_in(folder) if step_of(other) <= step][1:-KEPT]:
         old.unlink()
     return path
 

@@ -17,10 +17,12 @@ from ..counter import MaskSource
 from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from .estimator import _check_float
+from .estimator import Estimator, Option, StepResult
+from .number_checks import check_float, check_int
+from .step import Step
 
 
-class StraightThrough:
+class StraightThrough(Estimator):
     """Straight-through learning: the gradient of the masked weights tells each logit where to go.
 
     A mask is drawn, and backward gives the slope of the loss in it (``straight_through_gradient``). Every logit moves
@@ -39,12 +41,17 @@ class StraightThrough:
             activations are dropped on the word of slopes that do not see how far the loss bends there.
         decay: share of the running mean square that a step leaves, in [0, 1).
 
-    Attributes:
-        taken: whether a trainer has it.
-
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
+
+    name = "straight-through"
+    summary = "by the gradient of the masked weights, with a backward pass"
+    options = (
+        Option("lr", float, 0.1, "learning rate of the logits, falling to 0 over the steps", "LR"),
+        Option("max_update", float, 2.0, "most that a step moves a logit", "L"),
+    )
+    needs_gradients = True
 
     def __init__(
         self,
@@ -55,59 +62,77 @@ class StraightThrough:
         max_update: float = 2.0,
         decay: float = 0.9,
     ):
-        _check_float("lr", lr, 0.0, FLOAT32_MAX, strict=True)
-        _check_float("curvature", curvature, 0.0, FLOAT32_MAX)
-        _check_float("max_update", max_update, 0.0, FLOAT32_MAX, strict=True)
-        _check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps: expected an int of at least 1 or None, got {steps!r}")
+        check_float("lr", lr, 0.0, strict=True)
+        check_float("curvature", curvature, 0.0)
+        check_float("max_update", max_update, 0.0, strict=True)
+        check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
+        if steps is not None:
+            check_int("steps", steps, 1)
         self.lr = float(lr)
         self.steps = steps
         self.curvature = float(curvature)
         self.max_update = float(max_update)
         self.decay = float(decay)
-        self.taken = False
-        self._updaters: dict[MaskedLinear, LayerUpdater] = {}
+        self._updaters: dict[str, LayerUpdater] = {}
+
+    @classmethod
+    def for_run(cls, steps: int, options: Mapping[str, object]) -> StraightThrough:
+        return cls(steps=steps, **options)
+
+    def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
+        self._updaters = {name: LayerUpdater(layer, self) for name, layer in layers.items()}
 
     def settings(self) -> dict:
-        """What the class was given, as JSON can hold it."""
-        names = ("lr", "steps", "curvature", "max_update", "decay")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("lr", "steps", "curvature", "max_update", "decay")}
 
-    def mean_squares(self, layers: Mapping[str, MaskedLinear]) -> dict[str, float]:
-        """Running mean squares of the slopes by name of the layer, those that a step has given."""
-        found = {name: self._updaters[layer].mean_square for name, layer in layers.items() if layer in self._updaters}
-        return {name: square for name, square in found.items() if square is not None}
+    def state(self) -> dict:
+        """The running mean square of the slopes of each layer that has had one above 0."""
+        squares = {name: updater.mean_square for name, updater in self._updaters.items()}
+        return {"mean_squares": {name: square for name, square in squares.items() if square is not None}}
 
-    def set_mean_squares(self, layers: Mapping[str, MaskedLinear], squares: Mapping[str, float]) -> None:
-        """Go on with the ``mean_squares`` of another process."""
-        for name, square in squares.items():
-            self._updaters.setdefault(layers[name], LayerUpdater(layers[name], self)).mean_square = square
+    def load_state(self, state: Mapping) -> None:
+        for name, square in state["mean_squares"].items():
+            self._updaters[name].mean_square = square
+
+    def step(self, step: Step) -> StepResult:
+        """Move the logits by their slopes, in the last backward, which a loss that is not finite does not reach.
+
+        Raises:
+            ValueError: if a loss has no gradient, or not by the masks of the layers alone.
+        """
+        *others, last = places = [place for _, place in step.sharing.own]
+        with step.drawing(), self.attached(step.index, step.sharing.ranks, len(places)) as backward_pass:
+            for place in others:
+                backward_pass.backward(step.forward(place), float(step.weights[place]))
+            loss = step.forward(last)
+            (value,), alike = step.exchange(backward_pass.order(loss))
+            if not math.isfinite(value):
+                return StepResult(value)
+            step.begin_update()
+            bad_layers = backward_pass.backward(loss, float(step.weights[last]), alike)
+        return StepResult(value, bad_layers=tuple(bad_layers))
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         return self.lr if self.steps is None else self.lr * max(1.0 - step / self.steps, 0.0)
 
     @contextmanager
-    def attached(
-        self, layers: Mapping[str, MaskedLinear], step: int, ranks: Ranks, batches: int
-    ) -> Iterator[BackwardPass]:
-        """With layers whose logits move by the backward backward_pass of a step, see ``BackwardPass``.
+    def attached(self, step: int, ranks: Ranks, batches: int) -> Iterator[BackwardPass]:
+        """With layers, those of ``begin``, whose logits move by the backward passes of a step, see ``BackwardPass``.
 
         Args:
-            layers: by name.
             step: index of the step, from 0.
             ranks: over which slopes are summed.
-            batches: how many backward_pass this rank makes; others make as many.
+            batches: how many passes this rank makes; others make as many.
         """
-        updaters = {name: self._updaters.setdefault(layer, LayerUpdater(layer, self)) for name, layer in layers.items()}
-        before = {layer: layer.logits_backward for layer in layers.values()}
-        backward_pass = BackwardPass(updaters, ranks, batches)
+        updaters = self._updaters.values()
+        before = {updater.layer: updater.layer.logits_backward for updater in updaters}
+        backward_pass = BackwardPass(self._updaters, ranks, batches)
         try:
-            for layer, updater in zip(layers.values(), updaters.values(), strict=True):
-                layer.logits.grad = None
+            for updater in updaters:
+                updater.layer.logits.grad = None
                 updater.begin(self.lr_at(step), backward_pass)
-                layer.logits_backward = updater
+                updater.layer.logits_backward = updater
             backward_pass.watch()
             yield backward_pass
         finally:
@@ -115,12 +140,12 @@ class StraightThrough:
             for layer, own in before.items():
                 layer.logits_backward = own
                 layer.logits.grad = None
-            for updater in updaters.values():
+            for updater in updaters:
                 updater.end()
 
 
 class BackwardPass:
-    """The forward and backward backward_pass of a step, in turn; the last backward has moved all logits.
+    """The forwards and backwards of a step, in turn; the last backward has moved all logits.
 
     On several ranks the slopes of a layer are summed up before it moves. Where each rank makes one pass, and all come
     to the same layers in the same order, that happens inside backward, in this order: a slope that comes ahead of its
@@ -146,7 +171,7 @@ class BackwardPass:
             counter.remove()
         self.counters.clear()
 
-    def way(self, loss: Tensor) -> float:
+    def order(self, loss: Tensor) -> float:
         """A number for the turns that the layers take in a backward of ``loss``: another one where they are others."""
         turns = []
         if self.ranks.world > 1 and self.batches == 1:
@@ -165,8 +190,8 @@ class BackwardPass:
 
         Args:
             loss: 0-dim.
-            weight: of its slopes in the sum over the backward_pass of all ranks.
-            alike: whether ``way`` has given the same on all ranks.
+            weight: of its slopes in the sum over the passes of all ranks.
+            alike: whether ``order`` has given the same on all ranks.
 
         Raises:
             ValueError: if no layer is reached, one is reached again after it has moved, or logits have a gradient by
@@ -297,7 +322,7 @@ class LayerUpdater:
         self.backward_pass.take_turns()
 
     def finish(self) -> None:
-        """Move by the slopes that the backward_pass of all ranks have summed up; this one may have none."""
+        """Move by the slopes that the passes of all ranks have summed up; this one may have none."""
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
         self.backward_pass.ranks.sum_(self.slopes)

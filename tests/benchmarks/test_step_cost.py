@@ -369,8 +369,9 @@ def measure_replay() -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        sources = f"--model smollm2-135m --data pydoc --init magnitude --batch-size 8 --output {run}"
-        assert main.main(["learn", *sources.split(), "--steps", str(REPLAYED_STEPS), "--eval-windows", "1"]) == 0
+        options = f"--estimator reinforce --init magnitude --steps {REPLAYED_STEPS} --batch-size 8 --eval-windows 1"
+        sources = f"--model smollm2-135m --data pydoc --output {run}"
+        assert main.main(["learn", *sources.split(), *options.split()]) == 0
         report = json.loads((run / "report.json").read_text(encoding="utf-8"))
         command, printed = [sys.executable, "-m", "maskpro_kernels", "replay", str(run)], []
         replay = seconds_of(lambda: printed.append(subprocess.check_output(command, text=True)))

@@ -84,7 +84,7 @@ def test_samples_agree_with_what_is_exact(task, antithetic):
     runs = [variance.sampled(task, antithetic, samples, seed) for seed in seeds]
     exactly = variance.exact(task, alpha=1.0)
     expected = {
-        "2 draws, residual and determined tracker": exactly["1 draw, residual and tracker"],
+        "2 draws, residual and settled tracker": exactly["1 draw, residual and tracker"],
         "4 draws, leave-one-out": exactly["4 draws, leave-one-out"],
     }
     for name, exact in expected.items():

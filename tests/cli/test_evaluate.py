@@ -18,10 +18,10 @@ def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
     table = {row["method"]: row["perplexity"] for row in report(run)["table"]}
     assert main.main(["eval", str(run), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"perplexity {table['reinforce']:.2f} over 120 tokens"
+    assert lines[0] == f"test perplexity {table['reinforce']:.2f} over 120 tokens"
     assert lines[1] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
     assert main.main(["eval", str(inputs / "model"), *options, "--dtype", "float32"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"perplexity {table['dense']:.2f} over 120 tokens"]
+    assert capsys.readouterr().out.splitlines() == [f"test perplexity {table['dense']:.2f} over 120 tokens"]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_learn_prints_the_table(inputs, tmp_path, capsys):
     assert main.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0].split() == ["method", "perplexity", "seconds"]
+    assert lines[0].split() == ["method", "test", "perplexity", "seconds", "from", "dense"]
     assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "reinforce"]
     assert "groups differ from the magnitude mask" in lines[5]
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def test_learning_stops_where_the_held_out_perplexity_rises(inputs, tmp_path, ca
     values = iter([10.0] * 3 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
     monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
-    assert "stopped after 4 steps: the held-out perplexity rose" in capsys.readouterr().err
+    assert "stopped after 4 steps: at two evaluations in a row the validation perplexity was" in capsys.readouterr().err
     written = report(tmp_path / "run")
     assert [row["perplexity"] for row in written["validation"]] == [10.0, 12.0, 10.5, 11.5, 11.2]
     assert len(written["steps"]) == 4
@@ -100,7 +100,7 @@ def test_learning_stops_where_the_held_out_perplexity_is_no_number(inputs, tmp_p
     values = iter([10.0] * 3 + [10.0, float("nan"), 10.5, float("nan"), float("nan")] + [9.0])
     monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
-    assert "stopped after 4 steps: the held-out perplexity rose" in capsys.readouterr().err
+    assert "stopped after 4 steps: at two evaluations in a row the validation perplexity was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("found", [float("nan"), float("inf")])
@@ -108,7 +108,7 @@ def test_an_initial_mask_without_a_held_out_perplexity_is_refused(inputs, tmp_pa
     values = iter([10.0] * 3 + [found])
     monkeypatch.setattr(held_out, "perplexity", lambda *args, **options: next(values))
     assert main.main(learn(inputs, tmp_path / "deep" / "run")) == 2
-    told = f"perplexity of the validation text at step 0: expected a finite number, got {found}; take another --dtype"
+    told = f"validation perplexity at step 0: expected a finite number, got {found}; take another --dtype"
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {told}")
     assert contents(tmp_path) == {}
 
@@ -119,7 +119,7 @@ def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
     other.write_text(tiny_text(seed=1), encoding="utf-8")
     assert main.main(learn(inputs, tmp_path / "run", "--other-data", str(other))) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
-    assert table[0] == ["method", "perplexity", "other", "text", "seconds"]
+    assert table[0] == "method test perplexity on the other text seconds from dense".split()
     plain, both = report(run), report(tmp_path / "run")
     assert both["settings"]["other_data"] == str(other) and both["validation"] == plain["validation"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -136,7 +136,7 @@ def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
     for another, shown in (copy, True), (run, False), (changed, False):
         assert main.main(["compare", str(tmp_path / "run"), str(another)]) == 0
         printed = capsys.readouterr().out
-        assert ("other text" in printed) == shown and len(printed.splitlines()) == 6, printed
+        assert ("on the other text" in printed) == shown and len(printed.splitlines()) == 6, printed
 
 
 def test_seconds_count_from_the_dense_model(run):

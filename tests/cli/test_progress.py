@@ -19,7 +19,7 @@ from maskpro_kernels.training.trainer import StepRecord
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 LINE = re.compile(
-    r"step (\d+) of (\d+): loss \d+\.\d{4}, (?:perplexity (\d+\.\d\d), )?\d+ tokens a second, [\d:]+ left"
+    r"step (\d+) of (\d+): loss \d+\.\d{4}, (?:validation perplexity (\d+\.\d\d), )?\d+ tokens a second, [\d:]+ left"
 )
 
 
@@ -66,8 +66,8 @@ def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_p
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines[:4]] == ["dense", "left dense", "magnitude", "wanda"]
-    assert re.fullmatch(r"wanda: perplexity \d+\.\d\d, \d+\.\d seconds", lines[3])
-    assert re.fullmatch(r"step 0 of 100: perplexity \d+\.\d\d", lines[4])
+    assert re.fullmatch(r"wanda: test perplexity \d+\.\d\d, \d+\.\d seconds from the dense model", lines[3])
+    assert re.fullmatch(r"step 0 of 100: validation perplexity \d+\.\d\d", lines[4])
     found = [LINE.fullmatch(line) for line in lines[5:]]
     assert all(found), lines
     # a fiftieth of the steps is 2
@@ -103,7 +103,8 @@ def test_what_a_line_tells(capsys, monkeypatch):
     lines.add(record(143, 4.0, seconds=2.5), None)
     assert capsys.readouterr().err == "step 144 of 200: loss 3.0000, 100 tokens a second, 02:48 left\n"
     lines.add(record(144, 1.0), 9.875)
-    assert capsys.readouterr().err == "step 145 of 200: loss 1.0000, perplexity 9.88, 200 tokens a second, 02:45 left\n"
+    told = "step 145 of 200: loss 1.0000, validation perplexity 9.88, 200 tokens a second, 02:45 left\n"
+    assert capsys.readouterr().err == told
     lines.add(record(199, float("nan")), None)
     assert capsys.readouterr().err == "step 200 of 200: loss nan, 200 tokens a second, 00:00 left\n"
 

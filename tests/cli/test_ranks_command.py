@@ -19,15 +19,14 @@ from helpers.command import contents, refuses, report
 from helpers.in_ranks import LONGEST, all_in_ranks
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
-from maskpro_kernels.cli import learn as learning
-from maskpro_kernels.cli import main, parser
+from maskpro_kernels.cli import main, parser, run_settings
 from maskpro_kernels.ranks import FailedRank, MissingRanks
 from maskpro_kernels.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 SIZES = "--batch-size 4 --seq-len 16 --init-batches 2 --calibration-batches 3 --eval-windows 2 --eval-length 24"
-SETTINGS = f"{SIZES} --steps 4 --eval-every 2 --dtype float32 --device cpu".split()
+SETTINGS = f"--estimator reinforce {SIZES} --steps 4 --eval-every 2 --dtype float32 --device cpu".split()
 
 # The command; before one step the ranks named send themselves a signal
 BROKEN_OFF = """
@@ -230,12 +229,12 @@ def test_each_rank_needs_a_gpu_of_its_own(inputs, tmp_path, capsys, monkeypatch)
 
 
 def test_a_device_with_a_number_is_not_for_several_ranks(monkeypatch):
-    monkeypatch.setattr(learning, "device_of", torch.device)
+    monkeypatch.setattr(run_settings, "device_of", torch.device)
     arguments = SimpleNamespace(device="cuda", accumulate=2)
-    learning._check_ranks(arguments, SimpleNamespace(world=2))
+    run_settings.check_ranks(arguments, SimpleNamespace(world=2), draws=1)
     arguments.device = "cuda:1"
     with pytest.raises(ValueError, match="device: expected one without a number, .*, got 'cuda:1'"):
-        learning._check_ranks(arguments, SimpleNamespace(world=2))
+        run_settings.check_ranks(arguments, SimpleNamespace(world=2), draws=1)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from helpers.full_disk import files_of_at_most
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from maskpro_kernels.cli import learn as learning
-from maskpro_kernels.cli import main
+from maskpro_kernels.cli import learning_run, main, run_end
 from maskpro_kernels.modules import MaskedLinear
 from maskpro_kernels.training.trainer import MaskTrainer
 
@@ -97,13 +96,13 @@ def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_o
 
 
 def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path, monkeypatch):
-    finite, calls = learning.causal_lm_loss, []
+    finite, calls = learning_run.causal_lm_loss, []
 
     def loss_fn(model, batch):
         calls.append(torch.is_grad_enabled())
         return finite(model, batch) * (math.nan if sum(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(learning, "causal_lm_loss", loss_fn)
+    monkeypatch.setattr(learning_run, "causal_lm_loss", loss_fn)
     assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 0
     losses = [row["loss"] for row in report(tmp_path / "run")["steps"]]
     assert [math.isfinite(loss) for loss in losses] == [step != 1 for step in range(len(losses))] and len(losses) > 2
@@ -127,7 +126,7 @@ def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run
 
     with monkeypatch.context() as patched:
         patched.setattr(MaskTrainer, "step", failing)
-        patched.setattr(learning, "save_logits", on_a_full_disk(learning.save_logits))
+        patched.setattr(run_end, "save_logits", on_a_full_disk(run_end.save_logits))
         assert main.main(learn(inputs, output)) == 2
     *_, told, error = capsys.readouterr().err.splitlines()
     assert told.startswith("stopped after 2 steps; the logits could not be saved: ") and "File too large" in told
@@ -141,7 +140,7 @@ def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run
 def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, monkeypatch, failing):
     output = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(learning, failing, on_a_full_disk(getattr(learning, failing)))
+        patched.setattr(run_end, failing, on_a_full_disk(getattr(run_end, failing)))
         assert main.main(learn(inputs, output)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("maskpro: error: output: ") and "File too large" in error

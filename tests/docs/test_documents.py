@@ -35,9 +35,10 @@ from helpers.tiny_llama import tiny_text, write_inputs
 
 import maskpro_kernels
 from maskpro_kernels.cli import main
-from maskpro_kernels.cli.parser import _parser
+from maskpro_kernels.cli.parser import build_parser
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.packed import pack_24
+from maskpro_kernels.training import estimator
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -104,7 +105,7 @@ def inline_of(document: Path) -> list[str]:
 
 
 def subparsers() -> dict:
-    (found,) = (action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    (found,) = (action for action in build_parser()._actions if hasattr(action, "choices") and action.choices)
     return found.choices
 
 
@@ -164,6 +165,8 @@ def folder(prepared, tmp_path, monkeypatch) -> Path:
     copied = tmp_path / "work"
     shutil.copytree(prepared, copied)
     monkeypatch.chdir(copied)
+    # an example defines an estimator, which no other test is to know
+    monkeypatch.setattr(estimator, "_registered", dict(estimator._registered))
     return copied
 
 

@@ -6,7 +6,8 @@ import json
 
 from maskpro_kernels.cli import main
 
-SETTINGS = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24".split()
+SIZES = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24"
+SETTINGS = f"--estimator reinforce --init wanda {SIZES}".split()
 
 
 def learn(inputs, output, *more):

@@ -354,7 +354,7 @@ def test_a_report_with_something_missing_is_refused(tmp_path, name):
 def test_the_line_to_run_it_again_is_one_that_the_command_takes(options, gap, line):
     values = report_of([step_of(0)], options, gap=gap)
     assert line in line_of(values)
-    parsed = vars(parser._parser().parse_args(shlex.split(line_of(values))[1:]))
+    parsed = vars(parser.build_parser().parse_args(shlex.split(line_of(values))[1:]))
     expected = values["settings"] | {"model": "smollm2-135m", "output": "runs/mine-again"}
     if "flip_rate" in options:
         assert "gap" not in parsed

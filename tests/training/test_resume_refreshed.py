@@ -7,8 +7,7 @@ from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_trainer_in, logits_of
 
 import maskpro_kernels as mk
-from maskpro_kernels.training import journal, run_folder, score_updates, snapshots
-from maskpro_kernels.training import trainer as training
+from maskpro_kernels.training import journal, reinforce, run_folder, score_updates, snapshots
 from maskpro_kernels.training.journal import Journal
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -41,7 +40,8 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     elif where == "before its update":
         patched.setattr(Journal, "append", only(append, lambda _, one: one.step == HALVED[0], behind(append)))
     elif where == "in its update":
-        patched.setattr(training, "replay", only(score_updates.replay, lambda *args: args[2].step == HALVED[0], broken))
+        replayed = only(score_updates.replay, lambda *args: args[2].step == HALVED[0], broken)
+        patched.setattr(reinforce, "replay", replayed)
     elif where == "in a forward of the new masks":
         last = trainer.batches[-1]
         trainer.loss_fn = only(loss, lambda _, b: trainer.steps_done and not layer.training and b is last, broken)

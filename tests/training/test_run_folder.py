@@ -109,7 +109,7 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
     trainer.step()
     assert len(snapshots.snapshots_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
     trainer.close()
-    save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}}, keep=2)
+    save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}})
     again = a_trainer_in(tmp_path)
     with pytest.warns(UserWarning, match="set aside"):
         assert again.resume() == 1

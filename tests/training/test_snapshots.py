@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 def test_snapshots(tmp_path):
     tensors = [{"a": torch.randn(4, 8), "b": torch.randn(3).bfloat16()} for _ in range(5)]
     for step, one in enumerate(tensors):
-        save_snapshot(tmp_path, step, one, {"step": step, "square": 0.1 + step}, keep=2)
+        save_snapshot(tmp_path, step, one, {"step": step, "square": 0.1 + step})
     step, read, state, damaged = newest_snapshot(tmp_path)
     assert (step, state, damaged) == (4, {"step": 4, "square": 4.1}, [])
     assert_same_bits(read, tensors[4])
@@ -26,8 +26,8 @@ def test_snapshots(tmp_path):
 
 
 def test_every_byte_of_a_snapshot_flipped_is_found(tmp_path):
-    save_snapshot(tmp_path, 0, {"a": torch.zeros(2)}, {"x": 1}, keep=2)
-    path = save_snapshot(tmp_path, 3, {"a": torch.randn(4, 8)}, {"x": 1}, keep=2)
+    save_snapshot(tmp_path, 0, {"a": torch.zeros(2)}, {"x": 1})
+    path = save_snapshot(tmp_path, 3, {"a": torch.randn(4, 8)}, {"x": 1})
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])

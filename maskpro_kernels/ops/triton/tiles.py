@@ -84,7 +84,7 @@ class Rows(_CompileOptions):
 
 @dataclass(frozen=True)
 class Tiles(_CompileOptions):
-    """How a masked product is launched: what of rows, tokens and K a program multiplies at a time."""
+    """How a masked product is launched: how many rows, tokens and columns of K a program multiplies at a time."""
 
     out: int
     tokens: int

@@ -1,0 +1,210 @@
+"""A run of `maskpro learn` from its first step to its last: what it tells, evaluates and keeps while it learns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import torch
+
+from ..files import write_whole
+from ..ranks import FailedRank, MissingRanks, Ranks
+from ..report.tensorboard import Scalars
+from ..text.perplexity import causal_lm_loss
+from ..training.estimator import Estimator
+from ..training.run_folder import JOURNAL, LOCK
+from ..training.snapshots import snapshots_in
+from ..training.step import StepRecord
+from ..training.trainer import MaskTrainer
+from .arguments import telling
+from .held_out import HeldOut, print_table
+from .inputs import Inputs
+from .progress import StepLines, tell
+from .run_end import save_run_logits, write_results
+from .run_files import LOGITS, PROGRESS, SETTINGS, TENSORBOARD, VALIDATION, how_to_go_on, read_metrics, tell_missing
+from .run_settings import parallel_of, stored_settings
+from .signals import Signals
+
+# Steps in a row whose loss, or gradient, may be no number
+MAX_SKIPPED = 9
+
+
+class LearningRun:
+    """A run in its folder; ``begin`` or ``go_on`` comes first, then ``take_steps``, and ``end`` where it has ended.
+
+    Args:
+        args: the settings, complete.
+        ranks: that learn together. Rank 0 alone evaluates, writes and tells.
+        inputs: their model is converted; a new run learns from its logits.
+        estimator: of these settings.
+        start: what was known before the first step, see ``initial_masks``.
+
+    Attributes:
+        seconds: from the dense model to where the run stands, without evaluations.
+    """
+
+    def __init__(self, args: argparse.Namespace, ranks: Ranks, inputs: Inputs, estimator: Estimator, start: Mapping):
+        self.args, self.ranks, self.inputs, self.start = args, ranks, inputs, start
+        self.output = Path(args.output)
+        self.progress = self.output / PROGRESS
+        self.seconds = start["seconds"]
+        self.trainer = MaskTrainer(
+            inputs.model,
+            causal_lm_loss,
+            inputs.calibration,
+            estimator,
+            seed=args.seed,
+            output_dir=self.progress,
+            max_skipped=MAX_SKIPPED,
+            accumulate=args.accumulate,
+            parallel=parallel_of(args),
+        )
+        self.held_out = HeldOut(
+            self.progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps, args.bars
+        )
+
+    def begin(self) -> None:
+        """Take what stands before the first step; where it fails, the folder is as it was and may be given again."""
+        made = [folder for folder in (self.progress, self.output, *self.output.parents) if not folder.exists()]
+        try:
+            self.trainer.begin(progress=self.args.bars)
+            self.trainer.ranks.first(self._evaluate)
+        except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, MissingRanks, FailedRank):
+            self.trainer.close()
+            if self.trainer.ranks.rank == 0:
+                self._take_back(made)
+            raise
+        # Behind the first snapshot: a folder with settings can be gone on with.
+        settings = json.dumps({"settings": stored_settings(self.args), **self.start}, indent=1).encode()
+        self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))
+
+    def _take_back(self, made: list[Path]) -> None:
+        """Remove what ``begin`` has left, and folders that it has made."""
+        files = (self.progress / name for name in (JOURNAL, LOCK, VALIDATION))
+        for left in (*snapshots_in(self.progress), *files):
+            left.unlink(missing_ok=True)
+        # a folder that holds anything else stays
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+    def go_on(self) -> None:
+        """Go on where the folder stands."""
+        self.ranks.first(self.held_out.read)
+        with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
+            self.trainer.resume()
+        self.held_out.restart(self.trainer.steps_done)
+        self.seconds += sum(record["seconds"] for record in read_metrics(self.progress))
+        tell(f"{self.trainer.steps_done} steps were taken before")
+
+    def take_steps(self) -> bool:
+        """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""
+        more = self.ranks.first(self._has_more)
+        began, evaluating = time.perf_counter(), self.held_out.seconds
+        with self._signals() as signals:
+            if self.ranks.rank > 0:
+                if more:
+                    self._run(progress=False, after_step=lambda _: signals.came)
+                return False
+            if more:
+                self._run_and_tell(signals)
+        self.seconds += time.perf_counter() - began - (self.held_out.seconds - evaluating)
+        done, steps = self.trainer.steps_done, self.args.steps
+        if done == steps:
+            return True
+        # the signal may have come to another rank
+        if not signals.came and self.held_out.risen():
+            tell(
+                f"stopped after {done} steps: at two evaluations in a row the validation perplexity was over 10% above "
+                "that of the initial mask, or no number"
+            )
+            return True
+        with telling("output", how_to_go_on(self.output)):
+            save_run_logits(self.args, self.trainer.model)
+        tell(f"stopped after {done} steps; {how_to_go_on(self.output)}")
+        return False
+
+    def end(self) -> None:
+        """Write what a run leaves at its end, and print its table."""
+        estimator = self.trainer.estimator
+        with telling("output", how_to_go_on(self.output)):
+            report = write_results(self.args, self.inputs, self.start, self.held_out.rows, self.seconds, estimator)
+        # What is learned is in the logits; what a replay starts from stays
+        for old in snapshots_in(self.progress)[1 if estimator.journaled else 0 :]:
+            old.unlink()
+        print_table(report["table"])
+        print(
+            f"{report['flipped_groups']} of {report['groups']} groups differ from the {self.args.init} mask; written "
+            f"to {self.output}"
+        )
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self.trainer.close()
+
+    def _evaluate(self) -> None:
+        """Find the validation perplexity where the run stands, and tell it."""
+        found = self.held_out.add(self.trainer.steps_done, self._tokens_done())
+        if not self.args.bars:
+            tell(f"step {self.trainer.steps_done} of {self.args.steps}: validation perplexity {found:.2f}")
+
+    def _tokens_done(self) -> int:
+        return sum(record["tokens"] for record in read_metrics(self.progress))
+
+    def _has_more(self) -> bool:
+        """Whether there are steps to take, by what is known of the validation text."""
+        if self.held_out.due(self.trainer.steps_done):
+            self._evaluate()
+        return self.trainer.steps_done < self.args.steps and not self.held_out.risen()
+
+    def _run(self, **how) -> None:
+        self.trainer.run(self.args.steps - self.trainer.steps_done, **how)
+
+    def _run_and_tell(self, signals: Signals) -> None:
+        """Take steps on rank 0: tell them, evaluate between them, and keep the logits where an error comes."""
+        lines = StepLines(self.args.steps, self.trainer.steps_done)
+        board = nullcontext()
+        if hasattr(self.args, "tensorboard"):
+            board = closing(Scalars(self.output / TENSORBOARD, self.trainer.steps_done, self.held_out.rows))
+        with board as scalars:
+
+            def after_step(record: StepRecord) -> bool:
+                step = record.step + 1
+                found = self.held_out.add(step, self._tokens_done()) if self.held_out.due(step) else None
+                if not self.args.bars:
+                    lines.add(record, found)
+                if scalars is not None:
+                    scalars.add(record, self.held_out.rows)
+                return self.held_out.risen() or signals.came
+
+            try:
+                self._run(progress=self.args.bars, after_step=after_step)
+            except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError):
+                done, where = self.trainer.steps_done, self._keep_logits()
+                tell(f"stopped after {done} steps; {where}; {how_to_go_on(self.output)}")
+                raise
+
+    @contextmanager
+    def _signals(self) -> Iterator[Signals]:
+        """Signals are noted; and of ranks that end it is told before the signal that torchrun then sends."""
+        with Signals() as signals:
+            try:
+                yield signals
+            except MissingRanks as error:
+                tell_missing(error, self.output)
+                raise SystemExit(2) from error
+
+    def _keep_logits(self) -> str:
+        """Save what was learned before an error, which stays the one that is told; gives where it is."""
+        if self.trainer.broken:
+            again = "are rebuilt" if self.trainer.estimator.journaled else "of the last snapshot are taken"
+            return f"the next one was broken off in its update, and the logits {again} where the run goes on"
+        try:
+            save_run_logits(self.args, self.trainer.model)
+        except OSError as error:
+            return f"the logits could not be saved: {error}"
+        return f"the logits are in {self.output / LOGITS}"

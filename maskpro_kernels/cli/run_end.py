@@ -1,0 +1,123 @@
+"""What a run of `maskpro learn` leaves at its end: checkpoint, logits, pictures and report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.logits import save_logits
+from ..files import sync, write_whole
+from ..functional.masks import top_n_mask
+from ..modules import masked_layers
+from ..pattern import NMPattern
+from ..pruning.finalize import finalize
+from ..report.html import write_html
+from ..report.plots import draw_perplexity, draw_residual
+from ..training.batches import digest
+from ..training.estimator import Estimator
+from ..training.snapshots import newest_snapshot
+from .baselines import top_n_codes
+from .held_out import table_row
+from .inputs import Inputs
+from .models import save
+from .progress import tell
+from .run_files import (
+    LOGITS,
+    PAGE,
+    PERPLEXITY_PICTURE,
+    PROGRESS,
+    REPORT,
+    RESIDUAL_PICTURE,
+    digest_of_weights,
+    logits_metadata,
+    read_metrics,
+)
+from .run_settings import reported_settings, stored_settings
+from .versions import versions
+
+
+def write_results(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    start: Mapping,
+    validation: Sequence[Mapping],
+    seconds: float,
+    estimator: Estimator,
+) -> dict:
+    """Write what a run leaves that has taken its last step; gives its report.
+
+    Args:
+        args: the settings, complete.
+        inputs: with the model that has learned, whose masked layers become plain ones.
+        start: what was known before the first step.
+        validation: validation perplexities by step.
+        seconds: from the dense model to the learned mask.
+        estimator: that has learned.
+
+    Raises:
+        OSError: if something cannot be written. The report is not there then: the run can be gone on with.
+    """
+    model, output, pattern = inputs.model, Path(args.output), NMPattern(args.pattern)
+    table = [*start["table"], table_row(args.estimator, model, inputs.tests, seconds, args.bars)]
+    save_run_logits(args, model)
+    groups = _groups_of(model, output / PROGRESS, pattern)
+    records = read_metrics(output / PROGRESS)
+
+    save(finalize(model), inputs.tokenizer, output)
+    draw_perplexity({args.estimator: validation}, output / PERPLEXITY_PICTURE)
+    if estimator.needs_initial_losses:
+        draw_residual(records, output / RESIDUAL_PICTURE)
+    report = {
+        "model": stored_settings(args)["model"],
+        "pattern": str(pattern),
+        "settings": reported_settings(args),
+        "gap": args.gap,
+        "versions": versions(),
+        "eval_tokens": inputs.tests["perplexity"].numel(),
+        "table": table,
+        "validation": validation,
+        **groups,
+        "converted": start["converted"],
+        "skipped": start["skipped"],
+        "steps": records,
+    }
+    write_html(report, output / PAGE)
+    # Last, and behind all else on the disk too: a folder with a report is a run that ended.
+    for written in (*filter(Path.is_file, output.iterdir()), output):
+        sync(written)
+    write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+def save_run_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Write the logits of a run into its folder."""
+    save_logits(model, Path(args.output) / LOGITS, logits_metadata(stored_settings(args), digest_of_weights(model)))
+
+
+def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> dict:
+    """What a report tells of the groups: how many there are, how many have changed, and a digest of their logits."""
+    masked = masked_layers(model)
+    learned = top_n_codes(masked, pattern)
+    flips = _flips(progress, learned, pattern)
+    return {
+        "groups": sum(code.numel() for code in learned.values()),
+        "groups_by_layer": {name: code.numel() for name, code in learned.items()},
+        "flipped_groups": sum(flips.values()),
+        "flipped_groups_by_layer": flips,
+        # What a replay prints
+        "logits": digest(masked[name].logits for name in sorted(masked)),
+    }
+
+
+def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPattern) -> dict[str, int]:
+    """How many groups of each layer differ from the mask that learning began with."""
+    try:
+        _, initial, _, _ = newest_snapshot(progress, at_most=0)
+    except ValueError as error:
+        tell(f"how many groups differ from the initial mask is not known: {error}")
+        return {}
+    return {name: int((codes.cpu() != top_n_mask(initial[name], pattern)).sum()) for name, codes in learned.items()}

@@ -1,0 +1,91 @@
+"""The settings of a run of `maskpro learn`: completed from the command line, checked, and as its files hold them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from ..extras import missing
+from ..pattern import NMPattern
+from ..pruning.gap import LARGEST_GAP, gap_for_flip_rate
+from ..ranks import Ranks
+from ..training.estimator import Estimator
+from ..training.sharing import PARALLEL, check_shares
+from .arguments import DTYPES, check_least, device_of
+from .estimator_options import class_of, complete_options
+
+# Of this process, not of the run
+NO_SETTINGS = ("run", "device_given", "parallel", "quiet", "bars")
+
+
+def complete(args: argparse.Namespace) -> Estimator:
+    """Put in what the command line left out, check what can be told before anything is loaded; gives the estimator.
+
+    Raises:
+        ValueError, TypeError: if an argument is missing, out of its range, or does not go with another.
+    """
+    for name in ("model", "data", "output"):
+        if not hasattr(args, name):
+            raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
+    pattern = NMPattern(args.pattern)
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    for name, value in class_of(args).run_defaults._asdict().items():
+        setattr(args, name, getattr(args, name, value))
+    args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
+    check_least(args, steps=1, batch_size=1, accumulate=1, seq_len=2, init_batches=1)
+    check_least(args, eval_windows=1, eval_length=2, eval_every=1, seed=0)
+    if args.calibration_batches is not None:
+        check_least(args, calibration_batches=1)
+    if args.seed >= 1 << 63:
+        raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
+    _complete_gap(args, pattern)
+    return complete_options(args)
+
+
+def _complete_gap(args: argparse.Namespace, pattern: NMPattern) -> None:
+    """Check the gap, or find that of ``--flip-rate``."""
+    if not (math.isfinite(args.gap) and args.gap > 0):
+        raise ValueError(f"gap: expected a positive number, got {args.gap}")
+    if hasattr(args, "flip_rate"):
+        args.gap = gap_for_flip_rate(args.flip_rate, pattern)
+    if class_of(args).needs_flips and args.gap > LARGEST_GAP:
+        raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
+
+
+def parallel_of(args: argparse.Namespace) -> str:
+    """How the ranks share the forwards of a step."""
+    return getattr(args, "parallel", PARALLEL[0])
+
+
+def check_ranks(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
+    """Raise ValueError unless the ranks can share the work, and each can take a device of its own."""
+    check_shares(ranks.world, parallel_of(args), args.accumulate, draws)
+    if device_of(args.device).type != "cpu" and ranks.world > 1 and torch.device(args.device).index is not None:
+        raise ValueError(
+            f"device: expected one without a number, for each rank takes that of its own, got {args.device!r}"
+        )
+
+
+def check_tensorboard(args: argparse.Namespace) -> None:
+    """Raise ValueError if scalars are asked for that cannot be written."""
+    lacking = missing("tensorboard") if hasattr(args, "tensorboard") else None
+    if lacking:
+        raise ValueError(f"tensorboard: expected {lacking}")
+
+
+def reported_settings(args: argparse.Namespace) -> dict:
+    """The settings as a report has them, beside which the gap stands: with a flip rate it was not given."""
+    return {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "gap")}
+
+
+def stored_settings(args: argparse.Namespace) -> dict:
+    """The settings by which a run goes on, from whatever folder."""
+    settings = {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "output")}
+    for name in ("model", "data", "other_data"):
+        if name in settings and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
+    return settings

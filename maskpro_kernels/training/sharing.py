@@ -1,0 +1,75 @@
+"""Which forwards of a step each rank makes, and what the ranks tell each other of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from ..ranks import Ranks
+from .batches import weighted_mean
+
+PARALLEL = ("data", "draws")
+
+
+def check_shares(world: int, parallel: str, accumulate: int, draws: int) -> None:
+    """Raise ValueError unless that many ranks can share the forwards of a step, as ``parallel`` says, alike."""
+    shared, parts = ("accumulate", accumulate) if parallel == "data" else ("draws", draws)
+    if parts % world:
+        raise ValueError(f'{shared}: expected a multiple of the {world} ranks with parallel="{parallel}", got {parts}')
+
+
+class Sharing:
+    """The forwards of a step, one for each draw and batch, shared out over the ranks.
+
+    Args:
+        ranks: all that take the step.
+        parallel: "data": each rank makes all draws, for its share of the batches; "draws": its share of the draws, for
+            all batches.
+        accumulate: batches a step.
+        draws: masks drawn in a step.
+
+    Attributes:
+        own: the forwards that this rank makes, as (draw, which of the step's batches).
+
+    Raises:
+        ValueError: see ``check_shares``.
+    """
+
+    def __init__(self, ranks: Ranks, parallel: str, accumulate: int, draws: int):
+        check_shares(ranks.world, parallel, accumulate, draws)
+        self.ranks = ranks
+        pairs = [(draw, place) for draw in range(draws) for place in range(accumulate)]
+        owners = [(place if parallel == "data" else draw) % ranks.world for draw, place in pairs]
+        self._by_rank = [
+            [pair for pair, owner in zip(pairs, owners, strict=True) if owner == rank] for rank in range(ranks.world)
+        ]
+        self.own = self._by_rank[ranks.rank]
+
+    def exchange(
+        self, step: int, losses: Sequence[float], weights: Sequence[Fraction], flip_rate: float, order: float = 0.0
+    ) -> tuple[list[float], bool]:
+        """(loss of every draw, whether ``order`` is the same on all ranks).
+
+        Args:
+            step: index of the step.
+            losses: of the forwards of this rank.
+            weights: of the step's batches in the loss of a draw.
+            flip_rate: of the draws.
+            order: any number.
+
+        Raises:
+            RuntimeError: if the ranks are not at the same step, or have not drawn the same.
+        """
+        rows = self.ranks.gather([step, flip_rate, order, *losses])
+        for name, at in (("step", 0), ("flip rate", 1)):
+            others = {rank: row[at] for rank, row in enumerate(rows) if row[at] != rows[0][at]}
+            if others:
+                raise RuntimeError(
+                    f"ranks: expected the {name} of rank 0 on all of them, {rows[0][at]:g}, got by rank {others}"
+                )
+        of = {}
+        for share, (_, _, _, *row) in zip(self._by_rank, rows, strict=True):
+            of |= zip(share, row, strict=True)
+        draws = len(of) // len(weights)
+        by_draw = [weighted_mean([of[draw, place] for place in range(len(weights))], weights) for draw in range(draws)]
+        return by_draw, all(row[2] == order for row in rows)

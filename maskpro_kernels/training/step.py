@@ -1,0 +1,186 @@
+"""A step of a run: what an estimator is given for it, and what is recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
+from numbers import Real
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.checks import describe
+from ..functional.masks import top_n_mask
+from ..modules import MaskedLinear, counter_states, evaluating
+from .batches import count_tokens, weights_of
+from .journal import Entry
+from .sharing import Sharing
+
+LossFn = Callable[[nn.Module, object], Tensor]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step saw.
+
+    Attributes:
+        step: index of the step, from 0.
+        loss: loss under the drawn masks: of several batches the mean by ``weights_of``, of several draws their mean.
+        residual: with ``Reinforce`` that loss less the loss of the same batches under the initial masks.
+        advantage: with ``Reinforce`` the residual less the tracker.
+        tracker: with ``Reinforce`` the tracker after the step. All three are None where a step has several draws.
+        flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
+        tokens: elements of the batches' input ids.
+        seconds: wall-clock time of the step.
+    """
+
+    step: int
+    loss: float
+    residual: float | None
+    advantage: float | None
+    tracker: float | None
+    flip_rate: float
+    tokens: int
+    seconds: float
+
+
+class Step:
+    """A step that an estimator takes: forwards under drawn masks, then one update of the logits.
+
+    An estimator that needs no gradients calls ``losses``. Another one makes the forwards of ``sharing.own`` itself, by
+    ``forward`` within ``drawing``, and ``exchange`` then gives the losses of all ranks.
+
+    Attributes:
+        index: of the step, from 0.
+        seed: of the run's draws.
+        batches: of the step.
+        weights: of the batches' losses in their mean, by tokens.
+        tokens: elements of the batches' input ids.
+        layers: the masked layers by name.
+        sharing: which forwards this rank makes.
+        flip_rate: share of the groups whose draw leaves the top-N mask, in the layer whose turn it is.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        batches: Sequence,
+        model: nn.Module,
+        layers: Mapping[str, MaskedLinear],
+        loss_fn: LossFn,
+        *,
+        seed: int,
+        sharing: Sharing,
+        checkpointing: bool,
+        initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
+        begin_update: Callable[[Entry | None], None],
+    ):
+        self.index, self.seed, self.batches, self.layers, self.sharing = index, seed, batches, layers, sharing
+        self.weights = weights_of(batches)
+        self.tokens = sum(map(count_tokens, batches))
+        self.flip_rate = _flip_rate(list(layers.values())[index % len(layers)])
+        self._model, self._loss_fn, self._checkpointing = model, loss_fn, checkpointing
+        self._initial_loss, self._begin_update = initial_loss, begin_update
+        self._own: list[float] = []
+
+    def initial_loss(self) -> float:
+        """The loss of the step's batches under the initial masks."""
+        return self._initial_loss(self.batches, self.weights)
+
+    @torch.inference_mode()
+    def losses(self) -> list[float]:
+        """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
+        for draw, pairs in groupby(self.sharing.own, key=itemgetter(0)):
+            with self.drawing(draw):
+                for _, place in pairs:
+                    self.forward(place)
+        losses, _ = self.exchange()
+        return losses
+
+    @contextmanager
+    def drawing(self, draw: int = 0) -> Iterator[None]:
+        """With masked layers that make one of the step's draws, and all else in eval mode; for a backward as well."""
+        states = counter_states(self._model)
+        with _modes(self._model, self.layers, drawing=True, checkpointing=self._checkpointing):
+            try:
+                for state in states:
+                    state.draw.fill_(draw)
+                yield
+            finally:
+                for state in states:
+                    state.draw.fill_(0)
+
+    def forward(self, place: int) -> Tensor | float:
+        """The loss of the batch at that place in the step, whose value is noted for ``exchange``.
+
+        Raises:
+            ValueError: if the loss is no number, or has no gradient where one is asked for.
+        """
+        loss = self._loss_fn(self._model, self.batches[place])
+        if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
+            raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
+        self._own.append(value_of(loss))
+        return loss
+
+    def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
+        """(loss of every draw, whether ``order`` is the same on all ranks), once this rank has made its forwards.
+
+        Raises:
+            RuntimeError: if the ranks are not at the same step, or have not drawn the same.
+        """
+        return self.sharing.exchange(self.index, self._own, self.weights, self.flip_rate, order)
+
+    def begin_update(self, entry: Entry | None = None) -> None:
+        """What comes right before the first logit moves.
+
+        Args:
+            entry: of an estimator with a journal, what the update follows from. It is on disk before a logit moves: a
+                run that is killed in between takes the update from there.
+
+        Raises:
+            OSError: if the entry cannot be written; it is not in the journal then.
+        """
+        self._begin_update(entry)
+
+
+@torch.inference_mode()
+def loss_under_top_n_masks(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn, batch) -> float:
+    """A forward under the masks that the logits have made likeliest."""
+    with _modes(model, layers, drawing=False):
+        return value_of(loss_fn(model, batch))
+
+
+@contextmanager
+def _modes(
+    model: nn.Module, layers: Mapping[str, MaskedLinear], drawing: bool, checkpointing: bool = False
+) -> Iterator[None]:
+    """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards.
+
+    Args:
+        checkpointing: whether modules whose ``gradient_checkpointing`` is true are in training mode themselves, since
+            only then they compute their activations anew in backward.
+    """
+    with evaluating(model):
+        for layer in layers.values():
+            layer.train(drawing)
+        for module in model.modules():
+            if checkpointing and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        yield
+
+
+@torch.inference_mode()
+def _flip_rate(layer: MaskedLinear) -> float:
+    """Share of groups whose draw left the top-N mask."""
+    return float((layer.drawn_codes() != top_n_mask(layer.logits_on_device(), layer.pattern)).float().mean())
+
+
+def value_of(loss: Tensor | float) -> float:
+    """The number that a ``loss_fn`` gives; ValueError unless it is one."""
+    if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
+        raise ValueError(f"loss_fn: expected a 0-dim tensor or a number, got {describe(loss)}")
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
