@@ -119,8 +119,8 @@ class LearningRun:
         # the signal may have come to another rank
         if not signals.came and self.held_out.risen():
             tell(
-                f"stopped after {done} steps: the validation perplexity was NaN, or over 10% above the initial mask's, at "
-                "two evaluations in a row"
+                f"stopped after {done} steps: the validation perplexity was NaN, or over 10% above the initial mask's, "
+                "at two evaluations in a row"
             )
             return True
         with telling("output", how_to_go_on(self.output)):

@@ -51,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, with the options of all estimators that are registered."""
     parser = _Parser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
     parser.add_argument(
-        "--version", action=_Versions, nargs=0, help="print the versions of this package and of what it runs on"
+        "--version",
+        action=_Versions,
+        nargs=0,
+        help="print the versions of this package and of what it runs on",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_learn(commands)
@@ -104,8 +107,8 @@ def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=INITIAL_MASKS,
         default=argparse.SUPPRESS,
-        help="initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; reconstruction: "
-        f"swaps from there that lower the error of each layer's outputs {run_default('init')}",
+        help="initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; "
+        f"reconstruction: swaps from there that lower the error of each layer's outputs {run_default('init')}",
     )
     parser.add_argument(
         "--init-batches", type=whole, default=16, metavar="I", help="batches for the initial mask, at most"
