@@ -50,13 +50,14 @@ bench: $(INSTALLED)
 # A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here. A part that fails
 # does not stop the others, and the benchmarks stand in the order of their importance.
 ROWS ?= gpu-check.jsonl
+GPU_TESTS := $(patsubst %,tests/%.py,ops/triton/test_masked_gemm ops/triton/test_mutants \
+	ops/triton/test_straight_through functional/test_straight_through training/test_straight_through \
+	training/test_slopes_refused pruning/test_reconstruction)
 GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear packed step straight_through model startup)
 gpu-check:
 	failed=0; \
 	$(PYTHON) -m pytest tests/test_gpu.py -m gpu || failed=1; \
-	$(PYTHON) -m pytest tests/ops/triton/test_masked_gemm.py tests/ops/triton/test_straight_through.py \
-		tests/pruning/test_reconstruction.py \
-		-m "not slow" -k "not error_budget" || failed=1; \
+	$(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" -k "not error_budget" || failed=1; \
 	$(PYTHON) -m pytest $(GPU_BENCHMARKS) --rows $(ROWS) --within 270 -rs || failed=1; \
 	exit $$failed
 

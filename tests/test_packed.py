@@ -87,7 +87,7 @@ def test_minus_zero_is_stored_where_there_is_room():
     weight = torch.tensor([[-0.0, 1.0, 0.0, 0.0, -0.0, -0.0, 3.0, 4.0]])
     unpacked = mk.pack_24(weight).unpack()
     assert unpacked.signbit().tolist() == [[True, *[False] * 7]]
-    assert_same_bits(unpacked, weight)
+    assert torch.equal(unpacked, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -209,7 +209,6 @@ class CompiledLoop:
             filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
             addresses = [x.data_ptr() for x in tensors]
             addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
-            # all or one: OpenMP starts threads anew where their number changes
             loop(count, torch.get_num_threads() if count >= LEAST_SHARED else 1, *addresses)
             return filled
 

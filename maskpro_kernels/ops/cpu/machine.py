@@ -1,4 +1,4 @@
-"""This machine: LLVM's assembly as its object code, and object code as a function whose threads are OpenMP's."""
+"""This machine: LLVM's assembly as its object code, and object code as a function that threads share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from llvmlite import binding
 
-from .loops import ENTRY, SHARED, THREAD, THREADS
+from .loops import ENTRY
 
 
 @functools.cache
@@ -42,35 +43,25 @@ def loaded_loop(code: bytes, addresses: int) -> Callable[..., None]:
     """``loop(count, threads, *addresses)`` of an object file: all groups, without the GIL."""
     _initialize()
     jit = binding.create_lljit_compiler()
-    builder = binding.JITLibraryBuilder().add_object_img(code).export_symbol(ENTRY).export_symbol(SHARED)
-    openmp = _openmp()
-    for name in (THREAD, THREADS):
-        # where there is no OpenMP nothing calls them, but they have to be something
-        builder.import_symbol(name, ctypes.cast(getattr(openmp, name, _NO_THREAD), ctypes.c_void_p).value)
-    library = builder.link(jit, ENTRY)
-    whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * addresses)(library[ENTRY])
-    given = ctypes.c_int64 * (1 + addresses)
+    library = binding.JITLibraryBuilder().add_object_img(code).export_symbol(ENTRY).link(jit, ENTRY)
+    part = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * addresses)(library[ENTRY])
 
     def loop(count: int, threads: int, *tensors: int) -> None:
-        if threads > 1 and openmp:
-            openmp.GOMP_parallel(ctypes.c_void_p(library[SHARED]), given(count, *tensors), threads, 0)
-        else:
-            whole(0, count, *tensors)
+        ends = [count * i // threads for i in range(threads + 1)]
+        others = [_pool(threads - 1).submit(part, *ends[i : i + 2], *tensors) for i in range(threads - 1)]
+        part(*ends[-2:], *tensors)
+        for other in others:
+            other.result()
 
     # the code lives as long as these
     loop.kept = jit, library
     return loop
 
 
-_NO_THREAD = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
-
-
 @functools.cache
-def _openmp() -> ctypes.CDLL | None:
-    """The library whose threads torch's own loops run in, where that is GNU's: no second one is loaded."""
-    try:
-        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
-    except (OSError, AttributeError):
-        return None
-    library.GOMP_parallel.restype = None
-    return library
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="maskpro_kernels")
+
+
+# a child of fork has none of the threads
+os.register_at_fork(after_in_child=_pool.cache_clear)

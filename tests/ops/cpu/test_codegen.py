@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
 
-from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops, machine
+from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.25e-39, torch.inf, -torch.inf, torch.nan, 88.5, -3e38, 0.1, 7.0]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -123,12 +124,6 @@ def test_what_is_not_taken_column_by_column_is_refused(function):
         loops.lowered(graph, ((torch.float32, 4),), ())
 
 
-def test_without_openmp_one_thread_does_all(monkeypatch):
-    monkeypatch.setattr(machine, "_openmp", lambda: None)
-    x = torch.arange(10.0 * compiled_loop.LEAST_SHARED).view(-1, 2)
-    check(lambda x: (x + 1.0,), x)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_groups(threads):
     before = torch.get_num_threads()
@@ -142,5 +137,21 @@ def test_threads_share_the_groups(threads):
         ):
             x = torch.arange(2 * count, dtype=torch.float32).view(count, 2)
             check(lambda x: (x + 1.0,), x)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_of_fork_has_threads_of_its_own():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.arange(2.0 * compiled_loop.LEAST_SHARED).view(-1, 2)
+        check(lambda x: (x + 1.0,), x)
+        child = os.fork()
+        if child == 0:
+            check(lambda x: (x + 1.0,), x)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         torch.set_num_threads(before)
