@@ -6,8 +6,11 @@ What the command knows of them stands in ``training.estimator`` and in the class
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import iter_modules
 
+from .. import training
 from ..training.estimator import Estimator, Option, estimators
 from .arguments import number, whole
 from .progress import tell_as
@@ -17,8 +20,10 @@ GROUP = "maskpro_kernels.estimators"
 DEFAULT = "straight-through"
 
 
-def load_offered() -> None:
-    """Import the estimators that other packages offer; one that fails is left out, with a warning."""
+def load_estimators() -> None:
+    """Import those of this package, and those that other packages offer; one of these that fails is left out."""
+    for file in iter_modules(training.__path__):
+        import_module(f"{training.__name__}.{file.name}")
     for entry in entry_points(group=GROUP):
         try:
             entry.load()

@@ -13,7 +13,7 @@ import torch
 from ..files import write_whole
 from ..text.perplexity import perplexity
 
-# A run ends where the validation perplexity is above that of the initial mask by this factor, twice in a row
+# Training stops where the validation perplexity is above the initial mask's by this factor at two evaluations in a row
 DIVERGED = 1.1
 
 
@@ -90,7 +90,7 @@ class HeldOut:
         return value
 
     def risen(self) -> bool:
-        """Whether it was twice in a row far above that of the initial mask, or no number."""
+        """Whether the last two validation perplexities are NaN or over 10% above the initial mask's."""
         return len(self.rows) > 2 and not any(
             row["perplexity"] <= DIVERGED * self.rows[0]["perplexity"] for row in self.rows[-2:]
         )

@@ -1,4 +1,4 @@
-"""`maskpro learn`: learn a mask, or go on with a run that was broken off."""
+"""`maskpro learn`: learn a mask, or continue an interrupted run."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from .run_files import LOGITS, PROGRESS, SETTINGS, TENSORBOARD, VALIDATION, how_
 from .run_settings import parallel_of, stored_settings
 from .signals import Signals
 
-# Steps in a row whose loss, or gradient, may be no number
+# Steps in a row whose loss or gradient may not be finite
 MAX_SKIPPED = 9
 
 
@@ -78,7 +78,7 @@ class LearningRun:
             if self.trainer.ranks.rank == 0:
                 self._take_back(made)
             raise
-        # Behind the first snapshot: a folder with settings can be gone on with.
+        # After the first snapshot: from here on the run can be resumed.
         settings = json.dumps({"settings": stored_settings(self.args), **self.start}, indent=1).encode()
         self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))
 
@@ -119,8 +119,8 @@ class LearningRun:
         # the signal may have come to another rank
         if not signals.came and self.held_out.risen():
             tell(
-                f"stopped after {done} steps: at two evaluations in a row the validation perplexity was over 10% above "
-                "that of the initial mask, or no number"
+                f"stopped after {done} steps: the validation perplexity was NaN, or over 10% above the initial mask's, "
+                "at two evaluations in a row"
             )
             return True
         with telling("output", how_to_go_on(self.output)):

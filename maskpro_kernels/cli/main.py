@@ -15,7 +15,7 @@ import torch
 
 from ..extras import missing
 from ..ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
-from .estimator_options import load_offered
+from .estimator_options import load_estimators
 from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             one line too; with 0 after ``--help``.
     """
     argv = sys.argv[1:] if argv is None else argv
-    load_offered()
+    load_estimators()
     args = build_parser().parse_args(argv)
     args.bars = wants_bars(args)
     with warnings.catch_warnings(), log_told():

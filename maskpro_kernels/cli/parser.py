@@ -50,7 +50,12 @@ class _Versions(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, with the options of all estimators that are registered."""
     parser = _Parser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
-    parser.add_argument("--version", action=_Versions, nargs=0, help="print the versions of what matters here, and end")
+    parser.add_argument(
+        "--version",
+        action=_Versions,
+        nargs=0,
+        help="print the versions of this package and of what it runs on",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_learn(commands)
     _add_eval(commands)
@@ -82,8 +87,8 @@ def _add_learn(commands) -> None:
         "--resume",
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="go on with the run in DIR that was broken off, with its settings; alone, or with --device, "
-        "--parallel and --quiet",
+        help="continue the interrupted run in DIR with its settings; only --device, --parallel and --quiet may stand "
+        "beside it",
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     _add_initial_mask(parser)
@@ -102,8 +107,8 @@ def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=INITIAL_MASKS,
         default=argparse.SUPPRESS,
-        help="mask to start from: largest weights; largest weight times activation norm; or, from that, swaps that "
-        f"lower the error of each layer's outputs {run_default('init')}",
+        help="initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; "
+        f"reconstruction: swaps from there that lower the error of each layer's outputs {run_default('init')}",
     )
     parser.add_argument(
         "--init-batches", type=whole, default=16, metavar="I", help="batches for the initial mask, at most"
@@ -148,10 +153,10 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         choices=PARALLEL,
         default=argparse.SUPPRESS,
-        help="under torchrun: whether the ranks draw the same masks and share the batches of a step, or each draws its "
-        f"own share of the masks (default: {PARALLEL[0]})",
+        help="under torchrun: what the ranks share, the batches of a step (data) or its draws (draws) (default: "
+        f"{PARALLEL[0]})",
     )
-    parser.add_argument("--seed", type=whole, default=0, help="of the batches and of all draws")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the batches and of all draws")
 
 
 def _add_watching(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +165,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         "--other-data",
         default=argparse.SUPPRESS,
         metavar="DATA",
-        help=f"a text of another kind, whose test part the table shows too: {SOURCES}",
+        help=f"a second text, whose perplexity the table shows too: {SOURCES}",
     )
     parser.add_argument(
         "--eval-every",
@@ -235,7 +240,9 @@ def _add_replay(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn --estimator reinforce`")
-    parser.add_argument("--steps", type=whole, default=argparse.SUPPRESS, metavar="S", help="how many (default: all)")
+    parser.add_argument(
+        "--steps", type=whole, default=argparse.SUPPRESS, metavar="S", help="steps to replay (default: all)"
+    )
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="safetensors file to write; must not exist"
     )
@@ -247,7 +254,7 @@ def _add_replay(commands) -> None:
 def _add_import(commands) -> None:
     parser = commands.add_parser(
         "import",
-        help="checkpoint from what other programs store",
+        help="checkpoint from another program's files",
         description="Write a checkpoint with exact zeros or with packed weights from: a folder in compressed-tensors' "
         "sparse-24-bitmask format; a folder whose weights hold zeros in the pattern; or, with --model, learned masks: "
         "an .npz file of MaskLLM, or bool masks of MaskPro in a .pt file or a folder of them.",
@@ -257,9 +264,9 @@ def _add_import(commands) -> None:
     parser.add_argument("source", metavar="SOURCE", help="folder or file to read")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
     parser.add_argument(
-        "--model", default=argparse.SUPPRESS, help="for masks: the model they are of, as in `maskpro learn --model`"
+        "--model", default=argparse.SUPPRESS, help="for masks: the model they belong to, as in `maskpro learn --model`"
     )
-    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="that the weights or masks follow")
+    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="pattern of the weights or masks")
     parser.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
     _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
     _add_quiet(parser)
@@ -306,7 +313,7 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
         "--quiet",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="plain lines on stderr in place of bars; always so where it is no terminal",
+        help="plain lines on stderr instead of bars; always so if stderr is not a terminal",
     )
 
 
@@ -318,5 +325,5 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs, such as cuda:0"
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs, such as cuda:0"
     )

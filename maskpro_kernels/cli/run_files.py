@@ -53,7 +53,7 @@ def digest_of_weights(model: torch.nn.Module) -> str:
 
 
 def how_to_go_on(output: Path) -> str:
-    return f"go on with: maskpro learn --resume {shlex.quote(str(output))}"
+    return f"continue with: maskpro learn --resume {shlex.quote(str(output))}"
 
 
 def tell_missing(error: MissingRanks, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is in a batch: what tells it from others, its tokens, and what its loss weighs among those of a step."""
+"""What a batch contains: its identity, its tokens, and the weight of its loss within a step."""
 
 from __future__ import annotations
 

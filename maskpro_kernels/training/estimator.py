@@ -2,8 +2,8 @@
 
 The trainer, the run folder and the command know estimators by this protocol alone. A new one is a class that derives
 from ``Estimator``, in a file of its own; importing that file is all it takes. ``MaskTrainer`` takes its objects, and
-`maskpro learn --estimator NAME` offers it with its ``options``. A package offers one by an entry point in the group
-``maskpro_kernels.estimators``.
+`maskpro learn --estimator NAME` offers it with its ``options``: the command imports all files of this folder, and what
+other packages offer by an entry point in the group ``maskpro_kernels.estimators``.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class Estimator(ABC):
 
     def __init_subclass__(cls, **arguments) -> None:
         super().__init_subclass__(**arguments)
+        if cls.journaled and cls.recall is Estimator.recall:
+            raise TypeError(f"{cls.__name__}: expected a method recall, since its runs have a journal, got none")
         if "name" not in vars(cls):
             return
         other = _registered.get(cls.name)
@@ -171,7 +173,7 @@ class Estimator(ABC):
 
     def recall(self, entry: Entry) -> StepResult:
         """What a step found, by its record in the journal; moves the ``state`` as the step did, and no logits."""
-        raise NotImplementedError(f"{type(self).__name__}: expected a method recall, since its runs have a journal")
+        raise NotImplementedError
 
 
 _registered: dict[str, type[Estimator]] = {}

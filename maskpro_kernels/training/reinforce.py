@@ -28,12 +28,12 @@ class Reinforce(Estimator):
         alpha: decay of the tracker in [0, 1]; the paper's is 0.99. At 1 the tracker stays 0.
         tracker: "after" updates the tracker after its use, as the paper does; "before" ahead of it, as
             the paper's published code does.
-        normalize: divide the advantage by its running root mean square, of memory alpha, and bound it to +-3: lr is
+        normalize: divide the advantage by its running root mean square, with decay alpha, and bound it to +-3: lr is
             then free of the scale of the loss, and one outlier does not move the logits far. Not in the paper.
         draws: masks a step. Of several the advantage of each is its loss less the mean of the others', without
             residual and tracker.
-        refresh: take new initial masks m_0, the top-N masks of the logits, behind a step whose loss is at most half of
-            that under m_0. Each time costs a forward for every batch. With one draw.
+        refresh: take new initial masks m_0, the top-N masks of the logits, after a step whose loss is at most half of
+            that under m_0. Each refresh costs a forward for each batch. Only with draws=1.
 
     Attributes:
         delta: the tracker, a running mean of the residual.

@@ -103,7 +103,8 @@ def _record(entry: Entry, result: StepResult) -> StepRecord:
 def put_back(saved: SavedRun, layers: Mapping[str, MaskedLinear], estimator: Estimator, seed: int) -> None:
     """Set logits and tensors of the estimator to those of the snapshot, and take the journal's steps behind it again.
 
-    They are taken by their updates alone, without a forward pass, and give the bits of a run that was never broken off.
+    They are taken by their updates alone, without a forward pass, and give the bits of a run that was never
+    interrupted.
     """
     for name, layer in layers.items():
         layer.logits.copy_(saved.tensors[name])

@@ -32,7 +32,7 @@ def settings_of(
     seed: int,
     accumulate: int,
 ) -> dict:
-    """What a run is told from others by, beside its losses, as JSON can hold it.
+    """The settings that identify a run, as JSON.
 
     Of a batch with objects that ``content`` cannot compare, the tensors alone.
     """
@@ -82,7 +82,7 @@ class SavedRun(NamedTuple):
 class RunFolder:
     """What a run leaves on disk, for one trainer at a time. Nothing is computed here.
 
-    A new run begins by ``start``, and ``start_journal`` where it has a journal; one that was broken off goes on by
+    A new run begins by ``start``, and ``start_journal`` where it has a journal; an interrupted one continues by
     ``take_over``, ``read`` and ``go_on``. Errors name the trainer's argument ``output_dir``.
 
     Args:

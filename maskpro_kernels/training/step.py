@@ -60,6 +60,7 @@ class Step:
         batches: of the step.
         weights: of the batches' losses in their mean, by tokens.
         tokens: elements of the batches' input ids.
+        model, loss_fn: those of the trainer.
         layers: the masked layers by name.
         sharing: which forwards this rank makes.
         flip_rate: share of the groups whose draw leaves the top-N mask, in the layer whose turn it is.
@@ -83,7 +84,7 @@ class Step:
         self.weights = weights_of(batches)
         self.tokens = sum(map(count_tokens, batches))
         self.flip_rate = _flip_rate(list(layers.values())[index % len(layers)])
-        self._model, self._loss_fn, self._checkpointing = model, loss_fn, checkpointing
+        self.model, self.loss_fn, self._checkpointing = model, loss_fn, checkpointing
         self._initial_loss, self._begin_update = initial_loss, begin_update
         self._own: list[float] = []
 
@@ -104,8 +105,8 @@ class Step:
     @contextmanager
     def drawing(self, draw: int = 0) -> Iterator[None]:
         """With masked layers that make one of the step's draws, and all else in eval mode; for a backward as well."""
-        states = counter_states(self._model)
-        with _modes(self._model, self.layers, drawing=True, checkpointing=self._checkpointing):
+        states = counter_states(self.model)
+        with _modes(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):
             try:
                 for state in states:
                     state.draw.fill_(draw)
@@ -120,7 +121,7 @@ class Step:
         Raises:
             ValueError: if the loss is no number, or has no gradient where one is asked for.
         """
-        loss = self._loss_fn(self._model, self.batches[place])
+        loss = self.loss_fn(self.model, self.batches[place])
         if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
             raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
         self._own.append(value_of(loss))
@@ -132,7 +133,8 @@ class Step:
         Raises:
             RuntimeError: if the ranks are not at the same step, or have not drawn the same.
         """
-        return self.sharing.exchange(self.index, self._own, self.weights, self.flip_rate, order)
+        own, self._own = self._own, []
+        return self.sharing.exchange(self.index, own, self.weights, self.flip_rate, order)
 
     def begin_update(self, entry: Entry | None = None) -> None:
         """What comes right before the first logit moves.

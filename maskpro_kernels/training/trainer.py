@@ -37,7 +37,7 @@ class MaskTrainer:
     is in training mode itself, though not what is in it: only then it computes its activations anew in backward.
 
     ``Reinforce`` compares losses with those of the initial masks m_0, the top-N masks of the logits at the first step.
-    They are computed once a batch, before the logits move; a batch is known again by what is in it. Behind a step after
+    They are computed once a batch, before the logits move; a batch is recognized by its content. After a step after
     which the estimator ``refreshes``, m_0 becomes the top-N masks of the logits that this step has left.
 
     Where torch.distributed is initialized, all its processes, the ranks, make a trainer of the same model, batches and
@@ -70,7 +70,7 @@ class MaskTrainer:
             batches; ``accumulate`` has to be a multiple of the ranks. "draws": every rank makes its own share of the
             draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks.
         timeout: seconds that a rank waits for the others in a step, and for each of their losses of the initial masks.
-            As long as it takes it waits for ``after_step`` of ``run``, and, before the first step and where initial
+            Without a limit it waits for ``after_step`` of ``run``, and, before the first step and where initial
             masks are refreshed, for what rank 0 reads and writes and for settings that are compared.
 
     Raises:
@@ -243,10 +243,10 @@ class MaskTrainer:
         return record
 
     def resume(self) -> int:
-        """Go on with the run in ``output_dir``, which another process has left at any moment; gives its steps.
+        """Continue the run in ``output_dir``, which another process may have left at any moment; returns its steps.
 
         The newest sound snapshot is loaded. With ``Reinforce`` the journal's steps behind it are taken again by their
-        updates alone: the logits get the bits of a run that was never broken off. Without a journal, as with
+        updates alone: the logits get the bits of a run that was never interrupted. Without a journal, as with
         ``StraightThrough``, the steps behind the snapshot are lost.
 
         Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
@@ -318,7 +318,7 @@ class MaskTrainer:
             warnings.warn(f"{told}; the logits of their weights are as before", stacklevel=3)
 
     def _agreed_settings(self, **others: str) -> dict:
-        """What the run is told from others by, these beside it, once all ranks have the same."""
+        """The settings that identify the run, and these, once all ranks agree on them."""
         settings = settings_of(self.layers, self.estimator, self.batches, self.seed, self.accumulate) | others
         self.ranks.agree(settings | {"parallel": self.parallel})
         return settings

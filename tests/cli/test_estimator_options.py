@@ -8,6 +8,7 @@ import pytest
 from helpers.command import SIZES, report
 from helpers.tiny_llama import write_inputs
 
+from maskpro_kernels import training
 from maskpro_kernels.cli import main, parser
 from maskpro_kernels.cli.run_settings import complete
 from maskpro_kernels.training import estimator as protocol
@@ -122,15 +123,21 @@ def test_other_packages_offer_estimators(tmp_path, capsys, monkeypatch):
         complete(args)
 
 
+def test_a_file_beside_the_others_is_enough(tmp_path, capsys, monkeypatch):
+    (tmp_path / "one_more.py").write_text(
+        "from .reinforce import Reinforce\nclass OneMore(Reinforce):\n    name = 'one-more'\n"
+    )
+    monkeypatch.setattr(training, "__path__", [*training.__path__, str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main.main(["learn", "--help"])
+    assert "{reinforce,straight-through,one-more}" in capsys.readouterr().out
+
+
 def test_an_estimator_says_what_it_lacks():
-    class Journaled(Estimator):
-        def step(self, step):
-            raise AssertionError
+    with pytest.raises(TypeError, match="^Journaled: expected a method recall, since its runs have a journal"):
 
-        def settings(self):
-            return {}
+        class Journaled(Estimator):
+            journaled = True
 
-    with pytest.raises(NotImplementedError, match="^Journaled: expected a method recall"):
-        Journaled().recall(None)
     with pytest.raises(TypeError, match="abstract"):
         Estimator()

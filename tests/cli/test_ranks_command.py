@@ -122,7 +122,7 @@ def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs,
     """On two ranks each time; in one process at the end."""
     run, options = tmp_path / "run", ["--draws", "2", "--steps", "6"]
     assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
-    how = f"go on with: maskpro learn --resume {run}"
+    how = f"continue with: maskpro learn --resume {run}"
     own = ["--parallel", "draws"]
     stopped = OnRanks(tmp_path / "stopped", learn(inputs, run, *options, *own), (signal.SIGTERM, "0,1", 1))
     assert (stopped.code, stopped.out[1], stopped.err[1]) == (0, "", ""), stopped.err

@@ -58,7 +58,7 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, tmp_path, capsys, mo
     capsys.readouterr()
     run = tmp_path / "run"
     assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), number)) == 0
-    assert f"stopped after 4 steps; go on with: maskpro learn --resume {run}" in capsys.readouterr().err
+    assert f"stopped after 4 steps; continue with: maskpro learn --resume {run}" in capsys.readouterr().err
     assert not (run / "report.json").exists()
     assert main.main(["learn", "--resume", str(run), "--device", "cpu"]) == 0
     assert "4 steps were taken before" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run
         assert main.main(learn(inputs, output)) == 2
     *_, told, error = capsys.readouterr().err.splitlines()
     assert told.startswith("stopped after 2 steps; the logits could not be saved: ") and "File too large" in told
-    assert told.endswith(f"; go on with: maskpro learn --resume {output}")
+    assert told.endswith(f"; continue with: maskpro learn --resume {output}")
     assert error == "maskpro: error: loss of step 2: expected a finite number"
     assert main.main(["learn", "--resume", str(output)]) == 0
     assert report(output)["logits"] == report(run)["logits"]
@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, 
         assert main.main(learn(inputs, output)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("maskpro: error: output: ") and "File too large" in error
-    assert error.endswith(f"; go on with: maskpro learn --resume {output}")
+    assert error.endswith(f"; continue with: maskpro learn --resume {output}")
     assert not (output / "report.json").exists()
     assert main.main(["learn", "--resume", str(output)]) == 0
     assert report(output)["logits"] == report(run)["logits"]

@@ -34,7 +34,7 @@ def words_of_all_sizes() -> torch.Tensor:
 
 
 def kernels_bound(r):
-    """That of ``determined`` in ops/triton/device/gumbel_top_k.py."""
+    """That of ``determined`` in ops/triton/device_functions/gumbel_top_k.py."""
     quarter = (r >> 2).to(torch.int32).to(torch.float32)
     return bounds.BOUND_AT_ZERO - quarter.view(torch.int32).to(torch.float32) * bounds.NATS_PER_BIT_PATTERN
 

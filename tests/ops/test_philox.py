@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maskpro_kernels import functional
 from maskpro_kernels.counter import Counter
 from maskpro_kernels.ops import philox, reference
-from maskpro_kernels.ops.triton import device
+from maskpro_kernels.ops.triton import device_functions as device
 from maskpro_kernels.pattern import NMPattern
 
 KNOWN_ANSWERS = [

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...counter import MaskSource
 from ..reference.plackett_luce import EXACT_SCORE_MAX_N
-from . import device as d
+from . import device_functions as d
 from . import sampling
 from .launch import launch_tiles
 from .tiles import ALIGNED, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..reference.arithmetic import INTEGERS
-from . import device as d
+from . import device_functions as d
 from .launch import launch, launch_rows, launch_tiles
 from .masked_gemm import operand_constants, result_dtype
 from .tiles import INTERPRETED, PACKED_TOKENS, architecture, rows_for, tiles_for

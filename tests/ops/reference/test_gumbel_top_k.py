@@ -11,7 +11,7 @@ from helpers.bits import assert_same_bits
 from helpers.enumerated import KERNEL_DEVICE
 
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import device
+from maskpro_kernels.ops.triton import device_functions as device
 
 GOLDEN_WORDS = [0, 1, 255, 1 << 16, 1 << 31, (1 << 32) - 1]
 BLOCK = 1 << 16

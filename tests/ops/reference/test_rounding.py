@@ -12,7 +12,7 @@ from helpers.enumerated import KERNEL_DEVICE
 from maskpro_kernels import functional
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import device
+from maskpro_kernels.ops.triton import device_functions as device
 from maskpro_kernels.pattern import NMPattern
 
 DTYPES = [torch.bfloat16, torch.float16]
