@@ -19,12 +19,6 @@ from maskpro_kernels.training.straight_through import StraightThrough
 REQUIRED = ["--model", "m", "--data", "d", "--output", "o"]
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """Those of this package alone; what a test defines is forgotten again."""
-    monkeypatch.setattr(protocol, "_registered", {"reinforce": Reinforce, "straight-through": StraightThrough})
-
-
 def settings_of(*options):
     args = parser.build_parser().parse_args(["learn", *REQUIRED, *options])
     return complete(args), vars(args)
