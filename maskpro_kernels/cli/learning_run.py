@@ -130,11 +130,10 @@ class LearningRun:
 
     def end(self) -> None:
         """Write what a run leaves at its end, and print its table."""
-        estimator = self.trainer.estimator
         with telling("output", how_to_go_on(self.output)):
-            report = write_results(self.args, self.inputs, self.start, self.held_out.rows, self.seconds, estimator)
+            report = write_results(self.args, self.inputs, self.start, self.held_out.rows, self.seconds)
         # What is learned is in the logits; what a replay starts from stays
-        for old in snapshots_in(self.progress)[1 if estimator.journaled else 0 :]:
+        for old in snapshots_in(self.progress)[1 if self.trainer.estimator.journaled else 0 :]:
             old.unlink()
         print_table(report["table"])
         print(

@@ -30,9 +30,10 @@ class StepRecord:
     Attributes:
         step: index of the step, from 0.
         loss: loss under the drawn masks: of several batches the mean by ``weights_of``, of several draws their mean.
-        residual: with ``Reinforce`` that loss less the loss of the same batches under the initial masks.
-        advantage: with ``Reinforce`` the residual less the tracker.
-        tracker: with ``Reinforce`` the tracker after the step. All three are None where a step has several draws.
+        residual: that loss less the loss of the same batches under the initial masks.
+        advantage: the residual less the tracker.
+        tracker: the running mean of the residual after the step. Each of the three is None where the estimator gives
+            none.
         flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
         tokens: elements of the batches' input ids.
         seconds: wall-clock time of the step.

@@ -381,7 +381,9 @@ def _shown(record: StepRecord) -> dict[str, str]:
     """What the bar shows of a step."""
     shown = {"loss": f"{record.loss:.4f}"}
     if record.residual is not None:
-        shown |= {"residual": f"{record.residual:+.2e}", "advantage": f"{record.advantage:+.2e}"}
+        shown["residual"] = f"{record.residual:+.2e}"
+    if record.advantage is not None:
+        shown["advantage"] = f"{record.advantage:+.2e}"
     rate = record.tokens / record.seconds
     return shown | {"flips": f"{record.flip_rate:.1e}", "tokens_per_s": f"{rate:.0f}"}
 
