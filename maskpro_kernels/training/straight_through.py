@@ -18,7 +18,7 @@ from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ranks import Ranks
 from .estimator import Estimator, Option, StepResult
-from .number_checks import check_float, check_int
+from .number_checks import check_float, check_whole
 from .step import Step
 
 
@@ -67,7 +67,7 @@ class StraightThrough(Estimator):
         check_float("max_update", max_update, 0.0, strict=True)
         check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
         if steps is not None:
-            check_int("steps", steps, 1)
+            check_whole("steps", steps, 1)
         self.lr = float(lr)
         self.steps = steps
         self.curvature = float(curvature)
