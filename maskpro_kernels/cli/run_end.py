@@ -20,9 +20,9 @@ from ..report.plots import draw_perplexity, draw_residual
 from ..training.batches import digest
 from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
-from .held_out import table_row
 from .inputs import Inputs
 from .models import save
+from .perplexities import table_row
 from .progress import tell
 from .run_files import (
     LOGITS,
