@@ -37,8 +37,8 @@ class StraightThrough(Estimator):
         steps: how many steps there will be, and no more; None: lr stays as it is.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens.
         max_update: most that a logit moves in a step. A kept and a dropped weight start the gap apart and change places
-            after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few weights with massive
-            activations are dropped on the word of slopes that do not see how far the loss bends there.
+            after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few important
+            weights may be dropped, because the slope is a local estimate and underestimates what that costs.
         decay: share of the running mean square that a step leaves, in [0, 1).
 
     Raises:
