@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from . import ops
 from .counter import Counter, MaskSource
-from .functional.checks import LOGIT_DTYPES, check_codes, check_exactly_n, check_shard, describe
+from .functional.checks import (
+    LOGIT_DTYPES,
+    check_codes,
+    check_exactly_n,
+    check_like,
+    check_shard,
+    check_weight,
+    describe,
+    matrix_of,
+)
 from .functional.linear import LogitsBackward, linear_under, straight_through_under
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .ops.philox import MAX_LAYERS
@@ -29,7 +38,8 @@ class CounterState(nn.Module):
     Attributes:
         seed: of all draws.
         step: at which the layers draw, see ``advance``.
-        draw: which of several draws in a step the layers make.
+        draw: which of several draws in a step the layers make. As for the step, a backward through a forward comes
+            before the draw changes: torch refuses a later one, "modified by an inplace operation".
     """
 
     seed: Tensor
@@ -230,7 +240,7 @@ class MaskedLinear(nn.Module):
             return self.straight_through(input)
 
         def product(logits: Tensor) -> Tensor:
-            y, _ = linear_under(input, self.weight, self.bias, self._mask(logits))
+            y, _ = linear_under(input, self.weight, self.bias, self._mask(logits, self.training))
             return y
 
         return self._with_logits(product)
@@ -239,16 +249,17 @@ class MaskedLinear(nn.Module):
         """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""
 
         def product(logits: Tensor) -> Tensor:
-            return straight_through_under(input, self.weight, self.bias, self._mask(logits), self.logits_backward)
+            mask = self._mask(logits, drawn=True)
+            return straight_through_under(input, self.weight, self.bias, mask, self.logits_backward)
 
         return self._with_logits(product)
 
-    def _mask(self, logits: Tensor) -> MaskSource:
-        """The source of the mask of the current mode."""
-        n, m = self.pattern.n, self.pattern.m
-        if self.training:
-            return MaskSource(logits.contiguous(), "drawn", n, m, counter=self.counter())
-        return MaskSource(logits.detach().contiguous(), "top_n", n, m)
+    def _mask(self, logits: Tensor, drawn: bool) -> MaskSource:
+        """The source of the mask that is drawn at the current step, or else of the N largest logits."""
+        check_weight(self.weight, self.pattern)
+        check_like("logits", logits, "weight", self.weight)
+        matrix, n, m = matrix_of("logits", logits, self.pattern), self.pattern.n, self.pattern.m
+        return MaskSource(matrix, "drawn", n, m, counter=self.counter()) if drawn else MaskSource(matrix, "top_n", n, m)
 
     def _with_logits(self, function: Callable[[Tensor], Result]) -> Result:
         """``function(logits)``, differentiable, with logits on the weight's device."""
@@ -288,17 +299,20 @@ class MaskedLinear(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
-        return ops.masked_weight(self.weight.contiguous(), self._mask(self.logits_on_device().detach()))
+        return self._weight_under(self.training)
 
     def top_n_weight(self) -> Tensor:
         """The weight [out, K] where its logit is among the N largest of its group, exact zeros elsewhere."""
-        logits = self.logits_on_device().detach().contiguous()
-        return ops.masked_weight(self.weight.contiguous(), MaskSource(logits, "top_n", self.pattern.n, self.pattern.m))
+        return self._weight_under(drawn=False)
+
+    def _weight_under(self, drawn: bool) -> Tensor:
+        mask = self._mask(self.logits_on_device().detach(), drawn)
+        return ops.masked_weight(self.weight.contiguous(), mask)
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
-        logits = self.logits_on_device().detach().contiguous()
-        return ops.sample_mask(logits, self.pattern.n, self.pattern.m, 1.0, self.counter())
+        mask = self._mask(self.logits_on_device().detach(), drawn=True)
+        return ops.sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
 
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
@@ -321,9 +335,25 @@ class MaskedLinear(nn.Module):
         return (self.group_offset, self.group_row_stride) != (0, self.in_features // self.pattern.m)
 
     def counter(self) -> Counter:
-        """The counter of the current step and draw."""
-        state = self.counter_state
-        return Counter(state.seed, state.step, self.layer_id, state.draw, self.group_offset, self.group_row_stride)
+        """The counter of the current step and draw, on the device of the weight.
+
+        Raises:
+            ValueError: if seed and step are on meta, where they have no value.
+        """
+        state, device = self.counter_state, self.weight.device
+        key = state.seed, state.step, self.layer_id, state.draw
+        if any(part.device != device for part in key):
+            # the layers of a model may have been spread over devices since they were made
+            if any(part.is_meta for part in key):
+                raise ValueError("counter_state: expected seed and step in memory, got some on meta: load a state_dict")
+            key = [part.to(device) for part in key]
+        return Counter(*key, self.group_offset, self.group_row_stride)
+
+    def _apply(self, fn, recurse: bool = True) -> MaskedLinear:
+        super()._apply(fn, recurse)
+        # ``to_empty`` has made it anew, without its value
+        self.layer_id.fill_(self._layer)
+        return self
 
     def get_extra_state(self) -> Tensor:
         """int64 [7]: layer id, N, M, the seed and step, and where a shard lies: group offset and row stride."""
@@ -334,9 +364,16 @@ class MaskedLinear(nn.Module):
         return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *counter, *place], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.layer, _, _, seed, step, *_ = state.tolist()
+        layer, _, _, seed, step, *_ = state.tolist()
+        # a state_dict that is assigned brings weights alone out of meta
+        if self.layer_id.is_meta:
+            self.layer_id = torch.empty_like(self.layer_id, device=self.weight.device)
+        if self.counter_state.seed.is_meta:
+            self.counter_state.to_empty(device=self.weight.device)
+        self.layer = layer
         self.counter_state.seed.fill_(seed)
         self.counter_state.step.fill_(step)
+        self.counter_state.draw.fill_(0)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(f"{prefix}_extra_state")

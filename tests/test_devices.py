@@ -258,3 +258,19 @@ def test_devices_that_hold_no_logits_are_refused(device, error, message):
     assert type(model[0]) is nn.Linear
     with pytest.raises(error, match=message):
         mk.MaskedLinear.from_linear(model[0], "2:4", logits_device=device)
+
+
+def assert_counter_follows_the_weight(rank: int) -> None:
+    """A model that is spread over devices once it has been converted shares its counter state all the same."""
+    device = far_device()
+    linear = a_linear(16, 8, 0)
+    near = mk.MaskedLinear.from_linear(linear, "2:4", gap=1.0, counter_state=CounterState(seed=9)).train()
+    away = copy.deepcopy(near).to("far")
+    away.counter_state = near.counter_state
+    assert {part.device.type for part in away.counter().key} == {"far"}
+    assert_same_bits(away.drawn_codes().cpu(), near.drawn_codes())
+    del device
+
+
+def test_a_counter_follows_the_weight():
+    all_in_ranks(1, assert_counter_follows_the_weight)

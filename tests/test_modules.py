@@ -281,3 +281,55 @@ def test_forward_runs_on_the_kernels(monkeypatch, launched):
     layer.train()(torch.randn(3, 16))
     layer.eval()(torch.randn(3, 16))
     assert launched == {"masked_linear": 2}
+
+
+def on_meta() -> mk.MaskedLinear:
+    with torch.device("meta"):
+        return mk.MaskedLinear(torch.empty(4, 16), None, torch.empty(4, 16), "2:4", layer=0)
+
+
+@pytest.mark.parametrize("load", ["assign", "to_empty"])
+def test_a_layer_made_on_meta_draws_as_the_saved_one(load):
+    saved = mk.MaskedLinear.from_linear(nn.Linear(16, 4, bias=False), "2:4", gap=1.0, layer=7)
+    saved.counter_state.seed.fill_(5)
+    layer = on_meta() if load == "assign" else on_meta().to_empty(device="cpu")
+    layer.load_state_dict(saved.state_dict(), assign=load == "assign")
+    assert layer.layer == 7 and int(layer.layer_id) == 7
+    assert_same_bits(layer.drawn_codes(), saved.drawn_codes())
+    assert_same_bits(layer.train().masked_weight(), saved.train().masked_weight())
+
+
+def test_the_id_of_a_layer_survives_to_empty():
+    layer = mk.MaskedLinear.from_linear(nn.Linear(16, 4), "2:4", layer=7).to_empty(device="cpu")
+    assert int(layer.layer_id) == layer.layer == 7
+
+
+def test_a_counter_without_values_is_refused():
+    layer = mk.MaskedLinear.from_linear(nn.Linear(16, 4), "2:4")
+    layer.counter_state.to("meta")
+    with pytest.raises(ValueError, match="counter_state: expected seed and step in memory, got some on meta"):
+        layer.train()(torch.randn(2, 16))
+
+
+def test_logits_of_a_dtype_that_no_draw_takes_are_refused():
+    layer = mk.MaskedLinear.from_linear(nn.Linear(16, 4), "2:4")
+    layer.logits.data = layer.logits.data.double()
+    for training in (True, False):
+        with pytest.raises(TypeError, match="logits: expected float32, bfloat16 or float16"):
+            layer.train(training)(torch.randn(2, 16))
+
+
+def test_straight_through_draws_in_any_mode():
+    layer = mk.MaskedLinear.from_linear(nn.Linear(16, 4, bias=False), "2:4", gap=0.5)
+    layer.logits_backward = mk.straight_through_gradient
+    x = torch.randn(3, 16)
+    assert_same_bits(layer.eval().straight_through(x), layer.train()(x))
+
+
+def test_a_backward_comes_before_the_draw_changes():
+    layer = mk.MaskedLinear.from_linear(nn.Linear(16, 4), "2:4").train()
+    x = torch.randn(3, 16, requires_grad=True)
+    y = layer(x)
+    layer.counter_state.draw.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

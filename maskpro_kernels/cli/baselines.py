@@ -16,8 +16,8 @@ from ..pruning.convert import convert
 from ..pruning.initial_masks import INITIAL_MASKS, initial_codes
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
-from .held_out import table_row
 from .inputs import Inputs
+from .perplexities import table_row
 from .progress import Progress, tell
 
 # The initial masks that the table shows, whichever learning starts from

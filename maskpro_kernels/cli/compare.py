@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..report.plots import check_picture, draw_perplexity
 from .arguments import new_file
-from .held_out import print_table
+from .perplexities import print_table
 from .run_files import REPORT, read_report
 
 

@@ -67,6 +67,11 @@ def run_default(name: str) -> str:
     return _escaped(f"(default: {', '.join(told)})")
 
 
+def journaled() -> str:
+    """For --help: the estimators whose runs have a journal."""
+    return _escaped(", ".join(name for name, of in estimators().items() if of.journaled))
+
+
 def _shown(value: object) -> str:
     """A default as --help shows it."""
     if value is None:

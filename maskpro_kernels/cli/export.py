@@ -24,7 +24,7 @@ def export(args: argparse.Namespace) -> None:
     check_output(output)
     source = Path(args.source) / LOGITS
     check_ended(source.parent, LOGITS)
-    with telling("run", f"restore {LOGITS} from a copy, or by `maskpro replay --output` of a run by reinforce"):
+    with telling("run", f"restore {LOGITS} from a copy, or by `maskpro replay --output` of a run with a journal"):
         logits, pattern, metadata = _learned(source)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
     with telling("run", "put back the base model of the run"):

@@ -43,12 +43,12 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         # told now, not after the evaluation of the dense model
         layers_to_convert(model, args.pattern)
 
-    def held_out_windows(text: str, data: str = "data") -> torch.Tensor:
+    def evaluation_windows(text: str, data: str = "data") -> torch.Tensor:
         return windows_of(text, model, tokenizer, args.eval_length, data, "--eval-length")[: args.eval_windows]
 
-    tests = {"perplexity": held_out_windows(texts["test"])}
+    tests = {"perplexity": evaluation_windows(texts["test"])}
     if other is not None:
-        tests["other_perplexity"] = held_out_windows(other, "other_data")
+        tests["other_perplexity"] = evaluation_windows(other, "other_data")
     calibration = windows_of(texts["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len").to(device)
     with telling("data", "give a longer text, or a smaller --batch-size or --seq-len"):
         calibration = batches(calibration, args.batch_size, args.seed)
@@ -56,7 +56,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         model,
         tokenizer,
         tests,
-        held_out_windows(texts["validation"]),
+        evaluation_windows(texts["validation"]),
         calibration[: args.init_batches],
         calibration[: args.calibration_batches],
     )

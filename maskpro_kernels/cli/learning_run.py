@@ -21,8 +21,8 @@ from ..training.snapshots import snapshots_in
 from ..training.step import StepRecord
 from ..training.trainer import MaskTrainer
 from .arguments import telling
-from .held_out import HeldOut, print_table
 from .inputs import Inputs
+from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
 from .run_end import save_run_logits, write_results
 from .run_files import LOGITS, PROGRESS, SETTINGS, TENSORBOARD, VALIDATION, how_to_go_on, read_metrics, tell_missing
@@ -63,7 +63,7 @@ class LearningRun:
             accumulate=args.accumulate,
             parallel=parallel_of(args),
         )
-        self.held_out = HeldOut(
+        self.validation = ValidationPerplexities(
             self.progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps, args.bars
         )
 
@@ -94,17 +94,17 @@ class LearningRun:
 
     def go_on(self) -> None:
         """Go on where the folder stands."""
-        self.ranks.first(self.held_out.read)
+        self.ranks.first(self.validation.read)
         with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
             self.trainer.resume()
-        self.held_out.restart(self.trainer.steps_done)
+        self.validation.restart(self.trainer.steps_done)
         self.seconds += sum(record["seconds"] for record in read_metrics(self.progress))
         tell(f"{self.trainer.steps_done} steps were taken before")
 
     def take_steps(self) -> bool:
         """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""
         more = self.ranks.first(self._has_more)
-        began, evaluating = time.perf_counter(), self.held_out.seconds
+        began, evaluating = time.perf_counter(), self.validation.seconds
         with self._signals() as signals:
             if self.ranks.rank > 0:
                 if more:
@@ -112,12 +112,12 @@ class LearningRun:
                 return False
             if more:
                 self._run_and_tell(signals)
-        self.seconds += time.perf_counter() - began - (self.held_out.seconds - evaluating)
+        self.seconds += time.perf_counter() - began - (self.validation.seconds - evaluating)
         done, steps = self.trainer.steps_done, self.args.steps
         if done == steps:
             return True
         # the signal may have come to another rank
-        if not signals.came and self.held_out.risen():
+        if not signals.came and self.validation.risen():
             tell(
                 f"stopped after {done} steps: the validation perplexity was NaN, or over 10% above the initial mask's, "
                 "at two evaluations in a row"
@@ -130,11 +130,10 @@ class LearningRun:
 
     def end(self) -> None:
         """Write what a run leaves at its end, and print its table."""
-        estimator = self.trainer.estimator
         with telling("output", how_to_go_on(self.output)):
-            report = write_results(self.args, self.inputs, self.start, self.held_out.rows, self.seconds, estimator)
+            report = write_results(self.args, self.inputs, self.start, self.validation.rows, self.seconds)
         # What is learned is in the logits; what a replay starts from stays
-        for old in snapshots_in(self.progress)[1 if estimator.journaled else 0 :]:
+        for old in snapshots_in(self.progress)[1 if self.trainer.estimator.journaled else 0 :]:
             old.unlink()
         print_table(report["table"])
         print(
@@ -148,7 +147,7 @@ class LearningRun:
 
     def _evaluate(self) -> None:
         """Find the validation perplexity where the run stands, and tell it."""
-        found = self.held_out.add(self.trainer.steps_done, self._tokens_done())
+        found = self.validation.add(self.trainer.steps_done, self._tokens_done())
         if not self.args.bars:
             tell(f"step {self.trainer.steps_done} of {self.args.steps}: validation perplexity {found:.2f}")
 
@@ -157,9 +156,9 @@ class LearningRun:
 
     def _has_more(self) -> bool:
         """Whether there are steps to take, by what is known of the validation text."""
-        if self.held_out.due(self.trainer.steps_done):
+        if self.validation.due(self.trainer.steps_done):
             self._evaluate()
-        return self.trainer.steps_done < self.args.steps and not self.held_out.risen()
+        return self.trainer.steps_done < self.args.steps and not self.validation.risen()
 
     def _run(self, **how) -> None:
         self.trainer.run(self.args.steps - self.trainer.steps_done, **how)
@@ -169,17 +168,17 @@ class LearningRun:
         lines = StepLines(self.args.steps, self.trainer.steps_done)
         board = nullcontext()
         if hasattr(self.args, "tensorboard"):
-            board = closing(Scalars(self.output / TENSORBOARD, self.trainer.steps_done, self.held_out.rows))
+            board = closing(Scalars(self.output / TENSORBOARD, self.trainer.steps_done, self.validation.rows))
         with board as scalars:
 
             def after_step(record: StepRecord) -> bool:
                 step = record.step + 1
-                found = self.held_out.add(step, self._tokens_done()) if self.held_out.due(step) else None
+                found = self.validation.add(step, self._tokens_done()) if self.validation.due(step) else None
                 if not self.args.bars:
                     lines.add(record, found)
                 if scalars is not None:
-                    scalars.add(record, self.held_out.rows)
-                return self.held_out.risen() or signals.came
+                    scalars.add(record, self.validation.rows)
+                return self.validation.risen() or signals.came
 
             try:
                 self._run(progress=self.args.bars, after_step=after_step)

@@ -10,7 +10,7 @@ from ..pruning.initial_masks import INITIAL_MASKS
 from ..training.sharing import PARALLEL
 from .arguments import DTYPE, DTYPES, number, whole
 from .compare import compare
-from .estimator_options import add_estimators, run_default
+from .estimator_options import add_estimators, journaled, run_default
 from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
@@ -234,12 +234,12 @@ def _add_replay(commands) -> None:
     parser = commands.add_parser(
         "replay",
         help="rebuild a run's logits from its journal",
-        description="Rebuild the logits of a run by reinforce from its first snapshot and its journal, without a "
-        "model, and print their digest.",
+        description="Rebuild the logits of a run from its first snapshot and its journal, without a model, and print "
+        "their digest. Runs have a journal by these estimators: " + journaled() + ".",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn --estimator reinforce`")
+    parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`, with a journal")
     parser.add_argument(
         "--steps", type=whole, default=argparse.SUPPRESS, metavar="S", help="steps to replay (default: all)"
     )

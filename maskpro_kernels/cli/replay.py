@@ -29,13 +29,12 @@ def replay(args: argparse.Namespace) -> None:
     progress = Path(args.source) / PROGRESS
     if not Path(args.source).is_dir():
         raise ValueError(
-            f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}: there is none; "
-            "check its name"
+            f"run: expected the folder of a run with a journal, got {args.source!r}: there is none; check its name"
         )
     if not (progress / JOURNAL).exists():
         raise ValueError(
-            f"run: expected a folder of `maskpro learn --estimator reinforce`, got {args.source!r}, without a journal; "
-            f"a run by another estimator cannot be replayed, its logits are in its {LOGITS}"
+            f"run: expected the folder of a run with a journal, got {args.source!r}, without one; a run whose "
+            f"estimator keeps none cannot be replayed, its logits are in its {LOGITS}"
         )
     with telling("run", CURE):
         header, entries, torn = read_journal(progress / JOURNAL)

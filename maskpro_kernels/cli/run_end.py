@@ -18,12 +18,11 @@ from ..pruning.finalize import finalize
 from ..report.html import write_html
 from ..report.plots import draw_perplexity, draw_residual
 from ..training.batches import digest
-from ..training.estimator import Estimator
 from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
-from .held_out import table_row
 from .inputs import Inputs
 from .models import save
+from .perplexities import table_row
 from .progress import tell
 from .run_files import (
     LOGITS,
@@ -46,7 +45,6 @@ def write_results(
     start: Mapping,
     validation: Sequence[Mapping],
     seconds: float,
-    estimator: Estimator,
 ) -> dict:
     """Write what a run leaves that has taken its last step; gives its report.
 
@@ -56,7 +54,6 @@ def write_results(
         start: what was known before the first step.
         validation: validation perplexities by step.
         seconds: from the dense model to the learned mask.
-        estimator: that has learned.
 
     Raises:
         OSError: if something cannot be written. The report is not there then: the run can be gone on with.
@@ -69,7 +66,7 @@ def write_results(
 
     save(finalize(model), inputs.tokenizer, output)
     draw_perplexity({args.estimator: validation}, output / PERPLEXITY_PICTURE)
-    if estimator.needs_initial_losses:
+    if any(record["residual"] is not None for record in records):
         draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
         "model": stored_settings(args)["model"],

@@ -29,7 +29,7 @@ TENSORBOARD = "tensorboard"
 REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
 REPORTED_SETTINGS = ("data", "dtype", "eval_length")
 # What a run goes on by: its settings, and what was known before its first step
-RESUMED_SETTINGS = ("model", "data", "init", "dtype", "device", "estimator", "steps", "lr", "gap", "seed")
+RESUMED_SETTINGS = ("model", "data", "init", "dtype", "device", "estimator", "steps", "gap", "seed")
 RESUMED = ("settings", "table", "seconds", "converted", "skipped")
 
 
@@ -97,7 +97,7 @@ def read_report(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}; restore it from a copy, or move "
-            "it away: `maskpro learn --resume` then writes that of a run by reinforce again"
+            "it away: `maskpro learn --resume` then writes that of a run with a journal again"
         ) from error
 
 

@@ -20,12 +20,19 @@ from ..modules import MaskedLinear
 from .journal import Entry
 from .step import Step
 
+# What `maskpro learn` holds of every run beside the options of its estimator
+RUN_OPTIONS = frozenset(
+    "accumulate bars batch_size calibration_batches data device device_given dtype estimator eval_every eval_length "
+    "eval_windows flip_rate gap help init init_batches model other_data output parallel pattern quiet resume run seed "
+    "seq_len steps tensorboard".split()
+)
+
 
 class Option(NamedTuple):
     """An option of `maskpro learn` that an estimator takes as the keyword of that name.
 
     Attributes:
-        name: of the keyword. The option has hyphens for underscores.
+        name: of the keyword, none of ``RUN_OPTIONS``. The option has hyphens for underscores.
         kind: int, float, or any function that makes a value of text or raises ValueError. JSON can hold the value.
             Estimators with an option of the same name have it of the same kind.
         default: where the command line says nothing.
@@ -78,7 +85,8 @@ class StepResult:
 class Estimator(ABC):
     """How the logits move by the losses of drawn masks. An object serves one trainer.
 
-    A class with a ``name`` of its own is registered as it is defined.
+    A class with a ``name`` of its own is registered as it is defined. ValueError or TypeError tells what it lacks, and
+    it is not registered then.
 
     Attributes:
         name: on the command line.
@@ -86,11 +94,13 @@ class Estimator(ABC):
         options: of the command line; each is a keyword of the class.
         run_defaults: of the options that all runs have.
         needs_gradients: whether steps run backward. Logits then require gradients, and blocks whose activations are
-            checkpointed compute them anew. Else steps run in inference mode.
+            checkpointed compute them anew. Of several draws, each backward has to come within its own ``Step.drawing``:
+            behind it torch refuses the backward. Else steps run in inference mode.
         needs_flips: whether it learns from masks alone that a draw has changed. A gap that no draw crosses is refused.
         needs_initial_losses: whether steps ask for the loss under the initial masks; it is computed before the first.
-        journaled: whether the update of a step follows from its record in the journal. Where a run goes on, the steps
-            behind the last snapshot are rebuilt by ``recall``; without a journal they are taken again.
+        journaled: whether the update of a step follows from its record in the journal. Every step then gives one to
+            ``Step.begin_update``. Where a run goes on, the steps behind the last snapshot are rebuilt by ``recall``;
+            without a journal they are taken again.
         draws: masks drawn in a step.
         steps: how many steps there may be; None: any number.
         taken: whether a trainer has it.
@@ -112,6 +122,11 @@ class Estimator(ABC):
         super().__init_subclass__(**arguments)
         if cls.journaled and cls.recall is Estimator.recall:
             raise TypeError(f"{cls.__name__}: expected a method recall, since its runs have a journal, got none")
+        if cls.journaled and cls.tensors is not Estimator.tensors:
+            raise TypeError(
+                f"{cls.__name__}: expected no tensors of its own, since a journal rebuilds none but the logits, got a "
+                "method tensors"
+            )
         if "name" not in vars(cls):
             return
         other = _registered.get(cls.name)
@@ -121,6 +136,7 @@ class Estimator(ABC):
                 f"name: expected one that no other estimator has, got {cls.name!r}, which is {other.__module__}."
                 f"{other.__qualname__}"
             )
+        _check_options(cls)
         _registered[cls.name] = cls
 
     @classmethod
@@ -166,8 +182,8 @@ class Estimator(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that steps change beside the logits, by name. Snapshots hold them.
 
-        Where a run goes on, they get their values back in place. Of an estimator with a journal nothing but logits and
-        ``state`` goes on.
+        Where a run goes on, they get their values back in place. They have to be there after ``begin``, of the shapes
+        and dtypes that they keep. An estimator with a journal has none: it goes on by logits and ``state`` alone.
         """
         return {}
 
@@ -177,6 +193,21 @@ class Estimator(ABC):
 
 
 _registered: dict[str, type[Estimator]] = {}
+
+
+def _check_options(cls: type[Estimator]) -> None:
+    """Raise ValueError unless the options of an estimator can stand beside all others of the command."""
+    names = [option.name for option in cls.options]
+    for option in cls.options:
+        told = f"options: expected {{}} in {cls.name}, got {option.name!r}"
+        if not option.name.isidentifier() or option.name.startswith("_") or names.count(option.name) > 1:
+            raise ValueError(told.format("names of keywords, each once,"))
+        if option.name in RUN_OPTIONS:
+            raise ValueError(told.format("other names than those of options that all runs have"))
+        for other in _registered.values():
+            alike = (held for held in other.options if held.name == option.name)
+            if other.name != cls.name and any(held.kind is not option.kind for held in alike):
+                raise ValueError(f"{told.format(f'the kind that {other.name} gives an option')} of another kind")
 
 
 def estimators() -> Mapping[str, type[Estimator]]:

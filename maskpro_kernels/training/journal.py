@@ -1,4 +1,4 @@
-"""The journal of a run by REINFORCE: what it takes to rebuild its logits, a checksummed record a step.
+"""The journal of a run: what it takes to rebuild its logits, a checksummed record a step.
 
 A file begins with a header, JSON of any length with its checksum; records of equal size follow, appended and synced
 one by one. A record that a crash has cut short is the last one, and is cut off; one that is damaged anywhere else is

@@ -19,9 +19,15 @@ def check_float(name: str, value: float, low: float, high: float = FLOAT32_MAX, 
         raise ValueError(f"{name}: expected a float {least} {low:g}{most}, got {value}")
 
 
-def check_int(name: str, value: int, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless ``value`` is an int of at least ``low``, and at most ``high`` where one is given."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or high is not None and value > high:
-        expected = f"of at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name}: expected an int {expected}, got {value!r}")
+def check_whole(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Raise unless ``value`` is an int of at least ``low``, and at most ``high`` where one is given.
+
+    Raises:
+        TypeError: if it is no int.
+        ValueError: if it lies elsewhere.
+    """
+    expected = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int {expected}, got {type(value).__name__} {value!r}")
+    if value < low or high is not None and value > high:
+        raise ValueError(f"{name}: expected an int {expected}, got {value}")

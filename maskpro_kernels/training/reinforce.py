@@ -9,7 +9,7 @@ from ..functional.checks import FLOAT32_MAX
 from ..ops.philox import MAX_DRAWS
 from .estimator import Estimator, Option, RunDefaults, StepResult
 from .journal import Draw, Entry
-from .number_checks import check_float, check_int
+from .number_checks import check_float, check_whole
 from .score_updates import replay
 from .step import Step
 
@@ -69,7 +69,7 @@ class Reinforce(Estimator):
             raise ValueError(f'tracker: expected "after" or "before", got {tracker!r}')
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize: expected a bool, got {normalize!r}")
-        check_int("draws", draws, 1, MAX_DRAWS)
+        check_whole("draws", draws, 1, MAX_DRAWS)
         if not isinstance(refresh, bool):
             raise TypeError(f"refresh: expected a bool, got {refresh!r}")
         if refresh and draws > 1:

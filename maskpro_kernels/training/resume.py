@@ -57,12 +57,14 @@ def read_run(folder: RunFolder, settings: Mapping, estimator: Estimator) -> tupl
         estimator: whose ``recall`` goes through the journal; its state is that of the last step then.
 
     Raises:
-        ValueError, OSError: as ``RunFolder.read``. Folder and estimator are then as they were.
+        ValueError, OSError: as ``RunFolder.read``, or if the snapshot holds other tensors of an estimator. Folder and
+            estimator are then as they were.
     """
     before = estimator.state()
     folder.take_over()
     try:
         saved = folder.read(settings)
+        _check_tensors(saved, estimator)
         results = list(map(estimator.recall, saved.entries))
         run_state = _of_journal(folder, saved, results, estimator) if folder.journaled else _of_snapshot(saved)
         folder.go_on(saved, [vars(_record(*pair)) for pair in zip(saved.entries, results, strict=True)])
@@ -71,6 +73,21 @@ def read_run(folder: RunFolder, settings: Mapping, estimator: Estimator) -> tupl
         folder.close()
         raise
     return saved, run_state
+
+
+def _check_tensors(saved: SavedRun, estimator: Estimator) -> None:
+    """Raise ValueError unless the snapshot holds the tensors of the estimator, by names, shapes and dtypes."""
+    own = {PREFIX + name: _kind(tensor) for name, tensor in estimator.tensors().items()}
+    held = {name: _kind(tensor) for name, tensor in saved.tensors.items() if name.startswith(PREFIX)}
+    if own != held:
+        raise ValueError(
+            f"output_dir: expected a snapshot with the tensors of {estimator.name}, "
+            f"{sorted(own.items() - held.items())}, got {sorted(held.items() - own.items())}"
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
 def _of_snapshot(saved: SavedRun) -> RunState:

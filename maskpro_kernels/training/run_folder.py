@@ -38,7 +38,7 @@ def settings_of(
     """
     return {
         "seed": seed,
-        "estimator": type(estimator).__name__,
+        "estimator": estimator.name,
         "settings": estimator.settings(),
         "layers": {name: _settings_of_layer(layer) for name, layer in layers.items()},
         "device": sorted({layer.weight.device.type for layer in layers.values()}),

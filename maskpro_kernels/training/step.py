@@ -30,9 +30,10 @@ class StepRecord:
     Attributes:
         step: index of the step, from 0.
         loss: loss under the drawn masks: of several batches the mean by ``weights_of``, of several draws their mean.
-        residual: with ``Reinforce`` that loss less the loss of the same batches under the initial masks.
-        advantage: with ``Reinforce`` the residual less the tracker.
-        tracker: with ``Reinforce`` the tracker after the step. All three are None where a step has several draws.
+        residual: that loss less the loss of the same batches under the initial masks.
+        advantage: the residual less the tracker.
+        tracker: the running mean of the residual after the step. Each of the three is None where the estimator gives
+            none.
         flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
         tokens: elements of the batches' input ids.
         seconds: wall-clock time of the step.
@@ -52,7 +53,9 @@ class Step:
     """A step that an estimator takes: forwards under drawn masks, then one update of the logits.
 
     An estimator that needs no gradients calls ``losses``. Another one makes the forwards of ``sharing.own`` itself, by
-    ``forward`` within ``drawing``, and ``exchange`` then gives the losses of all ranks.
+    ``forward`` within ``drawing``, and ``exchange`` then gives the losses of all ranks. The backward of a loss has to
+    come within the ``drawing`` of its forward: that sets the draw of all layers in place, and once it is another one,
+    torch refuses the backward ("modified by an inplace operation").
 
     Attributes:
         index: of the step, from 0.
@@ -77,6 +80,7 @@ class Step:
         seed: int,
         sharing: Sharing,
         checkpointing: bool,
+        journaled: bool,
         initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
         begin_update: Callable[[Entry | None], None],
     ):
@@ -87,6 +91,7 @@ class Step:
         self.model, self.loss_fn, self._checkpointing = model, loss_fn, checkpointing
         self._initial_loss, self._begin_update = initial_loss, begin_update
         self._own: list[float] = []
+        self._journaled, self._entries = journaled, 0
 
     def initial_loss(self) -> float:
         """The loss of the step's batches under the initial masks."""
@@ -104,7 +109,10 @@ class Step:
 
     @contextmanager
     def drawing(self, draw: int = 0) -> Iterator[None]:
-        """With masked layers that make one of the step's draws, and all else in eval mode; for a backward as well."""
+        """With masked layers that make one of the step's draws, and all else in eval mode.
+
+        The backward of a loss has to come within it as well, see ``Step``.
+        """
         states = counter_states(self.model)
         with _modes(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):
             try:
@@ -144,9 +152,21 @@ class Step:
                 run that is killed in between takes the update from there.
 
         Raises:
+            ValueError: if the estimator has a journal and gives no entry.
             OSError: if the entry cannot be written; it is not in the journal then.
         """
+        if self._journaled and entry is None:
+            raise ValueError("entry: expected one from an estimator whose runs have a journal, got None")
         self._begin_update(entry)
+        self._entries += 1
+
+    def check_entries(self) -> None:
+        """Raise ValueError unless the step, once it is taken, has one entry in the journal of a run that has one."""
+        if self._journaled and self._entries != 1:
+            raise ValueError(
+                f"estimator: expected one call of begin_update in each step, since its runs have a journal, got "
+                f"{self._entries} in step {self.index}"
+            )
 
 
 @torch.inference_mode()

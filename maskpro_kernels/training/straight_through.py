@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import math
 import threading
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,7 +18,7 @@ from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ranks import Ranks
 from .estimator import Estimator, Option, StepResult
-from .number_checks import check_float, check_int
+from .number_checks import check_float, check_whole
 from .step import Step
 
 
@@ -37,8 +37,8 @@ class StraightThrough(Estimator):
         steps: how many steps there will be, and no more; None: lr stays as it is.
         curvature: factor of the loss's second derivative in the slope. 1 fits losses that are a mean over tokens.
         max_update: most that a logit moves in a step. A kept and a dropped weight start the gap apart and change places
-            after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few weights with massive
-            activations are dropped on the word of slopes that do not see how far the loss bends there.
+            after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few important
+            weights may be dropped, because the slope is a local estimate and underestimates what that costs.
         decay: share of the running mean square that a step leaves, in [0, 1).
 
     Raises:
@@ -67,7 +67,7 @@ class StraightThrough(Estimator):
         check_float("max_update", max_update, 0.0, strict=True)
         check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
         if steps is not None:
-            check_int("steps", steps, 1)
+            check_whole("steps", steps, 1)
         self.lr = float(lr)
         self.steps = steps
         self.curvature = float(curvature)
@@ -155,8 +155,8 @@ class BackwardPass:
 
     def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
         self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
-        self.counters: list = []
-        self.turns: deque[LayerUpdater] = deque()
+        self.hooks: list = []
+        self.turns: collections.deque[LayerUpdater] = collections.deque()
         # autograd has a thread for each device
         self.lock = threading.Lock()
 
@@ -164,21 +164,21 @@ class BackwardPass:
         """Count how often a forward uses each layer."""
         for updater in self.updaters.values():
             updater.uses = 0
-            self.counters.append(updater.layer.register_forward_hook(updater.count))
+            self.hooks.append(updater.layer.register_forward_hook(updater.count))
 
     def unwatch(self) -> None:
-        for counter in self.counters:
-            counter.remove()
-        self.counters.clear()
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     def order(self, loss: Tensor) -> float:
         """A number for the turns that the layers take in a backward of ``loss``: another one where they are others."""
         turns = []
         if self.ranks.world > 1 and self.batches == 1:
             reached = _reached(loss, self.updaters)
-            times = Counter(reached)
+            times = collections.Counter(reached)
             turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
-        self.turns = deque(self.updaters[name] for name in turns)
+        self.turns = collections.deque(self.updaters[name] for name in turns)
         # 48 bits, which a float64 holds
         return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
 

@@ -22,7 +22,7 @@ from .batches import digest, weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
 from .journal import Entry
-from .number_checks import check_float, check_int
+from .number_checks import check_float, check_whole
 from .resume import RunState, put_back, read_run, snapshot_of
 from .run_folder import RunFolder, settings_of
 from .sharing import PARALLEL, Sharing
@@ -98,14 +98,13 @@ class MaskTrainer:
     ):
         self.layers = masked_layers(model)
         _check_objects(loss_fn, batches, estimator)
-        check_int("seed", seed, -(1 << 63), (1 << 63) - 1)
+        check_whole("seed", seed, -(1 << 63), (1 << 63) - 1)
         check_float("snapshot_minutes", snapshot_minutes, 0.0, math.inf)
-        check_int("max_skipped", max_skipped, 0)
-        check_int("accumulate", accumulate, 1)
+        check_whole("max_skipped", max_skipped, 0)
+        check_whole("accumulate", accumulate, 1)
         if parallel not in PARALLEL:
             raise ValueError(f'parallel: expected "data" or "draws", got {parallel!r}')
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-            raise ValueError(f"timeout: expected a number of seconds above 0, got {timeout!r}")
+        check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
         self._sharing = Sharing(self.ranks, parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
@@ -172,10 +171,10 @@ class MaskTrainer:
                 however long it takes, and all end where one is true.
 
         Raises:
-            ValueError: if ``steps`` is not an int of at least 1, or more than the estimator has left.
+            TypeError, ValueError: if ``steps`` is not an int of at least 1, or more than the estimator has left.
             FloatingPointError: see ``step``.
         """
-        check_int("steps", steps, 1)
+        check_whole("steps", steps, 1)
         self._check_steps(steps)
         self.begin(progress)
         records = []
@@ -217,6 +216,7 @@ class MaskTrainer:
         with torch.enable_grad() if self.estimator.needs_gradients else torch.inference_mode():
             step = self._next_step()
             result = self.estimator.step(step)
+        step.check_entries()
         if result.refreshes:
             # ahead of the next step: from a run that is killed in between it is the same one
             self._initial_losses.losses = None
@@ -294,6 +294,7 @@ class MaskTrainer:
             seed=self.seed,
             sharing=self._sharing,
             checkpointing=self.estimator.needs_gradients,
+            journaled=self.estimator.journaled,
             initial_loss=self._initial_loss,
             begin_update=self._begin_update,
         )
@@ -381,7 +382,9 @@ def _shown(record: StepRecord) -> dict[str, str]:
     """What the bar shows of a step."""
     shown = {"loss": f"{record.loss:.4f}"}
     if record.residual is not None:
-        shown |= {"residual": f"{record.residual:+.2e}", "advantage": f"{record.advantage:+.2e}"}
+        shown["residual"] = f"{record.residual:+.2e}"
+    if record.advantage is not None:
+        shown["advantage"] = f"{record.advantage:+.2e}"
     rate = record.tokens / record.seconds
     return shown | {"flips": f"{record.flip_rate:.1e}", "tokens_per_s": f"{rate:.0f}"}
 

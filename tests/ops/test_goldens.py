@@ -46,13 +46,16 @@ def exact(*shape: int, seed: int) -> Tensor:
 
 def operations(pattern: str, dtype: torch.dtype) -> dict[str, str]:
     """Digests of draws, masked weights and updates, of whole layers and of shards."""
-    m = mk.NMPattern(pattern).m
+    n, m = mk.NMPattern(pattern).n, mk.NMPattern(pattern).m
     logits, weight = exact(ROWS, 6 * m, seed=1).to(dtype), exact(ROWS, 6 * m, seed=2).to(dtype)
     place = {"step": 7, "layer": 3, "group_offset": 11, "group_row_stride": 11}
-    one, several = logits.clone(), logits.clone()
+    one, several, codes = logits.clone(), logits.clone(), mk.sample_mask(logits, pattern, seed=3)
     mk.score_update_(one, 0.375, pattern=pattern, temperature=0.75, seed=SEED, draw=4, **place)
     mk.score_update_(several, [0.375, -1.5, 0.25], pattern=pattern, seed=SEED, draw=[0, 3, 9], **place)
+    probable = mk.mask_log_prob(logits, codes, pattern) if n <= 4 else logits
     return {
+        "log-probability": digest(probable),
+        "slope": digest(slope(pattern, dtype)),
         "mask": digest(mk.sample_mask(logits, pattern, seed=-5)),
         "mask of a shard": digest(mk.sample_mask(logits, pattern, temperature=0.75, seed=SEED, draw=2, **place)),
         "masked weight": digest(mk.sample_masked_weight(weight, logits, pattern, seed=SEED, draw=1, **place)),
@@ -60,6 +63,15 @@ def operations(pattern: str, dtype: torch.dtype) -> dict[str, str]:
         "update": digest(one),
         "update by several draws": digest(several),
     }
+
+
+def slope(pattern: str, dtype: torch.dtype) -> Tensor:
+    """What passes straight through a draw to the logits, of integers below 16."""
+    k = 4 * mk.NMPattern(pattern).m
+    x, weight, grad = (exact(*shape, seed=seed).sign() for seed, shape in enumerate(((4, k), (16, k), (4, 16))))
+    logits = exact(16, k, seed=3).to(dtype).requires_grad_()
+    mk.straight_through_linear(x, weight, logits, pattern=pattern, seed=SEED, layer=5).backward(grad)
+    return logits.grad
 
 
 class Exact(nn.Module):
@@ -106,6 +118,43 @@ def cases():
 def test_draws_and_updates_are_those_of_an_earlier_version(route, pattern, dtype, monkeypatch):
     take_route(monkeypatch, route)
     assert operations(pattern, DTYPES[dtype]) == GOLDENS[f"{pattern} {dtype}"]
+
+
+class Signs(nn.Module):
+    """A layer of -1, 0 and 1, whose slopes and their squares are sums of few multiples of 1/8."""
+
+    def __init__(self):
+        super().__init__()
+        self.only = nn.Linear(32, 16, bias=False)
+        with torch.no_grad():
+            self.only.weight.copy_(exact(16, 32, seed=0).sign())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.only(x)
+
+
+def signs_loss(model: Signs, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, factor = batch
+    return (model(x) * factor).sum() / 4
+
+
+def straight_through_run(folder: Path, pattern: str, logits_dtype: torch.dtype) -> str:
+    """Digest of the logits of 20 steps."""
+    model = Signs()
+    batches = [(exact(4, 32, seed=10 + i).sign(), exact(4, 16, seed=20 + i).sign()) for i in range(3)]
+    mk.convert(model, pattern, gap=2.0, logits_dtype=logits_dtype)
+    trainer = mk.MaskTrainer(model, signs_loss, batches, mk.StraightThrough(lr=0.3, steps=20), seed=5)
+    trainer.run(20, progress=False)
+    return digest(model.only.logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
+@pytest.mark.parametrize("route", ["eager", "compiled", "kernels"])
+def test_straight_through_runs_are_those_of_an_earlier_version(route, pattern, dtype, tmp_path, monkeypatch):
+    take_route(monkeypatch, route)
+    expected = GOLDENS[f"straight-through, {pattern} {dtype}"]
+    assert straight_through_run(tmp_path, pattern, DTYPES[dtype]) == expected
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
         ({"alpha": math.nan}, ValueError, "alpha"),
         ({"alpha": "0.9"}, TypeError, "alpha"),
         ({"draws": 0}, ValueError, "draws"),
-        ({"draws": 2.0}, ValueError, "draws"),
+        ({"draws": 2.0}, TypeError, "draws"),
         ({"draws": (1 << 16) + 1}, ValueError, "draws"),
         ({"tracker": "during"}, ValueError, "tracker"),
         ({"tracker": None}, ValueError, "tracker"),

@@ -260,7 +260,7 @@ def test_slopes_of_16_bit_logits_are_summed_in_float32(dtype, eager_reference):
         ({"lr": math.inf}, ValueError, "lr"),
         ({"lr": "1"}, TypeError, "lr"),
         ({"steps": 0}, ValueError, "steps"),
-        ({"steps": 1.5}, ValueError, "steps"),
+        ({"steps": 1.5}, TypeError, "steps"),
         ({"curvature": -1.0}, ValueError, "curvature"),
         ({"max_update": 0.0}, ValueError, "max_update"),
         ({"decay": 1.0}, ValueError, "decay"),

@@ -207,9 +207,8 @@ class CompiledLoop:
             count = tensors[0].shape[0]
             filled = [] if out is None else [out]
             filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
-            addresses = [x.data_ptr() for x in tensors]
-            addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
-            loop(count, torch.get_num_threads() if count >= LEAST_SHARED else 1, *addresses)
+            threads = torch.get_num_threads() if count >= LEAST_SHARED else 1
+            loop(count, threads, [*tensors, *filled[len(filled) - len(written) :]])
             return filled
 
         return run

@@ -1,4 +1,4 @@
-"""Perplexities of held-out text: of the test text by method, as a table, and of the validation text by step."""
+"""Test perplexities by method, as a table, and validation perplexities by step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def print_table(table: Sequence[Mapping]) -> None:
         print(f"{row['method']:<{width}}" + "".join(figures))
 
 
-class HeldOut:
+class ValidationPerplexities:
     """Perplexities of the validation text by step, each written down as soon as it is known."""
 
     def __init__(
