@@ -140,9 +140,7 @@ def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
         "but --device, --parallel and --quiet, got --steps",
     )
     refuses(capsys, tmp_path, ["learn", "--data", "pydoc"], "model: expected --model, or --resume alone, got none")
-    refuses(
-        capsys, tmp_path, ["replay", str(tmp_path)], "run: expected a folder of `maskpro learn --estimator reinforce`"
-    )
+    refuses(capsys, tmp_path, ["replay", str(tmp_path)], "run: expected the folder of a run with a journal")
     refuses(
         capsys, tmp_path, ["replay", str(run), "--steps", "4"], "steps: expected 0 to 3, those of the journal, got 4"
     )

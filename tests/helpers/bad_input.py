@@ -408,7 +408,7 @@ CASES = {
     ),
     # replay
     "replay of nothing": ("replay none", None, "got 'none': there is none", "check its name"),
-    "replay of no run": ("replay model", None, "run: expected a folder of `maskpro learn", "without a journal"),
+    "replay of no run": ("replay model", None, "run: expected the folder of a run with a journal", "without one"),
     "replay of straight-through": ("replay straight-through", None, "cannot be replayed", "logits.safetensors"),
     "an empty journal": (
         "replay reinforce",

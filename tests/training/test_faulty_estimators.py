@@ -13,7 +13,7 @@ from maskpro_kernels.training.estimator import Estimator, StepResult
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 
-class Nameless(mk.Reinforce):
+class Faulty(mk.Reinforce):
     """One whose second step does not tell the journal as it should."""
 
     def __init__(self, fault):
@@ -43,7 +43,7 @@ def without_update(step):
     ],
 )
 def test_a_step_that_is_not_in_the_journal_is_refused(tmp_path, fault, message, folder):
-    trainer = a_trainer(estimator=Nameless(fault), output_dir=tmp_path / "run" if folder else None)
+    trainer = a_trainer(estimator=Faulty(fault), output_dir=tmp_path / "run" if folder else None)
     trainer.step()
     before, files = logits_of(trainer.model), {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     with pytest.raises(ValueError, match=message):
