@@ -189,18 +189,18 @@ def test_accumulation_belongs_to_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("name", "error", "value"),
     [
-        *({"accumulate": value} for value in (0, 1.0, True, None)),
-        *({"parallel": value} for value in ("both", None)),
-        *({"timeout": value} for value in (0, -1.0, math.inf, math.nan, True, "1")),
+        ("accumulate", ValueError, 0),
+        *(("accumulate", TypeError, value) for value in (1.0, True, None)),
+        *(("parallel", ValueError, value) for value in ("both", None)),
+        *(("timeout", ValueError, value) for value in (0, -1.0, math.inf, math.nan)),
+        *(("timeout", TypeError, value) for value in (True, "1")),
     ],
-    ids=str,
 )
-def test_bad_arguments(arguments):
-    (name,) = arguments
-    with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
-        a_trainer(a_model(), **arguments)
+def test_bad_arguments(name, error, value):
+    with pytest.raises(error, match=f"^{name}: expected .*, got "):
+        a_trainer(a_model(), **{name: value})
 
 
 def test_slopes_are_weighted_by_tokens():
