@@ -20,6 +20,8 @@ from .journal import Entry, Journal
 from .journal import read as read_journal
 from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
 
+PACKAGE = __name__.partition(".")[0]
+
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
 # Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
 INITIAL_LOSSES = "initial-losses"
@@ -38,7 +40,7 @@ def settings_of(
     """
     return {
         "seed": seed,
-        "estimator": estimator.name,
+        "estimator": _identity(type(estimator)),
         "settings": estimator.settings(),
         "layers": {name: _settings_of_layer(layer) for name, layer in layers.items()},
         "device": sorted({layer.weight.device.type for layer in layers.values()}),
@@ -47,6 +49,11 @@ def settings_of(
         "batch_contents": [content(batch, index) for index, batch in enumerate(batches)],
         "accumulate": accumulate,
     }
+
+
+def _identity(kind: type) -> str:
+    """What tells runs of one estimator from those of another; classes of other packages may have the same name."""
+    return kind.__qualname__ if kind.__module__.startswith(f"{PACKAGE}.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _settings_of_layer(layer: MaskedLinear) -> list:

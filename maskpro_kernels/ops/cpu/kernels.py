@@ -127,7 +127,9 @@ def _draw_into(
     the logits themselves.
     """
     levels = torch.empty(groups.logits.shape[0], dtype=torch.uint8)
-    groups.run(_noise_levels, [groups.logits], (), levels)
+    # of one shape, so that draws and updates share the loop
+    one = groups.by_draw(groups.counter.draw.reshape(()))
+    one.run(_noise_levels, [groups.logits], (), levels)
     rest = (*groups.counter.key, *rest)
     shard = _integers(*groups.shard)
     _run(by_bounds, [groups.logits, *others, levels], rest, shard=shard, out=out, full=full, **constants)
