@@ -207,8 +207,10 @@ class CompiledLoop:
             count = tensors[0].shape[0]
             filled = [] if out is None else [out]
             filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
-            threads = torch.get_num_threads() if count >= LEAST_SHARED else 1
-            loop(count, threads, [*tensors, *filled[len(filled) - len(written) :]])
+            addresses = [x.data_ptr() for x in tensors]
+            addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
+            # all or one: OpenMP starts threads anew where their number changes
+            loop(count, torch.get_num_threads() if count >= LEAST_SHARED else 1, *addresses)
             return filled
 
         return run

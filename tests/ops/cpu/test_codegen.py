@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops
+from maskpro_kernels.ops.cpu import codegen, compiled_loop, loops, machine
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.25e-39, torch.inf, -torch.inf, torch.nan, 88.5, -3e38, 0.1, 7.0]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -146,63 +143,10 @@ def test_threads_share_the_groups(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_child_of_fork_has_threads_of_its_own():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        x = torch.arange(2.0 * compiled_loop.LEAST_SHARED).view(-1, 2)
-        check(lambda x: (x + 1.0,), x)
-        child = os.fork()
-        if child == 0:
-            # not an exception: it would run the tests behind this one in the child
-            status = 1
-            with contextlib.suppress(BaseException):
-                check(lambda x: (x + 1.0,), x)
-                status = 0
-            os._exit(status)
-        limit = time.monotonic() + 60
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < limit:
-            time.sleep(0.01)
-        if ended == (0, 0):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        assert ended != (0, 0) and os.waitstatus_to_exitcode(ended[1]) == 0
-    finally:
-        torch.set_num_threads(before)
-
-
-class Interrupted(Exception):
-    """Of a signal."""
-
-
-def test_an_interrupted_call_leaves_no_thread_that_writes():
-    """The caller may free what a thread still writes to, or read it."""
-    x = torch.zeros(1 << 22, 2)
-    loop = compiled_loop.CompiledLoop(
-        lambda x: (x + 1.0,), ((torch.float32, 2),), (), out=(torch.float32, 2), in_place=0
-    )
-    loop([x[:8]], x[:8])
-    before, threads = x.clone(), torch.get_num_threads()
-
-    def interrupt(*_):
-        raise Interrupted
-
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    torch.set_num_threads(4)
-    try:
-        for microseconds in range(50, 4_000, 400):
-            with contextlib.suppress(Interrupted):
-                signal.setitimer(signal.ITIMER_REAL, microseconds * 1e-6)
-                loop([x], x)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            after = x.clone()
-            time.sleep(0.02)
-            assert torch.equal(x, after)
-    finally:
-        signal.signal(signal.SIGALRM, handler)
-        torch.set_num_threads(threads)
-    assert not torch.equal(x, before)
+def test_without_openmp_one_thread_does_all(monkeypatch):
+    monkeypatch.setattr(machine, "_openmp", lambda: None)
+    x = torch.arange(10.0 * compiled_loop.LEAST_SHARED).view(-1, 2)
+    check(lambda x: (x + 1.0,), x)
 
 
 AT_EXIT = """
