@@ -51,9 +51,12 @@ def settings_of(
     }
 
 
-def _identity(kind: type) -> str:
-    """What tells runs of one estimator from those of another; classes of other packages may have the same name."""
-    return kind.__qualname__ if kind.__module__.startswith(f"{PACKAGE}.") else f"{kind.__module__}.{kind.__qualname__}"
+def _identity(kind: type[Estimator]) -> str:
+    """What tells runs of one estimator from those of another; a class without a name of its own is its parent."""
+    named = next((base for base in kind.__mro__ if "name" in vars(base)), kind)
+    # classes of other packages may be called alike
+    own = named.__module__.startswith(f"{PACKAGE}.")
+    return named.__qualname__ if own else f"{named.__module__}.{named.__qualname__}"
 
 
 def _settings_of_layer(layer: MaskedLinear) -> list:
