@@ -37,6 +37,10 @@ class Counter(NamedTuple):
         return self._asdict()
 
 
+# Of a mask that is not drawn, where one is asked for
+NO_COUNTER = Counter(None, None, None, None, 0, 0)
+
+
 class MaskSource(NamedTuple):
     """Where the mask of a matrix [rows, K] comes from.
 

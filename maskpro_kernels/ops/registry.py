@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..counter import Counter, MaskSource
+from ..counter import NO_COUNTER, Counter, MaskSource
 from ..pattern import code_dtype
 from . import reference
 from .dispatch import kernels, quick_op, run_reference, scalar, uses_kernels, without_autocast
@@ -20,7 +20,6 @@ MASK = (
     "Tensor source, str kind, int n, int m, float inv_temperature, Tensor? seed, Tensor? step, Tensor? layer, "
     "Tensor? draw, int group_offset, int group_row_stride"
 )
-NO_COUNTER = (None, None, None, None, 0, 0)
 
 
 def flat(mask: MaskSource) -> tuple:

@@ -42,7 +42,7 @@ def loaded_loop(code: bytes, addresses: int) -> Callable[..., None]:
     """``loop(count, threads, *addresses)`` of an object file: all groups, without the GIL.
 
     Threads are those of torch's own loops. In place of a pool of Python's threads this saves 0.06 s of a REINFORCE step
-    of 1.0 s (SmolLM2-135M at 2:4, 1,024 tokens, two cores of an AMD EPYC).
+    of 1.01 s (SmolLM2-135M at 2:4, 1,024 tokens, two cores of an AMD EPYC).
     """
     _initialize()
     jit = binding.create_lljit_compiler()

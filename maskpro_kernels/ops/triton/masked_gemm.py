@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...counter import MaskSource
+from ...counter import NO_COUNTER, MaskSource
 from ..reference.plackett_luce import EXACT_SCORE_MAX_N
 from . import device_functions as d
 from . import sampling
@@ -283,7 +283,7 @@ def operand_constants(dtype: torch.dtype) -> dict:
 
 def mask_arguments(mask, tokens, matrix):
     """What a kernel of products takes of a mask and of the sizes of x [tokens, K] and the matrix [rows, K]."""
-    counter = mask.counter or sampling.NO_COUNTER
+    counter = mask.counter or NO_COUNTER
     return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
 

@@ -9,16 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ...counter import Counter
+from ...counter import NO_COUNTER
 from ...pattern import code_dtype
 from ..reference.quadrature import quadrature_grid
 from . import device_functions as d
 from .device_functions.constants import EXACT_SCORE_MAX_N
 from .launch import launch
 from .tiles import INTERPRETED
-
-# Of a mask that is not drawn
-NO_COUNTER = Counter(None, None, None, None, 0, 0)
 
 UNSPECIALIZED = ["offset", "row_stride", "columns", "total"]
 
