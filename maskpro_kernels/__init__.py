@@ -22,6 +22,7 @@ from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack
 from .pattern import NMPattern
 from .pruning.convert import Conversion, convert
 from .pruning.finalize import finalize
+from .pruning.refit import refit
 from .training.reinforce import Reinforce
 from .training.step import StepRecord
 from .training.straight_through import StraightThrough
@@ -52,6 +53,7 @@ __all__ = [
     "pack_24",
     "pack_mask",
     "pack_nm",
+    "refit",
     "sample_mask",
     "sample_masked_weight",
     "score_update_",

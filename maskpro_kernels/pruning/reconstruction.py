@@ -19,8 +19,11 @@ from .swap_descent import SWEEPS, by_place, descend_rows
 ROUNDS = 8
 DECAY = 0.5
 
-# Improves the masks of layers with the same input on its Gram matrix
-Descend = Callable[[Sequence[str], Tensor], None]
+# What is added to the diagonal of a Gram matrix, as a share of its mean
+DAMPING = 0.01
+
+# Improves layers with the same input on its Gram matrix
+Visit = Callable[[Sequence[str], Tensor], None]
 
 
 @torch.inference_mode()
@@ -32,7 +35,7 @@ def reconstruct(
     calibration: Iterable,
     *,
     schedule: str = "sequential",
-    damping: float = 0.01,
+    damping: float = DAMPING,
     sweeps: int = SWEEPS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -46,7 +49,7 @@ def reconstruct(
         codes: group codes to start from, by the same names.
         pattern: "N:M" or NMPattern.
         calibration: batches for the model, each a tensor, a tuple or a mapping.
-        schedule: "sequential", see ``descend_in_sequence``, or "online", see ``descend_online``.
+        schedule: "sequential", see ``layer_by_layer``, or "online", see ``all_together``.
         damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
         sweeps: most sweeps of a row each time, see ``swap_descent``.
         progress: called with how many layers are done, and of how many, before the first and after each.
@@ -77,13 +80,14 @@ def reconstruct(
             tell_done()
 
     tell_done()
-    with evaluating(model), _without_cache(model), _masked(layers, codes, pattern):
+    patterns = dict.fromkeys(layers, pattern)
+    with evaluating(model), without_cache(model), masked_forwards(layers, codes, {}, patterns):
         SCHEDULES[schedule](model, layers, calls, descend)
     return codes
 
 
-def descend_in_sequence(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], descend: Descend) -> None:
-    """Layer by layer in the order in which they run, on all batches; the layers before are already masked.
+def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> None:
+    """Visit the layers in the order in which they run, on all batches; those before have been visited.
 
     In a chain of blocks only the inputs of one block and one Gram matrix are held. Else the whole model runs for every
     layer.
@@ -91,11 +95,11 @@ def descend_in_sequence(model: nn.Module, layers: Mapping[str, nn.Module], calls
     for module, block_calls in calls_by_block(model, layers, calls):
         for names, once in layers_in_order(module, block_calls, layers):
             # a layer that runs once needs nothing of the forward pass behind its input
-            descend(names, *gram_matrices(module, block_calls, [layers[names[0]]], stop=once))
+            visit(names, *gram_matrices(module, block_calls, [layers[names[0]]], stop=once))
 
 
-def descend_online(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], descend: Descend) -> None:
-    """All layers together, after every eighth of the batches, on Gram matrices that decay by half each time.
+def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> None:
+    """Visit all layers together, after every eighth of the batches, on Gram matrices that decay by half each time.
 
     A batch takes one forward pass. The Gram matrices of all layers are held.
     """
@@ -108,21 +112,30 @@ def descend_online(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
                 grams[index] = gram if grams[index] is None else DECAY * grams[index] + gram
         for names, gram in zip(stages, grams, strict=True):
             if gram is not None:
-                descend(names, gram)
+                visit(names, gram)
 
 
-SCHEDULES = {"sequential": descend_in_sequence, "online": descend_online}
+SCHEDULES = {"sequential": layer_by_layer, "online": all_together}
 
 
 @contextmanager
-def _masked(layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor], pattern: NMPattern) -> Iterator[None]:
-    """With layers that multiply under the masks that stand in ``codes`` at the time."""
+def masked_forwards(
+    layers: Mapping[str, nn.Module],
+    codes: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    patterns: Mapping[str, NMPattern],
+) -> Iterator[None]:
+    """With layers that multiply under the masks, and with the weights, that stand in ``codes`` and ``weights`` then.
+
+    A layer without one in ``weights`` has its own.
+    """
 
     def forward(name, layer):
         def multiply(input: Tensor) -> Tensor:
             # in place of a forward to which a hook might have brought its input
             input = input.to(layer.weight.device)
-            return codes_linear(input, layer.weight, codes[name], layer.bias, pattern=pattern)
+            weight = weights.get(name, layer.weight)
+            return codes_linear(input, weight, codes[name], layer.bias, pattern=patterns[name])
 
         return multiply
 
@@ -139,7 +152,7 @@ def _masked(layers: Mapping[str, nn.Module], codes: Mapping[str, Tensor], patter
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(model: nn.Module) -> Iterator[None]:
     """With a language model that keeps no keys and values: a block that runs again would append to them."""
     config = getattr(model, "config", None)
     if not getattr(config, "use_cache", False):

@@ -275,7 +275,7 @@ def test_a_language_model_is_a_chain_of_blocks(eager_reference):
     chain = blocks.find_chain(model, layers)
     assert chain == list(model.model.layers)
     calls = [((batch,), {}) for batch in batches]
-    with torch.no_grad(), reconstruction._without_cache(model):
+    with torch.no_grad(), reconstruction.without_cache(model):
         recorded = blocks.record_chain(model, chain, calls)
         found = [block for block, _ in blocks.calls_by_block(model, layers, calls)]
         stages = blocks.layers_in_order(

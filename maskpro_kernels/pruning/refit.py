@@ -1,0 +1,107 @@
+"""Weights refitted to what a mask has cut: the kept values of each layer make up for the dropped ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.masks import expand_mask, top_n_mask
+from ..modules import MaskedLinear, check_in_memory, evaluating, masked_layers
+from .calibration import calls_of
+from .least_squares import FITS, refit_rows
+from .reconstruction import DAMPING, layer_by_layer, masked_forwards, without_cache
+
+
+@torch.no_grad()
+def refit(
+    model: nn.Module,
+    calibration: Iterable,
+    to: str = "weights",
+    *,
+    damping: float = DAMPING,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Refit the weights of a converted model under its top-N masks, so that each layer gives what the dense one would.
+
+    Layer by layer in the order in which they run. A layer's inputs are those of the model as it is so far, masked and
+    refitted; its target is what its dense weight would give on the same inputs. The squared error of the outputs falls
+    in every row of a weight, or the row stays as it is. Sums are float32; values are rounded to the weight's dtype
+    once. The masks, the biases and all else stay as they are. With "weights" dropped weights keep their dense values,
+    so that learning can go on over both.
+
+    Beside the new weights one block's inputs and one Gram matrix are held. They are put into the layers at the end, as
+    tensors of their own: a weight that an embedding shares does not change there.
+
+    Args:
+        model: converted, see ``convert``; none of its weights refitted or trained before.
+        calibration: batches for the model, each a tensor, a tuple or a mapping. Several times as many tokens as the widest layer
+            has inputs.
+        to: "weights": the kept values of least error, by conjugate gradients (``pruning/least_squares.py``). "scales":
+            the one factor of least error for each row of a weight.
+        damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
+        progress: called with how many layers are done, and of how many, before the first and after each.
+
+    Returns:
+        error of the layer's outputs after the refit over that before, by name.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, there is no batch, or a layer sees none of them. The model
+            is then as it was.
+    """
+    if to not in FITS:
+        raise ValueError(f"to: expected one of {tuple(FITS)}, got {to!r}")
+    check_damping(damping)
+    layers = masked_layers(model)
+    _check_layers(layers)
+    calls = calls_of(calibration)
+    codes = {name: top_n_mask(layer.logits_on_device().detach(), layer.pattern) for name, layer in layers.items()}
+    weights: dict[str, Tensor] = {}
+    shares: dict[str, float] = {}
+
+    def tell_done() -> None:
+        if progress is not None:
+            progress(len(shares), len(layers))
+
+    def visit(names: list[str], gram: Tensor) -> None:
+        gram = gram.to(layers[names[0]].weight.device)
+        gram.diagonal().add_(damping * gram.diagonal().mean())
+        for name in names:
+            kept = expand_mask(codes[name], layers[name].pattern)
+            weights[name], errors = refit_rows(layers[name].weight.detach(), kept, gram, FITS[to])
+            before, after = errors.double().sum(0).tolist()
+            shares[name] = after / before if before > 0 else 1.0
+            tell_done()
+
+    tell_done()
+    patterns = {name: layer.pattern for name, layer in layers.items()}
+    with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
+        layer_by_layer(model, layers, calls, visit)
+    put_in(layers, weights)
+    return shares
+
+
+def check_damping(damping: float) -> None:
+    """Raise TypeError or ValueError unless ``damping`` is a share that leaves a Gram matrix positive definite."""
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise TypeError(f"damping: expected a float, got {type(damping).__name__}")
+    if not 0 < damping < float("inf"):
+        raise ValueError(f"damping: expected a finite float above 0, got {damping}")
+
+
+def _check_layers(layers: Mapping[str, MaskedLinear]) -> None:
+    for name, layer in layers.items():
+        check_in_memory("model", layer, name)
+        if layer.weight_changed:
+            raise ValueError(
+                f"model: expected dense weights, which are what a refit reconstructs, got refitted or trained ones in "
+                f"{name}; convert the model anew"
+            )
+
+
+def put_in(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor]) -> None:
+    """Give layers these weights, and note that theirs have changed."""
+    for name, weight in weights.items():
+        layers[name].weight.data = weight
+        layers[name].weight_changed = True
