@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..modules import CounterState, MaskedLinear, check_gap, device_of_logits
 from ..pattern import NMPattern
 from .gap import gap_for_flip_rate
-from .initial_masks import check_initial_mask, initial_codes
+from .initial_masks import check_initial_mask, refitted_masks
+from .reconstruction import check_refit
+from .refit import put_in
 from .replacement import replace_modules
 from .selection import layers_to_convert
 
@@ -43,8 +45,9 @@ def convert(
     calibration: Iterable | None = None,
     logits_dtype: torch.dtype = torch.float32,
     logits_device: torch.device | str | None = None,
+    refit: str = "none",
 ) -> Conversion:
-    """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights are shared, not copied.
+    """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
     A model may be spread over several devices: logits, seed and step live with each weight. Hooks by which accelerate's
     ``dispatch_model`` brings inputs to a layer are hooked to its replacement.
@@ -62,6 +65,8 @@ def convert(
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
         logits_device: where all logits live, such as "cpu" if the devices of the weights have no room for them. Each
             use then copies a layer's logits to its weight. Default: with the weights. ``model.to`` moves both.
+        refit: "scales" or "weights" refit the weights under the initial mask, by the batches of ``calibration``, see
+            ``refit``. With init="reconstruction" it is one pass, and the masks are chosen for the refit.
 
     Returns:
         A Conversion: names converted, names left out with the reason, and the gap.
@@ -74,13 +79,16 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     check_initial_mask(init)
+    check_refit(refit)
     gap = _gap(gap, flip_rate, pattern, logits_dtype)
     if logits_device is not None:
         logits_device = device_of_logits(logits_device)
     layers, skipped = layers_to_convert(model, pattern, targets)
-    codes = initial_codes(layers, pattern, init, model, calibration)
+    codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
     how = {"gap": gap, "logits_dtype": logits_dtype, "logits_device": logits_device}
-    replace_modules(model, _masked_linears(model, layers, codes, pattern, **how))
+    masked = _masked_linears(model, layers, codes, pattern, **how)
+    put_in({name: masked[id(layers[name])] for name in weights}, weights)
+    replace_modules(model, masked)
     return Conversion(list(layers), skipped, gap)
 
 

@@ -14,7 +14,8 @@ from ..functional.checks import check_codes, check_exactly_n
 from ..functional.masks import top_n_mask
 from ..pattern import NMPattern
 from .calibration import check_calibration, input_squares
-from .reconstruction import reconstruct
+from .reconstruction import Reconstruction, check_refit, reconstruct
+from .refit import refit_layers
 
 Progress = Callable[[int, int], None]
 
@@ -79,7 +80,7 @@ def wanda(
 
     ||x|| is the norm of the weight's input column over the calibration batches.
     """
-    _check_given("wanda", model, calibration)
+    _check_given('batches for init="wanda"', model, calibration)
     squares = input_squares(model, layers, calibration)
     return {
         # a hook on the layer may yet bring its inputs to where the weight is
@@ -96,10 +97,56 @@ def reconstruction(
     progress: Progress | None,
 ) -> dict[str, Tensor]:
     """Wanda's masks, improved by ``reconstruct``."""
-    _check_given("reconstruction", model, calibration)
+    return _reconstruction(layers, pattern, model, calibration, progress).codes
+
+
+def _reconstruction(
+    layers: Mapping[str, nn.Module],
+    pattern: NMPattern,
+    model: nn.Module | None,
+    calibration: Iterable | None,
+    progress: Progress | None,
+    refit: str = "none",
+) -> Reconstruction:
+    _check_given('batches for init="reconstruction"', model, calibration)
     batches = list(calibration)
     codes = wanda(layers, pattern, model, batches, progress)
-    return reconstruct(model, layers, codes, pattern, batches, progress=progress)
+    return reconstruct(model, layers, codes, pattern, batches, refit=refit, progress=progress)
+
+
+def refitted_masks(
+    layers: Mapping[str, nn.Module],
+    pattern: str | NMPattern,
+    init: str | Mapping[str, Tensor],
+    refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
+    progress: Progress | None = None,
+) -> Reconstruction:
+    """Group codes of an initial mask for every layer, and weights refitted under it.
+
+    "reconstruction" does both in one pass, and its masks are chosen for the refit. Other masks stay as without one.
+
+    Args:
+        layers, pattern, init, model, calibration, progress: as for ``initial_codes``.
+        refit: "scales" or "weights", see ``refit``; or "none".
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    pattern = NMPattern(pattern)
+    check_initial_mask(init)
+    check_refit(refit)
+    if refit == "none":
+        return Reconstruction(initial_codes(layers, pattern, init, model, calibration, progress), {})
+    _check_given(f'batches for refit="{refit}"', model, calibration)
+    if init == "reconstruction":
+        return _reconstruction(layers, pattern, model, calibration, progress, refit)
+    batches = list(calibration)
+    codes = initial_codes(layers, pattern, init, model, batches)
+    patterns = dict.fromkeys(layers, pattern)
+    weights, _ = refit_layers(model, layers, codes, patterns, batches, refit, progress=progress)
+    return Reconstruction(codes, weights)
 
 
 def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,8 +165,8 @@ def given(layers: Mapping[str, nn.Module], pattern: NMPattern, init: Mapping[str
 INITIAL_MASKS = {"magnitude": magnitude, "wanda": wanda, "reconstruction": reconstruction}
 
 
-def _check_given(init: str, model: nn.Module | None, calibration: Iterable | None) -> None:
+def _check_given(expected: str, model: nn.Module | None, calibration: Iterable | None) -> None:
     """Raise unless there is a model with calibration batches."""
     if model is None or calibration is None:
-        raise ValueError(f'calibration: expected batches for init="{init}", got none')
+        raise ValueError(f"calibration: expected {expected}, got none")
     check_calibration(calibration)

@@ -23,6 +23,14 @@ LEAST_FALL = 1e-3
 Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def check_damping(damping: float) -> None:
+    """Raise TypeError or ValueError unless ``damping`` is a share that leaves a Gram matrix positive definite."""
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise TypeError(f"damping: expected a float, got {type(damping).__name__}")
+    if not 0 < damping < float("inf"):
+        raise ValueError(f"damping: expected a finite float above 0, got {damping}")
+
+
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
     """d H d^T of every row d of ``difference`` [out, K]: float32 [out]."""
     return ((difference @ gram) * difference).sum(1)
@@ -30,7 +38,8 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
 
 def fit_weights(dense: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     """The kept values of least error, by ``conjugate_gradients`` from those of the dense weight; the others stay."""
-    return torch.where(kept > 0, conjugate_gradients(dense, dense * kept, kept, gram), dense)
+    fitted, _ = conjugate_gradients(dense, dense * kept, kept, gram)
+    return torch.where(kept > 0, fitted, dense)
 
 
 def fit_scales(dense: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
@@ -56,7 +65,7 @@ def conjugate_gradients(
     gram: Tensor,
     iterations: int = ITERATIONS,
     least_fall: float = LEAST_FALL,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Descend on E over the kept values of every row, by conjugate gradients with the diagonal of H as preconditioner.
 
     Hestenes and Stiefel 1952, with steps of each row's own, all rows in one product with H an iteration. An iteration
@@ -71,31 +80,30 @@ def conjugate_gradients(
         least_fall: a row ends where an iteration lowers its error by less than this part of it.
 
     Returns:
-        v, float32 [out, K].
+        (v, float32 [out, K]; (w - v) H, which is 0 where kept once E is at its least, float32 [out, K]).
     """
-    fitted, inverse_diagonal = start.clone(), 1 / gram.diagonal()
+    fitted, preconditioner = start.clone(), kept / gram.diagonal()
     product = (dense - fitted) @ gram
     error = ((dense - fitted) * product).sum(1, keepdim=True)
-    residual = product * kept
-    direction = residual * inverse_diagonal
-    slope = (residual * direction).sum(1, keepdim=True)
+    direction = product * preconditioner
+    slope = (product * direction).sum(1, keepdim=True)
     going = slope > 0
     for _ in range(iterations):
-        image = (direction @ gram) * kept
+        image = direction @ gram
         curvature = (direction * image).sum(1, keepdim=True)
         step = torch.where(going & (curvature > 0), slope / curvature, 0.0)
         fitted.addcmul_(direction, step)
-        residual.addcmul_(image, step, value=-1)
+        product.addcmul_(image, step, value=-1)
         fall = step * slope
         error -= fall
         going &= fall > least_fall * error
         if not going.any():
             break
-        preconditioned = residual * inverse_diagonal
-        before, slope = slope, (residual * preconditioned).sum(1, keepdim=True)
+        preconditioned = product * preconditioner
+        before, slope = slope, (product * preconditioned).sum(1, keepdim=True)
         # of rows that are done neither changes any more
         direction.mul_(torch.where(going, slope / before, 0.0)).add_(preconditioned)
-    return fitted
+    return fitted, product
 
 
 def refit_rows(weight: Tensor, kept: Tensor, gram: Tensor, fit: Fit) -> tuple[Tensor, Tensor]:

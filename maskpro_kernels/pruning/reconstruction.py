@@ -1,9 +1,13 @@
-"""Masks that reconstruct the outputs of every layer, by swap descent on the Gram matrices of the layers' inputs."""
+"""Masks that reconstruct the outputs of every layer, by swap descent on the Gram matrices of the layers' inputs.
+
+With a refit also weights: kept values make up for what a layer has dropped, before the next layer's inputs are taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +17,9 @@ from ..modules import evaluating
 from ..pattern import NMPattern
 from .blocks import calls_by_block, layers_in_order
 from .calibration import Call, calls_of, gram_matrices
-from .swap_descent import SWEEPS, by_place, descend_rows
+from .least_squares import FITS, check_damping, refit_rows
+from .refitted_swaps import swap_and_refit
+from .swap_descent import SWEEPS, by_place, descend_rows, from_places, kept_of, to_places
 
 # In how many parts the online schedule takes the batches, and what a Gram matrix keeps of those before
 ROUNDS = 8
@@ -26,7 +32,19 @@ DAMPING = 0.01
 Visit = Callable[[Sequence[str], Tensor], None]
 
 
-@torch.inference_mode()
+class Reconstruction(NamedTuple):
+    """What ``reconstruct`` has found.
+
+    Attributes:
+        codes: group codes [out, K / M] by name.
+        weights: refitted weights [out, K] by name, as tensors of their own; none without a refit.
+    """
+
+    codes: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+@torch.no_grad()
 def reconstruct(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -34,11 +52,12 @@ def reconstruct(
     pattern: str | NMPattern,
     calibration: Iterable,
     *,
+    refit: str = "none",
     schedule: str = "sequential",
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
+) -> Reconstruction:
     """Masks under which the layers' outputs come near to those of the whole weights, on the inputs that they see.
 
     Layers that are given the same tensor share its Gram matrix.
@@ -49,20 +68,18 @@ def reconstruct(
         codes: group codes to start from, by the same names.
         pattern: "N:M" or NMPattern.
         calibration: batches for the model, each a tensor, a tuple or a mapping.
-        schedule: "sequential", see ``layer_by_layer``, or "online", see ``all_together``.
+        refit: "scales" or "weights" refit each layer behind its swaps; the layers behind see inputs of the refitted
+            ones. With "weights" more swaps follow, which count on the refit (``pruning/refitted_swaps.py``).
+        schedule: "sequential", see ``layer_by_layer``, or "online", see ``all_together``, without a refit.
         damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
         sweeps: most sweeps of a row each time, see ``swap_descent``.
         progress: called with how many layers are done, and of how many, before the first and after each.
 
-    Returns:
-        group codes by name.
-
     Raises:
         TypeError, ValueError: an argument is not as above, there is no batch, or a layer sees none of them.
     """
-    pattern, codes = NMPattern(pattern), dict(codes)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {tuple(SCHEDULES)}, got {schedule!r}")
+    pattern, codes, weights = NMPattern(pattern), dict(codes), {}
+    _check_options(refit, schedule, damping)
     calls = calls_of(calibration)
     visits = min(ROUNDS, len(calls)) if schedule == "online" else 1
     done, total = 0, len(layers) * visits
@@ -75,15 +92,44 @@ def reconstruct(
         nonlocal done
         ordered = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
         for name in names:
-            codes[name], _ = descend_rows(layers[name].weight, codes[name], *ordered, pattern, sweeps)
+            weight = layers[name].weight.detach()
+            codes[name], _ = descend_rows(weight, codes[name], *ordered, pattern, sweeps)
+            if refit != "none":
+                codes[name], weights[name] = _refitted(weight, codes[name], ordered[0], pattern, refit)
             done += 1
             tell_done()
 
     tell_done()
     patterns = dict.fromkeys(layers, pattern)
-    with evaluating(model), without_cache(model), masked_forwards(layers, codes, {}, patterns):
+    with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
         SCHEDULES[schedule](model, layers, calls, descend)
-    return codes
+    return Reconstruction(codes, weights)
+
+
+def _refitted(weight: Tensor, codes: Tensor, gram: Tensor, pattern: NMPattern, refit: str) -> tuple[Tensor, Tensor]:
+    """(group codes, weight) of a layer after its swaps; the Gram matrix is one of ``by_place``."""
+    if refit == "weights":
+        codes, refitted, _ = swap_and_refit(weight, codes, gram, pattern)
+        return codes, refitted
+    kept = kept_of(codes, pattern.m).view(weight.shape) > 0
+    refitted, _ = refit_rows(to_places(weight, pattern.m), kept, gram, FITS[refit])
+    return codes, from_places(refitted, pattern.m)
+
+
+def check_refit(refit: str) -> None:
+    """Raise ValueError unless ``refit`` is "none" or names a refit."""
+    if refit != "none" and (not isinstance(refit, str) or refit not in FITS):
+        raise ValueError(f"refit: expected one of {('none', *FITS)}, got {refit!r}")
+
+
+def _check_options(refit: str, schedule: str, damping: float) -> None:
+    check_refit(refit)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {tuple(SCHEDULES)}, got {schedule!r}")
+    if refit != "none":
+        check_damping(damping)
+        if schedule != "sequential":
+            raise ValueError(f'schedule: expected "sequential" with a refit, got {schedule!r}')
 
 
 def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear, check_in_memory, evaluating, masked_layers
+from ..pattern import NMPattern
 from .calibration import calls_of
-from .least_squares import FITS, refit_rows
+from .least_squares import FITS, check_damping, refit_rows
 from .reconstruction import DAMPING, layer_by_layer, masked_forwards, without_cache
 
 
-@torch.no_grad()
 def refit(
     model: nn.Module,
     calibration: Iterable,
@@ -25,19 +25,16 @@ def refit(
 ) -> dict[str, float]:
     """Refit the weights of a converted model under its top-N masks, so that each layer gives what the dense one would.
 
-    Layer by layer in the order in which they run. A layer's inputs are those of the model as it is so far, masked and
-    refitted; its target is what its dense weight would give on the same inputs. The squared error of the outputs falls
-    in every row of a weight, or the row stays as it is. Sums are float32; values are rounded to the weight's dtype
-    once. The masks, the biases and all else stay as they are. With "weights" dropped weights keep their dense values,
-    so that learning can go on over both.
+    The masks, the biases and all else stay as they are. With "weights" dropped weights keep their dense values, so that
+    learning can go on over both. ``convert`` does the same with its ``refit``, and then chooses the masks for it.
 
     Beside the new weights one block's inputs and one Gram matrix are held. They are put into the layers at the end, as
     tensors of their own: a weight that an embedding shares does not change there.
 
     Args:
         model: converted, see ``convert``; none of its weights refitted or trained before.
-        calibration: batches for the model, each a tensor, a tuple or a mapping. Several times as many tokens as the widest layer
-            has inputs.
+        calibration: batches for the model, each a tensor, a tuple or a mapping. Several times as many tokens as the
+            widest layer has inputs.
         to: "weights": the kept values of least error, by conjugate gradients (``pruning/least_squares.py``). "scales":
             the one factor of least error for each row of a weight.
         damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
@@ -55,8 +52,37 @@ def refit(
     check_damping(damping)
     layers = masked_layers(model)
     _check_layers(layers)
-    calls = calls_of(calibration)
     codes = {name: top_n_mask(layer.logits_on_device().detach(), layer.pattern) for name, layer in layers.items()}
+    patterns = {name: layer.pattern for name, layer in layers.items()}
+    weights, shares = refit_layers(model, layers, codes, patterns, calibration, to, damping, progress)
+    put_in(layers, weights)
+    return shares
+
+
+@torch.no_grad()
+def refit_layers(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    codes: Mapping[str, Tensor],
+    patterns: Mapping[str, NMPattern],
+    calibration: Iterable,
+    to: str,
+    damping: float = DAMPING,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Refitted weights, and the share of the error that is left, by name; the model stays as it is.
+
+    Layer by layer in the order in which they run. A layer's inputs are those of the model as it is so far, masked and
+    refitted; its target is what its dense weight would give on the same inputs. The squared error of the outputs falls
+    in every row of a weight, or the row stays as it is. Sums are float32; values are rounded to the weight's dtype
+    once.
+
+    Args:
+        layers: nn.Linear or alike, with their dense weights.
+        codes: their group codes [out, K / M].
+        patterns: of the codes.
+    """
+    calls = calls_of(calibration)
     weights: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
 
@@ -64,30 +90,20 @@ def refit(
         if progress is not None:
             progress(len(shares), len(layers))
 
-    def visit(names: list[str], gram: Tensor) -> None:
+    def visit(names: Sequence[str], gram: Tensor) -> None:
         gram = gram.to(layers[names[0]].weight.device)
         gram.diagonal().add_(damping * gram.diagonal().mean())
         for name in names:
-            kept = expand_mask(codes[name], layers[name].pattern)
+            kept = expand_mask(codes[name], patterns[name])
             weights[name], errors = refit_rows(layers[name].weight.detach(), kept, gram, FITS[to])
             before, after = errors.double().sum(0).tolist()
             shares[name] = after / before if before > 0 else 1.0
             tell_done()
 
     tell_done()
-    patterns = {name: layer.pattern for name, layer in layers.items()}
     with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
         layer_by_layer(model, layers, calls, visit)
-    put_in(layers, weights)
-    return shares
-
-
-def check_damping(damping: float) -> None:
-    """Raise TypeError or ValueError unless ``damping`` is a share that leaves a Gram matrix positive definite."""
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise TypeError(f"damping: expected a float, got {type(damping).__name__}")
-    if not 0 < damping < float("inf"):
-        raise ValueError(f"damping: expected a finite float above 0, got {damping}")
+    return weights, shares
 
 
 def _check_layers(layers: Mapping[str, MaskedLinear]) -> None:

@@ -74,6 +74,16 @@ def by_place(gram: Tensor, m: int, damping: float = 0.0) -> tuple[Tensor, Tensor
     return ordered, ordered.view(m, groups, m, groups).diagonal(dim1=1, dim2=3).contiguous()
 
 
+def to_places(weight: Tensor, m: int) -> Tensor:
+    """A weight [out, K] with columns in the order of ``by_place``."""
+    return weight.view(len(weight), -1, m).transpose(1, 2).reshape(weight.shape)
+
+
+def from_places(weight: Tensor, m: int) -> Tensor:
+    """The inverse of ``to_places``."""
+    return weight.view(len(weight), m, -1).transpose(1, 2).reshape(weight.shape)
+
+
 def descend_rows(
     weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +96,7 @@ def descend_rows(
     return torch.cat([code for code, _ in pieces]), torch.cat([fall for _, fall in pieces])
 
 
-def _kept(codes: Tensor, m: int) -> Tensor:
+def kept_of(codes: Tensor, m: int) -> Tensor:
     """1.0 where kept and 0.0 where dropped, [rows, M, K / M]."""
     bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
     return (codes[:, None] >> bits[:, None] & 1).float()
@@ -100,7 +110,7 @@ def _descend(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, patter
     def times_gram(x):
         return (x.view(rows, -1) @ gram).view(w.shape)
 
-    kept = _kept(codes, pattern.m)
+    kept = kept_of(codes, pattern.m)
     difference = (kept - 1.0) * w
     product = times_gram(difference)
     error = (difference * product).sum((1, 2))
@@ -108,10 +118,10 @@ def _descend(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, patter
     count = torch.full((rows,), max(1, groups // FIRST_SHARE), device=w.device)
     for _ in range(sweeps):
         change, swap = ops.best_swaps(w, product, codes, blocks, pattern.n, pattern.m)
-        swap = torch.where(_lowest(change, count), swap, 0)
+        swap = torch.where(lowest(change, count), swap, 0)
         if not swap.any():
             break
-        swapped = _kept(codes ^ swap, pattern.m)
+        swapped = kept_of(codes ^ swap, pattern.m)
         step = (swapped - kept) * w
         step_product = times_gram(step)
         fall = -(step * torch.add(step_product, product, alpha=2.0)).sum((1, 2))
@@ -124,7 +134,7 @@ def _descend(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, patter
     return codes, fallen
 
 
-def _lowest(change: Tensor, count: Tensor) -> Tensor:
+def lowest(change: Tensor, count: Tensor) -> Tensor:
     """Which groups hold the ``count`` lowest changes of their row, of those below zero."""
     most = int(count.max())
     if most == 0:

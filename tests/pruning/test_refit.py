@@ -1,4 +1,4 @@
-"""Refits: the kept values, or the factors, of least error, on the inputs of a model that is masked and refitted so far."""
+"""Refits: kept values, or factors, of least error, on the inputs of a model that is masked and refitted so far."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.enumerated import KERNEL_DEVICE
+from helpers.refits import DTYPES, PATTERNS, Blocks, inputs, problem
 from helpers.tiny_llama import tiny_model
 from torch import nn
 
@@ -17,20 +18,6 @@ from maskpro_kernels.pruning import least_squares
 from maskpro_kernels.pruning.least_squares import FITS, conjugate_gradients, refit_rows, row_errors
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
-
-PATTERNS = ["1:4", "2:4", "4:8", "8:16"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def problem(pattern, rows=5, k=48, seed=0, dtype=torch.float32):
-    """(weight, kept, Gram matrix of correlated inputs, damped)."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, k, generator=generator).to(dtype)
-    x = torch.randn(200, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
-    gram = x.T @ x
-    gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    kept = mk.expand_mask(mk.top_n_mask(weight.abs(), pattern), pattern)
-    return weight.to(KERNEL_DEVICE), kept.to(KERNEL_DEVICE), gram.to(KERNEL_DEVICE)
 
 
 def exact_weights(weight, kept, gram):
@@ -46,8 +33,9 @@ def exact_weights(weight, kept, gram):
 def test_conjugate_gradients_end_at_the_least_squares(pattern):
     weight, kept, gram = problem(pattern)
     mask = kept.float()
-    found = conjugate_gradients(weight, weight * mask, mask, gram, iterations=200, least_fall=0.0)
+    found, product = conjugate_gradients(weight, weight * mask, mask, gram, iterations=200, least_fall=0.0)
     torch.testing.assert_close(found.double(), exact_weights(weight, kept, gram), rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(product, (weight - found) @ gram, rtol=1e-3, atol=1e-2)
     assert (found[~kept] == 0).all()
 
 
@@ -114,26 +102,6 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
     monkeypatch.setattr(least_squares, "PIECE", 2 * 48)
     pieces, _ = refit_rows(weight, kept, gram, FITS["weights"])
     torch.testing.assert_close(whole, pieces, rtol=1e-5, atol=1e-6)
-
-
-class Blocks(nn.Module):
-    """Two blocks in a chain, with biases, and inputs in which few directions carry most."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)) for _ in range(2)])
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-def inputs(count=3):
-    generator = torch.Generator().manual_seed(2)
-    mixing = torch.randn(32, 32, generator=generator) * 0.8 ** torch.arange(32)[:, None]
-    return [(torch.randn(64, 32, generator=generator) @ mixing).to(KERNEL_DEVICE) for _ in range(count)]
 
 
 @pytest.mark.parametrize("to", FITS)
