@@ -1,18 +1,51 @@
-"""The logits of a model's masked layers in a file."""
+"""The logits of a model's masked layers in a file; and beside it their weights, where these have changed.
+
+Masks that were learned over changed weights mean nothing without them. Whoever reads the logits gets the weights as
+well, or is refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import write_tensors
-from ..modules import masked_layers
+from ..modules import MaskedLinear, masked_layers
+from ..training.batches import digest
+
+# In the metadata of logits: the digest of the weights beside them
+CHANGED = "changed_weights"
 
 
-def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
+class Learned(NamedTuple):
+    """What ``save_logits`` wrote.
+
+    Attributes:
+        logits: [out, K] by name of the layer, on the CPU.
+        weights: [out, K] by name of the layer, on the CPU, where they are not those of the dense model; else none.
+        metadata: the strings.
+    """
+
+    logits: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def weights_beside(path: str | Path) -> Path:
+    """The file of the weights that belong to a file of logits."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.weights.safetensors")
+
+
+def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Writes the logits of all MaskedLinear modules of a model to a safetensors file.
+
+    Weights that were refitted or trained go into a file beside it, ``weights_beside``, and the metadata of the logits
+    tell their digest.
 
     Args:
         model: has at least one MaskedLinear.
@@ -22,25 +55,88 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: dict[str, st
     Raises:
         TypeError: if ``metadata`` holds something else than strings.
         ValueError: if ``model`` has no MaskedLinear.
-        OSError: if the file cannot be written.
+        OSError: if a file cannot be written.
     """
     wrong = next((item for item in metadata.items() if not all(isinstance(part, str) for part in item)), None)
     if wrong is not None:
         raise TypeError(f"metadata: expected strings as names and values, got {wrong!r}")
-    tensors = {name: layer.logits.detach().contiguous() for name, layer in masked_layers(model).items()}
-    write_tensors(tensors, path, metadata)
+    layers = masked_layers(model)
+    changed = changed_weights(layers)
+    if changed:
+        metadata = {**metadata, CHANGED: save_weights(changed, weights_beside(path))}
+    write_tensors({name: layer.logits.detach().contiguous() for name, layer in layers.items()}, path, dict(metadata))
 
 
 def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads what :func:`save_logits` wrote.
+    """Reads what ``save_logits`` wrote of layers with the weights of the dense model.
 
     Returns:
         (logits, metadata): module name -> tensor [out, K] in the dtype it was saved in, on the CPU; and the strings.
 
     Raises:
-        ValueError: if the file is not a safetensors file.
+        ValueError: if the file is not a safetensors file, or its logits belong to changed weights.
         OSError: if it cannot be read.
     """
+    logits, metadata = _read(path)
+    if CHANGED in metadata:
+        raise ValueError(
+            f"path: expected logits over the weights of the dense model, got {str(path)!r}, whose masks are nothing "
+            f"without the changed weights in {weights_beside(path).name!r}; load_learned reads both"
+        )
+    return logits, metadata
+
+
+def load_learned(path: str | Path) -> Learned:
+    """Reads what ``save_logits`` wrote, with the weights where these have changed.
+
+    ``pruning.refit.put_weights`` gives them to the layers of a converted model.
+
+    Raises:
+        ValueError: if the file is not a safetensors file, or the weights beside it are damaged or of other logits.
+        OSError: if a file cannot be read.
+    """
+    logits, metadata = _read(path)
+    if CHANGED not in metadata:
+        return Learned(logits, {}, metadata)
+    weights, found = load_weights(weights_beside(path))
+    if found != metadata[CHANGED]:
+        raise ValueError(
+            f"path: expected the changed weights that the masks in {str(path)!r} belong to, with digest "
+            f"{metadata[CHANGED]}, got those of other masks in {str(weights_beside(path))!r}"
+        )
+    return Learned(logits, weights, metadata)
+
+
+def changed_weights(layers: Mapping[str, MaskedLinear]) -> dict[str, torch.Tensor]:
+    """The weights of layers that are no longer those of the dense model, by name."""
+    return {name: layer.weight.detach() for name, layer in layers.items() if layer.weight_changed}
+
+
+def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Write weights into a safetensors file, which is then there as a whole or not at all; gives their digest."""
+    found = _digest(weights)
+    write_tensors({name: weight.cpu().contiguous() for name, weight in weights.items()}, path, {"digest": found})
+    return found
+
+
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """(weights, their digest) as ``save_weights`` wrote them; ValueError where the file is not there or damaged."""
+    if not path.is_file():
+        raise ValueError(f"path: expected the changed weights that the masks belong to in {str(path)!r}, got no file")
+    weights, metadata = _read(path)
+    found = _digest(weights)
+    if metadata.get("digest") != found:
+        raise ValueError(
+            f"path: expected the changed weights that the masks belong to, got damaged ones in {str(path)!r}"
+        )
+    return weights, found
+
+
+def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+    return digest(weights[name] for name in sorted(weights))
+
+
+def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})

@@ -13,12 +13,15 @@ from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..pattern import NMPattern
 from ..pruning.convert import convert
-from ..pruning.initial_masks import INITIAL_MASKS, initial_codes
+from ..pruning.initial_masks import INITIAL_MASKS, refitted_masks
+from ..pruning.refit import put_weights
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
+from .changed_weights import name_over, spread_weights, told_weights
 from .inputs import Inputs
 from .perplexities import table_row
 from .progress import Progress, tell
+from .run_files import digest_of_weights
 
 # The initial masks that the table shows, whichever learning starts from
 BASELINES = ("magnitude", "wanda")
@@ -27,7 +30,8 @@ BASELINES = ("magnitude", "wanda")
 def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dict:
     """Convert the model, evaluate the initial masks and leave that of ``--init``: the rows of the table, and more.
 
-    Rank 0 does so; the others take its mask, since another processor may find another one.
+    With ``--refit`` the weights under that mask are refitted. Rank 0 does so; the others take its mask and weights,
+    since another processor may find others.
 
     Raises:
         ValueError: if the dense model has no perplexity.
@@ -42,6 +46,8 @@ def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dic
         for code in codes.values():
             ranks.spread_(code)
         _set_logits(masked, codes, pattern, args.gap)
+        if args.refit != "none":
+            spread_weights(masked, ranks)
     return found
 
 
@@ -62,25 +68,32 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
     layers, skipped = layers_to_convert(model, pattern)
     for name, reason in skipped.items():
         tell(f"left dense: {name} ({reason})")
-    codes, seconds = {}, {}
-    for init in dict.fromkeys((*BASELINES, args.init)):
+    start = name_over(args.init, told_weights(args.refit))
+    found, seconds = {}, {}
+    for name, init, refit in [*((init, init, "none") for init in BASELINES), (start, args.init, args.refit)]:
+        if name in found:
+            continue
         began = time.perf_counter()
-        progress = Progress(init, "layer", args.bars)
-        codes[init] = initial_codes(layers, pattern, init, model, inputs.initial_batches, progress)
-        seconds[init] = time.perf_counter() - began
-    conversion = convert(model, pattern, init=codes[args.init], gap=args.gap)
+        progress = Progress(name, "layer", args.bars)
+        found[name] = refitted_masks(layers, pattern, init, refit, model, inputs.initial_batches, progress)
+        seconds[name] = time.perf_counter() - began
+    conversion = convert(model, pattern, init=found[start].codes, gap=args.gap)
     masked = masked_layers(model)
-    # The mask that learning starts from goes last, so that its logits stay.
+    dense_weights = digest_of_weights(model)
+    # The mask that learning starts from goes last, so that its logits stay, and its weights.
     rows = {}
-    for init in sorted(codes, key=lambda init: init == args.init):
-        _set_logits(masked, codes[init], pattern, conversion.gap)
-        rows[init] = row(init, seconds[init])
-    table += [rows[init] for init in INITIAL_MASKS if init in rows]
+    for name in sorted(found, key=lambda name: name == start):
+        _set_logits(masked, found[name].codes, pattern, conversion.gap)
+        put_weights(masked, found[name].weights)
+        rows[name] = row(name, seconds[name])
+    table += [rows[name] for name in dict.fromkeys((*INITIAL_MASKS, start)) if name in rows]
     return {
         "table": table,
-        "seconds": seconds[args.init],
+        "seconds": seconds[start],
         "converted": list(conversion.converted),
         "skipped": dict(conversion.skipped),
+        "dense_weights": dense_weights,
+        "start_weights": digest_of_weights(model),
     }
 
 

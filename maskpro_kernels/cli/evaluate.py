@@ -13,7 +13,7 @@ from ..text.data import load_text
 from ..text.perplexity import perplexity
 from .arguments import DTYPE, check_least, device_of, telling
 from .models import load, windows_of
-from .run_files import REPORT, goes_on, how_to_go_on, read_report
+from .run_files import FROZEN, REPORT, goes_on, how_to_go_on, read_report
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -34,6 +34,8 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"test perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
     if follows is not None:
         print(follows)
+        if run["weights"] != FROZEN:
+            print(f"not the dense model's weights under a mask: {run['weights']}")
 
 
 def _follows(model: torch.nn.Module, run: Mapping) -> str:

@@ -7,45 +7,58 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.logits import load_logits
+from ..checkpoints.logits import Learned, load_learned, weights_beside
 from ..files import check_output
 from ..functional.masks import top_n_mask
+from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..pruning.convert import convert
 from ..pruning.finalize import finalize
+from ..pruning.refit import put_weights
 from .arguments import DTYPES, telling
 from .models import load, save
-from .run_files import LOGITS, check_ended, digest_of_weights
+from .run_files import FROZEN, LOGITS, check_ended, digest_of_weights
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the checkpoint of a run again, from its base model and its logits."""
+    """Write the checkpoint of a run again, from its base model, its logits, and its weights where they have changed."""
     output = Path(args.output)
     check_output(output)
     source = Path(args.source) / LOGITS
     check_ended(source.parent, LOGITS)
-    with telling("run", f"restore {LOGITS} from a copy, or by `maskpro replay --output` of a run with a journal"):
-        logits, pattern, metadata = _learned(source)
-        codes = {name: top_n_mask(tensor, pattern) for name, tensor in logits.items()}
+    beside = weights_beside(LOGITS).name
+    cure = (
+        f"restore {LOGITS} from a copy, with {beside} where there was one, or by `maskpro replay --output` of a run "
+        "with a journal"
+    )
+    with telling("run", cure):
+        learned, pattern = _learned(source)
+        codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
+    metadata = learned.metadata
     with telling("run", "put back the base model of the run"):
         dtype = getattr(args, "dtype", metadata["dtype"])
         model, tokenizer = load(metadata["model"], dtype, torch.device("cpu"), args.bars)
     with telling("run", f"its logits are those of another model than {metadata['model']!r}"):
         convert(model, pattern, targets=list(codes), init=codes)
-    if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
+    if dtype == metadata["dtype"] and metadata["dense_weights"] != digest_of_weights(model):
         raise ValueError(
             f"run: expected the weights of {metadata['model']!r} that its masks were learned on, got others; put back "
             "the base model as it was"
         )
+    put_weights(masked_layers(model), learned.weights)
+    if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
+        raise ValueError(f"run: expected the weights that its masks belong to, {metadata['weights_are']}, got others")
     save(finalize(model, to=args.to), tokenizer, output)
-    print(f"{args.to} {pattern} checkpoint of {metadata['model']} written to {output}")
+    of = metadata["model"] + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
+    print(f"{args.to} {pattern} checkpoint of {of} written to {output}")
     if args.to == "packed":
         print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
 
 
-def _learned(path: Path) -> tuple[dict[str, torch.Tensor], NMPattern, dict[str, str]]:
-    """(logits, pattern, metadata) of a run; ValueError unless they are of one."""
-    logits, metadata = load_logits(path)
+def _learned(path: Path) -> tuple[Learned, NMPattern]:
+    """What a run has learned, and its pattern; ValueError unless it is of one."""
+    learned = load_learned(path)
+    logits, metadata = learned.logits, learned.metadata
     missing = {"model", "pattern", "dtype", "weights"} - metadata.keys()
     if missing or not logits:
         raise ValueError(f"expected logits of `maskpro learn`, got a file without {sorted(missing) or 'any'}")
@@ -54,4 +67,6 @@ def _learned(path: Path) -> tuple[dict[str, torch.Tensor], NMPattern, dict[str, 
     for name, tensor in logits.items():
         if not tensor.is_floating_point() or tensor.dim() != 2 or not torch.isfinite(tensor).all():
             raise ValueError(f"expected finite logits [out, K], got {list(tensor.shape)} of {tensor.dtype} in {name}")
-    return logits, NMPattern(metadata["pattern"]), metadata
+    # of a version that changed no weights they tell nothing of it
+    metadata = {"dense_weights": metadata["weights"], "weights_are": FROZEN} | metadata
+    return learned._replace(metadata=metadata), NMPattern(metadata["pattern"])

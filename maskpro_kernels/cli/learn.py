@@ -9,10 +9,12 @@ from ..files import check_output
 from ..pruning.convert import convert
 from ..ranks import Ranks
 from ..training.estimator import Estimator
+from .arguments import telling
 from .baselines import initial_masks
+from .changed_weights import put_back_start_weights
 from .inputs import Inputs, read_inputs
 from .learning_run import LearningRun
-from .run_files import SETTINGS, check_free, goes_on, how_to_go_on, read_start
+from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
 from .run_settings import check_ranks, check_tensorboard, complete
 
 
@@ -89,6 +91,9 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
         return estimator, inputs
 
     estimator, inputs = ranks.all_of(prepare)
+    if args.refit != "none":
+        with telling("resume", f"restore {PROGRESS} from a copy, or begin anew with another --output"):
+            put_back_start_weights(inputs.model, output / PROGRESS, start, ranks)
     run = LearningRun(args, ranks, inputs, estimator, start)
     run.go_on()
     return run

@@ -21,11 +21,22 @@ from ..training.snapshots import snapshots_in
 from ..training.step import StepRecord
 from ..training.trainer import MaskTrainer
 from .arguments import telling
+from .changed_weights import save_start_weights
 from .inputs import Inputs
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
 from .run_end import save_run_logits, write_results
-from .run_files import LOGITS, PROGRESS, SETTINGS, TENSORBOARD, VALIDATION, how_to_go_on, read_metrics, tell_missing
+from .run_files import (
+    LOGITS,
+    PROGRESS,
+    SETTINGS,
+    START_WEIGHTS,
+    TENSORBOARD,
+    VALIDATION,
+    how_to_go_on,
+    read_metrics,
+    tell_missing,
+)
 from .run_settings import parallel_of, stored_settings
 from .signals import Signals
 
@@ -72,6 +83,7 @@ class LearningRun:
         made = [folder for folder in (self.progress, self.output, *self.output.parents) if not folder.exists()]
         try:
             self.trainer.begin(progress=self.args.bars)
+            self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
             self.trainer.ranks.first(self._evaluate)
         except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, MissingRanks, FailedRank):
             self.trainer.close()
@@ -84,7 +96,7 @@ class LearningRun:
 
     def _take_back(self, made: list[Path]) -> None:
         """Remove what ``begin`` has left, and folders that it has made."""
-        files = (self.progress / name for name in (JOURNAL, LOCK, VALIDATION))
+        files = (self.progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS))
         for left in (*snapshots_in(self.progress), *files):
             left.unlink(missing_ok=True)
         # a folder that holds anything else stays
@@ -124,7 +136,7 @@ class LearningRun:
             )
             return True
         with telling("output", how_to_go_on(self.output)):
-            save_run_logits(self.args, self.trainer.model)
+            save_run_logits(self.args, self.trainer.model, self.start)
         tell(f"stopped after {done} steps; {how_to_go_on(self.output)}")
         return False
 
@@ -133,12 +145,15 @@ class LearningRun:
         with telling("output", how_to_go_on(self.output)):
             report = write_results(self.args, self.inputs, self.start, self.validation.rows, self.seconds)
         # What is learned is in the logits; what a replay starts from stays
-        for old in snapshots_in(self.progress)[1 if self.trainer.estimator.journaled else 0 :]:
+        journaled = self.trainer.estimator.journaled
+        for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
             old.unlink()
+        if not journaled:
+            (self.progress / START_WEIGHTS).unlink(missing_ok=True)
         print_table(report["table"])
         print(
-            f"{report['flipped_groups']} of {report['groups']} groups differ from the {self.args.init} mask; written "
-            f"to {self.output}"
+            f"{report['flipped_groups']} of {report['groups']} groups differ from the {self.args.init} mask; "
+            f"{report['weights']}; written to {self.output}"
         )
 
     def close(self) -> None:
@@ -203,7 +218,7 @@ class LearningRun:
             again = "are rebuilt" if self.trainer.estimator.journaled else "of the last snapshot are taken"
             return f"the next one was broken off in its update, and the logits {again} where the run goes on"
         try:
-            save_run_logits(self.args, self.trainer.model)
+            save_run_logits(self.args, self.trainer.model, self.start)
         except OSError as error:
             return f"the logits could not be saved: {error}"
         return f"the logits are in {self.output / LOGITS}"

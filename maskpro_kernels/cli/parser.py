@@ -9,6 +9,7 @@ import torch
 from ..pruning.initial_masks import INITIAL_MASKS
 from ..training.sharing import PARALLEL
 from .arguments import DTYPE, DTYPES, number, whole
+from .changed_weights import REFITTED
 from .compare import compare
 from .estimator_options import add_estimators, journaled, run_default
 from .evaluate import evaluate
@@ -112,6 +113,13 @@ def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init-batches", type=whole, default=16, metavar="I", help="batches for the initial mask, at most"
+    )
+    parser.add_argument(
+        "--refit",
+        choices=REFITTED,
+        default="none",
+        help="refit the weights under the initial mask, layer by layer, on the batches of --init-batches: one factor a "
+        "row (scales), or the kept values (weights). The run is then no longer one of frozen weights",
     )
     exploration = parser.add_mutually_exclusive_group()
     exploration.add_argument(

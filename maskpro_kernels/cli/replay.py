@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
+from torch import Tensor
 
+from ..checkpoints.logits import CHANGED, load_weights, save_weights, weights_beside
 from ..files import write_whole
 from ..pattern import NMPattern
 from ..training.batches import digest
@@ -18,8 +20,9 @@ from ..training.score_updates import ReplayedLayer
 from ..training.score_updates import replay as replay_step
 from ..training.snapshots import newest_snapshot
 from .arguments import device_of, new_file, telling
+from .changed_weights import told_weights
 from .progress import followed, tell
-from .run_files import LOGITS, PROGRESS, SETTINGS, logits_metadata
+from .run_files import FROZEN, LOGITS, PROGRESS, SETTINGS, START_WEIGHTS, logits_metadata
 
 CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
 
@@ -46,6 +49,12 @@ def replay(args: argparse.Namespace) -> None:
     device = device_of(args.device)
     with telling("run", CURE):
         _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
+    weights = {} if output is None else _start_weights(Path(args.source), run)
+    if weights and weights_beside(output).exists():
+        raise ValueError(
+            f"output: expected a name beside which {weights_beside(output).name} is free for the refitted weights, got "
+            f"{str(output)!r}; give another name"
+        )
     if torn:
         tell(f"the last record is cut short by a crash: {torn} bytes are left out")
     layers = {
@@ -56,14 +65,37 @@ def replay(args: argparse.Namespace) -> None:
         replay_step(layers, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:
-        write_whole(output, save(logits, metadata=_metadata(Path(args.source), run)))
+        metadata = _metadata(Path(args.source), run)
+        if weights:
+            metadata |= {CHANGED: save_weights(weights, weights_beside(output))}
+        write_whole(output, save(logits, metadata=metadata))
     print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
+    if (progress / START_WEIGHTS).exists():
+        print("its masks are nothing without the refitted weights of the run")
 
 
-def _metadata(source: Path, run: Mapping) -> dict[str, str] | None:
-    """As it stands beside the logits of the run, so that they can take their place; None where it is not known."""
+def _start_weights(source: Path, run: Mapping) -> dict[str, Tensor]:
+    """The weights that a run began with; none where they were those of the dense model.
+
+    Raises:
+        ValueError: if they were refitted, and are damaged or lost: its masks are nothing without them.
+    """
+    start = source / PROGRESS / START_WEIGHTS
+    if not start.exists() and _metadata(source, run).get("weights_are", FROZEN) == FROZEN:
+        return {}
+    with telling("run", CURE):
+        weights, _ = load_weights(start)
+        # in the order of layer ids, as the run took it
+        if digest(weights[name] for name in sorted(run["layers"], key=run["layers"].get)) != run["weights"]:
+            raise ValueError(f"expected the weights that the run began with in {str(start)!r}, got others")
+    return weights
+
+
+def _metadata(source: Path, run: Mapping) -> dict[str, str]:
+    """As it stands beside the logits of the run; empty where it is not known."""
     try:
-        settings = json.loads((source / SETTINGS).read_text(encoding="utf-8"))["settings"]
-        return logits_metadata(settings, run["weights"])
+        start = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        settings = start["settings"]
+        return logits_metadata(settings, run["weights"], start["dense_weights"], told_weights(settings["refit"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}

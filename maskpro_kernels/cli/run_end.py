@@ -20,6 +20,7 @@ from ..report.plots import draw_perplexity, draw_residual
 from ..training.batches import digest
 from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
+from .changed_weights import name_over, told_weights, told_weights_of
 from .inputs import Inputs
 from .models import save
 from .perplexities import table_row
@@ -59,13 +60,15 @@ def write_results(
         OSError: if something cannot be written. The report is not there then: the run can be gone on with.
     """
     model, output, pattern = inputs.model, Path(args.output), NMPattern(args.pattern)
-    table = [*start["table"], table_row(args.estimator, model, inputs.tests, seconds, args.bars)]
-    save_run_logits(args, model)
+    weights = told_weights_of(model, args.refit, start)
+    learned = name_over(args.estimator, weights)
+    table = [*start["table"], table_row(learned, model, inputs.tests, seconds, args.bars)]
+    save_run_logits(args, model, start)
     groups = _groups_of(model, output / PROGRESS, pattern)
     records = read_metrics(output / PROGRESS)
 
     save(finalize(model), inputs.tokenizer, output)
-    draw_perplexity({args.estimator: validation}, output / PERPLEXITY_PICTURE)
+    draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
     if any(record["residual"] is not None for record in records):
         draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
@@ -73,6 +76,8 @@ def write_results(
         "pattern": str(pattern),
         "settings": reported_settings(args),
         "gap": args.gap,
+        "start": name_over(args.init, told_weights(args.refit)),
+        "weights": weights,
         "versions": versions(),
         "eval_tokens": inputs.tests["perplexity"].numel(),
         "table": table,
@@ -90,9 +95,11 @@ def write_results(
     return report
 
 
-def save_run_logits(args: argparse.Namespace, model: torch.nn.Module) -> None:
-    """Write the logits of a run into its folder."""
-    save_logits(model, Path(args.output) / LOGITS, logits_metadata(stored_settings(args), digest_of_weights(model)))
+def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Mapping) -> None:
+    """Write the logits of a run into its folder, and the weights beside them where these have changed."""
+    weights_are = told_weights_of(model, args.refit, start)
+    metadata = logits_metadata(stored_settings(args), digest_of_weights(model), start["dense_weights"], weights_are)
+    save_logits(model, Path(args.output) / LOGITS, metadata)
 
 
 def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> dict:

@@ -25,12 +25,16 @@ PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # And while it goes on
 SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 TENSORBOARD = "tensorboard"
+# In PROGRESS, of a run whose weights were refitted: those that it begins with
+START_WEIGHTS = "start-weights.safetensors"
+# What a report tells of weights that are those of the dense model
+FROZEN = "weights frozen"
 # What is read of a report, and of the settings in it
 REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
 REPORTED_SETTINGS = ("data", "dtype", "eval_length")
 # What a run goes on by: its settings, and what was known before its first step
-RESUMED_SETTINGS = ("model", "data", "init", "dtype", "device", "estimator", "steps", "gap", "seed")
-RESUMED = ("settings", "table", "seconds", "converted", "skipped")
+RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "device", "estimator", "steps", "gap", "seed")
+RESUMED = ("settings", "table", "seconds", "converted", "skipped", "dense_weights", "start_weights")
 
 
 def goes_on(output: Path) -> bool:
@@ -38,13 +42,16 @@ def goes_on(output: Path) -> bool:
     return (output / SETTINGS).is_file() and (output / PROGRESS).is_dir() and not (output / REPORT).exists()
 
 
-def logits_metadata(settings: Mapping, weights: str) -> dict[str, str]:
+def logits_metadata(settings: Mapping, weights: str, dense_weights: str, weights_are: str) -> dict[str, str]:
     """What stands beside the logits of a run with these settings: all that an export takes besides them.
 
     Args:
-        weights: the digest of the masked layers' weights, in the dtype of the settings.
+        weights: the digest of the masked layers' weights that the masks belong to, in the dtype of the settings.
+        dense_weights: the same of the dense model.
+        weights_are: what became of the weights, see ``told_weights``.
     """
-    return {name: settings[name] for name in ("model", "pattern", "dtype")} | {"weights": weights}
+    metadata = {name: settings[name] for name in ("model", "pattern", "dtype")}
+    return metadata | {"weights": weights, "dense_weights": dense_weights, "weights_are": weights_are}
 
 
 def digest_of_weights(model: torch.nn.Module) -> str:
@@ -93,7 +100,8 @@ def read_report(path: Path) -> dict:
         settings = report["settings"]
         read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in REPORTED_SETTINGS}
         _check_report(read)
-        return read | {"other_data": settings.get("other_data")}
+        # a report that does not tell is of a version that changed no weights
+        return read | {"other_data": settings.get("other_data"), "weights": report.get("weights", FROZEN)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}; restore it from a copy, or move "

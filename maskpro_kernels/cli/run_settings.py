@@ -15,6 +15,7 @@ from ..ranks import Ranks
 from ..training.estimator import Estimator
 from ..training.sharing import PARALLEL, check_shares
 from .arguments import DTYPES, check_least, device_of
+from .changed_weights import REFITTED
 from .estimator_options import class_of, complete_options
 
 # Of this process, not of the run
@@ -33,6 +34,8 @@ def complete(args: argparse.Namespace) -> Estimator:
     pattern = NMPattern(args.pattern)
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    if args.refit not in REFITTED:
+        raise ValueError(f"refit: expected one of {', '.join(REFITTED)}, got {args.refit!r}")
     for name, value in class_of(args).run_defaults._asdict().items():
         setattr(args, name, getattr(args, name, value))
     args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))

@@ -13,7 +13,7 @@ from ..pattern import NMPattern
 from .gap import gap_for_flip_rate
 from .initial_masks import check_initial_mask, refitted_masks
 from .reconstruction import check_refit
-from .refit import put_in
+from .refit import put_weights
 from .replacement import replace_modules
 from .selection import layers_to_convert
 
@@ -87,7 +87,7 @@ def convert(
     codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
     how = {"gap": gap, "logits_dtype": logits_dtype, "logits_device": logits_device}
     masked = _masked_linears(model, layers, codes, pattern, **how)
-    put_in({name: masked[id(layers[name])] for name in weights}, weights)
+    put_weights({name: masked[id(layers[name])] for name in weights}, weights)
     replace_modules(model, masked)
     return Conversion(list(layers), skipped, gap)
 

@@ -55,7 +55,7 @@ def refit(
     codes = {name: top_n_mask(layer.logits_on_device().detach(), layer.pattern) for name, layer in layers.items()}
     patterns = {name: layer.pattern for name, layer in layers.items()}
     weights, shares = refit_layers(model, layers, codes, patterns, calibration, to, damping, progress)
-    put_in(layers, weights)
+    put_weights(layers, weights)
     return shares
 
 
@@ -116,8 +116,25 @@ def _check_layers(layers: Mapping[str, MaskedLinear]) -> None:
             )
 
 
-def put_in(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor]) -> None:
-    """Give layers these weights, and note that theirs have changed."""
+def put_weights(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor]) -> None:
+    """Give layers refitted or trained weights, and note that theirs have changed.
+
+    Args:
+        layers: by name.
+        weights: [out, K] by name, of some of the layers. A layer takes them in its dtype, onto its device; else they
+            are not copied.
+
+    Raises:
+        ValueError: if a layer is missing or of another shape. Nothing has changed then.
+    """
     for name, weight in weights.items():
-        layers[name].weight.data = weight
-        layers[name].weight_changed = True
+        shape = list(layers[name].weight.shape) if name in layers else None
+        if shape != list(weight.shape):
+            raise ValueError(
+                f"weights: expected those of the model's masked layers, got {list(weight.shape)} in {name}"
+            )
+    for name, weight in weights.items():
+        layer = layers[name]
+        # in place of the tensor, not into it: it may be shared with a layer that has no mask
+        layer.weight.data = weight.to(layer.weight.device, layer.weight.dtype)
+        layer.weight_changed = True

@@ -17,7 +17,7 @@ from ..files import write_whole
 from . import markup, svg
 
 NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
-          "flipped_groups_by_layer", "logits", "skipped", "steps"}  # fmt: skip
+          "flipped_groups_by_layer", "logits", "skipped", "start", "steps", "weights"}  # fmt: skip
 # How many of the newest flip rates of a layer are averaged
 NEWEST_RATES = 5
 # How many stretches of skipped steps are listed
@@ -90,7 +90,7 @@ def _section(title: str, *parts: str) -> str:
 
 def _headline(report: Mapping, title: str) -> str:
     settings, steps, rows = report["settings"], report["steps"], {row["method"]: row for row in report["table"]}
-    dense, initial, learned = report["table"][0], rows[settings["init"]], report["table"][-1]
+    dense, initial, learned = report["table"][0], rows[report["start"]], report["table"][-1]
     taken, planned = report["validation"][-1]["step"], settings["steps"]
     ended = markup.count_of_steps(taken) if taken >= planned else f"{taken:,} of {markup.count_of_steps(planned)}"
     flips, groups = report["flipped_groups_by_layer"], sum(report["groups_by_layer"].values())
@@ -124,11 +124,17 @@ def _headline(report: Mapping, title: str) -> str:
             "<p>The run ended early: at two evaluations in a row the validation perplexity was far above that of the "
             "initial mask, or no finite number.</p>"
         )
+    changed = ""
+    if report["weights"] != "weights frozen":
+        changed = (
+            f"<p>The weights are not those of the dense model: {escape(report['weights'])}. The mask alone does not "
+            "give this perplexity.</p>\n"
+        )
     return (
         f"<header>\n<h1>{escape(title)}</h1>\n"
-        f"<p>Learned on {escape(settings['data'])} by {escape(settings['estimator'])} from the "
-        f"{escape(settings['init'])} mask, whose test perplexity is {markup.decimals(initial['perplexity'])}.</p>\n"
-        f'<dl class="figures">\n{tiles}\n</dl>\n{early}</header>'
+        f"<p>Learned on {escape(settings['data'])} by {escape(settings['estimator'])}. It began with "
+        f"{escape(report['start'])}, whose test perplexity is {markup.decimals(initial['perplexity'])}.</p>\n"
+        f'{changed}<dl class="figures">\n{tiles}\n</dl>\n{early}</header>'
     )
 
 

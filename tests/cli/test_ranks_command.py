@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.bits import assert_same_bits
 from helpers.children import environment
 from helpers.command import contents, refuses, report
 from helpers.in_ranks import LONGEST, all_in_ranks
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
+from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main, parser, run_settings
 from maskpro_kernels.ranks import FailedRank, MissingRanks
 from maskpro_kernels.training.run_folder import RunFolder
@@ -96,13 +98,17 @@ def without_seconds(table: str) -> list[list[str]]:
 
 
 def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
-    assert main.main(learn(inputs, tmp_path / "one", "--accumulate", "2")) == 0
+    """Rank 0 refits the weights, the other takes its."""
+    options = ["--accumulate", "2", "--refit", "weights"]
+    assert main.main(learn(inputs, tmp_path / "one", *options)) == 0
     table = capsys.readouterr().out
-    two = OnRanks(tmp_path / "logs", learn(inputs, tmp_path / "two", "--accumulate", "2"))
+    two = OnRanks(tmp_path / "logs", learn(inputs, tmp_path / "two", *options))
     assert (two.code, two.out[1], two.err[1]) == (0, "", ""), two.err
-    assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 6
+    assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 7
     expected, found = report(tmp_path / "one"), report(tmp_path / "two")
-    assert found["logits"] == expected["logits"]
+    assert found["logits"] == expected["logits"] and found["weights"] == expected["weights"] == "weights refitted"
+    learned = [load_learned(tmp_path / name / "logits.safetensors") for name in ("one", "two")]
+    assert_same_bits(learned[1].weights, learned[0].weights)
     assert found["settings"] | {"output": ""} == expected["settings"] | {"output": ""}
     assert found["settings"]["accumulate"] == 2 and "parallel" not in found["settings"]
     for name in ("validation", "flipped_groups", "converted", "skipped"):

@@ -8,13 +8,12 @@ import signal
 
 import pytest
 from helpers.bits import assert_same_bits
-from helpers.command import learn, refuses, report
+from helpers.command import broken_off, learn, refuses, report
 from safetensors.torch import load_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main
 from maskpro_kernels.training.batches import digest
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -29,25 +28,6 @@ WAYS = {
 def learned_logits(folder):
     logits, _ = load_logits(folder / "logits.safetensors")
     return logits
-
-
-def broken_off(inputs, folder, monkeypatch, step, options, break_off):
-    """A run of 6 steps that is broken off before a step."""
-    take = MaskTrainer.step
-
-    def broken(trainer):
-        if trainer.steps_done == step:
-            break_off()
-        return take(trainer)
-
-    # a job in the background is started with SIGINT ignored
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(MaskTrainer, "step", broken)
-            return main.main(learn(inputs, folder, *options))
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("how", WAYS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.training.trainer import MaskTrainer
 
 SIZES = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24"
 SETTINGS = f"--estimator reinforce --init wanda {SIZES}".split()
@@ -44,3 +46,22 @@ def refuses(capsys, folder, arguments, *messages):
 def nonzeros(model, name, m=4):
     """Of each group of a layer."""
     return (model.get_submodule(name).weight.view(-1, m) != 0).sum(1)
+
+
+def broken_off(inputs, folder, monkeypatch, step, options, break_off):
+    """A run of 6 steps that is broken off before a step."""
+    take = MaskTrainer.step
+
+    def broken(trainer):
+        if trainer.steps_done == step:
+            break_off()
+        return take(trainer)
+
+    # a job in the background is started with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(MaskTrainer, "step", broken)
+            return main.main(learn(inputs, folder, *options))
+    finally:
+        signal.signal(signal.SIGINT, before)

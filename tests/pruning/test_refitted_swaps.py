@@ -133,7 +133,7 @@ def distance(model, batches, outputs):
     return sum(float((x - y).float().square().sum()) for x, y in zip(found, outputs, strict=True))
 
 
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
 def test_one_pass_of_masks_and_refit(pattern):
     """``convert`` with both is nearer to the dense model than a refit behind the reconstruction."""
     batches = inputs()

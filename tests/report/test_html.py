@@ -106,6 +106,8 @@ def report_of(steps, settings, layers=LLAMA, **changed):
         "pattern": "2:4",
         "settings": {"data": "pydoc", "steps": count, "seed": 0, "output": "runs/mine", "dtype": "bfloat16"} | settings,
         "gap": 10.0,
+        "start": settings["init"],
+        "weights": "weights frozen",
         "versions": {"python": "3.12.1", "triton": "not installed"},
         "eval_tokens": 12288,
         "table": [
@@ -146,9 +148,9 @@ def page_of(values, folder):
 def test_page_of_a_run(tmp_path, settings, curves, count):
     page = page_of(report_of([step_of(step) for step in range(count)], settings), tmp_path)
     assert page.headings[0] == "2:4 mask of smollm2-135m"
-    assert page.says(
-        f"Learned on pydoc by {settings['estimator']} from the wanda mask, whose test perplexity is 73.02."
-    )
+    told = f"Learned on pydoc by {settings['estimator']}. It began with wanda, whose test perplexity is 73.02."
+    assert page.says(told)
+    assert not page.says("not those of the dense model")
     (methods,) = page.table("mask", "test perplexity", "seconds from the dense model")
     assert methods == [
         ["none (dense)", "14.27", "0.0"],
