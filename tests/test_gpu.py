@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.refits import problem as refit_problem
 from torch import nn
 
 from maskpro_kernels import (
@@ -17,6 +20,7 @@ from maskpro_kernels import (
     mask_log_prob,
     masked_linear,
     nm_linear,
+    pack_mask,
     pack_nm,
     sample_mask,
     sample_masked_weight,
@@ -24,6 +28,9 @@ from maskpro_kernels import (
     top_n_mask,
 )
 from maskpro_kernels.modules import initial_logits, masked_layers
+from maskpro_kernels.pruning.least_squares import FITS, refit_rows
+from maskpro_kernels.pruning.refitted_swaps import swap_and_refit
+from maskpro_kernels.pruning.swap_descent import by_place
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("eager_reference")]
 
@@ -158,6 +165,40 @@ def test_packed_weights_unpack_and_multiply_as_on_the_cpu(tokens, pattern, dtype
         captured = nm_linear(*on_gpu)
     graph.replay()
     assert_same_bits(captured, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS[:4])
+def test_refits_lower_the_error_as_on_the_cpu(pattern, dtype):
+    """Alone and with the swaps that count on them; sums of products have another order."""
+    m = NMPattern(pattern).m
+    weight, kept, gram = (t.cpu() for t in refit_problem(pattern, rows=301, k=320, dtype=dtype))
+    codes = pack_mask(kept, pattern)
+    errors = {}
+    for device in ("cpu", "cuda"):
+        operands = weight.to(device), codes.to(device), by_place(gram.to(device), m)[0], NMPattern(pattern)
+        found, refitted, swapped = swap_and_refit(*operands)
+        assert found.device.type == refitted.device.type == device and refitted.dtype == dtype
+        alone = [refit_rows(weight.to(device), kept.to(device), gram.to(device), FITS[to])[1] for to in FITS]
+        errors[device] = torch.stack([swapped, *alone]).sum(1).cpu()
+    torch.testing.assert_close(errors["cuda"], errors["cpu"], rtol=1e-2, atol=0)
+    assert (errors["cuda"][:, 1] < errors["cuda"][:, 0]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_is_refitted_in_one_pass(dtype):
+    batches = [torch.randn(256, 128, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)).to("cuda", dtype)
+    with torch.no_grad():
+        dense = model(batches[0])
+    distances = []
+    for refit in ("none", "weights"):
+        again = copy.deepcopy(model)
+        convert(again, "2:4", init="reconstruction", calibration=batches, refit=refit)
+        with torch.no_grad():
+            distances.append((again.eval()(batches[0]) - dense).float().norm())
+    assert distances[1] < 0.9 * distances[0]
 
 
 def test_a_captured_graph_draws_anew_after_each_advance():

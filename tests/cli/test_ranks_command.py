@@ -126,7 +126,7 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
 @pytest.mark.parametrize("victim", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs, tmp_path, capsys, victim):
     """On two ranks each time; in one process at the end."""
-    run, options = tmp_path / "run", ["--draws", "2", "--steps", "6"]
+    run, options = tmp_path / "run", ["--draws", "2", "--steps", "6", "--refit", "scales"]
     assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
     how = f"continue with: maskpro learn --resume {run}"
     own = ["--parallel", "draws"]
