@@ -127,6 +127,8 @@ class MaskedLinear(nn.Module):
             ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
             at first: a gradient reaches them by ``log_prob`` alone. One that moves the logits itself has an attribute
             ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
+        weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
+            is gone. Who changes them sets it; a state_dict holds it.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -172,6 +174,7 @@ class MaskedLinear(nn.Module):
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
+        self.weight_changed = False
 
     @classmethod
     def from_linear(
@@ -356,21 +359,22 @@ class MaskedLinear(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """int64 [7]: layer id, N, M, the seed and step, and where a shard lies: group offset and row stride."""
+        """int64 [8]: layer id, N, M, seed and step, group offset and row stride of a shard, ``weight_changed``."""
         state = self.counter_state
         if state.seed.is_meta:
-            return torch.empty(7, dtype=torch.int64, device="meta")
+            return torch.empty(8, dtype=torch.int64, device="meta")
         counter, place = (int(state.seed), int(state.step)), (self.group_offset, self.group_row_stride)
-        return torch.tensor([self.layer, self.pattern.n, self.pattern.m, *counter, *place], dtype=torch.int64)
+        of_layer = self.layer, self.pattern.n, self.pattern.m
+        return torch.tensor([*of_layer, *counter, *place, self.weight_changed], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        layer, _, _, seed, step, *_ = state.tolist()
+        layer, _, _, seed, step, _, _, weight_changed = state.tolist()
         # a state_dict that is assigned brings weights alone out of meta
         if self.layer_id.is_meta:
             self.layer_id = torch.empty_like(self.layer_id, device=self.weight.device)
         if self.counter_state.seed.is_meta:
             self.counter_state.to_empty(device=self.weight.device)
-        self.layer = layer
+        self.layer, self.weight_changed = layer, bool(weight_changed)
         self.counter_state.seed.fill_(seed)
         self.counter_state.step.fill_(step)
         self.counter_state.draw.fill_(0)
@@ -379,7 +383,13 @@ class MaskedLinear(nn.Module):
         saved = state_dict.get(f"{prefix}_extra_state")
         if saved is not None:
             *_, errors = args
-            _, n, m, _, _, *place = saved.tolist()
+            if saved.shape != (8,):
+                errors.append(
+                    f"state_dict: expected extra state of shape [8], got {list(saved.shape)} in {prefix!r}, as another "
+                    f"version saves it"
+                )
+                return
+            _, n, m, _, _, *place, _ = saved.tolist()
             if (n, m) != (self.pattern.n, self.pattern.m):
                 errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
                 return

@@ -183,6 +183,17 @@ def test_state_dict_round_trip():
         assert_same_bits(layer.drawn_codes(), same.drawn_codes())
 
 
+def test_a_state_dict_tells_whether_kept_weights_have_changed():
+    layer, fresh = (mk.MaskedLinear.from_linear(nn.Linear(8, 4), "2:4") for _ in range(2))
+    assert layer.weight_changed is False
+    layer.weight_changed = True
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.weight_changed is True
+    other = layer.state_dict() | {"_extra_state": layer.state_dict()["_extra_state"][:7]}
+    with pytest.raises(RuntimeError, match=r"expected extra state of shape \[8\], got \[7\]"):
+        fresh.load_state_dict(other)
+
+
 def test_state_dict_can_be_saved_as_safetensors(tmp_path):
     model, fresh = two_layers(), two_layers()
     model[0].counter_state.seed.fill_(11)
