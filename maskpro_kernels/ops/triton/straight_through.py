@@ -110,8 +110,7 @@ def straight_through_kernel(
     row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
     # In the order in which they start, programs next to each other share rows of grad as well as columns of x
     group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, row_tiles, SHARING)
-    first_row = row_tile * BLOCK_OUT
-    first_group = group_tile * GROUPS
+    first_row, first_group = row_tile * BLOCK_OUT, group_tile * GROUPS
     total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
@@ -129,8 +128,7 @@ def straight_through_kernel(
         logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
         index = (offset + row * row_stride + group).to(tl.uint32)
         dtype: tl.constexpr = source.dtype.element_ty
-        key = d.load_key(seed, step, layer, draw)
-        new = descended(logits, slope, tl.load(rate), max_update, index, key, M, dtype)
+        new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
         tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
         # weights outside of the matrix are read as zeros: no slope
         tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
