@@ -124,8 +124,10 @@ def build_product(
     """Compile ``<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
 
     The weight and the bias are of the operands' dtype unless ``weight`` names another. ``multiples`` are what is a
-    multiple of 16. The straight-through kernel steps the logits, or with ``UPDATE=False`` writes their slope.
+    multiple of 16. The straight-through kernel steps the logits, or with ``UPDATE=False`` writes their slope; with
+    ``WEIGHT_GRAD=True`` it also writes the gradient of the weight.
     """
+    weight_grad = constants.pop("WEIGHT_GRAD", False)
     known = {
         "N": n,
         "M": m,
@@ -145,12 +147,13 @@ def build_product(
         | dict.fromkeys(("x", "grad", "out"), f"*{operand}")
         | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
         | {"source": f"*{logits}" if known["KIND"] != "codes" else "*u8" if m <= 8 else "*i32"}
-        | dict.fromkeys(("grad_squares", "x_squares"), "*fp32")
+        | dict.fromkeys(("grad_squares", "x_squares", "weight_grad"), "*fp32")
         | ({"out": "*fp32"} if product == "straight_through" else {})
         | {"rows": "i32", "groups": "i32"}
     )
     if product == "straight_through":
         known |= {"out": None} if known["UPDATE"] else {"partial": None, "rate": None}
+        known |= {} if weight_grad else {"weight_grad": None}
     elif not known["LOG_PROB"]:
         known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
 ESTIMATORS = {
     "reinforce": lambda: mk.Reinforce(lr=2.0, draws=2),
     "straight-through": lambda: mk.StraightThrough(lr=0.3),
+    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01),
 }
 
 
@@ -87,13 +88,13 @@ def assert_spread_model_learns_the_same(rank: int, estimator: str, logits_device
     for accumulate in (1, 2):
         ours, theirs = (learned(model, estimator, accumulate) for model in (spread, whole))
         for one, other, old in zip(ours, theirs, before, strict=True):
-            assert_same(one, other, slopes=estimator == "straight-through")
+            assert_same(one, other, slopes=estimator != "reinforce")
             assert not torch.equal(one, old)
         assert [layer.logits.device.type for layer in layers] == [logits_device or "far", "cpu"]
     mk.finalize(spread)
     mk.finalize(whole)
     assert spread[0].weight.device.type == "far"
-    assert_same_bits(spread(calibration[0]), whole(calibration[0]))
+    assert_same(spread(calibration[0]), whole(calibration[0]), slopes=estimator == "trained weights")
     del device
 
 
@@ -104,6 +105,7 @@ def assert_spread_model_learns_the_same(rank: int, estimator: str, logits_device
         ("reinforce", "cpu", "magnitude"),
         ("straight-through", None, "magnitude"),
         ("straight-through", "cpu", "reconstruction"),
+        ("trained weights", "cpu", "magnitude"),
     ],
 )
 def test_a_model_on_two_devices_learns_as_one_on_one(estimator, logits_device, init):

@@ -126,3 +126,33 @@ def test_turns_that_backward_does_not_take_cost_memory_alone(taken_for, eager_re
     steps = {"accumulate": 2, "steps": 4, "kind": Auxiliary}
     results = all_in_ranks(2, straight_through, taken_for=taken_for, **steps)
     assert_that_of_one_process(results, **steps)
+
+
+def trained_weights(rank: int, accumulate: int, kind: type[nn.Module], folder=None):
+    """(weights, logits, what the weights learn by) after two steps, and after two more of a trainer that resumes."""
+    held = []
+    for _ in range(2):
+        model = kind()
+        mk.convert(model, "2:4", gap=2.0)
+        trainer = rank_trainer("trained weights", model=model, accumulate=accumulate, output_dir=folder)
+        if held:
+            # the model has the weights of the start; rank 0 alone reads the folder
+            assert trainer.resume() == 2
+        trainer.run(2, progress=False)
+        weights = [layer.weight.detach().clone() for layer in trainer.layers.values()]
+        learned_by = [tensor.clone() for tensor in trainer.estimator.tensors().values()]
+        held.append([weights, logits_of(model), learned_by])
+        trainer.close()
+    return held
+
+
+def test_weights_that_learn_on_ranks_are_those_of_one_process(tmp_path, eager_reference):
+    """A layer moves in its turn, or behind backward where it is used twice; a resumed run gives its weights to all."""
+    steps = {"accumulate": 2, "kind": Twice}
+    one, other = all_in_ranks(2, trained_weights, folder=tmp_path / "ranks", **steps)
+    alone = trained_weights(0, folder=tmp_path / "alone", **steps)
+    for ours, theirs, expected in zip(one, other, alone, strict=True):
+        for a, b, c in zip(ours, theirs, expected, strict=True):
+            assert_same_bits(a, b)
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(one[0][0][0], one[1][0][0])

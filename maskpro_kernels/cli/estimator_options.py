@@ -42,7 +42,7 @@ def add_estimators(parser: argparse.ArgumentParser) -> None:
     )
     for name, by_estimator in _options().items():
         first = next(iter(by_estimator.values()))
-        told = [f"{of}: {option.help} (default: {_shown(option.default)})" for of, option in by_estimator.items()]
+        told = [f"{of}: {option.help}{_default_of(option)}" for of, option in by_estimator.items()]
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type={int: whole, float: number}.get(first.kind, first.kind),
@@ -59,6 +59,11 @@ def _options() -> dict[str, dict[str, Option]]:
         for option in of.options:
             found.setdefault(option.name, {})[estimator] = option
     return found
+
+
+def _default_of(option: Option) -> str:
+    """For --help; nothing where the option is one to leave out."""
+    return "" if option.default is None else f" (default: {_shown(option.default)})"
 
 
 def run_default(name: str) -> str:

@@ -310,23 +310,26 @@ def _column_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
-def _derivatives(grad: Tensor, x: Tensor, curvature: float) -> tuple[Tensor, Tensor]:
-    """(first, second) derivative of the loss in the masked weight [rows, K]."""
-    return grad.t() @ x, torch.outer(curvature * _column_squares(grad), _column_squares(x))
+def _derivatives(grad: Tensor, x: Tensor, curvature: float, weight_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(first, second) derivative of the loss in the masked weight [rows, K]; the first one into ``weight_grad``."""
+    first = grad.t() @ x
+    if weight_grad is not None:
+        weight_grad.copy_(first)
+    return first, torch.outer(curvature * _column_squares(grad), _column_squares(x))
 
 
 @torch.library.custom_op(
     "maskpro::straight_through_grad",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, {MASK}) -> Tensor",
+    mutates_args=("weight_grad",),
+    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, {MASK}) -> Tensor",
 )
-def _straight_through_grad(grad, x, weight, curvature, *mask):
+def _straight_through_grad(grad, x, weight, curvature, weight_grad, *mask):
     mask = unflat(*mask)
     with without_autocast(grad):
         if uses_kernels(grad):
             squares = curvature * _column_squares(grad), _column_squares(x)
-            return kernels("straight_through").straight_through_grad(grad, x, weight, *squares, mask)
-        derivatives = _derivatives(grad, x, curvature)
+            return kernels("straight_through").straight_through_grad(grad, x, weight, *squares, mask, weight_grad)
+        derivatives = _derivatives(grad, x, curvature, weight_grad)
         return run_reference("straight_through_grad", weight, *derivatives, _codes(mask), m=mask.m)
 
 
@@ -335,23 +338,26 @@ def _(grad, x, weight, *_):
     return torch.empty_like(weight, dtype=torch.float32)
 
 
-def straight_through_grad(grad: Tensor, x: Tensor, weight: Tensor, curvature: float, mask: MaskSource) -> Tensor:
+def straight_through_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, curvature: float, mask: MaskSource, weight_grad: Tensor | None = None
+) -> Tensor:
     """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
 
     G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
     which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken
-    as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671).
+    as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671). ``weight_grad`` float32 [rows, K] becomes G, of
+    kept and dropped weights.
     """
-    return _straight_through_grad(grad, x, weight, curvature, *flat(mask))
+    return _straight_through_grad(grad, x, weight, curvature, weight_grad, *flat(mask))
 
 
 @torch.library.custom_op(
     "maskpro::straight_through_update_",
-    mutates_args=("source",),
+    mutates_args=("weight_grad", "source"),
     schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float max_update, "
-    f"{MASK.replace('Tensor source', 'Tensor(a!) source')}) -> Tensor",
+    f"Tensor(a!)? weight_grad, {MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
 )
-def _straight_through_update_(grad, x, weight, curvature, rate, max_update, *mask):
+def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, *mask):
     mask = unflat(*mask)
     if mask.kind != "drawn":
         raise ValueError(f'kind: expected "drawn", whose source are logits, got {mask.kind!r}')
@@ -359,8 +365,8 @@ def _straight_through_update_(grad, x, weight, curvature, rate, max_update, *mas
         if uses_kernels(grad):
             squares = curvature * _column_squares(grad), _column_squares(x)
             update_ = kernels("straight_through").straight_through_update_
-            return update_(grad, x, weight, *squares, rate, max_update, mask)
-        slope_of = (weight, *_derivatives(grad, x, curvature), _codes(mask))
+            return update_(grad, x, weight, *squares, rate, max_update, mask, weight_grad)
+        slope_of = (weight, *_derivatives(grad, x, curvature, weight_grad), _codes(mask))
         step = (rate, mask.counter, scalar(max_update, weight))
         return run_reference("straight_through_update_", mask.tensor, *slope_of, *step, m=mask.m)
 
@@ -371,10 +377,17 @@ def _(grad, *_):
 
 
 def straight_through_update_(
-    grad: Tensor, x: Tensor, weight: Tensor, curvature: float, rate: Tensor, max_update: float, mask: MaskSource
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    curvature: float,
+    rate: Tensor,
+    max_update: float,
+    mask: MaskSource,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
-    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, *flat(mask))
+    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, *flat(mask))
 
 
 @torch.library.custom_op(

@@ -35,7 +35,7 @@ class Option(NamedTuple):
         name: of the keyword, none of ``RUN_OPTIONS``. The option has hyphens for underscores.
         kind: int, float, or any function that makes a value of text or raises ValueError. JSON can hold the value.
             Estimators with an option of the same name have it of the same kind.
-        default: where the command line says nothing.
+        default: where the command line says nothing; None: without the option there is no value.
         help: for --help, without the default.
         metavar: what stands for the value in --help.
     """
@@ -177,7 +177,7 @@ class Estimator(ABC):
         return {}
 
     def load_state(self, state: Mapping) -> None:  # noqa: B027
-        """Go on with the ``state`` of another process."""
+        """Go on with the ``state`` of another process, whose ``tensors`` are there by then."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that steps change beside the logits, by name. Snapshots hold them.

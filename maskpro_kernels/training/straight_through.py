@@ -20,6 +20,7 @@ from ..ranks import Ranks
 from .estimator import Estimator, Option, StepResult
 from .number_checks import check_float, check_whole
 from .step import Step
+from .weight_learning import WeightLearner, check_weights
 
 
 class StraightThrough(Estimator):
@@ -30,7 +31,10 @@ class StraightThrough(Estimator):
     the steps before. That happens inside backward, layer by layer, where a layer is used once in a step: no gradient
     is held. A layer that is used several times moves once, after backward, by the sum of its slopes. So does every
     layer where a process takes several batches a step, and in a step whose losses do not come to the same layers on all
-    ranks: a process then holds a float32 slope for each weight.
+    ranks: a process then holds a float32 slope for each weight, and where weights learn as much again.
+
+    With ``train_weights`` the weights that the mask of a step keeps learn as well, see ``WeightLearner``: the gradient
+    is there, and they move once logits and the layer below have had theirs. The result is then mask and weights.
 
     Args:
         lr: how far a logit moves whose slope is the root mean square; falls linearly to 0 over ``steps``.
@@ -40,6 +44,8 @@ class StraightThrough(Estimator):
             after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few important
             weights may be dropped, because the slope is a local estimate and underestimates what that costs.
         decay: share of the running mean square that a step leaves, in [0, 1).
+        train_weights: learning rate of the kept weights, falling as ``lr`` does; None: weights stay as they are.
+        weight_decay: of AdamW, of the weights that learn; it pulls them to 0.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -50,6 +56,9 @@ class StraightThrough(Estimator):
     options = (
         Option("lr", float, 0.1, "learning rate of the logits, falling to 0 over the steps", "LR"),
         Option("max_update", float, 2.0, "most that a step moves a logit", "L"),
+        Option(
+            "train_weights", float, None, "let the kept weights learn too, at this rate, falling as --lr does", "LR"
+        ),
     )
     needs_gradients = True
 
@@ -61,6 +70,8 @@ class StraightThrough(Estimator):
         curvature: float = 1.0,
         max_update: float = 2.0,
         decay: float = 0.9,
+        train_weights: float | None = None,
+        weight_decay: float = 0.0,
     ):
         check_float("lr", lr, 0.0, strict=True)
         check_float("curvature", curvature, 0.0)
@@ -68,11 +79,19 @@ class StraightThrough(Estimator):
         check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
         if steps is not None:
             check_whole("steps", steps, 1)
+        if train_weights is not None:
+            check_float("train_weights", train_weights, 0.0, strict=True)
+        check_float("weight_decay", weight_decay, 0.0)
+        if weight_decay and train_weights is None:
+            raise ValueError(f"weight_decay: expected 0 where weights do not learn, got {weight_decay}")
         self.lr = float(lr)
         self.steps = steps
         self.curvature = float(curvature)
         self.max_update = float(max_update)
         self.decay = float(decay)
+        self.train_weights = None if train_weights is None else float(train_weights)
+        self.weight_decay = float(weight_decay)
+        self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
 
     @classmethod
@@ -80,10 +99,15 @@ class StraightThrough(Estimator):
         return cls(steps=steps, **options)
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
-        self._updaters = {name: LayerUpdater(layer, self) for name, layer in layers.items()}
+        if self.train_weights is not None:
+            check_weights(layers)
+            self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
+        self._updaters = {name: LayerUpdater(layer, self, self._learners.get(name)) for name, layer in layers.items()}
 
     def settings(self) -> dict:
-        return {name: getattr(self, name) for name in ("lr", "steps", "curvature", "max_update", "decay")}
+        of_weights = ("train_weights", "weight_decay") if self.train_weights is not None else ()
+        names = ("lr", "steps", "curvature", "max_update", "decay", *of_weights)
+        return {name: getattr(self, name) for name in names}
 
     def state(self) -> dict:
         """The running mean square of the slopes of each layer that has had one above 0."""
@@ -93,6 +117,13 @@ class StraightThrough(Estimator):
     def load_state(self, state: Mapping) -> None:
         for name, square in state["mean_squares"].items():
             self._updaters[name].mean_square = square
+        for learner in self._learners.values():
+            learner.restore()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the weights that learn: themselves, in float32, their moments, and how many steps have moved them."""
+        learners = self._learners.items()
+        return {f"{kind}/{name}": tensor for name, of in learners for kind, tensor in of.tensors().items()}
 
     def step(self, step: Step) -> StepResult:
         """Move the logits by their slopes, in the last backward, which a loss that is not finite does not reach.
@@ -114,7 +145,10 @@ class StraightThrough(Estimator):
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        return self.lr if self.steps is None else self.lr * max(1.0 - step / self.steps, 0.0)
+        return self._falling(self.lr, step)
+
+    def _falling(self, rate: float, step: int) -> float:
+        return rate if self.steps is None else rate * max(1.0 - step / self.steps, 0.0)
 
     @contextmanager
     def attached(self, step: int, ranks: Ranks, batches: int) -> Iterator[BackwardPass]:
@@ -131,7 +165,7 @@ class StraightThrough(Estimator):
         try:
             for updater in updaters:
                 updater.layer.logits.grad = None
-                updater.begin(self.lr_at(step), backward_pass)
+                updater.begin(self.lr_at(step), self._falling(self.train_weights or 0.0, step), backward_pass)
                 updater.layer.logits_backward = updater
             backward_pass.watch()
             yield backward_pass
@@ -279,22 +313,23 @@ class LayerUpdater:
         latest: that of the step, on the device; None where backward has not come by.
         uses: how often the forward of a pass has used the layer.
         slopes: those summed up of the step, float32; None where there are none, and once the logits have moved by them.
+        weight_grad: the weight's gradient, summed up likewise where the weights learn; else None.
         weight: of the slopes of a pass.
         at_once: whether the logits move by the slopes of a pass where these are computed, in one kernel.
     """
 
     moves_logits = True
 
-    def __init__(self, layer: MaskedLinear, how: StraightThrough):
-        self.layer = layer
-        self.how = how
+    def __init__(self, layer: MaskedLinear, how: StraightThrough, learner: WeightLearner | None):
+        self.layer, self.how, self.learner = layer, how, learner
         self.mean_square: float | None = None
 
-    def begin(self, lr: float, backward_pass: BackwardPass) -> None:
-        self.lr, self.backward_pass = lr, backward_pass
+    def begin(self, lr: float, weight_lr: float, backward_pass: BackwardPass) -> None:
+        self.lr, self.weight_lr, self.backward_pass = lr, weight_lr, backward_pass
         self.uses = 0
         self.latest: Tensor | None = None
         self.slopes: Tensor | None = None
+        self.weight_grad: Tensor | None = None
 
     def count(self, *_) -> None:
         self.uses += 1
@@ -306,45 +341,64 @@ class LayerUpdater:
                 "loss_fn: expected a backward that comes to a layer as often as the forward uses it, got one that "
                 "comes again after the layer has moved"
             )
+        weight_grad = None if self.learner is None else torch.empty_like(weight, dtype=torch.float32)
         if self.at_once:
+            self.weight_grad = weight_grad
+            of = grad, x, weight, how.curvature
             # the parameter itself: what autograd has kept may be a copy
             with self.layer.moving_logits() as logits:
                 own = mask._replace(tensor=logits)
                 self._descend(
-                    lambda rate: ops.straight_through_update_(grad, x, weight, how.curvature, rate, how.max_update, own)
+                    logits, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, weight_grad)
                 )
             return
-        slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask)
-        if self.weight != 1.0:
-            # of the slope, not of the loss: the curvature would take its square
-            slope.mul_(self.weight)
-        self.slopes = slope if self.slopes is None else self.slopes.add_(slope)
+        slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask, weight_grad)
+        # of the slope, not of the loss: the curvature would take its square
+        self.slopes = self._added(self.slopes, slope)
+        self.weight_grad = self._added(self.weight_grad, weight_grad)
         self.backward_pass.take_turns()
+
+    def _added(self, total: Tensor | None, of_pass: Tensor | None) -> Tensor | None:
+        if of_pass is None:
+            return total
+        if self.weight != 1.0:
+            of_pass.mul_(self.weight)
+        return of_pass if total is None else total.add_(of_pass)
 
     def finish(self) -> None:
         """Move by the slopes that the passes of all ranks have summed up; this one may have none."""
         if self.slopes is None:
             self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
-        self.backward_pass.ranks.sum_(self.slopes)
+            self.weight_grad = None if self.learner is None else torch.zeros_like(self.slopes)
+        for total in (self.slopes, self.weight_grad):
+            if total is not None:
+                self.backward_pass.ranks.sum_(total)
         m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
         with self.layer.moving_logits() as logits:
-            self._descend(lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
+            self._descend(logits, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
         self.slopes = None
 
     def end(self) -> None:
         """Free what a step has left, also one that broke off."""
-        self.latest = self.slopes = self.backward_pass = None
+        self.latest = self.slopes = self.weight_grad = self.backward_pass = None
 
-    def _descend(self, descend: Callable[[Tensor], Tensor]) -> None:
+    def _descend(self, logits: Tensor, descend: Callable[[Tensor], Tensor]) -> None:
         def at_rate(rate: float) -> Tensor:
             return descend(torch.full((), rate, dtype=torch.float32, device=self.layer.weight.device))
 
+        # ahead of the logits, by which the mask of the step is drawn
+        of = self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter()
+        codes = None if self.learner is None else ops.sample_mask(logits, *of)
         square = self.mean_square
         if square is None:
             # at a rate of 0 nothing moves
             square = float(at_rate(0.0))
         usable = math.isfinite(square) and square > 0.0
         self.latest = at_rate(min(self.lr / math.sqrt(square), FLOAT32_MAX) if usable else 0.0)
+        if self.learner is not None:
+            # behind the slope, which is taken at the weights of the forward
+            self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)
+            self.weight_grad = None
 
     def fold(self, square: float) -> None:
         self.finite = math.isfinite(square)

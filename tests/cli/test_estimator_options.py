@@ -49,6 +49,22 @@ def test_a_run_without_options_tells_the_layers_of_its_reconstruction(tmp_path, 
     assert lines == [str(layer) for layer in range(1, 15)]
 
 
+def test_weights_learn_where_the_command_says_so(capsys):
+    estimator, settings = settings_of("--train-weights", "1e-4", "--steps", "4")
+    assert estimator.settings() == StraightThrough(steps=4, train_weights=1e-4).settings()
+    assert settings["train_weights"] == 1e-4
+    _, settings = settings_of()
+    assert settings["train_weights"] is None
+    with pytest.raises(ValueError, match="^train_weights: expected a float above 0, got 0.0"):
+        settings_of("--train-weights", "0")
+    with pytest.raises(ValueError, match="^train_weights: expected none, for it is of straight-through alone"):
+        settings_of("--estimator", "reinforce", "--train-weights", "1e-4")
+    with pytest.raises(SystemExit):
+        parser.build_parser().parse_args(["learn", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "straight-through: let the kept weights learn too, at this rate, falling as --lr does --" in told
+
+
 def test_an_option_tells_whose_it_is(capsys):
     class Slow(StraightThrough):
         name = "slow"

@@ -300,8 +300,18 @@ def killed_until_done(folder: Path, how: str, kills: int, steps: int) -> int:
             return killed
 
 
-@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("how", "kills"),
+    [
+        ("reinforce", 3),
+        ("straight-through", 3),
+        ("trained weights", 1),
+        *(
+            pytest.param(how, 50, marks=pytest.mark.slow)
+            for how in ("reinforce", "straight-through", "trained weights")
+        ),
+    ],
+)
 def test_a_run_killed_again_and_again_has_the_bits_of_a_whole_one(tmp_path, how, kills):
     steps = 40 * kills
     assert killed_until_done(tmp_path / "killed", how, kills, steps) == kills

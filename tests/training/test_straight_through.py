@@ -98,17 +98,20 @@ def test_a_layer_that_is_used_twice_moves_once_by_the_sum(eager_reference):
     assert_detached(model)
 
 
-def test_checkpointed_activations_give_the_same_bits(eager_reference):
+@pytest.mark.parametrize("train_weights", [None, 1e-3])
+def test_checkpointed_activations_give_the_same_bits(train_weights, eager_reference):
     plain, checkpointed = masked_llama(), masked_llama()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     runs = []
     handle = checkpointed.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    _, first = learn_straight_through(plain)
-    _, second = learn_straight_through(checkpointed)
+    _, first = learn_straight_through(plain, train_weights=train_weights)
+    _, second = learn_straight_through(checkpointed, train_weights=train_weights)
     handle.remove()
     assert len(runs) == 2 * len(second), "nothing was computed anew"
     assert [record.loss for record in first] == [record.loss for record in second]
     assert_same_bits(logits_by_name(plain), logits_by_name(checkpointed))
+    for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert_same_bits(ours.detach(), theirs.detach())
     assert not any(module.training for module in checkpointed.modules() if not isinstance(module, mk.MaskedLinear))
 
 
@@ -136,11 +139,12 @@ def compiled_two_layers():
     [
         # silu, between the layers
         (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4), 1),
+        (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4, train_weights=0.01), 1),
         # the whole under drawn masks, and under those of the start
         (compiled_two_layers, mk.Reinforce(), 2),
         (lambda: (masked_llama(), causal_lm_loss, batches_of_tokens()), mk.StraightThrough(lr=1.0, steps=4), None),
     ],
-    ids=["slope", "scalar", "language model"],
+    ids=["slope", "slope and weights", "scalar", "language model"],
 )
 def test_a_compiled_model_learns_as_an_eager_one(problem, estimator, graphs, eager_reference):
     """No graph anew for another step, and afterwards the graphs of the model as it is.
@@ -265,6 +269,10 @@ def test_slopes_of_16_bit_logits_are_summed_in_float32(dtype, eager_reference):
         ({"max_update": 0.0}, ValueError, "max_update"),
         ({"decay": 1.0}, ValueError, "decay"),
         ({"decay": None}, TypeError, "decay"),
+        ({"train_weights": 0.0}, ValueError, "train_weights"),
+        ({"train_weights": "1"}, TypeError, "train_weights"),
+        ({"train_weights": 0.1, "weight_decay": -1.0}, ValueError, "weight_decay"),
+        ({"weight_decay": 0.1}, ValueError, "weight_decay"),
     ],
 )
 def test_bad_arguments(arguments, error, name):

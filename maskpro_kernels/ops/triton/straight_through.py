@@ -1,7 +1,8 @@
 """The slope of a loss in the mask, and the step of the logits against it, in the epilogue of a matrix product.
 
 G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. A
-program owns a tile of it and loops over all tokens: sums have a fixed order, and G never reaches memory.
+program owns a tile of it and loops over all tokens: sums have a fixed order, and G reaches memory only where a
+``weight_grad`` asks for it.
 """
 
 import torch
@@ -81,6 +82,7 @@ def straight_through_kernel(
     x_squares,
     source,
     out,
+    weight_grad,
     partial,
     rate,
     max_update,
@@ -108,8 +110,7 @@ def straight_through_kernel(
     row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
     # In the order in which they start, programs next to each other share rows of grad as well as columns of x
     group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, row_tiles, SHARING)
-    first_row = row_tile * BLOCK_OUT
-    first_group = group_tile * GROUPS
+    first_row, first_group = row_tile * BLOCK_OUT, group_tile * GROUPS
     total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
@@ -121,12 +122,13 @@ def straight_through_kernel(
     grads = d.split_columns(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), M)
     slope = mask_slope(w, grads, d.split_columns(squares, M), code, M)
     offsets = ((row.to(tl.int64) * groups + group) * M)[:, None] + tl.arange(0, M)[None, :]
+    if weight_grad is not None:
+        tl.store(weight_grad + offsets, d.join_columns(grads, M), mask=inside[:, None])
     if UPDATE:
         logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
         index = (offset + row * row_stride + group).to(tl.uint32)
         dtype: tl.constexpr = source.dtype.element_ty
-        key = d.load_key(seed, step, layer, draw)
-        new = descended(logits, slope, tl.load(rate), max_update, index, key, M, dtype)
+        new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
         tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
         # weights outside of the matrix are read as zeros: no slope
         tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
@@ -163,16 +165,17 @@ def descend_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(sum_of_squares(g, M), 0))
 
 
-def straight_through_grad(grad, x, weight, grad_squares, x_squares, mask):
+def straight_through_grad(grad, x, weight, grad_squares, x_squares, mask, weight_grad):
     """``ops.straight_through_grad`` as one kernel."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    _launch(grad, x, weight, grad_squares, x_squares, mask, out)
+    _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad)
     return out
 
 
-def straight_through_update_(grad, x, weight, grad_squares, x_squares, rate, max_update, mask):
+def straight_through_update_(grad, x, weight, grad_squares, x_squares, rate, max_update, mask, weight_grad):
     """``ops.straight_through_update_`` as one kernel."""
-    return _mean_square(_launch(grad, x, weight, grad_squares, x_squares, mask, None, rate, max_update), weight)
+    partial = _launch(grad, x, weight, grad_squares, x_squares, mask, None, weight_grad, rate, max_update)
+    return _mean_square(partial, weight)
 
 
 def descend_(logits, gradient, rate, max_update, m, counter):
@@ -186,7 +189,7 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     return _mean_square(partial, logits)
 
 
-def _launch(grad, x, weight, grad_squares, x_squares, mask, out, rate=None, max_update=0.0):
+def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, rate=None, max_update=0.0):
     """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
     rows, k = weight.shape
     tile = tiles_for("straight_through", mask.m, grad.dtype, len(grad), rows, k, architecture(weight.device))
@@ -194,7 +197,7 @@ def _launch(grad, x, weight, grad_squares, x_squares, mask, out, rate=None, max_
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
     if rows:
         launch_tiles(straight_through_kernel, "straight_through", mask.m, grid, tile, weight.device,
-                     grad, x, weight, grad_squares, x_squares, mask.tensor, out, partial, rate, max_update,
+                     grad, x, weight, grad_squares, x_squares, mask.tensor, out, weight_grad, partial, rate, max_update,
                      *mask_arguments(mask, len(grad), weight), KIND=mask.kind, N=mask.n,
                      UPDATE=out is None, **operand_constants(grad.dtype))  # fmt: skip
     return partial

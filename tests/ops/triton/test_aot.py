@@ -228,14 +228,17 @@ from maskpro_kernels.ops.triton.tiles import TILES
 for target in TARGETS:
     for n, m in patterns:
         for operand, itemsize in (("bf16", 2), ("fp32", 4)):
-            for tile in TILES["straight_through", target, itemsize]:
-                built = build_product("straight_through", target, n, m, tile, operand=operand, UPDATE=False)
+            tiles = TILES["straight_through", target, itemsize]
+            cases = [(tile, {"UPDATE": False}) for tile in tiles]
+            cases.append((tiles[-1], {"WEIGHT_GRAD": True}))
+            for tile, written in cases:
+                built = build_product("straight_through", target, n, m, tile, operand=operand, **written)
                 print(json.dumps([target, n, m, operand, built.registers, built.spills, built.stack]), flush=True)
 """
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), pytest.param((8, 16), marks=pytest.mark.slow)], ids=str)
-def test_slopes_that_are_written_compile_for_every_target(pattern):
+def test_slopes_and_gradients_that_are_written_compile_for_every_target(pattern):
     rows = in_child(SLOPES_CHILD, [pattern])
     assert len(rows) >= 2 * len(SHARED_LIMITS)
     for target, *case, registers, spills, stack in rows:

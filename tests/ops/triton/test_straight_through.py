@@ -89,6 +89,37 @@ def test_fused_updates_step_by_the_slope(tiles, pattern, dtype, logits_dtype, la
     assert float(moved.max()) <= max_update + 16 * torch.finfo(logits_dtype).eps
 
 
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [
+        *((pattern, torch.float32) for pattern in ("1:4", "2:4", "4:8")),
+        pytest.param("8:16", torch.float32, marks=pytest.mark.slow),
+        *(("2:4", dtype) for dtype in DTYPES[1:]),
+    ],
+    ids=str,
+)
+def test_the_gradient_of_the_weight_comes_with_the_slope(pattern, dtype, launched, monkeypatch):
+    """Of kept and dropped weights; slope, logits and mean square keep their bits."""
+    pattern = NMPattern(pattern)
+    monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+    grad, x, weight, logits = slope_operands(pattern, dtype=dtype)
+    rate = torch.tensor(0.1, device=KERNEL_DEVICE)
+    found, alike = [], []
+    for asked in (False, True):
+        moved = logits.clone()
+        grads = [torch.full_like(weight, math.nan, dtype=torch.float32) for _ in range(2)] if asked else [None, None]
+        slope = ops.straight_through_grad(grad, x, weight, CURVATURE, source_of(logits, pattern), grads[0])
+        square = ops.straight_through_update_(
+            grad, x, weight, CURVATURE, rate, 0.75, source_of(moved, pattern), grads[1]
+        )
+        alike.append([slope, square, moved])
+        found = grads
+    assert launched["straight_through"] == 4
+    assert_same_bits(*alike)
+    assert_same_bits(*found)
+    within_budget(found[0], grad.T @ x, grad.double().T @ x.double())
+
+
 @pytest.mark.parametrize("rate", [math.inf, math.nan, 0.0])
 def test_a_rate_that_is_not_finite_moves_nothing(rate):
     pattern = NMPattern("2:4")
@@ -120,7 +151,10 @@ def test_opcheck():
     grad, x, weight, logits = slope_operands(pattern, rows=4, k=16)
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
     mask = registry.flat(source_of(logits, pattern))
-    torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (grad, x, weight, 1.0, *mask))
-    torch.library.opcheck(torch.ops.maskpro.straight_through_update_.default, (grad, x, weight, 1.0, rate, 1.0, *mask))
+    for weight_grad in (None, torch.empty_like(weight)):
+        of = (grad, x, weight, 1.0)
+        torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (*of, weight_grad, *mask))
+        update = torch.ops.maskpro.straight_through_update_.default
+        torch.library.opcheck(update, (*of, rate, 1.0, weight_grad, *mask))
     arguments = (logits, torch.randn_like(logits), rate, 1.0, 4, *source_of(logits, pattern).counter)
     torch.library.opcheck(torch.ops.maskpro.descend_.default, arguments)

@@ -1,0 +1,211 @@
+"""Weights that learn beside the logits: the steps of AdamW on what a mask keeps, and nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.small_trainer import a_model, a_trainer, logits_of, some_batches, uneven_batches
+from helpers.straight_through import Broken, Twice
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.training import weight_learning
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# No draw crosses it
+FIXED = 60.0
+
+
+def loss_fn(model, batch):
+    return model(batch).float().square().mean()
+
+
+def held_by(model):
+    """All that a step may change: logits, weights, and what the weights learn by."""
+    return [tensor.clone() for layer in masked_layers(model).values() for tensor in (layer.logits, layer.weight)]
+
+
+def everything(trainer):
+    return [*held_by(trainer.model), *(tensor.clone() for tensor in trainer.estimator.tensors().values())]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
+def test_steps_are_those_of_adamw(pattern, dtype):
+    """Under a mask that no draw leaves, by torch's optimizer on float32 weights, at a rate that falls to nothing."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 8).to(dtype)
+    start, model = linear.weight.detach().clone(), nn.Sequential(linear)
+    mk.convert(model, pattern, targets=["0"], gap=FIXED)
+    layer, batches = model[0], [batch.to(dtype) for batch in torch.randn(3, 20, 32)]
+    kept = mk.expand_mask(layer.drawn_codes(), pattern)
+    master = nn.Parameter(start.float().clone())
+    optimizer = torch.optim.AdamW([master], lr=1.0, betas=weight_learning.BETAS, weight_decay=0.5)
+    for step in range(6):
+        x = batches[step % 3]
+        y = nn.functional.linear(x, torch.where(kept, master.to(dtype), 0), layer.bias).detach().requires_grad_()
+        y.float().square().mean().backward()
+        master.grad = torch.where(kept, (y.grad.t() @ x).float(), 0)
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 6)
+        optimizer.step()
+    estimator = mk.StraightThrough(lr=1e-3, steps=6, train_weights=0.01, weight_decay=0.5)
+    trainer = a_trainer(model, batches=batches, loss_fn=loss_fn, estimator=estimator)
+    assert not layer.weight_changed
+    trainer.run(6, progress=False)
+    assert layer.weight_changed and not layer.weight.requires_grad and layer.weight.grad is None
+    found = estimator.tensors()["weight/0"]
+    torch.testing.assert_close(found[kept], master.detach()[kept], rtol=1e-6, atol=1e-6)
+    assert float((found - start.float()).abs()[kept].mean()) > 0.01
+    assert_same_bits(found[~kept], start.float()[~kept])
+    assert_same_bits(layer.weight.detach(), found.to(dtype))
+    assert (found.data_ptr() == layer.weight.data_ptr()) == (dtype == torch.float32)
+
+
+def test_what_a_mask_drops_stays_with_its_moments():
+    """Whichever it is in a step: the logits of a group are alike, and each step draws another mask."""
+    model = a_model(gap=0.0)
+    trainer = a_trainer(model, estimator=mk.StraightThrough(lr=1e-3, train_weights=0.01))
+    trainer.begin()
+    held = trainer.estimator.tensors()
+    masks = []
+    for _ in range(4):
+        before = {name: tensor.clone() for name, tensor in held.items()}
+        drawn = {}
+
+        def noting(model, batch, drawn=drawn):
+            drawn |= {name: mk.expand_mask(of.drawn_codes(), "2:4") for name, of in trainer.layers.items()}
+            return loss_fn(model, batch)
+
+        trainer.loss_fn = noting
+        trainer.step()
+        masks.append(drawn)
+        for name, kept in drawn.items():
+            for kind in ("weight", "first", "second"):
+                old, new = before[f"{kind}/{name}"], held[f"{kind}/{name}"]
+                assert_same_bits(new[~kept], old[~kept])
+                assert (new != old)[kept].float().mean() > 0.9
+    assert not torch.equal(masks[0]["0"], masks[1]["0"])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_of_all_uses_and_batches_are_summed(parts):
+    """Of a layer that is used twice, and of batches by their tokens; the first moment of the first step tells."""
+    torch.manual_seed(0)
+    model, plain = Twice(), Twice()
+    plain.load_state_dict(model.state_dict())
+    mk.convert(model, "2:4", gap=FIXED)
+    batches = uneven_batches()[-parts:]
+    trainer = a_trainer(
+        model, batches=batches, estimator=mk.StraightThrough(lr=1e-3, train_weights=0.01), accumulate=parts
+    )
+    with torch.no_grad():
+        for name, layer in masked_layers(model).items():
+            plain.get_submodule(name).weight.copy_(layer.top_n_weight())
+    trainer.step()
+    rows = sum(map(len, batches))
+    sum(loss_fn(plain, batch) * len(batch) / rows for batch in batches).backward()
+    for name, layer in masked_layers(model).items():
+        kept = mk.expand_mask(mk.top_n_mask(layer.logits.detach(), "2:4"), "2:4")
+        first = trainer.estimator.tensors()[f"first/{name}"]
+        expected = 0.1 * torch.where(kept, plain.get_submodule(name).weight.grad, 0)
+        torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_slope_and_gradient_below_are_those_of_the_weights_of_the_forward():
+    """The logits of a first step, and the weights of the layer below, are as if no other weight learned."""
+    one, other = a_model(), a_model()
+    a_trainer(one, estimator=mk.StraightThrough(lr=0.3, train_weights=0.1)).step()
+    a_trainer(other, estimator=mk.StraightThrough(lr=0.3)).step()
+    assert_same_bits(logits_of(one), logits_of(other))
+    assert all((a.weight != b.weight).any() for a, b in zip(one[::2], other[::2], strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_steps_that_are_not_finite_move_no_weight(bad, accumulate):
+    for where in ("loss", "gradient"):
+        trainer = a_trainer(estimator=mk.StraightThrough(train_weights=0.01), accumulate=accumulate, max_skipped=1)
+        trainer.step()
+        before = everything(trainer)
+        whole = trainer.loss_fn
+        spoil = {"loss": lambda loss: loss * bad, "gradient": lambda loss: Broken.apply(loss, bad)}[where]
+        trainer.loss_fn = lambda model, batch, spoil=spoil, whole=whole: spoil(whole(model, batch))
+        if where == "gradient":
+            with pytest.warns(UserWarning, match="gradients of step 1: expected finite numbers"):
+                trainer.step()
+        else:
+            trainer.step()
+        assert_same_bits(everything(trainer), before)
+        # and it goes on
+        trainer.loss_fn = whole
+        trainer.step()
+        assert all(tensor.isfinite().all() for tensor in everything(trainer))
+        assert [float(count) for name, count in trainer.estimator.tensors().items() if "count" in name] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, dtype):
+    """Weights as well: the model comes with those of the start, and gets those of the snapshot."""
+
+    def a_run(folder):
+        model = a_model().to(dtype)
+        batches = [batch.to(dtype) for batch in some_batches()]
+        estimator = mk.StraightThrough(lr=0.3, steps=7, train_weights=0.01)
+        return a_trainer(model, batches=batches, loss_fn=loss_fn, estimator=estimator, output_dir=tmp_path / folder)
+
+    whole, first, second, third = (a_run(folder) for folder in ("whole", "run", "run", "run"))
+    whole.run(7, progress=False)
+    first.run(4, progress=False)
+    first.close()
+    assert not second.model[0].weight_changed
+    assert second.resume() == 4
+    assert_same_bits(everything(second), everything(first))
+    assert second.model[0].weight_changed
+    second.run(3, progress=False)
+    assert_same_bits(everything(second), everything(whole))
+    second.close()
+    third.estimator.train_weights = 0.02
+    with pytest.raises(ValueError, match="output_dir: expected a run with settings of this trainer, got others"):
+        third.resume()
+    assert_same_bits(held_by(third.model), held_by(a_model().to(dtype)))
+
+
+def test_weights_that_learn_lower_the_loss_of_a_mask_that_stays():
+    def last_loss(**options):
+        torch.manual_seed(0)
+        # inputs that tell of each other: what is kept can stand in for what is dropped
+        model, x = nn.Sequential(nn.Linear(32, 16)), torch.randn(64, 8) @ torch.randn(8, 32)
+        target = model(x).detach()
+        mk.convert(model, "2:4", targets=["0"], gap=FIXED)
+
+        def distance(model, batch):
+            return nn.functional.mse_loss(model(batch), target)
+
+        trainer = a_trainer(
+            model, batches=[x], loss_fn=distance, estimator=mk.StraightThrough(lr=1e-3, steps=40, **options)
+        )
+        return trainer.run(40, progress=False)[-1].loss
+
+    assert last_loss(train_weights=0.01) < 0.5 * last_loss()
+
+
+def test_layers_that_cannot_learn_are_refused_before_anything_moves():
+    linear = nn.Linear(16, 16)
+    layers = [mk.MaskedLinear.from_linear(linear, "2:4", layer=i) for i in range(2)]
+    with pytest.raises(
+        ValueError, match="^train_weights: expected a weight of its own in each layer, got one in 0 and 1"
+    ):
+        a_trainer(nn.Sequential(*layers), estimator=mk.StraightThrough(train_weights=0.01)).step()
+    across = nn.Linear(8, 16)
+    across.weight = nn.Parameter(torch.randn(8, 16).t())
+    layer = mk.MaskedLinear.from_linear(across, "2:4")
+    with pytest.raises(
+        ValueError, match=r"^train_weights: expected layers with contiguous weights, got \(1, 16\) in 0"
+    ):
+        a_trainer(nn.Sequential(layer), estimator=mk.StraightThrough(train_weights=0.01)).step()
