@@ -59,7 +59,7 @@ def _learned(path: Path) -> tuple[Learned, NMPattern]:
     """What a run has learned, and its pattern; ValueError unless it is of one."""
     learned = load_learned(path)
     logits, metadata = learned.logits, learned.metadata
-    missing = {"model", "pattern", "dtype", "weights"} - metadata.keys()
+    missing = {"model", "pattern", "dtype", "weights", "dense_weights", "weights_are"} - metadata.keys()
     if missing or not logits:
         raise ValueError(f"expected logits of `maskpro learn`, got a file without {sorted(missing) or 'any'}")
     if metadata["dtype"] not in DTYPES:
@@ -67,6 +67,4 @@ def _learned(path: Path) -> tuple[Learned, NMPattern]:
     for name, tensor in logits.items():
         if not tensor.is_floating_point() or tensor.dim() != 2 or not torch.isfinite(tensor).all():
             raise ValueError(f"expected finite logits [out, K], got {list(tensor.shape)} of {tensor.dtype} in {name}")
-    # of a version that changed no weights they tell nothing of it
-    metadata = {"dense_weights": metadata["weights"], "weights_are": FROZEN} | metadata
-    return learned._replace(metadata=metadata), NMPattern(metadata["pattern"])
+    return learned, NMPattern(metadata["pattern"])
