@@ -16,12 +16,12 @@ INSTALLED36 := $(VENV36)/.installed
 .PHONY: demo test test-slow test-triton36 lint aot-report aot-table bench gpu-check clean
 
 # Few steps of each way to learn, on the same split of the same text
-LEARN := maskpro learn --model smollm2-135m --data pydoc --pattern 2:4 --batch-size 8 --seq-len 128
+LEARN := maskpro learn --model smollm2-135m --pattern 2:4 --batch-size 8 --seq-len 128
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(VENV)/bin/$(LEARN) --init wanda --estimator reinforce --steps 10 --eval-every 10 --output runs/demo/reinforce
-	$(VENV)/bin/$(LEARN) --init reconstruction --estimator straight-through --steps 30 --eval-every 10 \
-		--output runs/demo/straight-through
+	$(VENV)/bin/$(LEARN) --data pydoc --init wanda --estimator reinforce --steps 10 --eval-every 10 --output runs/demo/reinforce
+	$(VENV)/bin/$(LEARN) --data pydoc:0.5,self:0.5 --init reconstruction --estimator straight-through --steps 30 \
+		--eval-every 10 --output runs/demo/straight-through
 	$(VENV)/bin/maskpro compare runs/demo/reinforce runs/demo/straight-through --picture runs/demo/perplexity.png
 
 test: $(INSTALLED)

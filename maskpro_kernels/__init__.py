@@ -17,7 +17,7 @@ from .functional.masks import (
     shard_counter,
     top_n_mask,
 )
-from .modules import MaskedLinear, advance, log_prob
+from .modules import MaskedLinear, advance, dense, log_prob
 from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
 from .pattern import NMPattern
 from .pruning.convert import Conversion, convert
@@ -44,6 +44,7 @@ __all__ = [
     "advance",
     "codes_linear",
     "convert",
+    "dense",
     "expand_mask",
     "finalize",
     "log_prob",

@@ -129,6 +129,7 @@ class MaskedLinear(nn.Module):
             ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
+        is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -175,6 +176,7 @@ class MaskedLinear(nn.Module):
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
         self.weight_changed = False
+        self.is_dense = False
 
     @classmethod
     def from_linear(
@@ -234,6 +236,8 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
+        if self.is_dense:
+            return nn.functional.linear(input, self.weight, self.bias)
         if self.training and self.logits_backward is not None:
             if getattr(self.logits_backward, "moves_logits", False):
                 # late: it loads torch's compiler
@@ -420,6 +424,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """All masked layers multiply with their whole weights, in train and in eval mode: the model is its own teacher.
+
+    There is no second copy of a weight, and no memory is needed beyond activations. Other modules keep their modes. The
+    backward of a forward whose activations are computed anew has to come within it as well.
+
+    Args:
+        model: with MaskedLinear layers.
+
+    Raises:
+        ValueError: if the model has no MaskedLinear, or kept weights of one have changed: the model that it was
+            converted from is no longer there.
+    """
+    layers = masked_layers(model)
+    changed = [name for name, layer in layers.items() if layer.weight_changed]
+    if changed:
+        raise ValueError(
+            f"model: expected the weights that it was converted with, got kept ones that were refitted or trained in "
+            f"{changed}: what the dense model gives has to be computed before"
+        )
+    before = {layer: layer.is_dense for layer in layers.values()}
+    try:
+        for layer in before:
+            layer.is_dense = True
+        yield
+    finally:
+        for layer, is_dense in before.items():
+            layer.is_dense = is_dense
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:

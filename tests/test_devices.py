@@ -91,6 +91,9 @@ def assert_spread_model_learns_the_same(rank: int, estimator: str, logits_device
             assert_same(one, other, slopes=estimator != "reinforce")
             assert not torch.equal(one, old)
         assert [layer.logits.device.type for layer in layers] == [logits_device or "far", "cpu"]
+    if estimator != "trained weights":
+        with mk.dense(spread):
+            assert_same_bits(spread(calibration[0]), a_model()(calibration[0]))
     mk.finalize(spread)
     mk.finalize(whole)
     assert spread[0].weight.device.type == "far"
@@ -139,7 +142,7 @@ def assert_layer_computes_the_same(rank: int) -> None:
     # as where another rank has used a layer that this one has not
     estimator = mk.StraightThrough()
     estimator.begin({"near": near, "away": away})
-    with estimator.attached(0, Ranks(), 1) as passes:
+    with estimator.attached(0, Ranks(), 1, {}) as passes:
         passes.backward(near(inputs).square().sum(), alike=False)
     assert away.logits.device.type == "cpu"
     near.load_state_dict({**near.state_dict(), "logits": away.logits.detach()})

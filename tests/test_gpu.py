@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.refits import problem as refit_problem
+from helpers.softmax_model import softmax_batches, softmax_model
 from torch import nn
 
 from maskpro_kernels import (
@@ -31,6 +32,8 @@ from maskpro_kernels.modules import initial_logits, masked_layers
 from maskpro_kernels.pruning.least_squares import FITS, refit_rows
 from maskpro_kernels.pruning.refitted_swaps import swap_and_refit
 from maskpro_kernels.pruning.swap_descent import by_place
+from maskpro_kernels.text.losses import distillation_loss
+from maskpro_kernels.text.teacher import TeacherCache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("eager_reference")]
 
@@ -225,3 +228,20 @@ def test_a_captured_graph_draws_anew_after_each_advance():
             expected = sample_masked_weight(layer.weight, layer.logits, "2:4", seed=0, step=step)
             assert_same_bits(weight, expected)
             assert_same_bits(y.T, expected[:, :128])
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_learning_by_the_dense_model_repeats_itself_and_follows_the_cpu(k):
+    """Sampled labels are those of the CPU, so the squares of Fisher passes are, but for the sums of float32."""
+    learned = {}
+    for run in ("cpu", "cuda", "cuda again"):
+        device = run.split()[0]
+        loss = distillation_loss("ce+kl", 2.0, cache=None if k is None else TeacherCache(k))
+        model, batches = softmax_model().to(device), [ids.to(device) for ids in softmax_batches()]
+        trainer = MaskTrainer(model, loss, batches, StraightThrough(lr=0.3, fisher_every=2), seed=5)
+        losses = [record.loss for record in trainer.run(6, progress=False)]
+        (squares,) = trainer.estimator.tensors().values()
+        learned[run] = torch.tensor(losses), model.head.logits.detach().cpu(), squares.cpu()
+    for ours, again, theirs in zip(*(learned[run] for run in ("cuda", "cuda again", "cpu")), strict=True):
+        assert_same_bits(ours, again)
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)

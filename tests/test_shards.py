@@ -107,9 +107,9 @@ def test_slopes_move_shards_as_the_whole_layer(pattern, dtype, place, passes):
     layers = {"layer": layer, "shard": shard}
     # the running one of a shard is its own
     estimator.begin(layers)
-    estimator.load_state({"mean_squares": dict.fromkeys(layers, 100.0)})
+    estimator.load_state({"mean_squares": dict.fromkeys(layers, 100.0), "fisher_passes": {}})
     x, upstream = whole_numbers(5, K, seed=1), whole_numbers(5, ROWS, seed=2)
-    with estimator.attached(0, Ranks(), passes) as step:
+    with estimator.attached(0, Ranks(), passes, {}) as step:
         for _ in range(passes):
             loss = (layer(x) * upstream).sum() + (shard(x[:, columns]) * upstream[:, rows]).sum()
             step.backward(loss, 1.0 / passes)
@@ -222,7 +222,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
     assert digest([shard.logits]) in capsys.readouterr().out
     # a whole layer is told without a place
     assert header["run"]["layers"] == {"0": [3, "2:4", [9, 16], "torch.float32", 60, 16]}
-    settings = settings_of({"0": whole}, mk.Reinforce(), batches, seed=9, accumulate=1)
+    settings = settings_of({"0": whole}, mk.Reinforce(), batches, seed=9, accumulate=1, loss_fn=nn.functional.mse_loss)
     assert settings["layers"] == {"0": [3, "2:4", [ROWS, K], "torch.float32"]}
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..report.plots import check_picture, draw_perplexity
+from ..text.mixture import texts_of
 from .arguments import new_file
 from .perplexities import print_table
 from .run_files import REPORT, read_report
@@ -23,7 +24,9 @@ def compare(args: argparse.Namespace) -> None:
     initial, learned, curves = {}, [], {}
     for run, report in reports.items():
         for name in ("model", "data", "pattern", "dtype", "eval_length", "eval_tokens"):
-            if report[name] != first[name]:
+            # runs may learn from other sources besides, if they look at the same texts
+            same = texts_of(report[name]) == texts_of(first[name]) if name == "data" else report[name] == first[name]
+            if not same:
                 raise ValueError(
                     f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}; compare it "
                     "apart"

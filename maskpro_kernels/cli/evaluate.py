@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ..pattern import NMPattern
-from ..text.data import load_text
 from ..text.perplexity import perplexity
-from .arguments import DTYPE, check_least, device_of, telling
-from .models import load, windows_of
-from .run_files import FROZEN, REPORT, goes_on, how_to_go_on, read_report
+from .arguments import DTYPE, check_least, device_of
+from .inputs import evaluation_windows, load_texts
+from .models import load
+from .run_files import FROZEN, REPORT, goes_on, how_to_go_on, read_report, stored_data
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -26,10 +26,15 @@ def evaluate(args: argparse.Namespace) -> None:
     report = folder / REPORT
     run = read_report(report) if report.is_file() else None
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
-    with telling("data"):
-        texts = load_text(args.data)
+    if not hasattr(args, "data"):
+        if run is None:
+            raise ValueError("data: expected --data, since only a run has a text of its own, got none")
+        args.data = stored_data(folder)
+    texts = load_texts(args.data)
+    if not texts:
+        raise ValueError(f"data: expected a text in the list, got {args.data!r}; name one by --data")
     model, tokenizer = load(args.model, dtype, device, args.bars)
-    test = windows_of(texts["test"], model, tokenizer, args.eval_length, "data", "--eval-length")[: args.eval_windows]
+    test = evaluation_windows(args, texts, "test", model, tokenizer)
     follows = None if run is None else _follows(model, run)
     print(f"test perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
     if follows is not None:

@@ -1,16 +1,21 @@
-"""What a run learns from: texts as windows of tokens, and the model."""
+"""What a run learns from: texts and the model's own samples as windows of tokens, and the model."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from ..pruning.selection import layers_to_convert
+from ..ranks import Ranks
 from ..text.data import batches, load_text
+from ..text.mixture import SELF, MixedBatches, check_windows, parse_sources, texts_of, turns
 from .arguments import device_of, telling
 from .models import load, windows_of
+from .run_samples import run_samples
 
 
 @dataclass
@@ -21,19 +26,61 @@ class Inputs:
     tokenizer: object
     tests: dict[str, torch.Tensor]
     validation: torch.Tensor
-    initial_batches: list[torch.Tensor]
-    calibration: list[torch.Tensor]
+    initial_batches: Sequence[torch.Tensor]
+    calibration: Sequence[torch.Tensor]
 
 
-def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Load the texts and the model that the arguments of ``learn`` name.
+def load_texts(data: str) -> dict[str, dict[str, str]]:
+    """``load_text`` of each source of a list that is a text, by its name."""
+    with telling("data"):
+        return {name: load_text(name) for name, _ in texts_of(data)}
+
+
+def evaluation_windows(
+    args: argparse.Namespace, texts: Mapping[str, Mapping[str, str]], split: str, model: torch.nn.Module, tokenizer
+) -> torch.Tensor:
+    """Windows to evaluate, at most ``--eval-windows``: of each text as many as its share says.
+
+    Args:
+        texts: of ``load_texts``.
+        split: "test" or "validation".
+    """
+    sources = texts_of(args.data)
+    counts = turns([source.share for source in sources], args.eval_windows)
+    return torch.cat(
+        [
+            windows_of(texts[name][split], model, tokenizer, args.eval_length, "data", "--eval-length")[
+                : counts.count(index)
+            ]
+            for index, (name, _) in enumerate(sources)
+        ]
+    )
+
+
+def read_inputs(args: argparse.Namespace, ranks: Ranks) -> Inputs:
+    """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
 
     Raises:
         ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
     """
-    with telling("data"):
-        texts = load_text(args.data)
-    other = None
+    inputs, windows = ranks.all_of(lambda: _read(args))
+    if SELF in dict(parse_sources(args.data)):
+        held_out = 0 if windows else args.eval_windows
+        wanted = _samples(args) + 2 * held_out
+        own = ranks.first(lambda: run_samples(args, inputs.model, inputs.tokenizer, wanted))
+        if held_out:
+            # without a text to look at: the first samples are not learned from
+            test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
+            inputs.tests = {"perplexity": test, **inputs.tests}
+        windows[SELF] = own.to(device_of(args.device))
+    calibration = _batches(args, windows)
+    inputs.initial_batches, inputs.calibration = calibration[: args.init_batches], calibration[: _learned_from(args)]
+    return inputs
+
+
+def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
+    """Inputs without batches, and the windows of each text that these are made of."""
+    texts, other = load_texts(args.data), None
     if hasattr(args, "other_data"):
         with telling("other_data"):
             other = load_text(args.other_data)["test"]
@@ -42,21 +89,57 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     with telling("model", "take another --pattern, --dtype or model"):
         # told now, not after the evaluation of the dense model
         layers_to_convert(model, args.pattern)
-
-    def evaluation_windows(text: str, data: str = "data") -> torch.Tensor:
-        return windows_of(text, model, tokenizer, args.eval_length, data, "--eval-length")[: args.eval_windows]
-
-    tests = {"perplexity": evaluation_windows(texts["test"])}
+    tests, validation = {}, torch.empty(0)
+    if texts:
+        tests["perplexity"] = evaluation_windows(args, texts, "test", model, tokenizer)
+        validation = evaluation_windows(args, texts, "validation", model, tokenizer)
     if other is not None:
-        tests["other_perplexity"] = evaluation_windows(other, "other_data")
-    calibration = windows_of(texts["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len").to(device)
-    with telling("data", "give a longer text, or a smaller --batch-size or --seq-len"):
-        calibration = batches(calibration, args.batch_size, args.seed)
-    return Inputs(
-        model,
-        tokenizer,
-        tests,
-        evaluation_windows(texts["validation"]),
-        calibration[: args.init_batches],
-        calibration[: args.calibration_batches],
-    )
+        found = windows_of(other, model, tokenizer, args.eval_length, "other_data", "--eval-length")
+        tests["other_perplexity"] = found[: args.eval_windows]
+    windows = {
+        name: windows_of(text["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len").to(device)
+        for name, text in texts.items()
+    }
+    with _telling_windows():
+        # before minutes of drawing samples
+        check_windows(parse_sources(args.data), windows, args.batch_size)
+    return Inputs(model, tokenizer, tests, validation, (), ()), windows
+
+
+def _telling_windows() -> AbstractContextManager:
+    return telling("data", "give a longer text, or a smaller --batch-size or --seq-len")
+
+
+def _batches(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+    """All batches: of one text its own, of several sources as many as the run takes."""
+    sources = parse_sources(args.data)
+    with _telling_windows():
+        if _one_text(args):
+            return batches(windows[sources[0].name], args.batch_size, args.seed)
+        return MixedBatches(windows, sources, args.batch_size, _taken(args), args.seed)
+
+
+def _one_text(args: argparse.Namespace) -> bool:
+    names = [name for name, _ in parse_sources(args.data)]
+    return len(names) == 1 and names != [SELF]
+
+
+def _learned_from(args: argparse.Namespace) -> int | None:
+    """How many distinct batches the steps take at most; None where the text alone limits them."""
+    if _one_text(args):
+        return args.calibration_batches
+    all_steps = args.steps * args.accumulate
+    return all_steps if args.calibration_batches is None else min(args.calibration_batches, all_steps)
+
+
+def _taken(args: argparse.Namespace) -> int:
+    """How many distinct batches of several sources a run takes."""
+    return max(_learned_from(args), args.init_batches)
+
+
+def _samples(args: argparse.Namespace) -> int:
+    """How many windows of its own samples a run takes, at most ``--samples``."""
+    sources = parse_sources(args.data)
+    own = [source.name for source in sources].index(SELF)
+    taken = turns([source.share for source in sources], args.batch_size * _taken(args))
+    return min(args.samples, taken.count(own))

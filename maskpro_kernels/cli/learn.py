@@ -12,9 +12,11 @@ from ..training.estimator import Estimator
 from .arguments import telling
 from .baselines import initial_masks
 from .changed_weights import put_back_start_weights
-from .inputs import Inputs, read_inputs
+from .inputs import read_inputs
 from .learning_run import LearningRun
+from .losses import fill_teacher, loss_of
 from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
+from .run_samples import only_samples
 from .run_settings import check_ranks, check_tensorboard, complete
 
 
@@ -44,9 +46,11 @@ def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
 
     estimator = ranks.all_of(check)
     ranks.first(lambda: _check_output(Path(args.output)))
-    inputs = ranks.all_of(lambda: read_inputs(args))
+    inputs = read_inputs(args, ranks)
+    loss_fn = loss_of(args, resumed=False)
+    fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, ranks)
-    run = LearningRun(args, ranks, inputs, estimator, start)
+    run = LearningRun(args, ranks, inputs, estimator, loss_fn, start)
     run.begin()
     return run
 
@@ -57,7 +61,9 @@ def _check_output(output: Path) -> None:
             f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
             f"{how_to_go_on(output)}"
         )
-    check_output(output)
+    # drawn samples are gone on with, or told to be of other settings
+    if not only_samples(output):
+        check_output(output)
 
 
 def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
@@ -75,7 +81,7 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
         given["device"] = args.device
     args = argparse.Namespace(**start["settings"] | given | {"output": str(output), "bars": args.bars})
 
-    def prepare() -> tuple[Estimator, Inputs]:
+    def prepare() -> Estimator:
         try:
             estimator = complete(args)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -85,15 +91,15 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
             ) from error
         check_ranks(args, ranks, estimator.draws)
         check_tensorboard(args)
-        inputs = read_inputs(args)
-        # the masks come from a snapshot
-        convert(inputs.model, args.pattern, init="magnitude", gap=args.gap)
-        return estimator, inputs
+        return estimator
 
-    estimator, inputs = ranks.all_of(prepare)
+    estimator = ranks.all_of(prepare)
+    inputs = read_inputs(args, ranks)
+    # the masks come from a snapshot
+    ranks.all_of(lambda: convert(inputs.model, args.pattern, init="magnitude", gap=args.gap))
     if args.refit != "none":
         with telling("resume", f"restore {PROGRESS} from a copy, or begin anew with another --output"):
             put_back_start_weights(inputs.model, output / PROGRESS, start, ranks)
-    run = LearningRun(args, ranks, inputs, estimator, start)
+    run = LearningRun(args, ranks, inputs, estimator, loss_of(args, resumed=True), start)
     run.go_on()
     return run

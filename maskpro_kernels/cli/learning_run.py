@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -13,16 +14,17 @@ import torch
 
 from ..files import write_whole
 from ..ranks import FailedRank, MissingRanks, Ranks
+from ..report.parting import told
 from ..report.tensorboard import Scalars
-from ..text.perplexity import causal_lm_loss
 from ..training.estimator import Estimator
 from ..training.run_folder import JOURNAL, LOCK
 from ..training.snapshots import snapshots_in
-from ..training.step import StepRecord
+from ..training.step import LossFn, StepRecord
 from ..training.trainer import MaskTrainer
 from .arguments import telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
+from .losses import TEACHER, keep_teacher
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
 from .run_end import save_run_logits, write_results
@@ -51,21 +53,29 @@ class LearningRun:
         args: the settings, complete.
         ranks: that learn together. Rank 0 alone evaluates, writes and tells.
         inputs: their model is converted; a new run learns from its logits.
-        estimator: of these settings.
+        estimator, loss_fn: of these settings.
         start: what was known before the first step, see ``initial_masks``.
 
     Attributes:
         seconds: from the dense model to where the run stands, without evaluations.
     """
 
-    def __init__(self, args: argparse.Namespace, ranks: Ranks, inputs: Inputs, estimator: Estimator, start: Mapping):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        ranks: Ranks,
+        inputs: Inputs,
+        estimator: Estimator,
+        loss_fn: LossFn,
+        start: Mapping,
+    ):
         self.args, self.ranks, self.inputs, self.start = args, ranks, inputs, start
         self.output = Path(args.output)
         self.progress = self.output / PROGRESS
         self.seconds = start["seconds"]
         self.trainer = MaskTrainer(
             inputs.model,
-            causal_lm_loss,
+            loss_fn,
             inputs.calibration,
             estimator,
             seed=args.seed,
@@ -84,6 +94,7 @@ class LearningRun:
         try:
             self.trainer.begin(progress=self.args.bars)
             self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
+            keep_teacher(self.output, self.trainer.loss_fn, self.trainer.ranks)
             self.trainer.ranks.first(self._evaluate)
         except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, MissingRanks, FailedRank):
             self.trainer.close()
@@ -99,6 +110,7 @@ class LearningRun:
         files = (self.progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS))
         for left in (*snapshots_in(self.progress), *files):
             left.unlink(missing_ok=True)
+        shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
         # a folder that holds anything else stays
         with suppress(OSError):
             for folder in made:
@@ -148,6 +160,7 @@ class LearningRun:
         journaled = self.trainer.estimator.journaled
         for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
             old.unlink()
+        shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
         if not journaled:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)
         print_table(report["table"])
@@ -155,6 +168,8 @@ class LearningRun:
             f"{report['flipped_groups']} of {report['groups']} groups differ from the {self.args.init} mask; "
             f"{report['weights']}; written to {self.output}"
         )
+        if report["parting"] is not None:
+            print(told(report["parting"], self.args.other_data))
 
     def close(self) -> None:
         """Let another process have the folder."""

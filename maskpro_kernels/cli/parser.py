@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from ..pruning.initial_masks import INITIAL_MASKS
+from ..text.losses import KINDS
 from ..training.sharing import PARALLEL
 from .arguments import DTYPE, DTYPES, number, whole
 from .changed_weights import REFITTED
@@ -19,11 +20,13 @@ from .learn import learn
 from .progress import tell_as
 from .replay import replay
 from .run_files import TENSORBOARD
+from .run_settings import DATA, SAMPLES
 from .validate import validate
 from .versions import versions
 
 SHOW = argparse.ArgumentDefaultsHelpFormatter
-SOURCES = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
+SOURCE = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
+LIST = f"{SOURCE}; or several with a comma between them, each with its share behind a colon"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +83,14 @@ def _add_learn(commands) -> None:
         allow_abbrev=False,
     )
     _add_model(parser, required=False)
-    _add_data(parser, required=False)
+    _add_data(parser, f"what to learn from: {LIST}; self: samples of the dense model (default: {DATA})")
+    parser.add_argument(
+        "--samples",
+        type=whole,
+        default=argparse.SUPPRESS,
+        metavar="W",
+        help=f"windows that the dense model draws for self, at most (default: {SAMPLES})",
+    )
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write; must be new or empty"
     )
@@ -94,6 +104,7 @@ def _add_learn(commands) -> None:
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     _add_initial_mask(parser)
     add_estimators(parser)
+    _add_loss(parser)
     _add_steps(parser)
     _add_watching(parser)
     _add_evaluation(parser)
@@ -138,6 +149,24 @@ def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    """What a run of ``learn`` learns by."""
+    parser.add_argument(
+        "--loss",
+        choices=KINDS,
+        default=KINDS[0],
+        help="ce: cross-entropy with the text; kl: divergence from the dense model, which makes a forward of its own; "
+        "ce+kl: the mean of the two",
+    )
+    parser.add_argument(
+        "--loss-temperature",
+        type=number,
+        default=argparse.SUPPRESS,
+        metavar="T",
+        help="kl and ce+kl: by which the logits of both are divided (default: 1)",
+    )
+
+
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     """How many steps a run of ``learn`` takes, on which batches."""
     parser.add_argument(
@@ -173,7 +202,8 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         "--other-data",
         default=argparse.SUPPRESS,
         metavar="DATA",
-        help=f"a second text, whose perplexity the table shows too: {SOURCES}",
+        help=f"a text of another kind, whose perplexity the table shows too: {SOURCE} (default: stdlib; pydoc where "
+        "stdlib is in the data)",
     )
     parser.add_argument(
         "--eval-every",
@@ -200,7 +230,7 @@ def _add_eval(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
-    _add_data(parser)
+    _add_data(parser, f"text whose test part is evaluated: {LIST} (default: that of the run)")
     _add_evaluation(parser)
     _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
     _add_quiet(parser)
@@ -303,13 +333,8 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument(
-        "--data",
-        required=required,
-        default=argparse.SUPPRESS,
-        help=SOURCES,
-    )
+def _add_data(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--data", default=argparse.SUPPRESS, metavar="DATA", help=help)
 
 
 def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:

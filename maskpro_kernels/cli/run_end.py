@@ -16,6 +16,7 @@ from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..pruning.finalize import finalize
 from ..report.html import write_html
+from ..report.parting import parting
 from ..report.plots import draw_perplexity, draw_residual
 from ..training.batches import digest
 from ..training.snapshots import newest_snapshot
@@ -81,6 +82,7 @@ def write_results(
         "versions": versions(),
         "eval_tokens": inputs.tests["perplexity"].numel(),
         "table": table,
+        "parting": parting(table),
         "validation": validation,
         **groups,
         "converted": start["converted"],

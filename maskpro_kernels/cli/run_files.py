@@ -159,6 +159,20 @@ def read_start(output: Path) -> dict:
     return start
 
 
+def stored_data(output: Path) -> str:
+    """What a run has learned from, from whatever folder that is asked; ValueError where it is not known."""
+    try:
+        data = json.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]["data"]
+        if not isinstance(data, str):
+            raise TypeError(f"{data!r} for the data")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"data: expected --data, or the settings of the run in {str(output / SETTINGS)!r}, got {error!r}; name the "
+            "text, or restore the file from a copy"
+        ) from error
+    return data
+
+
 def read_metrics(progress: Path) -> list[dict]:
     """What the trainer wrote of each step."""
     path = progress / METRICS

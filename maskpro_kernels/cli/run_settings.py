@@ -12,12 +12,16 @@ from ..extras import missing
 from ..pattern import NMPattern
 from ..pruning.gap import LARGEST_GAP, gap_for_flip_rate
 from ..ranks import Ranks
+from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved
 from ..training.estimator import Estimator
 from ..training.sharing import PARALLEL, check_shares
 from .arguments import DTYPES, check_least, device_of
 from .changed_weights import REFITTED
 from .estimator_options import class_of, complete_options
+from .losses import complete_loss
 
+# What a run learns from, and how many windows the model draws at most, where nothing is said
+DATA, SAMPLES = "pydoc:0.5,self:0.5", 2048
 # Of this process, not of the run
 NO_SETTINGS = ("run", "device_given", "parallel", "quiet", "bars")
 
@@ -28,7 +32,7 @@ def complete(args: argparse.Namespace) -> Estimator:
     Raises:
         ValueError, TypeError: if an argument is missing, out of its range, or does not go with another.
     """
-    for name in ("model", "data", "output"):
+    for name in ("model", "output"):
         if not hasattr(args, name):
             raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
     pattern = NMPattern(args.pattern)
@@ -46,7 +50,25 @@ def complete(args: argparse.Namespace) -> Estimator:
     if args.seed >= 1 << 63:
         raise ValueError(f"seed: expected an int below 2**63, got {args.seed}")
     _complete_gap(args, pattern)
+    _complete_texts(args)
+    complete_loss(args)
     return complete_options(args)
+
+
+def _complete_texts(args: argparse.Namespace) -> None:
+    """Check what a run learns from, and find a text of another kind to look at."""
+    args.data = getattr(args, "data", DATA)
+    shares = dict(parse_sources(args.data))
+    other = other_kind(args.data)
+    if other is not None:
+        args.other_data = getattr(args, "other_data", other)
+    if SELF in shares:
+        args.samples = getattr(args, "samples", SAMPLES)
+        check_least(args, samples=in_a_batch(shares[SELF], args.batch_size))
+    elif hasattr(args, "samples"):
+        raise ValueError(
+            f"samples: expected none, since {SELF!r} is not in --data {args.data}, got {args.samples}; leave it out"
+        )
 
 
 def _complete_gap(args: argparse.Namespace, pattern: NMPattern) -> None:
@@ -88,7 +110,8 @@ def reported_settings(args: argparse.Namespace) -> dict:
 def stored_settings(args: argparse.Namespace) -> dict:
     """The settings by which a run goes on, from whatever folder."""
     settings = {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "output")}
-    for name in ("model", "data", "other_data"):
+    for name in ("model", "other_data"):
         if name in settings and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
+    settings["data"] = resolved(settings["data"])
     return settings

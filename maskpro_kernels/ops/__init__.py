@@ -2,6 +2,7 @@
 
 from .registry import (
     best_swaps,
+    column_squares,
     descend_,
     mask_log_prob,
     mask_score,

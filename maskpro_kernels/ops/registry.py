@@ -302,7 +302,7 @@ def _codes(mask: MaskSource) -> Tensor:
     return top_n_mask(mask.tensor, mask.n, mask.m) if mask.kind == "top_n" else mask.tensor
 
 
-def _column_squares(x: Tensor) -> Tensor:
+def column_squares(x: Tensor) -> Tensor:
     """Sum of squares of every column, float32."""
     if x.device.type == "cpu":
         # there the norm copies as well, and is ten times as slow
@@ -310,27 +310,33 @@ def _column_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
 
 
-def _derivatives(grad: Tensor, x: Tensor, curvature: float, weight_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(first, second) derivative of the loss in the masked weight [rows, K]; the first one into ``weight_grad``."""
+def _factors(grad: Tensor, x: Tensor, curvature: float, grad_squares: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[rows] and [K], whose outer product is the second derivative of the loss in the masked weight."""
+    return curvature * (column_squares(grad) if grad_squares is None else grad_squares), column_squares(x)
+
+
+def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Tensor:
+    """Of the loss in the masked weight [rows, K]; into ``weight_grad`` as well."""
     first = grad.t() @ x
     if weight_grad is not None:
         weight_grad.copy_(first)
-    return first, torch.outer(curvature * _column_squares(grad), _column_squares(x))
+    return first
 
 
 @torch.library.custom_op(
     "maskpro::straight_through_grad",
     mutates_args=("weight_grad",),
-    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, {MASK}) -> Tensor",
+    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, Tensor? grad_squares, "
+    f"{MASK}) -> Tensor",
 )
-def _straight_through_grad(grad, x, weight, curvature, weight_grad, *mask):
+def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask):
     mask = unflat(*mask)
     with without_autocast(grad):
+        factors = _factors(grad, x, curvature, grad_squares)
         if uses_kernels(grad):
-            squares = curvature * _column_squares(grad), _column_squares(x)
-            return kernels("straight_through").straight_through_grad(grad, x, weight, *squares, mask, weight_grad)
-        derivatives = _derivatives(grad, x, curvature, weight_grad)
-        return run_reference("straight_through_grad", weight, *derivatives, _codes(mask), m=mask.m)
+            return kernels("straight_through").straight_through_grad(grad, x, weight, *factors, mask, weight_grad)
+        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), _codes(mask))
+        return run_reference("straight_through_grad", *slope_of, m=mask.m)
 
 
 @_straight_through_grad.register_fake
@@ -339,34 +345,41 @@ def _(grad, x, weight, *_):
 
 
 def straight_through_grad(
-    grad: Tensor, x: Tensor, weight: Tensor, curvature: float, mask: MaskSource, weight_grad: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    curvature: float,
+    mask: MaskSource,
+    weight_grad: Tensor | None = None,
+    grad_squares: Tensor | None = None,
 ) -> Tensor:
     """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
 
     G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
     which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken
     as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671). ``weight_grad`` float32 [rows, K] becomes G, of
-    kept and dropped weights.
+    kept and dropped weights. ``grad_squares`` float32 [rows] takes the place of the sum of grad^2, where another
+    gradient than this one tells the curvature.
     """
-    return _straight_through_grad(grad, x, weight, curvature, weight_grad, *flat(mask))
+    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *flat(mask))
 
 
 @torch.library.custom_op(
     "maskpro::straight_through_update_",
     mutates_args=("weight_grad", "source"),
     schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float max_update, "
-    f"Tensor(a!)? weight_grad, {MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
+    f"Tensor(a!)? weight_grad, Tensor? grad_squares, {MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
 )
-def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, *mask):
+def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, grad_squares, *mask):
     mask = unflat(*mask)
     if mask.kind != "drawn":
         raise ValueError(f'kind: expected "drawn", whose source are logits, got {mask.kind!r}')
     with without_autocast(grad):
+        factors = _factors(grad, x, curvature, grad_squares)
         if uses_kernels(grad):
-            squares = curvature * _column_squares(grad), _column_squares(x)
             update_ = kernels("straight_through").straight_through_update_
-            return update_(grad, x, weight, *squares, rate, max_update, mask, weight_grad)
-        slope_of = (weight, *_derivatives(grad, x, curvature, weight_grad), _codes(mask))
+            return update_(grad, x, weight, *factors, rate, max_update, mask, weight_grad)
+        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), _codes(mask))
         step = (rate, mask.counter, scalar(max_update, weight))
         return run_reference("straight_through_update_", mask.tensor, *slope_of, *step, m=mask.m)
 
@@ -385,9 +398,11 @@ def straight_through_update_(
     max_update: float,
     mask: MaskSource,
     weight_grad: Tensor | None = None,
+    grad_squares: Tensor | None = None,
 ) -> Tensor:
     """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
-    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, *flat(mask))
+    more = weight_grad, grad_squares
+    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, *more, *flat(mask))
 
 
 @torch.library.custom_op(

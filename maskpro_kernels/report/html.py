@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..files import write_whole
-from . import markup, svg
+from . import markup, parting, svg
 
 NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
           "flipped_groups_by_layer", "logits", "skipped", "start", "steps", "weights"}  # fmt: skip
@@ -151,7 +151,13 @@ def _test_perplexity(report: Mapping) -> str:
     text = f"Over {report['eval_tokens']:,} tokens of the test text."
     if other:
         text += f" The other text: {escape(report['settings']['other_data'])}."
-    return f'<p class="faint">{text}</p>\n' + markup.table(head, lines, "methods")
+    found = parting.parting(rows)
+    told = f"\n<p>{escape(_sentence(parting.told(found, report['settings']['other_data'])))}</p>" if found else ""
+    return f'<p class="faint">{text}</p>\n' + markup.table(head, lines, "methods") + told
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _validation_perplexity(rows: Sequence[Mapping]) -> str:

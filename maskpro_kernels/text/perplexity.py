@@ -11,6 +11,12 @@ from tqdm import tqdm
 from ..modules import evaluating
 
 
+def check_input_ids(input_ids: torch.Tensor) -> None:
+    """Raise ValueError unless they are [batch, length] with at least one row and two tokens."""
+    if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
+        raise ValueError(f"input_ids: expected [batch >= 1, length >= 2], got {list(input_ids.shape)}")
+
+
 def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token over a batch.
 
@@ -25,8 +31,7 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
     Raises:
         ValueError: if ``input_ids`` is not [batch, length] with at least one row and two tokens.
     """
-    if input_ids.dim() != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
-        raise ValueError(f"input_ids: expected [batch >= 1, length >= 2], got {list(input_ids.shape)}")
+    check_input_ids(input_ids)
     logits = model(input_ids, use_cache=False).logits
     # The model sees the whole batch (another composition would change its rounding); only the float32 copy of
     # the logits, the largest tensor here, goes row by row.

@@ -23,8 +23,8 @@ from .step import Step
 # What `maskpro learn` holds of every run beside the options of its estimator
 RUN_OPTIONS = frozenset(
     "accumulate bars batch_size calibration_batches data device device_given dtype estimator eval_every eval_length "
-    "eval_windows flip_rate gap help init init_batches model other_data output parallel pattern quiet refit resume run "
-    "seed seq_len steps tensorboard".split()
+    "eval_windows flip_rate gap help init init_batches loss loss_temperature model other_data output parallel pattern "
+    "quiet refit resume run samples seed seq_len steps tensorboard".split()
 )
 
 

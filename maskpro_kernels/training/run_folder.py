@@ -19,6 +19,7 @@ from .estimator import Estimator
 from .journal import Entry, Journal
 from .journal import read as read_journal
 from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
+from .step import LossFn
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -33,10 +34,12 @@ def settings_of(
     batches: Sequence,
     seed: int,
     accumulate: int,
+    loss_fn: LossFn,
 ) -> dict:
     """The settings that identify a run, as JSON.
 
-    Of a batch with objects that ``content`` cannot compare, the tensors alone.
+    Of a batch with objects that ``content`` cannot compare, the tensors alone; of a loss what its ``settings()`` tell
+    if it has them.
     """
     return {
         "seed": seed,
@@ -48,6 +51,7 @@ def settings_of(
         "batches": [digest(tensors_of(batch)) for batch in batches],
         "batch_contents": [content(batch, index) for index, batch in enumerate(batches)],
         "accumulate": accumulate,
+        "loss": loss_fn.settings() if hasattr(loss_fn, "settings") else None,
     }
 
 

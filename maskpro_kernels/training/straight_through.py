@@ -18,6 +18,7 @@ from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ranks import Ranks
 from .estimator import Estimator, Option, StepResult
+from .fisher import FisherSquares
 from .number_checks import check_float, check_whole
 from .step import Step
 from .weight_learning import WeightLearner, check_weights
@@ -43,7 +44,10 @@ class StraightThrough(Estimator):
         max_update: most that a logit moves in a step. A kept and a dropped weight start the gap apart and change places
             after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few important
             weights may be dropped, because the slope is a local estimate and underestimates what that costs.
-        decay: share of the running mean square that a step leaves, in [0, 1).
+        decay: share of the running mean square that a step leaves, in [0, 1); and of the squares of Fisher passes.
+        fisher_every: steps from a Fisher pass to the next, the first being at the first step. A ``loss_fn`` has them
+            whose gradient does not tell its curvature: it has a method ``fisher_loss(model, batch, seed)``, see
+            ``FisherSquares`` and ``DistillationLoss``. A layer that no pass has reached goes by its own gradient.
         train_weights: learning rate of the kept weights, falling as ``lr`` does; None: weights stay as they are.
         weight_decay: of AdamW, of the weights that learn; it pulls them to 0.
 
@@ -70,9 +74,11 @@ class StraightThrough(Estimator):
         curvature: float = 1.0,
         max_update: float = 2.0,
         decay: float = 0.9,
+        fisher_every: int = 16,
         train_weights: float | None = None,
         weight_decay: float = 0.0,
     ):
+        check_whole("fisher_every", fisher_every, 1)
         check_float("lr", lr, 0.0, strict=True)
         check_float("curvature", curvature, 0.0)
         check_float("max_update", max_update, 0.0, strict=True)
@@ -89,10 +95,12 @@ class StraightThrough(Estimator):
         self.curvature = float(curvature)
         self.max_update = float(max_update)
         self.decay = float(decay)
+        self.fisher_every = fisher_every
         self.train_weights = None if train_weights is None else float(train_weights)
         self.weight_decay = float(weight_decay)
         self._learners: dict[str, WeightLearner] = {}
         self._updaters: dict[str, LayerUpdater] = {}
+        self._fisher = FisherSquares({}, self.decay)
 
     @classmethod
     def for_run(cls, steps: int, options: Mapping[str, object]) -> StraightThrough:
@@ -103,27 +111,31 @@ class StraightThrough(Estimator):
             check_weights(layers)
             self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
         self._updaters = {name: LayerUpdater(layer, self, self._learners.get(name)) for name, layer in layers.items()}
+        self._fisher = FisherSquares(layers, self.decay)
 
     def settings(self) -> dict:
         of_weights = ("train_weights", "weight_decay") if self.train_weights is not None else ()
-        names = ("lr", "steps", "curvature", "max_update", "decay", *of_weights)
+        names = ("lr", "steps", "curvature", "max_update", "decay", "fisher_every", *of_weights)
         return {name: getattr(self, name) for name in names}
 
     def state(self) -> dict:
-        """The running mean square of the slopes of each layer that has had one above 0."""
+        """The running mean square of the slopes of each layer that has had one above 0, and its Fisher passes."""
         squares = {name: updater.mean_square for name, updater in self._updaters.items()}
-        return {"mean_squares": {name: square for name, square in squares.items() if square is not None}}
+        squares = {name: square for name, square in squares.items() if square is not None}
+        return {"mean_squares": squares, "fisher_passes": dict(self._fisher.passes)}
 
     def load_state(self, state: Mapping) -> None:
         for name, square in state["mean_squares"].items():
             self._updaters[name].mean_square = square
+        self._fisher.passes.update(state["fisher_passes"])
         for learner in self._learners.values():
             learner.restore()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of the weights that learn: themselves, in float32, their moments, and how many steps have moved them."""
+        """What Fisher passes have found; and of weights that learn themselves, their moments, and a count of steps."""
         learners = self._learners.items()
-        return {f"{kind}/{name}": tensor for name, of in learners for kind, tensor in of.tensors().items()}
+        found = {f"{kind}/{name}": tensor for name, of in learners for kind, tensor in of.tensors().items()}
+        return found | {f"fisher/{name}": square for name, square in self._fisher.squares.items()}
 
     def step(self, step: Step) -> StepResult:
         """Move the logits by their slopes, in the last backward, which a loss that is not finite does not reach.
@@ -132,16 +144,25 @@ class StraightThrough(Estimator):
             ValueError: if a loss has no gradient, or not by the masks of the layers alone.
         """
         *others, last = places = [place for _, place in step.sharing.own]
-        with step.drawing(), self.attached(step.index, step.sharing.ranks, len(places)) as backward_pass:
-            for place in others:
-                backward_pass.backward(step.forward(place), float(step.weights[place]))
-            loss = step.forward(last)
-            (value,), alike = step.exchange(backward_pass.order(loss))
-            if not math.isfinite(value):
-                return StepResult(value)
-            step.begin_update()
-            bad_layers = backward_pass.backward(loss, float(step.weights[last]), alike)
+        with step.drawing():
+            fisher = self._fisher_squares(step)
+            with self.attached(step.index, step.sharing.ranks, len(places), fisher) as backward_pass:
+                for place in others:
+                    backward_pass.backward(step.forward(place), float(step.weights[place]))
+                loss = step.forward(last)
+                (value,), alike = step.exchange(backward_pass.order(loss))
+                if not math.isfinite(value):
+                    return StepResult(value)
+                step.begin_update()
+                self._fisher.take(fisher)
+                bad_layers = backward_pass.backward(loss, float(step.weights[last]), alike)
         return StepResult(value, bad_layers=tuple(bad_layers))
+
+    def _fisher_squares(self, step: Step) -> dict[str, Tensor]:
+        """Of the layers, by what is known and by the Fisher pass of this step where it is to have one."""
+        if not hasattr(step.loss_fn, "fisher_loss"):
+            return {}
+        return self._fisher.known() if step.index % self.fisher_every else self._fisher.after_pass(step)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -151,21 +172,23 @@ class StraightThrough(Estimator):
         return rate if self.steps is None else rate * max(1.0 - step / self.steps, 0.0)
 
     @contextmanager
-    def attached(self, step: int, ranks: Ranks, batches: int) -> Iterator[BackwardPass]:
+    def attached(self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor]) -> Iterator[BackwardPass]:
         """With layers, those of ``begin``, whose logits move by the backward passes of a step, see ``BackwardPass``.
 
         Args:
             step: index of the step, from 0.
             ranks: over which slopes are summed.
             batches: how many passes this rank makes; others make as many.
+            fisher: of layers whose curvature it tells, see ``FisherSquares``.
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
         backward_pass = BackwardPass(self._updaters, ranks, batches)
         try:
-            for updater in updaters:
+            for name, updater in self._updaters.items():
                 updater.layer.logits.grad = None
-                updater.begin(self.lr_at(step), self._falling(self.train_weights or 0.0, step), backward_pass)
+                weight_lr = self._falling(self.train_weights or 0.0, step)
+                updater.begin(self.lr_at(step), weight_lr, backward_pass, fisher.get(name))
                 updater.layer.logits_backward = updater
             backward_pass.watch()
             yield backward_pass
@@ -312,6 +335,7 @@ class LayerUpdater:
         mean_square: running mean square of the slope, None until a step has given one above 0.
         latest: that of the step, on the device; None where backward has not come by.
         uses: how often the forward of a pass has used the layer.
+        fisher: of the layer, see ``FisherSquares``; None where the gradient itself tells the curvature.
         slopes: those summed up of the step, float32; None where there are none, and once the logits have moved by them.
         weight_grad: the weight's gradient, summed up likewise where the weights learn; else None.
         weight: of the slopes of a pass.
@@ -324,15 +348,17 @@ class LayerUpdater:
         self.layer, self.how, self.learner = layer, how, learner
         self.mean_square: float | None = None
 
-    def begin(self, lr: float, weight_lr: float, backward_pass: BackwardPass) -> None:
-        self.lr, self.weight_lr, self.backward_pass = lr, weight_lr, backward_pass
+    def begin(self, lr: float, weight_lr: float, backward_pass: BackwardPass, fisher: Tensor | None) -> None:
+        self.lr, self.weight_lr, self.backward_pass, self.fisher = lr, weight_lr, backward_pass, fisher
         self.uses = 0
         self.latest: Tensor | None = None
         self.slopes: Tensor | None = None
         self.weight_grad: Tensor | None = None
 
-    def count(self, *_) -> None:
-        self.uses += 1
+    def count(self, layer: MaskedLinear, *_) -> None:
+        # no backward comes by the logits of a dense forward
+        if not layer.is_dense:
+            self.uses += 1
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
         how = self.how
@@ -342,17 +368,16 @@ class LayerUpdater:
                 "comes again after the layer has moved"
             )
         weight_grad = None if self.learner is None else torch.empty_like(weight, dtype=torch.float32)
+        more = weight_grad, None if self.fisher is None else self.fisher / max(len(x), 1)
         if self.at_once:
             self.weight_grad = weight_grad
             of = grad, x, weight, how.curvature
             # the parameter itself: what autograd has kept may be a copy
             with self.layer.moving_logits() as logits:
                 own = mask._replace(tensor=logits)
-                self._descend(
-                    logits, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, weight_grad)
-                )
+                self._descend(logits, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more))
             return
-        slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask, weight_grad)
+        slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask, *more)
         # of the slope, not of the loss: the curvature would take its square
         self.slopes = self._added(self.slopes, slope)
         self.weight_grad = self._added(self.weight_grad, weight_grad)
@@ -380,7 +405,7 @@ class LayerUpdater:
 
     def end(self) -> None:
         """Free what a step has left, also one that broke off."""
-        self.latest = self.slopes = self.weight_grad = self.backward_pass = None
+        self.latest = self.slopes = self.weight_grad = self.backward_pass = self.fisher = None
 
     def _descend(self, logits: Tensor, descend: Callable[[Tensor], Tensor]) -> None:
         def at_rate(rate: float) -> Tensor:

@@ -320,7 +320,8 @@ class MaskTrainer:
 
     def _agreed_settings(self, **others: str) -> dict:
         """The settings that identify the run, and these, once all ranks agree on them."""
-        settings = settings_of(self.layers, self.estimator, self.batches, self.seed, self.accumulate) | others
+        how = self.seed, self.accumulate, self.loss_fn
+        settings = settings_of(self.layers, self.estimator, self.batches, *how) | others
         self.ranks.agree(settings | {"parallel": self.parallel})
         return settings
 

@@ -28,6 +28,10 @@ LARGEST_SHARE = 0.3
 LARGEST_STRAIGHT_THROUGH_COST = 1.6
 STRAIGHT_THROUGH_ROUNDS = 3
 
+# A step by the divergence from the dense model, of one by the cross-entropy, with a Fisher pass in each 16
+LARGEST_KL_COST = 1.45
+KL_STEPS, KL_ROUNDS = 16, 7
+
 # Seconds from the loaded model to a first step, where a process before has compiled
 LONGEST_START = 5.0
 
@@ -96,6 +100,24 @@ def test_a_straight_through_step_costs_little_more_than_training_the_weights():
     ratio = statistics.median(ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
     print(f"straight-through step: {ratio:.2f} times a step that trains the weights")
     assert ratio <= LARGEST_STRAIGHT_THROUGH_COST, f"{ratio:.2f} times: {seconds}"
+
+
+@pytest.mark.slow
+def test_a_step_by_the_dense_model_costs_little_more_than_one_by_the_text():
+    seconds = in_child("kl_cost")
+    ratios = [kl / ce for kl, ce in zip(seconds["kl"], seconds["ce"], strict=True)]
+    # the first has the Fisher pass; step by step, for the machine may slow down in between
+    ratio = (ratios[0] + (KL_STEPS - 1) * statistics.median(ratios[1:])) / KL_STEPS
+    told = f"{ratio:.2f} times, with a Fisher pass {ratios[0]:.2f}, without {statistics.median(ratios[1:]):.2f}"
+    print(f"a step by the dense model: {told}")
+    assert ratio <= LARGEST_KL_COST, f"{told}: {seconds}"
+
+
+def test_a_dense_forward_holds_what_a_plain_one_does():
+    peaks = in_child("dense_memory")
+    assert peaks["plain"] >= 2 * BATCH * WIDTH, "the measurement missed the activations"
+    assert peaks["dense"] == peaks["plain"], peaks
+    assert peaks["masked"] >= peaks["plain"] + WIDTH * WIDTH, "the measurement missed the masked weight"
 
 
 @pytest.mark.slow
@@ -313,6 +335,54 @@ def measure_straight_through_cost() -> dict:
     return seconds
 
 
+def measure_kl_cost() -> dict:
+    """Seconds of steps by the divergence from the dense model, and by the cross-entropy, taken in turn."""
+    import maskpro_kernels as mk
+    from maskpro_kernels.text.losses import distillation_loss
+
+    trainers = {}
+    for kind in ("kl", "ce"):
+        model, batch = language_model()
+        mk.convert(model, "2:4", gap=15.0)
+        trainers[kind] = mk.MaskTrainer(
+            model, distillation_loss(kind), [batch], mk.StraightThrough(fisher_every=KL_STEPS), seed=0
+        )
+        # compilation, and what a first step allocates, belong to no step; the next Fisher pass is due after 16
+        for _ in range(2):
+            trainers[kind].step()
+        trainers[kind].steps_done = 0
+    seconds = {kind: [] for kind in trainers}
+    for _ in range(KL_ROUNDS):
+        for kind, trainer in trainers.items():
+            seconds[kind].append(seconds_of(trainer.step))
+    return seconds
+
+
+def measure_dense_memory() -> dict:
+    """Peak bytes of a forward: of a plain model, of its converted self under ``dense``, and under its masks."""
+    import maskpro_kernels as mk
+
+    batch = torch.randn(BATCH, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    model = plain_model(torch.bfloat16)
+
+    def forward():
+        return model(batch)
+
+    def within_dense():
+        with mk.dense(model):
+            model(batch)
+
+    with torch.inference_mode():
+        forward()
+        plain = peak_bytes(forward)
+    mk.convert(model, "2:4", gap=GAP)
+    with torch.inference_mode():
+        # compilation and the caches it fills are no forward's
+        for once in (forward, within_dense):
+            once()
+        return {"plain": plain, "dense": peak_bytes(within_dense), "masked": peak_bytes(forward)}
+
+
 def measure_straight_through_memory() -> dict:
     """Peak bytes of a straight-through step with checkpointed activations, and of the same without logits to learn."""
     import maskpro_kernels as mk
@@ -383,6 +453,8 @@ MEASUREMENTS = {
     "start": measure_start,
     "cost": measure_cost,
     "memory": measure_memory,
+    "kl_cost": measure_kl_cost,
+    "dense_memory": measure_dense_memory,
     "largest": measure_largest,
     "model": measure_model,
     "replay": measure_replay,

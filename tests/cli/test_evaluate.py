@@ -56,10 +56,10 @@ def test_compare_puts_runs_into_one_table(inputs, run, tmp_path, capsys):
     capsys.readouterr()
     picture = tmp_path / "perplexity.png"
     assert main.main(["compare", str(run), str(other), "--picture", str(picture)]) == 0
-    lines = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = [line.rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines()[1:]]
     names = ["dense", "magnitude", "wanda", f"reinforce: {run}", f"straight-through: {other}"]
     assert [name for name, *_ in lines] == names
-    assert [perplexity for _, perplexity, _ in lines[3:]] == [
+    assert [perplexity for _, perplexity, *_ in lines[3:]] == [
         f"{report(folder)['table'][-1]['perplexity']:.2f}" for folder in (run, other)
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -62,9 +62,10 @@ def test_learn_prints_the_table(inputs, tmp_path, capsys):
     assert main.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0].split() == ["method", "test", "perplexity", "seconds", "from", "dense"]
+    assert lines[0].split() == "method test perplexity on the other text seconds from dense".split()
     assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "reinforce"]
     assert "groups differ from the magnitude mask" in lines[5]
+    assert lines[6].startswith("perplexity over the dense model's: ") and "other text (pydoc)" in lines[6]
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") == 1).all()
     assert report(tmp_path)["settings"]["flip_rate"] == 0.05
@@ -87,7 +88,8 @@ def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, c
 
 
 def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
-    values = iter([10.0] * 3 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
+    # of both texts, but for the validation text
+    values = iter([10.0] * 6 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
     monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in capsys.readouterr().err
@@ -97,7 +99,7 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
 
 
 def test_learning_stops_where_the_validation_perplexity_is_no_number(inputs, tmp_path, capsys, monkeypatch):
-    values = iter([10.0] * 3 + [10.0, float("nan"), 10.5, float("nan"), float("nan")] + [9.0])
+    values = iter([10.0] * 6 + [10.0, float("nan"), 10.5, float("nan"), float("nan")] + [9.0] * 2)
     monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in capsys.readouterr().err
@@ -105,7 +107,7 @@ def test_learning_stops_where_the_validation_perplexity_is_no_number(inputs, tmp
 
 @pytest.mark.parametrize("found", [float("nan"), float("inf")])
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch, found):
-    values = iter([10.0] * 3 + [found])
+    values = iter([10.0] * 6 + [found])
     monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
     assert main.main(learn(inputs, tmp_path / "deep" / "run")) == 2
     told = f"validation perplexity at step 0: expected a finite number, got {found}; take another --dtype"
@@ -121,11 +123,12 @@ def test_another_text_has_its_own_column(inputs, run, tmp_path, capsys):
     table = [line.split() for line in capsys.readouterr().out.splitlines()[:5]]
     assert table[0] == "method test perplexity on the other text seconds from dense".split()
     plain, both = report(run), report(tmp_path / "run")
+    assert plain["settings"]["other_data"] == "pydoc"
     assert both["settings"]["other_data"] == str(other) and both["validation"] == plain["validation"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     test = windows(load_text(str(other))["test"], AutoTokenizer.from_pretrained(tmp_path / "run"), 24)[:5]
     for row, same, printed in zip(both["table"], plain["table"], table[1:], strict=True):
-        assert row["perplexity"] == same["perplexity"]
+        assert row["perplexity"] == same["perplexity"] and row["other_perplexity"] != same["other_perplexity"]
         assert printed[1:3] == [f"{row['perplexity']:.2f}", f"{row['other_perplexity']:.2f}"]
     assert both["table"][-1]["other_perplexity"] == pytest.approx(perplexity(model, test), rel=1e-6)
     copy, changed = tmp_path / "copy", tmp_path / "changed"

@@ -55,7 +55,7 @@ def one_thread():
 
 
 def learn(inputs, output, *more):
-    sources = ["--model", str(inputs / "model"), "--data", str(inputs / "text.txt")]
+    sources = ["--model", str(inputs / "model"), "--data", f"{inputs / 'text.txt'},self", "--other-data", "pydoc"]
     return ["learn", *sources, *SETTINGS, "--output", str(output), *more]
 
 
@@ -104,7 +104,7 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
     table = capsys.readouterr().out
     two = OnRanks(tmp_path / "logs", learn(inputs, tmp_path / "two", *options))
     assert (two.code, two.out[1], two.err[1]) == (0, "", ""), two.err
-    assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 7
+    assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 8
     expected, found = report(tmp_path / "one"), report(tmp_path / "two")
     assert found["logits"] == expected["logits"] and found["weights"] == expected["weights"] == "weights refitted"
     learned = [load_learned(tmp_path / name / "logits.safetensors") for name in ("one", "two")]
@@ -189,7 +189,7 @@ def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp
         "data: text: expected at least 9999 tokens": of_both("--seq-len", "9999"),
         "output: expected a new or empty folder": of_both("--output", str(tmp_path / "full")),
         "resume: expected a folder in which": [["learn", "--resume", str(tmp_path / "full")]] * 2,
-        "model: expected a finite loss, got nan": of_both("--model", str(bad)),
+        "model: expected finite logits, got NaN": of_both("--model", str(bad)),
         "rank 1: data: ": [sound, nothing],
         "data: ": [nothing, sound],
         "ranks: expected what rank 0 has on all of them, got other settings": [sound, [*sound, "--lr", "1"]],
@@ -202,7 +202,10 @@ def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp
         last = err.splitlines()[-1]
         assert (code, out) == (2, "") and last.startswith(f"maskpro: error: {message}"), err
         assert err.count("error") == 1, err
-    assert contents(tmp_path) == before
+    # ranks that are given other settings tell it behind the samples, which the next run goes on with
+    left = {path.name for path in contents(tmp_path).keys() - before.keys() if path.is_file()}
+    assert left == {".lock", "samples.safetensors"}
+    assert before.items() <= contents(tmp_path).items()
 
 
 def test_masks_are_shared_under_torchrun_alone(inputs, tmp_path, capsys):
@@ -281,7 +284,7 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
         (FailedRank("rank 1: OSError: full"), "rank 1: OSError: full"),
     ],
 )
-def test_ranks_that_fail_before_the_first_step_leave_nothing(inputs, tmp_path, capsys, monkeypatch, error, told):
+def test_ranks_that_fail_before_the_first_step_leave_samples_alone(inputs, tmp_path, capsys, monkeypatch, error, told):
     start = RunFolder.start_journal
 
     def broken(folder, losses, draws):
@@ -291,4 +294,8 @@ def test_ranks_that_fail_before_the_first_step_leave_nothing(inputs, tmp_path, c
     monkeypatch.setattr(RunFolder, "start_journal", broken)
     assert main.main(learn(inputs, tmp_path / "new")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"maskpro: error: {told}"
-    assert contents(tmp_path) == {}
+    left = [path for path in contents(tmp_path) if path.is_file()]
+    assert left == [tmp_path / "new" / "progress" / "samples.safetensors"]
+    # the folder may be given again
+    monkeypatch.undo()
+    assert main.main(learn(inputs, tmp_path / "new")) == 0

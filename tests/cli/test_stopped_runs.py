@@ -12,8 +12,10 @@ from helpers.full_disk import files_of_at_most
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from maskpro_kernels.cli import learning_run, main, run_end
+from maskpro_kernels.cli import learn as learn_command
+from maskpro_kernels.cli import main, run_end
 from maskpro_kernels.modules import MaskedLinear
+from maskpro_kernels.text.perplexity import causal_lm_loss
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -96,13 +98,13 @@ def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_o
 
 
 def test_a_straight_through_run_bears_a_loss_that_is_not_finite(inputs, tmp_path, monkeypatch):
-    finite, calls = learning_run.causal_lm_loss, []
+    calls = []
 
     def loss_fn(model, batch):
         calls.append(torch.is_grad_enabled())
-        return finite(model, batch) * (math.nan if sum(calls) == 2 else 1.0)
+        return causal_lm_loss(model, batch) * (math.nan if sum(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(learning_run, "causal_lm_loss", loss_fn)
+    monkeypatch.setattr(learn_command, "loss_of", lambda *_, **__: loss_fn)
     assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT_THROUGH)) == 0
     losses = [row["loss"] for row in report(tmp_path / "run")["steps"]]
     assert [math.isfinite(loss) for loss in losses] == [step != 1 for step in range(len(losses))] and len(losses) > 2

@@ -57,11 +57,17 @@ PROGRAMS = ("maskpro", "make", "pip", "python", "pytest", "torchrun", "git")
 
 SMALL = {
     "learn": "--steps 2 --batch-size 4 --seq-len 16 --init-batches 2 --calibration-batches 2 --eval-every 2 "
-    "--eval-windows 2 --eval-length 24 --device cpu",
+    "--eval-windows 2 --eval-length 24 --device cpu --other-data other.txt",
     "eval": "--eval-windows 2 --eval-length 24 --device cpu",
     "replay": "--device cpu",
 }
-TINY_IN_PYTHON = {'"smollm2-135m"': '"model"', '"pydoc"': '"text.txt"', "steps=30": "steps=3", "run(30)": "run(3)"}
+TINY_IN_PYTHON = {
+    '"smollm2-135m"': '"model"',
+    '"pydoc"': '"text.txt"',
+    "pydoc:0.5": "text.txt:0.5",
+    "steps=30": "steps=3",
+    "run(30)": "run(3)",
+}
 TINY = {"--model": "model", "--data": "text.txt", "--other-data": "other.txt"}
 
 

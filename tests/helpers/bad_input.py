@@ -44,7 +44,7 @@ CASES = {
     "no number": (f"{LEARN} --lr fast", None, "--lr: expected a number, got 'fast'", f"`maskpro learn {HELP}"),
     "unknown initial mask": (f"{LEARN} --init random", None, "--init: invalid choice: 'random'", "choose from"),
     "unknown dtype": (f"{LEARN} --dtype int8", None, "--dtype: invalid choice: 'int8'", "choose from"),
-    "missing argument": ("eval reinforce", None, "are required: --data", f"`maskpro eval {HELP}"),
+    "missing argument": ("export reinforce", None, "are required: OUTPUT", f"`maskpro export {HELP}"),
     # learn: values
     "no model": (f"learn --output out {SOURCES}", None, "model: expected --model", "or --resume alone"),
     "pattern the wrong way round": (f"{LEARN} --pattern 4:2", None, "1 <= N < M, got 4:2", "M in (2, 4, 8, 16, 32)"),
@@ -169,6 +169,43 @@ CASES = {
         write("short.txt", "w0\n\nw0\n\nw0"),
         "other_data: text",
         "a longer text",
+    ),
+    "no source behind a comma": (
+        f"{LEARN} --data text.txt,",
+        None,
+        "data: expected a source in front of and behind each comma, got 'text.txt,'",
+        "each comma",
+    ),
+    "a source without a share": (
+        f"{LEARN} --data text.txt:0.5,self",
+        None,
+        "data: expected a share behind all sources or behind none",
+        "'text.txt:0.5,self'",
+    ),
+    "a share of nothing": (
+        f"{LEARN} --data text.txt:1,self:0",
+        None,
+        "data: expected a positive share behind the last colon",
+        "got that of 'self'",
+    ),
+    "a source twice": (f"{LEARN} --data self,text.txt,self", None, "data: expected each source once", "one share"),
+    "samples of nobody": (
+        f"{LEARN} --samples 9",
+        None,
+        "samples: expected none, since 'self' is not in --data text.txt, got 9",
+        "leave it out",
+    ),
+    "fewer samples than a batch has": (
+        f"{LEARN} --data text.txt,self --samples 1",
+        None,
+        "samples: expected at least 2, got 1",
+        "at least 2",
+    ),
+    "too short for its share": (
+        f"{LEARN} --data text.txt:9,self:1 --batch-size 99",
+        None,
+        "windows of 'text.txt' in a batch, all that there are, got 90 of 99",
+        "smaller --batch-size",
     ),
     # learn: output
     "a folder that is full": (
@@ -355,7 +392,7 @@ CASES = {
     "logits of another program": (
         "export reinforce out",
         changed_tensors(LOGITS, lambda content: content),
-        "got a file without ['dtype', 'model', 'pattern', 'weights']",
+        "got a file without ['dense_weights', 'dtype', 'model', 'pattern', 'weights', 'weights_are']",
         "restore logits.safetensors from a copy",
     ),
     "logits of an unknown dtype": (

@@ -17,7 +17,8 @@ from maskpro_kernels.cli import main
 
 SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 2 --eval-length 24 --steps 4 --eval-every 2"
 SOURCES = "--data text.txt --device cpu"
-LEARN = f"learn --estimator reinforce --model model --output out --dtype float32 {SOURCES} {SIZES}"
+RUN = "learn --estimator reinforce --model model --output out --dtype float32 --other-data pydoc"
+LEARN = f"{RUN} {SOURCES} {SIZES}"
 EVAL = f"eval reinforce {SOURCES} --eval-length 24"
 RESUME = "learn --device cpu --resume killed-reinforce"
 HELP = "--help` tells what it takes"
@@ -27,7 +28,14 @@ LOGITS = "reinforce/logits.safetensors"
 JOURNAL = "reinforce/progress/journal"
 SNAPSHOTS = "reinforce/progress/snapshot-*"
 KILLED = "killed-reinforce/progress"
-METADATA = {"model": "model", "pattern": "2:4", "dtype": "float32", "weights": "0"}
+METADATA = {
+    "model": "model",
+    "pattern": "2:4",
+    "dtype": "float32",
+    "weights": "0",
+    "dense_weights": "0",
+    "weights_are": "weights frozen",
+}
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 

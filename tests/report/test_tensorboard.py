@@ -94,7 +94,8 @@ def inputs(tmp_path_factory):
     """Options of a run of 6 steps that name a tiny model and a text."""
     folder = write_inputs(tmp_path_factory.mktemp("inputs"))
     options = "--steps 6 --batch-size 4 --seq-len 16 --eval-every 2 --eval-windows 5 --eval-length 24 --device cpu"
-    return ["--model", str(folder / "model"), "--data", str(folder / "text.txt"), *options.split()]
+    sources = ["--model", str(folder / "model"), "--data", str(folder / "text.txt"), "--other-data", "pydoc"]
+    return [*sources, *options.split()]
 
 
 def broken_off(inputs, output, monkeypatch, error, *options):

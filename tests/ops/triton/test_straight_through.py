@@ -146,15 +146,40 @@ def test_gradients_that_are_not_finite_leave_their_logits(bad):
     assert moved.isfinite().all() and (moved[~untouched] != logits[~untouched]).any(1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_given_squares_take_the_place_of_the_gradients_own(dtype):
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = slope_operands(pattern, dtype=dtype)
+    mask, rate = source_of(logits, pattern), torch.tensor(0.1, device=KERNEL_DEVICE)
+    own = ops.column_squares(grad)
+    assert own.dtype == torch.float32 and own.shape == (len(weight),)
+
+    def slopes(grad_squares, curvature=CURVATURE):
+        return ops.straight_through_grad(grad, x, weight, curvature, mask, grad_squares=grad_squares)
+
+    def moved(grad_squares):
+        logits_now = logits.clone()
+        now = mask._replace(tensor=logits_now)
+        ops.straight_through_update_(grad, x, weight, CURVATURE, rate, 1.0, now, grad_squares=grad_squares)
+        return logits_now
+
+    assert_same_bits(slopes(own), slopes(None))
+    assert_same_bits(moved(own), moved(None))
+    # a power of two is exact
+    assert_same_bits(slopes(4 * own), slopes(None, 4 * CURVATURE))
+    assert_same_bits(slopes(torch.zeros_like(own)), slopes(None, 0.0))
+    assert not torch.equal(moved(4 * own), moved(own))
+
+
 def test_opcheck():
     pattern = NMPattern("2:4")
     grad, x, weight, logits = slope_operands(pattern, rows=4, k=16)
     rate = torch.tensor(0.1, device=KERNEL_DEVICE)
-    mask = registry.flat(source_of(logits, pattern))
-    for weight_grad in (None, torch.empty_like(weight)):
+    mask, squares = registry.flat(source_of(logits, pattern)), torch.rand(4, device=KERNEL_DEVICE)
+    for more in ((None, None), (torch.empty_like(weight), squares)):
         of = (grad, x, weight, 1.0)
-        torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (*of, weight_grad, *mask))
+        torch.library.opcheck(torch.ops.maskpro.straight_through_grad.default, (*of, *more, *mask))
         update = torch.ops.maskpro.straight_through_update_.default
-        torch.library.opcheck(update, (*of, rate, 1.0, weight_grad, *mask))
+        torch.library.opcheck(update, (*of, rate, 1.0, *more, *mask))
     arguments = (logits, torch.randn_like(logits), rate, 1.0, 4, *source_of(logits, pattern).counter)
     torch.library.opcheck(torch.ops.maskpro.descend_.default, arguments)

@@ -1,0 +1,235 @@
+"""Methods that find N:M masks, under one harness: the same model, batches, initial mask and texts.
+
+Every learner takes its paper's settings, and others that its search tries with the fewest steps. The best of all, by
+the perplexity of validation text, then also takes the other numbers of steps. The test texts judge nothing.
+
+Rows are kept as they come, in ``rows.jsonl`` of the output folder; called again with the same arguments, the command
+goes on where it was. ``table.md`` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from methods import LEARNERS, METHODS, ONE_SHOT, state_bytes
+from proxsparse import ProxSparse
+from rows import TABLE, Rows, best, score
+from safetensors import safe_open
+from sparsegpt import sparsegpt
+from torch import Tensor, nn
+
+from maskpro_kernels.cli.arguments import DTYPES, device_of
+from maskpro_kernels.files import write_tensors
+from maskpro_kernels.functional.masks import expand_mask
+from maskpro_kernels.hf import load_model
+from maskpro_kernels.modules import MaskedLinear, initial_logits, masked_layers
+from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.pruning.convert import convert
+from maskpro_kernels.pruning.initial_masks import initial_codes
+from maskpro_kernels.pruning.selection import layers_to_convert
+from maskpro_kernels.text.data import batches, load_text, windows
+from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
+from maskpro_kernels.training.trainer import MaskTrainer
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from harness import environment  # noqa: E402
+
+# How the rows of learned or refitted weights are called beside those of the mask on the dense ones
+WITH_WEIGHTS = "{}, its weights"
+
+
+class Comparison:
+    """A model, its texts, and the rows that there are.
+
+    Args:
+        args: of the command.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.pattern = args, NMPattern(args.pattern)
+        shared = {name: value for name, value in vars(args).items() if name not in ("output", "steps", "methods")}
+        self.rows = Rows(args.output, shared)
+        model, tokenizer = load_model(args.model, DTYPES[args.dtype])
+        self.model = model.to(device_of(args.device))
+        # a block that runs again, as layers are pruned one after the other, would append to keys and values
+        self.model.config.use_cache = False
+        self.layers, _ = layers_to_convert(self.model, self.pattern)
+        self.weights = sum(layer.weight.numel() for layer in self.layers.values())
+        texts = {source: load_text(source) for source in dict.fromkeys((*args.data, *args.test))}
+
+        def cut(sources: Sequence[str], split: str, length: int) -> list[Tensor]:
+            return [windows(texts[source][split], tokenizer, length) for source in sources]
+
+        learning = cut(args.data, "calibration", args.seq_len)
+        # of several sources equal shares
+        share = min(map(len, learning))
+        together = torch.cat([own[:share] for own in learning]).to(self.model.device)
+        self.batches = batches(together, args.batch_size, args.seed)
+        share = -(-args.eval_windows // len(args.data))
+        self.validation = torch.cat([own[:share] for own in cut(args.data, "validation", args.eval_length)])
+        tests = cut(args.test, "test", args.eval_length)
+        self.tests = {Path(name).name: own[: args.eval_windows] for name, own in zip(args.test, tests, strict=True)}
+
+    def row(
+        self, method: str, settings: Mapping, steps: int, seconds: float, state: int = 0, weights: str = "dense"
+    ) -> dict:
+        """A row of the model as it is; ``weights`` tells whether the kept ones are the dense ones, or its own."""
+        found = {name: perplexity(self.model, test) for name, test in self.tests.items()}
+        dense = found if method == "dense" else self.dense["perplexity"]
+        row = {
+            "method": method,
+            "settings": dict(settings),
+            "steps": steps,
+            "tokens": steps * self.args.batch_size * self.args.seq_len,
+            "weights": weights,
+            "validation": perplexity(self.model, self.validation),
+            "perplexity": found,
+            "score": score(found, dense),
+            "state_bytes_per_weight": state / self.weights,
+            "seconds": seconds,
+            **environment(),
+        }
+        print(f"{method}, {steps} steps, {settings}: score {row['score']:.3f}, {seconds:.0f} seconds", flush=True)
+        return row
+
+    @cached_property
+    def dense(self) -> dict:
+        """The row of the dense model, before any layer is converted."""
+        if self.rows.found("dense", {}, 0) is None:
+            self.rows.add([self.row("dense", {}, 0, 0.0)])
+        return self.rows.found("dense", {}, 0)
+
+    def initial(self, name: str) -> tuple[dict[str, Tensor], float]:
+        """(group codes by layer, seconds that they took) of an initial mask of the package, found once."""
+        path = self.args.output / f"{name}.safetensors"
+        if not path.exists():
+            began = time.perf_counter()
+            calibration = self.batches[: self.args.init_batches]
+            codes = initial_codes(self.layers, self.pattern, name, self.model, calibration)
+            write_tensors(codes, path, {"seconds": repr(time.perf_counter() - began)})
+        with safe_open(path, framework="pt", device=str(self.model.device)) as file:
+            return {layer: file.get_tensor(layer) for layer in file.keys()}, float(file.metadata()["seconds"])
+
+    def one_shot(self, name: str) -> None:
+        """The rows of a mask that takes no training steps."""
+        if self.rows.found(name, {}, 0) is not None:
+            return
+        began, weights = time.perf_counter(), None
+        if name == "sparsegpt":
+            weights, codes = sparsegpt(self.model, self.layers, self.pattern, self.batches[: self.args.init_batches])
+            seconds = time.perf_counter() - began
+        else:
+            codes, seconds = self.initial(name)
+        masked = {
+            layer: module.weight.detach() * expand_mask(codes[layer], self.pattern)
+            for layer, module in self.layers.items()
+        }
+        with weights_in_place(self.layers, masked):
+            rows = [self.row(name, {}, 0, seconds)]
+        if weights is not None:
+            with weights_in_place(self.layers, weights):
+                rows.append(self.row(WITH_WEIGHTS.format(name), {}, 0, seconds, weights="own"))
+        self.rows.add(rows)
+
+    @cached_property
+    def masked(self) -> dict[str, MaskedLinear]:
+        """The layers once they are converted, from the first learner on."""
+        convert(self.model, self.pattern)
+        return masked_layers(self.model)
+
+    def learner(self, name: str) -> None:
+        """The rows of a learner: all candidates with the fewest steps, defaults and the best one with the others."""
+        default, *others = LEARNERS[name].candidates()
+        fewest, *more = sorted(self.args.steps)
+        for settings in (default, *others):
+            self.learn(name, settings, fewest)
+        chosen = best([self.rows.found(name, settings, fewest) for settings in (default, *others)], name)["settings"]
+        for steps in more:
+            for settings in [default] if chosen == default else [default, chosen]:
+                self.learn(name, settings, steps)
+
+    def learn(self, name: str, settings: Mapping, steps: int) -> None:
+        """The rows of a learner with these settings and as many steps, if there are none yet."""
+        if self.rows.found(name, settings, steps) is not None:
+            return
+        codes, _ = self.initial(self.args.init)
+        estimator, layers = LEARNERS[name].kind.for_run(steps, settings), self.masked
+        with torch.no_grad():
+            for layer, module in layers.items():
+                module.logits.copy_(initial_logits(codes[layer], self.pattern, estimator.run_defaults.gap))
+        # no batch beyond those of the steps: REINFORCE asks for the initial loss of each
+        trainer = MaskTrainer(self.model, causal_lm_loss, self.batches[:steps], estimator, seed=self.args.seed)
+        began = time.perf_counter()
+        trainer.run(steps)
+        seconds = time.perf_counter() - began
+        trainer.close()
+        rows = [self.row(name, settings, steps, seconds, state_bytes(estimator, layers))]
+        if isinstance(estimator, ProxSparse):
+            with weights_in_place(layers, estimator.sparse_weights(layers)):
+                state = state_bytes(estimator, layers)
+                rows.append(self.row(WITH_WEIGHTS.format(name), settings, steps, seconds, state, weights="own"))
+        self.rows.add(rows)
+
+
+@contextmanager
+def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """With layers that have these weights; their own are put back afterwards."""
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+    def put(values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.weight.copy_(values[name])
+
+    try:
+        put(weights)
+        yield
+    finally:
+        put(before)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="compare methods that find N:M masks", allow_abbrev=False)
+    parser.add_argument("--model", default="smollm2-135m", help="as for maskpro learn (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", default=["pydoc"], help="to learn from, in equal shares, and to choose by")
+    parser.add_argument("--test", nargs="+", default=["pydoc", "stdlib"], help="whose test texts are shown")
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--steps", nargs="+", type=int, default=[60, 200], help="the search takes the fewest")
+    parser.add_argument("--init", choices=[name for name in ONE_SHOT if name != "sparsegpt"], default="reconstruction")
+    for name, value in {"batch-size": 8, "seq-len": 128, "init-batches": 16, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in {"eval-windows": 24, "eval-length": 512}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the rows and the table")
+    args = parser.parse_args(argv)
+    if min(args.steps) < 1:
+        parser.error(f"--steps: expected at least 1, got {min(args.steps)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
+    try:
+        comparison = Comparison(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    # ahead of any conversion
+    comparison.dense  # noqa: B018
+    for name in METHODS:
+        if name in args.methods:
+            (comparison.one_shot if name in ONE_SHOT else comparison.learner)(name)
+    print((args.output / TABLE).read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The methods that ``compare.py`` sets beside each other, each with its settings and those that its search tries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from maskllm import MaskLLM
+from proxsparse import ProxSparse
+from relaxed import RelaxedMask
+from relaxed_top_k import RelaxedTopK
+
+from maskpro_kernels.modules import MaskedLinear
+from maskpro_kernels.training.estimator import Estimator
+from maskpro_kernels.training.reinforce import Reinforce
+from maskpro_kernels.training.straight_through import StraightThrough
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A method that takes training steps from the initial mask.
+
+    Attributes:
+        kind: its estimator, whose options are at the paper's settings by default; those of straight-through, and of
+            relaxed top-k, are of this package.
+        search: other settings that are tried, each beside the defaults, and judged on validation text.
+    """
+
+    kind: type[Estimator]
+    search: tuple[Mapping[str, float], ...] = field(default=())
+
+    def candidates(self) -> list[dict[str, object]]:
+        """All settings in full, the defaults first."""
+        return [self.kind.complete(given) for given in ({}, *self.search)]
+
+
+LEARNERS = {
+    learner.kind.name: learner
+    for learner in (
+        Learner(StraightThrough, ({"lr": 0.3}, {"lr": 0.5})),
+        Learner(MaskLLM, ({"lr": 2e-3}, {"lr": 1e-2})),
+        Learner(RelaxedTopK, ({"lr": 0.03}, {"lr": 0.3})),
+        Learner(ProxSparse, ({"strength": 1.0}, {"strength": 1.0, "lr": 3e-4})),
+        Learner(Reinforce, ({"lr": 5.0}, {"lr": 500.0})),
+    )
+}
+# Masks in one pass, of the package; SparseGPT gives weights as well
+ONE_SHOT = ("wanda", "reconstruction", "sparsegpt")
+METHODS = (*ONE_SHOT, *LEARNERS)
+
+
+def state_bytes(estimator: Estimator, layers: Mapping[str, MaskedLinear]) -> int:
+    """Bytes that a method keeps from step to step beside the dense weights.
+
+    In the logits a ``RelaxedMask`` only writes its mask down, so that they do not count.
+    """
+    held = list(estimator.tensors().values())
+    if not isinstance(estimator, RelaxedMask):
+        held += [layer.logits for layer in layers.values()]
+    return sum(tensor.nbytes for tensor in held)

@@ -1,0 +1,208 @@
+"""What learners with a relaxed mask share: own tensors, weights for the forwards, AdamW, and the mask written down.
+
+A forward sees a weight that is a differentiable function of what is learned. Each layer's is made for its own product
+and anew in backward, so that no relaxed mask outlives its layer. After each step the mask that is likeliest by then
+stands in the layers' logits: evaluation, ``finalize`` and snapshots need to know nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from maskpro_kernels.modules import MaskedLinear, initial_logits
+from maskpro_kernels.training.estimator import Estimator, StepResult
+from maskpro_kernels.training.number_checks import check_float, check_whole
+from maskpro_kernels.training.step import Step
+
+# Of a kept logit over a dropped one, where the mask is written down: no draw crosses it
+WRITTEN_GAP = 30.0
+
+
+class RelaxedMask(Estimator):
+    """Learns a tensor a layer by the gradient of the loss under relaxed masks.
+
+    Args:
+        steps: how many there will be, and no more; schedules end there.
+        lr: learning rate of AdamW at its highest.
+
+    Attributes:
+        learned: by layer, float32, what AdamW moves.
+        betas, eps, weight_decay: of AdamW.
+        clip: most that the norm of the gradient of all layers may be; None: any.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    needs_gradients = True
+    betas = (0.9, 0.999)
+    eps = 1e-8
+    weight_decay = 0.0
+    clip: float | None = None
+
+    def __init__(self, steps: int, lr: float):
+        check_whole("steps", steps, 1)
+        check_float("lr", lr, 0.0, strict=True)
+        self.steps, self.lr = steps, float(lr)
+        self.learned: dict[str, Tensor] = {}
+
+    @classmethod
+    def for_run(cls, steps: int, options: Mapping[str, object]) -> RelaxedMask:
+        return cls(steps=steps, **options)
+
+    @abstractmethod
+    def start(self, layer: MaskedLinear) -> Tensor:
+        """What is learned of a layer, float32, as it starts from the top-N mask of the logits."""
+
+    @abstractmethod
+    def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
+        """The weight [out, K] that a forward sees, float32, a differentiable function of ``learned``."""
+
+    @abstractmethod
+    def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
+        """Group codes [out, K / M] of the mask that has been learned."""
+
+    def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor) -> Tensor | None:
+        """What the loss has beside that of the text, 0-dim; None: nothing."""
+
+    def behind_update(self, layer: MaskedLinear, learned: Tensor) -> None:  # noqa: B027
+        """What follows the step of AdamW, in place."""
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.lr
+
+    def progress(self, step: int) -> float:
+        """Where a step stands between the first, 0, and the last, 1."""
+        return step / max(self.steps - 1, 1)
+
+    def settings(self) -> dict:
+        return {"steps": self.steps} | {option.name: getattr(self, option.name) for option in self.options}
+
+    def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
+        with torch.no_grad():
+            self.learned = {name: self.start(layer).requires_grad_() for name, layer in layers.items()}
+            self._means = {name: torch.zeros_like(value) for name, value in self.learned.items()}
+            self._squares = {name: torch.zeros_like(value) for name, value in self.learned.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        kinds = {"learned": self.learned, "mean": self._means, "square": self._squares}
+        return {f"{name}/{kind}": held[name].detach() for kind, held in kinds.items() for name in held}
+
+    def step(self, step: Step) -> StepResult:
+        """One step of AdamW, then the likeliest masks into the logits.
+
+        A loss that is not finite moves nothing; a gradient that is not leaves its layer as it was.
+        """
+        try:
+            with step.drawing(), self._relaxed(step) as penalties:
+                for _, place in step.sharing.own:
+                    penalties.clear()
+                    loss = step.forward(place)
+                    total = torch.stack(
+                        [part.float().reshape(()).to(loss.device) for part in (loss, *penalties.values())]
+                    )
+                    (total.sum() * float(step.weights[place])).backward()
+            (value,), _ = step.exchange()
+            if not math.isfinite(value):
+                return StepResult(value)
+            for learned in self.learned.values():
+                # a layer that no loss has reached has none
+                learned.grad = torch.zeros_like(learned) if learned.grad is None else learned.grad
+                step.sharing.ranks.sum_(learned.grad)
+            norms = torch.stack([learned.grad.norm().cpu() for learned in self.learned.values()]).tolist()
+            step.begin_update()
+            return StepResult(value, bad_layers=self._update(step, dict(zip(self.learned, norms, strict=True))))
+        finally:
+            for learned in self.learned.values():
+                learned.grad = None
+
+    @torch.no_grad()
+    def _update(self, step: Step, norms: Mapping[str, float]) -> tuple[str, ...]:
+        """Move what is learned, and write the masks down; names of the layers whose gradient is not finite."""
+        good = {name: norm for name, norm in norms.items() if math.isfinite(norm)}
+        whole = math.hypot(*good.values())
+        scale = 1.0 if self.clip is None or whole <= self.clip else self.clip / whole
+        for name in good:
+            layer, learned = step.layers[name], self.learned[name]
+            moments = self._means[name], self._squares[name]
+            lr, decay = self.lr_at(step.index), self.weight_decay
+            adamw_(learned, learned.grad.mul_(scale), *moments, step.index + 1, lr, self.betas, self.eps, decay)
+            self.behind_update(layer, learned)
+            with layer.moving_logits() as logits:
+                logits.copy_(initial_logits(self.codes(layer, learned), layer.pattern, WRITTEN_GAP))
+        return tuple(name for name in norms if name not in good)
+
+    @contextmanager
+    def _relaxed(self, step: Step) -> Iterator[dict[str, Tensor]]:
+        """With layers that multiply by their relaxed weights; gives the penalties of the last forward."""
+        penalties: dict[str, Tensor] = {}
+
+        def forward(name: str, layer: MaskedLinear) -> Callable[[Tensor], Tensor]:
+            learned = self.learned[name]
+
+            def product(x: Tensor) -> tuple[Tensor, Tensor | None]:
+                weight = self.weight(layer, learned, step.index, generator(layer, step.seed, step.index))
+                y = F.linear(x, weight.to(layer.weight.dtype), layer.bias)
+                return y, self.penalty(layer, learned, weight)
+
+            def multiply(input: Tensor) -> Tensor:
+                # in place of a forward to which a hook might have brought its input
+                input = input.to(layer.weight.device)
+                y, penalty = checkpoint(product, input, use_reentrant=False, preserve_rng_state=False)
+                if penalty is not None:
+                    penalties[name] = penalty
+                return y
+
+            return multiply
+
+        before = {layer: layer.__dict__.get("forward") for layer in step.layers.values()}
+        try:
+            for name, layer in step.layers.items():
+                layer.forward = forward(name, layer)
+            yield penalties
+        finally:
+            for layer, own in before.items():
+                del layer.forward
+                if own is not None:
+                    layer.forward = own
+
+
+def generator(layer: MaskedLinear, seed: int, step: int) -> torch.Generator:
+    """The noise of a layer at a step, -1 before the first: the same in a forward and where backward runs it again."""
+    digest = hashlib.blake2b(f"{seed} {step} {layer.layer} {layer.group_offset}".encode(), digest_size=8).digest()
+    return torch.Generator(layer.weight.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def gumbel(shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
+    """Standard Gumbel noise, float32: -ln of an exponential."""
+    return torch.empty(shape, device=noise.device).exponential_(generator=noise).log_().neg_()
+
+
+def adamw_(
+    value: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    count: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Step number ``count``, from 1, of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in place."""
+    first, second = betas
+    value.mul_(1.0 - lr * weight_decay)
+    mean.lerp_(grad, 1.0 - first)
+    square.mul_(second).addcmul_(grad, grad, value=1.0 - second)
+    root = square.sqrt().div_(math.sqrt(1.0 - second**count)).add_(eps)
+    value.addcdiv_(mean, root, value=-lr / (1.0 - first**count))

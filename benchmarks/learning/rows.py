@@ -1,0 +1,103 @@
+"""The rows of a comparison: a JSON line each, kept as they come, and the table that is made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from maskpro_kernels.files import write_whole
+
+ROWS, TABLE = "rows.jsonl", "table.md"
+
+
+class Rows:
+    """The rows in a folder. The first line of the file holds what all of them share, such as model and texts.
+
+    Args:
+        folder: made if missing.
+        shared: what the rows share.
+
+    Raises:
+        ValueError: if the folder holds rows of a comparison that shares something else, or a line is damaged.
+    """
+
+    def __init__(self, folder: Path, shared: Mapping):
+        self.path = folder / ROWS
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = _read(self.path) if self.path.exists() else []
+        if not lines:
+            lines = [{"shared": dict(shared)}]
+            self._append(lines)
+        first, *self.rows = lines
+        if first["shared"] != dict(shared):
+            raise ValueError(
+                f"output: expected the rows of a comparison with {dict(shared)}, got {first['shared']} in "
+                f"{str(self.path)!r}; give another folder"
+            )
+
+    def found(self, method: str, settings: Mapping, steps: int) -> dict | None:
+        """The row of a method with these settings and as many steps; None where there is none."""
+        key = method, dict(settings), steps
+        return next((row for row in self.rows if (row["method"], row["settings"], row["steps"]) == key), None)
+
+    def add(self, rows: Sequence[Mapping]) -> None:
+        """Keep rows and renew the table."""
+        self._append(rows)
+        self.rows += map(dict, rows)
+        write_whole(self.path.parent / TABLE, table(self.rows).encode())
+
+    def _append(self, rows: Sequence[Mapping]) -> None:
+        with open(self.path, "ab") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(path: Path) -> list[dict]:
+    """The lines of a file, without one that a process that was killed has begun."""
+    *whole, rest = path.read_bytes().split(b"\n")
+    try:
+        lines = [json.loads(line) for line in whole]
+        for row in lines[:1]:
+            row["shared"]
+        for row in lines[1:]:
+            row["method"], row["settings"], row["steps"], row["validation"], row["perplexity"], row["score"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"output: expected rows of a comparison in {str(path)!r}, got {error!r}") from error
+    if rest:
+        write_whole(path, b"".join(line + b"\n" for line in whole))
+    return lines
+
+
+def score(perplexities: Mapping[str, float], dense: Mapping[str, float]) -> float:
+    """Geometric mean over the texts of the perplexity over that of the dense model."""
+    logs = [math.log(perplexities[text] / dense[text]) for text in dense]
+    return math.exp(math.fsum(logs) / len(logs))
+
+
+def best(rows: Sequence[Mapping], method: str) -> Mapping:
+    """The row of a method with the lowest perplexity of validation text, of those with the fewest steps."""
+    own = [row for row in rows if row["method"] == method]
+    steps = min(row["steps"] for row in own)
+    return min((row for row in own if row["steps"] == steps), key=lambda row: row["validation"])
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """Markdown, by steps and then by score; settings that validation text has chosen are bold."""
+    texts = list(rows[0]["perplexity"])
+    costs = ["score", "state, bytes a weight", "seconds"]
+    heads = ["method", "settings", "steps", "kept weights", "validation", *texts, *costs]
+    lines = [heads, ["---", "---", "---:", "---", *["---:"] * (len(texts) + 4)]]
+    for row in sorted(rows, key=lambda row: (row["steps"], row["score"])):
+        settings = ", ".join(f"{name} {value:g}" for name, value in row["settings"].items() if value is not None)
+        if settings and row["settings"] == best(rows, row["method"])["settings"]:
+            settings = f"**{settings}**"
+        figures = [row["validation"], *(row["perplexity"][text] for text in texts)]
+        cost = [f"{row['score']:.3f}", f"{row['state_bytes_per_weight']:.1f}", f"{row['seconds']:.0f}"]
+        lines.append(
+            [row["method"], settings, str(row["steps"]), row["weights"], *(f"{x:.2f}" for x in figures), *cost]
+        )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

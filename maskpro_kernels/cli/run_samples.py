@@ -1,0 +1,100 @@
+"""The samples of the dense model that a run learns from: drawn once, and kept in its folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from ..files import make_folder, write_tensors
+from ..text.samples import TOGETHER, sample_windows, start_token
+from ..training.batches import digest
+from ..training.run_folder import LOCK
+from .progress import Progress, tell
+from .run_files import PROGRESS
+
+SAMPLES = "samples.safetensors"
+TEMPORARY = f"{SAMPLES}.tmp"
+
+
+def only_samples(output: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that ended while it drew samples, or soon behind."""
+    left = {path.relative_to(output).as_posix() for path in output.rglob("*")}
+    return PROGRESS in left and left <= {PROGRESS, *(f"{PROGRESS}/{name}" for name in (SAMPLES, TEMPORARY, LOCK))}
+
+
+def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, windows: int) -> torch.Tensor:
+    """int64 [windows, --seq-len], of a model that is not converted yet; those in the run's folder are not drawn again.
+
+    Each batch is written as soon as it is drawn: whoever was ended goes on behind the last one.
+
+    Raises:
+        ValueError: if the samples in the folder are damaged or of other settings, another process is at it, or the
+            model's logits are not finite.
+        OSError: if they cannot be written.
+    """
+    of = {
+        "start": start_token(tokenizer),
+        "windows": windows,
+        "length": args.seq_len,
+        "together": TOGETHER,
+        "seed": args.seed,
+        "weights": digest(parameter for _, parameter in sorted(model.named_parameters())),
+    }
+    progress = Path(args.output) / PROGRESS
+    make_folder(progress)
+    try:
+        with FileLock(progress / LOCK, blocking=False):
+            return _kept(args, model, progress / SAMPLES, of)
+    except Timeout:
+        raise ValueError(
+            f"output: expected a folder that no other process is at, got {args.output!r}; wait for it, or give another"
+        ) from None
+
+
+def _kept(args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict) -> torch.Tensor:
+    """The samples of these settings: those in the file, and the others drawn and added to it."""
+    # of a process that was killed while it wrote
+    path.with_name(TEMPORARY).unlink(missing_ok=True)
+    known = _read(path, of) if path.exists() else None
+    if known is not None and len(known) == of["windows"]:
+        return known
+
+    def keep(found: torch.Tensor) -> None:
+        write_tensors({"tokens": found}, path, {"of": json.dumps(of), "digest": digest([found])})
+
+    tell(f"drawing {of['windows']} windows of {of['length']} tokens from the dense model; they are kept in {path}")
+    return sample_windows(
+        model,
+        of["start"],
+        of["windows"],
+        of["length"],
+        batch_size=of["together"],
+        seed=of["seed"],
+        known=known,
+        keep=keep,
+        progress=Progress("samples", "step", args.bars),
+    )
+
+
+def _read(path: Path, of: dict) -> torch.Tensor:
+    """The samples in a file; ValueError unless they are of these settings."""
+    cure = "give another --output, or remove the file to draw them anew"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, tokens = file.metadata() or {}, file.get_tensor("tokens")
+        drawn, sound = json.loads(metadata["of"]), metadata["digest"] == digest([tokens])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"samples: expected whole ones in {str(path)!r}, got {error!r}; {cure}") from error
+    if not sound:
+        raise ValueError(f"samples: expected those of their digest in {str(path)!r}, got others; {cure}")
+    others = sorted(name for name in of if drawn.get(name) != of[name])
+    if others:
+        raise ValueError(
+            f"samples: expected those of this run in {str(path)!r}, got some of other {', '.join(others)}; {cure}"
+        )
+    return tokens

@@ -1,0 +1,171 @@
+"""Text that a causal language model writes itself: windows of tokens, drawn at temperature 1."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modules import evaluating
+
+# Windows that are drawn together where nothing else is said
+TOGETHER = 128
+# Tokens of the vocabulary whose probabilities are summed first
+BLOCK = 256
+BELOW_ONE = math.nextafter(1.0, 0.0)
+
+
+def start_token(tokenizer) -> int | None:
+    """The token that samples begin with: the tokenizer's beginning of text, else its end of text; None if neither."""
+    tokens = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+    return next((token for token in tokens if token is not None), None)
+
+
+def sample_windows(
+    model: torch.nn.Module,
+    start: int | None,
+    windows: int,
+    length: int,
+    *,
+    batch_size: int = TOGETHER,
+    seed: int = 0,
+    known: Tensor | None = None,
+    keep: Callable[[Tensor], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Tensor:
+    """Windows of tokens that a model draws from its own next-token probabilities, at temperature 1.
+
+    A window begins with ``start`` and goes on behind an end of text, as text does that is cut into windows. Tokens are
+    drawn by the inverse of the cumulative distribution, of float32 probabilities and a float64 number from a generator
+    on the CPU. Batch i, of ``batch_size`` windows, has a generator of its own, seeded by ``seed`` and
+    i. So whoever goes on behind whole batches draws the tokens of a call that was never broken off.
+
+    Draw before the model is converted: a masked model writes other text.
+
+    Args:
+        model: a Hugging Face causal language model. It draws in eval mode and is put back into the mode it came in.
+        start: id of the first token, see ``start_token``; None: another one for each window, all alike in probability.
+        windows: how many.
+        length: tokens in a window with the first one, at least 2.
+        batch_size: windows that are drawn together. Their keys and values stay in memory meanwhile.
+        seed: at least 0.
+        known: int64 [whole batches * batch_size, length], what an earlier call with these arguments gave to ``keep``.
+        keep: called behind each batch with all windows so far.
+        progress: called behind each token of a batch with how many have been drawn in this call, and of how many.
+
+    Returns:
+        int64 [windows, length], on the CPU.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the model's logits are not finite.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    _check(windows=(windows, 1), length=(length, 2), batch_size=(batch_size, 1), seed=(seed, 0))
+    if start is not None and not 0 <= start < vocabulary:
+        raise ValueError(f"start: expected a token below {vocabulary}, the size of the vocabulary, got {start}")
+    found = torch.empty(0, length, dtype=torch.int64) if known is None else known
+    _check_known(found, windows, length, batch_size)
+    begun = len(found) // batch_size
+    batches = math.ceil(windows / batch_size)
+    with torch.inference_mode(), evaluating(model):
+        for batch in range(begun, batches) if len(found) < windows else ():
+
+            def tell(done: int, before: int = batch - begun) -> None:
+                if progress is not None:
+                    progress(before * (length - 1) + done, (batches - begun) * (length - 1))
+
+            rows = min(batch_size, windows - batch * batch_size)
+            found = torch.cat([found, _draw(model, start, rows, length, _generator(seed, batch), tell)])
+            if keep is not None:
+                keep(found)
+    return found
+
+
+def _draw(
+    model: torch.nn.Module,
+    start: int | None,
+    rows: int,
+    length: int,
+    generator: torch.Generator,
+    tell: Callable[[int], None],
+) -> Tensor:
+    """int64 [rows, length], drawn together; ``tell`` is called with the tokens of a window that have been drawn."""
+    # it imports transformers
+    from ..hf import next_logits, preallocated_cache
+
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    uniform = torch.rand(rows, length, generator=generator, dtype=torch.float64).to(device)
+    tokens = torch.empty(rows, length, dtype=torch.int64, device=device)
+    tokens[:, 0] = (uniform[:, 0] * embeddings.num_embeddings).long() if start is None else start
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    cache = preallocated_cache(model, length - 1)
+    for at in range(1, length):
+        drawn, total = _drawn(next_logits(model, tokens[:, at - 1 : at], cache), uniform[:, at : at + 1])
+        finite &= total.isfinite().all()
+        tokens[:, at] = drawn
+        tell(at)
+    if not finite:
+        raise ValueError("model: expected finite logits, got NaN or infinity; take another --dtype or model")
+    return tokens.cpu()
+
+
+def _drawn(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens [rows], sums of the probabilities [rows]): the token at which the sum of those up to it passes a number.
+
+    First the block of tokens, then the token in it: a sum over all of them one by one would take longer than a forward
+    of a small model takes for its widest layer.
+
+    Args:
+        logits: [rows, vocabulary].
+        uniform: float64 [rows, 1], in [0, 1).
+    """
+    probabilities = logits.softmax(-1, dtype=torch.float32)
+    lacking = -probabilities.shape[1] % BLOCK
+    blocks = (F.pad(probabilities, (0, lacking)) if lacking else probabilities).unflatten(1, (-1, BLOCK))
+    block, rest = _passed(blocks.sum(-1), uniform)
+    row = torch.arange(len(logits), device=logits.device)
+    token, _ = _passed(blocks[row, block], rest)
+    # where they are no numbers, neither is the token one of the vocabulary
+    return (block * BLOCK + token).clamp(max=logits.shape[1] - 1), probabilities.sum(-1)
+
+
+def _passed(weights: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+    """(index [rows], what part of its weight lies before it [rows, 1]), where a part of the sum of weights is passed.
+
+    Args:
+        weights: [rows, columns], not negative.
+        part: float64 [rows, 1], in [0, 1).
+    """
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    sought = part * sums[:, -1:]
+    # right: a weight of 0 has no place between two sums
+    index = torch.searchsorted(sums, sought, right=True).clamp(max=weights.shape[1] - 1)
+    own = weights.gather(-1, index).double()
+    rest = (sought - (sums.gather(-1, index) - own)) / own
+    return index[:, 0], rest.clamp(0.0, BELOW_ONE)
+
+
+def _generator(seed: int, batch: int) -> torch.Generator:
+    """That of a batch, whatever was drawn before."""
+    mixed = hashlib.blake2b(f"samples {seed} {batch}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+
+
+def _check_known(known: Tensor, windows: int, length: int, batch_size: int) -> None:
+    whole = len(known) == windows or len(known) < windows and len(known) % batch_size == 0
+    if known.dim() != 2 or known.shape[1] != length or not whole:
+        raise ValueError(
+            f"known: expected whole batches of {batch_size} windows of {length} tokens, {windows} at most, got "
+            f"{list(known.shape)}"
+        )
+
+
+def _check(**least: tuple[int, int]) -> None:
+    for name, (value, low) in least.items():
+        if not isinstance(value, int) or value < low:
+            raise ValueError(f"{name}: expected an int of at least {low}, got {value!r}")

@@ -1,0 +1,213 @@
+"""The dense model as the teacher of its masked self, and its logits kept in short."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ..files import make_folder, write_whole
+from ..functional.checks import describe
+from ..modules import MaskedLinear, dense, evaluating
+from ..training.batches import digest
+
+# Logits that stand as float32 copies at a time: those of 128 tokens and a vocabulary of 65,536
+PIECE = 1 << 23
+
+
+class TopLogProbs(NamedTuple):
+    """The teacher's distributions of the next tokens in short.
+
+    Attributes:
+        ids: int32 [batch, length - 1, k], of the likeliest tokens.
+        log_probs: float32 [batch, length - 1, k], in nats.
+        rest: float32 [batch, length - 1], log of what all other tokens have together.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+
+def pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """(row, tokens) of logits [batch, length, vocabulary], in pieces; the last token of a row predicts none."""
+    batch, length, vocabulary = logits.shape
+    size = max(PIECE // vocabulary, 1)
+    for row in range(batch):
+        for start in range(0, length - 1, size):
+            yield row, slice(start, min(start + size, length - 1))
+
+
+def masked_layers_of(model: nn.Module) -> list[MaskedLinear]:
+    """The masked layers of a model; of one that is not converted none."""
+    return [module for module in model.modules() if isinstance(module, MaskedLinear)]
+
+
+@torch.no_grad()
+def teacher_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of the dense model, in eval mode, see ``dense``.
+
+    Raises:
+        ValueError: if kept weights have changed.
+    """
+    with evaluating(model), dense(model) if masked_layers_of(model) else nullcontext():
+        return model(input_ids, use_cache=False).logits
+
+
+class TeacherCache:
+    """The dense model's k likeliest next tokens and the mass of the rest, for batches that are seen again.
+
+    It costs a teacher's forward once a batch, and 8 k + 4 bytes a token. What it holds outlives a change of the
+    weights, behind which there is no dense model. A batch is known again by its tokens.
+
+    Args:
+        k: tokens, at least 1; of a vocabulary that has no more, all but one.
+        folder: where a safetensors file a batch is kept, made if missing; on several ranks one that all of them see.
+            None: in memory, on the CPU.
+
+    Raises:
+        TypeError, ValueError: ``k`` is no int of at least 1.
+    """
+
+    def __init__(self, k: int = 64, folder: str | Path | None = None):
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k: expected an int, got {describe(k)}")
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        self.k = k
+        self.folder = None if folder is None else Path(folder)
+        self._held: dict[str, TopLogProbs] = {}
+        self._teacher: str | None = None
+        self._digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def top(self, model: nn.Module, input_ids: Tensor, temperature: float) -> TopLogProbs:
+        """What the teacher has said of a batch, on its device; a batch that is new is added.
+
+        Args:
+            model: the student, or the dense model before it is converted.
+            input_ids: int64 [batch, length].
+            temperature: by which the logits are divided.
+
+        Raises:
+            ValueError: if a batch is new and kept weights have changed, or what is held is damaged or of another
+                model.
+            OSError: if a file cannot be read or written.
+        """
+        changed = any(layer.weight_changed for layer in masked_layers_of(model))
+        if not changed:
+            self._check_teacher(self._digest_of(model))
+        key = f"{digest([input_ids])} {temperature!r} {self.k}"
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        held = self._read(name)
+        if held is None:
+            if changed:
+                raise ValueError(
+                    "cache: expected the dense model's logits of every batch, got none of this one, and the weights "
+                    "have changed since; fill it before they do"
+                )
+            held = _top_of(teacher_logits(model, input_ids), self.k, temperature)
+            self._keep(name, held)
+        return TopLogProbs(*(tensor.to(input_ids.device) for tensor in held))
+
+    def keep_in(self, folder: str | Path) -> None:
+        """Write what is in memory into a folder, made if missing, and hold it there from now on.
+
+        Raises:
+            ValueError: if there is a folder already.
+            OSError: if a file cannot be written.
+        """
+        if self.folder is not None:
+            raise ValueError(f"folder: expected a cache in memory, got one in {str(self.folder)!r}")
+        make_folder(Path(folder))
+        self.folder = Path(folder)
+        for name, top in self._held.items():
+            self._keep(name, top)
+        self._held.clear()
+
+    def _digest_of(self, model: nn.Module) -> str:
+        """Of all parameters but the logits of masks, once a model."""
+        if model not in self._digests:
+            learned = {id(layer.logits) for layer in masked_layers_of(model)}
+            own = [parameter for parameter in model.parameters() if id(parameter) not in learned]
+            self._digests[model] = digest(parameter for parameter in own if not parameter.is_meta)
+        return self._digests[model]
+
+    def _check_teacher(self, teacher: str) -> None:
+        """Raise ValueError unless all that is held is of that teacher."""
+        if self._teacher not in (None, teacher):
+            raise ValueError(
+                "cache: expected logits of this model alone, got some of a model with other weights; give each a "
+                "cache of its own"
+            )
+        self._teacher = teacher
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _keep(self, name: str, top: TopLogProbs) -> None:
+        tensors = {field: tensor.cpu().contiguous() for field, tensor in top._asdict().items()}
+        if self.folder is None:
+            self._held[name] = TopLogProbs(**tensors)
+            return
+        make_folder(self.folder)
+        write_whole(
+            self._path(name), save(tensors, metadata={"teacher": self._teacher, "digest": digest(tensors.values())})
+        )
+
+    def _read(self, name: str) -> TopLogProbs | None:
+        if self.folder is None:
+            return self._held.get(name)
+        path = self._path(name)
+        if not path.exists():
+            return None
+        content = path.read_bytes()
+        try:
+            top = TopLogProbs(**load(content))
+            size = int.from_bytes(content[:8], "little")
+            metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+            sound = metadata["digest"] == digest(top)
+            teacher = metadata["teacher"]
+        except (SafetensorError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise ValueError(f"cache: expected a file as it was written, got a damaged one, {str(path)!r}: remove it")
+        self._check_teacher(teacher)
+        return top
+
+
+def _top_of(logits: Tensor, k: int, temperature: float) -> TopLogProbs:
+    batch, length, vocabulary = logits.shape
+    k = min(k, vocabulary - 1)
+    at = {"device": logits.device}
+    top = TopLogProbs(
+        torch.empty(batch, length - 1, k, dtype=torch.int32, **at),
+        torch.empty(batch, length - 1, k, dtype=torch.float32, **at),
+        torch.empty(batch, length - 1, dtype=torch.float32, **at),
+    )
+    for row, tokens in pieces(logits):
+        values = logits[row, tokens].float()
+        ids = _largest(values, k)
+        log_probs = torch.log_softmax(values / temperature, -1)
+        top.ids[row, tokens] = ids.int()
+        top.log_probs[row, tokens] = log_probs.gather(-1, ids)
+        # not 1 less the others' sum, of which few digits would be left
+        top.rest[row, tokens] = log_probs.scatter_(-1, ids, -math.inf).logsumexp(-1)
+    return top
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Indices [..., k] of the k largest float32 values, ties to the lower index: those of 16 bits have many."""
+    bits = values.contiguous().view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    index = torch.arange(values.shape[-1], device=values.device)
+    return (ordered.mul_(1 << 32).sub_(index)).topk(k).indices

@@ -1,0 +1,154 @@
+"""The comparison of methods: rows of all of them, kept as they come; a second call takes no step again."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import compare
+import pytest
+import rows
+import torch
+from helpers.bits import assert_same_bits
+from helpers.tiny_llama import tiny_text, write_inputs
+from methods import LEARNERS, METHODS, ONE_SHOT
+from torch import nn
+
+from maskpro_kernels.training.trainer import MaskTrainer
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    folder = write_inputs(tmp_path / "inputs")
+    (folder / "text.txt").write_text(tiny_text(paragraphs=200), encoding="utf-8")
+    (folder / "other.txt").write_text(tiny_text(paragraphs=60, seed=1), encoding="utf-8")
+    text, other = str(folder / "text.txt"), str(folder / "other.txt")
+    sizes = (
+        "--batch-size 4 --seq-len 16 --init-batches 2 --eval-windows 2 --eval-length 24 --dtype float32 --device cpu"
+    )
+    return ["--model", str(folder / "model"), "--data", text, "--test", text, other, *sizes.split()]
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / rows.ROWS).read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys):
+    output, runs = tmp_path / "output", []
+    run = MaskTrainer.run
+    monkeypatch.setattr(MaskTrainer, "run", lambda trainer, steps: runs.append(steps) or run(trainer, steps, False))
+    arguments += ["--output", str(output)]
+    compare.main([*arguments, "--steps", "1", "--methods", "wanda", "maskllm"])
+    assert runs == [1] * 3
+    compare.main([*arguments, "--steps", "2", "1"])
+    # of each learner the default and two others; with two steps the default, and the best where it is another one
+    more = [row for row in lines(output)[1:] if row["steps"] == 2 and row["method"] in LEARNERS]
+    assert runs == [1] * 3 + [2] * (len(runs) - 15 - 0) + [1] * 12 or runs.count(1) == 15
+    assert runs.count(2) == len(more) and 5 <= len(more) <= 10
+    first, *found = lines(output)
+    assert first["shared"]["batch_size"] == 4
+    names = {row["method"] for row in found}
+    assert names == {"dense", *METHODS, "sparsegpt, its weights", "proxsparse, its weights"}
+    dense = next(row for row in found if row["method"] == "dense")
+    for row in found:
+        assert list(row["perplexity"]) == ["text.txt", "other.txt"] and {"commit", "device", "torch"} <= row.keys()
+        ratios = [row["perplexity"][text] / dense["perplexity"][text] for text in dense["perplexity"]]
+        assert row["score"] == pytest.approx(math.sqrt(math.prod(ratios)))
+        assert row["tokens"] == row["steps"] * 64
+        assert row["weights"] == ("own" if "its weights" in row["method"] else "dense")
+    state = {row["method"]: row["state_bytes_per_weight"] for row in found}
+    # of six masks a group, of one logit, of one weight, each with two moments; of logits alone
+    assert (state["maskllm"], state["relaxed-top-k"], state["proxsparse"]) == (18.0, 12.0, 12.0)
+    assert (state["reinforce"], state["wanda"]) == (4.0, 0.0)
+    # and of a float a row for the curvature, which is little where rows are long
+    assert 4.0 < state["straight-through"] < 4.25
+    before, told = (output / rows.TABLE).read_text(encoding="utf-8"), len(runs)
+    capsys.readouterr()
+    compare.main([*arguments, "--steps", "1", "2"])
+    assert len(runs) == told and capsys.readouterr().out == before
+    assert before.count("\n") == len(found) + 2 and "**lr" in before
+    with pytest.raises(SystemExit, match="^error: output: expected the rows of a comparison with .*'seed': 1"):
+        compare.main([*arguments, "--seed", "1"])
+
+
+def test_the_best_settings_by_validation_text_take_more_steps(arguments, tmp_path, monkeypatch):
+    """Not those that are best on the test texts."""
+
+    def row(self, method, settings, steps, seconds, state=0, weights="dense"):
+        lr = settings.get("lr", 0.0)
+        validation = abs(lr - 0.3)
+        return (
+            {"method": method, "settings": dict(settings), "steps": steps, "validation": validation}
+            | {"perplexity": {"a": 1.0 + lr}, "score": 1.0 + lr, "weights": weights, "seconds": 0.0}
+            | {"state_bytes_per_weight": 0.0}
+        )
+
+    monkeypatch.setattr(compare.Comparison, "row", row)
+    output = tmp_path / "output"
+    compare.main([*arguments, "--output", str(output), "--steps", "1", "2", "--methods", "straight-through"])
+    taken = [(row["settings"]["lr"], row["steps"]) for row in lines(output)[2:]]
+    assert taken == [(0.1, 1), (0.3, 1), (0.5, 1), (0.1, 2), (0.3, 2)]
+    assert (output / rows.TABLE).read_text(encoding="utf-8").count("**lr 0.3") == 2
+
+
+def a_row(**others) -> dict:
+    return {
+        "method": "m",
+        "settings": {},
+        "steps": 0,
+        "validation": 1.0,
+        "perplexity": {"a": 2.0},
+        "score": 1.0,
+        "weights": "dense",
+        "state_bytes_per_weight": 0.0,
+        "seconds": 0.0,
+        **others,
+    }
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    kept = rows.Rows(tmp_path, {"seed": 0})
+    kept.add([a_row()])
+    path = tmp_path / rows.ROWS
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"method": "n", "sett')
+    again = rows.Rows(tmp_path, {"seed": 0})
+    assert again.rows == [a_row()] and path.read_bytes() == whole
+    assert again.found("m", {}, 0) == a_row() and again.found("m", {}, 1) is None
+    again.add([a_row(steps=1)])
+    assert rows.Rows(tmp_path, {"seed": 0}).rows == [a_row(), a_row(steps=1)]
+
+
+@pytest.mark.parametrize(
+    "content", [b"nothing\n", b"[1]\n", b'{"method": "m"}\n', b'{"shared": {}}\n{"method": "m"}\n']
+)
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    (tmp_path / rows.ROWS).write_bytes(content)
+    with pytest.raises(ValueError, match="^output: expected rows of a comparison in .*rows.jsonl"):
+        rows.Rows(tmp_path, {})
+    assert (tmp_path / rows.ROWS).read_bytes() == content
+
+
+def test_weights_are_put_back():
+    layer = nn.Linear(4, 2)
+    before, given = layer.weight.detach().clone(), torch.ones(2, 4)
+    with pytest.raises(KeyError), compare.weights_in_place({"0": layer}, {"0": given}):
+        assert_same_bits(layer.weight.detach(), given)
+        raise KeyError
+    assert_same_bits(layer.weight.detach(), before)
+
+
+@pytest.mark.parametrize(("options", "told"), [("--steps 0", "expected at least 1"), ("--methods x", "invalid choice")])
+def test_options_are_checked(options, told, tmp_path, capsys):
+    pytest.raises(SystemExit, compare.main, ["--output", str(tmp_path), *options.split()])
+    assert told in capsys.readouterr().err
+
+
+def test_methods_that_are_there():
+    assert METHODS == (*ONE_SHOT, *LEARNERS)
+    for learner in LEARNERS.values():
+        default, *others = learner.candidates()
+        assert learner.kind.for_run(3, default) and all(settings.keys() == default.keys() for settings in others)
+        assert default not in others

@@ -1,0 +1,356 @@
+"""Losses against the dense model: values, gradients and curvatures by their formulas in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.straight_through import batches_of_tokens, masked_llama
+from safetensors.torch import load, save
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.text import losses, teacher
+from maskpro_kernels.text.losses import distillation_loss
+from maskpro_kernels.text.perplexity import causal_lm_loss
+from maskpro_kernels.text.teacher import TeacherCache
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+VOCABULARY = 32
+
+
+class Table(nn.Module):
+    """The next token's logits [tokens, vocabulary] are a matrix, under a mask: of a one-hot input its columns."""
+
+    def __init__(self, vocabulary: int, seed: int = 0):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.table = nn.Linear(vocabulary, vocabulary, bias=False)
+        scores = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(seed))
+        self.table.weight = nn.Parameter(2 * scores, requires_grad=False)
+
+    def forward(self, input_ids, use_cache):
+        assert not use_cache
+        return SimpleNamespace(logits=self.table(nn.functional.one_hot(input_ids, self.vocabulary).float()))
+
+
+def masked_table(vocabulary: int = VOCABULARY) -> Table:
+    model = Table(vocabulary)
+    mk.convert(model, "2:4", targets=["table"], gap=3.0)
+    return model
+
+
+def both_logits(model, ids):
+    """(student's with a graph to the weights of the masked layers' outputs, teacher's), of all but the last tokens."""
+    with mk.dense(model), torch.no_grad():
+        theirs = model(ids, use_cache=False).logits[:, :-1]
+    return model(ids, use_cache=False).logits[:, :-1], theirs
+
+
+def divergence(student, teacher, temperature):
+    """T^2 KL(teacher || student), a mean over tokens, in float64."""
+    log_q, log_p = ((z.double() / temperature).log_softmax(-1) for z in (student, teacher))
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def cross_entropy(student, ids):
+    return nn.functional.cross_entropy(student.double().flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Given(nn.Module):
+    """Logits that are given: a leaf for gradients, with others as the teacher's."""
+
+    def __init__(self, student: torch.Tensor, teacher: torch.Tensor):
+        super().__init__()
+        self.masked = mk.MaskedLinear.from_linear(nn.Linear(4, 4), "2:4")
+        self.student = nn.Parameter(student)
+        self.register_buffer("teacher", teacher)
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.teacher if self.masked.is_dense else self.student)
+
+
+def given(vocabulary: int = 40, dtype: torch.dtype = torch.float32, batch: int = 3, length: int = 6):
+    generator = torch.Generator().manual_seed(0)
+    student, theirs = 3 * torch.randn(2, batch, length, vocabulary, generator=generator)
+    ids = torch.randint(vocabulary, (batch, length), generator=generator)
+    return Given(student.to(dtype), theirs.to(dtype)), ids
+
+
+@pytest.mark.parametrize("size", [None, 90], ids=["rows", "pieces"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "temperature"), [("kl", 1.0), ("kl", 2.5), ("ce+kl", 1.0), ("ce+kl", 0.5)])
+def test_loss_and_gradient_are_those_of_the_formula(kind, temperature, dtype, size, monkeypatch):
+    if size is not None:
+        # of two tokens, and one that is left
+        monkeypatch.setattr(teacher, "PIECE", size)
+    model, ids = given(dtype=dtype)
+    weight = 0.25 if kind == "ce+kl" else 0.0
+    found = distillation_loss(kind, temperature, ce_weight=0.25)(model, ids)
+    assert found.shape == () and found.dtype == torch.float32
+    leaf = model.student.detach().clone().requires_grad_()
+    expected = (1 - weight) * divergence(leaf[:, :-1], model.teacher[:, :-1], temperature)
+    expected = expected + weight * cross_entropy(leaf[:, :-1], ids)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    (2.0 * found).backward()
+    (2.0 * expected).backward()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(model.student.grad, leaf.grad, rtol=3 * eps + 1e-5, atol=1e-7 if eps < 1e-4 else 1e-4)
+    with torch.inference_mode():
+        assert float(distillation_loss(kind, temperature, ce_weight=0.25)(model, ids)) == float(found.detach())
+
+
+def test_cross_entropy_is_that_of_the_text():
+    assert distillation_loss("ce") is causal_lm_loss
+
+
+def test_tokens_that_both_exclude_are_no_difference():
+    model, ids = given()
+    with torch.no_grad():
+        for logits in (model.student, model.teacher):
+            logits[..., 7] = -math.inf
+    loss = distillation_loss("kl")(model, ids)
+    loss.backward()
+    without = [torch.cat([z[..., :7], z[..., 8:]], -1)[:, :-1] for z in (model.student.detach(), model.teacher)]
+    torch.testing.assert_close(loss, divergence(*without, 1.0).float())
+    assert model.student.grad.isfinite().all() and not model.student.grad[..., 7].any()
+
+
+def test_a_number_that_is_none_is_told():
+    model, ids = given()
+    model.teacher[0, 1, 3] = math.nan
+    assert distillation_loss("kl")(model, ids).isnan()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_its_own_teacher(training):
+    model, (ids, *_) = masked_llama(gap=2.0).train(training), batches_of_tokens()
+    masked = [module for module in model.modules() if isinstance(module, mk.MaskedLinear)]
+    for module in model.modules():
+        module.training = training and module in masked
+    found = distillation_loss("kl", 2.0)(model, ids)
+    student, theirs = both_logits(model, ids)
+    torch.testing.assert_close(found, divergence(student, theirs, 2.0).float(), rtol=1e-4, atol=1e-7)
+    assert float(found) > 1e-4
+    with mk.dense(model):
+        assert float(distillation_loss("kl", 2.0)(model, ids)) == 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_likeliest_tokens_give_a_lower_bound(temperature):
+    model, ids = given()
+    whole = distillation_loss("kl", temperature)(model, ids).item()
+    bounds = []
+    for k in (1, 4, 16, 64):
+        model.student.grad = None
+        loss = distillation_loss("kl", temperature, cache=TeacherCache(k))(model, ids)
+        loss.backward()
+        leaf = model.student.detach().clone().requires_grad_()
+        p, q = ((z[:, :-1].double() / temperature).softmax(-1) for z in (model.teacher, leaf))
+        order = p.argsort(-1, descending=True)[..., : min(k, 39)]
+        parts = [torch.cat([x.gather(-1, order), 1 - x.gather(-1, order).sum(-1, keepdim=True)], -1) for x in (p, q)]
+        expected = temperature**2 * (parts[0] * (parts[0] / parts[1]).log()).sum(-1).mean()
+        expected.backward()
+        torch.testing.assert_close(loss, expected.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(model.student.grad, leaf.grad, rtol=1e-3, atol=1e-6)
+        bounds.append(loss.item())
+    assert bounds == sorted(bounds) and bounds[-1] <= whole * (1 + 1e-5)
+    # one token is left: nothing is lumped
+    assert bounds[-1] == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_likeliest_of_equal_logits_are_the_first():
+    values = torch.tensor([[0.0, 2.0, -1.0, 2.0, 2.0, -3.0], [-1.0, -2.0, -2.0, -0.5, -2.0, -math.inf]])
+    assert sorted(teacher._largest(values, 2)[0].tolist()) == [1, 3]
+    assert sorted(teacher._largest(values, 3)[1].tolist()) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_batch_that_is_seen_again_needs_no_teacher(place, tmp_path, monkeypatch):
+    model, batches = masked_llama(gap=2.0), batches_of_tokens()
+    cache = TeacherCache(8, tmp_path / "teacher" if place == "disk" else None)
+    loss = distillation_loss("kl", cache=cache)
+    first = [float(loss(model, ids)) for ids in batches]
+    calls = []
+    plain = teacher.teacher_logits
+    monkeypatch.setattr(teacher, "teacher_logits", lambda *args: (calls.append(1), plain(*args))[1])
+    assert [float(loss(model, ids)) for ids in reversed(batches)] == first[::-1]
+    assert not calls
+    # another temperature is another batch
+    distillation_loss("kl", 2.0, cache=cache)(model, batches[0])
+    assert len(calls) == 1
+    if place == "disk":
+        again = distillation_loss("kl", cache=TeacherCache(8, tmp_path / "teacher"))
+        assert [float(again(model, ids)) for ids in batches] == first
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_cache_outlives_a_change_of_the_weights(place, tmp_path):
+    model, batches = masked_llama(gap=2.0), batches_of_tokens()
+    plain = copy.deepcopy(model)
+    folder = tmp_path / "teacher" if place == "disk" else None
+    loss = distillation_loss("kl", cache=TeacherCache(8, folder))
+    loss.fill(model, batches[:2])
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.weight.mul_(1.25)
+    layer.weight_changed = True
+    with pytest.raises(ValueError, match="^model: expected the weights that it was converted with"):
+        distillation_loss("kl")(model, batches[0])
+    with pytest.raises(ValueError, match="^cache: expected the dense model's logits of every batch, got none of this"):
+        loss(model, batches[2])
+    if place == "disk":
+        loss = distillation_loss("kl", cache=TeacherCache(8, folder))
+    found = loss(model, batches[0])
+    lumped = distillation_loss("kl", cache=TeacherCache(8))
+    lumped.fill(plain, batches)
+    assert float(found) == float(lumped(model, batches[0])) != float(lumped(plain, batches[0]))
+
+
+def test_what_is_in_memory_moves_to_a_folder(tmp_path):
+    model, batches = masked_llama(gap=2.0), batches_of_tokens()
+    loss = distillation_loss("kl", cache=TeacherCache(8))
+    values = [float(loss(model, ids).detach()) for ids in batches]
+    loss.cache.keep_in(tmp_path / "run" / "teacher")
+    assert len(list((tmp_path / "run" / "teacher").iterdir())) == len(batches)
+    for module in model.modules():
+        if isinstance(module, mk.MaskedLinear):
+            module.weight_changed = True
+    for cache in (loss.cache, TeacherCache(8, tmp_path / "run" / "teacher")):
+        again = distillation_loss("kl", cache=cache)
+        assert [float(again(model, ids).detach()) for ids in batches] == values
+    with pytest.raises(ValueError, match="^folder: expected a cache in memory"):
+        loss.cache.keep_in(tmp_path / "other")
+
+
+def test_a_teacher_that_is_not_converted_yet_fills_a_cache():
+    loss, batches = distillation_loss("kl", cache=TeacherCache(8)), batches_of_tokens()
+    model = Table(VOCABULARY)
+    loss.fill(model, batches)
+    mk.convert(model, "2:4", targets=["table"])
+    model.table.weight_changed = True
+    assert float(loss(model, batches[1])) > 0
+    with pytest.raises(ValueError, match="^cache: expected a TeacherCache to fill, got none"):
+        distillation_loss("kl").fill(model, batches)
+
+
+def test_caches_of_other_models_and_damaged_ones_are_refused(tmp_path):
+    ids = batches_of_tokens()[0]
+    loss = distillation_loss("kl", cache=TeacherCache(8, tmp_path))
+    loss(masked_table(), ids)
+    other = masked_table()
+    with torch.no_grad():
+        other.table.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="^cache: expected logits of this model alone"):
+        loss(other, ids)
+    with pytest.raises(ValueError, match="^cache: expected logits of this model alone"):
+        distillation_loss("kl", cache=TeacherCache(8, tmp_path))(other, ids)
+    (file,) = tmp_path.iterdir()
+    sound = file.read_bytes()
+    for damage in (sound[:100], sound[:-1] + bytes([sound[-1] ^ 1]), b""):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match="^cache: .*a damaged one"):
+            loss(masked_table(), ids)
+    # without its digest
+    file.write_bytes(save(load(sound)))
+    with pytest.raises(ValueError, match="^cache: .*a damaged one"):
+        loss(masked_table(), ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"kind": "mse"}, r"kind: expected one of ce, kl, ce\+kl, got 'mse'"),
+        ({"temperature": 0.0}, "temperature: expected a finite float above 0, got 0.0"),
+        ({"temperature": math.inf}, "temperature: expected a finite float"),
+        ({"temperature": "1"}, "temperature: expected a float, got str"),
+        ({"kind": "ce+kl", "ce_weight": 1.0}, r"ce_weight: expected a float within \(0, 1\), got 1.0"),
+        ({"cache": 64}, "cache: expected a TeacherCache or None, got int"),
+        ({"kind": "ce", "temperature": 2.0}, 'temperature: expected none with "ce"'),
+        ({"kind": "ce", "cache": TeacherCache()}, 'cache: expected none with "ce"'),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error):
+    with pytest.raises((TypeError, ValueError), match=f"^{error}"):
+        distillation_loss(**arguments)
+
+
+def test_bad_sizes_are_refused():
+    for k in (0, True, 2.0):
+        with pytest.raises((TypeError, ValueError), match="^k: expected"):
+            TeacherCache(k)
+    model, ids = given()
+    for loss in (distillation_loss("kl"), lambda *args: distillation_loss("kl").fisher_loss(*args, seed=0)):
+        with pytest.raises(ValueError, match="^input_ids: expected"):
+            loss(model, ids[:, :1])
+
+
+def second_moment(loss, model, ids, passes):
+    """Mean of the products of a token's gradients, of the first token [vocabulary, vocabulary]."""
+    count = ids[:, 1:].numel()
+    total = 0.0
+    for seed in range(passes):
+        model.student.grad = None
+        loss.fisher_loss(model, ids, seed).backward()
+        rows = count * model.student.grad[:, 0].double()
+        total = total + rows.T @ rows
+    return total / (passes * len(ids))
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("kl", 1.0), ("kl", 2.0), ("ce+kl", 2.0)])
+def test_sampled_labels_have_the_curvature_of_the_loss(kind, temperature):
+    """Hessian by autograd in float64, the mean of squares by sampling; the same token's logits in all rows."""
+    model, ids = given(vocabulary=6, batch=500, length=2)
+    with torch.no_grad():
+        model.student.copy_(model.student[:1, :1].clone().expand_as(model.student))
+    loss = distillation_loss(kind, temperature, ce_weight=0.25)
+    weight = 0.25 if kind == "ce+kl" else 0.0
+
+    def of_logits(z):
+        ours = (1 - weight) * divergence(z[None, None], model.teacher[:1, :1], temperature)
+        return ours - weight * z.log_softmax(-1)[3]
+
+    hessian = torch.autograd.functional.hessian(of_logits, model.student[0, 0].detach().double())
+    q = (model.student[0, 0].detach().double() / temperature).softmax(-1)
+    if kind == "kl":
+        torch.testing.assert_close(hessian, torch.diag(q) - torch.outer(q, q))
+    found = second_moment(loss, model, ids, passes=20)
+    # 10,000 samples: four standard deviations of a mean of numbers within +-1
+    assert float((found - hessian).abs().max()) < 4 / math.sqrt(10_000)
+    assert float(hessian.abs().max()) > 0.1
+    assert not torch.equal(hessian, torch.zeros_like(hessian))
+
+
+def test_labels_are_drawn_by_their_probabilities():
+    """Of a vocabulary in blocks, the last of which is not full."""
+    p = torch.tensor([0.5, 0.0, 0.1, 0.2, 0.05, 0.0, 0.15])
+    uniform = torch.rand(2, 40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = losses._drawn(p.expand(40_000, 7), *uniform)
+    shares = drawn.bincount(minlength=7) / 40_000
+    assert float((shares - p).abs().max()) < 0.01
+    assert not shares[p == 0].any()
+    edge = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert losses._drawn(p.expand(2, 7), edge, edge).tolist() == [0, 6]
+
+
+def test_labels_are_those_of_their_seed():
+    model, ids = masked_llama(), batches_of_tokens()[0]
+    loss = distillation_loss("kl", 2.0)
+    values = [float(loss.fisher_loss(model, ids, seed)) for seed in (0, 0, 1)]
+    assert values[0] == values[1] != values[2]
+
+
+def test_no_float32_copy_of_all_logits_stays():
+    """The gradient in the dtype of the logits, and nothing wider than a piece."""
+    model, ids = given(vocabulary=256, dtype=torch.bfloat16, batch=8, length=9)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        distillation_loss("ce+kl")(model, ids)
+    assert {x.dtype for x in saved} == {torch.bfloat16}
+    assert_same_bits(saved[0][:, -1], torch.zeros_like(saved[0][:, -1]))
