@@ -26,6 +26,7 @@ from sparsegpt import sparsegpt
 from torch import Tensor, nn
 
 from maskpro_kernels.cli.arguments import DTYPES, device_of
+from maskpro_kernels.cli.run_settings import DATA
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.functional.masks import expand_mask
 from maskpro_kernels.hf import load_model
@@ -34,8 +35,10 @@ from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.pruning.convert import convert
 from maskpro_kernels.pruning.initial_masks import initial_codes
 from maskpro_kernels.pruning.selection import layers_to_convert
-from maskpro_kernels.text.data import batches, load_text, windows
+from maskpro_kernels.text.data import load_text, windows
+from maskpro_kernels.text.mixture import SELF, MixedBatches, parse_sources, texts_of
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
+from maskpro_kernels.text.samples import sample_windows, start_token
 from maskpro_kernels.training.trainer import MaskTrainer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -62,20 +65,31 @@ class Comparison:
         self.model.config.use_cache = False
         self.layers, _ = layers_to_convert(self.model, self.pattern)
         self.weights = sum(layer.weight.numel() for layer in self.layers.values())
-        texts = {source: load_text(source) for source in dict.fromkeys((*args.data, *args.test))}
+        learned = [name for name, _ in texts_of(args.data)]
+        texts = {name: load_text(name) for name in dict.fromkeys((*learned, *args.test))}
 
-        def cut(sources: Sequence[str], split: str, length: int) -> list[Tensor]:
-            return [windows(texts[source][split], tokenizer, length) for source in sources]
+        def cut(names: Sequence[str], split: str, length: int) -> dict[str, Tensor]:
+            return {name: windows(texts[name][split], tokenizer, length) for name in names}
 
-        learning = cut(args.data, "calibration", args.seq_len)
-        # of several sources equal shares
-        share = min(map(len, learning))
-        together = torch.cat([own[:share] for own in learning]).to(self.model.device)
-        self.batches = batches(together, args.batch_size, args.seed)
-        share = -(-args.eval_windows // len(args.data))
-        self.validation = torch.cat([own[:share] for own in cut(args.data, "validation", args.eval_length)])
+        sources, learning = parse_sources(args.data), cut(learned, "calibration", args.seq_len)
+        if SELF in dict(sources):
+            learning[SELF] = self._samples(start_token(tokenizer))
+        learning = {name: own.to(self.model.device) for name, own in learning.items()}
+        count = max(*args.steps, args.init_batches)
+        self.batches = MixedBatches(learning, sources, args.batch_size, count, args.seed)
+        share = -(-args.eval_windows // len(learned))
+        self.validation = torch.cat([own[:share] for own in cut(learned, "validation", args.eval_length).values()])
         tests = cut(args.test, "test", args.eval_length)
-        self.tests = {Path(name).name: own[: args.eval_windows] for name, own in zip(args.test, tests, strict=True)}
+        self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
+
+    def _samples(self, start: int | None) -> Tensor:
+        """int64 [--samples, --seq-len], of the dense model, drawn once."""
+        path = self.args.output / "samples.safetensors"
+        if not path.exists():
+            of = start, self.args.samples, self.args.seq_len
+            write_tensors({SELF: sample_windows(self.model, *of, seed=self.args.seed)}, path, {})
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(SELF)
 
     def row(
         self, method: str, settings: Mapping, steps: int, seconds: float, state: int = 0, weights: str = "dense"
@@ -198,13 +212,13 @@ def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tens
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="compare methods that find N:M masks", allow_abbrev=False)
     parser.add_argument("--model", default="smollm2-135m", help="as for maskpro learn (default: %(default)s)")
-    parser.add_argument("--data", nargs="+", default=["pydoc"], help="to learn from, in equal shares, and to choose by")
+    parser.add_argument("--data", default=DATA, help="as for maskpro learn; its texts' validation parts choose")
     parser.add_argument("--test", nargs="+", default=["pydoc", "stdlib"], help="whose test texts are shown")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--steps", nargs="+", type=int, default=[60, 200], help="the search takes the fewest")
     parser.add_argument("--init", choices=[name for name in ONE_SHOT if name != "sparsegpt"], default="reconstruction")
-    for name, value in {"batch-size": 8, "seq-len": 128, "init-batches": 16, "seed": 0}.items():
+    for name, value in {"batch-size": 8, "seq-len": 128, "samples": 800, "init-batches": 16, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in {"eval-windows": 24, "eval-length": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -214,6 +228,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.steps) < 1:
         parser.error(f"--steps: expected at least 1, got {min(args.steps)}")
+    if not texts_of(args.data):
+        parser.error(f"--data: expected a text, by which settings are chosen, got {args.data}")
     return args
 
 

@@ -37,7 +37,7 @@ class Learner:
 LEARNERS = {
     learner.kind.name: learner
     for learner in (
-        Learner(StraightThrough, ({"lr": 0.3}, {"lr": 0.5})),
+        Learner(StraightThrough, ({"lr": 0.1}, {"lr": 0.5})),
         Learner(MaskLLM, ({"lr": 2e-3}, {"lr": 1e-2})),
         Learner(RelaxedTopK, ({"lr": 0.03}, {"lr": 0.3})),
         Learner(ProxSparse, ({"strength": 1.0}, {"strength": 1.0, "lr": 3e-4})),

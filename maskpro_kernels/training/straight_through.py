@@ -58,7 +58,7 @@ class StraightThrough(Estimator):
     name = "straight-through"
     summary = "by the gradient of the masked weights, with a backward pass"
     options = (
-        Option("lr", float, 0.1, "learning rate of the logits, falling to 0 over the steps", "LR"),
+        Option("lr", float, 0.3, "learning rate of the logits, falling to 0 over the steps", "LR"),
         Option("max_update", float, 2.0, "most that a step moves a logit", "L"),
         Option(
             "train_weights", float, None, "let the kept weights learn too, at this rate, falling as --lr does", "LR"
@@ -68,7 +68,7 @@ class StraightThrough(Estimator):
 
     def __init__(
         self,
-        lr: float = 0.1,
+        lr: float = 0.3,
         steps: int | None = None,
         *,
         curvature: float = 1.0,

@@ -26,7 +26,7 @@ def settings_of(*options):
 
 def test_without_options_a_run_is_the_one_that_is_recommended():
     estimator, settings = settings_of()
-    assert estimator.settings() == StraightThrough(lr=0.1, steps=200).settings()
+    assert estimator.settings() == StraightThrough(lr=0.3, steps=200).settings()
     expected = {"estimator": "straight-through", "init": "reconstruction", "gap": 15.0, "calibration_batches": None}
     assert expected.items() <= settings.items() and "draws" not in settings
 

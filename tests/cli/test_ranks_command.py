@@ -123,7 +123,8 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("victim", ["1", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["1", "0"])
 def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs, tmp_path, capsys, victim):
     """On two ranks each time; in one process at the end."""
     run, options = tmp_path / "run", ["--draws", "2", "--steps", "6", "--refit", "scales"]
@@ -281,7 +282,7 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
             MissingRanks("ranks: rank 1 of 2 ended", [1]),
             "ranks: rank 1 of 2 ended; nothing was learned yet; run it again",
         ),
-        (FailedRank("rank 1: OSError: full"), "rank 1: OSError: full"),
+        pytest.param(FailedRank("rank 1: OSError: full"), "rank 1: OSError: full", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_fail_before_the_first_step_leave_samples_alone(inputs, tmp_path, capsys, monkeypatch, error, told):

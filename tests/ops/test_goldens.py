@@ -110,9 +110,10 @@ def run(folder: Path, estimator: dict, pattern: str = "2:4", logits_dtype=torch.
 
 
 def cases():
-    """Every pattern, dtype and route; what the interpreter takes seconds for is slow."""
+    """Every pattern, dtype and route; what takes the interpreter seconds, or the compiler a minute, is slow."""
     for route, pattern, dtype in itertools.product(("eager", "compiled", "kernels"), PATTERNS, DTYPES):
-        slow = route == "kernels" and pattern not in INTERPRETED
+        wide = mk.NMPattern(pattern).m >= 16 and DTYPES[dtype] != torch.float32
+        slow = route == "kernels" and pattern not in INTERPRETED or route == "compiled" and wide
         yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if slow else [])
 
 

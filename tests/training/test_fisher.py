@@ -167,6 +167,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(kind, tmp_path):
     assert second.estimator.state() == whole.estimator.state()
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_and_a_compiled_model_give_the_same():
     plain, checkpointed, compiled = (masked_llama(gap=3.0) for _ in range(3))
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})

@@ -60,7 +60,9 @@ def test_steps_are_those_of_adamw(pattern, dtype):
     trainer.run(6, progress=False)
     assert layer.weight_changed and not layer.weight.requires_grad and layer.weight.grad is None
     found = estimator.tensors()["weight/0"]
-    torch.testing.assert_close(found[kept], master.detach()[kept], rtol=1e-6, atol=1e-6)
+    # products round to a neighbour of 16 bits here or there, and a step by a gradient of that error is as much off
+    apart = 1e-6 if dtype == torch.float32 else 6 * 0.01 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found[kept], master.detach()[kept], rtol=0.0, atol=apart)
     assert float((found - start.float()).abs()[kept].mean()) > 0.01
     assert_same_bits(found[~kept], start.float()[~kept])
     assert_same_bits(layer.weight.detach(), found.to(dtype))

@@ -1,0 +1,241 @@
+"""What REINFORCE gains where scalars are enough: the masks of small character models, by forward passes alone.
+
+    python benchmarks/learning/characters.py
+
+A model of 16 characters of context (Bengio et al. 2003) is trained on the Python documentation, in less than a minute.
+Its two hidden layers get Wanda's 2:4 mask, and the paper's update (MaskPro, arXiv 2506.12876, section 4) goes on from
+there: a draw a step, loss residual and tracker, frozen weights. Learning rate and flip rate are those with which
+validation text has the lowest loss in the end; the test text judges nothing.
+
+A row shows the loss of test text under the masks to keep, the N largest logits of each group, and what of the loss
+that Wanda's mask has cost is regained. Forwards are all that learning makes: one a step, and one a batch under the
+initial mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskpro_kernels.pruning.convert import convert
+from maskpro_kernels.text.data import SPLITS, load_text
+from maskpro_kernels.training.reinforce import Reinforce
+from maskpro_kernels.training.trainer import MaskTrainer
+
+CONTEXT, EMBEDDING = 16, 16
+MASKED = ("first", "second")
+PATTERN = "2:4"
+# Characters that are predicted in a batch to train on, in one to learn masks from, and of held-out text
+TRAINED, LEARNED, HELD_OUT = 512, 1024, 16384
+BATCHES = 64
+
+
+class CharacterModel(nn.Module):
+    """The next character from the 16 before it: embeddings side by side, two hidden layers.
+
+    Args:
+        characters: how many there are.
+        width: of the hidden layers.
+    """
+
+    def __init__(self, characters: int, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(characters, EMBEDDING)
+        self.first = nn.Linear(CONTEXT * EMBEDDING, width)
+        self.second = nn.Linear(width, width)
+        self.head = nn.Linear(width, characters)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Logits [rows, characters] of contexts, int64 [rows, 16]."""
+        hidden = F.gelu(self.first(self.embedding(context).flatten(1)))
+        return self.head(F.gelu(self.second(hidden)))
+
+
+def loss_of(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy in nats a character, of a batch (contexts [rows, 16], next characters [rows])."""
+    context, following = batch
+    return F.cross_entropy(model(context), following)
+
+
+class Text(NamedTuple):
+    """The splits of a text as indices of characters; one that the calibration text lacks is 0."""
+
+    characters: int
+    splits: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, source: str) -> Text:
+        texts = load_text(source)
+        known = {character: at for at, character in enumerate(sorted(set(texts["calibration"])), start=1)}
+        splits = {name: torch.tensor([known.get(character, 0) for character in texts[name]]) for name in SPLITS}
+        return cls(len(known) + 1, splits)
+
+    def batch(self, split: str, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(contexts [rows, 16], the characters behind them [rows]) from places drawn at random."""
+        windows = self.splits[split].unfold(0, CONTEXT + 1, 1)
+        found = windows[torch.randint(len(windows), (rows,), generator=generator)]
+        return found[:, :CONTEXT], found[:, CONTEXT]
+
+
+def trained(text: Text, width: int, steps: int, seed: int = 0) -> CharacterModel:
+    """A dense model, trained on the calibration text."""
+    torch.manual_seed(seed)
+    model, generator = CharacterModel(text.characters, width), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, text.batch("calibration", TRAINED, generator)).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+class Problem:
+    """A trained model, the batches that masks are learned from, and held-out text.
+
+    Args:
+        text: of the model.
+        model: dense; it stays so, each run has a copy.
+        seed: of the batches.
+    """
+
+    def __init__(self, text: Text, model: CharacterModel, seed: int = 0):
+        self.text, self.model = text, model
+        generator = torch.Generator().manual_seed(seed)
+        self.batches = [text.batch("calibration", LEARNED, generator) for _ in range(BATCHES)]
+        self.held_out = {split: text.batch(split, HELD_OUT, generator) for split in ("validation", "test")}
+        self.groups = sum(model.get_submodule(name).weight.numel() // 4 for name in MASKED)
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Of held-out text, in nats a character."""
+        return {split: loss_of(model.eval(), batch).item() for split, batch in self.held_out.items()}
+
+    def learned(self, lr: float, flip_rate: float, counts: Sequence[int], seed: int = 0) -> Iterator[dict[str, float]]:
+        """Losses under Wanda's mask, and then behind each number of forwards, by the paper's update.
+
+        Args:
+            lr: of ``Reinforce``.
+            flip_rate: share of the groups that leave the initial mask in the first draw.
+            counts: of forwards, ascending, each above the number of batches.
+            seed: of the draws.
+        """
+        model = CharacterModel(self.text.characters, self.model.first.out_features)
+        model.load_state_dict(self.model.state_dict())
+        contexts = [context for context, _ in self.batches]
+        convert(model, PATTERN, targets=list(MASKED), init="wanda", flip_rate=flip_rate, calibration=contexts)
+        yield self.losses(model)
+        trainer = MaskTrainer(model, loss_of, self.batches, Reinforce(lr=lr), seed=seed)
+        for count in counts:
+            trainer.run(count - BATCHES - trainer.steps_done, progress=False)
+            yield self.losses(model)
+
+
+class Curve(NamedTuple):
+    """What a run has found: test losses, and how they were found.
+
+    Attributes:
+        groups: of the masked layers.
+        dense, wanda: losses of test text in nats a character, without a mask and under Wanda's.
+        found: likewise, by the number of forwards.
+        lr, flip_rate: with which validation text had the lowest loss.
+        seconds: of the run.
+    """
+
+    groups: int
+    dense: float
+    wanda: float
+    found: dict[int, float]
+    lr: float
+    flip_rate: float
+    seconds: float
+
+    def regained(self, forwards: int) -> float:
+        """Share of the loss that Wanda's mask has cost."""
+        return (self.wanda - self.found[forwards]) / (self.wanda - self.dense)
+
+
+def curve(problem: Problem, counts: Sequence[int], lrs: Sequence[float], flip_rates: Sequence[float]) -> Curve:
+    """The run of all learning rates and flip rates whose last mask is best on validation text."""
+    best, chosen = None, float("inf")
+    for lr, flip_rate in itertools.product(lrs, flip_rates):
+        began = time.perf_counter()
+        wanda, *losses = problem.learned(lr, flip_rate, counts)
+        seconds = time.perf_counter() - began
+        if losses[-1]["validation"] < chosen:
+            chosen = losses[-1]["validation"]
+            found = {count: loss["test"] for count, loss in zip(counts, losses, strict=True)}
+            dense = problem.losses(problem.model)["test"]
+            best = Curve(problem.groups, dense, wanda["test"], found, lr, flip_rate, seconds)
+    return best
+
+
+def table(curves: Sequence[Curve]) -> str:
+    """Markdown: a column for each number of forwards, the loss of test text and the share that is regained."""
+    counts = list(curves[0].found)
+    heads = ["groups", "lr", "flip rate", "dense", "Wanda", *(f"{count:,} forwards" for count in counts), "seconds"]
+    lines = [heads, ["---:"] * len(heads)]
+    for of in curves:
+        found = [f"{of.found[count]:.3f} ({of.regained(count):.0%})" for count in counts]
+        settings = [f"{of.groups:,}", f"{of.lr:g}", f"{of.flip_rate:g}"]
+        lines.append([*settings, f"{of.dense:.3f}", f"{of.wanda:.3f}", *found, f"{of.seconds:.0f}"])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def draw(curves: Sequence[Curve], path: Path) -> None:
+    """A picture of the shares that are regained over the forwards, a curve for each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    # the same curves give the same file
+    with plt.rc_context({"svg.hashsalt": "characters", "svg.fonttype": "none"}):
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for of in curves:
+            shares = [100 * of.regained(count) for count in of.found]
+            axes.plot(list(of.found), shares, "o-", label=f"{of.groups:,} groups")
+        axes.set(xscale="log", xlabel="forward passes", ylabel="% of what Wanda's mask cost, regained")
+        axes.axhline(0.0, color="gray", linewidth=0.8)
+        axes.legend()
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="masks of character models by REINFORCE", allow_abbrev=False)
+    parser.add_argument("--widths", nargs="+", type=int, default=[16, 64, 256], help="of the hidden layers")
+    parser.add_argument("--forwards", nargs="+", type=int, default=[1000, 2000, 4000, 8000, 16000, 32000])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[2.0, 6.0], help="learning rates to try")
+    parser.add_argument("--flip-rates", nargs="+", type=float, default=[0.005, 0.02], help="to try")
+    parser.add_argument("--train-steps", type=int, default=3000, help="of the dense model")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="picture to write")
+    args = parser.parse_args(argv)
+    if min(args.forwards) <= BATCHES:
+        parser.error(f"--forwards: expected more than {BATCHES}, one a batch, got {min(args.forwards)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, text, curves = parsed(argv), Text.of("pydoc"), []
+    for width in args.widths:
+        began = time.perf_counter()
+        model = trained(text, width, args.train_steps)
+        print(f"width {width}: trained in {time.perf_counter() - began:.0f} seconds", flush=True)
+        curves.append(curve(Problem(text, model), sorted(args.forwards), args.lrs, args.flip_rates))
+    print(table(curves), end="")
+    if args.picture is not None:
+        draw(curves, args.picture)
+
+
+if __name__ == "__main__":
+    main()
