@@ -8,8 +8,8 @@ there: a draw a step, loss residual and tracker, frozen weights. Learning rate a
 validation text has the lowest loss in the end; the test text judges nothing.
 
 A row shows the loss of test text under the masks to keep, the N largest logits of each group, and what of the loss
-that Wanda's mask has cost is regained. Forwards are all that learning makes: one a step, and one a batch under the
-initial mask.
+that Wanda's mask has cost is regained. Forwards are those of one run: one a step, and one a batch under the initial
+mask. Wanda's own, one a batch, and the other runs of the search come on top.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rows import finite
 from torch import Tensor, nn
 
 from maskpro_kernels.pruning.convert import convert
@@ -164,19 +165,18 @@ class Curve(NamedTuple):
         return (self.wanda - self.found[forwards]) / (self.wanda - self.dense)
 
 
-def curve(problem: Problem, counts: Sequence[int], lrs: Sequence[float], flip_rates: Sequence[float]) -> Curve:
+def best_curve(problem: Problem, counts: Sequence[int], lrs: Sequence[float], flip_rates: Sequence[float]) -> Curve:
     """The run of all learning rates and flip rates whose last mask is best on validation text."""
-    best, chosen = None, float("inf")
+    runs = []
     for lr, flip_rate in itertools.product(lrs, flip_rates):
         began = time.perf_counter()
         wanda, *losses = problem.learned(lr, flip_rate, counts)
         seconds = time.perf_counter() - began
-        if losses[-1]["validation"] < chosen:
-            chosen = losses[-1]["validation"]
-            found = {count: loss["test"] for count, loss in zip(counts, losses, strict=True)}
-            dense = problem.losses(problem.model)["test"]
-            best = Curve(problem.groups, dense, wanda["test"], found, lr, flip_rate, seconds)
-    return best
+        found = {count: loss["test"] for count, loss in zip(counts, losses, strict=True)}
+        dense = problem.losses(problem.model)["test"]
+        curve = Curve(problem.groups, dense, wanda["test"], found, lr, flip_rate, seconds)
+        runs.append((finite(losses[-1]["validation"]), curve))
+    return min(runs, key=lambda run: run[0])[1]
 
 
 def table(curves: Sequence[Curve]) -> str:
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         began = time.perf_counter()
         model = trained(text, width, args.train_steps)
         print(f"width {width}: trained in {time.perf_counter() - began:.0f} seconds", flush=True)
-        curves.append(curve(Problem(text, model), sorted(args.forwards), args.lrs, args.flip_rates))
+        curves.append(best_curve(Problem(text, model), sorted(set(args.forwards)), args.lrs, args.flip_rates))
     print(table(curves), end="")
     if args.picture is not None:
         draw(curves, args.picture)

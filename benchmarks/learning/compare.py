@@ -10,6 +10,8 @@ goes on where it was. ``table.md`` shows them.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +41,7 @@ from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.mixture import SELF, MixedBatches, parse_sources, texts_of
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
 from maskpro_kernels.text.samples import sample_windows, start_token
+from maskpro_kernels.training.batches import digest
 from maskpro_kernels.training.trainer import MaskTrainer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -57,8 +60,6 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.pattern = args, NMPattern(args.pattern)
-        shared = {name: value for name, value in vars(args).items() if name not in ("output", "steps", "methods")}
-        self.rows = Rows(args.output, shared)
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
         self.model = model.to(device_of(args.device))
         # a block that runs again, as layers are pruned one after the other, would append to keys and values
@@ -67,6 +68,7 @@ class Comparison:
         self.weights = sum(layer.weight.numel() for layer in self.layers.values())
         learned = [name for name, _ in texts_of(args.data)]
         texts = {name: load_text(name) for name in dict.fromkeys((*learned, *args.test))}
+        self.rows = Rows(args.output, self._shared(texts))
 
         def cut(names: Sequence[str], split: str, length: int) -> dict[str, Tensor]:
             return {name: windows(texts[name][split], tokenizer, length) for name in names}
@@ -81,6 +83,15 @@ class Comparison:
         self.validation = torch.cat([own[:share] for own in cut(learned, "validation", args.eval_length).values()])
         tests = cut(args.test, "test", args.eval_length)
         self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
+
+    def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
+        """What all rows have in common: the options, and what stands behind the names of model and texts."""
+        options = {name: value for name, value in vars(self.args).items() if name not in ("output", "steps", "methods")}
+        content = json.dumps(texts, sort_keys=True).encode()
+        return options | {
+            "weights": digest(parameter for _, parameter in sorted(self.model.named_parameters())),
+            "texts": hashlib.blake2b(content, digest_size=16).hexdigest(),
+        }
 
     def _samples(self, start: int | None) -> Tensor:
         """int64 [--samples, --seq-len], of the dense model, drawn once."""

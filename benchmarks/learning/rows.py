@@ -32,6 +32,10 @@ class Rows:
             lines = [{"shared": dict(shared)}]
             self._append(lines)
         first, *self.rows = lines
+        if not self.rows and first["shared"] != dict(shared):
+            # of a call that ended before it had a row
+            first = {"shared": dict(shared)}
+            write_whole(self.path, json.dumps(first).encode() + b"\n")
         if first["shared"] != dict(shared):
             raise ValueError(
                 f"output: expected the rows of a comparison with {dict(shared)}, got {first['shared']} in "
@@ -82,7 +86,12 @@ def best(rows: Sequence[Mapping], method: str) -> Mapping:
     """The row of a method with the lowest perplexity of validation text, of those with the fewest steps."""
     own = [row for row in rows if row["method"] == method]
     steps = min(row["steps"] for row in own)
-    return min((row for row in own if row["steps"] == steps), key=lambda row: row["validation"])
+    return min((row for row in own if row["steps"] == steps), key=lambda row: finite(row["validation"]))
+
+
+def finite(value: float) -> float:
+    """A figure to choose the smallest by, among which NaN would stay wherever it stands first."""
+    return value if math.isfinite(value) else math.inf
 
 
 def table(rows: Sequence[Mapping]) -> str:

@@ -15,6 +15,8 @@ from ..modules import MaskedLinear
 # torch's 0.999 it would move up to 6.5 times that
 BETAS = 0.9, 0.95
 EPSILON = 1e-8
+# Elements that move together: on a CPU they stay in its cache, elsewhere they bound what a step allocates
+PIECE_ON_CPU, PIECE = 1 << 16, 1 << 24
 
 
 class WeightLearner:
@@ -31,6 +33,8 @@ class WeightLearner:
 
     def __init__(self, layer: MaskedLinear, decay: float):
         self.layer, self.decay = layer, decay
+        # a tensor of its own: an embedding, or the layer that this one was made from, may share the one there is
+        layer.weight.data = layer.weight.detach().clone()
         self.master = layer.weight.detach().to(torch.float32)
         self.first, self.second = torch.zeros_like(self.master), torch.zeros_like(self.master)
         self.count = torch.zeros((), device=self.master.device)
@@ -57,20 +61,38 @@ class WeightLearner:
             slope_square: mean square of the slope of the step. Where it or the norm of the gradient is not finite, the
                 layer stays as it is.
         """
-        beta, beta_of_squares = BETAS
         usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient))
         moves = expand_mask(codes, self.layer.pattern) & usable
         count = self.count + 1
-        first = torch.lerp(self.first, gradient, 1.0 - beta)
-        second = torch.lerp(self.second, gradient.square(), 1.0 - beta_of_squares)
-        spread = (second / (1.0 - beta_of_squares**count)).sqrt_().add_(EPSILON)
-        moved = self.master * (1.0 - rate * self.decay) - (rate / (1.0 - beta**count)) * first / spread
-        for held, new in ((self.first, first), (self.second, second), (self.master, moved)):
-            held.copy_(torch.where(moves, new, held))
+        rows = max((PIECE_ON_CPU if gradient.device.type == "cpu" else PIECE) // max(gradient.shape[1], 1), 1)
+        for tensors in zip(
+            *(x.split(rows) for x in (self.master, self.first, self.second, gradient, moves)), strict=True
+        ):
+            _move(*tensors, rate, self.decay, count)
         self.count.copy_(torch.where(usable, count, self.count))
         if self.layer.weight.dtype != torch.float32:
             self.layer.weight.copy_(self.master)
         self.layer.weight_changed = True
+
+
+def _move(
+    master: Tensor,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    moves: Tensor,
+    rate: float,
+    decay: float,
+    count: Tensor,
+) -> None:
+    """AdamW in place on [rows, K] where ``moves``, at the step that ``count`` tells."""
+    beta, beta_of_squares = BETAS
+    new_first = torch.lerp(first, gradient, 1.0 - beta)
+    new_second = torch.lerp(second, gradient.square(), 1.0 - beta_of_squares)
+    spread = (new_second / (1.0 - beta_of_squares**count)).sqrt_().add_(EPSILON)
+    moved = master * (1.0 - rate * decay) - (rate / (1.0 - beta**count)) * new_first / spread
+    for held, new in ((first, new_first), (second, new_second), (master, moved)):
+        torch.where(moves, new, held, out=held)
 
 
 def check_weights(layers: Mapping[str, MaskedLinear]) -> None:

@@ -66,6 +66,7 @@ def test_validation_chooses_and_test_text_is_shown(monkeypatch):
         (1.0, 0.1): [{"validation": 3.0, "test": 5.0}, {"validation": 2.5, "test": 3.0}],
         (2.0, 0.1): [{"validation": 3.0, "test": 5.0}, {"validation": 2.0, "test": 4.0}],
         (3.0, 0.1): [{"validation": 3.0, "test": 5.0}, {"validation": 2.2, "test": 1.0}],
+        (0.5, 0.1): [{"validation": 3.0, "test": 5.0}, {"validation": float("nan"), "test": 1.0}],
     }
 
     class Known:
@@ -73,7 +74,7 @@ def test_validation_chooses_and_test_text_is_shown(monkeypatch):
         losses = staticmethod(lambda _: {"validation": 0.5, "test": 3.0})
         learned = staticmethod(lambda lr, flip_rate, counts: iter(found[lr, flip_rate]))
 
-    best = characters.curve(Known(), [100], [1.0, 2.0, 3.0], [0.1])
+    best = characters.best_curve(Known(), [100], [0.5, 1.0, 2.0, 3.0], [0.1])
     assert (best.lr, best.found, best.wanda, best.dense) == (2.0, {100: 4.0}, 5.0, 3.0)
     assert best.regained(100) == 0.5
 

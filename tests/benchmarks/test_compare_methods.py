@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import compare
 import pytest
@@ -74,6 +75,10 @@ def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys
     assert before.count("\n") == len(found) + 2 and "**lr" in before
     with pytest.raises(SystemExit, match="^error: output: expected the rows of a comparison with .*'seed': 1"):
         compare.main([*arguments, "--seed", "1"])
+    text = Path(arguments[arguments.index("--data") + 1].partition(":")[0])
+    text.write_text(text.read_text(encoding="utf-8") + "\n\nOne more.", encoding="utf-8")
+    with pytest.raises(SystemExit, match="^error: output: expected the rows of a comparison with .*'texts'"):
+        compare.main([*arguments, "--steps", "1", "2"])
 
 
 def test_the_best_settings_by_validation_text_take_more_steps(arguments, tmp_path, monkeypatch):
@@ -122,6 +127,20 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert again.found("m", {}, 0) == a_row() and again.found("m", {}, 1) is None
     again.add([a_row(steps=1)])
     assert rows.Rows(tmp_path, {"seed": 0}).rows == [a_row(), a_row(steps=1)]
+
+
+def test_a_call_that_ended_before_it_had_a_row_binds_nothing(tmp_path):
+    rows.Rows(tmp_path, {"seed": 0})
+    again = rows.Rows(tmp_path, {"seed": 1})
+    again.add([a_row()])
+    assert rows.Rows(tmp_path, {"seed": 1}).rows == [a_row()]
+    with pytest.raises(ValueError, match="^output: expected the rows of a comparison with .*'seed': 0"):
+        rows.Rows(tmp_path, {"seed": 0})
+
+
+def test_settings_that_fail_are_not_the_best():
+    found = [a_row(settings={"lr": lr}, validation=value) for lr, value in ((1.0, math.nan), (2.0, 10.0))]
+    assert rows.best(found, "m")["settings"] == {"lr": 2.0}
 
 
 @pytest.mark.parametrize(

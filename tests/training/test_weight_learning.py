@@ -211,3 +211,31 @@ def test_layers_that_cannot_learn_are_refused_before_anything_moves():
         ValueError, match=r"^train_weights: expected layers with contiguous weights, got \(1, 16\) in 0"
     ):
         a_trainer(nn.Sequential(layer), estimator=mk.StraightThrough(train_weights=0.01)).step()
+
+
+def test_a_weight_that_others_hold_stays_as_it_is_there():
+    embedding, head, plain = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False), nn.Linear(16, 4)
+    head.weight = embedding.weight
+    model = nn.Sequential(head, plain)
+    before = [embedding.weight.detach().clone(), plain.weight.detach().clone()]
+    mk.convert(model, "2:4", targets=["0", "1"])
+    trainer = a_trainer(model, batches=[torch.randn(4, 8)], loss_fn=loss_fn, estimator=learning())
+    trainer.run(2, progress=False)
+    assert_same_bits([embedding.weight.detach(), plain.weight.detach()], before)
+    assert all(layer.weight_changed for layer in model) and not torch.equal(model[0].weight, embedding.weight)
+
+
+def test_pieces_that_move_together_are_all_moved_by_the_same_steps(monkeypatch):
+    def learned(piece):
+        monkeypatch.setattr(weight_learning, "PIECE_ON_CPU", piece)
+        trainer = a_trainer(a_model(), estimator=learning())
+        trainer.run(3, progress=False)
+        return everything(trainer)
+
+    # a row at a time, two and a rest, and a layer at once
+    assert_same_bits(learned(1), learned(1 << 20))
+    assert_same_bits(learned(40), learned(1 << 20))
+
+
+def learning() -> mk.StraightThrough:
+    return mk.StraightThrough(lr=1e-3, train_weights=0.01)
