@@ -214,9 +214,9 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="masks of character models by REINFORCE", allow_abbrev=False)
     parser.add_argument("--widths", nargs="+", type=int, default=[16, 64, 256], help="of the hidden layers")
-    parser.add_argument("--forwards", nargs="+", type=int, default=[1000, 2000, 4000, 8000, 16000, 32000])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[2.0, 6.0], help="learning rates to try")
-    parser.add_argument("--flip-rates", nargs="+", type=float, default=[0.005, 0.02], help="to try")
+    parser.add_argument("--forwards", nargs="+", type=int, default=[1000, 2000, 4000, 8000, 16000])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[2.0, 6.0, 20.0], help="learning rates to try")
+    parser.add_argument("--flip-rates", nargs="+", type=float, default=[0.01], help="to try")
     parser.add_argument("--train-steps", type=int, default=3000, help="of the dense model")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="picture to write")
     args = parser.parse_args(argv)
