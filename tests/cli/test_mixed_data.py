@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from filelock import FileLock
 from helpers.bits import assert_same_bits
-from helpers.command import learn, refuses, report
+from helpers.command import broken_off, learn, refuses, report
 from helpers.tiny_llama import tiny_text
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main, run_samples
+from maskpro_kernels.cli.run_settings import stored_settings
 from maskpro_kernels.report.parting import parting, told
 from maskpro_kernels.training.trainer import MaskTrainer
 
@@ -24,6 +26,10 @@ SAMPLES = "progress/samples.safetensors"
 
 class Killed(BaseException):
     pass
+
+
+def kill():
+    raise Killed
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +212,20 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     refuses(capsys, tmp_path, ["eval", str(inputs / "model")], "data: expected --data, since only a run has a text of")
     (tmp_path / "run" / "settings.json").unlink()
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "run")], "data: expected --data, or the settings of the run in")
+
+
+def test_a_run_beside_files_that_are_called_like_its_sources_goes_on(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("self", "pydoc", "stdlib", "smollm2-135m"):
+        (tmp_path / name).touch()
+    options = ["--data", f"{inputs / 'text.txt'}:1,self:1", "--init-batches", "1"]
+    with pytest.raises(Killed):
+        broken_off(inputs, tmp_path / "run", monkeypatch, 1, options, kill)
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
+    assert (settings["data"], settings["other_data"]) == (f"{inputs / 'text.txt'}:1/2,self:1/2", "pydoc")
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert main.main(["eval", str(tmp_path / "run"), "--eval-windows", "2", "--eval-length", "24"]) == 0
+    assert stored_settings(Namespace(model="smollm2-135m", data="self"))["model"] == "smollm2-135m"
 
 
 def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tmp_path, capsys):

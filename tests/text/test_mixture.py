@@ -48,6 +48,23 @@ def test_a_path_that_exists_is_taken_whole(tmp_path, monkeypatch):
     assert resolved("pydoc:1,self:3") == "pydoc:1,self:3" and not os.path.exists("a,b:0.5")
 
 
+def test_names_with_a_meaning_are_never_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("self", "pydoc", "stdlib", "text"):
+        (tmp_path / name).touch()
+    for data in ("pydoc:0.5,self:0.5", "self", "pydoc", "stdlib"):
+        assert resolved(data) == data
+    assert resolved("pydoc,self,text") == f"pydoc:1/3,self:1/3,{tmp_path / 'text'}:1/3"
+    expected = {str(tmp_path / "self"): Fraction(1, 2), "self": Fraction(1, 2)}
+    assert shares_of(resolved("./self,self")) == expected
+
+
+def test_a_long_list_of_short_names():
+    names = [f"name-{index}" for index in range(60)]
+    assert shares_of(",".join(names)) == dict.fromkeys(names, Fraction(1, 60))
+    assert resolved(",".join(names)) == ",".join(names)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
