@@ -9,14 +9,17 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.bits import assert_same_bits
-from helpers.command import broken_off, learn, refuses, report
+from helpers.command import broken_off, contents, learn, refuses, report
 from helpers.tiny_llama import tiny_text
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
-from maskpro_kernels.cli import main, run_samples
+from maskpro_kernels.cli import learning_run, main, run_samples, unbegun
+from maskpro_kernels.cli.learning_run import LearningRun
+from maskpro_kernels.cli.perplexities import ValidationPerplexities
 from maskpro_kernels.cli.run_settings import stored_settings
 from maskpro_kernels.report.parting import parting, told
+from maskpro_kernels.training.run_folder import RunFolder
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -120,6 +123,85 @@ def test_a_run_that_is_killed_while_it_draws_goes_on_by_the_same_command(inputs,
     assert_same_bits(samples_of(run), samples_of(whole))
     assert report(run)["logits"] == report(whole)["logits"]
     assert not (run / f"{SAMPLES}.tmp").exists()
+
+
+TEACHER = "--refit weights --loss kl".split()
+BEFORE_THE_FIRST_STEP = [
+    (RunFolder, "start_journal"),
+    (learning_run, "keep_teacher"),
+    (ValidationPerplexities, "add"),
+    (learning_run, "write_whole"),
+]
+
+
+@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
+def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
+    inputs, tmp_path, monkeypatch, place, name
+):
+    run, did = tmp_path / "run", getattr(place, name)
+
+    def killed(*args):
+        if name != "write_whole":
+            did(*args)
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(place, name, killed)
+        # a process that is killed takes nothing back
+        patched.setattr(LearningRun, "_take_back", lambda *_: None)
+        main.main(mixed(inputs, run, *TEACHER, "--init-batches", "2"))
+    drawn = samples_of(run)
+    for half in (
+        "settings.json.tmp",
+        "progress/validation.jsonl.tmp",
+        "progress/snapshot-0000000000-ab.safetensors.tmp",
+    ):
+        (run / half).write_bytes(b"half")
+    monkeypatch.setattr(run_samples, "sample_windows", None)
+    # what was of the other options is gone
+    assert main.main(mixed(inputs, run, "--init-batches", "2")) == 0
+    assert_same_bits(samples_of(run), drawn)
+    assert {path.name for path in (run / "progress").iterdir() if not path.name.startswith("snapshot-0000000000-")} == {
+        ".lock", "journal", "metrics.jsonl", "samples.safetensors", "validation.jsonl"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
+@pytest.mark.parametrize("error", [ValueError("cache: damaged"), Killed()])
+def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_path, monkeypatch, place, name, error):
+    def failing(*args):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, failing)
+        try:
+            assert main.main(mixed(inputs, tmp_path / "run", *TEACHER, "--init-batches", "2")) == 2
+        except Killed:
+            assert isinstance(error, Killed)
+    assert [path.relative_to(tmp_path / "run").as_posix() for path in contents(tmp_path / "run")] == [
+        "progress", SAMPLES
+    ]  # fmt: skip
+
+
+def test_what_has_learned_makes_no_room(inputs, tmp_path, monkeypatch, capsys):
+    """Though its settings are lost; nor does what a process holds that begins at the same time."""
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        broken_off(inputs, run, monkeypatch, 2, ["--init-batches", "2"], kill)
+    for lost in ("settings.json", "progress/metrics.jsonl"):
+        (run / lost).unlink()
+        refuses(capsys, tmp_path, learn(inputs, run), "output: expected a new or empty folder")
+    before = contents(run)
+    unbegun.clear_unbegun(run)
+    assert contents(run) == before
+    journal = run / "progress" / "journal"
+    journal.write_bytes(journal.read_bytes()[:20])
+    refuses(capsys, tmp_path, learn(inputs, run), "output: expected a new or empty folder")
+    journal.unlink()
+    with FileLock(run / "progress" / ".lock"):
+        before = contents(run)
+        unbegun.clear_unbegun(run)
+        assert contents(run) == before
 
 
 def test_a_run_goes_on_with_the_samples_in_its_folder(inputs, tmp_path, capsys, monkeypatch):
