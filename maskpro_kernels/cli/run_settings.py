@@ -13,10 +13,10 @@ from ..pattern import NMPattern
 from ..pruning.gap import LARGEST_GAP, gap_for_flip_rate
 from ..ranks import Ranks
 from ..text.data import is_path
-from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved
+from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
 from ..training.estimator import Estimator
 from ..training.sharing import PARALLEL, check_shares
-from .arguments import DTYPES, check_least, device_of
+from .arguments import DTYPES, check_least, device_of, telling
 from .changed_weights import REFITTED
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
@@ -61,6 +61,8 @@ def _complete_texts(args: argparse.Namespace) -> None:
     """Check what a run learns from, and find a text of another kind to look at."""
     args.data = getattr(args, "data", DATA)
     shares = dict(parse_sources(args.data))
+    with telling("eval_windows"):
+        shared_out(texts_of(args.data), args.eval_windows)
     other = other_kind(args.data)
     if other is not None:
         args.other_data = getattr(args, "other_data", other)

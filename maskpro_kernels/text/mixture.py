@@ -101,6 +101,23 @@ def turns(shares: Sequence[Fraction], count: int) -> list[int]:
     return found
 
 
+def shared_out(sources: Sequence[Source], count: int) -> list[int]:
+    """How many of ``count`` windows each source has by its share, but at least one.
+
+    Raises:
+        ValueError: if there are more sources than windows.
+    """
+    if count < len(sources):
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(f"expected at least {len(sources)}, one for each text of {names}, got {count}")
+    whose = turns([source.share for source in sources], count) if sources else []
+    counts = [whose.count(index) for index in range(len(sources))]
+    while 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
+    return counts
+
+
 def in_a_batch(share: Fraction, batch_size: int) -> int:
     """How many windows of a source a batch has, rounded up."""
     return -(-share.numerator * batch_size // share.denominator)

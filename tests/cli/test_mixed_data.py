@@ -98,6 +98,18 @@ def test_at_most_so_many_windows_are_drawn(inputs, tmp_path, batches):
     assert [sorted(taken[at : at + 3]) for at in (0, 3, 6)] == [[0, 1, 2]] * 3
 
 
+@pytest.mark.parametrize(("share", "drawn", "taken"), [(99, 1, 0), (2, 2, 1)])
+def test_small_shares_of_a_short_run(inputs, tmp_path, batches, capsys, share, drawn, taken):
+    options = ["--data", f"{inputs / 'text.txt'}:{share},self:1", "--steps", "1", "--init-batches", "1"]
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    own = samples_of(tmp_path / "run")
+    assert len(own) == drawn
+    known = {tuple(row) for row in own.tolist()}
+    assert sum(tuple(row) in known for batch in batches[0] for row in batch.tolist()) == taken
+    told = "no window of 'self' is learned from: its share of so few batches is less than one"
+    assert (told in capsys.readouterr().err) == (taken == 0)
+
+
 def test_samples_are_of_the_dense_model_whatever_mask_is_learned(inputs, tmp_path):
     options = ["--init-batches", "2"]
     assert main.main(mixed(inputs, tmp_path / "one", *options)) == 0
@@ -279,6 +291,25 @@ def test_of_several_texts_each_is_evaluated_by_its_share(inputs, tmp_path, capsy
         assert main.main(["eval", str(inputs / "model"), *options, "--eval-length", "24", "--device", "cpu"]) == 0
     found = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()]
     assert found[0] == pytest.approx(found[1] ** 0.2 * found[2] ** 0.8, abs=0.02)
+
+
+def test_a_text_that_has_fewer_windows_than_its_share_is_told(inputs, tmp_path, capsys):
+    few = "\n\n".join(tiny_text(seed=5).split("\n\n")[:12])
+    (tmp_path / "few.txt").write_text(few, encoding="utf-8")
+    data = f"{inputs / 'text.txt'}:1,{tmp_path / 'few.txt'}:99"
+    options = ["eval", str(inputs / "model"), "--data", data, "--eval-length", "24", "--device", "cpu"]
+    assert main.main([*options, "--eval-windows", "24"]) == 0
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if "windows" in line]
+    assert line.startswith(f"the test text of '{tmp_path / 'few.txt'}' has ")
+    assert line.endswith(" windows of 24 tokens, fewer than the 23 of its share")
+    # and the other one has its window, though its share is less
+    assert f"over {24 * (int(line.split(' has ')[1].split()[0]) + 1)} tokens" in captured.out
+    refuses(capsys, tmp_path, [*options, "--eval-windows", "1"], "eval_windows: expected at least 2, one for each text")
+    refuses(
+        capsys, tmp_path, learn(inputs, tmp_path / "run", "--data", data, "--eval-windows", "1"),
+        "eval_windows: expected at least 2, one for each text",
+    )  # fmt: skip
 
 
 def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,15 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 
-from maskpro_kernels.text.mixture import MixedBatches, other_kind, parse_sources, resolved, texts_of, turns
+from maskpro_kernels.text.mixture import (
+    MixedBatches,
+    other_kind,
+    parse_sources,
+    resolved,
+    shared_out,
+    texts_of,
+    turns,
+)
 
 
 def shares_of(data):
@@ -110,6 +118,15 @@ def test_turns_keep_to_the_shares_all_along(weights):
         taken = Counter(found[:count])
         assert all(abs(taken[index] - share * count) < 1 for index, share in enumerate(shares)), (count, taken)
     assert found[: sum(weights)].count(0) == weights[0]
+
+
+def test_windows_are_shared_out_and_each_source_has_one():
+    assert shared_out(parse_sources("a:1,b:3"), 24) == [6, 18]
+    assert shared_out(parse_sources("a:1,b:98,c:1"), 24) == [1, 22, 1]
+    assert shared_out(parse_sources("a:1,b:98,c:1"), 3) == [1, 1, 1]
+    assert shared_out((), 3) == []
+    with pytest.raises(ValueError, match="expected at least 3, one for each text of a, b, c, got 2"):
+        shared_out(parse_sources("a,b,c"), 2)
 
 
 def mixed(sizes, data, batch_size, count, seed=0):
