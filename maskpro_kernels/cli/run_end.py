@@ -81,6 +81,7 @@ def write_results(
         "weights": weights,
         "versions": versions(),
         "eval_tokens": inputs.tests["perplexity"].numel(),
+        "eval_digest": digest([inputs.tests["perplexity"]]),
         "table": table,
         "parting": parting(table),
         "validation": validation,

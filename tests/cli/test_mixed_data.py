@@ -352,6 +352,16 @@ def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tm
     refuses(capsys, tmp_path, ["compare", str(run), str(tmp_path / "both")], "expected the same data in all")
 
 
+def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path, capsys):
+    for name, options in (("one", []), ("longer", ["--steps", "4"]), ("other", ["--seed", "1"])):
+        options = ["--data", "self", "--init-batches", "1", *options]
+        assert main.main(learn(inputs, tmp_path / name, *options)) == 0
+    capsys.readouterr()
+    assert main.main(["compare", str(tmp_path / "one"), str(tmp_path / "longer")]) == 0
+    compared = ["compare", str(tmp_path / "one"), str(tmp_path / "other")]
+    refuses(capsys, tmp_path, compared, "run: expected the same test windows in all, got others in", "--seed")
+
+
 def test_without_data_a_run_learns_from_half_its_own_samples(inputs, tmp_path, batches, capsys):
     arguments = learn(inputs, tmp_path / "run", "--init-batches", "1")
     at = arguments.index("--data")
