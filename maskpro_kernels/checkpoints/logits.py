@@ -1,11 +1,12 @@
-"""The logits of a model's masked layers in a file; and beside it their weights, where these have changed.
+"""The logits of a model's masked layers in a file, with their weights where these have changed.
 
-Masks that were learned over changed weights mean nothing without them. Whoever reads the logits gets the weights as
-well, or is refused.
+Masks that were learned over changed weights mean nothing without them: both are in one file, so that one is never kept
+or copied without the other. Whoever reads the logits gets the weights as well, or is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from ..files import write_tensors
 from ..modules import MaskedLinear, masked_layers
 from ..training.batches import digest
 
-# In the metadata of logits: the digest of the weights beside them
+# In the metadata of logits: the digest of the changed weights with them
 CHANGED = "changed_weights"
+# What a tensor of weights is called, behind the name of its layer, which its logits go by
+WEIGHT = ".weight"
 
 
 class Learned(NamedTuple):
@@ -35,16 +38,10 @@ class Learned(NamedTuple):
     metadata: dict[str, str]
 
 
-def weights_beside(path: str | Path) -> Path:
-    """The file of the weights that belong to a file of logits."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}.weights.safetensors")
-
-
 def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Writes the logits of all MaskedLinear modules of a model to a safetensors file.
 
-    Weights that were refitted or trained go into a file beside it, ``weights_beside``, and the metadata of the logits
+    Weights that were refitted or trained are in the same file, under the name of the layer and ".weight". The metadata
     tell their digest.
 
     Args:
@@ -55,16 +52,23 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str,
     Raises:
         TypeError: if ``metadata`` holds something else than strings.
         ValueError: if ``model`` has no MaskedLinear.
-        OSError: if a file cannot be written.
+        OSError: if the file cannot be written.
     """
     wrong = next((item for item in metadata.items() if not all(isinstance(part, str) for part in item)), None)
     if wrong is not None:
         raise TypeError(f"metadata: expected strings as names and values, got {wrong!r}")
     layers = masked_layers(model)
-    changed = changed_weights(layers)
-    if changed:
-        metadata = {**metadata, CHANGED: save_weights(changed, weights_beside(path))}
-    write_tensors({name: layer.logits.detach().contiguous() for name, layer in layers.items()}, path, dict(metadata))
+    logits = {name: layer.logits.detach() for name, layer in layers.items()}
+    write_learned(Learned(logits, changed_weights(layers), dict(metadata)), path)
+
+
+def write_learned(learned: Learned, path: str | Path) -> None:
+    """Write what ``load_learned`` reads; OSError if the file cannot be written."""
+    metadata, tensors = dict(learned.metadata), dict(learned.logits)
+    if learned.weights:
+        metadata[CHANGED] = _digest(learned.weights)
+        tensors |= {name + WEIGHT: weight for name, weight in learned.weights.items()}
+    write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -81,7 +85,7 @@ def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     if CHANGED in metadata:
         raise ValueError(
             f"path: expected logits over the weights of the dense model, got {str(path)!r}, whose masks are nothing "
-            f"without the changed weights in {weights_beside(path).name!r}; load_learned reads both"
+            "without the changed weights in it; load_learned reads both"
         )
     return logits, metadata
 
@@ -92,19 +96,19 @@ def load_learned(path: str | Path) -> Learned:
     ``pruning.refit.put_weights`` gives them to the layers of a converted model.
 
     Raises:
-        ValueError: if the file is not a safetensors file, or the weights beside it are damaged or of other logits.
-        OSError: if a file cannot be read.
+        ValueError: if the file is not a safetensors file, or the weights in it are damaged or those of other masks.
+        OSError: if the file cannot be read.
     """
-    logits, metadata = _read(path)
+    tensors, metadata = _read(path)
     if CHANGED not in metadata:
-        return Learned(logits, {}, metadata)
-    weights, found = load_weights(weights_beside(path))
-    if found != metadata[CHANGED]:
+        return Learned(tensors, {}, metadata)
+    of_layers = {name: name + WEIGHT for name in tensors if name + WEIGHT in tensors}
+    weights = {name: tensors.pop(stored) for name, stored in of_layers.items()}
+    if _digest(weights) != metadata[CHANGED]:
         raise ValueError(
-            f"path: expected the changed weights that the masks in {str(path)!r} belong to, with digest "
-            f"{metadata[CHANGED]}, got those of other masks in {str(weights_beside(path))!r}"
+            f"path: expected the changed weights that the masks belong to, got damaged ones or others in {str(path)!r}"
         )
-    return Learned(logits, weights, metadata)
+    return Learned(tensors, weights, metadata)
 
 
 def changed_weights(layers: Mapping[str, MaskedLinear]) -> dict[str, torch.Tensor]:
@@ -133,7 +137,11 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def _digest(weights: Mapping[str, torch.Tensor]) -> str:
-    return digest(weights[name] for name in sorted(weights))
+    """Of names and weights: two layers of one shape are not to change places."""
+    whole = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        whole.update(f"{name} {digest([weights[name]])}\n".encode())
+    return whole.hexdigest()
 
 
 def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

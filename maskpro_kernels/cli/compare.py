@@ -31,6 +31,11 @@ def compare(args: argparse.Namespace) -> None:
                     f"run: expected the same {name} in all, got {first[name]} and {report[name]} in {run}; compare it "
                     "apart"
                 )
+        if report["eval_digest"] != first["eval_digest"]:
+            raise ValueError(
+                f"run: expected the same test windows in all, got others in {run}; compare it apart. Without a text "
+                "they are samples, of a --seed and --seq-len; a text of one name may have changed"
+            )
         table = report["table"]
         if len(others) > 1:
             table = [{name: value for name, value in row.items() if name != "other_perplexity"} for row in table]

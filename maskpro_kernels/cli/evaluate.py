@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from ..pattern import NMPattern
+from ..text.mixture import shared_out, texts_of
 from ..text.perplexity import perplexity
-from .arguments import DTYPE, check_least, device_of
+from .arguments import DTYPE, check_least, device_of, telling
 from .inputs import evaluation_windows, load_texts
 from .models import load
 from .run_files import FROZEN, REPORT, goes_on, how_to_go_on, read_report, stored_data
@@ -30,6 +31,8 @@ def evaluate(args: argparse.Namespace) -> None:
         if run is None:
             raise ValueError("data: expected --data, since only a run has a text of its own, got none")
         args.data = stored_data(folder)
+    with telling("eval_windows"):
+        shared_out(texts_of(args.data), args.eval_windows)
     texts = load_texts(args.data)
     if not texts:
         raise ValueError(f"data: expected a text in the list, got {args.data!r}; name one by --data")

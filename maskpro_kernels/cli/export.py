@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
 
-from ..checkpoints.logits import Learned, load_learned, weights_beside
+from ..checkpoints.logits import Learned, load_learned
 from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
@@ -15,9 +16,10 @@ from ..pattern import NMPattern
 from ..pruning.convert import convert
 from ..pruning.finalize import finalize
 from ..pruning.refit import put_weights
+from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, telling
 from .models import load, save
-from .run_files import FROZEN, LOGITS, check_ended, digest_of_weights
+from .run_files import FROZEN, LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights
 
 
 def export(args: argparse.Namespace) -> None:
@@ -25,13 +27,10 @@ def export(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_output(output)
     source = Path(args.source) / LOGITS
+    if (source.parent / REPORT).is_file() and not source.is_file():
+        raise ValueError(f"run: expected {LOGITS} in {args.source!r}, got none; {_cure(source)}")
     check_ended(source.parent, LOGITS)
-    beside = weights_beside(LOGITS).name
-    cure = (
-        f"restore {LOGITS} from a copy, with {beside} where there was one, or by `maskpro replay --output` of a run "
-        "with a journal"
-    )
-    with telling("run", cure):
+    with telling("run", _cure(source)):
         learned, pattern = _learned(source)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
@@ -53,6 +52,15 @@ def export(args: argparse.Namespace) -> None:
     print(f"{args.to} {pattern} checkpoint of {of} written to {output}")
     if args.to == "packed":
         print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
+
+
+def _cure(logits: Path) -> str:
+    """How to have the logits of a run again, which are lost or damaged."""
+    run, cure = logits.parent, f"restore {LOGITS} from a copy"
+    if not (run / PROGRESS / JOURNAL).is_file():
+        return cure
+    first = "move it away and " if logits.exists() else ""
+    return f"{cure}, or {first}run: {shlex.join(['maskpro', 'replay', str(run), '--output', str(logits)])}"
 
 
 def _learned(path: Path) -> tuple[Learned, NMPattern]:

@@ -12,9 +12,19 @@ import torch
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
 from ..text.data import batches, load_text
-from ..text.mixture import SELF, MixedBatches, check_windows, parse_sources, texts_of, turns
+from ..text.mixture import (
+    SELF,
+    MixedBatches,
+    check_windows,
+    in_a_batch,
+    parse_sources,
+    shared_out,
+    texts_of,
+    turns,
+)
 from .arguments import device_of, telling
 from .models import load, windows_of
+from .progress import tell
 from .run_samples import run_samples
 
 
@@ -39,22 +49,24 @@ def load_texts(data: str) -> dict[str, dict[str, str]]:
 def evaluation_windows(
     args: argparse.Namespace, texts: Mapping[str, Mapping[str, str]], split: str, model: torch.nn.Module, tokenizer
 ) -> torch.Tensor:
-    """Windows to evaluate, at most ``--eval-windows``: of each text as many as its share says.
+    """Windows to evaluate, at most ``--eval-windows``: of each text as many as ``shared_out`` says.
+
+    It is told where one of several texts has fewer.
 
     Args:
         texts: of ``load_texts``.
         split: "test" or "validation".
     """
-    sources = texts_of(args.data)
-    counts = turns([source.share for source in sources], args.eval_windows)
-    return torch.cat(
-        [
-            windows_of(texts[name][split], model, tokenizer, args.eval_length, "data", "--eval-length")[
-                : counts.count(index)
-            ]
-            for index, (name, _) in enumerate(sources)
-        ]
-    )
+    sources, found = texts_of(args.data), []
+    for (name, _), count in zip(sources, shared_out(sources, args.eval_windows), strict=True):
+        own = windows_of(texts[name][split], model, tokenizer, args.eval_length, "data", "--eval-length")
+        if len(own) < count and len(sources) > 1:
+            tell(
+                f"the {split} text of {name!r} has {len(own)} windows of {args.eval_length} tokens, fewer than the "
+                f"{count} of its share"
+            )
+        found.append(own[:count])
+    return torch.cat(found)
 
 
 def read_inputs(args: argparse.Namespace, ranks: Ranks) -> Inputs:
@@ -116,6 +128,9 @@ def _batches(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> S
     with _telling_windows():
         if _one_text(args):
             return batches(windows[sources[0].name], args.batch_size, args.seed)
+        for name, count in _windows_taken(args).items():
+            if not count:
+                tell(f"no window of {name!r} is learned from: its share of so few batches is less than one")
         return MixedBatches(windows, sources, args.batch_size, _taken(args), args.seed)
 
 
@@ -138,8 +153,13 @@ def _taken(args: argparse.Namespace) -> int:
 
 
 def _samples(args: argparse.Namespace) -> int:
-    """How many windows of its own samples a run takes, at most ``--samples``."""
+    """How many windows of its own samples a run takes, at most ``--samples``, and at least as many as a batch may."""
+    most = in_a_batch(dict(parse_sources(args.data))[SELF], args.batch_size)
+    return max(most, min(args.samples, _windows_taken(args)[SELF]))
+
+
+def _windows_taken(args: argparse.Namespace) -> dict[str, int]:
+    """How many windows of each of several sources a run takes, those included that come round again."""
     sources = parse_sources(args.data)
-    own = [source.name for source in sources].index(SELF)
-    taken = turns([source.share for source in sources], args.batch_size * _taken(args))
-    return min(args.samples, taken.count(own))
+    whose = turns([source.share for source in sources], args.batch_size * _taken(args))
+    return {name: whose.count(index) for index, (name, _) in enumerate(sources)}

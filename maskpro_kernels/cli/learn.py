@@ -16,8 +16,8 @@ from .inputs import read_inputs
 from .learning_run import LearningRun
 from .losses import fill_teacher, loss_of
 from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
-from .run_samples import only_samples
 from .run_settings import check_ranks, check_tensorboard, complete
+from .unbegun import ended_unbegun
 
 
 def learn(args: argparse.Namespace) -> None:
@@ -61,8 +61,8 @@ def _check_output(output: Path) -> None:
             f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
             f"{how_to_go_on(output)}"
         )
-    # drawn samples are gone on with, or told to be of other settings
-    if not only_samples(output):
+    # drawn samples are gone on with, or told to be of other settings; what else there is makes room
+    if not ended_unbegun(output):
         check_output(output)
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 
 from ..files import write_whole
-from ..ranks import FailedRank, MissingRanks, Ranks
+from ..ranks import MissingRanks, Ranks
 from ..report.parting import told
 from ..report.tensorboard import Scalars
 from ..training.estimator import Estimator
-from ..training.run_folder import JOURNAL, LOCK
 from ..training.snapshots import snapshots_in
 from ..training.step import LossFn, StepRecord
 from ..training.trainer import MaskTrainer
@@ -41,6 +40,7 @@ from .run_files import (
 )
 from .run_settings import parallel_of, stored_settings
 from .signals import Signals
+from .unbegun import clear_unbegun
 
 # Steps in a row whose loss or gradient may not be finite
 MAX_SKIPPED = 9
@@ -91,28 +91,27 @@ class LearningRun:
     def begin(self) -> None:
         """Take what stands before the first step; where it fails, the folder is as it was and may be given again."""
         made = [folder for folder in (self.progress, self.output, *self.output.parents) if not folder.exists()]
+        settings = json.dumps({"settings": stored_settings(self.args), **self.start}, indent=1).encode()
         try:
+            # of a process that was killed here
+            self.ranks.first(lambda: clear_unbegun(self.output))
             self.trainer.begin(progress=self.args.bars)
             self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
             keep_teacher(self.output, self.trainer.loss_fn, self.trainer.ranks)
             self.trainer.ranks.first(self._evaluate)
-        except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, MissingRanks, FailedRank):
+            # After the first snapshot: from here on the run can be resumed.
+            self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))
+        except BaseException:
             self.trainer.close()
             if self.trainer.ranks.rank == 0:
                 self._take_back(made)
             raise
-        # After the first snapshot: from here on the run can be resumed.
-        settings = json.dumps({"settings": stored_settings(self.args), **self.start}, indent=1).encode()
-        self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))
 
     def _take_back(self, made: list[Path]) -> None:
-        """Remove what ``begin`` has left, and folders that it has made."""
-        files = (self.progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS))
-        for left in (*snapshots_in(self.progress), *files):
-            left.unlink(missing_ok=True)
-        shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
+        """Remove what ``begin`` has left, and folders that it has made; the error that ended it is the one told."""
         # a folder that holds anything else stays
         with suppress(OSError):
+            clear_unbegun(self.output)
             for folder in made:
                 folder.rmdir()
 

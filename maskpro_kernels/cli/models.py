@@ -23,6 +23,13 @@ def load(name: str, dtype: str, device: torch.device, bars: bool):
     return model.to(device), tokenizer
 
 
+def is_path_of_model(name: str) -> bool:
+    """Whether a model is taken from a path, by the rules of ``hf.load_model``."""
+    from ..hf import SMOLLM2
+
+    return name != SMOLLM2 and Path(name).exists()
+
+
 def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
     """See ``hf.save_model``."""
     from ..hf import save_model

@@ -7,11 +7,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
-from ..checkpoints.logits import CHANGED, load_weights, save_weights, weights_beside
-from ..files import write_whole
+from ..checkpoints.logits import Learned, load_weights, write_learned
 from ..pattern import NMPattern
 from ..training.batches import digest
 from ..training.journal import read as read_journal
@@ -49,12 +47,8 @@ def replay(args: argparse.Namespace) -> None:
     device = device_of(args.device)
     with telling("run", CURE):
         _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
-    weights = {} if output is None else _start_weights(Path(args.source), run)
-    if weights and weights_beside(output).exists():
-        raise ValueError(
-            f"output: expected a name beside which {weights_beside(output).name} is free for the refitted weights, got "
-            f"{str(output)!r}; give another name"
-        )
+    metadata = _metadata(Path(args.source), run)
+    weights = {} if output is None else _start_weights(progress, run, metadata)
     if torn:
         tell(f"the last record is cut short by a crash: {torn} bytes are left out")
     layers = {
@@ -65,24 +59,31 @@ def replay(args: argparse.Namespace) -> None:
         replay_step(layers, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:
-        metadata = _metadata(Path(args.source), run)
-        if weights:
-            metadata |= {CHANGED: save_weights(weights, weights_beside(output))}
-        write_whole(output, save(logits, metadata=metadata))
+        write_learned(Learned(logits, weights, metadata), output)
     print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
     if (progress / START_WEIGHTS).exists():
         print("its masks are nothing without the refitted weights of the run")
 
 
-def _start_weights(source: Path, run: Mapping) -> dict[str, Tensor]:
+def _start_weights(progress: Path, run: Mapping, metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """The weights that a run began with; none where they were those of the dense model.
 
+    Args:
+        metadata: of ``_metadata``.
+
     Raises:
-        ValueError: if they were refitted, and are damaged or lost: its masks are nothing without them.
+        ValueError: if they were refitted, or that is not known, and they are damaged or lost: its masks are nothing
+            without them.
     """
-    start = source / PROGRESS / START_WEIGHTS
-    if not start.exists() and _metadata(source, run).get("weights_are", FROZEN) == FROZEN:
-        return {}
+    start = progress / START_WEIGHTS
+    if not start.exists():
+        if not metadata:
+            raise ValueError(
+                f"run: expected {SETTINGS}, which tells whether weights were refitted, in {str(progress.parent)!r}, "
+                "got none that can be read; restore it from a copy, or replay without --output"
+            )
+        if metadata["weights_are"] == FROZEN:
+            return {}
     with telling("run", CURE):
         weights, _ = load_weights(start)
         # in the order of layer ids, as the run took it

@@ -81,6 +81,7 @@ def write_results(
         "weights": weights,
         "versions": versions(),
         "eval_tokens": inputs.tests["perplexity"].numel(),
+        "eval_digest": digest([inputs.tests["perplexity"]]),
         "table": table,
         "parting": parting(table),
         "validation": validation,
@@ -98,7 +99,7 @@ def write_results(
 
 
 def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Mapping) -> None:
-    """Write the logits of a run into its folder, and the weights beside them where these have changed."""
+    """Write the logits of a run into its folder, with the weights where these have changed."""
     weights_are = told_weights_of(model, args.refit, start)
     metadata = logits_metadata(stored_settings(args), digest_of_weights(model), start["dense_weights"], weights_are)
     save_logits(model, Path(args.output) / LOGITS, metadata)

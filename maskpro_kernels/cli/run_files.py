@@ -30,7 +30,7 @@ START_WEIGHTS = "start-weights.safetensors"
 # What a report tells of weights that are those of the dense model
 FROZEN = "weights frozen"
 # What is read of a report, and of the settings in it
-REPORTED = ("model", "pattern", "eval_tokens", "table", "validation", "converted")
+REPORTED = ("model", "pattern", "eval_tokens", "eval_digest", "table", "validation", "converted")
 REPORTED_SETTINGS = ("data", "dtype", "eval_length")
 # What a run goes on by: its settings, and what was known before its first step
 RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "device", "estimator", "steps", "gap", "seed")

@@ -21,12 +21,6 @@ SAMPLES = "samples.safetensors"
 TEMPORARY = f"{SAMPLES}.tmp"
 
 
-def only_samples(output: Path) -> bool:
-    """Whether a folder holds nothing but what a run leaves that ended while it drew samples, or soon behind."""
-    left = {path.relative_to(output).as_posix() for path in output.rglob("*")}
-    return PROGRESS in left and left <= {PROGRESS, *(f"{PROGRESS}/{name}" for name in (SAMPLES, TEMPORARY, LOCK))}
-
-
 def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, windows: int) -> torch.Tensor:
     """int64 [windows, --seq-len], of a model that is not converted yet; those in the run's folder are not drawn again.
 

@@ -12,13 +12,15 @@ from ..extras import missing
 from ..pattern import NMPattern
 from ..pruning.gap import LARGEST_GAP, gap_for_flip_rate
 from ..ranks import Ranks
-from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved
+from ..text.data import is_path
+from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
 from ..training.estimator import Estimator
 from ..training.sharing import PARALLEL, check_shares
-from .arguments import DTYPES, check_least, device_of
+from .arguments import DTYPES, check_least, device_of, telling
 from .changed_weights import REFITTED
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
+from .models import is_path_of_model
 
 # What a run learns from, and how many windows the model draws at most, where nothing is said
 DATA, SAMPLES = "pydoc:0.5,self:0.5", 2048
@@ -59,6 +61,8 @@ def _complete_texts(args: argparse.Namespace) -> None:
     """Check what a run learns from, and find a text of another kind to look at."""
     args.data = getattr(args, "data", DATA)
     shares = dict(parse_sources(args.data))
+    with telling("eval_windows"):
+        shared_out(texts_of(args.data), args.eval_windows)
     other = other_kind(args.data)
     if other is not None:
         args.other_data = getattr(args, "other_data", other)
@@ -110,8 +114,9 @@ def reported_settings(args: argparse.Namespace) -> dict:
 def stored_settings(args: argparse.Namespace) -> dict:
     """The settings by which a run goes on, from whatever folder."""
     settings = {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "output")}
-    for name in ("model", "other_data"):
-        if name in settings and Path(settings[name]).exists():
-            settings[name] = str(Path(settings[name]).resolve())
+    if is_path_of_model(settings["model"]):
+        settings["model"] = str(Path(settings["model"]).resolve())
+    if "other_data" in settings and is_path(settings["other_data"]):
+        settings["other_data"] = str(Path(settings["other_data"]).resolve())
     settings["data"] = resolved(settings["data"])
     return settings

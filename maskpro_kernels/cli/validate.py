@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
-from ..checkpoints.logits import weights_beside
 from ..checkpoints.safetensors_files import weight_files
 from ..checkpoints.survey import survey
 from .run_files import LOGITS
@@ -14,9 +13,8 @@ from .run_files import LOGITS
 def validate(args: argparse.Namespace) -> None:
     """Print which patterns the matrices of a checkpoint follow."""
     files = weight_files(args.checkpoint)
-    # in the folder of a run the logits stand beside the checkpoint, and the weights without the zeros
-    beside = LOGITS, weights_beside(LOGITS).name
-    rows = list(survey([file for file in files if file.name not in beside] or files))
+    # in the folder of a run the logits stand beside the checkpoint
+    rows = list(survey([file for file in files if file.name != LOGITS] or files))
     if not rows:
         raise ValueError(f"checkpoint: expected matrices of floats, got none in {args.checkpoint!r}")
     width = max(len(row.name) for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 import sysconfig
@@ -13,6 +14,22 @@ import torch
 from ..extras import missing
 
 SPLITS = ("calibration", "validation", "test")
+# Sources that every Python has, of different kinds
+BUILT_IN = ("stdlib", "pydoc")
+# The source that is no text: what the model writes itself
+SELF = "self"
+
+
+def is_path(source: str) -> bool:
+    """Whether a source is a path that exists; a name with a meaning of its own is none, whatever files there are."""
+    if source in (*BUILT_IN, SELF):
+        return False
+    try:
+        return Path(source).exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def load_text(source: str) -> dict[str, str]:
@@ -22,26 +39,31 @@ def load_text(source: str) -> dict[str, str]:
         source: "pydoc" (the topics of the Python documentation that ship with Python), "stdlib" (the source code of
             Python's standard library: its public modules of one file), the path of a UTF-8 text file, or the name of
             a dataset on the Hugging Face hub, "name" or "name:config" (needs the ``datasets`` package; its train
-            split is the calibration text).
+            split is the calibration text). A file that is called pydoc or stdlib goes by "./pydoc".
 
     A text's pieces (topics or modules sorted by name, or paragraphs between blank lines) go to the test text where
     index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise.
 
     Raises:
         TypeError: if ``source`` is not a str.
-        ValueError: if ``source`` or a split is empty, the file is not UTF-8, or the dataset lacks a split or a text
-            column, or ``datasets`` is not installed.
+        ValueError: if ``source`` or a split is empty, ``source`` is "self", which is no text, the file is not UTF-8,
+            the dataset lacks a split or a text column, or ``datasets`` is not installed.
         OSError: if the file cannot be read.
     """
     if not isinstance(source, str):
         raise TypeError(f'source: expected a str such as "pydoc", got {type(source).__name__}')
     if not source:
         raise ValueError('source: expected "pydoc", "stdlib", a text file or a dataset, got an empty str')
+    if source == SELF:
+        raise ValueError(
+            f"source: expected a text, got {source!r}, the model's own samples; of a file of that name give the path, "
+            f"'./{source}'"
+        )
     if source == "pydoc":
         texts = _split(_pydoc_topics())
     elif source == "stdlib":
         texts = _split(_stdlib_modules())
-    elif Path(source).exists():
+    elif is_path(source):
         texts = _split(_paragraphs(Path(source)))
     else:
         texts = _dataset_texts(source)

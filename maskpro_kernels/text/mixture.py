@@ -12,10 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The source that is no text: what the model writes itself
-SELF = "self"
-# Sources that every Python has, of different kinds
-BUILT_IN = ("stdlib", "pydoc")
+from .data import BUILT_IN, SELF, is_path
 
 
 class Source(NamedTuple):
@@ -30,7 +27,7 @@ def parse_sources(data: str) -> tuple[Source, ...]:
 
     A comma separates sources, and a number behind a source's last colon is its share. Shares are divided by their sum;
     without any, all sources have the same. What exists as a path is that path, commas and colons included. So a dataset
-    whose configuration is a number needs a share behind it.
+    whose configuration is a number needs a share behind it. But ``self`` and the names of ``BUILT_IN`` are never paths.
 
     Raises:
         TypeError: if ``data`` is no str.
@@ -60,7 +57,7 @@ def _words(data: str) -> list[str]:
     while parts:
         joined = [",".join(parts[:count]) for count in range(1, len(parts) + 1)]
         named = {count: _source(word)[0] for count, word in enumerate(joined, start=1)}
-        count = max((count for count, name in named.items() if name and Path(name).exists()), default=1)
+        count = max((count for count, name in named.items() if name and is_path(name)), default=1)
         words.append(joined[count - 1])
         del parts[:count]
     return words
@@ -69,7 +66,7 @@ def _words(data: str) -> list[str]:
 def _source(word: str) -> tuple[str, Fraction | None]:
     """(name, share) of one source."""
     name, colon, share = word.rpartition(":")
-    if not colon or Path(word).exists():
+    if not colon or is_path(word):
         return word, None
     try:
         number = Fraction(share)
@@ -104,6 +101,23 @@ def turns(shares: Sequence[Fraction], count: int) -> list[int]:
     return found
 
 
+def shared_out(sources: Sequence[Source], count: int) -> list[int]:
+    """How many of ``count`` windows each source has by its share, but at least one.
+
+    Raises:
+        ValueError: if there are more sources than windows.
+    """
+    if count < len(sources):
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(f"expected at least {len(sources)}, one for each text of {names}, got {count}")
+    whose = turns([source.share for source in sources], count) if sources else []
+    counts = [whose.count(index) for index in range(len(sources))]
+    while 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
+    return counts
+
+
 def in_a_batch(share: Fraction, batch_size: int) -> int:
     """How many windows of a source a batch has, rounded up."""
     return -(-share.numerator * batch_size // share.denominator)
@@ -122,12 +136,12 @@ def check_windows(sources: Sequence[Source], windows: Mapping[str, Tensor], batc
 
 def resolved(data: str) -> str:
     """The same list with absolute paths, which hold in every folder."""
-    if Path(data).exists():
+    if is_path(data):
         return str(Path(data).resolve())
     sources = parse_sources(data)
-    if not any(Path(name).exists() for name, _ in sources):
+    if not any(is_path(name) for name, _ in sources):
         return data
-    return ",".join(f"{Path(name).resolve() if Path(name).exists() else name}:{share}" for name, share in sources)
+    return ",".join(f"{Path(name).resolve() if is_path(name) else name}:{share}" for name, share in sources)
 
 
 class MixedBatches(Sequence):

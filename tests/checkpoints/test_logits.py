@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from helpers.full_disk import files_of_at_most
 from torch import nn
 
 from maskpro_kernels import MaskedLinear
-from maskpro_kernels.checkpoints.logits import load_logits, save_logits
+from maskpro_kernels.checkpoints.logits import load_learned, load_logits, save_logits
 from maskpro_kernels.files import check_output
+from maskpro_kernels.modules import masked_layers
 
 
 def masked(logits_dtype=torch.float32):
@@ -70,6 +72,55 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         save_logits(masked(torch.bfloat16), path, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+def changed(model, by):
+    for layer in masked_layers(model).values():
+        layer.weight.data += by
+        layer.weight_changed = True
+    return model
+
+
+def test_changed_weights_are_in_the_same_file(tmp_path):
+    model = changed(masked(torch.bfloat16), 1.0)
+    save_logits(model, tmp_path / "a.safetensors", {"note": "x"})
+    save_logits(changed(masked(), 2.0), tmp_path / "a.pt", {})
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "a.safetensors"]
+    (tmp_path / "a.safetensors").rename(tmp_path / "b")
+    learned = load_learned(tmp_path / "b")
+    layers = masked_layers(model)
+    assert_same_bits(learned.logits, {name: layer.logits for name, layer in layers.items()})
+    assert_same_bits(learned.weights, {name: layer.weight for name, layer in layers.items()})
+    assert learned.metadata["note"] == "x"
+
+
+def test_weights_of_some_layers_may_have_changed(tmp_path):
+    model = masked()
+    model[0].weight_changed = True
+    save_logits(model, tmp_path / "a", {})
+    learned = load_learned(tmp_path / "a")
+    assert learned.logits.keys() == {"0", "2.0"} and learned.weights.keys() == {"0"}
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_whichever_write_fails_logits_and_weights_are_of_one_model(tmp_path, monkeypatch, failing):
+    path, first, second = tmp_path / "logits", changed(masked(), 1.0), changed(masked(torch.bfloat16), 2.0)
+    save_logits(first, path, {})
+    sync, synced = os.fsync, []
+
+    def fail(descriptor):
+        synced.append(descriptor)
+        if len(synced) > failing:
+            raise OSError("no space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patched, suppress(OSError):
+        patched.setattr(os, "fsync", fail)
+        save_logits(second, path, {})
+    learned = load_learned(path)
+    layers = masked_layers(first if learned.logits["0"].dtype == torch.float32 else second)
+    assert_same_bits(learned.logits, {name: layer.logits for name, layer in layers.items()})
+    assert_same_bits(learned.weights, {name: layer.weight for name, layer in layers.items()})
 
 
 def test_save_refuses_before_it_writes(tmp_path):

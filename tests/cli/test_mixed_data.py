@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from filelock import FileLock
 from helpers.bits import assert_same_bits
-from helpers.command import learn, refuses, report
+from helpers.command import broken_off, contents, learn, refuses, report
 from helpers.tiny_llama import tiny_text
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
-from maskpro_kernels.cli import main, run_samples
+from maskpro_kernels.cli import learning_run, main, run_samples, unbegun
+from maskpro_kernels.cli.learning_run import LearningRun
+from maskpro_kernels.cli.perplexities import ValidationPerplexities
+from maskpro_kernels.cli.run_settings import stored_settings
 from maskpro_kernels.report.parting import parting, told
+from maskpro_kernels.training.run_folder import RunFolder
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -24,6 +29,10 @@ SAMPLES = "progress/samples.safetensors"
 
 class Killed(BaseException):
     pass
+
+
+def kill():
+    raise Killed
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +98,18 @@ def test_at_most_so_many_windows_are_drawn(inputs, tmp_path, batches):
     assert [sorted(taken[at : at + 3]) for at in (0, 3, 6)] == [[0, 1, 2]] * 3
 
 
+@pytest.mark.parametrize(("share", "drawn", "taken"), [(99, 1, 0), (2, 2, 1)])
+def test_small_shares_of_a_short_run(inputs, tmp_path, batches, capsys, share, drawn, taken):
+    options = ["--data", f"{inputs / 'text.txt'}:{share},self:1", "--steps", "1", "--init-batches", "1"]
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    own = samples_of(tmp_path / "run")
+    assert len(own) == drawn
+    known = {tuple(row) for row in own.tolist()}
+    assert sum(tuple(row) in known for batch in batches[0] for row in batch.tolist()) == taken
+    told = "no window of 'self' is learned from: its share of so few batches is less than one"
+    assert (told in capsys.readouterr().err) == (taken == 0)
+
+
 def test_samples_are_of_the_dense_model_whatever_mask_is_learned(inputs, tmp_path):
     options = ["--init-batches", "2"]
     assert main.main(mixed(inputs, tmp_path / "one", *options)) == 0
@@ -114,6 +135,85 @@ def test_a_run_that_is_killed_while_it_draws_goes_on_by_the_same_command(inputs,
     assert_same_bits(samples_of(run), samples_of(whole))
     assert report(run)["logits"] == report(whole)["logits"]
     assert not (run / f"{SAMPLES}.tmp").exists()
+
+
+TEACHER = "--refit weights --loss kl".split()
+BEFORE_THE_FIRST_STEP = [
+    (RunFolder, "start_journal"),
+    (learning_run, "keep_teacher"),
+    (ValidationPerplexities, "add"),
+    (learning_run, "write_whole"),
+]
+
+
+@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
+def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
+    inputs, tmp_path, monkeypatch, place, name
+):
+    run, did = tmp_path / "run", getattr(place, name)
+
+    def killed(*args):
+        if name != "write_whole":
+            did(*args)
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(place, name, killed)
+        # a process that is killed takes nothing back
+        patched.setattr(LearningRun, "_take_back", lambda *_: None)
+        main.main(mixed(inputs, run, *TEACHER, "--init-batches", "2"))
+    drawn = samples_of(run)
+    for half in (
+        "settings.json.tmp",
+        "progress/validation.jsonl.tmp",
+        "progress/snapshot-0000000000-ab.safetensors.tmp",
+    ):
+        (run / half).write_bytes(b"half")
+    monkeypatch.setattr(run_samples, "sample_windows", None)
+    # what was of the other options is gone
+    assert main.main(mixed(inputs, run, "--init-batches", "2")) == 0
+    assert_same_bits(samples_of(run), drawn)
+    assert {path.name for path in (run / "progress").iterdir() if not path.name.startswith("snapshot-0000000000-")} == {
+        ".lock", "journal", "metrics.jsonl", "samples.safetensors", "validation.jsonl"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
+@pytest.mark.parametrize("error", [ValueError("cache: damaged"), Killed()])
+def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_path, monkeypatch, place, name, error):
+    def failing(*args):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, failing)
+        try:
+            assert main.main(mixed(inputs, tmp_path / "run", *TEACHER, "--init-batches", "2")) == 2
+        except Killed:
+            assert isinstance(error, Killed)
+    assert [path.relative_to(tmp_path / "run").as_posix() for path in contents(tmp_path / "run")] == [
+        "progress", SAMPLES
+    ]  # fmt: skip
+
+
+def test_what_has_learned_makes_no_room(inputs, tmp_path, monkeypatch, capsys):
+    """Though its settings are lost; nor does what a process holds that begins at the same time."""
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        broken_off(inputs, run, monkeypatch, 2, ["--init-batches", "2"], kill)
+    for lost in ("settings.json", "progress/metrics.jsonl"):
+        (run / lost).unlink()
+        refuses(capsys, tmp_path, learn(inputs, run), "output: expected a new or empty folder")
+    before = contents(run)
+    unbegun.clear_unbegun(run)
+    assert contents(run) == before
+    journal = run / "progress" / "journal"
+    journal.write_bytes(journal.read_bytes()[:20])
+    refuses(capsys, tmp_path, learn(inputs, run), "output: expected a new or empty folder")
+    journal.unlink()
+    with FileLock(run / "progress" / ".lock"):
+        before = contents(run)
+        unbegun.clear_unbegun(run)
+        assert contents(run) == before
 
 
 def test_a_run_goes_on_with_the_samples_in_its_folder(inputs, tmp_path, capsys, monkeypatch):
@@ -193,6 +293,25 @@ def test_of_several_texts_each_is_evaluated_by_its_share(inputs, tmp_path, capsy
     assert found[0] == pytest.approx(found[1] ** 0.2 * found[2] ** 0.8, abs=0.02)
 
 
+def test_a_text_that_has_fewer_windows_than_its_share_is_told(inputs, tmp_path, capsys):
+    few = "\n\n".join(tiny_text(seed=5).split("\n\n")[:12])
+    (tmp_path / "few.txt").write_text(few, encoding="utf-8")
+    data = f"{inputs / 'text.txt'}:1,{tmp_path / 'few.txt'}:99"
+    options = ["eval", str(inputs / "model"), "--data", data, "--eval-length", "24", "--device", "cpu"]
+    assert main.main([*options, "--eval-windows", "24"]) == 0
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if "windows" in line]
+    assert line.startswith(f"the test text of '{tmp_path / 'few.txt'}' has ")
+    assert line.endswith(" windows of 24 tokens, fewer than the 23 of its share")
+    # and the other one has its window, though its share is less
+    assert f"over {24 * (int(line.split(' has ')[1].split()[0]) + 1)} tokens" in captured.out
+    refuses(capsys, tmp_path, [*options, "--eval-windows", "1"], "eval_windows: expected at least 2, one for each text")
+    refuses(
+        capsys, tmp_path, learn(inputs, tmp_path / "run", "--data", data, "--eval-windows", "1"),
+        "eval_windows: expected at least 2, one for each text",
+    )  # fmt: skip
+
+
 def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(inputs)
     options = ["--data", "text.txt:1,self:1", "--init-batches", "1"]
@@ -208,6 +327,20 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "run")], "data: expected --data, or the settings of the run in")
 
 
+def test_a_run_beside_files_that_are_called_like_its_sources_goes_on(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("self", "pydoc", "stdlib", "smollm2-135m"):
+        (tmp_path / name).touch()
+    options = ["--data", f"{inputs / 'text.txt'}:1,self:1", "--init-batches", "1"]
+    with pytest.raises(Killed):
+        broken_off(inputs, tmp_path / "run", monkeypatch, 1, options, kill)
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
+    assert (settings["data"], settings["other_data"]) == (f"{inputs / 'text.txt'}:1/2,self:1/2", "pydoc")
+    assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
+    assert main.main(["eval", str(tmp_path / "run"), "--eval-windows", "2", "--eval-length", "24"]) == 0
+    assert stored_settings(Namespace(model="smollm2-135m", data="self"))["model"] == "smollm2-135m"
+
+
 def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tmp_path, capsys):
     assert main.main(mixed(inputs, tmp_path / "mixed", "--init-batches", "1")) == 0
     capsys.readouterr()
@@ -217,6 +350,16 @@ def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tm
     assert main.main(learn(inputs, tmp_path / "both", "--data", both, "--init-batches", "1")) == 0
     capsys.readouterr()
     refuses(capsys, tmp_path, ["compare", str(run), str(tmp_path / "both")], "expected the same data in all")
+
+
+def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path, capsys):
+    for name, options in (("one", []), ("longer", ["--steps", "4"]), ("other", ["--seed", "1"])):
+        options = ["--data", "self", "--init-batches", "1", *options]
+        assert main.main(learn(inputs, tmp_path / name, *options)) == 0
+    capsys.readouterr()
+    assert main.main(["compare", str(tmp_path / "one"), str(tmp_path / "longer")]) == 0
+    compared = ["compare", str(tmp_path / "one"), str(tmp_path / "other")]
+    refuses(capsys, tmp_path, compared, "run: expected the same test windows in all, got others in", "--seed")
 
 
 def test_without_data_a_run_learns_from_half_its_own_samples(inputs, tmp_path, batches, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
-from maskpro_kernels.checkpoints.logits import load_learned, load_logits, save_logits
+from maskpro_kernels.checkpoints.logits import load_learned, load_logits
 from maskpro_kernels.cli import main
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.pruning.refit import put_weights
@@ -85,35 +86,26 @@ def test_the_checkpoint_holds_the_refitted_weights_under_the_learned_masks(refit
 
 
 def test_masks_alone_are_refused(refitted, tmp_path, capsys):
-    """Whatever happens to the weights beside them."""
+    """Whatever happens to the weights with them."""
     _, run = refitted
     with pytest.raises(ValueError, match=r"path: expected logits over the weights of the dense model, .*load_learned"):
         load_logits(run / "logits.safetensors")
-    logits, beside = "logits.safetensors", "logits.weights.safetensors"
-    weights = load_file(run / beside)
-    name = next(iter(weights))
-
-    def refused_with(message, change=None):
-        folder = tmp_path / message[:20].replace(" ", "-").replace(":", "")
-        folder.mkdir()
-        shutil.copy(run / logits, folder)
-        if change is not None:
-            change(folder / beside)
-        refuses(capsys, tmp_path, ["export", str(folder), str(tmp_path / "out")], "run: ", message, f"restore {logits}")
-
-    refused_with("got no file")
-    refused_with("got damaged ones in", lambda path: path.write_bytes((run / beside).read_bytes()[:-4] + b"abcd"))
-    other = weights | {name: weights[name] + 1}
-
-    def other_weights(path):
-        model = tiny_model()
-        mk.convert(model, "2:4")
-        put_weights(masked_layers(model), other)
-        save_logits(model, path.with_name("others.safetensors"), {})
-        path.with_name("others.weights.safetensors").rename(path)
-        path.with_name("others.safetensors").unlink()
-
-    refused_with("got those of other masks", other_weights)
+    (tmp_path / "run").mkdir()
+    file, metadata = tmp_path / "run" / "logits.safetensors", load_learned(run / "logits.safetensors").metadata
+    tensors = load_file(run / file.name)
+    weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight")}
+    (one, of_one), (other, of_other) = [item for item in weights.items() if "self_attn.q_proj" in item[0]]
+    assert of_one.shape == of_other.shape
+    for changed in (
+        {name: tensor for name, tensor in tensors.items() if name not in weights},
+        {name: tensor for name, tensor in tensors.items() if name != one},
+        tensors | {one: of_one + 1},
+        tensors | {one: of_other, other: of_one},
+    ):
+        save_file(changed, file, metadata=metadata)
+        told = "run: path: expected the changed weights that the masks belong to, got damaged ones or others"
+        export = ["export", str(file.parent), str(tmp_path / "out")]
+        refuses(capsys, tmp_path, export, told, "restore logits.safetensors from a copy")
 
 
 def test_export_rebuilds_the_checkpoint(refitted, tmp_path, capsys):
@@ -140,9 +132,9 @@ def test_export_refuses_another_base_model(refitted, inputs, tmp_path, capsys):
     shutil.copytree(inputs / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     shutil.copytree(run, tmp_path / "run")
-    logits = load_file(run / "logits.safetensors")
+    tensors = load_file(run / "logits.safetensors")
     metadata = load_learned(run / "logits.safetensors").metadata | {"model": str(tmp_path / "model")}
-    save_file(logits, tmp_path / "run" / "logits.safetensors", metadata=metadata)
+    save_file(tensors, tmp_path / "run" / "logits.safetensors", metadata=metadata)
     told = "that its masks were learned on, got others; put back the base model"
     refuses(capsys, tmp_path, ["export", str(tmp_path / "run"), str(tmp_path / "out")], told)
 
@@ -162,13 +154,34 @@ def test_replay_writes_the_weights_too(refitted, tmp_path, capsys):
     assert_same_bits(replayed.logits, learned.logits)
     assert_same_bits(replayed.weights, learned.weights)
     assert main.main(["export", str(tmp_path / "again"), str(tmp_path / "out")]) == 0
-    refuses(capsys, tmp_path, ["replay", str(run), "--output", str(tmp_path / "again" / "logits"), "--device", "cpu"],
-            "output: expected a name beside which logits.weights.safetensors is free")  # fmt: skip
     # without them there is no result
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "progress" / "start-weights.safetensors").unlink()
     arguments = ["replay", str(tmp_path / "run"), "--output", str(tmp_path / "lost"), "--device", "cpu"]
     refuses(capsys, tmp_path, arguments, "expected the changed weights that the masks belong to", "got no file")
+    # nor is there one where it is not known whether there were some
+    (tmp_path / "run" / "settings.json").unlink()
+    refuses(capsys, tmp_path, arguments, "run: expected settings.json, which tells whether weights were refitted")
+
+
+def test_lost_or_damaged_logits_are_had_again_as_told(refitted, tmp_path, capsys):
+    options, run = refitted
+    shutil.copytree(run, tmp_path / "run")
+    logits, export = tmp_path / "run" / "logits.safetensors", ["export", str(tmp_path / "run"), str(tmp_path / "out")]
+    logits.write_bytes(logits.read_bytes()[:-8])
+    refuses(capsys, tmp_path, export, "restore logits.safetensors from a copy")
+    logits.rename(tmp_path / "damaged")
+    assert main.main(export) == 2
+    told = capsys.readouterr().err.rstrip()
+    assert "run: expected logits.safetensors in" in told and "restore logits.safetensors from a copy" in told
+    if "straight-through" in options:
+        assert told.endswith("from a copy")
+        return
+    _, _, command = told.partition(", or run: maskpro ")
+    assert main.main(shlex.split(command)) == 0
+    assert main.main(export) == 0
+    learned, exported = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "out"))
+    assert_same_bits(exported, learned)
 
 
 def test_a_run_that_was_killed_goes_on(refitted, inputs, tmp_path, monkeypatch):

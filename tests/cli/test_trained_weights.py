@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.command import broken_off, learn, nonzeros, refuses, report
+from helpers.command import broken_off, learn, nonzeros, report
 from helpers.routes import route_to_the_eager_reference
 from helpers.tiny_llama import tiny_model
 from transformers import AutoModelForCausalLM
@@ -67,13 +65,6 @@ def test_the_checkpoint_and_its_export_hold_the_trained_weights(trained, tmp_pat
         assert (weight != dense.get_submodule(name).weight)[kept].any()
         assert_same_bits(checkpoint.get_submodule(name).weight, torch.where(kept, weight, 0.0))
         assert (nonzeros(checkpoint, name) == 2).all()
-
-
-def test_masks_alone_are_refused(trained, tmp_path, capsys):
-    _, _, run = trained
-    (tmp_path / "alone").mkdir()
-    shutil.copy(run / "logits.safetensors", tmp_path / "alone")
-    refuses(capsys, tmp_path, ["export", str(tmp_path / "alone"), str(tmp_path / "out")], "run: ", "got no file")
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -417,7 +417,7 @@ CASES = {
         "export reinforce out",
         changed_tensors(LOGITS, of_first(lambda tensor: tensor.int()), METADATA),
         "expected finite logits [out, K], got [32, 64] of torch.int32",
-        "by `maskpro replay --output`",
+        "or move it away and run: maskpro replay reinforce --output reinforce/logits.safetensors",
     ),
     "logits of another model's layers": (
         "export reinforce out",

@@ -44,6 +44,16 @@ def test_file_is_split_by_paragraph(tmp_path):
     }
 
 
+def test_a_file_that_is_called_like_a_source_goes_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pydoc", "self"):
+        (tmp_path / name).write_text("\n\n".join("abcdef"), encoding="utf-8")
+        assert load_text(f"./{name}") == load_text(str(tmp_path / name))
+    assert len(load_text("pydoc")["test"]) > 1000
+    with pytest.raises(ValueError, match="source: expected a text, got 'self', .* give the path, './self'"):
+        load_text("self")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -8,7 +8,15 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 
-from maskpro_kernels.text.mixture import MixedBatches, other_kind, parse_sources, resolved, texts_of, turns
+from maskpro_kernels.text.mixture import (
+    MixedBatches,
+    other_kind,
+    parse_sources,
+    resolved,
+    shared_out,
+    texts_of,
+    turns,
+)
 
 
 def shares_of(data):
@@ -46,6 +54,23 @@ def test_a_path_that_exists_is_taken_whole(tmp_path, monkeypatch):
         name if name == "self" else str(tmp_path / name): share for name, share in expected.items()
     }
     assert resolved("pydoc:1,self:3") == "pydoc:1,self:3" and not os.path.exists("a,b:0.5")
+
+
+def test_names_with_a_meaning_are_never_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("self", "pydoc", "stdlib", "text"):
+        (tmp_path / name).touch()
+    for data in ("pydoc:0.5,self:0.5", "self", "pydoc", "stdlib"):
+        assert resolved(data) == data
+    assert resolved("pydoc,self,text") == f"pydoc:1/3,self:1/3,{tmp_path / 'text'}:1/3"
+    expected = {str(tmp_path / "self"): Fraction(1, 2), "self": Fraction(1, 2)}
+    assert shares_of(resolved("./self,self")) == expected
+
+
+def test_a_long_list_of_short_names():
+    names = [f"name-{index}" for index in range(60)]
+    assert shares_of(",".join(names)) == dict.fromkeys(names, Fraction(1, 60))
+    assert resolved(",".join(names)) == ",".join(names)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +118,15 @@ def test_turns_keep_to_the_shares_all_along(weights):
         taken = Counter(found[:count])
         assert all(abs(taken[index] - share * count) < 1 for index, share in enumerate(shares)), (count, taken)
     assert found[: sum(weights)].count(0) == weights[0]
+
+
+def test_windows_are_shared_out_and_each_source_has_one():
+    assert shared_out(parse_sources("a:1,b:3"), 24) == [6, 18]
+    assert shared_out(parse_sources("a:1,b:98,c:1"), 24) == [1, 22, 1]
+    assert shared_out(parse_sources("a:1,b:98,c:1"), 3) == [1, 1, 1]
+    assert shared_out((), 3) == []
+    with pytest.raises(ValueError, match="expected at least 3, one for each text of a, b, c, got 2"):
+        shared_out(parse_sources("a,b,c"), 2)
 
 
 def mixed(sizes, data, batch_size, count, seed=0):

@@ -1,0 +1,64 @@
+"""What a run leaves that ended before its first step: known as such, it makes room for the same command again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..training.journal import read as read_journal
+from ..training.run_folder import JOURNAL, LOCK, METRICS
+from ..training.snapshots import snapshots_in, step_of
+from .losses import TEACHER
+from .run_files import PROGRESS, SETTINGS, START_WEIGHTS, VALIDATION
+from .run_samples import SAMPLES, TEMPORARY
+
+
+def ended_unbegun(output: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that ended before its first step."""
+    progress, left = output / PROGRESS, set(output.rglob("*"))
+    samples = {progress / name for name in (SAMPLES, TEMPORARY)}
+    teacher = progress / TEACHER
+    known = {progress, *samples, *_unresumable(output), teacher, *teacher.rglob("*")}
+    return progress in left and left <= known and not _holds_a_run(output)
+
+
+def clear_unbegun(output: Path) -> None:
+    """Remove what ``begin`` of a run has left that ended before its first step; samples stay, they are gone on with.
+
+    A folder that holds a run, or that another process is at, stays as it is.
+    """
+    progress = output / PROGRESS
+    if not progress.is_dir():
+        return
+    try:
+        with FileLock(progress / LOCK, blocking=False):
+            if not _holds_a_run(output):
+                shutil.rmtree(progress / TEACHER, ignore_errors=True)
+                for left in _unresumable(output):
+                    left.unlink(missing_ok=True)
+    except Timeout:
+        return
+
+
+def _holds_a_run(output: Path) -> bool:
+    """Whether a run in the folder can be resumed, or has learned something."""
+    progress = output / PROGRESS
+    if (output / SETTINGS).exists() or (progress / METRICS).exists():
+        return True
+    if any(step_of(path) > 0 for path in snapshots_in(progress)):
+        return True
+    try:
+        return (progress / JOURNAL).exists() and bool(read_journal(progress / JOURNAL)[1])
+    except ValueError:
+        # damaged: what it held is not known
+        return True
+
+
+def _unresumable(output: Path) -> list[Path]:
+    """The files that are of no use without the settings, which are written behind them, and halves of them."""
+    progress = output / PROGRESS
+    files = [progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS)]
+    halves = [path.with_name(f"{path.name}.tmp") for path in (*files, output / SETTINGS)]
+    return [*snapshots_in(progress), *progress.glob("snapshot-*.tmp"), *files, *halves]
