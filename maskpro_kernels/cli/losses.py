@@ -51,7 +51,7 @@ def fill_teacher(args: argparse.Namespace, inputs: Inputs, loss_fn: LossFn, rank
     """Ask the dense model about all batches that a run will see, if it will be gone then; ranks share them."""
     if not isinstance(loss_fn, DistillationLoss) or loss_fn.cache is None:
         return
-    seen = inputs.calibration[: args.steps * args.accumulate]
+    seen = inputs.calibration
     ranks.all_of(lambda: loss_fn.fill(inputs.model, seen[ranks.rank :: ranks.world], progress=args.bars))
     tell(f"the dense model has been asked about {len(seen)} batches, for it changes")
 

@@ -13,6 +13,7 @@ from helpers.routes import route_to_the_eager_reference
 from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main
 from maskpro_kernels.text import teacher
+from maskpro_kernels.training.initial_losses import InitialLosses
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -68,6 +69,15 @@ def test_a_run_reports_its_loss_and_goes_on_to_the_same_bits(ended, inputs, tmp_
     assert losses[0] == losses[1] and len(losses[0]) == 4
     # of a random model with 32 tokens, whose cross-entropy is 3.5
     assert 0 < losses[0][0] < (0.1 if settings["loss"] == "kl" else 1.9)
+
+
+def test_a_run_that_takes_few_of_the_batches_asks_for_no_other(inputs, tmp_path, monkeypatch):
+    losses, computed = [], InitialLosses.computed
+    monkeypatch.setattr(InitialLosses, "computed", lambda *args: (losses.append(computed(*args)), losses[0])[1])
+    options = [*WAYS["reinforce"], "--steps", "1", "--calibration-batches", "3"]
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    ((loss,),) = losses
+    assert 0 < loss < 3
 
 
 def test_a_teacher_is_taken_back_with_a_run_that_does_not_begin(inputs, tmp_path, monkeypatch):
