@@ -39,6 +39,27 @@ class TopLogProbs(NamedTuple):
     rest: Tensor
 
 
+class _Known(NamedTuple):
+    """The digest of a model, for as long as no parameter has been written to.
+
+    Attributes:
+        parameters: held, for a new one could have the place of one that is gone.
+        writes: see ``_writes``.
+        digest: of the parameters.
+    """
+
+    parameters: list[Tensor]
+    writes: list[tuple[int, int, int]] | None
+    digest: str
+
+
+def _writes(tensors: list[Tensor]) -> list[tuple[int, int, int]] | None:
+    """What changes where a tensor is written to or replaced; None where torch does not count."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
 def pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
     """(row, tokens) of logits [batch, length, vocabulary], in pieces; the last token of a row predicts none."""
     batch, length, vocabulary = logits.shape
@@ -88,7 +109,7 @@ class TeacherCache:
         self.folder = None if folder is None else Path(folder)
         self._held: dict[str, TopLogProbs] = {}
         self._teacher: str | None = None
-        self._digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._digests: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
     def top(self, model: nn.Module, input_ids: Tensor, temperature: float) -> TopLogProbs:
         """What the teacher has said of a batch, on its device; a batch that is new is added.
@@ -135,19 +156,23 @@ class TeacherCache:
         self._held.clear()
 
     def _digest_of(self, model: nn.Module) -> str:
-        """Of all parameters but the logits of masks, once a model."""
-        if model not in self._digests:
-            learned = {id(layer.logits) for layer in masked_layers_of(model)}
-            own = [parameter for parameter in model.parameters() if id(parameter) not in learned]
-            self._digests[model] = digest(parameter for parameter in own if not parameter.is_meta)
-        return self._digests[model]
+        """Of all parameters but the logits of masks; anew where one may have been written to, or is another one."""
+        learned = {id(layer.logits) for layer in masked_layers_of(model)}
+        # a weight that two modules share is one parameter before a conversion, and two behind it
+        every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+        own = [parameter for parameter in every if id(parameter) not in learned and not parameter.is_meta]
+        writes = _writes(own)
+        known = self._digests.get(model)
+        if known is None or writes is None or known.writes != writes:
+            known = self._digests[model] = _Known(own, writes, digest(own))
+        return known.digest
 
     def _check_teacher(self, teacher: str) -> None:
         """Raise ValueError unless all that is held is of that teacher."""
         if self._teacher not in (None, teacher):
             raise ValueError(
-                "cache: expected logits of this model alone, got some of a model with other weights; give each a "
-                "cache of its own"
+                "cache: expected logits of this model alone, got some of a model with other weights, or from before "
+                "this one's were written to; give each a cache of its own"
             )
         self._teacher = teacher
 
