@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is seen as a whole or not at all, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file that is seen as a whole or not at all, also after a crash; of several writers the last one's."""
+    # a name of its own, or one writer would take away what another one writes
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -139,10 +139,8 @@ def _one_text(args: argparse.Namespace) -> bool:
     return len(names) == 1 and names != [SELF]
 
 
-def _learned_from(args: argparse.Namespace) -> int | None:
-    """How many distinct batches the steps take at most; None where the text alone limits them."""
-    if _one_text(args):
-        return args.calibration_batches
+def _learned_from(args: argparse.Namespace) -> int:
+    """How many distinct batches the steps take at most: of a text no more, for initial losses are found of each."""
     all_steps = args.steps * args.accumulate
     return all_steps if args.calibration_batches is None else min(args.calibration_batches, all_steps)
 

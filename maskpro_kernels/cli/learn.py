@@ -47,7 +47,7 @@ def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
     estimator = ranks.all_of(check)
     ranks.first(lambda: _check_output(Path(args.output)))
     inputs = read_inputs(args, ranks)
-    loss_fn = loss_of(args, resumed=False)
+    loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, ranks)
     run = LearningRun(args, ranks, inputs, estimator, loss_fn, start)
@@ -100,6 +100,6 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
     if args.refit != "none":
         with telling("resume", f"restore {PROGRESS} from a copy, or begin anew with another --output"):
             put_back_start_weights(inputs.model, output / PROGRESS, start, ranks)
-    run = LearningRun(args, ranks, inputs, estimator, loss_of(args, resumed=True), start)
+    run = LearningRun(args, ranks, inputs, estimator, loss_of(args), start)
     run.go_on()
     return run

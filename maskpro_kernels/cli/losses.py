@@ -10,6 +10,7 @@ from ..ranks import Ranks
 from ..text.losses import KINDS, DistillationLoss, distillation_loss
 from ..text.teacher import TeacherCache
 from ..training.step import LossFn
+from .arguments import telling
 from .inputs import Inputs
 from .progress import tell
 from .run_files import PROGRESS
@@ -33,30 +34,45 @@ def complete_loss(args: argparse.Namespace) -> None:
         )
 
 
-def loss_of(args: argparse.Namespace, resumed: bool) -> LossFn:
-    """The loss of complete settings. Where weights will change, it has a cache of the teacher.
-
-    Args:
-        resumed: whether that is in the folder of the run; else it is still empty, and in memory.
-    """
+def loss_of(args: argparse.Namespace) -> LossFn:
+    """The loss of complete settings. Where weights will change, it has a cache of the teacher in the run's folder."""
     if args.loss == "ce":
         return distillation_loss("ce")
     cache = None
     if args.refit != "none" or getattr(args, "train_weights", None) is not None:
-        cache = TeacherCache(folder=Path(args.output) / PROGRESS / TEACHER if resumed else None)
+        cache = TeacherCache(folder=Path(args.output) / PROGRESS / TEACHER)
     return distillation_loss(args.loss, args.loss_temperature, cache=cache)
 
 
 def fill_teacher(args: argparse.Namespace, inputs: Inputs, loss_fn: LossFn, ranks: Ranks) -> None:
-    """Ask the dense model about all batches that a run will see, if it will be gone then; ranks share them."""
+    """Ask the dense model about all batches of a run, if it will be gone then; ranks share them.
+
+    Each batch is written as soon as it is asked about, and is not asked about again.
+
+    Raises:
+        ValueError: if the folder holds what another model has said, or is none that all ranks see.
+        OSError: if it cannot be written.
+    """
     if not isinstance(loss_fn, DistillationLoss) or loss_fn.cache is None:
         return
-    seen = inputs.calibration[: args.steps * args.accumulate]
-    ranks.all_of(lambda: loss_fn.fill(inputs.model, seen[ranks.rank :: ranks.world], progress=args.bars))
-    tell(f"the dense model has been asked about {len(seen)} batches, for it changes")
+    batches, folder = inputs.calibration, str(loss_fn.cache.folder)
+    tell(f"asking the dense model about {len(batches)} batches, for it changes; what it says is kept in {folder}")
+
+    def fill() -> None:
+        with telling("cache", f"it is in {folder!r}: give another --output, or remove that folder"):
+            loss_fn.fill(inputs.model, batches[ranks.rank :: ranks.world], progress=args.bars)
+
+    def check() -> None:
+        lacking = loss_fn.lacking(batches)
+        if lacking:
+            raise ValueError(
+                f"output: expected a folder that all ranks see, got {folder!r}, in which this one lacks {len(lacking)} "
+                f"of {len(batches)} batches; give another"
+            )
+
+    ranks.all_of(fill)
+    ranks.all_of(check)
 
 
 def keep_teacher(output: Path, loss_fn: LossFn, ranks: Ranks) -> None:
-    """Write what ``fill_teacher`` has found into the folder of the run."""
-    if isinstance(loss_fn, DistillationLoss) and loss_fn.cache is not None:
-        ranks.all_of(lambda: loss_fn.cache.keep_in(output / PROGRESS / TEACHER))
+    """Nothing: what ``fill_teacher`` has found is in the folder of the run."""

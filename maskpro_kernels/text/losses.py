@@ -75,9 +75,9 @@ class DistillationLoss:
         self.ce_weight, self.temperature, self.cache = ce_weight, temperature, cache
 
     def settings(self) -> dict:
-        """What tells runs with this loss from others, as JSON gives it back."""
-        k = None if self.cache is None else self.cache.k
-        return {"ce_weight": self.ce_weight, "temperature": self.temperature, "k": k}
+        """What tells runs with this loss from others, as JSON gives it back; of a filled cache the teacher as well."""
+        k, teacher = (None, None) if self.cache is None else (self.cache.k, self.cache.teacher)
+        return {"ce_weight": self.ce_weight, "temperature": self.temperature, "k": k, "teacher": teacher}
 
     def __call__(self, model: nn.Module, input_ids: Tensor) -> Tensor:
         """The loss of a batch: 0-dim float32, in nats a token, differentiable once.
@@ -144,13 +144,18 @@ class DistillationLoss:
             progress: whether to show a bar.
 
         Raises:
-            ValueError: if there is no cache, or kept weights have changed.
+            ValueError: if there is no cache or one of another model, or kept weights have changed.
         """
         if self.cache is None:
             raise ValueError("cache: expected a TeacherCache to fill, got none")
+        self.cache.bind(model)
         for batch in tqdm(batches, desc="teacher", unit="batch", disable=not progress, leave=False):
             check_input_ids(batch)
             self.cache.top(model, batch, self.temperature)
+
+    def lacking(self, batches: Sequence[Tensor]) -> list[int]:
+        """Indices of the batches about which a cache would have to ask the teacher."""
+        return [at for at, batch in enumerate(batches) if not self.cache.holds(batch, self.temperature)]
 
     def _teacher(self, model: nn.Module, input_ids: Tensor) -> Teacher:
         if self.cache is not None:

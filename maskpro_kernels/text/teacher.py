@@ -23,6 +23,8 @@ from ..training.batches import digest
 
 # Logits that stand as float32 copies at a time: those of 128 tokens and a vocabulary of 65,536
 PIECE = 1 << 23
+# In the folder of a cache, whose logits it holds
+TEACHER = "teacher.json"
 
 
 class TopLogProbs(NamedTuple):
@@ -39,6 +41,27 @@ class TopLogProbs(NamedTuple):
     rest: Tensor
 
 
+class _Known(NamedTuple):
+    """The digest of a model, for as long as no parameter has been written to.
+
+    Attributes:
+        parameters: held, for a new one could have the place of one that is gone.
+        writes: see ``_writes``.
+        digest: of the parameters.
+    """
+
+    parameters: list[Tensor]
+    writes: list[tuple[int, int, int]] | None
+    digest: str
+
+
+def _writes(tensors: list[Tensor]) -> list[tuple[int, int, int]] | None:
+    """What changes where a tensor is written to or replaced; None where torch does not count."""
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
 def pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
     """(row, tokens) of logits [batch, length, vocabulary], in pieces; the last token of a row predicts none."""
     batch, length, vocabulary = logits.shape
@@ -51,6 +74,10 @@ def pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
 def masked_layers_of(model: nn.Module) -> list[MaskedLinear]:
     """The masked layers of a model; of one that is not converted none."""
     return [module for module in model.modules() if isinstance(module, MaskedLinear)]
+
+
+def _have_changed(model: nn.Module) -> bool:
+    return any(layer.weight_changed for layer in masked_layers_of(model))
 
 
 @torch.no_grad()
@@ -68,7 +95,7 @@ class TeacherCache:
     """The dense model's k likeliest next tokens and the mass of the rest, for batches that are seen again.
 
     It costs a teacher's forward once a batch, and 8 k + 4 bytes a token. What it holds outlives a change of the
-    weights, behind which there is no dense model. A batch is known again by its tokens.
+    weights, behind which there is no dense model, if it was bound to that before. A batch is known again by its tokens.
 
     Args:
         k: tokens, at least 1; of a vocabulary that has no more, all but one.
@@ -88,7 +115,8 @@ class TeacherCache:
         self.folder = None if folder is None else Path(folder)
         self._held: dict[str, TopLogProbs] = {}
         self._teacher: str | None = None
-        self._digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._bound: str | None = None
+        self._digests: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
     def top(self, model: nn.Module, input_ids: Tensor, temperature: float) -> TopLogProbs:
         """What the teacher has said of a batch, on its device; a batch that is new is added.
@@ -103,53 +131,88 @@ class TeacherCache:
                 model.
             OSError: if a file cannot be read or written.
         """
-        changed = any(layer.weight_changed for layer in masked_layers_of(model))
-        if not changed:
-            self._check_teacher(self._digest_of(model))
-        key = f"{digest([input_ids])} {temperature!r} {self.k}"
-        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        held = self._read(name)
+        changed = _have_changed(model)
+        teacher = self.teacher if changed else self._digest_of(model)
+        if teacher is not None:
+            self._check_teacher(teacher)
+        name = self._name(input_ids, temperature)
+        held = None if teacher is None else self._read(name)
         if held is None:
             if changed:
-                raise ValueError(
-                    "cache: expected the dense model's logits of every batch, got none of this one, and the weights "
-                    "have changed since; fill it before they do"
-                )
+                raise ValueError(self._lacking("of every batch, got none of this one"))
             held = _top_of(teacher_logits(model, input_ids), self.k, temperature)
             self._keep(name, held)
         return TopLogProbs(*(tensor.to(input_ids.device) for tensor in held))
 
-    def keep_in(self, folder: str | Path) -> None:
-        """Write what is in memory into a folder, made if missing, and hold it there from now on.
+    def holds(self, input_ids: Tensor, temperature: float) -> bool:
+        """Whether ``top`` needs no teacher, with arguments as there."""
+        name = self._name(input_ids, temperature)
+        return name in self._held if self.folder is None else self._path(name).exists()
+
+    @property
+    def teacher(self) -> str | None:
+        """The digest of the weights that ``bind`` was given, also once they are gone; None before.
 
         Raises:
-            ValueError: if there is a folder already.
-            OSError: if a file cannot be written.
+            ValueError: if its file is damaged.
         """
-        if self.folder is not None:
-            raise ValueError(f"folder: expected a cache in memory, got one in {str(self.folder)!r}")
-        make_folder(Path(folder))
-        self.folder = Path(folder)
-        for name, top in self._held.items():
-            self._keep(name, top)
-        self._held.clear()
+        if self._bound is None and self.folder is not None and (path := self.folder / TEACHER).exists():
+            try:
+                self._bound = str(json.loads(path.read_bytes())["teacher"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(_damaged(path)) from None
+        return self._bound
+
+    def bind(self, model: nn.Module) -> None:
+        """Write down whose logits these are: once its weights have changed, nothing else tells.
+
+        Raises:
+            ValueError: if kept weights have changed before, or the cache is of another model.
+            OSError: if that cannot be written.
+        """
+        if _have_changed(model):
+            if self.teacher is None:
+                raise ValueError(self._lacking("to be filled in, got none"))
+            return
+        teacher = self._digest_of(model)
+        self._check_teacher(teacher)
+        if self.teacher is None:
+            if self.folder is not None:
+                make_folder(self.folder)
+                write_whole(self.folder / TEACHER, json.dumps({"teacher": teacher}).encode())
+            self._bound = teacher
 
     def _digest_of(self, model: nn.Module) -> str:
-        """Of all parameters but the logits of masks, once a model."""
-        if model not in self._digests:
-            learned = {id(layer.logits) for layer in masked_layers_of(model)}
-            own = [parameter for parameter in model.parameters() if id(parameter) not in learned]
-            self._digests[model] = digest(parameter for parameter in own if not parameter.is_meta)
-        return self._digests[model]
+        """Of all parameters but the logits of masks; anew where one may have been written to, or is another one."""
+        learned = {id(layer.logits) for layer in masked_layers_of(model)}
+        # a weight that two modules share is one parameter before a conversion, and two behind it
+        every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+        own = [parameter for parameter in every if id(parameter) not in learned and not parameter.is_meta]
+        writes = _writes(own)
+        known = self._digests.get(model)
+        if known is None or writes is None or known.writes != writes:
+            known = self._digests[model] = _Known(own, writes, digest(own))
+        return known.digest
 
     def _check_teacher(self, teacher: str) -> None:
         """Raise ValueError unless all that is held is of that teacher."""
-        if self._teacher not in (None, teacher):
+        if {self._teacher, self.teacher} - {None, teacher}:
             raise ValueError(
-                "cache: expected logits of this model alone, got some of a model with other weights; give each a "
-                "cache of its own"
+                "cache: expected logits of this model alone, got some of a model with other weights, or from before "
+                "this one's were written to; give each a cache of its own"
             )
         self._teacher = teacher
+
+    def _lacking(self, what: str) -> str:
+        where = "" if self.folder is None else f" in {str(self.folder)!r}, a folder that all ranks have to see"
+        return (
+            f"cache: expected the dense model's logits {what}{where}, and the weights have changed since; fill it "
+            "before they do"
+        )
+
+    def _name(self, input_ids: Tensor, temperature: float) -> str:
+        key = f"{digest([input_ids])} {temperature!r} {self.k}"
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -180,9 +243,13 @@ class TeacherCache:
         except (SafetensorError, ValueError, KeyError, TypeError):
             sound = False
         if not sound:
-            raise ValueError(f"cache: expected a file as it was written, got a damaged one, {str(path)!r}: remove it")
+            raise ValueError(_damaged(path))
         self._check_teacher(teacher)
         return top
+
+
+def _damaged(path: Path) -> str:
+    return f"cache: expected a file as it was written, got a damaged one, {str(path)!r}: remove it"
 
 
 def _top_of(logits: Tensor, k: int, temperature: float) -> TopLogProbs:

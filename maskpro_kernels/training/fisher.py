@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -40,6 +41,7 @@ class FisherSquares:
             for name, layer in layers.items()
         }
         self.passes = dict.fromkeys(layers, 0)
+        self._warned = False
 
     def known(self) -> dict[str, Tensor]:
         """The squares of layers that have had a pass."""
@@ -48,7 +50,8 @@ class FisherSquares:
     def after_pass(self, step: Step) -> dict[str, Tensor]:
         """What ``known`` becomes by a Fisher pass over the batches of a step, within its ``drawing``; nothing changes.
 
-        All ranks get the same. Layers that the pass does not reach, or in which a square is not finite, are as before.
+        All ranks get the same. Layers that the pass does not reach, or in which a square is not finite, are as before;
+        of the latter rank 0 warns once.
         """
         found = {name: torch.zeros_like(square) for name, square in self.squares.items()}
         reached = dict.fromkeys(self.layers, 0.0)
@@ -63,13 +66,28 @@ class FisherSquares:
         flat = torch.cat([*(square.to(device) for square in found.values()), shares])
         step.sharing.ranks.sum_(flat)
         *parts, shares = flat.split([*(len(square) for square in found.values()), len(shares)])
-        sound = torch.stack([part.isfinite().all() for part in parts]) & (shares > 0)
-        after = self.known()
-        for name, part, share, usable in zip(found, parts, shares, sound.tolist(), strict=True):
-            if usable:
+        finite = torch.stack([part.isfinite().all() for part in parts])
+        after, bad = self.known(), []
+        # again one transfer
+        usable, came = torch.stack([finite & (shares > 0), shares > 0]).tolist()
+        for name, part, share, is_usable, has_come in zip(found, parts, shares, usable, came, strict=True):
+            if is_usable:
                 own = self.squares[name]
                 after[name] = own.lerp((part / share).to(own.device), max(1.0 - self.decay, 1.0 / self._next(name)))
+            elif has_come:
+                bad.append(name)
+        if bad and step.sharing.ranks.rank == 0:
+            self._warn(step.index, bad)
         return after
+
+    def _warn(self, step: int, bad: list[str]) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"fisher_loss of step {step}: expected finite squares of gradients, got others in {bad}; these layers "
+                "go by earlier passes, or by their own gradient where there was none. This is told once",
+                stacklevel=2,
+            )
+        self._warned = True
 
     def _next(self, name: str) -> int:
         return self.passes[name] + 1

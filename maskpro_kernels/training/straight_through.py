@@ -45,9 +45,10 @@ class StraightThrough(Estimator):
             after gap / (2 max_update) steps at the soonest. Where that is one or two steps, a few important
             weights may be dropped, because the slope is a local estimate and underestimates what that costs.
         decay: share of the running mean square that a step leaves, in [0, 1); and of the squares of Fisher passes.
-        fisher_every: steps from a Fisher pass to the next, the first being at the first step. A ``loss_fn`` has them
-            whose gradient does not tell its curvature: it has a method ``fisher_loss(model, batch, seed)``, see
-            ``FisherSquares`` and ``DistillationLoss``. A layer that no pass has reached goes by its own gradient.
+        fisher_every: steps from a Fisher pass to the next, the first being at the first step, and at those behind it
+            until one has given squares. A ``loss_fn`` has them whose gradient does not tell its curvature: it has a
+            method ``fisher_loss(model, batch, seed)``, see ``FisherSquares`` and ``DistillationLoss``. A layer that no
+            pass has reached goes by its own gradient.
         train_weights: learning rate of the kept weights, falling as ``lr`` does; None: weights stay as they are.
         weight_decay: of AdamW, of the weights that learn; it pulls them to 0.
 
@@ -162,7 +163,9 @@ class StraightThrough(Estimator):
         """Of the layers, by what is known and by the Fisher pass of this step where it is to have one."""
         if not hasattr(step.loss_fn, "fisher_loss"):
             return {}
-        return self._fisher.known() if step.index % self.fisher_every else self._fisher.after_pass(step)
+        known = self._fisher.known()
+        # a step whose loss is not finite takes no pass, and the next due one may be far
+        return known if known and step.index % self.fisher_every else self._fisher.after_pass(step)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import broken_off, learn, refuses, report
+from helpers.in_ranks import all_in_ranks
 from helpers.routes import route_to_the_eager_reference
+from helpers.straight_through import batches_of_tokens, masked_llama
 
 from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.losses import fill_teacher, loss_of
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.text import teacher
+from maskpro_kernels.training.initial_losses import InitialLosses
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -70,16 +78,68 @@ def test_a_run_reports_its_loss_and_goes_on_to_the_same_bits(ended, inputs, tmp_
     assert 0 < losses[0][0] < (0.1 if settings["loss"] == "kl" else 1.9)
 
 
-def test_a_teacher_is_taken_back_with_a_run_that_does_not_begin(inputs, tmp_path, monkeypatch):
+def test_a_run_that_takes_few_of_the_batches_asks_for_no_other(inputs, tmp_path, monkeypatch):
+    losses, computed = [], InitialLosses.computed
+    monkeypatch.setattr(InitialLosses, "computed", lambda *args: (losses.append(computed(*args)), losses[0])[1])
+    options = [*WAYS["reinforce"], "--steps", "1", "--calibration-batches", "3"]
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    ((loss,),) = losses
+    assert 0 < loss < 3
+
+
+def test_a_run_that_does_not_begin_may_be_given_again(inputs, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "run"
 
     def fails(*_):
-        assert (run / "progress" / "teacher").exists()
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("maskpro_kernels.cli.learning_run.LearningRun._evaluate", fails)
-    assert main.main(learn(inputs, run, *WAYS["trained"])) != 0
-    assert not run.parent.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("maskpro_kernels.cli.learning_run.LearningRun._evaluate", fails)
+        assert main.main(learn(inputs, run, *WAYS["trained"])) != 0
+    assert main.main(learn(inputs, run, *WAYS["trained"])) == 0
+
+
+def test_what_the_dense_model_says_is_in_the_folder_as_soon_as_it_is_known(inputs, tmp_path, monkeypatch):
+    said = []
+
+    def killed(*args):
+        assert len(list((tmp_path / "run" / "progress" / "teacher").glob("*.safetensors"))) == len(said)
+        if len(said) == 1:
+            raise Killed
+        said.append(plain(*args))
+        return said[0]
+
+    plain = teacher.teacher_logits
+    monkeypatch.setattr(teacher, "teacher_logits", killed)
+    with pytest.raises(Killed):
+        main.main(learn(inputs, tmp_path / "run", *WAYS["trained"]))
+    assert len(said) == 1
+
+
+def filled_on_rank(rank: int, output) -> tuple[list[float], str]:
+    """(initial losses once the dense model is gone, the error where each rank has a folder of its own)."""
+    ranks, model, (first, *others) = Ranks(), masked_llama(gap=2.0), batches_of_tokens()
+    ranks.connect()
+    # initial losses are of different batches, and so not shared out as these
+    inputs = SimpleNamespace(model=model, calibration=[first, first, *others])
+    args = argparse.Namespace(loss="kl", loss_temperature=2.0, refit="scales", output=str(output), bars=False)
+    loss_fn = loss_of(args)
+    fill_teacher(args, inputs, loss_fn, ranks)
+    args.output = str(output / str(rank))
+    with pytest.raises(ValueError) as error:
+        fill_teacher(args, inputs, loss_of(args), ranks)
+    for layer in masked_layers(model).values():
+        layer.weight_changed = True
+    losses = InitialLosses(inputs.calibration, ranks).computed(lambda x: float(loss_fn(model, x).detach()), 0, False)
+    ranks.close()
+    return losses, str(error.value)
+
+
+def test_ranks_find_what_others_have_asked_for(tmp_path):
+    (losses, error), other = all_in_ranks(2, filled_on_rank, output=tmp_path)
+    assert losses == other[0] and len(losses) == 4
+    assert error.startswith("output: expected a folder that all ranks see, got ")
+    assert "in which this one lacks 1 of 4 batches" in error
 
 
 @pytest.mark.parametrize(

@@ -213,22 +213,6 @@ def test_a_cache_outlives_a_change_of_the_weights(place, tmp_path):
     assert float(found) == float(lumped(model, batches[0])) != float(lumped(plain, batches[0]))
 
 
-def test_what_is_in_memory_moves_to_a_folder(tmp_path):
-    model, batches = masked_llama(gap=2.0), batches_of_tokens()
-    loss = distillation_loss("kl", cache=TeacherCache(8))
-    values = [float(loss(model, ids).detach()) for ids in batches]
-    loss.cache.keep_in(tmp_path / "run" / "teacher")
-    assert len(list((tmp_path / "run" / "teacher").iterdir())) == len(batches)
-    for module in model.modules():
-        if isinstance(module, mk.MaskedLinear):
-            module.weight_changed = True
-    for cache in (loss.cache, TeacherCache(8, tmp_path / "run" / "teacher")):
-        again = distillation_loss("kl", cache=cache)
-        assert [float(again(model, ids).detach()) for ids in batches] == values
-    with pytest.raises(ValueError, match="^folder: expected a cache in memory"):
-        loss.cache.keep_in(tmp_path / "other")
-
-
 def test_a_teacher_that_is_not_converted_yet_fills_a_cache():
     loss, batches = distillation_loss("kl", cache=TeacherCache(8)), batches_of_tokens()
     model = Table(VOCABULARY)

@@ -196,12 +196,33 @@ class BadFisher:
 
 
 def test_squares_that_are_not_finite_are_left_out():
-    trainer, _ = learn(softmax_model(), softmax_batches(), 2, BadFisher(math.nan))
+    with pytest.warns(UserWarning, match=r"fisher_loss of step 0: expected finite .* got others in \['head'\]") as told:
+        trainer, _ = learn(softmax_model(), softmax_batches(), 2, BadFisher(math.nan))
+    assert len(told) == 1
     assert trainer.estimator.state()["fisher_passes"] == {"head": 0}
     assert not squares_of(trainer)["fisher/head"].any()
     # then the gradient's own squares serve
     plain, _ = learn(softmax_model(), softmax_batches(), 2, lambda *args: distillation_loss("kl")(*args))
     assert_same_bits(logits_by_name(trainer.model), logits_by_name(plain.model))
+
+
+def test_a_pass_of_a_step_that_is_left_out_comes_in_the_next_one():
+    loss, steps, passes = distillation_loss("kl"), [], []
+
+    class BadAtFirst(BadFisher):
+        def __call__(self, model, batch):
+            steps.append(batch)
+            return loss(model, batch) * (math.nan if len(steps) == 1 else 1.0)
+
+        def fisher_loss(self, model, batch, seed):
+            passes.append(len(steps))
+            return loss.fisher_loss(model, batch, seed)
+
+    estimator = mk.StraightThrough(lr=1.0, fisher_every=4)
+    trainer = mk.MaskTrainer(softmax_model(), BadAtFirst(1.0), softmax_batches(), estimator, seed=3, max_skipped=1)
+    records = trainer.run(6, progress=False)
+    assert [math.isnan(record.loss) for record in records] == [True, *[False] * 5]
+    assert passes == [0, 1, 4] and estimator.state()["fisher_passes"] == {"head": 2}
 
 
 def test_a_fisher_loss_without_a_gradient_is_refused_and_nothing_has_moved():

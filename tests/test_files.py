@@ -1,0 +1,37 @@
+"""Files that are seen as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from maskpro_kernels.files import write_whole
+
+
+def test_writers_of_one_file_do_not_take_each_others_part(tmp_path, monkeypatch):
+    path, both = tmp_path / "x", threading.Barrier(2, timeout=10)
+    # both have written a part before either gives it its name
+    monkeypatch.setattr(os, "fsync", lambda _: both.wait())
+    contents = [bytes([number]) * 10_000 for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(write_whole, [path, path], contents)) == [None, None]
+    assert path.read_bytes() in contents and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_whole(path, b"before")
+
+    def full(_):
+        (part,) = set(tmp_path.iterdir()) - {path}
+        # by which a part is known to what cleans up
+        assert part.name.startswith("x.") and part.suffix == ".tmp"
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, b"behind")
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
