@@ -23,7 +23,7 @@ from ..training.trainer import MaskTrainer
 from .arguments import telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
-from .losses import TEACHER, keep_teacher
+from .losses import TEACHER
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
 from .run_end import save_run_logits, write_results
@@ -97,7 +97,6 @@ class LearningRun:
             self.ranks.first(lambda: clear_unbegun(self.output))
             self.trainer.begin(progress=self.args.bars)
             self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
-            keep_teacher(self.output, self.trainer.loss_fn, self.trainer.ranks)
             self.trainer.ranks.first(self._evaluate)
             # After the first snapshot: from here on the run can be resumed.
             self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))

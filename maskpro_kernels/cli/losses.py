@@ -72,7 +72,3 @@ def fill_teacher(args: argparse.Namespace, inputs: Inputs, loss_fn: LossFn, rank
 
     ranks.all_of(fill)
     ranks.all_of(check)
-
-
-def keep_teacher(output: Path, loss_fn: LossFn, ranks: Ranks) -> None:
-    """Nothing: what ``fill_teacher`` has found is in the folder of the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,20 +11,20 @@ from ..training.run_folder import JOURNAL, LOCK, METRICS
 from ..training.snapshots import snapshots_in, step_of
 from .losses import TEACHER
 from .run_files import PROGRESS, SETTINGS, START_WEIGHTS, VALIDATION
-from .run_samples import SAMPLES, TEMPORARY
+from .run_samples import SAMPLES
 
 
 def ended_unbegun(output: Path) -> bool:
     """Whether a folder holds nothing but what a run leaves that ended before its first step."""
     progress, left = output / PROGRESS, set(output.rglob("*"))
-    samples = {progress / name for name in (SAMPLES, TEMPORARY)}
     teacher = progress / TEACHER
-    known = {progress, *samples, *_unresumable(output), teacher, *teacher.rglob("*")}
+    known = {progress, progress / SAMPLES, *_unresumable(output), teacher, *teacher.rglob("*")}
     return progress in left and left <= known and not _holds_a_run(output)
 
 
 def clear_unbegun(output: Path) -> None:
-    """Remove what ``begin`` of a run has left that ended before its first step; samples stay, they are gone on with.
+    """Remove what ``begin`` of a run has left that ended before its first step. Samples and the dense model's logits
+    stay, they are gone on with.
 
     A folder that holds a run, or that another process is at, stays as it is.
     """
@@ -35,7 +34,6 @@ def clear_unbegun(output: Path) -> None:
     try:
         with FileLock(progress / LOCK, blocking=False):
             if not _holds_a_run(output):
-                shutil.rmtree(progress / TEACHER, ignore_errors=True)
                 for left in _unresumable(output):
                     left.unlink(missing_ok=True)
     except Timeout:
@@ -60,5 +58,4 @@ def _unresumable(output: Path) -> list[Path]:
     """The files that are of no use without the settings, which are written behind them, and halves of them."""
     progress = output / PROGRESS
     files = [progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS)]
-    halves = [path.with_name(f"{path.name}.tmp") for path in (*files, output / SETTINGS)]
-    return [*snapshots_in(progress), *progress.glob("snapshot-*.tmp"), *files, *halves]
+    return [*snapshots_in(progress), *files, *progress.glob("*.tmp"), *output.glob(f"{SETTINGS}*.tmp")]
