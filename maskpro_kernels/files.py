@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is seen as a whole or not at all, also after a crash; of several writers the last one's."""
-    # a name of its own, or one writer would take away what another one writes
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -27,6 +26,11 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    # a name of its own, or one writer would take away what another one writes
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def make_folder(path: Path) -> None:
@@ -76,7 +80,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: 
         OSError: if the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         with disk_errors(path):
             save_file(tensors, temporary, metadata=metadata)

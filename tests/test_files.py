@@ -7,18 +7,32 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from maskpro_kernels.files import write_whole
+from maskpro_kernels.files import write_tensors, write_whole
 
 
-def test_writers_of_one_file_do_not_take_each_others_part(tmp_path, monkeypatch):
-    path, both = tmp_path / "x", threading.Barrier(2, timeout=10)
+def write_bytes(path, number: int) -> None:
+    write_whole(path, bytes([number]) * 10_000)
+
+
+def write_tensor(path, number: int) -> None:
+    write_tensors({"x": torch.full((10_000,), number)}, path, {})
+
+
+@pytest.mark.parametrize("write", [write_bytes, write_tensor])
+def test_writers_of_one_file_do_not_take_each_others_part(write, tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    wholes = []
+    for number in range(2):
+        write(path, number)
+        wholes.append(path.read_bytes())
+    both = threading.Barrier(2, timeout=10)
     # both have written a part before either gives it its name
     monkeypatch.setattr(os, "fsync", lambda _: both.wait())
-    contents = [bytes([number]) * 10_000 for number in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(write_whole, [path, path], contents)) == [None, None]
-    assert path.read_bytes() in contents and list(tmp_path.iterdir()) == [path]
+        assert list(pool.map(write, [path, path], range(2))) == [None, None]
+    assert path.read_bytes() in wholes and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_write_that_fails_leaves_the_file_and_nothing_else(tmp_path, monkeypatch):

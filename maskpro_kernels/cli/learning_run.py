@@ -23,7 +23,6 @@ from ..training.trainer import MaskTrainer
 from .arguments import telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
-from .losses import TEACHER
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
 from .run_end import save_run_logits, write_results
@@ -32,6 +31,7 @@ from .run_files import (
     PROGRESS,
     SETTINGS,
     START_WEIGHTS,
+    TEACHER,
     TENSORBOARD,
     VALIDATION,
     how_to_go_on,
@@ -108,7 +108,7 @@ class LearningRun:
 
     def _take_back(self, made: list[Path]) -> None:
         """Remove what ``begin`` has left, and folders that it has made; the error that ended it is the one told."""
-        # a folder that holds anything else stays
+        # a folder that holds anything else stays, such as samples or what the dense model has said
         with suppress(OSError):
             clear_unbegun(self.output)
             for folder in made:

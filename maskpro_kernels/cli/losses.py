@@ -13,10 +13,7 @@ from ..training.step import LossFn
 from .arguments import telling
 from .inputs import Inputs
 from .progress import tell
-from .run_files import PROGRESS
-
-# Folder of the dense model's logits in the progress of a run
-TEACHER = "teacher"
+from .run_files import PROGRESS, TEACHER
 
 
 def complete_loss(args: argparse.Namespace) -> None:

@@ -27,6 +27,8 @@ SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 TENSORBOARD = "tensorboard"
 # In PROGRESS, of a run whose weights were refitted: those that it begins with
 START_WEIGHTS = "start-weights.safetensors"
+# And in it, the dense model's logits, where its weights change
+TEACHER = "teacher"
 # What a report tells of weights that are those of the dense model
 FROZEN = "weights frozen"
 # What is read of a report, and of the settings in it

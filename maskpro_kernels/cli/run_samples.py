@@ -18,7 +18,8 @@ from .progress import Progress, tell
 from .run_files import PROGRESS
 
 SAMPLES = "samples.safetensors"
-TEMPORARY = f"{SAMPLES}.tmp"
+# Of a process that was killed while it wrote
+TEMPORARY = f"{SAMPLES}.*.tmp"
 
 
 def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, windows: int) -> torch.Tensor:
@@ -52,8 +53,8 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
 
 def _kept(args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict) -> torch.Tensor:
     """The samples of these settings: those in the file, and the others drawn and added to it."""
-    # of a process that was killed while it wrote
-    path.with_name(TEMPORARY).unlink(missing_ok=True)
+    for half in path.parent.glob(TEMPORARY):
+        half.unlink()
     known = _read(path, of) if path.exists() else None
     if known is not None and len(known) == of["windows"]:
         return known

@@ -9,8 +9,7 @@ from filelock import FileLock, Timeout
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL, LOCK, METRICS
 from ..training.snapshots import snapshots_in, step_of
-from .losses import TEACHER
-from .run_files import PROGRESS, SETTINGS, START_WEIGHTS, VALIDATION
+from .run_files import PROGRESS, SETTINGS, START_WEIGHTS, TEACHER, VALIDATION
 from .run_samples import SAMPLES
 
 

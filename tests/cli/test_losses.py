@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.command import broken_off, learn, refuses, report
+from helpers.command import broken_off, contents, learn, refuses, report
 from helpers.in_ranks import all_in_ranks
 from helpers.routes import route_to_the_eager_reference
 from helpers.straight_through import batches_of_tokens, masked_llama
@@ -87,33 +87,52 @@ def test_a_run_that_takes_few_of_the_batches_asks_for_no_other(inputs, tmp_path,
     assert 0 < loss < 3
 
 
-def test_a_run_that_does_not_begin_may_be_given_again(inputs, tmp_path, monkeypatch):
-    run = tmp_path / "runs" / "run"
+def asked_for(monkeypatch, kill_at=None) -> list:
+    """The batches about which the dense model is asked; at one of them the process ends."""
+    asked, plain = [], teacher.teacher_logits
+
+    def asks(model, batch):
+        if len(asked) == kill_at:
+            raise Killed
+        asked.append(batch)
+        return plain(model, batch)
+
+    monkeypatch.setattr(teacher, "teacher_logits", asks)
+    return asked
+
+
+def test_a_run_that_does_not_begin_keeps_what_the_dense_model_has_said(inputs, tmp_path, monkeypatch):
+    command = learn(inputs, tmp_path / "runs" / "run", *WAYS["trained"])
 
     def fails(*_):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patched:
         patched.setattr("maskpro_kernels.cli.learning_run.LearningRun._evaluate", fails)
-        assert main.main(learn(inputs, run, *WAYS["trained"])) != 0
+        assert main.main(command) != 0
+    asked = asked_for(monkeypatch)
+    assert main.main(command) == 0 and not asked
+
+
+def test_a_run_that_is_killed_while_it_asks_goes_on_by_the_same_command(inputs, tmp_path, monkeypatch, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main.main(learn(inputs, whole, *WAYS["trained"])) == 0
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        asked_for(patched, kill_at=1)
+        main.main(learn(inputs, run, *WAYS["trained"]))
+    assert len(list((run / "progress" / "teacher").glob("*.safetensors"))) == 1
+    # as a process leaves it that is killed while it writes
+    (run / "progress" / "teacher" / "x.safetensors.0f.tmp").write_bytes(b"half")
+    before = contents(run)
+    assert main.main(learn(inputs, run, *WAYS["trained"], "--dtype", "bfloat16")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "maskpro: error: cache: expected logits of this model alone, got some of a model with other"
+    )
+    assert error.endswith("give another --output, or remove that folder") and contents(run) == before
+    asked = asked_for(monkeypatch)
     assert main.main(learn(inputs, run, *WAYS["trained"])) == 0
-
-
-def test_what_the_dense_model_says_is_in_the_folder_as_soon_as_it_is_known(inputs, tmp_path, monkeypatch):
-    said = []
-
-    def killed(*args):
-        assert len(list((tmp_path / "run" / "progress" / "teacher").glob("*.safetensors"))) == len(said)
-        if len(said) == 1:
-            raise Killed
-        said.append(plain(*args))
-        return said[0]
-
-    plain = teacher.teacher_logits
-    monkeypatch.setattr(teacher, "teacher_logits", killed)
-    with pytest.raises(Killed):
-        main.main(learn(inputs, tmp_path / "run", *WAYS["trained"]))
-    assert len(said) == 1
+    assert len(asked) == 1 and report(run)["logits"] == report(whole)["logits"]
 
 
 def filled_on_rank(rank: int, output) -> tuple[list[float], str]:

@@ -130,14 +130,14 @@ def test_a_run_that_is_killed_while_it_draws_goes_on_by_the_same_command(inputs,
             main.main(mixed(inputs, run, "--init-batches", "6"))
     assert len(samples_of(run)) == 2 * count
     # as a process leaves it that is killed while it writes
-    (run / f"{SAMPLES}.tmp").write_bytes(b"half")
+    (run / f"{SAMPLES}.0f.tmp").write_bytes(b"half")
     assert main.main(mixed(inputs, run, "--init-batches", "6")) == 0
     assert_same_bits(samples_of(run), samples_of(whole))
     assert report(run)["logits"] == report(whole)["logits"]
-    assert not (run / f"{SAMPLES}.tmp").exists()
+    assert not (run / f"{SAMPLES}.0f.tmp").exists()
 
 
-TEACHER = "--refit weights --loss kl".split()
+KL = "--refit weights --loss kl".split()
 BEFORE_THE_FIRST_STEP = [
     (RunFolder, "start_journal"),
     (learning_run, "save_start_weights"),
@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
         patched.setattr(place, name, killed)
         # a process that is killed takes nothing back
         patched.setattr(LearningRun, "_take_back", lambda *_: None)
-        main.main(mixed(inputs, run, *TEACHER, "--init-batches", "2"))
+        main.main(mixed(inputs, run, *KL, "--init-batches", "2"))
     drawn = samples_of(run)
     for half in (
         "settings.json.tmp",
@@ -187,7 +187,7 @@ def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(place, name, failing)
         try:
-            assert main.main(mixed(inputs, tmp_path / "run", *TEACHER, "--init-batches", "2")) == 2
+            assert main.main(mixed(inputs, tmp_path / "run", *KL, "--init-batches", "2")) == 2
         except Killed:
             assert isinstance(error, Killed)
     left = {path.relative_to(tmp_path / "run").as_posix() for path in contents(tmp_path / "run")}
@@ -195,7 +195,7 @@ def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_pat
     assert {name for name in left if not name.startswith("progress/teacher/")} == {
         "progress", SAMPLES, "progress/teacher"
     }  # fmt: skip
-    assert main.main(mixed(inputs, tmp_path / "run", *TEACHER, "--init-batches", "2")) == 0
+    assert main.main(mixed(inputs, tmp_path / "run", *KL, "--init-batches", "2")) == 0
 
 
 def test_what_has_learned_makes_no_room(inputs, tmp_path, monkeypatch, capsys):
