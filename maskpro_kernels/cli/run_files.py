@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
+from ..report import FROZEN
 from ..training.batches import digest
 from ..training.run_folder import LOCK, METRICS
 from .arguments import DTYPES
@@ -27,8 +28,6 @@ SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 TENSORBOARD = "tensorboard"
 # In PROGRESS, of a run whose weights were refitted: those that it begins with
 START_WEIGHTS = "start-weights.safetensors"
-# What a report tells of weights that are those of the dense model
-FROZEN = "weights frozen"
 # What is read of a report, and of the settings in it
 REPORTED = ("model", "pattern", "eval_tokens", "eval_digest", "table", "validation", "converted")
 REPORTED_SETTINGS = ("data", "dtype", "eval_length")
