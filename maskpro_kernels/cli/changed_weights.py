@@ -11,7 +11,8 @@ from ..checkpoints.logits import changed_weights, load_weights, save_weights
 from ..modules import MaskedLinear, masked_layers
 from ..pruning.refit import put_weights
 from ..ranks import Ranks
-from .run_files import FROZEN, START_WEIGHTS, digest_of_weights
+from ..report import FROZEN
+from .run_files import START_WEIGHTS, digest_of_weights
 
 # What the masks of a run were learned over, by its --refit
 REFITTED = {"none": (), "scales": ("scales refitted",), "weights": ("weights refitted",)}

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from ..pattern import NMPattern
+from ..report import FROZEN
 from ..text.mixture import shared_out, texts_of
 from ..text.perplexity import perplexity
 from .arguments import DTYPE, check_least, device_of, telling
 from .inputs import evaluation_windows, load_texts
 from .models import load
-from .run_files import FROZEN, REPORT, goes_on, how_to_go_on, read_report, stored_data
+from .run_files import REPORT, goes_on, how_to_go_on, read_report, stored_data
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -16,10 +16,11 @@ from ..pattern import NMPattern
 from ..pruning.convert import convert
 from ..pruning.finalize import finalize
 from ..pruning.refit import put_weights
+from ..report import FROZEN
 from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, telling
 from .models import load, save
-from .run_files import FROZEN, LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights
+from .run_files import LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights
 
 
 def export(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoints.logits import Learned, load_weights, write_learned
 from ..pattern import NMPattern
+from ..report import FROZEN
 from ..training.batches import digest
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL
@@ -20,7 +21,7 @@ from ..training.snapshots import newest_snapshot
 from .arguments import device_of, new_file, telling
 from .changed_weights import told_weights
 from .progress import followed, tell
-from .run_files import FROZEN, LOGITS, PROGRESS, SETTINGS, START_WEIGHTS, logits_metadata
+from .run_files import LOGITS, PROGRESS, SETTINGS, START_WEIGHTS, logits_metadata
 
 CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
 

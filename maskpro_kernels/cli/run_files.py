@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
+from ..report import FROZEN
 from ..training.batches import digest
 from ..training.run_folder import LOCK, METRICS
 from .arguments import DTYPES
@@ -29,10 +30,8 @@ TENSORBOARD = "tensorboard"
 START_WEIGHTS = "start-weights.safetensors"
 # And in it, the dense model's logits, where its weights change
 TEACHER = "teacher"
-# What a report tells of weights that are those of the dense model
-FROZEN = "weights frozen"
 # What is read of a report, and of the settings in it
-REPORTED = ("model", "pattern", "eval_tokens", "eval_digest", "table", "validation", "converted")
+REPORTED = ("model", "pattern", "eval_tokens", "eval_digest", "table", "validation", "converted", "weights")
 REPORTED_SETTINGS = ("data", "dtype", "eval_length")
 # What a run goes on by: its settings, and what was known before its first step
 RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "device", "estimator", "steps", "gap", "seed")
@@ -102,8 +101,7 @@ def read_report(path: Path) -> dict:
         settings = report["settings"]
         read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in REPORTED_SETTINGS}
         _check_report(read)
-        # a report that does not tell is of a version that changed no weights
-        return read | {"other_data": settings.get("other_data"), "weights": report.get("weights", FROZEN)}
+        return read | {"other_data": settings.get("other_data")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"run: expected a report of `maskpro learn`, got {str(path)!r}: {error!r}; restore it from a copy, or move "

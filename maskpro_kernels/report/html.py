@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..files import write_whole
-from . import markup, parting, svg
+from . import FROZEN, markup, parting, svg
 
 NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
           "flipped_groups_by_layer", "logits", "skipped", "start", "steps", "weights"}  # fmt: skip
@@ -125,7 +125,7 @@ def _headline(report: Mapping, title: str) -> str:
             "initial mask, or no finite number.</p>"
         )
     changed = ""
-    if report["weights"] != "weights frozen":
+    if report["weights"] != FROZEN:
         changed = (
             f"<p>The weights are not those of the dense model: {escape(report['weights'])}. The mask alone does not "
             "give this perplexity.</p>\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 import sys
 import sysconfig
@@ -117,6 +118,12 @@ def batches(windows: torch.Tensor, batch_size: int, seed: int) -> list[torch.Ten
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     full = len(windows) // batch_size
     return list(windows[order[: full * batch_size].to(windows.device)].split(batch_size))
+
+
+def generator_of(what: str, seed: int, index: int) -> torch.Generator:
+    """That of one of many things which are drawn with one seed, each independently of what was drawn before."""
+    mixed = hashlib.blake2b(f"{what} {seed} {index}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
 
 
 def _split(pieces: list[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import BUILT_IN, SELF, is_path
+from .data import BUILT_IN, SELF, generator_of, is_path
 
 
 class Source(NamedTuple):
@@ -192,10 +192,8 @@ class MixedBatches(Sequence):
 
 def _rounds(windows: int, count: int, seed: int, source: int) -> Tensor:
     """Indices of a source's windows, round after round, each in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    # sources of equal length are not to share their orders
-    for _ in range(source):
-        torch.randperm(windows, generator=generator)
+    # of its own: sources of equal length are not to share their orders, of whatever round
+    generator = generator_of("order", seed, source)
     rounds = -(-count // windows)
     orders = [torch.randperm(windows, generator=generator) for _ in range(rounds)]
     return torch.cat([*orders, torch.empty(0, dtype=torch.int64)])[:count]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modules import evaluating
+from .data import generator_of
 
 # Windows that are drawn together where nothing else is said
 TOGETHER = 128
@@ -79,7 +79,7 @@ def sample_windows(
                     progress(before * (length - 1) + done, (batches - begun) * (length - 1))
 
             rows = min(batch_size, windows - batch * batch_size)
-            found = torch.cat([found, _draw(model, start, rows, length, _generator(seed, batch), tell)])
+            found = torch.cat([found, _draw(model, start, rows, length, generator_of("samples", seed, batch), tell)])
             if keep is not None:
                 keep(found)
     return found
@@ -148,12 +148,6 @@ def _passed(weights: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     own = weights.gather(-1, index).double()
     rest = (sought - (sums.gather(-1, index) - own)) / own
     return index[:, 0], rest.clamp(0.0, BELOW_ONE)
-
-
-def _generator(seed: int, batch: int) -> torch.Generator:
-    """That of a batch, whatever was drawn before."""
-    mixed = hashlib.blake2b(f"samples {seed} {batch}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
 
 
 def _check_known(known: Tensor, windows: int, length: int, batch_size: int) -> None:

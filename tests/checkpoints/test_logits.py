@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.full_disk import files_of_at_most
+from safetensors.torch import save_file
 from torch import nn
 
 from maskpro_kernels import MaskedLinear
-from maskpro_kernels.checkpoints.logits import load_learned, load_logits, save_logits
+from maskpro_kernels.checkpoints.logits import load_learned, load_logits, load_weights, save_logits, save_weights
 from maskpro_kernels.files import check_output
 from maskpro_kernels.modules import masked_layers
 
@@ -92,6 +93,17 @@ def test_changed_weights_are_in_the_same_file(tmp_path):
     assert_same_bits(learned.logits, {name: layer.logits for name, layer in layers.items()})
     assert_same_bits(learned.weights, {name: layer.weight for name, layer in layers.items()})
     assert learned.metadata["note"] == "x"
+
+
+def test_weights_in_the_place_of_others_are_told(tmp_path):
+    weights = {name: torch.full((2, 4), float(index)) for index, name in enumerate("ab")}
+    path = tmp_path / "weights.safetensors"
+    kept = save_weights(weights, path)
+    assert load_weights(path)[1] == kept
+    # sorted by name, they are as before
+    save_file({"b": weights["a"], "c": weights["b"]}, path, metadata={"digest": kept})
+    with pytest.raises(ValueError, match="got damaged ones"):
+        load_weights(path)
 
 
 def test_weights_of_some_layers_may_have_changed(tmp_path):

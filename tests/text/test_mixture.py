@@ -171,8 +171,13 @@ def test_batches_are_those_of_their_seed_and_a_longer_run_begins_like_a_shorter_
 
 
 def test_sources_of_one_length_have_orders_of_their_own():
-    rows = torch.cat(list(mixed({"a": 30, "b": 30}, "a,b", 4, 15)))
-    assert rows[rows[:, 0] == 0, 1].tolist() != rows[rows[:, 0] == 1, 1].tolist()
+    """In no round that of another source in whatever round, nor that of the next seed."""
+    orders = []
+    for seed in (0, 1):
+        rows = torch.cat(list(mixed({"a": 12, "b": 12, "c": 12}, "a,b,c", 4, 36, seed)))
+        for source in range(3):
+            orders += rows[rows[:, 0] == source, 1].view(4, 12).tolist()
+    assert len({tuple(order) for order in orders}) == len(orders) == 24
 
 
 @pytest.mark.parametrize(
