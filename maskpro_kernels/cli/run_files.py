@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
-from ..report import FROZEN
 from ..training.batches import digest
 from ..training.run_folder import LOCK, METRICS
 from .arguments import DTYPES
