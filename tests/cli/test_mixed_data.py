@@ -179,7 +179,7 @@ def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
 
 
 @pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
-@pytest.mark.parametrize("error", [ValueError("cache: damaged"), Killed()])
+@pytest.mark.parametrize("error", [ValueError("cache: damaged"), pytest.param(Killed(), marks=pytest.mark.slow)])
 def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_path, monkeypatch, place, name, error):
     def failing(*args):
         raise error

@@ -275,6 +275,7 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
     assert len(lines) == (told is not None) and all(told in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -282,7 +283,7 @@ def test_who_tells_of_an_error(tmp_path, capsys, monkeypatch, rank, error, told)
             MissingRanks("ranks: rank 1 of 2 ended", [1]),
             "ranks: rank 1 of 2 ended; nothing was learned yet; run it again",
         ),
-        pytest.param(FailedRank("rank 1: OSError: full"), "rank 1: OSError: full", marks=pytest.mark.slow),
+        (FailedRank("rank 1: OSError: full"), "rank 1: OSError: full"),
     ],
 )
 def test_ranks_that_fail_before_the_first_step_leave_samples_alone(inputs, tmp_path, capsys, monkeypatch, error, told):

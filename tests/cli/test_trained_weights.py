@@ -67,7 +67,7 @@ def test_the_checkpoint_and_its_export_hold_the_trained_weights(trained, tmp_pat
         assert (nonzeros(checkpoint, name) == 2).all()
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_that_was_killed_goes_on(trained, inputs, tmp_path, monkeypatch, step):
     _, options, whole = trained
     run = tmp_path / "run"

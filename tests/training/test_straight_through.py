@@ -142,7 +142,12 @@ def compiled_two_layers():
         (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4, train_weights=0.01), 1),
         # the whole under drawn masks, and under those of the start
         (compiled_two_layers, mk.Reinforce(), 2),
-        (lambda: (masked_llama(), causal_lm_loss, batches_of_tokens()), mk.StraightThrough(lr=1.0, steps=4), None),
+        pytest.param(
+            lambda: (masked_llama(), causal_lm_loss, batches_of_tokens()),
+            mk.StraightThrough(lr=1.0, steps=4),
+            None,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["slope", "slope and weights", "scalar", "language model"],
 )

@@ -67,7 +67,7 @@ def kernel_cases():
     cases = {
         4: list(itertools.product(LOGITS, TEMPERATURES)),
         8: [("normal", 1.0), ("ramp", 0.6), ("gap", 1.0)],
-        16: [("ramp", 0.6)],
+        16: [],
     }
     for pattern in PATTERNS:
         for kind in LOGITS:
