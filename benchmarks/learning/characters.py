@@ -37,6 +37,8 @@ PATTERN = "2:4"
 # Characters that are predicted in a batch to train on, in one to learn masks from, and of held-out text
 TRAINED, LEARNED, HELD_OUT = 512, 1024, 16384
 BATCHES = 64
+# Of forwards, which rows show
+COUNTS = [1000, 2000, 4000, 8000, 16000]
 
 
 class CharacterModel(nn.Module):
@@ -214,7 +216,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="masks of character models by REINFORCE", allow_abbrev=False)
     parser.add_argument("--widths", nargs="+", type=int, default=[16, 64, 256], help="of the hidden layers")
-    parser.add_argument("--forwards", nargs="+", type=int, default=[1000, 2000, 4000, 8000, 16000])
+    parser.add_argument("--forwards", nargs="+", type=int, default=COUNTS, help=f"to show, each above {BATCHES}")
     parser.add_argument("--lrs", nargs="+", type=float, default=[2.0, 6.0, 20.0], help="learning rates to try")
     parser.add_argument("--flip-rates", nargs="+", type=float, default=[0.01], help="to try")
     parser.add_argument("--train-steps", type=int, default=3000, help="of the dense model")

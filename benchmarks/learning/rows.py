@@ -37,8 +37,9 @@ class Rows:
             first = {"shared": dict(shared)}
             write_whole(self.path, json.dumps(first).encode() + b"\n")
         if first["shared"] != dict(shared):
+            others = [name for name in shared if first["shared"].get(name) != shared[name]]
             raise ValueError(
-                f"output: expected the rows of a comparison with {dict(shared)}, got {first['shared']} in "
+                f"output: expected the rows of a comparison with the same {', '.join(others)}, got others in "
                 f"{str(self.path)!r}; give another folder"
             )
 

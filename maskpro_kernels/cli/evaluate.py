@@ -30,13 +30,19 @@ def evaluate(args: argparse.Namespace) -> None:
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
     if not hasattr(args, "data"):
         if run is None:
-            raise ValueError("data: expected --data, since only a run has a text of its own, got none")
+            found = "no run that has begun to learn" if folder.exists() else "no such folder"
+            raise ValueError(
+                f"data: expected --data, since only a run has a text of its own, got none; at {args.model!r} there is "
+                f"{found}"
+            )
         args.data = stored_data(folder)
     with telling("eval_windows"):
         shared_out(texts_of(args.data), args.eval_windows)
     texts = load_texts(args.data)
     if not texts:
-        raise ValueError(f"data: expected a text in the list, got {args.data!r}; name one by --data")
+        raise ValueError(
+            f"data: expected a text, got {args.data!r}, and samples are no test of a mask; name a text by --data"
+        )
     model, tokenizer = load(args.model, dtype, device, args.bars)
     test = evaluation_windows(args, texts, "test", model, tokenizer)
     follows = None if run is None else _follows(model, run)

@@ -166,7 +166,9 @@ class LearningRun:
             f"{report['flipped_groups']} of {report['groups']} groups differ from the {self.args.init} mask; "
             f"{report['weights']}; written to {self.output}"
         )
-        if report["parting"] is not None:
+        if report["parting"] is None:
+            print("no text of another kind was looked at: name one by --other-data")
+        else:
             print(told(report["parting"], self.args.other_data))
 
     def close(self) -> None:

@@ -45,6 +45,9 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
     try:
         with FileLock(progress / LOCK, blocking=False):
             return _kept(args, model, progress / SAMPLES, of)
+    except KeyboardInterrupt:
+        tell("the same command goes on with the samples that are kept, whole batches of 128 windows")
+        raise
     except Timeout:
         raise ValueError(
             f"output: expected a folder that no other process is at, got {args.output!r}; wait for it, or give another"

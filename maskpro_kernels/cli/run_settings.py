@@ -107,8 +107,12 @@ def check_tensorboard(args: argparse.Namespace) -> None:
 
 
 def reported_settings(args: argparse.Namespace) -> dict:
-    """The settings as a report has them, beside which the gap stands: with a flip rate it was not given."""
-    return {name: value for name, value in vars(args).items() if name not in (*NO_SETTINGS, "gap")}
+    """The settings as a report has them, beside which the gap stands: with a flip rate it was not given.
+
+    Paths are absolute, so that a run which went on elsewhere tells the same.
+    """
+    settings = stored_settings(args) | {"output": args.output}
+    return {name: value for name, value in settings.items() if name != "gap"}
 
 
 def stored_settings(args: argparse.Namespace) -> dict:

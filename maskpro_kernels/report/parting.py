@@ -39,6 +39,6 @@ def told(found: Mapping, other: str) -> str:
     if not found["parted"]:
         return figures
     return (
-        f"{figures}; the two part: the mask is over {PARTED:g} times as far from the dense model on text of another "
-        "kind; learn from more kinds of text, or from more of the model's own samples"
+        f"{figures}. The mask holds less on the other text, where it is over {PARTED:g} times as far from the dense "
+        "model: learn from more kinds of text, or from more of the model's own samples"
     )

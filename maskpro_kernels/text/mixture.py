@@ -44,6 +44,9 @@ def parse_sources(data: str) -> tuple[Source, ...]:
     for name, share in found:
         if share is not None and share <= 0:
             raise ValueError(f"data: expected a positive share behind the last colon, got that of {name!r} in {data!r}")
+        known, colon, rest = name.rpartition(":")
+        if colon and not is_path(name) and (known in (*BUILT_IN, SELF) or is_path(known)):
+            raise ValueError(f"data: expected a number behind the colon of {known!r}, got {rest!r}")
     if None in shares:
         if any(share is not None for share in shares):
             raise ValueError(f"data: expected a share behind all sources or behind none, got {data!r}")
@@ -64,7 +67,8 @@ def _words(data: str) -> list[str]:
 
 
 def _source(word: str) -> tuple[str, Fraction | None]:
-    """(name, share) of one source."""
+    """(name, share) of one source; spaces around it are none of its name, unless a path has them."""
+    word = word if is_path(word) else word.strip()
     name, colon, share = word.rpartition(":")
     if not colon or is_path(word):
         return word, None
@@ -129,8 +133,8 @@ def check_windows(sources: Sequence[Source], windows: Mapping[str, Tensor], batc
         most = in_a_batch(share, batch_size)
         if name in windows and len(windows[name]) < most:
             raise ValueError(
-                f"batch_size: expected 1 to {len(windows[name])} windows of {name!r} in a batch, all that there are, "
-                f"got {most} of {batch_size}"
+                f"batch_size: expected at most {len(windows[name])} windows of {name!r} in a batch, as many as there "
+                f"are, got a batch of {batch_size} with {most} of them"
             )
 
 

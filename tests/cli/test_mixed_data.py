@@ -283,7 +283,7 @@ def test_without_a_text_some_samples_are_kept_aside(inputs, tmp_path, batches, c
     assert own.shape == (18, 16) and report(run)["eval_tokens"] == 5 * 16
     learned = {tuple(row) for batch in batches[0] for row in batch.tolist()}
     assert learned == {tuple(row) for row in own[10:].tolist()}
-    refuses(capsys, tmp_path, ["eval", str(run), "--device", "cpu"], "data: expected a text in the list, got 'self'")
+    refuses(capsys, tmp_path, ["eval", str(run), "--device", "cpu"], "data: expected a text, got 'self'")
 
 
 def test_of_several_texts_each_is_evaluated_by_its_share(inputs, tmp_path, capsys):
@@ -326,6 +326,7 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     learned = report(tmp_path / "run")["table"][-1]["perplexity"]
     assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 120 tokens"
     refuses(capsys, tmp_path, ["eval", str(inputs / "model")], "data: expected --data, since only a run has a text of")
+    refuses(capsys, tmp_path, ["eval", str(tmp_path / "lost")], "there is no such folder")
     (tmp_path / "run" / "settings.json").unlink()
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "run")], "data: expected --data, or the settings of the run in")
 
@@ -365,6 +366,23 @@ def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path
     refuses(capsys, tmp_path, compared, "run: expected the same test windows in all, got others in", "--seed")
 
 
+def test_a_text_that_is_named_from_its_folder_is_told_by_its_path(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(inputs)
+    assert main.main(learn(inputs, tmp_path / "run", "--data", "text.txt", "--other-data", "text.txt")) == 0
+    settings, path = report(tmp_path / "run")["settings"], str(inputs / "text.txt")
+    assert (settings["data"], settings["other_data"]) == (path, path)
+    assert settings["output"] == str(tmp_path / "run")
+
+
+def test_who_ends_the_drawing_is_told_how_it_goes_on(inputs, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_samples, "sample_windows", interrupted)
+    assert main.main(mixed(inputs, tmp_path / "run")) == 130
+    assert "the same command goes on with the samples that are kept" in capsys.readouterr().err
+
+
 def test_without_data_a_run_learns_from_half_its_own_samples(inputs, tmp_path, batches, capsys):
     arguments = learn(inputs, tmp_path / "run", "--init-batches", "1")
     at = arguments.index("--data")
@@ -385,9 +403,9 @@ def test_texts_part_where_the_mask_is_farther_from_dense_on_the_other():
     found = parting(rows((10, 20), (99, 99), (15, 38)))
     assert found == {"own": 1.5, "other": 1.9, "parted": True}
     assert told(found, "stdlib").startswith(
-        "perplexity over the dense model's: 1.50 on the run's own text, 1.90 on the other text (stdlib); the two part:"
+        "perplexity over the dense model's: 1.50 on the run's own text, 1.90 on the other text (stdlib). The mask holds"
     )
-    assert "part" not in told(found | {"parted": False}, "stdlib")
+    assert "holds less" not in told(found | {"parted": False}, "stdlib")
     assert parting(rows((10, 20), (10, float("inf"))))["parted"]
     assert parting([{"perplexity": 1.0}, *rows((2, 2))]) is None
 

@@ -204,7 +204,7 @@ CASES = {
     "too short for its share": (
         f"{LEARN} --data text.txt:9,self:1 --batch-size 99",
         None,
-        "windows of 'text.txt' in a batch, all that there are, got 90 of 99",
+        "windows of 'text.txt' in a batch, as many as there are, got a batch of 99 with 90 of them",
         "smaller --batch-size",
     ),
     # learn: output

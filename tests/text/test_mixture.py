@@ -81,6 +81,8 @@ def test_a_long_list_of_short_names():
         (":1,pydoc:1", "data: expected a source in front of and behind each comma"),
         ("pydoc,pydoc", "data: expected each source once"),
         ("pydoc:1,self", "data: expected a share behind all sources or behind none"),
+        ("pydoc:half,self:0.5", "data: expected a number behind the colon of 'pydoc', got 'half'"),
+        ("pydoc:nan,self", "data: expected a number behind the colon of 'pydoc', got 'nan'"),
         ("pydoc:1,self:-1", "data: expected a positive share behind the last colon, got that of 'self'"),
         ("pydoc:0", "data: expected a positive share"),
     ],
@@ -185,9 +187,20 @@ def test_sources_of_one_length_have_orders_of_their_own():
     [
         (0, 1, "batch_size: expected at least 1, got 0"),
         (4, 0, "count: expected at least 1, got 0"),
-        (12, 1, "batch_size: expected 1 to 5 windows of 'b' in a batch, all that there are, got 6 of 12"),
+        (
+            12,
+            1,
+            "batch_size: expected at most 5 windows of 'b' in a batch, as many as there are, got a",
+        ),
     ],
 )
 def test_batches_that_are_refused(batch_size, count, message):
     with pytest.raises(ValueError, match=message):
         mixed({"a": 50, "b": 5}, "a,b", batch_size, count)
+
+
+def test_spaces_around_a_source_are_none_of_its_name(tmp_path, monkeypatch):
+    assert [name for name, _ in parse_sources(" pydoc:1, self:3")] == ["pydoc", "self"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / " a").write_text("x", encoding="utf-8")
+    assert [name for name, _ in parse_sources("pydoc, a")] == ["pydoc", " a"]
