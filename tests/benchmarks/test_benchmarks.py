@@ -157,6 +157,7 @@ def test_options_without_effect_are_refused(options, told, tmp_path):
     assert told in done.stderr
 
 
+@pytest.mark.slow
 def test_a_limit_of_time_skips_what_would_start_later(tmp_path):
     right = plant(tmp_path / "right")
     done = run(right, "--within", "0", "-rs")

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
         ("--pattern", "two", 'pattern: expected "N:M"'),
         ("--steps", "0", "steps: expected at least 1, got 0"),
         ("--batch-size", "0", "batch_size: expected at least 1, got 0"),
-        ("--batch-size", "1000", "batch_size: expected 1 to"),
+        ("--batch-size", "1000", "batch_size: expected at most"),
         ("--seq-len", "1", "seq_len: expected at least 2, got 1"),
         ("--seq-len", "100000", "text: expected at least 100000 tokens"),
         ("--calibration-batches", "0", "calibration_batches: expected at least 1, got 0"),
