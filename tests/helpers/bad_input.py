@@ -163,7 +163,7 @@ CASES = {
         "smaller --eval-length",
     ),
     "too short to learn": (f"{LEARN} --seq-len 9999", None, "at least 9999 tokens", "smaller --seq-len"),
-    "too short for a batch": (f"{LEARN} --batch-size 999", None, "batch_size: expected at most", "smaller --batch-size"),
+    "too short for a batch": (f"{LEARN} --batch-size 999", None, "expected at most 37 windows", "smaller --batch-size"),
     "other text too short": (
         f"{LEARN} --other-data short.txt",
         write("short.txt", "w0\n\nw0\n\nw0"),
