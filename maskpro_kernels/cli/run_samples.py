@@ -46,7 +46,7 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
         with FileLock(progress / LOCK, blocking=False):
             return _kept(args, model, progress / SAMPLES, of)
     except KeyboardInterrupt:
-        tell("the same command goes on with the samples that are kept, whole batches of 128 windows")
+        tell(f"the same command goes on with the samples that are kept, whole batches of {TOGETHER} windows")
         raise
     except Timeout:
         raise ValueError(

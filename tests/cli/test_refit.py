@@ -222,7 +222,7 @@ def test_resume_refuses_lost_or_damaged_weights(inputs, tmp_path, monkeypatch, c
     assert main.main(resume) == 0
 
 
-def test_validate_passes_over_the_weights_beside_the_checkpoint(refitted, capsys):
+def test_validate_passes_over_the_logits_beside_the_checkpoint(refitted, capsys):
     _, run = refitted
     assert main.main(["validate", str(run)]) == 0
     out = capsys.readouterr().out
