@@ -84,7 +84,8 @@ def occupancy(built: Built, num_warps: int, chip: Chip) -> float:
     return min(by_registers, by_shared, 32, chip.warps // num_warps) * num_warps / chip.warps
 
 
-def disassembled(cubin: bytes) -> list[str]:
+@functools.cache
+def disassembled(cubin: bytes) -> tuple[str, ...]:
     """Labels, which end in ":", and instructions."""
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -99,22 +100,22 @@ def disassembled(cubin: bytes) -> list[str]:
             lines.append(label[1] + ":")
         elif instruction and not instruction[1].startswith("NOP"):
             lines.append(instruction[1])
-    return lines
+    return tuple(lines)
 
 
-def _branches(lines: list[str]) -> list[tuple[int, int, bool]]:
+def _branches(lines: tuple[str, ...]) -> list[tuple[int, int, bool]]:
     """(where it stands, where it leads, whether on a condition) of every branch."""
     where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     targets = ((i, line, re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
     return [(i, where[target[1]], line.startswith("@")) for i, line, target in targets if target]
 
 
-def largest_loop(lines: list[str]) -> tuple[int, int]:
+def largest_loop(lines: tuple[str, ...]) -> tuple[int, int]:
     """(first, last) line of the loop with the most lines."""
     return max(((j, i) for i, j, _ in _branches(lines) if j < i), key=lambda loop: loop[1] - loop[0])
 
 
-def instructions(lines: list[str], looping: bool) -> tuple[int, int]:
+def instructions(lines: tuple[str, ...], looping: bool) -> tuple[int, int]:
     """(fewest, most) instructions that run: of the largest loop, or of the whole; fewest skips the largest branch."""
     first, last = largest_loop(lines) if looping else (0, len(lines))
 

@@ -49,11 +49,18 @@ def test_draw(op, compare, visit):
 """
 
 
-def run(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess:
+def in_folder(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     # its conftest is that of the benchmarks
     path = {"PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, ROOT)))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", *options]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=environment() | path | more, capture_output=True, text=True)
+
+
+OPTIONS = ["-q", "-p", "conftest", "-p", "no:cacheprovider"]
+
+
+def run(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess:
+    return in_folder(folder, "-m", "pytest", *OPTIONS, *options, **more)
 
 
 VISITS = harness.VISITS[harness.DEVICE]
@@ -65,7 +72,9 @@ def plant(folder: Path, wrong_from: int = VISITS + 1, interrupted: int = VISITS 
     return folder
 
 
-@pytest.mark.parametrize("wrong_from", range(1, VISITS + 1))
+@pytest.mark.parametrize(
+    "wrong_from", [1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, VISITS)), VISITS]
+)
 def test_a_wrong_kernel_gets_no_speed(wrong_from, tmp_path):
     """Not even that of the visits before."""
     wrong, rows = plant(tmp_path / "wrong", wrong_from), tmp_path / "rows.jsonl"
@@ -146,15 +155,30 @@ def test_a_file_without_rows_is_refused(line, tmp_path):
         harness.read(file)
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [(["--fail-below", "1"], "--compare FILE"), (["--compare", "missing.jsonl"], "missing.jsonl")]
-    + [(["--rows", path], f"--rows: expected a file in a folder that exists, got {path}") for path in ("no/rows", ".")],
-)
-def test_options_without_effect_are_refused(options, told, tmp_path):
-    done = run(plant(tmp_path / "any"), *options)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert told in done.stderr
+SEVERAL = """
+import json, sys
+import pytest
+for options in json.loads(sys.argv[1]):
+    print(f"ended with {int(pytest.main(options))}", file=sys.stderr, flush=True)
+"""
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    """One process for all of them: it takes seconds to start."""
+    refused = [
+        (["--fail-below", "1"], "--compare FILE"),
+        (["--compare", "missing.jsonl"], "missing.jsonl"),
+        *(
+            (["--rows", path], f"--rows: expected a file in a folder that exists, got {path}")
+            for path in ("no/rows", ".")
+        ),
+    ]
+    commands = json.dumps([[*OPTIONS, *options] for options, _ in refused])
+    done = in_folder(plant(tmp_path / "any"), "-c", SEVERAL, commands)
+    told = re.split(r"ended with (\d+)", done.stderr)
+    assert [int(code) for code in told[1::2]] == [pytest.ExitCode.USAGE_ERROR] * len(refused)
+    for text, (_, message) in zip(told[::2], refused, strict=False):
+        assert message in text
 
 
 @pytest.mark.slow

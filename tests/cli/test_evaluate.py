@@ -49,6 +49,7 @@ def test_eval_refuses_a_folder_without_a_model(inputs, run, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, "model: expected a folder with a config.json")
 
 
+@pytest.mark.pictures
 def test_compare_puts_runs_into_one_table(inputs, run, tmp_path, capsys):
     other = tmp_path / "other"
     options = "--init magnitude --estimator straight-through --eval-every 1".split()

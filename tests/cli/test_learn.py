@@ -40,6 +40,7 @@ def test_learn_writes_a_checkpoint_that_has_the_perplexity_it_reports(inputs, ru
     assert all(row["seconds"] >= 0 for row in table.values())
 
 
+@pytest.mark.pictures
 def test_learn_writes_the_whole_record(run):
     written = report(run)
     assert sorted(os.listdir(run)) == sorted(
@@ -71,6 +72,7 @@ def test_learn_prints_the_table(inputs, tmp_path, capsys):
     assert report(tmp_path)["settings"]["flip_rate"] == 0.05
 
 
+@pytest.mark.pictures
 def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, capsys):
     options = "--init reconstruction --estimator straight-through --steps 6 --eval-every 2 --lr 1".split()
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0

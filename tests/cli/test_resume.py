@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -25,16 +26,30 @@ WAYS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole_run(inputs, tmp_path_factory):
+    """Gives the folder of a run that nothing has broken off; one with the same options serves several tests."""
+
+    @functools.cache
+    def whole(*options):
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        assert main.main(learn(inputs, folder, *options)) == 0
+        return folder
+
+    return whole
+
+
 def learned_logits(folder):
     logits, _ = load_logits(folder / "logits.safetensors")
     return logits
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, tmp_path, capsys, monkeypatch, number, how):
+@pytest.mark.parametrize(
+    ("number", "how"), [*((signal.SIGINT, how) for how in WAYS), (signal.SIGTERM, "straight-through")]
+)
+def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, whole_run, tmp_path, capsys, monkeypatch, number, how):
     options = [*WAYS[how], "--steps", "6", "--eval-every", "2"]
-    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    uninterrupted = whole_run(*options)
     capsys.readouterr()
     run = tmp_path / "run"
     assert broken_off(inputs, run, monkeypatch, 3, options, lambda: os.kill(os.getpid(), number)) == 0
@@ -42,21 +57,20 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, tmp_path, capsys, mo
     assert not (run / "report.json").exists()
     assert main.main(["learn", "--resume", str(run), "--device", "cpu"]) == 0
     assert "4 steps were taken before" in capsys.readouterr().err
-    whole, resumed = report(tmp_path / "whole"), report(run)
+    whole, resumed = report(uninterrupted), report(run)
     for name in ("validation", "flipped_groups", "settings", "gap", "converted"):
         different = {"output"} if name == "settings" else set()
         one, other = ({k: v for k, v in x.items() if k not in different} if isinstance(x, dict) else x
                       for x in (whole[name], resumed[name]))  # fmt: skip
         assert one == other, name
     assert [row["loss"] for row in whole["steps"]] == [row["loss"] for row in resumed["steps"]]
-    expected = learned_logits(tmp_path / "whole")
-    assert_same_bits(learned_logits(run), expected)
+    assert_same_bits(learned_logits(run), learned_logits(uninterrupted))
     assert [row["perplexity"] for row in whole["table"]] == [row["perplexity"] for row in resumed["table"]]
 
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("step", [0, 2, 5])
-def test_a_run_that_was_killed_goes_on(inputs, tmp_path, monkeypatch, how, step):
+def test_a_run_that_was_killed_goes_on(inputs, whole_run, tmp_path, monkeypatch, how, step):
     class Killed(BaseException):
         pass
 
@@ -64,13 +78,12 @@ def test_a_run_that_was_killed_goes_on(inputs, tmp_path, monkeypatch, how, step)
         raise Killed
 
     options = [*WAYS[how], "--steps", "6", "--eval-every", "3"]
-    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    whole = whole_run(*options)
     with pytest.raises(Killed):
         broken_off(inputs, tmp_path / "run", monkeypatch, step, options, kill)
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
-    expected = learned_logits(tmp_path / "whole")
-    assert_same_bits(learned_logits(tmp_path / "run"), expected)
-    assert report(tmp_path / "run")["validation"] == report(tmp_path / "whole")["validation"]
+    assert_same_bits(learned_logits(tmp_path / "run"), learned_logits(whole))
+    assert report(tmp_path / "run")["validation"] == report(whole)["validation"]
 
 
 def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -19,3 +22,44 @@ def environment() -> dict[str, str]:
     """Of a child on the routes that users get, without Triton's interpreter."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return inherited | {"PYTHONPATH": search_path()}
+
+
+SERVING = """
+import json, sys, traceback
+for line in sys.stdin:
+    code, arguments = json.loads(line)
+    answer = {"rows": [], "error": None}
+    try:
+        exec(code, {"arguments": arguments, "tell": answer["rows"].append})
+    except BaseException:
+        answer["error"] = traceback.format_exc()
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Child:
+    """A process on the routes that users get, which runs code as often as it is called: it imports once.
+
+    Code finds ``arguments``, and gives a row by ``tell(row)``; both are of what JSON holds.
+    """
+
+    def __enter__(self) -> Child:
+        command = [sys.executable, "-c", SERVING]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def __call__(self, code: str, *arguments) -> list:
+        self.process.stdin.write(json.dumps([code, arguments]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the child has ended with {self.process.wait()}"
+        answer = json.loads(line)
+        assert answer["error"] is None, answer["error"]
+        return answer["rows"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -35,13 +36,26 @@ def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> No
     pipe.recv()
 
 
-def in_ranks(world: int, job, **arguments) -> list:
-    """What a job gives on each rank: its result, its error, or ``Ended``."""
+@contextmanager
+def forking():
+    """Gives a context of processes: one imports torch and what it loads late, and forks into the others."""
     context = multiprocessing.get_context("forkserver")
-    # one process imports torch and what it loads late, and forks into the others
     context.set_forkserver_preload(["helpers.small_trainer", "torch._dynamo"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = search_path()
+    try:
+        yield context
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def in_ranks(world: int, job, **arguments) -> list:
+    """What a job gives on each rank: its result, its error, or ``Ended``."""
+    with forking() as context:
+        return _in_ranks(context, world, job, arguments)
+
+
+def _in_ranks(context, world: int, job, arguments: dict) -> list:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     try:
@@ -64,7 +78,6 @@ def in_ranks(world: int, job, **arguments) -> list:
         for process in processes:
             process.kill()
             process.join()
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
 def all_in_ranks(world: int, job, **arguments) -> list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -73,6 +75,19 @@ def small_tiles(product, m, *_):
 PATTERNS = [NMPattern(p) for p in ("1:4", "2:4", "4:8", "8:16")]
 # Groups of 16 take the interpreter seconds
 INTERPRETED = [*PATTERNS[:3], pytest.param(PATTERNS[3], marks=pytest.mark.slow)]
+
+
+def tiled_cases(dtypes: list, fast) -> list:
+    """(tiles, pattern, dtype) of the interpreter.
+
+    Slow are groups of 16, and where many tiles hold other groups than 2:4 all but one dtype.
+    """
+    cases = []
+    for tiled, pattern, dtype in itertools.product(("one tile", "many tiles"), PATTERNS, dtypes):
+        one_of_many = tiled == "many tiles" and str(pattern) != "2:4" and dtype != fast
+        slow = [pytest.mark.slow] if pattern.m > 8 or one_of_many else []
+        cases.append(pytest.param(tiled, pattern, dtype, marks=slow))
+    return cases
 
 
 def operands(pattern, tokens=20, rows=48, k=96, dtype=torch.float32, bias=True):

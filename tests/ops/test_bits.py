@@ -134,7 +134,9 @@ def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dt
 
 
 @pytest.mark.parametrize("gap", [4.0, 10.0, 30.0])
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16), pytest.param(20, 32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 2), (2, 4), (4, 8), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (20, 32)))]
+)
 def test_kernel_and_reference_draw_the_same_where_blocks_are_determined(n, m, gap, monkeypatch):
     """Blocks as small as on a GPU: bounds determine the draws of most of them, not of others."""
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)
@@ -193,8 +195,9 @@ def test_masked_weights_are_the_weights_under_the_drawn_codes(n, m, dtype):
 @pytest.mark.parametrize(
     ("n", "m", "route"),
     [
-        *((n, m, reference) for n, m in ((1, 2), (2, 4), (4, 8), (5, 8))),
+        *((n, m, reference) for n, m in ((1, 2), (2, 4), (4, 8))),
         (2, 4, kernels),
+        pytest.param(5, 8, reference, marks=pytest.mark.slow),
         pytest.param(1, 2, kernels, marks=pytest.mark.slow),
         pytest.param(4, 8, kernels, marks=pytest.mark.slow),
     ],

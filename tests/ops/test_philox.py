@@ -215,9 +215,17 @@ SHARDED = [
 ]
 
 
-@pytest.mark.parametrize("pattern, dtype, offset", SHARDED)
-@pytest.mark.parametrize("name", ["sample_mask", "sample_masked_weight", "score_update_"])
-@pytest.mark.parametrize("route", [plain, public], ids=["reference", "kernel"])
+# the larger the groups the slower the interpreter
+SHARDED_CASES = [
+    pytest.param(route, name, *case, marks=[pytest.mark.slow] if slow else [])
+    for route in (plain, public)
+    for name in KERNELS
+    for case in SHARDED
+    for slow in [route is public and case[0] == "8:16" and name != "score_update_"]
+]
+
+
+@pytest.mark.parametrize("route, name, pattern, dtype, offset", SHARDED_CASES)
 def test_shards_draw_the_bits_of_the_whole_layer(route, name, pattern, dtype, offset, launched):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     generator = torch.Generator().manual_seed(0)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.children import environment
+from helpers.in_ranks import LONGEST, forking
 from helpers.routes import route_to_the_eager_reference
 from helpers.small_trainer import a_trainer_in, logits_of
 
 import maskpro_kernels as mk
+from maskpro_kernels.ops import dispatch
 from maskpro_kernels.training import score_updates, snapshots
 from maskpro_kernels.training import trainer as training
 from maskpro_kernels.training.batches import digest
@@ -262,42 +260,41 @@ def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
     assert_same_bits(logits_of(again.model), logits_of(trainer.model))
 
 
-CHILD = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from helpers.small_trainer import a_trainer_in
-folder = Path(sys.argv[1])
-trainer = a_trainer_in(folder, sys.argv[2], snapshot_minutes=0.0)
-if (folder / "journal").exists() if sys.argv[2] == "reinforce" else list(folder.glob("snapshot-*.safetensors")):
-    trainer.resume()
-print("ready", flush=True)
-while trainer.steps_done < {steps}:
-    trainer.step()
-print("done", flush=True)
-"""
+def take_steps(pipe, folder: Path, how: str, steps: int) -> None:
+    """In a process of its own, on the routes that users get."""
+    torch.set_num_threads(1)
+    dispatch.interpreting = lambda: False
+    trainer = a_trainer_in(folder, how, snapshot_minutes=0.0)
+    if (folder / "journal").exists() if how == "reinforce" else list(folder.glob("snapshot-*.safetensors")):
+        trainer.resume()
+    pipe.send("ready")
+    while trainer.steps_done < steps:
+        trainer.step()
+    pipe.send("done")
 
 
 def killed_until_done(folder: Path, how: str, kills: int, steps: int) -> int:
     """Run a trainer in processes that are killed at random moments, as often as asked for; gives how often it was."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(kills)
-    code = CHILD.format(steps=steps)
     killed = 0
-    while True:
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), how], stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        assert child.stdout.readline() == "ready\n"
-        if killed < kills:
-            time.sleep(float(torch.rand((), generator=generator)) * 0.05)
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            killed += 1
-        else:
-            assert child.stdout.readline() == "done\n" and child.wait() == 0
-            return killed
+    with forking() as context:
+        while True:
+            ours, theirs = context.Pipe()
+            child = context.Process(target=take_steps, args=(theirs, folder, how, steps), daemon=True)
+            child.start()
+            theirs.close()
+            assert ours.poll(LONGEST) and ours.recv() == "ready"
+            if killed < kills:
+                time.sleep(float(torch.rand((), generator=generator)) * 0.05)
+                child.kill()
+                child.join()
+                killed += 1
+            else:
+                assert ours.poll(LONGEST) and ours.recv() == "done"
+                child.join()
+                assert child.exitcode == 0
+                return killed
 
 
 @pytest.mark.parametrize(

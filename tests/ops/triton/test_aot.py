@@ -1,18 +1,15 @@
 """Every kernel compiles ahead of time for every target, without spills, and holds what bit-exactness asks of it.
 
-Compilation needs a process in which triton does not interpret, so these tests run in a child.
+Compilation needs a process in which triton does not interpret, so the cases go to a child: one for all tests, as
+the import of torch takes longer than most of the compilations.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import aot_report
 import pytest
 import triton
-from helpers.children import environment
+from helpers.children import Child
 
 KERNELS = [
     "sample_mask",
@@ -26,23 +23,21 @@ KERNELS = [
 FORBIDDEN = ["fma.", "lg2.", "ex2.", "div.full", "div.approx", "rcp.", ".ftz"]
 
 CHILD = """
-import json, sys
 from aot import TARGETS, build
-forbidden, cases = json.load(sys.stdin)
+forbidden, cases = arguments
 for kernel, n, m, logits, constants in cases:
     for target in TARGETS:
         built = build(kernel, target, n, m, logits=logits, **constants)
         ptx = built.asm.get("ptx", "")
         binary = built.asm["hsaco" if target.startswith("gfx") else "cubin"]
         row = [target, built.registers, built.spills, built.stack, [f for f in forbidden if f in ptx], len(binary)]
-        print(json.dumps(row), flush=True)
+        tell(row)
 """
 
 PRODUCTS_CHILD = """
-import json, sys
 from aot import build_product
 from maskpro_kernels.ops.triton.tiles import TILES
-forbidden, operand, patterns, targets, options, widest_and_narrowest = json.load(sys.stdin)
+forbidden, operand, patterns, targets, options, widest_and_narrowest = arguments
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[operand]
 for (product, target, itemsize), tiles in TILES.items():
     if itemsize != size or target not in targets:
@@ -65,8 +60,7 @@ for (product, target, itemsize), tiles in TILES.items():
             ptx = built.asm.get("ptx", "")
             unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in ptx]
             found = [name for name in forbidden if name in ptx]
-            print(json.dumps([product, target, n, m, side, built.registers, built.spills, built.stack,
-                              built.shared, unit, found]), flush=True)
+            tell([product, target, n, m, side, built.registers, built.spills, built.stack, built.shared, unit, found])
 """
 
 # Bytes of shared memory a block may have; cards of 8.6 and 8.9 take the row of sm_80
@@ -76,20 +70,14 @@ MOST_REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 MATRIX_UNITS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
-def in_child(code, *arguments):
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps(arguments),
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
-    return [json.loads(line) for line in child.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def child():
+    with Child() as child:
+        yield child
 
 
-def check(cases, stack=0):
-    rows = in_child(CHILD, FORBIDDEN, cases)
+def check(child, cases, stack=0):
+    rows = child(CHILD, FORBIDDEN, cases)
     assert len(rows) == 4 * len(cases)
     for target, registers, spills, used_stack, forbidden, size in rows:
         assert size > 0 and registers <= MOST_REGISTERS[target]
@@ -110,57 +98,57 @@ def check(cases, stack=0):
         for logits in ["fp32", "bf16", "fp16"]
     ],
 )
-def test_draw_and_update_compile_for_every_target(n, m, logits):
-    check([(kernel, n, m, logits, {}) for kernel in ("sample_mask", "masked_weight", "score_update")])
+def test_draw_and_update_compile_for_every_target(child, n, m, logits):
+    check(child, [(kernel, n, m, logits, {}) for kernel in ("sample_mask", "masked_weight", "score_update")])
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), pytest.param(8, 16, marks=pytest.mark.slow)])
-def test_every_kernel_compiles_for_every_target(n, m):
-    check([(kernel, n, m, "fp32", {}) for kernel in KERNELS])
+def test_every_kernel_compiles_for_every_target(child, n, m):
+    check(child, [(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (16, 32)])
-def test_swaps_compile_for_every_target(n, m):
-    check([("best_swaps", n, m, "fp32", {})])
+def test_swaps_compile_for_every_target(child, n, m):
+    check(child, [("best_swaps", n, m, "fp32", {})])
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (16, 32)))])
-def test_descent_compiles_for_every_target(n, m):
-    check([("descend", n, m, logits, {}) for logits in ("fp32", "bf16", "fp16")])
+def test_descent_compiles_for_every_target(child, n, m):
+    check(child, [("descend", n, m, logits, {}) for logits in ("fp32", "bf16", "fp16")])
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(8, 16, marks=pytest.mark.slow)])
-def test_shards_compile_for_every_target(n, m):
+def test_shards_compile_for_every_target(child, n, m):
     kernels = ("sample_mask", "masked_weight", "score_update", "score_updates", "descend")
-    check([(kernel, n, m, "fp32", {"WHOLE": False}) for kernel in kernels])
+    check(child, [(kernel, n, m, "fp32", {"WHOLE": False}) for kernel in kernels])
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), pytest.param(8, 16, marks=pytest.mark.slow)])
-def test_weights_under_given_masks_and_of_another_dtype_compile_for_every_target(n, m):
+def test_weights_under_given_masks_and_of_another_dtype_compile_for_every_target(child, n, m):
     cases = [{"KIND": "top_n"}, {"KIND": "codes"}, {"weight": "fp32", "out": "bf16"}]
-    check([("masked_weight", n, m, "fp32", case) for case in cases])
+    check(child, [("masked_weight", n, m, "fp32", case) for case in cases])
 
 
 @pytest.mark.parametrize(
     ("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 4), (1, 32), (4, 8), (8, 16)))]
 )
-def test_several_draws_compile_for_every_target(n, m):
-    check([("score_updates", n, m, "bf16", {})])
+def test_several_draws_compile_for_every_target(child, n, m):
+    check(child, [("score_updates", n, m, "bf16", {})])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "m"), [(1, 32), (2, 32), (4, 32), (16, 32), (31, 32), (1, 16), (4, 16), (15, 16), (1, 8)]
 )
-def test_large_groups_compile_for_every_target(n, m):
+def test_large_groups_compile_for_every_target(child, n, m):
     # 32 columns of logits, keys and scores leave up to 24 bytes of stack
-    check([(kernel, n, m, "fp32", {}) for kernel in KERNELS], stack=24 if m == 32 else 0)
+    check(child, [(kernel, n, m, "fp32", {}) for kernel in KERNELS], stack=24 if m == 32 else 0)
 
 
-def check_products(operand, patterns, targets, stack=0, ends=False, **options):
+def check_products(child, operand, patterns, targets, stack=0, ends=False, **options):
     # a product of float32 is made of fused multiply-adds
     forbidden = [name for name in FORBIDDEN if operand != "fp32" or name != "fma."]
-    rows = in_child(PRODUCTS_CHILD, forbidden, operand, patterns, targets, options, ends)
+    rows = child(PRODUCTS_CHILD, forbidden, operand, patterns, targets, options, ends)
     assert len(rows) >= 3 * len(patterns) * len(targets)
     for product, target, n, m, side, registers, spills, used_stack, shared, units, found in rows:
         case = (product, target, f"{n}:{m}", side, registers, spills, used_stack, shared, units, found)
@@ -172,15 +160,15 @@ def check_products(operand, patterns, targets, stack=0, ends=False, **options):
 
 
 @pytest.mark.parametrize("target", SHARED_LIMITS)
-def test_products_compile_for_every_target(target):
-    check_products("bf16", [(2, 4)], [target], ends=True, LOG_PROB=True)
+def test_products_compile_for_every_target(child, target):
+    check_products(child, "bf16", [(2, 4)], [target], ends=True, LOG_PROB=True)
 
 
 COSTS_CHILD = """
-import json, sys
+import json
 from dataclasses import asdict
 import aot_report
-(everything,) = json.load(sys.stdin)
+(everything,) = arguments
 known = json.loads(aot_report.TABLE.read_text()).get(aot_report.triton_release())
 kept = known is not None
 known = known or {}
@@ -191,16 +179,16 @@ else:
              *aot_report.product_costs(target, 2, 4, ends=True), *aot_report.packed_costs(target, 2, 4))]
 for cost in costs:
     before = known.pop(cost.key, None)
-    print(json.dumps([kept, cost.key, asdict(cost), before, before and cost.worse_than(before)]))
+    tell([kept, cost.key, asdict(cost), before, before and cost.worse_than(before)])
 if known and everything:
-    print(json.dumps([kept, "rows of no kernel", list(known), None, None]))
+    tell([kept, "rows of no kernel", list(known), None, None])
 """
 
 
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["2:4", "all"])
-def test_no_kernel_costs_more_than_its_row_of_the_table(everything):
+def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
     """Registers, stack, shared memory, occupancy, instructions a weight: `make aot-table` where it is on purpose."""
-    rows = in_child(COSTS_CHILD, everything)
+    rows = child(COSTS_CHILD, everything)
     assert len(rows) >= 3 * (3 + 6 + 9)
     if not rows[0][0]:
         pytest.skip(f"no costs are kept for Triton {triton.__version__}")
@@ -221,10 +209,9 @@ def test_a_cost_is_worse_where_one_figure_is():
 
 
 SLOPES_CHILD = """
-import json, sys
 from aot import TARGETS, build_product
 from maskpro_kernels.ops.triton.tiles import TILES
-(patterns,) = json.load(sys.stdin)
+(patterns,) = arguments
 for target in TARGETS:
     for n, m in patterns:
         for operand, itemsize in (("bf16", 2), ("fp32", 4)):
@@ -233,13 +220,13 @@ for target in TARGETS:
             cases.append((tiles[-1], {"WEIGHT_GRAD": True}))
             for tile, written in cases:
                 built = build_product("straight_through", target, n, m, tile, operand=operand, **written)
-                print(json.dumps([target, n, m, operand, built.registers, built.spills, built.stack]), flush=True)
+                tell([target, n, m, operand, built.registers, built.spills, built.stack])
 """
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), pytest.param((8, 16), marks=pytest.mark.slow)], ids=str)
-def test_slopes_and_gradients_that_are_written_compile_for_every_target(pattern):
-    rows = in_child(SLOPES_CHILD, [pattern])
+def test_slopes_and_gradients_that_are_written_compile_for_every_target(child, pattern):
+    rows = child(SLOPES_CHILD, [pattern])
     assert len(rows) >= 2 * len(SHARED_LIMITS)
     for target, *case, registers, spills, stack in rows:
         assert registers <= MOST_REGISTERS[target] and spills == stack == 0, (target, case, registers, spills, stack)
@@ -248,8 +235,8 @@ def test_slopes_and_gradients_that_are_written_compile_for_every_target(pattern)
 @pytest.mark.slow
 @pytest.mark.parametrize("operand", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (8, 16)])
-def test_all_tiles_of_products_compile_for_every_target(n, m, operand):
-    check_products(operand, [(n, m)], list(SHARED_LIMITS), LOG_PROB=n <= 4)
+def test_all_tiles_of_products_compile_for_every_target(child, n, m, operand):
+    check_products(child, operand, [(n, m)], list(SHARED_LIMITS), LOG_PROB=n <= 4)
 
 
 @pytest.mark.slow
@@ -258,42 +245,42 @@ def test_all_tiles_of_products_compile_for_every_target(n, m, operand):
     [{"logits": "bf16"}, {"logits": "fp16", "LOG_PROB": True}, {"weight": "fp32"}],
     ids=["logits in bf16", "logits in fp16", "weight in fp32, as under autocast"],
 )
-def test_products_of_mixed_dtypes_compile_for_every_target(options):
-    check_products("bf16", [(2, 4), (8, 16)] if "LOG_PROB" not in options else [(2, 4)], list(SHARED_LIMITS), **options)
+def test_products_of_mixed_dtypes_compile_for_every_target(child, options):
+    patterns = [(2, 4), (8, 16)] if "LOG_PROB" not in options else [(2, 4)]
+    check_products(child, "bf16", patterns, list(SHARED_LIMITS), **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 8), (1, 32), (4, 16), (2, 32), (16, 32)])
-def test_products_of_other_groups_compile_for_every_target(n, m):
-    check_products("bf16", [(n, m)], list(SHARED_LIMITS), ends=True, LOG_PROB=n <= 4)
+def test_products_of_other_groups_compile_for_every_target(child, n, m):
+    check_products(child, "bf16", [(n, m)], list(SHARED_LIMITS), ends=True, LOG_PROB=n <= 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["top_n", "codes"])
-def test_products_under_given_masks_compile_for_every_target(kind):
-    check_products("bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), KIND=kind)
+def test_products_under_given_masks_compile_for_every_target(child, kind):
+    check_products(child, "bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), KIND=kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operand", ["bf16", "fp32"])
 @pytest.mark.parametrize("multiples", [["rows"], ["groups"]], ids="only {0[0]} aligned".format)
-def test_products_of_odd_sizes_compile_for_every_target(multiples, operand):
-    check_products(operand, [(2, 4)], list(SHARED_LIMITS), multiples=multiples, LOG_PROB=True)
+def test_products_of_odd_sizes_compile_for_every_target(child, multiples, operand):
+    check_products(child, operand, [(2, 4)], list(SHARED_LIMITS), multiples=multiples, LOG_PROB=True)
 
 
 @pytest.mark.slow
-def test_products_in_tf32_compile_for_every_target():
+def test_products_in_tf32_compile_for_every_target(child):
     # on sm_100 one tile leaves a value on the stack, and with any limit of registers its exact product leaves more
-    check_products("fp32", [(2, 4)], ["sm_80", "sm_90", "sm_100"], stack=8, PRECISION="tf32", LOG_PROB=True)
+    check_products(child, "fp32", [(2, 4)], ["sm_80", "sm_90", "sm_100"], stack=8, PRECISION="tf32", LOG_PROB=True)
 
 
 PACKED_CHILD = """
-import json, sys
 import aot_report
 from dataclasses import replace
 from aot import TARGETS, build_packed
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
-n, m, element = json.load(sys.stdin)
+n, m, element = arguments
 for target in TARGETS:
     # as few rows a program as a small layer gets, too
     rows = [*ROWS["packed_vector"], *(replace(ROWS["packed_vector"][-1], rows=rows) for rows in (1, 2))]
@@ -314,8 +301,8 @@ for target in TARGETS:
             elif kernel == "packed_linear":
                 product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)
                 loop = sum("LDG.E" in line for line in lines[:product])
-        print(json.dumps([kernel, target, bool(multiples), getattr(config, "rows", None), getattr(config, "out", None),
-                          built.registers, built.spills, built.stack, built.shared, loop, unit]), flush=True)
+        tell([kernel, target, bool(multiples), getattr(config, "rows", None), getattr(config, "out", None),
+              built.registers, built.spills, built.stack, built.shared, loop, unit])
 """
 
 
@@ -327,12 +314,12 @@ for target in TARGETS:
         for element in ("bf16", "fp16")
     ],
 )
-def test_packed_kernels_compile_for_every_target(n, m, element):
+def test_packed_kernels_compile_for_every_target(child, n, m, element):
     """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
 
     Tiles are loaded ahead of their use: no plain load stands before the last product.
     """
-    rows = in_child(PACKED_CHILD, n, m, element)
+    rows = child(PACKED_CHILD, n, m, element)
     assert len(rows) == 4 * (5 + 6 + 2 + 1)
     for kernel, target, aligned, owned, out, registers, spills, stack, shared, loop, unit in rows:
         case = (kernel, target, aligned, owned, out, registers, spills, stack, shared, loop, unit)
@@ -349,18 +336,17 @@ def test_packed_kernels_compile_for_every_target(n, m, element):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (3, 4), (7, 8), (15, 16), (31, 32)])
-def test_the_kernel_that_unpacks_compiles_for_every_pattern(n, m):
-    rows = in_child(UNPACK_CHILD, n, m)
+def test_the_kernel_that_unpacks_compiles_for_every_pattern(child, n, m):
+    rows = child(UNPACK_CHILD, n, m)
     for target, registers, spills, stack in rows:
         assert registers <= MOST_REGISTERS[target] and spills == 0 and stack == 0, (target, registers, spills, stack)
 
 
 UNPACK_CHILD = """
-import json, sys
 from aot import TARGETS, build_packed
-n, m = json.load(sys.stdin)
+n, m = arguments
 for target in TARGETS:
     for element in ("bf16", "fp32"):
         built = build_packed("unpack", target, n, m, element=element)
-        print(json.dumps([target, built.registers, built.spills, built.stack]), flush=True)
+        tell([target, built.registers, built.spills, built.stack])
 """

@@ -18,6 +18,7 @@ from helpers.products import (
     operands,
     problems,
     small_tiles,
+    tiled_cases,
     within_budget,
 )
 from hypothesis import given, settings
@@ -96,8 +97,15 @@ def route(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, NMPattern("1:2"), NMPattern("4:32")], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        pytest.param(kind, pattern, marks=[pytest.mark.slow] if (kind, pattern.m) == ("drawn", 32) else [])
+        for kind in KINDS
+        for pattern in (*PATTERNS, NMPattern("1:2"), NMPattern("4:32"))
+    ],
+    ids=str,
+)
 def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tiles.Tiles(out=16, tokens=64, k=64))
     k = 40 if pattern.m <= 8 else 3 * pattern.m
@@ -132,9 +140,7 @@ def test_gradients_to_logits_are_those_of_float64(pattern, route):
     torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pattern", INTERPRETED, ids=str)
-@pytest.mark.parametrize("tiles", ["one tile", "many tiles"])
+@pytest.mark.parametrize(("tiles", "pattern", "dtype"), tiled_cases(DTYPES, fast=torch.bfloat16), ids=str)
 def test_gradients_are_within_the_error_budget(tiles, pattern, dtype, route, launched, monkeypatch):
     if tiles == "many tiles":
         monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
@@ -172,7 +178,7 @@ def test_gradients_under_a_given_mask(kind, route):
     assert logits.grad is None
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS[:3], NMPattern("5:8")], ids=str)
+@pytest.mark.parametrize("pattern", [*PATTERNS[:3], pytest.param(NMPattern("5:8"), marks=pytest.mark.slow)], ids=str)
 def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(pattern, route, monkeypatch):
     monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
     x, weight, logits, _ = operands(pattern, tokens=40, rows=21, k=40, bias=False)
