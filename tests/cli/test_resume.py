@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shutil
 import signal
 
 import pytest
 from helpers.bits import assert_same_bits
+from helpers.cases import cases
 from helpers.command import broken_off, learn, refuses, report
 from safetensors.torch import load_file
 
@@ -68,8 +70,10 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, whole_run, tmp_path,
     assert [row["perplexity"] for row in whole["table"]] == [row["perplexity"] for row in resumed["table"]]
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("step", [0, 2, 5])
+@pytest.mark.parametrize(
+    ("how", "step"),
+    cases(itertools.product(WAYS, [0, 2, 5]), slow=lambda how, step: how == "several draws" and step != 2),
+)
 def test_a_run_that_was_killed_goes_on(inputs, whole_run, tmp_path, monkeypatch, how, step):
     class Killed(BaseException):
         pass

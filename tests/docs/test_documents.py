@@ -67,6 +67,10 @@ TINY_IN_PYTHON = {
     "pydoc:0.5": "text.txt:0.5",
     "steps=30": "steps=3",
     "run(30)": "run(3)",
+    "tokenizer, 128)": "tokenizer, 32)",
+    "length=128": "length=32",
+    "calibration[:16]": "calibration[:2]",
+    "batches_of_both[:16]": "batches_of_both[:2]",
 }
 TINY = {"--model": "model", "--data": "text.txt", "--other-data": "other.txt"}
 

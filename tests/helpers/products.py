@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 import maskpro_kernels as mk
+from helpers.cases import cases
 from helpers.enumerated import KERNEL_DEVICE
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
@@ -82,12 +83,11 @@ def tiled_cases(dtypes: list, fast) -> list:
 
     Slow are groups of 16, and where many tiles hold other groups than 2:4 all but one dtype.
     """
-    cases = []
-    for tiled, pattern, dtype in itertools.product(("one tile", "many tiles"), PATTERNS, dtypes):
-        one_of_many = tiled == "many tiles" and str(pattern) != "2:4" and dtype != fast
-        slow = [pytest.mark.slow] if pattern.m > 8 or one_of_many else []
-        cases.append(pytest.param(tiled, pattern, dtype, marks=slow))
-    return cases
+
+    def slow(tiled, pattern, dtype):
+        return pattern.m > 8 or (tiled == "many tiles" and str(pattern) != "2:4" and dtype != fast)
+
+    return cases(itertools.product(("one tile", "many tiles"), PATTERNS, dtypes), slow)
 
 
 def operands(pattern, tokens=20, rows=48, k=96, dtype=torch.float32, bias=True):

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import cases
 
 from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.functional.checks import counter_of
@@ -19,7 +20,15 @@ PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 OTHERS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m) if (n, m) not in PATTERNS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # No block or row divides them; the interpreter takes seconds for a million
-GROUPS = [100_003, pytest.param(1_000_003, marks=pytest.mark.slow)]
+# The larger the groups the slower the interpreter
+INTERPRETED = pytest.mark.parametrize(
+    ("n", "m", "dtype", "groups"),
+    cases(
+        [(*pattern, dtype, groups) for pattern in PATTERNS for dtype in DTYPES for groups in (100_003, 1_000_003)],
+        slow=lambda n, m, dtype, groups: groups > 100_003 or (m == 16 and dtype != torch.bfloat16),
+    ),
+    ids=str,
+)
 # The eager reference takes seconds for a million groups of more than 4
 COMPILED = [pytest.param(*pattern, marks=[] if pattern == (2, 4) else pytest.mark.slow) for pattern in PATTERNS]
 # Another dtype of 16 bits is another loop of the last rounding
@@ -83,9 +92,7 @@ def update(route, n, m, logits, draws=(DRAW,), row_stride=None):
     return logits
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@INTERPRETED
 def test_kernel_and_reference_draw_the_same_masks(n, m, dtype, groups, launched):
     logits = problem(m, dtype, groups)
     expected = draw(reference, n, m, logits)
@@ -95,9 +102,7 @@ def test_kernel_and_reference_draw_the_same_masks(n, m, dtype, groups, launched)
     assert (kept == n).all()
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@INTERPRETED
 def test_kernel_and_reference_update_to_the_same_bits(n, m, dtype, groups, launched):
     logits = problem(m, dtype, groups)
     expected = update(reference, n, m, logits)

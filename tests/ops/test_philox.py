@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from helpers.bits import assert_same_bits
+from helpers.cases import cases
 from helpers.enumerated import KERNEL_DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,17 +216,17 @@ SHARDED = [
 ]
 
 
+SHARDED_CASES = [(route, name, *case) for route in (plain, public) for name in KERNELS for case in SHARDED]
+
+
 # the larger the groups the slower the interpreter
-SHARDED_CASES = [
-    pytest.param(route, name, *case, marks=[pytest.mark.slow] if slow else [])
-    for route in (plain, public)
-    for name in KERNELS
-    for case in SHARDED
-    for slow in [route is public and case[0] == "8:16" and name != "score_update_"]
-]
-
-
-@pytest.mark.parametrize("route, name, pattern, dtype, offset", SHARDED_CASES)
+@pytest.mark.parametrize(
+    "route, name, pattern, dtype, offset",
+    cases(
+        SHARDED_CASES,
+        slow=lambda route, name, pattern, *_: route is public and pattern != "2:4" and name != "score_update_",
+    ),
+)
 def test_shards_draw_the_bits_of_the_whole_layer(route, name, pattern, dtype, offset, launched):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     generator = torch.Generator().manual_seed(0)

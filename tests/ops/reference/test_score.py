@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import cases
 from helpers.enumerated import (
     KERNEL_DEVICE,
     exact_log_prob,
@@ -24,7 +25,9 @@ from maskpro_kernels.ops.triton.launch import launches
 from maskpro_kernels.pattern import NMPattern
 
 EXACT_PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8", "4:16"]
+# By quadrature, for which the interpreter takes seconds
 LARGE_PATTERNS = ["5:8", "7:8", "8:16"]
+MOST_PATTERNS = [*EXACT_PATTERNS, *cases([(p,) for p in LARGE_PATTERNS], slow=lambda pattern: pattern == "7:8")]
 
 
 def sizes(pattern):
@@ -167,14 +170,14 @@ def wide_scores(score, pattern):
 
 
 @DIRECT_SCORES
-@pytest.mark.parametrize("pattern", EXACT_PATTERNS + LARGE_PATTERNS)
+@pytest.mark.parametrize("pattern", MOST_PATTERNS)
 def test_scores_of_a_group_sum_to_zero(score, pattern):
     """log p(S) does not change when the whole group shifts."""
     assert wide_scores(score, pattern).sum(1).abs().max() < 2e-6
 
 
 @DIRECT_SCORES
-@pytest.mark.parametrize("pattern", LARGE_PATTERNS)
+@pytest.mark.parametrize("pattern", MOST_PATTERNS[len(EXACT_PATTERNS) :])
 def test_quadrature_score_is_within_2e_6_of_60_digits(score, pattern):
     error = wide_scores(score, pattern) - exact_scores(wide_cases, pattern)
     assert error.abs().max() < 2e-6
@@ -210,7 +213,7 @@ def found_log_probs(log_prob, pattern):
 
 
 @LOG_PROBS
-@pytest.mark.parametrize("pattern", EXACT_PATTERNS + LARGE_PATTERNS)
+@pytest.mark.parametrize("pattern", MOST_PATTERNS)
 def test_log_prob_is_exact(log_prob, pattern):
     exact = exact_log_probs(wide_cases, pattern)
     error = (found_log_probs(log_prob, pattern)[0] - exact).abs()
@@ -218,7 +221,7 @@ def test_log_prob_is_exact(log_prob, pattern):
 
 
 @LOG_PROBS
-@pytest.mark.parametrize("pattern", EXACT_PATTERNS + LARGE_PATTERNS)
+@pytest.mark.parametrize("pattern", MOST_PATTERNS)
 def test_log_prob_near_certainty_keeps_its_digits(log_prob, pattern):
     exact = exact_log_probs(confident_cases, pattern)
     error = (found_log_probs(log_prob, pattern)[1] - exact).abs()
@@ -246,7 +249,7 @@ def exact_huge_log_probs(pattern):
 
 
 @LOG_PROBS
-@pytest.mark.parametrize("pattern", ["5:8", "16:32", pytest.param("31:32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pattern", cases([("5:8",), ("16:32",), ("31:32",)], slow=lambda pattern: pattern != "16:32"))
 def test_log_prob_is_exact_up_to_31_of_32(log_prob, pattern):
     exact = exact_huge_log_probs(pattern)
     error = (log_prob(*huge_cases(pattern), pattern).double() - exact).abs()
@@ -386,14 +389,16 @@ def test_temperature_enters_the_gradient_of_masked_linear(temperature):
     assert (logits.grad.cpu().double().view(-1, 4) - scores).abs().max() < 1e-6
 
 
+ACCURACIES = [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)]
+
+
+# 60 digits of 5:8 take seconds
 @pytest.mark.parametrize(
     "pattern, dtype, accuracy",
-    [
-        # 60 digits of 5:8 take seconds
-        pytest.param(pattern, dtype, accuracy, marks=pytest.mark.slow if pattern == "5:8" else [])
-        for pattern in ("2:4", "4:8", "5:8")
-        for dtype, accuracy in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11))
-    ],
+    cases(
+        [(pattern, *accuracy) for pattern in ("2:4", "4:8", "5:8") for accuracy in ACCURACIES],
+        slow=lambda pattern, *_: pattern == "5:8",
+    ),
 )
 def test_gradient_of_log_prob_has_the_dtype_of_the_logits(pattern, dtype, accuracy):
     n, m = sizes(pattern)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import cases
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import (
     COUNTER,
@@ -99,11 +102,10 @@ def route(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "pattern"),
-    [
-        pytest.param(kind, pattern, marks=[pytest.mark.slow] if (kind, pattern.m) == ("drawn", 32) else [])
-        for kind in KINDS
-        for pattern in (*PATTERNS, NMPattern("1:2"), NMPattern("4:32"))
-    ],
+    cases(
+        itertools.product(KINDS, [*PATTERNS, NMPattern("1:2"), NMPattern("4:32")]),
+        slow=lambda kind, pattern: (kind, pattern.m) == ("drawn", 32),
+    ),
     ids=str,
 )
 def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
