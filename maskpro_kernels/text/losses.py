@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 from ..functional.checks import describe
+from .inverse_sampling import drawn_indices
 from .perplexity import causal_lm_loss, check_input_ids
 from .teacher import TeacherCache, TopLogProbs, pieces, teacher_logits
 
@@ -120,7 +121,7 @@ class DistillationLoss:
         logits = model(input_ids, use_cache=False).logits
         batch, length, _ = logits.shape
         generator = torch.Generator("cpu").manual_seed(seed)
-        uniform = torch.rand(3, batch, length - 1, dtype=torch.float64, device="cpu", generator=generator)
+        uniform = torch.rand(2, batch, length - 1, dtype=torch.float64, device="cpu", generator=generator)
         of_text = (uniform[0] < self.ce_weight).to(logits.device)
         temperatures = torch.where(of_text, 1.0, self.temperature)
 
@@ -128,7 +129,7 @@ class DistillationLoss:
             temperature = temperatures[row, tokens, None]
             log_probs = torch.log_softmax(values / temperature, -1)
             probabilities = log_probs.exp()
-            labels = _drawn(probabilities, *uniform[1:, row, tokens])[:, None]
+            labels = drawn_indices(probabilities, uniform[1, row, tokens])[:, None]
             ones = torch.ones_like(labels, dtype=torch.float32)
             loss = -(temperature * log_probs.gather(1, labels)).sum()
             return loss, lambda: probabilities.scatter_add_(1, labels, -ones)
@@ -200,27 +201,6 @@ def _distance(
         return found
 
     return loss, gradient
-
-
-def _drawn(probabilities: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Indices [tokens] drawn from probabilities [tokens, vocabulary] by float64 uniform numbers [tokens] of the CPU.
-
-    First a block, then one in it, by cumulated sums on the CPU: those of a GPU have no fixed order, and float32 ones
-    would lose rare tokens.
-    """
-    tokens, vocabulary = probabilities.shape
-    width = math.isqrt(vocabulary - 1) + 1
-    padding = -vocabulary % width
-    blocks = nn.functional.pad(probabilities, (0, padding)).view(tokens, -1, width)
-    block = _inverse(blocks.sum(2), first)
-    inside = blocks[torch.arange(tokens, device=blocks.device), block.to(blocks.device)]
-    return (block * width + _inverse(inside, second)).to(probabilities.device)
-
-
-def _inverse(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Where the cumulated sum of weights [tokens, n] passes its share ``uniform``, on the CPU."""
-    cumulated = weights.cpu().double().cumsum(1)
-    return (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(1)
 
 
 class _MeanWithGradient(torch.autograd.Function):

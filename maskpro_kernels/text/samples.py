@@ -6,17 +6,14 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..modules import evaluating
 from .data import generator_of
+from .inverse_sampling import drawn_indices
 
 # Windows that are drawn together where nothing else is said
 TOGETHER = 128
-# Tokens of the vocabulary whose probabilities are summed first
-BLOCK = 256
-BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 def start_token(tokenizer) -> int | None:
@@ -99,55 +96,19 @@ def _draw(
 
     embeddings = model.get_input_embeddings()
     device = embeddings.weight.device
-    uniform = torch.rand(rows, length, generator=generator, dtype=torch.float64).to(device)
+    uniform = torch.rand(rows, length, generator=generator, dtype=torch.float64)
     tokens = torch.empty(rows, length, dtype=torch.int64, device=device)
     tokens[:, 0] = (uniform[:, 0] * embeddings.num_embeddings).long() if start is None else start
     finite = torch.ones((), dtype=torch.bool, device=device)
     cache = preallocated_cache(model, length - 1)
     for at in range(1, length):
-        drawn, total = _drawn(next_logits(model, tokens[:, at - 1 : at], cache), uniform[:, at : at + 1])
-        finite &= total.isfinite().all()
-        tokens[:, at] = drawn
+        probabilities = next_logits(model, tokens[:, at - 1 : at], cache).softmax(-1, dtype=torch.float32)
+        finite &= probabilities.sum(-1).isfinite().all()
+        tokens[:, at] = drawn_indices(probabilities, uniform[:, at])
         tell(at)
     if not finite:
         raise ValueError("model: expected finite logits, got NaN or infinity; take another --dtype or model")
     return tokens.cpu()
-
-
-def _drawn(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens [rows], sums of the probabilities [rows]): the token at which the sum of those up to it passes a number.
-
-    First the block of tokens, then the token in it: a sum over all of them one by one would take longer than a forward
-    of a small model takes for its widest layer.
-
-    Args:
-        logits: [rows, vocabulary].
-        uniform: float64 [rows, 1], in [0, 1).
-    """
-    probabilities = logits.softmax(-1, dtype=torch.float32)
-    lacking = -probabilities.shape[1] % BLOCK
-    blocks = (F.pad(probabilities, (0, lacking)) if lacking else probabilities).unflatten(1, (-1, BLOCK))
-    block, rest = _passed(blocks.sum(-1), uniform)
-    row = torch.arange(len(logits), device=logits.device)
-    token, _ = _passed(blocks[row, block], rest)
-    # where they are no numbers, neither is the token one of the vocabulary
-    return (block * BLOCK + token).clamp(max=logits.shape[1] - 1), probabilities.sum(-1)
-
-
-def _passed(weights: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-    """(index [rows], what part of its weight lies before it [rows, 1]), where a part of the sum of weights is passed.
-
-    Args:
-        weights: [rows, columns], not negative.
-        part: float64 [rows, 1], in [0, 1).
-    """
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    sought = part * sums[:, -1:]
-    # right: a weight of 0 has no place between two sums
-    index = torch.searchsorted(sums, sought, right=True).clamp(max=weights.shape[1] - 1)
-    own = weights.gather(-1, index).double()
-    rest = (sought - (sums.gather(-1, index) - own)) / own
-    return index[:, 0], rest.clamp(0.0, BELOW_ONE)
 
 
 def _check_known(known: Tensor, windows: int, length: int, batch_size: int) -> None:

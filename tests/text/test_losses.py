@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.text import losses, teacher
+from maskpro_kernels.text import teacher
 from maskpro_kernels.text.losses import distillation_loss
 from maskpro_kernels.text.perplexity import causal_lm_loss
 from maskpro_kernels.text.teacher import TeacherCache
@@ -309,18 +309,6 @@ def test_sampled_labels_have_the_curvature_of_the_loss(kind, temperature):
     assert float((found - hessian).abs().max()) < 4 / math.sqrt(10_000)
     assert float(hessian.abs().max()) > 0.1
     assert not torch.equal(hessian, torch.zeros_like(hessian))
-
-
-def test_labels_are_drawn_by_their_probabilities():
-    """Of a vocabulary in blocks, the last of which is not full."""
-    p = torch.tensor([0.5, 0.0, 0.1, 0.2, 0.05, 0.0, 0.15])
-    uniform = torch.rand(2, 40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = losses._drawn(p.expand(40_000, 7), *uniform)
-    shares = drawn.bincount(minlength=7) / 40_000
-    assert float((shares - p).abs().max()) < 0.01
-    assert not shares[p == 0].any()
-    edge = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert losses._drawn(p.expand(2, 7), edge, edge).tolist() == [0, 6]
 
 
 def test_labels_are_those_of_their_seed():

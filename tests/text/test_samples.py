@@ -7,7 +7,6 @@ from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from maskpro_kernels.hf import next_logits, preallocated_cache
-from maskpro_kernels.text import samples
 from maskpro_kernels.text.samples import sample_windows, start_token
 
 
@@ -56,23 +55,6 @@ def test_the_cache_is_not_copied_as_it_fills():
             next_logits(model, torch.zeros(3, 1, dtype=torch.int64), cache)
             places.add(cache.layers[0].keys.data_ptr())
     assert len(places) == 1 and cache.layers[1].values.shape == (3, 1, 8, 16)
-
-
-@pytest.mark.parametrize("vocabulary", [7, 256, 300])
-def test_tokens_come_as_often_as_they_are_likely(vocabulary):
-    """Whether the vocabulary is a part of a block of sums, one, or more than one."""
-    generator = torch.Generator().manual_seed(1)
-    logits = 2 * torch.randn(1, vocabulary, generator=generator)
-    logits[0, vocabulary // 2] = -torch.inf
-    uniform = torch.rand(1 << 17, 1, generator=generator, dtype=torch.float64)
-    uniform[0], uniform[1] = 0.0, 1 - 2**-53
-    drawn = torch.cat([samples._drawn(logits.expand(len(part), -1), part)[0] for part in uniform.split(1 << 14)])
-    expected = logits[0].double().softmax(0) * len(drawn)
-    counts = torch.bincount(drawn, minlength=vocabulary)
-    assert counts[vocabulary // 2] == 0
-    assert ((counts - expected).abs() < 6 * expected.sqrt() + 6).all()
-    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1e-9))[expected > 0].sum()
-    assert chi_square < vocabulary + 6 * (2 * vocabulary) ** 0.5
 
 
 def test_second_tokens_follow_the_model():
