@@ -4,9 +4,9 @@ VENV36 := .venv-triton36
 # The interpreter and the compilers use one core each, so two processes run, and none waits for another's threads.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(patsubst %,tests/%.py,ops/test_goldens ops/triton/test_aot ops/triton/test_masked_gemm \
-	ops/reference/test_distribution ops/triton/test_straight_through ops/reference/test_score \
-	benchmarks/test_benchmarks training/test_resume ops/test_bits cli/test_resume test_ranks_that_end cli/test_ranks_command test_packed)
+LONGEST := $(patsubst %,tests/%.py,ops/test_goldens ops/triton/test_aot ops/reference/test_score \
+	ops/reference/test_distribution test_ranks_that_end ops/triton/test_masked_gemm ops/triton/test_straight_through \
+	ops/test_bits benchmarks/test_benchmarks test_packed docs/test_documents cli/test_mixed_data cli/test_resume)
 FILES := $(sort $(shell find tests -name 'test_*.py'))
 TESTS := -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 test test-triton36: export OMP_NUM_THREADS = 1
