@@ -156,12 +156,12 @@ class Comparison:
             layer: module.weight.detach() * expand_mask(codes[layer], self.pattern)
             for layer, module in self.layers.items()
         }
-        with weights_in_place(self.layers, masked):
-            rows = [self.row(name, {}, 0, seconds)]
+        rows = []
         if weights is not None:
             with weights_in_place(self.layers, weights):
                 rows.append(self.row(WITH_WEIGHTS.format(name), {}, 0, seconds, weights="own"))
-        self.rows.add(rows)
+        with weights_in_place(self.layers, masked):
+            self.rows.add([*rows, self.row(name, {}, 0, seconds)])
 
     @cached_property
     def masked(self) -> dict[str, MaskedLinear]:
@@ -195,12 +195,11 @@ class Comparison:
         trainer.run(steps)
         seconds = time.perf_counter() - began
         trainer.close()
-        rows = [self.row(name, settings, steps, seconds, state_bytes(estimator, layers))]
+        rows, state = [], state_bytes(estimator, layers)
         if isinstance(estimator, ProxSparse):
             with weights_in_place(layers, estimator.sparse_weights(layers)):
-                state = state_bytes(estimator, layers)
                 rows.append(self.row(WITH_WEIGHTS.format(name), settings, steps, seconds, state, weights="own"))
-        self.rows.add(rows)
+        self.rows.add([*rows, self.row(name, settings, steps, seconds, state)])
 
 
 @contextmanager

@@ -31,7 +31,8 @@ class Rows:
         if not lines:
             lines = [{"shared": dict(shared)}]
             self._append(lines)
-        first, *self.rows = lines
+        first, *rows = lines
+        self.rows = _newest(rows)
         if not self.rows and first["shared"] != dict(shared):
             # of a call that ended before it had a row
             first = {"shared": dict(shared)}
@@ -45,13 +46,17 @@ class Rows:
 
     def found(self, method: str, settings: Mapping, steps: int) -> dict | None:
         """The row of a method with these settings and as many steps; None where there is none."""
-        key = method, dict(settings), steps
-        return next((row for row in self.rows if (row["method"], row["settings"], row["steps"]) == key), None)
+        sought = _key({"method": method, "settings": dict(settings), "steps": steps})
+        return next((row for row in self.rows if _key(row) == sought), None)
 
     def add(self, rows: Sequence[Mapping]) -> None:
-        """Keep rows and renew the table."""
+        """Keep rows that belong together, and renew the table.
+
+        A process may be killed between two of them. So the one that is asked for comes last, and a row that is there
+        already gives way.
+        """
         self._append(rows)
-        self.rows += map(dict, rows)
+        self.rows = _newest([*self.rows, *map(dict, rows)])
         write_whole(self.path.parent / TABLE, table(self.rows).encode())
 
     def _append(self, rows: Sequence[Mapping]) -> None:
@@ -59,6 +64,15 @@ class Rows:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _key(row: Mapping) -> str:
+    return json.dumps([row[name] for name in ("method", "settings", "steps")], sort_keys=True)
+
+
+def _newest(rows: Sequence[dict]) -> list[dict]:
+    """Without those that a later row of the same method, settings and steps takes the place of."""
+    return list({_key(row): row for row in rows}.values())
 
 
 def _read(path: Path) -> list[dict]:

@@ -131,6 +131,19 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert rows.Rows(tmp_path, {"seed": 0}).rows == [a_row(), a_row(steps=1)]
 
 
+def test_rows_that_belong_together_are_taken_again_where_one_is_missing(tmp_path):
+    beside, asked_for = a_row() | {"method": "m, its weights"}, a_row()
+    kept = rows.Rows(tmp_path, {})
+    kept.add([beside, asked_for])
+    path = tmp_path / rows.ROWS
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    again = rows.Rows(tmp_path, {})
+    assert again.found(asked_for["method"], asked_for["settings"], asked_for["steps"]) is None
+    newer = beside | {"seconds": beside["seconds"] + 1}
+    again.add([newer, asked_for])
+    assert again.rows == rows.Rows(tmp_path, {}).rows == [newer, asked_for]
+
+
 def test_a_call_that_ended_before_it_had_a_row_binds_nothing(tmp_path):
     rows.Rows(tmp_path, {"seed": 0})
     again = rows.Rows(tmp_path, {"seed": 1})
