@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from ..modules import CounterState, MaskedLinear, check_gap, device_of_logits
 from ..pattern import NMPattern
+from .bypassed import first_call
+from .coverage import MOST_OF_A_MODEL, Coverage, coverage
 from .gap import gap_for_flip_rate
 from .initial_masks import check_initial_mask, refitted_masks
 from .reconstruction import check_refit
@@ -28,11 +31,16 @@ class Conversion:
         converted: names of the layers that are MaskedLinear now, in the order of their layer ids.
         skipped: names of the nn.Linear layers left as they were, each with the reason.
         gap: the gap between kept and dropped logits.
+        masked_share: the share of the model's matrix weights that have a mask now, embeddings and the output head
+            apart. A matrix is any parameter of two or more dimensions.
+        unmasked: names of all matrices without a mask, such as fused experts, each with the reason.
     """
 
     converted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     gap: float = DEFAULT_GAP
+    masked_share: float = 1.0
+    unmasked: dict[str, str] = field(default_factory=dict)
 
 
 def convert(
@@ -56,7 +64,8 @@ def convert(
         model: any module that contains nn.Linear layers.
         pattern: "N:M" or NMPattern.
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
-            head, layers whose weight is shared, layers with forward hooks, and layers that the pattern does not fit.
+            head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
+            those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "wanda" or "reconstruction" (these two need ``calibration``), or {name: group codes}; see
             ``pruning/initial_masks.py``.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
@@ -69,27 +78,46 @@ def convert(
             ``refit``. With init="reconstruction" it is one pass, and the masks are chosen for the refit.
 
     Returns:
-        A Conversion: names converted, names left out with the reason, and the gap.
+        A Conversion: names converted, names left out with the reason, the gap, and how much of the model has a mask.
+
+    Warns:
+        UserWarning: without ``targets``, if less than 90% of the matrix weights have a mask.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, a weight is not finite or not in memory, or nothing is left
-            to convert. The model is then as it was.
+        TypeError, ValueError: an argument is not as above, a weight is not finite or in memory, or nothing is left to
+            convert. The model is then as it was.
     """
     pattern = NMPattern(pattern)
+    _check(model, init, refit)
+    gap = _gap(gap, flip_rate, pattern, logits_dtype)
+    logits_device = None if logits_device is None else device_of_logits(logits_device)
+    call, calibration = first_call(calibration)
+    layers, skipped = layers_to_convert(model, pattern, targets, call)
+    codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
+    masked = _masked_linears(
+        model, layers, codes, pattern, gap=gap, logits_dtype=logits_dtype, logits_device=logits_device
+    )
+    put_weights({name: masked[id(layers[name])] for name in weights}, weights)
+    replace_modules(model, masked)
+    found = coverage(model, skipped)
+    if targets is None and found.share < MOST_OF_A_MODEL:
+        warnings.warn(_told_coverage(found), stacklevel=2)
+    return Conversion(list(layers), skipped, gap, found.share, found.unmasked)
+
+
+def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     check_initial_mask(init)
     check_refit(refit)
-    gap = _gap(gap, flip_rate, pattern, logits_dtype)
-    if logits_device is not None:
-        logits_device = device_of_logits(logits_device)
-    layers, skipped = layers_to_convert(model, pattern, targets)
-    codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
-    how = {"gap": gap, "logits_dtype": logits_dtype, "logits_device": logits_device}
-    masked = _masked_linears(model, layers, codes, pattern, **how)
-    put_weights({name: masked[id(layers[name])] for name in weights}, weights)
-    replace_modules(model, masked)
-    return Conversion(list(layers), skipped, gap)
+
+
+def _told_coverage(found: Coverage) -> str:
+    largest, reason = next(iter(found.unmasked.items()))
+    return (
+        f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
+        f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all"
+    )
 
 
 def _gap(gap: float, flip_rate: float | None, pattern: NMPattern, logits_dtype: torch.dtype) -> float:

@@ -9,6 +9,7 @@ from ..modules import MaskedLinear, check_in_memory, masked_layers
 from ..packed import NMLinear, packed_class
 from ..pattern import NMPattern
 from .convert import Conversion
+from .coverage import coverage
 from .replacement import replace_modules
 from .selection import select_layers
 
@@ -65,7 +66,8 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
     if not packed:
         raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
     replace_modules(model, replacements)
-    return Conversion(packed, skipped)
+    found = coverage(model, skipped)
+    return Conversion(packed, skipped, masked_share=found.share, unmasked=found.unmasked)
 
 
 def unpack(model: nn.Module) -> None:

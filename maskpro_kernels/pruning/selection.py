@@ -11,6 +11,9 @@ from torch import nn
 from ..functional.checks import LOGIT_DTYPES
 from ..modules import MaskedLinear, check_in_memory
 from ..pattern import NMPattern
+from .bypassed import READ_ELSEWHERE, read_elsewhere
+from .calibration import Call
+from .coverage import HEAD, output_head
 
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
 
@@ -18,8 +21,14 @@ BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past th
 Selection = tuple[dict[str, nn.Linear], dict[str, str]]
 
 
-def layers_to_convert(model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] | None = None) -> Selection:
+def layers_to_convert(
+    model: nn.Module, pattern: str | NMPattern, targets: Sequence[str] | None = None, call: Call | None = None
+) -> Selection:
     """The layers that ``convert`` would replace, by name, and why it would leave out the others.
+
+    Args:
+        model, pattern, targets: as for ``convert``.
+        call: how the model is called once to see whose weights other code reads, see ``read_elsewhere``.
 
     Raises:
         TypeError, ValueError: an argument is not as in ``convert``, a weight is not finite or not in memory, or nothing
@@ -32,6 +41,13 @@ def layers_to_convert(model: nn.Module, pattern: str | NMPattern, targets: Seque
             raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
+    bypassed = read_elsewhere(model, layers, call)
+    if bypassed and targets is not None:
+        raise ValueError(f"targets: expected layers that run as modules, got {min(bypassed)}: {READ_ELSEWHERE}")
+    skipped |= dict.fromkeys((name for name in layers if name in bypassed), READ_ELSEWHERE)
+    layers = {name: layer for name, layer in layers.items() if name not in bypassed}
+    if not layers:
+        raise _none_fits(NMPattern(pattern), skipped)
     return layers, skipped
 
 
@@ -76,9 +92,13 @@ def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
     skipped = {name: reason for name, reason in reasons.items() if reason}
     chosen = {name: module for name, module in linears.items() if name not in skipped}
     if not chosen:
-        told = ", ".join(sorted(set(skipped.values())))
-        raise ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {told}")
+        raise _none_fits(pattern, skipped)
     return chosen, skipped
+
+
+def _none_fits(pattern: NMPattern, skipped: Mapping[str, str]) -> ValueError:
+    told = ", ".join(sorted(set(skipped.values())))
+    return ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {told}")
 
 
 def _by_targets(
@@ -131,9 +151,8 @@ def _bypassed(model: nn.Module) -> set[str]:
 
 def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> str | None:
     """Why a layer is not converted by default."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if linear is head:
-        return "output head"
+    if linear is output_head(model):
+        return HEAD
     embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
     if any(weight is linear.weight for weight in embeddings):
         return "weight tied to an embedding"

@@ -1,0 +1,58 @@
+"""How much of a model has a mask is told, and what has none is named."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from helpers.architectures import tiny
+from torch import nn
+
+import maskpro_kernels as mk
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def test_a_language_model_is_masked_but_for_embedding_and_head():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conversion = mk.convert(tiny("LLaMA").model, "2:4")
+    assert conversion.masked_share == 1.0
+    assert conversion.unmasked == {"model.embed_tokens.weight": "embedding", "lm_head.weight": "output head"}
+
+
+def test_fused_experts_are_named_and_counted():
+    model = tiny("Mixtral").model
+    with pytest.warns(UserWarning) as caught:
+        conversion = mk.convert(model, "2:4")
+    experts = {f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")}
+    routers = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert experts | routers | {"model.embed_tokens.weight", "lm_head.weight"} == set(conversion.unmasked)
+    # attention of 2 layers: 32 x 32 twice and 16 x 32 twice; 4 experts of 96 x 32 and 32 x 48; a router of 4 x 32
+    attention, mixture = 2 * 3072, 2 * (4 * (96 * 32 + 32 * 48) + 4 * 32)
+    assert conversion.masked_share == attention / (attention + mixture)
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "model: 14.2% of its matrix weights have a mask, embeddings and the output head apart; 8 matrices have none, "
+        "such as model.layers.0.mlp.experts.gate_up_proj (of MixtralExperts, which is no nn.Linear)"
+    )
+    assert warning.filename == __file__
+
+
+def test_the_largest_matrix_is_named_first_and_targets_need_no_word():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 64, 4), nn.Conv1d(8, 8, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conversion = mk.convert(model, "2:4", targets=["0"])
+    assert list(conversion.unmasked) == ["1.weight", "2.weight"]
+    assert conversion.masked_share == 64 / (64 + 2048 + 256)
+
+
+def test_layers_masked_earlier_and_packed_ones_count():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    assert mk.convert(model, "2:4", targets=["0"]).masked_share == 1 / 3
+    assert mk.convert(model, "2:4", targets=["1"]).masked_share == 2 / 3
+    mk.finalize(model)
+    packed = mk.pruning.finalize.pack(model, "2:4")
+    assert packed.converted == ["0", "1"] and packed.masked_share == 2 / 3
+    assert packed.unmasked == {"2.weight": packed.skipped["2"]}
