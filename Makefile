@@ -50,7 +50,7 @@ bench: $(INSTALLED)
 # A GPU machine brings its own torch and triton, matched to its driver: no virtual environment here. A part that fails
 # does not stop the others, and the benchmarks stand in the order of their importance.
 ROWS ?= gpu-check.jsonl
-GPU_TESTS := $(patsubst %,tests/%.py,ops/triton/test_masked_gemm ops/triton/test_mutants \
+GPU_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/triton/test_masked_gemm ops/triton/test_mutants \
 	ops/triton/test_straight_through functional/test_straight_through training/test_straight_through \
 	training/test_slopes_refused pruning/test_reconstruction)
 GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear packed step straight_through model startup)

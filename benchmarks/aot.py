@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskpro_kernels.ops.reference.quadrature import quadrature_grid
-from maskpro_kernels.ops.triton import masked_gemm, packed, sampling, straight_through, swaps
+from maskpro_kernels.ops.triton import adamw, masked_gemm, packed, sampling, straight_through, swaps
 from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles
 
 TARGETS = {
@@ -27,7 +27,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-FILES = {"best_swaps": swaps, "descend": straight_through}
+FILES = {"adamw": adamw, "best_swaps": swaps, "descend": straight_through}
 # Arguments of several kernels
 TYPES = {
     "inv_temperature": "fp32",
@@ -89,6 +89,10 @@ def build(
             "coef": "*fp32",
             "product": "*fp32",
             "gradient": "*fp32",
+            "master": "*fp32",
+            "first": "*fp32",
+            "second": "*fp32",
+            "scalars": "*fp32",
             "blocks": "*fp32",
             "change": "*fp32",
             "swap": code,

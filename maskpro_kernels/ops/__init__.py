@@ -1,9 +1,14 @@
 """The operations, each on every route with the same bits."""
 
-from .registry import (
-    best_swaps,
+from .gradient_updates import (
+    adamw_,
     column_squares,
     descend_,
+    straight_through_grad,
+    straight_through_update_,
+)
+from .registry import (
+    best_swaps,
     mask_log_prob,
     mask_score,
     masked_linear,
@@ -13,8 +18,6 @@ from .registry import (
     nm_linear,
     sample_mask,
     score_update_,
-    straight_through_grad,
-    straight_through_update_,
     top_n_mask,
     unpack_nm,
 )

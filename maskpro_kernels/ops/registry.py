@@ -68,6 +68,13 @@ def _(scores, n, m):
     return scores.new_empty((scores.shape[0], scores.shape[1] // m), dtype=code_dtype(m))
 
 
+def codes_under(mask: MaskSource) -> Tensor:
+    """Group codes [rows, K / M] of a mask of any kind."""
+    if mask.kind == "drawn":
+        return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
+    return top_n_mask(mask.tensor, mask.n, mask.m) if mask.kind == "top_n" else mask.tensor
+
+
 MASKED_WEIGHT = {"drawn": "sample_masked_weight", "top_n": "top_n_masked_weight", "codes": "code_masked_weight"}
 
 
@@ -133,7 +140,7 @@ def _masked_linear(x, weight, bias, log_prob, *mask):
             bias = None if bias is None else bias.to(x.dtype)
             y = torch.nn.functional.linear(x, _reference_masked_weight(weight.to(x.dtype), mask), bias)
             if log_prob:
-                total = mask_log_prob(mask.tensor, _codes(mask), mask.n, mask.m, mask.inv_temperature).sum()
+                total = mask_log_prob(mask.tensor, codes_under(mask), mask.n, mask.m, mask.inv_temperature).sum()
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
@@ -176,7 +183,7 @@ def _masked_linear_backward(ctx, grad, log_prob_grad):
         weight_grad = masked_linear_weight_grad(grad, x, mask).to(weight_dtype) if needs_weight else None
         bias_grad = grad.sum(0).to(bias_dtype) if needs_bias else None
     if needs_logits and log_prob_grad is not None:
-        codes = _codes(mask)
+        codes = codes_under(mask)
         each = log_prob_grad.expand(codes.shape).contiguous()
         score = mask_score(mask.tensor, codes, each, mask.n, mask.m, mask.inv_temperature)
         logits_grad = score.to(mask.tensor.dtype)
@@ -294,137 +301,6 @@ def _(logits, *_):
 def score_update_(logits: Tensor, coef: Tensor, n: int, m: int, inv_temperature: float, counter: Counter) -> None:
     """logits [rows, K] -= sum over k of coef[k] * score(mask of draw k); coef and the counter's draw [draws]."""
     _score_update_(logits, coef, n, m, inv_temperature, *counter)
-
-
-def _codes(mask: MaskSource) -> Tensor:
-    if mask.kind == "drawn":
-        return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
-    return top_n_mask(mask.tensor, mask.n, mask.m) if mask.kind == "top_n" else mask.tensor
-
-
-def column_squares(x: Tensor) -> Tensor:
-    """Sum of squares of every column, float32."""
-    if x.device.type == "cpu":
-        # there the norm copies as well, and is ten times as slow
-        return x.float().square().sum(0)
-    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
-
-
-def _factors(grad: Tensor, x: Tensor, curvature: float, grad_squares: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[rows] and [K], whose outer product is the second derivative of the loss in the masked weight."""
-    return curvature * (column_squares(grad) if grad_squares is None else grad_squares), column_squares(x)
-
-
-def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Tensor:
-    """Of the loss in the masked weight [rows, K]; into ``weight_grad`` as well."""
-    first = grad.t() @ x
-    if weight_grad is not None:
-        weight_grad.copy_(first)
-    return first
-
-
-@torch.library.custom_op(
-    "maskpro::straight_through_grad",
-    mutates_args=("weight_grad",),
-    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, Tensor? grad_squares, "
-    f"{MASK}) -> Tensor",
-)
-def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask):
-    mask = unflat(*mask)
-    with without_autocast(grad):
-        factors = _factors(grad, x, curvature, grad_squares)
-        if uses_kernels(grad):
-            return kernels("straight_through").straight_through_grad(grad, x, weight, *factors, mask, weight_grad)
-        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), _codes(mask))
-        return run_reference("straight_through_grad", *slope_of, m=mask.m)
-
-
-@_straight_through_grad.register_fake
-def _(grad, x, weight, *_):
-    return torch.empty_like(weight, dtype=torch.float32)
-
-
-def straight_through_grad(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    curvature: float,
-    mask: MaskSource,
-    weight_grad: Tensor | None = None,
-    grad_squares: Tensor | None = None,
-) -> Tensor:
-    """Slope of a loss in the mask, less its mean over every group, float32 [rows, K]: ``reference.mask_slope``.
-
-    G = grad [tokens, rows].T @ x [tokens, K]; F = curvature * (sum of grad^2 over tokens) (sum of x^2 over tokens),
-    which for a loss that is a mean over the tokens is its Fisher information, with tokens, rows and columns taken
-    as independent (K-FAC; Martens and Grosse 2015, arXiv 1503.05671). ``weight_grad`` float32 [rows, K] becomes G, of
-    kept and dropped weights. ``grad_squares`` float32 [rows] takes the place of the sum of grad^2, where another
-    gradient than this one tells the curvature.
-    """
-    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *flat(mask))
-
-
-@torch.library.custom_op(
-    "maskpro::straight_through_update_",
-    mutates_args=("weight_grad", "source"),
-    schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float max_update, "
-    f"Tensor(a!)? weight_grad, Tensor? grad_squares, {MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
-)
-def _straight_through_update_(grad, x, weight, curvature, rate, max_update, weight_grad, grad_squares, *mask):
-    mask = unflat(*mask)
-    if mask.kind != "drawn":
-        raise ValueError(f'kind: expected "drawn", whose source are logits, got {mask.kind!r}')
-    with without_autocast(grad):
-        factors = _factors(grad, x, curvature, grad_squares)
-        if uses_kernels(grad):
-            update_ = kernels("straight_through").straight_through_update_
-            return update_(grad, x, weight, *factors, rate, max_update, mask, weight_grad)
-        slope_of = (weight, _first_derivative(grad, x, weight_grad), torch.outer(*factors), _codes(mask))
-        step = (rate, mask.counter, scalar(max_update, weight))
-        return run_reference("straight_through_update_", mask.tensor, *slope_of, *step, m=mask.m)
-
-
-@_straight_through_update_.register_fake
-def _(grad, *_):
-    return grad.new_empty((), dtype=torch.float32)
-
-
-def straight_through_update_(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    curvature: float,
-    rate: Tensor,
-    max_update: float,
-    mask: MaskSource,
-    weight_grad: Tensor | None = None,
-    grad_squares: Tensor | None = None,
-) -> Tensor:
-    """``descend_`` by ``straight_through_grad``, which on a GPU never exists as a whole, of the drawn mask's logits."""
-    more = weight_grad, grad_squares
-    return _straight_through_update_(grad, x, weight, curvature, rate, max_update, *more, *flat(mask))
-
-
-@torch.library.custom_op(
-    "maskpro::descend_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, Tensor gradient, Tensor rate, float max_update, int m, {COUNTER}) -> Tensor",
-)
-def _descend_(logits, gradient, rate, max_update, m, *counter):
-    counter = Counter(*counter)
-    if uses_kernels(logits):
-        return kernels("straight_through").descend_(logits, gradient, rate, max_update, m, counter)
-    return run_reference("descend_", logits, gradient, rate, counter, scalar(max_update, logits), m=m)
-
-
-@_descend_.register_fake
-def _(logits, *_):
-    return logits.new_empty((), dtype=torch.float32)
-
-
-def descend_(logits: Tensor, gradient: Tensor, rate: Tensor, max_update: float, m: int, counter: Counter) -> Tensor:
-    """logits [rows, K] -= rate * gradient within +-max_update; gives the mean square of the gradient, 0-dim float32."""
-    return _descend_(logits, gradient, rate, max_update, m, *counter)
 
 
 @torch.library.custom_op("maskpro::best_swaps", mutates_args=())

@@ -7,20 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..functional.masks import expand_mask
+from .. import ops
 from ..modules import MaskedLinear
-
-# Common for language models. A weight that comes into the mask late has moments of 0, which the layer's bias correction
-# does not know. By a steady gradient it then moves at most 1.1 times the learning rate in a step; with 0.95 replaced by
-# torch's 0.999 it would move up to 6.5 times that
-BETAS = 0.9, 0.95
-EPSILON = 1e-8
-# Elements that move together: on a CPU they stay in its cache, elsewhere they bound what a step allocates
-PIECE_ON_CPU, PIECE = 1 << 16, 1 << 24
+from ..ops.reference import adamw_scalars
 
 
 class WeightLearner:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on the weights of one layer that a step's mask keeps.
+    """AdamW on the weights of one layer that a step's mask keeps, see ``ops/reference/adamw.py``.
 
     A weight that the mask drops does not move, since the loss does not depend on it, and its moments stay as they are.
     It goes on from there once it is kept again. Bias correction counts the steps of the layer.
@@ -62,37 +55,11 @@ class WeightLearner:
                 layer stays as it is.
         """
         usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient))
-        moves = expand_mask(codes, self.layer.pattern) & usable
-        count = self.count + 1
-        rows = max((PIECE_ON_CPU if gradient.device.type == "cpu" else PIECE) // max(gradient.shape[1], 1), 1)
-        for tensors in zip(
-            *(x.split(rows) for x in (self.master, self.first, self.second, gradient, moves)), strict=True
-        ):
-            _move(*tensors, rate, self.decay, count)
-        self.count.copy_(torch.where(usable, count, self.count))
-        if self.layer.weight.dtype != torch.float32:
-            self.layer.weight.copy_(self.master)
+        scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
+        held = self.layer.weight, self.master, self.first, self.second
+        ops.adamw_(*held, gradient, codes, scalars, self.layer.pattern.m)
+        self.count += usable
         self.layer.weight_changed = True
-
-
-def _move(
-    master: Tensor,
-    first: Tensor,
-    second: Tensor,
-    gradient: Tensor,
-    moves: Tensor,
-    rate: float,
-    decay: float,
-    count: Tensor,
-) -> None:
-    """AdamW in place on [rows, K] where ``moves``, at the step that ``count`` tells."""
-    beta, beta_of_squares = BETAS
-    new_first = torch.lerp(first, gradient, 1.0 - beta)
-    new_second = torch.lerp(second, gradient.square(), 1.0 - beta_of_squares)
-    spread = (new_second / (1.0 - beta_of_squares**count)).sqrt_().add_(EPSILON)
-    moved = master * (1.0 - rate * decay) - (rate / (1.0 - beta**count)) * new_first / spread
-    for held, new in ((first, new_first), (second, new_second), (master, moved)):
-        torch.where(moves, new, held, out=held)
 
 
 def check_weights(layers: Mapping[str, MaskedLinear]) -> None:

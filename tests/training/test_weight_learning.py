@@ -13,7 +13,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.training import weight_learning
+from maskpro_kernels.ops.reference.adamw import BETA, BETA_OF_SQUARES
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -46,7 +46,7 @@ def test_steps_are_those_of_adamw(pattern, dtype):
     layer, batches = model[0], [batch.to(dtype) for batch in torch.randn(3, 20, 32)]
     kept = mk.expand_mask(layer.drawn_codes(), pattern)
     master = nn.Parameter(start.float().clone())
-    optimizer = torch.optim.AdamW([master], lr=1.0, betas=weight_learning.BETAS, weight_decay=0.5)
+    optimizer = torch.optim.AdamW([master], lr=1.0, betas=(BETA, BETA_OF_SQUARES), weight_decay=0.5)
     for step in range(6):
         x = batches[step % 3]
         y = nn.functional.linear(x, torch.where(kept, master.to(dtype), 0), layer.bias).detach().requires_grad_()
@@ -223,18 +223,6 @@ def test_a_weight_that_others_hold_stays_as_it_is_there():
     trainer.run(2, progress=False)
     assert_same_bits([embedding.weight.detach(), plain.weight.detach()], before)
     assert all(layer.weight_changed for layer in model) and not torch.equal(model[0].weight, embedding.weight)
-
-
-def test_pieces_that_move_together_are_all_moved_by_the_same_steps(monkeypatch):
-    def learned(piece):
-        monkeypatch.setattr(weight_learning, "PIECE_ON_CPU", piece)
-        trainer = a_trainer(a_model(), estimator=learning())
-        trainer.run(3, progress=False)
-        return everything(trainer)
-
-    # a row at a time, two and a rest, and a layer at once
-    assert_same_bits(learned(1), learned(1 << 20))
-    assert_same_bits(learned(40), learned(1 << 20))
 
 
 def learning() -> mk.StraightThrough:

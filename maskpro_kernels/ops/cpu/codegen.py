@@ -21,6 +21,7 @@ TYPES = {
     torch.int32: ir.IntType(32),
     torch.uint32: ir.IntType(32),
     torch.int64: ir.IntType(64),
+    torch.float64: ir.DoubleType(),
     torch.float32: ir.FloatType(),
     torch.float16: ir.HalfType(),
     torch.bfloat16: ir.IntType(16),
@@ -123,6 +124,9 @@ class Body:
             case "abs":
                 magnitude = builder.module.declare_intrinsic("llvm.fabs", [TYPES[dtype]])
                 return [builder.call(magnitude, [value]) for value in given.values]
+            case "sqrt":
+                root = builder.module.declare_intrinsic("llvm.sqrt", [TYPES[dtype]])
+                return [builder.call(root, [value]) for value in given.values]
             case "reciprocal":
                 return [builder.fdiv(self.constant(1.0, dtype), value) for value in given.values]
             case "where":

@@ -369,3 +369,15 @@ def _descend(function, tensors, logits, rate, counter, max_update, m):
         if logits.dtype != torch.float32:
             _round_into(flat[part], whole.part(part, out))
     return total / max(logits.numel(), 1)
+
+
+def adamw_(weight, master, first, second, gradient, codes, scalars, *, m):
+    """``reference.adamw_``."""
+    groups = [x.view(-1, m) for x in (gradient, master, first, second)]
+    codes, rounded = codes.view(-1), weight.view(-1, m)
+    for part in _copied(groups[0]):
+        given = [*(x[part] for x in groups), codes[part]]
+        # the first result goes where the master is
+        _, *rest = _run(reference.group_adamw, given, scalars.unbind(), out=given[1], dtype=weight.dtype)
+        for held, new in zip((given[2], given[3], rounded[part]), rest, strict=True):
+            held.copy_(new)

@@ -1,5 +1,10 @@
 """Every operation in plain torch: the specification, which all other routes equal bit for bit."""
 
+from .adamw import (
+    adamw_,
+    adamw_scalars,
+    group_adamw,
+)
 from .arithmetic import (
     EXP_POLYNOMIAL,
     EXP_UNDERFLOW,

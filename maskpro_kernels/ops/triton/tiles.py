@@ -64,6 +64,9 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
     for m in (2, 4, 8, 16, 32)
 }
 
+# Of single weights, not of groups
+CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 16, 32)}
+
 # With one group a thread ptxas holds this one to 32 registers on sm_90 and puts 8 bytes on the stack
 CONFIGURATIONS["masked_weight", 8] = Configuration(block=256)
 # With two groups a thread Triton 3.6's ptxas puts 8 bytes of several draws on the stack on sm_80

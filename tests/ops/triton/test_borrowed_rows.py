@@ -28,7 +28,7 @@ def tell(what, built):
     units = [unit for unit in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if unit in built.asm["ptx"]]
     print(json.dumps([what, built.registers, built.spills, built.stack, built.shared, units]), flush=True)
 
-for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "best_swaps"):
+for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "adamw", "best_swaps"):
     tell(kernel, aot.build(kernel, row, 2, 4))
 for (product, target, size), tiles in TILES.items():
     if target == row and size == 2:
@@ -59,7 +59,7 @@ def test_kernels_compile_and_tiles_fit(name):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) >= 5 + 6 + 3
+    assert len(rows) >= 6 + 6 + 3
     for what, registers, spills, stack, shared, units in rows:
         case = (what, registers, spills, stack, shared, units)
         assert registers <= 255 and spills == stack == 0 and shared <= SHARED_LIMITS[name] << 10, case

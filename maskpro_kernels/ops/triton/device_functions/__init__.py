@@ -55,4 +55,5 @@ from .quadrature import (
 from .rounding import (
     round_group,
     round_stochastically,
+    round_to_nearest,
 )

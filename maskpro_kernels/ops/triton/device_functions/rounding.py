@@ -36,6 +36,16 @@ def round_stochastically(x, r, dtype: tl.constexpr):
 
 
 @triton.jit
+def round_to_nearest(x, dtype: tl.constexpr):
+    """float32 in another dtype, ties to even, also in the interpreter, which cuts bfloat16 off."""
+    if dtype == tl.bfloat16:
+        bits = tl.where(x == 0.0, 1.0, x).to(tl.int32, bitcast=True)
+        grid = ((bits + 0x7FFF + (bits >> 16 & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where((tl.abs(x) < float("inf")) & (x != 0.0), grid, x)
+    return x.to(dtype)
+
+
+@triton.jit
 def round_group(x, group, M: tl.constexpr, key, dtype: tl.constexpr):
     """Columns rounded to a 16-bit dtype with words of the rounding stream."""
     words = group_words(group, M, STREAM_ROUNDING, key)
