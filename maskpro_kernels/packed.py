@@ -187,7 +187,8 @@ def sparse24_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> 
 class NMLinear(nn.Module):
     """nn.Linear with a packed N:M weight, for inference: half the values of 2:4, and a bit for each weight.
 
-    Gradients flow to the input and the bias. The state_dict holds ``values``, ``bitmask`` and ``bias``.
+    Gradients flow to the input and the bias. The state_dict holds ``values``, ``bitmask`` and ``bias``; ``weight`` can
+    only be read.
 
     Args:
         packed: the weight, see ``pack_nm``.
@@ -235,6 +236,11 @@ class NMLinear(nn.Module):
         if not isinstance(layer, MaskedLinear):
             raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
         return cls(pack_nm(layer.top_n_weight(), layer.pattern), layer.bias).train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, K], unpacked at each use: for code that reads it past the module, or asks for its dtype."""
+        return self.packed.unpack()
 
     @property
     def packed(self) -> PackedNM:

@@ -71,7 +71,7 @@ def test_bad_dtype(dtype):
 )
 def test_smollm2_tells_what_to_install(monkeypatch, tmp_path, missing, cure):
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(hf, "find_spec", lambda package: None if package == missing else spec)
+    monkeypatch.setattr("maskpro_kernels.hf.loading.find_spec", lambda package: None if package == missing else spec)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ValueError, match="model: 'smollm2-135m' needs .*" + cure):
         hf.load_model(hf.SMOLLM2, torch.float32)
@@ -79,7 +79,7 @@ def test_smollm2_tells_what_to_install(monkeypatch, tmp_path, missing, cure):
 
 def test_smollm2_package_without_its_file(monkeypatch, tmp_path):
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(hf, "find_spec", lambda package: spec)
+    monkeypatch.setattr("maskpro_kernels.hf.loading.find_spec", lambda package: spec)
     with pytest.raises(ValueError, match="expected a .gguf file in .*got none"):
         hf.load_model(hf.SMOLLM2, torch.float32)
 

@@ -15,13 +15,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
+from maskpro_kernels.hf.packed import replace_by_packed
+from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.pruning.finalize import unpack
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 LAYER = "model.layers.0.mlp.down_proj"
-BARE = LAYER.removeprefix("model.")
 
 
 def finalized(pattern: str = "2:4", dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -49,8 +50,7 @@ def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
         "quant_method": "maskpro",
         "format": "nm-bitmask",
         "version": 1,
-        "pattern": pattern,
-        "modules_to_not_convert": ["lm_head"],
+        "patterns": {pattern: [name for name, module in packed.named_modules() if isinstance(module, kind)]},
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
     assert type(loaded.get_submodule(LAYER)) is kind and loaded.get_submodule(LAYER).values.dtype == dtype
@@ -99,13 +99,12 @@ def test_an_unpacked_model_is_saved_as_a_dense_one(folder, tmp_path):
 def test_a_module_in_two_places_is_replaced_in_both():
     model = nn.ModuleDict({"a": nn.Linear(8, 4)})
     model["b"] = model["a"]
-    assert list(hf.replace_by_packed(model, "2:4", [])) == ["a"]
+    replace_by_packed(model, {"a": NMPattern("2:4")})
     assert model["a"] is model["b"] and type(model["b"]) is mk.Sparse24Linear
 
 
 def test_sharded_checkpoints(tmp_path):
     _, packed = finalized()
-    packed.config.quantization_config = hf.packed_config(packed)
     packed.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -145,25 +144,42 @@ def flip(tensors):
 
 DAMAGES = {
     "expected a whole safetensors file": truncate,
-    f"{BARE}.bitmask: expected exactly 2 of every 4 kept": rewrite(flip),
-    f"expected {BARE}.values and {BARE}.bitmask, got none of .'values'": (
+    f"{LAYER}.bitmask: expected exactly 2 of every 4 kept": rewrite(flip),
+    "expected values of the 14 layers that its quantization_config names, such as .*, got 13": (
         rewrite(lambda tensors: tensors.pop(f"{LAYER}.values"))
     ),
-    f"{BARE}.values: expected .* for 2:4, got": (
-        rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"][:, 1:].clone()}))
-    ),
-    f"{BARE}.bitmask: expected .* of uint8": (
-        rewrite(lambda tensors: tensors.update({f"{LAYER}.bitmask": tensors[f"{LAYER}.bitmask"][1:].clone()}))
-    ),
-    f"{BARE}.values: expected .* of F32 or BF16 or F16": (
+    "expected bitmask of the 14 layers": rewrite(lambda tensors: tensors.pop(f"{LAYER}.bitmask")),
+    f"{LAYER}.values: expected .* got torch.int8": (
         rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"].to(torch.int8)}))
     ),
+    f"{LAYER}.bitmask: expected torch.uint8, got torch.int32": (
+        rewrite(lambda tensors: tensors.update({f"{LAYER}.bitmask": tensors[f"{LAYER}.bitmask"].to(torch.int32)}))
+    ),
+    f"expected names of nn.Linear modules of LlamaForCausalLM, got '{LAYER}.x', which is none of its modules": (
+        reconfigure(patterns={"2:4": [f"{LAYER}.x"]})
+    ),
+    "got 'model.norm', which is LlamaRMSNorm": reconfigure(patterns={"2:4": ["model.norm"]}),
+    "expected the name of at least one nn.Linear, got none": reconfigure(patterns={}),
     "expected version 1, got 2": reconfigure(version=2),
     "expected format 'nm-bitmask', got 'other'": reconfigure(format="other"),
-    "pattern: expected N:M": reconfigure(pattern="2:5"),
-    "values: expected .* for 1:8": reconfigure(pattern="1:8"),
+    "pattern: expected N:M": reconfigure(patterns={"2:5": [LAYER]}),
     "expected no others than its own settings, got .'speed'": reconfigure(speed=2),
 }
+
+
+WRONG_SHAPES = {
+    "values": rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"][:, 1:].clone()})),
+    "bitmask": rewrite(lambda tensors: tensors.update({f"{LAYER}.bitmask": tensors[f"{LAYER}.bitmask"][1:].clone()})),
+    "another pattern": reconfigure(patterns={"1:8": [LAYER]}),
+}
+
+
+@pytest.mark.parametrize("damage", WRONG_SHAPES)
+def test_parts_of_other_shapes_are_refused(damage, folder):
+    """By transformers itself, or because the rest is not claimed."""
+    WRONG_SHAPES[damage](folder)
+    with pytest.raises((ValueError, RuntimeError), match="ignore_mismatched_sizes|expected values of the 1 layers"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("told", DAMAGES)
@@ -175,26 +191,27 @@ def test_damaged_checkpoints_are_refused(told, folder):
 
 def test_a_pattern_that_fits_no_layer_is_refused():
     with pytest.raises(ValueError, match="expected in_features divisible by 8 .*, got 12 in 0"):
-        hf.replace_by_packed(nn.Sequential(nn.Linear(12, 4)), "4:8", [])
-    with pytest.raises(ValueError, match="expected an nn.Linear that is packed"):
-        hf.replace_by_packed(nn.Sequential(nn.Linear(12, 4)), "2:4", ["0"])
+        replace_by_packed(nn.Sequential(nn.Linear(12, 4)), {"0": NMPattern("4:8")})
 
 
 def test_packed_weights_are_not_made_while_loading(tmp_path):
     hf.save_model(finalized()[0], tiny_tokenizer(), tmp_path)
     with pytest.raises(ValueError, match="pre-quantized"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=hf.PackedConfig("2:4"))
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=hf.PackedConfig({"2:4": [LAYER]}))
 
 
-def test_several_patterns_in_one_model_are_refused(tmp_path):
+def test_several_patterns_in_one_model(tmp_path):
     model = tiny_model()
     mk.convert(model, "2:4", targets=["*down_proj"])
     mk.finalize(model, to="packed")
     mk.convert(model, "4:8", targets=["*up_proj"])
     mk.finalize(model, to="packed")
-    with pytest.raises(ValueError, match="expected packed weights of one pattern"):
-        hf.save_model(model, tiny_tokenizer(), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    hf.save_model(model, tiny_tokenizer(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    patterns = [str(module.pattern) for module in loaded.modules() if isinstance(module, mk.NMLinear)]
+    assert sorted(patterns) == ["2:4", "2:4", "4:8", "4:8"]
+    tokens = torch.arange(12).view(1, 12)
+    assert_same_bits(loaded(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.slow

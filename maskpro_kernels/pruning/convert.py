@@ -17,7 +17,7 @@ from .gap import gap_for_flip_rate
 from .initial_masks import check_initial_mask, refitted_masks
 from .reconstruction import check_refit
 from .refit import put_weights
-from .replacement import replace_modules
+from .replacement import replace_layers
 from .selection import layers_to_convert
 
 DEFAULT_GAP = 10.0
@@ -98,7 +98,7 @@ def convert(
         model, layers, codes, pattern, gap=gap, logits_dtype=logits_dtype, logits_device=logits_device
     )
     put_weights({name: masked[id(layers[name])] for name in weights}, weights)
-    replace_modules(model, masked)
+    replace_layers(model, masked)
     found = coverage(model, skipped)
     if targets is None and found.share < MOST_OF_A_MODEL:
         warnings.warn(_told_coverage(found), stacklevel=2)

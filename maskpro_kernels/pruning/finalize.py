@@ -10,7 +10,7 @@ from ..packed import NMLinear, packed_class
 from ..pattern import NMPattern
 from .convert import Conversion
 from .coverage import coverage
-from .replacement import replace_modules
+from .replacement import replace_layers
 from .selection import select_layers
 
 
@@ -40,7 +40,7 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
                 replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer)
             else:
                 replacements[id(layer)] = _dense(layer, layer.top_n_weight(), layer.weight.requires_grad)
-    replace_modules(model, replacements)
+    replace_layers(model, replacements)
     return replacements.get(id(model), model)
 
 
@@ -65,7 +65,7 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
             packed.append(name)
     if not packed:
         raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
-    replace_modules(model, replacements)
+    replace_layers(model, replacements)
     found = coverage(model, skipped)
     return Conversion(packed, skipped, masked_share=found.share, unmasked=found.unmasked)
 
@@ -76,7 +76,7 @@ def unpack(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, NMLinear):
             replacements[id(layer)] = _dense(layer, layer.packed.unpack(), layer.values.requires_grad)
-    replace_modules(model, replacements)
+    replace_layers(model, replacements)
 
 
 def _dense(layer: MaskedLinear | NMLinear, weight: Tensor, requires_grad: bool) -> nn.Linear:

@@ -1,29 +1,19 @@
-"""Modules put in the place of others."""
+"""Layers put in the place of others, in models of transformers too."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from torch import nn
 
-
-def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
-    for module in list(model.modules()):
-        if id(module) in replacements and hasattr(module, "_hf_hook"):
-            _hook(replacements[id(module)], module._hf_hook)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in replacements:
-                setattr(parent, name, replacements[id(child)])
+from ..replacement import replace_modules
 
 
-def _hook(layer: nn.Module, hook) -> None:
-    """Hook what accelerate had hooked to the layer before; the hook moves to its device what is not there."""
-    # it has made the hook, so it is there
-    from accelerate.hooks import add_hook_to_module
+def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """``replace_modules``, and the config of a transformers model tells of its masked and packed layers."""
+    replace_modules(model, replacements)
+    if "transformers" in sys.modules and any(hasattr(module, "save_pretrained") for module in model.modules()):
+        from ..hf import tell_config
 
-    logits = getattr(layer, "logits", None)
-    add_hook_to_module(layer, hook)
-    if logits is not None:
-        layer.logits = logits
+        tell_config(model)

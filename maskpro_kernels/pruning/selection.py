@@ -13,7 +13,7 @@ from ..modules import MaskedLinear, check_in_memory
 from ..pattern import NMPattern
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
-from .coverage import HEAD, output_head
+from .coverage import HEAD, coverage, output_head
 
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
 
@@ -47,7 +47,7 @@ def layers_to_convert(
     skipped |= dict.fromkeys((name for name in layers if name in bypassed), READ_ELSEWHERE)
     layers = {name: layer for name, layer in layers.items() if name not in bypassed}
     if not layers:
-        raise _none_fits(NMPattern(pattern), skipped)
+        raise _none_fits(model, NMPattern(pattern), skipped)
     return layers, skipped
 
 
@@ -77,7 +77,7 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
 
 def _why_none(model: nn.Module) -> str:
     if any(isinstance(module, MaskedLinear) for module in model.modules()):
-        return ", but MaskedLinear: it has been converted; finalize it first"
+        return "; it has MaskedLinear layers: finalize it before it is converted again"
     if isinstance(model, nn.Linear):
         return "; a single layer is converted by MaskedLinear.from_linear"
     return ""
@@ -92,13 +92,14 @@ def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
     skipped = {name: reason for name, reason in reasons.items() if reason}
     chosen = {name: module for name, module in linears.items() if name not in skipped}
     if not chosen:
-        raise _none_fits(pattern, skipped)
+        raise _none_fits(model, pattern, skipped)
     return chosen, skipped
 
 
-def _none_fits(pattern: NMPattern, skipped: Mapping[str, str]) -> ValueError:
-    told = ", ".join(sorted(set(skipped.values())))
-    return ValueError(f"model: expected an nn.Linear that {pattern} fits, all were left out: {told}")
+def _none_fits(model: nn.Module, pattern: NMPattern, skipped: Mapping[str, str]) -> ValueError:
+    reasons = {**coverage(model, skipped).unmasked, **skipped}.values()
+    told = ", ".join(sorted(set(reasons))) + _why_none(model)
+    return ValueError(f"model: expected an nn.Linear that {pattern} fits, all matrices were left out: {told}")
 
 
 def _by_targets(

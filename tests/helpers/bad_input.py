@@ -132,7 +132,7 @@ CASES = {
     "pattern that divides no layer": (
         f"{LEARN} --model narrow --pattern 2:8",
         None,
-        "expected an nn.Linear that 2:8 fits, all were left out: in_features 20 not divisible by 8",
+        "expected an nn.Linear that 2:8 fits, all matrices were left out: in_features 20 not divisible by 8",
         "take another --pattern",
     ),
     # learn: texts

@@ -74,7 +74,7 @@ def test_a_model_of_which_nothing_else_is_left_is_refused():
         def forward(self, x):
             return x @ self.one.weight
 
-    refused(Only(), ValueError, f"all were left out: {READ_ELSEWHERE}", calibration=[torch.randn(4, 8)])
+    refused(Only(), ValueError, f"all matrices were left out: {READ_ELSEWHERE}", calibration=[torch.randn(4, 8)])
 
 
 def test_without_batches_the_dummy_inputs_of_transformers_serve():

@@ -145,7 +145,7 @@ def test_model_without_linears_is_refused(model):
     refused(nn.Linear(8, 8), ValueError, "got none; a single layer is converted by MaskedLinear.from_linear$")
     model = nn.Sequential(nn.Linear(8, 8))
     mk.convert(model, "2:4")
-    refused(model, ValueError, "got none, but MaskedLinear: it has been converted; finalize it first$")
+    refused(model, ValueError, "got none; it has MaskedLinear layers: finalize it before it is converted again$")
 
 
 @pytest.mark.parametrize("model", [None, "smollm2-135m", {}])

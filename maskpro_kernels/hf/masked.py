@@ -1,0 +1,121 @@
+"""Checkpoints of converted models: dense weights and logits, described so that transformers gives the masks back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..modules import CounterState, MaskedLinear, masked_layers
+from ..pattern import NMPattern
+from ..replacement import replace_modules
+from .stored_files import check_all_stored, check_own_settings, linears_named, stored_names
+
+MASKED_METHOD, MASKED_FORMAT, MASKED_VERSION = "maskpro-mask", "logits", 1
+PARTS = ("logits", "_extra_state")
+
+
+@register_quantization_config(MASKED_METHOD)
+class MaskedConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a converted model, whose MaskedLinear modules hold ``weight`` and ``logits``.
+
+    What changes as it learns, seed and step among them, is in the extra state of the modules.
+
+    Args:
+        layers: ``pattern`` and ``layer``, the id in the counter, of each MaskedLinear by name.
+        format, version: of what is stored.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or of a format or version that this release does not know.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Mapping],
+        format: str = MASKED_FORMAT,
+        version: int = MASKED_VERSION,
+        **others,
+    ):
+        self.quant_method = MASKED_METHOD
+        check_own_settings(others, format=(format, MASKED_FORMAT), version=(version, MASKED_VERSION))
+        for name, layer in layers.items():
+            if not isinstance(layer, Mapping) or layer.keys() != {"pattern", "layer"}:
+                raise ValueError(f"quantization_config: expected pattern and layer of {name}, got {layer!r}")
+            NMPattern(layer["pattern"])
+        self.layers = {name: dict(layer) for name, layer in layers.items()}
+        self.format, self.version = format, version
+
+    @classmethod
+    def of(cls, layers: Mapping[str, MaskedLinear]) -> MaskedConfig:
+        """Of a model's masked layers by name."""
+        return cls({name: {"pattern": str(layer.pattern), "layer": layer.layer} for name, layer in layers.items()})
+
+
+@register_quantizer(MASKED_METHOD)
+class MaskedQuantizer(HfQuantizer):
+    """Gives a model MaskedLinear modules before transformers loads its checkpoint, and their counters afterwards."""
+
+    # masks are made by ``convert``, not while a dense checkpoint is loaded
+    requires_calibration = True
+    quantization_config: MaskedConfig
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        layers = self.quantization_config.layers
+        check_all_stored(stored_names(checkpoint_files), PARTS, layers)
+        self._extra_states, dtype = _stored_states(checkpoint_files)
+        if self._extra_states.keys() != {layer["layer"] for layer in layers.values()}:
+            raise ValueError("checkpoint: expected the extra state of each layer that its quantization_config names")
+        replacements, state = {}, CounterState(device="meta")
+        for name, linear in linears_named(model, layers).items():
+            logits = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
+            weight, bias = linear.weight.to("meta"), None if linear.bias is None else linear.bias.to("meta")
+            how = {"layer": layers[name]["layer"], "counter_state": state}
+            try:
+                masked = MaskedLinear(weight, bias, logits, layers[name]["pattern"], **how)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"quantization_config: {name}: {error}") from error
+            replacements[id(linear)] = masked.train(linear.training)
+        replace_modules(model, replacements)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        states: dict[torch.device, CounterState] = {}
+        for layer in masked_layers(model).values():
+            device = layer.weight.device
+            layer.counter_state = states.setdefault(device, CounterState(device=device))
+            # buffers that are not stored come out of meta with any value
+            layer.layer_id = torch.empty((), dtype=torch.int64, device=device)
+            layer.set_extra_state(self._extra_states[layer.layer])
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _stored_states(files: Iterable[str | Path]) -> tuple[dict[int, Tensor], torch.dtype]:
+    """(extra state by layer id, dtype of the logits; float32, which holds the others, where they have several)."""
+    states, dtypes = {}, set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                if name.endswith("._extra_state"):
+                    state = opened.get_tensor(name)
+                    if state.shape != (8,):
+                        raise ValueError(f"checkpoint: expected extra state of shape [8], got {list(state.shape)}")
+                    states[int(state[0])] = state
+                elif name.endswith(".logits"):
+                    dtypes.add(opened.get_slice(name).get_dtype())
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return states, known.get(dtypes.pop(), torch.float32) if len(dtypes) == 1 else torch.float32

@@ -1,0 +1,29 @@
+"""Modules put in the place of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
+    for module in list(model.modules()):
+        if id(module) in replacements and hasattr(module, "_hf_hook"):
+            _hook(replacements[id(module)], module._hf_hook)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+
+
+def _hook(layer: nn.Module, hook) -> None:
+    """Hook what accelerate had hooked to the layer before; the hook moves to its device what is not there."""
+    # it has made the hook, so it is there
+    from accelerate.hooks import add_hook_to_module
+
+    logits = getattr(layer, "logits", None)
+    add_hook_to_module(layer, hook)
+    if logits is not None:
+        layer.logits = logits

@@ -1,0 +1,77 @@
+"""Models of many architectures: converted, learned, finalized, saved and loaded, with the same loss; or refused."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers.architectures import MAKERS, loss_of, tiny
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.modules import masked_layers
+
+pytestmark = [
+    pytest.mark.usefixtures("eager_reference"),
+    # what is masked of each is asked for below
+    pytest.mark.filterwarnings("ignore:model.*of its matrix weights"),
+]
+
+# Percent of the matrix weights of these tiny models that get a mask, embeddings and the output head apart
+MASKED = {
+    "LLaMA": 100, "Qwen3": 100, "Mistral": 100, "Gemma 3": 100, "OPT": 100, "Phi": 100, "Phi-3": 100, "BERT": 100,
+    "T5": 100, "Qwen2.5-VL": 95, "Whisper": 91, "Mamba": 86, "LLaVA": 84, "Gemma 3 with images": 74, "ViT": 70,
+    "DeepSeek-V3": 63, "Qwen3-MoE": 25, "Mixtral": 14, "convolutions": 2, "torch TransformerEncoder": 2,
+}  # fmt: skip
+# Layers that the loss does not depend on
+UNUSED = {"LLaVA": ["vision_tower.encoder.layers.1."], "Gemma 3 with images": ["vision_tower.head."]}
+REFUSED = {"GPT-2": "all matrices were left out: embedding, of Conv1D, which is no nn.Linear, output head"}
+
+
+def test_every_architecture_is_told_of():
+    assert MASKED.keys() | REFUSED.keys() == MAKERS.keys() and len(MAKERS) >= 20
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_layer_to_mask_is_refused(name):
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        mk.convert(tiny(name).model, "2:4")
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_model_goes_all_the_way(name, tmp_path):
+    model, batch = tiny(name)
+    conversion = mk.convert(model, "2:4", gap=3.0, calibration=[batch], init="wanda")
+    assert round(100 * conversion.masked_share) == MASKED[name]
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    masked = {f"{name}.{part}" for name in masked_layers(model) for part in ("weight", "logits")}
+    assert conversion.unmasked.keys() == matrices - masked
+    for estimator in (mk.Reinforce(lr=10.0), mk.StraightThrough(lr=0.5, steps=3)):
+        before = {key: layer.logits.detach().clone() for key, layer in masked_layers(model).items()}
+        trainer = mk.MaskTrainer(model, lambda model, batch: loss_of(model, batch), [batch], estimator, seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer.run(3, progress=False)
+        still = {key for key, old in before.items() if torch.equal(old, model.get_submodule(key).logits)}
+        assert len(still) < len(before)
+        if isinstance(estimator, mk.StraightThrough):
+            assert still == {key for key in before if any(part in key for part in UNUSED.get(name, ()))}
+    expected = [loss_of(model.eval(), batch)]
+    losses = [loss_of(again, batch) for again in stored(model, tmp_path / "masked")]
+    for to in ("packed", "dense"):
+        torch.manual_seed(0)
+        one = tiny(name).model
+        mk.convert(one, "2:4", init={key: mk.top_n_mask(x.logits, "2:4") for key, x in masked_layers(model).items()})
+        mk.finalize(one, to=to)
+        losses.append(loss_of(one, batch))
+        losses += [loss_of(again, batch) for again in stored(one, tmp_path / to)]
+    torch.testing.assert_close(torch.stack(losses), expected[0].expand(len(losses)), rtol=0.0, atol=1e-6)
+
+
+def stored(model: nn.Module, folder) -> list[nn.Module]:
+    """The model as transformers loads it again, where it is one of theirs."""
+    if not hasattr(model, "save_pretrained"):
+        return []
+    model.save_pretrained(folder)
+    return [type(model).from_pretrained(folder)]
