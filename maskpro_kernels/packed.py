@@ -127,7 +127,7 @@ def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor
 
     Args:
         x: [..., K] of the values' dtype, or under autocast of any. Gradients flow to it.
-        packed: from ``pack_nm``.
+        packed: from ``pack_nm``. Gradients flow to its values where they require one.
         bias: [out] of the values' dtype. Gradients flow to it.
 
     Returns:
@@ -163,7 +163,7 @@ def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | Non
         raise TypeError(f"x: expected the values' dtype {values.dtype}, got {describe(x)}")
     tokens = x.reshape(math.prod(x.shape[:-1]), k).contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = ops.nm_linear(tokens, values.detach(), bitmask, bias, pattern.n, pattern.m)
+    y = ops.nm_linear(tokens, values, bitmask, bias, pattern.n, pattern.m)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -185,10 +185,10 @@ def sparse24_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> 
 
 
 class NMLinear(nn.Module):
-    """nn.Linear with a packed N:M weight, for inference: half the values of 2:4, and a bit for each weight.
+    """nn.Linear with a packed N:M weight: half the values of 2:4, and a bit for each weight.
 
-    Gradients flow to the input and the bias. The state_dict holds ``values``, ``bitmask`` and ``bias``; ``weight`` can
-    only be read.
+    Gradients flow to the input, and to bias and values where they require one. At first they do not. The state_dict
+    holds ``values``, ``bitmask`` and ``bias``; ``weight`` can only be read.
 
     Args:
         packed: the weight, see ``pack_nm``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import hypothesis
@@ -195,13 +196,50 @@ def test_what_no_kernel_multiplies_is_unpacked(launched):
 def test_gradients_are_those_of_the_unpacked_weight(pattern):
     m = NMPattern(pattern).m
     weight, x, bias = sparse(6, 3 * m, pattern), torch.randn(2, 3, 3 * m), torch.randn(6)
+    packed = mk.pack_nm(weight, pattern)
     operands = [x.requires_grad_(), bias.requires_grad_()]
-    y = mk.nm_linear(x, mk.pack_nm(weight, pattern), bias)
+    y = mk.nm_linear(x, packed, bias)
     upstream = torch.randn_like(y)
     ours = torch.autograd.grad(y, operands, upstream)
-    expected = torch.autograd.grad(nn.functional.linear(x, weight, bias), operands, upstream)
+    dense = nn.functional.linear(x, weight.requires_grad_(), bias)
+    *expected, weight_grad = torch.autograd.grad(dense, [*operands, weight], upstream)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other)
+    packed.values.requires_grad_()
+    values_grad, *again = torch.autograd.grad(mk.nm_linear(x, packed, bias), [packed.values, *operands], upstream)
+    assert_same_bits(again, list(ours))
+    places = mk.PackedNM(values_grad, packed.bitmask, pattern)
+    kept = mk.PackedNM(torch.ones_like(values_grad), packed.bitmask, pattern).unpack()
+    torch.testing.assert_close(places.unpack(), weight_grad * kept)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_layers_are_fine_tuned(compiled):
+    """Their zeros stay, and a step goes where the dense layer's goes under the same mask."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 8)
+    with torch.no_grad():
+        linear.weight.view(-1, 4)[:, 1:3] = 0.0
+    # the layers share no bias
+    layer, mask = mk.Sparse24Linear.from_dense(copy.deepcopy(linear)), linear.weight.detach() != 0
+    assert not layer.values.requires_grad
+    layer.requires_grad_()
+    optimizers = [torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.0) for module in (layer, linear)]
+    forward = torch.compile(layer, fullgraph=True) if compiled else layer
+    x, target = torch.randn(16, 32), torch.randn(16, 8)
+    losses = []
+    for _ in range(3):
+        for module, optimizer in zip((forward, linear), optimizers, strict=True):
+            loss = (module(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if module is linear:
+                linear.weight.grad *= mask
+            else:
+                losses.append(float(loss))
+            optimizer.step()
+    torch.testing.assert_close(layer.packed.unpack(), linear.weight.detach(), rtol=1e-4, atol=1e-5)
+    assert losses[2] < losses[0] and ((layer.packed.unpack() != 0).view(-1, 4).sum(1) == 2).all()
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -211,6 +249,7 @@ def test_opcheck(biased):
     bias = torch.randn(8, requires_grad=True) if biased else None
     x = torch.randn(3, 32, requires_grad=True)
     torch.library.opcheck(ops.nm_linear, (x, packed.values, packed.bitmask, bias, 2, 4))
+    torch.library.opcheck(ops.nm_linear, (x, packed.values.requires_grad_(), packed.bitmask, bias, 2, 4))
 
 
 def test_nothing_comes_of_nothing(launched):

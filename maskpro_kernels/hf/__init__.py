@@ -13,6 +13,7 @@ except ModuleNotFoundError:
     require("maskpro_kernels.hf", "transformers")
     raise
 
+from .callbacks import KeepMask
 from .decoding import next_logits, preallocated_cache
 from .loading import SMOLLM2, load_model, save_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
@@ -21,6 +22,7 @@ from .stored_layers import tell_config
 
 __all__ = [
     "SMOLLM2",
+    "KeepMask",
     "MaskedConfig",
     "MaskedQuantizer",
     "PackedConfig",

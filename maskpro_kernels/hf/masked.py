@@ -100,6 +100,10 @@ class MaskedQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         return True
 

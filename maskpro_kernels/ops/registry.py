@@ -346,18 +346,23 @@ def _(x, values, *_):
     return x.new_empty(x.shape[0], values.shape[0])
 
 
+def _packed_part(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
+    return reference.packed_part(dense, bitmask, n=n, m=m)
+
+
 def _nm_linear_context(ctx, inputs, output):
-    _, values, bitmask, _, n, m = inputs
-    ctx.save_for_backward(values, bitmask)
+    x, values, bitmask, _, n, m = inputs
+    ctx.save_for_backward(values, bitmask, x if ctx.needs_input_grad[1] else None)
     ctx.pattern = n, m
 
 
 def _nm_linear_backward(ctx, grad):
-    values, bitmask = ctx.saved_tensors
-    needs_x, _, _, needs_bias, _, _ = ctx.needs_input_grad
+    values, bitmask, x = ctx.saved_tensors
+    needs_x, needs_values, _, needs_bias, _, _ = ctx.needs_input_grad
     with without_autocast(grad):
         x_grad = grad @ unpack_nm(values, bitmask, *ctx.pattern) if needs_x else None
-    return x_grad, None, None, grad.sum(0) if needs_bias else None, None, None
+        values_grad = _packed_part(grad.t() @ x, bitmask, *ctx.pattern) if needs_values else None
+    return x_grad, values_grad, None, grad.sum(0) if needs_bias else None, None, None
 
 
 torch.library.register_autograd("maskpro::nm_linear", _nm_linear_backward, setup_context=_nm_linear_context)

@@ -55,6 +55,7 @@ from .gumbel_top_k import (
 )
 from .packing import (
     group_unpacked,
+    packed_part,
     unpack_nm,
 )
 from .plackett_luce import (

@@ -31,3 +31,12 @@ def unpack_nm(values, bitmask, *, n, m):
     k = values.shape[1] // n * m
     as_integers = values.view(INTEGERS[values.itemsize])
     return group_unpacked(grouped(as_integers, n), codes_of(bitmask, k, m), m=m).flatten(1).view(values.dtype)
+
+
+def packed_part(dense, bitmask, *, n, m):
+    """What of a matrix [rows, K] stands where the bitmask keeps: [rows, K N / M], in order, as values are stored."""
+    rows, k = dense.shape
+    kept = uncolumns(decode(codes_of(bitmask, k, m), m))
+    # stable: the kept ones in their order, then the others
+    order = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    return grouped(dense, m).gather(-1, order).reshape(rows, k // m * n)
