@@ -7,13 +7,13 @@ VENV36 := .venv-triton36
 LONGEST := $(patsubst %,tests/%.py,ops/test_goldens ops/triton/test_aot ops/reference/test_score \
 	ops/reference/test_distribution test_ranks_that_end ops/triton/test_masked_gemm ops/triton/test_straight_through \
 	ops/test_bits benchmarks/test_benchmarks test_packed docs/test_documents cli/test_mixed_data cli/test_resume)
-FILES := $(sort $(shell find tests -name 'test_*.py'))
+FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 test test-triton36: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
-.PHONY: demo test test-slow test-triton36 lint aot-report aot-table bench gpu-check clean
+.PHONY: demo test test-slow test-ecosystem test-triton36 lint aot-report aot-table bench gpu-check clean
 
 # Few steps of each way to learn, on the same split of the same text
 LEARN := maskpro learn --model smollm2-135m --pattern 2:4 --batch-size 8 --seq-len 128
@@ -29,6 +29,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest tests -m slow
+
+# Other libraries for language models, which the package does not need
+test-ecosystem: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet -e '.[ecosystem]'
+	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
 
 test-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(TESTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapter_modules
 from .functional.masks import expand_mask, top_n_mask
 from .modules import check_in_memory
 from .pattern import NMPattern
@@ -31,8 +32,10 @@ class KeptZeros:
         self.pattern = NMPattern(pattern)
         self.layers: dict[str, nn.Linear] = {}
         self._codes: dict[str, Tensor] = {}
+        # adapters begin as zeros, and follow any pattern
+        adapters = adapter_modules(model)
         for name, layer in model.named_modules():
-            if not isinstance(layer, nn.Linear) or layer.in_features % self.pattern.m:
+            if name in adapters or not isinstance(layer, nn.Linear) or layer.in_features % self.pattern.m:
                 continue
             check_in_memory("model", layer, name)
             kept = (layer.weight.detach() != 0).to(torch.bfloat16)

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from ..adapters import ADAPTER, adapter_modules
 from ..functional.checks import LOGIT_DTYPES
 from ..modules import MaskedLinear, check_in_memory
 from ..pattern import NMPattern
@@ -58,21 +59,24 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
         TypeError, ValueError: ``targets`` are not as in ``convert``, or no layer is left.
     """
     everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
-    linears = {name: module for name, module in everything.items() if type(module) is nn.Linear}
+    adapters = dict.fromkeys(adapter_modules(model) & everything.keys(), ADAPTER)
+    linears = {
+        name: module for name, module in everything.items() if type(module) is nn.Linear and name not in adapters
+    }
     if not linears:
         raise ValueError(f"model: expected a module that contains nn.Linear layers, got none{_why_none(model)}")
     # they compute something else than x @ w.T + b, or rely on their type
     subclasses = {
         name: f"subclass of nn.Linear: {type(module).__name__}"
         for name, module in everything.items()
-        if name not in linears
+        if name not in linears and name not in adapters
     }
     if targets is None:
         layers, skipped = _by_default(model, linears, pattern)
     else:
         _check_targets(targets)
         layers, skipped = _by_targets(model, linears, pattern, targets)
-    return layers, skipped | subclasses
+    return layers, skipped | subclasses | adapters
 
 
 def _why_none(model: nn.Module) -> str:

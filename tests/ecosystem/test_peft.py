@@ -1,0 +1,117 @@
+"""LoRA of peft beside masked and packed layers: it trains, is saved and loaded, and merges only where zeros stay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.tiny_llama import tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.adapters import ADAPTER
+from maskpro_kernels.kept_zeros import KeptZeros
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.peft import beside_masks
+from maskpro_kernels.text.perplexity import causal_lm_loss
+
+pytestmark = [pytest.mark.ecosystem, pytest.mark.usefixtures("eager_reference")]
+
+LAYER = "model.layers.0.mlp.down_proj"
+TARGETS = ["q_proj", "down_proj"]
+
+
+def config(**options) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 30, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+def sparse(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = tiny_model()
+    mk.convert(model, "2:4", gap=60.0)
+    return model if kind == "masked" else mk.finalize(model, to=kind)
+
+
+def train(model: nn.Module, steps: int = 5) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(steps):
+        loss = causal_lm_loss(model, tokens())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_lora_beside_sparse_layers_trains_is_saved_and_loaded(kind, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(sparse(kind), beside_masks(config()))
+    expected = get_peft_model(sparse("dense"), config())
+    expected.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k}, strict=False)
+    losses = train(model.train())
+    assert losses[-1] < losses[0]
+    # as beside the dense layers with the same zeros
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(train(expected.train())), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(sparse(kind), tmp_path, config=beside_masks(LoraConfig.from_pretrained(tmp_path)))
+    assert_same_bits(again.eval()(tokens()).logits, model.eval()(tokens()).logits)
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+def test_merging_into_a_sparse_layer_is_refused(kind):
+    model = get_peft_model(sparse(kind), beside_masks(config()))
+    train(model, 1)
+    before = model(tokens()).logits
+    for merge in (model.merge_adapter, copy.deepcopy(model).merge_and_unload):
+        with pytest.raises(ValueError, match=r"merge: expected a dense base layer, got one with a mask in .*KeptZeros"):
+            merge()
+    assert_same_bits(model(tokens()).logits, before)
+
+
+def test_masks_learned_beside_lora_do_not_touch_the_adapters():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), config())
+    conversion = mk.convert(model, "2:4", gap=60.0)
+    adapters = {name for name, reason in conversion.skipped.items() if reason == ADAPTER}
+    assert len(adapters) == 2 * 2 * len(TARGETS) and all("lora_" in name for name in adapters)
+    masked = masked_layers(model)
+    assert len(masked) == 14 and f"base_model.{LAYER.replace('model', 'model.model', 1)}.base_layer" in masked
+    with pytest.raises(ValueError, match="merge: expected a dense base layer"):
+        model.merge_and_unload()
+    estimator = mk.StraightThrough(lr=0.5, steps=2)
+    mk.MaskTrainer(model, causal_lm_loss, [tokens()], estimator, seed=0).run(2, progress=False)
+
+
+def test_a_merge_into_a_dense_export_keeps_its_zeros():
+    torch.manual_seed(0)
+    plain = sparse("dense")
+    zeros = plain.get_submodule(LAYER).weight == 0
+    model = get_peft_model(plain, config())
+    kept = KeptZeros(model, "2:4")
+    assert len(kept.layers) == 14 and not any("lora_" in name for name in kept.layers)
+    train(model)
+    merged = model.merge_and_unload()
+    # the fault that it is there for
+    assert not torch.equal(merged.get_submodule(LAYER).weight == 0, zeros)
+    kept.restore()
+    assert torch.equal(merged.get_submodule(LAYER).weight == 0, zeros)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"use_dora": True}, "use_dora: expected False"), ({"init_lora_weights": "pissa"}, "init_lora_weights: expected")],
+)
+def test_what_reads_the_base_weight_is_refused(options, told):
+    with pytest.raises(ValueError, match=told):
+        get_peft_model(sparse("masked"), beside_masks(config(**options)))
+    with pytest.raises(TypeError, match="config: expected peft.LoraConfig, got dict"):
+        beside_masks({})
