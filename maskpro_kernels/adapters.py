@@ -6,9 +6,6 @@ from functools import partial
 
 from torch import nn
 
-from .modules import MaskedLinear
-from .packed import NMLinear
-
 ADAPTER = "adapter of peft"
 
 
@@ -22,10 +19,10 @@ def adapter_modules(model: nn.Module) -> set[str]:
     return names
 
 
-def refuse_merging(model: nn.Module) -> None:
-    """Have peft's layers refuse to merge into a masked or a packed base layer: the sum would lose the pattern."""
+def refuse_merging(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Have peft's layers refuse to merge into base layers of these kinds: the sum would lose the pattern."""
     for name, layer in model.named_modules():
-        if _has_adapters(layer) and isinstance(layer.get_base_layer(), (MaskedLinear, NMLinear)):
+        if _has_adapters(layer) and isinstance(layer.get_base_layer(), kinds):
             layer.merge = partial(_refuse, name)
 
 

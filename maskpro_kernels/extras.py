@@ -10,6 +10,7 @@ EXTRAS = {
     "cli": ("transformers", "matplotlib"),
     "demo": ("transformers", "matplotlib", "gguf", "accelerate"),
     "data": ("datasets",),
+    "peft": ("peft",),
     "tensorboard": ("tensorboard",),
 }
 

@@ -1,13 +1,21 @@
-"""LoRA on masked and on packed layers. The only import of peft; without it ModuleNotFoundError."""
+"""LoRA beside masked and packed layers.
+
+The import raises ModuleNotFoundError without peft, of the extra ``peft``.
+"""
 
 from __future__ import annotations
 
-from peft import LoraConfig
-from peft.tuners import lora
-
 from .adapters import refuse_merging
+from .extras import require
 from .modules import MaskedLinear
 from .packed import NMLinear
+
+try:
+    from peft import LoraConfig
+except ModuleNotFoundError:
+    require("maskpro_kernels.peft", "peft")
+    raise
+from peft.tuners import lora
 
 # Others compute the adapter from the base weight, or change that weight
 INITIAL_WEIGHTS = (True, False, "gaussian")
@@ -29,7 +37,7 @@ class SparseLora(lora.Linear):
                 f"{config.init_lora_weights!r}"
             )
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        refuse_merging(self)
+        refuse_merging(self, (MaskedLinear, NMLinear))
 
 
 def beside_masks(config: LoraConfig) -> LoraConfig:
