@@ -7,7 +7,7 @@ import hashlib
 import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ..extras import missing
 SPLITS = ("calibration", "validation", "test")
 # Sources that every Python has, of different kinds
 BUILT_IN = ("stdlib", "pydoc")
+BLANK_LINES = re.compile(r"\n\s*\n")
 # The source that is no text: what the model writes itself
 SELF = "self"
 
@@ -43,7 +44,9 @@ def load_text(source: str) -> dict[str, str]:
             split is the calibration text). A file that is called pydoc or stdlib goes by "./pydoc".
 
     A text's pieces (topics or modules sorted by name, or paragraphs between blank lines) go to the test text where
-    index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise.
+    index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise. Of paragraphs
+    that are alike but for white space only the first is taken: else a mask could learn the test text by heart, as of
+    the topics of the documentation many repeat others. A dataset's splits stay as they are.
 
     Raises:
         TypeError: if ``source`` is not a str.
@@ -128,9 +131,24 @@ def generator_of(what: str, seed: int, index: int) -> torch.Generator:
 
 def _split(pieces: list[str]) -> dict[str, str]:
     chosen = {split: [] for split in SPLITS}
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(_without_repeats(pieces)):
         chosen[{0: "test", 1: "validation"}.get(index % 5, "calibration")].append(piece)
     return {split: "\n\n".join(chosen[split]) for split in SPLITS}
+
+
+def _without_repeats(pieces: Iterable[str]) -> list[str]:
+    """Pieces of which each paragraph occurs once; those of which nothing is left are dropped."""
+    seen, kept = set(), []
+    for piece in pieces:
+        new = []
+        for paragraph in BLANK_LINES.split(piece):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                new.append(paragraph)
+        if new:
+            kept.append("\n\n".join(new))
+    return kept
 
 
 def _pydoc_topics() -> list[str]:
@@ -152,11 +170,11 @@ def _paragraphs(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"source: expected UTF-8 text in {str(path)!r}, got {error}; convert it to UTF-8") from error
-    pieces = [piece for piece in re.split(r"\n\s*\n", text) if piece.strip()]
+    pieces = _without_repeats(BLANK_LINES.split(text))
     # Below three paragraphs the rule leaves no calibration text.
     if len(pieces) < len(SPLITS):
         raise ValueError(
-            f"source: expected at least {len(SPLITS)} paragraphs separated by blank lines in {str(path)!r}, "
+            f"source: expected at least {len(SPLITS)} different paragraphs separated by blank lines in {str(path)!r}, "
             f"got {len(pieces)}" + ("" if pieces else " (the text is empty)")
         )
     return pieces

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
         ("--model", "/no/such/folder", "no such folder"),
         ("--data", "EMPTY", "the text is empty"),
         ("--data", "FOLDER", "source: expected a text file, got the folder"),
-        ("--other-data", "EMPTY", "other_data: source: expected at least 3 paragraphs"),
+        ("--other-data", "EMPTY", "other_data: source: expected at least 3 different paragraphs"),
         ("--output", "FULL", "output: expected a new or empty folder"),
     ],
 )

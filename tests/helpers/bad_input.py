@@ -148,8 +148,8 @@ CASES = {
         "expected a text file, got the folder 'empty'",
         "give a file in it",
     ),
-    "an empty text": (LEARN, write("text.txt", ""), "expected at least 3 paragraphs", "the text is empty"),
-    "one paragraph": (LEARN, write("text.txt", "w0 w1"), "at least 3 paragraphs", "separated by blank lines"),
+    "an empty text": (LEARN, write("text.txt", ""), "expected at least 3 different paragraphs", "the text is empty"),
+    "one paragraph": (LEARN, write("text.txt", "w0 w1"), "at least 3 different paragraphs", "separated by blank lines"),
     "text that is not UTF-8": (
         LEARN,
         write("text.txt", b"\xff\xfe\x00"),
