@@ -19,7 +19,8 @@ READ_ELSEWHERE = "other code reads its weight past the module"
 def read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call | None) -> set[str]:
     """Names of the layers whose weight a forward pass takes into an operation outside of the layer's own forward.
 
-    What asks for a weight's dtype, shape or device reads no weight.
+    An embedding that shares the weight takes it in a forward of its own. What asks for a weight's dtype, shape or device
+    reads no weight.
 
     Args:
         model: runs once, in eval mode, without gradients.
@@ -53,7 +54,7 @@ def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | No
 
 def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> set[str]:
     reads = _Reads({id(layer.weight): name for name, layer in layers.items()})
-    with torch.no_grad(), evaluating(model), reads.watching(layers), reads:
+    with torch.no_grad(), evaluating(model), reads.watching(model), reads:
         run_call(model, call)
     return reads.elsewhere
 
@@ -81,15 +82,17 @@ class _Reads(TorchFunctionMode):
     def __init__(self, weights: Mapping[int, str]):
         super().__init__()
         self.weights, self.elsewhere = weights, set()
-        self._running: list[str] = []
+        self._running: list[set[str]] = []
 
     @contextmanager
-    def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """While it lasts, the layers tell when their forward begins and ends."""
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, the owners of the weights tell when their forward begins and ends."""
         handles = []
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
-            handles.append(layer.register_forward_hook(lambda *_: self._end()))
+        for module in model.modules():
+            own = {self.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in self.weights}
+            if own:
+                handles.append(module.register_forward_pre_hook(lambda *_, own=own: self._running.append(own)))
+                handles.append(module.register_forward_hook(lambda *_: self._end()))
         try:
             yield
         finally:
@@ -104,7 +107,7 @@ class _Reads(TorchFunctionMode):
         if any(True for _ in _tensors(result)):
             for tensor in _tensors((args, kwargs or {})):
                 name = self.weights.get(id(tensor))
-                if name is not None and name not in self._running:
+                if name is not None and not any(name in own for own in self._running):
                     self.elsewhere.add(name)
         return result
 

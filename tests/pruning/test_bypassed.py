@@ -77,6 +77,12 @@ def test_a_model_of_which_nothing_else_is_left_is_refused():
     refused(Only(), ValueError, f"all matrices were left out: {READ_ELSEWHERE}", calibration=[torch.randn(4, 8)])
 
 
+def test_an_embedding_that_shares_a_weight_reads_it_by_itself():
+    made = tiny("OPT")
+    assert made.model.lm_head.weight is made.model.get_input_embeddings().weight
+    assert mk.convert(made.model, "2:4", targets=["lm_head"]).converted == ["lm_head"]
+
+
 def test_without_batches_the_dummy_inputs_of_transformers_serve():
     made = tiny("Mamba")
     conversion = mk.convert(made.model, "2:4")
