@@ -19,8 +19,8 @@ READ_ELSEWHERE = "other code reads its weight past the module"
 def read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call | None) -> set[str]:
     """Names of the layers whose weight a forward pass takes into an operation outside of the layer's own forward.
 
-    An embedding that shares the weight takes it in a forward of its own. What asks for a weight's dtype, shape or device
-    reads no weight.
+    An embedding that shares the weight takes it in a forward of its own. What asks for a weight's dtype, shape or
+    device does not read it.
 
     Args:
         model: runs once, in eval mode, without gradients.
