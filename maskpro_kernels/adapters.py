@@ -7,33 +7,55 @@ from functools import partial
 from torch import nn
 
 ADAPTER = "adapter of peft"
+# The class of peft's `modules_to_save`
+WHOLE = "AuxiliaryTrainingWrapper"
 
 
 def adapter_modules(model: nn.Module) -> set[str]:
     """Names of the modules within peft's layers, but for the base layers that these stand in for."""
     names = set()
     for name, layer in model.named_modules():
-        if _has_adapters(layer):
-            own = (child for child, _ in layer.named_modules() if child and child.split(".")[0] != "base_layer")
+        # of a module that is trained as a whole, the copy that learns
+        base = "base_layer" if _has_adapters(layer) else "original_module" if _of_peft(layer, WHOLE) else None
+        if base is not None:
+            own = (child for child, _ in layer.named_modules() if child and child.split(".")[0] != base)
             names |= {f"{name}.{child}" if name else child for child in own}
     return names
 
 
 def refuse_merging(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Have peft's layers refuse to merge into base layers of these kinds: the sum would lose the pattern."""
+    """Have peft's layers refuse to merge into base layers of these kinds: the sum would lose the pattern.
+
+    Where a base layer is of another kind again, they merge as before.
+    """
     for name, layer in model.named_modules():
-        if _has_adapters(layer) and isinstance(layer.get_base_layer(), kinds):
-            layer.merge = partial(_refuse, name)
+        if _has_adapters(layer):
+            sparse = isinstance(layer.get_base_layer(), kinds)
+            for method in ("merge", "unmerge"):
+                layer.__dict__.pop(method, None)
+                if sparse:
+                    setattr(layer, method, partial(_refuse, method, name))
 
 
-def _refuse(name: str, *_, **__) -> None:
+def check_not_merged(model: nn.Module) -> None:
+    """Raise ValueError if an adapter is merged into its base layer, which could not be undone under a mask."""
+    for name, layer in model.named_modules():
+        if _has_adapters(layer) and layer.merged:
+            raise ValueError(
+                f"model: expected adapters that are not merged, got a merged one in {name}; unmerge it first"
+            )
+
+
+def _refuse(method: str, name: str, *_, **__) -> None:
     raise ValueError(
-        f"merge: expected a dense base layer, got one with a mask in {name}, which the sum would not follow; finalize "
-        "the model, merge, and call the restore of a KeptZeros that was made before"
+        f"{method}: expected a dense base layer, got one with a mask{f' in {name}' if name else ''}, which the sum "
+        "would not follow; finalize the model, merge, and call the restore of a KeptZeros that was made before"
     )
 
 
 def _has_adapters(layer: nn.Module) -> bool:
-    return any(
-        kind.__name__ == "BaseTunerLayer" and kind.__module__.split(".")[0] == "peft" for kind in type(layer).__mro__
-    )
+    return _of_peft(layer, "BaseTunerLayer")
+
+
+def _of_peft(layer: nn.Module, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__.split(".")[0] == "peft" for kind in type(layer).__mro__)

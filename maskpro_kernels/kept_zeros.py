@@ -39,7 +39,9 @@ class KeptZeros:
                 continue
             check_in_memory("model", layer, name)
             kept = (layer.weight.detach() != 0).to(torch.bfloat16)
-            if (kept.view(layer.out_features, -1, self.pattern.m).sum(-1) <= self.pattern.n).all():
+            counts = kept.view(layer.out_features, layer.in_features // self.pattern.m, self.pattern.m).sum(-1)
+            # one of zeros alone has not been pruned, but not been trained
+            if counts.any() and (counts <= self.pattern.n).all():
                 self.layers[name], self._codes[name] = layer, top_n_mask(kept, self.pattern)
         if not self.layers:
             raise ValueError(f"pattern: expected one that some layer follows, {self.pattern} is followed by none")

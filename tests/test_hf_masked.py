@@ -9,12 +9,19 @@ import sys
 
 import pytest
 import torch
+from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
 from helpers.small_trainer import logits_of
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
@@ -95,6 +102,14 @@ def test_other_classes_load_it_as_well(folder):
     assert_same_bits(logits_of(classifier), logits_of(converted()))
 
 
+def test_layers_of_a_head_that_the_class_has_not_are_left_out(tmp_path):
+    made = tiny("BERT")
+    mk.convert(made.model, "2:4", gap=3.0)
+    made.model.save_pretrained(tmp_path)
+    classifier = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert_same_bits(logits_of(classifier), logits_of(made.model.bert))
+
+
 def test_sharded_checkpoints(tmp_path):
     converted().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -146,6 +161,51 @@ def masked_layers_of(model):
     return [module for module in model.modules() if isinstance(module, mk.MaskedLinear)]
 
 
+def test_a_model_within_another_is_saved_with_its_own_masks(tmp_path):
+    made = tiny("LLaVA")
+    mk.convert(made.model, "2:4", gap=3.0)
+    inner = made.model.model.language_model
+    inner.save_pretrained(tmp_path / "inner")
+    loaded = type(inner).from_pretrained(tmp_path / "inner")
+    assert_same_bits(logits_of(loaded), logits_of(inner))
+    made.model.save_pretrained(tmp_path / "whole")
+    assert_same_bits(logits_of(type(made.model).from_pretrained(tmp_path / "whole")), logits_of(made.model))
+
+
+def test_parts_may_be_finalized_and_layers_taken_away(tmp_path):
+    """What is stored is what there is when it is stored."""
+    model = converted()
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "half")
+    assert_same_bits(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "half")), logits_of(model))
+    mk.finalize(model.model.layers)
+    model.save_pretrained(tmp_path / "dense")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert_same_bits(loaded(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_another_model_of_a_copied_config_is_a_dense_one(tmp_path):
+    model = converted()
+    other = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    other.save_pretrained(tmp_path)
+    assert not masked_layers_of(AutoModelForCausalLM.from_pretrained(tmp_path))
+    # and one that comes out of a pickle has its masks
+    torch.save(model, tmp_path / "model.pt")
+    torch.load(tmp_path / "model.pt", weights_only=False).save_pretrained(tmp_path / "again")
+    assert_same_bits(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits_of(model))
+
+
+def test_what_another_library_has_quantized_is_refused():
+    model = tiny_model()
+    model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="model: expected one whose config has no quantization_config, got BitsAndB"):
+        mk.convert(model, "2:4")
+    assert_same_bits(list(model.state_dict().values()), list(before.values()))
+    assert not masked_layers_of(model)
+
+
 def test_what_cannot_come_back_is_refused(tmp_path):
     model = tiny_model()
     mk.convert(model, "2:4", targets=["*down_proj"])
@@ -154,6 +214,17 @@ def test_what_cannot_come_back_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model: expected masked or packed layers, got both"):
         hf.save_model(model, tiny_tokenizer(), tmp_path / "both")
     assert not (tmp_path / "both").exists()
+    with pytest.raises(ValueError, match="model: expected masked or packed layers, got both"):
+        model.save_pretrained(tmp_path / "both")
+    assert not list(tmp_path.glob("both/*.safetensors"))
+    model = converted()
+    model.model.layers[1].mlp.down_proj.layer = 0
+    with pytest.raises(ValueError, match="expected a layer id of its own for each layer, got 0 in"):
+        model.save_pretrained(tmp_path / "ids")
+    model = converted()
+    model.model.layers[1].mlp.down_proj.counter_state = mk.modules.CounterState(9)
+    with pytest.raises(ValueError, match="expected one seed and one step for all layers, got"):
+        model.save_pretrained(tmp_path / "seeds")
     shard = mk.MaskedLinear(torch.ones(4, 8), None, torch.ones(4, 8), "2:4", group_offset=8)
     model = tiny_model()
     model.model.layers[0].mlp.shard = shard
@@ -198,6 +269,12 @@ DAMAGES = {
     ),
     "expected the extra state of each layer": (
         rewrite(lambda tensors: tensors.update({f"{LAYER}._extra_state": torch.full((8,), 99)}))
+    ),
+    "expected logits of F32 or BF16 or F16, got .'F32', 'I8'.": (
+        rewrite(lambda tensors: tensors.update({f"{LAYER}.logits": tensors[f"{LAYER}.logits"].to(torch.int8)}))
+    ),
+    "expected the extra state of a whole 2:4 layer": (
+        rewrite(lambda tensors: tensors[f"{LAYER}._extra_state"].index_fill_(0, torch.tensor([1]), 1))
     ),
     "expected pattern and layer of": reconfigure(lambda config: config["layers"].update({LAYER: {"pattern": "2:4"}})),
     "pattern: expected N:M": (

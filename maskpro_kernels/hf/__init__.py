@@ -18,7 +18,7 @@ from .decoding import next_logits, preallocated_cache
 from .loading import SMOLLM2, load_model, save_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
 from .packed import PackedConfig, PackedQuantizer
-from .stored_layers import tell_config
+from .stored_layers import check_no_other_quantization, tell_config
 
 __all__ = [
     "SMOLLM2",
@@ -27,6 +27,7 @@ __all__ = [
     "MaskedQuantizer",
     "PackedConfig",
     "PackedQuantizer",
+    "check_no_other_quantization",
     "load_model",
     "next_logits",
     "preallocated_cache",

@@ -43,6 +43,8 @@ class MaskedConfig(QuantizationConfigMixin):
     ):
         self.quant_method = MASKED_METHOD
         check_own_settings(others, format=(format, MASKED_FORMAT), version=(version, MASKED_VERSION))
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"quantization_config: expected layers by name, got {layers!r}")
         for name, layer in layers.items():
             if not isinstance(layer, Mapping) or layer.keys() != {"pattern", "layer"}:
                 raise ValueError(f"quantization_config: expected pattern and layer of {name}, got {layer!r}")
@@ -89,7 +91,11 @@ class MaskedQuantizer(HfQuantizer):
             layer.counter_state = states.setdefault(device, CounterState(device=device))
             # buffers that are not stored come out of meta with any value
             layer.layer_id = torch.empty((), dtype=torch.int64, device=device)
-            layer.set_extra_state(self._extra_states[layer.layer])
+            state = self._extra_states[layer.layer]
+            own = [layer.pattern.n, layer.pattern.m, layer.group_offset, layer.group_row_stride]
+            if [*state[1:3].tolist(), *state[5:7].tolist()] != own:
+                raise ValueError(f"checkpoint: expected the extra state of a whole {layer.pattern} layer, got {state}")
+            layer.set_extra_state(state)
         return model
 
     def is_serializable(self) -> bool:
@@ -122,4 +128,6 @@ def _stored_states(files: Iterable[str | Path]) -> tuple[dict[int, Tensor], torc
                 elif name.endswith(".logits"):
                     dtypes.add(opened.get_slice(name).get_dtype())
     known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return states, known.get(dtypes.pop(), torch.float32) if len(dtypes) == 1 else torch.float32
+    if not dtypes <= known.keys():
+        raise ValueError(f"checkpoint: expected logits of {' or '.join(known)}, got {sorted(dtypes)}")
+    return states, known[dtypes.pop()] if len(dtypes) == 1 else torch.float32

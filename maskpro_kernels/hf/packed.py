@@ -39,6 +39,8 @@ class PackedConfig(QuantizationConfigMixin):
     ):
         self.quant_method = PACKED_METHOD
         check_own_settings(others, format=(format, PACKED_FORMAT), version=(version, PACKED_VERSION))
+        if not isinstance(patterns, Mapping) or any(isinstance(names, str) for names in patterns.values()):
+            raise TypeError(f"quantization_config: expected names of modules by pattern, got {patterns!r}")
         self.patterns = {str(NMPattern(pattern)): list(names) for pattern, names in patterns.items()}
         self.format, self.version = format, version
 

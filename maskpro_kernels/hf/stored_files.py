@@ -43,22 +43,29 @@ def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Iterabl
         if stored != len(layers):
             raise ValueError(
                 f"checkpoint: expected {part} of the {len(layers)} layers that its quantization_config names, such as "
-                f"{layers[0]}, got {stored} of them"
+                f"{layers[0]}, got {stored} of them; of a dense model that shared its config with another, take "
+                "quantization_config out of its config.json"
             )
 
 
 def linears_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     """The nn.Linear modules that a checkpoint names, by the names that it gives them.
 
-    The checkpoint may be of a model with a head and the given one without, or the other way round.
+    The checkpoint may be of a model with a head and the given one without, or with another: layers of the checkpoint's
+    own head are then left out, as transformers leaves out their weights.
 
     Raises:
         ValueError: if there is none of a name, or it is no nn.Linear.
     """
     modules: Mapping[str, nn.Module] = {bare_name(name, model): module for name, module in model.named_modules()}
+    stored = getattr(getattr(model, "config", None), "architectures", None)
+    same = not stored or type(model).__name__ in stored
+    parts = {bare_name(name, model).split(".")[0] for name in modules}
     found = {}
     for name in names:
         module = modules.get(bare_name(name, model))
+        if module is None and not same and bare_name(name, model).split(".")[0] not in parts:
+            continue
         if type(module) is not nn.Linear:
             raise ValueError(
                 f"quantization_config: expected names of nn.Linear modules of {type(model).__name__}, got {name!r}, "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modules import MaskedLinear, masked_layers
 from ..packed import NMLinear
@@ -11,41 +14,106 @@ from .masked import MaskedConfig
 from .packed import PackedConfig
 
 
-def tell_config(model: nn.Module) -> None:
-    """Have the config of a model, or of those within it, tell of its masked and packed layers.
+class LiveConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a model with masked or packed layers, which are looked up when it is written.
 
-    ``from_pretrained`` then gives them back once ``maskpro_kernels.hf`` is imported, and refuses the checkpoint where
-    it is not.
+    A copy of the model has one of its own. A copy of the config alone, from which another model is made, has none.
     """
-    for outermost in _pretrained_models(model):
-        packed = {name: module for name, module in outermost.named_modules() if isinstance(module, NMLinear)}
-        if any(isinstance(module, MaskedLinear) for module in outermost.modules()):
-            outermost.config.quantization_config = MaskedConfig.of(masked_layers(outermost))
-        elif packed:
-            outermost.config.quantization_config = PackedConfig.of(packed)
-        elif isinstance(getattr(outermost.config, "quantization_config", None), (PackedConfig, MaskedConfig)):
-            _forget(outermost)
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = weakref.ref(model)
+
+    def to_dict(self) -> dict | None:
+        """As it is stored; None where the model has no such layers any more.
+
+        Raises:
+            ValueError: see ``check_can_be_stored``.
+        """
+        found = self._found()
+        return None if found is None else found.to_dict()
+
+    def _found(self) -> MaskedConfig | PackedConfig | None:
+        model = self._model()
+        if model is None:
+            return None
+        check_can_be_stored(model)
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+        if packed:
+            return PackedConfig.of(packed)
+        masked = any(isinstance(module, MaskedLinear) for module in model.modules())
+        return MaskedConfig.of(masked_layers(model)) if masked else None
+
+    def __deepcopy__(self, memo: dict) -> LiveConfig | None:
+        copied = memo.get(id(self._model()))
+        return None if copied is None else LiveConfig(copied)
+
+    def __reduce__(self):
+        return _as_it_is, (self._found(),)
+
+
+def _as_it_is(found: MaskedConfig | PackedConfig | None) -> MaskedConfig | PackedConfig | None:
+    return found
+
+
+OWN = (LiveConfig, PackedConfig, MaskedConfig)
+
+
+def check_no_other_quantization(model: nn.Module) -> None:
+    """Raise ValueError if a model is described by another library's ``quantization_config``, which is its only one."""
+    for module in model.modules():
+        config = getattr(getattr(module, "config", None), "quantization_config", None)
+        if isinstance(module, PreTrainedModel) and config is not None and not isinstance(config, OWN):
+            raise ValueError(
+                f"model: expected one whose config has no quantization_config, got {type(config).__name__}, beside "
+                "which masks could not be saved"
+            )
+
+
+def tell_config(model: nn.Module) -> None:
+    """Have the configs of a model, and of those within it, tell of masked and packed layers.
+
+    ``from_pretrained`` then gives them back once ``maskpro_kernels.hf`` is imported. ``convert``, ``finalize`` and
+    ``pack`` call it for the models within what they are given; call it yourself where you have given them a part of a
+    model, or put such layers in its place.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        told = getattr(module.config, "quantization_config", None)
+        if any(isinstance(layer, (MaskedLinear, NMLinear)) for layer in module.modules()):
+            # parts of a model may share its config, which is then that of the whole
+            if not (isinstance(told, LiveConfig) and told._model() is not None and _holds(told._model(), module)):
+                module.config.quantization_config = LiveConfig(module)
+        elif isinstance(told, OWN) and not (isinstance(told, LiveConfig) and told._model() not in (None, module)):
+            _forget(module)
+
+
+def _holds(model: nn.Module, part: nn.Module) -> bool:
+    return any(module is part for module in model.modules())
 
 
 def check_can_be_stored(model: nn.Module) -> None:
     """Raise ValueError if a checkpoint of the model would not give all of it back."""
-    kinds = {type(module) for module in model.modules()}
-    if MaskedLinear in kinds and any(issubclass(kind, NMLinear) for kind in kinds):
+    masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    if masked and any(isinstance(module, NMLinear) for module in model.modules()):
         raise ValueError("model: expected masked or packed layers, got both; finalize it, or unpack it, first")
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear) and module.is_shard:
+    ids: dict[int, str] = {}
+    for name, layer in masked.items():
+        if layer.is_shard:
             raise ValueError(f"model: expected whole layers, got a shard in {name}")
-
-
-def _pretrained_models(model: nn.Module) -> list[PreTrainedModel]:
-    """The model itself, or those that it wraps: no parts of others."""
-    if isinstance(model, PreTrainedModel):
-        return [model]
-    return [found for child in model.children() for found in _pretrained_models(child)]
+        other = ids.setdefault(layer.layer, name)
+        if other != name:
+            raise ValueError(
+                f"model: expected a layer id of its own for each layer, got {layer.layer} in {other} and {name}"
+            )
+    states = {id(layer.counter_state): layer.counter_state for layer in masked.values()}.values()
+    counts = {(int(state.seed), int(state.step)) for state in states if not state.seed.is_meta}
+    if len(counts) > 1:
+        raise ValueError(f"model: expected one seed and one step for all layers, got {sorted(counts)}")
 
 
 def _forget(model: PreTrainedModel) -> None:
-    if getattr(model, "hf_quantizer", None) is not None:
+    if isinstance(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), OWN):
         model.hf_quantizer.remove_quantization_config(model)
     else:
         del model.config.quantization_config

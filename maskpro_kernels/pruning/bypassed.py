@@ -22,18 +22,21 @@ def read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call
     An embedding that shares the weight takes it in a forward of its own. What asks for a weight's dtype, shape or
     device does not read it.
 
+    The model runs in eval mode and in training mode, since some take another way there. Random numbers, buffers and
+    modes are then as before. What is compiled runs eagerly.
+
     Args:
-        model: runs once, in eval mode, without gradients.
+        model: runs without gradients.
         layers: of the model, by name.
         call: how it is called. None: with transformers' dummy inputs; a model that has none, or fails on them, is not
             looked at.
     """
     if call is not None:
         return _read_elsewhere(model, layers, call)
-    call = _dummy_call(model)
-    if call is not None:
-        # of whatever kind: the inputs are transformers', not the user's
-        with suppress(Exception):
+    # errors of whatever kind: the inputs are transformers', not the user's
+    with suppress(Exception):
+        call = _dummy_call(model)
+        if call is not None:
             return _read_elsewhere(model, layers, call)
     return set()
 
@@ -54,8 +57,17 @@ def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | No
 
 def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> set[str]:
     reads = _Reads({id(layer.weight): name for name, layer in layers.items()})
-    with torch.no_grad(), evaluating(model), reads.watching(model), reads:
-        run_call(model, call)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
+        with torch.compiler.set_stance("force_eager"), reads.watching(model), reads:
+            run_call(model, call)
+            model.train()
+            # as a norm over a batch of one may
+            with suppress(ValueError, RuntimeError):
+                run_call(model, call)
+        for buffer, before in buffers:
+            buffer.copy_(before)
     return reads.elsewhere
 
 
@@ -104,8 +116,11 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if any(True for _ in _tensors(result)):
-            for tensor in _tensors((args, kwargs or {})):
+        name = getattr(func, "__name__", "")
+        if any(True for _ in _tensors(result)) and not name.endswith("_like") and not name.startswith("new_"):
+            # of these, only the first gives its values
+            given = args[:1] if name == "to" or name.endswith("_as") else (args, kwargs or {})
+            for tensor in _tensors(given):
                 name = self.weights.get(id(tensor))
                 if name is not None and not any(name in own for own in self._running):
                     self.elsewhere.add(name)

@@ -17,7 +17,7 @@ from .gap import gap_for_flip_rate
 from .initial_masks import check_initial_mask, refitted_masks
 from .reconstruction import check_refit
 from .refit import put_weights
-from .replacement import replace_layers
+from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
 
 DEFAULT_GAP = 10.0
@@ -110,6 +110,7 @@ def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str) -> No
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     check_initial_mask(init)
     check_refit(refit)
+    check_replaceable(model)
 
 
 def _told_coverage(found: Coverage) -> str:

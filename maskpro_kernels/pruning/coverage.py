@@ -38,7 +38,7 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
         skipped: the reasons of the nn.Linear layers that were left out, by name.
     """
     masked, total, unmasked, sizes, seen = 0, 0, {}, {}, set()
-    head = output_head(model)
+    heads = output_heads(model)
     for name, module in model.named_modules():
         if isinstance(module, (MaskedLinear, NMLinear)):
             masked += module.in_features * module.out_features
@@ -49,7 +49,7 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
             seen.add(id(parameter))
             full = f"{name}.{own}" if name else own
             apart = EMBEDDING if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
-            apart = HEAD if module is head else apart
+            apart = HEAD if module in heads else apart
             unmasked[full] = apart or skipped.get(name) or f"of {type(module).__name__}, which is no nn.Linear"
             if not apart:
                 sizes[full] = parameter.numel()
@@ -58,6 +58,7 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
     return Coverage(masked / total if total else 1.0, {name: unmasked[name] for name in largest_first})
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that transformers calls the output embeddings of a model."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """What transformers calls the output embeddings of a model, or of those within it, and the modules in them."""
+    heads = (module.get_output_embeddings() for module in model.modules() if hasattr(module, "get_output_embeddings"))
+    return {part for head in heads if head is not None for part in head.modules()}

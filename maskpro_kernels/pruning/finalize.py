@@ -10,14 +10,14 @@ from ..packed import NMLinear, packed_class
 from ..pattern import NMPattern
 from .convert import Conversion
 from .coverage import coverage
-from .replacement import replace_layers
+from .replacement import check_replaceable, replace_layers
 from .selection import select_layers
 
 
 def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
-    Weights and biases stay frozen where they were.
+    Weights and biases stay frozen where they were; those of packed layers are frozen all.
 
     Args:
         model: a converted model.
@@ -31,6 +31,7 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     """
     if to not in ("dense", "packed"):
         raise ValueError(f'to: expected "dense" or "packed", got {to!r}')
+    check_replaceable(model)
     replacements, layers = {}, masked_layers(model)
     for name, layer in layers.items():
         check_in_memory("model", layer, name)
@@ -53,11 +54,12 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
         ValueError: if the weight of no layer follows the pattern, or one is not in memory. The model is then as it was.
     """
     pattern = NMPattern(pattern)
+    check_replaceable(model)
     layers, skipped = select_layers(model, pattern)
     replacements, packed = {}, []
     for name, layer in layers.items():
         check_in_memory("model", layer, name)
-        kept = (layer.weight != 0).view(layer.out_features, -1, pattern.m).sum(-1)
+        kept = (layer.weight != 0).view(layer.out_features, layer.in_features // pattern.m, pattern.m).sum(-1)
         if (kept > pattern.n).any():
             skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
         else:

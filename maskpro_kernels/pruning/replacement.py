@@ -1,4 +1,4 @@
-"""Layers put in the place of others, in models of transformers too."""
+"""Layers put in the place of others, in models of transformers and beside adapters of peft too."""
 
 from __future__ import annotations
 
@@ -7,17 +7,39 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..adapters import refuse_merging
+from ..adapters import check_not_merged, refuse_merging
 from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..replacement import replace_modules
 
 
+def check_replaceable(model: nn.Module) -> None:
+    """Raise unless what is put into a model can be told of in its config.
+
+    Raises:
+        ValueError: if an adapter of peft is merged, or the config of a transformers model describes it as quantized by
+            another library.
+        ImportError: if the transformers that is installed cannot load checkpoints with masks.
+    """
+    check_not_merged(model)
+    if _of_transformers(model):
+        from ..hf import check_no_other_quantization
+
+        check_no_other_quantization(model)
+
+
 def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """``replace_modules``, and the config of a transformers model tells of its masked and packed layers."""
+    """``replace_modules``, told to what depends on it.
+
+    Adapters refuse to merge into what is sparse, and the config of a transformers model names it.
+    """
     replace_modules(model, replacements)
     refuse_merging(model, (MaskedLinear, NMLinear))
-    if "transformers" in sys.modules and any(hasattr(module, "save_pretrained") for module in model.modules()):
+    if _of_transformers(model):
         from ..hf import tell_config
 
         tell_config(model)
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    return "transformers" in sys.modules and any(hasattr(module, "save_pretrained") for module in model.modules())

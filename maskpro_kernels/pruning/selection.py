@@ -14,7 +14,7 @@ from ..modules import MaskedLinear, check_in_memory
 from ..pattern import NMPattern
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
-from .coverage import HEAD, coverage, output_head
+from .coverage import HEAD, coverage, output_heads
 
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
 
@@ -88,9 +88,9 @@ def _why_none(model: nn.Module) -> str:
 
 
 def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern) -> Selection:
-    bypassed = _bypassed(model)
+    bypassed, heads = _bypassed(model), output_heads(model)
     reasons = {
-        name: BYPASSED if name in bypassed else _reason_against(model, module, pattern)
+        name: BYPASSED if name in bypassed else HEAD if module in heads else _reason_against(model, module, pattern)
         for name, module in linears.items()
     }
     skipped = {name: reason for name, reason in reasons.items() if reason}
@@ -156,8 +156,6 @@ def _bypassed(model: nn.Module) -> set[str]:
 
 def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> str | None:
     """Why a layer is not converted by default."""
-    if linear is output_head(model):
-        return HEAD
     embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
     if any(weight is linear.weight for weight in embeddings):
         return "weight tied to an embedding"

@@ -72,9 +72,39 @@ def test_merging_into_a_sparse_layer_is_refused(kind):
     train(model, 1)
     before = model(tokens()).logits
     for merge in (model.merge_adapter, copy.deepcopy(model).merge_and_unload):
-        with pytest.raises(ValueError, match=r"merge: expected a dense base layer, got one with a mask in .*KeptZeros"):
+        with pytest.raises(ValueError, match=r"merge: expected a dense base layer, got one with a mask.*KeptZeros"):
             merge()
     assert_same_bits(model(tokens()).logits, before)
+
+
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_what_is_finalized_merges_again(convert_first):
+    torch.manual_seed(0)
+    model = get_peft_model(sparse("masked") if convert_first else tiny_model(), beside_masks(config()))
+    if not convert_first:
+        mk.convert(model, "2:4", gap=60.0)
+    train(model, 1)
+    mk.finalize(model)
+    expected = model.eval()(tokens()).logits
+    torch.testing.assert_close(model.merge_and_unload()(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_are_merged_are_refused():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), config())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="model: expected adapters that are not merged, got a merged one in .*_proj"):
+        mk.convert(model, "2:4")
+    assert not any(isinstance(module, mk.MaskedLinear) for module in model.modules())
+
+
+def test_what_is_trained_as_a_whole_gets_no_mask():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), config(modules_to_save=["up_proj"]))
+    conversion = mk.convert(model, "2:4")
+    assert not any("modules_to_save" in name for name in conversion.converted)
+    assert any("up_proj.original_module" in name for name in conversion.converted)
+    assert [p for name, p in model.named_parameters() if "modules_to_save" in name][0].requires_grad
 
 
 def test_masks_learned_beside_lora_do_not_touch_the_adapters():

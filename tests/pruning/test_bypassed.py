@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.architectures import loss_of, tiny
+from helpers.bits import assert_same_bits
 from helpers.nets import refused
 from torch import nn
 
@@ -120,6 +123,55 @@ def test_a_model_that_cannot_be_called_is_not_looked_at(inputs):
 
     model = Model()
     assert read_elsewhere(model, {"one": model.one}, None) == set()
+
+
+def test_a_model_without_what_the_dummy_inputs_need_is_not_looked_at():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.dummy_inputs = {"input_ids": torch.tensor([[1]])}
+    assert mk.convert(model, "2:4").converted == ["0"]
+
+
+def test_what_is_read_in_training_alone_is_found_and_nothing_else_changes():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            x = nn.functional.dropout(self.norm(self.a(x)), training=self.training)
+            return nn.functional.linear(x, self.b.weight) if self.training else self.b(x)
+
+    model = Model()
+    model.a.eval()
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    assert read_elsewhere(model, {"a": model.a, "b": model.b}, ((torch.randn(4, 8),), {})) == {"b"}
+    assert_same_bits(list(model.state_dict().values()), list(before.values()))
+    assert not model.a.training and model.b.training
+    model.norm.eval()
+    torch.random.set_rng_state(state)
+    read_elsewhere(model, {"a": model.a}, ((torch.ones(1, 8),), {}))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_compiled_models_are_looked_at_eagerly():
+    made = tiny("LLaMA")
+    for layer in made.model.model.layers:
+        layer.mlp.compile(backend="eager")
+    assert len(mk.convert(made.model, "2:4", calibration=[made.batch]).converted) == 14
+
+
+def test_to_take_over_the_dtype_of_a_weight_is_not_to_read_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x.to(self.one.weight).type_as(self.one.weight) + torch.zeros_like(self.one.weight)[0]
+            return self.one(x) + self.one.weight.new_zeros(8)
+
+    model = Model()
+    assert read_elsewhere(model, {"one": model.one}, ((torch.randn(4, 8),), {})) == set()
 
 
 def test_a_model_that_fails_on_the_dummy_inputs_is_not_looked_at():

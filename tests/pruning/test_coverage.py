@@ -48,6 +48,16 @@ def test_the_largest_matrix_is_named_first_and_targets_need_no_word():
     assert conversion.masked_share == 64 / (64 + 2048 + 256)
 
 
+def test_the_head_of_a_model_within_another_stays_dense():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny("LLaMA").model
+
+    conversion = mk.convert(Wrapper(), "2:4")
+    assert conversion.skipped == {"inner.lm_head": "output head"} and conversion.masked_share == 1.0
+
+
 def test_layers_masked_earlier_and_packed_ones_count():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     assert mk.convert(model, "2:4", targets=["0"]).masked_share == 1 / 3
