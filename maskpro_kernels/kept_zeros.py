@@ -29,6 +29,8 @@ class KeptZeros:
     """
 
     def __init__(self, model: nn.Module, pattern: str | NMPattern):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
         self.pattern = NMPattern(pattern)
         self.layers: dict[str, nn.Linear] = {}
         self._codes: dict[str, Tensor] = {}

@@ -239,8 +239,11 @@ class NMLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, K], unpacked at each use: for code that reads it past the module, or asks for its dtype."""
-        return self.packed.unpack()
+        """The weight [out, K], unpacked at each use: for code that reads it past the module, or asks for its dtype.
+
+        A gradient flows to values that require one. What is written into it is lost.
+        """
+        return ops.unpack_nm(self.values, self.bitmask, self.pattern.n, self.pattern.m)
 
     @property
     def packed(self) -> PackedNM:

@@ -26,19 +26,22 @@ class Rows:
 
     def __init__(self, folder: Path, shared: Mapping):
         self.path = folder / ROWS
+        # as it comes back from the file
+        shared = json.loads(json.dumps(shared))
         folder.mkdir(parents=True, exist_ok=True)
         lines = _read(self.path) if self.path.exists() else []
         if not lines:
-            lines = [{"shared": dict(shared)}]
+            lines = [{"shared": shared}]
             self._append(lines)
         first, *rows = lines
         self.rows = _newest(rows)
-        if not self.rows and first["shared"] != dict(shared):
+        if not self.rows and first["shared"] != shared:
             # of a call that ended before it had a row
-            first = {"shared": dict(shared)}
+            first = {"shared": shared}
             write_whole(self.path, json.dumps(first).encode() + b"\n")
-        if first["shared"] != dict(shared):
-            others = [name for name in shared if first["shared"].get(name) != shared[name]]
+        if first["shared"] != shared:
+            names = dict.fromkeys((*shared, *first["shared"]))
+            others = [name for name in names if first["shared"].get(name) != shared.get(name)]
             raise ValueError(
                 f"output: expected the rows of a comparison with the same {', '.join(others)}, got others in "
                 f"{str(self.path)!r}; give another folder"

@@ -87,7 +87,8 @@ class MaskedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         states: dict[torch.device, CounterState] = {}
         for layer in masked_layers(model).values():
-            device = layer.weight.device
+            # of a layer that accelerate offloads, which comes to its device for each forward, on the CPU
+            device = torch.device("cpu") if layer.weight.is_meta else layer.weight.device
             layer.counter_state = states.setdefault(device, CounterState(device=device))
             # buffers that are not stored come out of meta with any value
             layer.layer_id = torch.empty((), dtype=torch.int64, device=device)

@@ -23,7 +23,7 @@ def stored_names(files: str | Path | Iterable[str | Path] | None) -> list[str]:
     names = []
     for file in [files] if isinstance(files, (str, Path)) else files or ():
         if not str(file).endswith(".safetensors"):
-            raise ValueError(f"checkpoint: expected safetensors files, got {str(file)!r}")
+            raise ValueError(f"checkpoint: expected safetensors files, got {file!r}")
         try:
             with safe_open(file, framework="pt") as opened:
                 names += opened.keys()

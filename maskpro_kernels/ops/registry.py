@@ -332,6 +332,23 @@ def _(values, bitmask, n, m):
     return values.new_empty(values.shape[0], values.shape[1] // n * m)
 
 
+def _packed_part(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
+    return reference.packed_part(dense, bitmask, n=n, m=m)
+
+
+def _unpack_context(ctx, inputs, output):
+    _, bitmask, n, m = inputs
+    ctx.save_for_backward(bitmask)
+    ctx.pattern = n, m
+
+
+def _unpack_backward(ctx, grad):
+    return _packed_part(grad, ctx.saved_tensors[0], *ctx.pattern), None, None, None
+
+
+unpack_nm.register_autograd(_unpack_backward, setup_context=_unpack_context)
+
+
 @quick_op("nm_linear", "(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m) -> Tensor")
 def nm_linear(x, values, bitmask, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias; x and bias are of the dtype of the values."""
@@ -344,10 +361,6 @@ def nm_linear(x, values, bitmask, bias, n, m):
 @torch.library.register_fake("maskpro::nm_linear")
 def _(x, values, *_):
     return x.new_empty(x.shape[0], values.shape[0])
-
-
-def _packed_part(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
-    return reference.packed_part(dense, bitmask, n=n, m=m)
 
 
 def _nm_linear_context(ctx, inputs, output):
