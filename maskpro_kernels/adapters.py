@@ -48,8 +48,9 @@ def check_not_merged(model: nn.Module) -> None:
 
 def _refuse(method: str, name: str, *_, **__) -> None:
     raise ValueError(
-        f"{method}: expected a dense base layer, got one with a mask{f' in {name}' if name else ''}, which the sum "
-        "would not follow; finalize the model, merge, and call the restore of a KeptZeros that was made before"
+        f"{method}: expected a dense base layer, got a masked or packed one{f' in {name}' if name else ''}, whose "
+        "pattern the sum would not follow; put the adapter beside the dense export, which finalize gives, merge there, "
+        "and call the restore of a KeptZeros that was made before"
     )
 
 

@@ -87,6 +87,15 @@ def test_a_loaded_model_goes_on_learning_as_the_saved_one(folder):
     assert_same_bits(*map(logits_of, models))
 
 
+def test_weights_of_a_loaded_model_are_frozen(folder, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in masked_layers(loaded).values():
+        assert not layer.weight.requires_grad and layer.logits.requires_grad
+    mk.finalize(loaded, to="packed").save_pretrained(tmp_path / "packed")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert not packed.get_submodule(LAYER).values.requires_grad
+
+
 def test_logits_keep_their_dtype_where_weights_are_cast(folder):
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     layer = loaded.get_submodule(LAYER)

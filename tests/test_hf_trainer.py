@@ -71,6 +71,13 @@ def test_a_model_that_follows_no_pattern_is_refused(tmp_path):
         KeepMask("2:5")
 
 
+def test_layers_that_are_all_frozen_are_told(tmp_path):
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    with pytest.warns(UserWarning, match="KeepMask: expected layers that train, got 14 frozen ones"):
+        trained(mk.finalize(model), tmp_path, steps=1, callbacks=[KeepMask("2:4")])
+
+
 def test_groups_with_fewer_than_n_keep_n():
     layer = torch.nn.Linear(8, 2, bias=False)
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from transformers import TrainerCallback
 
 from ..kept_zeros import KeptZeros
@@ -14,6 +16,10 @@ class KeepMask(TrainerCallback):
     Args:
         pattern: "N:M" or NMPattern, which the model follows when training begins.
 
+    Warns:
+        UserWarning: at the beginning of training, if the weights of all these layers are frozen, as ``finalize`` leaves
+            them.
+
     Raises:
         TypeError, ValueError: ``pattern`` is no pattern; at the beginning of training, no layer follows it.
     """
@@ -23,6 +29,12 @@ class KeepMask(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.kept = KeptZeros(model, self.pattern)
+        if not any(layer.weight.requires_grad for layer in self.kept.layers.values()):
+            warnings.warn(
+                f"KeepMask: expected layers that train, got {len(self.kept.layers)} frozen ones; call requires_grad_() "
+                "of the model before the Trainer is made",
+                stacklevel=2,
+            )
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.kept.restore()

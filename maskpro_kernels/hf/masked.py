@@ -97,6 +97,10 @@ class MaskedQuantizer(HfQuantizer):
             if [*state[1:3].tolist(), *state[5:7].tolist()] != own:
                 raise ValueError(f"checkpoint: expected the extra state of a whole {layer.pattern} layer, got {state}")
             layer.set_extra_state(state)
+            # transformers makes all parameters trainable
+            for frozen in (layer.weight, layer.bias):
+                if frozen is not None:
+                    frozen.requires_grad_(False)
         return model
 
     def is_serializable(self) -> bool:

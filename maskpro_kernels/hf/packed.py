@@ -74,8 +74,11 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():
-            if isinstance(module, NMLinear) and not module.bitmask.is_meta:
-                _check_loaded(name, module)
+            if isinstance(module, NMLinear):
+                if not module.bitmask.is_meta:
+                    _check_loaded(name, module)
+                # as ``finalize`` leaves it; transformers makes all parameters trainable
+                module.requires_grad_(False)
         return model
 
     def is_serializable(self) -> bool:
