@@ -30,9 +30,8 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest tests -m slow
 
-# Other libraries for language models, which the package does not need
+# With other libraries for language models, which the package does not need
 test-ecosystem: $(INSTALLED)
-	$(VENV)/bin/python -m pip install --quiet -e '.[ecosystem]'
 	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
 
 test-triton36: $(INSTALLED36)
