@@ -42,7 +42,7 @@ class KeptZeros:
             check_in_memory("model", layer, name)
             kept = (layer.weight.detach() != 0).to(torch.bfloat16)
             counts = kept.view(layer.out_features, layer.in_features // self.pattern.m, self.pattern.m).sum(-1)
-            # one of zeros alone has not been pruned, but not been trained
+            # a layer of zeros alone was not pruned, only not trained yet
             if counts.any() and (counts <= self.pattern.n).all():
                 self.layers[name], self._codes[name] = layer, top_n_mask(kept, self.pattern)
         if not self.layers:

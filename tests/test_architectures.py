@@ -6,11 +6,15 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from helpers.architectures import MAKERS, loss_of, tiny
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.hf.packed import replace_by_packed
 from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.pruning.coverage import coverage
+from maskpro_kernels.pruning.selection import select_layers
 
 pytestmark = [
     pytest.mark.usefixtures("eager_reference"),
@@ -67,6 +71,33 @@ def test_a_model_goes_all_the_way(name, tmp_path):
         losses.append(loss_of(one, batch))
         losses += [loss_of(again, batch) for again in stored(one, tmp_path / to)]
     torch.testing.assert_close(torch.stack(losses), expected[0].expand(len(losses)), rtol=0.0, atol=1e-6)
+
+
+# By the classes of transformers whose default configuration docs/architectures.md shows: percent of the matrix weights
+DEFAULTS = {
+    ("Llama", "ForCausalLM"): 100.0, ("Qwen3", "ForCausalLM"): 100.0, ("Mistral", "ForCausalLM"): 100.0,
+    ("Gemma3Text", "Gemma3ForCausalLM"): 100.0, ("Gemma3", "ForConditionalGeneration"): 99.8,
+    ("OPT", "ForCausalLM"): 100.0, ("Phi", "ForCausalLM"): 100.0, ("Phi3", "ForCausalLM"): 100.0,
+    ("Bert", "ForMaskedLM"): 100.0, ("T5", "ForConditionalGeneration"): 100.0,
+    ("Whisper", "ForConditionalGeneration"): 96.9, ("ViT", "ForImageClassification"): 99.1,
+    ("Qwen2_5_VL", "ForConditionalGeneration"): 100.0, ("Llava", "ForConditionalGeneration"): 100.0,
+    ("Mamba", "ForCausalLM"): 97.2, ("Mixtral", "ForCausalLM"): 2.9, ("Qwen3Moe", "ForCausalLM"): 1.5,
+    ("DeepseekV3", "ForCausalLM"): 2.3,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), DEFAULTS)
+def test_shares_of_default_configurations(name, kind):
+    """Without memory for the weights. No forward can tell there what is read past a module: of Mamba it is known."""
+    with torch.device("meta"):
+        model = getattr(transformers, kind if kind.startswith("Gemma3F") else name + kind)(
+            getattr(transformers, f"{name}Config")()
+        )
+    pattern = mk.NMPattern("2:4")
+    layers, skipped = select_layers(model, pattern)
+    replace_by_packed(model, {name: pattern for name in layers if not name.endswith(".dt_proj")})
+    assert round(100 * coverage(model, skipped).share, 1) == DEFAULTS[name, kind]
 
 
 def stored(model: nn.Module, folder) -> list[nn.Module]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
+from helpers.checkpoints import reconfigure, rewrite
 from helpers.small_trainer import logits_of
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -246,26 +246,6 @@ def test_without_the_import_transformers_tells_what_it_does_not_know(folder):
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Unknown quantization type, got maskpro-mask" in done.stderr and "logits" in done.stderr
-
-
-def rewrite(change):
-    def damage(folder):
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file, {"format": "pt"})
-
-    return damage
-
-
-def reconfigure(change):
-    def damage(folder):
-        file = folder / "config.json"
-        config = json.loads(file.read_text())
-        change(config["quantization_config"])
-        file.write_text(json.dumps(config))
-
-    return damage
 
 
 DAMAGES = {

@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.checkpoints import reconfigure, rewrite
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -111,28 +112,6 @@ def test_sharded_checkpoints(tmp_path):
     assert_same_bits(loaded.get_submodule(LAYER).packed.unpack(), packed.get_submodule(LAYER).packed.unpack())
 
 
-def rewrite(change):
-    """A damage: the tensors of the only file are changed."""
-
-    def damage(folder):
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, file, {"format": "pt"})
-
-    return damage
-
-
-def reconfigure(**changes):
-    def damage(folder):
-        file = folder / "config.json"
-        config = json.loads(file.read_text())
-        config["quantization_config"] |= changes
-        file.write_text(json.dumps(config))
-
-    return damage
-
-
 def truncate(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -156,21 +135,23 @@ DAMAGES = {
         rewrite(lambda tensors: tensors.update({f"{LAYER}.bitmask": tensors[f"{LAYER}.bitmask"].to(torch.int32)}))
     ),
     f"expected names of nn.Linear modules of LlamaForCausalLM, got '{LAYER}.x', which is none of its modules": (
-        reconfigure(patterns={"2:4": [f"{LAYER}.x"]})
+        reconfigure(lambda config: config.update(patterns={"2:4": [f"{LAYER}.x"]}))
     ),
-    "got 'model.norm', which is LlamaRMSNorm": reconfigure(patterns={"2:4": ["model.norm"]}),
-    "expected the name of at least one nn.Linear, got none": reconfigure(patterns={}),
-    "expected version 1, got 2": reconfigure(version=2),
-    "expected format 'nm-bitmask', got 'other'": reconfigure(format="other"),
-    "pattern: expected N:M": reconfigure(patterns={"2:5": [LAYER]}),
-    "expected no others than its own settings, got .'speed'": reconfigure(speed=2),
+    "got 'model.norm', which is LlamaRMSNorm": reconfigure(
+        lambda config: config.update(patterns={"2:4": ["model.norm"]})
+    ),
+    "expected the name of at least one nn.Linear, got none": reconfigure(lambda config: config.update(patterns={})),
+    "expected version 1, got 2": reconfigure(lambda config: config.update(version=2)),
+    "expected format 'nm-bitmask', got 'other'": reconfigure(lambda config: config.update(format="other")),
+    "pattern: expected N:M": reconfigure(lambda config: config.update(patterns={"2:5": [LAYER]})),
+    "expected no others than its own settings, got .'speed'": reconfigure(lambda config: config.update(speed=2)),
 }
 
 
 WRONG_SHAPES = {
     "values": rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"][:, 1:].clone()})),
     "bitmask": rewrite(lambda tensors: tensors.update({f"{LAYER}.bitmask": tensors[f"{LAYER}.bitmask"][1:].clone()})),
-    "another pattern": reconfigure(patterns={"1:8": [LAYER]}),
+    "another pattern": reconfigure(lambda config: config.update(patterns={"1:8": [LAYER]})),
 }
 
 

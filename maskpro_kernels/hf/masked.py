@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modules import CounterState, MaskedLinear, masked_layers
 from ..pattern import NMPattern
 from ..replacement import replace_modules
+from .quantizer import SparseQuantizer
 from .stored_files import check_all_stored, check_own_settings, linears_named, stored_names
 
 MASKED_METHOD, MASKED_FORMAT, MASKED_VERSION = "maskpro-mask", "logits", 1
@@ -59,11 +60,9 @@ class MaskedConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(MASKED_METHOD)
-class MaskedQuantizer(HfQuantizer):
+class MaskedQuantizer(SparseQuantizer):
     """Gives a model MaskedLinear modules before transformers loads its checkpoint, and their counters afterwards."""
 
-    # masks are made by ``convert``, not while a dense checkpoint is loaded
-    requires_calibration = True
     quantization_config: MaskedConfig
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
@@ -102,21 +101,6 @@ class MaskedQuantizer(HfQuantizer):
                 if frozen is not None:
                     frozen.requires_grad_(False)
         return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def _stored_states(files: Iterable[str | Path]) -> tuple[dict[int, Tensor], torch.dtype]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..functional.checks import LOGIT_DTYPES
 from ..packed import NMLinear, PackedNM, check_bitmask, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
+from .quantizer import SparseQuantizer
 from .stored_files import check_all_stored, check_own_settings, linears_named, stored_names
 
 PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
@@ -59,11 +60,9 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(PACKED_METHOD)
-class PackedQuantizer(HfQuantizer):
+class PackedQuantizer(SparseQuantizer):
     """Gives a model NMLinear modules before transformers loads its checkpoint, and refuses one that is damaged."""
 
-    # packed weights are made by ``finalize``, not from a dense checkpoint while it is loaded
-    requires_calibration = True
     quantization_config: PackedConfig
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
@@ -80,21 +79,6 @@ class PackedQuantizer(HfQuantizer):
                 # as ``finalize`` leaves it; transformers makes all parameters trainable
                 module.requires_grad_(False)
         return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def replace_by_packed(model: nn.Module, layers: Mapping[str, NMPattern]) -> None:

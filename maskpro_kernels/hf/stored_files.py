@@ -14,14 +14,14 @@ def bare_name(name: str, model: nn.Module) -> str:
     return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
-def stored_names(files: str | Path | Iterable[str | Path] | None) -> list[str]:
+def stored_names(files: Iterable[str | Path] | None) -> list[str]:
     """Names of all tensors of safetensors files.
 
     Raises:
         ValueError: if a file is of another kind or damaged.
     """
     names = []
-    for file in [files] if isinstance(files, (str, Path)) else files or ():
+    for file in files or ():
         if not str(file).endswith(".safetensors"):
             raise ValueError(f"checkpoint: expected safetensors files, got {file!r}")
         try:

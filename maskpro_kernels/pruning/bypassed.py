@@ -60,14 +60,16 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
-        with torch.compiler.set_stance("force_eager"), reads.watching(model), reads:
-            run_call(model, call)
-            model.train()
-            # as a norm over a batch of one may
-            with suppress(ValueError, RuntimeError):
+        try:
+            with torch.compiler.set_stance("force_eager"), reads.watching(model), reads:
                 run_call(model, call)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+                model.train()
+                # as a norm over a batch of one may, or a detector that asks for labels
+                with suppress(Exception):
+                    run_call(model, call)
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
     return reads.elsewhere
 
 

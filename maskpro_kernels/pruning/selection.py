@@ -145,7 +145,7 @@ def _check_targets(targets: Sequence[str]) -> None:
 
 
 def _bypassed(model: nn.Module) -> set[str]:
-    """Names of layers whose weights a parent reads past the module."""
+    """Names of layers whose weights a parent reads past the module, on a path that ``read_elsewhere`` switches off."""
     return {
         f"{name}.{child}" if name else child
         for name, module in model.named_modules()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import maskpro_kernels as mk
@@ -73,3 +74,27 @@ def compressed_folder(folder, model):
     where = {name: f"model-{i}.safetensors" for i, part in enumerate(tensors) for name in part}
     (folder / safetensors_files.INDEX).write_text(json.dumps({"weight_map": where}))
     return folder
+
+
+def rewrite(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A damage to a folder: the tensors of its only file are changed."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+
+    return damage
+
+
+def reconfigure(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A damage to a folder: its quantization_config is changed."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        change(config["quantization_config"])
+        file.write_text(json.dumps(config))
+
+    return damage

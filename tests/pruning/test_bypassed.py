@@ -153,6 +153,31 @@ def test_what_is_read_in_training_alone_is_found_and_nothing_else_changes():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+class Counting(nn.Module):
+    """Counts its forwards in a buffer, and fails in one of its modes."""
+
+    def __init__(self, fails_in_training: bool):
+        super().__init__()
+        self.one, self.fails_in_training = nn.Linear(8, 8), fails_in_training
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, x):
+        self.forwards += 1
+        assert self.training != self.fails_in_training, "labels"
+        return self.one(x)
+
+
+@pytest.mark.parametrize("fails_in_training", [True, False])
+def test_a_forward_that_fails_leaves_the_model_as_it_was(fails_in_training):
+    """In training it may ask for labels; in eval mode the calibration is not for this model."""
+    model, calibration = Counting(fails_in_training), [torch.randn(4, 8)]
+    if fails_in_training:
+        assert mk.convert(model, "2:4", calibration=calibration).converted == ["one"]
+    else:
+        refused(model, AssertionError, "labels", calibration=calibration)
+    assert model.forwards == 0 and model.training
+
+
 def test_compiled_models_are_looked_at_eagerly():
     made = tiny("LLaMA")
     for layer in made.model.model.layers:
