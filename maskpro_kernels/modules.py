@@ -193,7 +193,7 @@ class MaskedLinear(nn.Module):
         group_offset: int = 0,
         group_row_stride: int | None = None,
     ) -> MaskedLinear:
-        """A MaskedLinear that shares the weight and bias of ``linear``.
+        """A MaskedLinear that shares the weight, where that is contiguous, and bias of ``linear``.
 
         Args:
             linear: float32, bfloat16 or float16, in_features divisible by M.
@@ -230,9 +230,9 @@ class MaskedLinear(nn.Module):
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
         where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
-        return cls(linear.weight, linear.bias, logits, pattern, counter_state=counter_state, **where).train(
-            linear.training
-        )
+        # a layer that stands for one stored transposed has a view of it
+        weight = linear.weight.detach().contiguous()
+        return cls(weight, linear.bias, logits, pattern, counter_state=counter_state, **where).train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""

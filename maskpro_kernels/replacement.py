@@ -6,12 +6,20 @@ from collections.abc import Mapping
 
 from torch import nn
 
+# Attribute of a layer that stands for a module of another kind: the class to build again
+BUILT_AS = "built_as"
+
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
     for module in list(model.modules()):
-        if id(module) in replacements and hasattr(module, "_hf_hook"):
-            _hook(replacements[id(module)], module._hf_hook)
+        if id(module) in replacements:
+            replacement = replacements[id(module)]
+            if hasattr(module, "_hf_hook"):
+                _hook(replacement, module._hf_hook)
+            kind = getattr(module, BUILT_AS, None)
+            if kind is not None and not isinstance(replacement, kind):
+                setattr(replacement, BUILT_AS, kind)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:

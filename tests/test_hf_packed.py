@@ -52,6 +52,7 @@ def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
         "format": "nm-bitmask",
         "version": 1,
         "patterns": {pattern: [name for name, module in packed.named_modules() if isinstance(module, kind)]},
+        "taken_apart": [],
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
     assert type(loaded.get_submodule(LAYER)) is kind and loaded.get_submodule(LAYER).values.dtype == dtype

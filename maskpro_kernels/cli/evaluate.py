@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..linear_form import as_linears
 from ..pattern import NMPattern
 from ..report import FROZEN
 from ..text.mixture import shared_out, texts_of
@@ -55,6 +56,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def _follows(model: torch.nn.Module, run: Mapping) -> str:
     pattern = NMPattern(run["pattern"])
+    as_linears(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     follow = total = 0
     for name in run["converted"]:

@@ -13,6 +13,7 @@ from ..checkpoints.importers.compressed_tensors import decompress
 from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
 from ..functional.masks import top_n_mask
+from ..linear_form import in_linear_form
 from ..pattern import NMPattern
 from ..pruning.convert import convert
 from ..pruning.finalize import finalize, pack, unpack
@@ -30,13 +31,14 @@ def import_(args: argparse.Namespace) -> None:
     dtype = getattr(args, "dtype", None) or _stored_dtype(getattr(args, "model", args.source))
     if hasattr(args, "model"):
         model, tokenizer = load(args.model, dtype, torch.device("cpu"), args.bars)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        masks = read_masks(source, layers, pattern)
-        for name, mask in masks.items():
-            # a group may keep fewer than N: what it drops is zero, whether or not it is stored
-            layers[name].weight.data.mul_(mask).add_(0.0)
-        codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
-        convert(model, pattern, targets=list(codes), init=codes)
+        with in_linear_form(model):
+            layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+            masks = read_masks(source, layers, pattern)
+            for name, mask in masks.items():
+                # a group may keep fewer than N: what it drops is zero, whether or not it is stored
+                layers[name].weight.data.mul_(mask).add_(0.0)
+            codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
+            convert(model, pattern, targets=list(codes), init=codes)
         save(finalize(model, to=args.to), tokenizer, output)
         print(f"{args.to} {pattern} checkpoint of {args.model} with {len(codes)} masks written to {output}")
         return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..linear_form import as_linears
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
 from ..text.data import batches, load_text
@@ -100,6 +101,7 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
     model, tokenizer = load(args.model, args.dtype, device, args.bars)
     with telling("model", "take another --pattern, --dtype or model"):
         # told now, not after the evaluation of the dense model
+        as_linears(model)
         layers_to_convert(model, args.pattern)
     tests, validation = {}, torch.empty(0)
     if texts:

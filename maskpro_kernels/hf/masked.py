@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,14 @@ from ..modules import CounterState, MaskedLinear, masked_layers
 from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
-from .stored_files import check_all_stored, check_own_settings, linears_named, stored_names
+from .stored_files import (
+    check_all_stored,
+    check_names,
+    check_own_settings,
+    linears_named,
+    stored_names,
+    take_apart,
+)
 
 MASKED_METHOD, MASKED_FORMAT, MASKED_VERSION = "maskpro-mask", "logits", 1
 PARTS = ("logits", "_extra_state")
@@ -29,6 +36,7 @@ class MaskedConfig(QuantizationConfigMixin):
 
     Args:
         layers: ``pattern`` and ``layer``, the id in the counter, of each MaskedLinear by name.
+        taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
         format, version: of what is stored.
 
     Raises:
@@ -38,6 +46,7 @@ class MaskedConfig(QuantizationConfigMixin):
     def __init__(
         self,
         layers: Mapping[str, Mapping],
+        taken_apart: Sequence[str] = (),
         format: str = MASKED_FORMAT,
         version: int = MASKED_VERSION,
         **others,
@@ -51,12 +60,14 @@ class MaskedConfig(QuantizationConfigMixin):
                 raise ValueError(f"quantization_config: expected pattern and layer of {name}, got {layer!r}")
             NMPattern(layer["pattern"])
         self.layers = {name: dict(layer) for name, layer in layers.items()}
+        self.taken_apart = check_names("taken_apart", taken_apart)
         self.format, self.version = format, version
 
     @classmethod
-    def of(cls, layers: Mapping[str, MaskedLinear]) -> MaskedConfig:
+    def of(cls, layers: Mapping[str, MaskedLinear], taken_apart: Sequence[str]) -> MaskedConfig:
         """Of a model's masked layers by name."""
-        return cls({name: {"pattern": str(layer.pattern), "layer": layer.layer} for name, layer in layers.items()})
+        found = {name: {"pattern": str(layer.pattern), "layer": layer.layer} for name, layer in layers.items()}
+        return cls(found, taken_apart)
 
 
 @register_quantizer(MASKED_METHOD)
@@ -71,6 +82,7 @@ class MaskedQuantizer(SparseQuantizer):
         self._extra_states, dtype = _stored_states(checkpoint_files)
         if self._extra_states.keys() != {layer["layer"] for layer in layers.values()}:
             raise ValueError("checkpoint: expected the extra state of each layer that its quantization_config names")
+        take_apart(model, self.quantization_config.taken_apart)
         replacements, state = {}, CounterState(device="meta")
         for name, linear in linears_named(model, layers).items():
             logits = torch.empty(linear.weight.shape, dtype=dtype, device="meta")

@@ -14,7 +14,14 @@ from ..packed import NMLinear, PackedNM, check_bitmask, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
-from .stored_files import check_all_stored, check_own_settings, linears_named, stored_names
+from .stored_files import (
+    check_all_stored,
+    check_names,
+    check_own_settings,
+    linears_named,
+    stored_names,
+    take_apart,
+)
 
 PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
 
@@ -25,6 +32,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         patterns: names of the packed nn.Linear modules, by "N:M".
+        taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
         format, version: of what is stored.
 
     Raises:
@@ -34,6 +42,7 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(
         self,
         patterns: Mapping[str, Sequence[str]],
+        taken_apart: Sequence[str] = (),
         format: str = PACKED_FORMAT,
         version: int = PACKED_VERSION,
         **others,
@@ -43,15 +52,16 @@ class PackedConfig(QuantizationConfigMixin):
         if not isinstance(patterns, Mapping) or any(isinstance(names, str) for names in patterns.values()):
             raise TypeError(f"quantization_config: expected names of modules by pattern, got {patterns!r}")
         self.patterns = {str(NMPattern(pattern)): list(names) for pattern, names in patterns.items()}
+        self.taken_apart = check_names("taken_apart", taken_apart)
         self.format, self.version = format, version
 
     @classmethod
-    def of(cls, layers: Mapping[str, NMLinear]) -> PackedConfig:
+    def of(cls, layers: Mapping[str, NMLinear], taken_apart: Sequence[str]) -> PackedConfig:
         """Of a model's packed layers by name."""
         patterns: dict[str, list[str]] = {}
         for name, layer in layers.items():
             patterns.setdefault(str(layer.pattern), []).append(name)
-        return cls(patterns)
+        return cls(patterns, taken_apart)
 
     @property
     def layers(self) -> dict[str, NMPattern]:
@@ -67,6 +77,7 @@ class PackedQuantizer(SparseQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
+        take_apart(model, self.quantization_config.taken_apart)
         replace_by_packed(model, layers)
         if checkpoint_files is not None:
             check_all_stored(stored_names(checkpoint_files), ("values", "bitmask"), layers)

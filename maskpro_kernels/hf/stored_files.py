@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from ..linear_form import as_linears
 
 
 def bare_name(name: str, model: nn.Module) -> str:
@@ -51,21 +53,12 @@ def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Iterabl
 def linears_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     """The nn.Linear modules that a checkpoint names, by the names that it gives them.
 
-    The checkpoint may be of a model with a head and the given one without, or with another: layers of the checkpoint's
-    own head are then left out, as transformers leaves out their weights.
-
     Raises:
         ValueError: if there is none of a name, or it is no nn.Linear.
     """
-    modules: Mapping[str, nn.Module] = {bare_name(name, model): module for name, module in model.named_modules()}
-    stored = getattr(getattr(model, "config", None), "architectures", None)
-    same = not stored or type(model).__name__ in stored
-    parts = {bare_name(name, model).split(".")[0] for name in modules}
-    found = {}
-    for name in names:
-        module = modules.get(bare_name(name, model))
-        if module is None and not same and bare_name(name, model).split(".")[0] not in parts:
-            continue
+    found, modules = {}, dict(model.named_modules())
+    for name, own in own_names(model, names).items():
+        module = modules.get(own)
         if type(module) is not nn.Linear:
             raise ValueError(
                 f"quantization_config: expected names of nn.Linear modules of {type(model).__name__}, got {name!r}, "
@@ -75,6 +68,43 @@ def linears_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear
     if not found:
         raise ValueError("quantization_config: expected the name of at least one nn.Linear, got none")
     return found
+
+
+def own_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What a model calls the modules that a checkpoint names; a name that it does not know stays as it is.
+
+    The checkpoint may be of a model with a head and the given one without, or with another: modules of the checkpoint's
+    own head are then left out, as transformers leaves out their weights.
+    """
+    own = {bare_name(name, model): name for name, _ in model.named_modules()}
+    stored = getattr(getattr(model, "config", None), "architectures", None)
+    same = not stored or type(model).__name__ in stored
+    parts = {name.split(".")[0] for name in own}
+    bare = {name: bare_name(name, model) for name in names}
+    return {name: own.get(key, name) for name, key in bare.items() if same or key.split(".")[0] in parts}
+
+
+def take_apart(model: nn.Module, names: Iterable[str]) -> None:
+    """Take the modules of a model apart that a checkpoint names.
+
+    Raises:
+        ValueError: if one of them cannot be.
+    """
+    try:
+        as_linears(model, list(own_names(model, names).values()))
+    except ValueError as error:
+        raise ValueError(f"quantization_config: taken_apart: {error}") from error
+
+
+def check_names(argument: str, names: Iterable[str]) -> list[str]:
+    """The names of modules.
+
+    Raises:
+        TypeError: if they are not a list of str.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable) or any(not isinstance(name, str) for name in names):
+        raise TypeError(f"quantization_config: expected a list of names as {argument}, got {names!r}")
+    return list(names)
 
 
 def check_own_settings(others: dict, **expected: tuple[object, object]) -> None:

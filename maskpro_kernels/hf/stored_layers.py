@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
 from ..packed import NMLinear
 from .masked import MaskedConfig
@@ -39,9 +40,9 @@ class LiveConfig(QuantizationConfigMixin):
         check_can_be_stored(model)
         packed = {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
         if packed:
-            return PackedConfig.of(packed)
+            return PackedConfig.of(packed, taken_apart(model))
         masked = any(isinstance(module, MaskedLinear) for module in model.modules())
-        return MaskedConfig.of(masked_layers(model)) if masked else None
+        return MaskedConfig.of(masked_layers(model), taken_apart(model)) if masked else None
 
     def __deepcopy__(self, memo: dict) -> LiveConfig | None:
         copied = memo.get(id(self._model()))
@@ -80,7 +81,7 @@ def tell_config(model: nn.Module) -> None:
         if not isinstance(module, PreTrainedModel):
             continue
         told = getattr(module.config, "quantization_config", None)
-        if any(isinstance(layer, (MaskedLinear, NMLinear)) for layer in module.modules()):
+        if any(isinstance(layer, (MaskedLinear, NMLinear)) for layer in module.modules()) or taken_apart(module):
             # parts of a model may share its config, which is then that of the whole
             if not (isinstance(told, LiveConfig) and told._model() is not None and _holds(told._model(), module)):
                 module.config.quantization_config = LiveConfig(module)
@@ -97,6 +98,12 @@ def check_can_be_stored(model: nn.Module) -> None:
     masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if masked and any(isinstance(module, NMLinear) for module in model.modules()):
         raise ValueError("model: expected masked or packed layers, got both; finalize it, or unpack it, first")
+    apart = taken_apart(model)
+    if apart and not masked and not any(isinstance(module, NMLinear) for module in model.modules()):
+        raise ValueError(
+            f"model: expected modules as their authors built them in a dense model, got {apart[0]!r} taken apart; call "
+            "maskpro_kernels.linear_form.as_built"
+        )
     ids: dict[int, str] = {}
     for name, layer in masked.items():
         if layer.is_shard:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..linear_form import expert_groups
 from .calibration import Call, StopForward, check_all_reached, run_call, watching_inputs
 
 
@@ -105,37 +107,42 @@ def _hidden_state(output):
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def layers_in_order(
-    module: nn.Module, calls: list[Call], layers: Mapping[str, nn.Module]
-) -> list[tuple[list[str], bool]]:
-    """Layers of a module in the order in which they run: (names of layers with the same input, whether each runs once).
+class Stage(NamedTuple):
+    """Layers whose inputs depend on none of each other.
+
+    Attributes:
+        groups: names of layers that are given the same tensor; several groups are of experts.
+        once: whether each layer runs once in a forward pass, and all of them behind the same tensor.
+    """
+
+    groups: list[list[str]]
+    once: bool
+
+
+def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, nn.Module]) -> list[Stage]:
+    """Layers of a module in the order in which they run.
 
     Args:
         module: holds some of the layers.
         calls: of the module.
-        layers: by name.
+        layers: by name. An expert that no token is routed to stands in no stage.
 
     Raises:
-        ValueError: if a layer of ``module`` is not reached.
+        ValueError: if another layer of ``module`` is not reached.
     """
     inside = set(module.modules())
-    waiting = {name for name, layer in layers.items() if layer in inside}
-    stages, inputs, runs = [], [], Counter()
+    waiting = {name: layer for name, layer in layers.items() if layer in inside}
+    order, runs = _Order(expert_groups(module)), Counter()
 
     def hook(name: str):
         def see(x: Tensor) -> None:
             runs[name] += 1
-            if name in waiting:
-                waiting.remove(name)
-                if inputs and inputs[-1] is x:
-                    stages[-1].append(name)
-                else:
-                    stages.append([name])
-                    inputs.append(x)
+            if waiting.pop(name, None) is not None:
+                order.add(name, layers[name], x)
 
         return see
 
-    once = {name: True for name in waiting}
+    once = dict.fromkeys(waiting, True)
     with watching_inputs([(layers[name], hook(name)) for name in waiting]):
         for call in calls:
             if not waiting:
@@ -143,6 +150,36 @@ def layers_in_order(
             runs.clear()
             run_call(module, call)
             once = {name: once[name] and runs[name] <= 1 for name in once}
-            inputs.append(None)
-    check_all_reached(sorted(waiting))
-    return [(names, all(once[name] for name in names)) for names in stages]
+            order.end_forward()
+    check_all_reached(module, waiting)
+    return [
+        Stage(groups, len(groups) == 1 and all(once[name] for name in groups[0])) for groups in order.stages.values()
+    ]
+
+
+class _Order:
+    """Stages as layers are seen for the first time.
+
+    Attributes:
+        stages: groups of names; by the list of experts that they are of, else by a key of their own.
+    """
+
+    def __init__(self, experts: Mapping[nn.Module, nn.Module]):
+        self.experts = experts
+        self.stages: dict[object, list[list[str]]] = {}
+        self._input: Tensor | None = None
+
+    def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        siblings = self.experts.get(layer)
+        if siblings is not None:
+            self.stages.setdefault(siblings, []).append([name])
+            self._input = None
+        elif self._input is x:
+            self.stages[next(reversed(self.stages))][-1].append(name)
+        else:
+            self.stages[object()] = [[name]]
+            self._input = x
+
+    def end_forward(self) -> None:
+        # the next forward's tensors may take the memory of this one's
+        self._input = None

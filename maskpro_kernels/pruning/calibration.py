@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
+from ..linear_form import expert_groups
 from ..modules import evaluating
 
 # The arguments and keywords by which a module is called
@@ -67,7 +69,10 @@ def watching_inputs(hooks: Iterable[tuple[nn.Module, Callable[[Tensor], None]]])
 def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration: Iterable) -> dict[str, Tensor]:
     """Sum of squares of every input column of every layer over the calibration batches, float32 [K] by name.
 
-    Batches are taken one at a time.
+    Batches are taken one at a time. Of an expert that none of their tokens is routed to, ones.
+
+    Warns:
+        UserWarning: if there are such experts.
 
     Raises:
         TypeError, ValueError: ``calibration`` is no iterable of batches or holds none, or a layer sees none of them.
@@ -91,8 +96,14 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
                 batches += 1
     if not batches:
         raise ValueError("calibration: expected at least one batch, got none")
-    check_all_reached(name for name in layers if name not in sums)
-    return sums
+    unseen = check_all_reached(model, {name: layer for name, layer in layers.items() if name not in sums})
+    if unseen:
+        warnings.warn(
+            f"calibration: {len(unseen)} matrices of experts saw no token, such as {unseen[0]}, and get masks by "
+            "magnitude; more batches reach more experts",
+            stacklevel=2,
+        )
+    return sums | {name: layers[name].weight.new_ones(layers[name].in_features).float() for name in unseen}
 
 
 def gram_matrices(
@@ -129,8 +140,10 @@ def gram_matrices(
     return grams
 
 
-def check_all_reached(unseen: Iterable[str]) -> None:
-    """Raise ValueError if there are layers that saw no input."""
-    names = list(unseen)
+def check_all_reached(model: nn.Module, unseen: Mapping[str, nn.Module]) -> list[str]:
+    """Raise ValueError if there are layers that saw no input; but for those of experts, whose names are returned."""
+    experts = expert_groups(model)
+    names = [name for name, layer in unseen.items() if layer not in experts]
     if names:
         raise ValueError(f"calibration: expected batches that reach every layer, {names} saw no input")
+    return list(unseen)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear, check_gap, device_of_logits
 from ..pattern import NMPattern
 from .bypassed import first_call
-from .coverage import MOST_OF_A_MODEL, Coverage, coverage
+from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
 from .initial_masks import check_initial_mask, refitted_masks
 from .reconstruction import check_refit
@@ -29,11 +30,12 @@ class Conversion:
 
     Attributes:
         converted: names of the layers that are MaskedLinear now, in the order of their layer ids.
-        skipped: names of the nn.Linear layers left as they were, each with the reason.
+        skipped: names of the layers left as they were, each with the reason; of a module that could have been taken
+            apart, its own name.
         gap: the gap between kept and dropped logits.
         masked_share: the share of the model's matrix weights that have a mask now, embeddings and the output head
             apart. A matrix is any parameter of two or more dimensions.
-        unmasked: names of all matrices without a mask, such as fused experts, each with the reason.
+        unmasked: names of all matrices without a mask, such as convolutions, each with the reason.
     """
 
     converted: list[str] = field(default_factory=list)
@@ -57,11 +59,14 @@ def convert(
 ) -> Conversion:
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
+    The matrices of transformers' Conv1D and of its mixtures of experts, and of nn.MultiheadAttention, count as layers:
+    such a module is taken apart first, see ``linear_form``. Weights that it holds transposed are copied.
+
     A model may be spread over several devices: logits, seed and step live with each weight. Hooks by which accelerate's
     ``dispatch_model`` brings inputs to a layer are hooked to its replacement.
 
     Args:
-        model: any module that contains nn.Linear layers.
+        model: any module that contains nn.Linear layers, or modules that can be taken apart into such.
         pattern: "N:M" or NMPattern.
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
@@ -92,13 +97,15 @@ def convert(
     gap = _gap(gap, flip_rate, pattern, logits_dtype)
     logits_device = None if logits_device is None else device_of_logits(logits_device)
     call, calibration = first_call(calibration)
-    layers, skipped = layers_to_convert(model, pattern, targets, call)
-    codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
-    masked = _masked_linears(
-        model, layers, codes, pattern, gap=gap, logits_dtype=logits_dtype, logits_device=logits_device
-    )
-    put_weights({name: masked[id(layers[name])] for name in weights}, weights)
-    replace_layers(model, masked)
+    with in_linear_form(model) as left_out:
+        layers, skipped = layers_to_convert(model, pattern, targets, call)
+        codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
+        masked = _masked_linears(
+            model, layers, codes, pattern, gap=gap, logits_dtype=logits_dtype, logits_device=logits_device
+        )
+        put_weights({name: masked[id(layers[name])] for name in weights}, weights)
+        replace_layers(model, masked)
+    skipped = reasons_by_name(model, skipped | left_out)
     found = coverage(model, skipped)
     if targets is None and found.share < MOST_OF_A_MODEL:
         warnings.warn(_told_coverage(found), stacklevel=2)

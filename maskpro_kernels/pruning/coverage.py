@@ -58,6 +58,16 @@ def coverage(model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
     return Coverage(masked / total if total else 1.0, {name: unmasked[name] for name in largest_first})
 
 
+def reasons_by_name(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
+    """Reasons by the names that modules have: of a layer that there is no more, of the module that holds its matrix."""
+    modules, named = dict(model.named_modules()), {}
+    for name, reason in skipped.items():
+        while name not in modules:
+            name = name.rpartition(".")[0]
+        named.setdefault(name, reason)
+    return named
+
+
 def output_heads(model: nn.Module) -> set[nn.Module]:
     """What transformers calls the output embeddings of a model, or of those within it, and the modules in them."""
     heads = (module.get_output_embeddings() for module in model.modules() if hasattr(module, "get_output_embeddings"))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..linear_form import in_linear_form
 from ..modules import MaskedLinear, check_in_memory, masked_layers
 from ..packed import NMLinear, packed_class
 from ..pattern import NMPattern
 from .convert import Conversion
-from .coverage import coverage
+from .coverage import coverage, reasons_by_name
 from .replacement import check_replaceable, replace_layers
 from .selection import select_layers
 
 
 def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
+
+    Dense, modules that ``convert`` took apart are put together again: names and shapes are those of the model that was
+    given to it.
 
     Weights and biases stay frozen where they were; those of packed layers are frozen all.
 
@@ -55,19 +59,21 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
     """
     pattern = NMPattern(pattern)
     check_replaceable(model)
-    layers, skipped = select_layers(model, pattern)
     replacements, packed = {}, []
-    for name, layer in layers.items():
-        check_in_memory("model", layer, name)
-        kept = (layer.weight != 0).view(layer.out_features, layer.in_features // pattern.m, pattern.m).sum(-1)
-        if (kept > pattern.n).any():
-            skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
-        else:
-            replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern)
-            packed.append(name)
-    if not packed:
-        raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
-    replace_layers(model, replacements)
+    with in_linear_form(model) as left_out:
+        layers, skipped = select_layers(model, pattern)
+        for name, layer in layers.items():
+            check_in_memory("model", layer, name)
+            kept = (layer.weight != 0).reshape(layer.out_features, -1, pattern.m).sum(-1)
+            if (kept > pattern.n).any():
+                skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
+            else:
+                replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern)
+                packed.append(name)
+        if not packed:
+            raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
+        replace_layers(model, replacements)
+    skipped = reasons_by_name(model, skipped | left_out)
     found = coverage(model, skipped)
     return Conversion(packed, skipped, masked_share=found.share, unmasked=found.unmasked)
 

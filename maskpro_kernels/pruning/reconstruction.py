@@ -25,6 +25,9 @@ from .swap_descent import SWEEPS, by_place, descend_rows, from_places, kept_of, 
 ROUNDS = 8
 DECAY = 0.5
 
+# How much memory the Gram matrices of a mixture's experts may take together: each further part is a forward pass more
+GRAM_BYTES = 1 << 30
+
 # What is added to the diagonal of a Gram matrix, as a share of its mean
 DAMPING = 0.01
 
@@ -135,13 +138,31 @@ def _check_options(refit: str, schedule: str, damping: float) -> None:
 def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> None:
     """Visit the layers in the order in which they run, on all batches; those before have been visited.
 
-    In a chain of blocks only the inputs of one block and one Gram matrix are held. Else the whole model runs for every
-    layer.
+    In a chain of blocks only the inputs of one block and one Gram matrix are held; of the experts of a mixture as many
+    as fit into GRAM_BYTES. Else the whole model runs for every layer.
     """
     for module, block_calls in calls_by_block(model, layers, calls):
-        for names, once in layers_in_order(module, block_calls, layers):
-            # a layer that runs once needs nothing of the forward pass behind its input
-            visit(names, *gram_matrices(module, block_calls, [layers[names[0]]], stop=once))
+        for stage in layers_in_order(module, block_calls, layers):
+            for groups in _held_together(stage.groups, layers):
+                # a layer that runs once needs nothing of the forward pass behind its input
+                grams = gram_matrices(module, block_calls, [layers[names[0]] for names in groups], stop=stage.once)
+                for names, gram in zip(groups, grams, strict=True):
+                    # masks before may have routed an expert's last token away from it
+                    if gram is not None:
+                        visit(names, gram)
+
+
+def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
+    """Groups of a stage in parts whose Gram matrices take at most GRAM_BYTES, and at least one."""
+    part, held = [], 0
+    for names in groups:
+        own = 4 * layers[names[0]].weight.shape[1] ** 2
+        if part and held + own > GRAM_BYTES:
+            yield part
+            part, held = [], 0
+        part.append(names)
+        held += own
+    yield part
 
 
 def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> None:
@@ -149,7 +170,7 @@ def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[
 
     A batch takes one forward pass. The Gram matrices of all layers are held.
     """
-    stages = [names for names, _ in layers_in_order(model, calls, layers)]
+    stages = [names for groups, _ in layers_in_order(model, calls, layers) for names in groups]
     grams: list[Tensor | None] = [None] * len(stages)
     for first in range(min(ROUNDS, len(calls))):
         found = gram_matrices(model, calls[first::ROUNDS], [layers[names[0]] for names in stages])

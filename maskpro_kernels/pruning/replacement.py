@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..adapters import check_not_merged, refuse_merging
+from ..linear_form import as_built
 from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..replacement import replace_modules
+
+SPARSE = (MaskedLinear, NMLinear)
 
 
 def check_replaceable(model: nn.Module) -> None:
@@ -31,10 +34,13 @@ def check_replaceable(model: nn.Module) -> None:
 def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """``replace_modules``, told to what depends on it.
 
-    Adapters refuse to merge into what is sparse, and the config of a transformers model names it.
+    Adapters refuse to merge into what is sparse, and the config of a transformers model names it. Once nothing of a
+    module that was taken apart is sparse, it is put together.
     """
     replace_modules(model, replacements)
-    refuse_merging(model, (MaskedLinear, NMLinear))
+    if not any(isinstance(layer, SPARSE) for layer in replacements.values()):
+        as_built(model)
+    refuse_merging(model, SPARSE)
     if _of_transformers(model):
         from ..hf import tell_config
 

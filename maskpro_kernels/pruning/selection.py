@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapters import ADAPTER, adapter_modules
 from ..functional.checks import LOGIT_DTYPES
+from ..linear_form import SplitAttention
 from ..modules import MaskedLinear, check_in_memory
 from ..pattern import NMPattern
 from .bypassed import READ_ELSEWHERE, read_elsewhere
@@ -88,9 +89,9 @@ def _why_none(model: nn.Module) -> str:
 
 
 def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern) -> Selection:
-    bypassed, heads = _bypassed(model), output_heads(model)
+    bypassed, heads, owners = _bypassed(model), output_heads(model), _owners(model)
     reasons = {
-        name: BYPASSED if name in bypassed else HEAD if module in heads else _reason_against(model, module, pattern)
+        name: BYPASSED if name in bypassed else HEAD if module in heads else _reason_against(module, pattern, owners)
         for name, module in linears.items()
     }
     skipped = {name: reason for name, reason in reasons.items() if reason}
@@ -145,22 +146,33 @@ def _check_targets(targets: Sequence[str]) -> None:
 
 
 def _bypassed(model: nn.Module) -> set[str]:
-    """Names of layers whose weights a parent reads past the module, on a path that ``read_elsewhere`` switches off."""
+    """Names of layers whose weights a parent reads past the module, on a path that ``read_elsewhere`` switches off.
+
+    Attention that is taken apart keeps the parent from that path.
+    """
     return {
         f"{name}.{child}" if name else child
         for name, module in model.named_modules()
-        if isinstance(module, nn.TransformerEncoderLayer)
+        if isinstance(module, nn.TransformerEncoderLayer) and not isinstance(module.self_attn, SplitAttention)
         for child in ("linear1", "linear2")
     }
 
 
-def _reason_against(model: nn.Module, linear: nn.Linear, pattern: NMPattern) -> str | None:
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The embeddings and nn.Linear layers of each weight, by its id."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.Linear)):
+            owners.setdefault(id(module.weight), []).append(module)
+    return owners
+
+
+def _reason_against(linear: nn.Linear, pattern: NMPattern, owners: Mapping[int, list[nn.Module]]) -> str | None:
     """Why a layer is not converted by default."""
-    embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
-    if any(weight is linear.weight for weight in embeddings):
+    shared = owners[id(linear.weight)]
+    if any(isinstance(module, nn.Embedding) for module in shared):
         return "weight tied to an embedding"
-    others = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not linear)
-    if any(other.weight is linear.weight for other in others):
+    if len(shared) > 1:
         return "weight tied to another layer"
     if linear._forward_hooks or linear._forward_pre_hooks:
         return "has forward hooks, which its replacement would lose"

@@ -175,6 +175,10 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     ),
     "Qwen3-MoE": lambda: of_text(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=8)),
     "DeepSeek-V3": deepseek_v3,
+    "gpt-oss": lambda: of_text(
+        tf.GptOssForCausalLM,
+        tf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0),
+    ),
     "Mamba": lambda: of_text(
         tf.MambaForCausalLM,
         tf.MambaConfig(

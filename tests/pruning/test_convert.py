@@ -12,6 +12,8 @@ from helpers.tiny_llama import tiny_model
 from torch import nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.linear_form import taken_apart
+from maskpro_kernels.modules import masked_layers
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -237,11 +239,36 @@ def test_converting_twice_finds_nothing_left():
     refused(model, ValueError, "^model: ")
 
 
-def test_layers_that_a_fast_path_reads_past_are_left_out():
+@pytest.mark.parametrize("targets", [None, ["*linear1"]])
+def test_an_encoder_leaves_the_fast_path_that_reads_past_masks(targets, eager_reference):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    # of that, the fast path works on tensors of another kind
+    model = nn.TransformerEncoder(layer, 2).eval()
+    conversion = mk.convert(model, "2:4", targets=targets)
+    assert len(conversion.converted) == (12 if targets is None else 2)
+    x, padding = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [4], [2]])
+    with torch.no_grad():
+        before = model(x, src_key_padding_mask=padding)
+        for layer in masked_layers(model).values():
+            layer.logits.copy_(torch.randn_like(layer.logits))
+        after = model(x, src_key_padding_mask=padding)
+        mk.finalize(model)
+        finalized = model(x, src_key_padding_mask=padding)
+    assert not taken_apart(model)
+    assert (before - after).abs().max() > 1e-3
+    # what is padded is zero on the fast path
+    torch.testing.assert_close(finalized[~padding], after[~padding])
+
+
+def test_attention_with_biases_of_its_own_leaves_its_encoder_on_the_fast_path():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    layer.self_attn = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
     model = nn.Sequential(layer, nn.Linear(8, 8))
-    conversion = mk.convert(model, "2:4")
+    with pytest.warns(UserWarning, match="of its matrix weights"):
+        conversion = mk.convert(model, "2:4")
     assert conversion.converted == ["1"]
     assert "fast path" in conversion.skipped["0.linear1"] and "fast path" in conversion.skipped["0.linear2"]
+    assert "bias_k" in conversion.skipped["0.self_attn"]
+    assert conversion.unmasked["0.self_attn.in_proj_weight"] == conversion.skipped["0.self_attn"]
     with pytest.raises(ValueError, match="targets.*0.linear1"):
         mk.convert(nn.Sequential(layer), "2:4", targets=["*linear1"])

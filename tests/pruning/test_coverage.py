@@ -21,20 +21,43 @@ def test_a_language_model_is_masked_but_for_embedding_and_head():
     assert conversion.unmasked == {"model.embed_tokens.weight": "embedding", "lm_head.weight": "output head"}
 
 
-def test_fused_experts_are_named_and_counted():
+def test_experts_are_counted_and_what_is_not_masked_of_a_mixture_is_named():
     model = tiny("Mixtral").model
-    with pytest.warns(UserWarning) as caught:
-        conversion = mk.convert(model, "2:4")
-    experts = {f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")}
+    conversion = mk.convert(model, "2:4")
     routers = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
-    assert experts | routers | {"model.embed_tokens.weight", "lm_head.weight"} == set(conversion.unmasked)
+    assert routers | {"model.embed_tokens.weight", "lm_head.weight"} == set(conversion.unmasked)
     # attention of 2 layers: 32 x 32 twice and 16 x 32 twice; 4 experts of 96 x 32 and 32 x 48; a router of 4 x 32
-    attention, mixture = 2 * 3072, 2 * (4 * (96 * 32 + 32 * 48) + 4 * 32)
-    assert conversion.masked_share == attention / (attention + mixture)
+    attention, experts = 2 * 3072, 2 * 4 * (96 * 32 + 32 * 48)
+    assert conversion.masked_share == (attention + experts) / (attention + experts + 2 * 4 * 32)
+
+
+def test_matrices_of_experts_that_the_pattern_does_not_fit_are_named():
+    # 32 inputs of one, 48 of the other
+    model = tiny("Mixtral").model
+    with pytest.warns(UserWarning, match="of its matrix weights"):
+        conversion = mk.convert(model, "16:32")
+    attention, gates = 2 * 3072, 2 * 4 * 96 * 32
+    assert conversion.masked_share == (attention + gates) / (attention + gates + 2 * 4 * (32 * 48 + 32))
+    left = {f"model.layers.{i}.mlp.experts.linears.down_proj.{e}" for i in range(2) for e in range(4)}
+    assert left <= conversion.skipped.keys()
+    assert {conversion.unmasked[f"{name}.weight"] for name in left} == {"in_features 48 not divisible by 32"}
+
+
+def test_what_was_put_together_again_is_named_as_it_was_built():
+    model = tiny("Mixtral").model
+    conversion = mk.convert(model, "2:4", targets=["*_proj"])
+    experts = "model.layers.0.mlp.experts"
+    assert conversion.skipped[experts] == conversion.unmasked[f"{experts}.down_proj"] == "matches no target"
+
+
+def test_a_little_masked_model_is_told_of():
+    model = tiny("convolutions").model
+    with pytest.warns(UserWarning) as caught:
+        mk.convert(model, "2:4")
     (warning,) = caught
     assert str(warning.message).startswith(
-        "model: 14.2% of its matrix weights have a mask, embeddings and the output head apart; 8 matrices have none, "
-        "such as model.layers.0.mlp.experts.gate_up_proj (of MixtralExperts, which is no nn.Linear)"
+        "model: 2.5% of its matrix weights have a mask, embeddings and the output head apart; 2 matrices have none, "
+        "such as blocks.0.weight (of Conv2d, which is no nn.Linear)"
     )
     assert warning.filename == __file__
 

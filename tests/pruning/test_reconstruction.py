@@ -282,13 +282,13 @@ def test_a_language_model_is_a_chain_of_blocks(eager_reference):
             chain[0], [((recorded[0][0], *recorded[1][0][0][0]), recorded[1][0][0][1])], layers
         )
     assert recorded is not None and found == chain
-    assert [[name.split(".")[-1] for name in names] for names, _ in stages] == [
-        ["q_proj", "k_proj", "v_proj"],
-        ["o_proj"],
-        ["gate_proj", "up_proj"],
-        ["down_proj"],
+    assert [[[name.split(".")[-1] for name in names] for names in stage.groups] for stage in stages] == [
+        [["q_proj", "k_proj", "v_proj"]],
+        [["o_proj"]],
+        [["gate_proj", "up_proj"]],
+        [["down_proj"]],
     ]
-    assert all(once for _, once in stages)
+    assert all(stage.once for stage in stages)
     assert model.config.use_cache
     found = reconstruct(model, layers, initial_codes(layers, "2:4", "magnitude"), "2:4", batches).codes
     assert found.keys() == layers.keys()

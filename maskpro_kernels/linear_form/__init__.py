@@ -1,0 +1,24 @@
+"""Modules that multiply with matrices of their own, written as nn.Linear layers, and back again.
+
+Masks are learned on nn.Linear layers. Some modules hold such matrices in another way: transposed (``conv1d.py``), all
+experts of a mixture in one parameter (``experts.py``), or three projections in one (``attention.py``). Here they are
+taken apart, so that everything that knows nn.Linear knows them, and put together again for a dense checkpoint, whose
+names and shapes are then those that the model's authors gave it.
+
+A new form is a class like those, and an entry in ``FORMS``.
+"""
+
+from .attention import SplitAttention
+from .experts import expert_groups
+from .rewriting import FORMS, Rewriting, as_built, as_linears, in_linear_form, taken_apart
+
+__all__ = [
+    "FORMS",
+    "Rewriting",
+    "SplitAttention",
+    "as_built",
+    "as_linears",
+    "expert_groups",
+    "in_linear_form",
+    "taken_apart",
+]

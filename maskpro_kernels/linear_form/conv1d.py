@@ -1,0 +1,35 @@
+"""transformers' Conv1D, of GPT-2 and its kin: an nn.Linear whose weight is stored transposed, [K, out]."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..replacement import BUILT_AS
+from .form import Form, Views, joined, linear, nothing_to_undo
+
+
+class Conv1DForm(Form):
+    """The layer that stands for a Conv1D has its name, and shares its memory by a transposed view.
+
+    ``replace_modules`` hands on the class to build again, which is an attribute of the layer.
+    """
+
+    def is_built(self, module: nn.Module) -> bool:
+        kind = type(module)
+        # told apart without an import of transformers
+        return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+    def take_apart(self, module: nn.Module, views: Views):
+        layer = linear(views.of(module.weight, "transposed", lambda weight: weight.T), module.bias, module.training)
+        setattr(layer, BUILT_AS, type(module))
+        return layer, nothing_to_undo
+
+    def parts(self, module: nn.Module) -> list[nn.Module] | None:
+        return [module] if hasattr(module, BUILT_AS) else None
+
+    def put_together(self, module: nn.Module) -> nn.Module:
+        rows, k = module.weight.shape
+        built = getattr(module, BUILT_AS)(rows, k)
+        built.weight = joined([module.weight], lambda weights: weights[0].T.contiguous())
+        built.bias = module.bias
+        return built.train(module.training)

@@ -1,0 +1,131 @@
+"""A model taken apart, all of it or what is named, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..replacement import replace_modules
+from .attention import AttentionForm, SplitAttention
+from .conv1d import Conv1DForm
+from .experts import ExpertsForm
+from .form import Form, Views
+
+FORMS: tuple[Form, ...] = (Conv1DForm(), ExpertsForm(), AttentionForm())
+
+
+@dataclass
+class Rewriting:
+    """What ``as_linears`` did to a model.
+
+    Attributes:
+        left_out: names of modules that could not be taken apart, each with the reason.
+    """
+
+    left_out: dict[str, str] = field(default_factory=dict)
+    _done: list[tuple[Form, nn.Module, nn.Module, Callable[[], None]]] = field(default_factory=list)
+
+    def undo(self, model: nn.Module) -> None:
+        """Put back the very modules and parameters that were there, but where a layer is no nn.Linear any more."""
+        held, back = _held_by_encoders(model), {}
+        for form, before, after, undo in self._done:
+            if _is_dense(form.parts(after)) and after not in held:
+                undo()
+                if after is not before:
+                    back[id(after)] = before
+        replace_modules(model, back)
+        self._done.clear()
+
+
+def as_linears(model: nn.Module, names: Collection[str] | None = None) -> Rewriting:
+    """Take modules apart into nn.Linear layers, in place. These share the memory of the parameters that there were.
+
+    What the model computes stays as it is, up to the rounding of products. Experts run one after the other.
+
+    Args:
+        model: holds the modules; is none of them itself.
+        names: of the modules to take apart. Default: all that can be.
+
+    Raises:
+        ValueError: if one of ``names`` is of no module that can be taken apart. The model is then as it was.
+    """
+    found = {name: (form, module) for name, module in model.named_modules() if name for form in _built(module)}
+    against = {name: reason for name, (form, module) in found.items() if (reason := _reason_against(form, module))}
+    for name in names or ():
+        if name not in found or name in against:
+            raise ValueError(
+                f"names: expected modules that can be taken apart, got {name!r}: {against.get(name, 'it is none')}"
+            )
+    done, views = [], Views()
+    for name, (form, module) in found.items():
+        if name not in against and (names is None or name in names):
+            after, undo = form.take_apart(module, views)
+            done.append((form, module, after, undo))
+    replace_modules(model, {id(before): after for _, before, after, _ in done if after is not before})
+    return Rewriting(against, done)
+
+
+@contextmanager
+def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
+    """A model taken apart while it lasts; what has got no sparse layer then is as before, the same parameters.
+
+    Yields the names of modules that could not be taken apart, each with the reason.
+    """
+    rewriting = as_linears(model)
+    try:
+        yield rewriting.left_out
+    finally:
+        rewriting.undo(model)
+
+
+def as_built(model: nn.Module) -> None:
+    """Put together what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
+    held, back = _held_by_encoders(model), {}
+    for _, form, module in list(_taken_apart(model)):
+        if _is_dense(form.parts(module)) and module not in held:
+            built = form.put_together(module)
+            if built is not module:
+                back[id(module)] = built
+    replace_modules(model, back)
+
+
+def taken_apart(model: nn.Module) -> list[str]:
+    """Names of the modules of a model that are taken apart."""
+    return [name for name, _, _ in _taken_apart(model)]
+
+
+def _taken_apart(model: nn.Module) -> Iterator[tuple[str, Form, nn.Module]]:
+    for name, module in model.named_modules():
+        for form in FORMS:
+            if form.parts(module) is not None:
+                yield name, form, module
+
+
+def _built(module: nn.Module) -> Iterator[Form]:
+    return (form for form in FORMS if form.is_built(module))
+
+
+def _reason_against(form: Form, module: nn.Module) -> str | None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks, which its replacement would lose"
+    if any(hasattr(parameter, "to_local") for parameter in module.parameters(recurse=False)):
+        return "its parameter is a DTensor"
+    return form.reason_against(module)
+
+
+def _is_dense(parts: list[nn.Module]) -> bool:
+    return all(type(part) is nn.Linear for part in parts)
+
+
+def _held_by_encoders(model: nn.Module) -> set[nn.Module]:
+    """Attention that has to stay apart: else torch's encoder reads the weights of the sparse layers around it."""
+    return {
+        module.self_attn
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        and isinstance(module.self_attn, SplitAttention)
+        and not _is_dense([module.linear1, module.linear2])
+    }
