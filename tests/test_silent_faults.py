@@ -1,0 +1,178 @@
+"""What keeps a wrong model from passing without a word: switched off, each guard is missed by its check.
+
+A check that holds with the guard and without it would check nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers.architectures import loss_of, tiny
+from helpers.tiny_llama import tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import maskpro_kernels as mk
+from maskpro_kernels import hf
+from maskpro_kernels.linear_form import as_built, as_linears
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.packed import packed_linear
+from maskpro_kernels.peft import beside_masks
+
+pytestmark = [
+    pytest.mark.usefixtures("eager_reference"),
+    pytest.mark.filterwarnings("ignore:model.*of its matrix weights"),
+]
+
+
+def assert_comes_back(model, batch, folder: Path) -> None:
+    """Saved and loaded it has the same loss."""
+    expected = loss_of(model.eval(), batch)
+    model.save_pretrained(folder)
+    torch.testing.assert_close(loss_of(type(model).from_pretrained(folder), batch), expected, rtol=0.0, atol=1e-6)
+
+
+def packed_comes_back(folder: Path) -> None:
+    # transformers renames the keys of this one on disk
+    model, batch = tiny("ViT")
+    mk.convert(model, "2:4")
+    assert_comes_back(mk.finalize(model, to="packed"), batch, folder)
+
+
+def converted_comes_back(folder: Path) -> None:
+    model, batch = tiny("LLaMA")
+    mk.convert(model, "2:4")
+    assert_comes_back(model, batch, folder)
+
+
+def taken_apart_comes_back(folder: Path) -> None:
+    model, batch = tiny("GPT-2")
+    # a square one, whose transpose would be taken for it
+    as_linears(model, ["transformer.h.0.attn.c_proj"])
+    hf.tell_config(model)
+    try:
+        model.save_pretrained(folder / "apart")
+    except ValueError:
+        as_built(model)
+    assert_comes_back(model, batch, folder)
+
+
+def every_mask_matters(folder: Path) -> None:
+    model, batch = tiny("Mamba")
+    mk.convert(model, "2:4")
+    with torch.no_grad():
+        before = loss_of(model, batch)
+        for name, layer in masked_layers(model).items():
+            layer.logits.neg_()
+            assert not torch.equal(loss_of(model, batch), before), name
+            layer.logits.neg_()
+
+
+def encoders_are_masked(folder: Path) -> None:
+    model, batch = tiny("torch TransformerEncoder")
+    mk.convert(model, "2:4", targets=["*.linear1"])
+    with torch.no_grad():
+        before = loss_of(model, batch)
+        masked_layers(model)["encoder.layers.0.linear1"].logits.neg_()
+        assert not torch.equal(loss_of(model, batch), before)
+
+
+def mixtures_are_masked(folder: Path) -> None:
+    assert mk.convert(tiny("Mixtral").model, "2:4").masked_share > 0.9
+
+
+def little_is_told(folder: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mk.convert(tiny("convolutions").model, "2:4")
+    assert any("of its matrix weights" in str(warning.message) for warning in caught)
+
+
+def with_lora(convert_first: bool):
+    torch.manual_seed(0)
+    model = tiny_model()
+    if convert_first:
+        mk.convert(model, "2:4", gap=60.0)
+    model = get_peft_model(model, beside_masks(LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)))
+    if not convert_first:
+        mk.convert(model, "2:4", gap=60.0)
+    return model.eval()
+
+
+def adapters_get_no_mask(folder: Path) -> None:
+    assert not any("lora" in name for name in masked_layers(with_lora(convert_first=False)))
+
+
+def merged_computes_the_same(folder: Path) -> None:
+    for first in (True, False):
+        model, ids = with_lora(first), torch.arange(8)[None]
+        expected = model(ids).logits
+        try:
+            merged = model.merge_and_unload()
+        except ValueError:
+            continue
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def values_learn(folder: Path) -> None:
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed")
+    values = model.model.layers[0].mlp.down_proj.values.requires_grad_()
+    model(torch.arange(8)[None]).logits.square().mean().backward()
+    assert values.grad is not None and values.grad.any()
+
+
+def zeros_stay(folder: Path) -> None:
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    model = mk.finalize(model).requires_grad_()
+    ids = torch.arange(8)
+    arguments = TrainingArguments(str(folder), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids}], callbacks=[hf.KeepMask("2:4")]).train()
+    assert (model.model.layers[0].mlp.down_proj.weight.view(-1, 4) != 0).sum(1).eq(2).all()
+
+
+class Fault(NamedTuple):
+    """A guard, what stands in its place where it is switched off, and what tells that it is missing."""
+
+    guard: str
+    off: object
+    check: Callable[[Path], None]
+
+
+def nothing(*_, **__) -> None:
+    pass
+
+
+def of_detached_values(x, values, *others, multiply=packed_linear):
+    return multiply(x, values.detach(), *others)
+
+
+FAULTS = [
+    Fault("hf.packed.linears_named", lambda *_: {}, packed_comes_back),
+    Fault("hf.tell_config", nothing, converted_comes_back),
+    Fault("hf.stored_layers.check_can_be_stored", nothing, taken_apart_comes_back),
+    Fault("pruning.selection.read_elsewhere", lambda *_: set(), every_mask_matters),
+    Fault("linear_form.rewriting._held_by_encoders", lambda _: set(), encoders_are_masked),
+    Fault("pruning.convert.in_linear_form", lambda _: nullcontext({}), mixtures_are_masked),
+    Fault("pruning.convert.MOST_OF_A_MODEL", 0.0, little_is_told),
+    Fault("pruning.selection.adapter_modules", lambda _: set(), adapters_get_no_mask),
+    Fault("adapters._refuse", nothing, merged_computes_the_same),
+    Fault("packed.packed_linear", of_detached_values, values_learn),
+    Fault("kept_zeros.KeptZeros.restore", nothing, zeros_stay),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.guard}-{fault.check.__name__}")
+def test_without_its_guard_a_fault_is_seen(fault, tmp_path, monkeypatch):
+    fault.check(tmp_path / "guarded")
+    monkeypatch.setattr(f"maskpro_kernels.{fault.guard}", fault.off)
+    with pytest.raises(AssertionError):
+        fault.check(tmp_path / "off")
