@@ -10,7 +10,7 @@ A new form is a class like those, and an entry in ``FORMS``.
 
 from .attention import SplitAttention
 from .experts import expert_groups
-from .rewriting import FORMS, Rewriting, as_built, as_linears, in_linear_form, taken_apart
+from .rewriting import FORMS, Rewriting, as_built, as_linears, in_linear_form, matrices, taken_apart
 
 __all__ = [
     "FORMS",
@@ -20,5 +20,6 @@ __all__ = [
     "as_linears",
     "expert_groups",
     "in_linear_form",
+    "matrices",
     "taken_apart",
 ]

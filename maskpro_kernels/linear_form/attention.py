@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,11 @@ class AttentionForm(Form):
         if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
             return "nn.MultiheadAttention with bias_k, bias_v or add_zero_attn"
         return None
+
+    def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        # its out_proj is a layer
+        names = ["in_proj_weight"] if module._qkv_same_embed_dim else [f"{name}_weight" for name in PROJECTIONS]
+        return {name: partial(getattr, module, name) for name in names}
 
     def take_apart(self, module: nn.Module, views: Views):
         layers = {}

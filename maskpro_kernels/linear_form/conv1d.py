@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from ..replacement import BUILT_AS
 from .form import Form, Views, joined, linear, nothing_to_undo
@@ -18,6 +20,9 @@ class Conv1DForm(Form):
         kind = type(module)
         # told apart without an import of transformers
         return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+    def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        return {"weight": lambda: module.weight.T}
 
     def take_apart(self, module: nn.Module, views: Views):
         layer = linear(views.of(module.weight, "transposed", lambda weight: weight.T), module.bias, module.training)

@@ -8,6 +8,8 @@ and the product is then that of the expert's layer.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,12 @@ class ExpertsForm(Form):
         if getattr(module, "_is_expert_parallel", False):
             return "its experts are spread over devices"
         return None
+
+    def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        def view(name: str) -> Tensor:
+            return getattr(module, name).mT if module.is_transposed else getattr(module, name)
+
+        return {name: partial(view, name) for name in self._fused(module)}
 
     def take_apart(self, module: nn.Module, views: Views):
         fused, config, training = self._fused(module), module.config, module.training

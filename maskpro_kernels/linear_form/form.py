@@ -36,6 +36,10 @@ class Form(ABC):
         return None
 
     @abstractmethod
+    def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        """What gives the matrices of a module as views [..., K], by the names of the parameters that hold them."""
+
+    @abstractmethod
     def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
         """(what to put in the place of the module, or the module itself; what undoes a change of the module itself)."""
 

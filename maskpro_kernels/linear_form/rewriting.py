@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..replacement import replace_modules
 from .attention import AttentionForm, SplitAttention
@@ -90,6 +91,21 @@ def as_built(model: nn.Module) -> None:
             if built is not module:
                 back[id(module)] = built
     replace_modules(model, back)
+
+
+def matrices(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """What gives the matrices of a model that can have a mask as views [..., K], by the names of their parameters.
+
+    Those of nn.Linear layers, and of modules that can be taken apart. Each call looks the parameter up again.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.Linear):
+            found[f"{prefix}weight"] = partial(getattr, module, "weight")
+        for form in _built(module):
+            found |= {f"{prefix}{own}": get for own, get in form.matrices(module).items()}
+    return found
 
 
 def taken_apart(model: nn.Module) -> list[str]:
