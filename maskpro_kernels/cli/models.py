@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..text.data import windows
+from ..text.data import Text, check_vocabulary, windows
 from .arguments import DTYPES, telling
 
 
@@ -38,7 +38,7 @@ def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
         save_model(model, tokenizer, folder)
 
 
-def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
+def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
     """``data.windows`` for a model.
 
     Args:
@@ -50,10 +50,5 @@ def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: 
     """
     with telling(data, f"give a longer text, or a smaller {option}"):
         found = windows(text, tokenizer, length)
-    known = model.get_input_embeddings().num_embeddings
-    if int(found.max()) >= known:
-        raise ValueError(
-            f"model: expected tokens below {known}, the size of its vocabulary, got {int(found.max())} of its "
-            "tokenizer, which is of another model; put the model's own beside it"
-        )
+    check_vocabulary(found, model.get_input_embeddings().num_embeddings)
     return found

@@ -1,0 +1,100 @@
+"""The texts that a command names, and the windows of them that it evaluates."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..extras import missing
+from ..text.data import Text, has_rows, load_text
+from ..text.mixture import shared_out, texts_of
+from ..text.records import COLUMNS, check_columns
+from ..text.stream import StreamedText
+from .arguments import telling
+from .models import windows_of
+from .progress import tell
+
+# The parts of a text that is held, or one whose parts are read as they are asked for
+Source = Mapping[str, Text] | StreamedText
+
+
+def check_sources(args: argparse.Namespace, sources: Iterable[str]) -> None:
+    """Check what can be told of data sets before anything is loaded.
+
+    Args:
+        args: ``text_column`` and ``stream``, where they are given.
+        sources: of all options that name some.
+
+    Raises:
+        ValueError: if an option is bad or has no data set to be of, or data sets cannot be read.
+    """
+    rows = [source for source in sources if has_rows(source)]
+    if hasattr(args, "text_column"):
+        check_columns(args.text_column)
+    for name in ("text_column", "stream"):
+        if hasattr(args, name) and not rows:
+            raise ValueError(
+                f"{name}: expected a dataset among the texts, since no other has rows, got none; leave it out"
+            )
+    lacking = missing("datasets")
+    if rows and lacking and hasattr(args, "stream"):
+        raise ValueError(f"stream: expected {lacking}")
+
+
+def load_texts(args: argparse.Namespace, data: str) -> dict[str, Source]:
+    """Each source of a list that is a text, by its name."""
+    with telling("data"):
+        return {name: load_source(args, name) for name, _ in texts_of(data)}
+
+
+def load_source(args: argparse.Namespace, name: str) -> Source:
+    """The text of a source. What is left out of it is told, and which its parts are.
+
+    Raises:
+        ValueError, OSError: see ``load_text``.
+    """
+    column = getattr(args, "text_column", COLUMNS)
+    if hasattr(args, "stream") and has_rows(name):
+        return StreamedText(name, column, tell)
+    return load_text(name, column, tell)
+
+
+def evaluation_windows(
+    args: argparse.Namespace, texts: Mapping[str, Source], split: str, model: torch.nn.Module, tokenizer
+) -> torch.Tensor:
+    """Windows to evaluate, at most ``--eval-windows``: of each text as many as ``shared_out`` says.
+
+    It is told where one of several texts has fewer.
+
+    Args:
+        texts: of ``load_texts``.
+        split: "test" or "validation".
+    """
+    sources, found = texts_of(args.data), []
+    for (name, _), count in zip(sources, shared_out(sources, args.eval_windows), strict=True):
+        own = windows_of_part(args, texts[name], split, count, model, tokenizer, "data")
+        if len(own) < count and len(sources) > 1:
+            tell(
+                f"the {split} text of {name!r} has {len(own)} windows of {args.eval_length} tokens, fewer than the "
+                f"{count} of its share"
+            )
+        found.append(own)
+    return torch.cat(found)
+
+
+def windows_of_part(
+    args: argparse.Namespace, text: Source, split: str, count: int, model: torch.nn.Module, tokenizer, data: str
+) -> torch.Tensor:
+    """The first windows of a text's part, at most ``count``.
+
+    Args:
+        data: the argument that the text comes from, for errors.
+    """
+    if isinstance(text, StreamedText):
+        with telling(data):
+            part = text.head(split, tokenizer, count * args.eval_length)
+    else:
+        part = text[split]
+    return windows_of(part, model, tokenizer, args.eval_length, data, "--eval-length")[:count]
