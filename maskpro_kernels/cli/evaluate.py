@@ -15,7 +15,7 @@ from ..text.perplexity import perplexity
 from .arguments import DTYPE, check_least, device_of, telling
 from .models import load
 from .run_files import REPORT, goes_on, how_to_go_on, read_report, stored_data
-from .texts import check_sources, evaluation_windows, load_texts
+from .texts import Texts, check_sources, evaluation_windows
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -39,13 +39,15 @@ def evaluate(args: argparse.Namespace) -> None:
     with telling("eval_windows"):
         shared_out(texts_of(args.data), args.eval_windows)
     check_sources(args, [name for name, _ in parse_sources(args.data)])
-    texts = load_texts(args, args.data)
+    loaded = Texts(args)
+    texts = loaded.of(args.data)
     if not texts:
         raise ValueError(
             f"data: expected a text, got {args.data!r}, and samples are no test of a mask; name a text by --data"
         )
     model, tokenizer = load(args.model, dtype, device, args.bars)
     test = evaluation_windows(args, texts, "test", model, tokenizer)
+    loaded.tell_notes()
     follows = None if run is None else _follows(model, run)
     print(f"test perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
     if follows is not None:

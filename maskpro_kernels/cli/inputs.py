@@ -28,7 +28,7 @@ from .changed_weights import needs_teacher_beforehand
 from .models import load, windows_of
 from .progress import tell
 from .run_samples import run_samples
-from .texts import Source, evaluation_windows, load_source, load_texts, windows_of_part
+from .texts import Source, Texts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
 
@@ -71,10 +71,11 @@ def read_inputs(args: argparse.Namespace, ranks: Ranks, estimator: Estimator) ->
 
 def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     """Inputs without batches, and the windows of each text that these are made of."""
-    texts, other = load_texts(args, args.data), None
+    loaded = Texts(args)
+    texts, other = loaded.of(args.data), None
     if hasattr(args, "other_data"):
         with telling("other_data"):
-            other = load_source(args, args.other_data)
+            other = loaded.source(args.other_data)
     device = device_of(args.device)
     model, tokenizer = load(args.model, args.dtype, device, args.bars)
     with telling("model", "take another --pattern, --dtype or model"):
@@ -88,11 +89,23 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
         found = windows_of_part(args, other, "test", args.eval_windows, model, tokenizer, "other_data")
         tests["other_perplexity"] = found
     windows = {name: _windows(args, text, model, tokenizer) for name, text in texts.items()}
+    _check_windows(args, windows)
+    loaded.tell_notes()
+    return Inputs(model, tokenizer, tests, validation, (), ()), windows
+
+
+def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:
+    """Raise ValueError or OSError, before minutes of drawing samples, if there are too few windows for a batch."""
     held = {name: found for name, found in windows.items() if isinstance(found, torch.Tensor)}
     with _telling_windows():
-        # before minutes of drawing samples
         check_windows(parse_sources(args.data), held, args.batch_size)
-    return Inputs(model, tokenizer, tests, validation, (), ()), windows
+    with _telling_stream():
+        for name in windows.keys() - held.keys():
+            next(iter(windows[name]))
+
+
+def _telling_stream() -> AbstractContextManager:
+    return telling("data", "take a smaller --seq-len, or leave out --stream")
 
 
 def _windows(args: argparse.Namespace, text: Source, model: torch.nn.Module, tokenizer) -> Windows:
@@ -130,7 +143,7 @@ def _streamed_batches(
     stream = StreamedBatches(windows, parse_sources(args.data), args.batch_size, args.seed, device_of(args.device))
     beforehand = estimator.journaled or estimator.needs_initial_losses or needs_teacher_beforehand(args)
     held = beforehand or _learned_from(args) < args.steps * args.accumulate
-    with telling("data", "take a smaller --seq-len, or leave out --stream"):
+    with _telling_stream():
         found = list(islice(stream, _taken(args) if held else args.init_batches))
     for name, streamed in windows.items():
         if isinstance(streamed, StreamedWindows):

@@ -43,22 +43,34 @@ def check_sources(args: argparse.Namespace, sources: Iterable[str]) -> None:
         raise ValueError(f"stream: expected {lacking}")
 
 
-def load_texts(args: argparse.Namespace, data: str) -> dict[str, Source]:
-    """Each source of a list that is a text, by its name."""
-    with telling("data"):
-        return {name: load_source(args, name) for name, _ in texts_of(data)}
+class Texts:
+    """The texts of a command, as they are loaded, and what of them is to be told once nothing has been refused.
 
+    Args:
+        args: ``text_column`` and ``stream``, where they are given.
 
-def load_source(args: argparse.Namespace, name: str) -> Source:
-    """The text of a source. What is left out of it is told, and which its parts are.
-
-    Raises:
-        ValueError, OSError: see ``load_text``.
+    Attributes:
+        notes: what is left out of a text, and which its parts are, a line each.
     """
-    column = getattr(args, "text_column", COLUMNS)
-    if hasattr(args, "stream") and has_rows(name):
-        return StreamedText(name, column, tell)
-    return load_text(name, column, tell)
+
+    def __init__(self, args: argparse.Namespace):
+        self._column, self._stream = getattr(args, "text_column", COLUMNS), hasattr(args, "stream")
+        self.notes: list[str] = []
+
+    def of(self, data: str) -> dict[str, Source]:
+        """Each source of a list that is a text, by its name; ValueError or OSError as ``load_text``."""
+        with telling("data"):
+            return {name: self.source(name) for name, _ in texts_of(data)}
+
+    def source(self, name: str) -> Source:
+        """The text of one source; ValueError or OSError as ``load_text``."""
+        if self._stream and has_rows(name):
+            return StreamedText(name, self._column, self.notes.append)
+        return load_text(name, self._column, self.notes.append)
+
+    def tell_notes(self) -> None:
+        for note in self.notes:
+            tell(note)
 
 
 def evaluation_windows(
@@ -69,7 +81,7 @@ def evaluation_windows(
     It is told where one of several texts has fewer.
 
     Args:
-        texts: of ``load_texts``.
+        texts: those of ``--data``.
         split: "test" or "validation".
     """
     sources, found = texts_of(args.data), []

@@ -217,8 +217,6 @@ def _stdlib_modules() -> list[str]:
 
 
 def _paragraphs(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"source: expected a text file, got the folder {str(path)!r}; give a file in it")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -50,15 +50,20 @@ def load_rows(source: str, path: Path | None, stream: bool = False) -> dict[str,
         ValueError: if ``datasets`` is not installed, or cannot read the source.
         OSError: if the source is not there, or its files cannot be read.
     """
+    told = f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}'
+    if path is None and _names_a_file(source):
+        raise ValueError(f"{told}: there is no such file or folder; check its name")
     lacking = missing("datasets")
     if lacking:
-        else_ = "" if path else "there is no such file, and "
-        raise ValueError(
-            f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}: {else_}a dataset needs '
-            f"{lacking}"
-        )
+        raise ValueError(f"{told}: {'' if path else 'there is no such file, and '}a dataset needs {lacking}")
     with _reading(source), _only_errors_raised():
         return _loaded(source, path, stream)
+
+
+def _names_a_file(source: str) -> bool:
+    """Whether what is no path that exists can be nothing else; on the hub are "name" and "owner/name"."""
+    known = (*READERS, *COMPRESSED, ".txt")
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in known
 
 
 def _loaded(source: str, path: Path | None, stream: bool) -> dict:

@@ -69,9 +69,11 @@ class BatchStream:
 
     def _of_step(self, step: int) -> list:
         if step != self._step:
-            before = self._after
-            self._taken = [self._next() for _ in range(self._accumulate)]
-            self._before, self._step = before, step
+            taken = [self._next() for _ in range(self._accumulate)]
+            self._before, self._step, self._taken = self._after, step, taken
+            for place, batch in enumerate(taken):
+                name = f"{self._after} {content(batch, step * self._accumulate + place)}"
+                self._after = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         return self._taken
 
     def digest_before(self, step: int) -> str:
@@ -97,25 +99,19 @@ class BatchStream:
             )
 
     def _next(self) -> object:
-        if self._iterator is None:
-            self._iterator = iter(self._batches)
-        for batch in self._iterator:
-            return self._noted(batch)
-        if self._iterator is self._batches:
-            raise ValueError(
-                f"batches: expected one for each step to come, got an iterator that is used up behind {self._count}; "
-                "give what can be gone through again, such as a DataLoader"
-            )
-        self._iterator = iter(self._batches)
-        for batch in self._iterator:
-            return self._noted(batch)
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self._batches)
+            for batch in self._iterator:
+                self._count += 1
+                return batch
+            if self._iterator is self._batches:
+                raise ValueError(
+                    f"batches: expected one for each step to come, got an iterator that is used up behind "
+                    f"{self._count}; give what can be gone through again, such as a DataLoader"
+                )
+            self._iterator = None
         raise ValueError("batches: expected at least one batch, got none")
-
-    def _noted(self, batch: object) -> object:
-        name = f"{self._after} {content(batch, self._count)}"
-        self._after = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-        self._count += 1
-        return batch
 
 
 def check_batches(batches: object) -> None:
