@@ -61,7 +61,7 @@ def read_inputs(args: argparse.Namespace, ranks: Ranks, estimator: Estimator) ->
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
             inputs.tests = {"perplexity": test, **inputs.tests}
         windows[SELF] = own.to(device_of(args.device))
-    if hasattr(args, "stream"):
+    if any(isinstance(found, StreamedWindows) for found in windows.values()):
         inputs.initial_batches, inputs.calibration = ranks.all_of(lambda: _streamed_batches(args, windows, estimator))
     else:
         found = _batches(args, windows)

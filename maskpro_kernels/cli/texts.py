@@ -21,14 +21,14 @@ Source = Mapping[str, Text] | StreamedText
 
 
 def check_sources(args: argparse.Namespace, sources: Iterable[str]) -> None:
-    """Check what can be told of data sets before anything is loaded.
+    """Check what can be told of datasets before anything is loaded.
 
     Args:
         args: ``text_column`` and ``stream``, where they are given.
         sources: of all options that name some.
 
     Raises:
-        ValueError: if an option is bad or has no data set to be of, or data sets cannot be read.
+        ValueError: if an option is bad or has no dataset to be of, or datasets cannot be read.
     """
     rows = [source for source in sources if has_rows(source)]
     if hasattr(args, "text_column"):

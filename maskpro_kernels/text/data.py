@@ -39,7 +39,7 @@ def is_path(source: str) -> bool:
 
 
 def has_rows(source: str) -> bool:
-    """Whether a source is read by rows, which have columns: a data set on the hub or in files, but no text file."""
+    """Whether a source is read by rows, which have columns: a dataset on the hub or in files, but no text file."""
     return source not in (*BUILT_IN, SELF) and (not is_path(source) or holds_rows(Path(source)))
 
 
@@ -48,30 +48,30 @@ def load_text(source: str, text_column: str = COLUMNS, tell: Callable[[str], obj
 
     Args:
         source: "pydoc" (the topics of the Python documentation that ship with Python), "stdlib" (the source code of
-            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or a data set:
+            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or a dataset:
             a file of JSON lines or parquet, a folder of such files or of ``save_to_disk``, or its name on the Hugging
-            Face hub, "name" or "name:config". Data sets need the package ``datasets``. A file that is called pydoc or
+            Face hub, "name" or "name:config". Datasets need the package ``datasets``. A file that is called pydoc or
             stdlib goes by "./pydoc".
-        text_column: of a data set, names with a comma between them; the first that is there holds its documents, texts
+        text_column: of a dataset, names with a comma between them; the first that is there holds its documents, texts
             or chats. A chat is a list of messages, mappings with role and content.
-        tell: called with a sentence on what was left out of a file or a data set, and on what its parts are.
+        tell: called with a sentence on what was left out of a file or a dataset, and on what its parts are.
 
     Returns:
-        the texts. Documents of a data set stand in them with a blank line between them; but chats in a list, for
+        the texts. Documents of a dataset stand in them with a blank line between them; but chats in a list, for
         ``windows`` to make text of by the tokenizer's chat template.
 
     A text's pieces (topics or modules sorted by name, paragraphs between blank lines, documents) go to the test text
     where index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise. Of
     paragraphs that are alike but for white space only the first is taken, and of equal chats: else a mask could learn
     the test text by heart, as of the topics of the documentation many repeat others. The train, validation and test
-    splits of a data set stay as they are. Where one of the last two is missing, the other is divided, a document in
+    splits of a dataset stay as they are. Where one of the last two is missing, the other is divided, a document in
     turn; without both the train split is, as a text is.
 
     Raises:
         TypeError: if ``source`` or ``text_column`` is not a str.
         ValueError: if ``source`` or a split is empty, ``source`` is "self", which is no text, the file is not UTF-8,
-            a data set lacks a train split or the columns, or ``datasets`` is not installed.
-        OSError: if the file or data set cannot be read.
+            a dataset lacks a train split or the columns, or ``datasets`` is not installed.
+        OSError: if the file or dataset cannot be read.
     """
     check_source(source)
     tell = tell or (lambda sentence: None)
@@ -233,7 +233,7 @@ def _paragraphs(path: Path) -> list[str]:
 
 
 def _texts_of_rows(source: str, text_column: str, tell: Callable[[str], object]) -> dict[str, Text]:
-    """Those of a data set, whose parts are told."""
+    """Those of a dataset, whose parts are told."""
     splits = load_rows(source, Path(source) if is_path(source) else None)
     train, held = held_out(source, splits)
     tell(told_parts(source, train, held))
@@ -265,7 +265,7 @@ def held_out(source: str, splits: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def told_parts(source: str, train: str, held: list[str]) -> str:
-    """A sentence on what a data set's validation and test text are."""
+    """A sentence on what a dataset's validation and test text are."""
     if len(held) == 2:
         return f"validation and test text of {source!r} are its splits validation and test"
     if held:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
+from itertools import islice
 from pathlib import Path
 
 from ..extras import missing
@@ -23,6 +24,10 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 # Files of `save_to_disk`
 SAVED = ("dataset_dict.json", "state.json")
+# Rows of a part of what `save_to_disk` has written, and how many parts there are at most
+PART, MOST_PARTS = 1000, 1024
+# Rows that are read together
+TOGETHER = 64
 # Of an error of the library, which may tell all configurations that there are
 TOLD = 400
 
@@ -39,7 +44,7 @@ def _reader(path: Path) -> str | None:
 
 
 def load_rows(source: str, path: Path | None, stream: bool = False) -> dict[str, Iterable[Mapping]]:
-    """The splits of a data set by name, each a ``Dataset``, or where they are streamed an ``IterableDataset``.
+    """The splits of a dataset by name, each a ``Dataset``, or where they are streamed an ``IterableDataset``.
 
     Args:
         source: a path, or "name" or "name:config" on the hub.
@@ -75,13 +80,14 @@ def _loaded(source: str, path: Path | None, stream: bool) -> dict:
     if path.is_file():
         return dict(datasets.load_dataset(_reader(path), data_files=escape(str(path)), streaming=stream))
     if not any((path / name).is_file() for name in SAVED):
-        return dict(datasets.load_dataset(str(path), streaming=stream))
+        # absolute: a relative name may be that of a reader
+        return dict(datasets.load_dataset(str(path.resolve()), streaming=stream))
     saved = datasets.load_from_disk(str(path))
     splits = dict(saved) if isinstance(saved, Mapping) else {"train": saved}
     if not stream:
         return splits
     # by parts, whose order is shuffled as well as what is in them
-    return {name: rows.to_iterable_dataset(min(len(rows), 128) or 1) for name, rows in splits.items()}
+    return {name: rows.to_iterable_dataset(min(len(rows) // PART + 1, MOST_PARTS)) for name, rows in splits.items()}
 
 
 @contextmanager
@@ -156,26 +162,32 @@ def documents(source: str, rows: Iterable[Mapping], columns: str) -> Iterator[Do
 
 def _read(source: str, rows: Iterable[Mapping]) -> Iterator[Mapping]:
     """The rows; what fails while they are read is told as an error of the source."""
-    iterator = iter(rows)
-    while True:
-        with _reading(source, OSError), _only_errors_raised():
-            row = next(iterator, None)
-        if row is None:
+    iterator, failed = iter(rows), None
+    while failed is None:
+        chunk: list[Mapping] = []
+        try:
+            # some together: to silence the library costs more than to read a row
+            with _reading(source, OSError), _only_errors_raised():
+                for row in islice(iterator, TOGETHER):
+                    chunk.append(row)
+        except OSError as error:
+            failed = error
+        yield from chunk
+        if failed is None and len(chunk) < TOGETHER:
             return
-        yield row
+    raise failed
 
 
 def _chat(value: object, where: str) -> Chat:
     """A chat as it was written: keys that other messages alone have are null in the rows of a table."""
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         raise ValueError(f"source: expected a text or a list of messages, got {type(value).__name__} in {where}")
-    chat = [{key: part for key, part in message.items() if part is not None} for message in value]
-    for message in chat:
+    for message in value:
         if "role" not in message or "content" not in message:
-            raise ValueError(
-                f"source: expected messages with role and content, got one with {list(message)} in {where}"
-            )
-    return chat
+            keys = list(message)
+            raise ValueError(f"source: expected messages with role and content, got one with {keys} in {where}")
+    always = ("role", "content")
+    return [{key: part for key, part in message.items() if part is not None or key in always} for message in value]
 
 
 def token_ids(document: Document, tokenizer: Callable) -> list[int]:

@@ -16,7 +16,7 @@ from .data import Text, check_source, check_vocabulary, generator_of, has_rows, 
 from .mixture import Source, in_rounds, turn_by_turn
 from .records import COLUMNS, Document, check_columns, documents, load_rows, token_ids
 
-# Documents that are shuffled together; the parts of a data set are shuffled as well
+# Documents that are shuffled together; the parts of a dataset are shuffled as well
 BUFFER = 10_000
 # Documents in a row that may be too short for a window
 MOST_SHORT = 100_000
@@ -25,14 +25,14 @@ TENTH = 10
 
 
 class StreamedText:
-    """A data set whose documents are read when they are asked for, and never held together.
+    """A dataset whose documents are read when they are asked for, and never held together.
 
     Test and validation text are the splits of these names. Where one is missing, the other is divided, a document in
     turn. Without both, a document of the train split belongs to a part by a digest of its words: one tenth each is test
     and validation text. So equal documents are of one part.
 
     Args:
-        source: a data set, as for ``data.load_text``.
+        source: a dataset, as for ``data.load_text``.
         text_column: as there.
         tell: called with a sentence on what the parts are.
 
@@ -71,20 +71,21 @@ class StreamedText:
         found, count = [], 0
         for document in self.part(part):
             found.append(document)
-            count += len(token_ids(document, tokenizer))
+            # without the beginning of text, which a tokenizer puts in front of each alone
+            count += len(token_ids(document, tokenizer)) - 1
             if count >= tokens:
                 break
         if not found:
             raise ValueError(
-                f"source: expected {part} text in {self.source!r}, got no document for it; a data set as small as this "
+                f"source: expected {part} text in {self.source!r}, got no document for it; a dataset as small as this "
                 "is better not streamed"
             )
         return joined(found)
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[Document]:
         """The documents to learn from, in an order of the seed and of how often they have been gone through before."""
+        seed = generator_of("documents", seed, epoch).initial_seed()
         rows = self._splits[self._train].shuffle(seed=seed, buffer_size=BUFFER)
-        rows.set_epoch(epoch)
         found = documents(self.source, rows, self.text_column)
         return found if self._held else (document for document in found if _part_of(document) == "calibration")
 

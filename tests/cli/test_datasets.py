@@ -1,8 +1,9 @@
-"""`maskpro learn` and `eval` on data sets: columns, chats, streams, and how runs on them go on."""
+"""`maskpro learn` and `eval` on datasets: columns, chats, streams, and how runs on them go on."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ STRAIGHT = "--estimator straight-through --lr 1 --init-batches 2".split()
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set of two files; gives its path."""
+    """A dataset of two files; gives its path."""
     write_jsonl(tmp_path / "data" / "one.jsonl", texts(60))
     write_jsonl(tmp_path / "data" / "two.jsonl", texts(60, seed=1))
     return str(tmp_path / "data")
@@ -43,7 +44,7 @@ def taken(monkeypatch):
     return seen
 
 
-def test_a_column_of_a_data_set_is_learned_from_and_evaluated(inputs, tmp_path, taken, capsys):
+def test_a_column_of_a_dataset_is_learned_from_and_evaluated(inputs, tmp_path, taken, capsys):
     path = str(write_jsonl(tmp_path / "rows.jsonl", [*texts(60, column="body"), *texts(1, column="body")]))
     assert main.main(learn(inputs, tmp_path / "run", "--data", path, "--text-column", "body")) == 0
     told = capsys.readouterr().err
@@ -115,7 +116,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+# what is held before the first step goes on as from a list, of which other tests tell
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("held", "with a teacher") else []) for way in WAYS]
+)
 def test_a_run_on_a_stream_goes_on_as_if_it_had_not_been_ended(
     inputs, tmp_path, folder, taken, monkeypatch, way, capsys
 ):
@@ -137,7 +141,7 @@ def test_a_run_on_a_stream_goes_on_as_if_it_had_not_been_ended(
     assert report(tmp_path / "run")["logits"] == report(tmp_path / "whole")["logits"]
 
 
-def test_a_data_set_that_has_changed_is_refused(inputs, tmp_path, folder, monkeypatch, capsys):
+def test_a_dataset_that_has_changed_is_refused(inputs, tmp_path, folder, monkeypatch, capsys):
     options = [*STRAIGHT, "--data", folder, "--stream", "--steps", "6", "--calibration-batches", "99"]
 
     def interrupt():
@@ -154,11 +158,12 @@ def test_a_data_set_that_has_changed_is_refused(inputs, tmp_path, folder, monkey
 
 def test_a_stream_that_cannot_be_read_on_keeps_what_was_learned(inputs, tmp_path, monkeypatch, capsys):
     # more than the library reads at a time
-    rows = [json.dumps({"text": f"w{index % 30} w{index // 30} " * 15_000}) for index in range(120)]
+    rows = [json.dumps({"text": f"w{index % 30} w{index // 30} " * 20 + "w" * 100_000}) for index in range(120)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*rows, '{"text": ']) + "\n", encoding="utf-8")
     monkeypatch.setattr("maskpro_kernels.text.stream.BUFFER", 4)
     options = [*STRAIGHT, "--data", str(path), "--stream", "--steps", "60", "--calibration-batches", "99"]
+    options += ["--batch-size", "16"]
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 2
     *_, stopped, error = capsys.readouterr().err.splitlines()
     assert "continue with: maskpro learn --resume" in stopped and "the logits are in" in stopped
@@ -166,7 +171,7 @@ def test_a_stream_that_cannot_be_read_on_keeps_what_was_learned(inputs, tmp_path
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_the_other_text_may_be_a_data_set(inputs, tmp_path, folder, stream):
+def test_the_other_text_may_be_a_dataset(inputs, tmp_path, folder, stream):
     other = write_jsonl(tmp_path / "other.jsonl", texts(60, column="content", seed=5))
     options = ["--data", folder, "--other-data", str(other), "--text-column", "text,content", *stream]
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
@@ -180,13 +185,13 @@ REFUSED = {
         "other_data: source: expected a column",
         "['content']",
     ),
-    "a column of no data set": (
+    "a column of no dataset": (
         "--text-column body",
         "text_column: expected a dataset among the texts",
         "leave it out",
     ),
     "an empty name": ("--data FOLDER --text-column ,", "text_column: expected names with a comma between them", "','"),
-    "a stream of no data set": ("--stream", "stream: expected a dataset among the texts", "leave it out"),
+    "a stream of no dataset": ("--stream", "stream: expected a dataset among the texts", "leave it out"),
     "documents that are too short": (
         "--data FOLDER --stream --seq-len 61",
         "61 tokens to learn from",
@@ -196,7 +201,7 @@ REFUSED = {
     "broken rows": ("--data BROKEN", "expected a dataset that can be read", "JSON parse error"),
     "broken rows of a stream": ("--data BROKEN --stream", "expected a dataset that can be read", "JSON parse error"),
     "an empty folder": ("--data EMPTY", "expected a dataset that can be read", "doesn't contain any data files"),
-    "no such data set": ("--data owner/none --stream", "expected a dataset that can be read", "Couldn't reach"),
+    "no such dataset": ("--data owner/none --stream", "expected a dataset that can be read", "Couldn't reach"),
 }
 
 
@@ -222,3 +227,18 @@ def test_bad_data_is_refused_in_one_line(inputs, tmp_path, folder, capfd, comman
         data = [] if "--data" in given else ["--data", str(inputs / "text.txt")]
         arguments = ["eval", str(inputs / "model"), "--device", "cpu", "--eval-length", "24", *data, *given]
     refuses(capfd, tmp_path, arguments, *messages)
+
+
+def test_a_stream_needs_the_library(inputs, tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for command in (learn(inputs, tmp_path / "run"), ["eval", str(inputs / "model")]):
+        refuses(
+            capsys, tmp_path, [*command, "--data", folder, "--stream"], "stream: expected the package datasets", "pip"
+        )
+        refuses(capsys, tmp_path, [*command, "--data", folder], "a dataset needs the package datasets", "pip install")
+
+
+def test_texts_that_are_held_are_learned_from_as_without_a_stream_beside_them(inputs, tmp_path, folder):
+    for name, options in {"held": [], "other": ["--other-data", folder, "--stream"]}.items():
+        assert main.main(learn(inputs, tmp_path / name, *options)) == 0
+    assert report(tmp_path / "held")["logits"] == report(tmp_path / "other")["logits"]

@@ -75,7 +75,7 @@ TINY_IN_PYTHON = {
     "batches_of_both[:16]": "batches_of_both[:2]",
 }
 TINY = {"--model": "model", "--data": "text.txt", "--other-data": "other.txt"}
-TINY_DATA_SETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl", "chats.jsonl", "articles.jsonl")}
+TINY_DATASETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl", "chats.jsonl", "articles.jsonl")}
 
 
 class Block(NamedTuple):
@@ -131,7 +131,7 @@ def prepared(tmp_path_factory) -> Path:
     folder = write_inputs(tmp_path_factory.mktemp("prepared"))
     (folder / "text.txt").write_text(tiny_text(paragraphs=600), encoding="utf-8")
     (folder / "other.txt").write_text(tiny_text(paragraphs=300, seed=1), encoding="utf-8")
-    write_data_sets(folder)
+    write_datasets(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         route_to_the_eager_reference(monkeypatch)
         monkeypatch.chdir(folder)
@@ -150,7 +150,7 @@ def prepared(tmp_path_factory) -> Path:
     return folder
 
 
-def write_data_sets(folder: Path) -> None:
+def write_datasets(folder: Path) -> None:
     """Files of rows, and the chat template that those with chats take."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -204,7 +204,7 @@ def run_command(words: list[str]) -> None:
         return
     for at, word in enumerate(argv):
         if word in TINY:
-            argv[at + 1] = TINY_DATA_SETS.get(argv[at + 1], TINY[word])
+            argv[at + 1] = TINY_DATASETS.get(argv[at + 1], TINY[word])
         elif word == "--output" and Path(argv[at + 1]).is_dir():
             shutil.rmtree(argv[at + 1])
         elif word == "--resume":

@@ -1,9 +1,11 @@
-"""Files of rows: what tests of data sets read."""
+"""Files of rows: what tests of datasets read."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,5 +36,26 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]) -> Path:
     """Write JSON lines, compressed where the name says so."""
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(content))
+    return path
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    """Write a dataset as the name says: a file, or a folder of files or of `save_to_disk`; gives the path."""
+    import datasets
+
+    table = datasets.Dataset.from_list(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.name == "saved":
+        table.save_to_disk(path)
+    elif path.name == "saved splits":
+        datasets.DatasetDict({"train": table}).save_to_disk(path)
+    elif not path.suffix:
+        half = len(rows) // 2
+        write_jsonl(path / "one.jsonl", rows[:half])
+        write_jsonl(path / "two.jsonl", rows[half:])
+    else:
+        write_jsonl(path, rows)
     return path

@@ -1,4 +1,4 @@
-"""Data sets as texts: which files are read, which columns, which parts, and what is refused."""
+"""Datasets as texts: which files are read, which columns, which parts, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,41 +6,30 @@ import sys
 
 import datasets
 import pytest
-from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
+from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl, written
 from helpers.tiny_llama import tiny_tokenizer
 
 from maskpro_kernels.text.data import SPLITS, has_rows, load_text, windows
 from maskpro_kernels.text.records import token_ids
+from maskpro_kernels.text.stream import StreamedText
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
-def written(folder, kind, rows):
-    """A data set of that kind; gives its path."""
-    table = datasets.Dataset.from_list(rows)
-    path = folder / kind
-    if kind == "part.parquet":
-        table.to_parquet(path)
-    elif kind == "saved":
-        table.save_to_disk(path)
-    elif kind == "saved splits":
-        datasets.DatasetDict({"train": table}).save_to_disk(path)
-    elif kind == "folder":
-        write_jsonl(path / "one.jsonl", rows[:20])
-        write_jsonl(path / "two.jsonl", rows[20:])
-    else:
-        write_jsonl(path, rows)
-    return str(path)
+KINDS = ["a.jsonl", "a.jsonl.gz", "a.json.xz", "a.jsonl.bz2", "we[i]rd *.json", "part.parquet", "saved", "saved splits"]
 
 
-KINDS = ["a.jsonl", "a.jsonl.gz", "we[i]rd *.json", "part.parquet", "saved", "saved splits", "folder"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_same_text(tmp_path, kind):
+# a relative name of the second is that of a reader, too
+@pytest.mark.parametrize("kind", [*KINDS, "folder", "json"])
+def test_every_kind_gives_the_same_text(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
     rows = texts()
-    path = written(tmp_path, kind, rows)
+    path = kind if kind == "json" else str(tmp_path / kind)
+    written(tmp_path / kind, rows)
     assert has_rows(path)
+    assert sorted(StreamedText(path).shuffled(0, 0)) == sorted(
+        document for document in (row["text"] for row in rows) if document not in set(held_out_of(path))
+    )
     found = load_text(path)
     of = {0: "test", 1: "validation"}
     expected = {
@@ -48,6 +37,12 @@ def test_every_kind_gives_the_same_text(tmp_path, kind):
         for split in SPLITS
     }
     assert found == {split: "\n\n".join(expected[split]) for split in SPLITS}
+
+
+def held_out_of(path):
+    """The documents that a stream does not learn from."""
+    text = StreamedText(path)
+    return [*text.part("test"), *text.part("validation")]
 
 
 def test_documents_that_repeat_others_are_left_out_and_told(tmp_path):
@@ -119,13 +114,15 @@ def chat_tokenizer():
 @pytest.mark.parametrize("kind", ["a.jsonl", "part.parquet"])
 def test_chats_become_text_by_the_template(tmp_path, kind):
     rows = chats(10)
-    # a key that one message alone has is null in those of the others
+    # a key that one message alone has is null in those of the others; a call of a tool has no content
     rows[0]["messages"][0]["name"] = "w3"
-    path = written(tmp_path, kind, [*rows, rows[1]])
+    rows[2]["messages"][0]["content"] = None
+    path = str(written(tmp_path / kind, [*rows, rows[1]]))
     told = []
     found = load_text(path, tell=told.append)
     assert [len(found[split]) for split in SPLITS] == [6, 2, 2] and "1 chat repeats" in told[1]
     assert found["test"][0] == rows[0]["messages"] and "name" not in found["test"][1][0]
+    assert found["calibration"][0][0] == {"role": "w0", "content": None}
     tokenizer = chat_tokenizer()
     flat = [f"{message['role']} {message['content']}" for row in (rows[0], rows[5]) for message in row["messages"]]
     assert windows(found["test"], tokenizer, 124).flatten().tolist() == tokenizer(" ".join(flat))["input_ids"]

@@ -181,7 +181,7 @@ def test_what_cannot_be_streamed(tmp_path, folder):
     with pytest.raises(ValueError, match="expected documents in each split, got none in train"):
         StreamedText(str(empty))
     one = write_jsonl(tmp_path / "one.jsonl", texts(1))
-    with pytest.raises(ValueError, match="got no document for it; a data set as small as this is better not streamed"):
+    with pytest.raises(ValueError, match="got no document for it; a dataset as small as this is better not streamed"):
         text = StreamedText(str(one))
         [text.head(part, tiny_tokenizer(), 10) for part in PARTS]
     with pytest.raises(ValueError, match="length: expected at least 2 tokens, got 1"):
