@@ -20,7 +20,7 @@ REFITTED = {"none": (), "scales": ("scales refitted",), "weights": ("weights ref
 
 
 def needs_teacher_beforehand(args: argparse.Namespace) -> bool:
-    """Whether the loss asks the dense model, which weights that change leave no trace of."""
+    """Whether the loss asks the dense model while weights change: then it has to be asked before they do."""
     return args.loss != "ce" and (args.refit != "none" or getattr(args, "train_weights", None) is not None)
 
 

@@ -13,14 +13,7 @@ import torch
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
 from ..text.data import batches
-from ..text.mixture import (
-    SELF,
-    MixedBatches,
-    check_windows,
-    in_a_batch,
-    parse_sources,
-    turns,
-)
+from ..text.mixture import SELF, MixedBatches, check_windows, in_a_batch, parse_sources, turns
 from ..text.stream import StreamedBatches, StreamedText, StreamedWindows
 from ..training.estimator import Estimator
 from .arguments import device_of, telling
@@ -99,13 +92,10 @@ def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> 
     held = {name: found for name, found in windows.items() if isinstance(found, torch.Tensor)}
     with _telling_windows():
         check_windows(parse_sources(args.data), held, args.batch_size)
-    with _telling_stream():
-        for name in windows.keys() - held.keys():
-            next(iter(windows[name]))
-
-
-def _telling_stream() -> AbstractContextManager:
-    return telling("data", "take a smaller --seq-len, or leave out --stream")
+    with telling("data"):
+        for streamed in windows.values():
+            if isinstance(streamed, StreamedWindows):
+                next(iter(streamed))
 
 
 def _windows(args: argparse.Namespace, text: Source, model: torch.nn.Module, tokenizer) -> Windows:
@@ -143,7 +133,7 @@ def _streamed_batches(
     stream = StreamedBatches(windows, parse_sources(args.data), args.batch_size, args.seed, device_of(args.device))
     beforehand = estimator.journaled or estimator.needs_initial_losses or needs_teacher_beforehand(args)
     held = beforehand or _learned_from(args) < args.steps * args.accumulate
-    with _telling_stream():
+    with telling("data"):
         found = list(islice(stream, _taken(args) if held else args.init_batches))
     for name, streamed in windows.items():
         if isinstance(streamed, StreamedWindows):

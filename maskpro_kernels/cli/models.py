@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..text.data import Text, check_vocabulary, windows
+from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 
 
@@ -46,9 +46,12 @@ def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data:
         option: that of the length.
 
     Raises:
-        ValueError: if the text is too short, or the model does not know one of its tokens.
+        ValueError: if the text is too short, it is chats and the tokenizer has no template for them, or the model does
+            not know one of its tokens.
     """
+    with telling(data):
+        tokens = tokens_of(text, tokenizer)
     with telling(data, f"give a longer text, or a smaller {option}"):
-        found = windows(text, tokenizer, length)
+        found = cut(tokens, length)
     check_vocabulary(found, model.get_input_embeddings().num_embeddings)
     return found

@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
+from ..text.data import has_rows
+from ..text.mixture import texts_of
 from ..training.batches import digest
 from ..training.run_folder import LOCK, METRICS
 from .arguments import DTYPES
@@ -168,7 +170,10 @@ def stored_data(output: Path) -> dict:
         settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]
         if not isinstance(settings["data"], str):
             raise TypeError(f"{settings['data']!r} for the data")
-        return {name: settings[name] for name in ("data", "text_column", "stream") if name in settings}
+        data = {"data": settings["data"]}
+        if any(has_rows(name) for name, _ in texts_of(settings["data"])):
+            data |= {name: settings[name] for name in ("text_column", "stream") if name in settings}
+        return data
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"data: expected --data, or the settings of the run in {str(output / SETTINGS)!r}, got {error!r}; name the "

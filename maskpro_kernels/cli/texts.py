@@ -10,7 +10,7 @@ import torch
 from ..extras import missing
 from ..text.data import Text, has_rows, load_text
 from ..text.mixture import shared_out, texts_of
-from ..text.records import COLUMNS, check_columns
+from ..text.records import COLUMNS, check_columns, show_bars
 from ..text.stream import StreamedText
 from .arguments import telling
 from .models import windows_of
@@ -47,7 +47,7 @@ class Texts:
     """The texts of a command, as they are loaded, and what of them is to be told once nothing has been refused.
 
     Args:
-        args: ``text_column`` and ``stream``, where they are given.
+        args: ``bars``; ``text_column`` and ``stream``, where they are given.
 
     Attributes:
         notes: what is left out of a text, and which its parts are, a line each.
@@ -55,6 +55,7 @@ class Texts:
 
     def __init__(self, args: argparse.Namespace):
         self._column, self._stream = getattr(args, "text_column", COLUMNS), hasattr(args, "stream")
+        self._bars = args.bars
         self.notes: list[str] = []
 
     def of(self, data: str) -> dict[str, Source]:
@@ -64,7 +65,10 @@ class Texts:
 
     def source(self, name: str) -> Source:
         """The text of one source; ValueError or OSError as ``load_text``."""
-        if self._stream and has_rows(name):
+        rows = has_rows(name)
+        if rows and not missing("datasets"):
+            show_bars(self._bars)
+        if rows and self._stream:
             return StreamedText(name, self._column, self.notes.append)
         return load_text(name, self._column, self.notes.append)
 

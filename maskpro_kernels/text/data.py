@@ -121,13 +121,29 @@ def windows(text: Text, tokenizer: Callable, length: int) -> torch.Tensor:
         ValueError: if ``length`` is below 2, the text has fewer than ``length`` tokens, or the tokenizer has no chat
             template for chats.
     """
+    check_length(length)
+    return cut(tokens_of(text, tokenizer), length)
+
+
+def check_length(length: int) -> None:
+    """Raise ValueError unless windows can have that many tokens."""
     if length < 2:
         raise ValueError(f"length: expected at least 2 tokens, got {length}")
+
+
+def tokens_of(text: Text, tokenizer: Callable) -> torch.Tensor:
+    """int64 [tokens] of a text, or of chats one behind the other; ValueError if the tokenizer cannot take chats."""
     documents = [text] if isinstance(text, str) else text
-    ids = torch.tensor([token for document in documents for token in token_ids(document, tokenizer)], dtype=torch.int64)
-    if len(ids) < length:
-        raise ValueError(f"text: expected at least {length} tokens for one window, got {len(ids)}")
-    return ids[: len(ids) // length * length].view(-1, length)
+    return torch.tensor(
+        [token for document in documents for token in token_ids(document, tokenizer)], dtype=torch.int64
+    )
+
+
+def cut(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """int64 [windows, length] of tokens, without the remainder; ValueError if there are too few for one window."""
+    if len(tokens) < length:
+        raise ValueError(f"text: expected at least {length} tokens for one window, got {len(tokens)}")
+    return tokens[: len(tokens) // length * length].view(-1, length)
 
 
 def check_vocabulary(windows: torch.Tensor, vocabulary: int) -> None:

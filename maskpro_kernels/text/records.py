@@ -105,19 +105,22 @@ def _reading(source: str, kind: type[Exception] = ValueError) -> Iterator[None]:
 
 @contextmanager
 def _only_errors_raised() -> Iterator[None]:
-    """Without the library's bars, and without its log, which tells errors that are raised as well."""
+    """Without the library's log, which tells errors that are raised as well."""
     import datasets
 
-    verbosity, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    if not hidden:
-        datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(verbosity)
-        if not hidden:
-            datasets.enable_progress_bars()
+
+
+def show_bars(wanted: bool) -> None:
+    """Whether the library draws bars while it loads and prepares files, in this process."""
+    import datasets
+
+    (datasets.enable_progress_bars if wanted else datasets.disable_progress_bars)()
 
 
 def check_columns(columns: str) -> list[str]:

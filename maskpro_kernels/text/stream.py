@@ -12,7 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import Text, check_source, check_vocabulary, generator_of, has_rows, held_out, is_path, joined, told_parts
+from .data import (
+    Text,
+    check_length,
+    check_source,
+    check_vocabulary,
+    generator_of,
+    has_rows,
+    held_out,
+    is_path,
+    joined,
+    told_parts,
+)
 from .mixture import Source, in_rounds, turn_by_turn
 from .records import COLUMNS, Document, check_columns, documents, load_rows, token_ids
 
@@ -21,7 +32,7 @@ BUFFER = 10_000
 # Documents in a row that may be too short for a window
 MOST_SHORT = 100_000
 # Where no split is held out, one document in so many is test text, and another one validation text
-TENTH = 10
+ONE_IN = 10
 
 
 class StreamedText:
@@ -93,14 +104,14 @@ class StreamedText:
 def _part_of(document: Document) -> str:
     words = " ".join(document.split()) if isinstance(document, str) else json.dumps(document, sort_keys=True)
     number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
-    return {0: "test", 1: "validation"}.get(number % TENTH, "calibration")
+    return {0: "test", 1: "validation"}.get(number % ONE_IN, "calibration")
 
 
 class StreamedWindows(Iterable):
     """Windows of tokens without an end: one at a random place of each document that is long enough, in shuffled order.
 
-    So SparseGPT and Wanda sample c4. A document with fewer tokens than a window is passed over; one with fewer bytes
-    than that has fewer tokens, and is not even tokenized. Behind the last document they come again, in another order
+    So SparseGPT and Wanda sample c4. A document with fewer tokens than a window is passed over, and one with fewer
+    bytes than that without a look at its tokens. Behind the last document they come again, in another order
     and by other windows. Whoever iterates anew gets the same windows.
 
     Args:
@@ -121,8 +132,7 @@ class StreamedWindows(Iterable):
     """
 
     def __init__(self, text: StreamedText, tokenizer: Callable, length: int, seed: int, vocabulary: int | None = None):
-        if length < 2:
-            raise ValueError(f"length: expected at least 2 tokens, got {length}")
+        check_length(length)
         self.text, self.tokenizer, self.length, self.seed = text, tokenizer, length, seed
         self.vocabulary = vocabulary
         self.read = self.short = 0
@@ -159,7 +169,7 @@ class StreamedWindows(Iterable):
     def _too_short(self, told: str) -> ValueError:
         return ValueError(
             f"source: expected documents of at least {self.length} tokens to learn from in {self.text.source!r}, but "
-            f"{told}"
+            f"{told}; take shorter windows, or do not stream it"
         )
 
 

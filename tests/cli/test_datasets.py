@@ -78,7 +78,10 @@ def test_chats_without_a_template_are_refused(inputs, tmp_path, capsys):
     path = write_jsonl(tmp_path / "chats.jsonl", chats(60))
     for stream in ([], ["--stream"]):
         arguments = learn(inputs, tmp_path / "run", "--data", str(path), *stream)
-        refuses(capsys, tmp_path, arguments, "tokenizer: expected one with a chat template", "a column of texts")
+        cure = "take the tokenizer of a chat model, or a column of texts"
+        refuses(capsys, tmp_path, arguments, "data: tokenizer: expected one with a chat template", cure)
+        # not that of a text which is too short
+        assert main.main(arguments) == 2 and capsys.readouterr().err.endswith(f"{cure}\n")
 
 
 def test_a_stream_gives_each_step_batches_of_its_own(inputs, tmp_path, folder, taken, capsys):
@@ -195,7 +198,7 @@ REFUSED = {
     "documents that are too short": (
         "--data FOLDER --stream --seq-len 61",
         "61 tokens to learn from",
-        "a smaller --seq-len",
+        "take shorter windows, or do not stream it",
     ),
     "too few windows": ("--data FOLDER --stream --eval-length 9999", "9999 tokens for one window", "--eval-length"),
     "broken rows": ("--data BROKEN", "expected a dataset that can be read", "JSON parse error"),
@@ -242,3 +245,5 @@ def test_texts_that_are_held_are_learned_from_as_without_a_stream_beside_them(in
     for name, options in {"held": [], "other": ["--other-data", folder, "--stream"]}.items():
         assert main.main(learn(inputs, tmp_path / name, *options)) == 0
     assert report(tmp_path / "held")["logits"] == report(tmp_path / "other")["logits"]
+    # of which the text of the run is none
+    assert main.main(["eval", str(tmp_path / "other"), "--device", "cpu", "--eval-length", "24"]) == 0

@@ -9,6 +9,7 @@ import pytest
 from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl, written
 from helpers.tiny_llama import tiny_tokenizer
 
+from maskpro_kernels.text import records
 from maskpro_kernels.text.data import SPLITS, has_rows, load_text, windows
 from maskpro_kernels.text.records import token_ids
 from maskpro_kernels.text.stream import StreamedText
@@ -79,12 +80,14 @@ def test_a_name_on_the_hub_with_its_configuration(monkeypatch):
 
     def load_dataset(*args, **options):
         called.append((*args, options["streaming"]))
-        return {"train": datasets.Dataset.from_list(texts(10))}
+        rows = datasets.Dataset.from_list(texts(10))
+        return {"train": rows.to_iterable_dataset() if options["streaming"] else rows}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     load_text("owner/name:small")
     load_text("name")
-    assert called == [("owner/name", "small", False), ("name", None, False)]
+    assert next(StreamedText("allenai/c4:en").shuffled(0, 0))
+    assert called == [("owner/name", "small", False), ("name", None, False), ("allenai/c4", "en", True)]
 
 
 def test_the_text_column_is_the_first_that_there_is(tmp_path):
@@ -172,6 +175,7 @@ def test_bad_rows(tmp_path, rows, message):
 
 
 def test_what_cannot_be_read_is_told_without_a_word_of_the_library(tmp_path, monkeypatch, capfd):
+    records.show_bars(False)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(ValueError, match="source: expected a dataset that can be read, .*bad.jsonl': JSON parse error"):
