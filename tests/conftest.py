@@ -74,3 +74,14 @@ def eager_reference(monkeypatch):
     from helpers.routes import route_to_the_eager_reference
 
     route_to_the_eager_reference(monkeypatch)
+
+
+@pytest.fixture
+def datasets_cache(tmp_path_factory, monkeypatch):
+    """What the library ``datasets`` keeps of files goes where tests write, and the hub is not asked."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    # behind each stream of parquet files, where the library has it
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)

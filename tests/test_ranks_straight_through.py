@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.in_ranks import all_in_ranks
+from helpers.in_ranks import all_in_ranks, in_ranks
 from helpers.rank_jobs import rank_trainer
-from helpers.small_trainer import a_model, logits_of
+from helpers.small_trainer import a_model, logits_of, some_batches
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -156,3 +156,31 @@ def test_weights_that_learn_on_ranks_are_those_of_one_process(tmp_path, eager_re
             assert_same_bits(a, b)
             torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
     assert not torch.equal(one[0][0][0], one[1][0][0])
+
+
+def streamed(rank: int, folder=None, other: int | None = None, resume: bool = False):
+    """Logits of a run on batches of a generator; those of rank 1 begin elsewhere where ``other`` says so."""
+    rows = some_batches(12)[other if rank and other else 0 :]
+    trainer = rank_trainer("straight-through", batches=iter(rows), accumulate=2, output_dir=folder)
+    try:
+        done = trainer.resume() if resume else 0
+        trainer.run(2 if folder and not resume else 4 - done, progress=False)
+        return logits_of(trainer.model)
+    finally:
+        trainer.close()
+
+
+def test_ranks_take_their_shares_of_batches_that_are_no_sequence(tmp_path):
+    alone = streamed(0)
+    all_in_ranks(2, streamed, folder=tmp_path)
+    for theirs in (*all_in_ranks(2, streamed), *all_in_ranks(2, streamed, folder=tmp_path, resume=True)):
+        for one, other in zip(theirs, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_with_other_batches_that_are_no_sequence_are_told(tmp_path):
+    for error in in_ranks(2, streamed, other=1):
+        assert isinstance(error, ValueError) and "got other batches on rank 1" in str(error)
+    all_in_ranks(2, streamed, folder=tmp_path)
+    for error in in_ranks(2, streamed, folder=tmp_path, other=1, resume=True):
+        assert isinstance(error, ValueError) and "expected those that the run has taken in its 2 steps" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from .run_files import START_WEIGHTS, digest_of_weights
 
 # What the masks of a run were learned over, by its --refit
 REFITTED = {"none": (), "scales": ("scales refitted",), "weights": ("weights refitted",)}
+
+
+def needs_teacher_beforehand(args: argparse.Namespace) -> bool:
+    """Whether the loss asks the dense model while weights change: then it has to be asked before they do."""
+    return args.loss != "ce" and (args.refit != "none" or getattr(args, "train_weights", None) is not None)
 
 
 def told_weights(refit: str, trained: bool = False) -> str:

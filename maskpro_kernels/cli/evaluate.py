@@ -11,12 +11,12 @@ import torch
 from ..linear_form import as_linears
 from ..pattern import NMPattern
 from ..report import FROZEN
-from ..text.mixture import shared_out, texts_of
+from ..text.mixture import parse_sources, shared_out, texts_of
 from ..text.perplexity import perplexity
 from .arguments import DTYPE, check_least, device_of, telling
-from .inputs import evaluation_windows, load_texts
 from .models import load
 from .run_files import REPORT, goes_on, how_to_go_on, read_report, stored_data
+from .texts import Texts, check_sources, evaluation_windows
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -36,16 +36,19 @@ def evaluate(args: argparse.Namespace) -> None:
                 f"data: expected --data, since only a run has a text of its own, got none; at {args.model!r} there is "
                 f"{found}"
             )
-        args.data = stored_data(folder)
+        vars(args).update(stored_data(folder) | vars(args))
     with telling("eval_windows"):
         shared_out(texts_of(args.data), args.eval_windows)
-    texts = load_texts(args.data)
+    check_sources(args, [name for name, _ in parse_sources(args.data)])
+    loaded = Texts(args)
+    texts = loaded.of(args.data)
     if not texts:
         raise ValueError(
             f"data: expected a text, got {args.data!r}, and samples are no test of a mask; name a text by --data"
         )
     model, tokenizer = load(args.model, dtype, device, args.bars)
     test = evaluation_windows(args, texts, "test", model, tokenizer)
+    loaded.tell_notes()
     follows = None if run is None else _follows(model, run)
     print(f"test perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
     if follows is not None:

@@ -6,27 +6,25 @@ import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from ..linear_form import as_linears
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
-from ..text.data import batches, load_text
-from ..text.mixture import (
-    SELF,
-    MixedBatches,
-    check_windows,
-    in_a_batch,
-    parse_sources,
-    shared_out,
-    texts_of,
-    turns,
-)
+from ..text.data import batches
+from ..text.mixture import SELF, MixedBatches, check_windows, in_a_batch, parse_sources, turns
+from ..text.stream import StreamedBatches, StreamedText, StreamedWindows
+from ..training.estimator import Estimator
 from .arguments import device_of, telling
+from .changed_weights import needs_teacher_beforehand
 from .models import load, windows_of
 from .progress import tell
 from .run_samples import run_samples
+from .texts import Source, Texts, evaluation_windows, windows_of_part
+
+Windows = torch.Tensor | StreamedWindows
 
 
 @dataclass
@@ -38,39 +36,10 @@ class Inputs:
     tests: dict[str, torch.Tensor]
     validation: torch.Tensor
     initial_batches: Sequence[torch.Tensor]
-    calibration: Sequence[torch.Tensor]
+    calibration: Sequence[torch.Tensor] | StreamedBatches
 
 
-def load_texts(data: str) -> dict[str, dict[str, str]]:
-    """``load_text`` of each source of a list that is a text, by its name."""
-    with telling("data"):
-        return {name: load_text(name) for name, _ in texts_of(data)}
-
-
-def evaluation_windows(
-    args: argparse.Namespace, texts: Mapping[str, Mapping[str, str]], split: str, model: torch.nn.Module, tokenizer
-) -> torch.Tensor:
-    """Windows to evaluate, at most ``--eval-windows``: of each text as many as ``shared_out`` says.
-
-    It is told where one of several texts has fewer.
-
-    Args:
-        texts: of ``load_texts``.
-        split: "test" or "validation".
-    """
-    sources, found = texts_of(args.data), []
-    for (name, _), count in zip(sources, shared_out(sources, args.eval_windows), strict=True):
-        own = windows_of(texts[name][split], model, tokenizer, args.eval_length, "data", "--eval-length")
-        if len(own) < count and len(sources) > 1:
-            tell(
-                f"the {split} text of {name!r} has {len(own)} windows of {args.eval_length} tokens, fewer than the "
-                f"{count} of its share"
-            )
-        found.append(own[:count])
-    return torch.cat(found)
-
-
-def read_inputs(args: argparse.Namespace, ranks: Ranks) -> Inputs:
+def read_inputs(args: argparse.Namespace, ranks: Ranks, estimator: Estimator) -> Inputs:
     """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
 
     Raises:
@@ -86,17 +55,21 @@ def read_inputs(args: argparse.Namespace, ranks: Ranks) -> Inputs:
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
             inputs.tests = {"perplexity": test, **inputs.tests}
         windows[SELF] = own.to(device_of(args.device))
-    calibration = _batches(args, windows)
-    inputs.initial_batches, inputs.calibration = calibration[: args.init_batches], calibration[: _learned_from(args)]
+    if any(isinstance(found, StreamedWindows) for found in windows.values()):
+        inputs.initial_batches, inputs.calibration = ranks.all_of(lambda: _streamed_batches(args, windows, estimator))
+    else:
+        found = _batches(args, windows)
+        inputs.initial_batches, inputs.calibration = found[: args.init_batches], found[: _learned_from(args)]
     return inputs
 
 
-def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
+def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     """Inputs without batches, and the windows of each text that these are made of."""
-    texts, other = load_texts(args.data), None
+    loaded = Texts(args)
+    texts, other = loaded.of(args.data), None
     if hasattr(args, "other_data"):
         with telling("other_data"):
-            other = load_text(args.other_data)["test"]
+            other = loaded.source(args.other_data)
     device = device_of(args.device)
     model, tokenizer = load(args.model, args.dtype, device, args.bars)
     with telling("model", "take another --pattern, --dtype or model"):
@@ -108,16 +81,31 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
         tests["perplexity"] = evaluation_windows(args, texts, "test", model, tokenizer)
         validation = evaluation_windows(args, texts, "validation", model, tokenizer)
     if other is not None:
-        found = windows_of(other, model, tokenizer, args.eval_length, "other_data", "--eval-length")
-        tests["other_perplexity"] = found[: args.eval_windows]
-    windows = {
-        name: windows_of(text["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len").to(device)
-        for name, text in texts.items()
-    }
-    with _telling_windows():
-        # before minutes of drawing samples
-        check_windows(parse_sources(args.data), windows, args.batch_size)
+        found = windows_of_part(args, other, "test", args.eval_windows, model, tokenizer, "other_data")
+        tests["other_perplexity"] = found
+    windows = {name: _windows(args, text, model, tokenizer) for name, text in texts.items()}
+    _check_windows(args, windows)
+    loaded.tell_notes()
     return Inputs(model, tokenizer, tests, validation, (), ()), windows
+
+
+def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:
+    """Raise ValueError or OSError, before minutes of drawing samples, if there are too few windows for a batch."""
+    held = {name: found for name, found in windows.items() if isinstance(found, torch.Tensor)}
+    with _telling_windows():
+        check_windows(parse_sources(args.data), held, args.batch_size)
+    with telling("data"):
+        for streamed in windows.values():
+            if isinstance(streamed, StreamedWindows):
+                next(iter(streamed))
+
+
+def _windows(args: argparse.Namespace, text: Source, model: torch.nn.Module, tokenizer) -> Windows:
+    """What batches are made of: on the device, or streamed."""
+    if isinstance(text, StreamedText):
+        return StreamedWindows(text, tokenizer, args.seq_len, args.seed, model.get_input_embeddings().num_embeddings)
+    found = windows_of(text["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len")
+    return found.to(device_of(args.device))
 
 
 def _telling_windows() -> AbstractContextManager:
@@ -134,6 +122,28 @@ def _batches(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> S
             if not count:
                 tell(f"no window of {name!r} is learned from: its share of so few batches is less than one")
         return MixedBatches(windows, sources, args.batch_size, _taken(args), args.seed)
+
+
+def _streamed_batches(
+    args: argparse.Namespace, windows: Mapping[str, Windows], estimator: Estimator
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | StreamedBatches]:
+    """(those of the initial mask, those of the steps), where texts are streamed.
+
+    The latter are in memory where they come again or are needed before the first step; else a step takes them as they
+    come.
+    """
+    stream = StreamedBatches(windows, parse_sources(args.data), args.batch_size, args.seed, device_of(args.device))
+    beforehand = estimator.journaled or estimator.needs_initial_losses or needs_teacher_beforehand(args)
+    held = beforehand or _learned_from(args) < args.steps * args.accumulate
+    with telling("data"):
+        found = list(islice(stream, _taken(args) if held else args.init_batches))
+    for name, streamed in windows.items():
+        if isinstance(streamed, StreamedWindows):
+            tell(
+                f"{streamed.read} documents of {name!r} were read for the first {len(found)} batches; {streamed.short} "
+                f"of them have fewer than {args.seq_len} tokens and are left out"
+            )
+    return found[: args.init_batches], found[: _learned_from(args)] if held else stream
 
 
 def _one_text(args: argparse.Namespace) -> bool:

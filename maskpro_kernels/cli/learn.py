@@ -46,7 +46,7 @@ def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
 
     estimator = ranks.all_of(check)
     ranks.first(lambda: _check_output(Path(args.output)))
-    inputs = read_inputs(args, ranks)
+    inputs = read_inputs(args, ranks, estimator)
     loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, ranks)
@@ -94,7 +94,7 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
         return estimator
 
     estimator = ranks.all_of(prepare)
-    inputs = read_inputs(args, ranks)
+    inputs = read_inputs(args, ranks, estimator)
     # the masks come from a snapshot
     ranks.all_of(lambda: convert(inputs.model, args.pattern, init="magnitude", gap=args.gap))
     if args.refit != "none":

@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -118,10 +118,13 @@ class LearningRun:
         """Go on where the folder stands."""
         self.ranks.first(self.validation.read)
         with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
-            self.trainer.resume()
+            self.trainer.resume(progress=self.args.bars)
         self.validation.restart(self.trainer.steps_done)
         self.seconds += sum(record["seconds"] for record in read_metrics(self.progress))
-        tell(f"{self.trainer.steps_done} steps were taken before")
+        again = (
+            "" if isinstance(self.inputs.calibration, Sequence) else "; their batches were read again, and passed over"
+        )
+        tell(f"{self.trainer.steps_done} steps were taken before{again}")
 
     def take_steps(self) -> bool:
         """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""
@@ -212,7 +215,7 @@ class LearningRun:
 
             try:
                 self._run(progress=self.args.bars, after_step=after_step)
-            except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError):
+            except (FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt, OSError, ValueError):
                 done, where = self.trainer.steps_done, self._keep_logits()
                 tell(f"stopped after {done} steps; {where}; {how_to_go_on(self.output)}")
                 raise

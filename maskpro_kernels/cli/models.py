@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..text.data import windows
+from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 
 
@@ -38,7 +38,7 @@ def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
         save_model(model, tokenizer, folder)
 
 
-def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
+def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
     """``data.windows`` for a model.
 
     Args:
@@ -46,14 +46,12 @@ def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: 
         option: that of the length.
 
     Raises:
-        ValueError: if the text is too short, or the model does not know one of its tokens.
+        ValueError: if the text is too short, it is chats and the tokenizer has no template for them, or the model does
+            not know one of its tokens.
     """
+    with telling(data):
+        tokens = tokens_of(text, tokenizer)
     with telling(data, f"give a longer text, or a smaller {option}"):
-        found = windows(text, tokenizer, length)
-    known = model.get_input_embeddings().num_embeddings
-    if int(found.max()) >= known:
-        raise ValueError(
-            f"model: expected tokens below {known}, the size of its vocabulary, got {int(found.max())} of its "
-            "tokenizer, which is of another model; put the model's own beside it"
-        )
+        found = cut(tokens, length)
+    check_vocabulary(found, model.get_input_embeddings().num_embeddings)
     return found

@@ -8,6 +8,7 @@ import torch
 
 from ..pruning.initial_masks import INITIAL_MASKS
 from ..text.losses import KINDS
+from ..text.records import COLUMNS
 from ..training.sharing import PARALLEL
 from .arguments import DTYPE, DTYPES, number, whole
 from .changed_weights import REFITTED
@@ -25,7 +26,10 @@ from .validate import validate
 from .versions import versions
 
 SHOW = argparse.ArgumentDefaultsHelpFormatter
-SOURCE = "pydoc, stdlib, a UTF-8 text file, or a dataset as NAME or NAME:CONFIG"
+SOURCE = (
+    "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or one of the hub as NAME or "
+    "NAME:CONFIG"
+)
 LIST = f"{SOURCE}; or several with a comma between them, each with its share behind a colon"
 
 
@@ -335,6 +339,19 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _add_data(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--data", default=argparse.SUPPRESS, metavar="DATA", help=help)
+    parser.add_argument(
+        "--text-column",
+        default=argparse.SUPPRESS,
+        metavar="NAMES",
+        help="of a dataset: column of its texts or chats; of several with commas between them the first that there is "
+        f"(default: {COLUMNS})",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="read datasets as they are needed, never as a whole: a window at a random place of each shuffled document",
+    )
 
 
 def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:

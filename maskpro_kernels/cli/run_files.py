@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
+from ..text.data import has_rows
+from ..text.mixture import texts_of
 from ..training.batches import digest
 from ..training.run_folder import LOCK, METRICS
 from .arguments import DTYPES
@@ -158,18 +160,25 @@ def read_start(output: Path) -> dict:
     return start
 
 
-def stored_data(output: Path) -> str:
-    """What a run has learned from, from whatever folder that is asked; ValueError where it is not known."""
+def stored_data(output: Path) -> dict:
+    """What a run has learned from and how it was read, from whatever folder that is asked, by the names of the options.
+
+    Raises:
+        ValueError: if it is not known.
+    """
     try:
-        data = json.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]["data"]
-        if not isinstance(data, str):
-            raise TypeError(f"{data!r} for the data")
+        settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]
+        if not isinstance(settings["data"], str):
+            raise TypeError(f"{settings['data']!r} for the data")
+        data = {"data": settings["data"]}
+        if any(has_rows(name) for name, _ in texts_of(settings["data"])):
+            data |= {name: settings[name] for name in ("text_column", "stream") if name in settings}
+        return data
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"data: expected --data, or the settings of the run in {str(output / SETTINGS)!r}, got {error!r}; name the "
             "text, or restore the file from a copy"
         ) from error
-    return data
 
 
 def read_metrics(progress: Path) -> list[dict]:

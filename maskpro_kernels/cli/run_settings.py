@@ -21,6 +21,7 @@ from .changed_weights import REFITTED
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
+from .texts import check_sources
 
 # What a run learns from, and how many windows the model draws at most, where nothing is said
 DATA, SAMPLES = "pydoc:0.5,self:0.5", 2048
@@ -66,6 +67,7 @@ def _complete_texts(args: argparse.Namespace) -> None:
     other = other_kind(args.data)
     if other is not None:
         args.other_data = getattr(args, "other_data", other)
+    check_sources(args, [*shares, *([args.other_data] if hasattr(args, "other_data") else [])])
     if SELF in shares:
         args.samples = getattr(args, "samples", SAMPLES)
         check_least(args, samples=in_a_batch(shares[SELF], args.batch_size))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from ..extras import missing
+from .records import COLUMNS, Chat, Document, check_columns, documents, holds_rows, load_rows, token_ids
+
+# A text, or chats that a tokenizer makes text of
+Text = str | list[Chat]
 
 SPLITS = ("calibration", "validation", "test")
 # Sources that every Python has, of different kinds
@@ -34,26 +38,63 @@ def is_path(source: str) -> bool:
         raise
 
 
-def load_text(source: str) -> dict[str, str]:
+def has_rows(source: str) -> bool:
+    """Whether a source is read by rows, which have columns: a dataset on the hub or in files, but no text file."""
+    return source not in (*BUILT_IN, SELF) and (not is_path(source) or holds_rows(Path(source)))
+
+
+def load_text(source: str, text_column: str = COLUMNS, tell: Callable[[str], object] | None = None) -> dict[str, Text]:
     """Text of a source, split into "calibration", "validation" and "test".
 
     Args:
         source: "pydoc" (the topics of the Python documentation that ship with Python), "stdlib" (the source code of
-            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or the name of
-            a dataset on the Hugging Face hub, "name" or "name:config" (needs the ``datasets`` package; its train
-            split is the calibration text). A file that is called pydoc or stdlib goes by "./pydoc".
+            Python's standard library: its public modules of one file), the path of a UTF-8 text file, or a dataset:
+            a file of JSON lines or parquet, a folder of such files or of ``save_to_disk``, or its name on the Hugging
+            Face hub, "name" or "name:config". Datasets need the package ``datasets``. A file that is called pydoc or
+            stdlib goes by "./pydoc".
+        text_column: of a dataset, names with a comma between them; the first that is there holds its documents, texts
+            or chats. A chat is a list of messages, mappings with role and content.
+        tell: called with a sentence on what was left out of a file or a dataset, and on what its parts are.
 
-    A text's pieces (topics or modules sorted by name, or paragraphs between blank lines) go to the test text where
-    index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise. Of paragraphs
-    that are alike but for white space only the first is taken: else a mask could learn the test text by heart, as of
-    the topics of the documentation many repeat others. A dataset's splits stay as they are.
+    Returns:
+        the texts. Documents of a dataset stand in them with a blank line between them; but chats in a list, for
+        ``windows`` to make text of by the tokenizer's chat template.
+
+    A text's pieces (topics or modules sorted by name, paragraphs between blank lines, documents) go to the test text
+    where index % 5 == 0, to the validation text where index % 5 == 1, and to the calibration text otherwise. Of
+    paragraphs that are alike but for white space only the first is taken, and of equal chats: else a mask could learn
+    the test text by heart, as of the topics of the documentation many repeat others. The train, validation and test
+    splits of a dataset stay as they are. Where one of the last two is missing, the other is divided, a document in
+    turn; without both the train split is, as a text is.
 
     Raises:
-        TypeError: if ``source`` is not a str.
+        TypeError: if ``source`` or ``text_column`` is not a str.
         ValueError: if ``source`` or a split is empty, ``source`` is "self", which is no text, the file is not UTF-8,
-            the dataset lacks a split or a text column, or ``datasets`` is not installed.
-        OSError: if the file cannot be read.
+            a dataset lacks a train split or the columns, or ``datasets`` is not installed.
+        OSError: if the file or dataset cannot be read.
     """
+    check_source(source)
+    tell = tell or (lambda sentence: None)
+    check_columns(text_column)
+    if source == "pydoc":
+        texts, _ = _split(_pydoc_topics())
+    elif source == "stdlib":
+        texts, _ = _split(_stdlib_modules())
+    elif has_rows(source):
+        texts = _texts_of_rows(source, text_column, tell)
+    else:
+        texts, repeats = _split(_paragraphs(Path(source)))
+        _tell_repeats(source, texts, repeats, tell)
+    for split in SPLITS:
+        if not (texts[split].strip() if isinstance(texts[split], str) else texts[split]):
+            raise ValueError(
+                f"source: expected text in each of {', '.join(SPLITS)}, got an empty {split} text from {source!r}"
+            )
+    return texts
+
+
+def check_source(source: str) -> None:
+    """Raise TypeError or ValueError unless it can be the name of a text."""
     if not isinstance(source, str):
         raise TypeError(f'source: expected a str such as "pydoc", got {type(source).__name__}')
     if not source:
@@ -63,27 +104,13 @@ def load_text(source: str) -> dict[str, str]:
             f"source: expected a text, got {source!r}, the model's own samples; of a file of that name give the path, "
             f"'./{source}'"
         )
-    if source == "pydoc":
-        texts = _split(_pydoc_topics())
-    elif source == "stdlib":
-        texts = _split(_stdlib_modules())
-    elif is_path(source):
-        texts = _split(_paragraphs(Path(source)))
-    else:
-        texts = _dataset_texts(source)
-    for split in SPLITS:
-        if not texts[split].strip():
-            raise ValueError(
-                f"source: expected text in each of {', '.join(SPLITS)}, got an empty {split} text from {source!r}"
-            )
-    return texts
 
 
-def windows(text: str, tokenizer: Callable, length: int) -> torch.Tensor:
+def windows(text: Text, tokenizer: Callable, length: int) -> torch.Tensor:
     """Token ids of a text cut into windows that do not overlap; the remainder is dropped.
 
     Args:
-        text: the text.
+        text: the text, or chats, which stand one behind the other by the tokenizer's chat template.
         tokenizer: a Hugging Face tokenizer.
         length: tokens in a window, at least 2.
 
@@ -91,15 +118,41 @@ def windows(text: str, tokenizer: Callable, length: int) -> torch.Tensor:
         int64 tensor [windows, length].
 
     Raises:
-        ValueError: if ``length`` is below 2 or the text has fewer than ``length`` tokens.
+        ValueError: if ``length`` is below 2, the text has fewer than ``length`` tokens, or the tokenizer has no chat
+            template for chats.
     """
+    check_length(length)
+    return cut(tokens_of(text, tokenizer), length)
+
+
+def check_length(length: int) -> None:
+    """Raise ValueError unless windows can have that many tokens."""
     if length < 2:
         raise ValueError(f"length: expected at least 2 tokens, got {length}")
-    # verbose=False silences the warning that the text is longer than the model's context.
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    if len(ids) < length:
-        raise ValueError(f"text: expected at least {length} tokens for one window, got {len(ids)}")
-    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def tokens_of(text: Text, tokenizer: Callable) -> torch.Tensor:
+    """int64 [tokens] of a text, or of chats one behind the other; ValueError if the tokenizer cannot take chats."""
+    documents = [text] if isinstance(text, str) else text
+    return torch.tensor(
+        [token for document in documents for token in token_ids(document, tokenizer)], dtype=torch.int64
+    )
+
+
+def cut(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """int64 [windows, length] of tokens, without the remainder; ValueError if there are too few for one window."""
+    if len(tokens) < length:
+        raise ValueError(f"text: expected at least {length} tokens for one window, got {len(tokens)}")
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def check_vocabulary(windows: torch.Tensor, vocabulary: int) -> None:
+    """Raise ValueError if a model that knows that many tokens does not know one of these."""
+    if int(windows.max()) >= vocabulary:
+        raise ValueError(
+            f"model: expected tokens below {vocabulary}, the size of its vocabulary, got {int(windows.max())} of its "
+            "tokenizer, which is of another model; put the model's own beside it"
+        )
 
 
 def batches(windows: torch.Tensor, batch_size: int, seed: int) -> list[torch.Tensor]:
@@ -129,26 +182,42 @@ def generator_of(what: str, seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
 
 
-def _split(pieces: list[str]) -> dict[str, str]:
+def _split(pieces: Sequence[Document]) -> tuple[dict[str, Text], int]:
+    """(text of each part, how many paragraphs or chats were left out as repeats of others)."""
+    kept, repeats = _without_repeats(pieces)
     chosen = {split: [] for split in SPLITS}
-    for index, piece in enumerate(_without_repeats(pieces)):
+    for index, piece in enumerate(kept):
         chosen[{0: "test", 1: "validation"}.get(index % 5, "calibration")].append(piece)
-    return {split: "\n\n".join(chosen[split]) for split in SPLITS}
+    return {split: joined(chosen[split]) for split in SPLITS}, repeats
 
 
-def _without_repeats(pieces: Iterable[str]) -> list[str]:
-    """Pieces of which each paragraph occurs once; those of which nothing is left are dropped."""
-    seen, kept = set(), []
+def joined(documents: list[Document]) -> Text:
+    """Texts with a blank line between them; chats stay as they are."""
+    return "\n\n".join(documents) if all(isinstance(document, str) for document in documents) else documents
+
+
+def _without_repeats(pieces: Iterable[Document]) -> tuple[list[Document], int]:
+    """(pieces of which each paragraph occurs once, without those of which nothing is left; how many were left out)."""
+    seen, kept, repeats = set(), [], 0
     for piece in pieces:
         new = []
-        for paragraph in BLANK_LINES.split(piece):
-            words = " ".join(paragraph.split())
-            if words and words not in seen:
-                seen.add(words)
-                new.append(paragraph)
+        for paragraph in BLANK_LINES.split(piece) if isinstance(piece, str) else [piece]:
+            words = " ".join(paragraph.split()) if isinstance(paragraph, str) else json.dumps(paragraph, sort_keys=True)
+            if not words or words in seen:
+                repeats += bool(words)
+                continue
+            seen.add(words)
+            new.append(paragraph)
         if new:
-            kept.append("\n\n".join(new))
-    return kept
+            kept.append("\n\n".join(new) if isinstance(piece, str) else piece)
+    return kept, repeats
+
+
+def _tell_repeats(source: str, texts: dict[str, Text], repeats: int, tell: Callable[[str], object]) -> None:
+    if repeats:
+        what = "paragraph" if isinstance(texts["test"], str) else "chat"
+        they = f"{what} repeats another one and is" if repeats == 1 else f"{what}s repeat others and are"
+        tell(f"{repeats} {they} left out of {source!r}")
 
 
 def _pydoc_topics() -> list[str]:
@@ -164,37 +233,57 @@ def _stdlib_modules() -> list[str]:
 
 
 def _paragraphs(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"source: expected a text file, got the folder {str(path)!r}; give a file in it")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"source: expected UTF-8 text in {str(path)!r}, got {error}; convert it to UTF-8") from error
-    pieces = _without_repeats(BLANK_LINES.split(text))
+    pieces = BLANK_LINES.split(text)
+    different = len(_without_repeats(pieces)[0])
     # Below three paragraphs the rule leaves no calibration text.
-    if len(pieces) < len(SPLITS):
+    if different < len(SPLITS):
         raise ValueError(
             f"source: expected at least {len(SPLITS)} different paragraphs separated by blank lines in {str(path)!r}, "
-            f"got {len(pieces)}" + ("" if pieces else " (the text is empty)")
+            f"got {different}" + ("" if different else " (the text is empty)")
         )
     return pieces
 
 
-def _dataset_texts(source: str) -> dict[str, str]:
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}: there is no such file, and '
-            f"a dataset needs {missing('datasets') or error}"
-        ) from error
-    name, _, config = source.partition(":")
-    data = load_dataset(name, config or None)
-    texts = {}
-    for split, theirs in zip(SPLITS, ("train", "validation", "test"), strict=True):
-        if theirs not in data:
-            raise ValueError(f"source: expected the splits train, validation and test in {source!r}, got {list(data)}")
-        if "text" not in data[theirs].column_names:
-            raise ValueError(f'source: expected a column "text" in {source!r}, got {data[theirs].column_names}')
-        texts[split] = "\n\n".join(data[theirs]["text"])
-    return texts
+def _texts_of_rows(source: str, text_column: str, tell: Callable[[str], object]) -> dict[str, Text]:
+    """Those of a dataset, whose parts are told."""
+    splits = load_rows(source, Path(source) if is_path(source) else None)
+    train, held = held_out(source, splits)
+    tell(told_parts(source, train, held))
+
+    def read(split: str) -> list[Document]:
+        return list(documents(source, splits[split], text_column))
+
+    if not held:
+        texts, repeats = _split(read(train))
+        _tell_repeats(source, texts, repeats, tell)
+        return texts
+    found = {split: read(split) for split in held}
+    parts = {"calibration": read(train)}
+    if len(held) == 1:
+        parts |= {"test": found[held[0]][::2], "validation": found[held[0]][1::2]}
+    else:
+        parts |= found
+    return {part: joined(parts[part]) for part in SPLITS}
+
+
+def held_out(source: str, splits: Iterable[str]) -> tuple[str, list[str]]:
+    """(the split to learn from, those of validation and test that there are); ValueError if there is none."""
+    names = list(splits)
+    if len(names) == 1:
+        return names[0], []
+    if "train" not in names:
+        raise ValueError(f"source: expected a split train, or one split alone, in {source!r}, got {names}")
+    return "train", [name for name in ("validation", "test") if name in names]
+
+
+def told_parts(source: str, train: str, held: list[str]) -> str:
+    """A sentence on what a dataset's validation and test text are."""
+    if len(held) == 2:
+        return f"validation and test text of {source!r} are its splits validation and test"
+    if held:
+        return f"validation and test text of {source!r} are its split {held[0]}, every other document each"
+    return f"validation and test text of {source!r} are documents of its split {train} that are not learned from"

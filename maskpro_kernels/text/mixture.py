@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from fractions import Fraction
+from itertools import islice
 from math import lcm
 from pathlib import Path
 from typing import NamedTuple
@@ -92,17 +93,21 @@ def other_kind(data: str) -> str | None:
     return next((name for name in BUILT_IN if name not in names), None)
 
 
-def turns(shares: Sequence[Fraction], count: int) -> list[int]:
-    """Whose turn it is, ``count`` times: of the source that lacks most of its share so far, the first of equals."""
+def turn_by_turn(shares: Sequence[Fraction]) -> Iterator[int]:
+    """Whose turn it is, without an end: of the source that lacks most of its share so far, the first of equals."""
     scale = lcm(*(share.denominator for share in shares))
     weights = [int(share * scale) for share in shares]
-    lacking, found = [0] * len(weights), []
-    for _ in range(count):
+    lacking = [0] * len(weights)
+    while True:
         lacking = [lacks + weight for lacks, weight in zip(lacking, weights, strict=True)]
         turn = lacking.index(max(lacking))
         lacking[turn] -= scale
-        found.append(turn)
-    return found
+        yield turn
+
+
+def turns(shares: Sequence[Fraction], count: int) -> list[int]:
+    """Whose turn it is, ``count`` times, see ``turn_by_turn``."""
+    return list(islice(turn_by_turn(shares), count))
 
 
 def shared_out(sources: Sequence[Source], count: int) -> list[int]:
@@ -196,8 +201,18 @@ class MixedBatches(Sequence):
 
 def _rounds(windows: int, count: int, seed: int, source: int) -> Tensor:
     """Indices of a source's windows, round after round, each in another order."""
+    orders = list(islice(_orders(windows, seed, source), -(-count // windows)))
+    return torch.cat([*orders, torch.empty(0, dtype=torch.int64)])[:count]
+
+
+def _orders(windows: int, seed: int, source: int) -> Iterator[Tensor]:
     # of its own: sources of equal length are not to share their orders, of whatever round
     generator = generator_of("order", seed, source)
-    rounds = -(-count // windows)
-    orders = [torch.randperm(windows, generator=generator) for _ in range(rounds)]
-    return torch.cat([*orders, torch.empty(0, dtype=torch.int64)])[:count]
+    while True:
+        yield torch.randperm(windows, generator=generator)
+
+
+def in_rounds(windows: Tensor, seed: int, source: int) -> Iterator[Tensor]:
+    """The windows of the source of that index, without an end, in the order in which ``MixedBatches`` has them."""
+    for order in _orders(len(windows), seed, source):
+        yield from windows[order.to(windows.device)]

@@ -24,7 +24,7 @@ from .step import Step
 RUN_OPTIONS = frozenset(
     "accumulate bars batch_size calibration_batches data device device_given dtype estimator eval_every eval_length "
     "eval_windows flip_rate gap help init init_batches loss loss_temperature model other_data output parallel pattern "
-    "quiet refit resume run samples seed seq_len steps tensorboard".split()
+    "quiet refit resume run samples seed seq_len steps stream tensorboard text_column".split()
 )
 
 

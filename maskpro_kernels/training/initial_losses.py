@@ -16,7 +16,7 @@ class InitialLosses:
     """The loss of every batch under m_0, the same on all ranks. A batch is known again by what is in it.
 
     Args:
-        batches: those of the run; later they may stand in another order.
+        batches: those of the run; later they may stand in another order. None: they are not known beforehand.
         ranks: share the forwards.
 
     Attributes:
@@ -24,7 +24,7 @@ class InitialLosses:
             has become another.
     """
 
-    def __init__(self, batches: Sequence, ranks: Ranks):
+    def __init__(self, batches: Sequence | None, ranks: Ranks):
         self.losses: list[float] | None = None
         self._batches = batches
         self._ranks = ranks
@@ -48,9 +48,14 @@ class InitialLosses:
             progress: whether to show a bar.
 
         Raises:
-            ValueError: if a batch of the first step is gone.
+            ValueError: if a batch of the first step is gone, or batches are not known beforehand.
             FloatingPointError: if a loss is not finite.
         """
+        if self._batches is None:
+            raise ValueError(
+                "estimator: expected needs_initial_losses to be true of one that asks for the loss under the initial "
+                "masks of batches that are no sequence, got False"
+            )
         index_of = {}
         for index, name in enumerate(self._contents_now() if steps_done else self._contents):
             index_of.setdefault(name, index)

@@ -34,6 +34,8 @@ class Reinforce(Estimator):
             residual and tracker.
         refresh: take new initial masks m_0, the top-N masks of the logits, after a step whose loss is at most half of
             that under m_0. Each refresh costs a forward for each batch. Only with draws=1.
+        steps: how many steps there may be; None: any number. Needed where batches are no sequence, for those of all
+            steps are taken before the first one.
 
     Attributes:
         delta: the tracker, a running mean of the residual.
@@ -62,6 +64,7 @@ class Reinforce(Estimator):
         normalize: bool = False,
         draws: int = 1,
         refresh: bool = False,
+        steps: int | None = None,
     ):
         check_float("lr", lr, 0.0, strict=True)
         check_float("alpha", alpha, 0.0, 1.0)
@@ -74,7 +77,9 @@ class Reinforce(Estimator):
             raise TypeError(f"refresh: expected a bool, got {refresh!r}")
         if refresh and draws > 1:
             raise ValueError(f"refresh: expected False with several draws, which need no initial losses, got {refresh}")
-        self.draws = draws
+        if steps is not None:
+            check_whole("steps", steps, 1)
+        self.draws, self.steps = draws, steps
         self.needs_initial_losses = draws == 1
         self.refresh = refresh
         self.lr = float(lr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -29,36 +29,50 @@ class RunState(NamedTuple):
         state: of the estimator.
         initial_losses: loss of each batch under the initial masks; None where they are not known.
         skipped: how many of the last steps in a row had a loss or gradients that were not finite.
+        batches: digest of the batches of these steps, where they were no sequence.
     """
 
     steps: int
     state: Mapping
     initial_losses: list[float] | None
     skipped: int
+    batches: str | None = None
 
 
 def snapshot_of(
-    layers: Mapping[str, MaskedLinear], estimator: Estimator, initial_losses: list[float] | None, skipped: int
+    layers: Mapping[str, MaskedLinear],
+    estimator: Estimator,
+    initial_losses: list[float] | None,
+    skipped: int,
+    batches: str | None,
 ) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) that a run needs to go on; with a journal that tells the rest, the tensors alone."""
+    """(tensors, state) that a run needs to go on; with a journal that tells the rest, the tensors alone.
+
+    The last three arguments are as in ``RunState``.
+    """
     tensors = {name: layer.logits for name, layer in layers.items()}
     tensors |= {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
     if estimator.journaled:
         return tensors, {}
-    return tensors, {"estimator": estimator.state(), "initial_losses": initial_losses, "skipped": skipped}
+    state = {"estimator": estimator.state(), "initial_losses": initial_losses, "skipped": skipped}
+    return tensors, state | {"batches": batches}
 
 
-def read_run(folder: RunFolder, settings: Mapping, estimator: Estimator) -> tuple[SavedRun, RunState]:
+def read_run(
+    folder: RunFolder, settings: Mapping, estimator: Estimator, check: Callable[[int, str | None], object]
+) -> tuple[SavedRun, RunState]:
     """What a folder holds of a run, once it is mended so that the next step finds it as the last has left it.
 
     Args:
         folder: of the run; from here on no other trainer has it.
         settings: that the run has to have.
         estimator: whose ``recall`` goes through the journal; its state is that of the last step then.
+        check: called with the steps and the digest of their batches before the folder is mended; raises ValueError if
+            the run cannot go on.
 
     Raises:
-        ValueError, OSError: as ``RunFolder.read``, or if the snapshot holds other tensors of an estimator. Folder and
-            estimator are then as they were.
+        ValueError, OSError: as ``RunFolder.read`` and ``check``, or if the snapshot holds other tensors of an
+            estimator. Folder and estimator are then as they were.
     """
     before = estimator.state()
     folder.take_over()
@@ -67,6 +81,7 @@ def read_run(folder: RunFolder, settings: Mapping, estimator: Estimator) -> tupl
         _check_tensors(saved, estimator)
         results = list(map(estimator.recall, saved.entries))
         run_state = _of_journal(folder, saved, results, estimator) if folder.journaled else _of_snapshot(saved)
+        check(run_state.steps, run_state.batches)
         folder.go_on(saved, [vars(_record(*pair)) for pair in zip(saved.entries, results, strict=True)])
     except BaseException:
         estimator.load_state(before)
@@ -92,7 +107,7 @@ def _kind(tensor: Tensor) -> str:
 
 def _of_snapshot(saved: SavedRun) -> RunState:
     state = saved.state
-    return RunState(saved.steps, state["estimator"], state["initial_losses"], state["skipped"])
+    return RunState(saved.steps, state["estimator"], state["initial_losses"], state["skipped"], state["batches"])
 
 
 def _of_journal(folder: RunFolder, saved: SavedRun, results: list[StepResult], estimator: Estimator) -> RunState:

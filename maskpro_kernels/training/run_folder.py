@@ -31,16 +31,17 @@ INITIAL_LOSSES = "initial-losses"
 def settings_of(
     layers: Mapping[str, MaskedLinear],
     estimator: Estimator,
-    batches: Sequence,
+    batches: Sequence | None,
     seed: int,
     accumulate: int,
     loss_fn: LossFn,
 ) -> dict:
     """The settings that identify a run, as JSON.
 
-    Of a batch with objects that ``content`` cannot compare, the tensors alone; of a loss what its ``settings()`` tell
-    if it has them.
+    Of a batch with objects that ``content`` cannot compare, the tensors alone; of batches that are no sequence, None,
+    nothing: snapshots tell which were taken; of a loss what its ``settings()`` tell if it has them.
     """
+    known = None if batches is None else list(batches)
     return {
         "seed": seed,
         "estimator": _identity(type(estimator)),
@@ -48,8 +49,8 @@ def settings_of(
         "layers": {name: _settings_of_layer(layer) for name, layer in layers.items()},
         "device": sorted({layer.weight.device.type for layer in layers.values()}),
         "weights": digest(layer.weight for layer in layers.values()),
-        "batches": [digest(tensors_of(batch)) for batch in batches],
-        "batch_contents": [content(batch, index) for index, batch in enumerate(batches)],
+        "batches": known and [digest(tensors_of(batch)) for batch in known],
+        "batch_contents": known and [content(batch, index) for index, batch in enumerate(known)],
         "accumulate": accumulate,
         "loss": loss_fn.settings() if hasattr(loss_fn, "settings") else None,
     }

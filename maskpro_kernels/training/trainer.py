@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from fractions import Fraction
@@ -27,6 +27,7 @@ from .resume import RunState, put_back, read_run, snapshot_of
 from .run_folder import RunFolder, settings_of
 from .sharing import PARALLEL, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks
+from .step_batches import batches_of_steps, check_batches
 
 
 class MaskTrainer:
@@ -52,7 +53,9 @@ class MaskTrainer:
         model: a model with MaskedLinear layers, see ``convert``.
         loss_fn: ``loss_fn(model, batch)`` -> 0-dim tensor. Compute it in float32: in bfloat16 the
             residual drowns in rounding.
-        batches: sequence of batches, in whatever form ``loss_fn`` takes.
+        batches: sequence of batches, in whatever form ``loss_fn`` takes. Or another iterable, such as a DataLoader:
+            ``StraightThrough`` takes its batches one by one, and from the start again where it ends; ``Reinforce``
+            takes those of all its ``steps`` into a list now.
         estimator: a ``Reinforce``, a ``StraightThrough`` or another ``Estimator``, one for each trainer.
         seed: seed of all draws; their step starts at 0. Logits that have been learned need another seed than
             before, or the first draws are those that they have learned from.
@@ -85,7 +88,7 @@ class MaskTrainer:
         self,
         model: nn.Module,
         loss_fn: LossFn,
-        batches: Sequence,
+        batches: Iterable,
         estimator: Estimator,
         *,
         seed: int,
@@ -108,13 +111,14 @@ class MaskTrainer:
         self.ranks = Ranks(timeout)
         self._sharing = Sharing(self.ranks, parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
+        self._batches = batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self.estimator, self.seed = estimator, seed
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.snapshot_minutes, self.max_skipped = float(snapshot_minutes), max_skipped
         self.accumulate, self.parallel = accumulate, parallel
         self.steps_done = 0
-        self._initial_losses = InitialLosses(batches, self.ranks)
+        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks)
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:
@@ -175,7 +179,7 @@ class MaskTrainer:
             FloatingPointError: see ``step``.
         """
         check_whole("steps", steps, 1)
-        self._check_steps(steps)
+        _check_steps(self.estimator, self.steps_done, steps)
         self.begin(progress)
         records = []
         try:
@@ -197,7 +201,7 @@ class MaskTrainer:
         """A forward for each draw and batch under newly drawn masks, one update of all logits.
 
         Raises:
-            ValueError: if ``StraightThrough`` gets a loss without gradient, or has taken all its steps.
+            ValueError: if a loss has no gradient, all steps are taken, or an iterator of batches is used up.
             FloatingPointError: if the update is not finite: logits and tracker are then as before the step. And where
                 more steps in a row than ``max_skipped`` have had a loss, or with ``StraightThrough`` a gradient, that
                 is not finite: this one counts as done, too.
@@ -208,7 +212,7 @@ class MaskTrainer:
                 "step: expected a trainer whose last step has ended and that is not closed; make another one, and call "
                 "resume if there is an output_dir"
             )
-        self._check_steps(1)
+        _check_steps(self.estimator, self.steps_done, 1)
         self.begin()
         for counter_state in counter_states(self.model):
             counter_state.step.fill_(self.steps_done)
@@ -242,12 +246,15 @@ class MaskTrainer:
             self._check_skipped(record, result)
         return record
 
-    def resume(self) -> int:
+    def resume(self, progress: bool = False) -> int:
         """Continue the run in ``output_dir``, which another process may have left at any moment; returns its steps.
 
         The newest sound snapshot is loaded. With ``Reinforce`` the journal's steps behind it are taken again by their
         updates alone: the logits get the bits of a run that was never interrupted. Without a journal, as with
         ``StraightThrough``, the steps behind the snapshot are lost.
+
+        Of batches that are no sequence those of the steps before are taken again, under a bar with ``progress``, and
+        let go: they have to be those that the run has learned from.
 
         Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
         the masked layers, the batches and the settings, such as other weights, has to be as it was; so do objects in
@@ -256,7 +263,8 @@ class MaskTrainer:
         Raises:
             ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
                 weights, settings, batches or layers; if the journal, all snapshots or the losses of refreshed initial
-                masks are damaged; or if another trainer holds the folder. Nothing has changed then.
+                masks are damaged; or if another trainer holds the folder. Nothing has changed then, but that an
+                iterator of batches may have been used.
         """
         if self._begun:
             raise ValueError("resume: expected a trainer that has taken no step, got one that has")
@@ -265,7 +273,8 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-        run, told = self.ranks.first(lambda: self._restore(settings))
+        run, told = self.ranks.first(lambda: self._restore(settings, progress))
+        self.ranks.all_of(lambda: self.ranks.rank == 0 or self._batches.skip(run.steps, run.batches, progress=False))
         self._begun = self._broken = True
         for tensor in (*(layer.logits.detach() for layer in self.layers.values()), *self.estimator.tensors().values()):
             self.ranks.spread_(tensor)
@@ -284,10 +293,9 @@ class MaskTrainer:
         self.ranks.close()
 
     def _next_step(self) -> Step:
-        first = self.steps_done * self.accumulate
         return Step(
             self.steps_done,
-            [self.batches[(first + place) % len(self.batches)] for place in range(self.accumulate)],
+            self._batches.of_step(self.steps_done),
             self.model,
             self.layers,
             self.loss_fn,
@@ -321,7 +329,7 @@ class MaskTrainer:
     def _agreed_settings(self, **others: str) -> dict:
         """The settings that identify the run, and these, once all ranks agree on them."""
         how = self.seed, self.accumulate, self.loss_fn
-        settings = settings_of(self.layers, self.estimator, self.batches, *how) | others
+        settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how) | others
         self.ranks.agree(settings | {"parallel": self.parallel})
         return settings
 
@@ -332,7 +340,8 @@ class MaskTrainer:
     def _snapshot(self) -> None:
         if self._folder is None:
             return
-        held = snapshot_of(self.layers, self.estimator, self._initial_losses.losses, self._skipped)
+        taken = self._batches.digest_before(self.steps_done)
+        held = snapshot_of(self.layers, self.estimator, self._initial_losses.losses, self._skipped, taken)
         self._folder.add_snapshot(self.steps_done, *held)
         self._snapshot_time = time.monotonic()
 
@@ -344,22 +353,15 @@ class MaskTrainer:
         with suppress(OSError, RuntimeError):
             self._snapshot()
 
-    def _restore(self, settings: Mapping) -> tuple[RunState, list[str]]:
+    def _restore(self, settings: Mapping, progress: bool) -> tuple[RunState, list[str]]:
         """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged."""
-        saved, run = read_run(self._folder, settings, self.estimator)
+        check = partial(self._batches.skip, progress=progress)
+        saved, run = read_run(self._folder, settings, self.estimator, check)
         # nothing that a disk can refuse from here on
         self._begun = self._broken = True
         put_back(saved, self.layers, self.estimator, self.seed)
         self._snapshot_time = time.monotonic()
         return run, saved.warnings
-
-    def _check_steps(self, steps: int) -> None:
-        most = self.estimator.steps
-        if most is not None and self.steps_done + steps > most:
-            raise ValueError(
-                f"steps: expected at most {most - self.steps_done} more of {type(self.estimator).__name__}'s {most}, "
-                f"got {steps}"
-            )
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
@@ -390,19 +392,23 @@ def _shown(record: StepRecord) -> dict[str, str]:
     return shown | {"flips": f"{record.flip_rate:.1e}", "tokens_per_s": f"{rate:.0f}"}
 
 
-def _check_objects(loss_fn: LossFn, batches: Sequence, estimator: Estimator) -> None:
+def _check_objects(loss_fn: LossFn, batches: Iterable, estimator: Estimator) -> None:
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a callable, got {type(loss_fn).__name__}")
-    if not isinstance(batches, Sequence) or isinstance(batches, str):
-        raise TypeError(
-            f"batches: expected a sequence, such as list(loader) of a DataLoader, got {type(batches).__name__}"
-        )
-    if not len(batches):
-        raise ValueError("batches: expected at least one batch, got none")
+    check_batches(batches)
     if not isinstance(estimator, Estimator):
         raise TypeError(f"estimator: expected an Estimator, such as Reinforce(), got {type(estimator).__name__}")
     if estimator.taken:
         raise ValueError("estimator: expected a new one, got one that another trainer has taken")
+
+
+def _check_steps(estimator: Estimator, done: int, steps: int) -> None:
+    """Raise ValueError if an estimator that has taken so many steps cannot take that many more."""
+    if estimator.steps is not None and done + steps > estimator.steps:
+        raise ValueError(
+            f"steps: expected at most {estimator.steps - done} more of {type(estimator).__name__}'s {estimator.steps}, "
+            f"got {steps}"
+        )
 
 
 def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:

@@ -43,7 +43,8 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
         ("--device", "abacus", "device: expected a device of this machine, got 'abacus'"),
         ("--model", "/no/such/folder", "no such folder"),
         ("--data", "EMPTY", "the text is empty"),
-        ("--data", "FOLDER", "source: expected a text file, got the folder"),
+        ("--data", "FULL", "source: expected a dataset that can be read, got"),
+        ("--data", "/no/such.txt", "there is no such file or folder; check its name"),
         ("--other-data", "EMPTY", "other_data: source: expected at least 3 different paragraphs"),
         ("--output", "FULL", "output: expected a new or empty folder"),
     ],
@@ -52,7 +53,7 @@ def test_learn_refuses_bad_input(inputs, tmp_path, capsys, option, value, messag
     (tmp_path / "empty.txt").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    places = {"EMPTY": tmp_path / "empty.txt", "FOLDER": tmp_path, "FULL": tmp_path / "full"}
+    places = {"EMPTY": tmp_path / "empty.txt", "FULL": tmp_path / "full"}
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output", option, str(places.get(value, value))), message)
 
 

@@ -31,7 +31,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.routes import route_to_the_eager_reference
-from helpers.tiny_llama import tiny_text, write_inputs
+from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
+from helpers.tiny_llama import tiny_text, tiny_tokenizer, write_inputs
 
 import maskpro_kernels
 from maskpro_kernels.cli import main
@@ -64,6 +65,7 @@ SMALL = {
 TINY_IN_PYTHON = {
     '"smollm2-135m"': '"model"',
     '"pydoc"': '"text.txt"',
+    '"allenai/c4:en"': '"rows"',
     "pydoc:0.5": "text.txt:0.5",
     "steps=30": "steps=3",
     "run(30)": "run(3)",
@@ -73,6 +75,7 @@ TINY_IN_PYTHON = {
     "batches_of_both[:16]": "batches_of_both[:2]",
 }
 TINY = {"--model": "model", "--data": "text.txt", "--other-data": "other.txt"}
+TINY_DATASETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl", "chats.jsonl", "articles.jsonl")}
 
 
 class Block(NamedTuple):
@@ -128,6 +131,7 @@ def prepared(tmp_path_factory) -> Path:
     folder = write_inputs(tmp_path_factory.mktemp("prepared"))
     (folder / "text.txt").write_text(tiny_text(paragraphs=600), encoding="utf-8")
     (folder / "other.txt").write_text(tiny_text(paragraphs=300, seed=1), encoding="utf-8")
+    write_datasets(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         route_to_the_eager_reference(monkeypatch)
         monkeypatch.chdir(folder)
@@ -144,6 +148,17 @@ def prepared(tmp_path_factory) -> Path:
         assert main.main([*learn, "interrupted"]) == 130
     write_foreign_files(folder)
     return folder
+
+
+def write_datasets(folder: Path) -> None:
+    """Files of rows, and the chat template that those with chats take."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    write_jsonl(folder / "rows" / "train.jsonl", texts(200))
+    write_jsonl(folder / "mine.jsonl", texts(200))
+    write_jsonl(folder / "articles.jsonl", texts(200, column="content"))
+    write_jsonl(folder / "chats.jsonl", chats(200))
 
 
 def write_foreign_files(folder: Path) -> None:
@@ -189,7 +204,7 @@ def run_command(words: list[str]) -> None:
         return
     for at, word in enumerate(argv):
         if word in TINY:
-            argv[at + 1] = TINY[word]
+            argv[at + 1] = TINY_DATASETS.get(argv[at + 1], TINY[word])
         elif word == "--output" and Path(argv[at + 1]).is_dir():
             shutil.rmtree(argv[at + 1])
         elif word == "--resume":
@@ -218,7 +233,7 @@ WITH_BLOCKS = [document for document in DOCUMENTS if any(b.language in ("python"
 
 
 @pytest.mark.parametrize("document", WITH_BLOCKS, ids=lambda document: document.stem)
-def test_blocks_run(document, folder, capsys):
+def test_blocks_run(document, folder, datasets_cache, capsys):
     """And where one prints the loss of an initial and of a learned mask, the learned one is better."""
     names = {"__name__": "__main__"}
     for block in blocks_of(document):

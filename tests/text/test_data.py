@@ -97,9 +97,7 @@ def test_bad_file(tmp_path, content, message):
         load_text(str(path))
 
 
-def test_bad_source(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="source: expected a text file, got the folder"):
-        load_text(str(tmp_path))
+def test_bad_source(monkeypatch):
     with pytest.raises(ValueError, match='source: expected "pydoc", "stdlib".*got an empty str'):
         load_text("")
     with pytest.raises(TypeError, match="source: expected a str.*int"):
@@ -109,45 +107,19 @@ def test_bad_source(tmp_path, monkeypatch):
         load_text("wikitext")
 
 
-class Datasets:
-    def __init__(self, splits):
-        self.splits = splits
-
-    def load_dataset(self, name, config):
-        self.called = (name, config)
-        return {split: Columns(columns) for split, columns in self.splits.items()}
-
-
-class Columns(dict):
-    @property
-    def column_names(self):
-        return list(self)
-
-
-def test_dataset(monkeypatch):
-    fake = Datasets({"train": {"text": ["a", "b"]}, "validation": {"text": ["c"]}, "test": {"text": ["d", "e"]}})
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert load_text("owner/name:small") == {"calibration": "a\n\nb", "validation": "c", "test": "d\n\ne"}
-    assert fake.called == ("owner/name", "small")
-    load_text("name")
-    assert fake.called == ("name", None)
-
-
-@pytest.mark.parametrize(
-    ("splits", "message"),
-    [
-        (
-            {"train": {"text": ["a"]}, "test": {"text": ["b"]}},
-            r"splits train, validation and test.*\['train', 'test'\]",
-        ),
-        (dict.fromkeys(("train", "validation", "test"), {"label": [1]}), r"a column \"text\".*\['label'\]"),
-        ({"train": {"text": ["a"]}, "validation": {"text": [""]}, "test": {"text": ["b"]}}, "empty validation text"),
-    ],
-)
-def test_bad_dataset(monkeypatch, splits, message):
-    monkeypatch.setitem(sys.modules, "datasets", Datasets(splits))
-    with pytest.raises(ValueError, match="source: .*" + message):
-        load_text("name")
+def test_what_is_left_out_of_a_file_is_told(tmp_path):
+    path, told = tmp_path / "text.txt", []
+    path.write_text("a\n\nb  c\n\na\n\nd\n\nb\nc\n\ne", encoding="utf-8")
+    load_text(str(path), tell=told.append)
+    assert told == [f"2 paragraphs repeat others and are left out of {str(path)!r}"]
+    path.write_text("a\n\nb\n\nc\n\na", encoding="utf-8")
+    load_text(str(path), tell=told.append)
+    assert told[1:] == [f"1 paragraph repeats another one and is left out of {str(path)!r}"]
+    path.write_text("a\n\nb\n\nc", encoding="utf-8")
+    load_text(str(path), tell=told.append)
+    # what every Python has is no text of the user's
+    load_text("pydoc", tell=told.append)
+    assert len(told) == 2
 
 
 def test_windows_do_not_overlap_and_drop_the_remainder():
