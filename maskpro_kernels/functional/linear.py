@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Unpack
 
@@ -225,3 +226,19 @@ def codes_linear(
     check_codes("codes", codes, pattern, weight)
     y, _ = linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m))
     return y
+
+
+def telling_of_lost_slopes(y: Tensor) -> Tensor:
+    """The output of a layer under a drawn mask, whose backward warns that the logits get no gradient from it."""
+    if y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_tell_of_lost_slopes)
+    return y
+
+
+def _tell_of_lost_slopes(grad: Tensor) -> None:
+    warnings.warn(
+        "MaskedLinear: a backward came through masks that do not learn from it, only other parameters do. Take "
+        "MaskTrainer, MaskOptimizer, or in transformers' Trainer the callback MaskCallback. If masks are to stay as "
+        "they are, call requires_grad_(False) of their logits",
+        stacklevel=2,
+    )
