@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..counter import Counter, MaskSource
+from ..ops.onnx_graph import in_onnx_export, top_n_weight
 from ..pattern import NMPattern
 from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_operands, matrix_of
 
@@ -63,6 +64,8 @@ def linear_under(
     Raises:
         TypeError, ValueError: x, weight or bias are not as for ``masked_linear``.
     """
+    if mask.kind == "top_n" and in_onnx_export():
+        return torch.nn.functional.linear(x, top_n_weight(weight, mask.tensor, mask.n, mask.m), bias), None
     tokens, matrix, vector = linear_operands(x, weight, bias)
     if not log_prob:
         mask = mask._replace(tensor=mask.tensor.detach())

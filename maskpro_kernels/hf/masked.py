@@ -15,7 +15,7 @@ from ..modules import CounterState, MaskedLinear, masked_layers
 from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
-from .stored_files import check_all_stored, check_own_settings, linears_named, stored_names
+from .stored_files import HOW_TO_LOAD, check_all_stored, check_own_settings, linears_named, stored_names
 
 MASKED_METHOD, MASKED_FORMAT, MASKED_VERSION = "maskpro-mask", "logits", 1
 PARTS = ("logits", "_extra_state")
@@ -30,6 +30,7 @@ class MaskedConfig(QuantizationConfigMixin):
     Args:
         layers: ``pattern`` and ``layer``, the id in the counter, of each MaskedLinear by name.
         format, version: of what is stored.
+        loading: for who reads the checkpoint without this package: what transformers needs to load it.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or of a format or version that this release does not know.
@@ -40,6 +41,7 @@ class MaskedConfig(QuantizationConfigMixin):
         layers: Mapping[str, Mapping],
         format: str = MASKED_FORMAT,
         version: int = MASKED_VERSION,
+        loading: str = HOW_TO_LOAD,
         **others,
     ):
         self.quant_method = MASKED_METHOD
@@ -51,7 +53,7 @@ class MaskedConfig(QuantizationConfigMixin):
                 raise ValueError(f"quantization_config: expected pattern and layer of {name}, got {layer!r}")
             NMPattern(layer["pattern"])
         self.layers = {name: dict(layer) for name, layer in layers.items()}
-        self.format, self.version = format, version
+        self.format, self.version, self.loading = format, version, loading
 
     @classmethod
     def of(cls, layers: Mapping[str, MaskedLinear]) -> MaskedConfig:

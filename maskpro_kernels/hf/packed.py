@@ -14,7 +14,7 @@ from ..packed import NMLinear, PackedNM, check_bitmask, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
-from .stored_files import check_all_stored, check_own_settings, linears_named, stored_names
+from .stored_files import HOW_TO_LOAD, check_all_stored, check_own_settings, linears_named, stored_names
 
 PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
 
@@ -26,6 +26,7 @@ class PackedConfig(QuantizationConfigMixin):
     Args:
         patterns: names of the packed nn.Linear modules, by "N:M".
         format, version: of what is stored.
+        loading: for who reads the checkpoint without this package: what transformers needs to load it.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or of a format or version that this release does not know.
@@ -36,6 +37,7 @@ class PackedConfig(QuantizationConfigMixin):
         patterns: Mapping[str, Sequence[str]],
         format: str = PACKED_FORMAT,
         version: int = PACKED_VERSION,
+        loading: str = HOW_TO_LOAD,
         **others,
     ):
         self.quant_method = PACKED_METHOD
@@ -43,7 +45,7 @@ class PackedConfig(QuantizationConfigMixin):
         if not isinstance(patterns, Mapping) or any(isinstance(names, str) for names in patterns.values()):
             raise TypeError(f"quantization_config: expected names of modules by pattern, got {patterns!r}")
         self.patterns = {str(NMPattern(pattern)): list(names) for pattern, names in patterns.items()}
-        self.format, self.version = format, version
+        self.format, self.version, self.loading = format, version, loading
 
     @classmethod
     def of(cls, layers: Mapping[str, NMLinear]) -> PackedConfig:

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
+
 
 def bare_name(name: str, model: nn.Module) -> str:
     """Without what a model with a head puts before the names of its base model, as transformers matches them."""
