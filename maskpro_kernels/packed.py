@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .functional.checks import LOGIT_DTYPES, check_exactly_n, describe
+from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_not_distributed, describe
 from .functional.masks import expand_mask
 from .modules import MaskedLinear
 from .ops.onnx_graph import in_onnx_export, unpacked_weight
@@ -144,6 +144,7 @@ def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor
 
 def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern) -> Tensor:
     """``nm_linear`` of the parts of a packed weight."""
+    check_not_distributed("values", values)
     rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
     if values.dtype not in LOGIT_DTYPES:
         raise TypeError(f"values: expected float32, bfloat16 or float16, got {describe(values)}")
