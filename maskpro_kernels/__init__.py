@@ -23,6 +23,7 @@ from .pattern import NMPattern
 from .pruning.convert import Conversion, convert
 from .pruning.finalize import finalize
 from .pruning.refit import refit
+from .training.mask_optimizer import MaskOptimizer
 from .training.reinforce import Reinforce
 from .training.step import StepRecord
 from .training.straight_through import StraightThrough
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Conversion",
+    "MaskOptimizer",
     "MaskTrainer",
     "MaskedLinear",
     "NMLinear",

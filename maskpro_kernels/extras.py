@@ -10,6 +10,7 @@ EXTRAS = {
     "cli": ("transformers", "matplotlib"),
     "demo": ("transformers", "matplotlib", "gguf", "accelerate"),
     "data": ("datasets",),
+    "eval": ("transformers", "lm_eval", "accelerate"),
     "peft": ("peft",),
     "tensorboard": ("tensorboard",),
 }

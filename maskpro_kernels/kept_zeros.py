@@ -23,6 +23,7 @@ class KeptZeros:
 
     Attributes:
         layers: the layers that it holds, by name.
+        left_out: names of the other nn.Linear layers with the reason, adapters apart.
 
     Raises:
         TypeError, ValueError: the weight of no layer follows the pattern, or one is not in memory.
@@ -33,17 +34,26 @@ class KeptZeros:
             raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
         self.pattern = NMPattern(pattern)
         self.layers: dict[str, nn.Linear] = {}
+        self.left_out: dict[str, str] = {}
         self._codes: dict[str, Tensor] = {}
         # adapters begin as zeros, and follow any pattern
         adapters = adapter_modules(model)
         for name, layer in model.named_modules():
-            if name in adapters or not isinstance(layer, nn.Linear) or layer.in_features % self.pattern.m:
+            if name in adapters or not isinstance(layer, nn.Linear):
+                continue
+            if layer.in_features % self.pattern.m:
+                self.left_out[name] = f"in_features {layer.in_features} not divisible by {self.pattern.m}"
                 continue
             check_in_memory("model", layer, name)
             kept = (layer.weight.detach() != 0).to(torch.bfloat16)
             counts = kept.view(layer.out_features, layer.in_features // self.pattern.m, self.pattern.m).sum(-1)
             # a layer of zeros alone was not pruned, only not trained yet
-            if counts.any() and (counts <= self.pattern.n).all():
+            if not counts.any():
+                self.left_out[name] = "all zeros"
+            elif (counts > self.pattern.n).any():
+                share = float((counts > self.pattern.n).double().mean())
+                self.left_out[name] = f"{share:.0%} of its groups have more than {self.pattern.n} that are not zero"
+            else:
                 self.layers[name], self._codes[name] = layer, top_n_mask(kept, self.pattern)
         if not self.layers:
             raise ValueError(f"pattern: expected one that some layer follows, {self.pattern} is followed by none")

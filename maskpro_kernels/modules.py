@@ -21,7 +21,7 @@ from .functional.checks import (
     describe,
     matrix_of,
 )
-from .functional.linear import LogitsBackward, linear_under, straight_through_under
+from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .ops.philox import MAX_LAYERS
 from .pattern import NMPattern
@@ -250,7 +250,8 @@ class MaskedLinear(nn.Module):
             y, _ = linear_under(input, self.weight, self.bias, self._mask(logits, self.training))
             return y
 
-        return self._with_logits(product)
+        y = self._with_logits(product)
+        return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
 
     def straight_through(self, input: Tensor) -> Tensor:
         """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .functional.checks import LOGIT_DTYPES, check_exactly_n, describe
+from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_not_distributed, describe
 from .functional.masks import expand_mask
 from .modules import MaskedLinear
+from .ops.onnx_graph import in_onnx_export, unpacked_weight
 from .pattern import NMPattern, bitmask_of, codes_of
 
 
@@ -143,6 +144,7 @@ def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor
 
 def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern) -> Tensor:
     """``nm_linear`` of the parts of a packed weight."""
+    check_not_distributed("values", values)
     rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
     if values.dtype not in LOGIT_DTYPES:
         raise TypeError(f"values: expected float32, bfloat16 or float16, got {describe(values)}")
@@ -161,6 +163,8 @@ def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | Non
         x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != values.dtype:
         raise TypeError(f"x: expected the values' dtype {values.dtype}, got {describe(x)}")
+    if in_onnx_export():
+        return nn.functional.linear(x, unpacked_weight(values, bitmask, pattern.n, pattern.m), bias)
     tokens = x.reshape(math.prod(x.shape[:-1]), k).contiguous()
     bias = None if bias is None else bias.contiguous()
     y = ops.nm_linear(tokens, values, bitmask, bias, pattern.n, pattern.m)

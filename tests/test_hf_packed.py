@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.hf.packed import replace_by_packed
+from maskpro_kernels.hf.stored_files import HOW_TO_LOAD
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.pruning.finalize import unpack
 from maskpro_kernels.text.perplexity import causal_lm_loss
@@ -51,6 +52,7 @@ def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
         "quant_method": "maskpro",
         "format": "nm-bitmask",
         "version": 1,
+        "loading": HOW_TO_LOAD,
         "patterns": {pattern: [name for name, module in packed.named_modules() if isinstance(module, kind)]},
         "taken_apart": [],
     }
@@ -212,3 +214,12 @@ def test_smollm2_packed(tmp_path):
     expected, ours = (model.generate(tokens, max_new_tokens=50, do_sample=False) for model in models)
     assert ours.shape[1] == tokens.shape[1] + 50
     assert_same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_checkpoint_says_what_loads_it(packed, tmp_path):
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    (mk.finalize(model, to="packed") if packed else model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert config["loading"].startswith("import maskpro_kernels.hf")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.tiny_llama import tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import maskpro_kernels as mk
-from maskpro_kernels.hf import KeepMask
+from maskpro_kernels.hf import KeepMask, MaskCallback
 from maskpro_kernels.kept_zeros import KeptZeros
 from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -23,14 +24,14 @@ def texts(count: int = 16) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trained(model, folder, steps: int = 20, callbacks=(), **options) -> Trainer:
-    options = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5} | options
-    arguments = TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=4, report_to="none", use_cpu=True,
-        disable_tqdm=True, **options,
-    )  # fmt: skip
+def trained(model, folder, steps: int = 20, callbacks=(), resume: str | None = None, **options) -> Trainer:
+    defaults = {
+        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    arguments = TrainingArguments(str(folder), max_steps=steps, **defaults | options)
     trainer = Trainer(model, arguments, train_dataset=texts(), callbacks=list(callbacks))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -118,3 +119,145 @@ def test_packed_models_are_fine_tuned(tmp_path):
     assert (layer.values != values).all() and torch.equal(layer.bitmask, bitmask)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
     assert_same_bits(again.get_submodule(LAYER).values, layer.values)
+
+
+def masked(gap: float = 4.0):
+    model = tiny_model()
+    mk.convert(model, "2:4", gap=gap)
+    return model
+
+
+def logits(model) -> dict[str, torch.Tensor]:
+    return {name: layer.logits.detach().clone() for name, layer in masked_layers(model).items()}
+
+
+def learned(folder, steps: int = 6, model=None, resume=None, callbacks=(), **options) -> Trainer:
+    options = {"learning_rate": 0.3, "weight_decay": 0.0, "logging_steps": 1} | options
+    model = masked() if model is None else model
+    return trained(model, folder, steps, [MaskCallback(), *callbacks], resume, **options)
+
+
+def test_mask_callback_learns_the_masks_alone(tmp_path):
+    model = masked()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trainer = learned(tmp_path, model=model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (not name.endswith(("logits", "_extra_state"))), name
+    assert {int(layer.counter_state.step) for layer in masked_layers(model).values()} == {6}
+    # as it was before, and no memory of an optimizer's own
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert all(layer.logits_backward is None for layer in masked_layers(model).values())
+    assert trainer.optimizer.state.keys() == {"masks"}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_mask_callback_takes_the_steps_of_mask_trainer(accumulate, tmp_path):
+    """With batches in the order of the texts, without clipping, at the rate that falls in the same way."""
+    model, rows = masked(), torch.stack([row["input_ids"] for row in texts()])
+    trainer = mk.MaskTrainer(
+        model, causal_lm_loss, list(rows.split(4)), mk.StraightThrough(lr=0.3, steps=4), seed=42, accumulate=accumulate
+    )
+    trainer.run(4, progress=False)
+    options = {"max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    ours = learned(tmp_path, 4, gradient_accumulation_steps=accumulate, **options)
+    torch.testing.assert_close(logits(ours.model), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
+    """Of 16 texts in batches of 4, the second step has one batch, which is scaled by 1 and not by a third."""
+    seen = []
+
+    class Scales(TrainerCallback):
+        def on_substep_end(self, args, state, control, model=None, **kwargs):
+            seen.append(masked_layers(model)["model.layers.0.mlp.down_proj"].logits_backward.loss_scale)
+
+        on_pre_optimizer_step = on_substep_end
+
+    learned(tmp_path, 4, callbacks=[Scales()], gradient_accumulation_steps=3)
+    assert seen == [1 / 3, 1 / 3, 1 / 3, 1.0] * 2
+
+
+def test_a_run_that_is_resumed_has_the_bits_of_a_whole_one(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    whole = learned(tmp_path / "run", **saving)
+    again = learned(tmp_path / "again", resume=str(tmp_path / "run/checkpoint-3"), **saving)
+    assert_same_bits(logits(again.model), logits(whole.model))
+    assert again.state.log_history[:-1] == whole.state.log_history[:-1]
+    # and so has one whose model comes from the checkpoint
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
+    third = learned(tmp_path / "third", model=loaded, resume=str(tmp_path / "run/checkpoint-3"), **saving)
+    assert_same_bits(logits(third.model), logits(whole.model))
+
+
+def test_what_moves_is_logged(tmp_path):
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs.get("mask_moved"))
+
+    trainer = learned(tmp_path, callbacks=[Reporter()])
+    *steps, last = trainer.state.log_history
+    assert [entry["mask_moved"] for entry in steps] == seen[:-1]
+    assert 0.0 == seen[0] < seen[5] < 0.1 and all(0.0 < entry["mask_flip_rate"] < 0.2 for entry in steps)
+    assert "mask_moved" not in last
+
+
+def test_bfloat16_and_checkpointed_activations(tmp_path):
+    plain = learned(tmp_path / "plain", bf16=True)
+    again = learned(tmp_path / "again", bf16=True, gradient_checkpointing=True)
+    assert_same_bits(logits(again.model), logits(plain.model))
+    assert not torch.equal(logits(plain.model)[LAYER], logits(masked())[LAYER])
+
+
+def test_mask_callback_refuses_what_would_learn_nothing(tmp_path):
+    with pytest.raises(ValueError, match="model: expected a model with MaskedLinear layers, got none"):
+        learned(tmp_path, model=tiny_model())
+    for rate in (5e-5, 0.0):
+        with pytest.raises(ValueError, match=rf"learning_rate: expected one of logits, such as 0.3, got {rate:g}"):
+            learned(tmp_path, learning_rate=rate)
+    with pytest.raises(ValueError, match="max_update: expected a float above 0"):
+        MaskCallback(max_update=0.0)
+
+
+def test_a_callback_that_is_added_later_learns_too(tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=0.3, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    model = masked()
+    embeddings = model.get_input_embeddings().weight.clone()
+    trainer = Trainer(model, arguments, train_dataset=texts())
+    trainer.add_callback(MaskCallback())
+    trainer.train()
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
+    assert not torch.equal(logits(model)[LAYER], logits(masked())[LAYER])
+
+
+def test_without_it_the_trainer_warns_of_masks_left_alone(tmp_path):
+    before = logits(masked())
+    with pytest.warns(UserWarning, match="MaskedLinear: a backward came through masks that do not learn from it"):
+        model = trained(masked(), tmp_path, steps=1).model
+    assert_same_bits(logits(model), before)
+
+
+def test_layers_that_do_not_follow_the_pattern_are_told(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    mk.convert(model, "2:4", targets=["*.mlp.*"])
+    mk.finalize(model).requires_grad_()
+    with pytest.warns(UserWarning, match="KeepMask: 6 layers follow 2:4 and are held to it, 8 do not .*: model."):
+        trained(model, tmp_path, steps=1, callbacks=[KeepMask("2:4")])
+    left_out = KeptZeros(model, "2:4").left_out
+    assert len(left_out) == 9 and "of its groups have more than 2 that are not zero" in left_out["lm_head"]
+
+
+def test_training_that_broke_off_begins_again(tmp_path):
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model, masks = masked(), MaskCallback()
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, tmp_path, 2, [masks, Breaks()], learning_rate=0.3)
+    trained(model, tmp_path, 2, [masks], learning_rate=0.3)
+    assert {int(layer.counter_state.step) for layer in masked_layers(model).values()} == {3}

@@ -3,72 +3,96 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ..linear_form import as_linears
+from ..files import disk_errors, write_whole
+from ..linear_form import in_linear_form
 from ..pattern import NMPattern
 from ..report import FROZEN
 from ..text.mixture import parse_sources, shared_out, texts_of
 from ..text.perplexity import perplexity
-from .arguments import DTYPE, check_least, device_of, telling
+from .arguments import DTYPE, check_least, device_of, new_file, telling
 from .models import load
 from .run_files import REPORT, goes_on, how_to_go_on, read_report, stored_data
-from .texts import Texts, check_sources, evaluation_windows
+from .tasks import Tasks, check_beside_tasks, task_lines
+from .texts import Source, Texts, check_sources, evaluation_windows
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the perplexity of a run or a model; of a run also how many groups follow its pattern."""
+    """Print the perplexity of a run or a model, and the results of tasks; of a run also what follows its pattern."""
     check_least(args, eval_windows=1, eval_length=2)
-    device = device_of(args.device)
+    device, output = device_of(args.device), new_file(args, "output")
     folder = Path(args.model)
     if goes_on(folder) and not (folder / "config.json").is_file():
         raise ValueError(f"model: expected a model or a run that has ended, got {args.model!r}; {how_to_go_on(folder)}")
     report = folder / REPORT
     run = read_report(report) if report.is_file() else None
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
+    loaded, texts = _texts(args, folder, run)
+    tasks = Tasks(args) if hasattr(args, "tasks") else check_beside_tasks(args)
+    model, tokenizer = load(args.model, dtype, device, args.bars)
+    test = evaluation_windows(args, texts, "test", model, tokenizer) if texts else None
+    loaded.tell_notes()
+    found, lines = {"model": args.model, "dtype": dtype}, []
+    if run is not None:
+        lines.append(_follows(model, run))
+        if run["weights"] != FROZEN:
+            lines.append(f"not the dense model's weights under a mask: {run['weights']}")
+    if test is not None:
+        found |= {"data": args.data, "perplexity": perplexity(model, test, progress=args.bars), "tokens": test.numel()}
+        lines.insert(0, f"test perplexity {found['perplexity']:.2f} over {test.numel()} tokens")
+    if tasks is not None:
+        found["tasks"] = tasks.evaluate(model, tokenizer, args.bars)
+        lines += task_lines(found["tasks"])
+    if output is not None:
+        with disk_errors(output):
+            write_whole(output, json.dumps(found, indent=2, default=str).encode())
+    print("\n".join(lines))
+
+
+def _texts(args: argparse.Namespace, folder: Path, run: Mapping | None) -> tuple[Texts, dict[str, Source]]:
+    """(what reads texts, the texts to evaluate): those of ``--data``, else of the run; none of a model with tasks alone.
+
+    Raises:
+        ValueError, OSError: if there is none, or one cannot be read.
+    """
+    loaded = Texts(args)
     if not hasattr(args, "data"):
         if run is None:
+            if hasattr(args, "tasks"):
+                return loaded, {}
             found = "no run that has begun to learn" if folder.exists() else "no such folder"
             raise ValueError(
-                f"data: expected --data, since only a run has a text of its own, got none; at {args.model!r} there is "
-                f"{found}"
+                f"data: expected --data or --tasks, since only a run has a text of its own, got none; at "
+                f"{args.model!r} there is {found}"
             )
         vars(args).update(stored_data(folder) | vars(args))
     with telling("eval_windows"):
         shared_out(texts_of(args.data), args.eval_windows)
     check_sources(args, [name for name, _ in parse_sources(args.data)])
-    loaded = Texts(args)
     texts = loaded.of(args.data)
     if not texts:
         raise ValueError(
             f"data: expected a text, got {args.data!r}, and samples are no test of a mask; name a text by --data"
         )
-    model, tokenizer = load(args.model, dtype, device, args.bars)
-    test = evaluation_windows(args, texts, "test", model, tokenizer)
-    loaded.tell_notes()
-    follows = None if run is None else _follows(model, run)
-    print(f"test perplexity {perplexity(model, test, progress=args.bars):.2f} over {test.numel()} tokens")
-    if follows is not None:
-        print(follows)
-        if run["weights"] != FROZEN:
-            print(f"not the dense model's weights under a mask: {run['weights']}")
+    return loaded, texts
 
 
 def _follows(model: torch.nn.Module, run: Mapping) -> str:
-    pattern = NMPattern(run["pattern"])
-    as_linears(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    follow = total = 0
-    for name in run["converted"]:
-        if name not in linears or linears[name].in_features % pattern.m:
-            raise ValueError(
-                f"run: expected a linear layer {name!r} that {pattern} divides, as {REPORT} tells, got none in the "
-                f"checkpoint; restore {REPORT} from a copy, or move it away"
-            )
-        kept = (linears[name].weight.reshape(-1, pattern.m) != 0).sum(1)
-        follow += int((kept <= pattern.n).sum())
-        total += len(kept)
+    pattern, follow, total = NMPattern(run["pattern"]), 0, 0
+    with in_linear_form(model):
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        for name in run["converted"]:
+            if name not in linears or linears[name].in_features % pattern.m:
+                raise ValueError(
+                    f"run: expected a linear layer {name!r} that {pattern} divides, as {REPORT} tells, got none in the "
+                    f"checkpoint; restore {REPORT} from a copy, or move it away"
+                )
+            kept = (linears[name].weight.reshape(-1, pattern.m) != 0).sum(1)
+            follow += int((kept <= pattern.n).sum())
+            total += len(kept)
     return f"{pattern} {follow / total:.2%} of {total} groups have at most {pattern.n} nonzeros"

@@ -22,6 +22,7 @@ from .progress import tell_as
 from .replay import replay
 from .run_files import TENSORBOARD
 from .run_settings import DATA, SAMPLES
+from .tasks import BATCH_SIZE
 from .validate import validate
 from .versions import versions
 
@@ -227,18 +228,51 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
 def _add_eval(commands) -> None:
     parser = commands.add_parser(
         "eval",
-        help="perplexity of a run or a model",
-        description="Print the test perplexity of a run's folder or of any causal language model; for a run, "
-        "also the fraction of groups that follow its pattern.",
+        help="perplexity of a run or a model, and tasks of lm-eval",
+        description="Print the test perplexity of a run's folder or of any causal language model, dense, packed or "
+        "still with its masks; with --tasks what lm-eval finds; for a run, also the fraction of groups that follow its "
+        "pattern.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
-    _add_data(parser, f"text whose test part is evaluated: {LIST} (default: that of the run)")
+    _add_data(
+        parser, f"text whose test part is evaluated: {LIST} (default: that of the run; of a model with --tasks none)"
+    )
     _add_evaluation(parser)
+    _add_tasks(parser)
+    parser.add_argument(
+        "--output", default=argparse.SUPPRESS, metavar="FILE", help="JSON file of all figures to write; must not exist"
+    )
     _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
     _add_quiet(parser)
     parser.set_defaults(run=evaluate)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    """What lm-eval is asked for."""
+    parser.add_argument(
+        "--tasks",
+        default=argparse.SUPPRESS,
+        metavar="TASK[,TASK]",
+        help="tasks, groups or patterns of lm-eval, such as arc_easy,hellaswag; needs the extra eval",
+    )
+    parser.add_argument(
+        "--include-path",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="folder with YAML files of more tasks, as lm-eval takes them",
+    )
+    parser.add_argument(
+        "--limit", type=whole, default=argparse.SUPPRESS, metavar="D", help="documents of each task (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole,
+        default=argparse.SUPPRESS,
+        metavar="B",
+        help=f"requests of tasks that go through the model at once (default: {BATCH_SIZE})",
+    )
 
 
 def _add_compare(commands) -> None:

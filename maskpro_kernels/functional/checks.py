@@ -102,10 +102,20 @@ def matrix_of(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     return tensor.contiguous()
 
 
+def check_not_distributed(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor is a DTensor, whose parts on several ranks no operation here puts together."""
+    if hasattr(tensor, "to_local"):
+        raise ValueError(
+            f"{name}: expected a plain tensor, got a DTensor {list(tensor.shape)}; give its to_local() and the place "
+            "that shard_counter tells, or split the dense model that finalize gives"
+        )
+
+
 def check_weight(weight: Tensor, pattern: NMPattern) -> None:
     """Raise unless ``weight`` is a matrix [out, K] that the pattern divides."""
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, K], got {describe(weight)}")
+    check_not_distributed("weight", weight)
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
     check_groups("weight", weight, pattern)

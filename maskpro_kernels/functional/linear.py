@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Unpack
 
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..counter import Counter, MaskSource
+from ..ops.onnx_graph import in_onnx_export, top_n_weight
 from ..pattern import NMPattern
 from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_operands, matrix_of
 
@@ -62,6 +64,8 @@ def linear_under(
     Raises:
         TypeError, ValueError: x, weight or bias are not as for ``masked_linear``.
     """
+    if mask.kind == "top_n" and in_onnx_export():
+        return torch.nn.functional.linear(x, top_n_weight(weight, mask.tensor, mask.n, mask.m), bias), None
     tokens, matrix, vector = linear_operands(x, weight, bias)
     if not log_prob:
         mask = mask._replace(tensor=mask.tensor.detach())
@@ -225,3 +229,19 @@ def codes_linear(
     check_codes("codes", codes, pattern, weight)
     y, _ = linear_under(x, weight, bias, MaskSource(codes.contiguous(), "codes", pattern.n, pattern.m))
     return y
+
+
+def telling_of_lost_slopes(y: Tensor) -> Tensor:
+    """The output of a layer under a drawn mask, whose backward warns that the logits get no gradient from it."""
+    if y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_tell_of_lost_slopes)
+    return y
+
+
+def _tell_of_lost_slopes(grad: Tensor) -> None:
+    warnings.warn(
+        "MaskedLinear: a backward came through masks that do not learn from it, only other parameters do. Take "
+        "MaskTrainer, MaskOptimizer, or in transformers' Trainer the callback MaskCallback. If masks are to stay as "
+        "they are, call requires_grad_(False) of their logits",
+        stacklevel=2,
+    )

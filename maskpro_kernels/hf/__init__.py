@@ -13,7 +13,7 @@ except ModuleNotFoundError:
     require("maskpro_kernels.hf", "transformers")
     raise
 
-from .callbacks import KeepMask
+from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
 from .loading import SMOLLM2, load_model, save_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
@@ -23,6 +23,7 @@ from .stored_layers import check_no_other_quantization, tell_config
 __all__ = [
     "SMOLLM2",
     "KeepMask",
+    "MaskCallback",
     "MaskedConfig",
     "MaskedQuantizer",
     "PackedConfig",

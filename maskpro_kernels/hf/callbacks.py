@@ -4,10 +4,146 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+from torch import nn
 from transformers import TrainerCallback
 
+from ..adapters import adapter_modules
 from ..kept_zeros import KeptZeros
+from ..modules import MaskedLinear, counter_states, masked_layers
 from ..pattern import NMPattern
+from ..training.mask_optimizer import MaskOptimizer
+
+# Slopes of so many root mean squares are rare
+LARGE_SLOPE = 30
+
+
+class MaskCallback(TrainerCallback):
+    """Has the Trainer learn the masks of a converted model by straight-through, as ``MaskOptimizer`` moves them.
+
+    ``learning_rate`` is that of the logits, 0.3 say, and follows the Trainer's schedule. The Trainer's own optimizer
+    moves nothing: once slopes have been accumulated, averaged over processes, unscaled and clipped, the logits move by
+    them in its place. All other parameters are frozen while training runs. The masks of a step are drawn with the
+    Trainer's ``seed``.
+
+    What is logged beside the loss, and stands in ``state.log_history``: ``mask_moved``, the share of groups whose mask
+    is no longer that of the first step, and ``mask_flip_rate``, the share of groups whose draw leaves the N largest
+    logits. Checkpoints hold all that a run needs to go on with the same bits.
+
+    Args:
+        curvature, max_update, decay: as for ``StraightThrough``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. When a Trainer is made, or training begins: the model is not
+            converted or has adapters, the learning rate is so small that no mask would change, or the Trainer shards
+            the model, or runs it by DataParallel.
+    """
+
+    def __init__(self, *, curvature: float = 1.0, max_update: float = 2.0, decay: float = 0.9):
+        self._how = {"curvature": curvature, "max_update": max_update, "decay": decay}
+        # told here, not when training begins
+        MaskOptimizer(MaskedLinear(torch.zeros(1, 2), None, torch.zeros(1, 2), "1:2"), **self._how)
+        self._frozen: list[nn.Parameter] = []
+        self._hook = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        # ahead of the optimizer, and of the wrapper that waits for the gradient of all that requires one
+        self._freeze(model)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        for option, given in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
+            if given:
+                raise ValueError(f"{option}: expected none with MaskCallback, which needs whole layers, got {given!r}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"model: expected a process for each device, as torchrun starts them, got one for {args.n_gpu} devices"
+            )
+        self._freeze(model)
+        own = getattr(optimizer, "optimizer", optimizer)
+        _check_rate(masked_layers(model), own, state.max_steps)
+        if state.global_step == 0:
+            for counter_state in counter_states(model):
+                counter_state.seed.fill_(args.seed)
+        if self._hook is not None:
+            # of training that broke off
+            self._hook.remove()
+        self._masks = MaskOptimizer(model, **self._how)
+        self._hook = own.register_step_pre_hook(self._move)
+
+    def _freeze(self, model: nn.Module) -> None:
+        logits = {id(layer.logits) for layer in masked_layers(model).values()}
+        adapters = adapter_modules(model)
+        if adapters:
+            raise ValueError(
+                f"model: expected none with adapters, which MaskCallback would freeze, got {min(adapters)}; learn the "
+                "masks first"
+            )
+        for parameter in model.parameters():
+            if id(parameter) in logits:
+                parameter.requires_grad_()
+            elif parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
+    def on_step_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs) -> None:
+        scaler = getattr(optimizer, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        self._masks.slopes.loss_scale = scale / _batches(args, state, train_dataloader)
+
+    def _move(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """In the place of a step of the Trainer's optimizer, which finds no gradient then."""
+        # a fused optimizer is called with gradients that are not finite too, and told so
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf.item():
+            # for checkpoints, and from them
+            self._masks.state = optimizer.state
+            self._masks.move(optimizer.param_groups[0]["lr"])
+        self._masks.zero_grad()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            found = {"mask_moved": self._masks.moved(), "mask_flip_rate": self._masks.flip_rate()}
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._hook.remove()
+        self._masks.detach()
+        for parameter in self._frozen:
+            parameter.requires_grad_()
+        self._frozen.clear()
+
+
+def _batches(args, state, loader) -> int:
+    """How many batches the coming step takes: the last one of an epoch what is left."""
+    try:
+        per_epoch = len(loader)
+    except TypeError:
+        return args.gradient_accumulation_steps
+    most = args.gradient_accumulation_steps
+    steps = -(-per_epoch // most)
+    return min(most, per_epoch - state.global_step % steps * most)
+
+
+def _check_rate(layers: dict[str, MaskedLinear], optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Raise ValueError if a learning rate lets no mask change, as one that is meant for weights does not."""
+    group = optimizer.param_groups[0]
+    # a schedule may begin at 0
+    rate = float(group.get("initial_lr", group["lr"]))
+    gap = min(float(_gaps(layer).median()) for layer in layers.values())
+    if LARGE_SLOPE * rate * max(steps, 1000) < gap or rate <= 0:
+        raise ValueError(
+            f"learning_rate: expected one of logits, such as 0.3, got {rate:g}: in {steps} steps a logit would move by "
+            f"about {rate * steps:.2g}, and those of kept weights stand {gap:.2g} above those of dropped ones"
+        )
+
+
+@torch.no_grad()
+def _gaps(layer: MaskedLinear) -> torch.Tensor:
+    """Of each group the least kept logit less the largest dropped one."""
+    n, m = layer.pattern.n, layer.pattern.m
+    ordered = layer.logits.float().view(-1, m).sort(-1, descending=True).values
+    return ordered[:, n - 1] - ordered[:, n]
 
 
 class KeepMask(TrainerCallback):
@@ -17,8 +153,8 @@ class KeepMask(TrainerCallback):
         pattern: "N:M" or NMPattern, which the model follows when training begins.
 
     Warns:
-        UserWarning: at the beginning of training, if the weights of all these layers are frozen, as ``finalize`` leaves
-            them.
+        UserWarning: at the beginning of training, of layers that do not follow the pattern and are left out, the output
+            head apart; and if the weights of all layers that follow it are frozen, as ``finalize`` leaves them.
 
     Raises:
         TypeError, ValueError: ``pattern`` is no pattern; at the beginning of training, no layer follows it.
@@ -29,6 +165,14 @@ class KeepMask(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.kept = KeptZeros(model, self.pattern)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        left_out = [name for name in self.kept.left_out if model.get_submodule(name) is not head]
+        if left_out:
+            warnings.warn(
+                f"KeepMask: {len(self.kept.layers)} layers follow {self.pattern} and are held to it, {len(left_out)} "
+                f"do not and are left out: {', '.join(left_out)}",
+                stacklevel=2,
+            )
         if not any(layer.weight.requires_grad for layer in self.kept.layers.values()):
             warnings.warn(
                 f"KeepMask: expected layers that train, got {len(self.kept.layers)} frozen ones; call requires_grad_() "

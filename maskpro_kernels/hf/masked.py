@@ -16,6 +16,7 @@ from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
 from .stored_files import (
+    HOW_TO_LOAD,
     check_all_stored,
     check_names,
     check_own_settings,
@@ -38,6 +39,7 @@ class MaskedConfig(QuantizationConfigMixin):
         layers: ``pattern`` and ``layer``, the id in the counter, of each MaskedLinear by name.
         taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
         format, version: of what is stored.
+        loading: for who reads the checkpoint without this package: what transformers needs to load it.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or of a format or version that this release does not know.
@@ -49,6 +51,7 @@ class MaskedConfig(QuantizationConfigMixin):
         taken_apart: Sequence[str] = (),
         format: str = MASKED_FORMAT,
         version: int = MASKED_VERSION,
+        loading: str = HOW_TO_LOAD,
         **others,
     ):
         self.quant_method = MASKED_METHOD
@@ -61,7 +64,7 @@ class MaskedConfig(QuantizationConfigMixin):
             NMPattern(layer["pattern"])
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.taken_apart = check_names("taken_apart", taken_apart)
-        self.format, self.version = format, version
+        self.format, self.version, self.loading = format, version, loading
 
     @classmethod
     def of(cls, layers: Mapping[str, MaskedLinear], taken_apart: Sequence[str]) -> MaskedConfig:

@@ -15,6 +15,7 @@ from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
 from .stored_files import (
+    HOW_TO_LOAD,
     check_all_stored,
     check_names,
     check_own_settings,
@@ -34,6 +35,7 @@ class PackedConfig(QuantizationConfigMixin):
         patterns: names of the packed nn.Linear modules, by "N:M".
         taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
         format, version: of what is stored.
+        loading: for who reads the checkpoint without this package: what transformers needs to load it.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or of a format or version that this release does not know.
@@ -45,6 +47,7 @@ class PackedConfig(QuantizationConfigMixin):
         taken_apart: Sequence[str] = (),
         format: str = PACKED_FORMAT,
         version: int = PACKED_VERSION,
+        loading: str = HOW_TO_LOAD,
         **others,
     ):
         self.quant_method = PACKED_METHOD
@@ -53,7 +56,7 @@ class PackedConfig(QuantizationConfigMixin):
             raise TypeError(f"quantization_config: expected names of modules by pattern, got {patterns!r}")
         self.patterns = {str(NMPattern(pattern)): list(names) for pattern, names in patterns.items()}
         self.taken_apart = check_names("taken_apart", taken_apart)
-        self.format, self.version = format, version
+        self.format, self.version, self.loading = format, version, loading
 
     @classmethod
     def of(cls, layers: Mapping[str, NMLinear], taken_apart: Sequence[str]) -> PackedConfig:

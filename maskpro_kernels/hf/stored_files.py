@@ -10,6 +10,8 @@ from torch import nn
 
 from ..linear_form import as_linears
 
+HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
+
 
 def bare_name(name: str, model: nn.Module) -> str:
     """Without what a model with a head puts before the names of its base model, as transformers matches them."""

@@ -14,6 +14,7 @@ from ..counter import NO_COUNTER, Counter, MaskSource
 from ..pattern import code_dtype
 from . import reference
 from .dispatch import kernels, quick_op, run_reference, scalar, uses_kernels, without_autocast
+from .onnx_graph import refuse_in_onnx_export
 
 COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
 MASK = (
@@ -146,6 +147,7 @@ def _masked_linear(x, weight, bias, log_prob, *mask):
 
 @torch.library.register_fake("maskpro::masked_linear")
 def _(x, weight, bias, log_prob, *_):
+    refuse_in_onnx_export()
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import ops
 from ..counter import MaskSource
-from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
 from ..ranks import Ranks
 from .estimator import Estimator, Option, StepResult
 from .fisher import FisherSquares
+from .normalized_steps import descend_by_rms, folded
 from .number_checks import check_float, check_whole
 from .step import Step
 from .weight_learning import WeightLearner, check_weights
@@ -411,18 +411,10 @@ class LayerUpdater:
         self.latest = self.slopes = self.weight_grad = self.backward_pass = self.fisher = None
 
     def _descend(self, logits: Tensor, descend: Callable[[Tensor], Tensor]) -> None:
-        def at_rate(rate: float) -> Tensor:
-            return descend(torch.full((), rate, dtype=torch.float32, device=self.layer.weight.device))
-
         # ahead of the logits, by which the mask of the step is drawn
         of = self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter()
         codes = None if self.learner is None else ops.sample_mask(logits, *of)
-        square = self.mean_square
-        if square is None:
-            # at a rate of 0 nothing moves
-            square = float(at_rate(0.0))
-        usable = math.isfinite(square) and square > 0.0
-        self.latest = at_rate(min(self.lr / math.sqrt(square), FLOAT32_MAX) if usable else 0.0)
+        self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
         if self.learner is not None:
             # behind the slope, which is taken at the weights of the forward
             self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)
@@ -430,7 +422,4 @@ class LayerUpdater:
 
     def fold(self, square: float) -> None:
         self.finite = math.isfinite(square)
-        if not self.finite or square == 0.0:
-            return
-        old = square if self.mean_square is None else self.mean_square
-        self.mean_square = self.how.decay * old + (1.0 - self.how.decay) * square
+        self.mean_square = folded(self.mean_square, square, self.how.decay)
