@@ -79,13 +79,14 @@ def device_of_logits(device: torch.device | str) -> torch.device:
     return found
 
 
-def check_in_memory(argument: str, layer: nn.Module, name: str = "weight") -> None:
-    """Raise ValueError unless a layer's weight lies on its device as a whole."""
-    if layer.weight.is_meta:
+def check_in_memory(argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None) -> None:
+    """Raise ValueError unless a layer's weight, by default ``layer.weight``, lies on its device as a whole."""
+    weight = layer.weight if weight is None else weight
+    if weight.is_meta:
         offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
         cure = "accelerate offloads it, give it a device in device_map" if offloads else "load it first"
         raise ValueError(f"{argument}: expected weights in memory, got {name} on meta: {cure}")
-    if hasattr(layer.weight, "to_local"):
+    if hasattr(weight, "to_local"):
         raise ValueError(
             f"{argument}: expected plain tensors as weights, got a DTensor in {name}: give its local shard to "
             f"MaskedLinear, with shard_counter"

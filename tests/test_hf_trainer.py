@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.architectures import loss_of, tiny
 from helpers.bits import assert_same_bits
 from helpers.tiny_llama import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -43,8 +44,8 @@ def sparse(pattern: str = "2:4"):
 
 def counts(model, pattern) -> list[torch.Tensor]:
     """Of each group of each layer the weights that are not zero."""
-    kept = KeptZeros(sparse(pattern), pattern).layers
-    return [(model.get_submodule(name).weight.view(-1, mk.NMPattern(pattern).m) != 0).sum(1) for name in kept]
+    kept = KeptZeros(sparse(pattern), pattern).held
+    return [(model.get_parameter(name).view(-1, mk.NMPattern(pattern).m) != 0).sum(1) for name in kept]
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
@@ -75,8 +76,27 @@ def test_a_model_that_follows_no_pattern_is_refused(tmp_path):
 def test_layers_that_are_all_frozen_are_told(tmp_path):
     model = tiny_model()
     mk.convert(model, "2:4")
-    with pytest.warns(UserWarning, match="KeepMask: expected layers that train, got 14 frozen ones"):
+    with pytest.warns(UserWarning, match="KeepMask: expected weights that train, got 14 frozen ones"):
         trained(mk.finalize(model), tmp_path, steps=1, callbacks=[KeepMask("2:4")])
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "gpt-oss", "torch TransformerEncoder"])
+def test_matrices_of_other_modules_are_held_too(name):
+    model, batch = tiny(name)
+    mk.convert(model, "2:4")
+    mk.finalize(model).requires_grad_()
+    kept = KeptZeros(model, "2:4")
+    held = {key: matrix.get().clone() for key, matrix in kept.held.items()}
+    linears = {f"{key}.weight" for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert kept.held.keys() > linears - {"lm_head.weight", "head.weight"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    loss_of(model, batch).backward()
+    optimizer.step()
+    assert any((matrix.get()[held[key] == 0] != 0).any() for key, matrix in kept.held.items())
+    kept.restore()
+    for key, matrix in kept.held.items():
+        assert ((matrix.get().reshape(-1, 4) != 0).sum(1) == 2).all()
+        assert torch.equal(matrix.get() == 0, held[key] == 0)
 
 
 def test_groups_with_fewer_than_n_keep_n():
@@ -245,10 +265,10 @@ def test_layers_that_do_not_follow_the_pattern_are_told(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     mk.convert(model, "2:4", targets=["*.mlp.*"])
     mk.finalize(model).requires_grad_()
-    with pytest.warns(UserWarning, match="KeepMask: 6 layers follow 2:4 and are held to it, 8 do not .*: model."):
+    with pytest.warns(UserWarning, match="KeepMask: 6 matrices follow 2:4 and are held to it, 8 do not .*: model."):
         trained(model, tmp_path, steps=1, callbacks=[KeepMask("2:4")])
     left_out = KeptZeros(model, "2:4").left_out
-    assert len(left_out) == 9 and "of its groups have more than 2 that are not zero" in left_out["lm_head"]
+    assert len(left_out) == 9 and "of its groups have more than 2 that are not zero" in left_out["lm_head.weight"]
 
 
 def test_training_that_broke_off_begins_again(tmp_path):

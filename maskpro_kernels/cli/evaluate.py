@@ -55,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _texts(args: argparse.Namespace, folder: Path, run: Mapping | None) -> tuple[Texts, dict[str, Source]]:
-    """(what reads texts, the texts to evaluate): those of ``--data``, else of the run; none of a model with tasks alone.
+    """(what reads texts, those of ``--data``, else of the run); none of a model that is given tasks alone.
 
     Raises:
         ValueError, OSError: if there is none, or one cannot be read.

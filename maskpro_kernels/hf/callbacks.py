@@ -166,16 +166,16 @@ class KeepMask(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.kept = KeptZeros(model, self.pattern)
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        left_out = [name for name in self.kept.left_out if model.get_submodule(name) is not head]
+        left_out = [name for name in self.kept.left_out if model.get_submodule(name.rpartition(".")[0]) is not head]
         if left_out:
             warnings.warn(
-                f"KeepMask: {len(self.kept.layers)} layers follow {self.pattern} and are held to it, {len(left_out)} "
+                f"KeepMask: {len(self.kept.held)} matrices follow {self.pattern} and are held to it, {len(left_out)} "
                 f"do not and are left out: {', '.join(left_out)}",
                 stacklevel=2,
             )
-        if not any(layer.weight.requires_grad for layer in self.kept.layers.values()):
+        if not any(matrix.get().requires_grad for matrix in self.kept.held.values()):
             warnings.warn(
-                f"KeepMask: expected layers that train, got {len(self.kept.layers)} frozen ones; call requires_grad_() "
+                f"KeepMask: expected weights that train, got {len(self.kept.held)} frozen ones; call requires_grad_() "
                 "of the model before the Trainer is made",
                 stacklevel=2,
             )

@@ -10,10 +10,11 @@ A new form is a class like those, and an entry in ``FORMS``.
 
 from .attention import SplitAttention
 from .experts import expert_groups
-from .rewriting import FORMS, Rewriting, as_built, as_linears, in_linear_form, matrices, taken_apart
+from .rewriting import FORMS, Matrix, Rewriting, as_built, as_linears, in_linear_form, matrices, taken_apart
 
 __all__ = [
     "FORMS",
+    "Matrix",
     "Rewriting",
     "SplitAttention",
     "as_built",

@@ -37,7 +37,7 @@ class Form(ABC):
 
     @abstractmethod
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
-        """What gives the matrices of a module as views [..., K], by the names of the parameters that hold them."""
+        """What gives the matrices of a module, not taken apart, as views [..., K], by the names of its parameters."""
 
     @abstractmethod
     def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -93,18 +94,27 @@ def as_built(model: nn.Module) -> None:
     replace_modules(model, back)
 
 
-def matrices(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """What gives the matrices of a model that can have a mask as views [..., K], by the names of their parameters.
+class Matrix(NamedTuple):
+    """A parameter of a model that can have a mask.
 
-    Those of nn.Linear layers, and of modules that can be taken apart. Each call looks the parameter up again.
+    Attributes:
+        module: that holds it.
+        get: gives it as a view [..., K], looked up anew.
     """
+
+    module: nn.Module
+    get: Callable[[], Tensor]
+
+
+def matrices(model: nn.Module) -> dict[str, Matrix]:
+    """Those of nn.Linear layers, and of modules that can be taken apart, by the names of the parameters."""
     found = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, nn.Linear):
-            found[f"{prefix}weight"] = partial(getattr, module, "weight")
+            found[f"{prefix}weight"] = Matrix(module, partial(getattr, module, "weight"))
         for form in _built(module):
-            found |= {f"{prefix}{own}": get for own, get in form.matrices(module).items()}
+            found |= {f"{prefix}{own}": Matrix(module, get) for own, get in form.matrices(module).items()}
     return found
 
 

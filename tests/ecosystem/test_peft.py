@@ -127,7 +127,7 @@ def test_a_merge_into_a_dense_export_keeps_its_zeros():
     zeros = plain.get_submodule(LAYER).weight == 0
     model = get_peft_model(plain, config())
     kept = KeptZeros(model, "2:4")
-    assert len(kept.layers) == 14 and not any("lora_" in name for name in kept.layers)
+    assert len(kept.held) == 14 and not any("lora_" in name for name in kept.held)
     train(model)
     merged = model.merge_and_unload()
     # the fault that it is there for

@@ -71,7 +71,7 @@ def test_zeros_stay(tmp_path):
     tuned(model, tmp_path, [KeepMask("2:4")])
     now = model.get_submodule(LAYER).weight
     assert torch.equal(now == 0, zeros) and not torch.equal(now, before)
-    assert len(KeptZeros(model, "2:4").layers) == 14
+    assert len(KeptZeros(model, "2:4").held) == 14
 
 
 def test_packed_values_learn(tmp_path):
