@@ -12,6 +12,7 @@ EXTRAS = {
     "data": ("datasets",),
     "peft": ("peft",),
     "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
 }
 
 

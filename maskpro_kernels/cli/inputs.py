@@ -23,7 +23,7 @@ from ..text.mixture import (
     turns,
 )
 from .arguments import device_of, telling
-from .models import load, windows_of
+from .models import checkpoint_activations, device_of_inputs, load, load_spread, windows_of
 from .progress import tell
 from .run_samples import run_samples
 
@@ -84,7 +84,7 @@ def read_inputs(args: argparse.Namespace, ranks: Ranks) -> Inputs:
             # without a text to look at: the first samples are not learned from
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
             inputs.tests = {"perplexity": test, **inputs.tests}
-        windows[SELF] = own.to(device_of(args.device))
+        windows[SELF] = own.to(device_of_inputs(inputs.model))
     calibration = _batches(args, windows)
     inputs.initial_batches, inputs.calibration = calibration[: args.init_batches], calibration[: _learned_from(args)]
     return inputs
@@ -96,11 +96,8 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
     if hasattr(args, "other_data"):
         with telling("other_data"):
             other = load_text(args.other_data)["test"]
-    device = device_of(args.device)
-    model, tokenizer = load(args.model, args.dtype, device, args.bars)
-    with telling("model", "take another --pattern, --dtype or model"):
-        # told now, not after the evaluation of the dense model
-        layers_to_convert(model, args.pattern)
+    model, tokenizer = _model(args)
+    device = device_of_inputs(model)
     tests, validation = {}, torch.empty(0)
     if texts:
         tests["perplexity"] = evaluation_windows(args, texts, "test", model, tokenizer)
@@ -116,6 +113,26 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
         # before minutes of drawing samples
         check_windows(parse_sources(args.data), windows, args.batch_size)
     return Inputs(model, tokenizer, tests, validation, (), ()), windows
+
+
+def _model(args: argparse.Namespace):
+    """(model, tokenizer) on the devices of a run."""
+    if hasattr(args, "device_map"):
+        model, tokenizer = load_spread(args.model, args.dtype, args.device_map, args.bars)
+        offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+        if offloaded is not None:
+            raise ValueError(
+                f"device_map: expected a device that computes for each weight, got {offloaded} offloaded, where no "
+                "mask can be learned; give another map, or a machine with more memory"
+            )
+    else:
+        model, tokenizer = load(args.model, args.dtype, device_of(args.device), args.bars)
+    with telling("model", "take another --pattern, --dtype or model"):
+        # told now, not after the evaluation of the dense model
+        layers_to_convert(model, args.pattern)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model, tokenizer
 
 
 def _telling_windows() -> AbstractContextManager:

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from ..files import write_whole
 from ..ranks import MissingRanks, Ranks
 from ..report.parting import told
-from ..report.tensorboard import Scalars
 from ..training.estimator import Estimator
 from ..training.snapshots import snapshots_in
 from ..training.step import LossFn, StepRecord
@@ -32,7 +31,6 @@ from .run_files import (
     SETTINGS,
     START_WEIGHTS,
     TEACHER,
-    TENSORBOARD,
     VALIDATION,
     how_to_go_on,
     read_metrics,
@@ -40,6 +38,7 @@ from .run_files import (
 )
 from .run_settings import parallel_of, stored_settings
 from .signals import Signals
+from .trackers import open_trackers
 from .unbegun import clear_unbegun
 
 # Steps in a row whose loss or gradient may not be finite
@@ -195,19 +194,19 @@ class LearningRun:
 
     def _run_and_tell(self, signals: Signals) -> None:
         """Take steps on rank 0: tell them, evaluate between them, and keep the logits where an error comes."""
-        lines = StepLines(self.args.steps, self.trainer.steps_done)
-        board = nullcontext()
-        if hasattr(self.args, "tensorboard"):
-            board = closing(Scalars(self.output / TENSORBOARD, self.trainer.steps_done, self.validation.rows))
-        with board as scalars:
+        lines, done = StepLines(self.args.steps, self.trainer.steps_done), self.trainer.steps_done
+        with ExitStack() as stack:
+            settings = stored_settings(self.args) | {"output": str(self.output)}
+            with telling("report_to", f"{how_to_go_on(self.output)} --report-to none"):
+                trackers = open_trackers(self.args, settings, done, self.validation.rows, stack)
 
             def after_step(record: StepRecord) -> bool:
                 step = record.step + 1
                 found = self.validation.add(step, self._tokens_done()) if self.validation.due(step) else None
                 if not self.args.bars:
                     lines.add(record, found)
-                if scalars is not None:
-                    scalars.add(record, self.validation.rows)
+                for tracker in trackers:
+                    tracker.add(record, self.validation.rows)
                 return self.validation.risen() or signals.came
 
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,16 +12,33 @@ from .arguments import DTYPES, telling
 
 
 def load(name: str, dtype: str, device: torch.device, bars: bool):
-    """(model, tokenizer), see ``hf.load_model``.
+    """(model, tokenizer) on a device, see ``hf.load_model``.
 
     Args:
         bars: whether transformers draws its bars, here and when the model is saved.
     """
+    model, tokenizer = load_spread(name, dtype, None, bars)
+    return model.to(device), tokenizer
+
+
+def load_spread(name: str, dtype: str, device_map: str | Mapping | None, bars: bool):
+    """The same, spread over devices by the ``device_map`` of ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
     show_bars(bars)
-    model, tokenizer = load_model(name, DTYPES[dtype])
-    return model.to(device), tokenizer
+    return load_model(name, DTYPES[dtype], device_map)
+
+
+def device_of_inputs(model: torch.nn.Module) -> torch.device:
+    """Where the tokens of a model belong, which may be spread over several devices."""
+    return model.get_input_embeddings().weight.device
+
+
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Have a model compute its activations anew in backward, see ``hf.checkpoint_activations``."""
+    from ..hf import checkpoint_activations
+
+    checkpoint_activations(model)
 
 
 def is_path_of_model(name: str) -> bool:

@@ -9,9 +9,10 @@ import torch
 from ..pruning.initial_masks import INITIAL_MASKS
 from ..text.losses import KINDS
 from ..training.sharing import PARALLEL
-from .arguments import DTYPE, DTYPES, number, whole
+from .arguments import DEVICE_MAPS, DTYPE, DTYPES, device_map, number, whole
 from .changed_weights import REFITTED
 from .compare import compare
+from .config_file import BESIDE_RESUME, ConfigFile
 from .estimator_options import add_estimators, journaled, run_default
 from .evaluate import evaluate
 from .export import export
@@ -19,8 +20,9 @@ from .import_checkpoint import import_
 from .learn import learn
 from .progress import tell_as
 from .replay import replay
-from .run_files import TENSORBOARD
+from .run_files import SETTINGS
 from .run_settings import DATA, SAMPLES
+from .trackers import NONE, TRACKERS
 from .validate import validate
 from .versions import versions
 
@@ -58,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--version",
         action=_Versions,
         nargs=0,
+        default=argparse.SUPPRESS,
         help="print the versions of this package and of what it runs on",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -82,6 +85,13 @@ def _add_learn(commands) -> None:
         formatter_class=SHOW,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--config",
+        action=ConfigFile,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help=f"JSON file of options by name, such as {SETTINGS} of a run; options of the command line go before",
+    )
     _add_model(parser, required=False)
     _add_data(parser, f"what to learn from: {LIST}; self: samples of the dense model (default: {DATA})")
     parser.add_argument(
@@ -98,8 +108,8 @@ def _add_learn(commands) -> None:
         "--resume",
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="continue the interrupted run in DIR with its settings; only --device, --parallel and --quiet may stand "
-        "beside it",
+        help="continue the interrupted run in DIR with its settings; beside it may stand what does not change the "
+        f"result: {', '.join(BESIDE_RESUME)}",
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     _add_initial_mask(parser)
@@ -108,7 +118,7 @@ def _add_learn(commands) -> None:
     _add_steps(parser)
     _add_watching(parser)
     _add_evaluation(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    _add_placement(parser)
     _add_quiet(parser)
     parser.set_defaults(run=learn)
 
@@ -213,10 +223,41 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         help="steps between validation perplexities (default: a fifth of the steps)",
     )
     parser.add_argument(
-        "--tensorboard",
-        action="store_true",
+        "--report-to",
+        nargs="+",
+        choices=(*TRACKERS, NONE),
         default=argparse.SUPPRESS,
-        help=f"write what each step sees for TensorBoard, into the folder {TENSORBOARD} of the output",
+        help="where each step is reported, one or several: tensorboard, into the folder tensorboard of the output; "
+        f"wandb, by its own environment variables; none (default: {NONE})",
+    )
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    """Where a run of ``learn`` computes, in which dtypes, and how it saves memory."""
+    devices = parser.add_mutually_exclusive_group()
+    _add_device(devices)
+    devices.add_argument(
+        "--device-map",
+        type=device_map,
+        default=argparse.SUPPRESS,
+        metavar="MAP",
+        help="instead of --device: spread the model over several, as transformers does: "
+        f"{', '.join(DEVICE_MAPS)}, or a JSON object of devices by modules; needs accelerate",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    parser.add_argument("--logits-dtype", choices=DTYPES, default="float32", help="dtype of the logits")
+    parser.add_argument(
+        "--logits-device",
+        default=argparse.SUPPRESS,
+        metavar="DEVICE",
+        help="where the logits live, such as cpu if a GPU has no room for them (default: with their weights)",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the activations between blocks alone, and compute the others anew in backward: less memory, more "
+        "time, the same bits",
     )
 
 
@@ -232,6 +273,7 @@ def _add_eval(commands) -> None:
     parser.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
     _add_data(parser, f"text whose test part is evaluated: {LIST} (default: that of the run)")
     _add_evaluation(parser)
+    _add_device(parser)
     _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
     _add_quiet(parser)
     parser.set_defaults(run=evaluate)
@@ -353,10 +395,9 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-windows", type=whole, default=24, metavar="W", help="test windows to evaluate, at most")
     parser.add_argument("--eval-length", type=whole, default=512, metavar="T", help="tokens in a test window")
-    _add_device(parser)
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs, such as cuda:0"
     )

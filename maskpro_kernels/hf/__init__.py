@@ -15,7 +15,7 @@ except ModuleNotFoundError:
 
 from .callbacks import KeepMask
 from .decoding import next_logits, preallocated_cache
-from .loading import SMOLLM2, load_model, save_model, show_bars
+from .loading import SMOLLM2, checkpoint_activations, load_model, save_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
 from .packed import PackedConfig, PackedQuantizer
 from .stored_layers import check_no_other_quantization, tell_config
@@ -28,6 +28,7 @@ __all__ = [
     "PackedConfig",
     "PackedQuantizer",
     "check_no_other_quantization",
+    "checkpoint_activations",
     "load_model",
     "next_logits",
     "preallocated_cache",

@@ -6,6 +6,7 @@ validation text, which is looked at every few steps and ends a run that gets wor
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -59,9 +60,19 @@ def command(report: Mapping) -> list[list[str]]:
         settings["gap"] = report["gap"]
     line = [["maskpro", "learn"]]
     for name, value in settings.items():
-        if value is not None:
-            line.append(["--" + name.replace("_", "-"), *([] if value is True else [str(value)])])
+        # false is the default of all that are switched on
+        if value is not None and value is not False:
+            line.append(["--" + name.replace("_", "-"), *_words(value)])
     return line
+
+
+def _words(value: object) -> list[str]:
+    """A setting as the command line takes it."""
+    if value is True:
+        return []
+    if isinstance(value, Mapping):
+        return [json.dumps(value)]
+    return [str(word) for word in value] if isinstance(value, list) else [str(value)]
 
 
 def _page(report: Mapping) -> str:

@@ -22,9 +22,10 @@ from .step import Step
 
 # What `maskpro learn` holds of every run beside the options of its estimator
 RUN_OPTIONS = frozenset(
-    "accumulate bars batch_size calibration_batches data device device_given dtype estimator eval_every eval_length "
-    "eval_windows flip_rate gap help init init_batches loss loss_temperature model other_data output parallel pattern "
-    "quiet refit resume run samples seed seq_len steps tensorboard".split()
+    "accumulate bars batch_size calibration_batches config data device device_map dtype estimator eval_every "
+    "eval_length eval_windows flip_rate gap given gradient_checkpointing help init init_batches logits_device "
+    "logits_dtype loss loss_temperature model other_data output parallel pattern quiet refit report_to resume run "
+    "samples seed seq_len steps".split()
 )
 
 

@@ -19,6 +19,7 @@ SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 2 --
 SOURCES = "--data text.txt --device cpu"
 RUN = "learn --estimator reinforce --model model --output out --dtype float32 --other-data pydoc"
 LEARN = f"{RUN} {SOURCES} {SIZES}"
+PLACED = f"{RUN} --data text.txt {SIZES}"
 EVAL = f"eval reinforce {SOURCES} --eval-length 24"
 RESUME = "learn --device cpu --resume killed-reinforce"
 HELP = "--help` tells what it takes"
