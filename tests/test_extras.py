@@ -86,7 +86,7 @@ def test_nothing_is_told_of_what_is_installed():
         (["learn", "--resume", "run"], ["matplotlib"], "cli"),
         (["eval", "m", "--data", "d"], ["transformers"], "hf"),
         (["export", "run", "out"], ["transformers"], "hf"),
-        (["import", "masks.npz", "out"], ["transformers"], "hf"),
+        (["import", "masks.npz", "--output", "out"], ["transformers"], "hf"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )

@@ -53,10 +53,10 @@ def check_device_map(value: object) -> None:
             f'{{"": "cuda:0"}}, got {value!r}'
         )
     for name, device in value.items():
-        with telling(f"device_map: {name!r}"):
-            if isinstance(device, bool) or not isinstance(device, (int, str)):
-                raise ValueError(f"expected a device, such as 0 or 'cuda:0', got {device!r}")
-            device_of(f"cuda:{device}" if isinstance(device, int) else device)
+        told = f"device_map: {name!r}"
+        if isinstance(device, bool) or not isinstance(device, (int, str)):
+            raise ValueError(f"{told}: expected a device, such as 0 or 'cuda:0', got {device!r}")
+        device_of(f"cuda:{device}" if isinstance(device, int) else device, told)
 
 
 @contextmanager
@@ -81,10 +81,10 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"{name}: expected at least {low}, got {getattr(args, name)}")
 
 
-def device_of(name: str) -> torch.device:
-    """The device of that name; ValueError where this machine has none."""
+def device_of(name: str, argument: str = "device") -> torch.device:
+    """The device of that name; ValueError, which begins with that of an argument, where this machine has none."""
     there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-    expected = f"device: expected a device of this machine, got {name!r}"
+    expected = f"{argument}: expected a device of this machine, got {name!r}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

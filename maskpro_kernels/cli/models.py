@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..text.data import windows
 from .arguments import DTYPES, telling
+
+if TYPE_CHECKING:
+    from ..hf import Origin
 
 
 def load(name: str, dtype: str, device: torch.device, bars: bool):
@@ -48,12 +53,38 @@ def is_path_of_model(name: str) -> bool:
     return name != SMOLLM2 and Path(name).exists()
 
 
-def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
-    """See ``hf.save_model``."""
+def hub_id(name: str) -> str | None:
+    """The id on the hub of a model that ``load`` takes from there, or whose weights are of there; None of a folder."""
+    from ..hf import SMOLLM2
+
+    if name == SMOLLM2:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return None if is_path_of_model(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+
+
+def check_saving(args: argparse.Namespace) -> None:
+    """Raise ValueError unless a checkpoint can be saved, and pushed to the hub, as options of ``add_saving`` say."""
+    from ..hf import check_login, check_repo_id, check_shard_size
+
+    if hasattr(args, "max_shard_size"):
+        check_shard_size(args.max_shard_size)
+    if hasattr(args, "push_to_hub"):
+        with telling("push_to_hub"):
+            check_repo_id(args.push_to_hub)
+            check_login()
+    elif hasattr(args, "private"):
+        raise ValueError("private: expected none without --push-to-hub, got it; leave it out")
+
+
+def save(model: torch.nn.Module, tokenizer, args: argparse.Namespace, origin: Origin) -> None:
+    """Into ``args.output``, as options of ``add_saving`` say, see ``hf.save_model``."""
     from ..hf import save_model
 
+    options = {"max_shard_size": args.max_shard_size} if hasattr(args, "max_shard_size") else {}
+    if hasattr(args, "push_to_hub"):
+        options |= {"push_to_hub": True, "repo_id": args.push_to_hub, "private": getattr(args, "private", None)}
     with telling("output"):
-        save_model(model, tokenizer, folder)
+        save_model(model, tokenizer, Path(args.output), origin=origin, **options)
 
 
 def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:

@@ -306,6 +306,7 @@ def _add_export(commands) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
     parser.add_argument("--to", choices=("dense", "packed"), default="dense", help="how the weights are stored")
     _add_dtype(parser, "dtype of the weights", "that of the run")
+    _add_saving(parser)
     _add_quiet(parser)
     parser.set_defaults(run=export)
 
@@ -336,19 +337,23 @@ def _add_import(commands) -> None:
         "import",
         help="checkpoint from another program's files",
         description="Write a checkpoint with exact zeros or with packed weights from: a folder in compressed-tensors' "
-        "sparse-24-bitmask format; a folder whose weights hold zeros in the pattern; or, with --model, learned masks: "
-        "an .npz file of MaskLLM, or bool masks of MaskPro in a .pt file or a folder of them.",
+        "formats sparse-24-bitmask or dense; a folder whose weights hold zeros in the pattern; or, with --model, "
+        "learned masks: an .npz file of MaskLLM, or masks in a .pt file or a folder of them, as MaskLLM and MaskPro "
+        "write them. Each may also be an id on the hub.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder or file to read")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    parser.add_argument("source", metavar="SOURCE", help="folder or file to read, or an id on the hub, owner/name")
+    parser.add_argument(
+        "--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write; must be new or empty"
+    )
     parser.add_argument(
         "--model", default=argparse.SUPPRESS, help="for masks: the model they belong to, as in `maskpro learn --model`"
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="pattern of the weights or masks")
     parser.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
     _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
+    _add_saving(parser)
     _add_quiet(parser)
     parser.set_defaults(run=import_)
 
@@ -381,6 +386,21 @@ def _add_data(parser: argparse.ArgumentParser, help: str) -> None:
 
 def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
+
+
+def _add_saving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-shard-size",
+        default=argparse.SUPPRESS,
+        metavar="SIZE",
+        help="split weights into files of at most this size, such as 5GB (default: that of transformers, 50GB)",
+    )
+    parser.add_argument(
+        "--push-to-hub", default=argparse.SUPPRESS, metavar="REPO", help="also upload the checkpoint, as owner/name"
+    )
+    parser.add_argument(
+        "--private", action="store_true", default=argparse.SUPPRESS, help="with --push-to-hub: a private repository"
+    )
 
 
 def _add_quiet(parser: argparse.ArgumentParser) -> None:

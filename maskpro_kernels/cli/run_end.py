@@ -24,6 +24,7 @@ from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
 from .inputs import Inputs
 from .models import save
+from .origins import origin_of_run
 from .perplexities import table_row
 from .progress import tell
 from .run_files import (
@@ -68,7 +69,7 @@ def write_results(
     groups = _groups_of(model, output / PROGRESS, pattern)
     records = read_metrics(output / PROGRESS)
 
-    save(finalize(model), inputs.tokenizer, output)
+    save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
     if any(record["residual"] is not None for record in records):
         draw_residual(records, output / RESIDUAL_PICTURE)

@@ -93,8 +93,7 @@ def check_process(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
     else:
         device_of(args.device)
     if hasattr(args, "logits_device"):
-        with telling("logits_device"):
-            device_of(args.logits_device)
+        device_of(args.logits_device, "logits_device")
     if not isinstance(args.gradient_checkpointing, bool):
         raise TypeError(f"gradient_checkpointing: expected true or false, got {args.gradient_checkpointing!r}")
     if args.gradient_checkpointing and not class_of(args).needs_gradients:

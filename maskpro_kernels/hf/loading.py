@@ -1,4 +1,4 @@
-"""Loading and saving causal language models with their tokenizers."""
+"""Loading causal language models with their tokenizers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from transformers import (
 from transformers.utils import logging
 
 from ..extras import missing
-from ..files import disk_errors, open_to_others
-from .stored_layers import check_can_be_stored, tell_config
 
 SMOLLM2 = "smollm2-135m"
 
@@ -149,30 +147,6 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def show_bars(wanted: bool) -> None:
     """Whether transformers draws bars while it loads and saves, in this process."""
     (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes a checkpoint (config, safetensors weights, tokenizer) that ``from_pretrained(folder)`` loads.
-
-    Packed weights and logits are written as such, with the ``quantization_config`` by which they are loaded.
-
-    Raises:
-        ValueError: if the model has both masked and packed layers, or shards of layers.
-        OSError: if a file cannot be written.
-    """
-    check_can_be_stored(model)
-    tell_config(model)
-    with disk_errors(folder):
-        model.save_pretrained(folder)
-    for path in Path(folder).glob("*.safetensors"):
-        open_to_others(path)
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        # tokenizers raises no other for a full disk
-        if type(error) is Exception:
-            raise OSError(f"{folder}: {error}") from error
-        raise
 
 
 def _load_smollm2(

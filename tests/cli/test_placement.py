@@ -123,7 +123,7 @@ def test_logits_on_another_device(inputs, run, tmp_path, monkeypatch):
         return step(trainer)
 
     monkeypatch.setattr(MaskTrainer, "step", looked_at)
-    monkeypatch.setattr("maskpro_kernels.cli.run_settings.device_of", torch.device)
+    monkeypatch.setattr("maskpro_kernels.cli.run_settings.device_of", lambda name, _="": torch.device(name))
     assert main.main(learn(inputs, tmp_path / "run", "--logits-device", "far")) == 0
     assert seen == {"far"} and library
     assert_same_bits(learned(tmp_path / "run"), learned(run))

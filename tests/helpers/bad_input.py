@@ -85,7 +85,7 @@ CASES = {
     "a map to a device that is not there": (
         f'{PLACED} --device-map {{"":"cuda:99"}}',
         None,
-        "device_map: '': device: expected a device of this machine, got 'cuda:99'",
+        "device_map: '': expected a device of this machine, got 'cuda:99'",
         "there is cpu",
     ),
     "a map to the disk": (f'{PLACED} --device-map {{"":"disk"}}', None, "of this machine, got 'disk'", "there is cpu"),
@@ -106,7 +106,7 @@ CASES = {
     "logits nowhere": (
         f"{LEARN} --logits-device abacus",
         None,
-        "logits_device: device: expected a device of this machine, got 'abacus'",
+        "logits_device: expected a device of this machine, got 'abacus'",
         "there is cpu",
     ),
     "checkpointing without a backward": (
@@ -527,41 +527,107 @@ CASES = {
     "a replay into nowhere": ("replay reinforce --output none/x", None, "a folder that exists", "make it first"),
     "a replay elsewhere": ("replay reinforce --device cuda:99", None, "a device of this machine", "there is cpu"),
     # import and validate
-    "import of nothing": ("import none out", None, "source: expected a file or folder", "there is none of that name"),
-    "import of masks alone": ("import text.txt out", None, "expected the model that the masks", "add --model"),
+    "import of nothing": (
+        "import none --output out",
+        None,
+        "source: expected a file, a folder or an id",
+        "there is none of that name",
+    ),
+    "import into nowhere": ("import model", None, "output: expected --output, the folder to write", "got none"),
+    "import of an id that cannot be reached": (
+        "import owner/masks --output out --model model",
+        None,
+        "source: expected an id on the hub that can be reached, got 'owner/masks'",
+        "there is no file or folder of that name; of an id on the hub check the name and the login",
+    ),
+    "import of a checkpoint that cannot be reached": (
+        "import owner/sparse --output out",
+        None,
+        "source: expected an id on the hub that can be reached, got 'owner/sparse'",
+        "check the name and the login",
+    ),
+    "import of another format": (
+        "import model --output out",
+        edited(
+            "model/config.json", quantization_config={"quant_method": "compressed-tensors", "format": "pack-quantized"}
+        ),
+        "checkpoint: expected weights in the format sparse-24-bitmask or dense of compressed-tensors, got the format "
+        "pack-quantized",
+        "decompress it with compressed-tensors first",
+    ),
+    "import of quantized weights": (
+        "import model --output out",
+        edited(
+            "model/config.json",
+            quantization_config={"quant_method": "compressed-tensors", "format": "dense", "config_groups": {"a": {}}},
+        ),
+        "of compressed-tensors, got quantized weights",
+        "decompress it with compressed-tensors first",
+    ),
+    "import of masks that are shares": (
+        "import m.pt --output out --model model",
+        lambda place: torch.save({f"{Q}.mask": torch.full((32, 32), 0.5)}, place / "m.pt"),
+        "masks: expected 0 and 1, or false and true, alone",
+        Q,
+    ),
+    "shards of nothing": (
+        "import reinforce --output out --max-shard-size 5XB",
+        None,
+        "max_shard_size: expected bytes, or a whole number with its unit",
+        "got '5XB'",
+    ),
+    "a push to no name": (
+        "import reinforce --output out --push-to-hub a/b/c",
+        None,
+        "push_to_hub: repo_id: expected a name such as owner/name, got 'a/b/c'",
+        "owner/name",
+    ),
+    "a push to a hub out of reach": (
+        "export reinforce out --push-to-hub a/b",
+        None,
+        "push_to_hub: ",
+        "hub",
+    ),
+    "privacy of nothing": ("export reinforce out --private", None, "private: expected none without --push", "leave it"),
+    "import of masks alone": ("import text.txt --output out", None, "expected the model that the masks", "add --model"),
     "import of a dense model": (
-        "import model out",
+        "import model --output out",
         None,
         "pattern: expected one that some layer follows",
         "`maskpro validate`",
     ),
     "import of no masks": (
-        "import text.txt out --model model",
+        "import text.txt --output out --model model",
         None,
-        "masks: expected a file of bool masks",
+        "masks: expected a file of masks",
         "which is damaged or holds more than tensors",
     ),
     "import of torn arrays": (
-        "import m.npz out --model model",
+        "import m.npz --output out --model model",
         write("m.npz", "PK"),
         "masks: expected an .npz file of MaskLLM",
         "which is damaged or of another kind",
     ),
     "import of another archive": (
-        "import m.npz out --model model",
+        "import m.npz --output out --model model",
         archived("m.npz"),
         "masks: expected an .npz file of MaskLLM",
         "flat uint8 arrays expected, config.json is none",
     ),
     "import of masks in torch's older form, torn": (
-        "import m.pt out --model model",
+        "import m.pt --output out --model model",
         torn_masks("m.pt"),
-        "masks: expected a file of bool masks",
+        "masks: expected a file of masks",
         "which is damaged or holds more than tensors",
     ),
-    "import into a full folder": ("import model reinforce", None, "expected a new or empty folder", "give another"),
+    "import into a full folder": (
+        "import model --output reinforce",
+        None,
+        "expected a new or empty folder",
+        "give another",
+    ),
     "import of torn weights": (
-        "import model out",
+        "import model --output out",
         cut("model/model.safetensors"),
         "a whole safetensors file",
         "copy or download it again",

@@ -44,7 +44,7 @@ def edit(path, **changes):
     """Change values of a JSON file, of a dict in it those that are given."""
     content = json.loads(path.read_text())
     for name, value in changes.items():
-        content[name] = content[name] | value if isinstance(value, dict) else value
+        content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
     path.write_text(json.dumps(content))
 
 
