@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from ..text.mixture import (
     texts_of,
     turns,
 )
+from ..training.memory import MemoryNeed
 from .arguments import device_of, telling
 from .models import checkpoint_activations, device_of_inputs, load, load_spread, windows_of
 from .progress import tell
@@ -30,7 +31,7 @@ from .run_samples import run_samples
 
 @dataclass
 class Inputs:
-    """A model, its tokenizer, and windows of tokens by their use."""
+    """A model, its tokenizer, windows of tokens by their use, and the memory that steps will take."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -38,6 +39,7 @@ class Inputs:
     validation: torch.Tensor
     initial_batches: Sequence[torch.Tensor]
     calibration: Sequence[torch.Tensor]
+    memory: MemoryNeed | None = None
 
 
 def load_texts(data: str) -> dict[str, dict[str, str]]:
@@ -69,13 +71,19 @@ def evaluation_windows(
     return torch.cat(found)
 
 
-def read_inputs(args: argparse.Namespace, ranks: Ranks) -> Inputs:
+def read_inputs(args: argparse.Namespace, ranks: Ranks, need_of: Callable[[torch.nn.Module], MemoryNeed]) -> Inputs:
     """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
+
+    Args:
+        args: of ``learn``, complete.
+        ranks: that learn together.
+        need_of: gives the memory that a run on a model takes; rank 0 calls it as soon as the model is there.
 
     Raises:
         ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
     """
     inputs, windows = ranks.all_of(lambda: _read(args))
+    inputs.memory = ranks.first(lambda: need_of(inputs.model))
     if SELF in dict(parse_sources(args.data)):
         held_out = 0 if windows else args.eval_windows
         wanted = _samples(args) + 2 * held_out

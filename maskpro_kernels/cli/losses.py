@@ -31,12 +31,17 @@ def complete_loss(args: argparse.Namespace) -> None:
         )
 
 
+def changes_weights(args: argparse.Namespace) -> bool:
+    """Whether the weights of a run change, so that the dense model will be gone."""
+    return args.refit != "none" or getattr(args, "train_weights", None) is not None
+
+
 def loss_of(args: argparse.Namespace) -> LossFn:
     """The loss of complete settings. Where weights will change, it has a cache of the teacher in the run's folder."""
     if args.loss == "ce":
         return distillation_loss("ce")
     cache = None
-    if args.refit != "none" or getattr(args, "train_weights", None) is not None:
+    if changes_weights(args):
         cache = TeacherCache(folder=Path(args.output) / PROGRESS / TEACHER)
     return distillation_loss(args.loss, args.loss_temperature, cache=cache)
 

@@ -9,7 +9,7 @@ other packages offer by an entry point in the group ``maskpro_kernels.estimators
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
@@ -62,6 +62,18 @@ class RunDefaults(NamedTuple):
     gap: float = 15.0
     calibration_batches: int | None = None
     steps: int = 200
+
+
+class HeldBytes(NamedTuple):
+    """Bytes that an estimator holds beside weights and logits.
+
+    Attributes:
+        optimizer: from step to step.
+        gradients: at most within one.
+    """
+
+    optimizer: int = 0
+    gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,15 @@ class Estimator(ABC):
         and dtypes that they keep. An estimator with a journal has none: it goes on by logits and ``state`` alone.
         """
         return {}
+
+    def memory(self, weights: Sequence[Tensor], alone: bool) -> HeldBytes:
+        """What it will hold.
+
+        Args:
+            weights: of the layers that will have masks, [out, K].
+            alone: whether a step takes a single batch on a single rank.
+        """
+        return HeldBytes()
 
     def recall(self, entry: Entry) -> StepResult:
         """What a step found, by its record in the journal; moves the ``state`` as the step did, and no logits."""

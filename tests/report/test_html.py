@@ -124,6 +124,7 @@ def report_of(steps, settings, layers=LLAMA, **changed):
         "logits": "0123456789abcdef",
         "converted": list(layers),
         "skipped": {"lm_head": "output head"},
+        "memory": {"needed": {"weights": 2500000000, "logits": 0}, "used": {"process": 4500000000}},
         "steps": steps,
     }
     return values | changed
