@@ -19,6 +19,7 @@ from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
 from .changed_weights import name_over, spread_weights, told_weights
 from .inputs import Inputs
+from .memory import tell_need
 from .perplexities import table_row
 from .progress import Progress, tell
 from .run_files import digest_of_weights
@@ -66,6 +67,8 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
         return found
 
     table = [row("dense", 0.0)]
+    # ahead of what takes long, behind what may be refused
+    tell_need(args, model, inputs.memory)
     layers, skipped = layers_to_convert(model, pattern)
     for name, reason in skipped.items():
         tell(f"left dense: {name} ({reason})")

@@ -17,7 +17,7 @@ from .config_file import given_beside_resume
 from .inputs import read_inputs
 from .learning_run import LearningRun
 from .losses import fill_teacher, loss_of
-from .memory import told_need
+from .memory import needed_memory
 from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
 from .run_settings import check_process, complete, logits_of
 from .unbegun import ended_unbegun
@@ -48,7 +48,7 @@ def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
 
     estimator = ranks.all_of(check)
     ranks.first(lambda: _check_output(Path(args.output)))
-    inputs = read_inputs(args, ranks, partial(told_need, args, estimator, ranks.world))
+    inputs = read_inputs(args, ranks, partial(needed_memory, args, estimator, ranks.world))
     loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, ranks)
@@ -93,7 +93,7 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
         return estimator
 
     estimator = ranks.all_of(prepare)
-    inputs = read_inputs(args, ranks, partial(told_need, args, estimator, ranks.world))
+    inputs = read_inputs(args, ranks, partial(needed_memory, args, estimator, ranks.world))
     # the masks come from a snapshot
     ranks.all_of(lambda: convert(inputs.model, args.pattern, init="magnitude", **logits_of(args)))
     if args.refit != "none":

@@ -22,6 +22,7 @@ from ..training.trainer import MaskTrainer
 from .arguments import telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
+from .memory import tell_need
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
 from .run_end import save_run_logits, write_results
@@ -121,6 +122,7 @@ class LearningRun:
         self.validation.restart(self.trainer.steps_done)
         self.seconds += sum(record["seconds"] for record in read_metrics(self.progress))
         tell(f"{self.trainer.steps_done} steps were taken before")
+        tell_need(self.args, self.inputs.model, self.inputs.memory)
 
     def take_steps(self) -> bool:
         """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""

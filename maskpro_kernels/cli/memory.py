@@ -25,13 +25,6 @@ GB = 1e9
 CACHED = 8 * 64 + 4
 
 
-def told_need(args: argparse.Namespace, estimator: Estimator, world: int, model: torch.nn.Module) -> MemoryNeed:
-    """What the steps and evaluations of a run take in a process, which is told; see ``needed_memory``."""
-    need = needed_memory(args, estimator, world, model)
-    _tell(args, model, need)
-    return need
-
-
 def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, model: torch.nn.Module) -> MemoryNeed:
     """What the steps and evaluations of a run take in a process.
 
@@ -70,7 +63,7 @@ def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, mo
     )
 
 
-def _tell(args: argparse.Namespace, model: torch.nn.Module, need: MemoryNeed) -> None:
+def tell_need(args: argparse.Namespace, model: torch.nn.Module, need: MemoryNeed) -> None:
     """Tell what memory will be needed, with a warning where the devices of the weights have less."""
     parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in asdict(need).items())
     tell(f"memory that a step needs, estimated: {need.total / GB:.2f} GB ({parts})")
