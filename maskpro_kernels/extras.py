@@ -13,6 +13,7 @@ EXTRAS = {
     "eval": ("transformers", "lm_eval", "accelerate"),
     "peft": ("peft",),
     "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
 }
 
 

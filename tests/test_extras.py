@@ -14,7 +14,7 @@ from helpers.source_tree import imports, modules_of
 from maskpro_kernels.cli import main
 from maskpro_kernels.extras import EXTRAS, missing, require
 from maskpro_kernels.report import plots
-from maskpro_kernels.report.tensorboard import Scalars
+from maskpro_kernels.report.tensorboard import TensorBoard
 
 PACKAGE = ROOT / "maskpro_kernels"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -86,7 +86,7 @@ def test_nothing_is_told_of_what_is_installed():
         (["learn", "--resume", "run"], ["matplotlib"], "cli"),
         (["eval", "m", "--data", "d"], ["transformers"], "hf"),
         (["export", "run", "out"], ["transformers"], "hf"),
-        (["import", "masks.npz", "out"], ["transformers"], "hf"),
+        (["import", "masks.npz", "--output", "out"], ["transformers"], "hf"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,
 )
@@ -105,7 +105,7 @@ def test_a_command_tells_what_it_lacks_before_anything_else(arguments, packages,
     [
         ("matplotlib", lambda path: plots.draw_perplexity({}, path), "cli"),
         ("matplotlib", lambda path: plots.draw_residual([], path), "cli"),
-        ("tensorboard", lambda path: Scalars(path, 0, []), "tensorboard"),
+        ("tensorboard", lambda path: TensorBoard(path, 0), "tensorboard"),
     ],
 )
 def test_a_report_tells_which_extra_it_lacks(package, use, extra, monkeypatch, tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,36 @@ def _number_of(kind: Callable, expected: str) -> Callable:
 whole, number = _number_of(int, "a whole number"), _number_of(float, "a number")
 
 
+# What accelerate spreads a model by itself by
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def device_map(text: str) -> str | dict:
+    """The type of ``--device-map``: one of DEVICE_MAPS, or a JSON object of devices by modules."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from None
+
+
+def check_device_map(value: object) -> None:
+    """Raise ValueError unless it is one of DEVICE_MAPS, or holds devices of this machine."""
+    if isinstance(value, str) and value in DEVICE_MAPS:
+        return
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(
+            f"device_map: expected {', '.join(DEVICE_MAPS)} or a JSON object of devices by modules, such as "
+            f'{{"": "cuda:0"}}, got {value!r}'
+        )
+    for name, device in value.items():
+        told = f"device_map: {name!r}"
+        if isinstance(device, bool) or not isinstance(device, (int, str)):
+            raise ValueError(f"{told}: expected a device, such as 0 or 'cuda:0', got {device!r}")
+        device_of(f"cuda:{device}" if isinstance(device, int) else device, told)
+
+
 @contextmanager
 def telling(argument: str, cure: str | None = None) -> Iterator[None]:
     """Errors of what is made of an argument begin with its name, and end with what to do.
@@ -50,10 +81,10 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"{name}: expected at least {low}, got {getattr(args, name)}")
 
 
-def device_of(name: str) -> torch.device:
-    """The device of that name; ValueError where this machine has none."""
+def device_of(name: str, argument: str = "device") -> torch.device:
+    """The device of that name; ValueError, which begins with that of an argument, where this machine has none."""
     there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-    expected = f"device: expected a device of this machine, got {name!r}"
+    expected = f"{argument}: expected a device of this machine, got {name!r}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -19,9 +19,11 @@ from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
 from .changed_weights import name_over, spread_weights, told_weights
 from .inputs import Inputs
+from .memory import tell_need
 from .perplexities import table_row
 from .progress import Progress, tell
 from .run_files import digest_of_weights
+from .run_settings import logits_of
 
 # The initial masks that the table shows, whichever learning starts from
 BASELINES = ("magnitude", "wanda")
@@ -40,7 +42,7 @@ def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dic
     if ranks.world > 1:
         pattern = NMPattern(args.pattern)
         # of a rank that cannot, all are to know
-        ranks.all_of(lambda: ranks.rank == 0 or convert(inputs.model, pattern, init="magnitude", gap=args.gap))
+        ranks.all_of(lambda: ranks.rank == 0 or convert(inputs.model, pattern, init="magnitude", **logits_of(args)))
         masked = masked_layers(inputs.model)
         codes = top_n_codes(masked, pattern)
         for code in codes.values():
@@ -65,6 +67,8 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
         return found
 
     table = [row("dense", 0.0)]
+    # ahead of what takes long, behind what may be refused
+    tell_need(args, model, inputs.memory)
     layers, skipped = layers_to_convert(model, pattern)
     for name, reason in skipped.items():
         tell(f"left dense: {name} ({reason})")
@@ -77,7 +81,7 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
         progress = Progress(name, "layer", args.bars)
         found[name] = refitted_masks(layers, pattern, init, refit, model, inputs.initial_batches, progress)
         seconds[name] = time.perf_counter() - began
-    conversion = convert(model, pattern, init=found[start].codes, gap=args.gap)
+    conversion = convert(model, pattern, init=found[start].codes, **logits_of(args))
     masked = masked_layers(model)
     dense_weights = digest_of_weights(model)
     # The mask that learning starts from goes last, so that its logits stay, and its weights.

@@ -19,7 +19,8 @@ from ..pruning.refit import put_weights
 from ..report import FROZEN
 from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, telling
-from .models import load, save
+from .models import check_saving, load, save
+from .origins import origin_of_export
 from .run_files import LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights
 
 
@@ -27,6 +28,7 @@ def export(args: argparse.Namespace) -> None:
     """Write the checkpoint of a run again, from its base model, its logits, and its weights where they have changed."""
     output = Path(args.output)
     check_output(output)
+    check_saving(args)
     source = Path(args.source) / LOGITS
     if (source.parent / REPORT).is_file() and not source.is_file():
         raise ValueError(f"run: expected {LOGITS} in {args.source!r}, got none; {_cure(source)}")
@@ -48,7 +50,7 @@ def export(args: argparse.Namespace) -> None:
     put_weights(masked_layers(model), learned.weights)
     if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
         raise ValueError(f"run: expected the weights that its masks belong to, {metadata['weights_are']}, got others")
-    save(finalize(model, to=args.to), tokenizer, output)
+    save(finalize(model, to=args.to), tokenizer, args, origin_of_export(source.parent, metadata, dtype))
     of = metadata["model"] + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
     print(f"{args.to} {pattern} checkpoint of {of} written to {output}")
     if args.to == "packed":

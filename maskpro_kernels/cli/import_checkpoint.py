@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.importers.compressed_tensors import decompress
+from ..checkpoints.importers.compressed_tensors import write_plain
 from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
 from ..functional.masks import top_n_mask
@@ -18,45 +18,75 @@ from ..pattern import NMPattern
 from ..pruning.convert import convert
 from ..pruning.finalize import finalize, pack, unpack
 from .arguments import DTYPE, DTYPES, telling
-from .models import load, save
+from .models import check_saving, hub_id, load, save
+from .origins import origin_of_checkpoint, origin_of_masks
 from .progress import tell
 
 
 def import_(args: argparse.Namespace) -> None:
     """Write a checkpoint from what another program has stored."""
-    output, source, pattern = Path(args.output), Path(args.source), NMPattern(args.pattern)
-    check_output(output)
-    if not source.exists():
-        raise ValueError(f"source: expected a file or folder, got {args.source!r}: there is none of that name")
-    dtype = getattr(args, "dtype", None) or _stored_dtype(getattr(args, "model", args.source))
+    if not hasattr(args, "output"):
+        raise ValueError("output: expected --output, the folder to write, got none")
+    pattern = NMPattern(args.pattern)
+    check_output(args.output)
+    check_saving(args)
+    source = _source(args)
     if hasattr(args, "model"):
-        model, tokenizer = load(args.model, dtype, torch.device("cpu"), args.bars)
-        with in_linear_form(model):
-            layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-            masks = read_masks(source, layers, pattern)
-            for name, mask in masks.items():
-                # a group may keep fewer than N: what it drops is zero, whether or not it is stored
-                layers[name].weight.data.mul_(mask).add_(0.0)
-            codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
-            convert(model, pattern, targets=list(codes), init=codes)
-        save(finalize(model, to=args.to), tokenizer, output)
-        print(f"{args.to} {pattern} checkpoint of {args.model} with {len(codes)} masks written to {output}")
-        return
+        _import_masks(args, source, pattern)
+    else:
+        _import_checkpoint(args, source, pattern)
+
+
+def _source(args: argparse.Namespace) -> Path:
+    """What is read: a path, or what the hub has of an id."""
+    source = Path(args.source)
+    if source.exists():
+        return source
+    if hub_id(args.source) is None or args.source.count("/") != 1:
+        raise ValueError(
+            f"source: expected a file, a folder or an id owner/name on the hub, got {args.source!r}: there is none of "
+            "that name"
+        )
+    from ..hf import fetch_checkpoint, fetch_masks, show_bars
+
+    show_bars(args.bars)
+    with telling("source", "there is no file or folder of that name; of an id on the hub check the name and the login"):
+        return fetch_masks(args.source) if hasattr(args, "model") else fetch_checkpoint(args.source)
+
+
+def _import_masks(args: argparse.Namespace, source: Path, pattern: NMPattern) -> None:
+    """Write a model under masks that another program has learned."""
+    dtype = getattr(args, "dtype", None) or _stored_dtype(args.model)
+    model, tokenizer = load(args.model, dtype, torch.device("cpu"), args.bars)
+    with in_linear_form(model):
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        masks = read_masks(source, layers, pattern)
+        for name, mask in masks.items():
+            # a group may keep fewer than N: what it drops is zero, whether or not it is stored
+            layers[name].weight.data.mul_(mask).add_(0.0)
+        codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
+        convert(model, pattern, targets=list(codes), init=codes)
+    save(finalize(model, to=args.to), tokenizer, args, origin_of_masks(args.model, str(pattern), args.source))
+    print(f"{args.to} {pattern} checkpoint of {args.model} with {len(codes)} masks written to {args.output}")
+
+
+def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPattern) -> None:
+    """Write a checkpoint whose weights hold zeros in the pattern."""
     if not source.is_dir():
         raise ValueError(f"model: expected the model that the masks in {args.source!r} are of, got none; add --model")
-    with tempfile.TemporaryDirectory(
-        dir=output.absolute().parent if output.absolute().parent.is_dir() else None
-    ) as tmp:
-        decompressed = decompress(source, Path(tmp))
-        model, tokenizer = load(tmp if decompressed else args.source, dtype, torch.device("cpu"), args.bars)
+    dtype = getattr(args, "dtype", None) or _stored_dtype(str(source))
+    above = Path(args.output).absolute().parent
+    with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as tmp:
+        plain = Path(tmp) if write_plain(source, tmp) else source
+        model, tokenizer = load(str(plain), dtype, torch.device("cpu"), args.bars)
     with telling("pattern", "`maskpro validate` tells which they follow"):
         conversion = pack(model, pattern)
     for name, reason in conversion.skipped.items():
         tell(f"left dense: {name} ({reason})")
     if args.to == "dense":
         unpack(model)
-    save(model, tokenizer, output)
-    print(f"{args.to} {pattern} checkpoint with {len(conversion.converted)} sparse layers written to {output}")
+    save(model, tokenizer, args, origin_of_checkpoint(args.source, str(pattern)))
+    print(f"{args.to} {pattern} checkpoint with {len(conversion.converted)} sparse layers written to {args.output}")
 
 
 def _stored_dtype(folder: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,9 +17,10 @@ from ..text.data import batches
 from ..text.mixture import SELF, MixedBatches, check_windows, in_a_batch, parse_sources, turns
 from ..text.stream import StreamedBatches, StreamedText, StreamedWindows
 from ..training.estimator import Estimator
+from ..training.memory import MemoryNeed
 from .arguments import device_of, telling
-from .changed_weights import needs_teacher_beforehand
-from .models import load, windows_of
+from .changed_weights import changes_weights
+from .models import checkpoint_activations, device_of_inputs, load, load_spread, windows_of
 from .progress import tell
 from .run_samples import run_samples
 from .texts import Source, Texts, evaluation_windows, windows_of_part
@@ -29,7 +30,7 @@ Windows = torch.Tensor | StreamedWindows
 
 @dataclass
 class Inputs:
-    """A model, its tokenizer, and windows of tokens by their use."""
+    """A model, its tokenizer, windows of tokens by their use, and the memory that steps will take."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -37,15 +38,24 @@ class Inputs:
     validation: torch.Tensor
     initial_batches: Sequence[torch.Tensor]
     calibration: Sequence[torch.Tensor] | StreamedBatches
+    memory: MemoryNeed | None = None
 
 
-def read_inputs(args: argparse.Namespace, ranks: Ranks, estimator: Estimator) -> Inputs:
+def read_inputs(
+    args: argparse.Namespace, ranks: Ranks, estimator: Estimator, need_of: Callable[[torch.nn.Module], MemoryNeed]
+) -> Inputs:
     """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
+
+    Args:
+        args: of ``learn``, complete.
+        ranks: that learn together.
+        need_of: gives the memory that a run on a model takes; rank 0 calls it as soon as the model is there.
 
     Raises:
         ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
     """
     inputs, windows = ranks.all_of(lambda: _read(args))
+    inputs.memory = ranks.first(lambda: need_of(inputs.model))
     if SELF in dict(parse_sources(args.data)):
         held_out = 0 if windows else args.eval_windows
         wanted = _samples(args) + 2 * held_out
@@ -54,9 +64,12 @@ def read_inputs(args: argparse.Namespace, ranks: Ranks, estimator: Estimator) ->
             # without a text to look at: the first samples are not learned from
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
             inputs.tests = {"perplexity": test, **inputs.tests}
-        windows[SELF] = own.to(device_of(args.device))
+        windows[SELF] = own.to(device_of_inputs(inputs.model))
     if any(isinstance(found, StreamedWindows) for found in windows.values()):
-        inputs.initial_batches, inputs.calibration = ranks.all_of(lambda: _streamed_batches(args, windows, estimator))
+        device = device_of_inputs(inputs.model)
+        inputs.initial_batches, inputs.calibration = ranks.all_of(
+            lambda: _streamed_batches(args, windows, estimator, device)
+        )
     else:
         found = _batches(args, windows)
         inputs.initial_batches, inputs.calibration = found[: args.init_batches], found[: _learned_from(args)]
@@ -70,12 +83,7 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     if hasattr(args, "other_data"):
         with telling("other_data"):
             other = loaded.source(args.other_data)
-    device = device_of(args.device)
-    model, tokenizer = load(args.model, args.dtype, device, args.bars)
-    with telling("model", "take another --pattern, --dtype or model"):
-        # told now, not after the evaluation of the dense model
-        as_linears(model)
-        layers_to_convert(model, args.pattern)
+    model, tokenizer = _model(args)
     tests, validation = {}, torch.empty(0)
     if texts:
         tests["perplexity"] = evaluation_windows(args, texts, "test", model, tokenizer)
@@ -105,7 +113,28 @@ def _windows(args: argparse.Namespace, text: Source, model: torch.nn.Module, tok
     if isinstance(text, StreamedText):
         return StreamedWindows(text, tokenizer, args.seq_len, args.seed, model.get_input_embeddings().num_embeddings)
     found = windows_of(text["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len")
-    return found.to(device_of(args.device))
+    return found.to(device_of_inputs(model))
+
+
+def _model(args: argparse.Namespace):
+    """(model, tokenizer) on the devices of a run."""
+    if hasattr(args, "device_map"):
+        model, tokenizer = load_spread(args.model, args.dtype, args.device_map, args.bars)
+        offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+        if offloaded is not None:
+            raise ValueError(
+                f"device_map: expected a device that computes for each weight, got {offloaded} offloaded, where no "
+                "mask can be learned; give another map, or a machine with more memory"
+            )
+    else:
+        model, tokenizer = load(args.model, args.dtype, device_of(args.device), args.bars)
+    with telling("model", "take another --pattern, --dtype or model"):
+        # told now, not after the evaluation of the dense model
+        as_linears(model)
+        layers_to_convert(model, args.pattern)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model, tokenizer
 
 
 def _telling_windows() -> AbstractContextManager:
@@ -125,15 +154,16 @@ def _batches(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> S
 
 
 def _streamed_batches(
-    args: argparse.Namespace, windows: Mapping[str, Windows], estimator: Estimator
+    args: argparse.Namespace, windows: Mapping[str, Windows], estimator: Estimator, device: torch.device
 ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | StreamedBatches]:
     """(those of the initial mask, those of the steps), where texts are streamed.
 
     The latter are in memory where they come again or are needed before the first step; else a step takes them as they
     come.
     """
-    stream = StreamedBatches(windows, parse_sources(args.data), args.batch_size, args.seed, device_of(args.device))
-    beforehand = estimator.journaled or estimator.needs_initial_losses or needs_teacher_beforehand(args)
+    stream = StreamedBatches(windows, parse_sources(args.data), args.batch_size, args.seed, device)
+    of_teacher = args.loss != "ce" and changes_weights(args)
+    beforehand = estimator.journaled or estimator.needs_initial_losses or of_teacher
     held = beforehand or _learned_from(args) < args.steps * args.accumulate
     with telling("data"):
         found = list(islice(stream, _taken(args) if held else args.init_batches))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..files import check_output
@@ -12,11 +13,13 @@ from ..training.estimator import Estimator
 from .arguments import telling
 from .baselines import initial_masks
 from .changed_weights import put_back_start_weights
+from .config_file import given_beside_resume
 from .inputs import read_inputs
 from .learning_run import LearningRun
 from .losses import fill_teacher, loss_of
+from .memory import needed_memory
 from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
-from .run_settings import check_ranks, check_tensorboard, complete
+from .run_settings import check_process, complete, logits_of
 from .unbegun import ended_unbegun
 
 
@@ -40,13 +43,12 @@ def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
 
     def check() -> Estimator:
         estimator = complete(args)
-        check_ranks(args, ranks, estimator.draws)
-        check_tensorboard(args)
+        check_process(args, ranks, estimator.draws)
         return estimator
 
     estimator = ranks.all_of(check)
     ranks.first(lambda: _check_output(Path(args.output)))
-    inputs = read_inputs(args, ranks, estimator)
+    inputs = read_inputs(args, ranks, estimator, partial(needed_memory, args, estimator, ranks.world))
     loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, ranks)
@@ -76,10 +78,8 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
         return start
 
     start = ranks.first(read)
-    given = {"parallel": args.parallel} if hasattr(args, "parallel") else {}
-    if args.device_given:
-        given["device"] = args.device
-    args = argparse.Namespace(**start["settings"] | given | {"output": str(output), "bars": args.bars})
+    settings = given_beside_resume(args, start["settings"])
+    args = argparse.Namespace(**settings | {"output": str(output), "bars": args.bars})
 
     def prepare() -> Estimator:
         try:
@@ -89,14 +89,13 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
                 f"resume: expected the settings of a run, got others in {str(output / SETTINGS)!r}: {error}; restore "
                 "the file from a copy"
             ) from error
-        check_ranks(args, ranks, estimator.draws)
-        check_tensorboard(args)
+        check_process(args, ranks, estimator.draws)
         return estimator
 
     estimator = ranks.all_of(prepare)
-    inputs = read_inputs(args, ranks, estimator)
+    inputs = read_inputs(args, ranks, estimator, partial(needed_memory, args, estimator, ranks.world))
     # the masks come from a snapshot
-    ranks.all_of(lambda: convert(inputs.model, args.pattern, init="magnitude", gap=args.gap))
+    ranks.all_of(lambda: convert(inputs.model, args.pattern, init="magnitude", **logits_of(args)))
     if args.refit != "none":
         with telling("resume", f"restore {PROGRESS} from a copy, or begin anew with another --output"):
             put_back_start_weights(inputs.model, output / PROGRESS, start, ranks)

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from ..files import write_whole
 from ..ranks import MissingRanks, Ranks
 from ..report.parting import told
-from ..report.tensorboard import Scalars
 from ..training.estimator import Estimator
 from ..training.snapshots import snapshots_in
 from ..training.step import LossFn, StepRecord
@@ -23,6 +22,7 @@ from ..training.trainer import MaskTrainer
 from .arguments import telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
+from .memory import tell_need
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
 from .run_end import save_run_logits, write_results
@@ -32,7 +32,6 @@ from .run_files import (
     SETTINGS,
     START_WEIGHTS,
     TEACHER,
-    TENSORBOARD,
     VALIDATION,
     how_to_go_on,
     read_metrics,
@@ -40,6 +39,7 @@ from .run_files import (
 )
 from .run_settings import parallel_of, stored_settings
 from .signals import Signals
+from .trackers import open_trackers
 from .unbegun import clear_unbegun
 
 # Steps in a row whose loss or gradient may not be finite
@@ -125,6 +125,7 @@ class LearningRun:
             "" if isinstance(self.inputs.calibration, Sequence) else "; their batches were read again, and passed over"
         )
         tell(f"{self.trainer.steps_done} steps were taken before{again}")
+        tell_need(self.args, self.inputs.model, self.inputs.memory)
 
     def take_steps(self) -> bool:
         """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""
@@ -198,19 +199,19 @@ class LearningRun:
 
     def _run_and_tell(self, signals: Signals) -> None:
         """Take steps on rank 0: tell them, evaluate between them, and keep the logits where an error comes."""
-        lines = StepLines(self.args.steps, self.trainer.steps_done)
-        board = nullcontext()
-        if hasattr(self.args, "tensorboard"):
-            board = closing(Scalars(self.output / TENSORBOARD, self.trainer.steps_done, self.validation.rows))
-        with board as scalars:
+        lines, done = StepLines(self.args.steps, self.trainer.steps_done), self.trainer.steps_done
+        with ExitStack() as stack:
+            settings = stored_settings(self.args) | {"output": str(self.output)}
+            with telling("report_to", f"{how_to_go_on(self.output)} --report-to none"):
+                trackers = open_trackers(self.args, settings, done, self.validation.rows, stack)
 
             def after_step(record: StepRecord) -> bool:
                 step = record.step + 1
                 found = self.validation.add(step, self._tokens_done()) if self.validation.due(step) else None
                 if not self.args.bars:
                     lines.add(record, found)
-                if scalars is not None:
-                    scalars.add(record, self.validation.rows)
+                for tracker in trackers:
+                    tracker.add(record, self.validation.rows)
                 return self.validation.risen() or signals.came
 
             try:

@@ -11,7 +11,7 @@ from ..text.losses import KINDS, DistillationLoss, distillation_loss
 from ..text.teacher import TeacherCache
 from ..training.step import LossFn
 from .arguments import telling
-from .changed_weights import needs_teacher_beforehand
+from .changed_weights import changes_weights
 from .inputs import Inputs
 from .progress import tell
 from .run_files import PROGRESS, TEACHER
@@ -37,7 +37,7 @@ def loss_of(args: argparse.Namespace) -> LossFn:
     if args.loss == "ce":
         return distillation_loss("ce")
     cache = None
-    if needs_teacher_beforehand(args):
+    if changes_weights(args):
         cache = TeacherCache(folder=Path(args.output) / PROGRESS / TEACHER)
     return distillation_loss(args.loss, args.loss_temperature, cache=cache)
 

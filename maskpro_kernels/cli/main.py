@@ -15,6 +15,7 @@ import torch
 
 from ..extras import missing
 from ..ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
+from .config_file import BESIDE_RESUME, options_given, take_config
 from .estimator_options import load_estimators
 from .evaluate import evaluate
 from .export import export
@@ -55,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = _tell_warning
         try:
             _check_packages(args, argv)
-            _check_resume(args, argv)
+            args.given = options_given(argv)
+            _check_resume(args)
+            take_config(args)
             _check_torchrun(args, argv)
             with under_torchrun():
                 args.run(args)
@@ -112,14 +115,13 @@ def _check_packages(args: argparse.Namespace, argv: list[str]) -> None:
         raise ValueError(f"{argv[0]}: expected {lacking}")
 
 
-def _check_resume(args: argparse.Namespace, argv: list[str]) -> None:
+def _check_resume(args: argparse.Namespace) -> None:
     """Settings beside --resume would be without effect."""
-    given = {option.split("=")[0] for option in argv if option.startswith("--")}
-    others, args.device_given = given - {"--resume", "--device", "--parallel", "--quiet"}, "--device" in given
+    others = args.given - {"--resume", *BESIDE_RESUME}
     if hasattr(args, "resume") and others:
         raise ValueError(
-            f"resume: expected no other option but --device, --parallel and --quiet, got "
-            f"{', '.join(sorted(others))}; a run goes on with its own settings"
+            f"resume: expected no other option but {', '.join(BESIDE_RESUME)}, got {', '.join(sorted(others))}; a run "
+            "goes on with its own settings"
         )
 
 

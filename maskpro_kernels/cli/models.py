@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 
+if TYPE_CHECKING:
+    from ..hf import Origin
+
 
 def load(name: str, dtype: str, device: torch.device, bars: bool):
-    """(model, tokenizer), see ``hf.load_model``.
+    """(model, tokenizer) on a device, see ``hf.load_model``.
 
     Args:
         bars: whether transformers draws its bars, here and when the model is saved.
     """
+    model, tokenizer = load_spread(name, dtype, None, bars)
+    return model.to(device), tokenizer
+
+
+def load_spread(name: str, dtype: str, device_map: str | Mapping | None, bars: bool):
+    """The same, spread over devices by the ``device_map`` of ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
     show_bars(bars)
-    model, tokenizer = load_model(name, DTYPES[dtype])
-    return model.to(device), tokenizer
+    return load_model(name, DTYPES[dtype], device_map)
+
+
+def device_of_inputs(model: torch.nn.Module) -> torch.device:
+    """Where the tokens of a model belong, which may be spread over several devices."""
+    return model.get_input_embeddings().weight.device
+
+
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Have a model compute its activations anew in backward, see ``hf.checkpoint_activations``."""
+    from ..hf import checkpoint_activations
+
+    checkpoint_activations(model)
 
 
 def is_path_of_model(name: str) -> bool:
@@ -30,12 +53,38 @@ def is_path_of_model(name: str) -> bool:
     return name != SMOLLM2 and Path(name).exists()
 
 
-def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
-    """See ``hf.save_model``."""
+def hub_id(name: str) -> str | None:
+    """The id on the hub of a model that ``load`` takes from there, or whose weights are of there; None of a folder."""
+    from ..hf import SMOLLM2
+
+    if name == SMOLLM2:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return None if is_path_of_model(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+
+
+def check_saving(args: argparse.Namespace) -> None:
+    """Raise ValueError unless a checkpoint can be saved, and pushed to the hub, as options of ``add_saving`` say."""
+    from ..hf import check_login, check_repo_id, check_shard_size
+
+    if hasattr(args, "max_shard_size"):
+        check_shard_size(args.max_shard_size)
+    if hasattr(args, "push_to_hub"):
+        with telling("push_to_hub"):
+            check_repo_id(args.push_to_hub)
+            check_login()
+    elif hasattr(args, "private"):
+        raise ValueError("private: expected none without --push-to-hub, got it; leave it out")
+
+
+def save(model: torch.nn.Module, tokenizer, args: argparse.Namespace, origin: Origin) -> None:
+    """Into ``args.output``, as options of ``add_saving`` say, see ``hf.save_model``."""
     from ..hf import save_model
 
+    options = {"max_shard_size": args.max_shard_size} if hasattr(args, "max_shard_size") else {}
+    if hasattr(args, "push_to_hub"):
+        options |= {"push_to_hub": True, "repo_id": args.push_to_hub, "private": getattr(args, "private", None)}
     with telling("output"):
-        save_model(model, tokenizer, folder)
+        save_model(model, tokenizer, Path(args.output), origin=origin, **options)
 
 
 def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:

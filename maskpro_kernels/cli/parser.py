@@ -10,9 +10,10 @@ from ..pruning.initial_masks import INITIAL_MASKS
 from ..text.losses import KINDS
 from ..text.records import COLUMNS
 from ..training.sharing import PARALLEL
-from .arguments import DTYPE, DTYPES, number, whole
+from .arguments import DEVICE_MAPS, DTYPE, DTYPES, device_map, number, whole
 from .changed_weights import REFITTED
 from .compare import compare
+from .config_file import BESIDE_RESUME, ConfigFile
 from .estimator_options import add_estimators, journaled, run_default
 from .evaluate import evaluate
 from .export import export
@@ -20,9 +21,10 @@ from .import_checkpoint import import_
 from .learn import learn
 from .progress import tell_as
 from .replay import replay
-from .run_files import TENSORBOARD
+from .run_files import SETTINGS
 from .run_settings import DATA, SAMPLES
 from .tasks import BATCH_SIZE
+from .trackers import NONE, TRACKERS
 from .validate import validate
 from .versions import versions
 
@@ -63,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--version",
         action=_Versions,
         nargs=0,
+        default=argparse.SUPPRESS,
         help="print the versions of this package and of what it runs on",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -87,6 +90,13 @@ def _add_learn(commands) -> None:
         formatter_class=SHOW,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--config",
+        action=ConfigFile,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help=f"JSON file of options by name, such as {SETTINGS} of a run; options of the command line go before",
+    )
     _add_model(parser, required=False)
     _add_data(parser, f"what to learn from: {LIST}; self: samples of the dense model (default: {DATA})")
     parser.add_argument(
@@ -103,8 +113,8 @@ def _add_learn(commands) -> None:
         "--resume",
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="continue the interrupted run in DIR with its settings; only --device, --parallel and --quiet may stand "
-        "beside it",
+        help="continue the interrupted run in DIR with its settings; beside it may stand what does not change the "
+        f"result: {', '.join(BESIDE_RESUME)}",
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
     _add_initial_mask(parser)
@@ -113,7 +123,7 @@ def _add_learn(commands) -> None:
     _add_steps(parser)
     _add_watching(parser)
     _add_evaluation(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    _add_placement(parser)
     _add_quiet(parser)
     parser.set_defaults(run=learn)
 
@@ -218,10 +228,41 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         help="steps between validation perplexities (default: a fifth of the steps)",
     )
     parser.add_argument(
-        "--tensorboard",
-        action="store_true",
+        "--report-to",
+        nargs="+",
+        choices=(*TRACKERS, NONE),
         default=argparse.SUPPRESS,
-        help=f"write what each step sees for TensorBoard, into the folder {TENSORBOARD} of the output",
+        help="where each step is reported, one or several: tensorboard, into the folder tensorboard of the output; "
+        f"wandb, by its own environment variables; none (default: {NONE})",
+    )
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    """Where a run of ``learn`` computes, in which dtypes, and how it saves memory."""
+    devices = parser.add_mutually_exclusive_group()
+    _add_device(devices)
+    devices.add_argument(
+        "--device-map",
+        type=device_map,
+        default=argparse.SUPPRESS,
+        metavar="MAP",
+        help="instead of --device: spread the model over several, as transformers does: "
+        f"{', '.join(DEVICE_MAPS)}, or a JSON object of devices by modules; needs accelerate",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    parser.add_argument("--logits-dtype", choices=DTYPES, default="float32", help="dtype of the logits")
+    parser.add_argument(
+        "--logits-device",
+        default=argparse.SUPPRESS,
+        metavar="DEVICE",
+        help="where the logits live, such as cpu if a GPU has no room for them (default: with their weights)",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the activations between blocks alone, and compute the others anew in backward: less memory, more "
+        "time, the same bits",
     )
 
 
@@ -244,6 +285,7 @@ def _add_eval(commands) -> None:
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="JSON file of all figures to write; must not exist"
     )
+    _add_device(parser)
     _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
     _add_quiet(parser)
     parser.set_defaults(run=evaluate)
@@ -302,6 +344,7 @@ def _add_export(commands) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
     parser.add_argument("--to", choices=("dense", "packed"), default="dense", help="how the weights are stored")
     _add_dtype(parser, "dtype of the weights", "that of the run")
+    _add_saving(parser)
     _add_quiet(parser)
     parser.set_defaults(run=export)
 
@@ -332,19 +375,23 @@ def _add_import(commands) -> None:
         "import",
         help="checkpoint from another program's files",
         description="Write a checkpoint with exact zeros or with packed weights from: a folder in compressed-tensors' "
-        "sparse-24-bitmask format; a folder whose weights hold zeros in the pattern; or, with --model, learned masks: "
-        "an .npz file of MaskLLM, or bool masks of MaskPro in a .pt file or a folder of them.",
+        "formats sparse-24-bitmask or dense; a folder whose weights hold zeros in the pattern; or, with --model, "
+        "learned masks: an .npz file of MaskLLM, or masks in a .pt file or a folder of them, as MaskLLM and MaskPro "
+        "write them. Each may also be an id on the hub.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder or file to read")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    parser.add_argument("source", metavar="SOURCE", help="folder or file to read, or an id on the hub, owner/name")
+    parser.add_argument(
+        "--output", default=argparse.SUPPRESS, metavar="DIR", help="folder to write; must be new or empty"
+    )
     parser.add_argument(
         "--model", default=argparse.SUPPRESS, help="for masks: the model they belong to, as in `maskpro learn --model`"
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="pattern of the weights or masks")
     parser.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
     _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
+    _add_saving(parser)
     _add_quiet(parser)
     parser.set_defaults(run=import_)
 
@@ -392,6 +439,21 @@ def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None
     parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
 
 
+def _add_saving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-shard-size",
+        default=argparse.SUPPRESS,
+        metavar="SIZE",
+        help="split weights into files of at most this size, such as 5GB (default: that of transformers, 50GB)",
+    )
+    parser.add_argument(
+        "--push-to-hub", default=argparse.SUPPRESS, metavar="REPO", help="also upload the checkpoint, as owner/name"
+    )
+    parser.add_argument(
+        "--private", action="store_true", default=argparse.SUPPRESS, help="with --push-to-hub: a private repository"
+    )
+
+
 def _add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quiet",
@@ -404,10 +466,9 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-windows", type=whole, default=24, metavar="W", help="test windows to evaluate, at most")
     parser.add_argument("--eval-length", type=whole, default=512, metavar="T", help="tokens in a test window")
-    _add_device(parser)
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs, such as cuda:0"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
 from .inputs import Inputs
+from .memory import used_memory
 from .models import save
+from .origins import origin_of_run
 from .perplexities import table_row
 from .progress import tell
 from .run_files import (
@@ -68,7 +71,7 @@ def write_results(
     groups = _groups_of(model, output / PROGRESS, pattern)
     records = read_metrics(output / PROGRESS)
 
-    save(finalize(model), inputs.tokenizer, output)
+    save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
     if any(record["residual"] is not None for record in records):
         draw_residual(records, output / RESIDUAL_PICTURE)
@@ -88,6 +91,7 @@ def write_results(
         **groups,
         "converted": start["converted"],
         "skipped": start["skipped"],
+        "memory": {"needed": asdict(inputs.memory), "used": used_memory()},
         "steps": records,
     }
     write_html(report, output / PAGE)

@@ -26,7 +26,6 @@ LOGITS, REPORT, PAGE = "logits.safetensors", "report.json", "report.html"
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # And while it goes on
 SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
-TENSORBOARD = "tensorboard"
 # In PROGRESS, of a run whose weights were refitted: those that it begins with
 START_WEIGHTS = "start-weights.safetensors"
 # And in it, the dense model's logits, where its weights change
@@ -35,7 +34,8 @@ TEACHER = "teacher"
 REPORTED = ("model", "pattern", "eval_tokens", "eval_digest", "table", "validation", "converted", "weights")
 REPORTED_SETTINGS = ("data", "dtype", "eval_length")
 # What a run goes on by: its settings, and what was known before its first step
-RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "device", "estimator", "steps", "gap", "seed")
+RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "logits_dtype", "gradient_checkpointing", "estimator",
+                    "steps", "gap", "seed")  # fmt: skip
 RESUMED = ("settings", "table", "seconds", "converted", "skipped", "dense_weights", "start_weights")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..extras import missing
 from ..pattern import NMPattern
 from ..pruning.gap import LARGEST_GAP, gap_for_flip_rate
 from ..ranks import Ranks
@@ -16,17 +15,18 @@ from ..text.data import is_path
 from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
 from ..training.estimator import Estimator
 from ..training.sharing import PARALLEL, check_shares
-from .arguments import DTYPES, check_least, device_of, telling
+from .arguments import DTYPES, check_device_map, check_least, device_of, telling
 from .changed_weights import REFITTED
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
 from .texts import check_sources
+from .trackers import check_trackers
 
 # What a run learns from, and how many windows the model draws at most, where nothing is said
 DATA, SAMPLES = "pydoc:0.5,self:0.5", 2048
 # Of this process, not of the run
-NO_SETTINGS = ("run", "device_given", "parallel", "quiet", "bars")
+NO_SETTINGS = ("run", "given", "config", "parallel", "quiet", "bars")
 
 
 def complete(args: argparse.Namespace) -> Estimator:
@@ -39,8 +39,9 @@ def complete(args: argparse.Namespace) -> Estimator:
         if not hasattr(args, name):
             raise ValueError(f"{name}: expected --{name}, or --resume alone, got none")
     pattern = NMPattern(args.pattern)
-    if args.dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    for name in ("dtype", "logits_dtype"):
+        if getattr(args, name) not in DTYPES:
+            raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}, got {getattr(args, name)!r}")
     if args.refit not in REFITTED:
         raise ValueError(f"refit: expected one of {', '.join(REFITTED)}, got {args.refit!r}")
     for name, value in class_of(args).run_defaults._asdict().items():
@@ -77,6 +78,44 @@ def _complete_texts(args: argparse.Namespace) -> None:
         )
 
 
+def check_process(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
+    """Check how a run computes and where it reports, which may be another way each time it goes on.
+
+    Of a model that is spread over devices there is no ``device`` then.
+
+    Raises:
+        TypeError, ValueError: if this machine cannot, or the ranks cannot share the work.
+    """
+    if hasattr(args, "device_map"):
+        check_device_map(args.device_map)
+        # the default of the command line alone: both together are refused there
+        vars(args).pop("device", None)
+    elif not hasattr(args, "device"):
+        raise ValueError("device: expected one in the settings of the run, or a device_map, got none; give --device")
+    else:
+        device_of(args.device)
+    if hasattr(args, "logits_device"):
+        device_of(args.logits_device, "logits_device")
+    if not isinstance(args.gradient_checkpointing, bool):
+        raise TypeError(f"gradient_checkpointing: expected true or false, got {args.gradient_checkpointing!r}")
+    if args.gradient_checkpointing and not class_of(args).needs_gradients:
+        raise ValueError(
+            f"gradient_checkpointing: expected an estimator with a backward pass, got {args.estimator!r}, which keeps "
+            "no activations; leave it out"
+        )
+    _check_ranks(args, ranks, draws)
+    check_trackers(args)
+
+
+def logits_of(args: argparse.Namespace) -> dict:
+    """The arguments of ``convert`` for the logits of a run."""
+    return {
+        "gap": args.gap,
+        "logits_dtype": DTYPES[args.logits_dtype],
+        "logits_device": getattr(args, "logits_device", None),
+    }
+
+
 def _complete_gap(args: argparse.Namespace, pattern: NMPattern) -> None:
     """Check the gap, or find that of ``--flip-rate``."""
     if not (math.isfinite(args.gap) and args.gap > 0):
@@ -92,20 +131,20 @@ def parallel_of(args: argparse.Namespace) -> str:
     return getattr(args, "parallel", PARALLEL[0])
 
 
-def check_ranks(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
+def _check_ranks(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
     """Raise ValueError unless the ranks can share the work, and each can take a device of its own."""
     check_shares(ranks.world, parallel_of(args), args.accumulate, draws)
-    if device_of(args.device).type != "cpu" and ranks.world > 1 and torch.device(args.device).index is not None:
+    if ranks.world == 1:
+        return
+    if hasattr(args, "device_map"):
+        raise ValueError(
+            f"device_map: expected none under torchrun, where each rank has a model on a device of its own, got "
+            f"{args.device_map!r}; give --device, or start one process"
+        )
+    if device_of(args.device).type != "cpu" and torch.device(args.device).index is not None:
         raise ValueError(
             f"device: expected one without a number, for each rank takes that of its own, got {args.device!r}"
         )
-
-
-def check_tensorboard(args: argparse.Namespace) -> None:
-    """Raise ValueError if scalars are asked for that cannot be written."""
-    lacking = missing("tensorboard") if hasattr(args, "tensorboard") else None
-    if lacking:
-        raise ValueError(f"tensorboard: expected {lacking}")
 
 
 def reported_settings(args: argparse.Namespace) -> dict:

@@ -15,20 +15,31 @@ except ModuleNotFoundError:
 
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
-from .loading import SMOLLM2, load_model, save_model, show_bars
+from .hub import fetch_checkpoint, fetch_masks
+from .loading import SMOLLM2, checkpoint_activations, load_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
+from .model_card import MASK_ALONE, Origin
 from .packed import PackedConfig, PackedQuantizer
+from .saving import check_login, check_repo_id, check_shard_size, save_model
 from .stored_layers import check_no_other_quantization, tell_config
 
 __all__ = [
+    "MASK_ALONE",
     "SMOLLM2",
     "KeepMask",
     "MaskCallback",
     "MaskedConfig",
     "MaskedQuantizer",
+    "Origin",
     "PackedConfig",
     "PackedQuantizer",
+    "check_login",
     "check_no_other_quantization",
+    "check_repo_id",
+    "check_shard_size",
+    "checkpoint_activations",
+    "fetch_checkpoint",
+    "fetch_masks",
     "load_model",
     "next_logits",
     "preallocated_cache",

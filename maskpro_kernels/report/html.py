@@ -6,6 +6,7 @@ validation text, which is looked at every few steps and ends a run that gets wor
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -17,7 +18,7 @@ from ..files import write_whole
 from . import FROZEN, markup, parting, svg
 
 NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
-          "flipped_groups_by_layer", "logits", "skipped", "start", "steps", "weights"}  # fmt: skip
+          "flipped_groups_by_layer", "logits", "memory", "skipped", "start", "steps", "weights"}  # fmt: skip
 # How many of the newest flip rates of a layer are averaged
 NEWEST_RATES = 5
 # How many stretches of skipped steps are listed
@@ -59,9 +60,19 @@ def command(report: Mapping) -> list[list[str]]:
         settings["gap"] = report["gap"]
     line = [["maskpro", "learn"]]
     for name, value in settings.items():
-        if value is not None:
-            line.append(["--" + name.replace("_", "-"), *([] if value is True else [str(value)])])
+        # false is the default of all that are switched on
+        if value is not None and value is not False:
+            line.append(["--" + name.replace("_", "-"), *_words(value)])
     return line
+
+
+def _words(value: object) -> list[str]:
+    """A setting as the command line takes it."""
+    if value is True:
+        return []
+    if isinstance(value, Mapping):
+        return [json.dumps(value)]
+    return [str(word) for word in value] if isinstance(value, list) else [str(value)]
 
 
 def _page(report: Mapping) -> str:
@@ -253,6 +264,14 @@ def _flip_rates(report: Mapping) -> str:
     return f'<p class="faint">{text}</p>\n' + markup.by_layer(shares)
 
 
+def _memory(memory: Mapping) -> dict[str, str]:
+    """What a step was to take, and what the process has held at most."""
+    needed, used = memory["needed"], memory["used"]
+    rows = {f"{name}, estimated": size for name, size in needed.items()}
+    rows |= {"all of it, estimated": sum(needed.values())} | {f"most held: {name}": size for name, size in used.items()}
+    return {name: f"{size / 1e9:.2f} GB" for name, size in rows.items()}
+
+
 def _run(report: Mapping) -> str:
     settings = {**report["settings"], "gap": report["gap"]}
     parts = [
@@ -262,6 +281,7 @@ def _run(report: Mapping) -> str:
         '<div class="beside">',
         markup.pairs("Settings", settings),
         markup.pairs("Versions", report["versions"]),
+        markup.pairs("Memory", _memory(report["memory"])),
         markup.pairs("Layers left dense", report["skipped"]) if report["skipped"] else "",
         "</div>",
         f'<p class="faint">Digest of the logits: <code>{escape(report["logits"])}</code></p>',

@@ -10,6 +10,9 @@ from tqdm import tqdm
 
 from ..modules import evaluating
 
+# Windows in a forward pass of an evaluation
+EVALUATED_TOGETHER = 4
+
 
 def check_input_ids(input_ids: torch.Tensor) -> None:
     """Raise ValueError unless they are [batch, length] with at least one row and two tokens."""
@@ -41,7 +44,9 @@ def causal_lm_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Ten
     return torch.stack(sums).sum() / (input_ids.shape[0] * (input_ids.shape[1] - 1))
 
 
-def perplexity(model: torch.nn.Module, windows: torch.Tensor, batch_size: int = 4, progress: bool = False) -> float:
+def perplexity(
+    model: torch.nn.Module, windows: torch.Tensor, batch_size: int = EVALUATED_TOGETHER, progress: bool = False
+) -> float:
     """exp of the mean next-token cross-entropy over windows; every token counts alike.
 
     The model is evaluated in eval() mode, where masked layers take their top-N masks; every module is then put

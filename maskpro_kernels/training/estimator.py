@@ -9,7 +9,7 @@ other packages offer by an entry point in the group ``maskpro_kernels.estimators
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
@@ -22,9 +22,10 @@ from .step import Step
 
 # What `maskpro learn` holds of every run beside the options of its estimator
 RUN_OPTIONS = frozenset(
-    "accumulate bars batch_size calibration_batches data device device_given dtype estimator eval_every eval_length "
-    "eval_windows flip_rate gap help init init_batches loss loss_temperature model other_data output parallel pattern "
-    "quiet refit resume run samples seed seq_len steps stream tensorboard text_column".split()
+    "accumulate bars batch_size calibration_batches config data device device_map dtype estimator eval_every "
+    "eval_length eval_windows flip_rate gap given gradient_checkpointing help init init_batches logits_device "
+    "logits_dtype loss loss_temperature model other_data output parallel pattern quiet refit report_to resume run "
+    "samples seed seq_len steps stream text_column".split()
 )
 
 
@@ -61,6 +62,18 @@ class RunDefaults(NamedTuple):
     gap: float = 15.0
     calibration_batches: int | None = None
     steps: int = 200
+
+
+class HeldBytes(NamedTuple):
+    """Bytes that an estimator holds beside weights and logits.
+
+    Attributes:
+        optimizer: from step to step.
+        gradients: at most within one.
+    """
+
+    optimizer: int = 0
+    gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,6 +199,15 @@ class Estimator(ABC):
         and dtypes that they keep. An estimator with a journal has none: it goes on by logits and ``state`` alone.
         """
         return {}
+
+    def memory(self, weights: Sequence[Tensor], alone: bool) -> HeldBytes:
+        """What it will hold.
+
+        Args:
+            weights: of the layers that will have masks, [out, K].
+            alone: whether a step takes a single batch on a single rank.
+        """
+        return HeldBytes()
 
     def recall(self, entry: Entry) -> StepResult:
         """What a step found, by its record in the journal; moves the ``state`` as the step did, and no logits."""

@@ -114,7 +114,7 @@ class Step:
         The backward of a loss has to come within it as well, see ``Step``.
         """
         states = counter_states(self.model)
-        with _modes(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):
+        with modes_of_step(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):
             try:
                 for state in states:
                     state.draw.fill_(draw)
@@ -172,12 +172,12 @@ class Step:
 @torch.inference_mode()
 def loss_under_top_n_masks(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn, batch) -> float:
     """A forward under the masks that the logits have made likeliest."""
-    with _modes(model, layers, drawing=False):
+    with modes_of_step(model, layers, drawing=False):
         return value_of(loss_fn(model, batch))
 
 
 @contextmanager
-def _modes(
+def modes_of_step(
     model: nn.Module, layers: Mapping[str, MaskedLinear], drawing: bool, checkpointing: bool = False
 ) -> Iterator[None]:
     """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards.

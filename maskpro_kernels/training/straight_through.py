@@ -6,7 +6,7 @@ import collections
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from .. import ops
 from ..counter import MaskSource
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from .estimator import Estimator, Option, StepResult
+from .estimator import Estimator, HeldBytes, Option, StepResult
 from .fisher import FisherSquares
 from .normalized_steps import descend_by_rms, folded
 from .number_checks import check_float, check_whole
@@ -118,6 +118,17 @@ class StraightThrough(Estimator):
         of_weights = ("train_weights", "weight_decay") if self.train_weights is not None else ()
         names = ("lr", "steps", "curvature", "max_update", "decay", "fisher_every", *of_weights)
         return {name: getattr(self, name) for name in names}
+
+    def memory(self, weights: Sequence[Tensor], alone: bool) -> HeldBytes:
+        trained = self.train_weights is not None
+        count, largest = sum(map(Tensor.numel, weights)), max(weights, key=Tensor.numel)
+        # moments in float32, and what 16 bits are rounded from; squares of Fisher passes
+        of_weights = sum(weight.numel() * (8 if weight.dtype == torch.float32 else 12) for weight in weights)
+        optimizer = (of_weights if trained else 0) + 4 * sum(len(weight) for weight in weights)
+        # float32 slopes, and as much of the gradients of weights that learn
+        slopes = 8 if trained else 4
+        held = 0 if alone else slopes * count
+        return HeldBytes(optimizer, held + (slopes + largest.itemsize) * largest.numel())
 
     def state(self) -> dict:
         """The running mean square of the slopes of each layer that has had one above 0, and its Fisher passes."""

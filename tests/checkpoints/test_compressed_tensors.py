@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.checkpoints import COMPRESSED, LAYER, compressed_folder, masked, random_masks
-from helpers.tiny_llama import tiny_model
+from helpers.command import contents
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,7 @@ def test_what_compressed_tensors_wrote(tmp_path):
     settings = {"model_type": "llama", "quantization_config": {"sparsity_config": {"format": "sparse-24-bitmask"}}}
     (tmp_path / "in" / "config.json").write_text(json.dumps(settings))
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
-    assert compressed_tensors.decompress(tmp_path / "in", tmp_path / "out") == 2
+    assert compressed_tensors.write_plain(tmp_path / "in", tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name in ("layers.0.down", "layers.1.up"):
         dense, found = tensors[f"dense.{name}"], written[f"{name}.weight"]
@@ -44,7 +45,7 @@ def test_what_compressed_tensors_wrote(tmp_path):
 def test_import_of_a_compressed_checkpoint(to, tmp_path, capsys):
     model = masked(tiny_model(), random_masks(tiny_model()))
     source = compressed_folder(tmp_path / "in", model)
-    arguments = ["import", str(source), str(tmp_path / "out"), "--to", to, "--dtype", "float32"]
+    arguments = ["import", str(source), "--output", str(tmp_path / "out"), "--to", to, "--dtype", "float32"]
     assert main.main(arguments) == 0
     assert f"{to} 2:4 checkpoint with 14 sparse layers written to" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -52,6 +53,40 @@ def test_import_of_a_compressed_checkpoint(to, tmp_path, capsys):
     assert type(layer) is (nn.Linear if to == "dense" else mk.Sparse24Linear)
     tokens = torch.arange(12).view(1, 12)
     assert_same_bits(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_import_of_a_checkpoint_in_the_format_dense(tmp_path, capsys, key):
+    """Which transformers would load by the package compressed-tensors alone."""
+    model = masked(tiny_model(), random_masks(tiny_model()))
+    model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "in")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
+    config = tmp_path / "in" / "config.json"
+    of_compression = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "frozen",
+        "config_groups": {},
+        "sparsity_config": {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"]},
+    }
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: of_compression}))
+    before = contents(tmp_path / "in")
+    assert main.main(["import", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 0
+    assert "packed 2:4 checkpoint with 14 sparse layers written to" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded.get_submodule(LAYER)) is mk.Sparse24Linear
+    tokens = torch.arange(12).view(1, 12)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+    assert contents(tmp_path / "in") == before and sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_other_settings_of_quantization_are_left_to_transformers(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "in")
+    config = tmp_path / "in" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    assert not compressed_tensors.write_plain(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +111,7 @@ def test_damaged_compressed_weights_are_refused(change, told, tmp_path):
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
-        compressed_tensors.decompress(tmp_path, tmp_path / "out")
+        compressed_tensors.write_plain(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
         list(survey.survey(safetensors_files.weight_files(tmp_path)))
 
@@ -86,7 +121,7 @@ def test_a_damaged_config_is_refused(config, tmp_path):
     source = compressed_folder(tmp_path / "in", masked(tiny_model(), random_masks(tiny_model())))
     (source / "config.json").write_text(config)
     with pytest.raises(ValueError, match="checkpoint: expected settings in config.json, got .*download it again"):
-        compressed_tensors.decompress(source, tmp_path / "out")
+        compressed_tensors.write_plain(source, tmp_path / "out")
 
 
 def test_a_single_shard_keeps_its_index(tmp_path):
@@ -96,6 +131,6 @@ def test_a_single_shard_keeps_its_index(tmp_path):
         {"a.compressed": packed.values, "a.bitmask": packed.bitmask, "a.shape": torch.tensor([4, 8])},
         tmp_path / "in" / "model-00001-of-00001.safetensors",
     )
-    assert compressed_tensors.decompress(tmp_path / "in", tmp_path / "out") == 1
+    assert compressed_tensors.write_plain(tmp_path / "in", tmp_path / "out")
     index = json.loads((tmp_path / "out" / safetensors_files.INDEX).read_text())
     assert index["weight_map"] == {"a.weight": "model-00001-of-00001.safetensors"}

@@ -87,7 +87,7 @@ def test_what_was_damaged_is_sound_otherwise(estimator, place, capsys):
     assert main.main(["compare", "reinforce", "straight-through", "--picture", "picture.png"]) == 0
     assert main.main(["export", estimator, "out"]) == 0
     assert main.main(["validate", "out"]) == 0
-    assert main.main(["import", "out", "packed"]) == 0
+    assert main.main(["import", "out", "--output", "packed"]) == 0
     assert main.main(["replay", "reinforce", "--output", "file", "--device", "cpu"]) == 0
 
 

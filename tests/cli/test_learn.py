@@ -46,7 +46,7 @@ def test_learn_writes_the_whole_record(run):
     assert sorted(os.listdir(run)) == sorted(
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
         + ["logits.safetensors", "report.json", "report.html", "residual.png", "perplexity.png"]
-        + ["settings.json", "progress"]
+        + ["settings.json", "progress", "README.md"]
     )
     assert written["pattern"] == "2:4" and written["settings"]["seed"] == 0 and written["gap"] == 10
     assert {"python", "torch", "transformers"} <= set(written["versions"])

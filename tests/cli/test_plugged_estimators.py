@@ -72,7 +72,7 @@ def test_a_run_without_a_learning_rate_goes_on(inputs, tmp_path, monkeypatch, ca
     assert (tmp_path / "part" / "perplexity.png").exists()
 
 
-@pytest.mark.parametrize("own", ["gap", "run", "bars", "device_given", "resume", "help", "no-keyword", "_hidden", ""])
+@pytest.mark.parametrize("own", ["gap", "run", "bars", "given", "resume", "help", "no-keyword", "_hidden", ""])
 def test_an_option_that_would_break_the_command_is_refused(own):
     with pytest.raises(ValueError, match=f"^options: expected .* in breaking, got '{own}'"):
 

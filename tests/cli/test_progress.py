@@ -65,10 +65,11 @@ def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_p
     options = "--steps 100 --eval-every 33 --batch-size 1 --seq-len 4 --eval-windows 1 --eval-length 8".split()
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines[:4]] == ["dense", "left dense", "magnitude", "wanda"]
-    assert re.fullmatch(r"wanda: test perplexity \d+\.\d\d, \d+\.\d seconds from the dense model", lines[3])
-    assert re.fullmatch(r"step 0 of 100: validation perplexity \d+\.\d\d", lines[4])
-    found = [LINE.fullmatch(line) for line in lines[5:]]
+    told = [line.split(":")[0] for line in lines[:5]]
+    assert told == ["dense", "memory that a step needs, estimated", "left dense", "magnitude", "wanda"]
+    assert re.fullmatch(r"wanda: test perplexity \d+\.\d\d, \d+\.\d seconds from the dense model", lines[4])
+    assert re.fullmatch(r"step 0 of 100: validation perplexity \d+\.\d\d", lines[5])
+    found = [LINE.fullmatch(line) for line in lines[6:]]
     assert all(found), lines
     # a fiftieth of the steps is 2
     assert [int(match[1]) for match in found] == sorted({*range(2, 101, 2), 33, 66, 99})

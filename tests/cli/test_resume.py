@@ -134,7 +134,7 @@ def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
         capsys,
         tmp_path,
         ["learn", "--resume", str(run), "--steps", "9"],
-        "but --device, --parallel and --quiet, got --steps",
+        "but --device, --device-map, --logits-device",
     )
     refuses(capsys, tmp_path, ["learn", "--data", "pydoc"], "model: expected --model, or --resume alone, got none")
     refuses(capsys, tmp_path, ["replay", str(tmp_path)], "run: expected the folder of a run with a journal")

@@ -19,6 +19,7 @@ SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 2 --
 SOURCES = "--data text.txt --device cpu"
 RUN = "learn --estimator reinforce --model model --output out --dtype float32 --other-data pydoc"
 LEARN = f"{RUN} {SOURCES} {SIZES}"
+PLACED = f"{RUN} --data text.txt {SIZES}"
 EVAL = f"eval reinforce {SOURCES} --eval-length 24"
 RESUME = "learn --device cpu --resume killed-reinforce"
 HELP = "--help` tells what it takes"
@@ -43,7 +44,7 @@ def edit(path, **changes):
     """Change values of a JSON file, of a dict in it those that are given."""
     content = json.loads(path.read_text())
     for name, value in changes.items():
-        content[name] = content[name] | value if isinstance(value, dict) else value
+        content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
     path.write_text(json.dumps(content))
 
 

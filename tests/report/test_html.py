@@ -124,6 +124,7 @@ def report_of(steps, settings, layers=LLAMA, **changed):
         "logits": "0123456789abcdef",
         "converted": list(layers),
         "skipped": {"lm_head": "output head"},
+        "memory": {"needed": {"weights": 2500000000, "logits": 0}, "used": {"process": 4500000000}},
         "steps": steps,
     }
     return values | changed
@@ -347,11 +348,20 @@ def test_a_report_with_something_missing_is_refused(tmp_path, name):
     ("options", "gap", "line"),
     [
         (REINFORCE | {"flip_rate": 0.05, "calibration_batches": 16}, 3.0, "--flip-rate 0.05"),
-        (SEVERAL_DRAWS | {"tensorboard": True}, 10.0, "--draws 4 --lr 50.0 --tensorboard"),
+        (
+            SEVERAL_DRAWS | {"gradient_checkpointing": True, "report_to": ["tensorboard", "wandb"]},
+            10.0,
+            "--draws 4 --lr 50.0 --gradient-checkpointing --report-to tensorboard wandb",
+        ),
+        (
+            SEVERAL_DRAWS | {"gradient_checkpointing": False, "device_map": {"": "cuda:0"}},
+            10.0,
+            """--draws 4 --lr 50.0 --device-map '{"": "cuda:0"}'""",
+        ),
         (REINFORCE | {"accumulate": 4}, 10.0, "--accumulate 4"),
         (STRAIGHT_THROUGH | {"calibration_batches": None, "data": "a text.txt"}, 15.0, "--data 'a text.txt'"),
     ],
-    ids=["flip rate", "several draws", "several batches", "straight-through"],
+    ids=["flip rate", "several trackers", "device map", "several batches", "straight-through"],
 )
 def test_the_line_to_run_it_again_is_one_that_the_command_takes(options, gap, line):
     values = report_of([step_of(0)], options, gap=gap)

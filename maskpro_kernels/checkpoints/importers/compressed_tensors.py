@@ -1,9 +1,11 @@
-"""Checkpoints in compressed-tensors' sparse-24-bitmask format."""
+"""Checkpoints of compressed-tensors, in its formats sparse-24-bitmask and dense."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,32 +18,72 @@ from ..safetensors_files import INDEX, SINGLE, check_parts, read_tensor, tensor_
 
 # The parts that a weight is stored in
 COMPRESSED = ("compressed", "bitmask", "shape")
+FORMATS = ("sparse-24-bitmask", "dense")
 # Settings that would make a loader look for tensors that are no longer there
 COMPRESSION_SETTINGS = ("quantization_config", "compression_config", "sparsity_config")
 
 
-def decompress(source: str | Path, output: str | Path) -> int:
-    """Write a checkpoint in compressed-tensors' sparse-24-bitmask format as a plain one with exact zeros.
+def write_plain(source: str | Path, output: str | Path) -> bool:
+    """Write a checkpoint of compressed-tensors as a plain one with exact zeros, if it is one; gives whether it is.
 
-    Files are decompressed one at a time. The config loses its settings of compression; what else the folder holds
-    is copied.
-
-    Returns:
-        How many weights were decompressed; with none, nothing is written.
+    Files in the format sparse-24-bitmask are decompressed one at a time, those in the format dense are linked to. The
+    config loses its settings of compression; what else the folder holds is copied.
 
     Raises:
-        ValueError: if a file is damaged, or parts of a weight are missing or do not agree.
+        ValueError: if the checkpoint is in another format, such as a quantized one, a file is damaged, or parts of a
+            weight are missing or do not agree.
         OSError: if a file cannot be written.
     """
     source, output = Path(source), Path(output)
     files = weight_files(source)
     where = tensor_files(files)
     names = {name.removesuffix(".compressed") for name in where if name.endswith(".compressed")}
+    config = source / "config.json"
+    settings = _settings(config) if config.exists() else {}
+    compressed = any(_of_compressed_tensors(settings.get(name)) for name in COMPRESSION_SETTINGS)
+    if not names and not compressed:
+        return False
+    _check_format(settings)
     for name in names:
         check_parts(where, name, COMPRESSED)
-    if not names:
-        return 0
     output.mkdir(parents=True, exist_ok=True)
+    if names:
+        _decompress(files, where, names, output)
+    for other in source.iterdir():
+        if other.is_file() and not (names and (other.suffix == ".safetensors" or other.name == INDEX)):
+            # plain weights are read, and not written
+            link_or_copy = os.symlink if other.suffix == ".safetensors" else shutil.copy
+            link_or_copy(other.resolve(), output / other.name)
+    if settings:
+        kept = {name: value for name, value in settings.items() if name not in COMPRESSION_SETTINGS}
+        (output / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _of_compressed_tensors(settings: object) -> bool:
+    """Whether a part of a config is that of compressed-tensors, and of no other quantizer."""
+    return isinstance(settings, dict) and settings.get("quant_method", "compressed-tensors") == "compressed-tensors"
+
+
+def _check_format(settings: dict) -> None:
+    """Raise ValueError unless weights are stored as such, or in the format sparse-24-bitmask."""
+    for name in COMPRESSION_SETTINGS:
+        part = settings.get(name)
+        if not _of_compressed_tensors(part):
+            continue
+        sparsity = part.get("sparsity_config")
+        formats = {part.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None} - {None}
+        others = sorted(map(str, formats - set(FORMATS)))
+        if others or part.get("config_groups"):
+            told = f"the format {others[0]}" if others else "quantized weights"
+            raise ValueError(
+                f"checkpoint: expected weights in the format {' or '.join(FORMATS)} of compressed-tensors, got {told}; "
+                "decompress it with compressed-tensors first"
+            )
+
+
+def _decompress(files: Sequence[Path], where: Mapping[str, Path], names: Collection[str], output: Path) -> None:
+    """Write the files of a checkpoint with whole weights in the place of their parts."""
     written = {}
     for file in files:
         tensors = {}
@@ -57,15 +99,6 @@ def decompress(source: str | Path, output: str | Path) -> int:
         written |= dict.fromkeys(tensors, file.name)
     if [file.name for file in files] != [SINGLE]:
         (output / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written}, indent=2), encoding="utf-8")
-    for other in source.iterdir():
-        if other.is_file() and other.suffix != ".safetensors" and other.name != INDEX:
-            shutil.copy(other, output / other.name)
-    config = output / "config.json"
-    if config.exists():
-        settings = _settings(config)
-        kept = {name: value for name, value in settings.items() if name not in COMPRESSION_SETTINGS}
-        config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    return len(names)
 
 
 def _settings(config: Path) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...pattern import NMPattern
 from . import maskllm, maskpro
 
-# What reads a file, by its suffix; MaskPro's reads folders and all other files
+# What reads a file, by its suffix; folders and all other files are such as torch saves
 MASK_FORMATS = {".npz": maskllm.stored_masks}
 
 
@@ -20,8 +20,8 @@ def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str
     """Masks that another program has learned: bool [out, K] by name of the layer.
 
     Args:
-        source: an .npz file of MaskLLM, a .pt file of MaskPro with a dict of masks, or a folder of MaskPro with a file
-            ``<name>.pt`` for each mask. Names may end in ".mask" or ".weight.mask".
+        source: an .npz file of MaskLLM, a .pt file with a dict of masks, of bools or of 0 and 1 in any other dtype, or
+            a folder with a file ``<name>.pt`` for each mask. Names may end in ".mask" or ".weight.mask".
         layers: modules with a ``weight`` [out, K], by name; those without a mask are left out.
         pattern: "N:M" or NMPattern: at most N of every M are kept.
 

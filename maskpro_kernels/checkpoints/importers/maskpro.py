@@ -1,4 +1,8 @@
-"""Masks in the format of MaskPro's own program: bool tensors in .pt files."""
+"""Masks as torch saves them: bool tensors of MaskPro's program, floats or integers of MaskLLM's, in .pt files.
+
+MaskPro writes a file for each mask or one for all; MaskLLM's ``tool_compute_mask_hf.py`` one of float32 masks, named
+after their weights (https://github.com/NVlabs/MaskLLM).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 
 def stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, bool mask) from a file that holds a dict of them, or from a folder with a file ``<name>.pt`` for each.
+    """(name, mask as bool) from a file that holds a dict of them, or from a folder with a file ``<name>.pt`` for each.
 
     Raises:
         ValueError: if a file is of another kind or damaged.
@@ -21,7 +25,7 @@ def stored_masks(source: Path) -> Iterator[tuple[str, Tensor]]:
         masks = loaded if isinstance(loaded, Mapping) else {file.stem: loaded}
         for name, mask in masks.items():
             _check_mask(name, mask, file)
-            yield name, mask
+            yield name, mask.bool()
 
 
 def _load(file: Path) -> object:
@@ -32,15 +36,19 @@ def _load(file: Path) -> object:
         # Which of a dozen errors it is depends on the place of the damage. Torch's message is left out: it advises to
         # load the file as a pickle, which runs whatever it holds.
         raise ValueError(
-            f"masks: expected a file of bool masks, got {str(file)!r}, which is damaged or holds more than tensors"
+            f"masks: expected a file of masks, got {str(file)!r}, which is damaged or holds more than tensors"
         ) from error
 
 
 def _check_mask(name: object, mask: object, file: Path) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise ValueError(f"masks: expected bool masks, got {type(mask).__name__} {name!r} in {str(file)!r}")
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"masks: expected tensors, got {type(mask).__name__} {name!r} in {str(file)!r}")
     if not isinstance(name, str):
         raise ValueError(f"masks: expected names of layers, got {name!r} in {str(file)!r}")
-    # sums and products would take another byte for what it is
-    if mask.layout != torch.strided or mask.is_meta or (mask.view(torch.uint8) > 1).any():
-        raise ValueError(f"masks: expected bool masks whose bytes are 0 or 1, got others in {name} of {str(file)!r}")
+    if mask.layout != torch.strided or mask.is_meta or mask.is_complex() or mask.is_quantized:
+        kind = "meta" if mask.is_meta else mask.layout if mask.layout != torch.strided else mask.dtype
+        raise ValueError(f"masks: expected plain tensors, got {kind} in {name} of {str(file)!r}")
+    # of bool too: sums and products would take another byte for what it is
+    values = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float() if mask.itemsize == 1 else mask
+    if not ((values == 0) | (values == 1)).all():
+        raise ValueError(f"masks: expected 0 and 1, or false and true, alone, got others in {name} of {str(file)!r}")

@@ -1,0 +1,106 @@
+"""What memory a run of `maskpro learn` will need, told before it starts, and what it has used at its end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+
+import torch
+
+from ..pruning.selection import layers_to_convert
+from ..text.losses import distillation_loss
+from ..text.perplexity import EVALUATED_TOGETHER, causal_lm_loss
+from ..training.estimator import Estimator
+from ..training.memory import MemoryNeed, activation_bytes, memory_need
+from .arguments import DTYPES
+from .changed_weights import changes_weights
+from .models import device_of_inputs
+from .progress import tell, tell_as
+
+GB = 1e9
+# Of a token whose teacher is kept in short, see ``TeacherCache``
+CACHED = 8 * 64 + 4
+
+
+def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, model: torch.nn.Module) -> MemoryNeed:
+    """What the steps and evaluations of a run take in a process.
+
+    Args:
+        args: the settings, complete.
+        estimator: of the run.
+        world: how many ranks there are.
+        model: not converted yet.
+    """
+    layers, _ = layers_to_convert(model, args.pattern)
+    device = device_of_inputs(model)
+
+    def windows(length: int):
+        return lambda rows: torch.zeros(rows, length, dtype=torch.int64, device=device)
+
+    # with a teacher that is asked, and not written down
+    loss_fn = distillation_loss(args.loss, getattr(args, "loss_temperature", 1.0))
+    rows, gradients = args.batch_size, estimator.needs_gradients
+    of_step = activation_bytes(model, layers, loss_fn, windows(args.seq_len), rows, gradients)
+    evaluated = min(args.eval_windows, EVALUATED_TOGETHER)
+    of_evaluation = activation_bytes(model, layers, causal_lm_loss, windows(args.eval_length), evaluated, False)
+    teacher = 0
+    if args.loss != "ce":
+        vocabulary = model.get_input_embeddings().num_embeddings
+        of_logits = rows * args.seq_len * vocabulary * DTYPES[args.dtype].itemsize
+        of_step = max(of_step - of_logits, 0)
+        teacher = rows * args.seq_len * CACHED if changes_weights(args) else of_logits
+    return memory_need(
+        model,
+        layers,
+        estimator,
+        logits_dtype=DTYPES[args.logits_dtype],
+        alone=args.accumulate == world == 1,
+        activations=max(of_step, of_evaluation),
+        teacher=teacher,
+    )
+
+
+def tell_need(args: argparse.Namespace, model: torch.nn.Module, need: MemoryNeed) -> None:
+    """Tell what memory will be needed, with a warning where the devices of the weights have less."""
+    parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in asdict(need).items())
+    tell(f"memory that a step needs, estimated: {need.total / GB:.2f} GB ({parts})")
+    devices = {parameter.device for parameter in model.parameters()}
+    there = sum(filter(None, map(_total, devices)))
+    # they may live with the weights none the less
+    elsewhere = hasattr(args, "logits_device") and torch.device(args.logits_device) not in devices
+    on_devices = need.total - (need.logits if elsewhere else 0)
+    if on_devices > there > 0:
+        names = ", ".join(sorted(map(str, devices)))
+        tell_as(
+            "warning",
+            f"{names} {'have' if len(devices) > 1 else 'has'} {there / GB:.2f} GB of memory, and about "
+            f"{on_devices / GB:.2f} GB are needed; take a smaller --batch-size or --seq-len, --gradient-checkpointing, "
+            "--logits-dtype bfloat16, --logits-device or --device-map",
+        )
+
+
+def _total(device: torch.device) -> int:
+    """Bytes of memory of a device; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    with suppress(ValueError, OSError, AttributeError):
+        if device.type == "cpu":
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def used_memory() -> dict[str, int]:
+    """The most bytes that this process has held: ``process``, what was resident in main memory, and by GPU."""
+    used = {}
+    # there is none on Windows
+    with suppress(ImportError):
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        used["process"] = most if sys.platform == "darwin" else 1024 * most
+    if torch.cuda.is_available():
+        used |= {f"cuda:{index}": torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
+    return used

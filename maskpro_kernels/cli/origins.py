@@ -1,0 +1,109 @@
+"""What the model cards of checkpoints tell of where they come from. Paths of this machine are left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..report import FROZEN
+from ..text.data import is_path
+from ..text.mixture import parse_sources
+from .models import hub_id
+from .run_files import REPORT, SETTINGS
+
+if TYPE_CHECKING:
+    from ..hf import Origin
+
+# Of the machine that learned, or told elsewhere in the card
+NOT_TOLD = ("model", "output", "device", "device_map", "logits_device", "report_to")
+
+
+def origin_of_run(settings: Mapping, weights: str, table: Sequence[Mapping], versions: Mapping[str, str]) -> Origin:
+    """Of what a run has learned.
+
+    Args:
+        settings: as stored.
+        weights: what became of them, see ``told_weights``.
+        table: of perplexities.
+        versions: of the packages.
+    """
+    from ..hf import MASK_ALONE, Origin
+
+    changed = MASK_ALONE
+    if weights != FROZEN:
+        changed = (
+            f"Mask and weights: the weights are not those of the base model ({weights}). The mask alone, on the base "
+            "model's weights, is another model."
+        )
+    told = {name: value for name, value in settings.items() if name not in NOT_TOLD and value is not None}
+    told |= {name: _without_folders(told[name]) for name in ("data", "other_data") if name in told}
+    return Origin(
+        **_base(settings["model"]),
+        pattern=settings["pattern"],
+        changed=changed,
+        table=table,
+        texts=(told.get("data", "test text"), told.get("other_data", "another text")),
+        settings=told,
+        versions=versions,
+    )
+
+
+def origin_of_export(run: Path, metadata: Mapping[str, str], dtype: str) -> Origin:
+    """Of the checkpoint that is written from the logits of a run.
+
+    Args:
+        run: its folder; a run that has not ended has no report, and its table no learned mask.
+        metadata: of its logits.
+        dtype: of the checkpoint.
+    """
+    settings: Mapping = {"model": metadata["model"], "pattern": metadata["pattern"], "dtype": metadata["dtype"]}
+    table, versions = [], {}
+    for name in (REPORT, SETTINGS):
+        try:
+            found = json.loads((run / name).read_text(encoding="utf-8"))
+            settings, table, versions = found["settings"] | settings, found["table"], found.get("versions", {})
+            break
+        except (OSError, ValueError, KeyError, TypeError):
+            # an export goes by the logits alone
+            continue
+    origin = origin_of_run(settings, metadata["weights_are"], table, versions)
+    if dtype != metadata["dtype"]:
+        stored = f"It is stored in {dtype}; what follows was found in {metadata['dtype']}."
+        origin = replace(origin, changed=f"{origin.changed} {stored}")
+    return origin
+
+
+def origin_of_masks(model: str, pattern: str, source: str) -> Origin:
+    """Of a model under masks that another program has learned."""
+    from ..hf import MASK_ALONE, Origin
+
+    return Origin(**_base(model), pattern=pattern, changed=f"{MASK_ALONE} The masks are those of `{_name(source)}`.")
+
+
+def origin_of_checkpoint(source: str, pattern: str) -> Origin:
+    """Of a checkpoint with zeros that another program has stored."""
+    from ..hf import Origin
+
+    changed = "Zeros and weights are those of that checkpoint, which another program has stored."
+    return Origin(**_base(source), pattern=pattern, changed=changed)
+
+
+def _base(model: str) -> dict:
+    """The name of a base model, and whether the hub has it."""
+    found = hub_id(model)
+    return {"base_model": _name(model) if found is None else found, "on_hub": found is not None}
+
+
+def _name(source: str) -> str:
+    return Path(source).name if source.startswith("/") or is_path(source) else source
+
+
+def _without_folders(data: str) -> str:
+    """A list of sources whose files are named without their folders."""
+    sources = parse_sources(data)
+    if len(sources) == 1:
+        return _name(sources[0].name)
+    return ",".join(f"{_name(name)}:{float(share):g}" for name, share in sources)

@@ -1,0 +1,241 @@
+"""The model card of a saved model, and what `save_pretrained` takes beside it."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.command import learn, report
+from helpers.tiny_llama import tiny_model, tiny_tokenizer, write_inputs
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+import maskpro_kernels as mk
+from maskpro_kernels import hf
+from maskpro_kernels.cli import main
+from maskpro_kernels.hf import saving
+from maskpro_kernels.hf.model_card import CARD, is_own
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+@pytest.fixture(scope="module")
+def masked():
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    return model
+
+
+@pytest.fixture
+def by_form(masked):
+    def made(form):
+        model = copy.deepcopy(masked)
+        return model if form == "masked" else mk.finalize(model, to=form)
+
+    return made
+
+
+ORIGIN = hf.Origin(
+    base_model="owner/base",
+    on_hub=True,
+    pattern="2:4",
+    changed=hf.MASK_ALONE,
+    table=[
+        {"method": "dense", "perplexity": 10.0, "other_perplexity": 7.0},
+        {"method": "straight-through", "perplexity": 12.345, "other_perplexity": 8.0},
+    ],
+    texts=("pydoc", "stdlib"),
+    settings={"steps": 3, "data": "a|b"},
+    versions={"torch": "2"},
+)
+
+
+@pytest.mark.parametrize("form", ["dense", "masked", "packed"])
+def test_a_card_tells_what_the_model_is_and_how_to_load_it(by_form, tmp_path, form, monkeypatch):
+    hf.save_model(by_form(form), tiny_tokenizer(), tmp_path / "sparse", origin=ORIGIN)
+    card = ModelCard.load(tmp_path / "sparse" / CARD)
+    assert card.data.base_model == "owner/base" and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation" and {"maskpro", "2:4"} <= set(card.data.tags)
+    text = card.text
+    assert "# sparse" in text and "[owner/base](https://huggingface.co/owner/base) with 2:4 sparsity" in text
+    assert "2 of every 4 are kept" in text and hf.MASK_ALONE in text
+    assert "| mask | pydoc | stdlib |" in text and "| none (dense) | 10.00 | 7.00 |" in text
+    assert "| straight-through | 12.35 | 8.00 |" in text or "| straight-through | 12.34 | 8.00 |" in text
+    assert "| steps | 3 |" in text and "| data | a\\|b |" in text and "| torch | 2 |" in text
+    assert ("import maskpro_kernels.hf" in text) == (form != "dense")
+    assert ("finalize(model)" in text) == (form == "masked")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(code, names)
+    tokens = torch.arange(8).view(1, 8)
+    torch.testing.assert_close(names["model"](tokens).logits, by_form(form).eval()(tokens).logits)
+    assert names["tokenizer"]("w1 w2")["input_ids"] == tiny_tokenizer()("w1 w2")["input_ids"]
+
+
+def test_a_card_of_a_model_that_nothing_is_known_of(tmp_path):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    card = ModelCard.load(tmp_path / CARD)
+    assert card.data.base_model is None and "a dense model, saved by `maskpro_kernels`" in card.text
+    assert "## Perplexity" not in card.text and "## Settings" not in card.text
+
+
+def test_a_folder_of_this_machine_is_no_base_model_of_the_hub(tmp_path):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path, origin=hf.Origin(base_model="model"))
+    card = ModelCard.load(tmp_path / CARD)
+    assert card.data.base_model is None and "`model`" in card.text
+
+
+@pytest.mark.parametrize("content", ["mine\n", "changed"])
+def test_a_card_of_someone_else_is_kept_and_told(tmp_path, content):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    own = (tmp_path / CARD).read_text()
+    theirs = content if content == "mine\n" else own.replace("saved by", "saved, with care, by")
+    (tmp_path / CARD).write_text(theirs)
+    with pytest.warns(UserWarning, match=rf"{CARD} is kept, .*: the model card is left out; move it away"):
+        hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path, origin=ORIGIN)
+    assert (tmp_path / CARD).read_text() == theirs
+
+
+def test_a_card_of_its_own_is_written_anew(tmp_path):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    with warnings.catch_warnings(action="error"):
+        hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path, origin=ORIGIN)
+    assert "owner/base" in (tmp_path / CARD).read_text() and is_own((tmp_path / CARD).read_text())
+
+
+def test_options_of_save_pretrained(tmp_path):
+    model = tiny_model()
+    hf.save_model(model, tiny_tokenizer(), tmp_path, max_shard_size="20KB", variant="small")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and all("small" in file.name for file in files)
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert_same_bits(stored["model.norm.weight"], model.model.norm.weight.detach())
+    assert_same_bits(
+        list(LlamaForCausalLM.from_pretrained(tmp_path, variant="small").parameters()), list(model.parameters())
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"shard_size": "5GB"}, TypeError, r"options: expected those of save_pretrained, .*got \['shard_size'\]"),
+        ({"max_shard_size": "5"}, ValueError, "max_shard_size: expected bytes, or a whole number"),
+        ({"max_shard_size": "0GB"}, ValueError, "max_shard_size"),
+        ({"max_shard_size": None}, ValueError, "max_shard_size"),
+        (
+            {"push_to_hub": "owner/name"},
+            TypeError,
+            "push_to_hub: expected a bool, got 'owner/name'; name the repository",
+        ),
+        ({"repo_id": "owner/name"}, ValueError, "push_to_hub: expected True beside repo_id, got False"),
+        ({"push_to_hub": True, "repo_id": "a/b/c"}, ValueError, "repo_id: expected a name such as owner/name"),
+    ],
+)
+def test_a_bad_option_is_refused_and_nothing_is_written(tmp_path, options, error, told):
+    with pytest.raises(error, match=told):
+        hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def pushed(tmp_path, monkeypatch):
+    """What an emulated hub was given: its calls, in order; `there` is the README.md that it has."""
+    calls, there = [], tmp_path / "there"
+
+    def create_repo(api, repo_id, **how):
+        calls.append(("create", repo_id, how))
+        return type("Url", (), {"repo_id": repo_id})
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_branch", lambda api, repo_id, **how: calls.append(("branch", repo_id, how)))
+    monkeypatch.setattr(HfApi, "file_exists", lambda api, repo_id, name, revision: there.exists())
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda api, repo_id, name, revision: str(there))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **how: calls.append(("upload", api.token, how)))
+    return calls, there
+
+
+def test_a_push_uploads_what_was_written(tmp_path, pushed):
+    calls, _ = pushed
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    push = {"push_to_hub": True, "repo_id": "owner/name", "private": True, "token": "t", "revision": "new"}
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path / "out", max_shard_size="1GB", **push)
+    (create, branch, (_, token, upload)) = calls
+    assert create == ("create", "owner/name", {"private": True, "exist_ok": True})
+    assert branch == ("branch", "owner/name", {"branch": "new", "exist_ok": True})
+    assert token == "t" and upload["repo_id"] == "owner/name" and upload["revision"] == "new"
+    files = set(upload["allow_patterns"])
+    assert {CARD, "config.json", "model.safetensors", "tokenizer.json"} <= files and "notes.txt" not in files
+    assert '"owner/name"' in (tmp_path / "out" / CARD).read_text()
+
+
+@pytest.mark.parametrize("of", ["someone else", "this package"])
+def test_a_card_that_the_hub_has_of_someone_else_is_kept(tmp_path, pushed, of):
+    calls, there = pushed
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path / "before")
+    there.write_text("mine" if of == "someone else" else (tmp_path / "before" / CARD).read_text())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path / "name", push_to_hub=True)
+    kept = [str(warning.message) for warning in told if "is kept" in str(warning.message)]
+    assert (CARD in calls[-1][2]["allow_patterns"]) == (of == "this package") == (not kept)
+
+
+def test_a_push_that_fails_leaves_what_was_written(tmp_path, pushed, monkeypatch):
+    def refused(*_, **__):
+        raise OSError("403 Forbidden: you may not.\nRequest ID: 7")
+
+    monkeypatch.setattr(HfApi, "upload_folder", refused)
+    told = (
+        "the model is in .*out', but could not be pushed to owner/name: 403 Forbidden: you may not.; push it by `hf up"
+    )
+    with pytest.raises(OSError, match=told):
+        hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path / "out", push_to_hub=True, repo_id="owner/name")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("options", [[], ["--refit", "weights"]], ids=["frozen", "refitted"])
+def test_the_card_of_a_run_and_of_its_export(inputs, tmp_path, options, pushed, monkeypatch):
+    monkeypatch.setattr(saving.HfApi, "whoami", lambda *_: {})
+    run = tmp_path / "run"
+    data = f"{inputs / 'text.txt'}:0.5,self:0.5"
+    assert main.main(learn(inputs, run, "--data", data, *options)) == 0
+    export = ["export", str(run), str(tmp_path / "packed"), "--to", "packed", "--max-shard-size", "20KB"]
+    assert main.main([*export, "--push-to-hub", "owner/name", "--private"]) == 0
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
+    calls, _ = pushed
+    assert calls[0] == ("create", "owner/name", {"private": True, "exist_ok": True})
+    for folder in ("run", "packed"):
+        text = (tmp_path / folder / CARD).read_text()
+        assert str(tmp_path) not in text and str(inputs) not in text
+        assert "`model` with 2:4 sparsity" in text and ("import maskpro_kernels.hf" in text) == (folder == "packed")
+        assert ("(weights refitted)" in text) == bool(options) == (hf.MASK_ALONE not in text)
+        assert "| mask | text.txt:0.5,self:0.5 | pydoc |" in text and "| estimator | reinforce |" in text
+        for row in report(run)["table"][1:]:
+            assert f"| {row['method']} | {row['perplexity']:.2f} | {row['other_perplexity']:.2f} |" in text
+
+
+def test_a_run_keeps_a_card_that_came_while_it_learned(inputs, tmp_path, monkeypatch, capsys):
+    from maskpro_kernels.training.trainer import MaskTrainer
+
+    step, run = MaskTrainer.step, tmp_path / "run"
+
+    def written(trainer):
+        (run / CARD).write_text("mine")
+        return step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", written)
+    assert main.main(learn(inputs, run)) == 0
+    assert (run / CARD).read_text() == "mine" and (run / "report.json").exists()
+    assert f"maskpro: warning: {run / CARD} is kept" in capsys.readouterr().err
