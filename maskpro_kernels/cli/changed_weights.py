@@ -19,9 +19,9 @@ from .run_files import START_WEIGHTS, digest_of_weights
 REFITTED = {"none": (), "scales": ("scales refitted",), "weights": ("weights refitted",)}
 
 
-def needs_teacher_beforehand(args: argparse.Namespace) -> bool:
-    """Whether the loss asks the dense model while weights change: then it has to be asked before they do."""
-    return args.loss != "ce" and (args.refit != "none" or getattr(args, "train_weights", None) is not None)
+def changes_weights(args: argparse.Namespace) -> bool:
+    """Whether the weights of a run change, so that the dense model will be gone."""
+    return args.refit != "none" or getattr(args, "train_weights", None) is not None
 
 
 def told_weights(refit: str, trained: bool = False) -> str:

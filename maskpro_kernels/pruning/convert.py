@@ -59,14 +59,14 @@ def convert(
 ) -> Conversion:
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
-    The matrices of transformers' Conv1D and of its mixtures of experts, and of nn.MultiheadAttention, count as layers:
-    such a module is taken apart first, see ``linear_form``. Weights that it holds transposed are copied.
+    Transformers' Conv1D and mixtures of experts, and nn.MultiheadAttention, are taken apart into layers first, see
+    ``linear_form``. Weights that they hold transposed are copied.
 
     A model may be spread over several devices: logits, seed and step live with each weight. Hooks by which accelerate's
     ``dispatch_model`` brings inputs to a layer are hooked to its replacement.
 
     Args:
-        model: any module that contains nn.Linear layers, or modules that can be taken apart into such.
+        model: any module that contains nn.Linear layers, or what can be taken apart into such.
         pattern: "N:M" or NMPattern.
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
@@ -86,7 +86,8 @@ def convert(
         A Conversion: names converted, names left out with the reason, the gap, and how much of the model has a mask.
 
     Warns:
-        UserWarning: without ``targets``, if less than 90% of the matrix weights have a mask.
+        UserWarning: without ``targets``, if less than 90% of the matrix weights have a mask; of experts that no token
+            of ``calibration`` reaches, and that get masks by magnitude.
 
     Raises:
         TypeError, ValueError: an argument is not as above, a weight is not finite or in memory, or nothing is left to
@@ -94,22 +95,17 @@ def convert(
     """
     pattern = NMPattern(pattern)
     _check(model, init, refit)
-    gap = _gap(gap, flip_rate, pattern, logits_dtype)
-    logits_device = None if logits_device is None else device_of_logits(logits_device)
+    how = _logits(gap, flip_rate, pattern, logits_dtype, logits_device)
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
         codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
-        masked = _masked_linears(
-            model, layers, codes, pattern, gap=gap, logits_dtype=logits_dtype, logits_device=logits_device
-        )
-        put_weights({name: masked[id(layers[name])] for name in weights}, weights)
-        replace_layers(model, masked)
+        replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
     skipped = reasons_by_name(model, skipped | left_out)
     found = coverage(model, skipped)
     if targets is None and found.share < MOST_OF_A_MODEL:
         warnings.warn(_told_coverage(found), stacklevel=2)
-    return Conversion(list(layers), skipped, gap, found.share, found.unmasked)
+    return Conversion(list(layers), skipped, how["gap"], found.share, found.unmasked)
 
 
 def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str) -> None:
@@ -128,20 +124,37 @@ def _told_coverage(found: Coverage) -> str:
     )
 
 
-def _gap(gap: float, flip_rate: float | None, pattern: NMPattern, logits_dtype: torch.dtype) -> float:
-    """The gap that was given, or the one of the flip rate."""
+def _logits(
+    gap: float,
+    flip_rate: float | None,
+    pattern: NMPattern,
+    logits_dtype: torch.dtype,
+    logits_device: torch.device | str | None,
+) -> dict:
+    """How logits are made, checked: with the gap that was given, or the one of the flip rate."""
     check_gap(gap, logits_dtype)
-    if flip_rate is None:
-        return gap
-    if gap != DEFAULT_GAP:
-        raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
-    return gap_for_flip_rate(flip_rate, pattern)
+    if flip_rate is not None:
+        if gap != DEFAULT_GAP:
+            raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
+        gap = gap_for_flip_rate(flip_rate, pattern)
+    device = None if logits_device is None else device_of_logits(logits_device)
+    return {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
 
 
 def _masked_linears(
-    model: nn.Module, layers: Mapping[str, nn.Linear], codes: dict[str, Tensor], pattern: NMPattern, **how
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    codes: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
+    pattern: NMPattern,
+    **how,
 ) -> dict[int, MaskedLinear]:
-    """The replacements by id of the layers; empties ``codes``. ``how`` goes to ``MaskedLinear.from_linear``."""
+    """The replacements by id of the layers; empties ``codes``.
+
+    Args:
+        weights: those that were refitted, by name.
+        how: goes to ``MaskedLinear.from_linear``.
+    """
     # layers of an earlier conversion keep their ids: two layers with one id would draw the same noise
     earlier = [module for module in model.modules() if isinstance(module, MaskedLinear)]
     states = {layer.weight.device: layer.counter_state for layer in earlier}
@@ -154,4 +167,5 @@ def _masked_linears(
         replacements[id(layer)] = MaskedLinear.from_linear(
             layer, pattern, codes.pop(name), layer=layer_id, counter_state=states[device], **how
         )
+    put_weights({name: replacements[id(layers[name])] for name in weights}, weights)
     return replacements
