@@ -86,8 +86,7 @@ def convert(
         A Conversion: names converted, names left out with the reason, the gap, and how much of the model has a mask.
 
     Warns:
-        UserWarning: without ``targets``, if less than 90% of the matrix weights have a mask; of experts that no token
-            of ``calibration`` reaches, and that get masks by magnitude.
+        UserWarning: without ``targets``, if under 90% of the matrix weights have a mask; if experts saw no token.
 
     Raises:
         TypeError, ValueError: an argument is not as above, a weight is not finite or in memory, or nothing is left to
