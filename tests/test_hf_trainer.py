@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import accelerate
 import pytest
 import torch
 from helpers.architectures import loss_of, tiny
 from helpers.bits import assert_same_bits
 from helpers.tiny_llama import tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import maskpro_kernels as mk
 from maskpro_kernels.hf import KeepMask, MaskCallback
@@ -281,3 +282,42 @@ def test_training_that_broke_off_begins_again(tmp_path):
         trained(model, tmp_path, 2, [masks, Breaks()], learning_rate=0.3)
     trained(model, tmp_path, 2, [masks], learning_rate=0.3)
     assert {int(layer.counter_state.step) for layer in masked_layers(model).values()} == {3}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_skips_what_is_not_finite(fused):
+    """As the Trainer has it in float16, where a fused optimizer is called all the same, and told."""
+    arguments = TrainingArguments("unused", use_cpu=True, report_to="none")
+    accelerate.Accelerator(cpu=True)
+    model, rows = masked().train(), torch.stack([row["input_ids"] for row in texts()]).split(4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    own = torch.optim.AdamW([layer.logits for layer in masked_layers(model).values()], lr=0.3, fused=fused)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(own, scaler=scaler)
+    masks, state = MaskCallback(), TrainerState(max_steps=4)
+    masks.on_train_begin(arguments, state, None, model=model, optimizer=optimizer)
+    for index, batch in enumerate([rows[0], rows[1], *rows[1:]]):
+        masks.on_step_begin(arguments, state, None, optimizer=optimizer, train_dataloader=rows)
+        scaler.scale(causal_lm_loss(model, batch) * (torch.inf if index == 1 else 1.0)).backward()
+        scaler.unscale_(own)
+        optimizer.step()
+        assert scaler.get_scale() == (256.0 if index == 0 else 128.0)
+        assert all(layer.logits.grad is None for layer in masked_layers(model).values()) or (index == 1 and not fused)
+        optimizer.zero_grad()
+    masks.on_train_end(arguments, state, None)
+    expected = masked()
+    mk.MaskTrainer(expected, causal_lm_loss, list(rows), mk.StraightThrough(lr=0.3), seed=42).run(4, progress=False)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_and_the_best_model(tmp_path):
+    model = masked()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, learning_rate=0.3, report_to="none", use_cpu=True, disable_tqdm=True,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=texts(), eval_dataset=texts(4), callbacks=[MaskCallback()]
+    )  # fmt: skip
+    trainer.train()
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same_bits(logits(model), logits(best))

@@ -10,6 +10,7 @@ from helpers.in_ranks import all_in_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import maskpro_kernels as mk
 from maskpro_kernels.cli import main
@@ -332,6 +333,23 @@ def assert_distributed_weights_are_refused(rank: int) -> None:
         mk.MaskedLinear.from_linear(linear, "2:4")
     with pytest.raises(ValueError, match="^model: expected plain tensors as weights, got a DTensor in 0"):
         mk.convert(nn.Sequential(linear), "2:4")
+    assert_layers_over_ranks_are_refused()
+
+
+def assert_layers_over_ranks_are_refused() -> None:
+    """By the plan of torch's parallelize_module, and where parameters have been distributed by hand."""
+    mesh, x = init_device_mesh("cpu", (2,)), torch.ones(2, WIDTH)
+    for name in ("weight", "values"):
+        model = nn.Sequential(nn.Linear(WIDTH, HIDDEN)).eval()
+        mk.convert(model, "2:4")
+        if name == "values":
+            mk.finalize(model, to="packed")
+        with pytest.raises(NotImplementedError, match="ColwiseParallel currently only support nn.Linear"):
+            parallelize_module(model, mesh, {"0": ColwiseParallel()})
+        spread = distribute_tensor(getattr(model[0], name).detach(), mesh, [Shard(0)])
+        setattr(model[0], name, nn.Parameter(spread, requires_grad=False))
+        with pytest.raises(ValueError, match=f"^{name}: expected a plain tensor, got a DTensor"):
+            model(x)
 
 
 def test_distributed_weights_are_refused_by_name():

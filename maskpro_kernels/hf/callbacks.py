@@ -13,9 +13,12 @@ from ..kept_zeros import KeptZeros
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..pattern import NMPattern
 from ..training.mask_optimizer import MaskOptimizer
+from ..training.normalized_steps import check_slope_settings
 
 # Slopes of so many root mean squares are rare
 LARGE_SLOPE = 30
+# Of each layer, to tell how far apart its logits are
+ROWS = 64
 
 
 class MaskCallback(TrainerCallback):
@@ -40,9 +43,8 @@ class MaskCallback(TrainerCallback):
     """
 
     def __init__(self, *, curvature: float = 1.0, max_update: float = 2.0, decay: float = 0.9):
+        check_slope_settings(curvature, max_update, decay)
         self._how = {"curvature": curvature, "max_update": max_update, "decay": decay}
-        # told here, not when training begins
-        MaskOptimizer(MaskedLinear(torch.zeros(1, 2), None, torch.zeros(1, 2), "1:2"), **self._how)
         self._frozen: list[nn.Parameter] = []
         self._hook = None
 
@@ -140,9 +142,9 @@ def _check_rate(layers: dict[str, MaskedLinear], optimizer: torch.optim.Optimize
 
 @torch.no_grad()
 def _gaps(layer: MaskedLinear) -> torch.Tensor:
-    """Of each group the least kept logit less the largest dropped one."""
+    """Of each group of some rows the least kept logit less the largest dropped one."""
     n, m = layer.pattern.n, layer.pattern.m
-    ordered = layer.logits.float().view(-1, m).sort(-1, descending=True).values
+    ordered = layer.logits[:ROWS].float().reshape(-1, m).sort(-1, descending=True).values
     return ordered[:, n - 1] - ordered[:, n]
 
 

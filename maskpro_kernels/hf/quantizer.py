@@ -12,7 +12,7 @@ class SparseQuantizer(HfQuantizer):
     # they are made by ``convert`` and ``finalize``, not from a dense checkpoint while it is loaded
     requires_calibration = True
 
-    def preprocess_model(self, model: PreTrainedModel, dtype=None, **kwargs) -> None:
+    def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
         """As transformers has it.
 
         Raises:
@@ -28,7 +28,7 @@ class SparseQuantizer(HfQuantizer):
                 f"distributed_config: expected whole layers of a checkpoint with masked or packed weights, got {told}; "
                 "write the dense one, by finalize or `maskpro export`, which transformers splits as any other"
             )
-        super().preprocess_model(model, dtype=dtype, **kwargs)
+        super().preprocess_model(model, *args, **kwargs)
 
     def is_serializable(self) -> bool:
         return True

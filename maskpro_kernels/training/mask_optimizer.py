@@ -14,7 +14,7 @@ from ..counter import MaskSource
 from ..functional.linear import straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, check_in_memory, masked_layers
-from .normalized_steps import descend_by_rms, folded
+from .normalized_steps import check_slope_settings, descend_by_rms, folded
 from .number_checks import check_float
 
 # Where the state of all layers stands, by their ids
@@ -55,9 +55,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         loss_scale: float | Callable[[], float] = 1.0,
     ):
         check_float("lr", lr, 0.0)
-        check_float("curvature", curvature, 0.0)
-        check_float("max_update", max_update, 0.0, strict=True)
-        check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
+        check_slope_settings(curvature, max_update, decay)
         if not callable(loss_scale):
             check_float("loss_scale", loss_scale, 0.0, strict=True)
         self.layers = masked_layers(model)

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 from ..functional.checks import FLOAT32_MAX
+from .number_checks import check_float
+
+
+def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:
+    """Raise TypeError or ValueError unless these are as for ``StraightThrough``."""
+    check_float("curvature", curvature, 0.0)
+    check_float("max_update", max_update, 0.0, strict=True)
+    check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
 
 
 def descend_by_rms(

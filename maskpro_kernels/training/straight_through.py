@@ -18,7 +18,7 @@ from ..modules import MaskedLinear
 from ..ranks import Ranks
 from .estimator import Estimator, HeldBytes, Option, StepResult
 from .fisher import FisherSquares
-from .normalized_steps import descend_by_rms, folded
+from .normalized_steps import check_slope_settings, descend_by_rms, folded
 from .number_checks import check_float, check_whole
 from .step import Step
 from .weight_learning import WeightLearner, check_weights
@@ -81,9 +81,7 @@ class StraightThrough(Estimator):
     ):
         check_whole("fisher_every", fisher_every, 1)
         check_float("lr", lr, 0.0, strict=True)
-        check_float("curvature", curvature, 0.0)
-        check_float("max_update", max_update, 0.0, strict=True)
-        check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
+        check_slope_settings(curvature, max_update, decay)
         if steps is not None:
             check_whole("steps", steps, 1)
         if train_weights is not None:
