@@ -60,11 +60,10 @@ def _texts(args: argparse.Namespace, folder: Path, run: Mapping | None) -> tuple
     Raises:
         ValueError, OSError: if there is none, or one cannot be read.
     """
-    loaded = Texts(args)
     if not hasattr(args, "data"):
         if run is None:
             if hasattr(args, "tasks"):
-                return loaded, {}
+                return Texts(args), {}
             found = "no run that has begun to learn" if folder.exists() else "no such folder"
             raise ValueError(
                 f"data: expected --data or --tasks, since only a run has a text of its own, got none; at "
@@ -74,6 +73,7 @@ def _texts(args: argparse.Namespace, folder: Path, run: Mapping | None) -> tuple
     with telling("eval_windows"):
         shared_out(texts_of(args.data), args.eval_windows)
     check_sources(args, [name for name, _ in parse_sources(args.data)])
+    loaded = Texts(args)
     texts = loaded.of(args.data)
     if not texts:
         raise ValueError(
