@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import types
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from torch.utils import checkpoint
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.parser import build_parser
+from maskpro_kernels.cli.run_settings import check_process, complete
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.training.trainer import MaskTrainer
 
@@ -138,6 +141,14 @@ def test_a_model_that_transformers_places(inputs, straight, tmp_path, device_map
     assert report(tmp_path / "run")["settings"]["device_map"] == (
         device_map if device_map == "auto" else json.loads(device_map)
     )
+
+
+def test_ranks_take_no_device_map(inputs):
+    args = build_parser().parse_args(learn(inputs, "none", "--accumulate", "2"))
+    args.device_map = "auto"
+    two = types.SimpleNamespace(world=2, rank=0)
+    with pytest.raises(ValueError, match="device_map: expected none under torchrun, .*got 'auto'; give --device"):
+        check_process(args, two, complete(args).draws)
 
 
 def test_weights_that_are_offloaded_are_refused(inputs, tmp_path, monkeypatch, capsys):
