@@ -103,7 +103,7 @@ def check_process(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
             f"gradient_checkpointing: expected an estimator with a backward pass, got {args.estimator!r}, which keeps "
             "no activations; leave it out"
         )
-    _check_ranks(args, ranks, draws)
+    check_ranks(args, ranks, draws)
     check_trackers(args)
 
 
@@ -131,7 +131,7 @@ def parallel_of(args: argparse.Namespace) -> str:
     return getattr(args, "parallel", PARALLEL[0])
 
 
-def _check_ranks(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
+def check_ranks(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
     """Raise ValueError unless the ranks can share the work, and each can take a device of its own."""
     check_shares(ranks.world, parallel_of(args), args.accumulate, draws)
     if ranks.world == 1:
