@@ -325,7 +325,8 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     assert main.main(["eval", str(tmp_path / "run"), *sizes]) == 0
     learned = report(tmp_path / "run")["table"][-1]["perplexity"]
     assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 120 tokens"
-    refuses(capsys, tmp_path, ["eval", str(inputs / "model")], "data: expected --data or --tasks, since only a run has a text of")
+    told = "data: expected --data or --tasks, since only a run has a text of"
+    refuses(capsys, tmp_path, ["eval", str(inputs / "model")], told)
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "lost")], "there is no such folder")
     (tmp_path / "run" / "settings.json").unlink()
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "run")], "data: expected --data, or the settings of the run in")
