@@ -80,7 +80,8 @@ def sparsegpt(
     try:
         with evaluating(model):
             for module, calls in calls_by_block(model, layers, calls_of(calibration)):
-                for names, once in layers_in_order(module, calls, layers):
+                stages = layers_in_order(module, calls, layers)
+                for names, once in ((names, stage.once) for stage in stages for names in stage.groups):
                     (gram,) = gram_matrices(module, calls, [layers[names[0]]], stop=once)
                     for name in names:
                         weight = layers[name].weight

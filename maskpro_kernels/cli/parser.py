@@ -281,11 +281,11 @@ def _add_eval(commands) -> None:
         parser, f"text whose test part is evaluated: {LIST} (default: that of the run; of a model with --tasks none)"
     )
     _add_evaluation(parser)
+    _add_device(parser)
     _add_tasks(parser)
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="JSON file of all figures to write; must not exist"
     )
-    _add_device(parser)
     _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
     _add_quiet(parser)
     parser.set_defaults(run=evaluate)

@@ -72,9 +72,19 @@ def _compute(op, *args, **kwargs):
     return tree_map(far, op(*tree_map(near, args), **tree_map(near, kwargs)))
 
 
+class _Backend(torch.utils.backend_registration._DummyBackendModule):
+    """What torch.far is: with the state of random numbers that torch's own tests ask each device for."""
+
+    def get_rng_state(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
 def far_device() -> torch.library.Library:
     """Make the device "far", for the rest of the process; its operations work as long as what is returned lives."""
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend("far")
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend("far", _Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(_compute, "PrivateUse1")
     return library

@@ -204,9 +204,7 @@ def test_layers_that_cannot_learn_are_refused_before_anything_moves():
         ValueError, match="^train_weights: expected a weight of its own in each layer, got one in 0 and 1"
     ):
         a_trainer(nn.Sequential(*layers), estimator=mk.StraightThrough(train_weights=0.01)).step()
-    across = nn.Linear(8, 16)
-    across.weight = nn.Parameter(torch.randn(8, 16).t())
-    layer = mk.MaskedLinear.from_linear(across, "2:4")
+    layer = mk.MaskedLinear(torch.randn(8, 16).t(), None, torch.randn(16, 8), "2:4")
     with pytest.raises(
         ValueError, match=r"^train_weights: expected layers with contiguous weights, got \(1, 16\) in 0"
     ):
