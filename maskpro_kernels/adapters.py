@@ -37,6 +37,18 @@ def refuse_merging(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None
                     setattr(layer, method, partial(_refuse, method, name))
 
 
+def base_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that adapters stand beside."""
+    return [layer.get_base_layer() for layer in model.modules() if _has_adapters(layer)]
+
+
+def fit_adapters(model: nn.Module) -> None:
+    """Have adapters merge as their base layers store weights now, which may have changed: transposed, or not."""
+    for layer in model.modules():
+        if _has_adapters(layer) and hasattr(layer, "fan_in_fan_out"):
+            layer.fan_in_fan_out = type(layer.get_base_layer()).__name__ == "Conv1D"
+
+
 def check_not_merged(model: nn.Module) -> None:
     """Raise ValueError if an adapter is merged into its base layer, which could not be undone under a mask."""
     for name, layer in model.named_modules():

@@ -225,6 +225,7 @@ def test_what_moves_is_logged(tmp_path):
     assert "mask_moved" not in last
 
 
+@pytest.mark.slow
 def test_bfloat16_and_checkpointed_activations(tmp_path):
     plain = learned(tmp_path / "plain", bf16=True)
     again = learned(tmp_path / "again", bf16=True, gradient_checkpointing=True)
@@ -272,6 +273,7 @@ def test_layers_that_do_not_follow_the_pattern_are_told(tmp_path):
     assert len(left_out) == 9 and "of its groups have more than 2 that are not zero" in left_out["lm_head.weight"]
 
 
+@pytest.mark.slow
 def test_training_that_broke_off_begins_again(tmp_path):
     class Breaks(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -309,6 +311,7 @@ def test_a_gradient_scaler_skips_what_is_not_finite(fused):
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation_and_the_best_model(tmp_path):
     model = masked()
     arguments = TrainingArguments(

@@ -81,7 +81,9 @@ class PackedQuantizer(SparseQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
         take_apart(model, self.quantization_config.taken_apart)
-        replace_by_packed(model, layers)
+        # without layers it is a dense model whose adapters stand in what is taken apart
+        if layers or not self.quantization_config.taken_apart:
+            replace_by_packed(model, layers)
         if checkpoint_files is not None:
             check_all_stored(stored_names(checkpoint_files), ("values", "bitmask"), layers)
 

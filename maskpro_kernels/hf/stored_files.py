@@ -47,8 +47,8 @@ def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Iterabl
         if stored != len(layers):
             raise ValueError(
                 f"checkpoint: expected {part} of the {len(layers)} layers that its quantization_config names, such as "
-                f"{layers[0]}, got {stored} of them; of a dense model that shared its config with another, take "
-                "quantization_config out of its config.json"
+                f"{layers[0] if layers else 'none'}, got {stored} of them; of a dense model that shared its config "
+                "with another, take quantization_config out of its config.json"
             )
 
 

@@ -42,7 +42,11 @@ class LiveConfig(QuantizationConfigMixin):
         if packed:
             return PackedConfig.of(packed, taken_apart(model))
         masked = any(isinstance(module, MaskedLinear) for module in model.modules())
-        return MaskedConfig.of(masked_layers(model), taken_apart(model)) if masked else None
+        if masked:
+            return MaskedConfig.of(masked_layers(model), taken_apart(model))
+        # a dense model with adapters in what is taken apart
+        apart = taken_apart(model)
+        return PackedConfig({}, apart) if apart else None
 
     def __deepcopy__(self, memo: dict) -> LiveConfig | None:
         copied = memo.get(id(self._model()))
@@ -98,12 +102,6 @@ def check_can_be_stored(model: nn.Module) -> None:
     masked = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if masked and any(isinstance(module, NMLinear) for module in model.modules()):
         raise ValueError("model: expected masked or packed layers, got both; finalize it, or unpack it, first")
-    apart = taken_apart(model)
-    if apart and not masked and not any(isinstance(module, NMLinear) for module in model.modules()):
-        raise ValueError(
-            f"model: expected modules as their authors built them in a dense model, got {apart[0]!r} taken apart; call "
-            "maskpro_kernels.linear_form.as_built"
-        )
     ids: dict[int, str] = {}
     for name, layer in masked.items():
         if layer.is_shard:

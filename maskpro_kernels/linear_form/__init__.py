@@ -10,16 +10,29 @@ A new form is a class like those, and an entry in ``FORMS``.
 
 from .attention import SplitAttention
 from .experts import expert_groups
-from .rewriting import FORMS, Matrix, Rewriting, as_built, as_linears, in_linear_form, matrices, taken_apart
+from .rewriting import (
+    FORMS,
+    HOOKS,
+    OWN_FORWARD,
+    Matrix,
+    as_built,
+    as_linears,
+    has_hooks,
+    in_linear_form,
+    matrices,
+    taken_apart,
+)
 
 __all__ = [
     "FORMS",
+    "HOOKS",
     "Matrix",
-    "Rewriting",
+    "OWN_FORWARD",
     "SplitAttention",
     "as_built",
     "as_linears",
     "expert_groups",
+    "has_hooks",
     "in_linear_form",
     "matrices",
     "taken_apart",

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .form import Form, Views, joined, linear, nothing_to_undo
+from .form import Form, Joins, Views, linear, nothing_to_undo
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -51,6 +52,8 @@ class SplitAttention(nn.Module):
         self.num_heads, self.head_dim = built.num_heads, built.head_dim
         self.dropout, self.batch_first = built.dropout, built.batch_first
         self.in_proj_weight = self.in_proj_bias = InLayers()
+        self.bias_k = self.bias_v = None
+        self.add_zero_attn = False
         for name, layer in layers.items():
             self.add_module(name, layer)
 
@@ -128,6 +131,8 @@ class AttentionForm(Form):
     def reason_against(self, module: nn.Module) -> str | None:
         if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
             return "nn.MultiheadAttention with bias_k, bias_v or add_zero_attn"
+        if type(module.out_proj) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+            return f"nn.MultiheadAttention with {type(module.out_proj).__name__} as out_proj"
         return None
 
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
@@ -152,7 +157,7 @@ class AttentionForm(Form):
     def parts(self, module: nn.Module) -> list[nn.Module] | None:
         return list(module.children()) if isinstance(module, SplitAttention) else None
 
-    def put_together(self, module: nn.Module) -> nn.Module:
+    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
         layers = [getattr(module, name) for name in PROJECTIONS]
         sizes = {"kdim": module.kdim, "vdim": module.vdim, "batch_first": module.batch_first}
         bias = layers[0].bias is not None
@@ -160,11 +165,11 @@ class AttentionForm(Form):
             module.embed_dim, module.num_heads, module.dropout, bias=bias, device="meta", **sizes
         )
         if built._qkv_same_embed_dim:
-            built.in_proj_weight = joined([layer.weight for layer in layers], torch.cat)
+            built.in_proj_weight = joins.of([layer.weight for layer in layers], torch.cat)
         else:
             for name, layer in zip(PROJECTIONS, layers, strict=True):
                 setattr(built, f"{name}_weight", layer.weight)
         if bias:
-            built.in_proj_bias = joined([layer.bias for layer in layers], torch.cat)
+            built.in_proj_bias = joins.of([layer.bias for layer in layers], torch.cat)
         built.out_proj.weight, built.out_proj.bias = module.out_proj.weight, module.out_proj.bias
         return built.train(module.training)

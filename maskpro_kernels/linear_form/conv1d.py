@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ..replacement import BUILT_AS
-from .form import Form, Views, joined, linear, nothing_to_undo
+from .form import Form, Joins, Views, linear, nothing_to_undo
 
 
 class Conv1DForm(Form):
@@ -15,6 +16,8 @@ class Conv1DForm(Form):
 
     ``replace_modules`` hands on the class to build again, which is an attribute of the layer.
     """
+
+    by_forward = True
 
     def is_built(self, module: nn.Module) -> bool:
         kind = type(module)
@@ -32,9 +35,10 @@ class Conv1DForm(Form):
     def parts(self, module: nn.Module) -> list[nn.Module] | None:
         return [module] if hasattr(module, BUILT_AS) else None
 
-    def put_together(self, module: nn.Module) -> nn.Module:
+    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
         rows, k = module.weight.shape
-        built = getattr(module, BUILT_AS)(rows, k)
-        built.weight = joined([module.weight], lambda weights: weights[0].T.contiguous())
+        with torch.device("meta"):
+            built = getattr(module, BUILT_AS)(rows, k)
+        built.weight = joins.of([module.weight], lambda weights: weights[0].T.contiguous())
         built.bias = module.bias
         return built.train(module.training)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .form import Form, Views, joined, linear
+from .form import Form, Joins, Views, linear
 
 # What transformers' decorator of experts gives them
 MARKS = ("is_transposed", "has_gate", "_apply_gate", "num_experts", "config")
@@ -68,6 +69,8 @@ class ExpertWeight:
 class ExpertsForm(Form):
     """The experts stay in their place. Their child ``linears`` holds the layers, and they run eagerly."""
 
+    in_place = True
+
     def is_built(self, module: nn.Module) -> bool:
         return all(hasattr(module, mark) for mark in MARKS) and bool(self._fused(module))
 
@@ -78,7 +81,24 @@ class ExpertsForm(Form):
     def reason_against(self, module: nn.Module) -> str | None:
         if getattr(module, "_is_expert_parallel", False):
             return "its experts are spread over devices"
-        return None
+        return None if self._multiplies_alone(module) else "its forward does more with the matrices than multiply"
+
+    def _multiplies_alone(self, module: nn.Module) -> bool:
+        """Whether one token through one expert comes out the same by ``ExpertWeights``."""
+        name, parameter = next(iter(self._fused(module).items()))
+        # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has
+        if parameter.is_meta:
+            return True
+        token = parameter.new_ones(1, parameter.shape[1 if module.is_transposed else 2])
+        call = token, torch.zeros(1, 1, dtype=torch.int64, device=token.device), token[:, :1]
+        with torch.no_grad(), suppress(Exception):
+            expected = type(module).forward.__wrapped__(module, *call)
+            _, undo = self.take_apart(module, Views())
+            try:
+                return torch.allclose(type(module).forward(module, *call), expected, rtol=1e-2, atol=1e-2)
+            finally:
+                undo()
+        return False
 
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
         def view(name: str) -> Tensor:
@@ -122,12 +142,12 @@ class ExpertsForm(Form):
         lists = getattr(module, CHILD, None)
         return [layer for layers in lists.values() for layer in layers] if isinstance(lists, ExpertLinears) else None
 
-    def put_together(self, module: nn.Module) -> nn.Module:
+    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
         def stacked(weights: list[Tensor]) -> Tensor:
             return torch.stack([weight.T for weight in weights] if module.is_transposed else weights)
 
         lists = getattr(module, CHILD).items()
-        self._restore(module, {name: joined([layer.weight for layer in layers], stacked) for name, layers in lists})
+        self._restore(module, {name: joins.of([layer.weight for layer in layers], stacked) for name, layers in lists})
         return module
 
 

@@ -1,11 +1,13 @@
-"""What a form is: how a kind of module is written as nn.Linear layers, and how they become that module again."""
+"""What a form is: how a kind of module is written as nn.Linear layers, and how they become that module again.
+
+A module is *built* as its authors wrote it, or *taken apart*.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 
-import torch
 from torch import Tensor, nn
 
 
@@ -17,19 +19,42 @@ class Views:
 
     def of(self, parameter: nn.Parameter, part: Hashable, view: Callable[[Tensor], Tensor]) -> nn.Parameter:
         """``view(parameter)``, a leaf with the parameter's memory; the same one when it is asked for again."""
-        # the whole one is kept too, or its id might become another's
+        # the whole one is kept too, or its id might become another's; of `data`, for views of `detach` count changes
+        # together, and a step that changes one in backward would spoil the others for autograd
         made = self._made.setdefault(
-            (id(parameter), part), (parameter, nn.Parameter(view(parameter.detach()), parameter.requires_grad))
+            (id(parameter), part), (parameter, nn.Parameter(view(parameter.data), parameter.requires_grad))
         )
         return made[1]
 
 
+class Joins:
+    """Parameters that are made of several: what was shared stays shared."""
+
+    def __init__(self):
+        self._made: dict[tuple[int, ...], nn.Parameter] = {}
+
+    def of(self, parameters: list[nn.Parameter], join: Callable[[list[Tensor]], Tensor]) -> nn.Parameter:
+        """``join(parameters)``, frozen where all are; the same one when it is asked for again."""
+        key = tuple(map(id, parameters))
+        if key not in self._made:
+            tensor = join([parameter.detach() for parameter in parameters])
+            self._made[key] = nn.Parameter(tensor, any(parameter.requires_grad for parameter in parameters))
+        return self._made[key]
+
+
 class Form(ABC):
-    """One kind of module, as built by its authors and taken apart."""
+    """One kind of module, built and taken apart.
+
+    Attributes:
+        in_place: whether the module itself changes, so that its hooks stay; else another takes its place.
+        by_forward: whether an adapter of peft beside it needs no more of it than its forward.
+    """
+
+    in_place = by_forward = False
 
     @abstractmethod
     def is_built(self, module: nn.Module) -> bool:
-        """Whether this is a module of that kind, not taken apart."""
+        """Whether this is a module of that kind, built."""
 
     def reason_against(self, module: nn.Module) -> str | None:
         """Why a module of that kind is not taken apart; None where it can be."""
@@ -37,7 +62,7 @@ class Form(ABC):
 
     @abstractmethod
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
-        """What gives the matrices of a module, not taken apart, as views [..., K], by the names of its parameters."""
+        """What gives the matrices of a module that is built as views [..., K], by the names of its parameters."""
 
     @abstractmethod
     def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
@@ -48,8 +73,8 @@ class Form(ABC):
         """The nn.Linear layers, or what stands in their place, of a module that was taken apart; None of another."""
 
     @abstractmethod
-    def put_together(self, module: nn.Module) -> nn.Module:
-        """As its authors built it, from nn.Linear layers."""
+    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
+        """The module built, from nn.Linear layers."""
 
 
 def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
@@ -62,10 +87,3 @@ def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> n
 
 def nothing_to_undo() -> None:
     pass
-
-
-def joined(parameters: list[nn.Parameter], join: Callable[[list[Tensor]], Tensor]) -> nn.Parameter:
-    """One parameter of several; frozen where all are."""
-    with torch.no_grad():
-        tensor = join([parameter.detach() for parameter in parameters])
-    return nn.Parameter(tensor, any(parameter.requires_grad for parameter in parameters))

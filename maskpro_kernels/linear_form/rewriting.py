@@ -4,91 +4,103 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..adapters import base_layers
 from ..replacement import replace_modules
 from .attention import AttentionForm, SplitAttention
 from .conv1d import Conv1DForm
 from .experts import ExpertsForm
-from .form import Form, Views
+from .form import Form, Joins, Views
+
+HOOKS = "has hooks, which its replacement would lose"
+OWN_FORWARD = "has a forward of its own, which its replacement would lose"
 
 FORMS: tuple[Form, ...] = (Conv1DForm(), ExpertsForm(), AttentionForm())
 
 
-@dataclass
-class Rewriting:
-    """What ``as_linears`` did to a model.
-
-    Attributes:
-        left_out: names of modules that could not be taken apart, each with the reason.
-    """
-
-    left_out: dict[str, str] = field(default_factory=dict)
-    _done: list[tuple[Form, nn.Module, nn.Module, Callable[[], None]]] = field(default_factory=list)
-
-    def undo(self, model: nn.Module) -> None:
-        """Put back the very modules and parameters that were there, but where a layer is no nn.Linear any more."""
-        held, back = _held_by_encoders(model), {}
-        for form, before, after, undo in self._done:
-            if _is_dense(form.parts(after)) and after not in held:
-                undo()
-                if after is not before:
-                    back[id(after)] = before
-        replace_modules(model, back)
-        self._done.clear()
-
-
-def as_linears(model: nn.Module, names: Collection[str] | None = None) -> Rewriting:
+def as_linears(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
     """Take modules apart into nn.Linear layers, in place. These share the memory of the parameters that there were.
 
-    What the model computes stays as it is, up to the rounding of products. Experts run one after the other.
+    What the model computes stays as it is, up to the rounding of products. Experts run one after the other. It is for a
+    while: a checkpoint of a dense model is to be written of what is built, see ``as_built``.
 
     Args:
         model: holds the modules; is none of them itself.
         names: of the modules to take apart. Default: all that can be.
 
+    Returns:
+        Names of modules that could not be taken apart, each with the reason.
+
     Raises:
         ValueError: if one of ``names`` is of no module that can be taken apart. The model is then as it was.
     """
+    against, _ = _take_apart(model, names)
+    return against
+
+
+# (form, module as it was, what stands for it now, what undoes a change of the module itself)
+Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
+
+
+def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
     found = {name: (form, module) for name, module in model.named_modules() if name for form in _built(module)}
-    against = {name: reason for name, (form, module) in found.items() if (reason := _reason_against(form, module))}
+    beside = set(base_layers(model))
+    reasons = {name: _reason_against(form, module, beside) for name, (form, module) in found.items()}
+    against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
         if name not in found or name in against:
             raise ValueError(
                 f"names: expected modules that can be taken apart, got {name!r}: {against.get(name, 'it is none')}"
             )
-    done, views = [], Views()
-    for name, (form, module) in found.items():
-        if name not in against and (names is None or name in names):
-            after, undo = form.take_apart(module, views)
-            done.append((form, module, after, undo))
-    replace_modules(model, {id(before): after for _, before, after, _ in done if after is not before})
-    return Rewriting(against, done)
+    done: list[Done] = []
+    views = Views()
+    try:
+        for name, (form, module) in found.items():
+            if name not in against and (names is None or name in names):
+                after, undo = form.take_apart(module, views)
+                done.append((form, module, after, undo))
+        replace_modules(model, {id(before): after for _, before, after, _ in done if after is not before})
+    except BaseException:
+        _undo(model, done)
+        raise
+    return against, done
+
+
+def _undo(model: nn.Module, done: list[Done]) -> None:
+    """Put back the very modules and parameters that were there, but where a layer is no nn.Linear any more."""
+    held, back = _held_by_encoders(model), {}
+    for form, before, after, undo in done:
+        if _is_dense(form.parts(after)) and after not in held:
+            undo()
+            if after is not before:
+                back[id(after)] = before
+    replace_modules(model, back)
 
 
 @contextmanager
 def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
     """A model taken apart while it lasts; what has got no sparse layer then is as before, the same parameters.
 
-    Yields the names of modules that could not be taken apart, each with the reason.
+    Weights may be written into, but not moved or cast. Yields the names of modules that could not be taken apart, each
+    with the reason.
     """
-    rewriting = as_linears(model)
+    against, done = _take_apart(model, None)
     try:
-        yield rewriting.left_out
+        yield against
     finally:
-        rewriting.undo(model)
+        _undo(model, done)
 
 
 def as_built(model: nn.Module) -> None:
-    """Put together what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
-    held, back = _held_by_encoders(model), {}
+    """Build again what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
+    held, back, joins = _held_by_encoders(model), {}, Joins()
     for _, form, module in list(_taken_apart(model)):
         if _is_dense(form.parts(module)) and module not in held:
-            built = form.put_together(module)
+            built = form.put_together(module, joins)
             if built is not module:
                 back[id(module)] = built
     replace_modules(model, back)
@@ -134,12 +146,22 @@ def _built(module: nn.Module) -> Iterator[Form]:
     return (form for form in FORMS if form.is_built(module))
 
 
-def _reason_against(form: Form, module: nn.Module) -> str | None:
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "has forward hooks, which its replacement would lose"
+def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module]) -> str | None:
+    if module in beside and not form.by_forward:
+        return "an adapter of peft beside it reads its parameters"
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        return OWN_FORWARD
+    if not form.in_place and has_hooks(module):
+        return HOOKS
     if any(hasattr(parameter, "to_local") for parameter in module.parameters(recurse=False)):
         return "its parameter is a DTensor"
     return form.reason_against(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether others watch a module, which they would not do with another one in its place."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
 
 
 def _is_dense(parts: list[nn.Module]) -> bool:
@@ -147,11 +169,21 @@ def _is_dense(parts: list[nn.Module]) -> bool:
 
 
 def _held_by_encoders(model: nn.Module) -> set[nn.Module]:
-    """Attention that has to stay apart: else torch's encoder reads the weights of the sparse layers around it."""
-    return {
+    """Attention that has to stay apart, although it is dense.
+
+    Else torch's encoder reads the weights of the sparse layers around it, or, by what its first layer is like, gives
+    nested tensors to layers that take none.
+    """
+    held = {
         module.self_attn
         for module in model.modules()
         if isinstance(module, nn.TransformerEncoderLayer)
         and isinstance(module.self_attn, SplitAttention)
         and not _is_dense([module.linear1, module.linear2])
     }
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            apart = [layer.self_attn for layer in encoder.layers if isinstance(layer.self_attn, SplitAttention)]
+            if any(attention in held or not _is_dense(list(attention.children())) for attention in apart):
+                held |= {attention for attention in apart if attention is encoder.layers[0].self_attn}
+    return held

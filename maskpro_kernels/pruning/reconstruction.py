@@ -5,7 +5,8 @@ With a refit also weights: kept values make up for what a layer has dropped, bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -47,6 +48,27 @@ class Reconstruction(NamedTuple):
     weights: dict[str, Tensor]
 
 
+class Told:
+    """A progress function, if there is one, told of how many layers are done: of none at first."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int):
+        self._progress, self._total = progress, total
+        self._tell(0)
+
+    def _tell(self, done: int) -> None:
+        self._done = done
+        if self._progress is not None:
+            self._progress(done, self._total)
+
+    def one_more(self) -> None:
+        self._tell(self._done + 1)
+
+    def all_done(self) -> None:
+        """Where experts were left out, of the rest."""
+        if self._done < self._total:
+            self._tell(self._total)
+
+
 @torch.no_grad()
 def reconstruct(
     model: nn.Module,
@@ -78,34 +100,31 @@ def reconstruct(
         sweeps: most sweeps of a row each time, see ``swap_descent``.
         progress: called with how many layers are done, and of how many, before the first and after each.
 
+    Warns:
+        UserWarning: of experts that no token reaches, which keep their codes and weights.
+
     Raises:
-        TypeError, ValueError: an argument is not as above, there is no batch, or a layer sees none of them.
+        TypeError, ValueError: an argument is not as above, there is no batch, or another layer sees none of them.
     """
     pattern, codes, weights = NMPattern(pattern), dict(codes), {}
     _check_options(refit, schedule, damping)
     calls = calls_of(calibration)
     visits = min(ROUNDS, len(calls)) if schedule == "online" else 1
-    done, total = 0, len(layers) * visits
-
-    def tell_done() -> None:
-        if progress is not None:
-            progress(done, total)
+    told = Told(progress, len(layers) * visits)
 
     def descend(names: Sequence[str], gram: Tensor) -> None:
-        nonlocal done
         ordered = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
         for name in names:
             weight = layers[name].weight.detach()
             codes[name], _ = descend_rows(weight, codes[name], *ordered, pattern, sweeps)
             if refit != "none":
                 codes[name], weights[name] = _refitted(weight, codes[name], ordered[0], pattern, refit)
-            done += 1
-            tell_done()
+            told.one_more()
 
-    tell_done()
     patterns = dict.fromkeys(layers, pattern)
     with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
         SCHEDULES[schedule](model, layers, calls, descend)
+    told.all_done()
     return Reconstruction(codes, weights)
 
 
@@ -141,6 +160,7 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
     In a chain of blocks only the inputs of one block and one Gram matrix are held; of the experts of a mixture as many
     as fit into GRAM_BYTES. Else the whole model runs for every layer.
     """
+    visited: set[str] = set()
     for module, block_calls in calls_by_block(model, layers, calls):
         for stage in layers_in_order(module, block_calls, layers):
             for groups in _held_together(stage.groups, layers):
@@ -150,6 +170,18 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
                     # masks before may have routed an expert's last token away from it
                     if gram is not None:
                         visit(names, gram)
+                        visited.update(names)
+    _tell_unvisited(layers, visited)
+
+
+def _tell_unvisited(layers: Mapping[str, nn.Module], visited: Collection[str]) -> None:
+    unvisited = [name for name in layers if name not in visited]
+    if unvisited:
+        warnings.warn(
+            f"calibration: {len(unvisited)} matrices of experts saw no token, such as {unvisited[0]}, and keep their "
+            "masks and weights; more batches reach more experts",
+            stacklevel=4,
+        )
 
 
 def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
@@ -180,6 +212,7 @@ def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[
         for names, gram in zip(stages, grams, strict=True):
             if gram is not None:
                 visit(names, gram)
+    _tell_unvisited(layers, {name for names in stages for name in names})
 
 
 SCHEDULES = {"sequential": layer_by_layer, "online": all_together}

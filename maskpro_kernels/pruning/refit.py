@@ -12,7 +12,7 @@ from ..modules import MaskedLinear, check_in_memory, evaluating, masked_layers
 from ..pattern import NMPattern
 from .calibration import calls_of
 from .least_squares import FITS, check_damping, refit_rows
-from .reconstruction import DAMPING, layer_by_layer, masked_forwards, without_cache
+from .reconstruction import DAMPING, Told, layer_by_layer, masked_forwards, without_cache
 
 
 def refit(
@@ -41,7 +41,10 @@ def refit(
         progress: called with how many layers are done, and of how many, before the first and after each.
 
     Returns:
-        error of the layer's outputs after the refit over that before, by name.
+        error of the layer's outputs after the refit over that before, by name; none of an expert without a token.
+
+    Warns:
+        UserWarning: of experts that no token reaches, which keep their weights.
 
     Raises:
         TypeError, ValueError: an argument is not as above, there is no batch, or a layer sees none of them. The model
@@ -86,9 +89,7 @@ def refit_layers(
     weights: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
 
-    def tell_done() -> None:
-        if progress is not None:
-            progress(len(shares), len(layers))
+    told = Told(progress, len(layers))
 
     def visit(names: Sequence[str], gram: Tensor) -> None:
         gram = gram.to(layers[names[0]].weight.device)
@@ -98,11 +99,11 @@ def refit_layers(
             weights[name], errors = refit_rows(layers[name].weight.detach(), kept, gram, FITS[to])
             before, after = errors.double().sum(0).tolist()
             shares[name] = after / before if before > 0 else 1.0
-            tell_done()
+            told.one_more()
 
-    tell_done()
     with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
         layer_by_layer(model, layers, calls, visit)
+    told.all_done()
     return weights, shares
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..adapters import check_not_merged, refuse_merging
+from ..adapters import check_not_merged, fit_adapters, refuse_merging
 from ..linear_form import as_built
 from ..modules import MaskedLinear
 from ..packed import NMLinear
@@ -40,6 +40,7 @@ def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> N
     replace_modules(model, replacements)
     if not any(isinstance(layer, SPARSE) for layer in replacements.values()):
         as_built(model)
+    fit_adapters(model)
     refuse_merging(model, SPARSE)
     if _of_transformers(model):
         from ..hf import tell_config

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters import ADAPTER, adapter_modules
 from ..functional.checks import LOGIT_DTYPES
-from ..linear_form import SplitAttention
+from ..linear_form import HOOKS, OWN_FORWARD, SplitAttention, has_hooks
 from ..modules import MaskedLinear, check_in_memory
 from ..pattern import NMPattern
 from .bypassed import READ_ELSEWHERE, read_elsewhere
@@ -114,8 +114,11 @@ def _by_targets(
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    matched = set()
+    matched, exact = set(), {name: own for own, module in linears.items() for name in names[id(module)]}
     for target in targets:
+        if target in exact:
+            matched.add(exact[target])
+            continue
         found = [n for n, module in linears.items() if any(fnmatchcase(name, target) for name in names[id(module)])]
         if not found:
             raise ValueError(f"targets: expected each to match an nn.Linear, {target!r} matches none")
@@ -174,8 +177,10 @@ def _reason_against(linear: nn.Linear, pattern: NMPattern, owners: Mapping[int, 
         return "weight tied to an embedding"
     if len(shared) > 1:
         return "weight tied to another layer"
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return "has forward hooks, which its replacement would lose"
+    if has_hooks(linear):
+        return HOOKS
+    if "forward" in linear.__dict__ and not hasattr(linear, "_hf_hook"):
+        return OWN_FORWARD
     if linear.in_features % pattern.m:
         return f"in_features {linear.in_features} not divisible by {pattern.m}"
     return None

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
 from helpers.tiny_llama import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -145,3 +146,47 @@ def test_what_reads_the_base_weight_is_refused(options, told):
         get_peft_model(sparse("masked"), beside_masks(config(**options)))
     with pytest.raises(TypeError, match="config: expected peft.LoraConfig, got dict"):
         beside_masks({})
+
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = torch.nn.MultiheadAttention(8, 2), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
+def test_what_an_adapter_reads_past_its_forward_stays_as_it_was():
+    x = torch.randn(3, 2, 8)
+    model = get_peft_model(Attending(), beside_masks(LoraConfig(r=2, target_modules=["attention"])))
+    with pytest.warns(UserWarning, match="of its matrix weights"):
+        conversion = mk.convert(model, "2:4")
+    (reason,) = {
+        reason for name, reason in conversion.skipped.items() if "base_layer" in name and "out_proj" not in name
+    }
+    assert reason == "an adapter of peft beside it reads its parameters"
+    assert model(x).shape == x.shape
+    mixture = tiny("Mixtral")
+    options = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    model = get_peft_model(mixture.model, beside_masks(LoraConfig(r=2, **options)))
+    with pytest.warns(UserWarning, match="of its matrix weights"):
+        mk.convert(model, "2:4")
+    model(**mixture.batch)
+
+
+def test_lora_on_masked_experts_is_saved_and_merged_behind_finalize(tmp_path):
+    torch.manual_seed(0)
+    # of Mixtral peft knows other names, by which it finds no such layers
+    model, batch = tiny("gpt-oss")
+    mk.convert(model, "2:4")
+    options = {"target_modules": r".*linears\.down_proj\.[0-9]+", "init_lora_weights": False}
+    model = mk.finalize(get_peft_model(model, beside_masks(LoraConfig(r=2, **options)))).eval()
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    # still taken apart, and stored as such
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from helpers.architectures import loss_of, tiny
+from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels import hf
-from maskpro_kernels.linear_form import as_built, as_linears, expert_groups, taken_apart
+from maskpro_kernels.linear_form import as_built, as_linears, expert_groups, in_linear_form, taken_apart
+from maskpro_kernels.linear_form.attention import AttentionForm
+from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.pruning.finalize import pack, unpack
 
 FORMS = ["GPT-2", "Mixtral", "gpt-oss", "torch TransformerEncoder"]
@@ -41,7 +44,8 @@ def test_apart_it_computes_the_same_and_shares_its_memory(name):
 def test_undone_the_very_parameters_are_there(name):
     model, _ = tiny(name)
     before, printed = list(model.named_parameters()), repr(model)
-    as_linears(model).undo(model)
+    with in_linear_form(model):
+        assert taken_apart(model)
     after = list(model.named_parameters())
     assert [name for name, _ in before] == [name for name, _ in after] and repr(model) == printed
     assert all(old is new for (_, old), (_, new) in zip(before, after, strict=True))
@@ -83,17 +87,102 @@ def test_layers_that_share_a_parameter_still_do():
     as_linears(model)
     first, second = (block.mlp.c_fc for block in model.transformer.h)
     assert first is not second and first.weight is second.weight
-    as_linears(model).undo(model)
+    as_built(model)
+    first, second = (block.mlp.c_fc for block in model.transformer.h)
+    assert type(first).__name__ == "Conv1D" and first.weight is second.weight
     conversion = mk.convert(model, "2:4", targets=None)
     assert conversion.skipped["transformer.h.0.mlp.c_fc"] == "weight tied to another layer"
 
 
-def test_what_has_hooks_is_left_out():
+def patched(module: nn.Module) -> None:
+    module.forward = module.forward
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda module: module.register_forward_hook(lambda *_: None), "hooks"),
+        (lambda module: module.register_full_backward_hook(lambda *_: None), "hooks"),
+        (patched, "forward of its own"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:model.*of its matrix weights")
+def test_what_its_replacement_would_lose_is_left_out(change, told):
     model, _ = tiny("GPT-2")
-    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+    name = "transformer.h.0.mlp.c_fc"
+    change(model.get_submodule(name))
     conversion = mk.convert(model, "2:4")
-    assert "hooks" in conversion.skipped["transformer.h.0.mlp.c_fc"]
-    assert conversion.unmasked["transformer.h.0.mlp.c_fc.weight"] == conversion.skipped["transformer.h.0.mlp.c_fc"]
+    assert told in conversion.skipped[name] and conversion.unmasked[f"{name}.weight"] == conversion.skipped[name]
+    encoder = tiny("torch TransformerEncoder").model
+    change(encoder.encoder.layers[0].linear1)
+    assert told in mk.convert(encoder, "2:4").skipped["encoder.layers.0.linear1"]
+    # these stay where they are
+    model, _ = tiny("Mixtral")
+    change(model.model.layers[0].mlp.experts)
+    assert mk.convert(model, "2:4").masked_share > 0.9 or change is patched
+
+
+def test_a_module_that_cannot_be_taken_apart_leaves_all_as_they_were(monkeypatch):
+    model, _ = tiny("GPT-2")
+    printed, parameters = repr(model), list(model.parameters())
+    attention = nn.MultiheadAttention(8, 2)
+    model.extra = attention
+    printed = repr(model)
+
+    def fails(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(AttentionForm, "take_apart", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        mk.convert(model, "2:4")
+    assert repr(model) == printed
+    assert all(old is new for old, new in zip(parameters, model.parameters(), strict=False))
+
+
+def test_attention_whose_projection_is_another_layer_is_left_out():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    model[0].out_proj = nn.utils.parametrizations.weight_norm(model[0].out_proj)
+    with pytest.warns(UserWarning, match="of its matrix weights"):
+        conversion = mk.convert(model, "2:4")
+    assert conversion.converted == ["1"] and "as out_proj" in conversion.skipped["0"]
+
+
+def test_weights_of_experts_learn_one_by_one():
+    """Views of one parameter, which a step changes while others are still to have their gradients."""
+    for name in ("Mixtral", "torch TransformerEncoder", "GPT-2"):
+        model, batch = tiny(name)
+        mk.convert(model, "2:4", gap=1.0)
+        before = [layer.weight.clone() for layer in masked_layers(model).values()]
+        estimator = mk.StraightThrough(lr=0.5, steps=2, train_weights=1e-2)
+        mk.MaskTrainer(model, loss_of, [batch], estimator, seed=0).run(2, progress=False)
+        after = [layer.weight for layer in masked_layers(model).values()]
+        assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_experts_that_do_more_than_multiply_are_left_out(monkeypatch):
+    model, batch = tiny("Mixtral")
+    expected, kind = loss_of(model, batch), type(model.model.layers[0].mlp.experts)
+    eager = kind.forward.__wrapped__
+
+    def in_float32(self, *args):
+        assert self.gate_up_proj[0].float().dtype == torch.float32
+        return eager(self, *args)
+
+    monkeypatch.setattr(kind, "forward", functools.wraps(in_float32)(lambda self, *args: in_float32(self, *args)))
+    with pytest.warns(UserWarning, match="of its matrix weights"):
+        conversion = mk.convert(model, "2:4", targets=None)
+    assert "more with the matrices than multiply" in conversion.skipped["model.layers.0.mlp.experts"]
+    torch.testing.assert_close(loss_of(mk.finalize(model), batch), expected, rtol=1.0, atol=1.0)
+
+
+def test_a_refit_tells_of_experts_without_a_token():
+    model, _ = tiny("Mixtral")
+    mk.convert(model, "2:4")
+    done = []
+    with pytest.warns(UserWarning, match="8 matrices of experts saw no token, such as .*, and keep their masks and"):
+        shares = mk.refit(model, [torch.tensor([[7]])], progress=lambda *numbers: done.append(numbers))
+    assert len(shares) == 16 and done[-1] == (24, 24)
+    assert sum(not layer.weight_changed for layer in masked_layers(model).values()) == 8
 
 
 def test_names_have_to_be_of_what_can_be_taken_apart():
@@ -104,18 +193,6 @@ def test_names_have_to_be_of_what_can_be_taken_apart():
     assert repr(model) == printed
     as_linears(model, ["transformer.h.0.mlp.c_fc"])
     assert taken_apart(model) == ["transformer.h.0.mlp.c_fc"]
-
-
-def test_a_dense_model_that_is_apart_is_not_saved(tmp_path):
-    """transformers would load the transposed weights of square layers as they are."""
-    model, _ = tiny("GPT-2")
-    as_linears(model)
-    hf.tell_config(model)
-    with pytest.raises(ValueError, match="as_built"):
-        model.save_pretrained(tmp_path)
-    as_built(model)
-    model.save_pretrained(tmp_path)
-    assert type(model).from_pretrained(tmp_path).config.to_dict().get("quantization_config") is None
 
 
 def test_experts_are_used_in_products_alone():
