@@ -32,7 +32,7 @@ test-slow: $(INSTALLED)
 
 # With other libraries, which the package does not need
 test-ecosystem: $(VENV)/.ecosystem
-	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
+	$(VENV)/bin/python -m pytest tests/ecosystem tests/cli/test_tasks.py -m ecosystem
 
 test-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(TESTS)

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 
+import datasets
 import pytest
 from helpers.command import contents, refuses
 from helpers.lm_eval_task import DOCUMENTS, NAME, write_models, write_task
@@ -29,10 +30,11 @@ def place(tmp_path_factory):
 @pytest.fixture
 def own_tasks_alone(tmp_path_factory, monkeypatch):
     """lm-eval without the thousands of tasks of its own, which it takes seconds to look through."""
-    tasks = pytest.importorskip("lm_eval.tasks")
+    # not among the packages of all tests
+    import lm_eval.tasks as tasks
+
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
-    cache = str(tmp_path_factory.mktemp("datasets"))
-    monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
 
 
 def evaluated(place, model: str, *options: str) -> list[str]:
@@ -40,6 +42,7 @@ def evaluated(place, model: str, *options: str) -> list[str]:
     return ["eval", str(place / model), "--device", "cpu", "--dtype", "float32", *tasks, *options]
 
 
+@pytest.mark.ecosystem
 def test_a_model_says_the_same_dense_masked_and_packed(place, own_tasks_alone, tmp_path, capsys):
     told, found = [], []
     for kind in ("dense", "masked", "packed"):
@@ -57,6 +60,7 @@ def test_a_model_says_the_same_dense_masked_and_packed(place, own_tasks_alone, t
     assert 0 <= result["acc,none"] <= 1 and found[0]["n-samples"][NAME]["effective"] == DOCUMENTS
 
 
+@pytest.mark.ecosystem
 def test_the_limit_and_a_text_beside_the_tasks(place, own_tasks_alone, tmp_path, capsys):
     more = f"--limit 5 --batch-size 2 --data {place / 'text.txt'} --eval-length 24".split()
     assert main.main(evaluated(place, "packed", *more, "--output", str(tmp_path / "out.json"))) == 0
@@ -66,6 +70,7 @@ def test_the_limit_and_a_text_beside_the_tasks(place, own_tasks_alone, tmp_path,
     assert line == f"test perplexity {found['perplexity']:.2f} over {found['tokens']} tokens" and len(table) == 2
 
 
+@pytest.mark.ecosystem
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
@@ -81,6 +86,7 @@ def test_bad_tasks_are_refused_before_a_model_is_read(place, own_tasks_alone, ca
     refuses(capsys, place, evaluated(place, "no model", *options), *messages)
 
 
+@pytest.mark.ecosystem
 def test_a_task_whose_data_is_lost_is_told_in_a_line(place, own_tasks_alone, tmp_path, capsys):
     broken = write_task(tmp_path / "tasks")
     (broken / "documents.jsonl").unlink()
@@ -88,6 +94,7 @@ def test_a_task_whose_data_is_lost_is_told_in_a_line(place, own_tasks_alone, tmp
     refuses(capsys, tmp_path, arguments, "tasks: lm-eval ended with FileNotFoundError", "documents.jsonl")
 
 
+@pytest.mark.ecosystem
 def test_a_tokenizer_without_ends_is_told(place, own_tasks_alone, tmp_path, capsys):
     write_models(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path / "dense")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import pytest
 import torch
 from torch import nn
 
@@ -27,7 +26,6 @@ def some_x(dtype=torch.float32) -> torch.Tensor:
 
 def as_onnx(model: nn.Module, x: torch.Tensor):
     """(the graph, its output for x)."""
-    pytest.importorskip("onnxscript")
     from onnx.reference import ReferenceEvaluator
 
     with warnings.catch_warnings():
