@@ -59,7 +59,10 @@ class KeptZeros:
             else:
                 self.held[name], self._codes[name] = matrix, top_n_mask(kept, self.pattern)
         if not self.held:
-            raise ValueError(f"pattern: expected one that some layer follows, {self.pattern} is followed by none")
+            raise ValueError(
+                f"pattern: expected one that some layer follows, {self.pattern} is followed by none; a masked model is "
+                "finalized first, and the values of a packed one keep the pattern by themselves"
+            )
 
     @torch.no_grad()
     def restore(self) -> None:

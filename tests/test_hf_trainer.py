@@ -70,6 +70,11 @@ def test_without_it_the_pattern_is_lost(tmp_path):
 def test_a_model_that_follows_no_pattern_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pattern: expected one that some layer follows, 2:4 is followed by none"):
         trained(tiny_model().requires_grad_(), tmp_path, callbacks=[KeepMask("2:4")])
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    for kind in (model, mk.finalize(model, to="packed")):
+        with pytest.raises(ValueError, match="a masked model is finalized first, and the values of a packed one"):
+            KeptZeros(kind, "2:4")
     with pytest.raises(ValueError, match="pattern: expected N:M"):
         KeepMask("2:5")
 

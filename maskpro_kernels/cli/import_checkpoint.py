@@ -14,6 +14,7 @@ from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..linear_form import in_linear_form
+from ..packed import NMLinear
 from ..pattern import NMPattern
 from ..pruning.convert import convert
 from ..pruning.finalize import finalize, pack, unpack
@@ -79,14 +80,22 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
     with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as tmp:
         plain = Path(tmp) if write_plain(source, tmp) else source
         model, tokenizer = load(str(plain), dtype, torch.device("cpu"), args.bars)
-    with telling("pattern", "`maskpro validate` tells which they follow"):
-        conversion = pack(model, pattern)
-    for name, reason in conversion.skipped.items():
-        tell(f"left dense: {name} ({reason})")
+    sparse = sum(isinstance(module, NMLinear) for module in model.modules())
+    if sparse and args.to == "packed":
+        raise ValueError(
+            f"source: expected weights with zeros in them, got {args.source!r}, which is packed already; `--to dense` "
+            "unpacks it"
+        )
+    if not sparse:
+        with telling("pattern", "`maskpro validate` tells which they follow"):
+            conversion = pack(model, pattern)
+        sparse = len(conversion.converted)
+        for name, reason in conversion.skipped.items():
+            tell(f"left dense: {name} ({reason})")
     if args.to == "dense":
         unpack(model)
     save(model, tokenizer, args, origin_of_checkpoint(args.source, str(pattern)))
-    print(f"{args.to} {pattern} checkpoint with {len(conversion.converted)} sparse layers written to {args.output}")
+    print(f"{args.to} {pattern} checkpoint with {sparse} sparse layers written to {args.output}")
 
 
 def _stored_dtype(folder: str) -> str:

@@ -87,6 +87,18 @@ def save(model: torch.nn.Module, tokenizer, args: argparse.Namespace, origin: Or
         save_model(model, tokenizer, Path(args.output), origin=origin, **options)
 
 
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """How many tokens a model has embeddings of positions for; None where positions are computed."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = [
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    # some have two more, by which they count padding
+    return most if most is not None and any(most <= count <= most + 2 for count in tables) else None
+
+
 def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
     """``data.windows`` for a model.
 
@@ -95,11 +107,22 @@ def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data:
         option: that of the length.
 
     Raises:
-        ValueError: if the text is too short, it is chats and the tokenizer has no template for them, or the model does
-            not know one of its tokens.
+        ValueError: if the text is too short, it is chats and the tokenizer has no template for them, the tokenizer
+            makes no tokens of it, or the model does not know one of its tokens, or has fewer positions.
     """
+    positions = learned_positions(model)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{data}: expected windows of at most {positions} tokens, which the model has positions for, got "
+            f"{length}; give a smaller {option}"
+        )
     with telling(data):
         tokens = tokens_of(text, tokenizer)
+    if text and not len(tokens):
+        raise ValueError(
+            f"{data}: expected a tokenizer that makes tokens of the text, got none by {type(tokenizer).__name__}; save "
+            "that of the model beside its weights"
+        )
     with telling(data, f"give a longer text, or a smaller {option}"):
         found = cut(tokens, length)
     check_vocabulary(found, model.get_input_embeddings().num_embeddings)

@@ -12,6 +12,7 @@ from ..adapters import ADAPTER, adapter_modules
 from ..functional.checks import LOGIT_DTYPES
 from ..linear_form import HOOKS, OWN_FORWARD, SplitAttention, has_hooks
 from ..modules import MaskedLinear, check_in_memory
+from ..packed import NMLinear
 from ..pattern import NMPattern
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
@@ -83,6 +84,8 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
 def _why_none(model: nn.Module) -> str:
     if any(isinstance(module, MaskedLinear) for module in model.modules()):
         return "; it has MaskedLinear layers: finalize it before it is converted again"
+    if any(isinstance(module, NMLinear) for module in model.modules()):
+        return "; it has packed layers, which follow a pattern already"
     if isinstance(model, nn.Linear):
         return "; a single layer is converted by MaskedLinear.from_linear"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ def test_import_of_a_compressed_checkpoint(to, tmp_path, capsys):
     assert type(layer) is (nn.Linear if to == "dense" else mk.Sparse24Linear)
     tokens = torch.arange(12).view(1, 12)
     assert_same_bits(loaded(tokens).logits, model(tokens).logits)
+    if to == "packed":
+        # and back
+        again = ["import", str(tmp_path / "out"), "--output", str(tmp_path / "dense"), "--to", "dense"]
+        assert main.main(again) == 0
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        assert type(loaded.get_submodule(LAYER)) is nn.Linear
+        assert_same_bits(loaded(tokens).logits, model(tokens).logits)
+        told = "source: expected weights with zeros in them, got .*, which is packed already; `--to dense` unpacks it"
+        capsys.readouterr()
+        assert main.main(["import", str(tmp_path / "out"), "--output", str(tmp_path / "other")]) == 2
+        assert re.search(told, capsys.readouterr().err) and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])

@@ -7,8 +7,11 @@ import shutil
 
 import pytest
 from helpers.command import learn, refuses, report
+from helpers.tiny_llama import tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.hf import save_model
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -76,3 +79,13 @@ def test_eval_refuses_a_broken_report(inputs, run, tmp_path, capsys):
     (tmp_path / "broken" / "report.json").write_text('{"model": "x"}')
     arguments = ["eval", str(tmp_path / "broken"), "--data", str(inputs / "text.txt")]
     refuses(capsys, tmp_path, arguments, "run: expected a report of `maskpro learn`")
+
+
+def test_windows_longer_than_a_model_has_positions_for_are_refused(inputs, tmp_path, capsys):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    save_model(model, tiny_tokenizer(), tmp_path / "gpt2")
+    text = ["--data", str(inputs / "text.txt"), "--device", "cpu", "--dtype", "float32", "--eval-windows", "2"]
+    long = [*text, "--eval-length", "17"]
+    told = "data: expected windows of at most 16 tokens, which the model has positions for, got 17"
+    refuses(capsys, tmp_path, ["eval", str(tmp_path / "gpt2"), *long], told)
+    assert main.main(["eval", str(tmp_path / "gpt2"), *text, "--eval-length", "16"]) == 0
