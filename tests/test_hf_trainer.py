@@ -177,7 +177,7 @@ def test_mask_callback_learns_the_masks_alone(tmp_path):
     assert trainer.optimizer.state.keys() == {"masks"}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_mask_callback_takes_the_steps_of_mask_trainer(accumulate, tmp_path):
     """With batches in the order of the texts, without clipping, at the rate that falls in the same way."""
     model, rows = masked(), torch.stack([row["input_ids"] for row in texts()])

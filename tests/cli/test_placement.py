@@ -58,8 +58,9 @@ def recomputed(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        [],
-        ["--loss", "kl"],
+        # the next one but one has both
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--loss", "kl"], marks=pytest.mark.slow),
         ["--loss", "ce+kl", "--accumulate", "2"],
         ["--train-weights", "1e-3"],
     ],
