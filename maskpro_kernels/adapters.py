@@ -6,6 +6,8 @@ from functools import partial
 
 from torch import nn
 
+from .replacement import is_conv1d
+
 ADAPTER = "adapter of peft"
 # The class of peft's `modules_to_save`
 WHOLE = "AuxiliaryTrainingWrapper"
@@ -46,7 +48,7 @@ def fit_adapters(model: nn.Module) -> None:
     """Have adapters merge as their base layers store weights now, which may have changed: transposed, or not."""
     for layer in model.modules():
         if _has_adapters(layer) and hasattr(layer, "fan_in_fan_out"):
-            layer.fan_in_fan_out = type(layer.get_base_layer()).__name__ == "Conv1D"
+            layer.fan_in_fan_out = is_conv1d(layer.get_base_layer())
 
 
 def check_not_merged(model: nn.Module) -> None:

@@ -10,6 +10,13 @@ from torch import nn
 BUILT_AS = "built_as"
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, which stores its weight transposed."""
+    # told apart without an import of transformers
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
     for module in list(model.modules()):

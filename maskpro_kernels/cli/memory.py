@@ -13,6 +13,7 @@ import torch
 from ..pruning.selection import layers_to_convert
 from ..text.losses import distillation_loss
 from ..text.perplexity import EVALUATED_TOGETHER, causal_lm_loss
+from ..text.teacher import bytes_a_token
 from ..training.estimator import Estimator
 from ..training.memory import MemoryNeed, activation_bytes, memory_need
 from .arguments import DTYPES
@@ -21,8 +22,6 @@ from .models import device_of_inputs
 from .progress import tell, tell_as
 
 GB = 1e9
-# Of a token whose teacher is kept in short, see ``TeacherCache``
-CACHED = 8 * 64 + 4
 
 
 def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, model: torch.nn.Module) -> MemoryNeed:
@@ -51,7 +50,7 @@ def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, mo
         vocabulary = model.get_input_embeddings().num_embeddings
         of_logits = rows * args.seq_len * vocabulary * DTYPES[args.dtype].itemsize
         of_step = max(of_step - of_logits, 0)
-        teacher = rows * args.seq_len * CACHED if changes_weights(args) else of_logits
+        teacher = rows * args.seq_len * bytes_a_token() if changes_weights(args) else of_logits
     return memory_need(
         model,
         layers,

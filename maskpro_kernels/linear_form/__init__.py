@@ -5,35 +5,29 @@ experts of a mixture in one parameter (``experts.py``), or three projections in 
 taken apart, so that everything that knows nn.Linear knows them, and put together again for a dense checkpoint, whose
 names and shapes are then those that the model's authors gave it.
 
-A new form is a class like those, and an entry in ``FORMS``.
+A new form is a class like those, and an entry in ``FORMS`` of ``rewriting.py``.
 """
 
 from .attention import SplitAttention
 from .experts import expert_groups
 from .rewriting import (
-    FORMS,
-    HOOKS,
-    OWN_FORWARD,
     Matrix,
     as_built,
     as_linears,
-    has_hooks,
     in_linear_form,
+    lost_with,
     matrices,
     taken_apart,
 )
 
 __all__ = [
-    "FORMS",
-    "HOOKS",
     "Matrix",
-    "OWN_FORWARD",
     "SplitAttention",
     "as_built",
     "as_linears",
     "expert_groups",
-    "has_hooks",
     "in_linear_form",
+    "lost_with",
     "matrices",
     "taken_apart",
 ]

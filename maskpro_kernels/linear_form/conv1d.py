@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..replacement import BUILT_AS
+from ..replacement import BUILT_AS, is_conv1d
 from .form import Form, Joins, Views, linear, nothing_to_undo
 
 
@@ -20,9 +20,7 @@ class Conv1DForm(Form):
     by_forward = True
 
     def is_built(self, module: nn.Module) -> bool:
-        kind = type(module)
-        # told apart without an import of transformers
-        return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        return is_conv1d(module)
 
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
         return {"weight": lambda: module.weight.T}

@@ -149,19 +149,20 @@ def _built(module: nn.Module) -> Iterator[Form]:
 def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module]) -> str | None:
     if module in beside and not form.by_forward:
         return "an adapter of peft beside it reads its parameters"
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
-        return OWN_FORWARD
-    if not form.in_place and has_hooks(module):
-        return HOOKS
+    lost = lost_with(module)
+    if lost and not (lost == HOOKS and form.in_place):
+        return lost
     if any(hasattr(parameter, "to_local") for parameter in module.parameters(recurse=False)):
         return "its parameter is a DTensor"
     return form.reason_against(module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether others watch a module, which they would not do with another one in its place."""
+def lost_with(module: nn.Module) -> str | None:
+    """What others have put on a module, and another one in its place would not have; accelerate's hook is handed on."""
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        return OWN_FORWARD
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)
+    return HOOKS if any(getattr(module, name) for name in hooks) else None
 
 
 def _is_dense(parts: list[nn.Module]) -> bool:

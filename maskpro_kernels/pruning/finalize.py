@@ -18,8 +18,8 @@ from .selection import select_layers
 def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
-    Dense, modules that ``convert`` took apart are put together again: names and shapes are those of the model that was
-    given to it.
+    Dense, modules in the model that ``convert`` took apart are put together again: names and shapes are those of the
+    model that was given to it.
 
     Weights and biases stay frozen where they were; those of packed layers are frozen all.
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters import ADAPTER, adapter_modules
 from ..functional.checks import LOGIT_DTYPES
-from ..linear_form import HOOKS, OWN_FORWARD, SplitAttention, has_hooks
+from ..linear_form import SplitAttention, lost_with
 from ..modules import MaskedLinear, check_in_memory
 from ..packed import NMLinear
 from ..pattern import NMPattern
@@ -180,10 +180,6 @@ def _reason_against(linear: nn.Linear, pattern: NMPattern, owners: Mapping[int, 
         return "weight tied to an embedding"
     if len(shared) > 1:
         return "weight tied to another layer"
-    if has_hooks(linear):
-        return HOOKS
-    if "forward" in linear.__dict__ and not hasattr(linear, "_hf_hook"):
-        return OWN_FORWARD
     if linear.in_features % pattern.m:
         return f"in_features {linear.in_features} not divisible by {pattern.m}"
-    return None
+    return lost_with(linear)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import re
 import sys
 import sysconfig
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .records import COLUMNS, Chat, Document, check_columns, documents, holds_rows, load_rows, token_ids
+from .records import COLUMNS, Chat, Document, check_columns, documents, holds_rows, load_rows, token_ids, words_of
 
 # A text, or chats that a tokenizer makes text of
 Text = str | list[Chat]
@@ -202,7 +201,7 @@ def _without_repeats(pieces: Iterable[Document]) -> tuple[list[Document], int]:
     for piece in pieces:
         new = []
         for paragraph in BLANK_LINES.split(piece) if isinstance(piece, str) else [piece]:
-            words = " ".join(paragraph.split()) if isinstance(paragraph, str) else json.dumps(paragraph, sort_keys=True)
+            words = words_of(paragraph)
             if not words or words in seen:
                 repeats += bool(words)
                 continue

@@ -5,6 +5,7 @@ A document is a text, or a chat: a list of messages, which the tokenizer's chat 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -191,6 +192,11 @@ def _chat(value: object, where: str) -> Chat:
             raise ValueError(f"source: expected messages with role and content, got one with {keys} in {where}")
     always = ("role", "content")
     return [{key: part for key, part in message.items() if part is not None or key in always} for message in value]
+
+
+def words_of(document: Document | dict) -> str:
+    """What makes two documents, paragraphs or messages the same: their words, whatever stands between them."""
+    return " ".join(document.split()) if isinstance(document, str) else json.dumps(document, sort_keys=True)
 
 
 def token_ids(document: Document, tokenizer: Callable) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +24,7 @@ from .data import (
     told_parts,
 )
 from .mixture import Source, in_rounds, turn_by_turn
-from .records import COLUMNS, Document, check_columns, documents, load_rows, token_ids
+from .records import COLUMNS, Document, check_columns, documents, load_rows, token_ids, words_of
 
 # Documents that are shuffled together; the parts of a dataset are shuffled as well
 BUFFER = 10_000
@@ -102,8 +101,7 @@ class StreamedText:
 
 
 def _part_of(document: Document) -> str:
-    words = " ".join(document.split()) if isinstance(document, str) else json.dumps(document, sort_keys=True)
-    number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
+    number = int.from_bytes(hashlib.blake2b(words_of(document).encode(), digest_size=8).digest(), "little")
     return {0: "test", 1: "validation"}.get(number % ONE_IN, "calibration")
 
 

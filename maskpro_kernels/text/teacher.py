@@ -25,6 +25,8 @@ from ..training.batches import digest
 PIECE = 1 << 23
 # In the folder of a cache, whose logits it holds
 TEACHER = "teacher.json"
+# How many next tokens are held where nothing else is said
+LIKELIEST = 64
 
 
 class TopLogProbs(NamedTuple):
@@ -91,10 +93,15 @@ def teacher_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
         return model(input_ids, use_cache=False).logits
 
 
+def bytes_a_token(k: int = LIKELIEST) -> int:
+    """What a ``TeacherCache`` holds of a token: an index and a float32 for each of the k, and the rest's mass."""
+    return 8 * k + 4
+
+
 class TeacherCache:
     """The dense model's k likeliest next tokens and the mass of the rest, for batches that are seen again.
 
-    It costs a teacher's forward once a batch, and 8 k + 4 bytes a token. What it holds outlives a change of the
+    It costs a teacher's forward once a batch, and ``bytes_a_token(k)``. What it holds outlives a change of the
     weights, behind which there is no dense model, if it was bound to that before. A batch is known again by its tokens.
 
     Args:
@@ -106,7 +113,7 @@ class TeacherCache:
         TypeError, ValueError: ``k`` is no int of at least 1.
     """
 
-    def __init__(self, k: int = 64, folder: str | Path | None = None):
+    def __init__(self, k: int = LIKELIEST, folder: str | Path | None = None):
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"k: expected an int, got {describe(k)}")
         if k < 1:
