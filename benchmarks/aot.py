@@ -172,8 +172,9 @@ def build_packed(
     config: Rows | Tiles | None = None,
     element: str = "bf16",
     multiples: tuple[str, ...] = ("rows", "chunks"),
+    quantized: bool = False,
 ) -> Built:
-    """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias.
+    """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias, ``quantized`` of int8 values.
 
     ``config`` is a row of the launch tables; "unpack" has its own. ``multiples`` are what is a multiple of 16.
     """
@@ -181,10 +182,12 @@ def build_packed(
     chunk = packed.chunk_length(n, m) if kernel != "unpack" else 8
     types = (
         {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
-        | dict.fromkeys(("x", "bias", "out"), f"*{element}")
+        | dict.fromkeys(("x", "bias", "out", "scales"), f"*{element}")
         | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[chunk], "rows": "i32", "chunks": "i32"}
     )
     known = {"N": n, "M": m}
+    if kernel != "unpack" and not quantized:
+        known["scales"] = None
     if kernel == "unpack":
         config = CONFIGURATIONS["unpack", m]
         types |= dict.fromkeys(("values", "out"), {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32"}[element])

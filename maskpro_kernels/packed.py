@@ -13,7 +13,12 @@ from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_not_distribu
 from .functional.masks import expand_mask
 from .modules import MaskedLinear
 from .ops.onnx_graph import in_onnx_export, unpacked_weight
+from .ops.reference import INTEGERS, SCALED, dequantized
 from .pattern import NMPattern, bitmask_of, codes_of
+
+# How values are stored: as they are, or as int8 with scales
+KEEP, INT8 = VALUE_KINDS = ("keep", "int8")
+VALUE_DTYPES = (*LOGIT_DTYPES, torch.int8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +26,11 @@ class PackedNM:
     """A weight [out, K] of which N of every M consecutive values are stored.
 
     Attributes:
-        values: float32, bfloat16 or float16 [out, K N / M], contiguous: the kept values in order.
+        values: float32, bfloat16, float16 or int8 [out, K N / M], contiguous: the kept values in order.
         bitmask: uint8 [out, ceil(K / 8)], contiguous: bit j of byte b is set where weight 8 b + j is kept.
         pattern: "N:M" or NMPattern.
+        scales: of int8 values, float32, bfloat16 or float16 [out, ceil(K N / M / 128)], contiguous: by which each block
+            of 128 values of a row is multiplied. None beside other values.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above. That the bitmask keeps N of every M is not checked
@@ -33,10 +40,11 @@ class PackedNM:
     values: Tensor
     bitmask: Tensor
     pattern: NMPattern
+    scales: Tensor | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", NMPattern(self.pattern))
-        check_shapes(self.values, self.bitmask, self.pattern)
+        check_parts(self.values, self.bitmask, self.scales, self.pattern)
 
     @property
     def shape(self) -> torch.Size:
@@ -44,39 +52,58 @@ class PackedNM:
         return torch.Size((self.values.shape[0], self.values.shape[1] // self.pattern.n * self.pattern.m))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight: that of the scales beside int8 values, else that of the values."""
+        return (self.values if self.scales is None else self.scales).dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
-        return self.values.nbytes + self.bitmask.nbytes
+        return self.values.nbytes + self.bitmask.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def check(self) -> PackedNM:
-        """Itself, if the bitmask keeps N of every M.
+        """Itself, if the bitmask keeps N of every M, and the scales are finite and not negative.
 
         Raises:
-            ValueError: if it does not.
+            ValueError: if not.
         """
-        check_bitmask(self.bitmask, self.shape[1], self.pattern)
+        check_content(self.bitmask, self.scales, self.shape[1], self.pattern)
         return self
 
     def unpack(self) -> Tensor:
-        """The weight [out, K], +0.0 where nothing is stored."""
-        return ops.unpack_nm(self.values, self.bitmask, self.pattern.n, self.pattern.m)
+        """The weight [out, K] of ``dtype``, +0.0 where nothing is stored."""
+        return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
 
 
-def check_shapes(values: Tensor, bitmask: Tensor, pattern: NMPattern) -> None:
+def check_parts(values: Tensor, bitmask: Tensor, scales: Tensor | None, pattern: NMPattern) -> None:
     """Raise TypeError or ValueError unless these can be a packed weight."""
-    for name, tensor, dtypes in (("values", values, LOGIT_DTYPES), ("bitmask", bitmask, (torch.uint8,))):
+    parts = [("values", values, VALUE_DTYPES), ("bitmask", bitmask, (torch.uint8,))]
+    if scales is not None:
+        parts.append(("scales", scales, LOGIT_DTYPES))
+    for name, tensor, dtypes in parts:
         if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected a tensor of {' or '.join(map(str, dtypes))}, got {describe(tensor)}")
         if tensor.dim() != 2 or not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous matrix, got {describe(tensor)}")
     if values.shape[1] == 0 or values.shape[1] % pattern.n:
         raise ValueError(f"values: expected a last dimension divisible by {pattern.n}, got {describe(values)}")
-    expected = [values.shape[0], -(-(values.shape[1] // pattern.n * pattern.m) // 8)]
-    if list(bitmask.shape) != expected or bitmask.device != values.device:
-        raise ValueError(
-            f"bitmask: expected {expected} on {values.device} beside {pattern} values {list(values.shape)}, "
-            f"got {describe(bitmask)}"
-        )
+    if (scales is None) == (values.dtype == torch.int8):
+        raise ValueError(f"scales: expected them beside int8 values and no others, got {describe(scales)}")
+    rows, kept = values.shape
+    expected = {"bitmask": [rows, -(-(kept // pattern.n * pattern.m) // 8)], "scales": [rows, -(-kept // SCALED)]}
+    for name, tensor, _ in parts[1:]:
+        if list(tensor.shape) != expected[name] or tensor.device != values.device:
+            raise ValueError(
+                f"{name}: expected {expected[name]} on {values.device} beside {pattern} values {list(values.shape)}, "
+                f"got {describe(tensor)}"
+            )
+
+
+def check_content(bitmask: Tensor, scales: Tensor | None, k: int, pattern: NMPattern) -> None:
+    """Raise ValueError unless the bitmask keeps N of every M of a weight [rows, K], and scales are such."""
+    check_bitmask(bitmask, k, pattern)
+    if scales is not None and not (scales.isfinite() & (scales >= 0)).all():
+        raise ValueError("scales: expected finite numbers, none below 0, got others")
 
 
 def check_bitmask(bitmask: Tensor, k: int, pattern: NMPattern) -> None:
@@ -86,7 +113,7 @@ def check_bitmask(bitmask: Tensor, k: int, pattern: NMPattern) -> None:
         raise ValueError(f"bitmask: expected no bits beyond the {k} weights of a row, got some")
 
 
-def pack_nm(weight: Tensor, pattern: str | NMPattern) -> PackedNM:
+def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> PackedNM:
     """Pack a weight in which at most N of every M consecutive values are not zero.
 
     Where fewer are, zeros are stored as well, -0.0 before +0.0. A -0.0 for which no room is left comes back as +0.0.
@@ -94,11 +121,15 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern) -> PackedNM:
     Args:
         weight: float32, bfloat16 or float16 [out, K], K divisible by M.
         pattern: "N:M" or NMPattern.
+        values: "keep" stores them as they are. "int8" rounds them to integers from -127 to 127, times a scale of each
+            block of 128 values of a row, the least of the weight's dtype that reaches the largest one.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or more than N of a group are not zero.
+        TypeError, ValueError: an argument is not as above, more than N of a group are not zero, or a value that is to
+            become an int8 is not finite.
     """
     pattern = NMPattern(pattern)
+    check_values_kind(values)
     if not isinstance(weight, Tensor) or weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
     if weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[1] % pattern.m:
@@ -116,8 +147,32 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern) -> PackedNM:
     # a value that is not zero before -0.0, and that before +0.0
     worth = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
     codes = ops.top_n_mask(worth, pattern.n, pattern.m)
-    values = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
-    return PackedNM(values, bitmask_of(codes, pattern.m), pattern)
+    kept = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
+    scales = None
+    if values == INT8:
+        kept, scales = quantized(kept)
+    return PackedNM(kept, bitmask_of(codes, pattern.m), pattern, scales)
+
+
+def check_values_kind(values: str) -> None:
+    """Raise ValueError unless this is how values can be stored."""
+    if values not in VALUE_KINDS:
+        raise ValueError(f"values: expected one of {', '.join(VALUE_KINDS)}, got {values!r}")
+
+
+def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 values, scales) of values [rows, values]; ValueError where one is not finite."""
+    if not values.isfinite().all():
+        raise ValueError("weight: expected finite values for int8, got others")
+    rows, kept = values.shape
+    blocks = nn.functional.pad(values.float(), (0, -kept % SCALED)).view(rows, -1, SCALED)
+    largest = blocks.abs().amax(-1)
+    scales = (largest / 127).to(values.dtype)
+    # rounded down it would not reach the largest; the integer of the next number is one more
+    short = scales.float() * 127 < largest
+    scales = (scales.view(INTEGERS[scales.itemsize]) + short).view(values.dtype)
+    numbers = (blocks / scales.float().unsqueeze(-1)).nan_to_num_(0.0).round_().to(torch.int8)
+    return numbers.view(rows, -1)[:, :kept].contiguous(), scales
 
 
 def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor:
@@ -139,35 +194,37 @@ def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor
     """
     if not isinstance(packed, PackedNM):
         raise TypeError(f"packed: expected a PackedNM, got {describe(packed)}")
-    return packed_linear(x, packed.values, packed.bitmask, bias, packed.pattern)
+    return packed_linear(x, packed.values, packed.bitmask, packed.scales, bias, packed.pattern)
 
 
-def packed_linear(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern) -> Tensor:
+def packed_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, scales: Tensor | None, bias: Tensor | None, pattern: NMPattern
+) -> Tensor:
     """``nm_linear`` of the parts of a packed weight."""
     check_not_distributed("values", values)
     rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
-    if values.dtype not in LOGIT_DTYPES:
+    own = (values if scales is None else scales).dtype
+    if own not in LOGIT_DTYPES:
         raise TypeError(f"values: expected float32, bfloat16 or float16, got {describe(values)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != k or x.device != values.device:
         raise ValueError(f"x: expected a tensor [..., {k}] on {values.device}, got {describe(x)}")
     if bias is not None and (
-        not isinstance(bias, Tensor)
-        or bias.shape != (rows,)
-        or bias.dtype != values.dtype
-        or bias.device != values.device
+        not isinstance(bias, Tensor) or bias.shape != (rows,) or bias.dtype != own or bias.device != values.device
     ):
-        raise ValueError(f"bias: expected a tensor [{rows}] of {values.dtype} on {values.device}, got {describe(bias)}")
+        raise ValueError(f"bias: expected a tensor [{rows}] of {own} on {values.device}, got {describe(bias)}")
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype in LOGIT_DTYPES:
         dtype = torch.get_autocast_dtype(device)
-        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-    elif x.dtype != values.dtype:
-        raise TypeError(f"x: expected the values' dtype {values.dtype}, got {describe(x)}")
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        values, scales = (values.to(dtype), None) if scales is None else (values, scales.to(dtype))
+    elif x.dtype != own:
+        raise TypeError(f"x: expected the weight's dtype {own}, got {describe(x)}")
     if in_onnx_export():
+        values = values if scales is None else dequantized(values, scales, scales.dtype)
         return nn.functional.linear(x, unpacked_weight(values, bitmask, pattern.n, pattern.m), bias)
     tokens = x.reshape(math.prod(x.shape[:-1]), k).contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = ops.nm_linear(tokens, values, bitmask, bias, pattern.n, pattern.m)
+    y = ops.nm_linear(tokens, values, bitmask, scales, bias, pattern.n, pattern.m)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -210,36 +267,33 @@ class NMLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
         self.register_buffer("bitmask", packed.bitmask)
-        values = packed.values
-        if bias is not None and (
-            bias.shape != (self.out_features,) or bias.dtype != values.dtype or bias.device != values.device
-        ):
-            raise ValueError(
-                f"bias: expected [{self.out_features}] of {values.dtype} on {values.device}, got {describe(bias)}"
-            )
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("scales", packed.scales)
+        dtype, device = packed.dtype, packed.values.device
+        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype != dtype or bias.device != device):
+            raise ValueError(f"bias: expected [{self.out_features}] of {dtype} on {device}, got {describe(bias)}")
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern) -> NMLinear:
-        """Pack an nn.Linear in which at most N of every M consecutive weights are not zero.
+    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern, values: str = KEEP) -> NMLinear:
+        """Pack an nn.Linear in which at most N of every M consecutive weights are not zero; values as in ``pack_nm``.
 
         Raises:
             TypeError, ValueError: ``linear`` is no nn.Linear, or as ``pack_nm``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected nn.Linear, got {type(linear).__name__}")
-        return cls(pack_nm(linear.weight, pattern), linear.bias).train(linear.training)
+        return cls(pack_nm(linear.weight, pattern, values), linear.bias).train(linear.training)
 
     @classmethod
-    def from_masked(cls, layer: MaskedLinear) -> NMLinear:
-        """Pack the weight of a MaskedLinear under the N largest logits of every group.
+    def from_masked(cls, layer: MaskedLinear, values: str = KEEP) -> NMLinear:
+        """Pack the weight of a MaskedLinear under the N largest logits of every group; values as in ``pack_nm``.
 
         Raises:
-            TypeError: if ``layer`` is no MaskedLinear.
+            TypeError, ValueError: ``layer`` is no MaskedLinear, or as ``pack_nm``.
         """
         if not isinstance(layer, MaskedLinear):
             raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
-        return cls(pack_nm(layer.top_n_weight(), layer.pattern), layer.bias).train(layer.training)
+        return cls(pack_nm(layer.top_n_weight(), layer.pattern, values), layer.bias).train(layer.training)
 
     @property
     def weight(self) -> Tensor:
@@ -247,23 +301,28 @@ class NMLinear(nn.Module):
 
         A gradient flows to values that require one. What is written into it is lost.
         """
-        return ops.unpack_nm(self.values, self.bitmask, self.pattern.n, self.pattern.m)
+        return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
 
     @property
     def packed(self) -> PackedNM:
-        return PackedNM(self.values.detach(), self.bitmask, self.pattern)
+        return PackedNM(self.values.detach(), self.bitmask, self.pattern, self.scales)
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
-        return packed_linear(input, self.values, self.bitmask, self.bias, self.pattern)
+        # an attribute of a module is looked for in three places before it is found here
+        parameters, buffers, pattern = self._parameters, self._buffers, self.pattern
+        parts = parameters["values"], buffers["bitmask"], buffers["scales"], parameters["bias"]
+        y = ops.direct_nm_linear(input, *parts, pattern.n, pattern.m)
+        return packed_linear(input, *parts, pattern) if y is None else y
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         *_, errors = args
-        values, bitmask = (state_dict.get(f"{prefix}{name}") for name in ("values", "bitmask"))
-        if bitmask is not None and not bitmask.is_meta:
+        own = {"values": self.values, "bitmask": self.bitmask, "scales": self.scales}
+        given = {name: state_dict.get(f"{prefix}{name}", part) for name, part in own.items()}
+        if f"{prefix}bitmask" in state_dict and not given["bitmask"].is_meta:
             try:
-                check_shapes(self.values if values is None else values, bitmask, self.pattern)
-                check_bitmask(bitmask, self.in_features, self.pattern)
+                check_parts(**given, pattern=self.pattern)
+                check_content(given["bitmask"], given["scales"], self.in_features, self.pattern)
             except (TypeError, ValueError) as error:
                 errors.append(f"state_dict: {prefix}{error}")
                 return
@@ -272,7 +331,7 @@ class NMLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}"
+            f"pattern={self.pattern}" + (", values=int8" if self.scales is not None else "")
         )
 
 
@@ -290,9 +349,9 @@ class Sparse24Linear(NMLinear):
         super().__init__(packed, bias)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4") -> Sparse24Linear:
+    def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4", values: str = KEEP) -> Sparse24Linear:
         """``NMLinear.from_dense`` of 2:4."""
-        return super().from_dense(linear, pattern)
+        return super().from_dense(linear, pattern, values)
 
 
 def packed_class(pattern: str | NMPattern) -> type[NMLinear]:

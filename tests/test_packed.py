@@ -252,8 +252,8 @@ def test_opcheck(biased):
     torch.library.opcheck(ops.unpack_nm, (packed.values, packed.bitmask, 2, 4))
     bias = torch.randn(8, requires_grad=True) if biased else None
     x = torch.randn(3, 32, requires_grad=True)
-    torch.library.opcheck(ops.nm_linear, (x, packed.values, packed.bitmask, bias, 2, 4))
-    torch.library.opcheck(ops.nm_linear, (x, packed.values.requires_grad_(), packed.bitmask, bias, 2, 4))
+    torch.library.opcheck(ops.nm_linear, (x, packed.values, packed.bitmask, None, bias, 2, 4))
+    torch.library.opcheck(ops.nm_linear, (x, packed.values.requires_grad_(), packed.bitmask, None, bias, 2, 4))
 
 
 def test_nothing_comes_of_nothing(launched):
@@ -416,7 +416,7 @@ BAD_CALLS = {
     ),
     "packed: expected 2:4, got 4:8": lambda: mk.Sparse24Linear(mk.pack_nm(sparse(4, 16, "4:8"), "4:8")),
     r"x: expected a tensor \[..., 16\]": lambda: mk.nm_linear(torch.ones(1, 12), PACKED),
-    "x: expected the values' dtype": lambda: mk.nm_linear(torch.ones(1, 16).bfloat16(), PACKED),
+    "x: expected the weight's dtype": lambda: mk.nm_linear(torch.ones(1, 16).bfloat16(), PACKED),
     "values: expected float32, bfloat16 or float16": (
         lambda: mk.Sparse24Linear(PACKED).double()(torch.ones(1, 16, dtype=torch.float64))
     ),

@@ -1,5 +1,6 @@
 """The operations, each on every route with the same bits."""
 
+from .direct import direct_nm_linear
 from .gradient_updates import (
     adamw_,
     column_squares,
@@ -20,4 +21,5 @@ from .registry import (
     score_update_,
     top_n_mask,
     unpack_nm,
+    unpacked,
 )

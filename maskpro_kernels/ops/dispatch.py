@@ -22,6 +22,8 @@ from torch import Tensor
 
 from . import reference
 from .cpu import kernels as cpu_kernels
+from .cpu.packed import products as cpu_products
+from .reference import packing as reference_products
 from .triton.tiles import INTERPRETED
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,11 @@ def run_reference(name: str, *args, **constants: int):
     tensor = args[0]
     module = cpu_kernels if tensor.device.type == "cpu" and compiler_available() else reference
     return getattr(module, name)(*args, **constants)
+
+
+def packed_products(tensor: Tensor) -> ModuleType:
+    """What multiplies with packed weights where no Triton kernel does: compiled code, or torch on what is unpacked."""
+    return cpu_products if tensor.device.type == "cpu" and compiler_available() else reference_products
 
 
 def scalar(value: float, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..counter import NO_COUNTER, Counter, MaskSource
 from ..pattern import code_dtype
 from . import reference
-from .dispatch import kernels, quick_op, run_reference, scalar, uses_kernels, without_autocast
+from .dispatch import kernels, packed_products, quick_op, run_reference, scalar, uses_kernels, without_autocast
 from .onnx_graph import refuse_in_onnx_export
 
 COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
@@ -351,13 +351,18 @@ def _unpack_backward(ctx, grad):
 unpack_nm.register_autograd(_unpack_backward, setup_context=_unpack_context)
 
 
-@quick_op("nm_linear", "(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m) -> Tensor")
-def nm_linear(x, values, bitmask, bias, n, m):
-    """x [tokens, K] @ unpacked [rows, K].T + bias; x and bias are of the dtype of the values."""
+@quick_op(
+    "nm_linear", "(Tensor x, Tensor values, Tensor bitmask, Tensor? scales, Tensor? bias, int n, int m) -> Tensor"
+)
+def nm_linear(x, values, bitmask, scales, bias, n, m):
+    """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x.
+
+    That is the dtype of values and bias, or of scales [rows, blocks] and bias beside int8 values.
+    """
     with without_autocast(x):
         if uses_kernels(x):
-            return kernels("packed").nm_linear(x, values, bitmask, bias, n, m)
-        return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
+            return kernels("packed").nm_linear(x, values, bitmask, scales, bias, n, m)
+        return packed_products(x).nm_linear(x, (values, bitmask, scales), bias, n, m)
 
 
 @torch.library.register_fake("maskpro::nm_linear")
@@ -366,18 +371,41 @@ def _(x, values, *_):
 
 
 def _nm_linear_context(ctx, inputs, output):
-    x, values, bitmask, _, n, m = inputs
-    ctx.save_for_backward(values, bitmask, x if ctx.needs_input_grad[1] else None)
+    x, values, bitmask, scales, _, n, m = inputs
+    ctx.save_for_backward(values, bitmask, scales, x if ctx.needs_input_grad[1] else None)
     ctx.pattern = n, m
 
 
 def _nm_linear_backward(ctx, grad):
-    values, bitmask, x = ctx.saved_tensors
-    needs_x, needs_values, _, needs_bias, _, _ = ctx.needs_input_grad
+    values, bitmask, scales, x = ctx.saved_tensors
+    needs_x, needs_values, _, _, needs_bias, _, _ = ctx.needs_input_grad
+    x_grad = nm_linear_input_grad(grad.contiguous(), values, bitmask, scales, *ctx.pattern) if needs_x else None
     with without_autocast(grad):
-        x_grad = grad @ unpack_nm(values, bitmask, *ctx.pattern) if needs_x else None
         values_grad = _packed_part(grad.t() @ x, bitmask, *ctx.pattern) if needs_values else None
-    return x_grad, values_grad, None, grad.sum(0) if needs_bias else None, None, None
+    return x_grad, values_grad, None, None, grad.sum(0) if needs_bias else None, None, None
 
 
 torch.library.register_autograd("maskpro::nm_linear", _nm_linear_backward, setup_context=_nm_linear_context)
+
+
+@quick_op(
+    "nm_linear_input_grad", "(Tensor grad, Tensor values, Tensor bitmask, Tensor? scales, int n, int m) -> Tensor"
+)
+def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
+    """grad [tokens, rows] @ unpacked [rows, K], in the dtype of grad."""
+    with without_autocast(grad):
+        if uses_kernels(grad):
+            return grad @ unpacked(values, bitmask, scales, n, m)
+        return packed_products(grad).input_grad(grad, (values, bitmask, scales), n, m)
+
+
+@torch.library.register_fake("maskpro::nm_linear_input_grad")
+def _(grad, values, _bitmask, _scales, n, m):
+    return grad.new_empty(grad.shape[0], values.shape[1] // n * m)
+
+
+def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: int) -> Tensor:
+    """The weight [rows, K], of the dtype of values, or of scales beside int8 values."""
+    if scales is not None:
+        values = reference.dequantized(values, scales, scales.dtype)
+    return unpack_nm(values, bitmask, n, m)

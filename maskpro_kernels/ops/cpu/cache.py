@@ -6,20 +6,60 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
 
 # What nobody has loaded for that long is removed
 KEPT_SECONDS = 90 * 24 * 3600
 
 # (dtype, *shape) of tensors
 Likes = tuple[tuple, ...]
+
+
+def compiled(name: str, made_of: object, make: Callable[[], tuple[bytes, Likes]]) -> tuple[bytes, Likes]:
+    """(Machine code, results) of a loop: that of an earlier process, or what ``make`` gives, which is kept.
+
+    Args:
+        name: in the name of the file.
+        made_of: all that the code depends on beside the sources, the processor and the compiler, by its ``repr``.
+    """
+    path = folder() / f"{name}-{digest(made_of)}.o"
+    # the folder may be deleted at any time
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    with FileLock(lock):
+        # a lock that others wait for is not to be removed
+        os.utime(lock)
+        kept = intact(path)
+        if kept is not None:
+            os.utime(path)
+            return kept
+        logger.info("compiling %s: once, it is kept in %s", name, path.parent)
+        code, results = make()
+        try:
+            keep(path, code, results)
+            remove_unused(path.parent)
+        except OSError as error:
+            logger.warning("%s is not kept: %s", path, error)
+        return code, results
+
+
+def digest(made_of: object) -> str:
+    """Of all that compiled code depends on."""
+    made_by = (torch.__version__, version("llvmlite"), processor(), CODE)
+    return hashlib.sha256(repr((made_of, made_by)).encode()).hexdigest()[:32]
 
 
 def keep(path: Path, code: bytes, results: Likes) -> None:
@@ -98,7 +138,7 @@ def processor() -> str:
 def sources() -> str:
     """Digest of what loops are compiled from."""
     package, digest = Path(__file__).parents[2], hashlib.sha256()
-    folders = (package / "ops", package / "ops" / "reference", package / "ops" / "cpu")
+    folders = (package / "ops", *(package / "ops" / name for name in ("reference", "cpu", "cpu/packed")))
     files = [package / "counter.py", package / "pattern.py"]
     for path in [*files, *sorted(path for folder in folders for path in folder.glob("*.py"))]:
         digest.update(path.read_bytes())

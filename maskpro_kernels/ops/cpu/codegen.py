@@ -17,6 +17,7 @@ from torch import Tensor, fx
 TYPES = {
     torch.bool: ir.IntType(1),
     torch.uint8: ir.IntType(8),
+    torch.int8: ir.IntType(8),
     torch.int16: ir.IntType(16),
     torch.int32: ir.IntType(32),
     torch.uint32: ir.IntType(32),
@@ -231,7 +232,7 @@ class Body:
             bits = self.builder.shl(self.builder.zext(value, TYPES[torch.int32]), TYPES[torch.int32](16))
             return self.cast(self.builder.bitcast(bits, TYPES[torch.float32]), torch.float32, after)
         if after == torch.bfloat16:
-            return self.rounded_to_bfloat16(self.cast(value, before, torch.float32))
+            return rounded_to_bfloat16(self.builder, self.cast(value, before, torch.float32))
         if before.is_floating_point and after.is_floating_point:
             wider = after.itemsize > before.itemsize
             return (self.builder.fpext if wider else self.builder.fptrunc)(value, TYPES[after])
@@ -244,13 +245,12 @@ class Body:
             return self.builder.trunc(value, TYPES[after])
         return (self.builder.zext if before in UNSIGNED else self.builder.sext)(value, TYPES[after])
 
-    def rounded_to_bfloat16(self, value):
-        """The upper half of a float32's bits, to the nearest and ties to even; NaN stays one."""
-        word, half = TYPES[torch.int32], TYPES[torch.int16]
-        bits = self.builder.bitcast(value, word)
-        odd = self.builder.and_(self.builder.lshr(bits, word(16)), word(1))
-        carried = self.builder.add(bits, self.builder.add(odd, word(0x7FFF)))
-        nan = self.builder.fcmp_unordered("uno", value, value)
-        return self.builder.trunc(
-            self.builder.lshr(self.builder.select(nan, self.builder.or_(bits, word(1 << 22)), carried), word(16)), half
-        )
+
+def rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The upper half of a float32's bits, to the nearest and ties to even; NaN stays one."""
+    bits = builder.bitcast(value, WORD)
+    odd = builder.and_(builder.lshr(bits, WORD(16)), WORD(1))
+    carried = builder.add(bits, builder.add(odd, WORD(0x7FFF)))
+    nan = builder.fcmp_unordered("uno", value, value)
+    rounded = builder.select(nan, builder.or_(bits, WORD(1 << 22)), carried)
+    return builder.trunc(builder.lshr(rounded, WORD(16)), TYPES[torch.bfloat16])

@@ -7,24 +7,17 @@ compiles nothing.
 from __future__ import annotations
 
 import functools
-import hashlib
-import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from types import MappingProxyType
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from ..reference.arithmetic import INTEGERS
 from . import cache
 from .cache import Likes
-
-logger = logging.getLogger(__name__)
 
 # Groups that a function is traced with: as many columns no group has
 TRACED = 7
@@ -147,38 +140,22 @@ class CompiledLoop:
         return results
 
     def _compiled(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
-        path = cache.folder() / f"{self.name}-{self._digest()}.o"
-        # the folder may be deleted at any time
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock")
-        with FileLock(lock):
-            # a lock that others wait for is not to be removed
-            os.utime(lock)
-            kept = cache.intact(path)
-            if kept is not None:
-                os.utime(path)
-                return self._loaded(*kept)
-            logger.info("compiling %s: once, it is kept in %s", self.name, path.parent)
+        def make() -> tuple[bytes, Likes]:
             # tracing takes no tensors of inference mode
             with torch.inference_mode(False), torch.no_grad():
                 code, results = self._build()
-                run = self._loaded(code, results)
-                self._check(run, tensors)
-            try:
-                cache.keep(path, code, results)
-                cache.remove_unused(path.parent)
-            except OSError as error:
-                logger.warning("%s is not kept: %s", path, error)
-            return run
+                self._check(self._loaded(code, results), tensors)
+            return code, results
 
-    def _digest(self) -> str:
-        """Of all that the compiled code depends on."""
+        return self._loaded(*cache.compiled(self.name, self.made_of, make))
+
+    @property
+    def made_of(self) -> tuple:
+        """All of this loop that its code depends on."""
         functions = [bound.function for bound in (self.function, self.full) if bound]
         names = [(function.__module__, function.__qualname__) for function in functions]
         constants = sorted(map(str, self.function.constants.items()))
-        made_of = (names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place)
-        made_by = (torch.__version__, version("llvmlite"), cache.processor(), cache.CODE)
-        return hashlib.sha256(repr((*made_of, *made_by)).encode()).hexdigest()[:32]
+        return names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place
 
     def _build(self) -> tuple[bytes, Likes]:
         """(Machine code, (dtype, *shape of one group) of each result)."""

@@ -17,6 +17,8 @@ from ...counter import Counter
 from ...pattern import code_dtype, codes_of
 from .. import bounds, reference
 from .compiled_loop import compiled_loop
+from .packed.kind import RUN, Packed
+from .packed.unpacking import unpacker
 
 # Most groups whose numbers, 8 bytes each, are made at a time
 PIECE = 1 << 18
@@ -265,6 +267,9 @@ def _unpacked_bytes(words, byte):
 
 def unpack_nm(values, bitmask, *, n, m):
     """``reference.unpack_nm``."""
+    unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
+    if unpacked is not None:
+        return unpacked(values, bitmask, 0, -(-(values.shape[1] // n * m) // RUN))
     out = torch.empty(values.shape[0], values.shape[1] // n * m, dtype=values.dtype)
     if (n, m, values.itemsize) == (2, 4, 2) and out.shape[1] % 8 == 0:
         if values.storage_offset() % 2:
@@ -273,7 +278,8 @@ def unpack_nm(values, bitmask, *, n, m):
         _run(_unpacked_bytes, [words, bitmask.view(-1)], out=places)
         return out
     groups, flat = (x.view(reference.INTEGERS[x.itemsize]).view(-1, size) for x, size in ((values, n), (out, m)))
-    codes = codes_of(bitmask, out.shape[1], m).reshape(-1)
+    # those of a single group in a row would lie apart
+    codes = codes_of(bitmask, out.shape[1], m).contiguous().view(-1)
     _run(reference.group_unpacked, [groups, codes], out=flat, m=m)
     return out
 

@@ -47,11 +47,12 @@ def lowered(
         if flagged != (*results, (torch.uint8,)):
             raise ValueError(f"full: expected the results of the function but its flags {flagged}, got {results}")
         function = _add_draws(module, by_bounds, draw, groups, rest, in_place, *results)
-    _add_shared(module, function)
+    add_shared(module, function)
     return str(module), results
 
 
-def _add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
+def add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tuple[ir.Function, ir.IRBuilder]:
+    """A function of so many arguments that gives nothing back, and a builder of its body."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [*[LONG] * longs, *[POINTER] * pointers]), name)
     return function, ir.IRBuilder(function.append_basic_block())
 
@@ -62,8 +63,8 @@ def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, 
     return builder.gep(pointer, [index], source_etype=TYPES[dtype])
 
 
-def _each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
-    """A loop over [start, stop); the builder goes on behind it."""
+def each(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, body: Callable[[ir.Value], None], by: int = 1):
+    """A loop over [start, stop), step by step; the builder goes on behind it."""
     before, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
     builder.position_at_end(loop)
@@ -89,7 +90,7 @@ def _add_loop(
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
     given = len(groups) + len(rest)
-    function, builder = _add_function(module, name, 2, given + len(results) - (in_place is not None))
+    function, builder = add_function(module, name, 2, given + len(results) - (in_place is not None))
     # some CPUs are tuned for half of such registers, and gain from whole ones here
     set.add(function.attributes, '"prefer-vector-width"="512"')
     # its arguments would no longer be known to lie apart
@@ -113,7 +114,7 @@ def _add_loop(
             count = math.prod(shape)
             _store(builder, columns.values * (count // len(columns.values)), pointer, group, dtype)
 
-    _each(builder, start, stop, body)
+    each(builder, start, stop, body)
     builder.ret_void()
     return function, results
 
@@ -147,7 +148,7 @@ def _add_draws(
     """
     batch = _add_batch(module, draw, groups, rest, in_place, result)
     given, own = len(groups) + len(rest), in_place is None
-    function, builder = _add_function(module, ENTRY, 2, given + 1 + own)
+    function, builder = add_function(module, ENTRY, 2, given + 1 + own)
     start, stop, *pointers = function.args
     determined = [*pointers[:given], *pointers[given + 1 :]]
     byte = ir.IntType(8)
@@ -181,11 +182,11 @@ def _add_draws(
         def word(group: ir.Value) -> None:
             with builder.if_then(builder.icmp_signed("!=", flag_of(group, LONG), LONG(0)), likely=False):
                 last = builder.add(group, LONG(8))
-                _each(builder, group, builder.select(builder.icmp_signed("<", last, end), last, end), collect)
+                each(builder, group, builder.select(builder.icmp_signed("<", last, end), last, end), collect)
 
-        _each(builder, first, end, word, by=8)
+        each(builder, first, end, word, by=8)
 
-    _each(builder, start, stop, block, by=BLOCK)
+    each(builder, start, stop, block, by=BLOCK)
     size = builder.load(filled, typ=LONG)
     with builder.if_then(builder.icmp_signed("!=", size, LONG(0))):
         draw_found(size)
@@ -216,7 +217,7 @@ def _add_batch(
     A part of what ``_add_draws`` saves.
     """
     given, own = len(groups) + len(rest), in_place is None
-    function, builder = _add_function(module, "batch", 1, 1 + given + 1 + own)
+    function, builder = add_function(module, "batch", 1, 1 + given + 1 + own)
     function.attributes.add("noinline")
     size, found, *pointers = function.args
     # a group as a vector, or loops would be made of instructions that gather and scatter, and take longer
@@ -254,22 +255,22 @@ def _add_batch(
     def scatter(i: ir.Value) -> None:
         _copy(builder, (drawn, i), (out, found_at(i)), result_type)
 
-    _each(builder, LONG(0), padded, gather)
+    each(builder, LONG(0), padded, gather)
     # rows that lie side by side need no division
     with builder.if_then(builder.icmp_signed("!=", gap, LONG(0))):
-        _each(builder, LONG(0), padded, set_apart)
+        each(builder, LONG(0), padded, set_apart)
     results = [drawn] if own else []
     builder.call(draw, [LONG(0), padded, *gathered, numbers, *pointers[len(groups) : given], *results])
-    _each(builder, LONG(0), size, scatter)
+    each(builder, LONG(0), size, scatter)
     builder.ret_void()
     return function
 
 
-def _add_shared(module: ir.Module, loop: ir.Function) -> None:
-    """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *addresses]."""
+def add_shared(module: ir.Module, loop: ir.Function) -> None:
+    """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *other arguments]."""
     number = ir.FunctionType(WORD, [])
     thread, threads = (ir.Function(module, number, name) for name in (THREAD, THREADS))
-    function, builder = _add_function(module, SHARED, 0, 1)
+    function, builder = add_function(module, SHARED, 0, 1)
 
     def datum(i: int, type_):
         return builder.load(builder.gep(function.args[0], [LONG(i)], source_etype=LONG), typ=type_)
@@ -277,5 +278,5 @@ def _add_shared(module: ir.Module, loop: ir.Function) -> None:
     own, all_ = (builder.sext(builder.call(f, []), LONG) for f in (thread, threads))
     count = datum(0, LONG)
     bounds = [builder.sdiv(builder.mul(count, x), all_) for x in (own, builder.add(own, LONG(1)))]
-    builder.call(loop, [*bounds, *(datum(1 + i, POINTER) for i in range(len(loop.args) - 2))])
+    builder.call(loop, [*bounds, *(datum(1 + i, x.type) for i, x in enumerate(loop.args[2:]))])
     builder.ret_void()

@@ -18,13 +18,28 @@ def _initialize() -> None:
     binding.initialize_native_asmprinter()
 
 
+# Of Linux: the call by which a process asks for the tiles of AMX, what it asks, and the number of their state
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE = 158, 0x1023, 18
+
+
+@functools.cache
+def features() -> dict[str, bool]:
+    """What this machine's processor has, and the system lets a process use, by LLVM's names."""
+    found = dict(binding.get_host_cpu_features())
+    if found.get("amx-tile"):
+        call = getattr(ctypes.CDLL(None), "syscall", None)
+        if call is None or call(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE):
+            found = {name: has and not name.startswith("amx") for name, has in found.items()}
+    return found
+
+
 @functools.cache
 def machine() -> binding.TargetMachine:
-    """This one, with all that its processor has."""
+    """This one, with all its features."""
     _initialize()
     target = binding.Target.from_default_triple()
-    features = binding.get_host_cpu_features().flatten()
-    return target.create_target_machine(binding.get_host_cpu_name(), features, opt=3, reloc="pic", codemodel="default")
+    flat = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features().items()))
+    return target.create_target_machine(binding.get_host_cpu_name(), flat, opt=3, reloc="pic", codemodel="default")
 
 
 def object_code(assembly: str) -> bytes:
@@ -56,6 +71,8 @@ def loaded_loop(code: bytes, addresses: int) -> Callable[..., None]:
     given = ctypes.c_int64 * (1 + addresses)
 
     def loop(count: int, threads: int, *tensors: int) -> None:
+        # ctypes would pass any number of them on
+        assert len(tensors) == addresses
         if threads > 1 and openmp:
             openmp.GOMP_parallel(ctypes.c_void_p(library[SHARED]), given(count, *tensors), threads, 0)
         else:

@@ -54,6 +54,8 @@ from .gumbel_top_k import (
     top_n_masked_weight,
 )
 from .packing import (
+    SCALED,
+    dequantized,
     group_unpacked,
     packed_part,
     unpack_nm,

@@ -8,6 +8,9 @@ from ...pattern import codes_of
 from .arithmetic import INTEGERS
 from .groups import columns, decode, grouped, uncolumns
 
+# Kept values of a row that share a scale
+SCALED = 128
+
 
 def group_unpacked(values, codes, *, m):
     """[..., M]: the N values [..., N] of each group in order where its code keeps, zeros elsewhere."""
@@ -31,6 +34,26 @@ def unpack_nm(values, bitmask, *, n, m):
     k = values.shape[1] // n * m
     as_integers = values.view(INTEGERS[values.itemsize])
     return group_unpacked(grouped(as_integers, n), codes_of(bitmask, k, m), m=m).flatten(1).view(values.dtype)
+
+
+def dequantized(values, scales, dtype):
+    """int8 values [rows, values] times those of scales [rows, ceil(values / SCALED)], rounded to a dtype once."""
+    each = scales.float().repeat_interleave(SCALED, dim=1)[:, : values.shape[1]]
+    return (values.float() * each).to(dtype)
+
+
+def _unpacked(values, bitmask, scales, dtype, n, m):
+    return unpack_nm(values if scales is None else dequantized(values, scales, dtype), bitmask, n=n, m=m)
+
+
+def nm_linear(x, parts, bias, n, m):
+    """x [tokens, K] @ weight [rows, K].T + bias; parts are (values, bitmask, scales or None)."""
+    return torch.nn.functional.linear(x, _unpacked(*parts, x.dtype, n, m), bias)
+
+
+def input_grad(grad, parts, n, m):
+    """grad [tokens, rows] @ weight [rows, K]."""
+    return grad @ _unpacked(*parts, grad.dtype, n, m)
 
 
 def packed_part(dense, bitmask, *, n, m):

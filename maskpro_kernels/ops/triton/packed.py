@@ -2,20 +2,21 @@
 
 Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. Where a kernel of this file multiplies, a
 thread takes a chunk of the weight at a time whose values fill 16 bytes, one load: four words of two 16-bit values each,
-and beside them one word of the bitmask.
+and beside them one word of the bitmask. Values of int8 fill 8 bytes, and become such words.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..reference.arithmetic import INTEGERS
+from .. import reference
 from . import device_functions as d
 from .launch import launch, launch_rows, launch_tiles
 from .masked_gemm import operand_constants, result_dtype
 from .tiles import INTERPRETED, PACKED_TOKENS, architecture, rows_for, tiles_for
 
 VALUES = tl.constexpr(8)
+SCALED = tl.constexpr(reference.SCALED)
 WORDS = tl.constexpr(4)
 # Patterns of which a chunk's 16 bytes hold whole groups, and whose kernels the tests compile ahead of time
 MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
@@ -97,10 +98,39 @@ def placed(words, code, N: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr,
 
 
 @triton.jit
-def load_chunk(values, bitmask, chunk, inside):
-    """(WORDS columns of a chunk's values, the int32 code of its groups); zeros where it does not exist."""
-    words = tl.load(values + chunk[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
-    return d.split_columns(words, WORDS), tl.load(bitmask + chunk, mask=inside, other=0).to(tl.int32)
+def multiplied_byte(word, index: tl.constexpr, scale, ELEMENT: tl.constexpr):
+    """The bits of a byte of an int32 word, a signed number, times a scale, as an int32 that holds those of ELEMENT."""
+    # up to the sign's place, and down with it
+    number = (word << (24 - 8 * index)) >> 24
+    return (number.to(tl.float32) * scale).to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def multiplied_words(bytes_, scale, ELEMENT: tl.constexpr):
+    """WORDS columns of two values of ELEMENT each, of two int32 columns of four int8 values each."""
+    words = ()
+    for i in tl.static_range(WORDS):
+        low = multiplied_byte(bytes_[i // 2], 2 * (i % 2), scale, ELEMENT)
+        words = words + (low | multiplied_byte(bytes_[i // 2], 2 * (i % 2) + 1, scale, ELEMENT) << 16,)
+    return words
+
+
+@triton.jit
+def load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT: tl.constexpr):
+    """(WORDS columns of a chunk's values, the int32 code of its groups); zeros where it does not exist.
+
+    Chunk ``chunk`` of the ``chunks`` of a row. Where there are scales, values are int8.
+    """
+    at = row * chunks + chunk
+    code = tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
+    if scales is None:
+        words = tl.load(values + at[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
+        return d.split_columns(words, WORDS), code
+    else:
+        words = tl.load(values + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0)
+        blocks = tl.cdiv(chunks, SCALED // VALUES)
+        scale = tl.load(scales + row * blocks + chunk // (SCALED // VALUES), mask=inside, other=0.0).to(tl.float32)
+        return multiplied_words(d.split_columns(words, 2), scale, ELEMENT), code
 
 
 @triton.jit
@@ -108,6 +138,7 @@ def packed_vector_kernel(
     x,
     values,
     bitmask,
+    scales,
     bias,
     out,
     rows,
@@ -139,8 +170,8 @@ def packed_vector_kernel(
         new = ()
         for r in tl.static_range(ROWS):
             # beyond the end the last row once more, which needs no mask
-            at = tl.minimum(first_row + r, rows - 1).to(tl.int64) * chunks + chunk
-            words, code = load_chunk(values, bitmask, at, inside)
+            row = tl.minimum(first_row + r, rows - 1).to(tl.int64)
+            words, code = load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT)
             columns = placed(words, code, N, M, ELEMENT, tl.float32)
             total = totals[r]
             for i in tl.static_range(CHUNK):
@@ -160,6 +191,7 @@ def packed_linear_kernel(
     x,
     values,
     bitmask,
+    scales,
     bias,
     out,
     tokens: tl.int64,
@@ -185,7 +217,8 @@ def packed_linear_kernel(
     total = tl.zeros((BLOCK_OUT, BLOCK_T), tl.float32)
     for first in range(0, chunks, CHUNKS):
         chunk = first + index % CHUNKS
-        words, code = load_chunk(values, bitmask, row.to(tl.int64) * chunks + chunk, (row < rows) & (chunk < chunks))
+        inside = (row < rows) & (chunk < chunks)
+        words, code = load_chunk(values, bitmask, scales, row.to(tl.int64), chunk, chunks, inside, ELEMENT)
         tile = d.join_columns(placed(words, code, N, M, ELEMENT, OPERAND), CHUNK)
         weight = tl.reshape(tile, (BLOCK_OUT, BLOCK_K))
         present = (token[None, :] < tokens) & (first * CHUNK + k[:, None] < chunks * CHUNK)
@@ -246,25 +279,27 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
     tokens, k = x.shape
     if not (x.is_cuda or INTERPRETED) or not 0 < tokens <= PACKED_TOKENS[architecture(x.device)]:
         return "unpack"
-    multiplied = values.itemsize == 2 and (n, m) in MULTIPLIED and k % chunk_length(n, m) == 0
+    multiplied = x.itemsize == 2 and (n, m) in MULTIPLIED and k % chunk_length(n, m) == 0
     # a slice may start anywhere, words do not
     if not multiplied or not len(values) or values.data_ptr() % 16 or bitmask.data_ptr() % 16:
         return "unpack"
     return "vector" if tokens == 1 else "tiles"
 
 
-def nm_linear(x, values, bitmask, bias, n, m):
-    """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which is that of the values."""
+def nm_linear(x, values, bitmask, scales, bias, n, m):
+    """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which is that of the values, or of the scales."""
     tokens, rows, k = x.shape[0], values.shape[0], x.shape[1]
     if tokens == 0:
         return torch.empty(0, rows, dtype=x.dtype, device=x.device)
     how = route(x, values, bitmask, n, m)
     if how == "unpack":
+        if scales is not None:
+            values = reference.dequantized(values, scales, x.dtype)
         return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
     chunk, target = chunk_length(n, m), architecture(x.device)
     out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
     words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk])
-    operands = (x, *words, bias, out)
+    operands = (x, *words, scales, bias, out)
     constants = {"N": n, "ELEMENT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]}
     if how == "vector":
         config = rows_for("packed_vector", rows, k // chunk, target)
@@ -282,7 +317,7 @@ def unpack_nm(values, bitmask, n, m):
     """``reference.unpack_nm`` as one kernel."""
     rows, groups = values.shape[0], values.shape[1] // n
     out = torch.empty(rows, groups * m, dtype=values.dtype, device=values.device)
-    integers, total = INTEGERS[values.itemsize], rows * groups
+    integers, total = reference.INTEGERS[values.itemsize], rows * groups
     launch(unpack_kernel, "unpack", m, total, values.device,
            values.view(integers), bitmask, out.view(integers), groups, bitmask.shape[1], total, N=n)  # fmt: skip
     return out

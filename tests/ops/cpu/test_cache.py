@@ -23,23 +23,24 @@ from maskpro_kernels.ops.cpu import cache, compiled_loop
 
 
 def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
-    names = [a_loop()._digest(), a_loop(power=4)._digest(), a_loop(rest=((torch.float64,),))._digest()]
-    names.append(a_loop(groups=((torch.float32, 8),))._digest())
     constants = {"power": 3}
-    names.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, constants=constants)._digest())
-    names.append(compiled_loop.CompiledLoop(check_loop, *LIKE, True, constants=constants)._digest())
+    loops = [a_loop(), a_loop(power=4), a_loop(rest=((torch.float64,),)), a_loop(groups=((torch.float32, 8),))]
+    loops.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, constants=constants))
+    loops.append(compiled_loop.CompiledLoop(check_loop, *LIKE, True, constants=constants))
     for out in itertools.product((torch.int32, torch.int64), (1, 2)):
         for in_place, full in itertools.product((None, 0, 1), (None, by_bounds, draw_full)):
-            names.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, True, out, in_place, full, constants)._digest())
-    for name, value in (("processor", lambda: "another"), ("CODE", "edited")):
+            loops.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, True, out, in_place, full, constants))
+    names = [cache.digest(loop.made_of) for loop in loops]
+    for module, name, value in (
+        (cache, "processor", lambda: "another"),
+        (cache, "CODE", "edited"),
+        (torch, "__version__", "3.0"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(cache, name, value)
-            names.append(a_loop()._digest())
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "3.0")
-        names.append(a_loop()._digest())
+            patch.setattr(module, name, value)
+            names.append(cache.digest(a_loop().made_of))
     assert len(set(names)) == len(names)
-    assert a_loop()._digest() == names[0]
+    assert cache.digest(a_loop().made_of) == names[0]
 
 
 def test_the_name_of_a_loop_changes_with_all_that_it_is_made_from(tmp_path, monkeypatch):
@@ -85,7 +86,7 @@ def test_threads_that_come_together_compile_once(folder, monkeypatch):
 
 def test_a_process_waits_for_another_that_compiles_the_same(folder, monkeypatch):
     loop, path = a_loop(), folder / "scaled_sum-x.o"
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_digest", lambda _: "x")
+    monkeypatch.setattr(cache, "digest", lambda _: "x")
 
     def build(loop):
         with pytest.raises(Timeout):
@@ -133,7 +134,7 @@ def test_what_another_process_removes_meanwhile_is_passed_over(folder, monkeypat
 
 def test_the_lock_of_what_is_loaded_stays(folder, monkeypatch, nothing):
     loop, lock = a_loop(), folder / "scaled_sum-x.lock"
-    monkeypatch.setattr(compiled_loop.CompiledLoop, "_digest", lambda _: "x")
+    monkeypatch.setattr(cache, "digest", lambda _: "x")
     lock.write_bytes(b"")
     os.utime(lock, (0, 0))
     loop(loop_tensors(2))

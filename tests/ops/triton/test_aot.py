@@ -286,6 +286,8 @@ from dataclasses import replace
 from aot import TARGETS, build_packed
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
 n, m, element = arguments
+quantized = element == "int8"
+element = "bf16" if quantized else element
 for target in TARGETS:
     # as few rows a program as a small layer gets, too
     rows = [*ROWS["packed_vector"], *(replace(ROWS["packed_vector"][-1], rows=rows) for rows in (1, 2))]
@@ -295,7 +297,7 @@ for target in TARGETS:
     cases += [("packed_linear", tile, aligned) for tile in tiles]
     cases += [("packed_vector", rows[2], ()), ("packed_linear", tiles[-1], ())]
     for kernel, config, multiples in [*cases, ("unpack", None, ())]:
-        built = build_packed(kernel, target, n, m, config, element, multiples)
+        built = build_packed(kernel, target, n, m, config, element, multiples, quantized)
         loop = unit = None
         if target.startswith("sm"):
             unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
@@ -316,7 +318,7 @@ for target in TARGETS:
     [
         pytest.param(n, m, element, marks=[] if (n, m, element) == (2, 4, "bf16") else pytest.mark.slow)
         for n, m in [(2, 4), (1, 4), (4, 8), (8, 16)]
-        for element in ("bf16", "fp16")
+        for element in ("bf16", "fp16", "int8")
     ],
 )
 def test_packed_kernels_compile_for_every_target(child, n, m, element):
@@ -331,8 +333,9 @@ def test_packed_kernels_compile_for_every_target(child, n, m, element):
         assert registers <= MOST_REGISTERS[target] and spills == stack == 0 and shared <= SHARED_LIMITS[target], case
         if kernel == "packed_vector" and loop is not None:
             activations = 8 * m // n * 2 // 16
-            # the bitmask's words come by one load each
-            assert loop == [owned + activations, owned + activations + owned, 0], case
+            # words of the bitmask, and scales, come by one load each
+            wide, single = (activations, 3 * owned) if element == "int8" else (owned + activations, owned)
+            assert loop == [wide, wide + single, 0], case
         if kernel == "packed_linear" and unit is not None:
             assert unit == [MATRIX_UNITS[target] if out >= 64 and target in MATRIX_UNITS else "mma.sync"], case
             # where rows of the bitmask start anywhere, its words are loaded one by one

@@ -1,0 +1,161 @@
+"""Instructions by which a CPU puts the kept values of a group at their places, and those that multiply them.
+
+A CPU's best are chosen by its features. Where it has none of them, packed weights are unpacked by the compiled loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llvmlite import ir
+
+BYTE, HALF, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOAT, POINTER = ir.FloatType(), ir.PointerType()
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite's builder does not know."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BFLOAT = _BFloat()
+
+
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+def zeros(type_: ir.Type) -> ir.Constant:
+    return ir.Constant(type_, None)
+
+
+def intrinsic(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value, flags: tuple[str, ...] = ()) -> ir.Value:
+    """The value of one of LLVM's intrinsics, called by its full name, with flags of floating point."""
+    known = b.module.globals.get(name)
+    function = known or ir.Function(b.module, ir.FunctionType(result, [x.type for x in args]), name)
+    return b.call(function, args, fastmath=flags)
+
+
+def _table(b: ir.IRBuilder, rows: list[list[int]]) -> ir.GlobalVariable:
+    """The constant matrix of bytes of a module."""
+    name = "table"
+    if name in b.module.globals:
+        return b.module.globals[name]
+    content = bytearray(x & 0xFF for row in rows for x in row)
+    table = ir.GlobalVariable(b.module, ir.ArrayType(BYTE, len(content)), name)
+    table.initializer = ir.Constant(table.value_type, content)
+    table.global_constant, table.linkage, table.align = True, "private", 64
+    return table
+
+
+def _row_of(b: ir.IRBuilder, table: ir.GlobalVariable, bits: ir.Value, bytes_each: int) -> ir.Value:
+    """The row of a table that a piece of the bitmask names."""
+    at = b.mul(b.zext(bits, LONG), LONG(bytes_each))
+    return b.load(b.gep(table, [at], source_etype=BYTE), typ=vector(BYTE, bytes_each), align=8)
+
+
+def _ranks(lanes: int) -> list[list[int | None]]:
+    """For each bitmask of so many lanes: which value stands in each lane, None where none does."""
+    return [
+        [bin(bits & ((1 << lane) - 1)).count("1") if bits >> lane & 1 else None for lane in range(lanes)]
+        for bits in range(1 << lanes)
+    ]
+
+
+class Instructions:
+    """Of one kind of CPU.
+
+    Attributes:
+        needs: features, by LLVM's names, without which the CPU is of another kind.
+        lanes: 32-bit values of a vector.
+        tokens: most that a row is multiplied with at a time: as many sums as leave registers for the weights.
+        halves: whether 32 values of 16 bits are placed at once.
+        pairs: whether pairs of bfloat16 are multiplied into float32 sums.
+        octets: whether 64 bytes are placed at once, and quadruples of them multiplied into int32 sums.
+        tiles: whether matrices of 16 x 32 bfloat16 are multiplied.
+    """
+
+    needs: tuple[str, ...]
+    lanes: int
+    tokens: int
+    halves = pairs = octets = tiles = False
+
+    def __init__(self, features: Mapping[str, bool]):
+        pass
+
+    def __repr__(self) -> str:
+        # of what is named on disk after it: two CPUs of a kind may differ
+        return f"{type(self).__name__}({self.halves}, {self.pairs}, {self.octets}, {self.tiles})"
+
+    def placed(self, b: ir.IRBuilder, values: ir.Value, bits: ir.Value) -> ir.Value:
+        """The first values of a vector of 32-bit integers in the lanes that ``bits`` keeps, zeros in the others."""
+        raise NotImplementedError
+
+
+class Avx512(Instructions):
+    needs, lanes, tokens = ("avx512f", "avx512bw", "avx512vl", "f16c"), 16, 16
+
+    def __init__(self, features):
+        self.halves = bool(features.get("avx512vbmi2"))
+        self.pairs = self.halves and bool(features.get("avx512bf16"))
+        self.octets = self.halves and bool(features.get("avx512vnni"))
+        self.tiles = self.pairs and bool(features.get("amx-tile") and features.get("amx-bf16"))
+
+    def placed(self, b, values, bits):
+        typ = values.type
+        name = f"llvm.x86.avx512.mask.expand.v{typ.count}i{typ.element.width}"
+        return intrinsic(b, name, typ, values, zeros(typ), b.bitcast(bits, vector(ir.IntType(1), typ.count)))
+
+    def dot_pairs(self, b: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """total + weights * x of 32 bfloat16 values each, two products into each of 16 sums."""
+        pairs = (b.bitcast(each, vector(BFLOAT, 32)) for each in (weights, x))
+        return intrinsic(b, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, *pairs)
+
+    def dot_octets(self, b: ir.IRBuilder, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+        """total + unsigned * signed of 64 bytes each, four products into each of 16 int32 sums."""
+        words = (b.bitcast(each, vector(WORD, 16)) for each in (unsigned, signed))
+        return intrinsic(b, "llvm.x86.avx512.vpdpbusd.512", total.type, total, *words)
+
+
+class Avx2(Instructions):
+    needs, lanes, tokens = ("avx2", "fma", "f16c"), 8, 8
+
+    def placed(self, b, values, bits):
+        table = _table(b, [[-1 if x is None else x for x in row] for row in _ranks(8)])
+        order = b.sext(_row_of(b, table, bits, 8), vector(WORD, 8))
+        moved = intrinsic(b, "llvm.x86.avx2.permd", vector(WORD, 8), values, order)
+        return b.select(b.icmp_signed("<", order, zeros(order.type)), zeros(moved.type), moved)
+
+
+class Neon(Instructions):
+    needs, lanes, tokens = ("neon",), 4, 16
+
+    def placed(self, b, values, bits):
+        # a place beyond the 16 bytes gives zero
+        rows = [[255 if x is None else 4 * x + byte for x in row for byte in range(4)] for row in _ranks(4)]
+        order = _row_of(b, _table(b, rows), bits, 16)
+        octets = vector(BYTE, 16)
+        moved = intrinsic(b, "llvm.aarch64.neon.tbl1.v16i8", octets, b.bitcast(values, octets), order)
+        return b.bitcast(moved, vector(WORD, 4))
+
+
+# The best first
+KINDS: tuple[type[Instructions], ...] = (Avx512, Avx2, Neon)
+
+
+def chosen(features: Mapping[str, bool]) -> Instructions | None:
+    """The best of a CPU with these features, if it has any."""
+    for kind in KINDS:
+        if all(features.get(name) for name in kind.needs):
+            return kind(features)
+    return None

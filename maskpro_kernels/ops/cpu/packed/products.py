@@ -1,0 +1,253 @@
+"""Products with packed weights by compiled code, and packed weights unpacked.
+
+How a product is computed depends on the CPU, on the dtypes and on the number of tokens, see ``way``. Code is compiled
+once, kept on disk, and compared with torch's product before it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ....pattern import bitmask_of
+from ... import reference
+from .. import kernels
+from .kind import RUN, Packed
+from .unpacking import available, compiled, threads, unpacker
+
+if TYPE_CHECKING:
+    from .instructions import Instructions
+
+# Most tokens that a product multiplies in registers, by all instructions but tiles
+FEW = 16
+# Most tokens for which that takes less time than tiles do, of 16-bit values and of int8
+FEWER = 4
+# Most tokens for which tiles take less time than unpacking a block of rows for torch's product does
+MANY = 256
+
+# Bytes of an unpacked block, which stays in a core's cache
+BLOCK_BYTES = 1 << 20
+
+# (values, bitmask, scales or None)
+Parts = tuple[Tensor, Tensor, Tensor | None]
+
+# What computes a product, of (x, parts, bias)
+Runner = Callable[[Tensor, Parts, Tensor | None], Tensor]
+
+
+def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
+    """How a CPU with those instructions computes a product with so many tokens.
+
+    "octets", "registers" and "tiles": the values are put at their places in registers, as the files ``octets``,
+    ``product`` and ``tiles`` tell. "blocks": blocks of rows are unpacked one after the other, and multiplied by torch.
+    "unpack": the whole weight is, as the CPU has no instructions for more.
+    """
+    if use is None:
+        return "unpack"
+    quantized = kind.values == torch.int8
+    if quantized and kind.scaled_runs is None:
+        return "blocks"
+    by_tiles = use.tiles and kind.x == torch.bfloat16
+    if tokens <= (FEWER if by_tiles else FEW):
+        return "octets" if quantized and use.octets and kind.x != torch.float32 else "registers"
+    return "tiles" if by_tiles and tokens <= MANY else "blocks"
+
+
+def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> Tensor:
+    """x [..., K] @ weight [rows, K].T + bias, in the dtype of x; all are contiguous."""
+    rows, k = parts[0].shape[0], x.shape[-1]
+    tokens = x.numel() // k
+    if not tokens or not rows:
+        return x.new_empty(*x.shape[:-1], rows)
+    # one runner for all larger numbers of tokens that take the same way
+    bounded = tokens if tokens <= FEW else FEW + 1 if tokens <= MANY else MANY + 1
+    return _chosen(bounded, n, m, parts[0].dtype, x.dtype, bias is not None)(x, parts, bias)
+
+
+@functools.cache
+def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, biased: bool) -> Runner:
+    kind = Packed(n, m, values, x)
+    return _runner(way(available(), tokens, kind), kind, min(tokens, FEW + 1), biased)
+
+
+def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
+    """grad [tokens, rows] @ weight [rows, K], in the dtype of grad: by blocks of columns."""
+    values, bitmask, scales = parts
+    rows, k = values.shape[0], values.shape[1] // n * m
+    if scales is not None:
+        values = reference.dequantized(values, scales, grad.dtype)
+    unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
+    if unpacked is None or not rows:
+        return grad @ kernels.unpack_nm(values, bitmask, n=n, m=m)
+    out, runs = grad.new_empty(grad.shape[0], k), -(-k // RUN)
+    at_once = max(1, BLOCK_BYTES // (rows * RUN * values.itemsize))
+    for first in range(0, runs, at_once):
+        columns = slice(RUN * first, min(k, RUN * (first + at_once)))
+        out[:, columns] = grad @ unpacked(values, bitmask, first, min(at_once, runs - first))
+    return out
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _runner(how: str, kind: Packed, tokens: int, biased: bool) -> Runner:
+    """What computes a product that way, of FEW tokens or of more; whole weights unpacked where its code fails."""
+    if how == "unpack":
+        return functools.partial(_by_unpacking, kind)
+    try:
+        made = {"registers": _registers, "octets": _octets, "tiles": _tiles, "blocks": _blocks}[how]
+        runner = made(kind, tokens, biased)
+        _check(runner, kind, tokens, biased)
+    except Exception as error:
+        # what a compiler, its cache or its settings raise differs from release to release
+        first_line = (str(error) or repr(error)).splitlines()[0]
+        warnings.warn(f"compilation failed ({first_line}); packed weights are unpacked at each product", stacklevel=4)
+        return functools.partial(_by_unpacking, kind)
+    return runner
+
+
+def _by_unpacking(kind: Packed, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    values, bitmask, scales = parts
+    if scales is not None:
+        values = reference.dequantized(values, scales, x.dtype)
+    return linear(x, kernels.unpack_nm(values, bitmask, n=kind.n, m=kind.m), bias)
+
+
+def _check(run: Runner, kind: Packed, tokens: int, biased: bool) -> None:
+    """Raise unless a small product is as near to that in float64 as torch's is: compilers may err."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    # more rows than are placed at once, and a run that a row does not fill
+    rows, groups = 35, 3 * RUN // kind.m + 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(kind.x)
+
+    codes = reference.group_top_n_mask(normal(rows, groups, kind.m).float(), n=kind.n)
+    values, x, bias = normal(rows, groups * kind.n), normal(tokens, groups * kind.m), normal(rows) if biased else None
+    scales = None
+    if kind.values == torch.int8:
+        scales = normal(rows, -(-values.shape[1] // reference.SCALED)).abs()
+        values = torch.randint(-127, 128, values.shape, generator=generator, device="cpu", dtype=torch.int8)
+    parts = values, bitmask_of(codes, kind.m), scales
+    values = values if scales is None else reference.dequantized(values, scales, torch.float32)
+    weight = reference.unpack_nm(values, parts[1], n=kind.n, m=kind.m).double()
+    exact = linear(x.double(), weight, None if bias is None else bias.double())
+    of_torch = (linear(x, weight.to(kind.x), bias).double() - exact).abs().max()
+    if not (run(x, parts, bias).double() - exact).abs().max() <= 2 * of_torch + 1e-6 * exact.abs().max():
+        raise RuntimeError("a compiled product differs from torch's")
+
+
+def _pieces(tokens: int, most: int, make: Callable[[int], Callable]) -> list[tuple[int, Callable]]:
+    """(first token, loop for so many) of consecutive tokens, ``most`` at a time."""
+    made = {count: make(count) for count in {min(tokens, most), tokens % most} - {0}}
+    return [(first, made[min(most, tokens - first)]) for first in range(0, tokens, most)]
+
+
+def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
+    from . import product
+
+    use = available()
+    most = use.tokens // 2 if kind.values == torch.int8 else use.tokens
+    pieces = _pieces(
+        tokens, most, lambda count: compiled("packed_registers", 8, product.product, kind, use, count, biased)
+    )
+    pairs, quantized = product.multiplies_pairs(kind, use), kind.values == torch.int8
+    _, one = pieces[0]
+
+    def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+        values, bitmask, scales = parts
+        shape, rows = x.shape, values.shape[0]
+        k, given = shape[-1], x if pairs else x.float()
+        out = x.new_empty((*shape[:-1], rows))
+        weight = values.data_ptr(), bitmask.data_ptr(), scales.data_ptr() if quantized else 0
+        x_place, out_place, bias_place = given.data_ptr(), out.data_ptr(), bias.data_ptr() if biased else 0
+        if len(pieces) == 1:
+            # what decoding does: each statement counts
+            one(rows, threads(rows * k), k, rows, *weight, x_place, bias_place, out_place)
+            return out
+        for first, loop in pieces:
+            own = x_place + first * k * given.itemsize, bias_place, out_place + first * rows * out.itemsize
+            loop(rows, threads(rows * k), k, rows, *weight, *own)
+        return out
+
+    return run
+
+
+def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
+    from . import octets
+
+    use = available()
+    as_integers = compiled("packed_integers", 5, octets.as_integers, kind)
+    pieces = _pieces(
+        tokens,
+        octets.TOKENS,
+        lambda count: compiled("packed_octets", 10, octets.product, kind, use, count, biased),
+    )
+
+    def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+        values, bitmask, scales = parts
+        rows, k, blocks = values.shape[0], x.shape[-1], scales.shape[1]
+        size = -(-k // octets.OCTETS) * octets.OCTETS
+        out, numbers = x.new_empty(*x.shape[:-1], rows), torch.empty(2, tokens, size, dtype=torch.uint8, device="cpu")
+        x_scales = torch.empty(tokens, blocks, dtype=torch.float32, device="cpu")
+        high = numbers.data_ptr()
+        low, x_scales_place = high + tokens * size, x_scales.data_ptr()
+        as_integers(tokens, 1, k, x.data_ptr(), high, low, x_scales_place)
+        fixed = threads(rows * k), k, rows, values.data_ptr(), bitmask.data_ptr(), scales.data_ptr()
+        out_place, bias_place = out.data_ptr(), _pointer(bias)
+        for first, loop in pieces:
+            own = high + first * size, low + first * size, x_scales_place + 4 * first * blocks
+            loop(rows, *fixed, *own, bias_place, out_place + first * rows * out.itemsize)
+        return out
+
+    return run
+
+
+def _tiles(kind: Packed, tokens: int, biased: bool) -> Runner:
+    from . import tiles
+
+    lay_out = compiled("packed_laid_out", 4, tiles.laid_out)
+    loop = compiled("packed_tiles", 10, tiles.product, kind, available(), biased)
+
+    def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+        values, bitmask, scales = parts
+        rows, k = values.shape[0], x.shape[-1]
+        count, out = x.numel() // k, x.new_empty(*x.shape[:-1], rows)
+        shared, x_tiles = threads(rows * k), -(-count // tiles.TILE)
+        laid = torch.empty(x_tiles * -(-k // RUN) * tiles.TILE_BYTES, dtype=torch.uint8, device="cpu")
+        lay_out(x_tiles, shared if x_tiles > 1 else 1, k, count, x.data_ptr(), laid.data_ptr())
+        weight = values.data_ptr(), bitmask.data_ptr(), _pointer(scales)
+        for first in range(0, count, tiles.TOKENS):
+            here = min(tiles.TOKENS, count - first)
+            places = *weight, laid.data_ptr(), _pointer(bias), out.data_ptr()
+            loop(-(-rows // tiles.STRIP), shared, k, rows, first, here, *places)
+        return out
+
+    return run
+
+
+def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
+    unpacked = unpacker(kind._replace(values=kind.x))
+
+    def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+        values, bitmask, scales = parts
+        rows, k = values.shape[0], x.shape[-1]
+        out, at_once = x.new_empty(*x.shape[:-1], rows), max(RUN, BLOCK_BYTES // (k * x.itemsize))
+        for first in range(0, rows, at_once):
+            which = slice(first, min(rows, first + at_once))
+            own = values[which]
+            if scales is not None:
+                own = reference.dequantized(own, scales[which], x.dtype)
+            weight = unpacked(own, bitmask[which], 0, -(-k // RUN))
+            out[..., which] = linear(x, weight, None if bias is None else bias[which])
+        return out
+
+    return run

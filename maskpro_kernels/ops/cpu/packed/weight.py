@@ -1,0 +1,143 @@
+"""A packed weight as code reads it: run by run, its values at their places in vectors.
+
+A run is 32 weights of a row. All runs of a pattern keep as many, so the values of each lie at a fixed distance from
+those before. Nothing is read beyond the last value of a row: runs from which that could happen are copied aside first.
+"""
+
+from __future__ import annotations
+
+import torch
+from llvmlite import ir
+
+from ..codegen import TYPES
+from ..loops import each
+from .build import Variable, as_float32, at, broadcast, buffer, copy, larger, smaller, widened
+from .instructions import BFLOAT, BYTE, FLOAT, HALF, LONG, WORD, Instructions, intrinsic, vector, zeros
+from .kind import RUN, Packed
+
+
+class Weight:
+    """The rows of a packed weight, run by run, in a function that is being built.
+
+    Args:
+        b: builder of the function.
+        kind: of which weight.
+        use: the CPU's instructions.
+        form: what vectors hold: "halves", 32 values of 16 bits; "floats", float32; "words", values as 32-bit integers.
+        values, bits: pointers.
+        k: weights of a row, an i64.
+    """
+
+    def __init__(
+        self,
+        b: ir.IRBuilder,
+        kind: Packed,
+        use: Instructions,
+        form: str,
+        values: ir.Value,
+        bits: ir.Value,
+        k: ir.Value,
+    ):
+        self.b, self.kind, self.use, self.form, self.k = b, kind, use, form, k
+        self.values, self.bits = values, bits
+        # bits are moved as integers, whatever they stand for
+        self.element = TYPES[kind.values] if form == "floats" else ir.IntType(8 * kind.values.itemsize)
+        self.lanes = RUN if form == "halves" else use.lanes
+        # whether as many values belong to the lanes of every vector
+        self.fixed = kind.m <= self.lanes
+        self.row_values = b.mul(b.sdiv(k, LONG(kind.m)), LONG(kind.n))
+        self.row_bytes = b.sdiv(b.add(k, LONG(7)), LONG(8))
+        self.runs = b.sdiv(b.add(k, LONG(RUN - 1)), LONG(RUN))
+        self.direct_runs = self._direct_runs()
+        self.aside = buffer(b, self.element, 2 * RUN)
+        # what is read there beyond the values that are copied
+        b.store(zeros(ir.ArrayType(self.element, 2 * RUN)), self.aside)
+
+    def _direct_runs(self) -> ir.Value:
+        """Runs of a row that can be read where they lie, whatever the bitmask says."""
+        b, kept, whole = self.b, self.kind.kept, self.b.sdiv(self.k, LONG(RUN))
+        if self.fixed:
+            return whole
+        # the vector of the last lanes may start behind as many values as there are other lanes
+        beyond = b.sdiv(b.sub(self.row_values, LONG(RUN - kept)), LONG(kept))
+        return smaller(b, whole, larger(b, beyond, LONG(0)))
+
+    def within(self, first: ir.Value, last: ir.Value) -> ir.Value:
+        """Where the direct ones of the runs [first, last) end."""
+        return larger(self.b, first, smaller(self.b, self.direct_runs, last))
+
+    def row(self, row: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Pointers to a row's values and bitmask."""
+        b = self.b
+        values = at(b, self.values, b.mul(row, self.row_values), self.element)
+        return values, at(b, self.bits, b.mul(row, self.row_bytes), BYTE)
+
+    def values_of(self, row: tuple, run: ir.Value) -> ir.Value:
+        """Pointer to a run's values."""
+        return at(self.b, row[0], self.b.mul(run, LONG(self.kind.kept)), self.element)
+
+    def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+        """``vectors`` of one of the direct runs."""
+        word = self.b.load(at(self.b, row[1], run, WORD), typ=WORD, align=1)
+        return self.vectors(self.values_of(row, run), word, scale)
+
+    def weights_of(self, run: ir.Value) -> ir.Value:
+        """How many weights a run has, an i64."""
+        return smaller(self.b, LONG(RUN), self.b.sub(self.k, self.b.mul(run, LONG(RUN))))
+
+    def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+        """``vectors`` of any run, zeros where the row has ended."""
+        b, weights = self.b, self.weights_of(run)
+        values = b.mul(b.sdiv(weights, LONG(self.kind.m)), LONG(self.kind.n))
+        copy(b, self.values_of(row, run), self.aside, values, self.element)
+        word, source = Variable(b, WORD(0)), at(b, row[1], run, WORD)
+
+        def add_byte(i: ir.Value) -> None:
+            byte = b.zext(b.load(at(b, source, i, BYTE), typ=BYTE), WORD)
+            word.set(b.or_(word.get(), b.shl(byte, b.trunc(b.mul(i, LONG(8)), WORD))))
+
+        each(b, LONG(0), b.sdiv(b.add(weights, LONG(7)), LONG(8)), add_byte)
+        return self.vectors(self.aside, word.get(), scale)
+
+    def vectors(self, values: ir.Value, word: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
+        """The weights of a run in order.
+
+        Args:
+            values: pointer to the run's.
+            word: i32, its bitmask.
+            scale: float32, that of int8 values, to be multiplied in.
+        """
+        b, n, m = self.b, self.kind.n, self.kind.m
+        if self.form == "halves":
+            return [self.use.placed(b, self._loaded(values, self.kind.kept, scale), word)]
+        out, before = [], LONG(0)
+        for lane in range(0, RUN, self.lanes):
+            bits = b.trunc(b.lshr(word, WORD(lane)), ir.IntType(self.lanes))
+            if self.fixed:
+                loaded = self._loaded(at(b, values, LONG(lane * n // m), self.element), self.lanes * n // m, scale)
+            else:
+                loaded = self._loaded(at(b, values, before, self.element), self.lanes, scale)
+                kept = intrinsic(b, f"llvm.ctpop.i{self.lanes}", bits.type, bits)
+                before = b.add(before, b.zext(kept, LONG))
+            out.append(self.use.placed(b, loaded, bits))
+        return [b.bitcast(x, vector(FLOAT, self.lanes)) for x in out] if self.form == "floats" else out
+
+    def _loaded(self, pointer: ir.Value, count: int, scale: ir.Value | None) -> ir.Value:
+        """So many values as the form wants them, as integers, in a whole vector."""
+        b, dtype = self.b, self.kind.values
+        given = b.load(pointer, typ=vector(self.element, count), align=1)
+        if dtype == torch.int8:
+            given = b.sitofp(b.sext(given, vector(WORD, count)), vector(FLOAT, count))
+            if scale is not None:
+                given = b.fmul(given, broadcast(b, scale, count))
+            if self.form == "halves":
+                given = b.fptrunc(given, vector(BFLOAT, count))
+        elif self.form == "words":
+            given = given if dtype.itemsize == 4 else b.zext(given, vector(WORD, count))
+        elif self.form == "floats":
+            given = as_float32(b, given, dtype)
+        integers = vector(HALF if self.form == "halves" else WORD, count)
+        given = given if given.type == integers else b.bitcast(given, integers)
+        if count == self.lanes:
+            return given
+        return widened(b, given, self.lanes)

@@ -1,0 +1,121 @@
+"""What is compiled for packed weights, looked at: the instructions of each kind of CPU, here or not."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from llvmlite import binding
+
+from maskpro_kernels.ops.cpu.packed import instructions, octets, product, tiles, unpack
+from maskpro_kernels.ops.cpu.packed.kind import Packed
+
+BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
+INT8 = Packed(2, 4, torch.int8, torch.bfloat16)
+ALL = dict.fromkeys("avx512vbmi2 avx512bf16 avx512vnni amx-tile amx-bf16".split(), True)
+
+BASIC = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx2,+fma,+f16c"
+FULL = f"{BASIC},+avx512vbmi2,+avx512bf16,+avx512vnni,+amx-tile,+amx-bf16"
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def targets():
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+
+
+def innermost_loops(assembly: str, triple: str, features: str) -> list[list[str]]:
+    """The names of the instructions of each loop of a module without another one inside."""
+    target = binding.Target.from_triple(triple).create_target_machine(features=features, opt=3, reloc="pic")
+    module = binding.parse_assembly(assembly)
+    module.triple = triple
+    builder = binding.create_pass_builder(target, binding.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    lines = [line.split("#")[0].strip() for line in target.emit_assembly(module).splitlines()]
+    found, label, names = [], None, []
+    for line in filter(None, lines):
+        if re.match(r"\.L\w+:", line):
+            label, names = line.rstrip(":"), []
+        elif not line.startswith("."):
+            names.append(line.split()[0])
+            if label is not None and label in line.split():
+                found.append(names[:])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("assembly", "triple", "features", "expected"),
+    [
+        (
+            lambda: product.product(BFLOAT16, instructions.Avx512(ALL), 1, False),
+            X86,
+            FULL,
+            {"vpexpandw": 4, "vdpbf16ps": 4, "kmovd": 4},
+        ),
+        (
+            lambda: product.product(BFLOAT16, instructions.Avx512(ALL), 16, True),
+            X86,
+            FULL,
+            {"vpexpandw": 1, "vdpbf16ps": 16},
+        ),
+        (
+            lambda: product.product(BFLOAT16, instructions.Avx512({}), 1, False),
+            X86,
+            BASIC,
+            {"vpexpandd": 8, "vfmadd": 8},
+        ),
+        (
+            lambda: product.product(FLOAT32, instructions.Avx2({}), 1, False),
+            X86,
+            "+avx2,+fma,+f16c",
+            {"vpermd": 16, "vfmadd": 16},
+        ),
+        (
+            lambda: product.product(FLOAT32, instructions.Neon({}), 1, False),
+            ARM,
+            "+neon",
+            {"tbl": 32, "fmla": 32},
+        ),
+        (
+            lambda: product.product(BFLOAT16, instructions.Neon({}), 4, False),
+            ARM,
+            "+neon",
+            {"tbl": 8, "fmla": 32},
+        ),
+        (lambda: product.product(INT8, instructions.Neon({}), 1, False), ARM, "+neon", {"fmla": 32}),
+        (lambda: unpack.unpack(BFLOAT16, instructions.Avx512(ALL)), X86, FULL, {"vpexpandw": 1}),
+        (lambda: unpack.unpack(BFLOAT16, instructions.Neon({})), ARM, "+neon", {"tbl": 8}),
+        (
+            lambda: octets.product(INT8, instructions.Avx512(ALL), 1, False),
+            X86,
+            FULL,
+            {"vpexpandb": 1, "vpdpbusd": 3},
+        ),
+        (
+            lambda: tiles.product(BFLOAT16, instructions.Avx512(ALL), False),
+            X86,
+            FULL,
+            {"tileloadd": 4, "tdpbf16ps": 4},
+        ),
+    ],
+)
+def test_each_kind_of_cpu_gets_its_instructions(assembly, triple, features, expected):
+    """In the loop that does most of the work nothing else puts values at their places or multiplies them."""
+    loops = innermost_loops(assembly(), triple, features)
+    counted = [{name: sum(other.startswith(name) for other in names) for name in expected} for names in loops]
+    assert max(counted, key=lambda counts: sum(counts.values())) == expected
+
+
+def test_the_code_asks_for_nothing_that_a_process_may_lack():
+    """No helpers of a compiler's run-time library, such as conversions of bfloat16: nobody would link them."""
+    for kind in (BFLOAT16, FLOAT32, Packed(2, 4, torch.float16, torch.float16), INT8):
+        for use, features in (
+            (instructions.Avx512(ALL), FULL),
+            (instructions.Avx512({}), BASIC),
+            (instructions.Avx2({}), "+avx2,+fma,+f16c"),
+        ):
+            target = binding.Target.from_triple(X86).create_target_machine(features=features, opt=3, reloc="pic")
+            module = binding.parse_assembly(product.product(kind, use, 3, True))
+            assert not re.findall(r"call\w*\s+(?!\*)(\S+)", target.emit_assembly(module))

@@ -1,0 +1,299 @@
+"""Packed weights on a CPU: every way of a product, on every kind of CPU that this one can pass for."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import warnings
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.cases import cases
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.cpu import cache, kernels, machine
+from maskpro_kernels.ops.cpu.packed import products, unpacking
+from maskpro_kernels.ops.cpu.packed.instructions import chosen
+from maskpro_kernels.ops.cpu.packed.kind import Packed
+from maskpro_kernels.packed import quantized
+from maskpro_kernels.pattern import NMPattern, bitmask_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS = ("1:2", "2:4", "1:4", "3:4", "4:8", "3:8", "8:16", "1:16", "1:32", "17:32")
+
+# Of Linux: memory that nobody may touch
+PROT_NONE = 0
+
+# What LLVM calls the features that each kind of CPU lacks
+OFF = {
+    "all that it has": (),
+    "no AMX": ("amx-tile", "amx-bf16", "amx-int8"),
+    "no bfloat16": ("amx-tile", "amx-bf16", "amx-int8", "avx512bf16"),
+    "no VBMI2": ("amx-tile", "amx-bf16", "amx-int8", "avx512bf16", "avx512vbmi2"),
+    "no AVX-512": tuple(
+        name for name in machine.features() if name.startswith(("avx512", "avx10", "amx")) or name == "evex512"
+    ),
+    "no AVX2": tuple(
+        name
+        for name in machine.features()
+        if name.startswith(
+            ("avx", "amx", "fma", "f16c", "evex", "vaes", "vpclmul", "xop", "gfni", "sm3", "sm4", "sha512")
+        )
+    ),
+}
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """``cpu(kind)``: go on as if this CPU lacked what OFF names."""
+    caches = (products._chosen, products._runner, unpacking.available, unpacking.unpacker, machine.machine)
+
+    def clear() -> None:
+        for each in caches:
+            each.cache_clear()
+
+    def lacking(kind: str) -> None:
+        features = machine.features() | dict.fromkeys(OFF[kind], False)
+        monkeypatch.setattr(machine, "features", lambda: features)
+        clear()
+
+    clear()
+    yield lacking
+    monkeypatch.undo()
+    clear()
+
+
+def packed_case(pattern: str, dtype: torch.dtype, values: str, rows: int, groups: int, seed: int = 0):
+    """(A packed weight, the same in its dtype, the same in float64)."""
+    generator = torch.Generator().manual_seed(seed)
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    codes = reference.top_n_mask(torch.rand(rows, groups * m, generator=generator), n=n, m=m)
+    kept, scales = torch.randn(rows, groups * n, generator=generator).to(dtype), None
+    numbers = kept
+    if values == "int8":
+        kept, scales = quantized(kept)
+        numbers = reference.dequantized(kept, scales, torch.float32)
+    packed = mk.PackedNM(kept, bitmask_of(codes, m), pattern, scales)
+    exact = reference.unpack_nm(numbers, packed.bitmask, n=n, m=m)
+    return packed, exact.to(dtype), exact.double()
+
+
+def assert_within_budget(y: torch.Tensor, by_torch: torch.Tensor, exact: torch.Tensor) -> None:
+    error, of_torch = ((t.double() - exact).abs().max() for t in (y, by_torch))
+    assert error <= 2 * of_torch + 1e-6 * exact.abs().max(), (error, of_torch)
+
+
+def assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased=True, seed=0):
+    """A product and its gradient in x are as near to float64 as torch's with the unpacked weight."""
+    packed, weight, exact_weight = packed_case(pattern, dtype, values, rows, groups, seed)
+    n, m, k = packed.pattern.n, packed.pattern.m, packed.shape[1]
+    generator = torch.Generator().manual_seed(seed + 1)
+    x, grad = (torch.randn(tokens, size, generator=generator).to(dtype) for size in (k, rows))
+    bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
+    parts = packed.values, packed.bitmask, packed.scales
+    with warnings.catch_warnings():
+        # a way that does not compile would go unseen
+        warnings.simplefilter("error")
+        y, x_grad = products.nm_linear(x, parts, bias, n, m), products.input_grad(grad, parts, n, m)
+    exact = nn.functional.linear(x.double(), exact_weight, None if bias is None else bias.double())
+    assert_within_budget(y, nn.functional.linear(x, weight, bias), exact)
+    assert_within_budget(x_grad, grad @ weight, grad.double() @ weight.double())
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "dtype"),
+    cases(itertools.product(OFF, ("keep", "int8"), DTYPES), slow=lambda kind, values, dtype: dtype != torch.bfloat16),
+    ids=str,
+)
+def test_every_kind_of_cpu_multiplies(kind, values, dtype, cpu):
+    cpu(kind)
+    # as few as are decoded, more than registers take at a time, tiles and a half, and blocks
+    for tokens in (1, 13, 40, 257):
+        assert_multiplies("2:4", dtype, values, 35, 41, tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "values"),
+    cases(
+        itertools.product(("all that it has", "no VBMI2", "no AVX-512"), PATTERNS, ("keep", "int8")),
+        slow=lambda kind, pattern, values: values == "int8" or kind == "no VBMI2" or pattern in ("1:2", "3:4", "1:16"),
+    ),
+)
+def test_every_pattern_is_multiplied(kind, pattern, values, cpu):
+    cpu(kind)
+    groups = (520 if values == "int8" else 136) // NMPattern(pattern).m + 1
+    assert_multiplies(pattern, torch.bfloat16, values, 33, groups, 2)
+
+
+@pytest.mark.slow
+@hypothesis.given(
+    pattern=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from(DTYPES),
+    values=st.sampled_from(("keep", "int8")),
+    rows=st.integers(1, 100),
+    groups=st.integers(1, 90),
+    tokens=st.sampled_from((1, 2, 4, 5, 16, 17, 33, 257, 600)),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@hypothesis.settings(max_examples=40)
+def test_products_of_any_shape(pattern, dtype, values, rows, groups, tokens, biased, seed):
+    assert_multiplies(pattern, dtype, values, rows, groups, tokens, biased, seed)
+
+
+def test_threads_share_a_product():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for values in ("keep", "int8"):
+            for tokens in (1, 8, 300):
+                assert_multiplies("2:4", torch.bfloat16, values, 291, 144, tokens)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("all that it has", {"keep": "registers tiles tiles blocks", "int8": "octets tiles tiles blocks"}),
+        ("no AMX", {"keep": "registers registers blocks blocks", "int8": "octets octets blocks blocks"}),
+        ("no VBMI2", {"keep": "registers registers blocks blocks", "int8": "registers registers blocks blocks"}),
+        ("no AVX2", {"keep": "unpack unpack unpack unpack", "int8": "unpack unpack unpack unpack"}),
+    ],
+)
+def test_the_way_goes_by_the_cpu_and_the_tokens(kind, expected):
+    features = dict.fromkeys(
+        ("avx512f", "avx512bw", "avx512vl", "f16c", "avx512vbmi2", "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16"),
+        True,
+    )
+    use = chosen(features | {"avx2": True, "fma": True} | dict.fromkeys(OFF[kind], False))
+    for values, dtype in (("keep", torch.bfloat16), ("int8", torch.int8)):
+        ways = [products.way(use, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 16, 256, 257)]
+        assert ways == expected[values].split()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    cases(
+        itertools.product(("all that it has", "no VBMI2", "no AVX-512", "no AVX2"), PATTERNS),
+        slow=lambda kind, pattern: kind == "no VBMI2" or pattern not in ("2:4", "3:8", "8:16"),
+    ),
+)
+def test_unpacking_keeps_every_bit(kind, pattern, cpu):
+    cpu(kind)
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    for dtype in DTYPES:
+        for groups in (1, 70 // m + 1, 192 // m):
+            packed, _, _ = packed_case(pattern, dtype, "keep", 5, groups)
+            # what no operation on numbers would leave as it is
+            packed.values.view(reference.INTEGERS[dtype.itemsize])[0, 0] = -1
+            got, expected = (
+                route.unpack_nm(packed.values, packed.bitmask, n=n, m=m).view(torch.uint8)
+                for route in (kernels, reference)
+            )
+            assert_same_bits(got, expected)
+
+
+class Guarded:
+    """Memory that ends where nothing may be read: the next page is no one's."""
+
+    def __init__(self):
+        self.libc, self.maps = ctypes.CDLL(None, use_errno=True), []
+
+    def at_the_end(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy whose last byte is the last one before such a page."""
+        pages = -(-tensor.nbytes // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        self.maps.append(memory)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        end = whole.data_ptr() + pages * mmap.PAGESIZE
+        assert self.libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), PROT_NONE) == 0
+        start = pages * mmap.PAGESIZE - tensor.nbytes
+        copy = whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values", "kind"),
+    cases(
+        itertools.product(
+            ("2:4", "17:32", "3:8", "1:16"), ("keep", "int8"), ("all that it has", "no AVX-512", "no AMX", "no VBMI2")
+        ),
+        slow=lambda pattern, values, kind: pattern in ("3:8", "1:16") or kind in ("no AMX", "no VBMI2"),
+    ),
+)
+def test_nothing_beyond_the_last_value_is_read(pattern, values, kind, cpu):
+    """Rows that end at a page's end, of whole runs and not, beside bitmasks that keep all, as damaged ones may."""
+    cpu(kind)
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    guarded = Guarded()
+    for dtype in (torch.bfloat16, torch.float32):
+        # whole runs, a part of one, and blocks of scales
+        for groups in (64 // m, 64 // m + 1, 544 // m):
+            packed, _, _ = packed_case(pattern, dtype, values, 3, groups)
+            for bitmask in (packed.bitmask, torch.full_like(packed.bitmask, 255)):
+                parts = [None if x is None else guarded.at_the_end(x) for x in (packed.values, bitmask, packed.scales)]
+                for tokens in (1, 6, 20):
+                    x = guarded.at_the_end(torch.randn(tokens, groups * m).to(dtype))
+                    bias = guarded.at_the_end(torch.randn(3).to(dtype))
+                    products.nm_linear(x, tuple(parts), bias, n, m)
+                if packed.scales is None:
+                    products.input_grad(torch.randn(1, 3).to(dtype), tuple(parts), n, m)
+
+
+def test_what_does_not_compile_is_unpacked(cpu, monkeypatch):
+    monkeypatch.setattr(machine, "object_code", lambda assembly: b"")
+    monkeypatch.setattr(cache, "compiled", lambda name, made_of, make: make())
+    packed, weight, exact = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
+    x = torch.randn(1, 64).bfloat16()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        y = products.nm_linear(x, (packed.values, packed.bitmask, None), None, 2, 4)
+    assert [str(each.message).rpartition("; ")[2] for each in warned] == [
+        "packed weights are unpacked at each product",
+        "maskpro_kernels unpacks more slowly",
+    ]
+    assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
+
+
+def test_what_multiplies_wrongly_is_not_used(cpu, monkeypatch):
+    runner = products._registers
+
+    def wrong(*args):
+        run = runner(*args)
+        return lambda *given: run(*given) * 1.5
+
+    monkeypatch.setattr(products, "_registers", wrong)
+    packed, weight, exact = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
+    x = torch.randn(1, 64).bfloat16()
+    with pytest.warns(UserWarning, match="differs from torch's"):
+        y = products.nm_linear(x, (packed.values, packed.bitmask, None), None, 2, 4)
+    assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
+
+
+def test_numbers_that_are_not_finite_stay_so():
+    for values in ("keep", "int8"):
+        packed, _, _ = packed_case("2:4", torch.bfloat16, values, 8, 128)
+        for odd in (float("inf"), float("nan")):
+            x = torch.randn(1, 512).bfloat16()
+            x[0, 300] = odd
+            y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
+            assert not y.isfinite().any()
+
+
+def test_integers_hold_tokens_of_any_size():
+    """A column a thousand times as large as the rest, and tokens so small that a scale of theirs would vanish."""
+    packed, weight, exact = packed_case("2:4", torch.bfloat16, "int8", 16, 256)
+    for factor in (1.0, 1e-30, 1e30):
+        x = torch.randn(3, 1024) * factor
+        x[:, 7] *= 1000.0
+        x[2] = 0.0
+        x = x.bfloat16()
+        y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
+        assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
