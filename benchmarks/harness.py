@@ -42,12 +42,13 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 @dataclass(frozen=True)
 class Work:
     """The least that an operation has to do, whoever does it: bytes read and written, floating-point operations of
-    matrix products, and the dtype of their operands.
+    matrix products, the dtype of their operands, and whether the bytes come from memory though they are few.
     """
 
     bytes: int = 0
     flops: int = 0
     dtype: torch.dtype = torch.bfloat16
+    from_memory: bool = False
 
 
 def synchronize() -> None:
@@ -156,7 +157,8 @@ def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping
         row = {**case, "provider": name, "median": median, "q20": q20, "q80": q80, "rounds": len(values)}
         row["ratio"] = statistics.median(own / other for own, other in zip(values, base, strict=True))
         if work is not None:
-            by_bytes = work.bytes / copied_bytes_per_second() if work.bytes >= UNCACHED_BYTES[DEVICE] else 0.0
+            uncached = work.from_memory or work.bytes >= UNCACHED_BYTES[DEVICE]
+            by_bytes = work.bytes / copied_bytes_per_second() if uncached else 0.0
             by_flops = work.flops / flops_per_second(work.dtype) if work.flops else 0.0
             row["gb_per_s"] = work.bytes / median / 1e9
             row["tflop_per_s"] = work.flops / median / 1e12

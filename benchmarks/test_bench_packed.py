@@ -1,23 +1,30 @@
 """A linear layer with a packed 2:4 weight, by number of tokens: decoding and short prompts.
 
 Set against the dense layer, against unpacking first, and on a GPU against torch's semi-structured matmul and the dense
-layer under torch.compile.
+layer under torch.compile. On a CPU a weight is multiplied again and again, which leaves it in the caches, and in turn
+with as many others as no cache holds, as a model's layers are while it decodes.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from dense_loop import dense_loop
 from harness import DEVICE, Work
-from torch import nn
+from torch import Tensor, nn
 
 import maskpro_kernels as mk
 
 PATTERN = "2:4"
 DTYPE = "bfloat16"
-# On a GPU layers of LLaMA-2-7B and 70B, else one of SmolLM2-135M
-SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)] if DEVICE == "cuda" else [(1536, 576)]
-TOKENS = [1, 16, 64, 128, 1024] if DEVICE == "cuda" else [1, 16]
+# Layers of LLaMA-2-7B, on a GPU of 70B and on a CPU of SmolLM2-135M as well
+LARGE = [(8192, 28672), (4096, 11008)] if DEVICE == "cuda" else [(576, 1536), (1536, 576)]
+SHAPES = [(4096, 4096), (11008, 4096), *LARGE]
+TOKENS = [1, 16, 64, 128, 1024] if DEVICE == "cuda" else [1, 2, 4, 8, 16, 64]
 # torch's kernels refuse fewer rows of activations
 SEMI_STRUCTURED_TOKENS = 8
 
@@ -30,24 +37,22 @@ class Case:
         self.weight = torch.where(kept, weight, 0)
         self.x = torch.randn(tokens, k, generator=generator, device=DEVICE).bfloat16()
         self.packed = mk.pack_24(self.weight)
+        self.int8 = mk.pack_nm(self.weight, PATTERN, "int8")
+        self.layer, self.int8_layer = mk.Sparse24Linear(self.packed), mk.Sparse24Linear(self.int8)
         self.compiled = torch.compile(nn.functional.linear, dynamic=False)
-
-    def ours(self):
-        return mk.sparse24_linear(self.x, self.packed)
-
-    def unpack_then_matmul(self):
-        return nn.functional.linear(self.x, self.packed.unpack())
 
     def dense(self):
         return nn.functional.linear(self.x, self.weight)
 
-    def dense_compiled(self):
-        return self.compiled(self.x, self.weight)
-
-    def providers(self) -> dict:
-        found = {"ours": self.ours, "unpack, then matmul": self.unpack_then_matmul, "dense": self.dense}
+    def providers(self) -> dict[str, Callable[[], Tensor]]:
+        found = {
+            "packed": lambda: self.layer(self.x),
+            "packed, int8": lambda: self.int8_layer(self.x),
+            "unpack, then matmul": lambda: nn.functional.linear(self.x, self.packed.unpack()),
+            "dense": self.dense,
+        }
         if DEVICE == "cuda":
-            found["dense under torch.compile"] = self.dense_compiled
+            found["dense under torch.compile"] = lambda: self.compiled(self.x, self.weight)
             if len(self.x) >= SEMI_STRUCTURED_TOKENS:
                 semi_structured = torch.sparse.to_sparse_semi_structured(self.weight)
                 found["torch semi-structured"] = lambda: nn.functional.linear(self.x, semi_structured)
@@ -55,10 +60,11 @@ class Case:
 
     def check(self, providers) -> None:
         """Each within twice the error of torch's dense product in the same dtype."""
-        exact = self.x.double() @ self.weight.double().T
-        allowed = 2 * (self.dense().double() - exact).abs().max() + 1e-6 * exact.abs().max()
         for name, provider in providers.items():
-            assert (provider().double() - exact).abs().max() <= allowed, name
+            weight = self.int8.unpack() if "int8" in name else self.weight
+            exact = self.x.double() @ weight.double().T
+            of_torch = (nn.functional.linear(self.x, weight).double() - exact).abs().max()
+            assert (provider().double() - exact).abs().max() <= 2 * of_torch + 1e-6 * exact.abs().max(), name
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -77,5 +83,60 @@ def test_packed_forward(shape, tokens, compare):
             op="packed forward",
             pattern=PATTERN,
             shape=(tokens, *shape),
+            dtype=DTYPE,
+        )
+
+
+def cache_bytes() -> int:
+    """Of the largest cache that a core reaches."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(int(size.removesuffix("K")) << 10 for size in sizes)
+
+
+def in_turn(function: Callable[[Tensor], Tensor], copies: list) -> Callable[[], Tensor]:
+    """``function`` of the next one of the copies at each call."""
+    following = itertools.cycle(copies)
+    return lambda: function(next(following))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU each call finds empty caches anyway")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_decoding(shape, compare):
+    """One token, and weights that come from memory."""
+    rows, k = shape
+    with torch.no_grad():
+        case, bfloat16_loop = Case(rows, k, 1), dense_loop(torch.bfloat16)
+        wide = case.x.float()
+
+        def copies(make: Callable[[], object], nbytes: int) -> list:
+            # half as many again, for a cache may keep what has just been read
+            return [make() for _ in range(max(2, 3 * cache_bytes() // (2 * nbytes)))]
+
+        def layers(packed: mk.PackedNM) -> list[mk.NMLinear]:
+            def make() -> mk.NMLinear:
+                parts = (None if x is None else x.clone() for x in (packed.values, packed.bitmask, packed.scales))
+                values, bitmask, scales = parts
+                return mk.Sparse24Linear(mk.PackedNM(values, bitmask, PATTERN, scales))
+
+            return copies(make, packed.nbytes)
+
+        dense = copies(case.weight.clone, case.weight.nbytes)
+        providers = {
+            "packed": in_turn(lambda layer: layer(case.x), layers(case.packed)),
+            "packed, int8": in_turn(lambda layer: layer(case.x), layers(case.int8)),
+            "dense": in_turn(lambda weight: nn.functional.linear(case.x, weight), dense),
+            "dense loop": in_turn(lambda weight: bfloat16_loop(case.x, weight), dense),
+            "dense, float32": in_turn(
+                lambda weight: nn.functional.linear(wide, weight),
+                copies(lambda: case.weight.float(), 2 * case.weight.nbytes),
+            ),
+        }
+        compare(
+            lambda: case.check(providers),
+            providers,
+            work=Work(bytes=rows * k * 9 // 8 + 2 * (rows + k), flops=2 * rows * k, from_memory=True),
+            op="packed decoding",
+            pattern=PATTERN,
+            shape=(1, *shape),
             dtype=DTYPE,
         )

@@ -215,7 +215,9 @@ def hang(rank: int, where: str):
     return caught.value.missing
 
 
-@pytest.mark.parametrize("where", ["begin", "refresh", "update"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("begin", marks=pytest.mark.slow), pytest.param("refresh", marks=pytest.mark.slow), "update"]
+)
 def test_a_rank_that_hangs_outside_of_the_forwards_of_a_step_is_named_in_time(where):
     assert all_in_ranks(2, hang, where=where)[0] == [1]
 

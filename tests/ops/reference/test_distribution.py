@@ -224,7 +224,7 @@ def draws(draw):
 
 
 # Interpreting the kernel of 32 columns takes a quarter of a second
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(draws())
 def test_any_draw_keeps_exactly_n_and_kernel_and_reference_agree(case):
     logits, pattern, temperature, counter = case
@@ -235,6 +235,7 @@ def test_any_draw_keeps_exactly_n_and_kernel_and_reference_agree(case):
     assert_same_bits(codes, eager_codes(logits, pattern, temperature, **counter))
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(draws(), st.integers(-6, 6))
 def test_temperature_divides_the_logits(case, exponent):

@@ -190,7 +190,8 @@ if known and everything:
 """
 
 
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["2:4", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("everything", [False, True], ids=["2:4", "all"])
 def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
     """Registers, stack, shared memory, occupancy, instructions a weight: `make aot-table` where it is on purpose."""
     rows = child(COSTS_CHILD, everything)

@@ -47,6 +47,7 @@ def test_slopes_are_within_the_error_budget(problem, parts):
     within_budget(found, by_torch, exact)
 
 
+@pytest.mark.slow
 def test_tiles_that_are_taken_in_groups_are_all_taken_once(monkeypatch):
     """Of a group and a part of one, three rows of tiles each."""
     pattern = NMPattern("2:4")

@@ -23,7 +23,7 @@ def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
     x [tokens, k] is of ``kind.x`` where ``multiplies_pairs``, else float32; bias [rows] and out [tokens, rows] are of
     ``kind.x``, scales [rows, ceil(values of a row / SCALED)] as well.
     """
-    return _Product(kind, use, tokens, biased).assembly()
+    return Product(kind, use, tokens, biased).assembly()
 
 
 def multiplies_pairs(kind: Packed, use: Instructions) -> bool:
@@ -31,8 +31,10 @@ def multiplies_pairs(kind: Packed, use: Instructions) -> bool:
     return use.pairs and kind.x == torch.bfloat16
 
 
-class _Product:
-    """The function of ``product``."""
+class Product:
+    """The function of ``product``, of a weight of ``weight_class``."""
+
+    weight_class = Weight
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
         self.kind, self.use, self.tokens, self.biased = kind, use, tokens, biased
@@ -42,7 +44,7 @@ class _Product:
         set.add(self.function.attributes, '"prefer-vector-width"="512"')
         self.start, self.stop, self.k, self.rows, *pointers = self.function.args
         values, bits, self.scales, self.x, self.bias, self.out = pointers
-        self.weight = Weight(self.b, kind, use, "halves" if self.pairs else "floats", values, bits, self.k)
+        self.weight = self.weight_class(self.b, kind, use, "halves" if self.pairs else "floats", values, bits, self.k)
         self.lanes = use.lanes
         # enough sums beside each other to hide how long one takes
         self.beside = max(1, 4 // tokens)

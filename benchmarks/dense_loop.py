@@ -1,0 +1,59 @@
+"""A dense product with one token from the code generator of packed ones: what it would take with no zeros left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from maskpro_kernels.ops.cpu.packed import product
+from maskpro_kernels.ops.cpu.packed.kind import RUN, Packed
+from maskpro_kernels.ops.cpu.packed.unpacking import available, compiled, threads
+from maskpro_kernels.ops.cpu.packed.weight import Weight
+
+
+class _Dense(Weight):
+    """Runs of which all values are stored: nothing is to be put at its place."""
+
+    def direct(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+        source = self.values_of(row, run)
+        return [self._loaded(self._behind(source, lane), self.lanes, scale) for lane in range(0, RUN, self.lanes)]
+
+    def copied(self, row: tuple, run: ir.Value, scale: ir.Value | None = None) -> list[ir.Value]:
+        # K is a multiple of RUN, so that there are none
+        return self.direct(row, run, scale)
+
+    def _behind(self, pointer: ir.Value, values: int) -> ir.Value:
+        return self.b.gep(pointer, [ir.Constant(ir.IntType(64), values)], source_etype=self.element)
+
+
+class _Product(product.Product):
+    weight_class = _Dense
+
+
+def dense_loop(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """``linear(x, weight)`` of a token [1, K] and a weight [rows, K] of that dtype, K a multiple of RUN.
+
+    Raises:
+        RuntimeError: if the CPU has no instructions that packed weights are multiplied with.
+    """
+    use = available()
+    if use is None:
+        raise RuntimeError("a dense loop: expected AVX-512, AVX2 or NEON, got a CPU without")
+    # every value is kept
+    kind = Packed(1, 1, dtype, dtype)
+    loop = compiled("dense_loop", 8, lambda *made_of: _Product(*made_of).assembly(), kind, use, 1, False)
+    pairs = product.multiplies_pairs(kind, use)
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        (rows, k), given = weight.shape, x if pairs else x.float()
+        if k % RUN:
+            raise ValueError(f"weight: expected rows of a multiple of {RUN} values, got {k}")
+        out = x.new_empty(1, rows)
+        places = weight.data_ptr(), 0, 0, given.data_ptr(), 0, out.data_ptr()
+        loop(rows, threads(rows * k), k, rows, *places)
+        return out
+
+    return linear
