@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_not_distributed, describe
+from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_no_tangents, check_not_distributed, describe
 from .functional.masks import expand_mask
 from .modules import MaskedLinear
 from .ops.onnx_graph import in_onnx_export, unpacked_weight
@@ -178,13 +178,14 @@ def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
 def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias of a packed weight.
 
-    On a GPU, 16-bit values of 2:4, 1:4, 4:8 and 8:16 with K divisible by 16 (1:4: 32) are unpacked inside the
-    product for up to 64 tokens. Otherwise the weight is unpacked into a transient one first.
+    On a CPU the values are put at their places inside the product, if the CPU has the instructions. On a GPU so are
+    those of 2:4, 1:4, 4:8 and 8:16 with K divisible by 16 (1:4: 32), for up to 64 tokens of 16 bits. Otherwise the
+    weight is unpacked into a transient one first.
 
     Args:
-        x: [..., K] of the values' dtype, or under autocast of any. Gradients flow to it.
+        x: [..., K] of the weight's dtype, or under autocast of any. Gradients flow to it.
         packed: from ``pack_nm``. Gradients flow to its values where they require one.
-        bias: [out] of the values' dtype. Gradients flow to it.
+        bias: [out] of the weight's dtype. Gradients flow to it.
 
     Returns:
         [..., out].
@@ -212,6 +213,7 @@ def packed_linear(
         not isinstance(bias, Tensor) or bias.shape != (rows,) or bias.dtype != own or bias.device != values.device
     ):
         raise ValueError(f"bias: expected a tensor [{rows}] of {own} on {values.device}, got {describe(bias)}")
+    check_no_tangents(x=x, values=values, scales=scales, bias=bias)
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype in LOGIT_DTYPES:
         dtype = torch.get_autocast_dtype(device)

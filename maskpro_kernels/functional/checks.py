@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..counter import Counter, MaskSource
 from ..ops import philox
@@ -111,6 +112,19 @@ def check_not_distributed(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_no_tangents(**tensors: Tensor | None) -> None:
+    """Raise ValueError if a tensor has a forward-mode derivative, which would be lost."""
+    # no promise of torch's, but asking each tensor takes longer than a small product
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name}: expected a tensor without a forward-mode derivative, got one with: masked and packed "
+                "products have gradients alone; take the dense model that finalize gives"
+            )
+
+
 def check_weight(weight: Tensor, pattern: NMPattern) -> None:
     """Raise unless ``weight`` is a matrix [out, K] that the pattern divides."""
     if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -138,6 +152,7 @@ def linear_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
         raise ValueError(
             f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype} on {weight.device}, got {describe(bias)}"
         )
+    check_no_tangents(x=x, weight=weight, bias=bias)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()

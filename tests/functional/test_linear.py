@@ -83,3 +83,16 @@ def test_masked_linear_compiles_without_a_graph_break():
         (y_graph.sum() + log_prob_graph).backward()
     for parameter, same in zip(eager.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, same.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_a_forward_mode_derivative_is_not_lost_but_refused(name):
+    operands = {"x": torch.randn(3, 16), "weight": torch.randn(4, 16), "bias": torch.randn(4)}
+    codes = mk.top_n_mask(operands["weight"].abs(), "2:4")
+
+    def product(tensor):
+        own = operands | {name: tensor}
+        return mk.codes_linear(own["x"], own["weight"], codes, own["bias"], pattern="2:4")
+
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor without a forward-mode derivative"):
+        torch.func.jvp(product, (operands[name],), (torch.ones_like(operands[name]),))

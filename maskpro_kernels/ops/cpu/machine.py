@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable
 
 from llvmlite import binding
@@ -26,11 +27,15 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE = 158, 0x1023, 18
 def features() -> dict[str, bool]:
     """What this machine's processor has, and the system lets a process use, by LLVM's names."""
     found = dict(binding.get_host_cpu_features())
-    if found.get("amx-tile"):
-        call = getattr(ctypes.CDLL(None), "syscall", None)
-        if call is None or call(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE):
-            found = {name: has and not name.startswith("amx") for name, has in found.items()}
+    if found.get("amx-tile") and not _tiles_permitted():
+        found = {name: has and not name.startswith("amx") for name, has in found.items()}
     return found
+
+
+def _tiles_permitted() -> bool:
+    """Whether the system lets this process use tiles, which it asks for."""
+    call = ctypes.CDLL(None).syscall if sys.platform == "linux" else None
+    return call is not None and call(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_STATE) == 0
 
 
 @functools.cache

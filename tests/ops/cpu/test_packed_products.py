@@ -297,3 +297,14 @@ def test_integers_hold_tokens_of_any_size():
         x = x.bfloat16()
         y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
         assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
+
+
+def test_tiles_that_the_system_does_not_permit_are_not_used(monkeypatch):
+    has = {"avx512f": True, "amx-tile": True, "amx-bf16": True}
+    monkeypatch.setattr(machine.binding, "get_host_cpu_features", lambda: has)
+    for permitted in (True, False):
+        monkeypatch.setattr(machine, "_tiles_permitted", lambda permitted=permitted: permitted)
+        machine.features.cache_clear()
+        assert machine.features() == has | {"amx-tile": permitted, "amx-bf16": permitted}
+    monkeypatch.undo()
+    machine.features.cache_clear()

@@ -1,0 +1,130 @@
+"""What a packed layer does past torch's dispatcher, and all that it leaves to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import maskpro_kernels as mk
+from maskpro_kernels.ops import direct
+
+
+@pytest.fixture
+def layer() -> mk.Sparse24Linear:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 8)
+    with torch.no_grad():
+        linear.weight.view(-1, 4)[:, 1:3] = 0.0
+    return mk.Sparse24Linear.from_dense(linear)
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list:
+    """The direct calls that are made; here they would go to the kernels, by the interpreter."""
+    calls, compute = [], direct.nm_linear
+
+    def recorded(*args):
+        calls.append(args)
+        return compute(*args)
+
+    monkeypatch.setattr(direct, "interpreting", lambda: False)
+    monkeypatch.setattr(direct, "nm_linear", recorded)
+    return calls
+
+
+def test_plain_calls_are_direct_and_give_the_same(layer, taken):
+    for shape in ((32,), (1, 32), (2, 3, 32), (0, 32)):
+        x = torch.randn(shape)
+        for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+            before = len(taken)
+            with context:
+                y = layer(x)
+            assert len(taken) == before + 1 and y.shape == (*shape[:-1], 8) and not y.requires_grad
+            torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Overriding(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Own(torch.Tensor):
+    pass
+
+
+def in_mode(mode):
+    def call(layer, x):
+        with mode:
+            return layer(x)
+
+    return call
+
+
+def with_gradient(name):
+    def call(layer, x):
+        values = {"x": x, "values": layer.values, "bias": layer.bias}
+        values[name].requires_grad_()
+        return layer(x)
+
+    return call
+
+
+def with_tangent(layer, x):
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="x: expected a tensor without a forward-mode"):
+        layer(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+OTHERS = {
+    "a gradient in x": with_gradient("x"),
+    "a gradient in values": with_gradient("values"),
+    "a gradient in the bias": with_gradient("bias"),
+    "autocast": in_mode(torch.autocast("cpu")),
+    "a dispatch mode": in_mode(Watching()),
+    "a function mode": in_mode(Overriding()),
+    "a tensor of another type": lambda layer, x: layer(x.as_subclass(Own)),
+    "rows that lie apart": lambda layer, x: layer(torch.cat([x, x], 1)[:, :32]),
+    "a forward derivative": with_tangent,
+    "a trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False),
+    "a graph": lambda layer, x: torch.compile(layer, backend="eager", fullgraph=True)(x),
+    "an exported program": lambda layer, x: torch.export.export(layer, (x,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERS)
+def test_torch_has_its_part_where_it_wants_one(name, layer, taken):
+    OTHERS[name](layer, torch.randn(4, 32))
+    assert not taken
+
+
+def test_a_fake_tensor_is_none_that_could_be_read(layer, taken):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(torch.randn(4, 32))).shape == (4, 8)
+    assert not taken
+
+
+def test_wrong_arguments_are_refused_as_ever(layer, taken):
+    with pytest.raises(ValueError, match=r"x: expected a tensor \[..., 32\]"):
+        layer(torch.randn(4, 16))
+    with pytest.raises(TypeError, match="x: expected the weight's dtype"):
+        layer(torch.randn(4, 32).bfloat16())
+    with pytest.raises(ValueError, match="x: expected a tensor"):
+        layer(torch.randn(4, 32, device="meta"))
+    assert not taken
+
+
+def test_without_what_torch_does_not_promise_all_goes_by_the_dispatcher(layer, taken, monkeypatch):
+    monkeypatch.setattr(direct, "_derivatives", False)
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert not taken
