@@ -122,12 +122,12 @@ def load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT: tl.
     Chunk ``chunk`` of the ``chunks`` of a row. Where there are scales, values are int8.
     """
     at = row * chunks + chunk
-    code = tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
     if scales is None:
         words = tl.load(values + at[:, None] * WORDS + tl.arange(0, WORDS)[None, :], mask=inside[:, None], other=0)
-        return d.split_columns(words, WORDS), code
+        return d.split_columns(words, WORDS), tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
     else:
         words = tl.load(values + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=inside[:, None], other=0)
+        code = tl.load(bitmask + at, mask=inside, other=0).to(tl.int32)
         blocks = tl.cdiv(chunks, SCALED // VALUES)
         scale = tl.load(scales + row * blocks + chunk // (SCALED // VALUES), mask=inside, other=0.0).to(tl.float32)
         return multiplied_words(d.split_columns(words, 2), scale, ELEMENT), code
