@@ -167,7 +167,7 @@ def _lines(found: Mapping, measured: SpeedReport) -> list[str]:
     above = (
         f"prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones, "
         f"batch size {found['batch_size']}, {found['dtype']}, on {found['device_name']}"
-        + (f" with {found['threads']} threads" if found["device"] == "cpu" else "")
+        + (f", threads: {found['threads']}" if found["device"] == "cpu" else "")
     )
     titles = ("model", "stored", "weights MB", "peak MB", "prefill tokens/s", "decode tokens/s", "times", "ms a token")
     table = [titles, *(_figures(row, found["models"][0]) for row in found["models"])]

@@ -22,7 +22,7 @@ from .loading import SMOLLM2, checkpoint_activations, load_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
 from .model_card import MASK_ALONE, Origin
 from .packed import PackedConfig, PackedQuantizer
-from .peak_memory import PeakMemory, peak_memory
+from .process_memory import PeakMemory, peak_memory
 from .saving import check_login, check_repo_id, check_shard_size, save_model
 from .speed import ModelSpeed, SpeedReport, Spread, measure_speed
 from .stored_layers import check_no_other_quantization, tell_config

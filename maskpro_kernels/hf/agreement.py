@@ -178,7 +178,7 @@ def rounding_of(logits: Tensor, dtype: torch.dtype) -> float:
         logits: [vocabulary].
         dtype: that the model computes in.
     """
-    largest = float(logits[logits.isfinite()].abs().max())
+    largest = float(logits[logits.isfinite()].abs().max()) if logits.isfinite().any() else 0.0
     if largest == 0:
         return 0.0
     return UNITS.get(dtype, UNITS[torch.float32]) * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest))
