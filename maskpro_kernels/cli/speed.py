@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +52,8 @@ def speed(args: argparse.Namespace) -> int:
         check_not_going_on(name)
     with _threads(getattr(args, "threads", None)):
         measured, prompt = _measured(args, dtype, device)
-        # the models are gone by now: there is room for each in a process of its own
+        # there is room now for each in a process of its own
+        gc.collect()
         memory = _peaks(args, dtype, prompt) if device.type == "cpu" else {}
         rows = _rows(measured, memory)
         found = _settings(args, dtype) | machine(device)

@@ -242,10 +242,10 @@ class _Timer:
         return time.perf_counter() - began
 
     def _step(self) -> float:
-        clock = _Clock()
-        greedy(self._model, self._prompt, self._new_tokens, streamer=clock)
+        arrivals = _Arrivals()
+        greedy(self._model, self._prompt, self._new_tokens, streamer=arrivals)
         # the prompt comes first, and then the first token, which is that of the prefill
-        _, first, *_, last = clock.times
+        _, first, *_, last = arrivals.times
         return (last - first) / (self._new_tokens - 1)
 
     @contextmanager
@@ -267,7 +267,7 @@ def prefill(model: PreTrainedModel, prompt: Tensor) -> None:
     model(prompt, attention_mask=torch.ones_like(prompt), use_cache=True, **last)
 
 
-class _Clock(BaseStreamer):
+class _Arrivals(BaseStreamer):
     """When ``generate`` had the prompt, and each token, on the host."""
 
     def __init__(self):
