@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -158,10 +159,14 @@ def _rows(measured: SpeedReport, memory: Mapping[str, PeakMemory | None]) -> lis
 
 
 def _agreements(measured: SpeedReport) -> list[dict]:
-    return [
-        asdict(found) | {"same_weights": found.same_weights, "within_rounding": found.within_rounding}
-        for found in measured.agreements
-    ]
+    """What is asked of each agreement, as JSON holds it, which has no word for what is no number."""
+    rows = []
+    for found in measured.agreements:
+        row = asdict(found) | {"same_weights": found.same_weights, "within_rounding": found.within_rounding}
+        if found.gap is not None and not math.isfinite(found.gap):
+            row["gap"] = None
+        rows.append(row)
+    return rows
 
 
 def _lines(found: Mapping, measured: SpeedReport) -> list[str]:

@@ -103,13 +103,13 @@ def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int, **how) -> Te
         how: more of what ``generate`` takes.
 
     Raises:
-        RuntimeError: if the model has ended early.
+        ValueError: if the model has ended early.
     """
     mask = torch.ones_like(prompt)
     found = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **how)
     found = found[:, prompt.shape[1] :]
     if found.shape[1] != new_tokens:
-        raise RuntimeError(f"generate: expected {new_tokens} tokens, got {found.shape[1]} by {type(model).__name__}")
+        raise ValueError(f"generate: expected {new_tokens} tokens, got {found.shape[1]} by {type(model).__name__}")
     return found
 
 

@@ -36,7 +36,7 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         if len(values) == 1:
-            return cls(*values * 3)
+            return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from maskpro_kernels import convert, finalize, hf
 from maskpro_kernels.cli import main, memory
-from maskpro_kernels.hf import PeakMemory, save_model
+from maskpro_kernels.cli.speed import _agreements
+from maskpro_kernels.hf import Agreement, PeakMemory, save_model
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -94,6 +97,12 @@ def test_equal_weights_that_write_otherwise_are_told_and_end_with_1(place, monke
     assert main.main(["speed", "dense", "packed", *SMALL]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].startswith("packed") and "THE MODELS DIFFER" in lines[-1]
+
+
+def test_a_gap_that_is_no_number_is_none_in_json():
+    found = Agreement("packed", "dense", None, 0, 4, math.nan, 0.5)
+    (row,) = json.loads(json.dumps(_agreements(SimpleNamespace(agreements=[found])), allow_nan=False))
+    assert row["gap"] is None and row["rounding"] == 0.5 and row["same_weights"] and not row["within_rounding"]
 
 
 def test_memory_that_cannot_be_measured_loses_nothing(place, monkeypatch, capsys):
