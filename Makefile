@@ -15,7 +15,8 @@ INSTALLED36 := $(VENV36)/.installed
 
 .PHONY: demo test test-slow test-ecosystem test-triton36 lint aot-report aot-table bench gpu-check clean
 
-# Few steps of each way to learn, on the same split of the same text
+# Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
+# run has written it, packed, and packed in int8
 LEARN := maskpro learn --model smollm2-135m --pattern 2:4 --batch-size 8 --seq-len 128
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -23,6 +24,9 @@ demo: $(INSTALLED)
 	$(VENV)/bin/$(LEARN) --data pydoc:0.5,self:0.5 --init reconstruction --estimator straight-through --steps 30 \
 		--eval-every 10 --output runs/demo/straight-through
 	$(VENV)/bin/maskpro compare runs/demo/reinforce runs/demo/straight-through --picture runs/demo/perplexity.png
+	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed
+	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8
+	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --output runs/demo/speed
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)

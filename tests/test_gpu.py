@@ -245,3 +245,14 @@ def test_learning_by_the_dense_model_repeats_itself_and_follows_the_cpu(k):
     for ours, again, theirs in zip(*(learned[run] for run in ("cuda", "cuda again", "cpu")), strict=True):
         assert_same_bits(ours, again)
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_speed_tells_what_a_model_takes_of_the_device():
+    pytest.importorskip("transformers")
+    from helpers.tiny_llama import tiny_model
+
+    from maskpro_kernels.hf import measure_speed
+
+    models = {"dense": tiny_model().cuda(), "copy": tiny_model().cuda()}
+    report = measure_speed(models, torch.arange(12, device="cuda").view(2, 6), new_tokens=4, rounds=2)
+    assert report.agree and all(model.weight_bytes < model.device_bytes < 1e9 for model in report.models)

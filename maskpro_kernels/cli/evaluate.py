@@ -17,7 +17,7 @@ from ..text.mixture import parse_sources, shared_out, texts_of
 from ..text.perplexity import perplexity
 from .arguments import DTYPE, check_least, device_of, new_file, telling
 from .models import load
-from .run_files import REPORT, goes_on, how_to_go_on, read_report, stored_data
+from .run_files import REPORT, check_not_going_on, read_report, stored_data
 from .tasks import Tasks, check_beside_tasks, task_lines
 from .texts import Source, Texts, check_sources, evaluation_windows
 
@@ -27,8 +27,7 @@ def evaluate(args: argparse.Namespace) -> None:
     check_least(args, eval_windows=1, eval_length=2)
     device, output = device_of(args.device), new_file(args, "output")
     folder = Path(args.model)
-    if goes_on(folder) and not (folder / "config.json").is_file():
-        raise ValueError(f"model: expected a model or a run that has ended, got {args.model!r}; {how_to_go_on(folder)}")
+    check_not_going_on(args.model)
     report = folder / REPORT
     run = read_report(report) if report.is_file() else None
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])

@@ -24,6 +24,7 @@ from .learn import learn
 from .parser import build_parser
 from .progress import log_told, tell, tell_as, wants_bars
 from .run_files import tell_missing
+from .speed import speed
 
 # The optional packages that a command needs
 PACKAGES = {
@@ -31,6 +32,7 @@ PACKAGES = {
     evaluate: ("transformers",),
     export: ("transformers",),
     import_: ("transformers",),
+    speed: ("transformers",),
 }
 
 
@@ -41,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0, or 2 after a wrong argument, an unreadable file, a loss that is not finite, too little memory of the device
-        or a rank that has ended, told in one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
+        0; 1 where `maskpro speed` finds that models with the same weights differ; 2 after a wrong argument, an
+        unreadable file, a loss that is not finite, too little memory of the device or a rank that has ended, told in
+        one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
 
     Raises:
         SystemExit: with 2 after arguments that cannot be parsed, or where a rank ends while steps are taken, told in
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     load_estimators()
     args = build_parser().parse_args(argv)
-    args.bars = wants_bars(args)
+    args.bars, code = wants_bars(args), None
     with warnings.catch_warnings(), log_told():
         warnings.showwarning = _tell_warning
         try:
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             take_config(args)
             _check_torchrun(args, argv)
             with under_torchrun():
-                args.run(args)
+                code = args.run(args)
             if sys.stdout is not None:
                 sys.stdout.flush()
         except KeyboardInterrupt:
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             # of this rank alone: no other can tell
             tell_as("error", f"{where}{error}; take smaller windows or batches, or another --device", by=rank)
             return 2
-    return 0
+    return code or 0
 
 
 def _nobody_reads() -> bool:

@@ -1,15 +1,19 @@
-"""What memory a run of `maskpro learn` will need, told before it starts, and what it has used at its end."""
+"""What memory a command will need, told before it starts, and what a run of `maskpro learn` has used at its end."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
+from ..checkpoints.safetensors_files import weight_files
 from ..pruning.selection import layers_to_convert
 from ..text.losses import distillation_loss
 from ..text.perplexity import EVALUATED_TOGETHER, causal_lm_loss
@@ -20,8 +24,11 @@ from .arguments import DTYPES
 from .changed_weights import changes_weights
 from .models import device_of_inputs
 from .progress import tell, tell_as
+from .run_files import LOGITS
 
 GB = 1e9
+# Of safetensors files: what is cast to the dtype that a model is loaded in
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, model: torch.nn.Module) -> MemoryNeed:
@@ -89,6 +96,52 @@ def _total(device: torch.device) -> int:
         if device.type == "cpu":
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def check_fit(names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Tell what the weights of models take that are to be in memory together, as far as they lie in folders here.
+
+    Raises:
+        ValueError: if the device has less that is free.
+    """
+    need, free = sum(_bytes_in(Path(name), dtype) for name in names), _free(device)
+    if need > free > 0:
+        raise ValueError(
+            f"models: expected models that fit into memory together, got {need / GB:.2f} GB of weights where {device} "
+            f"has {free / GB:.2f} GB free; give fewer at once, or a smaller --dtype"
+        )
+    if need:
+        room = f"; {device} has {free / GB:.2f} GB free" if free else ""
+        tell(f"weights in the folders, in memory together: {need / GB:.2f} GB{room}")
+
+
+def _bytes_in(folder: Path, dtype: torch.dtype) -> int:
+    """What the weights of a checkpoint take once they are loaded; 0 where that is told by no safetensors file here."""
+    try:
+        files = weight_files(folder)
+    except ValueError:
+        return 0
+    total = 0
+    # in the folder of a run the logits stand beside the checkpoint
+    for file in [file for file in files if file.name != LOGITS] or files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                stored = opened.get_slice(name)
+                size = dtype.itemsize if stored.get_dtype() in FLOATS else 1
+                total += size * torch.Size(stored.get_shape()).numel()
+    return total
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory of a device that are free; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration):
+        if device.type == "cpu":
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            # with what the system would give up for it
+            return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return _total(device)
 
 
 def used_memory() -> dict[str, int]:

@@ -19,14 +19,14 @@ from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
-from .progress import tell_as
+from .one_line_parser import OneLineParser, PrintVersions
 from .replay import replay
 from .run_files import SETTINGS
 from .run_settings import DATA, SAMPLES
+from .speed import FIGURES, PICTURE, speed
 from .tasks import BATCH_SIZE
 from .trackers import NONE, TRACKERS
 from .validate import validate
-from .versions import versions
 
 SHOW = argparse.ArgumentDefaultsHelpFormatter
 SOURCE = (
@@ -36,34 +36,12 @@ SOURCE = (
 LIST = f"{SOURCE}; or several with a comma between them, each with its share behind a colon"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells an error in one line, where argparse's usage of all options would bury it."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        # here, or the parser of all commands would tell it, and point to its own help
-        found, others = super().parse_known_args(args, namespace)
-        if others:
-            self.error(f"unrecognized arguments: {' '.join(others)}")
-        return found, others
-
-    def error(self, message: str) -> None:
-        tell_as("error", f"{message}; `{self.prog} --help` tells what it takes")
-        self.exit(2)
-
-
-class _Versions(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
-        for name, value in versions().items():
-            print(name, value)
-        parser.exit()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, with the options of all estimators that are registered."""
-    parser = _Parser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
+    parser = OneLineParser(prog="maskpro", description="Learn N:M sparsity masks of frozen language models.")
     parser.add_argument(
         "--version",
-        action=_Versions,
+        action=PrintVersions,
         nargs=0,
         default=argparse.SUPPRESS,
         help="print the versions of this package and of what it runs on",
@@ -76,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_replay(commands)
     _add_import(commands)
     _add_validate(commands)
+    _add_speed(commands)
     return parser
 
 
@@ -407,6 +386,40 @@ def _add_validate(commands) -> None:
     )
     parser.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
     parser.set_defaults(run=validate)
+
+
+def _add_speed(commands) -> None:
+    parser = commands.add_parser(
+        "speed",
+        help="how fast models read and write, side by side",
+        description="Check that models with the same weights write the same greedy tokens, then measure how many "
+        "tokens a second each reads and writes, and its memory. The prompt is the documentation of Python. The exit "
+        "code is 1 where models with the same weights differ by more than rounding.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a model as in `maskpro learn --model`, or a run")
+    parser.add_argument("--prompt-tokens", type=whole, default=512, metavar="T", help="tokens of each prompt")
+    parser.add_argument("--new-tokens", type=whole, default=128, metavar="T", help="tokens written behind each prompt")
+    parser.add_argument("--batch-size", type=whole, default=1, metavar="B", help="prompts at once")
+    parser.add_argument("--rounds", type=whole, default=5, metavar="R", help="rounds, of all models in turn, to count")
+    parser.add_argument(
+        "--threads",
+        type=whole,
+        default=argparse.SUPPRESS,
+        metavar="C",
+        help="threads of torch on a CPU (default: as many as torch takes)",
+    )
+    parser.add_argument(
+        "--output",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help=f"folder for {FIGURES} and {PICTURE}; must be new or empty",
+    )
+    _add_device(parser)
+    _add_dtype(parser, "dtype of the weights and activations, of all models", DTYPE)
+    _add_quiet(parser)
+    parser.set_defaults(run=speed)
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -61,6 +61,13 @@ def digest_of_weights(model: torch.nn.Module) -> str:
     return digest(layer.weight for layer in masked_layers(model).values())
 
 
+def check_not_going_on(model: str) -> None:
+    """Raise ValueError where a model is the folder of a run that has not ended, and has no checkpoint yet."""
+    folder = Path(model)
+    if goes_on(folder) and not (folder / "config.json").is_file():
+        raise ValueError(f"model: expected a model or a run that has ended, got {model!r}; {how_to_go_on(folder)}")
+
+
 def how_to_go_on(output: Path) -> str:
     return f"continue with: maskpro learn --resume {shlex.quote(str(output))}"
 

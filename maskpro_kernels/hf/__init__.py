@@ -1,4 +1,5 @@
-"""Hugging Face models: loading and saving them, also with masks and with packed N:M weights; next-token logits.
+"""Hugging Face models: loading and saving them, also with masks and with packed N:M weights; next-token logits; how
+fast models are.
 
 After ``import maskpro_kernels.hf`` transformers' ``from_pretrained`` loads what ``save_pretrained`` has written of a
 converted model, or of one with packed weights. The import raises ModuleNotFoundError without transformers, of the extra
@@ -13,6 +14,7 @@ except ModuleNotFoundError:
     require("maskpro_kernels.hf", "transformers")
     raise
 
+from .agreement import Agreement
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
 from .hub import fetch_checkpoint, fetch_masks
@@ -20,19 +22,26 @@ from .loading import SMOLLM2, checkpoint_activations, load_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
 from .model_card import MASK_ALONE, Origin
 from .packed import PackedConfig, PackedQuantizer
+from .process_memory import PeakMemory, peak_memory
 from .saving import check_login, check_repo_id, check_shard_size, save_model
+from .speed import ModelSpeed, SpeedReport, Spread, measure_speed
 from .stored_layers import check_no_other_quantization, tell_config
 
 __all__ = [
     "MASK_ALONE",
     "SMOLLM2",
+    "Agreement",
     "KeepMask",
     "MaskCallback",
     "MaskedConfig",
     "MaskedQuantizer",
+    "ModelSpeed",
     "Origin",
     "PackedConfig",
     "PackedQuantizer",
+    "PeakMemory",
+    "SpeedReport",
+    "Spread",
     "check_login",
     "check_no_other_quantization",
     "check_repo_id",
@@ -41,7 +50,9 @@ __all__ = [
     "fetch_checkpoint",
     "fetch_masks",
     "load_model",
+    "measure_speed",
     "next_logits",
+    "peak_memory",
     "preallocated_cache",
     "save_model",
     "show_bars",

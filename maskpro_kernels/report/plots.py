@@ -52,6 +52,36 @@ def draw_residual(records: Sequence[Mapping], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_speed(rows: Sequence[Mapping], path: Path) -> None:
+    """Tokens read and written a second and memory, a bar for each model.
+
+    Args:
+        rows: of each model its "model", "weight_bytes", "peak_memory" (None where it is not known), and
+            "prefill_tokens_per_second" and "decode_tokens_per_second", each with "median", "low" and "high".
+        path: the picture to write.
+    """
+    names = [row["model"] for row in rows]
+    figure = _figure(figsize=(12, 1.6 + 0.5 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    rates = (
+        ("prefill_tokens_per_second", "prompt tokens a second"),
+        ("decode_tokens_per_second", "new tokens a second"),
+    )
+    for axes, (name, title) in zip(panels, rates, strict=False):
+        medians = [row[name]["median"] for row in rows]
+        spread = [[abs(row[name][end] - row[name]["median"]) for row in rows] for end in ("low", "high")]
+        axes.barh(names, medians, xerr=spread, capsize=3)
+        axes.set_xlabel(title)
+    memory = panels[-1]
+    memory.barh(names, [(row["peak_memory"] or 0) / 1e6 for row in rows], color="lightgray", label="peak memory")
+    memory.barh(names, [row["weight_bytes"] / 1e6 for row in rows], height=0.4, label="weights")
+    memory.set_xlabel("MB")
+    memory.legend()
+    # as in the table, the first on top
+    memory.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
 def _figure(**how):
     """A figure of matplotlib, which takes a second to import and is optional."""
     require("maskpro_kernels.report", "matplotlib")

@@ -71,7 +71,7 @@ def memory_need(
     # each product makes the weight under its mask
     largest = max(weight.nbytes for weight in weights)
     return MemoryNeed(
-        weights=_bytes_of(chain(model.parameters(), model.buffers())),
+        weights=bytes_of(chain(model.parameters(), model.buffers())),
         logits=sum(weight.numel() for weight in weights) * logits_dtype.itemsize,
         optimizer=held.optimizer,
         gradients=held.gradients,
@@ -80,7 +80,7 @@ def memory_need(
     )
 
 
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Of all storages, each once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 

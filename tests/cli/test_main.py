@@ -93,7 +93,7 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(inputs, tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["learn"], ["eval"], ["compare"], ["export"], ["import"], ["validate"], ["replay"]]
+    "command", [[], ["learn"], ["eval"], ["compare"], ["export"], ["import"], ["validate"], ["replay"], ["speed"]]
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as end:

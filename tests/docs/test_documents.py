@@ -35,9 +35,11 @@ from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
 from helpers.tiny_llama import tiny_text, tiny_tokenizer, write_inputs
 
 import maskpro_kernels
+from maskpro_kernels import hf
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.parser import build_parser
 from maskpro_kernels.files import write_tensors
+from maskpro_kernels.hf.process_memory import resident
 from maskpro_kernels.packed import pack_24
 from maskpro_kernels.training import estimator
 from maskpro_kernels.training.trainer import MaskTrainer
@@ -61,6 +63,7 @@ SMALL = {
     "--eval-windows 2 --eval-length 24 --device cpu --other-data other.txt",
     "eval": "--eval-windows 2 --eval-length 24 --device cpu",
     "replay": "--device cpu",
+    "speed": "--prompt-tokens 8 --new-tokens 4 --rounds 1 --device cpu",
 }
 TINY_IN_PYTHON = {
     '"smollm2-135m"': '"model"',
@@ -192,6 +195,8 @@ def folder(prepared, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(copied)
     # an example defines an estimator, which no other test is to know
     monkeypatch.setattr(estimator, "_registered", dict(estimator._registered))
+    # a fresh process takes seconds to begin
+    monkeypatch.setattr(hf, "peak_memory", resident)
     return copied
 
 
