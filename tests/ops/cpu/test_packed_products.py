@@ -154,6 +154,8 @@ def test_threads_share_a_product():
         for values in ("keep", "int8"):
             for tokens in (1, 8, 300):
                 assert_multiplies("2:4", torch.bfloat16, values, 291, 144, tokens)
+        # more than the cache holds at a time
+        assert_multiplies("2:4", torch.bfloat16, "keep", 70, 1100, 300)
     finally:
         torch.set_num_threads(before)
 
@@ -161,7 +163,7 @@ def test_threads_share_a_product():
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("all that it has", {"keep": "registers tiles tiles blocks", "int8": "octets tiles tiles blocks"}),
+        ("all that it has", {"keep": "registers tiles tiles tiles", "int8": "octets tiles tiles tiles"}),
         ("no AMX", {"keep": "registers registers blocks blocks", "int8": "octets octets blocks blocks"}),
         ("no VBMI2", {"keep": "registers registers blocks blocks", "int8": "registers registers blocks blocks"}),
         ("no AVX2", {"keep": "unpack unpack unpack unpack", "int8": "unpack unpack unpack unpack"}),
@@ -174,7 +176,7 @@ def test_the_way_goes_by_the_cpu_and_the_tokens(kind, expected):
     )
     use = chosen(features | {"avx2": True, "fma": True} | dict.fromkeys(OFF[kind], False))
     for values, dtype in (("keep", torch.bfloat16), ("int8", torch.int8)):
-        ways = [products.way(use, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 16, 256, 257)]
+        ways = [products.way(use, tokens, Packed(2, 4, dtype, torch.bfloat16)) for tokens in (1, 16, 17, 1000)]
         assert ways == expected[values].split()
 
 

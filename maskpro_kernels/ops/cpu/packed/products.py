@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 FEW = 16
 # Most tokens for which that takes less time than tiles do, of 16-bit values and of int8
 FEWER = 4
-# Most tokens for which tiles take less time than unpacking a block of rows for torch's product does
-MANY = 256
 
-# Bytes of an unpacked block, which stays in a core's cache
-BLOCK_BYTES = 1 << 20
+# Bytes that stay in a core's cache: of an unpacked block, and of tokens that tiles are multiplied with
+CACHED_BYTES = 1 << 20
+# Fewest tokens for which weights are placed anew, where the cache would hold fewer
+LEAST_TOKENS = 128
 
 # (values, bitmask, scales or None)
 Parts = tuple[Tensor, Tensor, Tensor | None]
@@ -56,7 +56,7 @@ def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     by_tiles = use.tiles and kind.x == torch.bfloat16
     if tokens <= (FEWER if by_tiles else FEW):
         return "octets" if quantized and use.octets and kind.x != torch.float32 else "registers"
-    return "tiles" if by_tiles and tokens <= MANY else "blocks"
+    return "tiles" if by_tiles else "blocks"
 
 
 def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> Tensor:
@@ -65,15 +65,15 @@ def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> T
     tokens = x.numel() // k
     if not tokens or not rows:
         return x.new_empty(*x.shape[:-1], rows)
-    # one runner for all larger numbers of tokens that take the same way
-    bounded = tokens if tokens <= FEW else FEW + 1 if tokens <= MANY else MANY + 1
+    # one runner for all larger numbers of tokens
+    bounded = min(tokens, FEW + 1)
     return _chosen(bounded, n, m, parts[0].dtype, x.dtype, bias is not None)(x, parts, bias)
 
 
 @functools.cache
 def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, biased: bool) -> Runner:
     kind = Packed(n, m, values, x)
-    return _runner(way(available(), tokens, kind), kind, min(tokens, FEW + 1), biased)
+    return _runner(way(available(), tokens, kind), kind, tokens, biased)
 
 
 def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
@@ -86,7 +86,7 @@ def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
     if unpacked is None or not rows:
         return grad @ kernels.unpack_nm(values, bitmask, n=n, m=m)
     out, runs = grad.new_empty(grad.shape[0], k), -(-k // RUN)
-    at_once = max(1, BLOCK_BYTES // (rows * RUN * values.itemsize))
+    at_once = max(1, CACHED_BYTES // (rows * RUN * values.itemsize))
     for first in range(0, runs, at_once):
         columns = slice(RUN * first, min(k, RUN * (first + at_once)))
         out[:, columns] = grad @ unpacked(values, bitmask, first, min(at_once, runs - first))
@@ -225,8 +225,10 @@ def _tiles(kind: Packed, tokens: int, biased: bool) -> Runner:
         laid = torch.empty(x_tiles * -(-k // RUN) * tiles.TILE_BYTES, dtype=torch.uint8, device="cpu")
         lay_out(x_tiles, shared if x_tiles > 1 else 1, k, count, x.data_ptr(), laid.data_ptr())
         weight = values.data_ptr(), bitmask.data_ptr(), _pointer(scales)
-        for first in range(0, count, tiles.TOKENS):
-            here = min(tiles.TOKENS, count - first)
+        fitting = max(LEAST_TOKENS, CACHED_BYTES // (k * x.itemsize))
+        at_once = min(tiles.TOKENS, fitting // tiles.TILE * tiles.TILE)
+        for first in range(0, count, at_once):
+            here = min(at_once, count - first)
             places = *weight, laid.data_ptr(), _pointer(bias), out.data_ptr()
             loop(-(-rows // tiles.STRIP), shared, k, rows, first, here, *places)
         return out
@@ -240,7 +242,7 @@ def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
         rows, k = values.shape[0], x.shape[-1]
-        out, at_once = x.new_empty(*x.shape[:-1], rows), max(RUN, BLOCK_BYTES // (k * x.itemsize))
+        out, at_once = x.new_empty(*x.shape[:-1], rows), max(RUN, CACHED_BYTES // (k * x.itemsize))
         for first in range(0, rows, at_once):
             which = slice(first, min(rows, first + at_once))
             own = values[which]
