@@ -158,7 +158,9 @@ def _rounded(packed: Sequence[NMLinear]) -> str:
     if not integers:
         return ""
     which = "The kept values" if integers == len(packed) else f"The kept values of {integers} of them"
-    return f"{which} are rounded to int8, with one scale for each {SCALED} of a row. "
+    return (
+        f"{which} are rounded to int8, with one scale for each {SCALED} of a row: each is off by half of it at most. "
+    )
 
 
 def _perplexities(model: PreTrainedModel, origin: Origin) -> str:

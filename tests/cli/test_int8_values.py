@@ -14,7 +14,9 @@ from maskpro_kernels.cli import main
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-ROUNDED = "The kept values are rounded to int8, with one scale for each 128 of a row."
+ROUNDED = (
+    "The kept values are rounded to int8, with one scale for each 128 of a row: each is off by half of it at most."
+)
 
 
 @pytest.fixture
