@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +58,29 @@ class PackedNM:
         return (self.values if self.scales is None else self.scales).dtype
 
     @property
+    def kind(self) -> str:
+        """How its values are stored: one of VALUE_KINDS."""
+        return KEEP if self.scales is None else INT8
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
         return self.values.nbytes + self.bitmask.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def stored_as(self, values: str) -> PackedNM:
+        """The same places with values as in ``pack_nm``: "keep" gives int8 values the weight's dtype again.
+
+        Raises:
+            ValueError: if ``values`` is unknown, or a value that is to become an int8 is not finite.
+        """
+        check_values_kind(values)
+        if values == self.kind:
+            return self
+        if values == INT8:
+            kept, scales = quantized(self.values)
+        else:
+            kept, scales = dequantized(self.values, self.scales, self.dtype), None
+        return PackedNM(kept, self.bitmask, self.pattern, scales)
 
     def check(self) -> PackedNM:
         """Itself, if the bitmask keeps N of every M, and the scales are finite and not negative.
@@ -148,10 +169,7 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
     worth = ((weight != 0).to(torch.bfloat16) * 2).add_(weight.signbit() & (weight == 0))
     codes = ops.top_n_mask(worth, pattern.n, pattern.m)
     kept = weight[expand_mask(codes, pattern)].view(rows, k // pattern.m * pattern.n)
-    scales = None
-    if values == INT8:
-        kept, scales = quantized(kept)
-    return PackedNM(kept, bitmask_of(codes, pattern.m), pattern, scales)
+    return PackedNM(kept, bitmask_of(codes, pattern.m), pattern).stored_as(values)
 
 
 def check_values_kind(values: str) -> None:
@@ -206,7 +224,8 @@ def packed_linear(
     rows, k = values.shape[0], values.shape[1] // pattern.n * pattern.m
     own = (values if scales is None else scales).dtype
     if own not in LOGIT_DTYPES:
-        raise TypeError(f"values: expected float32, bfloat16 or float16, got {describe(values)}")
+        name, told = ("values", values) if scales is None else ("scales", scales)
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(told)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != k or x.device != values.device:
         raise ValueError(f"x: expected a tensor [..., {k}] on {values.device}, got {describe(x)}")
     if bias is not None and (
@@ -250,12 +269,13 @@ def sparse24_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> 
 class NMLinear(nn.Module):
     """nn.Linear with a packed N:M weight: half the values of 2:4, and a bit for each weight.
 
-    Gradients flow to the input, and to bias and values where they require one. At first they do not. The state_dict
-    holds ``values``, ``bitmask`` and ``bias``; ``weight`` can only be read.
+    Gradients flow to the input, and to bias and values where they require one. At first they do not. int8 values are a
+    buffer, which stays as it is: ``to(dtype)`` changes their scales, and ``requires_grad_()`` the bias alone. The
+    state_dict holds ``values``, ``bitmask``, ``bias``, and ``scales`` of int8 values; ``weight`` can only be read.
 
     Args:
         packed: the weight, see ``pack_nm``.
-        bias: [out] of the values' dtype, or None.
+        bias: [out] of the weight's dtype, or None.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -267,7 +287,11 @@ class NMLinear(nn.Module):
             raise TypeError(f"packed: expected a PackedNM, got {describe(packed)}")
         self.pattern = packed.pattern
         self.out_features, self.in_features = packed.shape
-        self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
+        if packed.kind == INT8:
+            # no parameter: of integers torch takes no gradient, and a model's requires_grad_() would fail
+            self.register_buffer("values", packed.values)
+        else:
+            self.values = nn.Parameter(packed.values.detach(), requires_grad=False)
         self.register_buffer("bitmask", packed.bitmask)
         self.register_buffer("scales", packed.scales)
         dtype, device = packed.dtype, packed.values.device
@@ -306,6 +330,11 @@ class NMLinear(nn.Module):
         return ops.unpacked(self.values, self.bitmask, self.scales, self.pattern.n, self.pattern.m)
 
     @property
+    def kind(self) -> str:
+        """How its values are stored: one of VALUE_KINDS."""
+        return KEEP if self.scales is None else INT8
+
+    @property
     def packed(self) -> PackedNM:
         return PackedNM(self.values.detach(), self.bitmask, self.pattern, self.scales)
 
@@ -313,7 +342,9 @@ class NMLinear(nn.Module):
         """y [..., out] of input [..., K]."""
         # an attribute of a module is looked for in three places before it is found here
         parameters, buffers, pattern = self._parameters, self._buffers, self.pattern
-        parts = parameters["values"], buffers["bitmask"], buffers["scales"], parameters["bias"]
+        scales = buffers["scales"]
+        values = (parameters if scales is None else buffers)["values"]
+        parts = values, buffers["bitmask"], scales, parameters["bias"]
         y = ops.direct_nm_linear(input, *parts, pattern.n, pattern.m)
         return packed_linear(input, *parts, pattern) if y is None else y
 
@@ -321,6 +352,10 @@ class NMLinear(nn.Module):
         *_, errors = args
         own = {"values": self.values, "bitmask": self.bitmask, "scales": self.scales}
         given = {name: state_dict.get(f"{prefix}{name}", part) for name, part in own.items()}
+        if (given["values"].dtype == torch.int8) != (self.scales is not None):
+            expected = "float32, bfloat16 or float16" if self.scales is None else "torch.int8"
+            errors.append(f"state_dict: {prefix}values: expected {expected}, got {describe(given['values'])}")
+            return
         if f"{prefix}bitmask" in state_dict and not given["bitmask"].is_meta:
             try:
                 check_parts(**given, pattern=self.pattern)
@@ -354,6 +389,12 @@ class Sparse24Linear(NMLinear):
     def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4", values: str = KEEP) -> Sparse24Linear:
         """``NMLinear.from_dense`` of 2:4."""
         return super().from_dense(linear, pattern, values)
+
+
+def bits_a_weight(layers: Iterable[NMLinear]) -> float:
+    """Bits that packed layers hold for each of their weights, those that are dropped counted as well."""
+    held = [layer.packed for layer in layers]
+    return 8 * sum(packed.nbytes for packed in held) / sum(packed.shape.numel() for packed in held)
 
 
 def packed_class(pattern: str | NMPattern) -> type[NMLinear]:

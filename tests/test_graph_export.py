@@ -13,7 +13,7 @@ from maskpro_kernels.functional.linear import codes_linear
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
-KINDS = ("masked", "packed")
+KINDS = ("masked", "packed", "int8")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,8 +32,9 @@ def test_a_masked_onnx_graph_gives_the_same():
     torch.testing.assert_close(as_onnx(model, x)[1], model(x).detach())
 
 
-def test_a_packed_onnx_graph_gives_the_same_and_holds_dense_weights():
-    model, x = sparse_net("packed"), some_x()
+@pytest.mark.parametrize("kind", ["packed", "int8"])
+def test_a_packed_onnx_graph_gives_the_same_and_holds_dense_weights(kind):
+    model, x = sparse_net(kind), some_x()
     graph, y = as_onnx(model, x)
     torch.testing.assert_close(y, model(x).detach())
     # the exporter has folded the unpacking

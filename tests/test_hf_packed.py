@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
-from maskpro_kernels.hf.packed import replace_by_packed
+from maskpro_kernels.hf.packed import StoredAs, replace_by_packed
 from maskpro_kernels.hf.stored_files import HOW_TO_LOAD
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.pruning.finalize import unpack
@@ -55,6 +55,7 @@ def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
         "loading": HOW_TO_LOAD,
         "patterns": {pattern: [name for name, module in packed.named_modules() if isinstance(module, kind)]},
         "taken_apart": [],
+        "values": "keep",
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
     assert type(loaded.get_submodule(LAYER)) is kind and loaded.get_submodule(LAYER).values.dtype == dtype
@@ -103,7 +104,7 @@ def test_an_unpacked_model_is_saved_as_a_dense_one(folder, tmp_path):
 def test_a_module_in_two_places_is_replaced_in_both():
     model = nn.ModuleDict({"a": nn.Linear(8, 4)})
     model["b"] = model["a"]
-    replace_by_packed(model, {"a": NMPattern("2:4")})
+    replace_by_packed(model, {"a": StoredAs(NMPattern("2:4"))})
     assert model["a"] is model["b"] and type(model["b"]) is mk.Sparse24Linear
 
 
@@ -175,7 +176,7 @@ def test_damaged_checkpoints_are_refused(told, folder):
 
 def test_a_pattern_that_fits_no_layer_is_refused():
     with pytest.raises(ValueError, match="expected in_features divisible by 8 .*, got 12 in 0"):
-        replace_by_packed(nn.Sequential(nn.Linear(12, 4)), {"0": NMPattern("4:8")})
+        replace_by_packed(nn.Sequential(nn.Linear(12, 4)), {"0": StoredAs(NMPattern("4:8"))})
 
 
 def test_packed_weights_are_not_made_while_loading(tmp_path):

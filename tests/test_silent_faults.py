@@ -11,9 +11,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.architectures import loss_of, tiny
-from helpers.tiny_llama import tiny_model
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
@@ -21,6 +23,8 @@ from maskpro_kernels.linear_form import as_linears
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.packed import packed_linear
 from maskpro_kernels.peft import beside_masks
+
+SCALES = "model.layers.0.mlp.down_proj.scales"
 
 pytestmark = [
     pytest.mark.usefixtures("eager_reference"),
@@ -133,6 +137,63 @@ def values_learn(folder: Path) -> None:
     assert values.grad is not None and values.grad.any()
 
 
+def with_int8_values(folder: Path):
+    """(a model, its checkpoint)."""
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    mk.finalize(model, to="packed", values="int8").save_pretrained(folder)
+    return model, folder / "model.safetensors"
+
+
+def refused(folder: Path, told: str) -> None:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except ValueError as error:
+        assert told in str(error)
+    else:
+        raise AssertionError("a damaged checkpoint was loaded")
+
+
+def damaged_scales_are_seen(folder: Path) -> None:
+    _, file = with_int8_values(folder)
+    tensors = load_file(file)
+    tensors[SCALES][3] *= -1
+    save_file(tensors, file, {"format": "pt"})
+    refused(folder, "scales: expected finite numbers, none below 0")
+
+
+def values_that_are_no_integers_are_seen(folder: Path) -> None:
+    _, file = with_int8_values(folder)
+    tensors = load_file(file)
+    name = SCALES.replace("scales", "values")
+    tensors[name] = tensors[name] * tensors[SCALES].float()
+    save_file(tensors, file, {"format": "pt"})
+    refused(folder, "values: expected torch.int8")
+
+
+def integers_are_not_taken_for_weights(folder: Path) -> None:
+    weight = torch.eye(8)
+    kept, rounded = (mk.Sparse24Linear(mk.pack_nm(weight, "2:4", values)) for values in ("keep", "int8"))
+    try:
+        kept.load_state_dict(rounded.state_dict(), strict=False)
+    except RuntimeError as error:
+        assert "values: expected float32" in str(error)
+    assert torch.equal(kept.weight, weight)
+
+
+def the_card_tells_of_rounding(folder: Path) -> None:
+    hf.save_model(with_int8_values(folder / "model")[0], tiny_tokenizer(), folder / "with a card")
+    assert "rounded to int8" in (folder / "with a card/README.md").read_text()
+
+
+def values_are_off_by_half_a_scale(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator).bfloat16() * (torch.arange(256) % 4 < 2)
+    kept, rounded = mk.pack_nm(weight, "2:4").values.double(), mk.pack_nm(weight, "2:4", "int8")
+    scales = rounded.scales.double()
+    assert ((rounded.values.double() * scales - kept).abs() <= scales / 2).all()
+
+
 def zeros_stay(folder: Path) -> None:
     model = tiny_model()
     mk.convert(model, "2:4")
@@ -159,6 +220,12 @@ def of_detached_values(x, values, *others, multiply=packed_linear):
     return multiply(x, values.detach(), *others)
 
 
+def with_scales_rounded_down(values):
+    """Of values [rows, 128]: the largest one then has no integer that is near enough."""
+    scales = (values.abs().amax(-1, keepdim=True) / 127).to(values.dtype)
+    return (values / scales).round().clamp(-127, 127).to(torch.int8), scales
+
+
 FAULTS = [
     Fault("hf.packed.linears_named", lambda *_: {}, packed_comes_back),
     Fault("hf.tell_config", nothing, converted_comes_back),
@@ -172,6 +239,11 @@ FAULTS = [
     Fault("pruning.replacement.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
     Fault("packed.packed_linear", of_detached_values, values_learn),
     Fault("kept_zeros.KeptZeros.restore", nothing, zeros_stay),
+    Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
+    Fault("hf.packed.check_content", nothing, damaged_scales_are_seen),
+    Fault("hf.packed.check_scales_stored", nothing, values_that_are_no_integers_are_seen),
+    Fault("packed.NMLinear._load_from_state_dict", nn.Module._load_from_state_dict, integers_are_not_taken_for_weights),
+    Fault("hf.model_card._rounded", lambda _: "", the_card_tells_of_rounding),
 ]
 
 

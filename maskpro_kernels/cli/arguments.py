@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..packed import KEEP
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE = "bfloat16"
 
@@ -96,6 +98,13 @@ def device_of(name: str, argument: str = "device") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{expected}: {reason}; there is {there}") from error
+
+
+def values_kind(args: argparse.Namespace) -> str:
+    """How packed values are to be stored; ValueError where that is told of dense ones."""
+    if args.to == "dense" and hasattr(args, "values"):
+        raise ValueError(f"values: expected none without --to packed, got {args.values!r}; leave it out")
+    return getattr(args, "values", KEEP)
 
 
 def new_file(args: argparse.Namespace, name: str) -> Path | None:

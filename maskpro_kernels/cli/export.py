@@ -18,15 +18,15 @@ from ..pruning.finalize import finalize
 from ..pruning.refit import put_weights
 from ..report import FROZEN
 from ..training.run_folder import JOURNAL
-from .arguments import DTYPES, telling
-from .models import check_saving, load, save
+from .arguments import DTYPES, telling, values_kind
+from .models import check_saving, load, save, told_size
 from .origins import origin_of_export
 from .run_files import LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights
 
 
 def export(args: argparse.Namespace) -> None:
     """Write the checkpoint of a run again, from its base model, its logits, and its weights where they have changed."""
-    output = Path(args.output)
+    output, values = Path(args.output), values_kind(args)
     check_output(output)
     check_saving(args)
     source = Path(args.source) / LOGITS
@@ -50,10 +50,11 @@ def export(args: argparse.Namespace) -> None:
     put_weights(masked_layers(model), learned.weights)
     if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
         raise ValueError(f"run: expected the weights that its masks belong to, {metadata['weights_are']}, got others")
-    save(finalize(model, to=args.to), tokenizer, args, origin_of_export(source.parent, metadata, dtype))
+    save(finalize(model, to=args.to, values=values), tokenizer, args, origin_of_export(source.parent, metadata, dtype))
     of = metadata["model"] + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
     print(f"{args.to} {pattern} checkpoint of {of} written to {output}")
     if args.to == "packed":
+        print(told_size(model))
         print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
 
 

@@ -14,12 +14,12 @@ from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..linear_form import in_linear_form
-from ..packed import NMLinear
+from ..packed import INT8, KEEP, NMLinear
 from ..pattern import NMPattern
 from ..pruning.convert import convert
-from ..pruning.finalize import finalize, pack, unpack
-from .arguments import DTYPE, DTYPES, telling
-from .models import check_saving, hub_id, load, save
+from ..pruning.finalize import finalize, pack, repack, unpack
+from .arguments import DTYPE, DTYPES, telling, values_kind
+from .models import check_saving, hub_id, load, save, told_size
 from .origins import origin_of_checkpoint, origin_of_masks
 from .progress import tell
 
@@ -28,6 +28,7 @@ def import_(args: argparse.Namespace) -> None:
     """Write a checkpoint from what another program has stored."""
     if not hasattr(args, "output"):
         raise ValueError("output: expected --output, the folder to write, got none")
+    values_kind(args)
     pattern = NMPattern(args.pattern)
     check_output(args.output)
     check_saving(args)
@@ -67,8 +68,10 @@ def _import_masks(args: argparse.Namespace, source: Path, pattern: NMPattern) ->
             layers[name].weight.data.mul_(mask).add_(0.0)
         codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
         convert(model, pattern, targets=list(codes), init=codes)
-    save(finalize(model, to=args.to), tokenizer, args, origin_of_masks(args.model, str(pattern), args.source))
+    finalize(model, to=args.to, values=values_kind(args))
+    save(model, tokenizer, args, origin_of_masks(args.model, str(pattern), args.source))
     print(f"{args.to} {pattern} checkpoint of {args.model} with {len(codes)} masks written to {args.output}")
+    _tell_size(args, model)
 
 
 def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPattern) -> None:
@@ -80,22 +83,38 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
     with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as tmp:
         plain = Path(tmp) if write_plain(source, tmp) else source
         model, tokenizer = load(str(plain), dtype, torch.device("cpu"), args.bars)
-    sparse = sum(isinstance(module, NMLinear) for module in model.modules())
-    if sparse and args.to == "packed":
-        raise ValueError(
-            f"source: expected weights with zeros in them, got {args.source!r}, which is packed already; `--to dense` "
-            "unpacks it"
-        )
-    if not sparse:
+    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    patterns = " and ".join(sorted({str(layer.pattern) for layer in layers})) or str(pattern)
+    kinds = {layer.kind for layer in layers}
+    if layers and args.to == "packed":
+        _repack(model, args, kinds)
+    sparse = len(layers)
+    if not layers:
         with telling("pattern", "`maskpro validate` tells which they follow"):
-            conversion = pack(model, pattern)
+            conversion = pack(model, pattern, values_kind(args))
         sparse = len(conversion.converted)
         for name, reason in conversion.skipped.items():
             tell(f"left dense: {name} ({reason})")
     if args.to == "dense":
         unpack(model)
-    save(model, tokenizer, args, origin_of_checkpoint(args.source, str(pattern)))
-    print(f"{args.to} {pattern} checkpoint with {sparse} sparse layers written to {args.output}")
+    save(model, tokenizer, args, origin_of_checkpoint(args.source, patterns, rounded=INT8 in kinds))
+    print(f"{args.to} {patterns} checkpoint with {sparse} sparse layers written to {args.output}")
+    _tell_size(args, model)
+
+
+def _repack(model: torch.nn.Module, args: argparse.Namespace, kinds: set[str]) -> None:
+    """Store the values of a model that is packed already as ``--values`` says; ValueError unless that changes some."""
+    if not hasattr(args, "values") or kinds == {args.values}:
+        raise ValueError(
+            f"source: expected weights with zeros in them, got {args.source!r}, which is packed already; `--to dense` "
+            f"unpacks it, and `--values {KEEP if INT8 in kinds else INT8}` stores its values otherwise"
+        )
+    repack(model, args.values)
+
+
+def _tell_size(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    if args.to == "packed":
+        print(told_size(model))
 
 
 def _stored_dtype(folder: str) -> str:

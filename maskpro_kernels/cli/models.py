@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..packed import INT8, NMLinear, bits_a_weight
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 
@@ -85,6 +86,20 @@ def save(model: torch.nn.Module, tokenizer, args: argparse.Namespace, origin: Or
         options |= {"push_to_hub": True, "repo_id": args.push_to_hub, "private": getattr(args, "private", None)}
     with telling("output"):
         save_model(model, tokenizer, Path(args.output), origin=origin, **options)
+
+
+def told_size(model: torch.nn.Module) -> str:
+    """What the packed layers of a model take, beside what they would take dense."""
+    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    weights, bits = sum(layer.packed.shape.numel() for layer in layers), bits_a_weight(layers)
+    dtype = layers[0].packed.dtype
+    dense = 8 * dtype.itemsize
+    integers = sum(layer.kind == INT8 for layer in layers)
+    rounded = f", values of {integers} rounded to int8" if integers else ""
+    return (
+        f"{len(layers)} packed layers take {bits:.2f} bits a weight, {bits * weights / 8e6:.2f} MB, where dense "
+        f"{str(dtype).removeprefix('torch.')} takes {dense} bits, {dense * weights / 8e6:.2f} MB{rounded}"
+    )
 
 
 def learned_positions(model: torch.nn.Module) -> int | None:

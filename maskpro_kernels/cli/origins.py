@@ -83,11 +83,19 @@ def origin_of_masks(model: str, pattern: str, source: str) -> Origin:
     return Origin(**_base(model), pattern=pattern, changed=f"{MASK_ALONE} The masks are those of `{_name(source)}`.")
 
 
-def origin_of_checkpoint(source: str, pattern: str) -> Origin:
-    """Of a checkpoint with zeros that another program has stored."""
+def origin_of_checkpoint(source: str, pattern: str, rounded: bool) -> Origin:
+    """Of a checkpoint that holds zeros.
+
+    Args:
+        source: where it was.
+        pattern: of its zeros, or patterns.
+        rounded: whether its values were rounded to int8 there.
+    """
     from ..hf import Origin
 
-    changed = "Zeros and weights are those of that checkpoint, which another program has stored."
+    changed = "Zeros and weights are those of that checkpoint."
+    if rounded:
+        changed += " It held values that were rounded to int8."
     return Origin(**_base(source), pattern=pattern, changed=changed)
 
 

@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from ..packed import KEEP, VALUE_KINDS
 from ..pruning.initial_masks import INITIAL_MASKS
 from ..text.losses import KINDS
 from ..text.records import COLUMNS
@@ -321,7 +322,7 @@ def _add_export(commands) -> None:
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
-    parser.add_argument("--to", choices=("dense", "packed"), default="dense", help="how the weights are stored")
+    _add_form(parser, "dense")
     _add_dtype(parser, "dtype of the weights", "that of the run")
     _add_saving(parser)
     _add_quiet(parser)
@@ -368,7 +369,7 @@ def _add_import(commands) -> None:
         "--model", default=argparse.SUPPRESS, help="for masks: the model they belong to, as in `maskpro learn --model`"
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="pattern of the weights or masks")
-    parser.add_argument("--to", choices=("dense", "packed"), default="packed", help="how the weights are stored")
+    _add_form(parser, "packed")
     _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
     _add_saving(parser)
     _add_quiet(parser)
@@ -450,6 +451,17 @@ def _add_data(parser: argparse.ArgumentParser, help: str) -> None:
 
 def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
+
+
+def _add_form(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--to", choices=("dense", "packed"), default=default, help="how the weights are stored")
+    parser.add_argument(
+        "--values",
+        choices=VALUE_KINDS,
+        default=argparse.SUPPRESS,
+        help=f"with --to packed: keep the values as they are, or round them to int8, about half the size (default: "
+        f"{KEEP})",
+    )
 
 
 def _add_saving(parser: argparse.ArgumentParser) -> None:

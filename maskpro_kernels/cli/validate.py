@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+import torch
+
 from ..checkpoints.safetensors_files import weight_files
 from ..checkpoints.survey import survey
 from .run_files import LOGITS
@@ -23,6 +25,8 @@ def validate(args: argparse.Namespace) -> None:
         shape = f"{row.shape[0]}x{row.shape[1]}"
         follows = ", ".join(row.patterns) or "none"
         stored = " (packed)" if row.packed else ""
+        if row.packed and row.stored == torch.int8:
+            stored = " (packed, int8)"
         print(
             f"{row.name:<{width}}  {shape:>14}  {row.density:>8.2%}  {row.negative_zeros:>6}  {row.alignment:>7}  "
             f"{follows}{stored}"

@@ -21,7 +21,7 @@ from .stored_files import (
     check_names,
     check_own_settings,
     linears_named,
-    stored_names,
+    stored_dtypes,
     take_apart,
 )
 
@@ -81,7 +81,7 @@ class MaskedQuantizer(SparseQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
-        check_all_stored(stored_names(checkpoint_files), PARTS, layers)
+        check_all_stored(stored_dtypes(checkpoint_files), PARTS, layers)
         self._extra_states, dtype = _stored_states(checkpoint_files)
         if self._extra_states.keys() != {layer["layer"] for layer in layers.values()}:
             raise ValueError("checkpoint: expected the extra state of each layer that its quantization_config names")

@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..files import write_whole
 from ..modules import MaskedLinear
-from ..packed import NMLinear
+from ..ops.reference import SCALED
+from ..packed import INT8, NMLinear, bits_a_weight
 
 CARD = "README.md"
 OWN = re.compile(r"\n<!-- written by maskpro_kernels, ([0-9a-f]{16}): a card that was changed is kept -->\n\Z")
@@ -100,7 +101,7 @@ def card_text(model: PreTrainedModel, name: str, origin: Origin) -> str:
     )
     sections = [
         _headline(model, name, origin, patterns),
-        _perplexities(origin),
+        _perplexities(model, origin),
         _loading(model, name, "AutoModelForCausalLM" if causal else type(model).__name__),
         _listed("Settings", origin.settings),
         _listed("Versions", origin.versions),
@@ -142,14 +143,27 @@ def _form(model: PreTrainedModel) -> str:
             "the masks are those of the largest logits; in training mode they are drawn."
         )
     if packed:
+        dense = 8 * packed[0].packed.dtype.itemsize
         return (
-            f"The checkpoint holds {len(packed)} layers packed: the kept values, and one bit for each weight. Without "
+            f"The checkpoint holds {len(packed)} layers packed: the kept values, and one bit for each weight. That is "
+            f"{bits_a_weight(packed):.2f} bits a weight, where dense takes {dense}. {_rounded(packed)}Without "
             "`maskpro_kernels` transformers would take random weights for them."
         )
     return "The checkpoint is dense: zeros are stored as any other value, and any program loads it."
 
 
-def _perplexities(origin: Origin) -> str:
+def _rounded(packed: Sequence[NMLinear]) -> str:
+    """What is said of int8 values, if there are any."""
+    integers = sum(layer.kind == INT8 for layer in packed)
+    if not integers:
+        return ""
+    which = "The kept values" if integers == len(packed) else f"The kept values of {integers} of them"
+    return (
+        f"{which} are rounded to int8, with one scale for each {SCALED} of a row: each is off by half of it at most. "
+    )
+
+
+def _perplexities(model: PreTrainedModel, origin: Origin) -> str:
     if not origin.table:
         return ""
     names = ["perplexity", "other_perplexity"]
@@ -161,7 +175,8 @@ def _perplexities(origin: Origin) -> str:
     lines = [
         "## Perplexity",
         "",
-        "Of held-out text; lower is better.",
+        "Of held-out text; lower is better."
+        + (" Found before values were rounded to int8." if _rounded(_layers(model, NMLinear)) else ""),
         "",
         "| mask | " + " | ".join(columns.values()) + " |",
         "|---|" + "---:|" * len(columns),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..functional.checks import LOGIT_DTYPES
-from ..packed import NMLinear, PackedNM, check_bitmask, packed_class
+from ..ops.reference import SCALED
+from ..packed import INT8, KEEP, VALUE_KINDS, NMLinear, PackedNM, check_content, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
@@ -19,20 +21,30 @@ from .stored_files import (
     check_all_stored,
     check_names,
     check_own_settings,
+    check_scales_stored,
     linears_named,
-    stored_names,
+    stored_dtypes,
     take_apart,
 )
 
 PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
 
 
+class StoredAs(NamedTuple):
+    """How a packed layer is stored: its pattern, and the kind of its values, one of VALUE_KINDS."""
+
+    pattern: NMPattern
+    values: str = KEEP
+
+
 @register_quantization_config(PACKED_METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a checkpoint with packed weights, which hold ``values`` and ``bitmask``: ``PackedNM``.
+    """``quantization_config`` of a checkpoint with packed weights, see ``PackedNM``.
 
     Args:
         patterns: names of the packed nn.Linear modules, by "N:M".
+        values: how the values of all these are stored, "keep" or "int8" as in ``pack_nm``; or names of the modules by
+            such kinds, where what is not named is kept.
         taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
         format, version: of what is stored.
         loading: for who reads the checkpoint without this package: what transformers needs to load it.
@@ -45,6 +57,7 @@ class PackedConfig(QuantizationConfigMixin):
         self,
         patterns: Mapping[str, Sequence[str]],
         taken_apart: Sequence[str] = (),
+        values: str | Mapping[str, Sequence[str]] = KEEP,
         format: str = PACKED_FORMAT,
         version: int = PACKED_VERSION,
         loading: str = HOW_TO_LOAD,
@@ -55,6 +68,7 @@ class PackedConfig(QuantizationConfigMixin):
         if not isinstance(patterns, Mapping) or any(isinstance(names, str) for names in patterns.values()):
             raise TypeError(f"quantization_config: expected names of modules by pattern, got {patterns!r}")
         self.patterns = {str(NMPattern(pattern)): list(names) for pattern, names in patterns.items()}
+        self.values = _checked_kinds(values, [name for names in self.patterns.values() for name in names])
         self.taken_apart = check_names("taken_apart", taken_apart)
         self.format, self.version, self.loading = format, version, loading
 
@@ -62,14 +76,43 @@ class PackedConfig(QuantizationConfigMixin):
     def of(cls, layers: Mapping[str, NMLinear], taken_apart: Sequence[str]) -> PackedConfig:
         """Of a model's packed layers by name."""
         patterns: dict[str, list[str]] = {}
+        kinds: dict[str, list[str]] = {}
         for name, layer in layers.items():
             patterns.setdefault(str(layer.pattern), []).append(name)
-        return cls(patterns, taken_apart)
+            kinds.setdefault(layer.kind, []).append(name)
+        return cls(patterns, taken_apart, next(iter(kinds), KEEP) if len(kinds) < 2 else {INT8: kinds[INT8]})
 
     @property
-    def layers(self) -> dict[str, NMPattern]:
-        """The pattern of each layer."""
-        return {name: NMPattern(pattern) for pattern, names in self.patterns.items() for name in names}
+    def layers(self) -> dict[str, StoredAs]:
+        """How each layer is stored."""
+        kinds = {} if isinstance(self.values, str) else {n: kind for kind, names in self.values.items() for n in names}
+        others = self.values if isinstance(self.values, str) else KEEP
+        return {
+            name: StoredAs(NMPattern(pattern), kinds.get(name, others))
+            for pattern, names in self.patterns.items()
+            for name in names
+        }
+
+
+def _checked_kinds(values: object, layers: Collection[str]) -> str | dict[str, list[str]]:
+    """``values`` of a PackedConfig; ValueError unless it gives each of these layers one known kind."""
+    kinds = [values] if isinstance(values, str) else list(values) if isinstance(values, Mapping) else [values]
+    for kind in kinds:
+        if kind not in VALUE_KINDS:
+            raise ValueError(
+                f"quantization_config: expected values to be one of {', '.join(VALUE_KINDS)}, or names of modules by "
+                f"these, got {kind!r}; a newer maskpro_kernels may have written it"
+            )
+    if isinstance(values, str):
+        return values
+    named = {kind: check_names(f"values of {kind}", names) for kind, names in values.items()}
+    known, seen = set(layers), set()
+    for name in (name for names in named.values() for name in names):
+        if name not in known or name in seen:
+            found = "twice" if name in seen else "which has no pattern"
+            raise ValueError(f"quantization_config: expected values of each packed layer once, got {name!r} {found}")
+        seen.add(name)
+    return named
 
 
 @register_quantizer(PACKED_METHOD)
@@ -85,7 +128,9 @@ class PackedQuantizer(SparseQuantizer):
         if layers or not self.quantization_config.taken_apart:
             replace_by_packed(model, layers)
         if checkpoint_files is not None:
-            check_all_stored(stored_names(checkpoint_files), ("values", "bitmask"), layers)
+            stored = stored_dtypes(checkpoint_files)
+            check_all_stored(stored, ("values", "bitmask"), layers)
+            check_scales_stored(stored, [name for name, how in layers.items() if how.values == INT8])
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():
@@ -97,39 +142,47 @@ class PackedQuantizer(SparseQuantizer):
         return model
 
 
-def replace_by_packed(model: nn.Module, layers: Mapping[str, NMPattern]) -> None:
+def replace_by_packed(model: nn.Module, layers: Mapping[str, StoredAs]) -> None:
     """Put empty NMLinear modules on the meta device in the place of nn.Linear.
 
     Args:
         model: on the meta device, say.
-        layers: the pattern of each, by the name that a checkpoint has for it.
+        layers: how each is stored, by the name that a checkpoint has for it.
 
     Raises:
         ValueError: if one of the names is of no nn.Linear, or a pattern does not fit.
     """
     replacements = {}
     for name, linear in linears_named(model, layers).items():
-        pattern = layers[name]
+        pattern, kind = layers[name]
         rows, k = linear.weight.shape
         if k % pattern.m:
             raise ValueError(
                 f"quantization_config: expected in_features divisible by {pattern.m} for {pattern}, got {k} in {name}"
             )
-        values = torch.empty(rows, k // pattern.m * pattern.n, dtype=linear.weight.dtype, device="meta")
-        bitmask = torch.empty(rows, -(-k // 8), dtype=torch.uint8, device="meta")
-        bias = None if linear.bias is None else torch.empty(rows, dtype=linear.weight.dtype, device="meta")
-        layer = packed_class(pattern)(PackedNM(values, bitmask, pattern), bias)
+        dtype, kept = linear.weight.dtype, k // pattern.m * pattern.n
+        values = _empty(rows, kept, dtype=torch.int8 if kind == INT8 else dtype)
+        scales = _empty(rows, -(-kept // SCALED), dtype=dtype) if kind == INT8 else None
+        packed = PackedNM(values, _empty(rows, -(-k // 8), dtype=torch.uint8), pattern, scales)
+        layer = packed_class(pattern)(packed, None if linear.bias is None else _empty(rows, dtype=dtype))
         replacements[id(linear)] = layer.train(linear.training)
     replace_modules(model, replacements)
 
 
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def _check_loaded(name: str, layer: NMLinear) -> None:
     """Raise ValueError unless transformers has given a layer a sound packed weight."""
-    if layer.values.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"checkpoint: {name}.values: expected one of {LOGIT_DTYPES}, got {layer.values.dtype}")
-    if layer.bitmask.dtype != torch.uint8:
-        raise ValueError(f"checkpoint: {name}.bitmask: expected torch.uint8, got {layer.bitmask.dtype}")
+    expected = {"values": LOGIT_DTYPES, "bitmask": (torch.uint8,)}
+    if layer.kind == INT8:
+        expected |= {"values": (torch.int8,), "scales": LOGIT_DTYPES}
+    for part, dtypes in expected.items():
+        found = getattr(layer, part).dtype
+        if found not in dtypes:
+            raise ValueError(f"checkpoint: {name}.{part}: expected {' or '.join(map(str, dtypes))}, got {found}")
     try:
-        check_bitmask(layer.bitmask, layer.in_features, layer.pattern)
+        check_content(layer.bitmask, layer.scales, layer.in_features, layer.pattern)
     except ValueError as error:
         raise ValueError(f"checkpoint: {name}.{error}") from error

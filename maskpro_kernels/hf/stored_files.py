@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,22 +18,22 @@ def bare_name(name: str, model: nn.Module) -> str:
     return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
-def stored_names(files: Iterable[str | Path] | None) -> list[str]:
-    """Names of all tensors of safetensors files.
+def stored_dtypes(files: Iterable[str | Path] | None) -> dict[str, str]:
+    """The dtype of each tensor of safetensors files by its name, as safetensors calls it.
 
     Raises:
         ValueError: if a file is of another kind or damaged.
     """
-    names = []
+    dtypes = {}
     for file in files or ():
         if not str(file).endswith(".safetensors"):
             raise ValueError(f"checkpoint: expected safetensors files, got {file!r}")
         try:
             with safe_open(file, framework="pt") as opened:
-                names += opened.keys()
+                dtypes |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}") from error
-    return names
+    return dtypes
 
 
 def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Iterable[str]) -> None:
@@ -50,6 +50,35 @@ def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Iterabl
                 f"{layers[0] if layers else 'none'}, got {stored} of them; of a dense model that shared its config "
                 "with another, take quantization_config out of its config.json"
             )
+
+
+def check_scales_stored(dtypes: Mapping[str, str], layers: Collection[str]) -> None:
+    """Raise ValueError unless as many packed weights have scales as there are layers with int8 values.
+
+    Args:
+        dtypes: of all tensors that are stored.
+        layers: names of those with int8 values.
+    """
+    # other modules may have tensors of that name
+    found = sorted(name for name in dtypes if name.endswith(".scales") and _beside(name, "bitmask") in dtypes)
+    for name in found:
+        values = _beside(name, "values")
+        # transformers would cast them without a word
+        if dtypes.get(values) != "I8":
+            raise ValueError(f"checkpoint: {values}: expected torch.int8 beside scales, got {dtypes.get(values)}")
+    if len(found) != len(layers):
+        raise ValueError(
+            f"checkpoint: expected {len(layers)} packed weights with scales, one for each layer of int8 values in its "
+            f"quantization_config{_such_as(layers)}, got {len(found)}{_such_as(found)}; copy or download it again"
+        )
+
+
+def _beside(name: str, part: str) -> str:
+    return f"{name.rpartition('.')[0]}.{part}"
+
+
+def _such_as(names: Collection[str]) -> str:
+    return f", such as {next(iter(names))}" if names else ""
 
 
 def linears_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from ..linear_form import in_linear_form
 from ..modules import MaskedLinear, check_in_memory, masked_layers
-from ..packed import NMLinear, packed_class
+from ..packed import KEEP, NMLinear, check_values_kind, packed_class
 from ..pattern import NMPattern
 from .convert import Conversion
 from .coverage import coverage, reasons_by_name
@@ -15,7 +18,7 @@ from .replacement import check_replaceable, replace_layers
 from .selection import select_layers
 
 
-def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
+def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Module:
     """Bake the top-N masks in, in place: every MaskedLinear becomes an nn.Linear with exact zeros, or an NMLinear.
 
     Dense, modules in the model that ``convert`` took apart are put together again: names and shapes are those of the
@@ -26,38 +29,52 @@ def finalize(model: nn.Module, to: str = "dense") -> nn.Module:
     Args:
         model: a converted model.
         to: "dense", or "packed" for NMLinear, at 2:4 Sparse24Linear.
+        values: of packed layers: "keep" as they are, or rounded to "int8", see ``pack_nm``.
 
     Returns:
         ``model``, or its linear layer where the model itself is a MaskedLinear.
 
     Raises:
-        ValueError: if ``to`` is unknown, the model has no MaskedLinear, or a weight is not in memory.
+        ValueError: if ``to`` or ``values`` is unknown, values of dense layers are to be int8, the model has no
+            MaskedLinear, a weight is not in memory, or one that is to become int8 is not finite. The model is then as
+            it was.
     """
     if to not in ("dense", "packed"):
         raise ValueError(f'to: expected "dense" or "packed", got {to!r}')
+    check_values_kind(values)
+    if to == "dense" and values != KEEP:
+        raise ValueError(f'values: expected "{KEEP}" of dense layers, got {values!r}; pack them, by to="packed"')
     check_replaceable(model)
     replacements, layers = {}, masked_layers(model)
     for name, layer in layers.items():
         check_in_memory("model", layer, name)
     with torch.no_grad():
-        for layer in layers.values():
+        for name, layer in layers.items():
             if to == "packed":
-                replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer)
+                with _naming(name):
+                    replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer, values)
             else:
                 replacements[id(layer)] = _dense(layer, layer.top_n_weight(), layer.weight.requires_grad)
     replace_layers(model, replacements)
     return replacements.get(id(model), model)
 
 
-def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
+def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conversion:
     """Replace every nn.Linear whose weight follows the pattern by an NMLinear, at 2:4 a Sparse24Linear, in place.
 
     The output head and layers whose weight is shared stay as they are, as in ``convert``.
 
+    Args:
+        model: with exact zeros.
+        pattern: "N:M" or NMPattern.
+        values: "keep" as they are, or rounded to "int8", see ``pack_nm``.
+
     Raises:
-        ValueError: if the weight of no layer follows the pattern, or one is not in memory. The model is then as it was.
+        ValueError: if ``values`` is unknown, the weight of no layer follows the pattern, one is not in memory, or one
+            that is to become int8 is not finite. The model is then as it was.
     """
     pattern = NMPattern(pattern)
+    check_values_kind(values)
     check_replaceable(model)
     replacements, packed = {}, []
     with in_linear_form(model) as left_out:
@@ -68,7 +85,8 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
             if (kept > pattern.n).any():
                 skipped[name] = f"{float((kept > pattern.n).float().mean()):.1%} of its groups do not follow {pattern}"
             else:
-                replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern)
+                with _naming(name):
+                    replacements[id(layer)] = packed_class(pattern).from_dense(layer, pattern, values)
                 packed.append(name)
         if not packed:
             raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
@@ -78,6 +96,26 @@ def pack(model: nn.Module, pattern: str | NMPattern) -> Conversion:
     return Conversion(packed, skipped, masked_share=found.share, unmasked=found.unmasked)
 
 
+def repack(model: nn.Module, values: str) -> int:
+    """Store the values of every NMLinear as in ``pack_nm``, in place; gives how many were stored otherwise.
+
+    Raises:
+        ValueError: if ``values`` is unknown, a weight is not in memory, or one that is to become int8 is not finite.
+            The model is then as it was.
+    """
+    check_values_kind(values)
+    replacements = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, NMLinear) and layer.kind != values:
+            check_in_memory("model", layer, name, layer.values)
+            with _naming(name):
+                stored = type(layer)(layer.packed.stored_as(values), layer.bias)
+            replacements[id(layer)] = stored.train(layer.training)
+    if replacements:
+        replace_layers(model, replacements)
+    return len(replacements)
+
+
 def unpack(model: nn.Module) -> None:
     """Replace every NMLinear by an nn.Linear with exact zeros, in place."""
     replacements = {}
@@ -85,6 +123,15 @@ def unpack(model: nn.Module) -> None:
         if isinstance(layer, NMLinear):
             replacements[id(layer)] = _dense(layer, layer.packed.unpack(), layer.values.requires_grad)
     replace_layers(model, replacements)
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Errors of a layer's weight tell which layer it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model: {layer}.{error}" if layer else f"model: {error}") from error
 
 
 def _dense(layer: MaskedLinear | NMLinear, weight: Tensor, requires_grad: bool) -> nn.Linear:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.ecosystem, pytest.mark.usefixtures("eager_reference")]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("pattern", ["1:2", "1:4", "4:8", "8:16", "16:32"])
-@pytest.mark.parametrize("kind", ["masked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
 def test_graphs_of_every_pattern(kind, pattern, dtype):
     model, x = sparse_net(kind, pattern, dtype), some_x(dtype)
     close = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
@@ -33,11 +33,11 @@ class NextTokens(nn.Module):
         return self.model(input_ids=tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", ["masked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
 def test_a_language_model(kind):
     model, tokens = tiny_model(), torch.arange(12).view(2, 6)
     mk.convert(model, "2:4")
-    if kind == "packed":
-        mk.finalize(model, to="packed")
+    if kind != "masked":
+        mk.finalize(model, to="packed", values="int8" if kind == "int8" else "keep")
     whole = NextTokens(model.eval())
     torch.testing.assert_close(as_onnx(whole, tokens)[1], whole(tokens).detach(), rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ from maskpro_kernels.adapters import ADAPTER
 from maskpro_kernels.kept_zeros import KeptZeros
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.peft import beside_masks
+from maskpro_kernels.pruning.finalize import unpack
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytestmark = [pytest.mark.ecosystem, pytest.mark.usefixtures("eager_reference")]
@@ -37,7 +38,9 @@ def sparse(kind: str) -> nn.Module:
     torch.manual_seed(0)
     model = tiny_model()
     mk.convert(model, "2:4", gap=60.0)
-    return model if kind == "masked" else mk.finalize(model, to=kind)
+    if kind == "masked":
+        return model
+    return mk.finalize(model, to="packed", values="int8") if kind == "int8" else mk.finalize(model, to=kind)
 
 
 def train(model: nn.Module, steps: int = 5) -> list[float]:
@@ -52,11 +55,16 @@ def train(model: nn.Module, steps: int = 5) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", ["masked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
 def test_lora_beside_sparse_layers_trains_is_saved_and_loaded(kind, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(sparse(kind), beside_masks(config()))
-    expected = get_peft_model(sparse("dense"), config())
+    dense = sparse(kind)
+    if kind == "masked":
+        mk.finalize(dense)
+    else:
+        unpack(dense)
+    expected = get_peft_model(dense, config())
     expected.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k}, strict=False)
     losses = train(model.train())
     assert losses[-1] < losses[0]
@@ -67,7 +75,7 @@ def test_lora_beside_sparse_layers_trains_is_saved_and_loaded(kind, tmp_path):
     assert_same_bits(again.eval()(tokens()).logits, model.eval()(tokens()).logits)
 
 
-@pytest.mark.parametrize("kind", ["masked", "packed"])
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
 def test_merging_into_a_sparse_layer_is_refused(kind):
     model = get_peft_model(sparse(kind), beside_masks(config()))
     train(model, 1)
