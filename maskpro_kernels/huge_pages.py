@@ -25,16 +25,25 @@ def _madvise() -> Callable | None:
 
 
 def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """The [start, end) of the memory of tensors, in whole pages; those that a huge page may hold together are one."""
-    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if x.numel())
-    joined: list[tuple[int, int]] = []
-    for start, end in spans:
+    """The [start, end) of the memory of tensors, in whole pages.
+
+    Those that a huge page may hold together are one range. One that is mostly other memory is left out.
+    """
+    spans = sorted((x.data_ptr(), x.nbytes) for x in tensors if x.numel())
+    joined: list[tuple[int, int, int]] = []
+    for start, nbytes in spans:
+        end = start + nbytes
         if joined and start - joined[-1][1] < HUGE_PAGE:
-            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+            first, last, filled = joined[-1]
+            joined[-1] = first, max(last, end), filled + nbytes
         else:
-            joined.append((start, end))
+            joined.append((start, end, nbytes))
     size = mmap.PAGESIZE
-    return [(start // size * size, -(-end // size) * size) for start, end in joined]
+    return [
+        (start // size * size, -(-end // size) * size)
+        for start, end, filled in joined
+        if end - start >= HUGE_PAGE and 2 * filled >= end - start
+    ]
 
 
 def move_into_huge_pages(tensors: Iterable[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_no_tangents, check_not_distributed, describe
 from .functional.masks import expand_mask
+from .huge_pages import move_into_huge_pages
 from .modules import MaskedLinear
 from .ops.onnx_graph import in_onnx_export, unpacked_weight
 from .ops.reference import INTEGERS, SCALED, dequantized
@@ -400,3 +401,11 @@ def bits_a_weight(layers: Iterable[NMLinear]) -> float:
 def packed_class(pattern: str | NMPattern) -> type[NMLinear]:
     """The class of layers with packed weights of a pattern."""
     return Sparse24Linear if NMPattern(pattern) == NMPattern("2:4") else NMLinear
+
+
+def hold_in_huge_pages(model: nn.Module) -> None:
+    """Have the system hold the packed weights of a model on a CPU in huge pages, see ``huge_pages``."""
+    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    move_into_huge_pages(
+        part for layer in layers for part in (layer.values, layer.bitmask, layer.scales) if part is not None
+    )

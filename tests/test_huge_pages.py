@@ -12,7 +12,7 @@ from maskpro_kernels.huge_pages import HUGE_PAGE, move_into_huge_pages, ranges
 PAGE = mmap.PAGESIZE
 
 
-def test_ranges_are_whole_pages_and_neighbours_are_one():
+def test_ranges_are_whole_pages_of_neighbours_and_hold_little_else():
     memory = torch.empty(8 * HUGE_PAGE, dtype=torch.uint8)
 
     class Piece:
@@ -31,13 +31,13 @@ def test_ranges_are_whole_pages_and_neighbours_are_one():
         def nbytes(self):
             return self.size
 
-    near, far = (Piece(3 * PAGE + 100, 10), Piece(100 * PAGE, 5 * PAGE)), Piece(6 * HUGE_PAGE, PAGE)
-    found = ranges([far, *near, Piece(0, 0)])
+    whole = Piece(3 * PAGE + 100, HUGE_PAGE), Piece(HUGE_PAGE + 100 * PAGE, HUGE_PAGE)
+    small, scattered = Piece(6 * HUGE_PAGE, PAGE), (Piece(5 * HUGE_PAGE, PAGE), Piece(6 * HUGE_PAGE - PAGE, PAGE))
+    found = ranges([small, *whole, Piece(0, 0)])
     assert all(start % PAGE == end % PAGE == 0 for start, end in found)
-    assert found == [
-        ((near[0].start) // PAGE * PAGE, -(-(near[1].start + 5 * PAGE) // PAGE) * PAGE),
-        (far.start // PAGE * PAGE, -(-(far.start + PAGE) // PAGE) * PAGE),
-    ]
+    end = whole[1].start + HUGE_PAGE
+    assert found == [(whole[0].start // PAGE * PAGE, -(-end // PAGE) * PAGE)]
+    assert not ranges([*scattered, small])
 
 
 def test_tensors_stay_what_and_where_they_are():
@@ -51,7 +51,7 @@ def test_tensors_stay_what_and_where_they_are():
 def test_a_system_that_refuses_or_has_no_such_call_changes_nothing(monkeypatch):
     asked = []
     monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda *args: asked.append(args) or -1)
-    move_into_huge_pages([torch.ones(8), torch.ones(8, device="meta")])
+    move_into_huge_pages([torch.ones(HUGE_PAGE), torch.ones(HUGE_PAGE, device="meta")])
     assert len(asked) == 1 and asked[0][2] == huge_pages.MADV_COLLAPSE
     monkeypatch.setattr(huge_pages, "_madvise", lambda: None)
-    move_into_huge_pages([torch.ones(8)])
+    move_into_huge_pages([torch.ones(HUGE_PAGE)])

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..functional.checks import LOGIT_DTYPES
 from ..ops.reference import SCALED
-from ..packed import INT8, KEEP, VALUE_KINDS, NMLinear, PackedNM, check_content, packed_class
+from ..packed import INT8, KEEP, VALUE_KINDS, NMLinear, PackedNM, check_content, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
 from .quantizer import SparseQuantizer
@@ -139,6 +139,7 @@ class PackedQuantizer(SparseQuantizer):
                     _check_loaded(name, module)
                 # as ``finalize`` leaves it; transformers makes all parameters trainable
                 module.requires_grad_(False)
+        hold_in_huge_pages(model)
         return model
 
 

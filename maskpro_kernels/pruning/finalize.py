@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..linear_form import in_linear_form
 from ..modules import MaskedLinear, check_in_memory, masked_layers
-from ..packed import KEEP, NMLinear, check_values_kind, packed_class
+from ..packed import KEEP, NMLinear, check_values_kind, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
 from .convert import Conversion
 from .coverage import coverage, reasons_by_name
@@ -56,7 +56,9 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
             else:
                 replacements[id(layer)] = _dense(layer, layer.top_n_weight(), layer.weight.requires_grad)
     replace_layers(model, replacements)
-    return replacements.get(id(model), model)
+    model = replacements.get(id(model), model)
+    hold_in_huge_pages(model)
+    return model
 
 
 def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conversion:
@@ -91,6 +93,7 @@ def pack(model: nn.Module, pattern: str | NMPattern, values: str = KEEP) -> Conv
         if not packed:
             raise ValueError(f"pattern: expected one that some layer follows, {pattern} is followed by none")
         replace_layers(model, replacements)
+    hold_in_huge_pages(model)
     skipped = reasons_by_name(model, skipped | left_out)
     found = coverage(model, skipped)
     return Conversion(packed, skipped, masked_share=found.share, unmasked=found.unmasked)
@@ -113,6 +116,7 @@ def repack(model: nn.Module, values: str) -> int:
             replacements[id(layer)] = stored.train(layer.training)
     if replacements:
         replace_layers(model, replacements)
+        hold_in_huge_pages(model)
     return len(replacements)
 
 
