@@ -18,6 +18,7 @@ from harness import DEVICE, Work
 from torch import Tensor, nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.packed import hold_in_huge_pages
 
 PATTERN = "2:4"
 DTYPE = "bfloat16"
@@ -118,7 +119,10 @@ def test_packed_decoding(shape, compare):
                 values, bitmask, scales = parts
                 return mk.Sparse24Linear(mk.PackedNM(values, bitmask, PATTERN, scales))
 
-            return copies(make, packed.nbytes)
+            made = nn.ModuleList(copies(make, packed.nbytes))
+            # as finalize and from_pretrained do
+            hold_in_huge_pages(made)
+            return list(made)
 
         dense = copies(case.weight.clone, case.weight.nbytes)
         providers = {
