@@ -197,9 +197,9 @@ def quantized(values: Tensor) -> tuple[Tensor, Tensor]:
 def nm_linear(x: Tensor, packed: PackedNM, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias of a packed weight.
 
-    On a CPU the values are put at their places inside the product, if the CPU has the instructions. On a GPU so are
-    those of 2:4, 1:4, 4:8 and 8:16 with K divisible by 16 (1:4: 32), for up to 64 tokens of 16 bits. Otherwise the
-    weight is unpacked into a transient one first.
+    The values are put at their places inside the product where there is code for it: on most CPUs, and on a GPU for
+    up to 64 tokens of 16 bits and 2:4, 1:4, 4:8 and 8:16 with K divisible by 16 (1:4: 32). Otherwise the weight, or a
+    block of its rows, is unpacked first. docs/serving.md has the table.
 
     Args:
         x: [..., K] of the weight's dtype, or under autocast of any. Gradients flow to it.
@@ -229,6 +229,9 @@ def packed_linear(
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(told)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != k or x.device != values.device:
         raise ValueError(f"x: expected a tensor [..., {k}] on {values.device}, got {describe(x)}")
+    for name, part in (("bitmask", bitmask), ("scales", scales)):
+        if part is not None and part.device != values.device:
+            raise ValueError(f"{name}: expected a tensor on {values.device}, as the values are, got {describe(part)}")
     if bias is not None and (
         not isinstance(bias, Tensor) or bias.shape != (rows,) or bias.dtype != own or bias.device != values.device
     ):
@@ -341,11 +344,16 @@ class NMLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
-        # an attribute of a module is looked for in three places before it is found here
-        parameters, buffers, pattern = self._parameters, self._buffers, self.pattern
-        scales = buffers["scales"]
-        values = (parameters if scales is None else buffers)["values"]
-        parts = values, buffers["bitmask"], scales, parameters["bias"]
+        pattern = self.pattern
+        try:
+            # an attribute of a module is looked for in three places before it is found here
+            parameters, buffers = self._parameters, self._buffers
+            scales = buffers["scales"]
+            values = (parameters if scales is None else buffers)["values"]
+            parts = values, buffers["bitmask"], scales, parameters["bias"]
+        except KeyError:
+            # DataParallel and FSDP put plain attributes in the place of parameters
+            parts = self.values, self.bitmask, self.scales, self.bias
         y = ops.direct_nm_linear(input, *parts, pattern.n, pattern.m)
         return packed_linear(input, *parts, pattern) if y is None else y
 
@@ -357,7 +365,7 @@ class NMLinear(nn.Module):
             expected = "float32, bfloat16 or float16" if self.scales is None else "torch.int8"
             errors.append(f"state_dict: {prefix}values: expected {expected}, got {describe(given['values'])}")
             return
-        if f"{prefix}bitmask" in state_dict and not given["bitmask"].is_meta:
+        if any(f"{prefix}{name}" in state_dict for name in own) and not given["bitmask"].is_meta:
             try:
                 check_parts(**given, pattern=self.pattern)
                 check_content(given["bitmask"], given["scales"], self.in_features, self.pattern)

@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 from maskpro_kernels.ops.cpu import kernels
+from maskpro_kernels.ops.cpu.packed import products, unpacking
 from maskpro_kernels.ops.triton import masked_gemm, packed, sampling, straight_through, swaps
 from maskpro_kernels.ops.triton.launch import launches
 from maskpro_kernels.training import estimator
@@ -47,7 +48,7 @@ def poisoned(monkeypatch):
     from helpers.poison import PoisonedTorch
 
     poisoned_torch = PoisonedTorch()
-    for module in (kernels, sampling, masked_gemm, packed, straight_through, swaps):
+    for module in (kernels, products, unpacking, sampling, masked_gemm, packed, straight_through, swaps):
         monkeypatch.setattr(module, "torch", poisoned_torch)
     yield poisoned_torch
     poisoned_torch.check_margins()

@@ -15,7 +15,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels import NMPattern, ops
-from maskpro_kernels.ops import reference
+from maskpro_kernels.ops import reference, registry
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.triton import packed as kernels_file
 from maskpro_kernels.pattern import GROUP_SIZES, bitmask_of, codes_of
@@ -215,6 +215,45 @@ def test_gradients_are_those_of_the_unpacked_weight(pattern):
     places = mk.PackedNM(values_grad, packed.bitmask, pattern)
     kept = mk.PackedNM(torch.ones_like(values_grad), packed.bitmask, pattern).unpack()
     torch.testing.assert_close(places.unpack(), weight_grad * kept)
+
+
+@pytest.mark.parametrize("route", ["kernels", "compiled"])
+def test_second_derivatives_are_those_of_the_unpacked_weight(route, monkeypatch):
+    if route == "compiled":
+        monkeypatch.setattr(registry, "uses_kernels", lambda tensor: False)
+    weight, x = sparse(6, 16, "2:4"), torch.randn(3, 16, requires_grad=True)
+    packed = mk.pack_24(weight)
+    packed.values.requires_grad_()
+    dense = packed.unpack().detach().requires_grad_()
+
+    def second(y, parameter):
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [x, parameter])
+
+    ours, of_values = second(mk.nm_linear(x, packed), packed.values)
+    expected, of_weight = second(nn.functional.linear(x, dense), dense)
+    torch.testing.assert_close(ours, expected)
+    places = mk.PackedNM(of_values, packed.bitmask, "2:4").unpack()
+    torch.testing.assert_close(
+        places, of_weight * (mk.PackedNM(torch.ones_like(of_values), packed.bitmask, "2:4").unpack())
+    )
+
+
+def test_operands_that_lie_apart_are_multiplied_as_they_are(monkeypatch):
+    """The operations themselves, past the checks of functions, on the compiled route."""
+    monkeypatch.setattr(registry, "uses_kernels", lambda tensor: False)
+    packed, x = mk.pack_24(sparse(8, 16, "2:4")), torch.randn(16, 5).t()
+    expected = nn.functional.linear(x, packed.unpack())
+    values = torch.cat([packed.values, packed.values], 1)[:, :8]
+    assert not values.is_contiguous() and not x.is_contiguous()
+    torch.testing.assert_close(ops.nm_linear(x, values, packed.bitmask, None, None, 2, 4), expected)
+    assert_same_bits(ops.unpack_nm(values, packed.bitmask, 2, 4), packed.unpack())
+
+
+def test_a_state_dict_of_values_alone_is_checked():
+    layer = mk.Sparse24Linear(mk.pack_24(sparse(8, 16, "2:4")))
+    with pytest.raises(RuntimeError, match="values: expected a contiguous matrix"):
+        layer.load_state_dict({"values": torch.randn(8, 8).t()}, strict=False, assign=True)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

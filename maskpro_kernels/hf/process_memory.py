@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -64,8 +65,11 @@ def peak_memory(
         "new_tokens": new_tokens,
         "threads": threads or torch.get_num_threads(),
     }
-    command = [sys.executable, "-c", RUN]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
+    # this package wherever it was found, and nothing of the current folder
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-P", "-c", RUN]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=environment)
     if done.returncode:
         told = done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}"
         raise ValueError(f"the process that measures the memory of {name!r} failed: {told}")

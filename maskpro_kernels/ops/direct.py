@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .cpu.packed.products import nm_linear
@@ -16,6 +16,8 @@ try:
 except AttributeError:
     # none of these is a promise of torch's: where one is gone, all goes through the dispatcher
     _derivatives = False
+
+PLAIN, DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16, torch.float16)
 
 _compiling, _grad_enabled, _autocast = torch.compiler.is_compiling, torch.is_grad_enabled, torch.is_autocast_enabled
 
@@ -37,12 +39,16 @@ def direct_nm_linear(
         return None
     if _transforms() is not None or _tracer() is not None:
         return None
+    # what is computed by address has to be plain memory
+    for part in (values, bitmask, scales, bias):
+        if part is not None and (type(part) not in PLAIN or not part.is_cpu or not part.is_contiguous()):
+            return None
     dtype = x.dtype
-    if (values if scales is None else scales).dtype != dtype or not values.is_cpu or not x.is_contiguous():
+    if dtype not in DTYPES or (values if scales is None else scales).dtype != dtype or not x.is_contiguous():
         return None
-    if not x.dim() or x.shape[-1] * n != values.shape[1] * m:
+    if x.is_neg() or not x.dim() or x.shape[-1] * n != values.shape[1] * m:
         return None
-    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
+    if bias is not None and (bias.dtype != dtype or bias.shape != values.shape[:1]):
         return None
     if interpreting() or not compiler_available():
         return None

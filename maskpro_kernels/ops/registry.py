@@ -326,7 +326,7 @@ def unpack_nm(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
     """The weight [rows, K] of its values [rows, K N / M] and bitmask [rows, ceil(K / 8)], exact zeros elsewhere."""
     if uses_kernels(values):
         return kernels("packed").unpack_nm(values, bitmask, n, m)
-    return run_reference("unpack_nm", values, bitmask, n=n, m=m)
+    return run_reference("unpack_nm", values.contiguous(), bitmask.contiguous(), n=n, m=m)
 
 
 @unpack_nm.register_fake
@@ -362,7 +362,8 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
     with without_autocast(x):
         if uses_kernels(x):
             return kernels("packed").nm_linear(x, values, bitmask, scales, bias, n, m)
-        return packed_products(x).nm_linear(x, (values, bitmask, scales), bias, n, m)
+        parts = tuple(part if part is None else part.contiguous() for part in (values, bitmask, scales, bias))
+        return packed_products(x).nm_linear(x.contiguous(), parts[:3], parts[3], n, m)
 
 
 @torch.library.register_fake("maskpro::nm_linear")
@@ -396,12 +397,34 @@ def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
     with without_autocast(grad):
         if uses_kernels(grad):
             return grad @ unpacked(values, bitmask, scales, n, m)
-        return packed_products(grad).input_grad(grad, (values, bitmask, scales), n, m)
+        parts = tuple(part if part is None else part.contiguous() for part in (values, bitmask, scales))
+        return packed_products(grad).input_grad(grad.contiguous(), parts, n, m)
 
 
 @torch.library.register_fake("maskpro::nm_linear_input_grad")
 def _(grad, values, _bitmask, _scales, n, m):
     return grad.new_empty(grad.shape[0], values.shape[1] // n * m)
+
+
+def _input_grad_context(ctx, inputs, output):
+    grad, values, bitmask, scales, *ctx.pattern = inputs
+    ctx.save_for_backward(values, bitmask, scales, grad if ctx.needs_input_grad[1] else None)
+
+
+def _input_grad_backward(ctx, upstream):
+    values, bitmask, scales, grad = ctx.saved_tensors
+    needs_grad, needs_values, *_ = ctx.needs_input_grad
+    upstream = upstream.contiguous()
+    # the gradient in x is linear in that of y, by the weight's transpose
+    own = nm_linear(upstream, values, bitmask, scales, None, *ctx.pattern) if needs_grad else None
+    with without_autocast(upstream):
+        values_grad = _packed_part(grad.t() @ upstream, bitmask, *ctx.pattern) if needs_values else None
+    return own, values_grad, *[None] * 4
+
+
+torch.library.register_autograd(
+    "maskpro::nm_linear_input_grad", _input_grad_backward, setup_context=_input_grad_context
+)
 
 
 def unpacked(values: Tensor, bitmask: Tensor, scales: Tensor | None, n: int, m: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import direct
+from maskpro_kernels.packed import packed_linear
 
 
 @pytest.fixture
@@ -121,6 +122,51 @@ def test_wrong_arguments_are_refused_as_ever(layer, taken):
     with pytest.raises(ValueError, match="x: expected a tensor"):
         layer(torch.randn(4, 32, device="meta"))
     assert not taken
+
+
+class OwnParameter(torch.Tensor):
+    """As a DTensor is one: what lies at its address is not what it stands for."""
+
+
+ODD = {
+    "values of another type": ("values", lambda x: x.detach().as_subclass(OwnParameter)),
+    "values that lie apart": ("values", lambda x: torch.cat([x.detach(), x.detach()], 1)[:, : x.shape[1]]),
+    "a bitmask elsewhere": ("bitmask", lambda x: x.to("meta")),
+    "a bias elsewhere": ("bias", lambda x: x.detach().to("meta")),
+    "a bias that is too short": ("bias", lambda x: x.detach()[:5]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_memory_that_is_not_plain_is_never_read(name, layer, taken):
+    part, change = ODD[name]
+    parts = {"values": layer.values, "bitmask": layer.bitmask, "scales": None, "bias": layer.bias}
+    parts[part] = change(parts[part])
+    assert direct.direct_nm_linear(torch.randn(1, 32), **parts, n=2, m=4) is None and not taken
+
+
+def test_parts_on_other_devices_are_named(layer, taken):
+    x = torch.randn(1, 32)
+    with pytest.raises(ValueError, match="bitmask: expected a tensor on cpu"):
+        packed_linear(x, layer.values, layer.bitmask.to("meta"), None, None, layer.pattern)
+    with pytest.raises(ValueError, match=r"bias: expected a tensor \[8\] of torch.float32 on cpu"):
+        packed_linear(x, layer.values, layer.bitmask, None, layer.bias.detach().to("meta"), layer.pattern)
+
+
+def test_float64_is_refused_and_a_negation_is_heeded(layer, taken):
+    x = torch.randn(2, 32)
+    torch.testing.assert_close(layer(torch._neg_view(x)), layer(-x))
+    with pytest.raises(TypeError, match="values: expected float32, bfloat16 or float16"):
+        layer.double()(x.double())
+
+
+def test_replicas_with_plain_attributes_multiply(layer, taken):
+    """DataParallel and FSDP put them in the place of parameters."""
+    replica, x = layer._replicate_for_data_parallel(), torch.randn(2, 32)
+    for name in ("values", "bias"):
+        setattr(replica, name, getattr(layer, name).detach())
+    assert not replica._parameters.get("values")
+    torch.testing.assert_close(replica(x), layer(x))
 
 
 def test_without_what_torch_does_not_promise_all_goes_by_the_dispatcher(layer, taken, monkeypatch):

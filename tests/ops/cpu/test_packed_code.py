@@ -16,6 +16,7 @@ INT8 = Packed(2, 4, torch.int8, torch.bfloat16)
 ALL = dict.fromkeys("avx512vbmi2 avx512bf16 avx512vnni amx-tile amx-bf16".split(), True)
 
 BASIC = "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx2,+fma,+f16c"
+AVX2 = "+avx2,+fma,+f16c"
 FULL = f"{BASIC},+avx512vbmi2,+avx512bf16,+avx512vnni,+amx-tile,+amx-bf16"
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 
@@ -69,7 +70,7 @@ def innermost_loops(assembly: str, triple: str, features: str) -> list[list[str]
         (
             lambda: product.product(FLOAT32, instructions.Avx2({}), 1, False),
             X86,
-            "+avx2,+fma,+f16c",
+            AVX2,
             {"vpermd": 16, "vfmadd": 16},
         ),
         (
@@ -110,12 +111,27 @@ def test_each_kind_of_cpu_gets_its_instructions(assembly, triple, features, expe
 
 def test_the_code_asks_for_nothing_that_a_process_may_lack():
     """No helpers of a compiler's run-time library, such as conversions of bfloat16: nobody would link them."""
-    for kind in (BFLOAT16, FLOAT32, Packed(2, 4, torch.float16, torch.float16), INT8):
-        for use, features in (
-            (instructions.Avx512(ALL), FULL),
-            (instructions.Avx512({}), BASIC),
-            (instructions.Avx2({}), "+avx2,+fma,+f16c"),
-        ):
-            target = binding.Target.from_triple(X86).create_target_machine(features=features, opt=3, reloc="pic")
-            module = binding.parse_assembly(product.product(kind, use, 3, True))
-            assert not re.findall(r"call\w*\s+(?!\*)(\S+)", target.emit_assembly(module))
+    avx512, half = instructions.Avx512(ALL), Packed(2, 4, torch.float16, torch.float16)
+    for kind in (BFLOAT16, FLOAT32, half, INT8):
+        for use, features in ((avx512, FULL), (instructions.Avx512({}), BASIC), (instructions.Avx2({}), AVX2)):
+            assert not calls_of(product.product(kind, use, 3, True), features)
+            if kind != INT8:
+                assert not calls_of(unpack.unpack(kind, use), features)
+    for assembly in (
+        octets.product(INT8, avx512, 2, True),
+        octets.as_integers(INT8),
+        tiles.product(INT8, avx512, True),
+        tiles.product(BFLOAT16, avx512, False),
+        tiles.laid_out(),
+    ):
+        assert not calls_of(assembly, FULL)
+
+
+def calls_of(assembly: str, features: str) -> list[str]:
+    """The functions that compiled code calls by name, but for those of its own and of OpenMP."""
+    target = binding.Target.from_triple(X86).create_target_machine(features=features, opt=3, reloc="pic")
+    module = binding.parse_assembly(assembly)
+    builder = binding.create_pass_builder(target, binding.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    called = re.findall(r"call\w*\s+(?!\*)(\S+)", target.emit_assembly(module))
+    return [name for name in called if not name.startswith(("omp_", "loop"))]

@@ -279,26 +279,56 @@ def test_what_multiplies_wrongly_is_not_used(cpu, monkeypatch):
     assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
 
 
-def test_numbers_that_are_not_finite_stay_so():
-    for values in ("keep", "int8"):
-        packed, _, _ = packed_case("2:4", torch.bfloat16, values, 8, 128)
-        for odd in (float("inf"), float("nan")):
-            x = torch.randn(1, 512).bfloat16()
-            x[0, 300] = odd
-            y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
-            assert not y.isfinite().any()
+@pytest.mark.parametrize("values", ["keep", "int8"])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_numbers_that_are_not_finite_go_where_they_do_with_a_dense_weight(values, tokens):
+    packed, weight, _ = packed_case("2:4", torch.bfloat16, values, 8, 128)
+    for odd in (float("inf"), -float("inf"), float("nan")):
+        x = torch.randn(tokens, 512).bfloat16()
+        x[0, 300] = odd
+        y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
+        dense = nn.functional.linear(x, weight)
+        assert torch.equal(y.isnan(), dense.isnan()) and torch.equal(y.isposinf(), dense.isposinf())
+        assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("size", [30.0, 1e2, 1e3, 1e4, 1e5])
+def test_a_large_column_that_is_dropped_does_not_blur_the_others(size, tokens):
+    """Integers with a scale for each block would; nothing of such a column is in the product that could hide it."""
+    packed, weight, exact = packed_case("2:4", torch.bfloat16, "int8", 64, 256)
+    dropped = weight[:, 300] == 0
+    x = torch.randn(tokens, 1024)
+    x[:, 300] = size
+    x = x.bfloat16()
+    y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
+    rows = (y[:, dropped], nn.functional.linear(x, weight[dropped]), x.double() @ exact[dropped].T)
+    assert dropped.sum() > 10
+    assert_within_budget(*rows)
 
 
 def test_integers_hold_tokens_of_any_size():
-    """A column a thousand times as large as the rest, and tokens so small that a scale of theirs would vanish."""
+    """Tokens so small that a scale of theirs would vanish, and one of zeros."""
     packed, weight, exact = packed_case("2:4", torch.bfloat16, "int8", 16, 256)
     for factor in (1.0, 1e-30, 1e30):
         x = torch.randn(3, 1024) * factor
-        x[:, 7] *= 1000.0
         x[2] = 0.0
         x = x.bfloat16()
         y = products.nm_linear(x, (packed.values, packed.bitmask, packed.scales), None, 2, 4)
         assert_within_budget(y, nn.functional.linear(x, weight), x.double() @ exact.T)
+
+
+def test_what_unpacks_wrongly_is_not_used(cpu, monkeypatch):
+    made = unpacking._unpacked_by
+
+    def wrong(*args):
+        unpacked = made(*args)
+        return lambda *given: unpacked(*given).flip(0)
+
+    monkeypatch.setattr(unpacking, "_unpacked_by", wrong)
+    packed, weight, _ = packed_case("2:4", torch.bfloat16, "keep", 8, 16)
+    with pytest.warns(UserWarning, match="differs from the reference"):
+        assert_same_bits(kernels.unpack_nm(packed.values, packed.bitmask, n=2, m=4), weight)
 
 
 def test_tiles_that_the_system_does_not_permit_are_not_used(monkeypatch):

@@ -94,7 +94,7 @@ class Instructions:
         pass
 
     def __repr__(self) -> str:
-        # of what is named on disk after it: two CPUs of a kind may differ
+        # a part of the name on disk of what is compiled: CPUs of one kind may differ in these
         return f"{type(self).__name__}({self.halves}, {self.pairs}, {self.octets}, {self.tiles})"
 
     def placed(self, b: ir.IRBuilder, values: ir.Value, bits: ir.Value) -> ir.Value:

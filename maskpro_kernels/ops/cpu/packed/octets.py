@@ -1,8 +1,8 @@
 """Products of int8 values with a few tokens in integers: 64 weights are placed at once, and multiplied as bytes.
 
 What they are multiplied with becomes integers of 16 bits, with one scale for each block of columns whose weights share
-one. Its error is 2^-16 of the largest of a block, less than that of a bfloat16 by far. The two bytes of such an integer
-are multiplied one by one.
+one. The error of each is 2^-16 of the largest number of its block. Where that number stands out, the product is made in
+registers as others are. The two bytes of an integer are multiplied one by one.
 """
 
 from __future__ import annotations
@@ -44,20 +44,25 @@ TOKENS = 8
 # Integers of 16 bits that stand for -LARGEST to LARGEST are stored with MIDDLE added, for their bytes have no sign
 LARGEST, MIDDLE = 32767, 32768
 
+# How often the mean magnitude of a block its largest number may be: the error of an integer, 2^-16 of that number, is
+# then below what rounding a product to bfloat16 costs, even if a mask drops the column of that number
+MOST_OVER_MEAN = 128.0
+
 # So that no reciprocal of a scale is infinite
 LEAST_SCALE = 1e-37
 
 
 def as_integers(kind: Packed) -> str:
-    """``loop(start, stop, k, x, high, low, scales)``: x [tokens, k] of ``kind.x``, those tokens of it.
+    """``loop(start, stop, k, x, high, low, scales, refused)``: for tokens start to stop of x [tokens, k] of ``kind.x``.
 
-    high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks]. Where x is not finite, the
-    scale is not.
+    high and low are bytes [tokens, k rounded up to OCTETS], scales float32 [tokens, blocks]. An int64 at ``refused``
+    becomes 1 where integers would be too coarse for a block: its largest number lies too far above the others, or is
+    none.
     """
     module = ir.Module("maskpro_kernels")
-    function, b = add_function(module, ENTRY, 3, 4)
+    function, b = add_function(module, ENTRY, 3, 5)
     set.add(function.attributes, '"prefer-vector-width"="512"')
-    start, stop, k, x, high, low, scales = function.args
+    start, stop, k, x, high, low, scales, refused = function.args
     columns = LONG(kind.scaled_runs * RUN)
     padded = b.mul(b.sdiv(b.add(k, LONG(OCTETS - 1)), LONG(OCTETS)), LONG(OCTETS))
     blocks = b.sdiv(b.sub(b.add(k, columns), LONG(1)), columns)
@@ -70,7 +75,9 @@ def as_integers(kind: Packed) -> str:
         def block_integers(block: ir.Value) -> None:
             first = b.mul(block, columns)
             last = smaller(b, k, b.add(first, columns))
-            scale = _scale(b, lanes, row, first, last)
+            scale, fits = _scale(b, lanes, row, first, last)
+            with b.if_then(b.not_(fits), likely=False):
+                b.store(LONG(1), refused)
             b.store(scale, at(b, scales, b.add(b.mul(token, blocks), block), FLOAT), align=4)
             factor = broadcast(b, b.fdiv(ir.Constant(FLOAT, 1.0), scale), LANES)
 
@@ -112,19 +119,28 @@ class _Lanes:
         return as_float32(self.b, self.b.load(pointer, typ=vector(self.element, LANES), align=1), self.dtype)
 
 
-def _scale(b: ir.IRBuilder, lanes: _Lanes, row: ir.Value, first: ir.Value, last: ir.Value) -> ir.Value:
-    """By which the integers of those columns are to be multiplied; not finite where one of them is not."""
-    most = Variable(b, zeros(vector(FLOAT, LANES)))
+def _scale(b: ir.IRBuilder, lanes: _Lanes, row: ir.Value, first: ir.Value, last: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(By which the integers of those columns are to be multiplied, whether integers are fine enough for them)."""
+    none = zeros(vector(FLOAT, LANES))
+    most, total = Variable(b, none), Variable(b, none)
 
     def widen(_: ir.Value, values: ir.Value) -> None:
         magnitude = intrinsic(b, f"llvm.fabs.v{LANES}f32", values.type, values)
         most.set(intrinsic(b, f"llvm.maximum.v{LANES}f32", values.type, most.get(), magnitude))
+        total.set(b.fadd(total.get(), magnitude))
 
     lanes.each(row, first, last, widen)
     largest = intrinsic(b, f"llvm.vector.reduce.fmaximum.v{LANES}f32", FLOAT, most.get())
+    sum_ = intrinsic(
+        b, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, ir.Constant(FLOAT, -0.0), total.get(), flags=("reassoc",)
+    )
+    mean = b.fdiv(sum_, b.sitofp(b.sub(last, first), FLOAT))
+    # false of what is no number
+    near = b.fcmp_ordered("<=", largest, b.fmul(mean, ir.Constant(FLOAT, MOST_OVER_MEAN)))
+    finite = b.fcmp_ordered("<", largest, ir.Constant(FLOAT, float("inf")))
     scale = b.fdiv(largest, ir.Constant(FLOAT, float(LARGEST)))
     least = torch.tensor(LEAST_SCALE, dtype=torch.float32).item()
-    return intrinsic(b, "llvm.maximum.f32", FLOAT, scale, ir.Constant(FLOAT, least))
+    return intrinsic(b, "llvm.maximum.f32", FLOAT, scale, ir.Constant(FLOAT, least)), b.and_(near, finite)
 
 
 def _bytes(b: ir.IRBuilder, values: ir.Value) -> tuple[ir.Value, ir.Value]:

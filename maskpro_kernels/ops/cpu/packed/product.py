@@ -18,7 +18,7 @@ AHEAD_BYTES = 4096
 
 
 def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
-    """``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``: out = x @ weight.T + bias, those rows of it.
+    """``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``: rows start to stop of x @ weight.T + bias.
 
     x [tokens, k] is of ``kind.x`` where ``multiplies_pairs``, else float32; bias [rows] and out [tokens, rows] are of
     ``kind.x``, scales [rows, ceil(values of a row / SCALED)] as well.

@@ -6,6 +6,7 @@ once, kept on disk, and compared with torch's product before it is used.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import warnings
 from collections.abc import Callable
@@ -73,7 +74,9 @@ def nm_linear(x: Tensor, parts: Parts, bias: Tensor | None, n: int, m: int) -> T
 @functools.cache
 def _chosen(tokens: int, n: int, m: int, values: torch.dtype, x: torch.dtype, biased: bool) -> Runner:
     kind = Packed(n, m, values, x)
-    return _runner(way(available(), tokens, kind), kind, tokens, biased)
+    how = way(available(), tokens, kind)
+    # their code is the same for all numbers of tokens
+    return _runner(how, kind, FEW + 1 if how in ("tiles", "blocks", "unpack") else tokens, biased)
 
 
 def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
@@ -85,7 +88,7 @@ def input_grad(grad: Tensor, parts: Parts, n: int, m: int) -> Tensor:
     unpacked = unpacker(Packed(n, m, values.dtype, values.dtype))
     if unpacked is None or not rows:
         return grad @ kernels.unpack_nm(values, bitmask, n=n, m=m)
-    out, runs = grad.new_empty(grad.shape[0], k), -(-k // RUN)
+    out, runs = torch.empty((grad.shape[0], k), dtype=grad.dtype, device="cpu"), -(-k // RUN)
     at_once = max(1, CACHED_BYTES // (rows * RUN * values.itemsize))
     for first in range(0, runs, at_once):
         columns = slice(RUN * first, min(k, RUN * (first + at_once)))
@@ -166,7 +169,7 @@ def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
         values, bitmask, scales = parts
         shape, rows = x.shape, values.shape[0]
         k, given = shape[-1], x if pairs else x.float()
-        out = x.new_empty((*shape[:-1], rows))
+        out = torch.empty((*shape[:-1], rows), dtype=x.dtype, device="cpu")
         weight = values.data_ptr(), bitmask.data_ptr(), scales.data_ptr() if quantized else 0
         x_place, out_place, bias_place = given.data_ptr(), out.data_ptr(), bias.data_ptr() if biased else 0
         if len(pieces) == 1:
@@ -185,22 +188,25 @@ def _octets(kind: Packed, tokens: int, biased: bool) -> Runner:
     from . import octets
 
     use = available()
-    as_integers = compiled("packed_integers", 5, octets.as_integers, kind)
+    as_integers = compiled("packed_integers", 6, octets.as_integers, kind)
     pieces = _pieces(
-        tokens,
-        octets.TOKENS,
-        lambda count: compiled("packed_octets", 10, octets.product, kind, use, count, biased),
+        tokens, octets.TOKENS, lambda count: compiled("packed_octets", 10, octets.product, kind, use, count, biased)
     )
+    in_registers = _registers(kind, tokens, biased)
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
         rows, k, blocks = values.shape[0], x.shape[-1], scales.shape[1]
         size = -(-k // octets.OCTETS) * octets.OCTETS
-        out, numbers = x.new_empty(*x.shape[:-1], rows), torch.empty(2, tokens, size, dtype=torch.uint8, device="cpu")
-        x_scales = torch.empty(tokens, blocks, dtype=torch.float32, device="cpu")
+        numbers = torch.empty((2, tokens, size), dtype=torch.uint8, device="cpu")
+        x_scales = torch.empty((tokens, blocks), dtype=torch.float32, device="cpu")
+        refused = ctypes.c_int64(0)
         high = numbers.data_ptr()
         low, x_scales_place = high + tokens * size, x_scales.data_ptr()
-        as_integers(tokens, 1, k, x.data_ptr(), high, low, x_scales_place)
+        as_integers(tokens, 1, k, x.data_ptr(), high, low, x_scales_place, ctypes.addressof(refused))
+        if refused.value:
+            return in_registers(x, parts, bias)
+        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
         fixed = threads(rows * k), k, rows, values.data_ptr(), bitmask.data_ptr(), scales.data_ptr()
         out_place, bias_place = out.data_ptr(), _pointer(bias)
         for first, loop in pieces:
@@ -220,7 +226,7 @@ def _tiles(kind: Packed, tokens: int, biased: bool) -> Runner:
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
         rows, k = values.shape[0], x.shape[-1]
-        count, out = x.numel() // k, x.new_empty(*x.shape[:-1], rows)
+        count, out = x.numel() // k, torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
         shared, x_tiles = threads(rows * k), -(-count // tiles.TILE)
         laid = torch.empty(x_tiles * -(-k // RUN) * tiles.TILE_BYTES, dtype=torch.uint8, device="cpu")
         lay_out(x_tiles, shared if x_tiles > 1 else 1, k, count, x.data_ptr(), laid.data_ptr())
@@ -238,11 +244,14 @@ def _tiles(kind: Packed, tokens: int, biased: bool) -> Runner:
 
 def _blocks(kind: Packed, tokens: int, biased: bool) -> Runner:
     unpacked = unpacker(kind._replace(values=kind.x))
+    if unpacked is None:
+        raise RuntimeError("the code that unpacks blocks did not compile")
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
         values, bitmask, scales = parts
         rows, k = values.shape[0], x.shape[-1]
-        out, at_once = x.new_empty(*x.shape[:-1], rows), max(RUN, CACHED_BYTES // (k * x.itemsize))
+        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device="cpu")
+        at_once = max(RUN, CACHED_BYTES // (k * x.itemsize))
         for first in range(0, rows, at_once):
             which = slice(first, min(rows, first + at_once))
             own = values[which]

@@ -54,7 +54,7 @@ def transposed(b: ir.IRBuilder, rows: Sequence[ir.Value]) -> list[ir.Value]:
 
 
 def laid_out() -> str:
-    """``loop(start, stop, k, tokens, x, out)``: x [tokens, k] of bfloat16, those tiles of tokens.
+    """``loop(start, stop, k, tokens, x, out)``: x [tokens, k] of bfloat16, tiles start to stop of its tokens.
 
     out is [tiles, runs of a row, TILE pairs of columns, TILE tokens, 2], zeros beyond k; tokens beyond the last are the
     last again.
@@ -99,8 +99,9 @@ def laid_out() -> str:
 
 
 def product(kind: Packed, use: Instructions, biased: bool) -> str:
-    """``loop(start, stop, k, rows, first, tokens, values, bits, scales, x, bias, out)``: those strips of 32 rows.
+    """``loop(start, stop, k, rows, first, tokens, values, bits, scales, x, bias, out)``: of strips start to stop.
 
+    A strip is STRIP rows.
     x is as ``laid_out`` leaves it; all else as in ``product.product``. ``tokens`` of them from ``first`` on are
     multiplied, TOKENS at most; ``first`` is a multiple of TILE.
     """
