@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/maskpro compare runs/demo/reinforce runs/demo/straight-through --picture runs/demo/perplexity.png
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8
-	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --output runs/demo/speed
+	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 3 --output runs/demo/speed
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)
