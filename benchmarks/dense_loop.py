@@ -8,9 +8,10 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from maskpro_kernels.ops.cpu.packed import product
+from maskpro_kernels.ops.cpu import machine
+from maskpro_kernels.ops.cpu.packed import registers
 from maskpro_kernels.ops.cpu.packed.kind import RUN, Packed
-from maskpro_kernels.ops.cpu.packed.unpacking import available, compiled, threads
+from maskpro_kernels.ops.cpu.packed.unpacking import available, threads
 from maskpro_kernels.ops.cpu.packed.weight import Weight
 
 
@@ -29,7 +30,7 @@ class _Dense(Weight):
         return self.b.gep(pointer, [ir.Constant(ir.IntType(64), values)], source_etype=self.element)
 
 
-class _Product(product.Product):
+class _Product(registers.Product):
     weight_class = _Dense
 
 
@@ -44,8 +45,9 @@ def dense_loop(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
         raise RuntimeError("a dense loop: expected AVX-512, AVX2 or NEON, got a CPU without")
     # every value is kept
     kind = Packed(1, 1, dtype, dtype)
-    loop = compiled("dense_loop", 8, lambda *made_of: _Product(*made_of).assembly(), kind, use, 1, False)
-    pairs = product.multiplies_pairs(kind, use)
+    # not kept on disk, where nothing would tell that this file has changed
+    loop = machine.loaded_loop(machine.object_code(_Product(kind, use, 1, False).assembly()), 8)
+    pairs = registers.multiplies_pairs(kind, use)
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         (rows, k), given = weight.shape, x if pairs else x.float()

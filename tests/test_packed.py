@@ -157,17 +157,21 @@ def within_budget(y, by_torch, exact) -> bool:
     # the kernel of one token runs row by row in the interpreter
     tokens_and_rows=st.tuples(st.just(1), st.integers(1, 30)) | st.tuples(st.integers(2, 80), st.integers(1, 300)),
     k=st.sampled_from([64, 96, 160, 512, 576, 1536, 4096]),
+    values=st.sampled_from(mk.packed.VALUE_KINDS),
     biased=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 @hypothesis.settings(max_examples=30)
-def test_products_stay_within_the_error_budget(pattern, dtype, tokens_and_rows, k, biased, seed):
+def test_products_stay_within_the_error_budget(pattern, dtype, tokens_and_rows, k, values, biased, seed):
     tokens, rows = tokens_and_rows
     generator = torch.Generator().manual_seed(seed)
     weight = sparse(rows, k, pattern, dtype, seed)
     x = torch.randn(tokens, k, generator=generator).to(dtype)
     bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
-    y = mk.nm_linear(x, mk.pack_nm(weight, pattern), bias)
+    packed = mk.pack_nm(weight, pattern, values)
+    # the kernels multiply what is unpacked, each value rounded to the dtype
+    weight = packed.unpack()
+    y = mk.nm_linear(x, packed, bias)
     exact = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert y.dtype == dtype and y.shape == (tokens, rows)
     assert within_budget(y, nn.functional.linear(x, weight, bias), exact)
@@ -178,9 +182,22 @@ def test_products_stay_within_the_error_budget(pattern, dtype, tokens_and_rows, 
     ("tokens", "kernel"), [(1, "packed_vector"), (2, "packed_linear"), (64, "packed_linear"), (65, "unpack")]
 )
 def test_the_route_goes_by_tokens(tokens, kernel, pattern, launched):
-    packed = mk.pack_nm(sparse(24, 128, pattern, torch.bfloat16), pattern)
-    mk.nm_linear(torch.randn(tokens, 128).bfloat16(), packed)
-    assert {name for name in ("packed_vector", "packed_linear", "unpack") if launched[name]} == {kernel}
+    for values in mk.packed.VALUE_KINDS:
+        packed = mk.pack_nm(sparse(24, 128, pattern, torch.bfloat16), pattern, values)
+        launched.clear()
+        mk.nm_linear(torch.randn(tokens, 128).bfloat16(), packed)
+        assert {name for name in ("packed_vector", "packed_linear", "unpack") if launched[name]} == {kernel}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_place_int8_values_times_the_scale_of_their_block(dtype):
+    """Unit vectors read the weight out: more than a block in a row, and scales that differ from block to block."""
+    weight = sparse(5, 576, "2:4", dtype) * torch.logspace(-2, 2, 576).to(dtype)
+    packed = mk.pack_nm(weight, "2:4", "int8")
+    assert packed.scales.shape == (5, 3) and packed.scales.unique().numel() == 15
+    for columns in (torch.arange(0, 576, 12), torch.tensor([511])):
+        x = torch.eye(576)[columns].to(dtype)
+        assert_same_bits(mk.nm_linear(x, packed), packed.unpack()[:, columns].t().contiguous())
 
 
 def test_what_no_kernel_multiplies_is_unpacked(launched):

@@ -57,6 +57,12 @@ def add_function(module: ir.Module, name: str, longs: int, pointers: int) -> tup
     return function, ir.IRBuilder(function.append_basic_block())
 
 
+def use_whole_registers(function: ir.Function) -> None:
+    """Some CPUs are tuned for half of their widest ones, and gain from whole ones here."""
+    # llvmlite knows no attributes of a value
+    set.add(function.attributes, '"prefer-vector-width"="512"')
+
+
 def _address(builder: ir.IRBuilder, pointer: ir.Value, group: ir.Value, i: int, count: int, dtype: torch.dtype):
     """Of the i-th of ``count`` columns of a group."""
     index = builder.add(builder.mul(group, LONG(count)), LONG(i))
@@ -91,8 +97,7 @@ def _add_loop(
     results = tuple((x.meta["val"].dtype, *x.meta["val"].shape[1:]) for x in output.args[0])
     given = len(groups) + len(rest)
     function, builder = add_function(module, name, 2, given + len(results) - (in_place is not None))
-    # some CPUs are tuned for half of such registers, and gain from whole ones here
-    set.add(function.attributes, '"prefer-vector-width"="512"')
+    use_whole_registers(function)
     # its arguments would no longer be known to lie apart
     function.attributes.add("noinline")
     start, stop, *pointers = function.args

@@ -102,7 +102,8 @@ def multiplied_byte(word, index: tl.constexpr, scale, ELEMENT: tl.constexpr):
     """The bits of a byte of an int32 word, a signed number, times a scale, as an int32 that holds those of ELEMENT."""
     # up to the sign's place, and down with it
     number = (word << (24 - 8 * index)) >> 24
-    return (number.to(tl.float32) * scale).to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    value = d.round_to_nearest(number.to(tl.float32) * scale, ELEMENT)
+    return value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import pytest
 import torch
 from llvmlite import binding
 
-from maskpro_kernels.ops.cpu.packed import instructions, octets, product, tiles, unpack
+from maskpro_kernels.ops.cpu.packed import blocks, instructions, octets, registers, tiles
 from maskpro_kernels.ops.cpu.packed.kind import Packed
 
 BFLOAT16, FLOAT32 = (Packed(2, 4, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -50,44 +50,44 @@ def innermost_loops(assembly: str, triple: str, features: str) -> list[list[str]
     ("assembly", "triple", "features", "expected"),
     [
         (
-            lambda: product.product(BFLOAT16, instructions.Avx512(ALL), 1, False),
+            lambda: registers.product(BFLOAT16, instructions.Avx512(ALL), 1, False),
             X86,
             FULL,
             {"vpexpandw": 4, "vdpbf16ps": 4, "kmovd": 4},
         ),
         (
-            lambda: product.product(BFLOAT16, instructions.Avx512(ALL), 16, True),
+            lambda: registers.product(BFLOAT16, instructions.Avx512(ALL), 16, True),
             X86,
             FULL,
             {"vpexpandw": 1, "vdpbf16ps": 16},
         ),
         (
-            lambda: product.product(BFLOAT16, instructions.Avx512({}), 1, False),
+            lambda: registers.product(BFLOAT16, instructions.Avx512({}), 1, False),
             X86,
             BASIC,
             {"vpexpandd": 8, "vfmadd": 8},
         ),
         (
-            lambda: product.product(FLOAT32, instructions.Avx2({}), 1, False),
+            lambda: registers.product(FLOAT32, instructions.Avx2({}), 1, False),
             X86,
             AVX2,
             {"vpermd": 16, "vfmadd": 16},
         ),
         (
-            lambda: product.product(FLOAT32, instructions.Neon({}), 1, False),
+            lambda: registers.product(FLOAT32, instructions.Neon({}), 1, False),
             ARM,
             "+neon",
             {"tbl": 32, "fmla": 32},
         ),
         (
-            lambda: product.product(BFLOAT16, instructions.Neon({}), 4, False),
+            lambda: registers.product(BFLOAT16, instructions.Neon({}), 4, False),
             ARM,
             "+neon",
             {"tbl": 8, "fmla": 32},
         ),
-        (lambda: product.product(INT8, instructions.Neon({}), 1, False), ARM, "+neon", {"fmla": 32}),
-        (lambda: unpack.unpack(BFLOAT16, instructions.Avx512(ALL)), X86, FULL, {"vpexpandw": 1}),
-        (lambda: unpack.unpack(BFLOAT16, instructions.Neon({})), ARM, "+neon", {"tbl": 8}),
+        (lambda: registers.product(INT8, instructions.Neon({}), 1, False), ARM, "+neon", {"fmla": 32}),
+        (lambda: blocks.unpack(BFLOAT16, instructions.Avx512(ALL)), X86, FULL, {"vpexpandw": 1}),
+        (lambda: blocks.unpack(BFLOAT16, instructions.Neon({})), ARM, "+neon", {"tbl": 8}),
         (
             lambda: octets.product(INT8, instructions.Avx512(ALL), 1, False),
             X86,
@@ -114,9 +114,9 @@ def test_the_code_asks_for_nothing_that_a_process_may_lack():
     avx512, half = instructions.Avx512(ALL), Packed(2, 4, torch.float16, torch.float16)
     for kind in (BFLOAT16, FLOAT32, half, INT8):
         for use, features in ((avx512, FULL), (instructions.Avx512({}), BASIC), (instructions.Avx2({}), AVX2)):
-            assert not calls_of(product.product(kind, use, 3, True), features)
+            assert not calls_of(registers.product(kind, use, 3, True), features)
             if kind != INT8:
-                assert not calls_of(unpack.unpack(kind, use), features)
+                assert not calls_of(blocks.unpack(kind, use), features)
     for assembly in (
         octets.product(INT8, avx512, 2, True),
         octets.as_integers(INT8),

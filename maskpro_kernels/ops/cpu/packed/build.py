@@ -75,20 +75,25 @@ def larger(b: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
     return b.select(b.icmp_signed(">", one, other), one, other)
 
 
+def divided_up(b: ir.IRBuilder, value: ir.Value, by: int) -> ir.Value:
+    """An i64 divided by a constant, and rounded up."""
+    return b.sdiv(b.add(value, LONG(by - 1)), LONG(by))
+
+
+def horizontal_sum(b: ir.IRBuilder, values: ir.Value) -> ir.Value:
+    """The sum of a float32 vector, in whatever order is quick."""
+    name = f"llvm.vector.reduce.fadd.v{values.type.count}f32"
+    return intrinsic(b, name, FLOAT, ir.Constant(FLOAT, -0.0), values, flags=("reassoc",))
+
+
 def as_float32(b: ir.IRBuilder, values: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """A vector of a dtype's values as float32."""
-    count = values.type.count
+    """A dtype's value, or a vector of such, as float32."""
+    lanes = getattr(values.type, "count", None)
+    wide, word = (FLOAT, WORD) if lanes is None else (vector(FLOAT, lanes), vector(WORD, lanes))
     if dtype == torch.bfloat16:
-        words = b.shl(b.zext(values, vector(WORD, count)), ir.Constant(vector(WORD, count), [16] * count))
-        return b.bitcast(words, vector(FLOAT, count))
-    return b.fpext(values, vector(FLOAT, count)) if dtype == torch.float16 else values
-
-
-def scalar_as_float32(b: ir.IRBuilder, value: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """``as_float32`` of a single one."""
-    if dtype == torch.bfloat16:
-        return b.bitcast(b.shl(b.zext(value, WORD), WORD(16)), FLOAT)
-    return b.fpext(value, FLOAT) if dtype == torch.float16 else value
+        shift = ir.Constant(word, 16 if lanes is None else [16] * lanes)
+        return b.bitcast(b.shl(b.zext(values, word), shift), wide)
+    return b.fpext(values, wide) if dtype == torch.float16 else values
 
 
 def stored(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value, dtype: torch.dtype) -> None:

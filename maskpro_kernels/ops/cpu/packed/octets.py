@@ -12,9 +12,8 @@ from collections.abc import Callable
 import torch
 from llvmlite import ir
 
-from ...reference.packing import SCALED
 from ..codegen import TYPES
-from ..loops import ENTRY, add_function, add_shared, each
+from ..loops import ENTRY, add_function, add_shared, each, use_whole_registers
 from .build import (
     Variable,
     as_float32,
@@ -22,17 +21,17 @@ from .build import (
     broadcast,
     buffer,
     copy,
+    divided_up,
     fma,
+    horizontal_sum,
     larger,
     prefetch,
-    scalar_as_float32,
     smaller,
-    stored,
     widened,
 )
 from .instructions import BYTE, FLOAT, LONG, WORD, Instructions, intrinsic, vector, zeros
 from .kind import RUN, Packed
-from .product import AHEAD_BYTES
+from .row_product import AHEAD_BYTES, RowProduct
 
 # Weights that are placed at once
 OCTETS = 2 * RUN
@@ -61,11 +60,11 @@ def as_integers(kind: Packed) -> str:
     """
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 3, 5)
-    set.add(function.attributes, '"prefer-vector-width"="512"')
+    use_whole_registers(function)
     start, stop, k, x, high, low, scales, refused = function.args
     columns = LONG(kind.scaled_runs * RUN)
-    padded = b.mul(b.sdiv(b.add(k, LONG(OCTETS - 1)), LONG(OCTETS)), LONG(OCTETS))
-    blocks = b.sdiv(b.sub(b.add(k, columns), LONG(1)), columns)
+    padded = b.mul(divided_up(b, k, OCTETS), LONG(OCTETS))
+    blocks = divided_up(b, k, kind.scaled_runs * RUN)
     lanes = _Lanes(b, kind.x)
 
     def token_integers(token: ir.Value) -> None:
@@ -131,10 +130,7 @@ def _scale(b: ir.IRBuilder, lanes: _Lanes, row: ir.Value, first: ir.Value, last:
 
     lanes.each(row, first, last, widen)
     largest = intrinsic(b, f"llvm.vector.reduce.fmaximum.v{LANES}f32", FLOAT, most.get())
-    sum_ = intrinsic(
-        b, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, ir.Constant(FLOAT, -0.0), total.get(), flags=("reassoc",)
-    )
-    mean = b.fdiv(sum_, b.sitofp(b.sub(last, first), FLOAT))
+    mean = b.fdiv(horizontal_sum(b, total.get()), b.sitofp(b.sub(last, first), FLOAT))
     # false of what is no number
     near = b.fcmp_ordered("<=", largest, b.fmul(mean, ir.Constant(FLOAT, MOST_OVER_MEAN)))
     finite = b.fcmp_ordered("<", largest, ir.Constant(FLOAT, float("inf")))
@@ -155,37 +151,24 @@ def _bytes(b: ir.IRBuilder, values: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
-    """``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``: as ``product.product``."""
+    """``loop(start, stop, k, rows, values, bits, scales, high, low, x_scales, bias, out)``: as ``RowProduct``."""
     return _Product(kind, use, tokens, biased).assembly()
 
 
-class _Product:
+class _Product(RowProduct):
     """The function of ``product``."""
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
-        self.kind, self.use, self.tokens, self.biased = kind, use, tokens, biased
-        self.module = ir.Module("maskpro_kernels")
-        self.function, self.b = add_function(self.module, ENTRY, 4, 8)
-        set.add(self.function.attributes, '"prefer-vector-width"="512"')
-        self.start, self.stop, self.k, self.rows, *pointers = self.function.args
-        self.values, self.bits, self.scales, self.high, self.low, self.x_scales, self.bias, self.out = pointers
+        super().__init__(kind, use, tokens, biased, pointers=6)
+        self.values, self.bits, self.scales, self.high, self.low, self.x_scales = self.pointers
         b, self.kept = self.b, 2 * kind.kept
         self.in_block = kind.scaled_runs // 2
-        self.row_values = b.mul(b.sdiv(self.k, LONG(kind.m)), LONG(kind.n))
-        self.row_bytes = b.sdiv(b.add(self.k, LONG(7)), LONG(8))
-        self.blocks = b.sdiv(b.add(self.row_values, LONG(SCALED - 1)), LONG(SCALED))
-        self.whole = b.sdiv(self.k, LONG(OCTETS))
-        self.all = b.sdiv(b.add(self.k, LONG(OCTETS - 1)), LONG(OCTETS))
+        self.row_bytes = divided_up(b, self.k, 8)
+        self.whole, self.all = b.sdiv(self.k, LONG(OCTETS)), divided_up(b, self.k, OCTETS)
         self.values_aside, self.bits_aside = buffer(b, BYTE, OCTETS), buffer(b, BYTE, 8)
         b.store(zeros(ir.ArrayType(BYTE, OCTETS)), self.values_aside)
 
-    def assembly(self) -> str:
-        each(self.b, self.start, self.stop, self._row)
-        self.b.ret_void()
-        add_shared(self.module, self.function)
-        return str(self.module)
-
-    def _row(self, row: ir.Value) -> None:
+    def add_row(self, row: ir.Value) -> None:
         b = self.b
         values = at(b, self.values, b.mul(row, self.row_values), BYTE)
         bits = at(b, self.bits, b.mul(row, self.row_bytes), BYTE)
@@ -193,20 +176,17 @@ class _Product:
 
         def add_block(block: ir.Value) -> None:
             first = b.mul(block, LONG(self.in_block))
-            last = smaller(b, self.all, b.add(first, LONG(self.in_block)))
-            sums = self._sums(values, bits, first, last)
-            element = TYPES[self.kind.x]
-            given = b.load(at(b, self.scales, b.add(b.mul(row, self.blocks), block), element), typ=element, align=1)
-            scale = scalar_as_float32(b, given, self.kind.x)
+            sums = self._sums(values, bits, first, smaller(b, self.all, b.add(first, LONG(self.in_block))))
+            scale = self.scale(self.scales, row, block)
             for token, (total, part) in enumerate(zip(totals, sums, strict=True)):
-                index = b.add(b.mul(self.blocks, LONG(token)), block)
+                index = b.add(b.mul(self.scales_count, LONG(token)), block)
                 own = b.fmul(scale, b.load(at(b, self.x_scales, index, FLOAT), typ=FLOAT, align=4))
                 number = b.sitofp(part, vector(FLOAT, LANES))
                 total.set(fma(b, number, broadcast(b, own, LANES), total.get()))
 
-        each(b, LONG(0), self.blocks, add_block)
+        each(b, LONG(0), self.scales_count, add_block)
         for token, total in enumerate(totals):
-            self._store(row, token, total.get())
+            self.store(row, token, total.get())
 
     def _sums(self, values: ir.Value, bits: ir.Value, first: ir.Value, last: ir.Value) -> list[ir.Value]:
         """int32 [LANES] for each token, whose sums are the products over those octets of a row."""
@@ -237,7 +217,7 @@ class _Product:
             kept = b.mul(b.sdiv(left, LONG(self.kind.m)), LONG(self.kind.n))
             copy(b, at(b, values, b.mul(octet, LONG(self.kept)), BYTE), self.values_aside, kept, BYTE)
             b.store(LONG(0), self.bits_aside)
-            copy(b, at(b, bits, octet, LONG), self.bits_aside, b.sdiv(b.add(left, LONG(7)), LONG(8)), BYTE)
+            copy(b, at(b, bits, octet, LONG), self.bits_aside, divided_up(b, left, 8), BYTE)
             multiply(octet, self.values_aside, b.load(self.bits_aside, typ=LONG))
 
         whole = larger(b, first, smaller(b, self.whole, last))
@@ -246,12 +226,3 @@ class _Product:
         eight, middle = (ir.Constant(vector(WORD, LANES), [x] * LANES) for x in (8, MIDDLE))
         shift = b.mul(plain.get(), middle)
         return [b.sub(b.add(b.shl(high.get(), eight), low.get()), shift) for high, low in parts]
-
-    def _store(self, row: ir.Value, token: int, total: ir.Value) -> None:
-        b, element = self.b, TYPES[self.kind.x]
-        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-        y = intrinsic(b, name, FLOAT, ir.Constant(FLOAT, -0.0), total, flags=("reassoc",))
-        if self.biased:
-            bias = b.load(at(b, self.bias, row, element), typ=element, align=1)
-            y = b.fadd(y, scalar_as_float32(b, bias, self.kind.x))
-        stored(b, y, at(b, self.out, b.add(b.mul(self.rows, LONG(token)), row), element), self.kind.x)

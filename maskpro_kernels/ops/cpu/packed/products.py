@@ -45,8 +45,8 @@ Runner = Callable[[Tensor, Parts, Tensor | None], Tensor]
 def way(use: Instructions | None, tokens: int, kind: Packed) -> str:
     """How a CPU with those instructions computes a product with so many tokens.
 
-    "octets", "registers" and "tiles": the values are put at their places in registers, as the files ``octets``,
-    ``product`` and ``tiles`` tell. "blocks": blocks of rows are unpacked one after the other, and multiplied by torch.
+    "octets", "registers" and "tiles": the values are put at their places in registers, as the files of
+    these names tell. "blocks": blocks of rows are unpacked one after the other, and multiplied by torch.
     "unpack": the whole weight is, as the CPU has no instructions for more.
     """
     if use is None:
@@ -155,14 +155,14 @@ def _pieces(tokens: int, most: int, make: Callable[[int], Callable]) -> list[tup
 
 
 def _registers(kind: Packed, tokens: int, biased: bool) -> Runner:
-    from . import product
+    from . import registers
 
     use = available()
     most = use.tokens // 2 if kind.values == torch.int8 else use.tokens
     pieces = _pieces(
-        tokens, most, lambda count: compiled("packed_registers", 8, product.product, kind, use, count, biased)
+        tokens, most, lambda count: compiled("packed_registers", 8, registers.product, kind, use, count, biased)
     )
-    pairs, quantized = product.multiplies_pairs(kind, use), kind.values == torch.int8
+    pairs, quantized = registers.multiplies_pairs(kind, use), kind.values == torch.int8
     _, one = pieces[0]
 
     def run(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:

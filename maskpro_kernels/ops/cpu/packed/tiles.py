@@ -13,8 +13,8 @@ from llvmlite import ir
 
 from ...reference.packing import SCALED
 from ..codegen import TYPES
-from ..loops import ENTRY, add_function, add_shared, each
-from .build import as_float32, at, buffer, copy, prefetch, scalar_as_float32, smaller
+from ..loops import ENTRY, add_function, add_shared, each, use_whole_registers
+from .build import as_float32, at, buffer, copy, divided_up, prefetch, smaller
 from .instructions import BFLOAT, BYTE, FLOAT, HALF, LONG, WORD, Instructions, intrinsic, vector, zeros
 from .kind import RUN, Packed
 from .weight import Weight
@@ -62,7 +62,7 @@ def laid_out() -> str:
     module = ir.Module("maskpro_kernels")
     function, b = add_function(module, ENTRY, 4, 2)
     start, stop, k, tokens, x, out = function.args
-    whole, runs = b.sdiv(k, LONG(RUN)), b.sdiv(b.add(k, LONG(RUN - 1)), LONG(RUN))
+    whole, runs = b.sdiv(k, LONG(RUN)), divided_up(b, k, RUN)
     aside = buffer(b, HALF, RUN)
     last = b.sub(tokens, LONG(1))
 
@@ -102,7 +102,7 @@ def product(kind: Packed, use: Instructions, biased: bool) -> str:
     """``loop(start, stop, k, rows, first, tokens, values, bits, scales, x, bias, out)``: of strips start to stop.
 
     A strip is STRIP rows.
-    x is as ``laid_out`` leaves it; all else as in ``product.product``. ``tokens`` of them from ``first`` on are
+    x is as ``laid_out`` leaves it; all else as in ``registers.product``. ``tokens`` of them from ``first`` on are
     multiplied, TOKENS at most; ``first`` is a multiple of TILE.
     """
     return _Product(kind, use, biased).assembly()
@@ -115,12 +115,12 @@ class _Product:
         self.kind, self.biased = kind, biased
         self.module = ir.Module("maskpro_kernels")
         self.function, self.b = add_function(self.module, ENTRY, 6, 6)
-        set.add(self.function.attributes, '"prefer-vector-width"="512"')
+        use_whole_registers(self.function)
         self.start, self.stop, self.k, self.rows, self.first, self.tokens, *pointers = self.function.args
         values, bits, self.scales, self.x, self.bias, self.out = pointers
         b = self.b
         self.weight = Weight(b, kind, use, "halves", values, bits, self.k)
-        self.row_scales = b.sdiv(b.add(self.weight.row_values, LONG(SCALED - 1)), LONG(SCALED))
+        self.row_scales = divided_up(b, self.weight.row_values, SCALED)
         # [CHUNK, STRIP, RUN] weights, and sums [tiles of tokens, STRIP, TILE]
         self.placed = buffer(b, HALF, CHUNK * STRIP * RUN)
         self.sums = buffer(b, FLOAT, STRIP * TOKENS)
@@ -142,7 +142,7 @@ class _Product:
     def _strip(self, strip: ir.Value) -> None:
         b = self.b
         first = b.mul(strip, LONG(STRIP))
-        tiles = b.sdiv(b.add(self.tokens, LONG(TILE - 1)), LONG(TILE))
+        tiles = divided_up(b, self.tokens, TILE)
 
         def clear(i: ir.Value) -> None:
             b.store(zeros(vector(FLOAT, TILE)), at(b, self.sums, b.mul(i, LONG(TILE)), FLOAT), align=64)
@@ -191,7 +191,7 @@ class _Product:
             return None
         b, element = self.b, TYPES[self.kind.x]
         index = b.add(b.mul(row, self.row_scales), b.sdiv(run, LONG(self.kind.scaled_runs)))
-        return scalar_as_float32(b, b.load(at(b, self.scales, index, element), typ=element, align=1), self.kind.x)
+        return as_float32(b, b.load(at(b, self.scales, index, element), typ=element, align=1), self.kind.x)
 
     def _tile(self, name: str, number: int, pointer: ir.Value) -> None:
         """Load or store a tile, whose rows lie side by side."""

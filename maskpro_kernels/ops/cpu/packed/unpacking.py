@@ -55,9 +55,9 @@ def unpacker(kind: Packed) -> Unpacked | None:
     if use is None:
         return None
     try:
-        from . import unpack
+        from . import blocks
 
-        unpacked = _unpacked_by(compiled("packed_unpack", 7, unpack.unpack, kind, use), kind)
+        unpacked = _unpacked_by(compiled("packed_unpack", 7, blocks.unpack, kind, use), kind)
         _check(unpacked, kind)
     except Exception as error:
         first_line = (str(error) or repr(error)).splitlines()[0]

@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from ..codegen import TYPES
 from ..loops import each
-from .build import Variable, as_float32, at, broadcast, buffer, copy, larger, smaller, widened
+from .build import Variable, as_float32, at, broadcast, buffer, copy, divided_up, larger, smaller, widened
 from .instructions import BFLOAT, BYTE, FLOAT, HALF, LONG, WORD, Instructions, intrinsic, vector, zeros
 from .kind import RUN, Packed
 
@@ -46,8 +46,8 @@ class Weight:
         # whether as many values belong to the lanes of every vector
         self.fixed = kind.m <= self.lanes
         self.row_values = b.mul(b.sdiv(k, LONG(kind.m)), LONG(kind.n))
-        self.row_bytes = b.sdiv(b.add(k, LONG(7)), LONG(8))
-        self.runs = b.sdiv(b.add(k, LONG(RUN - 1)), LONG(RUN))
+        self.row_bytes = divided_up(b, k, 8)
+        self.runs = divided_up(b, k, RUN)
         self.direct_runs = self._direct_runs()
         self.aside = buffer(b, self.element, 2 * RUN)
         # what is read there beyond the values that are copied
@@ -96,7 +96,7 @@ class Weight:
             byte = b.zext(b.load(at(b, source, i, BYTE), typ=BYTE), WORD)
             word.set(b.or_(word.get(), b.shl(byte, b.trunc(b.mul(i, LONG(8)), WORD))))
 
-        each(b, LONG(0), b.sdiv(b.add(weights, LONG(7)), LONG(8)), add_byte)
+        each(b, LONG(0), divided_up(b, weights, 8), add_byte)
         return self.vectors(self.aside, word.get(), scale)
 
     def vectors(self, values: ir.Value, word: ir.Value, scale: ir.Value | None) -> list[ir.Value]:
@@ -138,6 +138,4 @@ class Weight:
             given = as_float32(b, given, dtype)
         integers = vector(HALF if self.form == "halves" else WORD, count)
         given = given if given.type == integers else b.bitcast(given, integers)
-        if count == self.lanes:
-            return given
-        return widened(b, given, self.lanes)
+        return given if count == self.lanes else widened(b, given, self.lanes)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..tiles import INTERPRETED
 from .constants import BFLOAT16_MAX, FLOAT16_MAX, FLOAT16_SMALLEST_NORMAL, FLOAT16_SUBNORMAL_STEP, STREAM_ROUNDING
 from .philox import group_words
+
+CUTS_OFF = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -37,8 +40,8 @@ def round_stochastically(x, r, dtype: tl.constexpr):
 
 @triton.jit
 def round_to_nearest(x, dtype: tl.constexpr):
-    """float32 in another dtype, ties to even, also in the interpreter, which cuts bfloat16 off."""
-    if dtype == tl.bfloat16:
+    """float32 in another dtype, ties to even, as hardware rounds; also in the interpreter, which cuts bfloat16 off."""
+    if CUTS_OFF and dtype == tl.bfloat16:
         bits = tl.where(x == 0.0, 1.0, x).to(tl.int32, bitcast=True)
         grid = ((bits + 0x7FFF + (bits >> 16 & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where((tl.abs(x) < float("inf")) & (x != 0.0), grid, x)

@@ -5,23 +5,19 @@ from __future__ import annotations
 import torch
 from llvmlite import ir
 
-from ...reference.packing import SCALED
-from ..codegen import TYPES
-from ..loops import ENTRY, add_function, add_shared, each
-from .build import LINE_BYTES, Variable, at, broadcast, buffer, copy, fma, prefetch, scalar_as_float32, smaller, stored
-from .instructions import BYTE, FLOAT, HALF, LONG, Instructions, intrinsic, vector, zeros
+from ..loops import each
+from .build import LINE_BYTES, Variable, at, broadcast, buffer, copy, fma, prefetch, smaller
+from .instructions import BYTE, FLOAT, HALF, LONG, Instructions, vector, zeros
 from .kind import RUN, Packed
+from .row_product import AHEAD_BYTES, RowProduct
 from .weight import Weight
-
-# How far ahead values are asked for: the CPU's own prefetcher stops at each page
-AHEAD_BYTES = 4096
 
 
 def product(kind: Packed, use: Instructions, tokens: int, biased: bool) -> str:
-    """``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``: rows start to stop of x @ weight.T + bias.
+    """``loop(start, stop, k, rows, values, bits, scales, x, bias, out)``: as ``RowProduct``.
 
-    x [tokens, k] is of ``kind.x`` where ``multiplies_pairs``, else float32; bias [rows] and out [tokens, rows] are of
-    ``kind.x``, scales [rows, ceil(values of a row / SCALED)] as well.
+    x [tokens, k] is of ``kind.x`` where ``multiplies_pairs``, else float32; scales [rows, ceil(values of a row /
+    SCALED)] are of ``kind.x``.
     """
     return Product(kind, use, tokens, biased).assembly()
 
@@ -31,19 +27,15 @@ def multiplies_pairs(kind: Packed, use: Instructions) -> bool:
     return use.pairs and kind.x == torch.bfloat16
 
 
-class Product:
+class Product(RowProduct):
     """The function of ``product``, of a weight of ``weight_class``."""
 
     weight_class = Weight
 
     def __init__(self, kind: Packed, use: Instructions, tokens: int, biased: bool):
-        self.kind, self.use, self.tokens, self.biased = kind, use, tokens, biased
+        super().__init__(kind, use, tokens, biased, pointers=4)
+        values, bits, self.scales, self.x = self.pointers
         self.pairs = multiplies_pairs(kind, use)
-        self.module = ir.Module("maskpro_kernels")
-        self.function, self.b = add_function(self.module, ENTRY, 4, 6)
-        set.add(self.function.attributes, '"prefer-vector-width"="512"')
-        self.start, self.stop, self.k, self.rows, *pointers = self.function.args
-        values, bits, self.scales, self.x, self.bias, self.out = pointers
         self.weight = self.weight_class(self.b, kind, use, "halves" if self.pairs else "floats", values, bits, self.k)
         self.lanes = use.lanes
         # enough sums beside each other to hide how long one takes
@@ -51,34 +43,25 @@ class Product:
         self.x_element = HALF if self.pairs else FLOAT
         self.x_aside = [buffer(self.b, self.x_element, RUN) for _ in range(tokens)]
 
-    def assembly(self) -> str:
-        each(self.b, self.start, self.stop, self._row)
-        self.b.ret_void()
-        add_shared(self.module, self.function)
-        return str(self.module)
+    def add_row(self, row: ir.Value) -> None:
+        b, place = self.b, self.weight.row(row)
+        if self.kind.values != torch.int8:
+            totals = self._sums(place, LONG(0), self.weight.runs)
+        else:
+            sums = [Variable(b, zeros(vector(FLOAT, self.lanes))) for _ in range(self.tokens)]
+            in_block = LONG(self.kind.scaled_runs)
 
-    def _row(self, row: ir.Value) -> None:
-        b, none = self.b, zeros(vector(FLOAT, self.lanes))
-        totals = [Variable(b, none) for _ in range(self.tokens)]
-        place = self.weight.row(row)
-        if self.kind.values == torch.int8:
-            row_scales = b.sdiv(b.add(self.weight.row_values, LONG(SCALED - 1)), LONG(SCALED))
-            first, each_scale = b.mul(row, row_scales), LONG(self.kind.scaled_runs)
-
-            def scaled(i: ir.Value) -> None:
-                start = b.mul(i, each_scale)
-                sums = self._sums(place, start, smaller(b, self.weight.runs, b.add(start, each_scale)))
-                given = b.load(at(b, self.scales, b.add(first, i), TYPES[self.kind.x]), typ=TYPES[self.kind.x], align=1)
-                scale = broadcast(b, scalar_as_float32(b, given, self.kind.x), self.lanes)
-                for total, part in zip(totals, sums, strict=True):
+            def add_block(block: ir.Value) -> None:
+                start = b.mul(block, in_block)
+                parts = self._sums(place, start, smaller(b, self.weight.runs, b.add(start, in_block)))
+                scale = broadcast(b, self.scale(self.scales, row, block), self.lanes)
+                for total, part in zip(sums, parts, strict=True):
                     total.set(fma(b, part, scale, total.get()))
 
-            each(b, LONG(0), row_scales, scaled)
-        else:
-            for total, part in zip(totals, self._sums(place, LONG(0), self.weight.runs), strict=True):
-                total.set(part)
+            each(b, LONG(0), self.scales_count, add_block)
+            totals = [total.get() for total in sums]
         for token, total in enumerate(totals):
-            self._store(row, token, total.get())
+            self.store(row, token, total)
 
     def _sums(self, place: tuple, start: ir.Value, stop: ir.Value) -> list[ir.Value]:
         """Vectors [lanes] for each token whose sums are the products over those runs of a row."""
@@ -133,17 +116,7 @@ class Product:
             for pointer, total in zip(x, sums, strict=True):
                 here = at(b, pointer, LONG(i * lanes), self.x_element)
                 own = b.load(here, typ=vector(self.x_element, lanes), align=1)
-                sum_ = (
-                    self.use.dot_pairs(b, total.get(), weight, own) if self.pairs else fma(b, weight, own, total.get())
-                )
-                total.set(sum_)
-
-    def _store(self, row: ir.Value, token: int, total: ir.Value) -> None:
-        b, dtype = self.b, self.kind.x
-        element = TYPES[dtype]
-        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
-        y = intrinsic(b, name, FLOAT, ir.Constant(FLOAT, -0.0), total, flags=("reassoc",))
-        if self.biased:
-            bias = b.load(at(b, self.bias, row, element), typ=element, align=1)
-            y = b.fadd(y, scalar_as_float32(b, bias, dtype))
-        stored(b, y, at(b, self.out, b.add(b.mul(self.rows, LONG(token)), row), element), dtype)
+                if self.pairs:
+                    total.set(self.use.dot_pairs(b, total.get(), weight, own))
+                else:
+                    total.set(fma(b, weight, own, total.get()))
