@@ -154,13 +154,14 @@ def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern, t
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16", "3:4", "16:32"])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 64, 65])
-def test_packed_weights_unpack_and_multiply_as_on_the_cpu(tokens, pattern, dtype):
+@pytest.mark.parametrize("values", ["keep", "int8"])
+def test_packed_weights_unpack_and_multiply_as_on_the_cpu(values, tokens, pattern, dtype):
     """Rows and runs that no tile divides; in a captured CUDA graph as well."""
     generator = torch.Generator().manual_seed(tokens)
     weight = torch.randn(301, 1056, generator=generator)
     weight = torch.where(expand_mask(top_n_mask(weight.abs(), pattern), pattern), weight, 0).to(dtype)
     x, bias = torch.randn(tokens, 1056, generator=generator).to(dtype), torch.randn(301, generator=generator).to(dtype)
-    packed = pack_nm(weight.cuda(), pattern)
+    packed, weight = pack_nm(weight.cuda(), pattern, values), pack_nm(weight, pattern, values).unpack()
     assert_same_bits(packed.unpack().cpu(), weight)
     on_gpu = x.cuda(), packed, bias.cuda()
     y = nm_linear(*on_gpu)
