@@ -18,6 +18,7 @@ from harness import DEVICE, Work
 from torch import Tensor, nn
 
 import maskpro_kernels as mk
+from maskpro_kernels.huge_pages import move_into_huge_pages
 from maskpro_kernels.packed import hold_in_huge_pages
 
 PATTERN = "2:4"
@@ -94,10 +95,21 @@ def cache_bytes() -> int:
     return max(int(size.removesuffix("K")) << 10 for size in sizes)
 
 
-def in_turn(function: Callable[[Tensor], Tensor], copies: list) -> Callable[[], Tensor]:
-    """``function`` of the next one of the copies at each call."""
-    following = itertools.cycle(copies)
-    return lambda: function(next(following))
+class DenseLoop(nn.Module):
+    """A layer, so that it costs in Python what the others do."""
+
+    def __init__(self, weight: Tensor, loop: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.weight, self.loop = nn.Parameter(weight, requires_grad=False), loop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loop(x, self.weight)
+
+
+def in_turn(layers: list[nn.Module], x: Tensor) -> Callable[[], Tensor]:
+    """The product of x and the next of the layers at each call."""
+    following = itertools.cycle(layers)
+    return lambda: next(following)(x)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU each call finds empty caches anyway")
@@ -107,7 +119,6 @@ def test_packed_decoding(shape, compare):
     rows, k = shape
     with torch.no_grad():
         case, bfloat16_loop = Case(rows, k, 1), dense_loop(torch.bfloat16)
-        wide = case.x.float()
 
         def copies(make: Callable[[], object], nbytes: int) -> list:
             # half as many again, for a cache may keep what has just been read
@@ -124,16 +135,23 @@ def test_packed_decoding(shape, compare):
             hold_in_huge_pages(made)
             return list(made)
 
-        dense = copies(case.weight.clone, case.weight.nbytes)
+        def dense(dtype: torch.dtype) -> list[nn.Linear]:
+            def make() -> nn.Linear:
+                layer = nn.Linear(k, rows, bias=False, dtype=dtype)
+                layer.weight.copy_(case.weight)
+                return layer
+
+            return copies(make, rows * k * dtype.itemsize)
+
+        loops = [DenseLoop(layer.weight, bfloat16_loop) for layer in dense(torch.bfloat16)]
+        # the quickest that a dense product can be: packed layers have that too
+        move_into_huge_pages(loop.weight for loop in loops)
         providers = {
-            "packed": in_turn(lambda layer: layer(case.x), layers(case.packed)),
-            "packed, int8": in_turn(lambda layer: layer(case.x), layers(case.int8)),
-            "dense": in_turn(lambda weight: nn.functional.linear(case.x, weight), dense),
-            "dense loop": in_turn(lambda weight: bfloat16_loop(case.x, weight), dense),
-            "dense, float32": in_turn(
-                lambda weight: nn.functional.linear(wide, weight),
-                copies(lambda: case.weight.float(), 2 * case.weight.nbytes),
-            ),
+            "packed": in_turn(layers(case.packed), case.x),
+            "packed, int8": in_turn(layers(case.int8), case.x),
+            "dense": in_turn(dense(torch.bfloat16), case.x),
+            "dense loop": in_turn(loops, case.x),
+            "dense, float32": in_turn(dense(torch.float32), case.x.float()),
         }
         compare(
             lambda: case.check(providers),
