@@ -15,7 +15,7 @@ TYPES = tuple(f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64))
 
 def _pieces(operand, vector: str, ins: Instruction) -> tuple:
     pieces = operand.operands if isinstance(operand, Vector) else (operand,)
-    if len(pieces) != VECTORS[vector] or isinstance(operand, Vector) != bool(vector):
+    if len(pieces) != VECTORS[vector]:
         raise refusal(ins, f"{VECTORS[vector]} values are expected")
     return pieces
 

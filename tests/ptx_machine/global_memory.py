@@ -54,7 +54,11 @@ class GlobalMemory:
         self.granule = 1
 
     def register(self, start: int, array: np.ndarray, name: str, initialised: bool = True) -> Region:
-        """Make an array's bytes accessible from the address ``start`` on; a read of what nothing has written is found."""
+        """Make an array's bytes accessible from the address ``start`` on.
+
+        Of one that is not ``initialised`` reads are found that no write came before. Raises ValueError where it
+        overlaps another.
+        """
         data = array.reshape(-1).view(np.uint8)
         region = Region(name, int(start), data, None if initialised else np.zeros(data.size, bool))
         for other in self.regions:
