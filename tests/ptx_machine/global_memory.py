@@ -38,6 +38,10 @@ class Region:
     def end(self) -> int:
         return self.start + self.data.size
 
+    def unwritten(self) -> int:
+        """How many bytes nothing has written yet."""
+        return 0 if self.written is None else int(self.written.size - self.written.sum())
+
     def begin(self, granule: int) -> None:
         """A launch: what happened before it is ordered before it."""
         count = (self.end - 1) // granule - self.start // granule + 1 if self.data.size else 0
