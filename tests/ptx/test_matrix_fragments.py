@@ -1,4 +1,4 @@
-"""Fragments, sparse metadata and shared-memory layouts against the tables of the PTX ISA, written out a thread a time."""
+"""Fragments, sparse metadata and layouts in shared memory against the tables of the PTX ISA, a thread at a time."""
 
 from __future__ import annotations
 

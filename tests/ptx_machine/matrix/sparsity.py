@@ -8,7 +8,8 @@ neighbours. Beside it two threads of every four hold the positions: 2 bits an el
 from __future__ import annotations
 
 import numpy as np
-from ptx_machine.matrix.fragments import to_float32
+
+from .fragments import to_float32
 
 # 32 columns in chunks of four
 CHUNKS = 8
