@@ -1,0 +1,21 @@
+"""A machine that executes PTX, the assembly language of NVIDIA's GPUs, on a CPU, and finds what a GPU would not tell.
+
+All threads of a batch of CTAs run at once, a register is one numpy array. ``Program(text)`` refuses what the machine
+does not model; ``Program.launch`` runs a grid on tensors that were registered in a ``GlobalMemory``, and adds what no
+correct program does to ``Findings``. Needs numpy alone. Semantics and section numbers are those of the PTX ISA 8.8.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+
+from . import access, arithmetic, async_copies, control, moves
+from .findings import Fault, Findings, Refused
+from .global_memory import GlobalMemory
+from .machine import Program
+
+if find_spec(f"{__name__}.matrix"):
+    importlib.import_module(f"{__name__}.matrix")
+
+__all__ = ["Fault", "Findings", "GlobalMemory", "Program", "Refused"]

@@ -1,0 +1,199 @@
+"""Global memory: the tensors that a launch was given and nothing else, and which threads touched what.
+
+Threads of different CTAs are never ordered, those of a CTA by its barriers (PTX ISA 8, memory consistency model). Two
+accesses to one place that are not ordered, and of which one is a write, are a race.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .findings import Fault
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .parser import Instruction
+
+NOBODY, SEVERAL = -1, -2
+
+
+@dataclass
+class Region:
+    """Bytes of a tensor that begin at ``start``; ``written`` tells which bytes hold something, None for all."""
+
+    name: str
+    start: int
+    data: np.ndarray
+    written: np.ndarray | None
+    # last writer and reader of each granule since the launch, thread of the grid, and the phase of its CTA then
+    writer: np.ndarray | None = field(default=None, repr=False)
+    write_phase: np.ndarray | None = field(default=None, repr=False)
+    reader: np.ndarray | None = field(default=None, repr=False)
+    read_phase: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.data.size
+
+    def begin(self, granule: int) -> None:
+        """A launch: what happened before it is ordered before it."""
+        count = (self.end - 1) // granule - self.start // granule + 1 if self.data.size else 0
+        self.writer, self.reader = np.full(count, NOBODY, np.int64), np.full(count, NOBODY, np.int64)
+        self.write_phase, self.read_phase = np.zeros(count, np.int32), np.zeros(count, np.int32)
+
+
+class GlobalMemory:
+    """Tensors by address."""
+
+    def __init__(self):
+        self.regions: list[Region] = []
+        self._starts = np.zeros(0, np.uint64)
+        self.granule = 1
+
+    def register(self, start: int, array: np.ndarray, name: str, initialised: bool = True) -> Region:
+        """Make an array's bytes accessible from the address ``start`` on; a read of what nothing has written is found."""
+        data = array.reshape(-1).view(np.uint8)
+        region = Region(name, int(start), data, None if initialised else np.zeros(data.size, bool))
+        for other in self.regions:
+            if region.start < other.end and other.start < region.end:
+                raise ValueError(f"{name} overlaps {other.name}")
+        self.regions = sorted([*self.regions, region], key=lambda one: one.start)
+        self._starts = np.array([one.start for one in self.regions], np.uint64)
+        return region
+
+    def begin(self, granule: int) -> None:
+        """A launch whose narrowest access has ``granule`` bytes."""
+        self.granule = granule
+        for region in self.regions:
+            region.begin(granule)
+
+    def attach(self, batch: Batch) -> None:
+        self.batch = batch
+
+    # -- places
+
+    def _chosen(self, addresses, size, mask, ins):
+        lanes, threads = self.batch.lanes(mask)
+        addresses = self.batch.full(addresses)[lanes]
+        if (addresses & np.uint64(size - 1)).any():
+            raise Fault(f"misaligned access of {size} bytes of global memory: {self.batch.place(ins)}")
+        return addresses, lanes, threads
+
+    def locate(self, addresses: np.ndarray, size: int, ins: Instruction):
+        """[(region, which of the accesses, their offsets)]; a fault where one is not inside of a tensor."""
+        if not len(addresses):
+            return []
+        low, high = int(addresses.min()), int(addresses.max()) + size
+        at = int(np.searchsorted(self._starts, np.uint64(low), "right")) - 1
+        if at >= 0 and high <= self.regions[at].end:
+            region = self.regions[at]
+            return [(region, slice(None), (addresses - np.uint64(region.start)).astype(np.int64))]
+        found = []
+        indices = np.searchsorted(self._starts, addresses, "right").astype(np.int64) - 1
+        for index in np.unique(indices):
+            chosen = np.flatnonzero(indices == index)
+            inside = addresses[chosen]
+            region = self.regions[index] if index >= 0 else None
+            if region is None or int(inside.max()) + size > region.end:
+                self._out_of_bounds(region, int(inside.max()), size, ins)
+            found.append((region, chosen, (inside - np.uint64(region.start)).astype(np.int64)))
+        return found
+
+    def _out_of_bounds(self, region: Region | None, worst: int, size: int, ins: Instruction) -> None:
+        beyond = f", {worst + size - region.end} bytes beyond {region.name}" if region else ""
+        raise Fault(f"out of bounds of global memory, {size} bytes at {worst:#x}{beyond}: {self.batch.place(ins)}")
+
+    # -- accesses
+
+    def load(self, addresses, size: int, mask, ins: Instruction):
+        """(uint8 [lanes, size], lanes): what the threads of ``mask`` read, ``size`` bytes each."""
+        addresses, lanes, threads = self._chosen(addresses, size, mask, ins)
+        return self.read(addresses, size, threads, ins), lanes
+
+    def read(self, addresses: np.ndarray, size: int, threads: np.ndarray, ins: Instruction) -> np.ndarray:
+        """uint8 [lanes, size] at addresses, on behalf of threads."""
+        data = np.empty((len(addresses), size), np.uint8)
+        for region, which, offsets in self.locate(addresses, size, ins):
+            data[which] = _gather(region, offsets, size)
+            if region.written is not None and not region.written[offsets[:, None] + np.arange(size)].all():
+                self.batch.find("read of unwritten global memory", ins, region.name)
+            self._follow_read(region, offsets, size, threads[which], ins)
+        return data
+
+    def store(self, addresses, values: list, width: int, mask, ins: Instruction) -> None:
+        """Write ``values``, each of ``width`` bits, one behind the other at each thread's address."""
+        size = width // 8 * len(values)
+        addresses, lanes, threads = self._chosen(addresses, size, mask, ins)
+        unsigned = np.dtype(f"u{width // 8}")
+        table = np.empty((len(addresses), len(values)), unsigned)
+        for k, value in enumerate(values):
+            table[:, k] = self.batch.full(value)[lanes].astype(unsigned, copy=False)
+        data = table.view(np.uint8)
+        for region, which, offsets in self.locate(addresses, size, ins):
+            index = offsets[:, None] + np.arange(size)
+            self._follow_write(region, offsets, data[which], threads[which], ins)
+            region.data[index] = data[which]
+            if (region.data[index] != data[which]).any():
+                self.batch.find("threads of one store write different values to global memory", ins, region.name)
+            if region.written is not None:
+                region.written[index] = True
+
+    # -- order
+
+    def _granules(self, region: Region, offsets: np.ndarray, size: int) -> np.ndarray:
+        first = (offsets + region.start % self.granule) // self.granule
+        return first[:, None] + np.arange(size // self.granule)
+
+    def _open(self, owners, phases, threads) -> np.ndarray:
+        """Where an earlier access of ``owners`` is not ordered before one of ``threads`` now."""
+        block = self.batch.cta_threads
+        own = self.batch.global_thread[threads][:, None]
+        now = self.batch.phase[self.batch.cta[threads]][:, None]
+        elsewhere = owners // block != own // block
+        return (owners == SEVERAL) | ((owners >= 0) & (owners != own) & (elsewhere | (phases == now)))
+
+    def _follow_read(self, region: Region, offsets, size: int, threads, ins: Instruction) -> None:
+        index = self._granules(region, offsets, size)
+        writers = region.writer[index]
+        if (writers >= 0).any() and self._open(writers, region.write_phase[index], threads).any():
+            self.batch.find("global race: read after another thread's write", ins, region.name)
+        own = self.batch.global_thread[threads][:, None]
+        now = self.batch.phase[self.batch.cta[threads]][:, None]
+        readers = region.reader[index]
+        fresh = np.ones_like(readers, bool)
+        if (readers != NOBODY).any():
+            fresh = ~self._open(readers, region.read_phase[index], threads)
+        new = np.where(fresh, own, SEVERAL)
+        region.reader[index] = new
+        region.read_phase[index] = now
+        won = region.reader[index]
+        lost = won != new
+        if lost.any():
+            region.reader[index[lost]] = SEVERAL
+
+    def _follow_write(self, region: Region, offsets, data, threads, ins: Instruction) -> None:
+        size = data.shape[1]
+        index = self._granules(region, offsets, size)
+        writers = region.writer[index]
+        if (writers >= 0).any() and self._open(writers, region.write_phase[index], threads).any():
+            same = (region.data[offsets[:, None] + np.arange(size)] == data).all()
+            kind = "two threads write the same value to global memory" if same else "global race: write after write"
+            self.batch.find(kind, ins, region.name)
+        readers = region.reader[index]
+        if (readers != NOBODY).any() and self._open(readers, region.read_phase[index], threads).any():
+            self.batch.find("global race: write after another thread's read", ins, region.name)
+        region.writer[index] = self.batch.global_thread[threads][:, None]
+        region.write_phase[index] = self.batch.phase[self.batch.cta[threads]][:, None]
+
+
+def _gather(region: Region, offsets: np.ndarray, size: int) -> np.ndarray:
+    width = min(size, 8)
+    skew = region.start % width
+    if skew or region.data.ctypes.data % width:
+        return region.data[offsets[:, None] + np.arange(size)]
+    whole = region.data[: region.data.size // width * width].view(f"u{width}")
+    # an access at the end of a tensor that ends between
+    return whole[offsets[:, None] // width + np.arange(size // width)].view(np.uint8)
