@@ -15,6 +15,7 @@ from . import fragments, sparsity
 
 ELEMENTS = ("bf16", "f16")
 COUNTS = ("x1", "x2", "x4")
+SPACES = ("shared", "shared::cta")
 ROW_BYTES = 16
 LANE = np.arange(fragments.WARP)
 
