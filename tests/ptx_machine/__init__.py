@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from importlib.util import find_spec
 
-from . import access, arithmetic, async_copies, control, moves
+from . import access, arithmetic, async_copies, bits, comparisons, control, conversions, floats, moves, warps
 from .findings import Fault, Findings, Refused
 from .global_memory import GlobalMemory
 from .machine import Program

@@ -15,7 +15,7 @@ TYPES = tuple(f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64))
 
 def _pieces(operand, vector: str, ins: Instruction) -> tuple:
     pieces = operand.operands if isinstance(operand, Vector) else (operand,)
-    if len(pieces) != VECTORS[vector] or isinstance(operand, Vector) != bool(vector):
+    if len(pieces) != VECTORS[vector]:
         raise refusal(ins, f"{VECTORS[vector]} values are expected")
     return pieces
 
@@ -27,7 +27,7 @@ def load_parameter(ins: Instruction, kernel: Kernel):
     to, where = operands(ins, 2)
     if not isinstance(where, Address) or not isinstance(where.base, Symbol) or where.offset:
         raise refusal(ins, "the name of a parameter is expected")
-    (parameter,) = (one for one in kernel.parameters if one.name == where.base.name)
+    (parameter,) = (one for one in kernel.params if one.name == where.base.name)
     if parameter.bits != int(kind[1:]):
         raise refusal(ins, f"the parameter is of {parameter.bits} bits")
     index = destination(to, UNSIGNED[parameter.bits], ins, kernel)

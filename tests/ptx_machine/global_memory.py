@@ -38,6 +38,10 @@ class Region:
     def end(self) -> int:
         return self.start + self.data.size
 
+    def unwritten(self) -> int:
+        """How many bytes nothing has written yet."""
+        return 0 if self.written is None else int(self.written.size - self.written.sum())
+
     def begin(self, granule: int) -> None:
         """A launch: what happened before it is ordered before it."""
         count = (self.end - 1) // granule - self.start // granule + 1 if self.data.size else 0
@@ -54,7 +58,11 @@ class GlobalMemory:
         self.granule = 1
 
     def register(self, start: int, array: np.ndarray, name: str, initialised: bool = True) -> Region:
-        """Make an array's bytes accessible from the address ``start`` on; a read of what nothing has written is found."""
+        """Make an array's bytes accessible from the address ``start`` on.
+
+        Of one that is not ``initialised`` reads are found that no write came before. Raises ValueError where it
+        overlaps another.
+        """
         data = array.reshape(-1).view(np.uint8)
         region = Region(name, int(start), data, None if initialised else np.zeros(data.size, bool))
         for other in self.regions:

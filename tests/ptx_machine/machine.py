@@ -66,10 +66,10 @@ class Program:
 
 def _arguments(kernel: Kernel, arguments: list[int | float]) -> dict[str, np.generic]:
     """Bits of the arguments, by the names of the parameters."""
-    if len(arguments) != len(kernel.parameters):
-        raise ValueError(f"{kernel.name} takes {len(kernel.parameters)} arguments, {len(arguments)} came")
+    if len(arguments) != len(kernel.params):
+        raise ValueError(f"{kernel.name} takes {len(kernel.params)} arguments, {len(arguments)} came")
     named = {}
-    for parameter, value in zip(kernel.parameters, arguments, strict=True):
+    for parameter, value in zip(kernel.params, arguments, strict=True):
         unsigned = UNSIGNED[parameter.bits]
         if parameter.kind[0] == "f":
             named[parameter.name] = np.dtype(f"f{parameter.bits // 8}").type(value).view(unsigned)

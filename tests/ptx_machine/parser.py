@@ -112,7 +112,7 @@ class Kernel:
 
     name: str
     target: str
-    parameters: list[Parameter]
+    params: list[Parameter]
     threads: int
     blocks: list[list[Instruction]] = field(default_factory=list)
     dtypes: list[type] = field(default_factory=list)
@@ -214,6 +214,8 @@ class _Body:
     def __init__(self, kernel: Kernel, symbols: dict[str, int], files: dict[int, str]):
         self.kernel, self.symbols, self.files = kernel, symbols, files
         self.families: dict[str, type] = {}
+        # operands of registers that belong to no scope, by their names
+        self.known: dict[str, Register] = {}
         self.registers: dict[str, int] = {}
         # a scope in braces has registers and labels of its own
         self.scopes: list[dict[str, int]] = [{}]
@@ -295,6 +297,7 @@ class _Body:
             family = self.families.get(name.rstrip("0123456789"))
             if family is not None:
                 index = self.registers[name] = self._new_register(name, family)
+                self.known[name] = Register(index)
         return index
 
     def _instruction(self, text: str, line: int) -> None:
@@ -311,6 +314,8 @@ class _Body:
 
     def _operand(self, token: str, text: str, line: int):
         token = token.strip()
+        if token in self.known:
+            return self.known[token]
         if token[0] == "{":
             return Vector(tuple(self._operand(piece, text, line) for piece in token[1:-1].split(",")))
         if token[0] == "[":
@@ -340,7 +345,7 @@ class _Body:
             return Special(token)
         if token in self.symbols:
             return Immediate(self.symbols[token])
-        if any(token == parameter.name for parameter in self.kernel.parameters):
+        if any(token == parameter.name for parameter in self.kernel.params):
             return Symbol(token)
         for scope in reversed(self.scopes):
             if f"{token}:" in scope:
