@@ -13,7 +13,6 @@ from ptx_machine.matrix import fragments, sparsity
 
 WARPS = 2
 THREADS = 32 * WARPS
-EXPONENT = {"bf16": 0x4000, "f16": 0x4000}
 
 
 def bits(*shape, seed=0):
@@ -70,9 +69,7 @@ def test_sparse_product_is_that_of_the_dense_matrix(element, selector):
     np.put_along_axis(dense, kept, values(a, element).reshape(WARPS, 16, 8, 2), 3)
     c = np.random.default_rng(2).standard_normal((WARPS, 16, 8)).astype(np.float32)
     words = sparsity.metadata_of(kept, selector)
-    given = as_words(
-        [*fragments.a_registers(a), *fragments.b_registers(b), *fragments.accumulator_registers(c), words]
-    )
+    given = as_words([*fragments.a_registers(a), *fragments.b_registers(b), *fragments.accumulator_registers(c), words])
     got, findings = run(sparse(element, selector), given, 4)
     exact = dense.reshape(WARPS, 16, 32) @ values(b, element) + c
     np.testing.assert_allclose(fragments.accumulators(got.T), exact, rtol=1e-6, atol=1e-6)
@@ -114,7 +111,7 @@ def test_metadata_out_of_order_is_found(nibble, variant, found):
     assert (findings.kinds == {"metadata of a sparse matrix out of order"}) == found
 
 
-def moved(instruction_out, instruction_in, count, trans=("", "")):
+def moved(count, trans=("", "")):
     """Registers to shared memory and back; threads point to rows in an order of their own."""
     return f"""
     xor.b32 %r10, %r1, 5;
@@ -130,7 +127,7 @@ def moved(instruction_out, instruction_in, count, trans=("", "")):
 def test_rows_written_and_read(count):
     given = as_words([fragments.tile_register(bits(WARPS, 8, 8, seed=k)) for k in range(count)])
     for trans in (("", ""), (".trans", ".trans"), (".trans", ""), ("", ".trans")):
-        got, findings = run(moved("st", "ld", count, trans), given, count, shared_bytes=16 * THREADS + 16)
+        got, findings = run(moved(count, trans), given, count, shared_bytes=16 * THREADS + 16)
         for k in range(count):
             there, back = fragments.tile(given[:, k]), fragments.tile(got[:, k])
             assert (back == (there if trans[0] == trans[1] else there.transpose(0, 2, 1))).all()
@@ -154,15 +151,33 @@ def test_rows_of_ldmatrix_come_from_the_addresses_of_its_threads():
     assert not findings
 
 
-@pytest.mark.parametrize("opcode", ["ldmatrix", "stmatrix"])
-def test_unordered_rows_are_races(opcode):
-    text = moved("st", "ld", 4).replace("bar.sync 0;", "")
-    _, findings = run(text, np.zeros((THREADS, 4), np.uint32), 4, shared_bytes=16 * THREADS + 16)
-    assert findings.kinds == {"shared race: read after another thread's write"}
+@pytest.mark.parametrize(("barrier", "found"), [("bar.sync 0;", False), ("bar.warp.sync -1;", True), ("", True)])
+def test_unordered_rows_are_races(barrier, found):
+    """Threads read the rows that threads of the other warp wrote."""
+    body = moved(4).replace("bar.sync 0;", f"{barrier} xor.b32 %r10, %r10, 512;").replace("+16", "")
+    _, findings = run(body, np.zeros((THREADS, 4), np.uint32), 4, shared_bytes=16 * THREADS)
+    assert findings.kinds == ({"shared race: read after another thread's write"} if found else set())
+
+
+@pytest.mark.parametrize(("barrier", "found"), [("bar.sync 0;", False), ("", True)])
+def test_rows_written_where_others_read_are_races(barrier, found):
+    load, store = (f"{names(kind, 4)}" for kind in ("out", "in"))
+    body = f"""
+    shl.b32 %r10, %r1, 4;
+    add.s32 %r10, %r10, %r4;
+    st.shared.v4.b32 [%r10], {store};
+    bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {load}, [%r10];
+    {barrier}
+    xor.b32 %r10, %r10, 512;
+    stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r10], {store};
+    """
+    _, findings = run(body, np.zeros((THREADS, 4), np.uint32), 4, shared_bytes=16 * THREADS)
+    assert findings.kinds == ({"shared race: write after another thread's read"} if found else set())
 
 
 def test_unwritten_rows_are_found():
-    body = re.sub(r"stmatrix.*\n", "", moved("", "ld", 4))
+    body = re.sub(r"stmatrix.*\n", "", moved(4))
     _, findings = run(body, np.zeros((THREADS, 4), np.uint32), 4, shared_bytes=16 * THREADS + 16)
     assert findings.kinds == {"read of unwritten shared memory"}
 

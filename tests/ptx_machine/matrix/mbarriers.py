@@ -1,7 +1,7 @@
 """Barriers in shared memory, by which threads learn that asynchronous products are complete.
 
-PTX ISA 9.7.13, "Parallel synchronization and communication instructions: mbarrier". Those of a CTA that Triton waits for
-by parity, and that nothing but tcgen05.commit arrives at.
+PTX ISA 9.7.13, "Parallel synchronization and communication instructions: mbarrier": those that Triton waits for by
+parity, and that nothing but tcgen05.commit arrives at.
 """
 
 from __future__ import annotations

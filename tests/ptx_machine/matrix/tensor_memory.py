@@ -1,7 +1,7 @@
 """Tensor memory: 128 lanes of 512 words for each CTA, what is allocated of it, and who uses its words.
 
-PTX ISA 9.7.16, "TensorCore 5th generation family instructions". Loads and stores of warps and products are asynchronous:
-each of them is done when it is issued, and its words count as in use until its threads have waited for it.
+PTX ISA 9.7.16, "TensorCore 5th generation family instructions". Loads and stores of warps, and products, are
+asynchronous: each is done when it is issued, and its words count as in use until its threads have waited for it.
 """
 
 from __future__ import annotations
