@@ -15,6 +15,7 @@ from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
 from maskpro_kernels.ops.triton.tiles import Rows, Tiles
+from maskpro_kernels.packed import quantized
 from maskpro_kernels.pattern import bitmask_of
 
 CURVATURE = 0.7
@@ -194,7 +195,7 @@ class PackedProduct:
         bitmask = bitmask_of(matrix.codes, self.m)
         values, scales = normal(rows, k // self.m * self.n, seed=7, dtype=self.operand), None
         if self.values == "int8":
-            values, scales = reference.quantized(values)
+            values, scales = quantized(values)
         x = normal(tokens, k, seed=1, dtype=self.operand)
         if self.one_hot:
             x = torch.eye(k)[(torch.arange(tokens) * 37 + 7) % k].to(self.operand)
