@@ -56,7 +56,7 @@ class AsyncCopies:
                 data[chosen, :count] = batch.memory.read(source[chosen], int(count), threads[chosen], ins)
         positions = shared.positions(to, batch.cta[lanes], size, ins)
         shared.depart(positions, size, threads, ins)
-        self.under_way.append(Copies(threads, self.committed[lanes], positions, data, ins))
+        self.under_way.append(Copies(threads, self.committed[threads], positions, data, ins))
 
     def commit(self, mask: np.ndarray | None) -> None:
         self.committed += 1 if mask is None else mask

@@ -127,6 +127,7 @@ ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*((?:\.\w+[\s\d,]*)*)\{", r
 PARAMETER = re.compile(r"\.param\s+\.([usfb]\d+)((?:\s+\.(?:ptr|global|align\s+\d+))*)\s+([\w$]+)")
 SHARED = re.compile(r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\s*\[(\d*)\]\s*;")
 FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.M)
+LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 LABEL = re.compile(r"([A-Za-z_$%][\w$]*):(?!:)")
 OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 ADDRESS = re.compile(r"([%\w$.]+)(?:\s*([+-])\s*(-?\w+))?")
@@ -229,8 +230,8 @@ class _Body:
         for number, raw in enumerate(text.splitlines(keepends=True), first):
             at += len(raw)
             stripped = raw.split("//", 1)[0].strip()
-            if stripped.startswith(".loc"):
-                self._location(stripped)
+            if location := LOCATION.match(stripped):
+                self.where = f"{self.files.get(int(location[1]), location[1])}:{location[2]}"
                 continue
             line = line if pending else number
             pending = f"{pending} {stripped}".strip()
@@ -258,15 +259,12 @@ class _Body:
                 line = number
         raise Refused("the kernel's closing brace is missing")
 
-    def _location(self, text: str) -> None:
-        number, line = re.match(r"\.loc\s+(\d+)\s+(\d+)", text).groups()
-        self.where = f"{self.files.get(int(number), number)}:{line}"
-
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
             self._declare(text)
         elif text.startswith("."):
-            if not text.startswith(".pragma"):
+            # LLVM declares a stack that nothing is written to; the name of one that is used is refused
+            if not re.match(r"\.(pragma|local)\b", text):
                 raise Refused(f"line {line}: {text}")
         elif text:
             self._instruction(text, line)
