@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .findings import refusal
-from .formats import HALVES, canonical, decode, encode, odd_float32
+from .formats import HALVES, canonical, decode, encode, odd_float32, odd_sum
 from .parser import Instruction, Kernel, Register
 from .registry import destination, instruction, modifiers, numpy_type, operands, reader
 
@@ -66,8 +66,11 @@ def _from_integer(target: str):
         return lambda values: values.astype(dtype)
 
     def rounded(values):
-        # exact in float64 up to 53 bits, and far beyond the range of 16 bits, or of its precision, above
-        return encode(odd_float32(values.astype(np.float64)), target)
+        wide = values.astype(np.int64 if values.dtype.kind == "i" else np.uint64)
+        # each half is exact in float64, where 64 bits are not
+        high = (wide >> wide.dtype.type(32)).astype(np.float64) * 2.0**32
+        low = (wide & wide.dtype.type(0xFFFFFFFF)).astype(np.float64)
+        return encode(odd_float32(odd_sum(high, low)), target)
 
     return rounded
 

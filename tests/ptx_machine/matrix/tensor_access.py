@@ -136,19 +136,21 @@ class _Shape:
 
 @instruction("tcgen05.ld")
 def translate_load(ins: Instruction, kernel: Kernel):
-    """PTX ISA "tcgen05.ld": registers, address, for 16x32bx2 the offset of the second half."""
+    """PTX ISA "tcgen05.ld": registers, address, for 16x32bx2 the offset of the second half.
+
+    The ISA has threads wait before they read the registers. LLVM moves reads ahead of that wait, and the assembler has
+    them wait for the registers all the same, as for those of any load. So only the words are in use until the wait.
+    """
     target, where, *split = operands(ins, 2, 3)
     shape = _Shape(ins, where, split, kernel)
     targets = destinations(target, shape.registers, np.uint32, ins, kernel)
 
     def load(batch, mask):
         threads, words = shape.words(batch, mask)
-        memory = tensor_memory(batch)
         values = np.zeros((shape.registers, batch.threads), np.uint32)
-        values[:, threads] = memory.load(batch, words, threads, ins).T
+        values[:, threads] = tensor_memory(batch).load(batch, words, threads, ins).T
         for index, value in zip(targets, values, strict=True):
             batch.write(index, value, mask)
-        memory.begin_load(batch, words, threads, frozenset(targets))
 
     return load
 
@@ -178,9 +180,6 @@ def translate_wait(ins: Instruction, kernel: Kernel):
     def wait(batch, mask):
         batch.whole_warps(mask, ins)
         waiting = np.ones(batch.threads, bool) if mask is None else mask
-        if loads:
-            tensor_memory(batch).wait_for_loads(batch, waiting)
-        else:
-            tensor_memory(batch).wait_for_stores(waiting)
+        tensor_memory(batch).wait(waiting, loads)
 
     return wait

@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 LANES, COLUMNS = 128, 512
 
 
-@dataclass
-class Load:
-    """A load under way: threads [threads] that have not waited for it, its registers, its words [of threads, n]."""
-
-    pending: np.ndarray
-    registers: frozenset[int]
-    threads: np.ndarray
-    words: np.ndarray
-
-
 class Accesses:
     """The last warp that accessed each word, counted from 1, and the phase of its CTA then."""
 
@@ -62,7 +52,7 @@ class Issuers:
 
 
 class TensorMemory:
-    """Of all CTAs of a batch: arrays [ctas, COLUMNS, LANES], one behind the other. Watches registers being loaded.
+    """Of all CTAs of a batch: arrays [ctas, COLUMNS, LANES], one behind the other.
 
     ``writing`` and ``reading`` are the last products, by their numbers, that write or read a word.
     """
@@ -76,7 +66,8 @@ class TensorMemory:
         self.allocated = np.zeros((batch.ctas, COLUMNS), bool)
         self.allocations: list[dict[int, int]] = [{} for _ in range(batch.ctas)]
         self.permitted = np.ones(batch.ctas, bool)
-        self.loads: list[Load] = []
+        # (threads, their words) of those under way
+        self.loads: list[tuple[np.ndarray, np.ndarray]] = []
         self.stores: list[tuple[np.ndarray, np.ndarray]] = []
 
     # -- allocation
@@ -139,22 +130,15 @@ class TensorMemory:
     # -- loads and stores
 
     def load(self, batch: Batch, words, threads: np.ndarray, ins: Instruction) -> np.ndarray:
-        """uint32 of words [threads, n]."""
+        """uint32 of words [threads, n], which are in use until the threads have waited."""
         issuers = Issuers(threads).of(batch)
         self.check_content(batch, words, issuers, "read", ins)
         if (self.writing[words] > issuers.complete).any():
             batch.find("read of tensor memory that a product still writes", ins)
         self.loading[words] = True
         self.loaded.note(words, issuers.now)
+        self.loads.append((threads, words))
         return self.words[words]
-
-    def begin_load(self, batch: Batch, words, threads: np.ndarray, registers: frozenset[int]) -> None:
-        """The registers that words are loaded into are in use until the threads have waited."""
-        pending = np.zeros(batch.threads, bool)
-        pending[threads] = True
-        self.loads.append(Load(pending, registers, threads, words))
-        for index in registers:
-            batch.watch(index, self)
 
     def store(self, batch: Batch, words, values: np.ndarray, threads: np.ndarray, ins: Instruction) -> None:
         """Set words [threads, n]; they are in flight until the threads have waited."""
@@ -164,37 +148,15 @@ class TensorMemory:
         self.stored.note(words, issuers.now)
         self.stores.append((threads, words))
 
-    def wait_for_stores(self, waiting: np.ndarray) -> None:
-        """Threads, bool [threads], have waited for what they stored."""
-        kept = []
-        for threads, words in self.stores:
+    def wait(self, waiting: np.ndarray, loads: bool) -> None:
+        """Threads, bool [threads], have waited for what they loaded, or for what they stored."""
+        busy, under_way, kept = (self.loading, self.loads, []) if loads else (self.storing, self.stores, [])
+        for threads, words in under_way:
             done = waiting[threads]
-            self.storing[words[done]] = False
+            busy[words[done]] = False
             if not done.all():
                 kept.append((threads[~done], words[~done]))
-        self.stores = kept
-
-    def wait_for_loads(self, batch: Batch, waiting: np.ndarray) -> None:
-        """Threads, bool [threads], have waited for what they loaded."""
-        for load in self.loads:
-            self.loading[load.words[waiting[load.threads]]] = False
-            load.pending &= ~waiting
-        ended = [load for load in self.loads if not load.pending.any()]
-        self.loads = [load for load in self.loads if load.pending.any()]
-        still = frozenset().union(*(load.registers for load in self.loads))
-        for index in frozenset().union(*(load.registers for load in ended)) - still:
-            batch.unwatch(index)
-
-    def read(self, batch: Batch, index: int, mask: np.ndarray | None, ins: Instruction) -> None:
-        self._check_register(batch, index, mask, "read", ins)
-
-    def written(self, batch: Batch, index: int, mask: np.ndarray | None, ins: Instruction) -> None:
-        self._check_register(batch, index, mask, "write", ins)
-
-    def _check_register(self, batch: Batch, index: int, mask, what: str, ins: Instruction) -> None:
-        for load in self.loads:
-            if index in load.registers and (load.pending if mask is None else load.pending & mask).any():
-                batch.find(f"{what} of a register that tensor memory is loaded into", ins, batch.kernel.names[index])
+        under_way[:] = kept
 
 
 _memories: WeakKeyDictionary[Batch, TensorMemory] = WeakKeyDictionary()

@@ -1,0 +1,305 @@
+"""Loops, branches, ends and barriers on the PTX machine, by kernels written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers.hand_written_ptx import Run, kernel, kinds
+
+from ptx_machine import Fault, Program
+
+STORE = "mad.wide.u32 %rd9, %r72, 4, %rd0;\n st.global.b32 [%rd9], %r1;\n ret;"
+
+
+def stored(body, threads=64, ctas=3, **options):
+    """%r1 of each thread."""
+    result = np.zeros(threads * ctas, np.uint32)
+    run = Run(body + STORE, result, threads=threads, ctas=ctas, **options)
+    assert not run.findings, run.findings
+    return result
+
+
+THREAD = np.arange(64 * 3) % 64
+BOTH = np.arange(64 * 3)
+
+
+def test_each_thread_leaves_a_loop_when_it_is_done():
+    body = """
+        mov.b32 %r1, 0;
+        mov.b32 %r2, 0;
+    $L__loop:
+        add.s32 %r1, %r1, %r2;
+        add.s32 %r2, %r2, 1;
+        setp.le.u32 %p1, %r2, %r70;
+        @%p1 bra $L__loop;
+    """
+    assert np.array_equal(stored(body), THREAD * (THREAD + 1) // 2)
+
+
+def test_branches_inside_of_branches_meet_again():
+    body = """
+        mov.b32 %r1, 1;
+        and.b32 %r2, %r70, 1;
+        and.b32 %r3, %r70, 2;
+        setp.eq.s32 %p1, %r2, 0;
+        setp.eq.s32 %p2, %r3, 0;
+        @%p1 bra $L__even;
+        @%p2 bra $L__one;
+        mov.b32 %r1, 30;
+        bra.uni $L__odd;
+    $L__one:
+        mov.b32 %r1, 10;
+    $L__odd:
+        add.s32 %r1, %r1, 1;
+        bra $L__end;
+    $L__even:
+        @!%p2 bra $L__two;
+        mov.b32 %r1, 0;
+        bra $L__end;
+    $L__two:
+        mov.b32 %r1, 20;
+    $L__end:
+        shfl.sync.idx.b32 %r4, %r1, 3, 31, -1;
+        add.s32 %r1, %r1, %r4;
+    """
+    # that the branch in the middle is said to be uniform, and is not, is found below
+    body = body.replace("bra.uni", "bra")
+    assert np.array_equal(stored(body), np.array([0, 11, 20, 31])[THREAD % 4] + 31)
+
+
+def test_loops_inside_of_loops():
+    body = """
+        mov.b32 %r1, 0;
+        mov.b32 %r2, 0;
+    $L__outer:
+        mov.b32 %r3, 0;
+    $L__inner:
+        add.s32 %r1, %r1, 1;
+        add.s32 %r3, %r3, 1;
+        setp.lt.u32 %p1, %r3, %r2;
+        @%p1 bra $L__inner;
+        add.s32 %r2, %r2, 1;
+        setp.lt.u32 %p2, %r2, %r70;
+        @%p2 bra $L__outer;
+    """
+    expected = [sum(max(k, 1) for k in range(max(t, 1))) for t in THREAD]
+    assert np.array_equal(stored(body), expected)
+
+
+def test_a_thread_that_has_ended_does_nothing_more():
+    body = """
+        setp.ge.u32 %p1, %r70, 40;
+        mov.b32 %r1, 7;
+        @%p1 ret;
+        mov.b32 %r1, 8;
+    """
+    assert np.array_equal(stored(body), np.where(THREAD >= 40, 0, 8))
+
+
+def test_an_instruction_is_done_by_those_its_predicate_lets_through():
+    body = """
+        setp.lt.u32 %p1, %r70, 5;
+        mov.b32 %r1, 1;
+        @%p1 mov.b32 %r1, 2;
+        @!%p1 add.s32 %r1, %r1, 2;
+    """
+    assert np.array_equal(stored(body), np.where(THREAD < 5, 2, 3))
+
+
+def test_the_place_of_a_thread():
+    for name, expected in (
+        ("%tid.x", THREAD),
+        ("%ctaid.x", BOTH // 64),
+        ("%laneid", THREAD % 32),
+        ("%warpid", THREAD // 32),
+        ("%ntid.x", 64),
+        ("%nctaid.x", 3),
+        ("%ntid.y", 1),
+        ("%ctaid.z", 0),
+    ):
+        assert np.array_equal(stored(f"mov.u32 %r1, {name};"), np.broadcast_to(expected, 192)), name
+
+
+def test_grids_of_three_dimensions():
+    result = np.zeros((3, 2, 4, 32), np.uint32)
+    program = Program(
+        kernel(
+            """
+        mov.u32 %r2, %ctaid.y;
+        mov.u32 %r3, %ctaid.z;
+        mov.u32 %r4, %nctaid.x;
+        mov.u32 %r5, %nctaid.y;
+        mad.lo.s32 %r6, %r3, %r5, %r2;
+        mad.lo.s32 %r7, %r6, %r4, %r71;
+        mad.lo.s32 %r72, %r7, 32, %r70;
+        mov.b32 %r1, %r7;
+        """
+            + STORE
+        )
+    )
+    from ptx_machine import Findings, GlobalMemory
+
+    memory, findings = GlobalMemory(), Findings()
+    memory.register(4096, result, "result")
+    program.launch((4, 2, 3), [4096], 0, memory, findings, threads=160)
+    assert not findings
+    assert np.array_equal(result.reshape(24, 32), np.repeat(np.arange(24), 32).reshape(24, 32))
+
+
+def test_the_last_programs_alone():
+    result = np.zeros(192, np.uint32)
+    Run("mov.b32 %r1, 5;" + STORE, result, threads=64, ctas=3, last=1)
+    assert np.array_equal(result, np.repeat([0, 0, 5], 64))
+
+
+def test_few_programs_at_once_give_the_same():
+    body = "mad.lo.s32 %r1, %r71, 100, %r70;"
+    assert np.array_equal(stored(body, threads=64, ctas=3), stored(body, 64, 3, **{"last": 3}))
+    result = np.zeros(192, np.uint32)
+    program = Run(body + STORE, result, threads=64, ctas=3)
+    assert program.executed == len(list(program.program.kernel.instructions()))
+    assert np.array_equal(result, BOTH // 64 * 100 + THREAD)
+
+
+# -- barriers
+
+EXCHANGE = """
+        shl.b32 %r2, %r70, 2;
+        st.shared.b32 [%r2], %r70;
+        bar.sync 0;
+        xor.b32 %r3, %r2, 252;
+        ld.shared.b32 %r1, [%r3];
+"""
+
+
+def test_a_barrier_orders_what_is_before_and_behind_it():
+    assert np.array_equal(stored(EXCHANGE, shared=256), 63 - THREAD)
+    assert np.array_equal(stored(EXCHANGE.replace("bar.sync", "barrier.sync"), shared=256), 63 - THREAD)
+    assert np.array_equal(stored(EXCHANGE.replace("sync 0", "sync 3, 64"), shared=256), 63 - THREAD)
+
+
+def test_a_barrier_in_a_loop():
+    body = """
+        mov.b32 %r1, %r70;
+        mov.b32 %r5, 0;
+        shl.b32 %r2, %r70, 2;
+        add.s32 %r3, %r2, 4;
+        and.b32 %r3, %r3, 255;
+    $L__loop:
+        st.shared.b32 [%r2], %r1;
+        bar.sync 0;
+        ld.shared.b32 %r1, [%r3];
+        bar.sync 0;
+        add.s32 %r5, %r5, 1;
+        setp.lt.u32 %p1, %r5, 5;
+        @%p1 bra $L__loop;
+    """
+    assert np.array_equal(stored(body, shared=256), (THREAD + 5) % 64)
+    # without the second one thread's next write overtakes another's read
+    found = kinds(
+        body.replace("bar.sync 0;\n        add", "add") + STORE, np.zeros(64, np.uint32), threads=64, shared=256
+    )
+    assert found == {"shared race: write after another thread's read"}
+
+
+def test_a_barrier_in_one_branch_of_a_warp_is_found():
+    body = """
+        and.b32 %r2, %r70, 1;
+        setp.eq.s32 %p1, %r2, 0;
+        @%p1 bra $L__end;
+        bar.sync 0;
+    $L__end:
+        ret;
+    """
+    result = np.zeros(1, np.uint32)
+    with pytest.raises(Fault, match="others never reach"):
+        Run(body.replace("ret;", "bar.sync 1;\nret;"), result)
+    found = kinds(body, result)
+    assert "divergent warp at a warp-wide instruction" in found
+    assert "barrier after some threads have ended" in found
+
+
+def test_a_barrier_that_other_warps_never_reach_is_found_and_does_not_hang():
+    body = """
+        setp.lt.u32 %p1, %r70, 32;
+        @%p1 bra $L__one;
+        bar.sync 1;
+        ret;
+    $L__one:
+        bar.sync 2;
+        ret;
+    """
+    with pytest.raises(Fault, match=r"others never reach.*bar.sync 1.*bar.sync 2"):
+        Run(body, np.zeros(1, np.uint32), threads=64)
+    assert kinds(body.replace("sync 2", "sync 1"), np.zeros(1, np.uint32), threads=64) == {
+        "threads of a CTA meet at different barriers"
+    }
+    ended = body.replace("bar.sync 2;", "")
+    assert kinds(ended, np.zeros(1, np.uint32), threads=64) == {"barrier after some threads have ended"}
+
+
+def test_a_barrier_holds_back_the_threads_of_its_own_cta_alone():
+    """Each CTA runs its loop as often as its number says."""
+    body = """
+        mov.b32 %r1, 0;
+    $L__loop:
+        bar.sync 0;
+        add.s32 %r1, %r1, 1;
+        setp.le.u32 %p1, %r1, %r71;
+        @%p1 bra $L__loop;
+    """
+    assert np.array_equal(stored(body), BOTH // 64 + 1)
+
+
+def test_threads_that_part_at_a_uniform_branch_are_found():
+    body = """
+        setp.lt.u32 %p1, %r70, {limit};
+        @%p1 bra.uni $L__end;
+        mov.b32 %r1, 1;
+    $L__end:
+        ret;
+    """
+    found = "threads of a warp part at a uniform branch"
+    assert kinds(body.format(limit=20), np.zeros(1, np.uint32), threads=64) == {found}
+    # warps may
+    assert kinds(body.format(limit=32), np.zeros(1, np.uint32), threads=64) == set()
+
+
+def test_a_loop_without_an_end_is_a_fault(monkeypatch):
+    from ptx_machine import control
+
+    monkeypatch.setattr(control, "MOST_BLOCKS", 1000)
+    with pytest.raises(Fault, match="for ever"):
+        Run("$L__loop:\n bra.uni $L__loop;\n", np.zeros(1, np.uint32))
+
+
+def test_a_trap_is_a_fault():
+    body = "setp.eq.s32 %p1, %r70, {};\n @%p1 trap;\n ret;"
+    with pytest.raises(Fault, match="trap"):
+        Run(body.format(5), np.zeros(1, np.uint32))
+    assert kinds(body.format(500), np.zeros(1, np.uint32)) == set()
+
+
+def test_blocks_that_ran_are_told_by_lines_of_source():
+    run = Run(
+        """
+        .loc 1 10 0
+        setp.eq.s32 %p1, %r70, 99;
+        @%p1 bra $L__rare;
+        .loc 1 11 0
+        mov.b32 %r1, 1;
+        bra.uni $L__end;
+    $L__rare:
+        .loc 1 12 0
+        mov.b32 %r1, 2;
+    $L__end:
+        .loc 1 13 0
+        ret;
+        """,
+        np.zeros(1, np.uint32),
+    )
+    program = run.program
+    sources = program.blocks_by_source()
+    left_out = {where for where, blocks in sources.items() if not blocks & program.covered}
+    assert left_out == {"by_hand.py:12"}
+    assert set(range(len(program.kernel.blocks))) - program.covered == sources["by_hand.py:12"]
