@@ -54,15 +54,19 @@ class Product:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """(tokens, rows, groups)."""
-        tile, m = self.own_tile, self.m
-        tokens, rows, groups = 2 * tile.tokens - 3, tile.out + 5, 2 * tile.k // m + 3
-        if self.kernel == "masked_linear_input_grad":
+        """(tokens, rows, groups): more than one tile of each, and four of what the kernel loops over."""
+        tile = self.own_tile
+        across, tokens, rows = tile.k // self.m, tile.tokens, tile.out
+        if self.kernel == "masked_linear":
+            sizes = 2 * tokens - 3, rows + 5, 4 * across + 3
+        elif self.kernel == "masked_linear_input_grad":
             # it takes rows in multiples of 16 alone
-            rows = tile.out + 16
+            sizes = 2 * tokens - 3, 4 * rows + 16, across + 3
+        else:
+            sizes = 4 * tokens - 3, rows + 5, across + 3
         if self.aligned:
-            tokens, rows, groups = tile.tokens, -(-rows // 16) * 16, -(-groups // 16) * 16
-        return min(tokens, 128), rows, groups
+            sizes = tuple(-(-size // 16) * 16 for size in sizes)
+        return min(sizes[0], 128), *sizes[1:]
 
     @property
     def matrix(self) -> Matrix:

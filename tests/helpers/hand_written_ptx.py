@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-
 from ptx_machine import Findings, GlobalMemory, Program
 
 HEAD = """.version 8.8

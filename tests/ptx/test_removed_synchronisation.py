@@ -1,0 +1,65 @@
+"""Each barrier, wait and fence of the compiled products is taken away in turn: the machine says so."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.cases import cases
+from helpers.compiled import OVER_GROUPS, Matrix, assert_bits_of_reference
+from helpers.compiled_products import PRODUCTS, PackedProduct, Product
+from helpers.planted import synchronisations, what_is_found, without
+
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+
+pytestmark = pytest.mark.ptx
+
+TARGETS = ["sm_80", "sm_90"]
+# Nothing can depend on these, by (target, kernel, number)
+OWN_COPY = "each thread reads what it has copied itself, after its own wait"
+STANDS_BEFORE = "the same stands before it on every way here, and since then shared memory has been read alone"
+REDUNDANT = {
+    ("sm_80", "masked_linear", 1): OWN_COPY,
+    ("sm_80", "masked_linear_input_grad", 5): OWN_COPY,
+    ("sm_80", "masked_linear_weight_grad", 2): STANDS_BEFORE,
+    ("sm_80", "masked_linear_weight_grad", 3): STANDS_BEFORE,
+    ("sm_80", "straight_through", 2): STANDS_BEFORE,
+    ("sm_80", "straight_through", 3): STANDS_BEFORE,
+    ("sm_90", "masked_linear", 1): OWN_COPY,
+    ("sm_90", "masked_linear_input_grad", 5): OWN_COPY,
+}
+KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend", "sample_mask"]
+
+
+def call_of(kernel, target):
+    """A small launch that needs all that its kernel waits for: several steps of its loop, all of its epilogue."""
+    if kernel in PRODUCTS:
+        tile = TILES[kernel, target, 2][0]
+        return Product(kernel, tile, log_prob=kernel == "masked_linear", update=True, aligned=True).assert_right
+    if kernel == "packed_vector":
+        return PackedProduct(ROWS[kernel][-1], aligned=True).assert_right
+    if kernel == "packed_linear":
+        return PackedProduct(PACKED_TILES[kernel, target, 2][0], aligned=True).assert_right
+    of = Matrix(2, 4, torch.bfloat16, rows=8, groups=64)
+    return lambda: assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel"),
+    cases(itertools.product(TARGETS, KERNELS), slow=lambda *case: case != ("sm_80", "masked_linear")),
+)
+def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine):
+    compiled_for(target)
+    texts, call = [], call_of(kernel, target)
+    assert what_is_found(machine, call, lambda text: texts.append(text) or text) == set()
+    (text,) = set(texts)
+    count = len(synchronisations(text))
+    assert count
+    missed = {
+        number: " ".join(synchronisations(text)[number][0][0].split())
+        for number in range(count)
+        if not what_is_found(machine, call, lambda text, number=number: without(text, number))
+    }
+    expected = {number for *of, number in REDUNDANT if of == [target, kernel]}
+    assert missed.keys() == expected, missed
