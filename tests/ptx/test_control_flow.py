@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.hand_written_ptx import Run, kernel, kinds
-
 from ptx_machine import Fault, Program
 
 STORE = "mad.wide.u32 %rd9, %r72, 4, %rd0;\n st.global.b32 [%rd9], %r1;\n ret;"

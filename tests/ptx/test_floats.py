@@ -9,7 +9,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from helpers.hand_written_ptx import compute
-
 from ptx_machine.formats import decode, encode
 
 # bits of the significand, the exponents of the smallest normal and of the largest number

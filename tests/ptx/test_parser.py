@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from helpers.hand_written_ptx import kernel
-
 from ptx_machine import Program, Refused
 from ptx_machine.parser import (
     Address,

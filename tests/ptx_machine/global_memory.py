@@ -144,10 +144,20 @@ class GlobalMemory:
             index = offsets[:, None] + np.arange(size)
             self._follow_write(region, offsets, data[which], threads[which], ins)
             region.data[index] = data[which]
-            if (region.data[index] != data[which]).any():
-                self.batch.find("threads of one store write different values to global memory", ins, region.name)
+            self._check_store(region, offsets, data[which], threads[which], ins)
             if region.written is not None:
                 region.written[index] = True
+
+    def _check_store(self, region: Region, offsets, data, threads, ins: Instruction) -> None:
+        """Find threads of one store that write one place."""
+        own = self.batch.global_thread[threads][:, None]
+        last = region.writer[self._granules(region, offsets, data.shape[1])]
+        if (last == own).all():
+            return
+        if (region.data[offsets[:, None] + np.arange(data.shape[1])] != data).any():
+            self.batch.find("threads of one store write different values to global memory", ins, region.name)
+        elif (last // self.batch.cta_threads != own // self.batch.cta_threads).any():
+            self.batch.find("two threads write the same value to global memory", ins, region.name)
 
     # -- order
 

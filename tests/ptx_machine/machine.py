@@ -92,6 +92,5 @@ def _access_size(ins: Instruction) -> int:
         vector = next((operand for operand in ins.operands if isinstance(operand, Vector)), None)
         return int(ins.opcode[-1][1:]) // 8 * (len(vector.operands) if vector else 1)
     if ins.opcode[:2] == ["cp", "async"]:
-        sizes = [operand.value for operand in ins.operands if isinstance(operand, Immediate)]
-        return min(sizes, default=4)
+        return next((operand.value for operand in ins.operands if isinstance(operand, Immediate)), 4)
     return 16 if ins.opcode[0] in ("ldmatrix", "stmatrix") else 4
