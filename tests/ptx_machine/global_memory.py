@@ -162,8 +162,8 @@ class GlobalMemory:
     # -- order
 
     def _granules(self, region: Region, offsets: np.ndarray, size: int) -> np.ndarray:
-        first = (offsets + region.start % self.granule) // self.granule
-        return first[:, None] + np.arange(size // self.granule)
+        shift = self.granule.bit_length() - 1
+        return (offsets + region.start % self.granule >> shift)[:, None] + np.arange(size >> shift)
 
     def _open(self, owners, phases, threads) -> np.ndarray:
         """Where an earlier access of ``owners`` is not ordered before one of ``threads`` now."""
