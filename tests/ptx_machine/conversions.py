@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from .findings import refusal
-from .formats import HALVES, canonical, decode, encode, odd_float32
-from .parser import Instruction, Kernel, Register
-from .registry import destination, instruction, modifiers, numpy_type, operands, reader
+from .formats import HALVES, canonical, decode, encode, odd_float32, odd_sum
+from .parser import Instruction, Kernel
+from .registry import destination, filled_register, instruction, modifiers, numpy_type, operands, reader
 
 INTEGERS = tuple(f"{letter}{bits}" for letter in "us" for bits in (8, 16, 32, 64))
 WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
@@ -28,18 +28,10 @@ def convert(ins: Instruction, kernel: Kernel):
     if compute is None:
         raise refusal(ins, f"rounding .{rounding or 'none'}")
     if target in INTEGERS:
-        index, filled = _wide_destination(to, target, ins, kernel)
+        index, _, filled = filled_register(to, target, ins, kernel)
         return lambda batch, mask: batch.write(index, compute(read(batch, mask)).astype(filled), mask)
     index = destination(to, np.uint16 if target in HALVES else numpy_type(target), ins, kernel)
     return lambda batch, mask: batch.write(index, compute(read(batch, mask)), mask)
-
-
-def _wide_destination(operand, kind: str, ins: Instruction, kernel: Kernel):
-    """(register, type that fills it): by the sign or by zeros, as the type says (PTX ISA 9.4.1)."""
-    own = np.dtype(kernel.dtypes[operand.index]) if isinstance(operand, Register) else np.dtype(np.bool_)
-    if own == np.bool_ or own.itemsize * 8 < int(kind[1:]):
-        raise refusal(ins, f"a register as wide as .{kind} is expected")
-    return operand.index, np.dtype(f"{'i' if kind[0] == 's' else 'u'}{own.itemsize}")
 
 
 def _conversion(rounding: str, target: str, source: str):
@@ -66,8 +58,11 @@ def _from_integer(target: str):
         return lambda values: values.astype(dtype)
 
     def rounded(values):
-        # exact in float64 up to 53 bits, and far beyond the range of 16 bits, or of its precision, above
-        return encode(odd_float32(values.astype(np.float64)), target)
+        wide = values.astype(np.int64 if values.dtype.kind == "i" else np.uint64)
+        # each half is exact in float64, where 64 bits are not
+        high = (wide >> wide.dtype.type(32)).astype(np.float64) * 2.0**32
+        low = (wide & wide.dtype.type(0xFFFFFFFF)).astype(np.float64)
+        return encode(odd_float32(odd_sum(high, low)), target)
 
     return rounded
 
