@@ -70,9 +70,9 @@ def compute(instruction: str, *operands: np.ndarray, out: type) -> np.ndarray:
         register = _load(lines, operand.dtype, k)
         instruction = instruction.replace(f"${letter}", register)
     size = result.dtype.itemsize
-    target = "%p39" if result.dtype == bool else f"{FAMILIES[size]}39"
+    target = "%p39" if out is bool else f"{FAMILIES[size]}39"
     lines.append(instruction.replace("$d", target))
-    if result.dtype == bool:
+    if out is bool:
         lines.append("selp.b16 %rs39, 1, 0, %p39;")
         target = "%rs39"
     where = len(operands)
@@ -87,7 +87,7 @@ def _load(lines: list[str], dtype: np.dtype, k: int) -> str:
     size, register = dtype.itemsize, f"{FAMILIES[dtype.itemsize]}{20 + k}"
     lines.append(f"mad.wide.u32 %rd{30 + k}, %r72, {size}, %rd{k};")
     lines.append(f"ld.global.b{size * 8} {register}, [%rd{30 + k}];")
-    if dtype == bool:
+    if dtype.kind == "b":
         lines.append(f"setp.ne.b16 %p{20 + k}, {register}, 0;")
         return f"%p{20 + k}"
     return register

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.hand_written_ptx import Run, kernel, kinds
-from ptx_machine import Fault, Program
+from ptx_machine import Fault, Findings, GlobalMemory, Program, control, registry
 
 STORE = "mad.wide.u32 %rd9, %r72, 4, %rd0;\n st.global.b32 [%rd9], %r1;\n ret;"
 
@@ -136,8 +136,6 @@ def test_grids_of_three_dimensions():
             + STORE
         )
     )
-    from ptx_machine import Findings, GlobalMemory
-
     memory, findings = GlobalMemory(), Findings()
     memory.register(4096, result, "result")
     program.launch((4, 2, 3), [4096], 0, memory, findings, threads=160)
@@ -152,12 +150,14 @@ def test_the_last_programs_alone():
 
 
 def test_few_programs_at_once_give_the_same():
-    body = "mad.lo.s32 %r1, %r71, 100, %r70;"
-    assert np.array_equal(stored(body, threads=64, ctas=3), stored(body, 64, 3, **{"last": 3}))
-    result = np.zeros(192, np.uint32)
-    program = Run(body + STORE, result, threads=64, ctas=3)
-    assert program.executed == len(list(program.program.kernel.instructions()))
-    assert np.array_equal(result, BOTH // 64 * 100 + THREAD)
+    body = "mad.lo.s32 %r1, %r71, 100, %r70;" + STORE
+    for at_once, batches in ((1 << 14, 1), (128, 2), (64, 3), (1, 3)):
+        result, memory, findings = np.zeros(192, np.uint32), GlobalMemory(), Findings()
+        memory.register(4096, result, "result")
+        program = Program(kernel(body, threads=64))
+        executed = program.launch((3, 1, 1), [4096], 0, memory, findings, threads=at_once)
+        assert executed == batches * len(list(program.kernel.instructions()))
+        assert np.array_equal(result, BOTH // 64 * 100 + THREAD)
 
 
 # -- barriers
@@ -265,8 +265,6 @@ def test_threads_that_part_at_a_uniform_branch_are_found():
 
 
 def test_a_loop_without_an_end_is_a_fault(monkeypatch):
-    from ptx_machine import control
-
     monkeypatch.setattr(control, "MOST_BLOCKS", 1000)
     with pytest.raises(Fault, match="for ever"):
         Run("$L__loop:\n bra.uni $L__loop;\n", np.zeros(1, np.uint32))
@@ -302,3 +300,74 @@ def test_blocks_that_ran_are_told_by_lines_of_source():
     left_out = {where for where, blocks in sources.items() if not blocks & program.covered}
     assert left_out == {"by_hand.py:12"}
     assert set(range(len(program.kernel.blocks))) - program.covered == sources["by_hand.py:12"]
+
+
+def test_arguments_are_of_the_kinds_that_the_kernel_declares():
+    text = kernel("ret;", arrays=2).replace(
+        ".param .u64 .ptr .global .align 1 kernel_param_1", ".param .f32 kernel_param_1"
+    )
+    program = Program(text.replace("ld.param.b64 %rd1", "ld.param.b32 %r1"))
+    for arguments, error, told in (
+        ([4096], ValueError, "2 arguments, 1 came"),
+        ([4096, 1], TypeError, r"kernel_param_1: expected .f32, got 1"),
+        ([1.0, 1.0], TypeError, r"kernel_param_0: expected .u64, got 1.0"),
+    ):
+        with pytest.raises(error, match=told):
+            program.launch((1, 1, 1), arguments, 0, GlobalMemory(), Findings())
+
+
+@pytest.mark.parametrize(("kind", "load", "value", "wanted"), [
+    ("f32", "ld.param.b32 %r1, [scalar];", 1.5, 0x3FC00000),
+    ("u32", "ld.param.u32 %r1, [scalar];", -2, 0xFFFFFFFE),
+    ("u8", "ld.param.b8 %rs1, [scalar]; cvt.u32.u16 %r1, %rs1;", True, 1),
+    ("u8", "ld.param.s8 %rs1, [scalar]; cvt.s32.s16 %r1, %rs1;", 0xFE, 0xFFFFFFFE),
+])  # fmt: skip
+def test_scalars_are_loaded_by_their_types(kind, load, value, wanted):
+    text = kernel(load + STORE).replace("kernel_param_0\n)", f"kernel_param_0,\n .param .{kind} scalar\n)")
+    memory, findings, result = GlobalMemory(), Findings(), np.zeros(32, np.uint32)
+    memory.register(4096, result, "result")
+    Program(text).launch((1, 1, 1), [4096, value], 0, memory, findings)
+    assert not findings
+    assert (result == wanted).all()
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """An instruction that waits, as those on barriers in shared memory do: until the byte that it names is not zero."""
+
+    def look(ins, of):
+        done, address = ins.operands[0].index, ins.operands[1].value
+
+        def run(batch, mask):
+            ready = batch.shared.bytes[address + batch.cta * batch.shared.size] != 0
+            batch.write(done, ready, mask)
+            batch.stall(~ready if mask is None else ~ready & mask)
+
+        return run
+
+    monkeypatch.setitem(registry.TRANSLATORS, "look", look)
+
+
+WAITING = """
+    setp.eq.s32 %p1, %r70, 40;
+    setp.eq.s32 %p3, %r71, 1;
+    @%p1 bra $L__signal;
+$L__wait:
+    look %p2, 3;
+    @!%p2 bra $L__wait;
+    ret;
+$L__signal:
+    mov.b16 %rs1, {signal};
+    @%p3 mov.b16 %rs1, 1;
+    st.shared.b8 [global_smem+3], %rs1;
+    ret;
+"""
+
+
+def test_threads_that_wait_for_others_let_them_run(flags):
+    """The loop of those that wait stands above what they wait for."""
+    zeroed = "st.shared.b8 [%r70], 0;\n bar.sync 0;\n"
+    options = {"threads": 64, "ctas": 2, "shared": 64}
+    assert kinds(zeroed + WAITING.format(signal=1), np.zeros(1), **options) == set()
+    with pytest.raises(Fault, match=r"wait for ever for what none does.*look %p2, 3"):
+        Run(zeroed + WAITING.format(signal=0), np.zeros(1), **options)

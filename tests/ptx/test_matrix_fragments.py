@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers.matrix_layouts import TCGEN05_SWIZZLES, WGMMA_SWIZZLES, canonical, encoded, swizzled
 from ptx_machine.matrix import descriptors, fragments, sparsity
 
 WARPS = 3
@@ -149,44 +150,15 @@ def test_rows_that_no_element_is_kept_for_take_no_part():
     assert (sparsity.sparse_multiply_add(a, kept, b, np.zeros((1, 16, 8), np.float32), "bf16") == 16).all()
 
 
-def encoded(start, leading=0, stride=0, base=0):
-    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | base << 49
-
-
-def canonical(width, k_major, leading, stride):
-    """{(row, column): byte} by the canonical layouts of the ISA: 16-byte units, then the swizzle of address bits.
-
-    The ISA gives them as ((8, m), (T, 2k)) for K-major and ((T, chunks, m), (8, k)) for MN-major, T = 8 elements.
-    """
-    chunks = width // 16
-    place = {}
-    for row, column in itertools.product(range(128), range(16)):
-        if k_major:
-            strides = (leading if width == 16 else 16, stride)
-            unit = row % 8 * width + row // 8 * strides[1] + column // 8 * strides[0]
-            at = unit + column % 8 * 2
-        else:
-            block, chunk, element = row // 8 // chunks, row // 8 % chunks, row % 8
-            far, deep = (stride, leading) if width == 16 else (leading, stride)
-            at = element * 2 + chunk * 16 + block * far + column % 8 * width + column // 8 * deep
-        place[row, column] = at
-    return place
-
-
-def swizzled(at, width):
-    """Bits 4 to 6 of the address, xored with as many of bits 7 to 9 as the width has chunks."""
-    for bit in range({16: 0, 32: 1, 64: 2, 128: 3}[width]):
-        at ^= (at >> 7 + bit & 1) << 4 + bit
-    return at
-
-
 @pytest.mark.parametrize("k_major", [True, False])
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_places_in_shared_memory(width, k_major):
     leading, stride, start = 4096, 8 * width, 2048 + 32 * (k_major and width > 32)
-    hopper = encoded(start, leading, stride) | {16: 0, 128: 1, 64: 2, 32: 3}[width] << 62
-    blackwell = encoded(start, leading, stride) | 1 << 46 | {16: 0, 128: 2, 64: 4, 32: 6}[width] << 61
-    expected = {at: swizzled(start + byte, width) for at, byte in canonical(width, k_major, leading, stride).items()}
+    hopper = encoded(start, leading, stride) | WGMMA_SWIZZLES[width]
+    blackwell = encoded(start, leading, stride) | TCGEN05_SWIZZLES[width]
+    expected = {
+        at: swizzled(start + byte, width) for at, byte in canonical(128, width, k_major, leading, stride).items()
+    }
     for descriptor in (descriptors.wgmma_descriptor(hopper), descriptors.tcgen05_descriptor(blackwell)):
         got = descriptors.offsets(descriptor, 128, k_major)
         assert {(r, k): got[r, k] for r, k in expected} == expected

@@ -2,7 +2,7 @@
 
 All threads of a batch of CTAs run at once, a register is one numpy array. ``Program(text)`` refuses what the machine
 does not model; ``Program.launch`` runs a grid on tensors that were registered in a ``GlobalMemory``, and adds what no
-correct program does to ``Findings``. Needs numpy alone. Semantics and section numbers are those of the PTX ISA 8.8.
+correct program does to ``Findings``. Needs numpy alone. Semantics and section numbers are those of the PTX ISA 9.2.
 """
 
 from __future__ import annotations

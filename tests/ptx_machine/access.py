@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .findings import refusal
-from .parser import UNSIGNED, Address, Instruction, Kernel, Register, Sink, Symbol, Vector
-from .registry import address, destination, instruction, modifiers, operands, reader
+from .parser import UNSIGNED, Address, Instruction, Kernel, Sink, Symbol, Vector
+from .registry import address, filled_register, instruction, modifiers, operands, reader
 
 SPACES = ("global", "shared", "shared::cta")
 VECTORS = {"": 1, "v2": 2, "v4": 4, "v8": 8}
@@ -30,8 +30,8 @@ def load_parameter(ins: Instruction, kernel: Kernel):
     (parameter,) = (one for one in kernel.params if one.name == where.base.name)
     if parameter.bits != int(kind[1:]):
         raise refusal(ins, f"the parameter is of {parameter.bits} bits")
-    index = destination(to, UNSIGNED[parameter.bits], ins, kernel)
-    return lambda batch, mask: batch.write(index, batch.arguments[parameter.name], mask)
+    index, loaded, filled = filled_register(to, kind, ins, kernel)
+    return lambda batch, mask: batch.write(index, batch.arguments[parameter.name].view(loaded).astype(filled), mask)
 
 
 @instruction("ld")
@@ -39,28 +39,21 @@ def load(ins: Instruction, kernel: Kernel):
     """PTX ISA 9.7.9.8, ld; a register may be wider than what is loaded (9.4.1), which fills it by its type."""
     space, vector, kind = modifiers(ins, SPACES, set(VECTORS) - {""}, TYPES)
     to, where = operands(ins, 2)
-    pieces, width = _pieces(to, vector, ins), int(kind[1:]) // 8
-    letter = "i" if kind[0] == "s" else "u"
-    targets = []
-    for k, piece in enumerate(pieces):
-        if isinstance(piece, Sink):
-            continue
-        if not isinstance(piece, Register) or np.dtype(kernel.dtypes[piece.index]).itemsize < width:
-            raise refusal(ins, "registers as wide as what is loaded are expected")
-        own = np.dtype(kernel.dtypes[piece.index]).itemsize
-        targets.append((k, piece.index, np.dtype(f"{letter}{own}"), kernel.dtypes[piece.index]))
+    pieces = _pieces(to, vector, ins)
+    targets = [
+        (k, *filled_register(piece, kind, ins, kernel)) for k, piece in enumerate(pieces) if not isinstance(piece, Sink)
+    ]
     is_global = space == "global"
     read = address(where, np.uint64 if is_global else np.uint32, ins, kernel)
-    loaded, size = np.dtype(f"{letter}{width}"), width * len(pieces)
+    size = int(kind[1:]) // 8 * len(pieces)
 
     def run(batch, mask):
         memory = batch.memory if is_global else batch.shared
         data, lanes = memory.load(read(batch, mask), size, mask, ins)
-        table = np.ascontiguousarray(data).view(loaded)
-        for k, index, extended, own in targets:
-            values = table[:, k].astype(extended).view(own)
+        for k, index, loaded, filled in targets:
+            values = data.view(loaded)[:, k].astype(filled)
             if mask is not None:
-                whole = np.zeros(batch.threads, own)
+                whole = np.zeros(batch.threads, filled)
                 whole[lanes] = values
                 values = whole
             batch.write(index, values, mask)
@@ -70,7 +63,7 @@ def load(ins: Instruction, kernel: Kernel):
 
 @instruction("st")
 def store(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.9.12, st; of a register that is wider the low bits are stored (9.4.1)."""
+    """PTX ISA 9.7.9.11, st; of a register that is wider the low bits are stored (9.4.1)."""
     space, vector, kind = modifiers(ins, SPACES, set(VECTORS) - {""}, TYPES)
     where, what = operands(ins, 2)
     bits = int(kind[1:])

@@ -172,7 +172,7 @@ def leading_zeros(values: np.ndarray) -> np.ndarray:
 
 @instruction("brev")
 def reverse(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.1.19, brev."""
+    """PTX ISA 9.7.1.18, brev."""
     (kind,) = modifiers(ins, ("b32", "b64"))
     return elementwise(ins, kernel, UNSIGNED[int(kind[1:])], 1, reversed_bits)
 
@@ -187,7 +187,7 @@ def reversed_bits(values: np.ndarray) -> np.ndarray:
 
 @instruction("bfe")
 def extract_field(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.1.20, bfe: bits from a position on, the sign's bit or zeros above."""
+    """PTX ISA 9.7.1.19, bfe: bits from a position on, the sign's bit or zeros above."""
     (kind,) = modifiers(ins, ("u32", "s32", "u64", "s64"))
     dtype = numpy_type(kind)
     to, of, position, length = operands(ins, 4)
@@ -217,7 +217,7 @@ def field(values: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarra
 
 @instruction("bfi")
 def insert_field(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.1.21, bfi: ``length`` bits of a at a position of b."""
+    """PTX ISA 9.7.1.20, bfi: ``length`` bits of a at a position of b."""
     (kind,) = modifiers(ins, ("b32", "b64"))
     bits, dtype = int(kind[1:]), UNSIGNED[int(kind[1:])]
     to, new, old, position, length = operands(ins, 5)

@@ -91,7 +91,7 @@ def funnel_shift(ins: Instruction, kernel: Kernel):
 
 @instruction("prmt")
 def permute(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.9.7, prmt without a mode: four bytes of eight, chosen by three bits each; a fourth repeats the sign."""
+    """PTX ISA 9.7.9.7, prmt without a mode: bytes of eight, chosen by three bits each; a fourth repeats the sign."""
     modifiers(ins, "b32")
     to, *given = operands(ins, 4)
     index = destination(to, np.uint32, ins, kernel)

@@ -6,8 +6,8 @@ import numpy as np
 
 from .findings import refusal
 from .formats import HALVES, canonical, decode, encode, odd_float32, odd_sum
-from .parser import Instruction, Kernel, Register
-from .registry import destination, instruction, modifiers, numpy_type, operands, reader
+from .parser import Instruction, Kernel
+from .registry import destination, filled_register, instruction, modifiers, numpy_type, operands, reader
 
 INTEGERS = tuple(f"{letter}{bits}" for letter in "us" for bits in (8, 16, 32, 64))
 WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
@@ -28,18 +28,10 @@ def convert(ins: Instruction, kernel: Kernel):
     if compute is None:
         raise refusal(ins, f"rounding .{rounding or 'none'}")
     if target in INTEGERS:
-        index, filled = _wide_destination(to, target, ins, kernel)
+        index, _, filled = filled_register(to, target, ins, kernel)
         return lambda batch, mask: batch.write(index, compute(read(batch, mask)).astype(filled), mask)
     index = destination(to, np.uint16 if target in HALVES else numpy_type(target), ins, kernel)
     return lambda batch, mask: batch.write(index, compute(read(batch, mask)), mask)
-
-
-def _wide_destination(operand, kind: str, ins: Instruction, kernel: Kernel):
-    """(register, type that fills it): by the sign or by zeros, as the type says (PTX ISA 9.4.1)."""
-    own = np.dtype(kernel.dtypes[operand.index]) if isinstance(operand, Register) else np.dtype(np.bool_)
-    if own == np.bool_ or own.itemsize * 8 < int(kind[1:]):
-        raise refusal(ins, f"a register as wide as .{kind} is expected")
-    return operand.index, np.dtype(f"{'i' if kind[0] == 's' else 'u'}{own.itemsize}")
 
 
 def _conversion(rounding: str, target: str, source: str):

@@ -144,16 +144,26 @@ class GlobalMemory:
             index = offsets[:, None] + np.arange(size)
             self._follow_write(region, offsets, data[which], threads[which], ins)
             region.data[index] = data[which]
-            if (region.data[index] != data[which]).any():
-                self.batch.find("threads of one store write different values to global memory", ins, region.name)
+            self._check_store(region, offsets, data[which], threads[which], ins)
             if region.written is not None:
                 region.written[index] = True
+
+    def _check_store(self, region: Region, offsets, data, threads, ins: Instruction) -> None:
+        """Find threads of one store that write one place."""
+        own = self.batch.global_thread[threads][:, None]
+        last = region.writer[self._granules(region, offsets, data.shape[1])]
+        if (last == own).all():
+            return
+        if (region.data[offsets[:, None] + np.arange(data.shape[1])] != data).any():
+            self.batch.find("threads of one store write different values to global memory", ins, region.name)
+        elif (last // self.batch.cta_threads != own // self.batch.cta_threads).any():
+            self.batch.find("two threads write the same value to global memory", ins, region.name)
 
     # -- order
 
     def _granules(self, region: Region, offsets: np.ndarray, size: int) -> np.ndarray:
-        first = (offsets + region.start % self.granule) // self.granule
-        return first[:, None] + np.arange(size // self.granule)
+        shift = self.granule.bit_length() - 1
+        return (offsets + region.start % self.granule >> shift)[:, None] + np.arange(size >> shift)
 
     def _open(self, owners, phases, threads) -> np.ndarray:
         """Where an earlier access of ``owners`` is not ordered before one of ``threads`` now."""

@@ -39,7 +39,8 @@ class Program:
 
         ``arguments`` are numbers and addresses in the order of the parameters. ``shared_bytes`` are given to each CTA
         beside what the kernel declares. Raises ``Fault`` where nothing can go on; what else was wrong is added to
-        ``findings``.
+        ``findings``. Raises ValueError for a wrong number of arguments, TypeError for a float or an integer where the
+        other is expected.
         """
         named = _arguments(self.kernel, arguments)
         total = grid[0] * grid[1] * grid[2]
@@ -71,6 +72,8 @@ def _arguments(kernel: Kernel, arguments: list[int | float]) -> dict[str, np.gen
     named = {}
     for parameter, value in zip(kernel.params, arguments, strict=True):
         unsigned = UNSIGNED[parameter.bits]
+        if (parameter.kind[0] == "f") != isinstance(value, float):
+            raise TypeError(f"{parameter.name}: expected .{parameter.kind}, got {value!r}")
         if parameter.kind[0] == "f":
             named[parameter.name] = np.dtype(f"f{parameter.bits // 8}").type(value).view(unsigned)
         else:
@@ -92,6 +95,5 @@ def _access_size(ins: Instruction) -> int:
         vector = next((operand for operand in ins.operands if isinstance(operand, Vector)), None)
         return int(ins.opcode[-1][1:]) // 8 * (len(vector.operands) if vector else 1)
     if ins.opcode[:2] == ["cp", "async"]:
-        sizes = [operand.value for operand in ins.operands if isinstance(operand, Immediate)]
-        return min(sizes, default=4)
+        return next((operand.value for operand in ins.operands if isinstance(operand, Immediate)), 4)
     return 16 if ins.opcode[0] in ("ldmatrix", "stmatrix") else 4

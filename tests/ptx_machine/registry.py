@@ -113,6 +113,18 @@ def destination(operand, dtype: type, ins: Instruction, kernel: Kernel) -> int:
     return operand.index
 
 
+def filled_register(operand, kind: str, ins: Instruction, kernel: Kernel) -> tuple[int, np.dtype, np.dtype]:
+    """(register, its part that a value of a PTX type takes, all of it), both signed where the type is.
+
+    A register may be wider than the value, and is filled by zeros or by the sign (PTX ISA 9.4.1).
+    """
+    part = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
+    own = np.dtype(kernel.dtypes[operand.index]) if isinstance(operand, Register) else np.dtype(np.bool_)
+    if own == np.bool_ or own.itemsize < part.itemsize:
+        raise refusal(ins, f"a register as wide as .{kind} is expected")
+    return operand.index, part, np.dtype(f"{part.kind}{own.itemsize}")
+
+
 def reader(operand, dtype: type, ins: Instruction, kernel: Kernel) -> Read:
     """(batch, mask) -> values of an operand as ``dtype``, an array over threads or one value for all of them."""
     want = np.dtype(dtype)

@@ -30,6 +30,7 @@ class SharedMemory:
 
     def __init__(self, size: int, ctas: int, granule: int, proxies: bool = False):
         self.size, self.ctas, self.granule, self.proxies = size, ctas, granule, proxies
+        self._shift = granule.bit_length() - 1
         self.bytes = np.full(ctas * size, FILLING, np.uint8)
         count = ctas * size // granule
         self.writer = np.full(count, UNWRITTEN, np.int32)
@@ -64,11 +65,16 @@ class SharedMemory:
 
     def _granules(self, positions: np.ndarray, size: int) -> np.ndarray:
         """[lanes, granules] of accesses."""
-        first = positions // self.granule
-        return first[:, None] + np.arange(size // self.granule)
+        return (positions >> self._shift)[:, None] + np.arange(size >> self._shift)
 
     def _table(self, width: int) -> np.ndarray:
         return self.bytes.view(f"u{width}")
+
+    def _touched(self, index: np.ndarray) -> np.ndarray:
+        """The granules of places of ``bytes``, each once."""
+        touched = np.zeros(self.writer.size, bool)
+        touched[index >> self._shift] = True
+        return np.flatnonzero(touched)
 
     # -- accesses of threads
 
@@ -106,11 +112,14 @@ class SharedMemory:
         own = self.own_thread[threads][:, None]
         self.writer[granules] = own
         self.reader[granules] = NOBODY
-        width = min(size, 8)
-        place = positions[:, None] // width + np.arange(size // width)
-        self._table(width)[place] = data.view(f"u{width}")
-        if (self.writer[granules] != own).any() and (self._table(width)[place] != data.view(f"u{width}")).any():
+        self._put(positions, data)
+        if (self.writer[granules] != own).any() and (self._read(positions, size) != data).any():
             self.batch.find("threads of one store write different values to shared memory", ins)
+
+    def _put(self, positions: np.ndarray, data: np.ndarray) -> None:
+        size = data.shape[1]
+        width = min(size, 8)
+        self._table(width)[positions[:, None] // width + np.arange(size // width)] = data.view(f"u{width}")
 
     # -- order
 
@@ -185,12 +194,11 @@ class SharedMemory:
 
     def meet(self, ctas: np.ndarray) -> None:
         """A barrier of these CTAs, bool [ctas]: what was before it is ordered before what follows."""
-        for codes in (self.writer, self.reader):
-            table = codes.reshape(self.ctas, -1)
-            if ctas.all():
-                settle(table)
-            else:
-                table[ctas] = settle(table[ctas])
+        rows = slice(None) if ctas.all() else ctas
+        # no access is open any longer; what is unwritten or in flight stays so
+        writer = self.writer.reshape(self.ctas, -1)
+        writer[rows] = np.minimum(writer[rows], NOBODY)
+        self.reader.reshape(self.ctas, -1)[rows] = NOBODY
 
     def meet_in_warps(self, warps: np.ndarray | None) -> None:
         """bar.warp.sync of these warps, bool [warps], None for all."""
@@ -213,19 +221,18 @@ class SharedMemory:
         self._check_write(granules, threads, ins, positions, data)
         self.writer[granules] = IN_FLIGHT
         self.reader[granules] = NOBODY
-        self.bytes[positions[:, None] + np.arange(size)] = FILLING
+        self._put(positions, data)
 
     def arrive(self, positions: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
         """The thread that began the copy has waited for it."""
-        size = data.shape[1]
-        self.bytes[positions[:, None] + np.arange(size)] = data
-        self.writer[self._granules(positions, size)] = self.own_thread[threads][:, None]
+        self._put(positions, data)
+        self.writer[self._granules(positions, data.shape[1])] = self.own_thread[threads][:, None]
 
     # -- products that read past the generic proxy
 
     def gather(self, index: np.ndarray, ins: Instruction) -> np.ndarray:
         """uint8 at these places of ``bytes``, read by an asynchronous product."""
-        granules = np.unique(index // self.granule)
+        granules = self._touched(index)
         codes = self.writer[granules]
         if (codes == UNWRITTEN).any():
             self.batch.find("product of unwritten shared memory", ins)
@@ -240,10 +247,10 @@ class SharedMemory:
 
     def hold(self, index: np.ndarray) -> None:
         """A product that is under way reads these places of ``bytes``."""
-        self.held[np.unique(index // self.granule)] += 1
+        self.held[self._touched(index)] += 1
 
     def release(self, index: np.ndarray) -> None:
-        self.held[np.unique(index // self.granule)] -= 1
+        self.held[self._touched(index)] -= 1
 
     def fence(self, mask: np.ndarray | None) -> None:
         """Hand to the asynchronous proxy what the threads of ``mask`` have written, or see after a barrier."""
@@ -255,9 +262,3 @@ class SharedMemory:
         own = (self.writer >= 0) & (self.writer < self.batch.threads)
         own &= mask[np.where(own, self.writer, 0)]
         self.unfenced[seen | own] = False
-
-
-def settle(codes: np.ndarray) -> np.ndarray:
-    """Codes behind a barrier, in place: no thread's access is open, what is unwritten or in flight stays so."""
-    codes[(codes >= 0) | (codes == MANY)] = NOBODY
-    return codes

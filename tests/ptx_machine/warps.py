@@ -1,4 +1,4 @@
-"""What the threads of a warp do together (PTX ISA 9.7.9.6 shfl.sync, 9.7.13 vote, redux, elect); all 32 take part."""
+"""What the threads of a warp do together, all 32 of them: shfl.sync, vote.sync, redux.sync, elect.sync."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def source_lanes(way: str, by: np.ndarray, clamp: np.ndarray) -> tuple[np.ndarra
 
 @instruction("redux")
 def reduce(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.13.6, redux.sync."""
+    """PTX ISA 9.7.13.12, redux.sync."""
     _, name, kind = modifiers(ins, "sync", tuple(REDUCTIONS | LOGIC), ("u32", "s32", "b32"))
     if (kind == "b32") != (name in LOGIC):
         raise refusal(ins, f".{name} of .{kind}")
@@ -92,7 +92,7 @@ def reduce(ins: Instruction, kernel: Kernel):
 
 @instruction("vote")
 def vote(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.13.4, vote.sync."""
+    """PTX ISA 9.7.13.9, vote.sync."""
     _, way, kind = modifiers(ins, "sync", ("all", "any", "uni", "ballot"), ("pred", "b32"))
     if (way == "ballot") != (kind == "b32"):
         raise refusal(ins, f".{way} of .{kind}")
@@ -116,7 +116,7 @@ def vote(ins: Instruction, kernel: Kernel):
 
 @instruction("elect")
 def elect(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.13.15, elect.sync: one thread of the warp, always the same; here the first."""
+    """PTX ISA 9.7.13.14, elect.sync: one thread of the warp, always the same; here the first."""
     modifiers(ins, "sync")
     to, members_operand = operands(ins, 2)
     if not isinstance(to, Pair):

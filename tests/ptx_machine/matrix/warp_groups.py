@@ -212,6 +212,8 @@ def translate_product(ins: Instruction, kernel: Kernel):
     def product(batch, mask):
         groups = whole_groups(batch, mask, ins)
         numbers = np.flatnonzero(groups)
+        if not numbers.size:
+            return
         of = state(batch)
         of.check_fence(batch, involved | sources, groups, ins)
         y, places = right(batch, mask, numbers)
