@@ -47,7 +47,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(request, monkeypatch):
+def poisoned(machine, monkeypatch):
     """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end.
 
     The PTX machine sees both by itself, to the byte, in what its own torch has allocated.
@@ -58,7 +58,7 @@ def poisoned(request, monkeypatch):
     from maskpro_kernels.ops.cpu.packed import products, unpacking
     from maskpro_kernels.ops.triton import masked_gemm, packed, sampling, straight_through, swaps
 
-    poisoned_torch, machine = PoisonedTorch(), request.config.machine
+    poisoned_torch = PoisonedTorch()
     for module in (kernels, products, unpacking):
         monkeypatch.setattr(module, "torch", poisoned_torch)
     for module in (sampling, masked_gemm, packed, straight_through, swaps):

@@ -30,6 +30,7 @@ class Matrix:
 
     Attributes:
         shard: whether the rows are parts of longer ones.
+        before: how many groups stand before the first one.
         spread: "mixed": gaps, ties, certain masks and zeros of either sign. "certain": the N largest are drawn whatever
             the noise. "open": no block of groups is certain.
     """
@@ -41,6 +42,7 @@ class Matrix:
     groups: int = 53
     shard: bool = False
     spread: str = "mixed"
+    before: int = 0
 
     @functools.cached_property
     def logits(self) -> Tensor:
@@ -69,7 +71,8 @@ class Matrix:
     def counter(self) -> Counter:
         stride = self.groups + 7 if self.shard else None
         place = {"step": STEP, "layer": LAYER, "draw": DRAW, "group_offset": OFFSET, "group_row_stride": stride}
-        return counter_of(self.logits, NMPattern(f"{self.n}:{self.m}"), SEED, **place)
+        counter = counter_of(self.logits, NMPattern(f"{self.n}:{self.m}"), SEED, **place)
+        return counter._replace(group_offset=OFFSET - self.before)
 
     def draws(self, count: int) -> Counter:
         return self.counter._replace(draw=torch.tensor([DRAW, 4, 65_535][:count]))

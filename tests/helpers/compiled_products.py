@@ -33,6 +33,8 @@ class Product:
         aligned: whether rows and groups are multiples of 16, as Triton compiles for, and more than one tile.
         one_hot: whether one operand holds a single one in each row, so that the product is exact.
         log_prob: whether the log-probability comes along.
+        update: whether the logits step, rather than that their slope is written.
+        spread: of the logits, see ``Matrix``.
     """
 
     kernel: str
@@ -47,6 +49,7 @@ class Product:
     one_hot: bool = False
     log_prob: bool = False
     update: bool = False
+    spread: str = "open"
 
     @property
     def own_tile(self) -> Tiles:
@@ -71,7 +74,7 @@ class Product:
     @property
     def matrix(self) -> Matrix:
         _, rows, groups = self.sizes
-        return Matrix(self.n, self.m, self.logits, rows, groups, spread="open")
+        return Matrix(self.n, self.m, self.logits, rows, groups, spread=self.spread)
 
     def operands(self, columns: int, seed: int) -> Tensor:
         tokens = self.sizes[0]

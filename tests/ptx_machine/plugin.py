@@ -1,14 +1,17 @@
-"""``pytest --ptx sm_80``: kernels are compiled for a GPU and executed by the machine, which may fail a test.
+"""``pytest --ptx sm_80``: kernels are compiled for that GPU and executed by the machine.
 
-A test fails where the machine finds what hardware would not forgive. Tests marked ``ptx`` run with this option alone.
+What the machine finds fails the test that caused it. Tests marked ``ptx`` run with this option alone.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Generator
 
 import pytest
+
+MACHINE = pytest.StashKey()
 
 
 def pytest_addoption(parser):
@@ -19,7 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "ptx: runs on the PTX machine; run by `pytest --ptx TARGET`")
-    config.machine = None
+    config.stash[MACHINE] = None
     if target := config.getoption("ptx"):
         # as triton reads it when kernels are defined
         os.environ.pop("TRITON_INTERPRET", None)
@@ -27,47 +30,59 @@ def pytest_configure(config):
 
         if target not in TARGETS:
             raise pytest.UsageError(f"--ptx: expected one of {', '.join(TARGETS)}, got {target}")
-        config.machine = install(target)
+        config.stash[MACHINE] = install(target)
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.machine is None:
+    if config.stash[MACHINE] is None:
         marked = [item for item in items if item.get_closest_marker("ptx")]
-        if marked:
-            config.hook.pytest_deselected(items=marked)
-            items[:] = [item for item in items if item not in set(marked)]
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
 
 
 @pytest.fixture
 def machine(request):
-    """The driver, which compiles for the target of the command line again after the test."""
-    machine = request.config.machine
+    """The driver, None without ``--ptx``. After the test it compiles for the target of the command line again."""
+    machine = request.config.stash[MACHINE]
     yield machine
-    machine.aim(request.config.getoption("ptx"))
-    machine.last, machine.rewrite = None, str
+    if machine is not None:
+        machine.aim(request.config.getoption("ptx"))
+        machine.last, machine.rewrite = None, str
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _watched(item))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    machine = item.config.machine
+    return (yield from _watched(item))
+
+
+def _watched(item) -> Generator:
+    """A phase of a test; it fails by what the machine finds, which an error of its own is shown with."""
+    machine = item.config.stash[MACHINE]
     if machine is None:
         return (yield)
     with machine.apart() as findings:
         try:
             result = yield
-        finally:
+        except BaseException:
             if findings:
                 item.add_report_section("call", "ptx", str(findings))
-        if findings:
-            pytest.fail(f"the machine has found:\n{findings}", pytrace=False)
+            raise
+    if findings:
+        pytest.fail(f"the PTX machine has found:\n{findings}", pytrace=False)
     return result
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.machine is None:
+    machine = config.stash[MACHINE]
+    if machine is None:
         return
     seconds, counts = Counter(), Counter()
-    for launch in config.machine.launches:
+    for launch in machine.launches:
         seconds[launch.kernel] += launch.seconds
         counts[launch.kernel] += 1
     for kernel in sorted(counts):

@@ -1,0 +1,70 @@
+"""Every branch of every kernel is taken by some case: basic blocks of the PTX that the machine executes, and the rest."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, masked_weight
+from helpers.compiled_products import PRODUCTS, PackedProduct, Product
+
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+
+pytestmark = [pytest.mark.ptx, pytest.mark.slow]
+
+# Lines of source whose blocks no launch reaches, and why
+UNREACHED = {}
+
+
+def run_over_groups():
+    """Each kernel where all draws of a block are certain, where none are, and over shards."""
+    for (n, m), dtype, spread in itertools.product(((1, 2), (2, 4), (4, 8), (8, 16)), DTYPES, ("certain", "open")):
+        of = Matrix(n, m, dtype, rows=3, groups=171, spread=spread)
+        for kernel in OVER_GROUPS:
+            if dtype == torch.float32 or kernel in ("sample_mask", "score_update", "descend", "unpack", "adamw"):
+                OVER_GROUPS[kernel](of)
+        for kind in ("top_n", "codes"):
+            masked_weight(of, kind=kind)
+        if m == 4:
+            shard = Matrix(n, m, dtype, rows=3, groups=171, spread=spread, shard=True)
+            for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates", "descend"):
+                OVER_GROUPS[kernel](shard)
+
+
+def run_products(target):
+    for kernel, (n, m), dtype in itertools.product(PRODUCTS, ((2, 4), (4, 8)), DTYPES[:2]):
+        tiles = TILES[kernel, target, dtype.itemsize]
+        for tile, aligned, spread in itertools.product({tiles[0], tiles[-1]}, (True, False), ("certain", "open")):
+            options = {"aligned": aligned, "spread": spread, "log_prob": n <= 4, "update": True}
+            Product(kernel, tile, n, m, dtype, **options).assert_right()
+    for kernel, kind in itertools.product(PRODUCTS, ("top_n", "codes")):
+        Product(kernel, TILES[kernel, target, 2][0], kind=kind).assert_right()
+
+
+def run_packed(target):
+    configs = (*ROWS["packed_vector"], *PACKED_TILES["packed_linear", target, 2])
+    for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), ("keep", "int8")):
+        for aligned in (True, False):
+            PackedProduct(config, n, m, values=values, aligned=aligned).assert_right()
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_basic_blocks_are_executed(target, compiled_for, machine):
+    compiled_for(target)
+    machine.programs.clear()
+    run_over_groups()
+    run_products(target)
+    run_packed(target)
+    total, missing = 0, {}
+    for program in machine.programs.values():
+        total += len(program.kernel.blocks)
+        for number in set(range(len(program.kernel.blocks))) - program.covered:
+            block = program.kernel.blocks[number]
+            where = block[0].where
+            missing.setdefault((program.kernel.name, where), []).append((number, [ins.text for ins in block][:4]))
+    print(target, total, sum(map(len, missing.values())))
+    for key, value in missing.items():
+        print(key, len(value), value[0])
+    assert sum(map(len, missing.values())) <= 0.05 * total
+    assert {where for _, where in missing} <= UNREACHED.keys()
