@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.hand_written_ptx import Run, compute, kinds
 from ptx_machine import Fault, GlobalMemory
+from ptx_machine.global_memory import marks
 
 NOTHING: set[str] = set()
 
@@ -316,6 +317,37 @@ def test_a_barrier_orders_global_memory_within_a_program():
     for between, partner, found in (("", 1, race), ("bar.sync 0;", 1, NOTHING), ("bar.sync 0;", 64, race)):
         text = body.format(between=between, partner=partner)
         assert kinds(text, buffer(128), threads=64, ctas=2) == found, (between, partner)
+
+
+def test_readers_of_global_memory_are_ordered_by_barriers_of_their_cta():
+    """Threads read one place, then one of them writes it."""
+    body = """
+        mad.wide.u32 %rd2, {place}, 4, %rd0;
+        setp.lt.u32 %p2, %r70, {readers};
+        @%p2 ld.global.b32 %r1, [%rd2];
+        {between}
+        setp.eq.s32 %p1, %r70, 0;
+        @%p1 st.global.b32 [%rd2], 5;
+        ret;
+    """
+    race = "global race: write after another thread's read"
+    for place, readers, between, found in (
+        ("%r71", 64, "bar.sync 0;", NOTHING),
+        ("%r71", 64, "", {race}),
+        ("%r71", 1, "", NOTHING),
+        # threads of several warps, one after the other
+        ("%r71", 64, "@%p2 ld.global.b32 %r2, [%rd2]; bar.sync 0; @%p2 ld.global.b32 %r3, [%rd2];", {race}),
+        ("0", 64, "bar.sync 0;", {race, "two threads write the same value to global memory"}),
+    ):
+        text = body.format(place=place, readers=readers, between=between)
+        assert kinds(text, buffer(4), threads=64, ctas=2) == found, (place, readers, between)
+
+
+def test_following_a_tensor_takes_memory_where_it_is_touched_alone():
+    """Marks of 2^37 granules are a TiB of addresses."""
+    found = marks(1 << 37)
+    found[1 << 36] = 7
+    assert found[1 << 36] == 7 and found[0] == 0
 
 
 def test_a_launch_is_ordered_behind_the_one_before():

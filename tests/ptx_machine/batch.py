@@ -40,12 +40,11 @@ class Batch:
         findings: Findings,
     ):
         self.kernel, self.arguments, self.findings = kernel, arguments, findings
-        self.ctas, self.cta_threads = ctas, kernel.threads
+        self.first, self.ctas, self.cta_threads = first, ctas, kernel.threads
         self.threads = ctas * kernel.threads
         self.thread = np.arange(self.threads, dtype=np.int64)
         self.cta = self.thread // kernel.threads
         self.warps = self.thread // WARP
-        self.global_thread = self.thread + first * kernel.threads
         self.specials = _specials(kernel.threads, grid, first, ctas)
         self.registers: list[np.ndarray] = [dtype(POISON[dtype]) for dtype in kernel.dtypes]
         # registers that reads and writes have to look at: not written yet by all threads, or watched

@@ -178,12 +178,11 @@ class Control:
         self._arrive(block.target, taken)
         if block.test is not None:
             self._arrive(number + 1, threads & ~taken)
-            if "uni" in block.end.opcode and (_by_warp(taken) != _by_warp(threads)).any() and taken.any():
+            if "uni" in block.end.opcode:
                 self._check_uniform(block.end, threads, taken)
 
     def _check_uniform(self, ins: Instruction, threads, taken) -> None:
-        some, every = _by_warp(taken).any(1), (_by_warp(taken) == _by_warp(threads)).all(1)
-        if (some & ~every).any():
+        if (_by_warp(taken).any(1) & _by_warp(threads & ~taken).any(1)).any():
             self.batch.find("threads of a warp part at a uniform branch", ins)
 
     def _end(self, number, block, threads, mask) -> None:

@@ -2,10 +2,14 @@
 
 Threads of different CTAs are never ordered, those of a CTA by its barriers (PTX ISA 8, memory consistency model). Two
 accesses to one place that are not ordered, and of which one is a write, are a race.
+
+Accesses are followed in granules: the narrowest access of the kernel. A granule has two marks, of its last write and of
+its reads. A mark is how often the CTA had met at a barrier, the number of the CTA and its thread, from the top bits on.
 """
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +21,12 @@ if TYPE_CHECKING:
     from .batch import Batch
     from .parser import Instruction
 
-NOBODY, SEVERAL = -1, -2
+# Linux's flag by which memory takes no room before it is touched; Python names it from 3.13 on
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+THREAD_BITS, CTA_BITS = 11, 31
+SEVERAL = (1 << THREAD_BITS) - 1
+CTA = ((1 << CTA_BITS) - 1) << THREAD_BITS
+NOBODY, EVERYWHERE = 0, -1
 
 
 @dataclass
@@ -28,11 +37,9 @@ class Region:
     start: int
     data: np.ndarray
     written: np.ndarray | None
-    # last writer and reader of each granule since the launch, thread of the grid, and the phase of its CTA then
+    # marks of the last writer and of the readers of each granule since the launch
     writer: np.ndarray | None = field(default=None, repr=False)
-    write_phase: np.ndarray | None = field(default=None, repr=False)
     reader: np.ndarray | None = field(default=None, repr=False)
-    read_phase: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def end(self) -> int:
@@ -45,8 +52,13 @@ class Region:
     def begin(self, granule: int) -> None:
         """A launch: what happened before it is ordered before it."""
         count = (self.end - 1) // granule - self.start // granule + 1 if self.data.size else 0
-        self.writer, self.reader = np.full(count, NOBODY, np.int64), np.full(count, NOBODY, np.int64)
-        self.write_phase, self.read_phase = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        self.writer, self.reader = marks(count), marks(count)
+
+
+def marks(count: int) -> np.ndarray:
+    """int64 zeros, that tensors of billions of elements can have too: they take memory where they are touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    return np.frombuffer(mmap.mmap(-1, max(count, 1) * 8, flags=flags), np.int64)
 
 
 class GlobalMemory:
@@ -80,6 +92,8 @@ class GlobalMemory:
 
     def attach(self, batch: Batch) -> None:
         self.batch = batch
+        thread = batch.thread % batch.cta_threads
+        self._threads = (batch.first + batch.cta) << THREAD_BITS | thread + 1
 
     # -- places
 
@@ -142,21 +156,21 @@ class GlobalMemory:
         data = table.view(np.uint8)
         for region, which, offsets in self.locate(addresses, size, ins):
             index = offsets[:, None] + np.arange(size)
-            self._follow_write(region, offsets, data[which], threads[which], ins)
+            own = self._own_marks(threads[which])
+            self._follow_write(region, offsets, data[which], own, ins)
             region.data[index] = data[which]
-            self._check_store(region, offsets, data[which], threads[which], ins)
+            self._check_store(region, offsets, data[which], own, ins)
             if region.written is not None:
                 region.written[index] = True
 
-    def _check_store(self, region: Region, offsets, data, threads, ins: Instruction) -> None:
+    def _check_store(self, region: Region, offsets, data, own, ins: Instruction) -> None:
         """Find threads of one store that write one place."""
-        own = self.batch.global_thread[threads][:, None]
         last = region.writer[self._granules(region, offsets, data.shape[1])]
         if (last == own).all():
             return
         if (region.data[offsets[:, None] + np.arange(data.shape[1])] != data).any():
             self.batch.find("threads of one store write different values to global memory", ins, region.name)
-        elif (last // self.batch.cta_threads != own // self.batch.cta_threads).any():
+        elif ((last ^ own) & CTA).any():
             self.batch.find("two threads write the same value to global memory", ins, region.name)
 
     # -- order
@@ -165,53 +179,62 @@ class GlobalMemory:
         shift = self.granule.bit_length() - 1
         return (offsets + region.start % self.granule >> shift)[:, None] + np.arange(size >> shift)
 
-    def _open(self, owners, phases, threads) -> np.ndarray:
-        """Where an earlier access of ``owners`` is not ordered before one of ``threads`` now."""
-        block = self.batch.cta_threads
-        own = self.batch.global_thread[threads][:, None]
-        now = self.batch.phase[self.batch.cta[threads]][:, None]
-        elsewhere = owners // block != own // block
-        return (owners == SEVERAL) | ((owners >= 0) & (owners != own) & (elsewhere | (phases == now)))
+    def _own_marks(self, threads: np.ndarray) -> np.ndarray:
+        """[lanes, 1] marks of accesses now."""
+        phase = self.batch.phase[self.batch.cta[threads]] << THREAD_BITS + CTA_BITS
+        return (self._threads[threads] | phase)[:, None]
 
     def _follow_read(self, region: Region, offsets, size: int, threads, ins: Instruction) -> None:
         index = self._granules(region, offsets, size)
+        own = self._own_marks(threads)
         writers = region.writer[index]
-        if (writers >= 0).any() and self._open(writers, region.write_phase[index], threads).any():
+        if writers.any() and is_open(writers, own).any():
             self.batch.find("global race: read after another thread's write", ins, region.name)
-        own = self.batch.global_thread[threads][:, None]
-        now = self.batch.phase[self.batch.cta[threads]][:, None]
         readers = region.reader[index]
-        fresh = np.ones_like(readers, bool)
-        if (readers != NOBODY).any():
-            fresh = ~self._open(readers, region.read_phase[index], threads)
-        new = np.where(fresh, own, SEVERAL)
+        new = np.broadcast_to(own, index.shape)
+        if readers.any():
+            new = np.where(is_open(readers, own), joined(readers, own), own)
         region.reader[index] = new
-        region.read_phase[index] = now
         won = region.reader[index]
         lost = won != new
         if lost.any():
-            region.reader[index[lost]] = SEVERAL
+            # several threads of this instruction read the same
+            both = joined(won, new)
+            region.reader[index[lost]] = both[lost]
+            everywhere = lost & (both == EVERYWHERE)
+            region.reader[index[everywhere]] = EVERYWHERE
 
-    def _follow_write(self, region: Region, offsets, data, threads, ins: Instruction) -> None:
+    def _follow_write(self, region: Region, offsets, data, own, ins: Instruction) -> None:
         size = data.shape[1]
         index = self._granules(region, offsets, size)
         writers = region.writer[index]
-        if (writers >= 0).any() and self._open(writers, region.write_phase[index], threads).any():
+        if writers.any() and is_open(writers, own).any():
             same = (region.data[offsets[:, None] + np.arange(size)] == data).all()
             kind = "two threads write the same value to global memory" if same else "global race: write after write"
             self.batch.find(kind, ins, region.name)
         readers = region.reader[index]
-        if (readers != NOBODY).any() and self._open(readers, region.read_phase[index], threads).any():
+        if readers.any() and is_open(readers, own).any():
             self.batch.find("global race: write after another thread's read", ins, region.name)
-        region.writer[index] = self.batch.global_thread[threads][:, None]
-        region.write_phase[index] = self.batch.phase[self.batch.cta[threads]][:, None]
+        region.writer[index] = own
+
+
+def is_open(marks: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Where an earlier access is not ordered before one of ``own`` now."""
+    differing = marks ^ own
+    elsewhere = differing & CTA != 0
+    unordered = (differing >> THREAD_BITS == 0) & (differing != 0)
+    return (marks != NOBODY) & (elsewhere | unordered)
+
+
+def joined(marks: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Marks of two readers that are not ordered: several threads of one CTA, or of more than one."""
+    return np.where((marks ^ own) & CTA == 0, own | SEVERAL, EVERYWHERE)
 
 
 def _gather(region: Region, offsets: np.ndarray, size: int) -> np.ndarray:
     width = min(size, 8)
-    skew = region.start % width
-    if skew or region.data.ctypes.data % width:
+    # offsets of aligned accesses are no multiples where the tensor starts in between
+    if region.start % width or region.data.ctypes.data % width:
         return region.data[offsets[:, None] + np.arange(size)]
     whole = region.data[: region.data.size // width * width].view(f"u{width}")
-    # an access at the end of a tensor that ends between
     return whole[offsets[:, None] // width + np.arange(size // width)].view(np.uint8)
