@@ -272,6 +272,14 @@ def test_what_one_thread_has_waited_for_others_know_behind_a_barrier():
     assert found(body(wait=f"{one} bar.warp.sync -1;")) == {"read of tensor memory that a product still writes"}
 
 
+def test_the_thread_that_issues_products_commits_them():
+    commit = "setp.eq.s32 %p5, %r1, 1;" + COMMIT.replace("%p2", "%p5")
+    assert found(body(commit=commit)) == {"commit by a thread that has not issued the products"}
+    other = f"setp.eq.s32 %p5, %r1, 1; {product()} {product().replace('%p2', '%p5')}"
+    with pytest.raises(Refused, match="several threads"):
+        found(body(product=other))
+
+
 def test_one_thread_of_a_warp_is_elected():
     lines = "elect.sync %out0|%p1, -1; selp.b32 %out1, 1, 0, %p1;"
     got, findings = run(lines, np.zeros((64, 1), np.uint32), 2)

@@ -44,11 +44,13 @@ class MBarrier:
 class Progress:
     """Which asynchronous operations of its CTA each thread knows to be complete. They are numbered from 1 on.
 
-    ``issued`` [ctas] is the last number, ``known`` [threads] what a thread has waited for, and ``shared`` [ctas] what
-    some thread of a CTA had waited for when the CTA's barriers were ``phase`` in number.
+    ``issued`` [ctas] is the last number, ``issuer`` [ctas] the thread that issues them or -1, ``known`` [threads] what
+    a thread has waited for, and ``shared`` [ctas] what some thread of a CTA had waited for when the CTA had met at
+    ``phase`` barriers.
     """
 
     issued: np.ndarray
+    issuer: np.ndarray
     known: np.ndarray
     shared: np.ndarray
     phase: np.ndarray
@@ -56,8 +58,13 @@ class Progress:
     # (CTAs, numbers of the operations, places in shared memory that they read)
     held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
 
-    def issue(self, batch: Batch, ctas: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Numbers of an operation of these CTAs that reads places [ctas, ...] of shared memory."""
+    def issue(self, batch: Batch, threads: np.ndarray, places: np.ndarray, ins: Instruction) -> np.ndarray:
+        """Numbers of an operation of threads of other CTAs each, that reads places [threads, ...] of shared memory."""
+        ctas = batch.cta[threads]
+        before = self.issuer[ctas]
+        if ((before >= 0) & (before != threads)).any():
+            raise refusal(ins, "asynchronous operations of several threads of a CTA")
+        self.issuer[ctas] = threads
         self.issued[ctas] += 1
         batch.shared.hold(places)
         self.held.append((ctas, self.issued[ctas], places))
@@ -92,11 +99,13 @@ class Progress:
             self.mbarriers[place] = MBarrier(*(np.zeros(batch.ctas, np.int64) for _ in range(5)))
         return self.mbarriers[place]
 
-    def arrive(self, batch: Batch, place: int, ctas: np.ndarray, ins: Instruction) -> None:
-        """All operations that these CTAs have issued so far arrive, when they are complete, as one."""
-        one = self.at(batch, place)
+    def arrive(self, batch: Batch, place: int, threads: np.ndarray, ins: Instruction) -> None:
+        """All operations that these threads have issued so far arrive, when they are complete, as one."""
+        one, ctas = self.at(batch, place), batch.cta[threads]
         if not one.expected[ctas].all():
             raise Fault(f"mbarrier at {place} is not initialised: {batch.place(ins)}")
+        if ((self.issuer[ctas] >= 0) & (self.issuer[ctas] != threads)).any():
+            batch.find("commit by a thread that has not issued the products", ins)
         one.serial[ctas] = self.issued[ctas]
         one.pending[ctas] -= 1
         over = ctas[one.pending[ctas] == 0]
@@ -110,8 +119,8 @@ _progress: WeakKeyDictionary[Batch, Progress] = WeakKeyDictionary()
 
 def progress(batch: Batch) -> Progress:
     if batch not in _progress:
-        issued, shared = np.zeros(batch.ctas, np.int64), np.zeros(batch.ctas, np.int64)
-        _progress[batch] = Progress(issued, np.zeros(batch.threads, np.int64), shared, batch.phase.copy())
+        issued, known, shared = (np.zeros(count, np.int64) for count in (batch.ctas, batch.threads, batch.ctas))
+        _progress[batch] = Progress(issued, np.full(batch.ctas, -1), known, shared, batch.phase.copy())
     return _progress[batch]
 
 

@@ -9,35 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 from ..findings import refusal
-from ..parser import Immediate, Instruction, Kernel, Vector
-from ..registry import address, destination, instruction, modifiers, operands, reader
+from ..parser import Immediate, Instruction, Kernel
+from ..registry import address, instruction, modifiers, operands, reader
 from . import fragments, sparsity
+from .vectors import destinations, read_all, readers
 
 ELEMENTS = ("bf16", "f16")
 COUNTS = ("x1", "x2", "x4")
 SPACES = ("shared", "shared::cta")
 ROW_BYTES = 16
 LANE = np.arange(fragments.WARP)
-
-
-def registers_of(operand, count: int, ins: Instruction) -> tuple:
-    """The operands of a vector of ``count``."""
-    if not isinstance(operand, Vector) or len(operand.operands) != count:
-        raise refusal(ins, f"{count} registers in braces are expected, not {operand}")
-    return operand.operands
-
-
-def destinations(operand, count: int, dtype: type, ins: Instruction, kernel: Kernel) -> list[int]:
-    return [destination(one, dtype, ins, kernel) for one in registers_of(operand, count, ins)]
-
-
-def readers(operand, count: int, dtype: type, ins: Instruction, kernel: Kernel) -> list:
-    return [reader(one, dtype, ins, kernel) for one in registers_of(operand, count, ins)]
-
-
-def read_all(reads: list, batch, mask) -> list[np.ndarray]:
-    """[T] of each register."""
-    return [batch.full(read(batch, mask)) for read in reads]
 
 
 def _pointing(batch, mask, matrices: int) -> np.ndarray:

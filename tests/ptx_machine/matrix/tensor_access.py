@@ -11,8 +11,8 @@ import numpy as np
 from ..findings import Fault, refusal
 from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
-from .mma import destinations, read_all, readers
 from .tensor_memory import COLUMNS, tensor_memory
+from .vectors import destinations, read_all, readers
 
 WARP = 32
 LEAST_COLUMNS = 32

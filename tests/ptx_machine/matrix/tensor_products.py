@@ -15,8 +15,8 @@ from ..parser import Address, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from . import descriptors, fragments
 from .mbarriers import by_place, progress
+from .shared_operands import shared_matrix
 from .tensor_memory import Issuers, tensor_memory
-from .warp_groups import shared_matrix
 
 ELEMENTS = {0: "f16", 1: "bf16"}
 # words of tensor memory that hold 16 elements along K
@@ -117,7 +117,7 @@ def translate_product(ins: Instruction, kernel: Kernel):
             held = np.concatenate([held, others], 1)
         old = _old_sums(issue, sums, issue.of(enabled(batch, mask)), issuers)
         total = fragments.multiply_add(x, y.transpose(0, 2, 1), old, shape.element)
-        _write(issue, sums, total, sources, progress(batch).issue(batch, issue.ctas, held), issuers)
+        _write(issue, sums, total, sources, progress(batch).issue(batch, issue.threads, held, ins), issuers)
 
     return product
 
@@ -165,6 +165,6 @@ def translate_commit(ins: Instruction, kernel: Kernel):
 
     def commit(batch, mask):
         for at, threads in by_place(batch, place(batch, mask), mask):
-            progress(batch).arrive(batch, at, batch.cta[threads], ins)
+            progress(batch).arrive(batch, at, threads, ins)
 
     return commit

@@ -19,7 +19,9 @@ from ..parser import Immediate, Instruction, Kernel, Register, Vector
 from ..registry import instruction, modifiers, operands, reader
 from ..shared_memory import MANY
 from . import descriptors, fragments
-from .mma import ELEMENTS, destinations, read_all, readers
+from .mma import ELEMENTS
+from .shared_operands import shared_matrix
+from .vectors import destinations, read_all, readers
 
 if TYPE_CHECKING:
     from ..batch import Batch
@@ -28,7 +30,6 @@ GROUP = fragments.WARP_GROUP
 ROWS = 64
 # columns of the shapes
 SHAPES = {f"m64n{columns}k16": columns for columns in range(8, 257, 8)}
-BYTES = np.arange(2)
 
 
 @dataclass
@@ -256,21 +257,6 @@ def _shared_operand(operand, rows: int, k_major: bool, ins: Instruction, kernel:
         return shared_matrix(batch, values[:, 0], ctas, descriptors.wgmma_descriptor, (rows, k_major), ins)
 
     return read
-
-
-def shared_matrix(batch: Batch, values: np.ndarray, ctas: np.ndarray, decode: Callable, shape: tuple[int, bool], ins):
-    """(uint16 [n, rows, DEPTH], places [n, bytes]) of the matrices that n descriptors of n CTAs point to.
-
-    ``shape`` is (rows, whether they are K-major).
-    """
-    distinct, which = np.unique(values, return_inverse=True)
-    try:
-        tables = np.stack([descriptors.offsets(decode(int(value)), *shape) for value in distinct])
-    except ValueError as error:
-        raise refusal(ins, str(error)) from None
-    places = batch.shared.positions(tables[which], ctas[:, None, None], BYTES.size, ins)[..., None] + BYTES
-    data = batch.shared.gather(places, ins)
-    return data.view(np.uint16)[..., 0], places.reshape(len(values), -1)
 
 
 def _accumulators(batch: Batch, sums: list, adds: Callable, mask, columns: int) -> np.ndarray:
