@@ -83,8 +83,8 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeyp
     weight, squares = normal(LAST, k, dtype=torch.bfloat16), torch.zeros(ALL_ROWS)
     squares[-edge:] = 0.7
     # tiles of columns go in groups, the last of them row by row of tiles
-    columns = -(-k // tile.k) % straight_through.SHARING.value
-    machine.last = columns
+    tiles = -(-k // tile.k)
+    machine.last = columns = tiles % straight_through.SHARING.value
     logits, step = far(NEAR.logits), (torch.tensor(0.4), 2.0)
     ops.straight_through_update_(grad, x, far(weight), 1.0, *step, FAR.source(logits=logits), grad_squares=squares)
     weight_grad = ops.masked_linear_weight_grad(grad, x, FAR.source(logits=far(NEAR.logits)))
@@ -94,7 +94,7 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeyp
         *near, weight, 1.0, *step, NEAR.source(logits=expected), grad_squares=squares[-LAST:].contiguous()
     )
     of_weight = ops.masked_linear_weight_grad(*near, NEAR.source())
-    width = (columns - 1) * tile.k + k % tile.k
+    width = k - (tiles - columns) * tile.k
     assert_same_bits(logits[-edge:, -width:], expected[-edge:, -width:])
     assert not torch.equal(logits[-edge:, -width:], NEAR.logits[-edge:, -width:])
     # its grid goes row by row of tiles

@@ -1,4 +1,4 @@
-"""Every branch of every kernel is taken by some case: basic blocks of the PTX that the machine executes, and the rest."""
+"""Every branch of every kernel is taken by some case: basic blocks of the PTX that are executed, and the rest."""
 
 from __future__ import annotations
 

@@ -29,8 +29,6 @@ from .machine import Program
 # The most shared memory of a block that a kernel can ask for: CUDA C++ Programming Guide, table of compute capabilities
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 TARGETS = tuple(SHARED_MEMORY)
-# Of a tensor, or of each of its rows, what is there for a launch of which the last programs alone run
-TAIL = 1 << 18
 # Larger tensors are not filled: what nobody touches costs no memory
 MOST_FILLED = 1 << 28
 WARP = 32
@@ -104,8 +102,7 @@ class MachineDriver(DriverBase):
         launches: what ran, in order.
         programs: by PTX text, with the basic blocks that have been executed.
         rewrite: what is done to a kernel's text before it runs; for planted faults.
-        last: how many of a grid's last programs run; None: all of them. Of large tensors these find the end of each
-            row alone, or that of the whole; what they touch elsewhere is out of bounds.
+        last: how many of a grid's last programs run; None: all of them.
         torch: torch whose empty tensors are known to be unwritten. Code that allocates outputs takes it for its own.
     """
 
@@ -140,7 +137,7 @@ class MachineDriver(DriverBase):
             program = self.programs[text] = Program(text)
         memory, fresh = GlobalMemory(), {}
         tensors = [argument for argument in given if isinstance(argument[2], torch.Tensor)]
-        for start, data, name in spans(tensors, whole=self.last is None):
+        for start, data, name in spans(tensors):
             unwritten = self.torch.unwritten(start, data.size)
             region = memory.register(start, data, name, initialised=not unwritten)
             if unwritten:
@@ -194,18 +191,16 @@ def number(kind: str, value) -> int | float:
     return float(value) if kind.startswith(("fp", "bf")) else int(value)
 
 
-def spans(given: list[tuple], whole: bool = True) -> Iterator[tuple[int, np.ndarray, str]]:
-    """(address, bytes, names) of the memory of arguments (name, type, tensor); what overlaps is one.
-
-    Where not ``whole``, of its tails alone.
-    """
+def spans(given: list[tuple]) -> Iterator[tuple[int, np.ndarray, str]]:
+    """(address, bytes, names) of the memory of arguments (name, type, tensor); what overlaps is one."""
     ends = []
     for name, _, tensor in given:
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
         if tensor.numel():
-            own = reach(tensor)
-            ends += [(*part, name) for part in ([own] if whole else tails(tensor, *own))]
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            ends.append((start, start + (last + 1) * tensor.element_size(), name))
     merged: list[tuple[int, int, str]] = []
     for start, end, name in sorted(ends):
         if merged and start < merged[-1][1]:
@@ -215,22 +210,6 @@ def spans(given: list[tuple], whole: bool = True) -> Iterator[tuple[int, np.ndar
             merged.append((start, end, name))
     for start, end, name in merged:
         yield start, np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start)), name
-
-
-def reach(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte, and of that behind its last one."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def tails(tensor: torch.Tensor, start: int, end: int) -> list[tuple[int, int]]:
-    """(first, behind the last) of the end of each row, where rows are long, or of the tensor."""
-    if end - start <= TAIL:
-        return [(start, end)]
-    length = tensor.stride(0) * tensor.element_size()
-    if length <= TAIL:
-        return [(end - TAIL, end)]
-    return [(start + (row + 1) * length - TAIL, start + (row + 1) * length) for row in range(len(tensor))]
 
 
 class RecordingTorch:
