@@ -86,7 +86,7 @@ def found(text, given=None):
 
 
 @pytest.mark.parametrize("k_major", [(True, True), (False, True), (True, False), (False, False)])
-@pytest.mark.parametrize("widths", [(128, 128), (64, 64), (32, 32), (16, 16), (128, 32), (16, 64)])
+@pytest.mark.parametrize("widths", [(128, 128), (64, 32), (16, 16)])
 def test_products_of_all_layouts(widths, k_major):
     a, b = integers(64, 16, seed=1), integers(COLUMNS, 16, seed=2)
     given = shared_image(bits_of(a, "bf16"), bits_of(b, "bf16"), widths, k_major)

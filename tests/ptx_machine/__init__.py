@@ -7,15 +7,10 @@ correct program does to ``Findings``. Needs numpy alone. Semantics and section n
 
 from __future__ import annotations
 
-import importlib
-from importlib.util import find_spec
-
-from . import access, arithmetic, async_copies, bits, comparisons, control, conversions, floats, moves, warps
+# each of these modules registers its instructions
+from . import access, arithmetic, async_copies, bits, comparisons, control, conversions, floats, matrix, moves, warps
 from .findings import Fault, Findings, Refused
 from .global_memory import GlobalMemory
 from .machine import Program
-
-if find_spec(f"{__name__}.matrix"):
-    importlib.import_module(f"{__name__}.matrix")
 
 __all__ = ["Fault", "Findings", "GlobalMemory", "Program", "Refused"]

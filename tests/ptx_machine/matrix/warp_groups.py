@@ -56,12 +56,13 @@ class WarpGroups:
     """What the warp groups of a batch have under way. Watches the registers that products read and write."""
 
     def __init__(self, batch: Batch):
-        self.count = batch.threads // GROUP
-        self.commits = np.zeros(self.count, np.int64)
+        groups = batch.threads // GROUP
+        self.commits = np.zeros(groups, np.int64)
         self.products: list[Product] = []
-        # threads that no wgmma.fence has come after the last write of, for each register; none at all came so far
+        # which groups have come to a wgmma.fence, and which threads have written a register since
+        self.fenced = np.zeros(groups, bool)
         self.dirty: dict[int, np.ndarray] = {}
-        self.fenced = np.zeros(self.count, bool)
+        # sums of the product that is being issued: it reads and writes them itself
         self.issuing: frozenset[int] = frozenset()
         for index in product_registers(batch.kernel):
             batch.watch(index, self)
@@ -97,7 +98,7 @@ class WarpGroups:
                 batch.find("register of a product written without a wgmma.fence", ins, batch.kernel.names[index])
 
     def wait(self, batch: Batch, allowed: int, groups: np.ndarray) -> None:
-        """End the products of these groups but those of the last ``allowed`` commits, and of none yet."""
+        """End the products of these groups, but for those of the last ``allowed`` commits and those not committed."""
         for product in self.products:
             done = product.pending & groups & (product.number < self.commits - allowed)
             for numbers, places in product.held:
