@@ -79,8 +79,9 @@ class Product:
     def operands(self, columns: int, seed: int) -> Tensor:
         tokens = self.sizes[0]
         if self.one_hot:
-            # each column once, as far as the tokens go
-            return torch.eye(columns)[(torch.arange(tokens) * 37 + 7) % columns].to(self.operand)
+            # each column once: a sum of two would be rounded
+            order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+            return torch.eye(max(tokens, columns))[:tokens, :columns][:, order].to(self.operand)
         return normal(tokens, columns, seed=seed, dtype=self.operand)
 
     def assert_right(self, moved=as_it_is) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from ptx_machine import Fault
+
 SYNCHRONISATION = re.compile(
     r"""^[ \t]*(?:@!?%p\d+\s+)?(?:
         (?:bar|barrier)\.(?:cta\.)?(?:warp\.)?sync(?:\.aligned)?\b
@@ -54,9 +56,6 @@ def what_is_found(machine, call: Callable[[], None], rewrite: Callable[[str], st
 
     The call raises AssertionError where a result is wrong.
     """
-    # imported here, for the machine is there in tests on it alone
-    from ptx_machine import Fault
-
     machine.rewrite, kinds = rewrite, set()
     try:
         with machine.apart() as findings:

@@ -12,7 +12,7 @@ def compiled_for(machine, monkeypatch):
 
     def aim(target):
         machine.aim(target)
-        monkeypatch.setattr(tiles, "ON_CPU", target)
+        monkeypatch.setattr(tiles, "ON_CPU", tiles.TABLE_ROW[target])
         tiles.architecture.cache_clear()
 
     yield aim

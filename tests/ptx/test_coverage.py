@@ -9,12 +9,22 @@ import torch
 from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, masked_weight
 from helpers.compiled_products import PRODUCTS, PackedProduct, Product
 
+from maskpro_kernels import ops
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 
 pytestmark = [pytest.mark.ptx, pytest.mark.slow]
 
-# Lines of source whose blocks no launch reaches, and why
-UNREACHED = {}
+# Opcodes of what sets a kernel's sums to zero and goes on behind its loop
+WITHOUT_A_STEP = {"mov", "shl", "shr", "and", "or", "add", "sub", "bra"}
+
+
+def reason(block) -> str | None:
+    """Why no launch reaches a block: LLVM makes two ways where a kernel needs one."""
+    if block[0].opcode[:2] == ["div", "s64"]:
+        return "indices of groups beyond 2^32, which no matrix has; smaller ones are divided in 32 bits"
+    if {ins.opcode[0] for ins in block} <= WITHOUT_A_STEP and any("mov.b32" in ins.text for ins in block):
+        return "sums of a loop without a step: kernels are not launched on matrices without rows or columns"
+    return None
 
 
 def run_over_groups():
@@ -40,6 +50,13 @@ def run_products(target):
             Product(kernel, tile, n, m, dtype, **options).assert_right()
     for kernel, kind in itertools.product(PRODUCTS, ("top_n", "codes")):
         Product(kernel, TILES[kernel, target, 2][0], kind=kind).assert_right()
+    # of no tokens
+    of = Matrix(2, 4, rows=37, groups=16)
+    for dtype in DTYPES[:2]:
+        weight, nothing = of.normal(seed=1, dtype=dtype), torch.empty(0, 64, dtype=dtype)
+        operands = torch.empty(0, of.rows, dtype=dtype), nothing, weight, 0.5
+        ops.straight_through_grad(*operands, of.source())
+        ops.straight_through_update_(*operands, torch.tensor(0.4), 2.0, of.source(logits=of.logits.clone()))
 
 
 def run_packed(target):
@@ -56,15 +73,13 @@ def test_basic_blocks_are_executed(target, compiled_for, machine):
     run_over_groups()
     run_products(target)
     run_packed(target)
-    total, missing = 0, {}
+    total, missed, unnamed = 0, 0, []
     for program in machine.programs.values():
-        total += len(program.kernel.blocks)
-        for number in set(range(len(program.kernel.blocks))) - program.covered:
-            block = program.kernel.blocks[number]
-            where = block[0].where
-            missing.setdefault((program.kernel.name, where), []).append((number, [ins.text for ins in block][:4]))
-    print(target, total, sum(map(len, missing.values())))
-    for key, value in missing.items():
-        print(key, len(value), value[0])
-    assert sum(map(len, missing.values())) <= 0.05 * total
-    assert {where for _, where in missing} <= UNREACHED.keys()
+        blocks = program.kernel.blocks
+        total += len(blocks)
+        for number in set(range(len(blocks))) - program.covered:
+            missed += 1
+            if reason(blocks[number]) is None:
+                unnamed.append((program.kernel.name, blocks[number][0].where, [ins.text for ins in blocks[number]]))
+    assert not unnamed, unnamed
+    assert missed <= 0.05 * total, (missed, total)

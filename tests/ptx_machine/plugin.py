@@ -20,6 +20,7 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "ptx: runs on the PTX machine; run by `pytest --ptx TARGET`")
     config.stash[MACHINE] = None
