@@ -1,4 +1,4 @@
-"""Each barrier, wait and fence of the compiled products is taken away in turn: the machine says so."""
+"""Each barrier, wait and fence of compiled kernels is taken away in turn: the machine finds it, or it did nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 from helpers.cases import cases
 from helpers.compiled import OVER_GROUPS, Matrix, assert_bits_of_reference
 from helpers.compiled_products import PRODUCTS, PackedProduct, Product
@@ -16,18 +17,27 @@ from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 pytestmark = pytest.mark.ptx
 
 TARGETS = ["sm_80", "sm_90"]
-# Nothing can depend on these, by (target, kernel, number)
 OWN_COPY = "each thread reads what it has copied itself, after its own wait"
 STANDS_BEFORE = "the same stands before it on every way here, and since then shared memory has been read alone"
+BEFORE_COPIES = "no thread has touched the memory that is copied to after it"
+# By release of Triton, the oldest one and what came later: by (kernel, target), numbers that nothing depends on, and why
+OLDEST = (3, 6)
+REDUNDANT_IN_OLDEST = (
+    {("masked_linear", target): {0: BEFORE_COPIES, 2: OWN_COPY} for target in TARGETS}
+    | {("masked_linear_input_grad", target): {0: BEFORE_COPIES, 6: OWN_COPY} for target in TARGETS}
+    | {
+        (kernel, target): {0: BEFORE_COPIES}
+        for kernel in ("masked_linear_weight_grad", "straight_through", "packed_linear")
+        for target in TARGETS
+    }
+)
 REDUNDANT = {
-    ("sm_80", "masked_linear", 1): OWN_COPY,
-    ("sm_80", "masked_linear_input_grad", 5): OWN_COPY,
-    ("sm_80", "masked_linear_weight_grad", 2): STANDS_BEFORE,
-    ("sm_80", "masked_linear_weight_grad", 3): STANDS_BEFORE,
-    ("sm_80", "straight_through", 2): STANDS_BEFORE,
-    ("sm_80", "straight_through", 3): STANDS_BEFORE,
-    ("sm_90", "masked_linear", 1): OWN_COPY,
-    ("sm_90", "masked_linear_input_grad", 5): OWN_COPY,
+    ("masked_linear", "sm_80"): {1: OWN_COPY},
+    ("masked_linear", "sm_90"): {1: OWN_COPY},
+    ("masked_linear_input_grad", "sm_80"): {5: OWN_COPY},
+    ("masked_linear_input_grad", "sm_90"): {5: OWN_COPY},
+    ("masked_linear_weight_grad", "sm_80"): {2: STANDS_BEFORE, 3: STANDS_BEFORE},
+    ("straight_through", "sm_80"): {2: STANDS_BEFORE, 3: STANDS_BEFORE},
 }
 KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend", "sample_mask"]
 
@@ -52,14 +62,16 @@ def call_of(kernel, target):
 def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine):
     compiled_for(target)
     texts, call = [], call_of(kernel, target)
-    assert what_is_found(machine, call, lambda text: texts.append(text) or text) == set()
+    before = what_is_found(machine, call, lambda text: texts.append(text) or text)
+    assert before <= machine.let_pass
     (text,) = set(texts)
     count = len(synchronisations(text))
     assert count
     missed = {
         number: " ".join(synchronisations(text)[number][0][0].split())
         for number in range(count)
-        if not what_is_found(machine, call, lambda text, number=number: without(text, number))
+        if not what_is_found(machine, call, lambda text, number=number: without(text, number)) - before
     }
-    expected = {number for *of, number in REDUNDANT if of == [target, kernel]}
-    assert missed.keys() == expected, missed
+    oldest = tuple(map(int, triton.__version__.split(".")[:2])) == OLDEST
+    redundant = (REDUNDANT_IN_OLDEST if oldest else REDUNDANT).get((kernel, target), {})
+    assert missed.keys() == redundant.keys(), missed

@@ -73,8 +73,9 @@ def _watched(item) -> Generator:
             if findings:
                 item.add_report_section("call", "ptx", str(findings))
             raise
-    if findings:
-        pytest.fail(f"the PTX machine has found:\n{findings}", pytrace=False)
+    if faults := machine.faults(findings):
+        told = "\n".join(map(str, faults))
+        pytest.fail(f"the PTX machine has found:\n{told}", pytrace=False)
     return result
 
 
