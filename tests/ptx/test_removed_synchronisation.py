@@ -20,7 +20,7 @@ TARGETS = ["sm_80", "sm_90"]
 OWN_COPY = "each thread reads what it has copied itself, after its own wait"
 STANDS_BEFORE = "the same stands before it on every way here, and since then shared memory has been read alone"
 BEFORE_COPIES = "no thread has touched the memory that is copied to after it"
-# By release of Triton, the oldest one and what came later: by (kernel, target), numbers that nothing depends on, and why
+# By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
 OLDEST = (3, 6)
 REDUNDANT_IN_OLDEST = (
     {("masked_linear", target): {0: BEFORE_COPIES, 2: OWN_COPY} for target in TARGETS}
