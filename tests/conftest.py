@@ -1,26 +1,30 @@
-"""Kernels run under Triton's interpreter where there is no GPU; set before triton is imported anywhere."""
+"""Kernels run under Triton's interpreter where there is no GPU, or compiled on the PTX machine."""
 
 from __future__ import annotations
 
 import functools
 import os
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import hypothesis
 import pytest
-
-from maskpro_kernels.ops.cpu import kernels
-from maskpro_kernels.ops.cpu.packed import products, unpacking
-from maskpro_kernels.ops.triton import masked_gemm, packed, sampling, straight_through, swaps
-from maskpro_kernels.ops.triton.launch import launches
-from maskpro_kernels.training import estimator
+import torch
 
 # helpers are imported below that alone
 pytest.register_assert_rewrite("helpers")
+
+pytest_plugins = ["ptx_machine.plugin"]
+
+
+def pytest_configure(config):
+    """Set before triton or a kernel is imported anywhere."""
+    target = config.getoption("ptx")
+    if target is None and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    if target is not None:
+        from maskpro_kernels.ops.triton import tiles
+
+        tiles.ON_CPU = tiles.TABLE_ROW[target]
+
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
@@ -43,13 +47,22 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end."""
+def poisoned(machine, monkeypatch):
+    """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end.
+
+    The PTX machine sees both by itself, to the byte, in what its own torch has allocated.
+    """
     from helpers.poison import PoisonedTorch
 
+    from maskpro_kernels.ops.cpu import kernels
+    from maskpro_kernels.ops.cpu.packed import products, unpacking
+    from maskpro_kernels.ops.triton import masked_gemm, packed, sampling, straight_through, swaps
+
     poisoned_torch = PoisonedTorch()
-    for module in (kernels, products, unpacking, sampling, masked_gemm, packed, straight_through, swaps):
+    for module in (kernels, products, unpacking):
         monkeypatch.setattr(module, "torch", poisoned_torch)
+    for module in (sampling, masked_gemm, packed, straight_through, swaps):
+        monkeypatch.setattr(module, "torch", machine.torch if machine else poisoned_torch)
     yield poisoned_torch
     poisoned_torch.check_margins()
 
@@ -57,6 +70,8 @@ def poisoned(monkeypatch):
 @pytest.fixture(autouse=True)
 def estimators_of_this_file(request, monkeypatch):
     """What other files of tests define as an estimator, the command does not know."""
+    from maskpro_kernels.training import estimator
+
     here = ("maskpro_kernels.", request.module.__name__)
     known = {name: kind for name, kind in estimator._registered.items() if kind.__module__.startswith(here)}
     monkeypatch.setattr(estimator, "_registered", known)
@@ -65,6 +80,8 @@ def estimators_of_this_file(request, monkeypatch):
 @pytest.fixture
 def launched():
     """The launch counter, cleared: proof that a kernel ran."""
+    from maskpro_kernels.ops.triton.launch import launches
+
     launches.clear()
     return launches
 

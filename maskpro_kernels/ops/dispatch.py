@@ -24,14 +24,14 @@ from . import reference
 from .cpu import kernels as cpu_kernels
 from .cpu.packed import products as cpu_products
 from .reference import packing as reference_products
-from .triton.tiles import INTERPRETED
+from .triton import tiles
 
 logger = logging.getLogger(__name__)
 
 
 def interpreting() -> bool:
-    """Whether CPU tensors go to the kernels through Triton's interpreter."""
-    return INTERPRETED
+    """Whether CPU tensors go to the kernels, as they do through Triton's interpreter."""
+    return tiles.ON_CPU is not None
 
 
 @functools.cache

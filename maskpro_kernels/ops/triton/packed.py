@@ -11,9 +11,10 @@ import triton.language as tl
 
 from .. import reference
 from . import device_functions as d
+from . import tiles
 from .launch import launch, launch_rows, launch_tiles
 from .masked_gemm import operand_constants, result_dtype
-from .tiles import INTERPRETED, PACKED_TOKENS, architecture, rows_for, tiles_for
+from .tiles import PACKED_TOKENS, architecture, rows_for, tiles_for
 
 VALUES = tl.constexpr(8)
 SCALED = tl.constexpr(reference.SCALED)
@@ -278,7 +279,7 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
     "unpack": the whole weight is unpacked into a transient one and multiplied by torch.
     """
     tokens, k = x.shape
-    if not (x.is_cuda or INTERPRETED) or not 0 < tokens <= PACKED_TOKENS[architecture(x.device)]:
+    if not (x.is_cuda or tiles.ON_CPU) or not 0 < tokens <= PACKED_TOKENS[architecture(x.device)]:
         return "unpack"
     multiplied = x.itemsize == 2 and (n, m) in MULTIPLIED and k % chunk_length(n, m) == 0
     # a slice may start anywhere, words do not

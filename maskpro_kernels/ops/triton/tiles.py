@@ -21,6 +21,10 @@ import torch
 # As triton reads it when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
+# The architecture whose row CPU tensors take on their way to the kernels: in Triton's interpreter, or by a driver of
+# Triton's that executes on a CPU what is compiled, and sets its target here. None: they go to no kernel.
+ON_CPU: str | None = "sm_90" if INTERPRETED else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class _CompileOptions:
@@ -221,8 +225,8 @@ def architecture(device: torch.device) -> str:
 
     Warns once of each architecture that has no entry in ``TABLE_ROW``, and names the row that is taken instead.
     """
-    if INTERPRETED:
-        return "sm_90"
+    if device.type == "cpu":
+        return ON_CPU
     if torch.version.hip is not None:
         # such as gfx942:sramecc+:xnack-
         return _table_row(torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0], AMD_ROW)

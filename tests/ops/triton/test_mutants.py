@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.cases import cases
+from helpers.planted import mutant_of
 from helpers.products import (
     COUNTER,
     mask_of,
@@ -53,14 +52,8 @@ MUTANTS = {
     "mutation", cases(((name,) for name in MUTANTS), slow=lambda name: name not in ("nothing", *list(MUTANTS)[1::4]))
 )
 def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
-    source = Path(masked_gemm.__file__).read_text()
     before, after, wrong = MUTANTS[mutation]
-    assert before in source
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(before, after) if before else source)
-    spec = importlib.util.spec_from_file_location("maskpro_kernels.ops.triton.mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
+    mutant = mutant_of(masked_gemm, before, after, tmp_path)
     mutant.torch = poisoned
     # which neither the tokens, the rows nor the columns fill
     mutant.tiles_for = lambda *args: replace(small_tiles(*args), out=32)

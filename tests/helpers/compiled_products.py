@@ -1,0 +1,223 @@
+"""Products by kernels that the PTX machine executes, on chosen tiles, beside torch and float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.bits import assert_same_bits
+from helpers.compiled import INVERSE, Matrix, as_it_is, by_both
+from helpers.products import normal, within_budget
+from maskpro_kernels import ops
+from maskpro_kernels.ops import reference
+from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
+from maskpro_kernels.ops.triton.tiles import Rows, Tiles
+from maskpro_kernels.packed import quantized
+from maskpro_kernels.pattern import bitmask_of
+
+CURVATURE = 0.7
+PRODUCTS = ("masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad", "straight_through")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product on tiles, of sizes that by default no tile divides.
+
+    Attributes:
+        kernel: of PRODUCTS.
+        tile: of the table.
+        operand: dtype of x and its gradient, and of the weight where ``weight`` names no other.
+        aligned: whether rows and groups are multiples of 16, as Triton compiles for, and more than one tile.
+        one_hot: whether one operand holds a single one in each row, so that the product is exact.
+        log_prob: whether the log-probability comes along.
+        update: whether the logits step, rather than that their slope is written.
+        spread: of the logits, see ``Matrix``.
+    """
+
+    kernel: str
+    tile: Tiles
+    n: int = 2
+    m: int = 4
+    operand: torch.dtype = torch.bfloat16
+    weight: torch.dtype | None = None
+    logits: torch.dtype = torch.float32
+    kind: str = "drawn"
+    aligned: bool = False
+    one_hot: bool = False
+    log_prob: bool = False
+    update: bool = False
+    spread: str = "open"
+
+    @property
+    def own_tile(self) -> Tiles:
+        return replace(self.tile, k=max(self.tile.k, self.m))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(tokens, rows, groups): more than one tile of each, and four of what the kernel loops over."""
+        tile = self.own_tile
+        across, tokens, rows = tile.k // self.m, tile.tokens, tile.out
+        if self.kernel == "masked_linear":
+            sizes = 2 * tokens - 3, rows + 5, 4 * across + 3
+        elif self.kernel == "masked_linear_input_grad":
+            # it takes rows in multiples of 16 alone
+            sizes = 2 * tokens - 3, 4 * rows + 16, across + 3
+        else:
+            sizes = 4 * tokens - 3, rows + 5, across + 3
+        if self.aligned:
+            sizes = tuple(-(-size // 16) * 16 for size in sizes)
+        return min(sizes[0], 128), *sizes[1:]
+
+    @property
+    def matrix(self) -> Matrix:
+        _, rows, groups = self.sizes
+        return Matrix(self.n, self.m, self.logits, rows, groups, spread=self.spread)
+
+    def operands(self, columns: int, seed: int) -> Tensor:
+        tokens = self.sizes[0]
+        if self.one_hot:
+            # each column once: a sum of two would be rounded
+            order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+            return torch.eye(max(tokens, columns))[:tokens, :columns][:, order].to(self.operand)
+        return normal(tokens, columns, seed=seed, dtype=self.operand)
+
+    def assert_right(self, moved=as_it_is) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            for module in (masked_gemm, straight_through):
+                patched.setattr(module, "tiles_for", lambda *_: self.own_tile)
+            CHECKS[self.kernel](self, moved)
+
+
+def masked(of: Product, weight: Tensor) -> Tensor:
+    """The weight under the reference's mask."""
+    matrix = of.matrix
+    codes = matrix.codes
+    if of.kind == "drawn":
+        where = matrix.counter, torch.tensor(INVERSE)
+        codes = reference.sample_mask(matrix.logits, *where, n=of.n, m=of.m)
+    return reference.code_masked_weight(weight, codes, n=of.n, m=of.m)
+
+
+def assert_product(of: Product, found: Tensor, by_torch: Tensor, exact: Tensor) -> None:
+    """Exact of one-hot operands, else within the budget."""
+    if of.one_hot:
+        assert_same_bits(found + 0.0, by_torch + 0.0)
+    within_budget(found, by_torch, exact)
+
+
+def linear(of: Product, moved) -> None:
+    _, rows, groups = of.sizes
+    k, dtype = groups * of.m, of.weight or of.operand
+    x, weight = of.operands(k, seed=1), normal(rows, k, seed=2, dtype=dtype)
+    bias = None if of.one_hot else normal(rows, seed=3, dtype=dtype)
+    source = of.matrix.source(of.kind)
+    source = source._replace(tensor=moved(source.tensor))
+    here = [None if tensor is None else moved(tensor) for tensor in (x, weight, bias)]
+    (found, total), (by_torch, expected) = by_both(lambda: ops.masked_linear(*here, of.log_prob, source))
+    exact = x.double() @ masked(of, weight.to(of.operand)).double().t()
+    assert_product(of, found, by_torch, exact if bias is None else exact + bias.double())
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+
+
+def input_grad(of: Product, moved) -> None:
+    _, rows, groups = of.sizes
+    weight = normal(rows, groups * of.m, seed=2, dtype=of.weight or of.operand)
+    grad, source = of.operands(rows, seed=4), of.matrix.source(of.kind)
+    source = source._replace(tensor=moved(source.tensor))
+    here = moved(grad), moved(weight)
+    (found,), (by_torch,) = by_both(lambda: [ops.masked_linear_input_grad(*here, source)])
+    assert_product(of, found, by_torch, grad.double() @ masked(of, weight.to(of.operand)).double())
+
+
+def weight_grad(of: Product, moved) -> None:
+    tokens, rows, groups = of.sizes
+    grad, x = of.operands(rows, seed=4), normal(tokens, groups * of.m, seed=1, dtype=of.operand)
+    source = of.matrix.source(of.kind)
+    source = source._replace(tensor=moved(source.tensor))
+    here = moved(grad), moved(x)
+    (found,), (by_torch,) = by_both(lambda: [ops.masked_linear_weight_grad(*here, source)])
+    assert_product(of, found, by_torch, masked(of, grad.double().t() @ x.double()))
+
+
+def slope(of: Product, moved) -> None:
+    """The slope and the gradient of the weight, or the step of the logits: bit for bit of one-hot operands."""
+    tokens, rows, groups = of.sizes
+    k = groups * of.m
+    grad, x = of.operands(rows, seed=4), normal(tokens, k, seed=1, dtype=of.operand)
+    weight, matrix = normal(rows, k, seed=2, dtype=of.weight or of.operand), of.matrix
+    here = [moved(tensor) for tensor in (grad, x, weight)]
+
+    def call():
+        of_weight = moved(torch.zeros(rows, k))
+        if not of.update:
+            source = matrix.source(of.kind)
+            source = source._replace(tensor=moved(source.tensor))
+            return ops.straight_through_grad(*here, CURVATURE, source, of_weight), of_weight
+        logits = moved(matrix.logits.clone())
+        step = torch.tensor(0.4), 2.0, matrix.source(logits=logits)
+        return logits, of_weight, ops.straight_through_update_(*here, CURVATURE, *step, of_weight)
+
+    found, expected = by_both(call)
+    if of.one_hot:
+        assert_same_bits([part + 0.0 for part in found[:2]], [part + 0.0 for part in expected[:2]])
+    within_budget(found[1], expected[1], grad.double().t() @ x.double())
+    for one, other in zip(found, expected, strict=True):
+        if one.dim() == 0 or not of.update:
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
+
+
+CHECKS = dict(zip(PRODUCTS, (linear, input_grad, weight_grad, slope), strict=True))
+
+
+@dataclass(frozen=True)
+class PackedProduct:
+    """A product with a packed weight: of one token on Rows, of several on Tiles."""
+
+    config: Rows | Tiles
+    n: int = 2
+    m: int = 4
+    operand: torch.dtype = torch.bfloat16
+    values: str = "keep"
+    aligned: bool = False
+    one_hot: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(tokens, rows, chunks)."""
+        config = self.config
+        if isinstance(config, Rows):
+            rows, chunks = (16, 2 * config.block) if self.aligned else (2 * config.rows + 1, config.block + 5)
+            return 1, rows, chunks
+        chunks = config.k // packed.chunk_length(self.n, self.m)
+        if self.aligned:
+            return config.tokens, -(-config.out // 16) * 16, -(-2 * chunks // 16) * 16
+        return config.tokens - 3, config.out + 5, 2 * chunks + 3
+
+    def assert_right(self, moved=as_it_is) -> None:
+        tokens, rows, chunks = self.sizes
+        k = chunks * packed.chunk_length(self.n, self.m)
+        matrix = Matrix(self.n, self.m, rows=rows, groups=k // self.m, spread="open")
+        bitmask = bitmask_of(matrix.codes, self.m)
+        values, scales = normal(rows, k // self.m * self.n, seed=7, dtype=self.operand), None
+        if self.values == "int8":
+            values, scales = quantized(values)
+        x = normal(tokens, k, seed=1, dtype=self.operand)
+        if self.one_hot:
+            x = torch.eye(k)[(torch.arange(tokens) * 37 + 7) % k].to(self.operand)
+        bias = None if self.one_hot else normal(rows, seed=3, dtype=self.operand)
+        with pytest.MonkeyPatch.context() as patched:
+            for name in ("tiles_for", "rows_for"):
+                patched.setattr(packed, name, lambda *_: self.config)
+            operands = moved(x), values, bitmask, scales, None if bias is None else moved(bias), self.n, self.m
+            (found,), (by_torch,) = by_both(lambda: [ops.nm_linear(*operands)])
+        dense = reference.unpack_nm(
+            values if scales is None else reference.dequantized(values, scales, self.operand),
+            bitmask,
+            n=self.n,
+            m=self.m,
+        )
+        exact = x.double() @ dense.double().t()
+        assert_product(self, found, by_torch, exact if bias is None else exact + bias.double())

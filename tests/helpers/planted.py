@@ -1,0 +1,82 @@
+"""Faults planted in the text of a compiled kernel, and what finds them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from ptx_machine import Fault
+
+SYNCHRONISATION = re.compile(
+    r"""^[ \t]*(?:@!?%p\d+\s+)?(?:
+        (?:bar|barrier)\.(?:cta\.)?(?:warp\.)?sync(?:\.aligned)?\b
+      | cp\.async\.wait_(?:group|all)\b
+      | fence\.proxy\.async
+      | fence\.mbarrier_init
+      | wgmma\.(?:fence|wait_group)\b
+      | tcgen05\.(?:wait|fence)
+      | mbarrier\.try_wait
+    )[^;]*;""",
+    re.X | re.M,
+)
+# What reads or writes memory, or goes elsewhere
+STATEMENT = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?(?:ld|st|cp|ldmatrix|stmatrix|mma|wgmma|tcgen05|atom|red|bra|ret)\b|^\$L__BB", re.M
+)
+WEAKENED = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
+
+
+def synchronisations(text: str) -> list[list[re.Match]]:
+    """Every barrier, wait and fence of a kernel, in order. What stands twice with nothing between is one."""
+    found: list[list[re.Match]] = []
+    for match in SYNCHRONISATION.finditer(text):
+        between = text[found[-1][-1].end() : match.start()] if found else ""
+        if found and found[-1][0][0] == match[0] and not STATEMENT.search(between):
+            found[-1].append(match)
+        else:
+            found.append([match])
+    return found
+
+
+def without(text: str, number: int) -> str:
+    """The text with one synchronisation taken away; a wait for groups waits for one group less."""
+    for match in reversed(synchronisations(text)[number]):
+        left = ""
+        if weaker := WEAKENED.search(match[0]):
+            left = match[0].replace(weaker[0], f"{weaker[1]}{int(weaker[2]) + 1}")
+        text = text[: match.start()] + left + text[match.end() :]
+    return text
+
+
+def what_is_found(machine, call: Callable[[], None], rewrite: Callable[[str], str]) -> set[str]:
+    """Kinds of findings of a call whose kernels are rewritten; a fault by its first words, and "wrong result".
+
+    The call raises AssertionError where a result is wrong.
+    """
+    machine.rewrite, kinds = rewrite, set()
+    try:
+        with machine.apart() as findings:
+            try:
+                call()
+            except Fault as fault:
+                kinds.add(str(fault).split(":")[0])
+            except AssertionError:
+                kinds.add("wrong result")
+    finally:
+        machine.rewrite = str
+    return kinds | findings.kinds
+
+
+def mutant_of(module: ModuleType, before: str, after: str, folder: Path) -> ModuleType:
+    """A file of kernels with a text in it replaced, as a module of its own."""
+    source = Path(module.__file__).read_text()
+    assert before in source
+    path = folder / "mutant.py"
+    path.write_text(source.replace(before, after) if before else source)
+    spec = importlib.util.spec_from_file_location("maskpro_kernels.ops.triton.mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant

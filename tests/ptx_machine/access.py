@@ -1,0 +1,78 @@
+"""Loads, stores and moves (PTX ISA 9.7.9): ld, st, and what they do in each state space."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .findings import refusal
+from .parser import UNSIGNED, Address, Instruction, Kernel, Sink, Symbol, Vector
+from .registry import address, filled_register, instruction, modifiers, operands, reader
+
+SPACES = ("global", "shared", "shared::cta")
+VECTORS = {"": 1, "v2": 2, "v4": 4, "v8": 8}
+TYPES = tuple(f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64)) + ("f32", "f64")
+
+
+def _pieces(operand, vector: str, ins: Instruction) -> tuple:
+    pieces = operand.operands if isinstance(operand, Vector) else (operand,)
+    if len(pieces) != VECTORS[vector]:
+        raise refusal(ins, f"{VECTORS[vector]} values are expected")
+    return pieces
+
+
+@instruction("ld.param")
+def load_parameter(ins: Instruction, kernel: Kernel):
+    """PTX ISA 9.7.9.8, ld, of a kernel's parameters."""
+    _, kind = modifiers(ins, "param", TYPES)
+    to, where = operands(ins, 2)
+    if not isinstance(where, Address) or not isinstance(where.base, Symbol) or where.offset:
+        raise refusal(ins, "the name of a parameter is expected")
+    (parameter,) = (one for one in kernel.params if one.name == where.base.name)
+    if parameter.bits != int(kind[1:]):
+        raise refusal(ins, f"the parameter is of {parameter.bits} bits")
+    index, loaded, filled = filled_register(to, kind, ins, kernel)
+    return lambda batch, mask: batch.write(index, batch.arguments[parameter.name].view(loaded).astype(filled), mask)
+
+
+@instruction("ld")
+def load(ins: Instruction, kernel: Kernel):
+    """PTX ISA 9.7.9.8, ld; a register may be wider than what is loaded (9.4.1), which fills it by its type."""
+    space, vector, kind = modifiers(ins, SPACES, set(VECTORS) - {""}, TYPES)
+    to, where = operands(ins, 2)
+    pieces = _pieces(to, vector, ins)
+    targets = [
+        (k, *filled_register(piece, kind, ins, kernel)) for k, piece in enumerate(pieces) if not isinstance(piece, Sink)
+    ]
+    is_global = space == "global"
+    read = address(where, np.uint64 if is_global else np.uint32, ins, kernel)
+    size = int(kind[1:]) // 8 * len(pieces)
+
+    def run(batch, mask):
+        memory = batch.memory if is_global else batch.shared
+        data, lanes = memory.load(read(batch, mask), size, mask, ins)
+        for k, index, loaded, filled in targets:
+            values = data.view(loaded)[:, k].astype(filled)
+            if mask is not None:
+                whole = np.zeros(batch.threads, filled)
+                whole[lanes] = values
+                values = whole
+            batch.write(index, values, mask)
+
+    return run
+
+
+@instruction("st")
+def store(ins: Instruction, kernel: Kernel):
+    """PTX ISA 9.7.9.11, st; of a register that is wider the low bits are stored (9.4.1)."""
+    space, vector, kind = modifiers(ins, SPACES, set(VECTORS) - {""}, TYPES)
+    where, what = operands(ins, 2)
+    bits = int(kind[1:])
+    values = [reader(piece, UNSIGNED[bits], ins, kernel) for piece in _pieces(what, vector, ins)]
+    is_global = space == "global"
+    read = address(where, np.uint64 if is_global else np.uint32, ins, kernel)
+
+    def run(batch, mask):
+        memory = batch.memory if is_global else batch.shared
+        memory.store(read(batch, mask), [value(batch, mask) for value in values], bits, mask, ins)
+
+    return run

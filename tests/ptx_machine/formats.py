@@ -1,0 +1,122 @@
+"""Number formats and their rounding (PTX ISA 5.2.2 and 5.2.3): float32, float64, float16, bfloat16.
+
+Values of 16 bits travel as their bits, uint16. Results are rounded once, to the nearest, ties to even.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# the one pattern of results that are no number
+NAN16, NAN32 = np.uint16(0x7FFF), np.uint32(0x7FFFFFFF).view(np.float32)
+HALVES = ("f16", "bf16")
+
+
+def canonical(values: np.ndarray) -> np.ndarray:
+    """float32 results with the one pattern of NaN (PTX ISA 9.7.3, floating-point instructions)."""
+    if values.ndim == 0:
+        return values if values == values else NAN32
+    flat = values.reshape(-1)
+    # squares are never of unlike infinities, so that their sum is NaN where a value is
+    if np.isnan(np.dot(flat, flat)):
+        return np.where(np.isnan(values), NAN32, values)
+    return values
+
+
+def decode(bits: np.ndarray, kind: str) -> np.ndarray:
+    """float32 of the bits of "f16" or "bf16", exactly."""
+    if kind == "bf16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view(np.float16).astype(np.float32)
+
+
+def encode(values: np.ndarray, kind: str) -> np.ndarray:
+    """Bits of "f16" or "bf16" of float32 values."""
+    if kind == "f16":
+        rounded = values.astype(np.float16).view(np.uint16)
+    else:
+        bits = values.view(np.uint32)
+        rounded = ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(
+            np.uint16
+        )
+    return np.where(np.isnan(values), NAN16, rounded)
+
+
+def odd_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b of float64, rounded to odd: what rounds it again to far fewer bits rounds the exact sum.
+
+    The error of the sum is exact (Knuth, The Art of Computer Programming, volume 2, 4.2.2, theorem B); rounding to odd:
+    Boldo and Melquiond, Emulation of a FMA and correctly rounded sums, IEEE Transactions on Computers 57, 2008.
+    """
+    total = a + b
+    rest = total - a
+    error = (a - (total - rest)) + (b - rest)
+    bits = np.asarray(total).view(np.int64)
+    even = (error != 0) & (bits & 1 == 0) & np.isfinite(total)
+    away = (error > 0) == (total > 0)
+    return np.where(even, bits + np.where(away, 1, -1), bits).view(np.float64)
+
+
+def odd_float32(values: np.ndarray) -> np.ndarray:
+    """float64 rounded to odd float32."""
+    rounded = np.asarray(values.astype(np.float32))
+    back = rounded.astype(np.float64)
+    bits = rounded.view(np.int32)
+    even = (back != values) & (bits & 1 == 0) & np.isfinite(values)
+    return np.where(even, bits + np.where(np.abs(back) < np.abs(values), 1, -1), bits).astype(np.int32).view(np.float32)
+
+
+def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float32, rounded once.
+
+    The product is exact in float64. Rounding the sum twice differs from once only where the first result lies halfway
+    between two float32, or is subnormal in float32: those are done again, by way of rounding to odd.
+    """
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = np.asarray(product + addend)
+    result = total.astype(np.float32)
+    doubtful = (total.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
+    doubtful |= np.abs(result) < np.float32(2.0**-125)
+    if doubtful.any():
+        product, addend = (np.broadcast_to(part, total.shape)[doubtful] for part in (product, addend))
+        result[doubtful] = odd_sum(product, addend).astype(np.float32)
+    return canonical(result if result.ndim else result[()])
+
+
+def fma16(a: np.ndarray, b: np.ndarray, c: np.ndarray, kind: str) -> np.ndarray:
+    """a * b + c of bits of "f16" or "bf16", rounded once."""
+    a, b, c = (decode(bits, kind).astype(np.float64) for bits in (a, b, c))
+    return encode(odd_float32(odd_sum(a * b, c)), kind)
+
+
+def add16(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
+    return encode(odd_float32(odd_sum(*(decode(bits, kind).astype(np.float64) for bits in (a, b)))), kind)
+
+
+def sub16(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
+    return add16(a, b ^ np.uint16(0x8000), kind)
+
+
+def mul16(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
+    a, b = (decode(bits, kind).astype(np.float64) for bits in (a, b))
+    return encode(odd_float32(a * b), kind)
+
+
+def min32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The smaller; a number rather than NaN, -0 below +0 (PTX ISA 9.7.3.11, min)."""
+    either = (a.view(np.uint32) | b.view(np.uint32)).view(np.float32)
+    return canonical(np.where(a == b, either, np.fmin(a, b)))
+
+
+def max32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The larger; a number rather than NaN, +0 above -0 (PTX ISA 9.7.3.12, max)."""
+    both = (a.view(np.uint32) & b.view(np.uint32)).view(np.float32)
+    return canonical(np.where(a == b, both, np.fmax(a, b)))
+
+
+def min32_or_nan(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(a) | np.isnan(b), NAN32, min32(a, b))
+
+
+def max32_or_nan(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(a) | np.isnan(b), NAN32, max32(a, b))

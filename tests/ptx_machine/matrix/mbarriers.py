@@ -1,0 +1,224 @@
+"""Barriers in shared memory, by which threads learn that asynchronous products are complete.
+
+PTX ISA 9.7.13, "Parallel synchronization and communication instructions: mbarrier": those that Triton waits for by
+parity, and that nothing but tcgen05.commit arrives at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..findings import Fault, refusal
+from ..parser import Immediate, Instruction, Kernel, Pair, Register, Sink
+from ..registry import address, destination, instruction, modifiers, operands, reader
+
+if TYPE_CHECKING:
+    from ..batch import Batch
+
+WARP = 32
+# its 64 bits are opaque
+WORDS = [np.uint32(0), np.uint32(0)]
+BYTES = 8
+
+
+@dataclass
+class MBarrier:
+    """One address in all CTAs: arrays [ctas]. ``expected`` is 0 where it is not initialised.
+
+    ``serial`` is the last asynchronous operation that has arrived at the phase under way, ``completed`` that of the
+    phase before it.
+    """
+
+    expected: np.ndarray
+    pending: np.ndarray
+    phase: np.ndarray
+    serial: np.ndarray
+    completed: np.ndarray
+
+
+@dataclass
+class Progress:
+    """Which asynchronous operations of its CTA each thread knows to be complete. They are numbered from 1 on.
+
+    ``issued`` [ctas] is the last number, ``issuer`` [ctas] the thread that issues them or -1, ``known`` [threads] what
+    a thread has waited for, and ``shared`` [ctas] what some thread of a CTA had waited for when the CTA had met at
+    ``phase`` barriers.
+    """
+
+    issued: np.ndarray
+    issuer: np.ndarray
+    known: np.ndarray
+    shared: np.ndarray
+    phase: np.ndarray
+    mbarriers: dict[int, MBarrier] = field(default_factory=dict)
+    # (CTAs, numbers of the operations, places in shared memory that they read)
+    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def issue(self, batch: Batch, threads: np.ndarray, places: np.ndarray, ins: Instruction) -> np.ndarray:
+        """Numbers of an operation of threads of other CTAs each, that reads places [threads, ...] of shared memory."""
+        ctas = batch.cta[threads]
+        before = self.issuer[ctas]
+        if ((before >= 0) & (before != threads)).any():
+            raise refusal(ins, "asynchronous operations of several threads of a CTA")
+        self.issuer[ctas] = threads
+        self.issued[ctas] += 1
+        batch.shared.hold(places)
+        self.held.append((ctas, self.issued[ctas], places))
+        return self.issued[ctas]
+
+    def _pass_barriers(self, batch: Batch) -> None:
+        met = batch.phase > self.phase
+        if met.any():
+            self.shared[met] = self.known.reshape(batch.ctas, -1).max(1)[met]
+            self.phase = batch.phase.copy()
+
+    def saw(self, batch: Batch, threads: np.ndarray, serials: np.ndarray) -> None:
+        """Threads have waited for operations up to these, of their CTAs."""
+        self._pass_barriers(batch)
+        self.known[threads] = np.maximum(self.known[threads], serials)
+        latest, held = self.known.reshape(batch.ctas, -1).max(1), []
+        for ctas, numbers, places in self.held:
+            done = numbers <= latest[ctas]
+            if done.any():
+                batch.shared.release(places[done])
+            if not done.all():
+                held.append((ctas[~done], numbers[~done], places[~done]))
+        self.held = held
+
+    def complete(self, batch: Batch, threads: np.ndarray) -> np.ndarray:
+        """The last operation that each of the threads knows to be complete."""
+        self._pass_barriers(batch)
+        return np.maximum(self.known[threads], self.shared[batch.cta[threads]])
+
+    def at(self, batch: Batch, place: int) -> MBarrier:
+        if place not in self.mbarriers:
+            self.mbarriers[place] = MBarrier(*(np.zeros(batch.ctas, np.int64) for _ in range(5)))
+        return self.mbarriers[place]
+
+    def arrive(self, batch: Batch, place: int, threads: np.ndarray, ins: Instruction) -> None:
+        """All operations that these threads have issued so far arrive, when they are complete, as one."""
+        one, ctas = self.at(batch, place), batch.cta[threads]
+        if not one.expected[ctas].all():
+            raise Fault(f"mbarrier at {place} is not initialised: {batch.place(ins)}")
+        if ((self.issuer[ctas] >= 0) & (self.issuer[ctas] != threads)).any():
+            batch.find("commit by a thread that has not issued the products", ins)
+        one.serial[ctas] = self.issued[ctas]
+        one.pending[ctas] -= 1
+        over = ctas[one.pending[ctas] == 0]
+        one.completed[over] = one.serial[over]
+        one.pending[over] = one.expected[over]
+        one.phase[over] += 1
+
+
+_progress: WeakKeyDictionary[Batch, Progress] = WeakKeyDictionary()
+
+
+def progress(batch: Batch) -> Progress:
+    if batch not in _progress:
+        issued, known, shared = (np.zeros(count, np.int64) for count in (batch.ctas, batch.threads, batch.ctas))
+        _progress[batch] = Progress(issued, np.full(batch.ctas, -1), known, shared, batch.phase.copy())
+    return _progress[batch]
+
+
+def by_place(batch: Batch, addresses: np.ndarray, mask: np.ndarray | None):
+    """(address, numbers of the threads) of the threads of the mask, by the address of each."""
+    addresses = batch.full(addresses)
+    _, threads = batch.lanes(mask)
+    for place in np.unique(addresses[threads]):
+        yield int(place), threads[addresses[threads] == place]
+
+
+@instruction("mbarrier.init")
+def translate_init(ins: Instruction, kernel: Kernel):
+    """PTX ISA "mbarrier.init"."""
+    modifiers(ins, "init", ("shared", "shared::cta"), "b64")
+    where, count = operands(ins, 2)
+    place = address(where, np.uint32, ins, kernel)
+    if not isinstance(count, Immediate) or count.value < 1:
+        raise refusal(ins, f"a constant count of arrivals is expected, not {count}")
+
+    def init(batch, mask):
+        addresses = place(batch, mask)
+        batch.shared.store(addresses, WORDS, 32, mask, ins)
+        for at, threads in by_place(batch, addresses, mask):
+            one, ctas = progress(batch).at(batch, at), batch.cta[threads]
+            if one.expected[ctas].any():
+                batch.find("mbarrier initialised again before it was invalidated", ins)
+            one.expected[ctas] = one.pending[ctas] = count.value
+            one.phase[ctas] = one.completed[ctas] = 0
+
+    return init
+
+
+@instruction("mbarrier.inval")
+def translate_inval(ins: Instruction, kernel: Kernel):
+    """PTX ISA "mbarrier.inval"."""
+    modifiers(ins, "inval", ("shared", "shared::cta"), "b64")
+    place = address(*operands(ins, 1), np.uint32, ins, kernel)
+
+    def inval(batch, mask):
+        addresses = place(batch, mask)
+        batch.shared.store(addresses, WORDS, 32, mask, ins)
+        for at, threads in by_place(batch, addresses, mask):
+            one, ctas = progress(batch).at(batch, at), batch.cta[threads]
+            if not one.expected[ctas].all():
+                batch.find("mbarrier invalidated that is not initialised", ins)
+            one.expected[ctas] = 0
+
+    return inval
+
+
+@instruction("mbarrier.try_wait")
+def translate_try_wait(ins: Instruction, kernel: Kernel):
+    """PTX ISA "mbarrier.test_wait / mbarrier.try_wait": whether the phase of this parity is complete.
+
+    That is the phase before the one under way. A thread whose phase is not complete looks again when others have gone
+    on.
+    """
+    modifiers(ins, "try_wait", "parity", ("shared", "shared::cta"), "b64")
+    target, where, parity = operands(ins, 3)
+    index = destination(target, np.bool_, ins, kernel)
+    place, wanted = address(where, np.uint32, ins, kernel), reader(parity, np.uint32, ins, kernel)
+
+    def try_wait(batch, mask):
+        addresses, parities = place(batch, mask), batch.full(wanted(batch, mask))
+        batch.shared.load(addresses, BYTES, mask, ins)
+        complete = np.zeros(batch.threads, bool)
+        for at, threads in by_place(batch, addresses, mask):
+            one, ctas = progress(batch).at(batch, at), batch.cta[threads]
+            if not one.expected[ctas].all():
+                raise Fault(f"mbarrier at {at} is not initialised: {batch.place(ins)}")
+            complete[threads] = one.phase[ctas] & 1 != parities[threads] & 1
+            done = threads[complete[threads]]
+            progress(batch).saw(batch, done, one.completed[batch.cta[done]])
+        batch.write(index, complete, mask)
+        batch.stall(~complete if mask is None else mask & ~complete)
+
+    return try_wait
+
+
+@instruction("elect.sync")
+def translate_elect(ins: Instruction, kernel: Kernel):
+    """PTX ISA "elect.sync": one thread of the warp. Which one is up to the hardware; here it is the first."""
+    modifiers(ins, "sync")
+    pair, members = operands(ins, 2)
+    if not isinstance(pair, Pair):
+        raise refusal(ins, f"two destinations are expected, not {pair}")
+    if not isinstance(members, Immediate) or members.value & 0xFFFFFFFF != 0xFFFFFFFF:
+        raise refusal(ins, "all threads of the warp are expected as members")
+    leader = None if isinstance(pair.first, Sink) else destination(pair.first, np.uint32, ins, kernel)
+    if not isinstance(pair.second, Register):
+        raise refusal(ins, f"a predicate is expected, not {pair.second}")
+    chosen = destination(pair.second, np.bool_, ins, kernel)
+
+    def elect(batch, mask):
+        batch.whole_warps(mask, ins)
+        if leader is not None:
+            batch.write(leader, np.uint32(0), mask)
+        batch.write(chosen, batch.thread % WARP == 0, mask)
+
+    return elect
