@@ -213,7 +213,7 @@ MISSING = {
     "wait": {"read of tensor memory that a product still writes"},
     "load_wait": {"release of tensor memory that a load still reads"},
     "last_barrier": {"tensor memory race: release after another warp's read"},
-    "dealloc": {"tensor memory that no instruction deallocates"},
+    "dealloc": {"tensor memory that is not deallocated"},
     "store": {"product of unwritten shared memory"},
 }
 
@@ -243,6 +243,18 @@ def test_what_is_missing_is_found(name):
 def test_what_cannot_go_on_is_a_fault(name, line, said):
     with pytest.raises(Fault, match=said):
         found(body(**{name: line}))
+
+
+def test_each_cta_deallocates_at_run_time():
+    """The second of two CTAs goes past the instruction."""
+    of_first = "mad.lo.s32 %r41, %r2, 32, %r1; setp.lt.u32 %p6, %r41, 32;"
+    lines = body(dealloc=f"{of_first} @%p6 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r20, {ALLOCATED};")
+    given = shared_image(*(bits_of(matrix) for matrix in operands()))
+    _, findings = execute(lines, np.tile(given, (2, 1)), ctas=2)
+    assert [(one.kind, one.text.split()[1].split(".")[1]) for one in findings] == [
+        ("tensor memory that is not deallocated", "alloc")
+    ]
+    assert findings.count("tensor memory that is not deallocated") == 1
 
 
 def test_the_phase_before_the_first_counts_as_complete():
