@@ -38,6 +38,8 @@ class SharedMemory:
         # written, and not handed to the asynchronous proxy; read by so many products that are under way
         self.unfenced = np.zeros(count if proxies else 0, bool)
         self.held = np.zeros(count if proxies else 0, np.int16)
+        # where mbarriers lie, None before the first
+        self.occupied: np.ndarray | None = None
 
     def attach(self, batch: Batch) -> None:
         self.batch = batch
@@ -179,6 +181,8 @@ class SharedMemory:
         readers = self.reader[granules]
         if not (readers == NOBODY).all() and not self._ordered(readers, threads).all():
             self.batch.find("shared race: write after another thread's read", ins)
+        if self.occupied is not None and self.occupied[granules].any():
+            self.batch.find("write to shared memory that holds an mbarrier", ins)
         if self.proxies:
             if self.held[granules].any():
                 self.batch.find("write to shared memory that a product still reads", ins)
@@ -211,6 +215,18 @@ class SharedMemory:
                 of_several &= warps[np.where(of_several, codes - self.several, 0)]
             codes[of_threads] = threads + (codes[of_threads] >> WARP_SHIFT)
             codes[of_several] -= threads >> WARP_SHIFT
+
+    # -- mbarriers
+
+    def occupy(self, positions: np.ndarray, size: int) -> None:
+        """Mbarriers begin at these places of ``bytes``: until they are vacated nothing may be written there."""
+        if self.occupied is None:
+            self.occupied = np.zeros(self.writer.size, bool)
+        self.occupied[self._granules(positions, size)] = True
+
+    def vacate(self, positions: np.ndarray, size: int) -> None:
+        if self.occupied is not None:
+            self.occupied[self._granules(positions, size)] = False
 
     # -- copies that are under way
 
