@@ -265,8 +265,12 @@ class SharedMemory:
         """A product that is under way reads these places of ``bytes``."""
         self.held[self._touched(index)] += 1
 
-    def release(self, index: np.ndarray) -> None:
-        self.held[self._touched(index)] -= 1
+    def release(self, index: np.ndarray, unordered: bool) -> None:
+        """The product is complete. ``unordered`` if only a barrier tells other threads, which may write here then."""
+        granules = self._touched(index)
+        self.held[granules] -= 1
+        if unordered:
+            self.reader[granules] = MANY
 
     def fence(self, mask: np.ndarray | None) -> None:
         """Hand to the asynchronous proxy what the threads of ``mask`` have written, or see after a barrier."""

@@ -84,7 +84,7 @@ class Progress:
         for ctas, numbers, places in self.held:
             done = numbers <= latest[ctas]
             if done.any():
-                batch.shared.release(places[done])
+                batch.shared.release(places[done], unordered=False)
             if not done.all():
                 held.append((ctas[~done], numbers[~done], places[~done]))
         self.held = held
