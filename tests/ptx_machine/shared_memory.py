@@ -11,6 +11,7 @@ its reads since. With T threads and W warps: ``t`` is thread t; ``T + w`` warp w
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import proxy
 
 import numpy as np
 
@@ -42,7 +43,8 @@ class SharedMemory:
         self.occupied: np.ndarray | None = None
 
     def attach(self, batch: Batch) -> None:
-        self.batch = batch
+        # not the batch itself, which refers to its memories: without a cycle it goes as soon as it has run
+        self.batch = proxy(batch)
         self.several = np.int32(batch.threads + batch.threads // 32)
         # for each thread the code that stands for its warp
         self.own_warp = (batch.threads + batch.warps).astype(np.int32)
