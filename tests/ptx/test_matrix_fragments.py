@@ -47,6 +47,22 @@ def place_of_d(lane, i):
     return (lane >> 2) + (8 if i % 4 >= 2 else 0), i // 4 * 8 + lane % 4 * 2 + (i & 1)
 
 
+def test_tf32():
+    """Matrix fragments for mma.m16n8k8, .tf32: a0 to a3, b0 and b1."""
+    a, b = (np.random.default_rng(seed).integers(0, 1 << 32, shape, dtype=np.uint32)
+            for seed, shape in enumerate([(WARPS, 16, 8), (WARPS, 8, 8)]))  # fmt: skip
+    of_a, of_b = np.zeros((4, WARPS * 32), np.uint32), np.zeros((2, WARPS * 32), np.uint32)
+    for warp, lane in itertools.product(range(WARPS), LANES):
+        for i in range(4):
+            of_a[i, 32 * warp + lane] = a[warp, lane // 4 + (8 if i in (1, 3) else 0), lane % 4 + (4 if i >= 2 else 0)]
+        for i in range(2):
+            of_b[i, 32 * warp + lane] = b[warp, lane % 4 + (4 if i == 1 else 0), lane // 4]
+    assert (fragments.a_matrix(of_a, np.uint32) == a).all()
+    assert (fragments.b_matrix(of_b, np.uint32) == b).all()
+    assert (np.stack(fragments.a_registers(a)) == of_a).all()
+    assert (np.stack(fragments.b_registers(b)) == of_b).all()
+
+
 def test_a():
     matrix = random_bits(WARPS, 16, 16)
     registers = by_table(matrix, 4, place_of_a)
@@ -101,6 +117,12 @@ def test_values_of_all_bits(element):
     magnitude[exponent == top] = np.where(fraction[exponent == top] == 0, np.inf, np.nan)
     expected = np.where(bits >> 15, -magnitude, magnitude).astype(np.float32)
     np.testing.assert_array_equal(fragments.to_float32(bits.astype(np.uint16), element), expected)
+
+
+def test_values_of_tf32_have_ten_bits_of_fraction():
+    one = 0x3F800000
+    bits = np.array([one | 1 << 13, one | (1 << 13) - 1, one | 0x7FFFFF, 1 << 31 | one, 0x7F800000], np.uint32)
+    assert fragments.to_float32(bits, "tf32").tolist() == [1 + 2**-10, 1, 2 - 2**-10, -1, np.inf]
 
 
 def test_products_round_once():

@@ -29,8 +29,9 @@ def as_words(registers):
 
 
 def mma(element="bf16", d=("out", 0), c=("in", 6)):
+    shape = "m16n8k8" if element == "tf32" else "m16n8k16"
     operands = f"{names(d[0], 4, d[1])}, {names('in', 4)}, {names('in', 2, 4)}, {names(c[0], 4, c[1])}"
-    return f"mma.sync.aligned.m16n8k16.row.col.f32.{element}.{element}.f32 {operands};"
+    return f"mma.sync.aligned.{shape}.row.col.f32.{element}.{element}.f32 {operands};"
 
 
 @pytest.mark.parametrize("element", ["bf16", "f16"])
@@ -41,6 +42,18 @@ def test_product_and_sum(element):
     got, findings = run(mma(element), given, 4)
     exact = values(a, element) @ values(b, element) + c
     np.testing.assert_array_equal(fragments.accumulators(got.T), exact.astype(np.float32))
+    assert not findings
+
+
+def test_products_of_tf32_leave_the_lower_bits_out():
+    rng = np.random.default_rng(4)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((WARPS, 16, 8), (WARPS, 8, 8)))
+    c = rng.standard_normal((WARPS, 16, 8)).astype(np.float32)
+    whole = [fragments.a_registers(a.view(np.uint32)), fragments.b_registers(b.view(np.uint32))]
+    given = as_words([*whole[0], *whole[1], *fragments.accumulator_registers(c)])
+    got, findings = run(mma("tf32"), given, 4)
+    x, y = ((matrix.view(np.uint32) >> 13 << 13).view(np.float32).astype(np.float64) for matrix in (a, b))
+    np.testing.assert_array_equal(fragments.accumulators(got.T), (x @ y + c).astype(np.float32))
     assert not findings
 
 
@@ -186,6 +199,8 @@ def test_unwritten_rows_are_found():
     ("wanted", "other"),
     [
         ("m16n8k16", "m16n8k8"),
+        ("m16n8k16", "m16n8k4"),
+        ("bf16.bf16", "tf32.tf32"),
         ("row.col", "row.row"),
         ("bf16.bf16", "bf16.f16"),
         ("bf16.f32 ", "bf16.f16 "),

@@ -102,6 +102,10 @@ def body(rows=64, **replaced):
     return "\n".join(replaced.get(name, line) for name, line in lines.items())
 
 
+def line_of(name):
+    return next(line for line in body().split("\n") if f".{name}" in line)
+
+
 def execute(lines, given, rows=64, ctas=1):
     return run(lines, given, access(rows)[2], shared_bytes=SHARED, ctas=ctas, target="sm_100a")
 
@@ -213,7 +217,7 @@ MISSING = {
     "wait": {"read of tensor memory that a product still writes"},
     "load_wait": {"release of tensor memory that a load still reads"},
     "last_barrier": {"tensor memory race: release after another warp's read"},
-    "dealloc": {"tensor memory that no instruction deallocates"},
+    "dealloc": {"tensor memory that is not deallocated"},
     "store": {"product of unwritten shared memory"},
 }
 
@@ -245,6 +249,18 @@ def test_what_cannot_go_on_is_a_fault(name, line, said):
         found(body(**{name: line}))
 
 
+def test_each_cta_deallocates_at_run_time():
+    """The second of two CTAs goes past the instruction."""
+    of_first = "mad.lo.s32 %r41, %r2, 32, %r1; setp.lt.u32 %p6, %r41, 32;"
+    lines = body(dealloc=f"{of_first} @%p6 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r20, {ALLOCATED};")
+    given = shared_image(*(bits_of(matrix) for matrix in operands()))
+    _, findings = execute(lines, np.tile(given, (2, 1)), ctas=2)
+    assert [(one.kind, one.text.split()[1].split(".")[1]) for one in findings] == [
+        ("tensor memory that is not deallocated", "alloc")
+    ]
+    assert findings.count("tensor memory that is not deallocated") == 1
+
+
 def test_the_phase_before_the_first_counts_as_complete():
     assert found(body(barrier=f"bar.sync 0; {WAIT.format(place=MBARRIER, parity=1)}")) == set()
 
@@ -263,6 +279,28 @@ def test_operands_in_shared_memory_may_not_be_written_under_way():
     store = "st.shared.b32 [%r10], %r4;"
     assert "write to shared memory that a product still reads" in found(body(commit=f"{COMMIT} bar.sync 0; {store}"))
     assert found(body(wait=f"{WAIT.format(place=MBARRIER, parity=0)} bar.sync 0; {store}")) == set()
+
+
+REUSES = {
+    "store": "st.shared.b32 [%r4+{}], %r4;",
+    "copy": "cp.async.ca.shared.global [%r4+{}], [%rd1], 4; cp.async.wait_all;",
+}
+
+
+@pytest.mark.parametrize("name", REUSES)
+@pytest.mark.parametrize("half", [MBARRIER, MBARRIER + 4])
+def test_memory_of_an_mbarrier_is_used_for_nothing_else_before_it_is_invalidated(name, half):
+    reuse = f"@%p2 {REUSES[name].format(half)}"
+    kind = {"write to shared memory that holds an mbarrier"}
+    assert found(body(last_barrier=f"bar.sync 0; {reuse}")) == kind
+    assert found(body(dealloc=f"{reuse} {line_of('dealloc')}")) == set()
+
+
+def test_an_mbarrier_is_invalidated_before_it_is_initialised_again():
+    again = f"{line_of('init')} {line_of('init')}"
+    assert found(body(init=again)) == {"mbarrier initialised again before it was invalidated"}
+    between = line_of("init").replace("init", "inval").replace(", 1;", ";")
+    assert found(body(init=again.replace("; @", f"; {between} @"))) == set()
 
 
 def test_what_one_thread_has_waited_for_others_know_behind_a_barrier():
@@ -321,12 +359,8 @@ def test_nothing_is_allocated_after_the_permit_is_given_up():
     again = "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4+24576], 32;"
     free = "mov.b32 %r40, 64; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r40, 32;"
     barrier = "bar.sync 0;"
-    kinds = found(body(relinquish=body_line("relinquish") + again + free + barrier))
+    kinds = found(body(relinquish=line_of("relinquish") + again + free + barrier))
     assert kinds == {"tensor memory allocated after the permit was given up"}
-
-
-def body_line(name):
-    return next(line for line in body().split("\n") if name in line)
 
 
 @pytest.mark.parametrize("shape", tensor_access.SHAPES)

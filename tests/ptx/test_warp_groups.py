@@ -200,7 +200,10 @@ def test_shared_memory_may_not_be_written_under_way():
     assert "write to shared memory that a product still reads" in kinds
     behind = "wgmma.wait_group.sync.aligned 0; {} st.shared.b32 [%r10], %r4;"
     assert found(body(wait=behind.format("bar.sync 0;"))) == set()
-    assert found(body(wait=behind.format(""))) == {"shared race: write after another thread's read"}
+    race = {"shared race: write after another thread's read"}
+    assert found(body(wait=behind.format(""))) == race
+    # a barrier between the product and its wait orders nothing behind the wait
+    assert found(body(before_wait="bar.sync 0;", wait=behind.format(""))) == race
 
 
 def test_copies_in_flight_are_found():

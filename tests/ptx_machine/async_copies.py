@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import proxy
 
 import numpy as np
 
@@ -34,7 +35,8 @@ class AsyncCopies:
     """Copies under way of a batch, and how many groups each thread has committed."""
 
     def __init__(self, batch: Batch):
-        self.batch = batch
+        # not the batch itself, which refers to these
+        self.batch = proxy(batch)
         self.committed = np.zeros(batch.threads, np.int64)
         self.under_way: list[Copies] = []
 

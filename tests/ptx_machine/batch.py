@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -58,11 +59,19 @@ class Batch:
         self.stalled = np.zeros(self.threads, bool)
         self.memory, self.shared = memory, shared
         self.copies = AsyncCopies(self)
+        # told when all threads have ended
+        self.endings: list[Callable[[Batch], None]] = []
         shared.attach(self)
         memory.attach(self)
 
     def find(self, kind: str, ins: Instruction, detail: str = "") -> None:
         self.findings.add(kind, self.kernel.name, ins, detail)
+
+    def end(self) -> None:
+        """All threads have ended: note what is left open."""
+        self.copies.end()
+        for note in self.endings:
+            note(self)
 
     def place(self, ins: Instruction) -> str:
         return f"{self.kernel.name}, line {ins.line}, {ins.text} [{ins.where}]"

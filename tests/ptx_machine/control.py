@@ -140,7 +140,7 @@ class Control:
             raise Fault(f"{batch.kernel.name}: runs for ever, at the end in block {number}")
         if self.waiting:
             self._stuck()
-        batch.copies.end()
+        batch.end()
         return executed
 
     def _pick(self) -> tuple[int, np.ndarray]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import proxy
 
 import numpy as np
 
@@ -91,7 +92,8 @@ class GlobalMemory:
             region.begin(granule)
 
     def attach(self, batch: Batch) -> None:
-        self.batch = batch
+        # not the batch itself, which refers to its memories: without a cycle it goes as soon as it has run
+        self.batch = proxy(batch)
         thread = batch.thread % batch.cta_threads
         self._threads = (batch.first + batch.cta) << THREAD_BITS | thread + 1
 

@@ -47,14 +47,16 @@ class Program:
         most = max(1, threads // self.kernel.threads)
         size = -(-(self.kernel.shared + shared_bytes) // 16) * 16
         memory.begin(self._granules["global"])
-        executed = 0
+
+        def run(first: int) -> int:
+            # in a function of its own: what a batch takes is free before the next one begins
+            ctas = min(most, total - first)
+            shared = SharedMemory(size, ctas, self._granules["shared"], self._proxies)
+            batch = Batch(self.kernel, named, grid, first, ctas, shared, memory, findings)
+            return Control(batch, self.blocks, self.covered).run()
+
         with np.errstate(all="ignore"):
-            for first in range(0 if last is None else max(0, total - last), total, most):
-                ctas = min(most, total - first)
-                shared = SharedMemory(size, ctas, self._granules["shared"], self._proxies)
-                batch = Batch(self.kernel, named, grid, first, ctas, shared, memory, findings)
-                executed += Control(batch, self.blocks, self.covered).run()
-        return executed
+            return sum(run(first) for first in range(0 if last is None else max(0, total - last), total, most))
 
     def blocks_by_source(self) -> dict[str, set[int]]:
         """The blocks that hold instructions of each line of source, ``file.py:line``."""

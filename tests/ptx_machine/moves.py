@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from .findings import refusal
-from .parser import UNSIGNED, Instruction, Kernel, Sink, Vector
+from .parser import UNSIGNED, Address, Instruction, Kernel, Pair, Register, Sink, Vector
 from .registry import destination, instruction, modifiers, operands, reader
 
 TYPES = ("pred", "f32", "f64", *(f"{letter}{bits}" for letter in "bus" for bits in (16, 32, 64)))
@@ -55,11 +57,41 @@ def _pack(to, sources: tuple, dtype: type, ins: Instruction, kernel: Kernel):
     bits = np.dtype(piece).itemsize * 8
     index = destination(to, dtype, ins, kernel)
     reads = [reader(source, piece, ins, kernel) for source in sources]
+    indices = [source.index if isinstance(source, Register) else None for source in sources]
+    unused = cache(lambda: _unused_pieces(Register(index), len(sources), kernel))
 
     def run(batch, mask):
         value = dtype(0)
         for k, read in enumerate(reads):
+            # LLVM packs a register that is never written where nobody wants the piece
+            if indices[k] in batch.unusual and k in unused():
+                continue
             value = value | read(batch, mask).astype(dtype) << dtype(k * bits)
         batch.write(index, value, mask)
 
     return run
+
+
+def _unused_pieces(register: Register, count: int, kernel: Kernel) -> set[int]:
+    """Which of the ``count`` pieces of a register no instruction reads: those that each of its unpackings drops."""
+    unused = set(range(count))
+    for ins in kernel.instructions():
+        to, *rest = ins.operands or [None]
+        packed = ins.opcode[0] == "mov" and to == register
+        if packed or not any(_mentions(operand, register) for operand in ins.operands):
+            continue
+        if ins.opcode[0] != "mov" or not isinstance(to, Vector) or len(to.operands) != count:
+            return set()
+        unused &= {k for k, target in enumerate(to.operands) if isinstance(target, Sink)}
+    return unused
+
+
+def _mentions(operand, register: Register) -> bool:
+    match operand:
+        case Vector(parts):
+            return any(_mentions(part, register) for part in parts)
+        case Address(base):
+            return base == register
+        case Pair(first, second):
+            return register in (first, second)
+    return operand == register

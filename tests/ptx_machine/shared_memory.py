@@ -11,6 +11,7 @@ its reads since. With T threads and W warps: ``t`` is thread t; ``T + w`` warp w
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import proxy
 
 import numpy as np
 
@@ -38,9 +39,12 @@ class SharedMemory:
         # written, and not handed to the asynchronous proxy; read by so many products that are under way
         self.unfenced = np.zeros(count if proxies else 0, bool)
         self.held = np.zeros(count if proxies else 0, np.int16)
+        # where mbarriers lie, None before the first
+        self.occupied: np.ndarray | None = None
 
     def attach(self, batch: Batch) -> None:
-        self.batch = batch
+        # not the batch itself, which refers to its memories: without a cycle it goes as soon as it has run
+        self.batch = proxy(batch)
         self.several = np.int32(batch.threads + batch.threads // 32)
         # for each thread the code that stands for its warp
         self.own_warp = (batch.threads + batch.warps).astype(np.int32)
@@ -179,6 +183,8 @@ class SharedMemory:
         readers = self.reader[granules]
         if not (readers == NOBODY).all() and not self._ordered(readers, threads).all():
             self.batch.find("shared race: write after another thread's read", ins)
+        if self.occupied is not None and self.occupied[granules].any():
+            self.batch.find("write to shared memory that holds an mbarrier", ins)
         if self.proxies:
             if self.held[granules].any():
                 self.batch.find("write to shared memory that a product still reads", ins)
@@ -211,6 +217,18 @@ class SharedMemory:
                 of_several &= warps[np.where(of_several, codes - self.several, 0)]
             codes[of_threads] = threads + (codes[of_threads] >> WARP_SHIFT)
             codes[of_several] -= threads >> WARP_SHIFT
+
+    # -- mbarriers
+
+    def occupy(self, positions: np.ndarray, size: int) -> None:
+        """Mbarriers begin at these places of ``bytes``: until they are vacated nothing may be written there."""
+        if self.occupied is None:
+            self.occupied = np.zeros(self.writer.size, bool)
+        self.occupied[self._granules(positions, size)] = True
+
+    def vacate(self, positions: np.ndarray, size: int) -> None:
+        if self.occupied is not None:
+            self.occupied[self._granules(positions, size)] = False
 
     # -- copies that are under way
 
@@ -249,8 +267,12 @@ class SharedMemory:
         """A product that is under way reads these places of ``bytes``."""
         self.held[self._touched(index)] += 1
 
-    def release(self, index: np.ndarray) -> None:
-        self.held[self._touched(index)] -= 1
+    def release(self, index: np.ndarray, unordered: bool) -> None:
+        """The product is complete. ``unordered`` if only a barrier tells other threads, which may write here then."""
+        granules = self._touched(index)
+        self.held[granules] -= 1
+        if unordered:
+            self.reader[granules] = MANY
 
     def fence(self, mask: np.ndarray | None) -> None:
         """Hand to the asynchronous proxy what the threads of ``mask`` have written, or see after a barrier."""

@@ -1,7 +1,10 @@
 """Which element of a matrix a thread holds in which register, for the matrix instructions of warps and warp groups.
 
 A register is an array [T] of a batch's threads; a warp is 32 of them in a row. Matrices are [warps, rows, columns], the
-elements of 16 bits as their bits (uint16). Sections are those of the PTX ISA 9.
+elements as their bits, uint16 of bf16 and f16, uint32 of tf32. Sections are those of the PTX ISA 9.
+
+A fragment of 32-bit elements is one of 16-bit elements in which two neighbours along K are one element: it has half as
+many of them along K, in the same registers.
 """
 
 from __future__ import annotations
@@ -12,35 +15,49 @@ import numpy as np
 
 WARP = 32
 WARP_GROUP = 128
+# bytes that eight threads hold next to each other, a row of a tile
+ROW_BYTES = 16
+# how the bits of an element are held
+CONTAINERS = {"bf16": np.uint16, "f16": np.uint16, "tf32": np.uint32}
+# a tf32 has 19 bits, from the top on
+TF32_BITS = np.uint32(0xFFFFE000)
 
 
 def to_float32(bits: np.ndarray, element: str) -> np.ndarray:
-    """Values of "bf16" or "f16" bits (uint16), exact in float32."""
+    """Values of the bits of "bf16", "f16" or "tf32", exact in float32.
+
+    The lower 13 bits of a tf32 take no part: "wgmma.mma_async operation involving type .tf32 will truncate lower 13
+    bits of the 32-bit input data" (floating point operations of wgmma). Of mma the ISA leaves it open.
+    """
+    if element == "tf32":
+        return (bits & TF32_BITS).view(np.float32)
     if element == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return bits.view(np.float16).astype(np.float32)
 
 
-def tile(register: np.ndarray) -> np.ndarray:
-    """uint16 [warps, 8, 8] of a register of two elements: thread t holds row t // 4, columns 2 (t % 4) and the next.
+def tile(register: np.ndarray, container: type = np.uint16) -> np.ndarray:
+    """[warps, 8, 8] uint16 of a register of two elements: thread t holds row t // 4, columns 2 (t % 4) and the next.
 
-    "Warp-level matrix load instruction: ldmatrix": the piece that every fragment of 16-bit elements consists of.
+    "Warp-level matrix load instruction: ldmatrix": the piece that every fragment consists of. Of one element uint32,
+    it is [warps, 8, 4], and thread t holds column t % 4.
     """
-    return np.ascontiguousarray(register, np.uint32).view(np.uint16).reshape(-1, 8, 8)
+    columns = ROW_BYTES // np.dtype(container).itemsize
+    return np.ascontiguousarray(register, np.uint32).view(container).reshape(-1, 8, columns)
 
 
 def tile_register(matrix: np.ndarray) -> np.ndarray:
     """uint32 [T]: the inverse of ``tile``."""
-    return np.ascontiguousarray(matrix, np.uint16).reshape(-1).view(np.uint32)
+    return np.ascontiguousarray(matrix).reshape(-1).view(np.uint32)
 
 
-def a_matrix(registers: Sequence[np.ndarray]) -> np.ndarray:
-    """uint16 [warps, 16, 16] of the four registers of A.
+def a_matrix(registers: Sequence[np.ndarray], container: type = np.uint16) -> np.ndarray:
+    """[warps, 16, 16] uint16, or [warps, 16, 8] uint32, of the four registers of A.
 
-    "Matrix Fragments for mma.m16n8k16 with floating point type", and "Register Fragments for wgmma.mma_async.m64k16",
-    where a warp holds 16 of the 64 rows.
+    "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix Fragments for mma.m16n8k8" with .tf32, and
+    "Register Fragments for wgmma.mma_async.m64k16", where a warp holds 16 of the 64 rows.
     """
-    upper_left, lower_left, upper_right, lower_right = (tile(register) for register in registers)
+    upper_left, lower_left, upper_right, lower_right = (tile(register, container) for register in registers)
     left = np.concatenate([upper_left, lower_left], 1)
     right = np.concatenate([upper_right, lower_right], 1)
     return np.concatenate([left, right], 2)
@@ -48,20 +65,24 @@ def a_matrix(registers: Sequence[np.ndarray]) -> np.ndarray:
 
 def a_registers(matrix: np.ndarray) -> list[np.ndarray]:
     """Four uint32 [T]: the inverse of ``a_matrix``."""
-    return [tile_register(matrix[:, row : row + 8, column : column + 8]) for column in (0, 8) for row in (0, 8)]
+    half = matrix.shape[2] // 2
+    pieces = (matrix[:, row : row + 8, column : column + half] for column in (0, half) for row in (0, 8))
+    return [tile_register(piece) for piece in pieces]
 
 
-def b_matrix(registers: Sequence[np.ndarray]) -> np.ndarray:
-    """uint16 [warps, 8 a register, 8] of the registers of B: thread t holds column t // 4.
+def b_matrix(registers: Sequence[np.ndarray], container: type = np.uint16) -> np.ndarray:
+    """[warps, 8 a register, 8] uint16, or [warps, 4 a register, 8] uint32, of the registers of B.
 
-    Two registers: mma.m16n8k16; four: "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types".
+    Thread t holds column t // 4. Two registers: mma.m16n8k16, and mma.m16n8k8 of .tf32; four: "Matrix Fragments for
+    sparse mma.m16n8k32 with .f16 and .bf16 types".
     """
-    return np.concatenate([tile(register).transpose(0, 2, 1) for register in registers], 1)
+    return np.concatenate([tile(register, container).transpose(0, 2, 1) for register in registers], 1)
 
 
 def b_registers(matrix: np.ndarray) -> list[np.ndarray]:
-    """uint32 [T] for every 8 rows: the inverse of ``b_matrix``."""
-    return [tile_register(matrix[:, row : row + 8].transpose(0, 2, 1)) for row in range(0, matrix.shape[1], 8)]
+    """uint32 [T] for each tile's rows: the inverse of ``b_matrix``."""
+    rows = ROW_BYTES // matrix.itemsize
+    return [tile_register(matrix[:, row : row + rows].transpose(0, 2, 1)) for row in range(0, matrix.shape[1], rows)]
 
 
 def accumulators(registers: Sequence[np.ndarray]) -> np.ndarray:
@@ -104,7 +125,7 @@ def stored(registers: Sequence[np.ndarray], transposed: bool) -> np.ndarray:
 def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray | float, element: str) -> np.ndarray:
     """float32 a @ b + c of the bits of ``element``.
 
-    Products of two such numbers are exact in float32. They are summed in float64 and rounded once; the ISA leaves the
+    Products of two such numbers are exact in float64. They are summed in float64 and rounded once; the ISA leaves the
     order and the rounding of that sum open.
     """
     left, right = (to_float32(x, element).astype(np.float64) for x in (a, b))

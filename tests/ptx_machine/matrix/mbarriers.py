@@ -84,7 +84,7 @@ class Progress:
         for ctas, numbers, places in self.held:
             done = numbers <= latest[ctas]
             if done.any():
-                batch.shared.release(places[done])
+                batch.shared.release(places[done], unordered=False)
             if not done.all():
                 held.append((ctas[~done], numbers[~done], places[~done]))
         self.held = held
@@ -132,9 +132,18 @@ def by_place(batch: Batch, addresses: np.ndarray, mask: np.ndarray | None):
         yield int(place), threads[addresses[threads] == place]
 
 
+def write(batch: Batch, addresses: np.ndarray, mask: np.ndarray | None, ins: Instruction) -> np.ndarray:
+    """Write to places of mbarriers, which are then free; returns where they begin in the bytes of shared memory."""
+    _, threads = batch.lanes(mask)
+    places = batch.shared.positions(batch.full(addresses)[threads], batch.cta[threads], BYTES, ins)
+    batch.shared.vacate(places, BYTES)
+    batch.shared.store(addresses, WORDS, 32, mask, ins)
+    return places
+
+
 @instruction("mbarrier.init")
 def translate_init(ins: Instruction, kernel: Kernel):
-    """PTX ISA "mbarrier.init"."""
+    """PTX ISA "mbarrier.init": until mbarrier.inval the memory is for no other use ("mbarrier.inval")."""
     modifiers(ins, "init", ("shared", "shared::cta"), "b64")
     where, count = operands(ins, 2)
     place = address(where, np.uint32, ins, kernel)
@@ -143,7 +152,7 @@ def translate_init(ins: Instruction, kernel: Kernel):
 
     def init(batch, mask):
         addresses = place(batch, mask)
-        batch.shared.store(addresses, WORDS, 32, mask, ins)
+        batch.shared.occupy(write(batch, addresses, mask, ins), BYTES)
         for at, threads in by_place(batch, addresses, mask):
             one, ctas = progress(batch).at(batch, at), batch.cta[threads]
             if one.expected[ctas].any():
@@ -162,7 +171,7 @@ def translate_inval(ins: Instruction, kernel: Kernel):
 
     def inval(batch, mask):
         addresses = place(batch, mask)
-        batch.shared.store(addresses, WORDS, 32, mask, ins)
+        write(batch, addresses, mask, ins)
         for at, threads in by_place(batch, addresses, mask):
             one, ctas = progress(batch).at(batch, at), batch.cta[threads]
             if not one.expected[ctas].all():

@@ -1,7 +1,7 @@
 """Matrix instructions of a warp: ldmatrix, stmatrix, mma.sync and mma.sp.
 
-PTX ISA 9.7.14, "Warp level matrix multiply-accumulate instructions". Of mma.sync the shape that Triton chooses for
-operands of 16 bits and sums in float32, of mma.sp that with the same operands and twice as many columns.
+PTX ISA 9.7.14, "Warp level matrix multiply-accumulate instructions". Of mma.sync the shapes that Triton chooses for
+operands of 16 bits and of tf32 and sums in float32, of mma.sp that with operands of 16 bits and twice as many columns.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from . import fragments, sparsity
 from .vectors import destinations, read_all, readers
 
 ELEMENTS = ("bf16", "f16")
+SHAPES = {"m16n8k16": ELEMENTS, "m16n8k8": ("tf32",)}
 COUNTS = ("x1", "x2", "x4")
 SPACES = ("shared", "shared::cta")
 ROW_BYTES = 16
@@ -73,8 +74,9 @@ def translate_stmatrix(ins: Instruction, kernel: Kernel):
 
 @instruction("mma.sync")
 def translate_mma(ins: Instruction, kernel: Kernel):
-    """PTX ISA "Multiply-and-accumulate instruction: mma": d, a, b, c of m16n8k16."""
-    element = _types(ins, "sync", "aligned", "m16n8k16")
+    """PTX ISA "Multiply-and-accumulate instruction: mma": d, a, b, c of m16n8k16, or of tf32 of m16n8k8."""
+    element = _types(ins, SHAPES, "sync", "aligned")
+    container = fragments.CONTAINERS[element]
     d, a, b, c = operands(ins, 4)
     targets = destinations(d, 4, np.float32, ins, kernel)
     left, right = readers(a, 4, np.uint32, ins, kernel), readers(b, 2, np.uint32, ins, kernel)
@@ -82,7 +84,8 @@ def translate_mma(ins: Instruction, kernel: Kernel):
 
     def mma(batch, mask):
         batch.whole_warps(mask, ins)
-        x, y = fragments.a_matrix(read_all(left, batch, mask)), fragments.b_matrix(read_all(right, batch, mask))
+        x = fragments.a_matrix(read_all(left, batch, mask), container)
+        y = fragments.b_matrix(read_all(right, batch, mask), container)
         total = fragments.multiply_add(x, y, fragments.accumulators(read_all(sums, batch, mask)), element)
         for index, register in zip(targets, fragments.accumulator_registers(total), strict=True):
             batch.write(index, register, mask)
@@ -98,7 +101,7 @@ def translate_sparse_mma(ins: Instruction, kernel: Kernel):
     elements not in their order; either is a finding.
     """
     ordered = ins.opcode[1] == "sp::ordered_metadata"
-    element = _types(ins, ins.opcode[1], "sync", "aligned", "m16n8k32")
+    element = _types(ins, {"m16n8k32": ELEMENTS}, ins.opcode[1], "sync", "aligned")
     d, a, b, c, metadata, selector = operands(ins, 6)
     if not isinstance(selector, Immediate) or selector.value not in (0, 1):
         raise refusal(ins, f"a sparsity selector of 0 or 1 is expected, not {selector}")
@@ -125,9 +128,12 @@ def translate_sparse_mma(ins: Instruction, kernel: Kernel):
     return sparse_mma
 
 
-def _types(ins: Instruction, *before: str) -> str:
-    """The element of .row.col.f32.element.element.f32."""
-    *_, element, other, _ = modifiers(ins, *before, "row", "col", "f32", ELEMENTS, ELEMENTS, "f32")
-    if element != other:
-        raise refusal(ins, "elements of one type are expected")
+def _types(ins: Instruction, shapes: dict[str, tuple[str, ...]], *before: str) -> str:
+    """The element of .shape.row.col.f32.element.element.f32, of those that a shape is known for."""
+    known = tuple(element for elements in shapes.values() for element in elements)
+    *_, shape, _, _, _, element, other, _ = modifiers(
+        ins, *before, tuple(shapes), "row", "col", "f32", known, known, "f32"
+    )
+    if element != other or element not in shapes[shape]:
+        raise refusal(ins, f"elements of one type are expected, {' or '.join(shapes[shape])}")
     return element

@@ -64,11 +64,8 @@ def translate_alloc(ins: Instruction, kernel: Kernel):
     modifiers(ins, "alloc", "cta_group::1", "sync", "aligned", ("shared::cta",), "b32")
     where, count = operands(ins, 2)
     columns, place = _count_of_columns(count, ins), address(where, np.uint32, ins, kernel)
-    freed = any(other.opcode[:2] == ["tcgen05", "dealloc"] for other in kernel.instructions())
 
     def alloc(batch, mask):
-        if not freed:
-            batch.find("tensor memory that no instruction deallocates", ins)
         found, storing = np.zeros(batch.threads, np.uint32), np.zeros(batch.threads, bool)
         for thread in _leaders(batch, mask, ins):
             found[thread] = tensor_memory(batch).allocate(batch, batch.cta[thread], columns, ins)

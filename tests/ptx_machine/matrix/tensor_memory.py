@@ -64,11 +64,13 @@ class TensorMemory:
         self.writing, self.reading = (np.zeros(size, np.int32) for _ in range(2))
         self.stored, self.loaded = Accesses(size), Accesses(size)
         self.allocated = np.zeros((batch.ctas, COLUMNS), bool)
-        self.allocations: list[dict[int, int]] = [{} for _ in range(batch.ctas)]
+        # by their first column, how many columns, and what allocated them
+        self.allocations: list[dict[int, tuple[int, Instruction]]] = [{} for _ in range(batch.ctas)]
         self.permitted = np.ones(batch.ctas, bool)
         # (threads, their words) of those under way
         self.loads: list[tuple[np.ndarray, np.ndarray]] = []
         self.stores: list[tuple[np.ndarray, np.ndarray]] = []
+        batch.endings.append(self.end)
 
     # -- allocation
 
@@ -79,18 +81,24 @@ class TensorMemory:
         for start in range(0, COLUMNS, columns):
             if not self.allocated[cta, start : start + columns].any():
                 self.allocated[cta, start : start + columns] = True
-                self.allocations[cta][start] = columns
+                self.allocations[cta][start] = columns, ins
                 return start
         raise Fault(f"waits for ever for {columns} columns of tensor memory: {batch.place(ins)}")
 
     def free(self, batch: Batch, thread: int, start: int, columns: int, ins: Instruction) -> None:
         cta = batch.cta[thread]
-        if self.allocations[cta].pop(start, None) != columns:
+        if self.allocations[cta].pop(start, (0, None))[0] != columns:
             raise Fault(f"{columns} columns of tensor memory from {start} on are not allocated: {batch.place(ins)}")
         words = np.arange((cta * COLUMNS + start) * LANES, (cta * COLUMNS + start + columns) * LANES)
         self.check_unused(batch, words[None], Issuers(np.array([thread])).of(batch), "release", ins)
         self.allocated[cta, start : start + columns] = False
         self.filled[words] = False
+
+    def end(self, batch: Batch) -> None:
+        """Note what is still allocated: a kernel has to deallocate everything before it ends (tcgen05.dealloc)."""
+        for allocations in self.allocations:
+            for _, ins in allocations.values():
+                batch.find("tensor memory that is not deallocated", ins)
 
     def places(self, batch: Batch, ctas: np.ndarray, columns: np.ndarray, lanes: np.ndarray, ins: Instruction):
         """Where words lie; a fault where they are not allocated."""

@@ -17,7 +17,6 @@ import numpy as np
 from ..findings import refusal
 from ..parser import Immediate, Instruction, Kernel, Register, Vector
 from ..registry import instruction, modifiers, operands, reader
-from ..shared_memory import MANY
 from . import descriptors, fragments
 from .mma import ELEMENTS
 from .shared_operands import shared_matrix
@@ -103,7 +102,8 @@ class WarpGroups:
             done = product.pending & groups & (product.number < self.commits - allowed)
             for numbers, places in product.held:
                 if done[numbers].any():
-                    _let_go(batch, places[done[numbers]])
+                    # a warp's wait tells it nothing of the other warps
+                    batch.shared.release(places[done[numbers]], unordered=True)
             product.pending &= ~done
         self.products = [product for product in self.products if product.pending.any()]
 
@@ -281,12 +281,6 @@ def _write(batch: Batch, targets: list[int], total: np.ndarray, groups: np.ndarr
         registers = everywhere.reshape(len(targets), -1)
     for index, register in zip(targets, registers, strict=True):
         batch.write(index, register, mask)
-
-
-def _let_go(batch: Batch, places: np.ndarray) -> None:
-    """A warp's wait tells it nothing of the other warps: writes of these places come behind a barrier."""
-    batch.shared.release(places)
-    batch.shared.reader[places // batch.shared.granule] = MANY
 
 
 def _hold(batch: Batch, numbers: np.ndarray, places: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
