@@ -29,6 +29,11 @@ def pytest_configure(config):
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
 
+if "TRITON_INTERPRET" in os.environ:
+    from helpers.interpreter import widen_bfloat16_exactly
+
+    widen_bfloat16_exactly()
+
 
 # CPython keeps frames in chunks of 16 KiB; a call that enters the next one maps it, and unmaps it on return. A loop of
 # calls across such an end spends most of its time there, as Triton's interpreter does where pytest happens to call it

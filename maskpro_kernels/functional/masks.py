@@ -175,7 +175,9 @@ def mask_log_prob(logits: Tensor, codes: Tensor, pattern: str | NMPattern) -> Te
     """log p(S) of drawing each group's mask S from softmax(logits), in any order; differentiable in the logits.
 
     Exact without cancellation: up to N = 4 by recursion over the subsets of S, above by quadrature over
-    the first dropped arrival (150 to 300 nodes: slow, meant for checks rather than for training).
+    the first dropped arrival (150 to 300 nodes: slow, meant for checks rather than for training). A logit that lies
+    further below the largest of its group than float32 reaches counts as the lowest finite float32 below it, where
+    log p(S) ends too: finite logits give finite results.
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M, finite.

@@ -14,9 +14,11 @@ from .arithmetic import (
     LN2_LOW,
     LN_POLYNOMIAL,
     LOG2_E,
+    LOWEST_FLOAT32,
     SQRT_HALF_BITS,
     exp,
     ln,
+    saturated,
 )
 from .exponential_race import (
     BERNOULLI,
@@ -81,6 +83,7 @@ from .plackett_luce import (
 from .quadrature import (
     FIRST_NODE,
     LAST_NODE,
+    LOWEST_LOG_ARRIVAL,
     ONE_MINUS_EXP,
     log_arrivals,
     node_exponent,

@@ -23,6 +23,7 @@ LOG2_E = 1.4426950216293335
 LN2_HIGH = 0.693359375
 LN2_LOW = -0.00021219444170128554
 EXP_UNDERFLOW = -87.0
+LOWEST_FLOAT32 = torch.finfo(torch.float32).min
 # Integers of so many bytes hold the bits of floats
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
@@ -36,6 +37,11 @@ def ln(x, near_one):
     for coefficient in LN_POLYNOMIAL[3::-1]:
         p = p * t + coefficient
     return p * t * t + t + exponent.to(torch.float32) * LN2
+
+
+def saturated(x):
+    """float32 no lower than the lowest finite one: what overflowed to minus infinity is that."""
+    return torch.clamp(x, min=LOWEST_FLOAT32)
 
 
 def exp(x):

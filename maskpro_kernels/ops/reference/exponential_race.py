@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arithmetic import exp
+from .arithmetic import exp, saturated
 from .groups import fixed_sum
 from .plackett_luce import dropped_total, extremes
 
@@ -36,9 +36,10 @@ def exponential_race_score(z, keys, kept):
     """Unbiased estimate of the gradient of log p(S) given the keys of the draw, any N, columns.
 
     kappa is the largest dropped key, x_k = exp(z_k - kappa): kept x_k / (exp(x_k) - 1), dropped minus
-    their softmax share of the kept ones' sum. Its mean given S is the exact score.
+    their softmax share of the kept ones' sum. Its mean given S is the exact score. z and kappa saturate first.
     """
-    kappa, _ = extremes(keys, kept)
+    z = [saturated(z_i) for z_i in z]
+    kappa = saturated(extremes(keys, kept)[0])
     largest, _ = extremes(z, kept)
     values = []
     for z_i, k in zip(z, kept, strict=True):

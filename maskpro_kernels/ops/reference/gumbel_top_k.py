@@ -24,7 +24,10 @@ def gumbel(r):
 
 
 def scaled(xs, inv_temperature):
-    """Logits in float32, less the group's largest, over the temperature."""
+    """Logits in float32, less the group's largest, over the temperature; minus infinity beyond float32.
+
+    That is enough for a draw, which needs their order. Log-probability and score saturate it.
+    """
     xs = [x.to(torch.float32) for x in xs]
     largest = xs[0]
     for x in xs[1:]:

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .arithmetic import exp, ln
+from .arithmetic import exp, ln, saturated
 from .groups import fixed_sum
 
 # Kept weights further than this above the centre are drawn first all but surely
@@ -83,8 +83,9 @@ def plackett_luce_terms(z, kept, n, centre=None):
 
     Returns (e, sum R of the dropped e, exponents ln e, kept e by slot, RECIPROCAL_SCALE / s(T) by T,
     positions), with e = exp(min(z - centre, EXPONENT_CLAMP)) and s(T) = R + e(T) >= 1. The centre is the largest
-    dropped or the smallest kept z, whichever is larger; a caller that knows it may give it.
+    dropped or the smallest kept z, whichever is larger; a caller that knows it may give it. z saturates first.
     """
+    z = [saturated(z_i) for z_i in z]
     if centre is None:
         largest, smallest = extremes(z, kept)
         centre = torch.maximum(largest, smallest)
@@ -161,7 +162,7 @@ def exact_log_prob(z, kept, n):
 
     f(T), the probability that something dropped is drawn before T is complete, is
     (R + sum over i in T of e_i f(T - i)) / s(T). Where f(S) is small, log p(S) = ln(1 - f(S)) to full
-    precision; elsewhere ln h(S) + sum of ln e_i.
+    precision; elsewhere ln h(S) + sum of ln e_i, which saturates.
     """
     _, dropped_sum, exponents, slots, inverse, _ = plackett_luce_terms(z, kept, n)
     whole = (1 << n) - 1
@@ -180,4 +181,4 @@ def exact_log_prob(z, kept, n):
     for x, k in zip(exponents, kept, strict=True):
         log_prob = log_prob + torch.where(k, x, 0.0)
     capped = torch.clamp(f[whole], max=NEAR_CERTAIN)
-    return torch.where(f[whole] < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), log_prob)
+    return torch.where(f[whole] < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), saturated(log_prob))

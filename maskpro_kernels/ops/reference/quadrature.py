@@ -6,7 +6,7 @@ from math import factorial
 
 import torch
 
-from .arithmetic import exp, ln
+from .arithmetic import exp, ln, saturated
 from .exponential_race import LARGEST_LOG_ARRIVAL, arrival_ratio, dropped_softmax
 from .groups import fixed_sum
 from .plackett_luce import NEAR_CERTAIN, extremes
@@ -14,6 +14,9 @@ from .plackett_luce import NEAR_CERTAIN, extremes
 # Trapezoid rule in u = ln t, t the first dropped arrival: 1e-14 lie below the first node, less beyond the last
 FIRST_NODE = -32.0
 LAST_NODE = 5.0
+# Of a rate below e^-256, 1 - exp(-a t) is a t at every node, so log p(S) takes what ln a lies lower as it is. Inside of
+# the sum over the nodes it would leave no digits to the others.
+LOWEST_LOG_ARRIVAL = -256.0
 # (1 - e^-y) / y = 1 - y/2 + y^2/6 - ... ; below y = 1 the first term left out is 2.5e-8
 ONE_MINUS_EXP = tuple((-1.0) ** k / factorial(k + 1) for k in range(1, 10))
 
@@ -38,15 +41,19 @@ def one_minus_exp_ratio(y):
 
 
 def log_arrivals(z, kept):
-    """(z - ln(sum of dropped exp z), kept), each stacked to [rows, K / M, M].
+    """(z - ln(sum of dropped exp z), but LOWEST_LOG_ARRIVAL at least; kept; what the kept ones lie lower, summed).
 
-    That is the log of each weight's rate in units of all the dropped ones'.
+    That is the log of each weight's rate in units of all the dropped ones'. Stacked to [rows, K / M, M], the sum
+    [rows, K / M].
     """
     largest, _ = extremes(z, kept)
     _, dropped_sum = dropped_softmax(z, kept)
     log_sum = ln(dropped_sum, dropped_sum - 1.0)
     # in this order: groups far below the largest logit would lose the logarithm's digits
-    return torch.stack([z_i - largest - log_sum for z_i in z], dim=-1), torch.stack(kept, dim=-1)
+    logs = [z_i - largest - log_sum for z_i in z]
+    held = [torch.clamp(x, min=LOWEST_LOG_ARRIVAL) for x in logs]
+    lower = fixed_sum([torch.where(k, x - h, 0.0) for x, h, k in zip(logs, held, kept, strict=True)])
+    return torch.stack(held, dim=-1), torch.stack(kept, dim=-1), lower
 
 
 def nodes(n, device):
@@ -84,9 +91,11 @@ def quadrature_log_prob(z, kept, n):
     """log p(S), any N: the integral over the first dropped arrival t of e^-t prod(1 - exp(-a_i t)).
 
     a_i is a kept weight's rate in units of all the dropped ones'. Trapezoid rule in ln t. As in
-    ``exact_log_prob``, the complement is summed beside it for draws that are nearly certain.
+    ``exact_log_prob``, the complement is summed beside it for draws that are nearly certain. z saturates first, log
+    p(S) last.
     """
-    log_arrival, kept = log_arrivals(z, kept)
+    z = [saturated(z_i) for z_i in z]
+    log_arrival, kept, lower = log_arrivals(z, kept)
     peak = peak_exponent(log_arrival, kept, n)
     total = torch.zeros_like(peak)
     missed = torch.zeros_like(peak)
@@ -100,15 +109,17 @@ def quadrature_log_prob(z, kept, n):
     _, step = quadrature_grid(n)
     total = total * step
     capped = torch.clamp(missed * step, max=NEAR_CERTAIN)
-    return torch.where(capped < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), peak + ln(total, total - 1.0))
+    log_prob = saturated(peak + ln(total, total - 1.0) + lower)
+    return torch.where(capped < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), log_prob)
 
 
 def quadrature_score(z, kept, n):
     """Gradient of log p(S) in the scaled logits by the same rule, any N, columns.
 
-    Kept: the integrand's mean of y / (e^y - 1), y = a_i t; dropped as in ``exact_score``.
+    Kept: the integrand's mean of y / (e^y - 1), y = a_i t; dropped as in ``exact_score``. z saturates first.
     """
-    log_arrival, kept_tile = log_arrivals(z, kept)
+    z = [saturated(z_i) for z_i in z]
+    log_arrival, kept_tile, _ = log_arrivals(z, kept)
     peak = peak_exponent(log_arrival, kept_tile, n)
     total = torch.zeros_like(peak)
     sums = torch.zeros_like(log_arrival)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import EXP, EXP_UNDERFLOW, LN, LN2, LN2_HIGH, LN2_LOW, LOG2_E, SQRT_HALF_BITS
+from .constants import EXP, EXP_UNDERFLOW, LN, LN2, LN2_HIGH, LN2_LOW, LOG2_E, LOWEST_FLOAT32, SQRT_HALF_BITS
 
 
 @triton.jit
@@ -20,6 +20,20 @@ def ln(x, near_one):
     p = p * t + LN[1]
     p = p * t + LN[0]
     return p * t * t + t + exponent.to(tl.float32) * LN2
+
+
+@triton.jit
+def saturated(x):
+    """float32 no lower than the lowest finite one: what overflowed to minus infinity is that."""
+    return tl.maximum(x, LOWEST_FLOAT32)
+
+
+@triton.jit
+def saturated_columns(columns, M: tl.constexpr):
+    result = ()
+    for i in tl.static_range(M):
+        result = result + (saturated(columns[i]),)
+    return result
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import exp
+from .arithmetic import exp, saturated
 from .constants import BERNOULLI, LARGEST_LOG_ARRIVAL
 from .plackett_luce import dropped_total, largest_dropped
 
@@ -38,12 +38,12 @@ def dropped_softmax(z, kept, M: tl.constexpr):
 @triton.jit
 def exponential_race_score(z, keys, kept, M: tl.constexpr):
     """Unbiased estimate of the gradient of log p(S) given the keys of the draw, any N; columns."""
-    kappa = largest_dropped(keys, kept, M)
-    largest = largest_dropped(z, kept, M)
+    kappa = saturated(largest_dropped(keys, kept, M))
+    largest = saturated(largest_dropped(z, kept, M))
     values = ()
     for i in tl.static_range(M):
-        exponent = tl.where(kept[i], tl.minimum(z[i] - kappa, LARGEST_LOG_ARRIVAL), tl.minimum(z[i] - largest, 0.0))
-        e = exp(exponent)
+        least, most = tl.where(kept[i], kappa, largest), tl.where(kept[i], LARGEST_LOG_ARRIVAL, 0.0)
+        e = exp(tl.minimum(saturated(z[i]) - least, most))
         values = values + (tl.where(kept[i], arrival_ratio(e), e),)
     total = tl.where(kept[0], values[0], 0.0)
     for i in tl.static_range(1, M):

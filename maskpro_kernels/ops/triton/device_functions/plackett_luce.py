@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import exp, ln
+from .arithmetic import exp, ln, saturated, saturated_columns
 from .constants import EXPONENT_CLAMP, INVERSE_RECIPROCAL_SCALE, NEAR_CERTAIN, RECIPROCAL_SCALE
 
 
@@ -73,6 +73,7 @@ def scatter_slots(slots, dropped, kept, positions, N: tl.constexpr, M: tl.conste
 @triton.jit
 def plackett_luce_terms(z, kept, N: tl.constexpr, M: tl.constexpr):
     """(e, sum of dropped e, ln e, kept e by slot, RECIPROCAL_SCALE / s(T) by subset T, positions)."""
+    z = saturated_columns(z, M)
     centre = tl.maximum(largest_dropped(z, kept, M), smallest_kept(z, kept, M))
     exponents = ()
     e = ()
@@ -187,4 +188,4 @@ def exact_log_prob(z, kept, N: tl.constexpr, M: tl.constexpr):
     for i in tl.static_range(M):
         log_prob = log_prob + tl.where(kept[i], exponents[i], 0.0)
     capped = tl.minimum(missed, NEAR_CERTAIN)
-    return tl.where(missed < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), log_prob)
+    return tl.where(missed < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), saturated(log_prob))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import exp, ln
-from .constants import FIRST_NODE, LARGEST_LOG_ARRIVAL, NEAR_CERTAIN, ONE_MINUS_EXP
+from .arithmetic import exp, ln, saturated, saturated_columns
+from .constants import FIRST_NODE, LARGEST_LOG_ARRIVAL, LOWEST_LOG_ARRIVAL, NEAR_CERTAIN, ONE_MINUS_EXP
 from .exponential_race import arrival_ratio, dropped_softmax
 from .groups import decode, decode_tile, join_columns, split_columns
 from .plackett_luce import largest_dropped
@@ -24,14 +24,17 @@ def one_minus_exp_ratio(y):
 
 @triton.jit
 def log_arrivals(z, kept, M: tl.constexpr):
-    """z - ln(sum of dropped exp z), a tile [G, M]."""
+    """(z - ln(sum of dropped exp z), LOWEST_LOG_ARRIVAL at least, a tile [G, M]; what kept ones lie lower, summed)."""
     e, dropped_sum = dropped_softmax(z, kept, M)
     log_sum = ln(dropped_sum, dropped_sum - 1.0)
     largest = largest_dropped(z, kept, M)
-    result = ()
+    held = ()
+    lower = tl.zeros_like(largest)
     for i in tl.static_range(M):
-        result = result + (z[i] - largest - log_sum,)
-    return join_columns(result, M)
+        log_arrival = z[i] - largest - log_sum
+        held = held + (tl.maximum(log_arrival, LOWEST_LOG_ARRIVAL),)
+        lower += tl.where(kept[i], log_arrival - held[i], 0.0)
+    return join_columns(held, M), lower
 
 
 @triton.jit
@@ -67,7 +70,8 @@ def node_weight(log_arrival, kept, u, peak, M: tl.constexpr):
 @triton.jit
 def quadrature_log_prob(z, code, COUNT: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr):
     """log p(S) by the trapezoid rule over the first dropped arrival, any N."""
-    log_arrival = log_arrivals(z, decode(code, M), M)
+    z = saturated_columns(z, M)
+    log_arrival, lower = log_arrivals(z, decode(code, M), M)
     kept = decode_tile(code, M)
     peak = peak_exponent(log_arrival, kept, COUNT, STEP, M)
     total = tl.zeros_like(peak)
@@ -84,14 +88,15 @@ def quadrature_log_prob(z, code, COUNT: tl.constexpr, STEP: tl.constexpr, M: tl.
     total = total * STEP
     capped = tl.minimum(missed * STEP, NEAR_CERTAIN)
     near = ln(1.0 - capped, 0.0 - capped)
-    return tl.where(capped < NEAR_CERTAIN, near, peak + ln(total, total - 1.0))
+    return tl.where(capped < NEAR_CERTAIN, near, saturated(peak + ln(total, total - 1.0) + lower))
 
 
 @triton.jit
 def quadrature_score(z, code, COUNT: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr):
     """Gradient of log p(S) in the scaled logits by the same rule, any N; columns."""
+    z = saturated_columns(z, M)
     kept_columns = decode(code, M)
-    log_arrival = log_arrivals(z, kept_columns, M)
+    log_arrival, _ = log_arrivals(z, kept_columns, M)
     kept = decode_tile(code, M)
     peak = peak_exponent(log_arrival, kept, COUNT, STEP, M)
     total = tl.zeros_like(peak)
