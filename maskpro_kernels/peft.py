@@ -13,7 +13,7 @@ from torch import nn
 from .adapters import refuse_merging
 from .extras import require
 from .modules import MaskedLinear
-from .packed import NMLinear
+from .packed import SPARSE, NMLinear
 
 try:
     from peft import LoraConfig
@@ -25,7 +25,6 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-SPARSE = (MaskedLinear, NMLinear)
 # Others compute the adapter from the base weight, or change that weight
 INITIAL_WEIGHTS = (True, False, "gaussian")
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
-from helpers.tiny_llama import tiny_model
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
+from maskpro_kernels import hf
 from maskpro_kernels.adapters import ADAPTER
 from maskpro_kernels.kept_zeros import KeptZeros
 from maskpro_kernels.modules import masked_layers
@@ -271,3 +272,32 @@ def test_lora_on_masked_experts_is_saved_and_merged_behind_finalize(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "save_model"])
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_a_model_with_adapters_in_it_is_not_saved(options, kind, how, tmp_path):
+    model, folder = get_peft_model(sparse(kind), config(**options)), tmp_path / "out"
+    within = model.base_model.model
+    save = {
+        "save_pretrained": lambda: within.save_pretrained(folder),
+        "save_model": lambda: hf.save_model(within, tiny_tokenizer(), folder),
+    }
+    with pytest.raises(ValueError, match=r"model: expected one without adapters of peft .*; save the adapter .*unload"):
+        save[how]()
+    assert not folder.exists()
+    # as the message says
+    model.save_pretrained(tmp_path / "adapter")
+    plain = model.unload()
+    plain.save_pretrained(folder)
+    assert_same_bits(AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits, plain(tokens()).logits)
+
+
+def test_adapters_that_transformers_has_loaded_are_saved_alone(tmp_path):
+    get_peft_model(sparse("packed"), config()).save_pretrained(tmp_path / "adapter")
+    model = sparse("packed")
+    # `add_adapter` asks for a newer peft
+    model.load_adapter(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/adapter_model.safetensors").is_file() and not (tmp_path / "again/config.json").exists()
