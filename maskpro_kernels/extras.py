@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
+from contextlib import suppress
 
 # The optional packages of each extra in pyproject.toml, small extras first
 EXTRAS = {
@@ -39,3 +42,15 @@ def require(what: str, *packages: str) -> None:
     lacking = missing(*packages)
     if lacking:
         raise ModuleNotFoundError(f"{what} needs {lacking}")
+
+
+def watch_saving() -> None:
+    """Import ``hf`` where models of transformers are in memory: a model may be given layers, and saved, without it.
+
+    Its ``save_pretrained`` then writes what loads them again.
+    """
+    own = f"{__package__}.hf"
+    if "transformers.modeling_utils" in sys.modules and own not in sys.modules:
+        # an older transformers knows no quantizers of others; what needs them says so
+        with suppress(ImportError):
+            importlib.import_module(own)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .counter import Counter, MaskSource
+from .extras import watch_saving
 from .functional.checks import (
     LOGIT_DTYPES,
     check_codes,
@@ -149,6 +150,7 @@ class MaskedLinear(nn.Module):
         group_row_stride: int | None = None,
     ):
         super().__init__()
+        watch_saving()
         self.pattern = NMPattern(pattern)
         m = self.pattern.m
         for name, tensor in (("weight", weight), ("logits", logits)):
@@ -176,8 +178,7 @@ class MaskedLinear(nn.Module):
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
-        self.weight_changed = False
-        self.is_dense = False
+        self.weight_changed = self.is_dense = False
 
     @classmethod
     def from_linear(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .extras import watch_saving
 from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_no_tangents, check_not_distributed, describe
 from .functional.masks import expand_mask
 from .huge_pages import move_into_huge_pages
@@ -289,6 +290,7 @@ class NMLinear(nn.Module):
         super().__init__()
         if not isinstance(packed, PackedNM):
             raise TypeError(f"packed: expected a PackedNM, got {describe(packed)}")
+        watch_saving()
         self.pattern = packed.pattern
         self.out_features, self.in_features = packed.shape
         if packed.kind == INT8:
@@ -398,6 +400,22 @@ class Sparse24Linear(NMLinear):
     def from_dense(cls, linear: nn.Linear, pattern: str | NMPattern = "2:4", values: str = KEEP) -> Sparse24Linear:
         """``NMLinear.from_dense`` of 2:4."""
         return super().from_dense(linear, pattern, values)
+
+
+# Layers that drop weights
+SPARSE = (MaskedLinear, NMLinear)
+
+
+def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
+    """An nn.Linear with exact zeros where a layer drops weights; a MaskedLinear does so by its N largest logits."""
+    if isinstance(layer, MaskedLinear):
+        weight, trained = layer.top_n_weight(), layer.weight.requires_grad
+    else:
+        weight, trained = layer.packed.unpack(), layer.values.requires_grad
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=trained)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
 
 
 def bits_a_weight(layers: Iterable[NMLinear]) -> float:

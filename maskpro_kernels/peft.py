@@ -1,55 +1,115 @@
 """LoRA beside masked and packed layers.
 
-The import raises ModuleNotFoundError without peft, of the extra ``peft``.
+After ``import maskpro_kernels.peft`` peft puts LoRA beside MaskedLinear and NMLinear modules, as it does beside
+nn.Linear: by ``get_peft_model`` and ``PeftModel.from_pretrained``, and by transformers' ``add_adapter``,
+``load_adapter`` and ``from_pretrained`` of an adapter's folder. The import raises ModuleNotFoundError without peft, of
+the extra ``peft``.
 """
 
 from __future__ import annotations
 
+from torch import nn
+
 from .adapters import refuse_merging
 from .extras import require
 from .modules import MaskedLinear
-from .packed import NMLinear
+from .packed import SPARSE, NMLinear
 
 try:
     from peft import LoraConfig
 except ModuleNotFoundError:
     require("maskpro_kernels.peft", "peft")
     raise
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 # Others compute the adapter from the base weight, or change that weight
 INITIAL_WEIGHTS = (True, False, "gaussian")
 
 
-class SparseLora(lora.Linear):
+# peft takes a layer for a linear one by that word in its name
+class SparseLoraLinear(lora.Linear):
     """LoRA beside a MaskedLinear or an NMLinear, which does not merge.
 
     Raises:
-        ValueError: if the configuration asks for DoRA, or for initial weights that depend on the base weight.
+        ValueError: if the configuration of an adapter asks for what reads or changes the base weight: DoRA, KaSA, or
+            initial weights that depend on it.
     """
 
     def __init__(self, base_layer: MaskedLinear | NMLinear, adapter_name: str, config: LoraConfig, **kwargs):
-        if config.use_dora:
-            raise ValueError("use_dora: expected False beside a masked layer, whose weight has no fixed norm, got True")
-        if config.init_lora_weights not in INITIAL_WEIGHTS:
-            raise ValueError(
-                f"init_lora_weights: expected one of {INITIAL_WEIGHTS} beside a masked layer, got "
-                f"{config.init_lora_weights!r}"
-            )
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        refuse_merging(self, (MaskedLinear, NMLinear))
+        refuse_merging(self, SPARSE)
+
+    def _get_in_out_features(self, module: MaskedLinear | NMLinear) -> tuple[int, int]:
+        # of layers that peft does not know it warns
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs) -> None:
+        """Add an adapter; peft calls it for the first one too."""
+        _check_leaves_base_weight(config)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+
+class SparseLoraModel(lora.LoraModel):
+    """LoraModel that knows masked and packed layers, among "all-linear" as well.
+
+    Raises:
+        ValueError: if an adapter cannot stand beside such a layer, see ``SparseLoraLinear``. The model is then as it
+            was.
+    """
+
+    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        sparse = _sparse_layers(self.model)
+        if not sparse:
+            return peft_config
+        targets = peft_config.target_modules
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+            peft_config.target_modules |= sparse
+        if any(self._check_target_module_exists(peft_config, name) for name in sparse):
+            _check_leaves_base_weight(peft_config)
+        return beside_masks(peft_config)
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = SparseLoraModel
 
 
 def beside_masks(config: LoraConfig) -> LoraConfig:
     """The configuration itself, once it lets LoRA stand beside MaskedLinear and NMLinear modules.
 
-    For ``get_peft_model(model, beside_masks(config))``, and for an adapter that was saved:
-    ``PeftModel.from_pretrained(model, folder, config=beside_masks(LoraConfig.from_pretrained(folder)))``.
+    The import of this module does that for each adapter of LoRA alone; among adapters of several kinds, which
+    ``get_peft_model(..., mixed=True)`` makes, each configuration needs it.
 
     Raises:
         TypeError: if ``config`` is no LoraConfig.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config: expected peft.LoraConfig, got {type(config).__name__}")
-    config._register_custom_module({MaskedLinear: SparseLora, NMLinear: SparseLora})
+    config._register_custom_module(dict.fromkeys(SPARSE, SparseLoraLinear))
     return config
+
+
+def _sparse_layers(model: nn.Module) -> set[str]:
+    """Names of the masked and packed layers, or where adapters stand beside them, of peft's layers around them."""
+    modules = dict(model.named_modules())
+    adapted = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    bases = modules | {name: module.get_base_layer() for name, module in adapted.items()}
+    within = tuple(f"{name}." for name in adapted)
+    return {name for name, base in bases.items() if isinstance(base, SPARSE) and not name.startswith(within)}
+
+
+def _check_leaves_base_weight(config: LoraConfig) -> None:
+    """Raise ValueError if an adapter would read or change the weight that it stands beside."""
+    if config.use_dora:
+        raise ValueError("use_dora: expected False beside a masked layer, whose weight has no fixed norm, got True")
+    # of a newer peft
+    if getattr(config, "kasa_config", None) is not None:
+        raise ValueError("kasa_config: expected None beside a masked layer, whose weight it would change, got one")
+    if config.init_lora_weights not in INITIAL_WEIGHTS:
+        raise ValueError(
+            f"init_lora_weights: expected one of {INITIAL_WEIGHTS} beside a masked layer, got "
+            f"{config.init_lora_weights!r}"
+        )

@@ -8,6 +8,8 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.full_disk import files_of_at_most
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from maskpro_kernels import hf
@@ -53,6 +55,35 @@ def test_missing_folder(tmp_path):
 def test_folder_without_a_model(tmp_path):
     with pytest.raises((OSError, ValueError)):
         hf.load_model(str(tmp_path), torch.float32)
+
+
+def test_folder_without_a_tokenizer(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises((OSError, ValueError), match="the folder has no tokenizer; write that of the model into it, by"):
+        hf.load_model(str(tmp_path), torch.float32)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises((OSError, ValueError), match="copy or download it again"):
+        hf.load_model(str(tmp_path), torch.float32)
+
+
+def test_a_name_that_only_the_hub_may_have(monkeypatch):
+    response = SimpleNamespace(headers={}, request=None)
+    answers = {"owner/there": None, "owner/busy": HfHubHTTPError("502", response=response)}
+    answers["owner/none"] = RepositoryNotFoundError("404", response=response)
+
+    def answer(_, repo_id, timeout):
+        if answers[repo_id] is not None:
+            raise answers[repo_id]
+
+    monkeypatch.setattr(HfApi, "model_info", answer)
+    hf.check_model("owner/there")
+    hf.check_model("owner/busy")
+    told = "got 'owner/none': there is no folder of that name, and the hub has none that your login may read"
+    with pytest.raises(FileNotFoundError, match=told):
+        hf.check_model("owner/none")
+    with pytest.raises(FileNotFoundError, match="got '-x': there is no folder of that name, and the hub has none"):
+        hf.check_model("-x")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", None])

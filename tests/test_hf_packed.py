@@ -125,13 +125,24 @@ def flip(tensors):
     tensors[f"{LAYER}.bitmask"][3, 1] ^= 4
 
 
+def without(*parts):
+    def change(tensors):
+        for name in [name for name in tensors if name.endswith(tuple(f".{part}" for part in parts))]:
+            del tensors[name]
+
+    return change
+
+
 DAMAGES = {
     "expected a whole safetensors file": truncate,
     f"{LAYER}.bitmask: expected exactly 2 of every 4 kept": rewrite(flip),
-    "expected values of the 14 layers that its quantization_config names, such as .*, got 13": (
-        rewrite(lambda tensors: tensors.pop(f"{LAYER}.values"))
+    "expected values of the 14 layers that its quantization_config names, such as .*, got 13, none of "
+    f"{LAYER}; copy or download the checkpoint again$": rewrite(lambda tensors: tensors.pop(f"{LAYER}.values")),
+    "expected bitmask of the 14 layers .* got 0; copy or download the checkpoint again$": rewrite(without("bitmask")),
+    "expected values of the 14 layers .* got 0; .* take quantization_config out": rewrite(without("values", "bitmask")),
+    f"expected values of the 13 layers .* got 14, also of {LAYER}, which it does not name; take config.json from": (
+        reconfigure(lambda config: config["patterns"]["2:4"].remove(LAYER))
     ),
-    "expected bitmask of the 14 layers": rewrite(lambda tensors: tensors.pop(f"{LAYER}.bitmask")),
     f"{LAYER}.values: expected .* got torch.int8": (
         rewrite(lambda tensors: tensors.update({f"{LAYER}.values": tensors[f"{LAYER}.values"].to(torch.int8)}))
     ),

@@ -81,8 +81,10 @@ def _threads(wanted: int | None) -> Iterator[None]:
 
 def _measured(args: argparse.Namespace, dtype: str, device: torch.device) -> tuple[SpeedReport, torch.Tensor]:
     """(what was measured, the prompt [rows, tokens] on the CPU); nothing holds the models any more."""
-    from ..hf import measure_speed
+    from ..hf import check_model, measure_speed
 
+    for name in args.models:
+        check_model(name)
     check_fit(args.models, DTYPES[dtype], device)
     models, vocabulary = {}, None
     for name in args.models:

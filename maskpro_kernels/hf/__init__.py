@@ -18,7 +18,7 @@ from .agreement import Agreement
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
 from .hub import fetch_checkpoint, fetch_masks
-from .loading import SMOLLM2, checkpoint_activations, load_model, show_bars
+from .loading import SMOLLM2, check_model, checkpoint_activations, load_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
 from .model_card import MASK_ALONE, Origin
 from .packed import PackedConfig, PackedQuantizer
@@ -43,6 +43,7 @@ __all__ = [
     "SpeedReport",
     "Spread",
     "check_login",
+    "check_model",
     "check_no_other_quantization",
     "check_repo_id",
     "check_shard_size",

@@ -6,13 +6,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 # As MaskLLM's ``eval_llama_ppl.py`` asks for it
 MASKLLM_FILE = "mask_compressed.npz"
 # Of a checkpoint: no weights in other formats
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# For one answer, where a download would try again and again
+SECONDS = 10.0
+
+
+def why_not_on_hub(repo_id: str) -> str | None:
+    """What is said of a model that can neither be found on the hub nor lies in the cache, as the end of a sentence."""
+    try:
+        if isinstance(try_to_load_from_cache(repo_id, "config.json"), str):
+            return None
+        HfApi().model_info(repo_id, timeout=SECONDS)
+    except (RepositoryNotFoundError, HFValidationError):
+        return "the hub has none that your login may read; check the name"
+    except HfHubHTTPError:
+        # of a server in trouble, which may answer the next time
+        return None
+    except Exception as error:
+        return f"the hub cannot be reached ({' '.join(str(error).split())}); check the name and the connection"
+    return None
 
 
 def fetch_masks(repo_id: str) -> Path:

@@ -21,8 +21,11 @@ from transformers import (
 from transformers.utils import logging
 
 from ..extras import missing
+from .hub import why_not_on_hub
 
 SMOLLM2 = "smollm2-135m"
+# Of one kind of tokenizer or another
+TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 
 
 def load_model(
@@ -51,16 +54,7 @@ def load_model(
         raise ValueError(f"device_map: expected {lacking}")
     if name == SMOLLM2:
         return _load_smollm2(dtype, device_map)
-    # A hub id is "name" or "owner/name"; anything deeper, absolute or dotted can only be a folder.
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: no such folder")
-    if Path(name).is_file():
-        raise ValueError(f"model: expected a folder, got the file {name!r}; give the folder that it lies in")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"model: expected a folder with a config.json, got {name!r}, which has none; give one that "
-            "save_pretrained has written"
-        )
+    check_model(name)
     try:
         with _only_errors_told():
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -72,10 +66,11 @@ def load_model(
         raise
     except Exception as error:
         # Files that are damaged or of another kind: each of transformers' parsers has errors of its own
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        cure = "copy or download it again"
+        reason, cure = " ".join(str(error).split()).partition(". ")[0], "copy or download it again"
         if not Path(name).is_dir():
-            cure = "there is no folder of that name; of a model on the hub check the name and the connection"
+            cure = "of a model on the hub check the name and the connection"
+        elif not _has_tokenizer(Path(name)):
+            reason, cure = "the folder has no tokenizer", "write that of the model into it, by its save_pretrained"
         told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}; {cure}"
         raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
     lacking = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
@@ -85,6 +80,35 @@ def load_model(
             f"{lacking[0]}; copy or download it again"
         )
     return model.eval(), tokenizer
+
+
+def check_model(name: str) -> None:
+    """Raise unless ``load_model`` finds a model of that name; the hub is asked once, and only where none lies here.
+
+    Raises:
+        ValueError: if it is a file, or a folder without a config.json.
+        FileNotFoundError: if there is no such folder, and neither the hub nor its cache has such a model.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"model: expected a folder, got the file {name!r}; give the folder that it lies in")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model: expected a folder with a config.json, got {name!r}, which has none; give one that "
+            "save_pretrained has written"
+        )
+    if name == SMOLLM2 or folder.is_dir():
+        return
+    # A hub id is "name" or "owner/name"; anything deeper, absolute or dotted can only be a folder.
+    only_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    reason = None if only_folder else why_not_on_hub(name)
+    if only_folder or reason:
+        told = "no such folder" if only_folder else f"there is no folder of that name, and {reason}"
+        raise FileNotFoundError(f"model: expected {SMOLLM2!r}, a folder or a hub id, got {name!r}: {told}")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 class _BadDeviceMap(ValueError):

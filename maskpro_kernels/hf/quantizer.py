@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
+
+from ..adapters import fit_adapters, refuse_merging
+from ..linear_form import as_built
+from ..modules import MaskedLinear, check_in_memory
+from ..packed import SPARSE, dense_layer
+from ..replacement import replace_modules
 
 
 class SparseQuantizer(HfQuantizer):
@@ -29,6 +36,39 @@ class SparseQuantizer(HfQuantizer):
                 "write the dense one, by finalize or `maskpro export`, which transformers splits as any other"
             )
         super().preprocess_model(model, *args, **kwargs)
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model with dense layers, exact zeros where weights are dropped, saved as any other; in place.
+
+        Args:
+            model: whose layers are to be dense.
+            dtype: of its weights; None: as they are.
+
+        Raises:
+            ValueError: if a weight is not in memory. The model is then as it was.
+        """
+        return super().dequantize(model, model.dtype if dtype is None else dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
+        for name, layer in layers.items():
+            check_in_memory("model", layer, name, layer.weight if isinstance(layer, MaskedLinear) else layer.values)
+        with torch.no_grad():
+            dense = {id(layer): dense_layer(layer) for layer in layers.values()}
+        replace_modules(model, dense)
+        as_built(model)
+        fit_adapters(model)
+        refuse_merging(model, SPARSE)
+        # not by `model.to`: it would round the frequencies of the rotary embedding, and what is to stay in float32
+        before = {linear.weight.dtype for linear in dense.values()}
+        for parameter in model.parameters():
+            if parameter.dtype in before:
+                parameter.data = parameter.data.to(dtype)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                for told in ("_is_quantized", "quantization_config"):
+                    vars(part.config).pop(told, None)
+        return model
 
     def is_serializable(self) -> bool:
         return True

@@ -14,7 +14,7 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from ..files import disk_errors, open_to_others
 from .model_card import CARD, Origin, is_own, write_card
-from .stored_layers import check_can_be_stored, tell_config
+from .stored_layers import prepare_for_saving
 
 # What ``push_to_hub=True`` of ``save_pretrained`` takes beside it
 PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "commit_description")
@@ -50,14 +50,13 @@ def save_model(
 
     Raises:
         TypeError: if an option is none of these.
-        ValueError: if the model has both masked and packed layers, or shards of layers, or an option is out of its
-            range.
+        ValueError: if the model has both masked and packed layers, or shards of layers, or adapters of peft beside
+            them, or an option is out of its range.
         OSError: if a file cannot be written, or the hub does not take it. What was written then stays.
     """
     folder, origin = Path(folder), Origin() if origin is None else origin
     push = _push_options(folder, push_to_hub, options)
-    check_can_be_stored(model)
-    tell_config(model)
+    prepare_for_saving(model)
     before = _written(folder)
     with disk_errors(folder):
         model.save_pretrained(folder, **options)

@@ -36,20 +36,35 @@ def stored_dtypes(files: Iterable[str | Path] | None) -> dict[str, str]:
     return dtypes
 
 
-def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Iterable[str]) -> None:
+def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Collection[str]) -> None:
     """Raise ValueError unless each part is stored as often as there are layers.
 
     Names in files are not those of the modules: transformers renames some as it loads them.
     """
-    names, layers = list(names), list(layers)
-    for part in parts:
-        stored = sum(name.endswith(f".{part}") for name in names)
-        if stored != len(layers):
+    names = list(names)
+    stored = {part: [name.removesuffix(f".{part}") for name in names if name.endswith(f".{part}")] for part in parts}
+    for part, found in stored.items():
+        if len(found) != len(layers):
             raise ValueError(
-                f"checkpoint: expected {part} of the {len(layers)} layers that its quantization_config names, such as "
-                f"{layers[0] if layers else 'none'}, got {stored} of them; of a dense model that shared its config "
-                "with another, take quantization_config out of its config.json"
+                f"checkpoint: expected {part} of the {len(layers)} layers that its quantization_config names"
+                f"{_such_as(layers)}, got {len(found)}{_cure(found, layers, any(stored.values()))}"
             )
+
+
+def _cure(found: Collection[str], layers: Collection[str], any_stored: bool) -> str:
+    """What to do where a part is stored of these layers, and others are named."""
+    if not any_stored:
+        return "; of a dense model that shared its config with another, take quantization_config out of its config.json"
+    # names that fit no better are those of layers that are renamed as they are loaded
+    lacking, unknown = sorted(set(layers) - set(found)), sorted(set(found) - set(layers))
+    if len(found) < len(layers):
+        which = f", none of {lacking[0]}" if found and len(lacking) == len(layers) - len(found) else ""
+        return f"{which}; copy or download the checkpoint again"
+    which = unknown[0] if len(unknown) == len(found) - len(layers) else "others"
+    return (
+        f", also of {which}, which it does not name; take config.json from where the checkpoint comes from, or write "
+        "it again by save_pretrained"
+    )
 
 
 def check_scales_stored(dtypes: Mapping[str, str], layers: Collection[str]) -> None:

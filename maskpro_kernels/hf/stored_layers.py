@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..adapters import adapter_modules
 from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
-from ..packed import NMLinear
+from ..packed import SPARSE, NMLinear
 from .masked import MaskedConfig
 from .packed import PackedConfig
 
@@ -78,14 +80,13 @@ def tell_config(model: nn.Module) -> None:
     """Have the configs of a model, and of those within it, tell of masked and packed layers.
 
     ``from_pretrained`` then gives them back once ``maskpro_kernels.hf`` is imported. ``convert``, ``finalize`` and
-    ``pack`` call it for the models within what they are given; call it yourself where you have given them a part of a
-    model, or put such layers in its place.
+    ``pack`` call it for the models within what they are given, and ``save_pretrained`` for the model that it saves.
     """
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
         told = getattr(module.config, "quantization_config", None)
-        if any(isinstance(layer, (MaskedLinear, NMLinear)) for layer in module.modules()) or taken_apart(module):
+        if any(isinstance(layer, SPARSE) for layer in module.modules()) or taken_apart(module):
             # parts of a model may share its config, which is then that of the whole
             if not (isinstance(told, LiveConfig) and told._model() is not None and _holds(told._model(), module)):
                 module.config.quantization_config = LiveConfig(module)
@@ -115,6 +116,42 @@ def check_can_be_stored(model: nn.Module) -> None:
     counts = {(int(state.seed), int(state.step)) for state in states if not state.seed.is_meta}
     if len(counts) > 1:
         raise ValueError(f"model: expected one seed and one step for all layers, got {sorted(counts)}")
+
+
+def prepare_for_saving(model: PreTrainedModel) -> None:
+    """Have the config of a model tell of masked and packed layers that were put into it by hand as well.
+
+    Raises:
+        ValueError: see ``check_can_be_stored`` and ``check_no_other_quantization``; or if adapters of peft stand in a
+            model with such layers, whose names in the checkpoint would be those of no module.
+    """
+    # transformers writes the adapter alone
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return
+    if any(isinstance(layer, SPARSE) for layer in model.modules()):
+        within = adapter_modules(model)
+        if within:
+            raise ValueError(
+                "model: expected one without adapters of peft beside its masked or packed layers, got one with "
+                f"{min(within)}; save the adapter by save_pretrained of the PeftModel, and the model that its unload() "
+                "gives"
+            )
+        check_no_other_quantization(model)
+    check_can_be_stored(model)
+    tell_config(model)
+
+
+def _preparing(save):
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args, **kwargs):
+        prepare_for_saving(self)
+        return save(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+# No layer sees the model that it was put into, and transformers asks no one else before it writes the config
+PreTrainedModel.save_pretrained = _preparing(PreTrainedModel.save_pretrained)
 
 
 def _forget(model: PreTrainedModel) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..linear_form import in_linear_form
-from ..modules import MaskedLinear, check_in_memory, masked_layers
-from ..packed import KEEP, NMLinear, check_values_kind, hold_in_huge_pages, packed_class
+from ..modules import check_in_memory, masked_layers
+from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
 from .convert import Conversion
 from .coverage import coverage, reasons_by_name
@@ -54,7 +54,7 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
                 with _naming(name):
                     replacements[id(layer)] = packed_class(layer.pattern).from_masked(layer, values)
             else:
-                replacements[id(layer)] = _dense(layer, layer.top_n_weight(), layer.weight.requires_grad)
+                replacements[id(layer)] = dense_layer(layer)
     replace_layers(model, replacements)
     model = replacements.get(id(model), model)
     hold_in_huge_pages(model)
@@ -122,11 +122,7 @@ def repack(model: nn.Module, values: str) -> int:
 
 def unpack(model: nn.Module) -> None:
     """Replace every NMLinear by an nn.Linear with exact zeros, in place."""
-    replacements = {}
-    for layer in model.modules():
-        if isinstance(layer, NMLinear):
-            replacements[id(layer)] = _dense(layer, layer.packed.unpack(), layer.values.requires_grad)
-    replace_layers(model, replacements)
+    replace_layers(model, {id(layer): dense_layer(layer) for layer in model.modules() if isinstance(layer, NMLinear)})
 
 
 @contextmanager
@@ -136,11 +132,3 @@ def _naming(layer: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"model: {layer}.{error}" if layer else f"model: {error}") from error
-
-
-def _dense(layer: MaskedLinear | NMLinear, weight: Tensor, requires_grad: bool) -> nn.Linear:
-    """An nn.Linear with that weight, else as the layer."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
-    linear.bias = layer.bias
-    return linear.train(layer.training)

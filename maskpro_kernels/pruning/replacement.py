@@ -9,11 +9,8 @@ from torch import nn
 
 from ..adapters import check_not_merged, fit_adapters, refuse_merging
 from ..linear_form import as_built
-from ..modules import MaskedLinear
-from ..packed import NMLinear
+from ..packed import SPARSE
 from ..replacement import replace_modules
-
-SPARSE = (MaskedLinear, NMLinear)
 
 
 def check_replaceable(model: nn.Module) -> None:

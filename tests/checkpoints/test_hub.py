@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
+from maskpro_kernels import hf
 from maskpro_kernels.cli import main
 from maskpro_kernels.hf import hub
 
@@ -79,6 +80,14 @@ def test_a_checkpoint_that_was_fetched_before_is_read_offline(folder, cached):
     imported(folder, masks)
     card = (folder / "out" / "README.md").read_text()
     assert "base_model: owner/sparse" in card and "https://huggingface.co/owner/sparse" in card
+
+
+def test_a_model_that_was_fetched_before_is_loaded_offline(folder, cached):
+    cached("owner/dense", folder / "model")
+    model, _ = hf.load_model("owner/dense", torch.float32)
+    assert_same_bits(list(model.parameters()), list(tiny_model().parameters()))
+    with pytest.raises(FileNotFoundError, match="no folder of that name, and the hub cannot be reached .*offline mode"):
+        hf.load_model("owner/another", torch.float32)
 
 
 @pytest.mark.parametrize(("how", "file"), [("maskllm", "other.npz"), ("dict", "masks.pt"), ("folder", None)])

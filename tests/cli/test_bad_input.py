@@ -138,8 +138,9 @@ def test_the_retries_of_the_hub_are_not_told(place, capsys, monkeypatch):
         heard.append(hub.isEnabledFor(logging.WARNING))
         raise OSError("We couldn't connect to 'https://huggingface.co'. Check your internet connection.")
 
+    monkeypatch.setattr("maskpro_kernels.hf.loading.why_not_on_hub", lambda name: None)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
-    told = "connect to 'https://huggingface.co'; there is no folder of that name; of a model on the hub check the name"
+    told = "connect to 'https://huggingface.co'; of a model on the hub check the name and the connection"
     refuses(capsys, place, [*LEARN.split(), "--model", "none"], told)
     assert heard == [False] and hub.isEnabledFor(logging.WARNING)
 

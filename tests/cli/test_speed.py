@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.command import contents, refuses
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
+from huggingface_hub import HfApi
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from maskpro_kernels import convert, finalize, hf
@@ -120,6 +121,21 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(place, monkeypatch, ca
     monkeypatch.setattr(memory, "_free", lambda device: 10_000)
     told = "models: expected models that fit into memory together, got 0.00 GB of weights where cpu has 0.00 GB free"
     refuses(capsys, place, ["speed", "dense", "packed", *SMALL], told, "give fewer at once")
+
+
+def test_a_name_of_no_model_is_told_before_any_is_loaded(place, monkeypatch, capsys):
+    asked = []
+
+    def unreachable(hub, repo_id, timeout):
+        asked.append(repo_id)
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    told = "got 'densse': there is no folder of that name, and the hub cannot be reached ([Errno -2] Name or service"
+    refuses(capsys, place, ["speed", "dense", "densse", *SMALL], told)
+    refuses(capsys, place, ["speed", "dense", "../densse", *SMALL], "got '../densse': no such folder")
+    assert asked == ["densse"]
 
 
 def test_bytes_in_a_folder_are_those_once_loaded(place):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 
+import peft
 import pytest
 import torch
 from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
-from helpers.tiny_llama import tiny_model
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
+from maskpro_kernels import hf
 from maskpro_kernels.adapters import ADAPTER
 from maskpro_kernels.kept_zeros import KeptZeros
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.peft import beside_masks
+from maskpro_kernels.peft import SparseLoraLinear, beside_masks
 from maskpro_kernels.pruning.finalize import unpack
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
@@ -27,7 +32,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def config(**options) -> LoraConfig:
-    return LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+    return LoraConfig(**{"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | options)
 
 
 def tokens() -> torch.Tensor:
@@ -145,15 +150,85 @@ def test_a_merge_into_a_dense_export_keeps_its_zeros():
     assert torch.equal(merged.get_submodule(LAYER).weight == 0, zeros)
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [({"use_dora": True}, "use_dora: expected False"), ({"init_lora_weights": "pissa"}, "init_lora_weights: expected")],
-)
-def test_what_reads_the_base_weight_is_refused(options, told):
+REFUSED = {
+    "use_dora: expected False": {"use_dora": True},
+    "kasa_config: expected None": {"kasa_config": KasaConfig()},
+    **{
+        f"init_lora_weights: expected .* got '{name}'": {"init_lora_weights": name}
+        for name in ("pissa", "pissa_niter_4", "olora", "orthogonal", "mica")
+    },
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_what_reads_or_changes_the_base_weight_is_refused_before_anything_changes(told):
+    sound, refused = config(target_modules=["lm_head", "q_proj"]), config(**REFUSED[told])
+    model = sparse("masked")
+    before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=told):
-        get_peft_model(sparse("masked"), beside_masks(config(**options)))
+        get_peft_model(model, refused)
+    assert repr(model) == repr(before)
+    assert_same_bits(model(tokens()).logits, before(tokens()).logits)
+    # among adapters of several kinds each layer looks for itself
+    with pytest.raises(ValueError, match=told):
+        get_peft_model(model, beside_masks(copy.deepcopy(refused)), mixed=True)
+    # a dense layer alone may have it
+    get_peft_model(before, config(**REFUSED[told], target_modules=["lm_head"]))
+    assert get_peft_model(sparse("masked"), sound)
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
+@pytest.mark.parametrize("told", [told for told in REFUSED if "kasa" not in told])
+def test_a_second_adapter_is_held_to_the_same(told, kind, tmp_path):
+    model = get_peft_model(sparse(kind), config(target_modules=["embed_tokens", "q_proj"]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refused = config(**REFUSED[told], target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ValueError, match=told):
+        model.add_adapter("two", refused)
+    assert "two" not in model.peft_config and model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    # one that was trained beside a dense model
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | REFUSED[told]))
+    with pytest.raises(ValueError, match=told):
+        model.load_adapter(tmp_path, "two")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.add_adapter("two", config(target_modules=["q_proj"]))
+
+
+def test_a_configuration_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="config: expected peft.LoraConfig, got dict"):
         beside_masks({})
+
+
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
+def test_the_import_alone_lets_lora_stand_beside_sparse_layers(kind, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    sparse(kind).save_pretrained(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config())
+    train(model, 2)
+    model.save_pretrained(adapter)
+    expected = model.eval()(tokens()).logits
+    again = AutoModelForCausalLM.from_pretrained(base)
+    again.load_adapter(adapter)
+    loaded = {
+        "peft": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter),
+        "load_adapter": again,
+        "from_pretrained": AutoModelForCausalLM.from_pretrained(adapter),
+    }
+    for found in loaded.values():
+        assert_same_bits(found.eval()(tokens()).logits, expected)
+    with pytest.raises(ValueError, match="merge: expected a dense base layer"):
+        loaded["peft"].merge_and_unload()
+
+
+def test_all_linear_layers_are_the_sparse_ones_too():
+    model = get_peft_model(sparse("packed"), LoraConfig(r=2, target_modules="all-linear"))
+    adapted = {name for name, layer in model.named_modules() if isinstance(layer, SparseLoraLinear)}
+    assert len(adapted) == 14 and not any("lm_head" in name for name, _ in model.named_modules() if "lora_A" in name)
+    model.add_adapter("two", LoraConfig(r=2, target_modules="all-linear"))
+    assert {name for name, layer in model.named_modules() if "two" in getattr(layer, "lora_A", {})} == adapted
 
 
 class Attending(torch.nn.Module):
@@ -198,3 +273,35 @@ def test_lora_on_masked_experts_is_saved_and_merged_behind_finalize(tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "save_model"])
+@pytest.mark.parametrize("kind", ["masked", "packed", "int8"])
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_a_model_with_adapters_in_it_is_not_saved(options, kind, how, tmp_path):
+    model, folder = get_peft_model(sparse(kind), config(**options)), tmp_path / "out"
+    within = model.base_model.model
+    save = {
+        "save_pretrained": lambda: within.save_pretrained(folder),
+        "save_model": lambda: hf.save_model(within, tiny_tokenizer(), folder),
+    }
+    with pytest.raises(ValueError, match=r"model: expected one without adapters of peft .*; save the adapter .*unload"):
+        save[how]()
+    assert not folder.exists()
+    # as the message says
+    model.save_pretrained(tmp_path / "adapter")
+    plain = model.unload()
+    plain.save_pretrained(folder)
+    assert_same_bits(AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits, plain(tokens()).logits)
+
+
+def test_adapters_that_transformers_has_added_are_saved_alone(tmp_path, monkeypatch):
+    # it asks for the newest peft
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
+    model = sparse("packed")
+    model.add_adapter(config(init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "config.json").exists()
+    again = sparse("packed")
+    again.load_adapter(tmp_path)
+    assert_same_bits(again(tokens()).logits, model.eval()(tokens()).logits)

@@ -120,7 +120,7 @@ CASES = {
     "no config": (f"{LEARN} --config none.json", None, "argument --config: ", "none.json"),
     # learn: models
     "no such folder": (f"{LEARN} --model ./none", None, "'smollm2-135m', a folder or a hub id", "no such folder"),
-    "no such model": (f"{LEARN} --model none", None, "model: expected a causal language model", "check the name"),
+    "no such model": (f"{LEARN} --model none", None, "got 'none': there is no folder of that name", "check the name"),
     "a file for a model": (f"{LEARN} --model text.txt", None, "model: expected a folder", "the folder that it lies in"),
     "folder of no model": (f"{LEARN} --model empty", None, "with a config.json", "that save_pretrained has written"),
     "torn config": (LEARN, cut("model/config.json"), "is not a valid JSON file", "copy or download it again"),
@@ -153,8 +153,8 @@ CASES = {
     "no tokenizer": (
         LEARN,
         removed("model/tokenizer*"),
-        "model: expected a causal language model and its tokenizer",
-        "copy or download it again",
+        "got 'model': the folder has no tokenizer",
+        "write that of the model into it",
     ),
     "another model's tokenizer": (LEARN, a_foreign_tokenizer, "expected tokens below 32", "put the model's own beside"),
     "weights that are NaN": (
