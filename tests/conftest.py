@@ -20,6 +20,9 @@ def pytest_configure(config):
     target = config.getoption("ptx")
     if target is None and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+        from helpers.interpreter import widen_bfloat16_exactly
+
+        widen_bfloat16_exactly()
     if target is not None:
         from maskpro_kernels.ops.triton import tiles
 
@@ -28,11 +31,6 @@ def pytest_configure(config):
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
-
-if "TRITON_INTERPRET" in os.environ:
-    from helpers.interpreter import widen_bfloat16_exactly
-
-    widen_bfloat16_exactly()
 
 
 # CPython keeps frames in chunks of 16 KiB; a call that enters the next one maps it, and unmaps it on return. A loop of
