@@ -24,7 +24,7 @@ KEEP, INT8 = VALUE_KINDS = ("keep", "int8")
 VALUE_DTYPES = (*LOGIT_DTYPES, torch.int8)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedNM:
     """A weight [out, K] of which N of every M consecutive values are stored.
 
@@ -68,6 +68,37 @@ class PackedNM:
     def nbytes(self) -> int:
         """Bytes that it holds."""
         return self.values.nbytes + self.bitmask.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedNM(shape={list(self.shape)}, pattern={self.pattern}, values={self.kind}, dtype={self.dtype}, "
+            f"device={self.values.device}, nbytes={self.nbytes})"
+        )
+
+    def to(self, *args, **kwargs) -> PackedNM:
+        """The weight on another device, or of another dtype: itself where nothing changes.
+
+        Of int8 values the scales alone change their dtype, as those of ``NMLinear`` do.
+
+        Args:
+            args, kwargs: a device, a dtype and ``non_blocking``, or a tensor that has both, as ``torch.Tensor.to``
+                takes them.
+
+        Raises:
+            TypeError: if the dtype is not float32, bfloat16 or float16, or ``torch.Tensor.to`` would not take them.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype not in LOGIT_DTYPES:
+            raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        parts = {"values": self.values, "bitmask": self.bitmask, "scales": self.scales}
+        cast = "values" if self.scales is None else "scales"
+        moved = {
+            name: part.to(device, dtype if name == cast else None, non_blocking)
+            for name, part in parts.items()
+            if part is not None
+        }
+        same = all(part is parts[name] for name, part in moved.items())
+        return self if same else PackedNM(**moved, pattern=self.pattern)
 
     def stored_as(self, values: str) -> PackedNM:
         """The same places with values as in ``pack_nm``: "keep" gives int8 values the weight's dtype again.

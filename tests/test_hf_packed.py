@@ -54,7 +54,6 @@ def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
         "version": 1,
         "loading": HOW_TO_LOAD,
         "patterns": {pattern: [name for name, module in packed.named_modules() if isinstance(module, kind)]},
-        "taken_apart": [],
         "values": "keep",
     }
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)

@@ -63,6 +63,7 @@ def test_a_part_that_was_converted_comes_back(tmp_path):
     model = tiny_model()
     mk.convert(model.model.layers, "2:4")
     model.save_pretrained(tmp_path)
+    assert "taken_apart" not in written(tmp_path)["quantization_config"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sum(isinstance(layer, mk.MaskedLinear) for layer in loaded.modules()) == 14
     assert_same_bits(loaded(tokens()).logits, model(tokens()).logits)
@@ -181,6 +182,7 @@ def test_dequantized_modules_are_put_together_again(tmp_path):
     built = {name: type(module).__name__ for name, module in model.named_modules()}
     mk.convert(model, "2:4")
     mk.finalize(model, to="packed").save_pretrained(tmp_path)
+    assert "transformer.h.0.attn.c_attn" in written(tmp_path)["quantization_config"]["taken_apart"]
     dense = type(model).from_pretrained(tmp_path).dequantize().eval()
     assert {name: type(module).__name__ for name, module in dense.named_modules()} == built
     unpack(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,37 @@ def test_a_card_tells_what_the_model_is_and_how_to_load_it(by_form, tmp_path, fo
     tokens = torch.arange(8).view(1, 8)
     torch.testing.assert_close(names["model"](tokens).logits, by_form(form).eval()(tokens).logits)
     assert names["tokenizer"]("w1 w2")["input_ids"] == tiny_tokenizer()("w1 w2")["input_ids"]
+
+
+@pytest.mark.parametrize("values", ["keep", "int8"])
+@pytest.mark.parametrize("origin", [ORIGIN, hf.Origin(), replace(ORIGIN, on_hub=False, changed="A.\n\nB.", table=[])])
+def test_an_origin_is_read_from_its_card(masked, tmp_path, origin, values):
+    model = mk.finalize(copy.deepcopy(masked), to="packed", values=values)
+    hf.save_model(model, tiny_tokenizer(), tmp_path, origin=origin)
+    found = hf.known_origin(tmp_path)
+    # as the table rounds them
+    rows = [
+        {name: of if name == "method" else pytest.approx(of, abs=0.006) for name, of in row.items()}
+        for row in origin.table
+    ]
+    told = {"steps": "3", "data": "a|b"} if origin.settings else {}
+    texts = origin.texts if origin.table else hf.Origin().texts
+    rounded = values == "int8" and (bool(origin.table) or origin.changed == hf.MASK_ALONE)
+    assert found == replace(origin, pattern=None, table=rows, settings=told, texts=texts, rounded=rounded)
+
+
+def test_of_another_card_the_base_model_is_taken(tmp_path):
+    card = tmp_path / CARD
+    assert hf.known_origin(tmp_path) is None
+    for text, expected in (
+        ("mine", None),
+        ("---\nbase_model: owner/base\n---\nmine", "owner/base"),
+        ("---\nbase_model:\n- owner/base\n---\nmine", "owner/base"),
+        ("---\nbase_model: [a/b, c/d]\n---\nmine", None),
+        ("---\n: : [\n---\nmine", None),
+    ):
+        card.write_text(text)
+        assert hf.known_origin(tmp_path) == (None if expected is None else hf.Origin(base_model=expected, on_hub=True))
 
 
 def test_a_card_of_a_model_that_nothing_is_known_of(tmp_path):
@@ -224,6 +256,19 @@ def test_the_card_of_a_run_and_of_its_export(inputs, tmp_path, options, pushed, 
         assert "| mask | text.txt:0.5,self:0.5 | pydoc |" in text and "| estimator | reinforce |" in text
         for row in report(run)["table"][1:]:
             assert f"| {row['method']} | {row['perplexity']:.2f} | {row['other_perplexity']:.2f} |" in text
+
+
+def test_the_card_of_an_imported_run_tells_what_its_report_does(inputs, tmp_path):
+    run = tmp_path / "run"
+    assert main.main(learn(inputs, run)) == 0
+    before = hf.known_origin(run)
+    (run / CARD).unlink()
+    assert main.main(["import", str(run), "--output", str(tmp_path / "packed")]) == 0
+    found = hf.known_origin(tmp_path / "packed")
+    assert found.base_model == before.base_model == "model" and found.table == before.table != []
+    assert found.settings == before.settings and found.versions == before.versions
+    of = "Zeros and weights are those of the checkpoint `run`."
+    assert found.changed == f"{before.changed}\n\n{of}" == f"{hf.MASK_ALONE}\n\n{of}"
 
 
 def test_a_run_keeps_a_card_that_came_while_it_learned(inputs, tmp_path, monkeypatch, capsys):

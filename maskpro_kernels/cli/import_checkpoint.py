@@ -97,7 +97,8 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
             tell(f"left dense: {name} ({reason})")
     if args.to == "dense":
         unpack(model)
-    save(model, tokenizer, args, origin_of_checkpoint(args.source, patterns, rounded=INT8 in kinds))
+    is_int8 = args.to == "packed" and values_kind(args) == INT8
+    save(model, tokenizer, args, origin_of_checkpoint(args.source, source, patterns, INT8 in kinds, is_int8))
     print(f"{args.to} {patterns} checkpoint with {sparse} sparse layers written to {args.output}")
     _tell_size(args, model)
 

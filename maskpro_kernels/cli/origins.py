@@ -83,20 +83,37 @@ def origin_of_masks(model: str, pattern: str, source: str) -> Origin:
     return Origin(**_base(model), pattern=pattern, changed=f"{MASK_ALONE} The masks are those of `{_name(source)}`.")
 
 
-def origin_of_checkpoint(source: str, pattern: str, rounded: bool) -> Origin:
-    """Of a checkpoint that holds zeros.
+def origin_of_checkpoint(source: str, folder: Path, pattern: str, was_int8: bool, is_int8: bool) -> Origin:
+    """Of a checkpoint that holds zeros: what its card or its report tells, else that it is where it was.
 
     Args:
-        source: where it was.
+        source: where it was, as the user named it.
+        folder: with its files.
         pattern: of its zeros, or patterns.
-        rounded: whether its values were rounded to int8 there.
+        was_int8, is_int8: whether its values were rounded to int8 there, and are stored so now.
     """
-    from ..hf import Origin
+    from ..hf import Origin, known_origin
 
-    changed = "Zeros and weights are those of that checkpoint."
-    if rounded:
-        changed += " It held values that were rounded to int8."
-    return Origin(**_base(source), pattern=pattern, changed=changed)
+    known = known_origin(folder) or _reported(folder)
+    of = "that checkpoint" if known is None else f"the checkpoint `{_name(source)}`"
+    told = f"Zeros and weights are those of {of}"
+    if was_int8:
+        told += ", which held values that were rounded to int8."
+    else:
+        told += ", whose values were then rounded to int8." if is_int8 else "."
+    if known is None:
+        return Origin(**_base(source), pattern=pattern, changed=told, rounded=was_int8)
+    changed = f"{known.changed}\n\n{told}" if known.changed else told
+    return replace(known, pattern=pattern, changed=changed, rounded=known.rounded or was_int8)
+
+
+def _reported(run: Path) -> Origin | None:
+    """Of the checkpoint in the folder of a run."""
+    try:
+        found = json.loads((run / REPORT).read_text(encoding="utf-8"))
+        return origin_of_run(found["settings"], found["weights"], found["table"], found["versions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _base(model: str) -> dict:

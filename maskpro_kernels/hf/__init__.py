@@ -18,6 +18,7 @@ from .agreement import Agreement
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
 from .hub import fetch_checkpoint, fetch_masks
+from .known_origin import known_origin
 from .loading import SMOLLM2, check_model, checkpoint_activations, load_model, show_bars
 from .masked import MaskedConfig, MaskedQuantizer
 from .model_card import MASK_ALONE, Origin
@@ -50,6 +51,7 @@ __all__ = [
     "checkpoint_activations",
     "fetch_checkpoint",
     "fetch_masks",
+    "known_origin",
     "load_model",
     "measure_speed",
     "next_logits",

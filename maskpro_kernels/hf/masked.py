@@ -9,12 +9,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modules import CounterState, MaskedLinear, masked_layers
 from ..pattern import NMPattern
 from ..replacement import replace_modules
-from .quantizer import SparseQuantizer
+from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
     check_all_stored,
@@ -30,7 +29,7 @@ PARTS = ("logits", "_extra_state")
 
 
 @register_quantization_config(MASKED_METHOD)
-class MaskedConfig(QuantizationConfigMixin):
+class MaskedConfig(SparseConfig):
     """``quantization_config`` of a converted model, whose MaskedLinear modules hold ``weight`` and ``logits``.
 
     What changes as it learns, seed and step among them, is in the extra state of the modules.

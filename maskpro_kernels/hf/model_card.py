@@ -21,6 +21,9 @@ from ..packed import INT8, NMLinear, bits_a_weight
 CARD = "README.md"
 OWN = re.compile(r"\n<!-- written by maskpro_kernels, ([0-9a-f]{16}): a card that was changed is kept -->\n\Z")
 MASK_ALONE = "The mask alone: each weight that is kept is that of the base model."
+MASK_ALONE_ROUNDED = f"{MASK_ALONE.removesuffix('.')}, apart from the rounding to int8."
+DENSE = "none (dense)"
+BEFORE_ROUNDING = "Found before values were rounded to int8."
 IMPORT = "import maskpro_kernels.hf  # pip install 'maskpro-kernels[hf]'"
 
 
@@ -32,7 +35,8 @@ class Origin:
         base_model: id on the hub, or another name, of the dense model.
         on_hub: whether it is an id on the hub, to which the card then links.
         pattern: "N:M" of the layers with a mask.
-        changed: in a sentence, whether kept weights are those of the base model.
+        changed: in sentences, whether kept weights are those of the base model, such as MASK_ALONE.
+        rounded: whether values were rounded to int8 before they were stored as they are now.
         table: rows of a table of perplexities, {"method": ..., "perplexity": ...} each, which may have
             "other_perplexity" too.
         texts: the names of the texts of these one or two columns.
@@ -44,6 +48,7 @@ class Origin:
     on_hub: bool = False
     pattern: str | None = None
     changed: str | None = None
+    rounded: bool = False
     table: Sequence[Mapping] = ()
     texts: Sequence[str] = ("test text", "another text")
     settings: Mapping = field(default_factory=dict)
@@ -130,7 +135,9 @@ def _headline(model: PreTrainedModel, name: str, origin: Origin, patterns: Seque
         )
     else:
         lines.append(f"This is {of}, saved by `maskpro_kernels`.")
-    lines += [origin.changed] if origin.changed else []
+    if origin.changed:
+        rounded = _is_rounded(model, origin)
+        lines.append(origin.changed.replace(MASK_ALONE, MASK_ALONE_ROUNDED) if rounded else origin.changed)
     lines.append(_form(model))
     return "\n\n".join(lines)
 
@@ -150,6 +157,10 @@ def _form(model: PreTrainedModel) -> str:
             "`maskpro_kernels` transformers would take random weights for them."
         )
     return "The checkpoint is dense: zeros are stored as any other value, and any program loads it."
+
+
+def _is_rounded(model: PreTrainedModel, origin: Origin) -> bool:
+    return origin.rounded or bool(_rounded(_layers(model, NMLinear)))
 
 
 def _rounded(packed: Sequence[NMLinear]) -> str:
@@ -175,14 +186,13 @@ def _perplexities(model: PreTrainedModel, origin: Origin) -> str:
     lines = [
         "## Perplexity",
         "",
-        "Of held-out text; lower is better."
-        + (" Found before values were rounded to int8." if _rounded(_layers(model, NMLinear)) else ""),
+        "Of held-out text; lower is better." + (f" {BEFORE_ROUNDING}" if _is_rounded(model, origin) else ""),
         "",
         "| mask | " + " | ".join(columns.values()) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     for row in origin.table:
-        mask = "none (dense)" if row["method"] == "dense" else row["method"]
+        mask = DENSE if row["method"] == "dense" else row["method"]
         lines.append(f"| {mask} | " + " | ".join(f"{row[name]:.2f}" for name in columns) + " |")
     return "\n".join(lines)
 

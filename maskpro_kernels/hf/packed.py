@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..functional.checks import LOGIT_DTYPES
 from ..ops.reference import SCALED
 from ..packed import INT8, KEEP, VALUE_KINDS, NMLinear, PackedNM, check_content, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
-from .quantizer import SparseQuantizer
+from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
     check_all_stored,
@@ -38,7 +37,7 @@ class StoredAs(NamedTuple):
 
 
 @register_quantization_config(PACKED_METHOD)
-class PackedConfig(QuantizationConfigMixin):
+class PackedConfig(SparseConfig):
     """``quantization_config`` of a checkpoint with packed weights, see ``PackedNM``.
 
     Args:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import fit_adapters, refuse_merging
 from ..linear_form import as_built
 from ..modules import MaskedLinear, check_in_memory
 from ..packed import SPARSE, dense_layer
 from ..replacement import replace_modules
+
+
+class SparseConfig(QuantizationConfigMixin):
+    """A ``quantization_config`` that names modules which were taken apart, see ``linear_form``, where there are any."""
+
+    taken_apart: list[str]
+
+    def to_dict(self) -> dict:
+        return {name: value for name, value in super().to_dict().items() if value or name != "taken_apart"}
 
 
 class SparseQuantizer(HfQuantizer):

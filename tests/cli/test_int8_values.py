@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.hf import MASK_ALONE
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -39,6 +40,7 @@ def test_export_rounds_and_tells_what_it_takes(run, tmp_path, capsys):
     assert ((layer.weight - dense.weight).abs() <= layer.scales.amax() / 2 * 1.001).all()
     card = (int8 / "README.md").read_text()
     assert ROUNDED in card and "Found before values were rounded to int8." in card
+    assert MASK_ALONE not in card and "is that of the base model, apart from the rounding to int8." in card
     assert "bits a weight, where dense takes 32" in card
 
 
@@ -55,6 +57,17 @@ def test_validate_reads_it(int8, capsys):
     assert out.count("(packed, int8)") == 14 and "14 of " in out
 
 
+def assert_tells_as_much(card: str, other: str) -> None:
+    """Of the base model, of perplexities, settings and versions, whatever the form of the weights."""
+    assert card.split("\n\n")[2] == other.split("\n\n")[2] and "This is `model` with 2:4" in card
+    for title in ("Perplexity", "Settings", "Versions"):
+        assert section(title, card) == section(title, other) != ""
+
+
+def section(title: str, card: str) -> str:
+    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0].partition("\n<!--")[0].strip()
+
+
 def test_import_gives_it_back_dense_and_packed(int8, tmp_path, capsys):
     expected = AutoModelForCausalLM.from_pretrained(int8).get_submodule(LAYER)
     for to, values in (("dense", []), ("packed", ["--values", "keep"])):
@@ -62,14 +75,19 @@ def test_import_gives_it_back_dense_and_packed(int8, tmp_path, capsys):
         assert main.main(["import", str(int8), "--output", str(output), "--to", to, *values]) == 0
         layer = AutoModelForCausalLM.from_pretrained(output).get_submodule(LAYER)
         assert_same_bits(layer.weight.detach(), expected.weight)
-        assert "It held values that were rounded to int8." in (output / "README.md").read_text()
+        card = (output / "README.md").read_text()
+        of = "Zeros and weights are those of the checkpoint `int8`, which held values that were rounded to int8."
+        assert of in card and MASK_ALONE not in card and ROUNDED not in card
+        assert_tells_as_much(card, (int8 / "README.md").read_text())
         assert f"{to} 2:4 checkpoint with 14 sparse layers written to" in capsys.readouterr().out
     # from either it is rounded
     for source in ("dense", "packed"):
         output = tmp_path / f"int8-of-{source}"
         assert main.main(["import", str(tmp_path / source), "--output", str(output), "--values", "int8"]) == 0
         assert load_file(output / "model.safetensors")[f"{LAYER}.values"].dtype == torch.int8
-        assert ROUNDED in (output / "README.md").read_text()
+        card = (output / "README.md").read_text()
+        assert ROUNDED in card and MASK_ALONE not in card
+        assert_tells_as_much(card, (int8 / "README.md").read_text())
 
 
 def test_import_of_what_is_stored_so_already_is_refused(int8, tmp_path, capsys):
