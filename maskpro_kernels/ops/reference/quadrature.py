@@ -14,8 +14,8 @@ from .plackett_luce import NEAR_CERTAIN, extremes
 # Trapezoid rule in u = ln t, t the first dropped arrival: 1e-14 lie below the first node, less beyond the last
 FIRST_NODE = -32.0
 LAST_NODE = 5.0
-# Of a rate below e^-256, 1 - exp(-a t) is a t at every node, so log p(S) takes what ln a lies lower as it is. Inside of
-# the sum over the nodes it would leave no digits to the others.
+# Of a rate a below e^-256, 1 - exp(-a t) is a t at every node. How far below it lies does not touch the score, and
+# would leave no digits to the other weights.
 LOWEST_LOG_ARRIVAL = -256.0
 # (1 - e^-y) / y = 1 - y/2 + y^2/6 - ... ; below y = 1 the first term left out is 2.5e-8
 ONE_MINUS_EXP = tuple((-1.0) ** k / factorial(k + 1) for k in range(1, 10))
@@ -41,19 +41,15 @@ def one_minus_exp_ratio(y):
 
 
 def log_arrivals(z, kept):
-    """(z - ln(sum of dropped exp z), but LOWEST_LOG_ARRIVAL at least; kept; what the kept ones lie lower, summed).
+    """(z - ln(sum of dropped exp z), kept), each stacked to [rows, K / M, M].
 
-    That is the log of each weight's rate in units of all the dropped ones'. Stacked to [rows, K / M, M], the sum
-    [rows, K / M].
+    That is the log of each weight's rate in units of all the dropped ones'.
     """
     largest, _ = extremes(z, kept)
     _, dropped_sum = dropped_softmax(z, kept)
     log_sum = ln(dropped_sum, dropped_sum - 1.0)
     # in this order: groups far below the largest logit would lose the logarithm's digits
-    logs = [z_i - largest - log_sum for z_i in z]
-    held = [torch.clamp(x, min=LOWEST_LOG_ARRIVAL) for x in logs]
-    lower = fixed_sum([torch.where(k, x - h, 0.0) for x, h, k in zip(logs, held, kept, strict=True)])
-    return torch.stack(held, dim=-1), torch.stack(kept, dim=-1), lower
+    return torch.stack([z_i - largest - log_sum for z_i in z], dim=-1), torch.stack(kept, dim=-1)
 
 
 def nodes(n, device):
@@ -63,11 +59,11 @@ def nodes(n, device):
 
 
 def node_exponent(log_arrival, kept, u):
-    """ln of the integrand t e^-t prod(1 - exp(-a_i t)) without the factors that lie in [0.63, 1]."""
+    """ln of the integrand t e^-t prod(1 - exp(-a_i t)) without the factors that lie in [0.63, 1]; it saturates."""
     total = u - exp(u)
     for term in torch.where(kept, torch.clamp(log_arrival + u, max=0.0), 0.0).unbind(-1):
         total = total + term
-    return total
+    return saturated(total)
 
 
 def peak_exponent(log_arrival, kept, n):
@@ -95,7 +91,7 @@ def quadrature_log_prob(z, kept, n):
     p(S) last.
     """
     z = [saturated(z_i) for z_i in z]
-    log_arrival, kept, lower = log_arrivals(z, kept)
+    log_arrival, kept = log_arrivals(z, kept)
     peak = peak_exponent(log_arrival, kept, n)
     total = torch.zeros_like(peak)
     missed = torch.zeros_like(peak)
@@ -109,7 +105,7 @@ def quadrature_log_prob(z, kept, n):
     _, step = quadrature_grid(n)
     total = total * step
     capped = torch.clamp(missed * step, max=NEAR_CERTAIN)
-    log_prob = saturated(peak + ln(total, total - 1.0) + lower)
+    log_prob = saturated(peak + ln(total, total - 1.0))
     return torch.where(capped < NEAR_CERTAIN, ln(1.0 - capped, 0.0 - capped), log_prob)
 
 
@@ -119,7 +115,8 @@ def quadrature_score(z, kept, n):
     Kept: the integrand's mean of y / (e^y - 1), y = a_i t; dropped as in ``exact_score``. z saturates first.
     """
     z = [saturated(z_i) for z_i in z]
-    log_arrival, kept_tile, _ = log_arrivals(z, kept)
+    log_arrival, kept_tile = log_arrivals(z, kept)
+    log_arrival = torch.clamp(log_arrival, min=LOWEST_LOG_ARRIVAL)
     peak = peak_exponent(log_arrival, kept_tile, n)
     total = torch.zeros_like(peak)
     sums = torch.zeros_like(log_arrival)

@@ -24,27 +24,24 @@ def one_minus_exp_ratio(y):
 
 @triton.jit
 def log_arrivals(z, kept, M: tl.constexpr):
-    """(z - ln(sum of dropped exp z), LOWEST_LOG_ARRIVAL at least, a tile [G, M]; what kept ones lie lower, summed)."""
+    """z - ln(sum of dropped exp z), a tile [G, M]."""
     e, dropped_sum = dropped_softmax(z, kept, M)
     log_sum = ln(dropped_sum, dropped_sum - 1.0)
     largest = largest_dropped(z, kept, M)
-    held = ()
-    lower = tl.zeros_like(largest)
+    result = ()
     for i in tl.static_range(M):
-        log_arrival = z[i] - largest - log_sum
-        held = held + (tl.maximum(log_arrival, LOWEST_LOG_ARRIVAL),)
-        lower += tl.where(kept[i], log_arrival - held[i], 0.0)
-    return join_columns(held, M), lower
+        result = result + (z[i] - largest - log_sum,)
+    return join_columns(result, M)
 
 
 @triton.jit
 def node_exponent(log_arrival, kept, u, M: tl.constexpr):
-    """ln of the integrand at u = ln t without the factors that lie in [0.63, 1]; tiles [G, M]."""
+    """ln of the integrand at u = ln t without the factors that lie in [0.63, 1], saturated; tiles [G, M]."""
     terms = split_columns(tl.where(kept, tl.minimum(log_arrival + u, 0.0), 0.0), M)
     total = u - exp(u)
     for i in tl.static_range(M):
         total = total + terms[i]
-    return total
+    return saturated(total)
 
 
 @triton.jit
@@ -71,7 +68,7 @@ def node_weight(log_arrival, kept, u, peak, M: tl.constexpr):
 def quadrature_log_prob(z, code, COUNT: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr):
     """log p(S) by the trapezoid rule over the first dropped arrival, any N."""
     z = saturated_columns(z, M)
-    log_arrival, lower = log_arrivals(z, decode(code, M), M)
+    log_arrival = log_arrivals(z, decode(code, M), M)
     kept = decode_tile(code, M)
     peak = peak_exponent(log_arrival, kept, COUNT, STEP, M)
     total = tl.zeros_like(peak)
@@ -88,7 +85,7 @@ def quadrature_log_prob(z, code, COUNT: tl.constexpr, STEP: tl.constexpr, M: tl.
     total = total * STEP
     capped = tl.minimum(missed * STEP, NEAR_CERTAIN)
     near = ln(1.0 - capped, 0.0 - capped)
-    return tl.where(capped < NEAR_CERTAIN, near, saturated(peak + ln(total, total - 1.0) + lower))
+    return tl.where(capped < NEAR_CERTAIN, near, saturated(peak + ln(total, total - 1.0)))
 
 
 @triton.jit
@@ -96,7 +93,7 @@ def quadrature_score(z, code, COUNT: tl.constexpr, STEP: tl.constexpr, M: tl.con
     """Gradient of log p(S) in the scaled logits by the same rule, any N; columns."""
     z = saturated_columns(z, M)
     kept_columns = decode(code, M)
-    log_arrival, _ = log_arrivals(z, kept_columns, M)
+    log_arrival = tl.maximum(log_arrivals(z, kept_columns, M), LOWEST_LOG_ARRIVAL)
     kept = decode_tile(code, M)
     peak = peak_exponent(log_arrival, kept, COUNT, STEP, M)
     total = tl.zeros_like(peak)
