@@ -104,12 +104,16 @@ def _sparse_layers(model: nn.Module) -> set[str]:
 def _check_leaves_base_weight(config: LoraConfig) -> None:
     """Raise ValueError if an adapter would read or change the weight that it stands beside."""
     if config.use_dora:
-        raise ValueError("use_dora: expected False beside a masked layer, whose weight has no fixed norm, got True")
+        raise ValueError(
+            "use_dora: expected False beside a masked or packed layer, whose weight it would read, got True"
+        )
     # of a newer peft
     if getattr(config, "kasa_config", None) is not None:
-        raise ValueError("kasa_config: expected None beside a masked layer, whose weight it would change, got one")
+        raise ValueError(
+            "kasa_config: expected None beside a masked or packed layer, whose weight it would change, got one"
+        )
     if config.init_lora_weights not in INITIAL_WEIGHTS:
         raise ValueError(
-            f"init_lora_weights: expected one of {INITIAL_WEIGHTS} beside a masked layer, got "
+            f"init_lora_weights: expected one of {INITIAL_WEIGHTS} beside a masked or packed layer, got "
             f"{config.init_lora_weights!r}"
         )

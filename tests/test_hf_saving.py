@@ -79,9 +79,12 @@ def test_a_part_that_was_converted_comes_back(tmp_path):
 def test_layers_taken_out_by_hand_are_no_longer_told_of(tmp_path):
     packed_by_hand().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "again")
+    assert written(tmp_path / "again") == written(tmp_path)
     linear = nn.Linear(64, 32, bias=False)
     linear.weight.data = model.get_submodule(LAYER).weight
     model.set_submodule(LAYER, linear)
+    assert isinstance(model.config.quantization_config, hf.PackedConfig)
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in written(tmp_path / "dense")
     assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(tokens()).logits, model(tokens()).logits)

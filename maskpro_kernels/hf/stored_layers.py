@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -138,10 +139,15 @@ def prepare_for_saving(model: PreTrainedModel) -> None:
             )
         check_no_other_quantization(model)
     check_can_be_stored(model)
-    tell_config(model)
+    told = getattr(model.config, "quantization_config", None)
+    # that of a loaded model stays where it is still right
+    if not isinstance(told, (PackedConfig, MaskedConfig)) or told.to_dict() != LiveConfig(model).to_dict():
+        tell_config(model)
 
 
-def _preparing(save):
+def _preparing(save: Callable) -> Callable:
+    """``save_pretrained`` behind ``prepare_for_saving``."""
+
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args, **kwargs):
         prepare_for_saving(self)
