@@ -1,14 +1,15 @@
 PYTHON ?= python3
 VENV := .venv
 VENV36 := .venv-triton36
-# The interpreter and the compilers use one core each, so two processes run, and none waits for another's threads.
+# The interpreter and the compilers use one core each. Of two cores a third process takes what the others leave while they
+# wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
 LONGEST := $(patsubst %,tests/%.py,ops/test_goldens ops/triton/test_aot ops/reference/test_score \
 	ops/reference/test_distribution test_ranks_that_end ops/triton/test_masked_gemm ops/triton/test_straight_through \
 	ops/test_bits benchmarks/test_benchmarks test_packed docs/test_documents cli/test_mixed_data cli/test_resume)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
-TESTS := -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
+TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the PTX machine; Triton reads when it is imported whether to interpret, so these run apart
 PTX_TESTS := --ptx sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/ptx/test_%.py, \
 	compiled_products compiled_packed compiled_odd_addresses compiled_sampling planted_faults \

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import MAKERS, loss_of, tiny
+from helpers.cases import cases
 from torch import nn
 
 import maskpro_kernels as mk
@@ -30,6 +31,18 @@ MASKED = {
     "gpt-oss": 97, "Qwen2.5-VL": 95, "Whisper": 91, "Mamba": 86, "LLaVA": 84, "Gemma 3 with images": 84, "ViT": 70,
     "convolutions": 2,
 }  # fmt: skip
+# One of each way in which weights lie in a model
+EVERY_KIND = (
+    "LLaMA",
+    "GPT-2",
+    "T5",
+    "torch TransformerEncoder",
+    "Mixtral",
+    "gpt-oss",
+    "Whisper",
+    "Mamba",
+    "convolutions",
+)
 # Layers that the loss does not depend on
 UNUSED = {"LLaVA": ["vision_tower.encoder.layers.1."], "Gemma 3 with images": ["vision_tower.head."]}
 
@@ -38,7 +51,7 @@ def test_every_architecture_is_told_of():
     assert MASKED.keys() == MAKERS.keys() and len(MAKERS) >= 20
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", cases(((name,) for name in MASKED), slow=lambda name: name not in EVERY_KIND))
 def test_a_model_goes_all_the_way(name, tmp_path):
     model, batch = tiny(name)
     conversion = mk.convert(model, "2:4", gap=3.0, calibration=[batch], init="wanda")

@@ -42,7 +42,9 @@ def kill():
     raise Killed
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(way, marks=[] if way == "trained" else pytest.mark.slow) for way in WAYS]
+)
 def ended(request, inputs, tmp_path_factory):
     """(options, folder) of a run that has ended."""
     folder = tmp_path_factory.mktemp("losses") / "run"

@@ -31,7 +31,7 @@ EVERY = list(itertools.product(PATTERNS, DTYPES))
 
 
 def slow(pattern, dtype):
-    return pattern in ("1:2", "3:4", "8:16") or (pattern != "2:4" and dtype != torch.float32)
+    return pattern not in ("2:4", "4:8") or (pattern != "2:4" and dtype != torch.float32)
 
 
 def spread(pattern: str, dtype: torch.dtype) -> torch.Tensor:

@@ -92,7 +92,7 @@ def check(child, cases, stack=0):
             n,
             m,
             logits,
-            marks=[] if (n, m, logits) in [(2, 4, "fp32"), (2, 4, "bf16")] else [pytest.mark.slow],
+            marks=[] if (n, m, logits) == (2, 4, "fp32") else [pytest.mark.slow],
         )
         for n, m in [(1, 4), (2, 4), (4, 8), (8, 16)]
         for logits in ["fp32", "bf16", "fp16"]
@@ -102,12 +102,14 @@ def test_draw_and_update_compile_for_every_target(child, n, m, logits):
     check(child, [(kernel, n, m, logits, {}) for kernel in ("sample_mask", "masked_weight", "score_update")])
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), pytest.param(8, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 2), (4, 8), (8, 16)))]
+)
 def test_every_kernel_compiles_for_every_target(child, n, m):
     check(child, [(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (16, 32)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (16, 32)))])
 def test_swaps_compile_for_every_target(child, n, m):
     check(child, [("best_swaps", n, m, "fp32", {})])
 
@@ -230,7 +232,8 @@ for target in TARGETS:
 """
 
 
-@pytest.mark.parametrize("pattern", [(2, 4), pytest.param((8, 16), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [(2, 4), (8, 16)], ids=str)
 def test_slopes_and_gradients_that_are_written_compile_for_every_target(child, pattern):
     rows = child(SLOPES_CHILD, [pattern])
     assert len(rows) >= 2 * len(SHARED_LIMITS)
@@ -316,14 +319,9 @@ for target in TARGETS:
 """
 
 
-@pytest.mark.parametrize(
-    ("n", "m", "element"),
-    [
-        pytest.param(n, m, element, marks=[] if (n, m, element) == (2, 4, "bf16") else pytest.mark.slow)
-        for n, m in [(2, 4), (1, 4), (4, 8), (8, 16)]
-        for element in ("bf16", "fp16", "int8")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("element", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (8, 16)])
 def test_packed_kernels_compile_for_every_target(child, n, m, element):
     """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
 
