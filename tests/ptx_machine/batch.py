@@ -10,6 +10,7 @@ import numpy as np
 from .async_copies import AsyncCopies
 from .findings import Findings
 from .global_memory import GlobalMemory
+from .local_memory import GenericMemory, LocalMemory
 from .parser import Instruction, Kernel
 from .shared_memory import SharedMemory
 
@@ -63,6 +64,10 @@ class Batch:
         self.endings: list[Callable[[Batch], None]] = []
         shared.attach(self)
         memory.attach(self)
+        local = LocalMemory(kernel.local, self)
+        # by the state space of an instruction, "" by generic addresses
+        self.spaces = {"global": memory, "shared": shared, "shared::cta": shared, "local": local}
+        self.spaces[""] = GenericMemory(local, memory)
 
     def find(self, kind: str, ins: Instruction, detail: str = "") -> None:
         self.findings.add(kind, self.kernel.name, ins, detail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .access import SPACES
 from .batch import Batch
 from .control import Control, translate_blocks
 from .findings import Findings
@@ -89,7 +90,10 @@ def _granule(kernel: Kernel, space: str) -> int:
 
 
 def _touches(ins: Instruction, space: str) -> bool:
-    return any(part.split("::")[0] == space for part in ins.opcode) or ins.opcode[0] in PROXY_OPCODES
+    if any(part.split("::")[0] == space for part in ins.opcode) or ins.opcode[0] in PROXY_OPCODES:
+        return True
+    # by a generic address
+    return space == "global" and ins.opcode[0] in ("ld", "st") and ins.opcode[1] not in (*SPACES, "param")
 
 
 def _access_size(ins: Instruction) -> int:

@@ -108,7 +108,10 @@ class Parameter:
 
 @dataclass
 class Kernel:
-    """``dtypes`` and ``names`` are those of its registers; ``shared`` are bytes of shared memory that it declares."""
+    """``dtypes`` and ``names`` are those of its registers.
+
+    ``shared`` are bytes of shared memory that it declares, ``local`` those of each thread's own memory.
+    """
 
     name: str
     target: str
@@ -118,6 +121,7 @@ class Kernel:
     dtypes: list[type] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     shared: int = 0
+    local: int = 0
 
     def instructions(self):
         return (ins for block in self.blocks for ins in block)
@@ -126,6 +130,7 @@ class Kernel:
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*((?:\.\w+[\s\d,]*)*)\{", re.S)
 PARAMETER = re.compile(r"\.param\s+\.([usfb]\d+)((?:\s+\.(?:ptr|global|align\s+\d+))*)\s+([\w$]+)")
 SHARED = re.compile(r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\s*\[(\d*)\]\s*;")
+LOCAL = re.compile(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\s*\[(\d+)\]")
 FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.M)
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 LABEL = re.compile(r"([A-Za-z_$%][\w$]*):(?!:)")
@@ -262,9 +267,11 @@ class _Body:
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
             self._declare(text)
+        elif stack := LOCAL.fullmatch(text):
+            start = -(-self.kernel.local // int(stack[1])) * int(stack[1])
+            self.symbols[stack[2]], self.kernel.local = start, start + int(stack[3])
         elif text.startswith("."):
-            # LLVM declares a stack that nothing is written to; the name of one that is used is refused
-            if not re.match(r"\.(pragma|local)\b", text):
+            if not re.match(r"\.pragma\b", text):
                 raise Refused(f"line {line}: {text}")
         elif text:
             self._instruction(text, line)
