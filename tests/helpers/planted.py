@@ -24,7 +24,7 @@ SYNCHRONISATION = re.compile(
 )
 # What reads or writes memory, or goes elsewhere
 STATEMENT = re.compile(
-    r"^\s*(?:@!?%p\d+\s+)?(?:ld|st|cp|ldmatrix|stmatrix|mma|wgmma|tcgen05|atom|red|bra|ret)\b|^\$L__BB", re.M
+    r"^\s*(?:@!?%p\d+\s+)?(?:ld|st|cp|ldmatrix|stmatrix|mma|wgmma|tcgen05|mbarrier|atom|red|bra|ret)\b|^\$L__BB", re.M
 )
 WEAKENED = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
 
@@ -41,9 +41,10 @@ def synchronisations(text: str) -> list[list[re.Match]]:
     return found
 
 
-def without(text: str, number: int) -> str:
-    """The text with one synchronisation taken away; a wait for groups waits for one group less."""
-    for match in reversed(synchronisations(text)[number]):
+def without(text: str, numbers: set[int]) -> str:
+    """The text with these synchronisations taken away; a wait for groups waits for one group less."""
+    found = synchronisations(text)
+    for match in reversed([match for number in sorted(numbers) for match in found[number]]):
         left = ""
         if weaker := WEAKENED.search(match[0]):
             left = match[0].replace(weaker[0], f"{weaker[1]}{int(weaker[2]) + 1}")

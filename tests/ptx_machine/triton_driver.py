@@ -38,7 +38,7 @@ OF_TRITON = {
         "read of a register that some threads have not written": "a warp exchanges what some of it have loaded",
         "read of an unwritten register": "bytes that LLVM leaves undefined are moved, and not used",
         "write of a register that a product still reads": "ptxas lets the next product wait where it sees this",
-        "product of memory written without a proxy fence": "a fault of that release on sm_90, mended in later ones",
+        "product of memory written without a proxy fence": "that release leaves fences out, later ones do not",
     }
 }
 WARP = 32
