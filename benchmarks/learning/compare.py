@@ -14,13 +14,13 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from methods import LEARNERS, METHODS, ONE_SHOT, state_bytes
+from methods import LEARNERS, METHODS, ONE_SHOT, Learner, state_bytes
 from proxsparse import ProxSparse
 from rows import TABLE, Rows, best, score
 from safetensors import safe_open
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from maskpro_kernels.cli.arguments import DTYPES, device_of
 from maskpro_kernels.cli.run_settings import DATA
 from maskpro_kernels.files import write_tensors
-from maskpro_kernels.functional.masks import expand_mask
+from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 from maskpro_kernels.hf import load_model
 from maskpro_kernels.modules import MaskedLinear, initial_logits, masked_layers
 from maskpro_kernels.pattern import NMPattern
@@ -56,10 +56,12 @@ class Comparison:
 
     Args:
         args: of the command.
+        learners: by name.
+        split: of the texts that rows are scored on.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.pattern = args, NMPattern(args.pattern)
+    def __init__(self, args: argparse.Namespace, learners: Mapping[str, Learner] = LEARNERS, split: str = "test"):
+        self.args, self.learners, self.pattern = args, learners, NMPattern(args.pattern)
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
         self.model = model.to(device_of(args.device))
         # a block that runs again, as layers are pruned one after the other, would append to keys and values
@@ -81,7 +83,7 @@ class Comparison:
         self.batches = MixedBatches(learning, sources, args.batch_size, count, args.seed)
         share = -(-args.eval_windows // len(learned))
         self.validation = torch.cat([own[:share] for own in cut(learned, "validation", args.eval_length).values()])
-        tests = cut(args.test, "test", args.eval_length)
+        tests = cut(args.test, split, args.eval_length)
         self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
 
     def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
@@ -103,9 +105,20 @@ class Comparison:
             return file.get_tensor(SELF)
 
     def row(
-        self, method: str, settings: Mapping, steps: int, seconds: float, state: int = 0, weights: str = "dense"
+        self,
+        method: str,
+        settings: Mapping,
+        steps: int,
+        seconds: float,
+        state: int = 0,
+        weights: str = "dense",
+        moved: int = 0,
     ) -> dict:
-        """A row of the model as it is; ``weights`` tells whether the kept ones are the dense ones, or its own."""
+        """A row of the model as it is.
+
+        ``weights`` tells whether the kept ones are the dense ones, or its own, and ``moved`` how many groups a learner
+        has taken to another mask.
+        """
         found = {name: perplexity(self.model, test) for name, test in self.tests.items()}
         dense = found if method == "dense" else self.dense["perplexity"]
         row = {
@@ -117,6 +130,7 @@ class Comparison:
             "validation": perplexity(self.model, self.validation),
             "perplexity": found,
             "score": score(found, dense),
+            "moved_groups": moved,
             "state_bytes_per_weight": state / self.weights,
             "seconds": seconds,
             **environment(),
@@ -171,7 +185,7 @@ class Comparison:
 
     def learner(self, name: str) -> None:
         """The rows of a learner: all candidates with the fewest steps, defaults and the best one with the others."""
-        default, *others = LEARNERS[name].candidates()
+        default, *others = self.learners[name].candidates()
         fewest, *more = sorted(self.args.steps)
         for settings in (default, *others):
             self.learn(name, settings, fewest)
@@ -180,26 +194,34 @@ class Comparison:
             for settings in [default] if chosen == default else [default, chosen]:
                 self.learn(name, settings, steps)
 
+    def batches_of(self, name: str, steps: int) -> Sequence:
+        """What a learner takes in that many steps, and no more: REINFORCE asks for the initial loss of each batch."""
+        return self.batches[:steps]
+
     def learn(self, name: str, settings: Mapping, steps: int) -> None:
         """The rows of a learner with these settings and as many steps, if there are none yet."""
         if self.rows.found(name, settings, steps) is not None:
             return
         codes, _ = self.initial(self.args.init)
-        estimator, layers = LEARNERS[name].kind.for_run(steps, settings), self.masked
+        batches, layers = self.batches_of(name, steps), self.masked
+        estimator = self.learners[name].kind.for_run(len(batches), settings)
         with torch.no_grad():
             for layer, module in layers.items():
                 module.logits.copy_(initial_logits(codes[layer], self.pattern, estimator.run_defaults.gap))
-        # no batch beyond those of the steps: REINFORCE asks for the initial loss of each
-        trainer = MaskTrainer(self.model, causal_lm_loss, self.batches[:steps], estimator, seed=self.args.seed)
+        trainer = MaskTrainer(self.model, causal_lm_loss, batches, estimator, seed=self.args.seed)
         began = time.perf_counter()
-        trainer.run(steps)
+        trainer.run(len(batches))
         seconds = time.perf_counter() - began
         trainer.close()
         rows, state = [], state_bytes(estimator, layers)
+        moved = sum(
+            int((top_n_mask(module.logits.detach(), self.pattern) != codes[layer]).sum())
+            for layer, module in layers.items()
+        )
         if isinstance(estimator, ProxSparse):
             with weights_in_place(layers, estimator.sparse_weights(layers)):
-                rows.append(self.row(WITH_WEIGHTS.format(name), settings, steps, seconds, state, weights="own"))
-        self.rows.add([*rows, self.row(name, settings, steps, seconds, state)])
+                rows.append(self.row(WITH_WEIGHTS.format(name), settings, steps, seconds, state, "own", moved))
+        self.rows.add([*rows, self.row(name, settings, steps, seconds, state, moved=moved)])
 
 
 @contextmanager
@@ -219,13 +241,13 @@ def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tens
         put(before)
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="compare methods that find N:M masks", allow_abbrev=False)
+def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--model", default="smollm2-135m", help="as for maskpro learn (default: %(default)s)")
     parser.add_argument("--data", default=DATA, help="as for maskpro learn; its texts' validation parts choose")
-    parser.add_argument("--test", nargs="+", default=["pydoc", "stdlib"], help="whose test texts are shown")
+    parser.add_argument("--test", nargs="+", default=["pydoc", "stdlib"], help="texts that rows are scored on")
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), metavar="METHOD")
     parser.add_argument("--steps", nargs="+", type=int, default=[60, 200], help="the search takes the fewest")
     parser.add_argument("--init", choices=[name for name in ONE_SHOT if name != "sparsegpt"], default="reconstruction")
     for name, value in {"batch-size": 8, "seq-len": 128, "samples": 800, "init-batches": 16, "seed": 0}.items():
@@ -244,14 +266,18 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parsed(argv)
+    run(Comparison, parsed(argv, "compare methods that find N:M masks", METHODS))
+
+
+def run(kind: Callable[[argparse.Namespace], Comparison], args: argparse.Namespace) -> None:
+    """Fill in the rows of the methods that the command asks for, and print the table."""
     try:
-        comparison = Comparison(args)
+        comparison = kind(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     # ahead of any conversion
     comparison.dense  # noqa: B018
-    for name in METHODS:
+    for name in (*ONE_SHOT, *comparison.learners):
         if name in args.methods:
             (comparison.one_shot if name in ONE_SHOT else comparison.learner)(name)
     print((args.output / TABLE).read_text(encoding="utf-8"), end="")

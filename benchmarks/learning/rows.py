@@ -115,15 +115,19 @@ def finite(value: float) -> float:
 def table(rows: Sequence[Mapping]) -> str:
     """Markdown, by steps and then by score; settings that validation text has chosen are bold."""
     texts = list(rows[0]["perplexity"])
-    costs = ["score", "state, bytes a weight", "seconds"]
+    costs = ["score", "groups moved", "state, bytes a weight", "seconds"]
     heads = ["method", "settings", "steps", "kept weights", "validation", *texts, *costs]
-    lines = [heads, ["---", "---", "---:", "---", *["---:"] * (len(texts) + 4)]]
+    lines = [heads, ["---", "---", "---:", "---", *["---:"] * (len(texts) + 1 + len(costs))]]
     for row in sorted(rows, key=lambda row: (row["steps"], row["score"])):
-        settings = ", ".join(f"{name} {value:g}" for name, value in row["settings"].items() if value is not None)
+        given = {name: value for name, value in row["settings"].items() if value is not None}
+        settings = ", ".join(
+            f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in given.items()
+        )
         if settings and row["settings"] == best(rows, row["method"])["settings"]:
             settings = f"**{settings}**"
         figures = [row["validation"], *(row["perplexity"][text] for text in texts)]
-        cost = [f"{row['score']:.3f}", f"{row['state_bytes_per_weight']:.1f}", f"{row['seconds']:.0f}"]
+        moved, state = f"{row['moved_groups']:,}", f"{row['state_bytes_per_weight']:.1f}"
+        cost = [f"{row['score']:.3f}", moved, state, f"{row['seconds']:.0f}"]
         lines.append(
             [row["method"], settings, str(row["steps"]), row["weights"], *(f"{x:.2f}" for x in figures), *cost]
         )

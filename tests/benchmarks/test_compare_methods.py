@@ -7,14 +7,18 @@ import math
 from pathlib import Path
 
 import compare
+import movement
 import pytest
 import rows
 import torch
+import variants
 from helpers.bits import assert_same_bits
 from helpers.tiny_llama import tiny_text, write_inputs
 from methods import LEARNERS, METHODS, ONE_SHOT
 from torch import nn
 
+from maskpro_kernels.pruning.convert import convert
+from maskpro_kernels.training.straight_through import StraightThrough
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -86,13 +90,13 @@ def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys
 def test_the_best_settings_by_validation_text_take_more_steps(arguments, tmp_path, monkeypatch):
     """Not those that are best on the test texts."""
 
-    def row(self, method, settings, steps, seconds, state=0, weights="dense"):
+    def row(self, method, settings, steps, seconds, state=0, weights="dense", moved=0):
         lr = settings.get("lr", 0.0)
         validation = abs(lr - 0.1)
         return (
             {"method": method, "settings": dict(settings), "steps": steps, "validation": validation}
             | {"perplexity": {"a": 1.0 + lr}, "score": 1.0 + lr, "weights": weights, "seconds": 0.0}
-            | {"state_bytes_per_weight": 0.0}
+            | {"state_bytes_per_weight": 0.0, "moved_groups": moved}
         )
 
     monkeypatch.setattr(compare.Comparison, "row", row)
@@ -113,6 +117,7 @@ def a_row(**others) -> dict:
         "score": 1.0,
         "weights": "dense",
         "state_bytes_per_weight": 0.0,
+        "moved_groups": 0,
         "seconds": 0.0,
         **others,
     }
@@ -188,6 +193,74 @@ def test_weights_are_put_back():
 def test_options_are_checked(options, told, tmp_path, capsys):
     pytest.raises(SystemExit, compare.main, ["--output", str(tmp_path), *options.split()])
     assert told in capsys.readouterr().err
+
+
+def test_ways_to_move_logits_have_their_rows(arguments, tmp_path):
+    output = tmp_path / "output"
+    arguments += ["--output", str(output), "--steps", "2"]
+    movement.main([*arguments, "--methods", "scheduled", "late-batches"])
+    _, dense, *found = lines(output)
+    assert {(row["method"], row["settings"].get("schedule")) for row in found} == {
+        ("late-batches", None),
+        *(("scheduled", schedule) for schedule in ("cosine", "constant", "warm-up", "square root")),
+    }
+    assert all(math.isfinite(row["score"]) and row["tokens"] == 128 for row in found)
+    assert "schedule warm-up" in (output / rows.TABLE).read_text(encoding="utf-8")
+
+
+def test_late_batches_hold_the_same_windows(arguments, tmp_path):
+    study = movement.Movement(movement.parsed([*arguments, "--output", str(tmp_path)], "", list(movement.LEARNERS)))
+    own, late = list(study.batches_of("spread", 4)), study.batches_of("late-batches", 4)
+    assert [len(batch) for batch in own] == [4] * 4 and [len(batch) for batch in late] == [2, 2, 2, 2, 8]
+    assert torch.equal(torch.cat(own), torch.cat(late))
+
+
+def moved(estimator, steps=1, loss_fn=None) -> torch.Tensor:
+    """How far the logits of a layer have gone."""
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(16, 8)), torch.randn(8, 16), torch.randn(8, 8)
+    convert(model, "2:4", gap=15.0)
+    before = model[0].logits.detach().clone()
+    loss_fn = loss_fn or (lambda model, x: nn.functional.mse_loss(model(x), y))
+    MaskTrainer(model, loss_fn, [x] * steps, estimator, seed=0).run(steps)
+    return model[0].logits.detach() - before
+
+
+def test_schedules_end_low_but_for_the_constant_one():
+    for name in variants.SCHEDULES:
+        rates = [variants.Scheduled(steps=20, schedule=name).lr_at(step) for step in range(20)]
+        assert max(rates) == pytest.approx(0.3, rel=0.06)
+        assert rates[-1] == (0.3 if name == "constant" else pytest.approx(0.0, abs=0.1))
+
+
+def test_draws_that_cool_down_end_at_their_own_temperature():
+    # steps too short to be seen
+    assert moved(variants.Annealed(lr=1e-9, steps=5, heat=4.0), 5).abs().max() < 1e-5
+    hot = variants.Annealed(lr=1e-9, steps=5, heat=4.0)
+    model = nn.Sequential(nn.Linear(16, 8))
+    convert(model, "2:4", gap=16.0)
+    hot.begin({"0": model[0]})
+    assert float(model[0].logits.detach().max() - model[0].logits.detach().min()) == pytest.approx(4.0)
+
+
+def test_slopes_of_one_sign_count_alike_whatever_their_size():
+    def largest(estimator):
+        moves = moved(estimator).abs()
+        return float(moves.max() / moves.median())
+
+    assert largest(variants.Consistent(steps=3)) < 0.5 * largest(StraightThrough(steps=3))
+
+
+@pytest.mark.parametrize(("growth", "radius"), [(0.5, 1.1), (100.0, 0.5)])
+def test_steps_grow_while_they_lower_the_loss(growth, radius):
+    region, calls = variants.TrustRegion(steps=3), []
+
+    def loss_fn(model, x):
+        calls.append(model(x).square().mean())
+        return calls[-1] * growth ** len(calls)
+
+    moved(region, loss_fn=loss_fn)
+    assert region.radius == pytest.approx(radius) and len(calls) == 2
 
 
 def test_methods_that_are_there():

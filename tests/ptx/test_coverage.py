@@ -14,8 +14,8 @@ from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 
 pytestmark = [pytest.mark.ptx, pytest.mark.slow]
 
-# Opcodes of what sets a kernel's sums to zero and goes on behind its loop
-WITHOUT_A_STEP = {"mov", "shl", "shr", "and", "or", "add", "sub", "bra"}
+# Opcodes of what sets a kernel's sums to zero, finds its places and goes on behind its loop
+WITHOUT_A_STEP = {"mov", "shl", "shr", "and", "or", "add", "sub", "cvt", "prmt", "bra"}
 
 
 def reason(block) -> str | None:
