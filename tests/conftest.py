@@ -12,7 +12,7 @@ import torch
 # helpers are imported below that alone
 pytest.register_assert_rewrite("helpers")
 
-pytest_plugins = ["ptx_machine.plugin"]
+pytest_plugins = ["machines.plugin"]
 
 
 def pytest_configure(config):

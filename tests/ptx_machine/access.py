@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from .findings import refusal
 from .parser import UNSIGNED, Address, Instruction, Kernel, Sink, Symbol, Vector
 from .registry import address, filled_register, instruction, modifiers, operands, reader
 

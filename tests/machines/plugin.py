@@ -16,7 +16,7 @@ MACHINE = pytest.StashKey()
 
 def pytest_addoption(parser):
     parser.getgroup("ptx").addoption(
-        "--ptx", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on the PTX machine"
+        "--ptx", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on a machine"
     )
 
 
