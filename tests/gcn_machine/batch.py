@@ -156,8 +156,8 @@ class Batch:
         """Write uint32 [waves] to the waves that run. A load gives no ``ins``."""
         if index >= EXEC:
             half = slice(32 * (index - EXEC), 32 * (index - EXEC) + 32)
-            lanes = self.exec.copy()
-            lanes[:, half] = lanes_of(np.stack([values, values], 1))[:, half]
+            lanes, word = self.exec.copy(), np.broadcast_to(values, self.waves)
+            lanes[:, half] = lanes_of(np.stack([word, word], 1))[:, half]
             self.set_exec(lanes)
             return
         if ins is not None and index in self.outstanding.scalars:

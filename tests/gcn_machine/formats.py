@@ -13,6 +13,7 @@ QUIET = np.uint32(1 << 22)
 NAN = np.uint32(0x7FC00000)
 SIGN = np.uint32(1 << 31)
 INFINITE = np.uint32(0x7F800000)
+ONES = np.uint32((1 << 23) - 1)
 
 
 def settled(result: np.ndarray, *operands: np.ndarray) -> np.ndarray:
@@ -76,41 +77,46 @@ def median(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.where(odd, minimum(minimum(a, b), c), between) if odd.any() else between
 
 
-def displaced(exact: np.ndarray, operand: np.ndarray) -> np.ndarray:
-    """float64 as an approximation gives it in float32: correct to one unit in the last place, and seldom rounded.
+def faithful(exact: np.ndarray, operand: np.ndarray) -> np.ndarray:
+    """float64 as an approximation gives it in float32: one of the two neighbours of the exact value.
 
-    The ISA states that error of the reciprocal and of roots, and not the bits. Each result here is one of the
-    neighbours of the correctly rounded one, or that itself, by the operand's bits. So a kernel whose results depend
-    on which of them a card gives is seen to be wrong. What would be subnormal is 0: the instructions have no such
-    results.
+    The ISA states an error of one unit in the last place for the reciprocal and for roots, and no bits. Here the
+    operand's bits say which neighbour it is, so that a kernel is seen to be wrong whose results depend on it. What
+    would be subnormal is 0: the instructions have no such results.
     """
     nearest = np.asarray(exact).astype(np.float32)
-    bits = operand.view(np.uint32)
-    step = ((bits * np.uint32(2654435761) >> np.uint32(24)) % np.uint32(3)).astype(np.int32) - 1
+    below = nearest.astype(np.float64) < exact
+    other = np.nextafter(nearest, np.where(below, np.float32(np.inf), np.float32(-np.inf)))
+    nearer = operand.view(np.uint32) * np.uint32(2654435761) >> np.uint32(31) == 0
     exactly = nearest.astype(np.float64) == exact
-    movable = np.isfinite(nearest) & (np.abs(nearest) > np.float32(2.0**-125)) & ~exactly
-    moved = np.where(movable, nearest.view(np.int32) + step, nearest.view(np.int32)).astype(np.int32).view(np.float32)
-    moved = np.where(np.abs(moved) < np.float32(2.0**-126), np.copysign(np.float32(0), moved), moved)
-    return settled(moved, operand)
+    chosen = np.where(nearer | exactly | ~np.isfinite(nearest), nearest, other)
+    return settled(without_subnormal(chosen), operand)
 
 
-def _without_subnormal(a: np.ndarray) -> np.ndarray:
+def without_subnormal(a: np.ndarray) -> np.ndarray:
     return np.where(np.abs(a) < np.float32(2.0**-126), np.copysign(np.float32(0), a), a)
 
 
 def reciprocal(a: np.ndarray) -> np.ndarray:
-    """CDNA3 ISA, V_RCP_F32, V_RCP_IFLAG_F32."""
-    return displaced(1 / _without_subnormal(a).astype(np.float64), a)
+    """CDNA3 ISA, V_RCP_F32, V_RCP_IFLAG_F32.
+
+    Of a significand of ones alone it is correctly rounded. LLVM's division needs that, after Markstein, Computation of
+    elementary functions on the IBM RISC System/6000 processor, 1990: one step of Newton's iteration rounds any other
+    reciprocal correctly.
+    """
+    exact = 1 / without_subnormal(a).astype(np.float64)
+    all_ones = a.view(np.uint32) & ONES == ONES
+    return np.where(all_ones, settled(without_subnormal(exact.astype(np.float32)), a), faithful(exact, a))
 
 
 def root(a: np.ndarray) -> np.ndarray:
     """CDNA3 ISA, V_SQRT_F32."""
-    return displaced(np.sqrt(_without_subnormal(a).astype(np.float64)), a)
+    return faithful(np.sqrt(without_subnormal(a).astype(np.float64)), a)
 
 
 def reciprocal_root(a: np.ndarray) -> np.ndarray:
     """CDNA3 ISA, V_RSQ_F32."""
-    return displaced(1 / np.sqrt(_without_subnormal(a).astype(np.float64)), a)
+    return faithful(1 / np.sqrt(without_subnormal(a).astype(np.float64)), a)
 
 
 # -- division
@@ -128,7 +134,8 @@ def is_subnormal(a: np.ndarray) -> np.ndarray:
 def division_scale(a: np.ndarray, denominator: np.ndarray, numerator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the numerator or the denominator ``a``, scaled; whether V_DIV_FMAS_F32 scales back): V_DIV_SCALE_F32.
 
-    Scales by 2^64 where the reciprocal or the quotient would be subnormal or close to the largest number.
+    Scales by 2^64 where the reciprocal or the quotient would be subnormal or close to the largest number. Where both
+    would be subnormal the denominator becomes smaller. The ISA's text has it become larger, which overflows.
     """
     of_denominator = a.view(np.uint32) == denominator.view(np.uint32)
     of_numerator = a.view(np.uint32) == numerator.view(np.uint32)
@@ -139,7 +146,7 @@ def division_scale(a: np.ndarray, denominator: np.ndarray, numerator: np.ndarray
     cases = [
         (exponent(numerator) - exponent(denominator) >= 96, np.where(of_denominator, up, 1), True),
         (is_subnormal(denominator), up, False),
-        (tiny_reciprocal & tiny_quotient, np.where(of_denominator, up, 1), True),
+        (tiny_reciprocal & tiny_quotient, np.where(of_denominator, down, 1), True),
         (tiny_reciprocal, down, False),
         (tiny_quotient, np.where(of_numerator, up, 1), True),
         (exponent(numerator) <= 23, up, False),
@@ -166,7 +173,11 @@ def division_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, scales: np.ndarray
 
 
 def division_fixup(quotient: np.ndarray, denominator: np.ndarray, numerator: np.ndarray) -> np.ndarray:
-    """V_DIV_FIXUP_F32: the quotient, or what zeros, infinities and NaN give; what is too small or too large."""
+    """V_DIV_FIXUP_F32: the quotient, or what zeros, infinities and NaN give, and what is too small or too large.
+
+    Too large is told here by the exponents, as too small is. The ISA's text names a denominator whose exponent is 255,
+    which no number has.
+    """
     sign = (denominator.view(np.uint32) ^ numerator.view(np.uint32)) & SIGN
     infinite_denominator, infinite_numerator = np.isinf(denominator), np.isinf(numerator)
     zero_denominator, zero_numerator = denominator == 0, numerator == 0
@@ -178,7 +189,7 @@ def division_fixup(quotient: np.ndarray, denominator: np.ndarray, numerator: np.
         (zero_denominator | infinite_numerator, sign | INFINITE),
         (infinite_denominator | zero_numerator, sign),
         (exponent(numerator) - exponent(denominator) < -150, sign),
-        (exponent(denominator) == 255, sign | INFINITE),
+        (exponent(numerator) - exponent(denominator) > 150, sign | INFINITE),
     ]
     bits = quotient.view(np.uint32) & ~SIGN | sign
     for applies, value in reversed(cases):

@@ -86,10 +86,10 @@ def _halves(ins: Instruction, name: str, count: int, default: int) -> tuple[int,
 def _half(operand, which: int, ins: Instruction) -> Read:
     """(batch) -> uint32 of one of the two words of a pair of registers.
 
-    What stands in the upper word of a constant is not documented: it is read as poison.
+    What stands in the upper word of a constant other than 0 is not documented: it is read as poison.
     """
     if isinstance(operand, Literal):
-        value = POISON if which else constant(operand, "f32", ins)
+        value = POISON if which and operand.value != 0 else constant(operand, "f32", ins)
         return lambda batch: value
     if not isinstance(operand, (Vector, Scalar)) or operand.count != 2:
         raise refusal(ins, f"operand {operand} as a pair")

@@ -81,18 +81,25 @@ class LDS:
         positions, lanes, waves = self._positions(addresses, size, ins)
         granules, data, own = self._granules(positions, size), data[lanes], waves[:, None].astype(np.int32)
         writer, reader = self.writer[granules], self.reader[granules]
-        if ((writer >= 0) & (writer != own)).any():
-            self.batch.find("LDS race: write after another wave's write", ins)
+        where = positions[:, None] + np.arange(size)
+        self._find_double_write((writer >= 0) & (writer != own), self.bytes[where] == data, ins)
         if ((reader == MANY) | (reader >= 0) & (reader != own)).any():
             self.batch.find("LDS race: write after another wave's read", ins)
         self.writer[granules], self.reader[granules] = own, NOBODY
-        where = positions[:, None] + np.arange(size)
         self.bytes[where] = data
-        if (self.writer[granules] != own).any():
-            self.batch.find("LDS race: write after another wave's write", ins)
-        if (self.bytes[where] != data).any():
+        same = self.bytes[where] == data
+        self._find_double_write(self.writer[granules] != own, same, ins)
+        if not same.all():
             self.batch.find("lanes of one store write different values to LDS", ins)
         return granules, waves
+
+    def _find_double_write(self, clash: np.ndarray, same: np.ndarray, ins: Instruction) -> None:
+        """Waves write one place, ``clash`` bool [lanes, granules]; ``same`` bool [lanes, size] where one value."""
+        if clash.any():
+            if same.reshape(*clash.shape, -1).all(-1)[clash].all():
+                self.batch.find("two waves write the same value to LDS", ins)
+            else:
+                self.batch.find("LDS race: write after another wave's write", ins)
 
     def meet(self, ctas: np.ndarray, under_way: list[Access]) -> None:
         """A barrier of these workgroups, bool [ctas]: what was waited for before it is ordered before what follows."""

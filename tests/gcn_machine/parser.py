@@ -140,7 +140,7 @@ TOKEN = re.compile(
 )
 REGISTER = re.compile(r"([vsa])(?:(\d+)|\[(\d+):(\d+)\])")
 ENCODINGS = ("e32", "e64", "sdwa", "dpp")
-FLAGS = {"offen", "row_mirror", "row_half_mirror"}
+FLAGS = {"offen", "sc0", "sc1", "nt", "row_mirror", "row_half_mirror"}
 # Entries of a descriptor by the one value that the machine models: LLVM, User Guide for AMDGPU Backend, .amdhsa_kernel.
 # Floats of all sizes round to the nearest and keep subnormal numbers; minima and maxima heed IEEE's rules.
 MODELLED = {

@@ -44,6 +44,9 @@ OF_TRITON = {
         "product of memory written without a proxy fence": "a fault of that release on sm_90, mended in later ones",
     }
 }
+OF_TRITON_ON_AMD = {
+    "two waves write the same value to LDS": "what has fewer elements than a program has lanes is held more than once",
+}
 WARP, WAVE = 32, 64
 MOST_THREADS = 1024
 PROGRAMS = {"cuda": PTXProgram, "hip": GCNProgram}
@@ -133,7 +136,7 @@ class MachineDriver(DriverBase):
         programs: by assembly text, with the basic blocks that have been executed.
         rewrite: what is done to a kernel's text before it runs; for planted faults.
         last: how many of a grid's last programs run; None: all of them.
-        let_pass: kinds of findings that this release of Triton gives rise to by itself.
+        let_pass: kinds of findings that Triton gives rise to by itself, for this target in this release.
         torch: torch whose empty tensors are known to be unwritten. Code that allocates outputs takes it for its own.
     """
 
@@ -142,7 +145,6 @@ class MachineDriver(DriverBase):
         self.findings, self.launches, self.programs = Findings(), [], {}
         self.rewrite: Callable[[str], str] = str
         self.last: int | None = None
-        self.let_pass = OF_TRITON.get(tuple(map(int, triton.__version__.split(".")[:2])), {}).keys()
         self.torch = RecordingTorch()
         self.utils = Utilities(self)
 
@@ -151,6 +153,11 @@ class MachineDriver(DriverBase):
         if target not in TARGETS:
             raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target}")
         self.target = target
+
+    @property
+    def let_pass(self) -> set[str]:
+        release = tuple(map(int, triton.__version__.split(".")[:2]))
+        return set(OF_TRITON_ON_AMD if self.backend == "hip" else OF_TRITON.get(release, {}))
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[Findings]:
