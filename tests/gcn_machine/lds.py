@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .batch import Batch
 
 NOBODY, UNWRITTEN, MANY = -1, -2, -3
-FILLING = 0xA5
+FILLING, WORD = 0xA5, 4
 
 
 class LDS:
@@ -64,7 +64,17 @@ class LDS:
         if ((writer >= 0) & (writer != waves[:, None])).any():
             self.batch.find("LDS race: read after another wave's write", ins)
         self._note_read(granules, waves)
-        return self.bytes[positions[:, None] + np.arange(size)], lanes, granules, waves
+        return self._read(positions, size), lanes, granules, waves
+
+    def _places(self, positions: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(``bytes`` in words, or in the size of an access that is less; which of them accesses touch)."""
+        width = min(size, WORD)
+        return self.bytes.view(f"u{width}"), (positions // width)[:, None] + np.arange(size // width)
+
+    def _read(self, positions: np.ndarray, size: int) -> np.ndarray:
+        """uint8 [lanes, size]."""
+        table, index = self._places(positions, size)
+        return table[index].view(np.uint8)
 
     def _note_read(self, granules: np.ndarray, waves: np.ndarray) -> None:
         own = np.broadcast_to(waves[:, None], granules.shape).astype(np.int32)
@@ -81,25 +91,28 @@ class LDS:
         positions, lanes, waves = self._positions(addresses, size, ins)
         granules, data, own = self._granules(positions, size), data[lanes], waves[:, None].astype(np.int32)
         writer, reader = self.writer[granules], self.reader[granules]
-        where = positions[:, None] + np.arange(size)
-        self._find_double_write((writer >= 0) & (writer != own), self.bytes[where] == data, ins)
+        clash = (writer >= 0) & (writer != own)
+        if clash.any():
+            self._find_double_write(clash, self._read(positions, size) == data, ins)
         if ((reader == MANY) | (reader >= 0) & (reader != own)).any():
             self.batch.find("LDS race: write after another wave's read", ins)
         self.writer[granules], self.reader[granules] = own, NOBODY
-        self.bytes[where] = data
-        same = self.bytes[where] == data
-        self._find_double_write(self.writer[granules] != own, same, ins)
+        table, index = self._places(positions, size)
+        table[index] = np.ascontiguousarray(data).view(table.dtype)
+        same = self._read(positions, size) == data
+        clash = self.writer[granules] != own
+        if clash.any():
+            self._find_double_write(clash, same, ins)
         if not same.all():
             self.batch.find("lanes of one store write different values to LDS", ins)
         return granules, waves
 
     def _find_double_write(self, clash: np.ndarray, same: np.ndarray, ins: Instruction) -> None:
         """Waves write one place, ``clash`` bool [lanes, granules]; ``same`` bool [lanes, size] where one value."""
-        if clash.any():
-            if same.reshape(*clash.shape, -1).all(-1)[clash].all():
-                self.batch.find("two waves write the same value to LDS", ins)
-            else:
-                self.batch.find("LDS race: write after another wave's write", ins)
+        if same.reshape(*clash.shape, -1).all(-1)[clash].all():
+            self.batch.find("two waves write the same value to LDS", ins)
+        else:
+            self.batch.find("LDS race: write after another wave's write", ins)
 
     def meet(self, ctas: np.ndarray, under_way: list[Access]) -> None:
         """A barrier of these workgroups, bool [ctas]: what was waited for before it is ordered before what follows."""

@@ -22,9 +22,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "compiled: runs compiled kernels on a CPU; run by `pytest --compiled TARGET`"
-    )
+    config.addinivalue_line("markers", "compiled: runs compiled kernels on a CPU; run by `pytest --compiled TARGET`")
     config.stash[MACHINE] = None
     if target := config.getoption("compiled"):
         # as triton reads it when kernels are defined
