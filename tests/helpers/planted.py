@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from ptx_machine import Fault
+from machines.findings import Fault
 
 SYNCHRONISATION = re.compile(
     r"""^[ \t]*(?:@!?%p\d+\s+)?(?:
@@ -26,11 +26,16 @@ SYNCHRONISATION = re.compile(
 STATEMENT = re.compile(
     r"^\s*(?:@!?%p\d+\s+)?(?:ld|st|cp|ldmatrix|stmatrix|mma|wgmma|tcgen05|mbarrier|atom|red|bra|ret)\b|^\$L__BB", re.M
 )
+# In AMDGCN a wait has a number for each counter, each of which is one to take away: as many as it counts are none
+GCN_SYNCHRONISATION = re.compile(r"^[ \t]*s_barrier\b|(?<=[ \t])(?P<counter>vmcnt|lgkmcnt)\((?P<most>\d+)\)", re.M)
+COUNTED = {"vmcnt": 63, "lgkmcnt": 15}
 WEAKENED = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
 
 
 def synchronisations(text: str) -> list[list[re.Match]]:
     """Every barrier, wait and fence of a kernel, in order. What stands twice with nothing between is one."""
+    if is_amdgcn(text):
+        return [[match] for match in GCN_SYNCHRONISATION.finditer(text)]
     found: list[list[re.Match]] = []
     for match in SYNCHRONISATION.finditer(text):
         between = text[found[-1][-1].end() : match.start()] if found else ""
@@ -41,13 +46,20 @@ def synchronisations(text: str) -> list[list[re.Match]]:
     return found
 
 
+def is_amdgcn(text: str) -> bool:
+    return ".amdgcn_target" in text
+
+
 def without(text: str, numbers: set[int]) -> str:
-    """The text with these synchronisations taken away; a wait for groups waits for one group less."""
+    """The text with these synchronisations taken away; a wait for some of many waits for one less."""
     found = synchronisations(text)
     for match in reversed([match for number in sorted(numbers) for match in found[number]]):
         left = ""
         if weaker := WEAKENED.search(match[0]):
             left = match[0].replace(weaker[0], f"{weaker[1]}{int(weaker[2]) + 1}")
+        elif counter := match.groupdict().get("counter"):
+            under_way = int(match["most"])
+            left = f"{counter}({under_way + 1 if under_way else COUNTED[counter]})"
         text = text[: match.start()] + left + text[match.end() :]
     return text
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.hand_written_ptx import Run, compute, kinds
+from machines.global_memory import marks
 from ptx_machine import Fault, GlobalMemory
-from ptx_machine.global_memory import marks
 
 NOTHING: set[str] = set()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from .findings import refusal
 from .local_memory import WINDOW
 from .parser import UNSIGNED, Address, Instruction, Kernel, Sink, Symbol, Vector
 from .registry import address, destination, filled_register, instruction, modifiers, operands, reader

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from weakref import proxy
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from .findings import Fault, refusal
 from .parser import Immediate, Instruction, Kernel
 from .registry import address, instruction, modifiers, operands, reader
 

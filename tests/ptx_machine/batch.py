@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+from machines.findings import Findings
+from machines.global_memory import GlobalMemory
 
 from .async_copies import AsyncCopies
-from .findings import Findings
-from .global_memory import GlobalMemory
 from .local_memory import GenericMemory, LocalMemory
 from .parser import Instruction, Kernel
 from .shared_memory import SharedMemory

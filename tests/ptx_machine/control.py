@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from machines.findings import Fault, Refused, refusal
 
 from .batch import WARP, Batch
-from .findings import Fault, Refused, refusal
 from .parser import Immediate, Instruction, Kernel, Label, ends_block
 from .registry import Read, guard, instruction, modifiers, operands, translate
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
+from machines.rounding import odd_float32, odd_sum
 
-from .findings import refusal
-from .formats import HALVES, canonical, decode, encode, odd_float32, odd_sum
+from .formats import HALVES, canonical, decode, encode
 from .parser import Instruction, Kernel
 from .registry import destination, filled_register, instruction, modifiers, numpy_type, operands, reader
 

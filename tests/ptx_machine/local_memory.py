@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from weakref import proxy
 
 import numpy as np
-
-from .findings import Fault
+from machines.findings import Fault
 
 if TYPE_CHECKING:
+    from machines.global_memory import GlobalMemory
+
     from .batch import Batch
-    from .global_memory import GlobalMemory
     from .parser import Instruction
 
 # Generic addresses from here on are those of local memory; tensors lie below

@@ -10,8 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from .findings import Refused
+from machines.findings import Refused
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 

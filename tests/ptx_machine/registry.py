@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from machines.findings import refusal
 
-from .findings import refusal
 from .parser import UNSIGNED, Address, Immediate, Instruction, Kernel, Negated, Register, Special
 
 if TYPE_CHECKING:

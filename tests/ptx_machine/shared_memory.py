@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from weakref import proxy
 
 import numpy as np
-
-from .findings import Fault
+from machines.findings import Fault
 
 if TYPE_CHECKING:
     from .batch import Batch

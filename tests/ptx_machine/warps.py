@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
 from .batch import WARP
 from .control import whole_membership
-from .findings import refusal
 from .parser import Immediate, Instruction, Kernel, Pair, Sink
 from .registry import destination, instruction, modifiers, numpy_type, operands, reader
 

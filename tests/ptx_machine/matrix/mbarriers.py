@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from ..findings import Fault, refusal
 from ..parser import Immediate, Instruction, Kernel, Pair, Register, Sink
 from ..registry import address, destination, instruction, modifiers, operands, reader
 

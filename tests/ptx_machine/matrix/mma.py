@@ -7,8 +7,8 @@ operands of 16 bits and of tf32 and sums in float32, of mma.sp that with operand
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from ..findings import refusal
 from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from . import fragments, sparsity

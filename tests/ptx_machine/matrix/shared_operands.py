@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from machines.findings import refusal
 
-from ..findings import refusal
 from . import descriptors
 
 if TYPE_CHECKING:

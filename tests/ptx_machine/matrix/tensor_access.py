@@ -7,8 +7,8 @@ instructions". An address has the lane in its upper half and the column in its l
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from ..findings import Fault, refusal
 from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from .tensor_memory import COLUMNS, tensor_memory

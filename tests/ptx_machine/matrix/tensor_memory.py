@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from machines.findings import Fault
 
-from ..findings import Fault
 from .mbarriers import progress
 
 if TYPE_CHECKING:

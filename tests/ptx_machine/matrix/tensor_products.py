@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from ..findings import Fault, refusal
 from ..parser import Address, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from . import descriptors, fragments

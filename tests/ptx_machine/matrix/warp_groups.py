@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from machines.findings import refusal
 
-from ..findings import refusal
 from ..parser import Immediate, Instruction, Kernel, Register, Vector
 from ..registry import instruction, modifiers, operands, reader
 from . import descriptors, fragments

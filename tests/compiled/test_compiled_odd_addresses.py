@@ -13,7 +13,7 @@ from helpers.compiled_products import PRODUCTS, PackedProduct, Product
 
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 
-pytestmark = pytest.mark.ptx
+pytestmark = pytest.mark.compiled
 
 TARGETS = ["sm_80", "sm_90"]
 
@@ -21,7 +21,7 @@ TARGETS = ["sm_80", "sm_90"]
 @pytest.mark.parametrize(
     ("target", "kernel", "pattern", "dtype", "by"),
     cases(
-        itertools.product(TARGETS, OVER_GROUPS, ((2, 4), (4, 8), (1, 2)), DTYPES, (1, 2, 3)),
+        itertools.product([*TARGETS, "gfx942"], OVER_GROUPS, ((2, 4), (4, 8), (1, 2)), DTYPES, (1, 2, 3)),
         slow=lambda target, kernel, pattern, dtype, by: (
             (target, pattern, dtype, by) != ("sm_80", (2, 4), torch.bfloat16, 1)
             or kernel not in ("sample_mask", "top_n_mask", "unpack", "best_swaps", "adamw")

@@ -1,8 +1,8 @@
-"""A driver of Triton's whose device is the machine: kernels are compiled for a GPU and executed on CPU tensors.
+"""A driver of Triton's whose device is a machine: kernels are compiled for a GPU and executed on CPU tensors.
 
 After ``install("sm_80")``, ``kernel[grid](*cpu_tensors)`` does what it does on that GPU: Triton specialises the
-arguments, compiles down to PTX, keeps the result in its cache on disk, and orders the parameters. The machine then
-executes that text on the tensors' own memory.
+arguments, compiles down to PTX, or to AMDGCN for a GPU of AMD's, keeps the result in its cache on disk, and orders the
+parameters. The machine then executes that text on the tensors' own memory.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import triton
+from gcn_machine import Program as GCNProgram
+from ptx_machine import Program as PTXProgram
 from triton.backends import backends
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver as triton_driver
 
 from .findings import Finding, Findings
-from .global_memory import GlobalMemory
-from .machine import Program
 
-# The most shared memory of a block that a kernel can ask for: CUDA C++ Programming Guide, table of compute capabilities
+# The most shared memory of a block that a kernel can ask for: CUDA C++ Programming Guide, table of compute
+# capabilities; CDNA3 ISA, Local Data Share
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+SHARED_MEMORY["gfx942"] = 64 << 10
 TARGETS = tuple(SHARED_MEMORY)
 # Larger tensors are not filled: what nobody touches costs no memory
 MOST_FILLED = 1 << 28
@@ -41,8 +44,12 @@ OF_TRITON = {
         "product of memory written without a proxy fence": "that release leaves fences out, later ones do not",
     }
 }
-WARP = 32
+OF_TRITON_ON_AMD = {
+    "two waves write the same value to LDS": "what has fewer elements than a program has lanes is held more than once",
+}
+WARP, WAVE = 32, 64
 MOST_THREADS = 1024
+PROGRAMS = {"cuda": PTXProgram, "hip": GCNProgram}
 
 
 class PTXBackend(CUDABackend):
@@ -58,6 +65,21 @@ class PTXBackend(CUDABackend):
 
     def hash(self) -> str:
         return f"{super().hash()}-ptx"
+
+
+class GCNBackend(HIPBackend):
+    """Triton's compiler for AMD's GPUs, which ends at AMDGCN: its text is the binary."""
+
+    def __init__(self, target: GPUTarget):
+        super().__init__(target)
+        self.binary_ext = "amdgcn"
+
+    def add_stages(self, stages, options, language):
+        super().add_stages(stages, options, language)
+        del stages["hsaco"]
+
+    def hash(self) -> str:
+        return f"{super().hash()}-amdgcn"
 
 
 @dataclasses.dataclass
@@ -90,7 +112,8 @@ class Launcher:
     """Launches of a compiled kernel, which Triton calls with all arguments in the order of its signature."""
 
     def __init__(self, machine: MachineDriver, source, metadata):
-        if metadata.num_ctas != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
+        scratch = [getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
+        if metadata.num_ctas != 1 or any(scratch):
             raise NotImplementedError(f"{metadata.name}: clusters and scratch memory are not modelled")
         self.machine, self.shared, self.signature = machine, metadata.shared, source.signature
 
@@ -107,13 +130,13 @@ class MachineDriver(DriverBase):
     """The driver, and what it has seen.
 
     Attributes:
-        target: the GPU that kernels are compiled for, such as "sm_90".
+        target: the GPU that kernels are compiled for, such as "sm_90" or "gfx942".
         findings: of all launches since it was last replaced.
         launches: what ran, in order.
-        programs: by PTX text, with the basic blocks that have been executed.
+        programs: by assembly text, with the basic blocks that have been executed.
         rewrite: what is done to a kernel's text before it runs; for planted faults.
         last: how many of a grid's last programs run; None: all of them.
-        let_pass: kinds of findings that this release of Triton gives rise to by itself.
+        let_pass: kinds of findings that Triton gives rise to by itself, for this target in this release.
         torch: torch whose empty tensors are known to be unwritten. Code that allocates outputs takes it for its own.
     """
 
@@ -122,7 +145,6 @@ class MachineDriver(DriverBase):
         self.findings, self.launches, self.programs = Findings(), [], {}
         self.rewrite: Callable[[str], str] = str
         self.last: int | None = None
-        self.let_pass = OF_TRITON.get(tuple(map(int, triton.__version__.split(".")[:2])), {}).keys()
         self.torch = RecordingTorch()
         self.utils = Utilities(self)
 
@@ -131,6 +153,11 @@ class MachineDriver(DriverBase):
         if target not in TARGETS:
             raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target}")
         self.target = target
+
+    @property
+    def let_pass(self) -> set[str]:
+        release = tuple(map(int, triton.__version__.split(".")[:2]))
+        return set(OF_TRITON_ON_AMD if self.backend == "hip" else OF_TRITON.get(release, {}))
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[Findings]:
@@ -150,8 +177,8 @@ class MachineDriver(DriverBase):
         text = self.rewrite(text)
         program = self.programs.get(text)
         if program is None:
-            program = self.programs[text] = Program(text)
-        memory, fresh = GlobalMemory(), {}
+            program = self.programs[text] = PROGRAMS[self.backend](text)
+        memory, fresh = program.memory(), {}
         tensors = [argument for argument in given if isinstance(argument[2], torch.Tensor)]
         for start, data, name in spans(tensors):
             unwritten = self.torch.unwritten(start, data.size)
@@ -160,7 +187,7 @@ class MachineDriver(DriverBase):
                 fresh[start] = region
         values = [number(kind, value) for _, kind, value in given]
         # behind its own, Triton gives each kernel pointers to scratch memory, which those here don't use
-        values += [0] * (len(program.kernel.params) - len(values))
+        values += [0] * (program.parameters - len(values))
         started = time.perf_counter()
         try:
             program.launch(grid, values, shared, memory, self.findings, last=self.last)
@@ -173,12 +200,19 @@ class MachineDriver(DriverBase):
                 detail = f"{region.name}: {missing} of {region.data.size} bytes"
                 self.findings.note("output not wholly written", program.kernel.name, detail)
 
+    @property
+    def backend(self) -> str:
+        """Triton's name for the maker's GPUs."""
+        return "hip" if self.target.startswith("gfx") else "cuda"
+
     def get_current_target(self) -> GPUTarget:
+        if self.backend == "hip":
+            return GPUTarget("hip", self.target, WAVE)
         return GPUTarget("cuda", self.get_current_device(), WARP)
 
     def get_current_device(self) -> int:
         # Triton keeps what it has compiled by device, so each target is one
-        return int(self.target.removeprefix("sm_"))
+        return int(self.target.removeprefix("sm_").removeprefix("gfx"))
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -262,5 +296,6 @@ def install(target: str) -> MachineDriver:
     """Have Triton compile for a GPU and launch on the machine, from here on in this process."""
     machine = MachineDriver(target)
     backends["nvidia"] = dataclasses.replace(backends["nvidia"], compiler=PTXBackend)
+    backends["amd"] = dataclasses.replace(backends["amd"], compiler=GCNBackend)
     triton_driver.set_active(machine)
     return machine

@@ -14,7 +14,7 @@ from helpers.planted import synchronisations, what_is_found, without
 
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 
-pytestmark = pytest.mark.ptx
+pytestmark = pytest.mark.compiled
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 OWN_COPY = "each thread reads what it has copied itself, after its own wait"
@@ -24,6 +24,8 @@ OWN_WAIT = "each thread waits for the product itself, before it writes where the
 AFTER_LOADS = "a barrier stands behind the loads of tensor memory, ahead of this one"
 # a test takes all of a kernel away at once
 FOR_EACH_OTHER = "another barrier stands between the same accesses"
+BEFORE_THE_START = "a wave begins behind it, as its first arguments are in registers"
+NO_LDS_UNDER_WAY = "it stands before a barrier without an access of LDS, and a later wait has its scalar load come back"
 # By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
 OLDEST = (3, 6)
 REDUNDANT_IN_OLDEST = (
@@ -55,6 +57,12 @@ REDUNDANT = (
     }
 )
 KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend", "sample_mask"]
+OF_GROUPS = [name for name in OVER_GROUPS if name != "score_updates"]
+REDUNDANT |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
+REDUNDANT_IN_OLDEST |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
+REDUNDANT["score_updates", "gfx942"] = {0: BEFORE_THE_START} | dict.fromkeys((10, 18, 23), NO_LDS_UNDER_WAY)
+CASES = [*itertools.product(TARGETS, KERNELS), *(("gfx942", kernel) for kernel in OVER_GROUPS)]
+QUICK = ("sm_80", "masked_linear"), ("gfx942", "descend")
 
 
 def call_of(kernel, target):
@@ -72,7 +80,7 @@ def call_of(kernel, target):
 
 @pytest.mark.parametrize(
     ("target", "kernel"),
-    cases(itertools.product(TARGETS, KERNELS), slow=lambda *case: case != ("sm_80", "masked_linear")),
+    cases(CASES, slow=lambda *case: case not in QUICK),
 )
 def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine):
     compiled_for(target)

@@ -1,4 +1,4 @@
-"""The PTX machine could be given away: it needs numpy alone, and only its driver knows torch and Triton."""
+"""The machines could be given away: they need numpy alone, and only their driver knows torch and Triton."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import ast
 import sys
 from pathlib import Path
 
+import gcn_machine
+import machines
 import ptx_machine
+import pytest
 
 DRIVER = {"triton_driver.py", "plugin.py"}
 
@@ -19,9 +22,12 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_the_machine_needs_numpy_alone():
-    folder = Path(ptx_machine.__file__).parent
+@pytest.mark.parametrize("package", [ptx_machine, gcn_machine, machines], ids=lambda package: package.__name__)
+def test_a_machine_needs_numpy_alone(package):
+    """And what the machines share, which needs none of them."""
+    folder = Path(package.__file__).parent
     files = [path for path in folder.rglob("*.py") if path.name not in DRIVER]
-    assert len(files) > 20
-    others = {path.name: imported(path) - sys.stdlib_module_names - {"numpy"} for path in files}
+    assert len(files) > 3
+    shared = {"numpy"} if package is machines else {"numpy", "machines"}
+    others = {path.name: imported(path) - sys.stdlib_module_names - shared for path in files}
     assert {name: packages for name, packages in others.items() if packages} == {}

@@ -17,7 +17,7 @@ from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
 from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, PACKED_TILES, ROWS, TILES
 from maskpro_kernels.pattern import bitmask_of
 
-pytestmark = [pytest.mark.ptx, pytest.mark.slow]
+pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 
 # Of the last of so many rows
 LAST, ALL_ROWS, GROUPS = 19, (1 << 21) + 3, 272
@@ -41,7 +41,7 @@ def one_hot(tokens: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kernel", OVER_GROUPS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS, "gfx942"])
 def test_kernels_over_groups(target, kernel, compiled_for, machine, monkeypatch):
     compiled_for(target)
     block = CONFIGURATIONS[kernel, NEAR.m].block

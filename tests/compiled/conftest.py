@@ -1,4 +1,4 @@
-"""Tests on the PTX machine."""
+"""Tests of compiled kernels, on the machines that execute them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver that has Triton launch on the PTX machine, and the plugin that fails tests by what the machine finds."""
+"""The driver that has Triton launch on the machines, and the plugin that fails tests by what the machine finds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ptx_machine import plugin
-from ptx_machine.triton_driver import MOST_FILLED, MachineDriver, RecordingTorch, number, spans
+from machines import plugin
+from machines.triton_driver import MOST_FILLED, MachineDriver, RecordingTorch, number, spans
 
 # -- arguments
 
@@ -117,15 +117,15 @@ def test_a_phase_without_findings_passes(phase):
 def test_what_is_found_fails_the_test_that_caused_it(phase):
     machine, running, _ = phase()
     machine.findings.note("shared race", "some_kernel")
-    with pytest.raises(pytest.fail.Exception, match="the PTX machine has found:\nshared race: some_kernel"):
+    with pytest.raises(pytest.fail.Exception, match="the machine has found:\nshared race: some_kernel"):
         running.send("result")
     # and no other one
     assert not machine.findings
 
 
-def test_what_the_release_of_triton_gives_rise_to_passes(phase):
+def test_what_the_release_of_triton_gives_rise_to_passes(phase, monkeypatch):
     machine, running, _ = phase()
-    machine.let_pass = {"shared race"}
+    monkeypatch.setattr(MachineDriver, "let_pass", {"shared race"})
     machine.findings.note("shared race", "some_kernel")
     assert end(running) == "result"
 
@@ -136,7 +136,7 @@ def test_an_error_of_the_test_is_shown_with_what_was_found(phase):
     with pytest.raises(KeyError):
         running.throw(KeyError("own"))
     ((_, name, told),) = sections
-    assert name == "ptx" and "shared race: some_kernel" in told
+    assert name == "machine" and "shared race: some_kernel" in told
 
 
 def test_findings_apart_are_none_of_the_others():
@@ -152,5 +152,5 @@ def test_targets_are_checked(monkeypatch):
     # put back once the plugin has taken it away
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     config = SimpleNamespace(addinivalue_line=lambda *line: None, stash={}, getoption=lambda name: "sm_70")
-    with pytest.raises(pytest.UsageError, match="^--ptx: expected one of sm_80, .*, got sm_70"):
+    with pytest.raises(pytest.UsageError, match="^--compiled: expected one of sm_80, .*, got sm_70"):
         plugin.pytest_configure(config)

@@ -1,4 +1,4 @@
-"""Masked products as a GPU gets them, on the PTX machine: exact of one-hot operands, else within the error budget."""
+"""Masked products as a GPU gets them: exact of one-hot operands, else within the error budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.compiled_products import PRODUCTS, Product
 
 from maskpro_kernels.ops.triton.tiles import TILES
 
-pytestmark = pytest.mark.ptx
+pytestmark = pytest.mark.compiled
 
 TARGETS = ["sm_80", "sm_90"]
 ALL_TARGETS = [*TARGETS, "sm_100"]

@@ -1,15 +1,19 @@
-"""What the machine has to say of a program: faults, refusals, and findings after which it goes on."""
+"""What a machine has to say of a program: faults, refusals, and findings after which it goes on."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
-    from .parser import Instruction
+class Instruction(Protocol):
+    """An instruction of any assembly language; ``where`` is the Python file and line it stems from."""
+
+    text: str
+    line: int
+    where: str
 
 
 class Fault(Exception):
@@ -28,7 +32,7 @@ def refusal(ins: Instruction, why: str) -> Refused:
 class Finding:
     """One kind of fault at one instruction.
 
-    ``line`` counts the lines of the PTX text from 1, ``where`` is the line of Python that the instruction stems from.
+    ``line`` counts the lines of the text from 1, ``where`` is the line of Python that the instruction stems from.
     """
 
     kind: str

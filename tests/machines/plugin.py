@@ -1,6 +1,6 @@
-"""``pytest --ptx sm_80``: kernels are compiled for that GPU and executed by the machine.
+"""``pytest --compiled sm_80``: kernels are compiled for that GPU and executed by the machine for its assembly language.
 
-What the machine finds fails the test that caused it. Tests marked ``ptx`` run with this option alone.
+What the machine finds fails the test that caused it. Tests marked ``compiled`` run with this option alone.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ MACHINE = pytest.StashKey()
 
 
 def pytest_addoption(parser):
-    parser.getgroup("ptx").addoption(
-        "--ptx", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on the PTX machine"
+    parser.getgroup("compiled").addoption(
+        "--compiled", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on a CPU"
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    config.addinivalue_line("markers", "ptx: runs on the PTX machine; run by `pytest --ptx TARGET`")
+    config.addinivalue_line("markers", "compiled: runs compiled kernels on a CPU; run by `pytest --compiled TARGET`")
     config.stash[MACHINE] = None
-    if target := config.getoption("ptx"):
+    if target := config.getoption("compiled"):
         # as triton reads it when kernels are defined
         os.environ.pop("TRITON_INTERPRET", None)
         from .triton_driver import TARGETS, install
 
         if target not in TARGETS:
-            raise pytest.UsageError(f"--ptx: expected one of {', '.join(TARGETS)}, got {target}")
+            raise pytest.UsageError(f"--compiled: expected one of {', '.join(TARGETS)}, got {target}")
         config.stash[MACHINE] = install(target)
 
 
 def pytest_collection_modifyitems(config, items):
     if config.stash[MACHINE] is None:
-        marked = [item for item in items if item.get_closest_marker("ptx")]
+        marked = [item for item in items if item.get_closest_marker("compiled")]
         config.hook.pytest_deselected(items=marked)
         items[:] = [item for item in items if item not in marked]
 
 
 @pytest.fixture
 def machine(request):
-    """The driver, None without ``--ptx``. After the test it compiles for the target of the command line again."""
+    """The driver, None without ``--compiled``. After the test it compiles for the target of the command line again."""
     machine = request.config.stash[MACHINE]
     yield machine
     if machine is not None:
-        machine.aim(request.config.getoption("ptx"))
+        machine.aim(request.config.getoption("compiled"))
         machine.last, machine.rewrite = None, str
 
 
@@ -71,11 +71,11 @@ def _watched(item) -> Generator:
             result = yield
         except BaseException:
             if findings:
-                item.add_report_section("call", "ptx", str(findings))
+                item.add_report_section("call", "machine", str(findings))
             raise
     if faults := machine.faults(findings):
         told = "\n".join(map(str, faults))
-        pytest.fail(f"the PTX machine has found:\n{told}", pytrace=False)
+        pytest.fail(f"the machine has found:\n{told}", pytrace=False)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Products with packed weights as a GPU gets them, on the PTX machine."""
+"""Products with packed weights as a GPU gets them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers.compiled_products import PackedProduct
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
 from maskpro_kernels.packed import VALUE_KINDS
 
-pytestmark = pytest.mark.ptx
+pytestmark = pytest.mark.compiled
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]

@@ -1,7 +1,8 @@
 """Global memory: the tensors that a launch was given and nothing else, and which threads touched what.
 
-Threads of different CTAs are never ordered, those of a CTA by its barriers (PTX ISA 8, memory consistency model). Two
-accesses to one place that are not ordered, and of which one is a write, are a race.
+Threads of different CTAs, which AMD calls workgroups, are never ordered, those of a CTA by its barriers (PTX ISA 8,
+memory consistency model; LLVM, User Guide for AMDGPU Backend, Memory Model). Two accesses to one place that are not
+ordered, and of which one is a write, are a race.
 
 Accesses are followed in granules: the narrowest access of the kernel. A granule has two marks, of its last write and of
 its reads. A mark is how often the CTA had met at a barrier, the number of the CTA and its thread, from the top bits on.
@@ -11,16 +12,12 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import proxy
 
 import numpy as np
 
-from .findings import Fault
-
-if TYPE_CHECKING:
-    from .batch import Batch
-    from .parser import Instruction
+from .findings import Fault, Instruction
 
 # Linux's flag by which memory takes no room before it is touched; Python names it from 3.13 on
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -62,10 +59,37 @@ def marks(count: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(count, 1) * 8, flags=flags), np.int64)
 
 
-class GlobalMemory:
-    """Tensors by address."""
+class Batch(Protocol):
+    """The threads that run together, as far as memory has to know them.
 
-    def __init__(self):
+    Attributes:
+        thread: their numbers, from 0 on.
+        cta: the CTA of each, counted from 0.
+        first: the number of the first CTA in its grid.
+        cta_threads: how many threads a CTA has.
+        phase: how often each CTA has met at a barrier.
+    """
+
+    thread: np.ndarray
+    cta: np.ndarray
+    first: int
+    cta_threads: int
+    phase: np.ndarray
+
+    def full(self, values: np.ndarray) -> np.ndarray: ...
+
+    def lanes(self, mask: np.ndarray | None) -> tuple[np.ndarray | slice, np.ndarray]: ...
+
+    def find(self, kind: str, ins: Instruction, detail: str = "") -> None: ...
+
+    def place(self, ins: Instruction) -> str: ...
+
+
+class GlobalMemory:
+    """Tensors by address. Accesses lie at multiples of their size, or of ``alignment`` where that is less."""
+
+    def __init__(self, alignment: int = 16):
+        self.alignment = alignment
         self.regions: list[Region] = []
         self._starts = np.zeros(0, np.uint64)
         self.granule = 1
@@ -99,10 +123,14 @@ class GlobalMemory:
 
     # -- places
 
+    def _alignment(self, size: int) -> int:
+        # of three words: that of one
+        return min(size & -size, self.alignment)
+
     def _chosen(self, addresses, size, mask, ins):
         lanes, threads = self.batch.lanes(mask)
         addresses = self.batch.full(addresses)[lanes]
-        if (addresses & np.uint64(size - 1)).any():
+        if (addresses & np.uint64(self._alignment(size) - 1)).any():
             raise Fault(f"misaligned access of {size} bytes of global memory: {self.batch.place(ins)}")
         return addresses, lanes, threads
 
@@ -141,7 +169,7 @@ class GlobalMemory:
         """uint8 [lanes, size] at addresses, on behalf of threads."""
         data = np.empty((len(addresses), size), np.uint8)
         for region, which, offsets in self.locate(addresses, size, ins):
-            data[which] = _gather(region, offsets, size)
+            data[which] = _gather(region, offsets, size, min(8, self._alignment(size)))
             if region.written is not None and not region.written[offsets[:, None] + np.arange(size)].all():
                 self.batch.find("read of unwritten global memory", ins, region.name)
             self._follow_read(region, offsets, size, threads[which], ins)
@@ -233,8 +261,7 @@ def joined(marks: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.where((marks ^ own) & CTA == 0, own | SEVERAL, EVERYWHERE)
 
 
-def _gather(region: Region, offsets: np.ndarray, size: int) -> np.ndarray:
-    width = min(size, 8)
+def _gather(region: Region, offsets: np.ndarray, size: int, width: int) -> np.ndarray:
     # offsets of aligned accesses are no multiples where the tensor starts in between
     if region.start % width or region.data.ctypes.data % width:
         return region.data[offsets[:, None] + np.arange(size)]

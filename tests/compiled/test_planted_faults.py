@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
-from helpers.compiled import Matrix, assert_bits_of_reference, sample_mask, score_update, top_n_mask
+from helpers.compiled import Matrix, assert_bits_of_reference, mask_score, sample_mask, score_update, top_n_mask
 from helpers.compiled_products import PackedProduct, Product
 from helpers.planted import mutant_of, what_is_found
 
 from maskpro_kernels.ops.triton import masked_gemm, packed
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, TILES
 
-pytestmark = pytest.mark.ptx
+pytestmark = pytest.mark.compiled
 
 LINEAR = "masked_linear"
 
@@ -26,6 +26,23 @@ def replaced(pattern: str, by, count: int = 1):
         return changed
 
     return rewrite
+
+
+# What stands between instructions of AMDGCN
+DIRECTIVES = r"(?:\t?[.;].*\n)*"
+
+
+def of_one_workgroup(text: str) -> str:
+    """All workgroups take themselves for the first: their number is behind the arguments that are in registers."""
+    register = re.search(r"\.amdhsa_user_sgpr_count (\d+)", text)[1]
+    return replaced(r"^(\.LBB0_0:.*\n(?:\t\..*\n)*)", rf"\g<1>\ts_mov_b32 s{register}, 0\n")(text)
+
+
+def without_a_mask(text: str) -> str:
+    """A store's offset as it is, and not beyond the buffer where the lane is masked."""
+    store = re.search(r"buffer_store_\w+ \S+ (v\d+),", text)
+    *_, masked = re.finditer(rf"v_cndmask_b32_e(?:32|64) {store[1]}, v\d+, (v\d+), \S+", text[: store.start()])
+    return f"{text[: masked.start()]}v_mov_b32_e32 {store[1]}, {masked[1]}{text[masked.end() :]}"
 
 
 def next_swizzle(found: re.Match) -> str:
@@ -106,6 +123,46 @@ PLANTED = {
         ),
         "wrong result",
     ),
+    "AMD: a load one element too far": (
+        "gfx942",
+        groups(top_n_mask),
+        replaced(r"(buffer_load_dwordx4 .* offen)$", r"\1 offset:4"),
+        "out of bounds",
+    ),
+    "AMD: words that do not lie at a multiple of their size": (
+        "gfx942",
+        groups(top_n_mask),
+        replaced(r"(buffer_load_dwordx4 .* offen)$", r"\1 offset:2"),
+        "misaligned",
+    ),
+    "AMD: a store without its mask": ("gfx942", groups(top_n_mask), without_a_mask, "out of bounds"),
+    "AMD: a register that is read before it is written": (
+        "gfx942",
+        groups(sample_mask),
+        replaced(r"^\tbuffer_load_dwordx4.*$", ""),
+        "read of an unwritten register",
+    ),
+    "AMD: a product and a sum that are rounded once": (
+        "gfx942",
+        groups(score_update),
+        replaced(
+            rf"v_pk_mul_f32 (v\S+), (v\S+), (v\S+)\n({DIRECTIVES})\tv_pk_add_f32 (v\S+), \1, (s\S+) op_sel_hi:\[1,0\]$",
+            r"s_nop 0\n\4\tv_pk_fma_f32 \5, \2, \3, \6 op_sel_hi:[1,1,0]",
+            count=0,
+        ),
+        "wrong result",
+    ),
+    "AMD: a division by an approximate reciprocal": (
+        "gfx942",
+        groups(mask_score),
+        replaced(
+            r"v_div_fixup_f32 (v\d+), v\d+, (v\d+), (\w+)$",
+            r"v_rcp_f32_e32 v200, \2\n\tv_mul_f32_e32 \1, \3, v200",
+            count=0,
+        ),
+        "wrong result",
+    ),
+    "AMD: programs that write one another's place": ("gfx942", groups(score_update), of_one_workgroup, "race"),
     "programs that write one another's place": (
         "sm_80",
         groups(score_update),
