@@ -89,6 +89,14 @@ def check_tensors(stored: Mapping[str, str], files: Iterable[Path]) -> None:
         )
 
 
+def stored_digests(config: Path) -> dict[str, str]:
+    """The digests of tensors that a config.json tells of; none where it has none, or cannot be read."""
+    try:
+        return load_json(config.read_bytes())[QUANTIZATION][DIGESTS][TENSORS]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def changed_settings(stored: Mapping[str, str], config: Path) -> list[str]:
     """The names of the settings in a config.json that have other digests than these.
 
