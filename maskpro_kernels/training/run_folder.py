@@ -23,7 +23,7 @@ from .estimator import Estimator
 from .journal import Entry, Journal, Records
 from .journal import read as read_journal
 from .metrics import Metrics
-from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
+from .snapshots import newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
 from .step import LossFn
 
 PACKAGE = __name__.partition(".")[0]
@@ -216,6 +216,7 @@ class RunFolder:
         at_most, run = (None, None) if records is None else (len(records.entries), records.header["run"])
         snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, run)
         self._check_settings(settings, state["run"])
+        self._check_one_run(state["run"])
         if not _continues(records, snapshot_step, state):
             raise ValueError(
                 f"output_dir: expected snapshots and a {JOURNAL} of one run in {str(self.path)!r}, got a snapshot of "
@@ -234,6 +235,21 @@ class RunFolder:
                 short = isinstance(own, (int, str))
                 told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
                 raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.path)!r}")
+
+    def _check_one_run(self, run: Mapping) -> None:
+        """Raise ValueError unless a run has an id, and without a journal all sound snapshots are of it.
+
+        With a journal those of another run are passed over. Without one nothing tells which run is the folder's.
+        """
+        if "id" not in run:
+            told = f"got one of an earlier version in {str(self.path)!r}"
+            raise ValueError(f"output_dir: expected a run with an id, {told}")
+        others = [] if self.journaled else of_other_runs(self.path, run["id"])
+        if others:
+            raise ValueError(
+                f"output_dir: expected snapshots of one run, got {str(others[0])!r} of another; move away what does "
+                "not belong there"
+            )
 
     def initial_losses(self, saved: SavedRun, step: int) -> list[float] | None:
         """Those of ``add_initial_losses`` at a step; None where they are to be computed, since that step is the next.
@@ -263,7 +279,8 @@ class RunFolder:
         """
         run = saved.state["run"]
         metrics = Metrics(self.path / METRICS, run["id"])
-        mended, told = metrics.mended(saved.steps, rows if self.journaled else None)
+        torn = saved.records is not None and saved.records.torn > 0
+        mended, told = metrics.mended(saved.steps, rows if self.journaled else None, torn)
         for path in self._unfinished():
             path.unlink()
         if self.journaled:
