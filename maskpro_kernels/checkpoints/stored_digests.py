@@ -62,13 +62,15 @@ def add_digests(folder: Path, files: Iterable[Path]) -> None:
     """Write the digests of tensors in files, and of the settings, into the config.json of a checkpoint.
 
     Args:
-        folder: with a config.json that has a quantization_config.
+        folder: with a config.json. If that has no quantization_config, the weights are dense, and nothing is written.
         files: of the weights.
 
     Raises:
         OSError: if it cannot be written; it is then as it was.
     """
     config = json.loads((folder / CONFIG).read_bytes())
+    if not config.get(QUANTIZATION):
+        return
     found = {TENSORS: tensor_digests(files), SETTINGS: _settings_digests(config)}
     config[QUANTIZATION][DIGESTS] = found
     # as transformers writes it
