@@ -7,9 +7,9 @@ from collections import Counter
 
 import torch
 
-from ..checkpoints.safetensors_files import tensor_files, weight_files
-from ..checkpoints.stored_digests import CONFIG, check_tensors, digests_are_checked, stored_digests
 from ..checkpoints.survey import survey
+from ..safetensors_files import tensor_files, weight_files
+from ..stored_digests import CONFIG, check_tensors, digests_are_checked, stored_digests
 from .run_files import LOGITS
 
 

@@ -128,12 +128,14 @@ class RunFolder:
     Attributes:
         journal: what the records of steps are appended to; None before it is there, and where there is none.
         metrics: what steps saw; None before the run has begun or goes on.
+        lost: whether another trainer has taken the folder; nothing more is written into it.
     """
 
     def __init__(self, path: Path, journaled: bool):
         self.path, self.journaled = path, journaled
         self.journal: Journal | None = None
         self.metrics: Metrics | None = None
+        self.lost = False
         self._lock: FileLock | None = None
         self._lock_file: tuple[int, int] | None = None
         self._run: Mapping | None = None
@@ -142,6 +144,11 @@ class RunFolder:
     def run_id(self) -> str | None:
         """What tells the run from all others; None before it has begun or goes on."""
         return None if self._run is None else self._run["id"]
+
+    @property
+    def rows(self) -> list[dict]:
+        """The metrics of the steps that were taken."""
+        return [] if self.metrics is None else self.metrics.rows
 
     def start(self, run: Mapping) -> None:
         """Make the folder and keep other trainers out of it.
@@ -291,13 +298,26 @@ class RunFolder:
         self._run, self.metrics = run, metrics
         saved.warnings.extend(told)
 
-    def keep_hold(self) -> None:
-        """Ahead of what a step leaves: put back what another program has removed under this trainer, with a warning.
+    def add_entry(self, entry: Entry | None) -> None:
+        """Add the record of a step to the journal, where the run has one, ahead of its update.
+
+        What another program has removed of the folder meanwhile is put back first, with a warning.
 
         Raises:
-            ValueError: if another trainer has had the folder since, or another file is in the journal's place.
-            OSError: if it cannot be put back.
+            ValueError: if another trainer has had the folder since, or another file is in the journal's place. The
+                folder is lost then.
+            OSError: if something cannot be written.
         """
+        try:
+            self._keep_hold()
+        except ValueError:
+            self.lost = True
+            self.close()
+            raise
+        if self.journal is not None and entry is not None:
+            self.journal.append(entry)
+
+    def _keep_hold(self) -> None:
         if not self.path.is_dir():
             # the lock would make it
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))

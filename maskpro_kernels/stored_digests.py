@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from ..checked_json import entry_digests, load_json
-from ..digests import digest
-from ..files import write_whole
+from .checked_json import entry_digests, load_json
+from .digests import digest
+from .files import write_whole
 from .safetensors_files import read_tensor, tensor_files
 
 CONFIG, QUANTIZATION = "config.json", "quantization_config"
