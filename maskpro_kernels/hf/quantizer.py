@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -12,15 +16,34 @@ from ..linear_form import as_built
 from ..modules import MaskedLinear, check_in_memory
 from ..packed import SPARSE, dense_layer
 from ..replacement import replace_modules
+from ..stored_digests import (
+    CONFIG,
+    DIGESTS,
+    ON_PURPOSE,
+    QUANTIZATION,
+    changed_settings,
+    check_tensors,
+    digests_are_checked,
+    stored_digests,
+)
 
 
 class SparseConfig(QuantizationConfigMixin):
-    """A ``quantization_config`` that names modules which were taken apart, see ``linear_form``, where there are any."""
+    """A ``quantization_config`` of layers with masks or packed weights.
+
+    Attributes:
+        taken_apart: names of modules which were taken apart, see ``linear_form``.
+        digests: of what is stored, see ``stored_digests``. They are those of files: a loaded model has none, and
+            ``save_pretrained`` writes new ones.
+    """
 
     taken_apart: list[str]
+    digests: Mapping[str, Mapping[str, str]]
 
     def to_dict(self) -> dict:
-        return {name: value for name, value in super().to_dict().items() if value or name != "taken_apart"}
+        """As it is stored, without what there is none of."""
+        optional = ("taken_apart", DIGESTS)
+        return {name: value for name, value in super().to_dict().items() if value or name not in optional}
 
 
 class SparseQuantizer(HfQuantizer):
@@ -28,6 +51,41 @@ class SparseQuantizer(HfQuantizer):
 
     # they are made by ``convert`` and ``finalize``, not from a dense checkpoint while it is loaded
     requires_calibration = True
+
+    def _check_digests(self, files: Iterable[str] | None) -> None:
+        """Compare a checkpoint with its digests, of which the model that it becomes has none.
+
+        Settings of the model that have changed are told by a warning, for such are changed by hand.
+
+        Raises:
+            ValueError: if there are none, or a tensor or a setting of the sparse layers has another.
+        """
+        self.quantization_config.digests = {}
+        if files is None or not digests_are_checked():
+            return
+        files = [Path(file) for file in files]
+        config = files[0].parent / CONFIG
+        # not of the given config: that of a loaded model has none, and it may be given to load the same files again
+        tensors, settings = stored_digests(config)
+        if not tensors or not settings:
+            raise ValueError(
+                f"checkpoint: expected digests of its tensors in the {QUANTIZATION} of its {CONFIG}, got none; take "
+                f"that file from where the checkpoint comes from; {ON_PURPOSE}"
+            )
+        changed = changed_settings(settings, config)
+        own = [name for name in changed if name.startswith(f"{QUANTIZATION}.")]
+        if own:
+            raise ValueError(
+                f"checkpoint: expected the settings of its layers as they were saved, got {', '.join(own)} damaged or "
+                f"changed; copy or download it again; {ON_PURPOSE}"
+            )
+        check_tensors(tensors, files)
+        if changed:
+            warnings.warn(
+                f"{config} was changed since it was saved: {', '.join(changed)}; where that was not "
+                "on purpose, take it from where the checkpoint comes from",
+                stacklevel=2,
+            )
 
     def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
         """As transformers has it.
