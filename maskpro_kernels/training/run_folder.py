@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..files import make_folder, write_whole
+from ..files import make_folder, sync, write_whole
 from ..modules import MaskedLinear
 from .batches import content, digest, tensors_of
 from .estimator import Estimator
@@ -250,6 +250,10 @@ class RunFolder:
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
+        if not self.journaled and (self.path / METRICS).exists():
+            # the steps before are not taken again, and nothing else knows what they were
+            sync(self.path / METRICS)
+            sync(self.path)
         save_snapshot(self.path, step, tensors, {"run": self._run, **state})
 
     def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:

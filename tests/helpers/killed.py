@@ -1,0 +1,157 @@
+"""Runs of `maskpro learn` in processes that are killed at random moments.
+
+The process that calls this has imported torch and transformers, and forks: a command begins at once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from helpers.in_ranks import LONGEST
+from maskpro_kernels import ranks
+from maskpro_kernels.cli import main
+from maskpro_kernels.training.trainer import MaskTrainer
+
+# Seconds that ranks have to see by themselves that another one was killed; torchrun waits for 30
+GRACE = 5.0
+
+
+class Killed:
+    """Runs that are killed, one after the other, until there were enough kills.
+
+    Args:
+        folder: of the runs and of what they tell.
+        begin: arguments of a run, without its ``--output``.
+        world: ranks of each.
+        seed: of the moments and the victims.
+
+    Attributes:
+        runs: that have ended, all by themselves in the end.
+        moments: what was killed: how many ranks, and how many steps had been told as done by then.
+    """
+
+    def __init__(self, folder: str, begin: Sequence[str], world: int, seed: int):
+        self.folder, self.begin, self.world = Path(folder), list(begin), world
+        self.draw = random.Random(seed)
+        self.runs: list[str] = []
+        self.moments: list[tuple[int, int]] = []
+        # no process of this one has used torch's threads, which a fork would lose
+        torch.set_num_threads(1)
+        # or straight-through would lose the steps of each process
+        MaskTrainer.__init__.__kwdefaults__["snapshot_minutes"] = 0.0
+        ranks.LOOK, ranks.ANSWER = 0.1, 0.5
+
+    def kill(self, kills: int, span: float) -> None:
+        """Kill processes up to so many seconds behind their begin, and let the last run end."""
+        run, told = self.folder / "0", 0
+        while True:
+            last = len(self.moments) == kills
+            pids = self._start(run)
+            victims = [] if last else self._victims(pids, self.draw.uniform(0.0, span))
+            codes = _ended(pids, victims)
+            logs = [self._log(rank).read_text() for rank in range(self.world)]
+            assert not any("Traceback" in log for log in logs), "\n".join(logs)
+            told = _told(logs[0], told)
+            if (run / "report.json").exists():
+                # the others may have been killed behind it
+                assert last or victims or codes == [0] * self.world, logs
+                self.runs.append(str(run))
+                run, told = self.folder / str(len(self.runs)), 0
+            if victims:
+                self.moments.append((len(victims), told))
+            elif last:
+                assert codes == [0] * self.world, logs
+                return
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.log"
+
+    def _start(self, run: Path) -> list[int]:
+        """The processes that begin a run, or go on with it."""
+        begun = (run / "settings.json").exists()
+        argv = ["learn", "--resume", str(run)] if begun else [*self.begin, "--output", str(run)]
+        if self.world == 1:
+            return [_fork(argv, self._log(0), {})]
+        # held until the next processes have another
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
+                                   timeout=timedelta(seconds=LONGEST))  # fmt: skip
+        around = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_WORLD_SIZE": str(self.world),
+            "TORCHELASTIC_RUN_ID": "tests",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        return [
+            _fork(argv, self._log(rank), around | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(self.world)
+        ]
+
+    def _victims(self, pids: list[int], moment: float) -> list[int]:
+        """Those that are killed, one or all, unless all have ended before."""
+        time.sleep(moment)
+        if all(map(_has_ended, pids)):
+            return []
+        victims = pids if self.draw.random() < 0.5 else [self.draw.choice(pids)]
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        return victims
+
+
+def _fork(argv: list[str], log: Path, around: dict[str, str]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ.update(around)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for standard in (1, 2):
+            os.dup2(descriptor, standard)
+        code = main.main(argv)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # nothing of the process that has forked is to be done twice
+        os._exit(code)
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _ended(pids: list[int], victims: list[int]) -> list[int]:
+    """How processes have ended; those that others were killed beside have some seconds for it."""
+    limit = time.monotonic() + (GRACE if victims else LONGEST)
+    while not all(map(_has_ended, pids)) and time.monotonic() < limit:
+        time.sleep(0.01)
+    for pid in pids:
+        if not _has_ended(pid):
+            assert victims, "a run does not end"
+            os.kill(pid, signal.SIGKILL)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def _told(log: str, before: int) -> int:
+    """How many steps are told as done; none that were told before are lost."""
+    resumed = re.search(r"(\d+) steps were taken before", log)
+    assert resumed is None or int(resumed[1]) >= before, f"{before} steps were told, then:\n{log}"
+    steps = [int(step) for step in re.findall(r"^step (\d+) of", log, re.MULTILINE)]
+    return max([before, *([int(resumed[1])] if resumed else []), *steps])
