@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..checkpoints.stored_digests import without_digests
 from ..packed import INT8, NMLinear, bits_a_weight
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 
 if TYPE_CHECKING:
     from ..hf import Origin
+
+
+def add_digests(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that load checkpoints, see ``checking_digests``."""
+    parser.add_argument(
+        "--no-digests",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="load packed weights and masks that were changed since they were saved, whatever their digests say",
+    )
+
+
+def checking_digests(args: argparse.Namespace) -> AbstractContextManager:
+    """Within it checkpoints are loaded as ``--no-digests`` says."""
+    return without_digests() if hasattr(args, "no_digests") else nullcontext()
 
 
 def load(name: str, dtype: str, device: torch.device, bars: bool):

@@ -20,6 +20,7 @@ from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
+from .models import add_digests
 from .one_line_parser import OneLineParser, PrintVersions
 from .replay import replay
 from .run_files import SETTINGS
@@ -267,6 +268,7 @@ def _add_eval(commands) -> None:
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="JSON file of all figures to write; must not exist"
     )
     _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
+    add_digests(parser)
     _add_quiet(parser)
     parser.set_defaults(run=evaluate)
 
@@ -371,6 +373,7 @@ def _add_import(commands) -> None:
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="pattern of the weights or masks")
     _add_form(parser, "packed")
     _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
+    add_digests(parser)
     _add_saving(parser)
     _add_quiet(parser)
     parser.set_defaults(run=import_)
@@ -411,25 +414,18 @@ def _add_speed(commands) -> None:
         metavar="C",
         help="threads of torch on a CPU (default: as many as torch takes)",
     )
-    parser.add_argument(
-        "--output",
-        default=argparse.SUPPRESS,
-        metavar="DIR",
-        help=f"folder for {FIGURES} and {PICTURE}; must be new or empty",
-    )
+    told = f"folder for {FIGURES} and {PICTURE}; must be new or empty"
+    parser.add_argument("--output", default=argparse.SUPPRESS, metavar="DIR", help=told)
     _add_device(parser)
     _add_dtype(parser, "dtype of the weights and activations, of all models", DTYPE)
+    add_digests(parser)
     _add_quiet(parser)
     parser.set_defaults(run=speed)
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument(
-        "--model",
-        required=required,
-        default=argparse.SUPPRESS,
-        help="a local folder, a model id on the hub, or smollm2-135m",
-    )
+    told = "a local folder, a model id on the hub, or smollm2-135m"
+    parser.add_argument("--model", required=required, default=argparse.SUPPRESS, help=told)
 
 
 def _add_data(parser: argparse.ArgumentParser, help: str) -> None:

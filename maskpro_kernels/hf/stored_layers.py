@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import adapter_modules
+from ..checkpoints.stored_digests import add_digests
 from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE, NMLinear
@@ -146,14 +150,36 @@ def prepare_for_saving(model: PreTrainedModel) -> None:
 
 
 def _preparing(save: Callable) -> Callable:
-    """``save_pretrained`` behind ``prepare_for_saving``."""
+    """``save_pretrained`` behind ``prepare_for_saving``, with the digests of what it has written."""
+    signature = inspect.signature(save)
 
     @functools.wraps(save)
-    def save_pretrained(self: PreTrainedModel, *args, **kwargs):
+    def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike, *args, **kwargs):
         prepare_for_saving(self)
-        return save(self, *args, **kwargs)
+        given = signature.bind(self, save_directory, *args, **kwargs)
+        if not isinstance(getattr(self.config, "quantization_config", None), OWN):
+            return save(*given.args, **given.kwargs)
+        if given.arguments.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub: expected False from a model with masked or packed layers, whose digests are taken of the "
+                "written files; call push_to_hub() of the model, or maskpro_kernels.hf.save_model"
+            )
+        folder = Path(save_directory)
+        before = _weights_in(folder)
+        found = save(*given.args, **given.kwargs)
+        written = [file for file, state in _weights_in(folder).items() if before.get(file) != state]
+        # of several processes one has written it, and of an adapter alone there is no config
+        if written and given.arguments.get("is_main_process", True) and not getattr(self, "_hf_peft_config_loaded", 0):
+            add_digests(folder, written)
+        return found
 
     return save_pretrained
+
+
+def _weights_in(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """What tells whether a file of weights was written anew."""
+    states = {file: file.stat() for file in sorted(folder.glob("*.safetensors"))}
+    return {file: (state.st_mtime_ns, state.st_ino, state.st_size) for file, state in states.items()}
 
 
 # No layer sees the model that it was put into, and transformers asks no one else before it writes the config

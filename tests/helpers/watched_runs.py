@@ -12,7 +12,7 @@ from pathlib import Path
 from helpers.disk_model import put
 from helpers.power_cuts import NOTHING, State, Watched
 from helpers.small_trainer import a_trainer_in, logits_of
-from maskpro_kernels.training.batches import digest
+from maskpro_kernels.digests import digest
 from maskpro_kernels.training.journal import Journal
 from maskpro_kernels.training.run_folder import RunFolder
 from maskpro_kernels.training.trainer import MaskTrainer
