@@ -1,6 +1,6 @@
 """Runs of `maskpro learn` in processes that are killed at random moments.
 
-The process that calls this has imported torch and transformers, and forks: a command begins at once.
+The process that calls this forks. Where it has run a command itself before, another one begins at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,52 +28,65 @@ from maskpro_kernels.training.trainer import MaskTrainer
 GRACE = 5.0
 
 
-class Killed:
-    """Runs that are killed, one after the other, until there were enough kills.
+class KilledRuns:
+    """Runs of one kind: the first one whole, the others killed, one after the other.
 
     Args:
         folder: of the runs and of what they tell.
-        begin: arguments of a run, without its ``--output``.
+        begin: arguments of a run of so many steps, without its ``--output``.
+        steps: of each.
         world: ranks of each.
         seed: of the moments and the victims.
 
     Attributes:
-        runs: that have ended, all by themselves in the end.
-        moments: what was killed: how many ranks, and how many steps had been told as done by then.
+        runs: that have ended.
+        moments: of each kill, how many ranks were killed, and how many steps had been told as done by then.
     """
 
-    def __init__(self, folder: str, begin: Sequence[str], world: int, seed: int):
-        self.folder, self.begin, self.world = Path(folder), list(begin), world
+    def __init__(self, folder: str, begin: Sequence[str], steps: int, world: int, seed: int):
+        self.folder, self.begin, self.steps, self.world = Path(folder), list(begin), steps, world
         self.draw = random.Random(seed)
         self.runs: list[str] = []
         self.moments: list[tuple[int, int]] = []
-        # no process of this one has used torch's threads, which a fork would lose
+        # threads would be lost in a fork
         torch.set_num_threads(1)
         # or straight-through would lose the steps of each process
         MaskTrainer.__init__.__kwdefaults__["snapshot_minutes"] = 0.0
         ranks.LOOK, ranks.ANSWER = 0.1, 0.5
+        began = time.monotonic()
+        self._go_on(0, kill=False)
+        self.span = time.monotonic() - began
 
-    def kill(self, kills: int, span: float) -> None:
-        """Kill processes up to so many seconds behind their begin, and let the last run end."""
-        run, told = self.folder / "0", 0
-        while True:
-            last = len(self.moments) == kills
-            pids = self._start(run)
-            victims = [] if last else self._victims(pids, self.draw.uniform(0.0, span))
-            codes = _ended(pids, victims)
-            logs = [self._log(rank).read_text() for rank in range(self.world)]
-            assert not any("Traceback" in log for log in logs), "\n".join(logs)
-            told = _told(logs[0], told)
-            if (run / "report.json").exists():
-                # the others may have been killed behind it
-                assert last or victims or codes == [0] * self.world, logs
-                self.runs.append(str(run))
-                run, told = self.folder / str(len(self.runs)), 0
-            if victims:
-                self.moments.append((len(victims), told))
-            elif last:
-                assert codes == [0] * self.world, logs
-                return
+    def kill(self, kills: int) -> None:
+        """Kill so many times, then let the last run end."""
+        told = 0
+        while len(self.moments) < kills:
+            told = self._go_on(told, kill=True)
+        if told:
+            self._go_on(told, kill=False)
+
+    def _go_on(self, told: int, kill: bool) -> int:
+        """Begin a run or go on with the last one, and kill it; gives how many steps are told, 0 where it has ended.
+
+        Args:
+            told: how many were told before.
+            kill: or let it end.
+        """
+        run = self.folder / str(len(self.runs))
+        pids = self._start(run)
+        victims = self._victims(pids, told) if kill else []
+        codes = _ended(pids, victims)
+        logs = [self._log(rank).read_text() for rank in range(self.world)]
+        assert not any("Traceback" in log for log in logs), "\n".join(logs)
+        assert victims or codes == [0] * self.world, "\n".join(logs)
+        told = _told(logs[0], told)
+        if victims:
+            self.moments.append((len(victims), told))
+        if (run / "report.json").exists():
+            self.runs.append(str(run))
+            return 0
+        # one that was killed before its first step has begun, too
+        return told or int(run.exists())
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.log"
@@ -100,9 +113,14 @@ class Killed:
             for rank in range(self.world)
         ]
 
-    def _victims(self, pids: list[int], moment: float) -> list[int]:
-        """Those that are killed, one or all, unless all have ended before."""
-        time.sleep(moment)
+    def _victims(self, pids: list[int], told: int) -> list[int]:
+        """Those that are killed, one or all: at any moment, or soon after a step; none where all have ended before."""
+        if self.draw.random() < 0.5:
+            _wait(pids, self.draw.uniform(0.0, self.span))
+        else:
+            step = min(told + self.draw.randint(1, self.steps // 4), self.steps)
+            _wait(pids, LONGEST, lambda: f"\nstep {step} of" in self._log(0).read_text())
+            _wait(pids, self.draw.uniform(0.0, 2 * self.span / self.steps))
         if all(map(_has_ended, pids)):
             return []
         victims = pids if self.draw.random() < 0.5 else [self.draw.choice(pids)]
@@ -137,11 +155,16 @@ def _has_ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def _wait(pids: list[int], seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+    """Wait for so long, or until something is so, or all processes have ended."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit and not until() and not all(map(_has_ended, pids)):
+        time.sleep(0.001)
+
+
 def _ended(pids: list[int], victims: list[int]) -> list[int]:
     """How processes have ended; those that others were killed beside have some seconds for it."""
-    limit = time.monotonic() + (GRACE if victims else LONGEST)
-    while not all(map(_has_ended, pids)) and time.monotonic() < limit:
-        time.sleep(0.01)
+    _wait(pids, GRACE if victims else LONGEST)
     for pid in pids:
         if not _has_ended(pid):
             assert victims, "a run does not end"

@@ -14,7 +14,7 @@ from helpers.power_cuts import NOTHING, State, Watched
 from helpers.small_trainer import a_trainer_in, logits_of
 from maskpro_kernels.digests import digest
 from maskpro_kernels.training.journal import Journal
-from maskpro_kernels.training.run_folder import RunFolder
+from maskpro_kernels.training.run_folder import METRICS, RunFolder
 from maskpro_kernels.training.trainer import MaskTrainer
 
 STEPS, BETWEEN_SNAPSHOTS = 40, 5
@@ -46,9 +46,21 @@ class SmallRun:
             trainer.snapshot_minutes = 0.0 if (trainer.steps_done + 1) % BETWEEN_SNAPSHOTS == 0 else math.inf
             trainer.step()
         trainer.close()
-        tensors = [*logits_of(trainer.model), *trainer.estimator.tensors().values()]
-        rows = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        return digest(tensors), [[row[name] for name in COLUMNS] for row in rows]
+        return self._digest(), self._metrics()
+
+    def place(self) -> tuple:
+        """Where the run stands: runs at the same place have the same steps before them."""
+        others = ((path.name, path.read_bytes()) for path in self.folder.rglob("*") if path.is_file())
+        files = sorted((name, content) for name, content in others if name != METRICS)
+        return self.trainer.steps_done, self._digest(), repr(self.trainer.estimator.state()), self._metrics(), files
+
+    def _digest(self) -> str:
+        return digest([*logits_of(self.trainer.model), *self.trainer.estimator.tensors().values()])
+
+    def _metrics(self) -> list[list]:
+        path = self.folder / METRICS
+        rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        return [[row[name] for name in COLUMNS] for row in rows]
 
     def resume(self, acknowledged: int) -> int:
         """Go on, or begin anew where nothing was told as done: a run may then be refused, in one line.
@@ -65,8 +77,8 @@ class SmallRun:
                 steps = self.trainer.resume()
         except ValueError as error:
             line = str(error)
-            assert line.startswith("output_dir: expected a folder with") and "\n" not in line, line
             assert acknowledged == NOTHING, f"{acknowledged} steps were told as done: {line}"
+            assert ": expected " in line and "\n" not in line, line
             self.trainer = a_trainer_in(self.folder, self.how)
             return NOTHING
         assert steps >= acknowledged, f"{steps} steps are left of {acknowledged} that were told as done"
@@ -110,12 +122,31 @@ def watched_run(root: Path, how: str, monkeypatch, **watch) -> tuple[Watched, Le
     return watched, learned
 
 
-def goes_on(state: State, root: Path, how: str, steps: int = STEPS) -> Learned:
-    """What a run has learned at its end that goes on with a state; what it has told is not lost."""
+def resumed(state: State, root: Path, how: str, steps: int = STEPS) -> SmallRun:
+    """A run that goes on with a state; what it has told is not lost."""
     put(state.tree, root)
     run = SmallRun(root, how, steps)
     run.resume(state.acknowledged)
-    return run.take()
+    return run
+
+
+class GoingOn:
+    """What runs have learned at their end that go on with states; of those at one place the first is taken there."""
+
+    def __init__(self, how: str, steps: int = STEPS):
+        self.how, self.steps = how, steps
+        self._known: list[tuple[tuple, Learned]] = []
+
+    def learned(self, state: State, root: Path) -> Learned:
+        """Of a state, which is put into a new folder; what it has told is not lost."""
+        run = resumed(state, root, self.how, self.steps)
+        place = run.place()
+        for other, learned in self._known:
+            if other == place:
+                run.trainer.close()
+                return learned
+        self._known.append((place, run.take()))
+        return self._known[-1][1]
 
 
 def thinned(states: Iterable[State], number: int | None) -> list[State]:

@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 from helpers.power_cuts import Watched, disk_error, nth
-from helpers.watched_runs import SmallRun, goes_on, told
+from helpers.watched_runs import GoingOn, SmallRun, told
 
 pytestmark = pytest.mark.usefixtures("compiled_reference")
 
@@ -29,13 +29,14 @@ ERRORS = [
 @pytest.mark.parametrize(
     ("how", "every"),
     [
-        *((how, 5) for how in ("reinforce", "straight-through")),
+        *((how, 9) for how in ("reinforce", "straight-through")),
         *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("reinforce", "straight-through", "refreshed")),
     ],
 )
 def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch, how, every):
     monkeypatch.setattr(os, "fsync", lambda _: None)
     whole, failed = SmallRun(tmp_path / "whole", how, STEPS).take(), 0
+    going_on = GoingOn(how, STEPS)
     for operation, code in ERRORS:
         for number in count(step=every):
             root = tmp_path / f"{operation} {number} {code}"
@@ -55,5 +56,5 @@ def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch
                 assert again.take() == whole, root.name
             for index, state in enumerate(watched.states.values()):
                 if index % (every * every) == 0:
-                    assert goes_on(state, root / f"state {index}", how, STEPS) == whole, f"{root.name}: {state.how}"
+                    assert going_on.learned(state, root / f"state {index}") == whole, f"{root.name}: {state.how}"
     print(f"{how}: {failed} errors")
