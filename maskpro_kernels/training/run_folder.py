@@ -335,8 +335,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another trainer have the folder."""
-        if self.journal is not None:
-            self.journal.close()
-        if self._lock is not None:
-            self._lock.release()
-        self.journal = self._lock = None
+        try:
+            if self.journal is not None:
+                self.journal.close()
+        finally:
+            # also where the disk refuses to close the file
+            if self._lock is not None:
+                self._lock.release()
+            self.journal = self._lock = None

@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -226,13 +225,29 @@ def path_of(descriptor: int) -> Path:
     return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
 
 
-def nth(
-    operation: str, number: int, what: Callable[[], OSError | Kill]
-) -> Callable[[str, Path], OSError | Kill | None]:
-    """An ``error`` for ``Watched``: one of the operations of that name fails by it, counted from 0."""
-    numbers = count()
-    return lambda name, _: what() if name == operation and next(numbers) == number else None
+class Failing:
+    """An ``error`` for ``Watched``: one operation fails, or all from it on.
 
+    Args:
+        what: the number of an error, None: the process is killed.
+        operation: its name; None: any.
+        number: which of that name, counted from 0.
+        lasting: whether all that come behind it fail, too.
 
-def disk_error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
+    Attributes:
+        came: whether it has been.
+    """
+
+    def __init__(self, what: int | None, operation: str | None, number: int, lasting: bool = False):
+        self.what, self.operation, self.number, self.lasting = what, operation, number, lasting
+        self._seen, self.came = 0, False
+
+    def __call__(self, name: str, path: Path) -> OSError | Kill | None:
+        if self.operation not in (None, name):
+            return None
+        self._seen += 1
+        now = self._seen - 1 == self.number or self.lasting and self.came
+        self.came |= now
+        if not now:
+            return None
+        return Kill() if self.what is None else OSError(self.what, os.strerror(self.what))

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers.power_cuts import Kill, Watched, nth
+from helpers.power_cuts import Failing, Kill, Watched
 from helpers.watched_runs import GoingOn, SmallRun, resumed, thinned, told, watched_run
 
 from maskpro_kernels.training import journal
@@ -111,7 +111,7 @@ def test_a_power_cut_behind_a_kill_loses_no_step_that_was_told(
     whole = SmallRun(tmp_path / "whole", how, STEPS).take()
     root = tmp_path / "killed"
     root.mkdir()
-    with Watched(root, error=nth(operation, one, Kill)) as watched, told(watched, monkeypatch):
+    with Watched(root, error=Failing(None, operation, one)) as watched, told(watched, monkeypatch):
         killed = SmallRun(root, how, STEPS)
         with suppress(Kill):
             killed.take()
