@@ -53,50 +53,55 @@ class KilledRuns:
         # or straight-through would lose the steps of each process
         MaskTrainer.__init__.__kwdefaults__["snapshot_minutes"] = 0.0
         ranks.LOOK, ranks.ANSWER = 0.1, 0.5
+        # of the last run
+        self._told = 0
         began = time.monotonic()
-        self._go_on(0, kill=False)
+        self._go_on(kill=False)
         self.span = time.monotonic() - began
 
     def kill(self, kills: int) -> None:
         """Kill so many times, then let the last run end."""
-        told = 0
         while len(self.moments) < kills:
-            told = self._go_on(told, kill=True)
-        if told:
-            self._go_on(told, kill=False)
+            self._go_on(kill=True)
+        if self._run().exists():
+            self._go_on(kill=False)
 
-    def _go_on(self, told: int, kill: bool) -> int:
-        """Begin a run or go on with the last one, and kill it; gives how many steps are told, 0 where it has ended.
+    def _run(self) -> Path:
+        """The folder of the run that has not ended."""
+        return self.folder / str(len(self.runs))
 
-        Args:
-            told: how many were told before.
-            kill: or let it end.
-        """
-        run = self.folder / str(len(self.runs))
+    def _go_on(self, kill: bool) -> None:
+        """Begin a run or go on with it, and kill it or let it end."""
+        run = self._run()
         pids = self._start(run)
-        victims = self._victims(pids, told) if kill else []
+        victims = self._victims(pids) if kill else []
         codes = _ended(pids, victims)
-        logs = [self._log(rank).read_text() for rank in range(self.world)]
+        logs = list(map(self._log, range(self.world)))
         assert not any("Traceback" in log for log in logs), "\n".join(logs)
         assert victims or codes == [0] * self.world, "\n".join(logs)
-        told = _told(logs[0], told)
+        self._told = _told(logs[0], self._told)
         if victims:
-            self.moments.append((len(victims), told))
+            self.moments.append((len(victims), self._told))
         if (run / "report.json").exists():
             self.runs.append(str(run))
-            return 0
-        # one that was killed before its first step has begun, too
-        return told or int(run.exists())
+            self._told = 0
 
-    def _log(self, rank: int) -> Path:
+    def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.log"
+
+    def _log(self, rank: int) -> str:
+        """What a rank has told; one that was killed at once has told of nothing."""
+        path = self._path(rank)
+        return path.read_text() if path.exists() else ""
 
     def _start(self, run: Path) -> list[int]:
         """The processes that begin a run, or go on with it."""
         begun = (run / "settings.json").exists()
         argv = ["learn", "--resume", str(run)] if begun else [*self.begin, "--output", str(run)]
+        for rank in range(self.world):
+            self._path(rank).unlink(missing_ok=True)
         if self.world == 1:
-            return [_fork(argv, self._log(0), {})]
+            return [_fork(argv, self._path(0), {})]
         # held until the next processes have another
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                                    timeout=timedelta(seconds=LONGEST))  # fmt: skip
@@ -109,17 +114,17 @@ class KilledRuns:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         return [
-            _fork(argv, self._log(rank), around | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            _fork(argv, self._path(rank), around | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(self.world)
         ]
 
-    def _victims(self, pids: list[int], told: int) -> list[int]:
+    def _victims(self, pids: list[int]) -> list[int]:
         """Those that are killed, one or all: at any moment, or soon after a step; none where all have ended before."""
         if self.draw.random() < 0.5:
             _wait(pids, self.draw.uniform(0.0, self.span))
         else:
-            step = min(told + self.draw.randint(1, self.steps // 4), self.steps)
-            _wait(pids, LONGEST, lambda: f"\nstep {step} of" in self._log(0).read_text())
+            step = min(self._told + self.draw.randint(1, self.steps // 4), self.steps)
+            _wait(pids, LONGEST, lambda: f"\nstep {step} of" in self._log(0))
             _wait(pids, self.draw.uniform(0.0, 2 * self.span / self.steps))
         if all(map(_has_ended, pids)):
             return []

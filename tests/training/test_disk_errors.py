@@ -49,10 +49,13 @@ def test_an_error_of_the_disk_ends_a_run_and_loses_nothing(tmp_path, monkeypatch
             with Watched(root, error=failing) as watched, told(watched, monkeypatch):
                 run = SmallRun(root, how, STEPS)
                 try:
-                    assert run.take() == whole and not failing.came
-                    break
+                    assert run.take() == whole
+                    # of a folder that is there already, and of a probe of the lock
+                    assert not failing.came or operation in ("mkdir", "open"), f"{root.name}: nobody was told"
                 except OSError as caught:
                     assert caught.errno == code
+                if not failing.came:
+                    break
                 with suppress(OSError):
                     run.trainer.close()
                 # another process, once the disk is mended
