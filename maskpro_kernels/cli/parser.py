@@ -389,6 +389,7 @@ def _add_validate(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
+    add_digests(parser)
     parser.set_defaults(run=validate)
 
 

@@ -6,7 +6,8 @@ import functools
 import inspect
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -14,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import adapter_modules
-from ..checkpoints.stored_digests import add_digests
 from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE, NMLinear
+from ..stored_digests import add_digests
 from .masked import MaskedConfig
 from .packed import PackedConfig
 
@@ -159,21 +160,37 @@ def _preparing(save: Callable) -> Callable:
         given = signature.bind(self, save_directory, *args, **kwargs)
         if not isinstance(getattr(self.config, "quantization_config", None), OWN):
             return save(*given.args, **given.kwargs)
-        if given.arguments.get("push_to_hub"):
-            raise ValueError(
-                "push_to_hub: expected False from a model with masked or packed layers, whose digests are taken of the "
-                "written files; call push_to_hub() of the model, or maskpro_kernels.hf.save_model"
-            )
-        folder = Path(save_directory)
-        before = _weights_in(folder)
-        found = save(*given.args, **given.kwargs)
-        written = [file for file, state in _weights_in(folder).items() if before.get(file) != state]
-        # of several processes one has written it, and of an adapter alone there is no config
-        if written and given.arguments.get("is_main_process", True) and not getattr(self, "_hf_peft_config_loaded", 0):
-            add_digests(folder, written)
-        return found
+        # of several processes one writes the config, and beside an adapter alone there is none
+        if not given.arguments.get("is_main_process", True) or getattr(self, "_hf_peft_config_loaded", False):
+            return save(*given.args, **given.kwargs)
+        with _adding_digests(self, Path(save_directory)):
+            return save(*given.args, **given.kwargs)
 
     return save_pretrained
+
+
+@contextmanager
+def _adding_digests(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Add the digests of the weights that are written within it: at its end, or before they go to the hub."""
+    before, added = _weights_in(folder), []
+
+    def add() -> None:
+        written = [file for file, state in _weights_in(folder).items() if before.get(file) != state]
+        if written and not added:
+            add_digests(folder, written)
+            added.extend(written)
+
+    def upload(*args, **kwargs):
+        add()
+        return type(model)._upload_modified_files(model, *args, **kwargs)
+
+    # transformers uploads what it has written before it returns
+    model._upload_modified_files = upload
+    try:
+        yield
+    finally:
+        del model._upload_modified_files
+    add()
 
 
 def _weights_in(folder: Path) -> dict[Path, tuple[int, ...]]:

@@ -137,19 +137,16 @@ class MaskTrainer:
 
         The logits may then be of no step, or of another one than ``steps_done`` tells.
         """
-        return self._broken
+        return self._broken or (self._folder is not None and self._folder.lost)
 
     @property
     def metrics(self) -> list[dict]:
-        """The fields of ``StepRecord`` for each step of the run in ``output_dir``, those of earlier processes too.
-
-        Without a folder, and on other ranks than 0, there are none.
-        """
-        return [] if self._folder is None or self._folder.metrics is None else self._folder.metrics.rows
+        """The fields of ``StepRecord`` for each step of the run in ``output_dir``; of rank 0 alone."""
+        return [] if self._folder is None else self._folder.rows
 
     @property
     def run_id(self) -> str | None:
-        """What tells the run in ``output_dir`` from all others; None where ``metrics`` has none."""
+        """What tells the run in ``output_dir`` from all others; of rank 0 alone."""
         return None if self._folder is None else self._folder.run_id
 
     def begin(self, progress: bool = False) -> None:
@@ -257,7 +254,7 @@ class MaskTrainer:
             if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
         if self._skipped:
-            self._check_skipped(record, result)
+            _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
         return record
 
     def resume(self, progress: bool = False) -> int:
@@ -323,29 +320,10 @@ class MaskTrainer:
 
     def _begin_update(self, entry: Entry | None) -> None:
         if self._folder is not None:
-            try:
-                self._folder.keep_hold()
-            except ValueError:
-                # it is another trainer's now: nothing more is written there
-                self.close()
-                raise
-            if self._folder.journal is not None and entry is not None:
-                # ahead of the update: a run that is killed in between takes it from here
-                self._folder.journal.append(entry)
+            # ahead of the update: a run that is killed in between takes it from here
+            self._folder.add_entry(entry)
         # until the step has ended logits may have moved in a part of the layers
         self._broken = True
-
-    def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
-        """Raise FloatingPointError where too many steps have been skipped."""
-        told = f"loss of step {record.step}: expected a finite number, got {record.loss}"
-        if result.bad_layers:
-            told = f"gradients of step {record.step}: expected finite numbers, got others in {list(result.bad_layers)}"
-        if self._skipped > self.max_skipped:
-            others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
-            raise FloatingPointError(told + others)
-        if result.bad_layers and self.ranks.rank == 0:
-            # the record does not show it, as it does a loss
-            warnings.warn(f"{told}; the logits of their weights are as before", stacklevel=3)
 
     def _agreed_settings(self, **others: str) -> dict:
         """The settings that identify the run, and these, once all ranks agree on them."""
@@ -400,6 +378,23 @@ class MaskTrainer:
         """Loss under m_0 of the batches of this step."""
         self._losses_of_initial_masks(progress=False)
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
+
+
+def _check_skipped(record: StepRecord, result: StepResult, skipped: int, most: int, told: bool) -> None:
+    """Raise FloatingPointError where more steps in a row have been skipped than may be.
+
+    Args:
+        told: whether this rank warns of gradients.
+    """
+    found = f"loss of step {record.step}: expected a finite number, got {record.loss}"
+    if result.bad_layers:
+        found = f"gradients of step {record.step}: expected finite numbers, got others in {list(result.bad_layers)}"
+    if skipped > most:
+        others = f", after {skipped - 1} others in a row" if skipped > 1 else ""
+        raise FloatingPointError(found + others)
+    if result.bad_layers and told:
+        # the record does not show it, as it does a loss
+        warnings.warn(f"{found}; the logits of their weights are as before", stacklevel=3)
 
 
 def _shown(record: StepRecord) -> dict[str, str]:
