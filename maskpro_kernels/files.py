@@ -6,7 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -52,11 +52,16 @@ def _temporary(path: Path) -> Path:
 
 def make_folder(path: Path) -> None:
     """Make a folder, with those above it, unless it is there; their names are on disk then."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(made):
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    there = missing[-1].parent if missing else path
+    # whoever made it may have been ended before its name was on disk; what we may not read, we have not made
+    with suppress(PermissionError):
+        sync(there.absolute().parent)
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
         # its name is itself lost in a crash unless the folder above reaches the disk too
         sync(folder.parent)
+    path.mkdir(exist_ok=True)
 
 
 def sync(path: Path) -> None:

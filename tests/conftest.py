@@ -98,6 +98,14 @@ def eager_reference(monkeypatch):
 
 
 @pytest.fixture
+def compiled_reference(monkeypatch):
+    """CPU tensors go to the reference as machine code, as users have it: for tests of many steps."""
+    from helpers.routes import take_route
+
+    take_route(monkeypatch, "compiled")
+
+
+@pytest.fixture
 def datasets_cache(tmp_path_factory, monkeypatch):
     """What the library ``datasets`` keeps of files goes where tests write, and the hub is not asked."""
     import datasets

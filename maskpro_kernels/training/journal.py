@@ -105,6 +105,7 @@ class Journal:
     def __init__(self, path: Path, header: dict, draws: int, steps: int, chain: str):
         self.path, self.header, self.draws, self.steps, self.chain = path, header, draws, steps, chain
         self._file = open(path, "a+b", buffering=0)
+        self._failed = False
 
     @classmethod
     def create(cls, path: str | Path, header: Mapping, draws: int = 1) -> Journal:
@@ -135,20 +136,22 @@ class Journal:
         Raises:
             ValueError, OSError: as ``read``.
         """
-        found = read(path)
-        if found.torn:
-            with open(path, "r+b") as file:
-                file.truncate(found.end)
-                os.fsync(file.fileno())
-        return cls(Path(path), found.header, found.draws, len(found.entries), found.chain[-1]), found
+        path, found = Path(path), read(path)
+        # anew: what another process has written may be in memory alone, where it was killed or a sync failed, and a
+        # sync does not write again what the system takes for written
+        write_whole(path, path.read_bytes()[: found.end])
+        return cls(path, found.header, found.draws, len(found.entries), found.chain[-1]), found
 
     def append(self, entry: Entry) -> None:
         """Write a record and wait until it is on disk.
 
         Raises:
             ValueError: if it is not the next step, or has another number of draws.
-            OSError: if it cannot be written; what had been written of it is then taken back.
+            OSError: if it cannot be written; what had been written of it is then taken back. Where it was the sync that
+                failed, or nothing can be taken back, no further record is taken: ``resume`` goes on.
         """
+        if self._failed:
+            raise OSError(f"{self.path}: the disk has failed before, and what it holds is not known: go on by a resume")
         if entry.step != self.steps or len(entry.draws) != self.draws:
             raise ValueError(
                 f"entry: expected step {self.steps} with {self.draws} draws, got step {entry.step} with "
@@ -158,13 +161,28 @@ class Journal:
         try:
             if self._file.write(record) != len(record):
                 raise OSError(f"{self.path}: the disk took a part of a record only")
-            os.fsync(self._file.fileno())
+            self._sync()
         except BaseException:
             # an interrupt too: what is not known to be on disk is not there
-            os.ftruncate(self._file.fileno(), before)
+            self._take_back(before)
             raise
         self.steps += 1
         self.chain = record[-SIZE:].hex()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError:
+            # the system takes for written what it could not write: another sync would succeed, and write nothing
+            self._failed = True
+            raise
+
+    def _take_back(self, end: int) -> None:
+        """Let the file end there; the error that led to it is the one to be told."""
+        try:
+            os.ftruncate(self._file.fileno(), end)
+        except OSError:
+            self._failed = True
 
     def put_back(self) -> bool:
         """Whether another program had removed the file; it is then there again, with all its records.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checked_json import rows_of, sealed_line
-from ..files import append_whole, write_whole
+from ..files import append_whole, sync, write_whole
 
 # Of a record what the line of its step alone tells: no journal knows it
 MEASURED = ("flip_rate", "seconds")
@@ -49,6 +49,12 @@ class Metrics:
             )
             self._write()
         self._written = len(self.rows)
+
+    def sync(self) -> None:
+        """Wait until the file is on disk, and its name, where it is there."""
+        if self.path.exists():
+            sync(self.path)
+            sync(self.path.parent)
 
     def is_as_left(self) -> bool:
         """Whether the file has the length that it was given last."""

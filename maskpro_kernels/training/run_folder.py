@@ -335,6 +335,9 @@ class RunFolder:
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
+        if not self.journaled:
+            # the steps before are not taken again, and nothing else knows what they saw
+            self.metrics.sync()
         save_snapshot(self.path, step, tensors, {**self._place(), **state})
 
     def _place(self) -> dict:
@@ -369,8 +372,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another trainer have the folder."""
-        if self.journal is not None:
-            self.journal.close()
-        if self._lock is not None:
-            self._lock.release()
-        self.journal = self._lock = None
+        try:
+            if self.journal is not None:
+                self.journal.close()
+        finally:
+            # also where the disk refuses to close the file
+            if self._lock is not None:
+                self._lock.release()
+            self.journal = self._lock = None

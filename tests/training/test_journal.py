@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -120,24 +122,66 @@ def test_records_count_in_their_own_run_and_place_alone(tmp_path):
         journal.read(own)
 
 
-def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
+class FullDisk:
+    """An open file that takes a part of a record, then no more."""
+
+    def __init__(self, file):
+        self.file, self.fileno, self.close = file, file.fileno, file.close
+
+    def write(self, content: bytes):
+        self.file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_journal_whole(tmp_path):
     entries = a_journal(tmp_path / "journal", 3)
     writer, before = Journal.resume(tmp_path / "journal")
-
-    class Full:
-        """Takes a part of a record, then no more."""
-
-        def fileno(self):
-            return file.fileno()
-
-        def write(self, content):
-            file.write(content[:10])
-            raise OSError(28, "No space left on device")
-
-    file, writer._file = writer._file, Full()
+    file, writer._file = writer._file, FullDisk(writer._file)
     with pytest.raises(OSError, match="No space left"):
         writer.append(entry(3))
     assert journal.read(tmp_path / "journal") == before
     writer._file = file
     writer.append(entry(3))
     assert journal.read(tmp_path / "journal").entries == [*entries, entry(3)]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "ftruncate"])
+def test_behind_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_path, monkeypatch, failing):
+    """A sync that is asked for again would succeed without a write; behind a half no record would be found."""
+    path = tmp_path / "journal"
+    entries = a_journal(path, 3)
+    writer, _ = Journal.resume(path)
+    file = writer._file
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, failing, fail)
+        if failing == "ftruncate":
+            writer._file = FullDisk(file)
+        # the first error is told
+        with pytest.raises(OSError, match="Input/output error" if failing == "fsync" else "No space left"):
+            writer.append(entry(3))
+    writer._file = file
+    size = path.stat().st_size
+    with pytest.raises(OSError, match="the disk has failed before, and what it holds is not known: go on by a resume"):
+        writer.append(entry(3))
+    assert path.stat().st_size == size
+    writer.close()
+    again, found = Journal.resume(path)
+    assert found.entries == entries
+    again.append(entry(3))
+    again.close()
+    assert journal.read(path).entries == [*entries, entry(3)]
+
+
+def test_what_is_read_is_on_disk(tmp_path, monkeypatch):
+    """A record of a process that was killed may be in memory alone, and counts from here on."""
+    path = tmp_path / "journal"
+    a_journal(path, 3)
+    before, synced, sync = path.stat().st_ino, [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), sync(file)))
+    writer, _ = Journal.resume(path)
+    assert path.stat().st_ino != before and path.stat().st_ino in synced
+    writer.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import LONGEST, forking
 from helpers.routes import route_to_the_eager_reference
-from helpers.small_trainer import a_trainer_in, logits_of
+from helpers.small_trainer import a_trainer, a_trainer_in, logits_of
 
 import maskpro_kernels as mk
 from maskpro_kernels.checked_json import sealed_line
@@ -308,6 +309,27 @@ def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
     again = a_trainer_in(tmp_path, how, model())
     assert again.resume() == 6
     assert_same_bits(logits_of(again.model), logits_of(trainer.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["reinforce", "three draws", "straight-through"])
+def test_a_run_of_3000_steps_that_is_resumed_100_times(tmp_path, how):
+    whole = a_trainer(how=how)
+    whole.run(3000, progress=False)
+    draw = random.Random(how)
+    for moment in [*sorted(draw.sample(range(1, 3000), 100)), 3000]:
+        trainer = a_trainer_in(tmp_path, how)
+        if snapshots.snapshots_in(tmp_path):
+            trainer.resume()
+        while trainer.steps_done < moment:
+            # without a journal the last step has to be in a snapshot, with one some of them
+            last = trainer.steps_done == moment - 1
+            keep = last and (how == "straight-through" or draw.random() < 0.5)
+            trainer.snapshot_minutes = 0.0 if keep else math.inf
+            trainer.step()
+        trainer.close()
+    assert_same_bits(logits_of(trainer.model), logits_of(whole.model))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3000
 
 
 def take_steps(pipe, folder: Path, how: str, steps: int) -> None:
