@@ -83,6 +83,7 @@ class Journal:
     def __init__(self, path: Path, header: dict, draws: int, steps: int):
         self.path, self.header, self.draws, self.steps = path, header, draws, steps
         self._file = open(path, "ab", buffering=0)
+        self._process, self._end = os.getpid(), os.fstat(self._file.fileno()).st_size
 
     @classmethod
     def create(cls, path: str | Path, header: Mapping, draws: int = 1) -> Journal:
@@ -122,24 +123,42 @@ class Journal:
         """Write a record and wait until it is on disk.
 
         Raises:
-            ValueError: if it is not the next step, or has another number of draws.
+            RuntimeError: if another process has opened the journal: this one was forked from it.
+            ValueError: if it is not the next step, or has another number of draws, or the file does not end where the
+                last record did.
             OSError: if it cannot be written; what had been written of it is then taken back.
         """
+        self._check_place()
         if entry.step != self.steps or len(entry.draws) != self.draws:
             raise ValueError(
                 f"entry: expected step {self.steps} with {self.draws} draws, got step {entry.step} with "
                 f"{len(entry.draws)}"
             )
-        record, before = entry.packed(), os.fstat(self._file.fileno()).st_size
+        record = entry.packed()
         try:
             if self._file.write(record) != len(record):
                 raise OSError(f"{self.path}: the disk took a part of a record only")
             os.fsync(self._file.fileno())
         except BaseException:
             # an interrupt too: what is not known to be on disk is not there
-            os.ftruncate(self._file.fileno(), before)
+            os.ftruncate(self._file.fileno(), self._end)
             raise
         self.steps += 1
+        self._end += len(record)
+
+    def _check_place(self) -> None:
+        """Raise unless this process alone has written behind what was there."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"journal: expected process {self._process}, which has opened it, got {os.getpid()}, which was forked "
+                "from it: two may not write to one run"
+            )
+        end = os.fstat(self._file.fileno()).st_size
+        if end != self._end:
+            raise ValueError(
+                f"journal: expected {str(self.path)!r} to end at byte {self._end}, as this process has left it, got "
+                f"{end}: something else writes to it; resume the run to have what is sound of it"
+            )
 
     def close(self) -> None:
         self._file.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..files import make_folder, write_whole
+from ..files import make_folder, unfinished, write_whole
 from ..modules import MaskedLinear
 from .batches import content, digest, tensors_of
 from .estimator import Estimator
@@ -113,6 +114,7 @@ class RunFolder:
         self.journal: Journal | None = None
         self._lock: FileLock | None = None
         self._run: Mapping | None = None
+        self._process: int | None = None
 
     def start(self, run: Mapping) -> None:
         """Make the folder and keep other trainers out of it.
@@ -146,8 +148,7 @@ class RunFolder:
 
     def _unfinished(self) -> list[Path]:
         """Files of which a process that was killed had written a part."""
-        folders = self.path, self.path / INITIAL_LOSSES
-        return [path for folder in folders for path in folder.glob("*.tmp") if path.is_file()]
+        return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder)]
 
     def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
         """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
@@ -245,15 +246,18 @@ class RunFolder:
 
     def add_metrics(self, row: Mapping) -> None:
         """Add the line of a step."""
+        self.check_process()
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
+        self.check_process()
         save_snapshot(self.path, step, tensors, {"run": self._run, **state})
 
     def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:
         """Add the losses of all batches under refreshed initial masks, which this step is the first to need."""
+        self.check_process()
         folder = self.path / INITIAL_LOSSES
         make_folder(folder)
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
@@ -270,9 +274,20 @@ class RunFolder:
                 f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
                 f"{str(self.path)!r}"
             ) from None
+        self._process = os.getpid()
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked while a trainer had the folder: it is its parent's."""
+        if self._process not in (None, os.getpid()):
+            raise RuntimeError(
+                f"output_dir: expected process {self._process}, whose run is in {str(self.path)!r}, got {os.getpid()}, "
+                "which was forked from it: two may not write to one run; make a trainer with another output_dir here"
+            )
 
     def close(self) -> None:
-        """Let another trainer have the folder."""
+        """Let another trainer have the folder; a forked process lets go of nothing that its parent holds."""
+        if self._process not in (None, os.getpid()):
+            return
         if self.journal is not None:
             self.journal.close()
         if self._lock is not None:

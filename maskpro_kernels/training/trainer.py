@@ -17,12 +17,14 @@ from torch import nn
 from tqdm import tqdm
 
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
+from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import digest, weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
 from .journal import Entry
 from .number_checks import check_float, check_whole
+from .rank_agreement import alike_on_ranks
 from .resume import RunState, put_back, read_run, snapshot_of
 from .run_folder import RunFolder, settings_of
 from .sharing import PARALLEL, Sharing
@@ -205,7 +207,8 @@ class MaskTrainer:
             FloatingPointError: if the update is not finite: logits and tracker are then as before the step. And where
                 more steps in a row than ``max_skipped`` have had a loss, or with ``StraightThrough`` a gradient, that
                 is not finite: this one counts as done, too.
-            RuntimeError: if the last step was broken off from its update on, or the trainer is closed.
+            RuntimeError: if the last step was broken off from its update on, or the trainer is closed; or in a process
+                that was forked from the one that made the trainer, where there is an ``output_dir``.
         """
         if self.broken:
             raise RuntimeError(
@@ -213,6 +216,8 @@ class MaskTrainer:
                 "resume if there is an output_dir"
             )
         _check_steps(self.estimator, self.steps_done, 1)
+        if self._folder is not None:
+            self._folder.check_process()
         self.begin()
         for counter_state in counter_states(self.model):
             counter_state.step.fill_(self.steps_done)
@@ -330,7 +335,9 @@ class MaskTrainer:
         """The settings that identify the run, and these, once all ranks agree on them."""
         how = self.seed, self.accumulate, self.loss_fn
         settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how) | others
-        self.ranks.agree(settings | {"parallel": self.parallel})
+        if self.ranks.world > 1:
+            alike = alike_on_ranks(self.model, self.layers, self.loss_fn)
+            self.ranks.agree(settings | {"parallel": self.parallel} | alike)
         return settings
 
     def _start_folder(self, run: Mapping) -> None:
@@ -403,7 +410,9 @@ def _check_objects(loss_fn: LossFn, batches: Iterable, estimator: Estimator) -> 
 
 
 def _check_steps(estimator: Estimator, done: int, steps: int) -> None:
-    """Raise ValueError if an estimator that has taken so many steps cannot take that many more."""
+    """Raise ValueError if an estimator that has taken so many steps, or any, cannot take that many more."""
+    if done + steps >= MAX_STEPS:
+        raise ValueError(f"steps: expected at most {MAX_STEPS - 1 - done} more, as draws have steps for, got {steps}")
     if estimator.steps is not None and done + steps > estimator.steps:
         raise ValueError(
             f"steps: expected at most {estimator.steps - done} more of {type(estimator).__name__}'s {estimator.steps}, "

@@ -1,0 +1,60 @@
+"""What ranks have to have alike beside the settings of a run: the rest of the model, and the code of the loss.
+
+No run is told from another by these: they are compared among ranks alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from functools import partial
+from types import CodeType
+
+from torch import nn
+
+from ..modules import MaskedLinear
+from .batches import digest
+from .step import LossFn
+
+
+def alike_on_ranks(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn) -> dict[str, object]:
+    """What is compared, by its name in errors; what is on meta has no values to compare.
+
+    Args:
+        model: whose tensors are compared, but for weights and logits of the masked layers, which settings tell.
+        layers: its masked layers.
+        loss_fn: whose code is compared. What it calls is not, nor what it holds: that may be of the rank.
+    """
+    told = {id(tensor) for layer in layers.values() for tensor in (layer.weight, layer.logits)}
+    counters = {id(tensor) for layer in layers.values() for tensor in layer.counter_state.buffers()}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    rest = {name: tensor for name, tensor in named if id(tensor) not in told | counters and not tensor.is_meta}
+    return {
+        "rest of the model": [sorted(rest), digest(rest[name] for name in sorted(rest))],
+        "loss_fn": _code_of(loss_fn),
+        # its code is not alike otherwise
+        "Python": list(sys.version_info[:2]),
+    }
+
+
+def _code_of(loss_fn: LossFn) -> str:
+    """A digest of the code of a loss, and of the functions within it; of what has no Python code its name."""
+    while isinstance(loss_fn, partial):
+        loss_fn = loss_fn.func
+    kind = type(loss_fn)
+    candidates = loss_fn, kind.forward if isinstance(loss_fn, nn.Module) else kind.__call__
+    code = next((part.__code__ for part in candidates if hasattr(part, "__code__")), None)
+    if code is None:
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return hashlib.blake2b(repr(_described(code)).encode(), digest_size=16).hexdigest()
+
+
+def _described(constant: object) -> object:
+    """A constant of code, such as code within it: equal ones have equal ``repr``, wherever they stand."""
+    if isinstance(constant, CodeType):
+        return constant.co_code, constant.co_names, [_described(part) for part in constant.co_consts]
+    if isinstance(constant, tuple):
+        return [_described(part) for part in constant]
+    # of a set in no order of its own
+    return sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
