@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import KEY_STEPS, MULTIPLIERS, ROUNDS
+from .constants import KEY_STEPS, MAX_DRAWS, MAX_LAYERS, MAX_STEPS, MULTIPLIERS, ROUNDS
 
 
 @triton.jit
@@ -24,8 +24,19 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def load_key(seed, step, layer, draw):
-    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars."""
-    return tl.load(seed), tl.load(step), tl.load(layer), tl.load(draw)
+    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars in their ranges."""
+    return (
+        tl.load(seed),
+        saturated(tl.load(step), MAX_STEPS),
+        saturated(tl.load(layer), MAX_LAYERS),
+        saturated(tl.load(draw), MAX_DRAWS),
+    )
+
+
+@triton.jit
+def saturated(value, LIMIT: tl.constexpr):
+    """The nearest int64 of those in [0, LIMIT)."""
+    return tl.minimum(tl.maximum(value, 0), LIMIT - 1)
 
 
 @triton.jit
