@@ -28,6 +28,23 @@ def write_whole(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def append_whole(path: Path, content: bytes) -> None:
+    """Add bytes to a file, which is made if missing: all of them, or none where that fails.
+
+    Raises:
+        OSError: if they cannot be written; the file then ends where it did.
+    """
+    with open(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(content) != len(content):
+                raise OSError(f"{path}: the disk took a part only")
+        except BaseException:
+            # an interrupt too: whoever goes on would write behind a half
+            os.ftruncate(file.fileno(), before)
+            raise
+
+
 def _temporary(path: Path) -> Path:
     # a name of its own, or one writer would take away what another one writes
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")

@@ -127,7 +127,7 @@ torch.set_num_threads(1)
 from helpers.rank_jobs import rank_trainer
 from helpers.small_trainer import logits_of
 from maskpro_kernels import ranks
-from maskpro_kernels.training.batches import digest
+from maskpro_kernels.digests import digest
 """
 
 FREEZING = """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from ..checked_json import load_json
 from ..packed import KEEP
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -40,7 +40,7 @@ def device_map(text: str) -> str | dict:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
+        return load_json(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from None
 

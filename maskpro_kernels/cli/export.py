@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..checked_json import load_json
 from ..checkpoints.logits import Learned, load_learned
 from ..files import check_output
 from ..functional.masks import top_n_mask
@@ -21,7 +22,8 @@ from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, telling, values_kind
 from .models import check_saving, load, save, told_size
 from .origins import origin_of_export
-from .run_files import LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights
+from .progress import tell
+from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, check_ended, digest_of_weights, read_settings
 
 
 def export(args: argparse.Namespace) -> None:
@@ -35,6 +37,7 @@ def export(args: argparse.Namespace) -> None:
     check_ended(source.parent, LOGITS)
     with telling("run", _cure(source)):
         learned, pattern = _learned(source)
+        _check_own(source.parent, learned)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
     dtype = getattr(args, "dtype", metadata["dtype"])
@@ -93,3 +96,20 @@ def _learned(path: Path) -> tuple[Learned, NMPattern]:
         if not tensor.is_floating_point() or tensor.dim() != 2 or not torch.isfinite(tensor).all():
             raise ValueError(f"expected finite logits [out, K], got {list(tensor.shape)} of {tensor.dtype} in {name}")
     return learned, NMPattern(metadata["pattern"])
+
+
+def _check_own(run: Path, learned: Learned) -> None:
+    """Raise ValueError where the logits in the folder of a run are those of another; what is not known is told."""
+    try:
+        if (run / REPORT).is_file():
+            told, expected = REPORT, load_json((run / REPORT).read_text(encoding="utf-8"))["logits_file"]
+            found = learned.digest
+        elif (run / SETTINGS).is_file():
+            told, expected, found = SETTINGS, read_settings(run)["run"], learned.metadata.get("run")
+        else:
+            return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        tell(f"whether {run / LOGITS} is of this run is not known: {error!r}")
+        return
+    if found != expected:
+        raise ValueError(f"expected the logits that {told} tells of, got others in {str(run / LOGITS)!r}")

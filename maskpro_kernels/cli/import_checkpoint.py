@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import torch
 
+from ..checked_json import load_json
 from ..checkpoints.importers.compressed_tensors import write_plain
 from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
@@ -122,7 +122,7 @@ def _stored_dtype(folder: str) -> str:
     """The dtype that a checkpoint's config tells, else DTYPE."""
     config = Path(folder) / "config.json"
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = load_json(config.read_text(encoding="utf-8"))
         stored = str(settings.get("dtype", settings.get("torch_dtype", DTYPE))).removeprefix("torch.")
     except (OSError, ValueError, AttributeError):
         return DTYPE

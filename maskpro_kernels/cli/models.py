@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..checkpoints.stored_digests import without_digests
 from ..packed import INT8, NMLinear, bits_a_weight
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 
 if TYPE_CHECKING:
     from ..hf import Origin
+
+
+def checking_digests(args: argparse.Namespace) -> AbstractContextManager:
+    """Within it checkpoints are loaded as ``--no-digests`` says."""
+    return without_digests() if hasattr(args, "no_digests") else nullcontext()
 
 
 def load(name: str, dtype: str, device: torch.device, args: argparse.Namespace):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checked_json import load_json
 from ..report import FROZEN
 from ..text.data import is_path
 from ..text.mixture import parse_sources
@@ -63,7 +63,7 @@ def origin_of_export(run: Path, metadata: Mapping[str, str], dtype: str) -> Orig
     table, versions = [], {}
     for name in (REPORT, SETTINGS):
         try:
-            found = json.loads((run / name).read_text(encoding="utf-8"))
+            found = load_json((run / name).read_text(encoding="utf-8"))
             settings, table, versions = found["settings"] | settings, found["table"], found.get("versions", {})
             break
         except (OSError, ValueError, KeyError, TypeError):
@@ -110,7 +110,7 @@ def origin_of_checkpoint(source: str, folder: Path, pattern: str, was_int8: bool
 def _reported(run: Path) -> Origin | None:
     """Of the checkpoint in the folder of a run."""
     try:
-        found = json.loads((run / REPORT).read_text(encoding="utf-8"))
+        found = load_json((run / REPORT).read_text(encoding="utf-8"))
         return origin_of_run(found["settings"], found["weights"], found["table"], found["versions"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

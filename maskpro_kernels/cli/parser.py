@@ -23,6 +23,7 @@ from .run_settings import DATA, SAMPLES
 from .shared_options import (
     add_data,
     add_device,
+    add_digests,
     add_dtype,
     add_evaluation,
     add_form,
@@ -275,6 +276,7 @@ def _add_eval(commands) -> None:
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="JSON file of all figures to write; must not exist"
     )
     add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
+    add_digests(parser)
     add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=evaluate)
@@ -382,6 +384,7 @@ def _add_import(commands) -> None:
     add_form(parser, "packed")
     add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
     add_saving(parser)
+    add_digests(parser)
     add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=import_)
@@ -397,6 +400,7 @@ def _add_validate(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
+    add_digests(parser)
     parser.set_defaults(run=validate)
 
 
@@ -430,6 +434,7 @@ def _add_speed(commands) -> None:
     )
     add_device(parser)
     add_dtype(parser, "dtype of the weights and activations, of all models", DTYPE)
+    add_digests(parser)
     add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=speed)

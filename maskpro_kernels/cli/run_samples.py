@@ -10,9 +10,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from ..digests import digest
 from ..files import make_folder, unfinished, write_tensors
 from ..text.samples import TOGETHER, sample_windows, start_token
-from ..training.batches import digest
 from ..training.run_folder import LOCK
 from .progress import Progress, tell
 from .run_files import PROGRESS

@@ -20,6 +20,16 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
+def add_digests(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that load checkpoints, see ``models.checking_digests``."""
+    parser.add_argument(
+        "--no-digests",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="load packed weights and masks that were changed since they were saved, whatever their digests say",
+    )
+
+
 def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",

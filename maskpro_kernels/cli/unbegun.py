@@ -48,7 +48,7 @@ def _holds_a_run(output: Path) -> bool:
     if any(step_of(path) > 0 for path in snapshots_in(progress)):
         return True
     try:
-        return (progress / JOURNAL).exists() and bool(read_journal(progress / JOURNAL)[1])
+        return (progress / JOURNAL).exists() and bool(read_journal(progress / JOURNAL).entries)
     except ValueError:
         # damaged: what it held is not known
         return True

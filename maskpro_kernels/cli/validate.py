@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 
 from ..checkpoints.safetensors_files import weight_files
+from ..checkpoints.stored_digests import CONFIG, check_tensors, digests_are_checked, stored_digests
 from ..checkpoints.survey import survey
 from .run_files import LOGITS
 
@@ -16,7 +17,8 @@ def validate(args: argparse.Namespace) -> None:
     """Print which patterns the matrices of a checkpoint follow."""
     files = weight_files(args.checkpoint)
     # in the folder of a run the logits stand beside the checkpoint
-    rows = list(survey([file for file in files if file.name != LOGITS] or files))
+    files = [file for file in files if file.name != LOGITS] or files
+    rows = list(survey(files))
     if not rows:
         raise ValueError(f"checkpoint: expected matrices of floats, got none in {args.checkpoint!r}")
     width = max(len(row.name) for row in rows)
@@ -31,5 +33,9 @@ def validate(args: argparse.Namespace) -> None:
             f"{row.name:<{width}}  {shape:>14}  {row.density:>8.2%}  {row.negative_zeros:>6}  {row.alignment:>7}  "
             f"{follows}{stored}"
         )
+    stored = stored_digests(files[0].parent / CONFIG)
+    if stored and digests_are_checked():
+        check_tensors(stored, files)
+        print(f"all {len(stored)} tensors have the digests that they were saved with")
     for patterns, count in Counter(row.patterns for row in rows).most_common():
         print(f"{count} of {len(rows)} follow {', '.join(patterns) or 'no pattern'}")

@@ -14,6 +14,7 @@ except ModuleNotFoundError:
     require("maskpro_kernels.hf", "transformers")
     raise
 
+from ..checkpoints.stored_digests import without_digests
 from .agreement import Agreement
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
@@ -62,4 +63,5 @@ __all__ = [
     "save_model",
     "show_bars",
     "tell_config",
+    "without_digests",
 ]

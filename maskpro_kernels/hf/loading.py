@@ -89,7 +89,9 @@ def load_model(
             cure = "of a model on the hub check the name and the connection"
         elif not _has_tokenizer(Path(name)):
             reason, cure = "the folder has no tokenizer", "write that of the model into it, by its save_pretrained"
-        told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}; {cure}"
+        # what tells of damage tells what to do, too
+        reason += "" if cure in reason else f"; {cure}"
+        told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
         raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
     lacking = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if lacking:

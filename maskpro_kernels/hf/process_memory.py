@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from ..checkpoints.stored_digests import digests_are_checked, without_digests
 from .agreement import greedy, plain_generation
 from .loading import load_model, show_bars
 from .speed import prefill
@@ -71,6 +72,7 @@ def peak_memory(
         "new_tokens": new_tokens,
         "threads": threads or torch.get_num_threads(),
         "trust_remote_code": trust_remote_code,
+        "digests": digests_are_checked(),
     }
     # this package wherever it was found, and nothing of the current folder
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -89,7 +91,8 @@ def main() -> None:
     torch.set_num_threads(asked["threads"])
     show_bars(False)
     dtype, prompt = getattr(torch, asked["dtype"]), torch.tensor(asked["prompt"])
-    found = resident(asked["name"], dtype, prompt, asked["new_tokens"], asked["trust_remote_code"])
+    with nullcontext() if asked["digests"] else without_digests():
+        found = resident(asked["name"], dtype, prompt, asked["new_tokens"], asked["trust_remote_code"])
     print(json.dumps(asdict(found)))
 
 

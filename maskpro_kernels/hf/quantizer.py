@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import fit_adapters, refuse_merging
+from ..checkpoints.stored_digests import (
+    CONFIG,
+    DIGESTS,
+    ON_PURPOSE,
+    QUANTIZATION,
+    SETTINGS,
+    TENSORS,
+    changed_settings,
+    check_tensors,
+    digests_are_checked,
+)
 from ..linear_form import as_built
 from ..modules import MaskedLinear, check_in_memory
 from ..packed import SPARSE, dense_layer
@@ -15,12 +30,21 @@ from ..replacement import replace_modules
 
 
 class SparseConfig(QuantizationConfigMixin):
-    """A ``quantization_config`` that names modules which were taken apart, see ``linear_form``, where there are any."""
+    """A ``quantization_config`` of layers with masks or packed weights.
+
+    Attributes:
+        taken_apart: names of modules which were taken apart, see ``linear_form``.
+        digests: of what is stored, see ``stored_digests``. They are those of files: a loaded model has none, and
+            ``save_pretrained`` writes new ones.
+    """
 
     taken_apart: list[str]
+    digests: Mapping[str, Mapping[str, str]]
 
     def to_dict(self) -> dict:
-        return {name: value for name, value in super().to_dict().items() if value or name != "taken_apart"}
+        """As it is stored, without what there is none of."""
+        optional = ("taken_apart", DIGESTS)
+        return {name: value for name, value in super().to_dict().items() if value or name not in optional}
 
 
 class SparseQuantizer(HfQuantizer):
@@ -28,6 +52,38 @@ class SparseQuantizer(HfQuantizer):
 
     # they are made by ``convert`` and ``finalize``, not from a dense checkpoint while it is loaded
     requires_calibration = True
+
+    def _check_digests(self, files: Iterable[str] | None) -> None:
+        """Compare a checkpoint with its digests, of which the model that it becomes has none.
+
+        Settings of the model that have changed are told by a warning, for such are changed by hand.
+
+        Raises:
+            ValueError: if there are none, or a tensor or a setting of the sparse layers has another.
+        """
+        stored, self.quantization_config.digests = self.quantization_config.digests, {}
+        if files is None or not digests_are_checked():
+            return
+        if stored.keys() != {TENSORS, SETTINGS}:
+            raise ValueError(
+                f"checkpoint: expected digests of its tensors in the {QUANTIZATION} of its {CONFIG}, got none; take "
+                f"that file from where the checkpoint comes from; {ON_PURPOSE}"
+            )
+        files = [Path(file) for file in files]
+        changed = changed_settings(stored[SETTINGS], files[0].parent / CONFIG)
+        own = [name for name in changed if name.startswith(f"{QUANTIZATION}.")]
+        if own:
+            raise ValueError(
+                f"checkpoint: expected the settings of its layers as they were saved, got {', '.join(own)} damaged or "
+                f"changed; copy or download it again; {ON_PURPOSE}"
+            )
+        check_tensors(stored[TENSORS], files)
+        if changed:
+            warnings.warn(
+                f"{files[0].parent / CONFIG} was changed since it was saved: {', '.join(changed)}; where that was not "
+                "on purpose, take it from where the checkpoint comes from",
+                stacklevel=2,
+            )
 
     def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
         """As transformers has it.

@@ -13,8 +13,8 @@ from types import CodeType
 
 from torch import nn
 
+from ..digests import digest
 from ..modules import MaskedLinear
-from .batches import digest
 from .step import LossFn
 
 

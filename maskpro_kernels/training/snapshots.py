@@ -5,7 +5,6 @@ The name of a file ends in the digest of its bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,15 +13,12 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..digests import digest_of_bytes
 from ..files import write_whole
 
 # Besides the first: where the newest is damaged, the one before counts
 KEPT = 2
 NAME = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})\.safetensors")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
@@ -39,7 +35,7 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state:
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
-    path = folder / f"snapshot-{step:010}-{_digest(content)}.safetensors"
+    path = folder / f"snapshot-{step:010}-{digest_of_bytes(content).hex()}.safetensors"
     write_whole(path, content)
     for old in [other for other in snapshots_in(folder) if step_of(other) <= step][1:-KEPT]:
         old.unlink()
@@ -82,7 +78,7 @@ def _sound(path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    return content if _digest(content) == NAME.fullmatch(path.name)[2] else None
+    return content if digest_of_bytes(content).hex() == NAME.fullmatch(path.name)[2] else None
 
 
 def step_of(path: Path) -> int:

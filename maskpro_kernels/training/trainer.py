@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..digests import digest
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
-from .batches import digest, weighted_mean
+from .batches import weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
 from .journal import Entry
@@ -140,6 +141,19 @@ class MaskTrainer:
         """
         return self._broken
 
+    @property
+    def metrics(self) -> list[dict]:
+        """The fields of ``StepRecord`` for each step of the run in ``output_dir``, those of earlier processes too.
+
+        Without a folder, and on other ranks than 0, there are none.
+        """
+        return [] if self._folder is None or self._folder.metrics is None else self._folder.metrics.rows
+
+    @property
+    def run_id(self) -> str | None:
+        """What tells the run in ``output_dir`` from all others; None where ``metrics`` has none."""
+        return None if self._folder is None else self._folder.run_id
+
     def begin(self, progress: bool = False) -> None:
         """What stands before the first step, which does it where it has not been done.
 
@@ -244,7 +258,7 @@ class MaskTrainer:
         self.steps_done += 1
         self._broken = False
         if self._folder is not None:
-            self._folder.add_metrics(asdict(record))
+            self._folder.metrics.add(asdict(record))
             if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
         if self._skipped:
@@ -313,9 +327,16 @@ class MaskTrainer:
         )
 
     def _begin_update(self, entry: Entry | None) -> None:
-        if self._folder is not None and self._folder.journal is not None and entry is not None:
-            # ahead of the update: a run that is killed in between takes it from here
-            self._folder.journal.append(entry)
+        if self._folder is not None:
+            try:
+                self._folder.keep_hold()
+            except ValueError:
+                # it is another trainer's now: nothing more is written there
+                self.close()
+                raise
+            if self._folder.journal is not None and entry is not None:
+                # ahead of the update: a run that is killed in between takes it from here
+                self._folder.journal.append(entry)
         # until the step has ended logits may have moved in a part of the layers
         self._broken = True
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import refuses, report
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskpro_kernels.checkpoints.logits import load_logits
+from maskpro_kernels.checkpoints.logits import Learned, load_logits, write_learned
 from maskpro_kernels.cli import main
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -41,7 +40,7 @@ def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
     AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(tmp_path / "model")
     (tmp_path / "run").mkdir()
     metadata["model"] = str(tmp_path / "model")
-    save_file(logits, tmp_path / "run" / "logits.safetensors", metadata=metadata)
+    write_learned(Learned(logits, {}, metadata), tmp_path / "run" / "logits.safetensors")
     export = ["export", str(tmp_path / "run"), str(tmp_path / "out")]
     told = "that its masks were learned on, got others; put back the base model as it was"
     refuses(capsys, tmp_path, export, f"run: expected the weights of {metadata['model']!r}", told)
@@ -67,5 +66,5 @@ def test_export_refuses_what_is_no_run(inputs, run, tmp_path, capsys):
     broken.mkdir()
     (broken / "logits.safetensors").write_text("nothing")
     refuses(capsys, tmp_path, ["export", str(broken), output], "path: expected a safetensors file")
-    save_file({"linear": torch.zeros(2, 4)}, broken / "logits.safetensors", metadata={"model": "x"})
+    write_learned(Learned({"linear": torch.zeros(2, 4)}, {}, {"model": "x"}), broken / "logits.safetensors")
     refuses(capsys, tmp_path, ["export", str(broken), output], "run: expected logits of `maskpro learn`")

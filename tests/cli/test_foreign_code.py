@@ -11,6 +11,7 @@ import torch
 from helpers.command import learn, refuses
 
 from maskpro_kernels import hf
+from maskpro_kernels.checked_json import sealed
 from maskpro_kernels.checkpoints.logits import Learned, load_learned, write_learned
 from maskpro_kernels.cli import main
 
@@ -124,7 +125,8 @@ def test_a_model_in_the_metadata_of_a_run_is_no_permission(foreign, run, tmp_pat
     run, new = shutil.copytree(run, tmp_path / "run"), tmp_path / "new"
     learned = load_learned(run / "logits.safetensors")
     named = Learned(learned.logits, learned.weights, learned.metadata | {"model": str(foreign / "model")})
-    write_learned(named, run / "logits.safetensors")
+    # who hands it on writes the digests as well
+    add_to(run / "report.json", logits_file=write_learned(named, run / "logits.safetensors"))
     refused_with_its_code(capsys, tmp_path, ["export", str(run), str(new)], "modeling_own.py")
     assert not marker.exists()
 
@@ -139,8 +141,9 @@ def test_a_run_on_a_model_with_code_needs_the_option_each_time(foreign, tmp_path
     settings = json.loads((run / "settings.json").read_text())
     assert "trust_remote_code" not in settings["settings"]
     # a settings file may come from anywhere
+    settings.pop("digests")
     settings["settings"]["trust_remote_code"] = True
-    (run / "settings.json").write_text(json.dumps(settings))
+    (run / "settings.json").write_text(json.dumps(sealed(settings)))
     marker.unlink()
     refused_with_its_code(capsys, run, ["learn", "--resume", str(run)], "modeling_own.py")
     config = ["learn", "--config", str(run / "settings.json"), "--output", str(tmp_path / "new")]

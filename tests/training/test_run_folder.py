@@ -183,3 +183,46 @@ def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
         left.unlink()
     a_trainer_in(tmp_path, "refreshed").step()
     assert not snapshots.snapshots_in(tmp_path / "initial-losses")
+
+
+def test_a_run_like_another_is_another(tmp_path):
+    """Each has an id of its own: neither snapshots nor records of one are taken for those of the other."""
+    for name in ("one", "two"):
+        trainer = a_trainer_in(tmp_path / name)
+        trainer.run(4, progress=False)
+        trainer.close()
+    for path in snapshots.snapshots_in(tmp_path / "one")[1:]:
+        path.unlink()
+    (foreign,) = snapshots.snapshots_in(tmp_path / "two")[1:]
+    shutil.copy(foreign, tmp_path / "one")
+    again = a_trainer_in(tmp_path / "one")
+    with pytest.warns(UserWarning, match=f"{foreign.name} is damaged or of steps .*: it is set aside"):
+        assert again.resume() == 4
+    again.close()
+    shutil.copy(tmp_path / "two" / "journal", tmp_path / "one")
+    with pytest.raises(ValueError, match="^snapshot: expected a sound one in .*, 1 are damaged or of another run"):
+        a_trainer_in(tmp_path / "one").resume()
+
+
+def test_a_snapshot_beside_other_records_is_refused(tmp_path):
+    """A copy of the folder may have gone on otherwise."""
+    trainer = a_trainer_in(tmp_path / "one")
+    trainer.run(2, progress=False)
+    trainer.close()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name, factor in (("one", 1.0), ("two", 1.5)):
+        trainer = a_trainer_in(tmp_path / name)
+        trainer.resume()
+        trainer.loss_fn = lambda model, batch, factor=factor: factor * model(batch).square().mean()
+        trainer.run(2, progress=False)
+        trainer.close()
+    shutil.copy(tmp_path / "two" / "journal", tmp_path / "one")
+    files = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    with pytest.raises(ValueError, match="^output_dir: expected snapshots and a journal of one run .* step 4 "):
+        a_trainer_in(tmp_path / "one").resume()
+    assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == files
+    # the way out that the message names
+    snapshots.snapshots_in(tmp_path / "one")[-1].unlink()
+    again, other = a_trainer_in(tmp_path / "one"), a_trainer_in(tmp_path / "two")
+    assert again.resume() == other.resume() == 4
+    assert_same_bits(logits_of(again.model), logits_of(other.model))
