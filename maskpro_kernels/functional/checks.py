@@ -189,8 +189,8 @@ class CounterKeywords(TypedDict, total=False):
 
     Attributes:
         seed: int of 64 bits or 0-dim int64 tensor.
-        step: int in [0, 2**32) or 0-dim int64 tensor; default 0. A tensor on the CPU is checked, as all of these are;
-            one on a device that is out of its range counts as the nearest value in it.
+        step: int in [0, 2**32) or 0-dim int64 tensor; default 0. A tensor on the CPU is checked, as all of these are.
+            On a device a step out of its range counts as the nearest in it; layer and draw have to be in theirs.
         layer: id in [0, 2**32), an int or 0-dim int64 tensor; default 0. Two layers of one id draw the same noise.
         draw: id in [0, 2**16) of one of several draws in a step, an int or 0-dim int64 tensor; default 0.
         group_offset: index in the whole layer of the first group, where the logits are a shard; default 0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import KEY_STEPS, MAX_DRAWS, MAX_LAYERS, MAX_STEPS, MULTIPLIERS, ROUNDS
+from .constants import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 
 @triton.jit
@@ -24,19 +24,15 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def load_key(seed, step, layer, draw):
-    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars in their ranges."""
-    return (
-        tl.load(seed),
-        saturated(tl.load(step), MAX_STEPS),
-        saturated(tl.load(layer), MAX_LAYERS),
-        saturated(tl.load(draw), MAX_DRAWS),
-    )
+    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars, but for the step."""
+    return tl.load(seed), nearest_word(tl.load(step)), tl.load(layer), tl.load(draw)
 
 
 @triton.jit
-def saturated(value, LIMIT: tl.constexpr):
-    """The nearest int64 of those in [0, LIMIT)."""
-    return tl.minimum(tl.maximum(value, 0), LIMIT - 1)
+def nearest_word(value):
+    """The uint32 nearest to an int64."""
+    high = (value >> 32).to(tl.int32)
+    return tl.where(high > 0, 0xFFFFFFFF, tl.where(high < 0, 0, value.to(tl.uint32)))
 
 
 @triton.jit
@@ -46,11 +42,10 @@ def group_words(group, M: tl.constexpr, STREAM: tl.constexpr, key):
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     c1 = layer.to(tl.uint32)
-    c2 = step.to(tl.uint32)
     words = ()
     for block in tl.static_range((M + 3) // 4):
         c3 = (draw << 16 | (STREAM << 8 | block)).to(tl.uint32)
-        w0, w1, w2, w3 = philox4x32(group, c1, c2, c3, k0, k1)
+        w0, w1, w2, w3 = philox4x32(group, c1, step, c3, k0, k1)
         if M == 2:
             words = words + (w0, w1)
         else:
