@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..checked_json import load_json
 from ..checkpoints.logits import Learned, load_learned
 from ..files import check_output
 from ..functional.masks import top_n_mask
@@ -23,7 +22,7 @@ from .arguments import DTYPES, telling, values_kind
 from .models import check_saving, load, save, told_size
 from .origins import origin_of_export
 from .progress import tell
-from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, check_ended, digest_of_weights, read_settings
+from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, check_ended, digest_of_weights, read_own, read_settings
 
 
 def export(args: argparse.Namespace) -> None:
@@ -102,7 +101,7 @@ def _check_own(run: Path, learned: Learned) -> None:
     """Raise ValueError where the logits in the folder of a run are those of another; what is not known is told."""
     try:
         if (run / REPORT).is_file():
-            told, expected = REPORT, load_json((run / REPORT).read_text(encoding="utf-8"))["logits_file"]
+            told, expected = REPORT, read_own(run / REPORT)["logits_file"]
             found = learned.digest
         elif (run / SETTINGS).is_file():
             told, expected, found = SETTINGS, read_settings(run)["run"], learned.metadata.get("run")

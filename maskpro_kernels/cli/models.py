@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checkpoints.stored_digests import without_digests
 from ..packed import INT8, NMLinear, bits_a_weight
+from ..stored_digests import without_digests
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 

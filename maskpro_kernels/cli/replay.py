@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checked_json import load_json
 from ..checkpoints.logits import Learned, load_weights, write_learned
 from ..digests import digest
 from ..pattern import NMPattern
@@ -22,7 +21,7 @@ from ..training.snapshots import newest_snapshot
 from .arguments import device_of, new_file, telling
 from .changed_weights import told_weights
 from .progress import followed, tell
-from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, START_WEIGHTS, logits_metadata, read_settings
+from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, START_WEIGHTS, logits_metadata, read_own, read_settings
 
 CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
 
@@ -73,7 +72,7 @@ def replay(args: argparse.Namespace) -> None:
 def _tell_difference(source: Path, found: str) -> None:
     """Tell where a run that has ended reported other logits than those with this digest."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        reported = load_json((source / REPORT).read_text(encoding="utf-8"))["logits"]
+        reported = read_own(source / REPORT)["logits"]
         if reported != found:
             tell(f"{REPORT} tells of other logits, {reported}: the journal is not all of the run")
 

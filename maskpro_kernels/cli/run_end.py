@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..checked_json import sealed
 from ..checkpoints.logits import save_logits
 from ..digests import digest
 from ..files import sync, write_whole
@@ -99,7 +100,7 @@ def write_results(
     # Last, and behind all else on the disk too: a folder with a report is a run that ended.
     for written in (*filter(Path.is_file, output.iterdir()), output):
         sync(written)
-    write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    write_whole(output / REPORT, (json.dumps(sealed(report), indent=1) + "\n").encode())
     return report
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ..checked_json import load_json, read_sealed
+from ..checked_json import read_sealed
 from ..digests import digest
 from ..modules import masked_layers
 from ..pattern import NMPattern
@@ -110,7 +110,7 @@ def read_report(path: Path) -> dict:
     """What a run reported; ValueError unless it is one."""
     check_ended(path.parent, REPORT)
     try:
-        report = load_json(path.read_text(encoding="utf-8"))
+        report = read_own(path)
         settings = report["settings"]
         read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in REPORTED_SETTINGS}
         _check_report(read)
@@ -173,23 +173,26 @@ def read_start(output: Path) -> dict:
     return start
 
 
-def read_settings(output: Path) -> dict:
-    """What a run wrote into SETTINGS.
+def read_own(path: Path) -> dict:
+    """What a run wrote into a file of JSON.
 
     Raises:
         ValueError: if it is not that, but for what is in PLACES, of which a warning tells.
         OSError: if it cannot be read.
     """
-    found, changed = read_sealed((output / SETTINGS).read_bytes())
+    found, changed = read_sealed(path.read_bytes())
     others = [name for name in changed if name not in PLACES]
     if others:
         raise ValueError(f"{', '.join(others)} changed since the run wrote it, by an edit or by damage")
     if changed:
-        warnings.warn(
-            f"{', '.join(changed)} in {output / SETTINGS} changed since the run wrote it: what is there now counts",
-            stacklevel=2,
-        )
+        told = f"{', '.join(changed)} in {path} changed since the run wrote it: what is there now counts"
+        warnings.warn(told, stacklevel=2)
     return found
+
+
+def read_settings(output: Path) -> dict:
+    """What ``read_own`` gives of the settings of a run."""
+    return read_own(output / SETTINGS)
 
 
 def stored_data(output: Path) -> dict:

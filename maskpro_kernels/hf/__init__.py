@@ -14,7 +14,7 @@ except ModuleNotFoundError:
     require("maskpro_kernels.hf", "transformers")
     raise
 
-from ..checkpoints.stored_digests import without_digests
+from ..stored_digests import without_digests
 from .agreement import Agreement
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache

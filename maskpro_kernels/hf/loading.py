@@ -81,18 +81,7 @@ def load_model(
     except _BadDeviceMap:
         raise
     except Exception as error:
-        if is_refusal(error):
-            raise ForeignCode(name, files_of_code(name)) from error
-        # Files that are damaged or of another kind: each of transformers' parsers has errors of its own
-        reason, cure = " ".join(str(error).split()).partition(". ")[0], "copy or download it again"
-        if not Path(name).is_dir():
-            cure = "of a model on the hub check the name and the connection"
-        elif not _has_tokenizer(Path(name)):
-            reason, cure = "the folder has no tokenizer", "write that of the model into it, by its save_pretrained"
-        # what tells of damage tells what to do, too
-        reason += "" if cure in reason else f"; {cure}"
-        told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
-        raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
+        raise _told(name, error) from error
     lacking = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if lacking:
         raise ValueError(
@@ -100,6 +89,21 @@ def load_model(
             f"{lacking[0]}; copy or download it again"
         )
     return model.eval(), tokenizer
+
+
+def _told(name: str, error: Exception) -> ValueError | OSError:
+    """What is told of a model that transformers has not loaded: each of its parsers has errors of its own."""
+    if is_refusal(error):
+        return ForeignCode(name, files_of_code(name))
+    reason, cure = " ".join(str(error).split()).partition(". ")[0], "copy or download it again"
+    if not Path(name).is_dir():
+        cure = "of a model on the hub check the name and the connection"
+    elif not _has_tokenizer(Path(name)):
+        reason, cure = "the folder has no tokenizer", "write that of the model into it, by its save_pretrained"
+    # what tells of damage tells what to do, too
+    reason += "" if cure in reason else f"; {cure}"
+    told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
+    return OSError(told) if isinstance(error, OSError) else ValueError(told)
 
 
 def check_model(name: str) -> None:

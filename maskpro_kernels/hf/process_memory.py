@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.stored_digests import digests_are_checked, without_digests
+from ..stored_digests import digests_are_checked, without_digests
 from .agreement import greedy, plain_generation
 from .loading import load_model, show_bars
 from .speed import prefill

@@ -12,7 +12,11 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import fit_adapters, refuse_merging
-from ..checkpoints.stored_digests import (
+from ..linear_form import as_built
+from ..modules import MaskedLinear, check_in_memory
+from ..packed import SPARSE, dense_layer
+from ..replacement import replace_modules
+from ..stored_digests import (
     CONFIG,
     DIGESTS,
     ON_PURPOSE,
@@ -23,10 +27,6 @@ from ..checkpoints.stored_digests import (
     check_tensors,
     digests_are_checked,
 )
-from ..linear_form import as_built
-from ..modules import MaskedLinear, check_in_memory
-from ..packed import SPARSE, dense_layer
-from ..replacement import replace_modules
 
 
 class SparseConfig(QuantizationConfigMixin):

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import adapter_modules
-from ..checkpoints.stored_digests import add_digests
 from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE, NMLinear
+from ..stored_digests import add_digests
 from .masked import MaskedConfig
 from .packed import PackedConfig
 

@@ -54,12 +54,13 @@ class Metrics:
         """Whether the file has the length that it was given last."""
         return (self.path.stat().st_size if self.path.exists() else 0) == self._size
 
-    def mended(self, steps: int, known: Sequence[Mapping] | None) -> tuple[list[dict], list[str]]:
+    def mended(self, steps: int, known: Sequence[Mapping] | None, torn: bool) -> tuple[list[dict], list[str]]:
         """(the rows of a run that goes on, what of its file was damaged or lost); nothing is written.
 
         Args:
             steps: that are taken.
             known: of a run with a journal the rows of all steps, but for what is MEASURED; else None.
+            torn: whether the journal has lost its last record, which is told elsewhere.
         """
         found, damaged = rows_of(self.path.read_bytes(), self._run) if self.path.exists() else ([], 0)
         lines = {row["step"]: row for row in found}
@@ -68,7 +69,7 @@ class Metrics:
         if damaged:
             of = "left out" if known is None else "written again, but for flip rates and seconds"
             told.append(f"of the lines in {self.path} {damaged} are damaged, cut short or another run's: they are {of}")
-        if known is not None and beyond > 0:
+        if known is not None and beyond > torn:
             told.append(f"the journal lacks {beyond} steps that {self.path} tells of: they are taken again")
         for row in known or ():
             line = lines.get(row["step"], {})

@@ -15,27 +15,35 @@ from torch import nn
 
 from ..digests import digest
 from ..modules import MaskedLinear
+from ..ranks import Ranks
 from .step import LossFn
 
 
-def alike_on_ranks(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn) -> dict[str, object]:
-    """What is compared, by its name in errors; what is on meta has no values to compare.
+def check_alike(
+    ranks: Ranks, settings: Mapping[str, object], model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn
+) -> None:
+    """Raise ValueError on all ranks unless they have all of this alike; what is on meta has no values to compare.
 
     Args:
+        ranks: that are connected.
+        settings: of the run, as ``Ranks.agree`` takes them.
         model: whose tensors are compared, but for weights and logits of the masked layers, which settings tell.
         layers: its masked layers.
         loss_fn: whose code is compared. What it calls is not, nor what it holds: that may be of the rank.
     """
+    if ranks.world == 1:
+        return
     told = {id(tensor) for layer in layers.values() for tensor in (layer.weight, layer.logits)}
     counters = {id(tensor) for layer in layers.values() for tensor in layer.counter_state.buffers()}
     named = [*model.named_parameters(), *model.named_buffers()]
     rest = {name: tensor for name, tensor in named if id(tensor) not in told | counters and not tensor.is_meta}
-    return {
+    others = {
         "rest of the model": [sorted(rest), digest(rest[name] for name in sorted(rest))],
         "loss_fn": _code_of(loss_fn),
         # its code is not alike otherwise
         "Python": list(sys.version_info[:2]),
     }
+    ranks.agree({**settings, **others})
 
 
 def _code_of(loss_fn: LossFn) -> str:

@@ -23,7 +23,7 @@ from .estimator import Estimator
 from .journal import Entry, Journal, Records
 from .journal import read as read_journal
 from .metrics import Metrics
-from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
+from .snapshots import newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
 from .step import LossFn
 
 PACKAGE = __name__.partition(".")[0]
@@ -128,12 +128,14 @@ class RunFolder:
     Attributes:
         journal: what the records of steps are appended to; None before it is there, and where there is none.
         metrics: what steps saw; None before the run has begun or goes on.
+        lost: whether another trainer has taken the folder; nothing more is written into it.
     """
 
     def __init__(self, path: Path, journaled: bool):
         self.path, self.journaled = path, journaled
         self.journal: Journal | None = None
         self.metrics: Metrics | None = None
+        self.lost = False
         self._lock: FileLock | None = None
         self._lock_file: tuple[int, int] | None = None
         self._run: Mapping | None = None
@@ -143,6 +145,11 @@ class RunFolder:
     def run_id(self) -> str | None:
         """What tells the run from all others; None before it has begun or goes on."""
         return None if self._run is None else self._run["id"]
+
+    @property
+    def rows(self) -> list[dict]:
+        """The metrics of the steps that were taken."""
+        return [] if self.metrics is None else self.metrics.rows
 
     def start(self, run: Mapping) -> None:
         """Make the folder and keep other trainers out of it.
@@ -216,6 +223,7 @@ class RunFolder:
         at_most, run = (None, None) if records is None else (len(records.entries), records.header["run"])
         snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, run)
         self._check_settings(settings, state["run"])
+        self._check_one_run(state["run"])
         if not _continues(records, snapshot_step, state):
             raise ValueError(
                 f"output_dir: expected snapshots and a {JOURNAL} of one run in {str(self.path)!r}, got a snapshot of "
@@ -234,6 +242,21 @@ class RunFolder:
                 short = isinstance(own, (int, str))
                 told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
                 raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.path)!r}")
+
+    def _check_one_run(self, run: Mapping) -> None:
+        """Raise ValueError unless a run has an id, and without a journal all sound snapshots are of it.
+
+        With a journal those of another run are passed over. Without one nothing tells which run is the folder's.
+        """
+        if "id" not in run:
+            told = f"got one of an earlier version in {str(self.path)!r}"
+            raise ValueError(f"output_dir: expected a run with an id, {told}")
+        others = [] if self.journaled else of_other_runs(self.path, run["id"])
+        if others:
+            raise ValueError(
+                f"output_dir: expected snapshots of one run, got {str(others[0])!r} of another; move away what does "
+                "not belong there"
+            )
 
     def initial_losses(self, saved: SavedRun, step: int) -> list[float] | None:
         """Those of ``add_initial_losses`` at a step; None where they are to be computed, since that step is the next.
@@ -263,7 +286,8 @@ class RunFolder:
         """
         run = saved.state["run"]
         metrics = Metrics(self.path / METRICS, run["id"])
-        mended, told = metrics.mended(saved.steps, rows if self.journaled else None)
+        torn = saved.records is not None and saved.records.torn > 0
+        mended, told = metrics.mended(saved.steps, rows if self.journaled else None, torn)
         for path in self._unfinished():
             path.unlink()
         if self.journaled:
@@ -274,15 +298,28 @@ class RunFolder:
         self._run, self.metrics = run, metrics
         saved.warnings.extend(told)
 
-    def keep_hold(self) -> None:
-        """Ahead of what a step leaves: put back what another program has removed under this trainer, with a warning.
+    def add_entry(self, entry: Entry | None) -> None:
+        """Add the record of a step to the journal, where the run has one, ahead of its update.
+
+        What another program has removed of the folder meanwhile is put back first, with a warning.
 
         Raises:
             RuntimeError: see ``check_process``.
-            ValueError: if another trainer has had the folder since, or another file is in the journal's place.
-            OSError: if it cannot be put back.
+            ValueError: if another trainer has had the folder since, or another file is in the journal's place. The
+                folder is lost then.
+            OSError: if something cannot be written.
         """
         self.check_process()
+        try:
+            self._keep_hold()
+        except ValueError:
+            self.lost = True
+            self.close()
+            raise
+        if self.journal is not None and entry is not None:
+            self.journal.append(entry)
+
+    def _keep_hold(self) -> None:
         if not self.path.is_dir():
             # the lock would make it
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import load, save
@@ -70,6 +71,19 @@ def newest_snapshot(
         passed.append(path)
     told = f", {len(passed)} are damaged or of another run" if passed else ""
     raise ValueError(f"snapshot: expected a sound one in {str(folder)!r}, got none{told}")
+
+
+def of_other_runs(folder: Path, run_id: str) -> list[Path]:
+    """The sound snapshots in a folder that are of other runs than that with this id."""
+    others = []
+    for path in snapshots_in(folder):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            # its tensors need not be read where it is of this run
+            if json.loads(header["__metadata__"]["state"])["run"]["id"] != run_id and _sound(path) is not None:
+                others.append(path)
+    return others
 
 
 def _sound(path: Path) -> bytes | None:

@@ -25,7 +25,7 @@ from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
 from .journal import Entry
 from .number_checks import check_float, check_whole
-from .rank_agreement import alike_on_ranks
+from .rank_agreement import check_alike
 from .resume import RunState, put_back, read_run, snapshot_of
 from .run_folder import RunFolder, settings_of
 from .sharing import PARALLEL, Sharing
@@ -139,19 +139,16 @@ class MaskTrainer:
 
         The logits may then be of no step, or of another one than ``steps_done`` tells.
         """
-        return self._broken
+        return self._broken or (self._folder is not None and self._folder.lost)
 
     @property
     def metrics(self) -> list[dict]:
-        """The fields of ``StepRecord`` for each step of the run in ``output_dir``, those of earlier processes too.
-
-        Without a folder, and on other ranks than 0, there are none.
-        """
-        return [] if self._folder is None or self._folder.metrics is None else self._folder.metrics.rows
+        """The fields of ``StepRecord`` for each step of the run in ``output_dir``; of rank 0 alone."""
+        return [] if self._folder is None else self._folder.rows
 
     @property
     def run_id(self) -> str | None:
-        """What tells the run in ``output_dir`` from all others; None where ``metrics`` has none."""
+        """What tells the run in ``output_dir`` from all others; of rank 0 alone."""
         return None if self._folder is None else self._folder.run_id
 
     def begin(self, progress: bool = False) -> None:
@@ -230,8 +227,6 @@ class MaskTrainer:
                 "resume if there is an output_dir"
             )
         _check_steps(self.estimator, self.steps_done, 1)
-        if self._folder is not None:
-            self._folder.check_process()
         self.begin()
         for counter_state in counter_states(self.model):
             counter_state.step.fill_(self.steps_done)
@@ -262,7 +257,7 @@ class MaskTrainer:
             if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
         if self._skipped:
-            self._check_skipped(record, result)
+            _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
         return record
 
     def resume(self, progress: bool = False) -> int:
@@ -328,37 +323,16 @@ class MaskTrainer:
 
     def _begin_update(self, entry: Entry | None) -> None:
         if self._folder is not None:
-            try:
-                self._folder.keep_hold()
-            except ValueError:
-                # it is another trainer's now: nothing more is written there
-                self.close()
-                raise
-            if self._folder.journal is not None and entry is not None:
-                # ahead of the update: a run that is killed in between takes it from here
-                self._folder.journal.append(entry)
+            # ahead of the update: a run that is killed in between takes it from here
+            self._folder.add_entry(entry)
         # until the step has ended logits may have moved in a part of the layers
         self._broken = True
-
-    def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
-        """Raise FloatingPointError where too many steps have been skipped."""
-        told = f"loss of step {record.step}: expected a finite number, got {record.loss}"
-        if result.bad_layers:
-            told = f"gradients of step {record.step}: expected finite numbers, got others in {list(result.bad_layers)}"
-        if self._skipped > self.max_skipped:
-            others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
-            raise FloatingPointError(told + others)
-        if result.bad_layers and self.ranks.rank == 0:
-            # the record does not show it, as it does a loss
-            warnings.warn(f"{told}; the logits of their weights are as before", stacklevel=3)
 
     def _agreed_settings(self, **others: str) -> dict:
         """The settings that identify the run, and these, once all ranks agree on them."""
         how = self.seed, self.accumulate, self.loss_fn
         settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how) | others
-        if self.ranks.world > 1:
-            alike = alike_on_ranks(self.model, self.layers, self.loss_fn)
-            self.ranks.agree(settings | {"parallel": self.parallel} | alike)
+        check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
         return settings
 
     def _start_folder(self, run: Mapping) -> None:
@@ -407,6 +381,23 @@ class MaskTrainer:
         """Loss under m_0 of the batches of this step."""
         self._losses_of_initial_masks(progress=False)
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
+
+
+def _check_skipped(record: StepRecord, result: StepResult, skipped: int, most: int, told: bool) -> None:
+    """Raise FloatingPointError where more steps in a row have been skipped than may be.
+
+    Args:
+        told: whether this rank warns of gradients.
+    """
+    found = f"loss of step {record.step}: expected a finite number, got {record.loss}"
+    if result.bad_layers:
+        found = f"gradients of step {record.step}: expected finite numbers, got others in {list(result.bad_layers)}"
+    if skipped > most:
+        others = f", after {skipped - 1} others in a row" if skipped > 1 else ""
+        raise FloatingPointError(found + others)
+    if result.bad_layers and told:
+        # the record does not show it, as it does a loss
+        warnings.warn(f"{found}; the logits of their weights are as before", stacklevel=3)
 
 
 def _shown(record: StepRecord) -> dict[str, str]:

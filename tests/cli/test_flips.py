@@ -19,7 +19,7 @@ from maskpro_kernels import hf
 from maskpro_kernels.checkpoints.logits import save_logits
 from maskpro_kernels.cli.export import _learned
 from maskpro_kernels.cli.perplexities import ValidationPerplexities
-from maskpro_kernels.cli.run_files import read_settings
+from maskpro_kernels.cli.run_files import read_report, read_settings
 from maskpro_kernels.training.metrics import MEASURED
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -63,6 +63,11 @@ def a_journal(folder: Path, run: Path):
 def settings(folder: Path, run: Path):
     shutil.copy(run / "settings.json", folder)
     return folder / "settings.json", lambda: json.dumps(read_settings(folder))
+
+
+def a_report(folder: Path, run: Path):
+    shutil.copy(run / "report.json", folder)
+    return folder / "report.json", lambda: json.dumps(read_report(folder / "report.json"))
 
 
 def perplexities(folder: Path, run: Path):
@@ -119,15 +124,17 @@ def in_one_line(read: Callable) -> Callable:
     return told
 
 
+# Those that are read fastest come first
 FILES = {
+    "logits.safetensors": logits,
+    "validation.jsonl": perplexities,
     "metrics.jsonl of reinforce": metrics_of("reinforce"),
     "metrics.jsonl of straight-through": metrics_of("straight-through"),
-    "journal": a_journal,
     "settings.json": settings,
-    "validation.jsonl": perplexities,
-    "logits.safetensors": logits,
+    "journal": a_journal,
     "packed model.safetensors": packed("model.safetensors"),
     "packed config.json": packed("config.json"),
+    "report.json": a_report,
 }
 
 

@@ -411,6 +411,12 @@ CASES = {
         "expected a report",
         "from a copy",
     ),
+    "a digit of the report's table": (
+        "compare reinforce straight-through",
+        changed("straight-through/report.json", a_flipped_digit_of_the_table),
+        "table changed since the run wrote it, by an edit or by damage",
+        "restore it from a copy",
+    ),
     "report that is a list": (EVAL, write("reinforce/report.json", "[]"), "expected a report", "from a copy"),
     "report in another encoding": (
         EVAL,
@@ -595,13 +601,13 @@ CASES = {
     "a journal of a later version": (
         "replay reinforce",
         changed(JOURNAL, lambda content: content[:8] + b"\x09" + content[9:]),
-        "expected version 1, got 9",
+        "expected version 2, got 9",
         "from a copy",
     ),
     "a journal damaged in its middle": (
         "replay reinforce",
         changed(JOURNAL, a_flipped_byte),
-        "a whole record of step 2 at byte",
+        "the record of step 2 of this run at byte",
         "from a copy",
     ),
     "a journal that is another run's": ("replay reinforce", another_journal, "of another run", "from a copy"),

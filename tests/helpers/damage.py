@@ -79,7 +79,7 @@ def replaced(path, old, new):
 
 def swapped(one, other):
     """A change of bytes: two words in each other's place."""
-    return lambda content: content.replace(one, b"\0").replace(other, one).replace(b"\0", other)
+    return lambda content: content.replace(one, b"<one>").replace(other, one).replace(b"<one>", other)
 
 
 def removed(path):

@@ -204,6 +204,22 @@ def test_a_run_like_another_is_another(tmp_path):
         a_trainer_in(tmp_path / "one").resume()
 
 
+def test_snapshots_of_two_runs_without_a_journal_are_refused(tmp_path):
+    for name in ("one", "two"):
+        trainer = a_trainer_in(tmp_path / name, "straight-through")
+        trainer.run(2 if name == "one" else 3, progress=False)
+        trainer.close()
+    (foreign,) = snapshots.snapshots_in(tmp_path / "two")[1:]
+    shutil.copy(foreign, tmp_path / "one")
+    with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run, got .* of another; move"):
+        a_trainer_in(tmp_path / "one", "straight-through").resume()
+    (tmp_path / "one" / foreign.name).unlink()
+    # a damaged one says nothing, whatever it says
+    damaged = snapshots.snapshots_in(tmp_path / "one")[0]
+    damaged.write_bytes(damaged.read_bytes().replace(b'\\"id\\": \\"', b'\\"id\\": \\"x'))
+    assert a_trainer_in(tmp_path / "one", "straight-through").resume() == 2
+
+
 def test_a_snapshot_beside_other_records_is_refused(tmp_path):
     """A copy of the folder may have gone on otherwise."""
     trainer = a_trainer_in(tmp_path / "one")

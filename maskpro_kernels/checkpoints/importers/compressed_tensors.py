@@ -15,7 +15,7 @@ from torch import Tensor
 from ...checked_json import load_json
 from ...files import write_tensors
 from ...packed import PackedNM
-from ..safetensors_files import INDEX, SINGLE, check_parts, read_tensor, tensor_files, weight_files
+from ...safetensors_files import INDEX, SINGLE, check_parts, read_tensor, tensor_files, weight_files
 
 # The parts that a weight is stored in
 COMPRESSED = ("compressed", "bitmask", "shape")

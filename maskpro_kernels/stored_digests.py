@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from ..checked_json import entry_digests, load_json
-from ..digests import digest
-from ..files import write_whole
+from .checked_json import entry_digests, load_json
+from .digests import digest
+from .files import write_whole
 from .safetensors_files import read_tensor, tensor_files
 
 CONFIG, QUANTIZATION = "config.json", "quantization_config"
@@ -62,13 +62,15 @@ def add_digests(folder: Path, files: Iterable[Path]) -> None:
     """Write the digests of tensors in files, and of the settings, into the config.json of a checkpoint.
 
     Args:
-        folder: with a config.json that has a quantization_config.
+        folder: with a config.json. If that has no quantization_config, the weights are dense, and nothing is written.
         files: of the weights.
 
     Raises:
         OSError: if it cannot be written; it is then as it was.
     """
     config = json.loads((folder / CONFIG).read_bytes())
+    if not config.get(QUANTIZATION):
+        return
     found = {TENSORS: tensor_digests(files), SETTINGS: _settings_digests(config)}
     config[QUANTIZATION][DIGESTS] = found
     # as transformers writes it
