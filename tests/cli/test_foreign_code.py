@@ -11,7 +11,7 @@ import torch
 from helpers.command import learn, refuses
 
 from maskpro_kernels import hf
-from maskpro_kernels.checked_json import sealed
+from maskpro_kernels.checked_json import SEALS, sealed
 from maskpro_kernels.checkpoints.logits import Learned, load_learned, write_learned
 from maskpro_kernels.cli import main
 
@@ -63,6 +63,14 @@ def marker(modules, tmp_path, monkeypatch):
 
 def add_to(file, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def reseal(file, change):
+    """Change what a run has written, with the digests in it."""
+    told = json.loads(file.read_text())
+    told.pop(SEALS)
+    change(told)
+    file.write_text(json.dumps(sealed(told)))
 
 
 @pytest.fixture
@@ -126,7 +134,7 @@ def test_a_model_in_the_metadata_of_a_run_is_no_permission(foreign, run, tmp_pat
     learned = load_learned(run / "logits.safetensors")
     named = Learned(learned.logits, learned.weights, learned.metadata | {"model": str(foreign / "model")})
     # who hands it on writes the digests as well
-    add_to(run / "report.json", logits_file=write_learned(named, run / "logits.safetensors"))
+    reseal(run / "report.json", lambda told: told.update(logits_file=write_learned(named, run / "logits.safetensors")))
     refused_with_its_code(capsys, tmp_path, ["export", str(run), str(new)], "modeling_own.py")
     assert not marker.exists()
 
@@ -138,12 +146,9 @@ def test_a_run_on_a_model_with_code_needs_the_option_each_time(foreign, tmp_path
         with pytest.raises(ZeroDivisionError):
             main.main(learn(foreign, run, TRUST))
     assert marker.exists()
-    settings = json.loads((run / "settings.json").read_text())
-    assert "trust_remote_code" not in settings["settings"]
+    assert "trust_remote_code" not in json.loads((run / "settings.json").read_text())["settings"]
     # a settings file may come from anywhere
-    settings.pop("digests")
-    settings["settings"]["trust_remote_code"] = True
-    (run / "settings.json").write_text(json.dumps(sealed(settings)))
+    reseal(run / "settings.json", lambda told: told["settings"].update(trust_remote_code=True))
     marker.unlink()
     refused_with_its_code(capsys, run, ["learn", "--resume", str(run)], "modeling_own.py")
     config = ["learn", "--config", str(run / "settings.json"), "--output", str(tmp_path / "new")]

@@ -32,7 +32,8 @@ def load_key(seed, step, layer, draw):
 def nearest_word(value):
     """The uint32 nearest to an int64."""
     high = (value >> 32).to(tl.int32)
-    return tl.where(high > 0, 0xFFFFFFFF, tl.where(high < 0, 0, value.to(tl.uint32)))
+    # the sign of the upper half, spread over a word: all ones below 0
+    return tl.where(high == 0, value.to(tl.uint32), (~(high >> 31)).to(tl.uint32, bitcast=True))
 
 
 @triton.jit
