@@ -159,3 +159,16 @@ def test_a_run_on_a_model_with_code_needs_the_option_each_time(foreign, tmp_path
     assert "trust_remote_code=True)" in (tmp_path / "out" / "README.md").read_text()
     refused_with_its_code(capsys, run, ["eval", str(run), "--data", text], "modeling_own.py")
     assert main.main(["eval", str(tmp_path / "out"), "--data", text, TRUST, *SHORT]) == 0
+
+
+def test_code_is_fetched_from_the_hub_where_it_may_be_run(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(_, allow_patterns):
+        asked.append(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr("maskpro_kernels.hf.hub.snapshot_download", snapshot_download)
+    hf.fetch_checkpoint("owner/name")
+    hf.fetch_checkpoint("owner/name", code=True)
+    assert ["*.py" in patterns for patterns in asked] == [False, True]
