@@ -50,6 +50,11 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Files of which a process that was killed had written a part: ours, and safetensors' own beside them."""
+    return [path for pattern in ("*.tmp", ".tmp*") for path in folder.glob(pattern) if path.is_file()]
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, with those above it, unless it is there; their names are on disk then."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -85,8 +90,9 @@ def check_output(folder: str | Path) -> None:
     if not there.is_dir():
         raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file; give another name")
     try:
-        # Permission bits alone do not tell: root, read-only and virtual file systems pass them.
-        tempfile.TemporaryDirectory(dir=there).cleanup()
+        # Permission bits alone do not tell: root, read-only and virtual file systems pass them. A file without a name
+        # leaves nothing behind, whenever the process is killed.
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: {error}") from error
     if folder.exists() and any(folder.iterdir()):

@@ -39,9 +39,8 @@ def export(args: argparse.Namespace) -> None:
         _check_own(source.parent, learned)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
-    with telling("run", "put back the base model of the run"):
-        dtype = getattr(args, "dtype", metadata["dtype"])
-        model, tokenizer = load(metadata["model"], dtype, torch.device("cpu"), args.bars)
+    dtype = getattr(args, "dtype", metadata["dtype"])
+    model, tokenizer = _base_model(metadata["model"], dtype, args)
     with telling("run", f"its logits are those of another model than {metadata['model']!r}"):
         convert(model, pattern, targets=list(codes), init=codes)
     if dtype == metadata["dtype"] and metadata["dense_weights"] != digest_of_weights(model):
@@ -58,6 +57,20 @@ def export(args: argparse.Namespace) -> None:
     if args.to == "packed":
         print(told_size(model))
         print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
+
+
+def _base_model(name: str, dtype: str, args: argparse.Namespace):
+    """(model, tokenizer) that a run has learned the masks of, which whoever wrote the run has named."""
+    from ..hf import ForeignCode
+
+    try:
+        with telling("run", "put back the base model of the run"):
+            return load(name, dtype, torch.device("cpu"), args)
+    except ValueError as error:
+        if isinstance(error.__cause__, ForeignCode):
+            # the model is where it was: its own error says what to do
+            raise error.__cause__ from None
+        raise
 
 
 def _cure(logits: Path) -> str:

@@ -19,37 +19,33 @@ if TYPE_CHECKING:
     from ..hf import Origin
 
 
-def add_digests(parser: argparse.ArgumentParser) -> None:
-    """The option of commands that load checkpoints, see ``checking_digests``."""
-    parser.add_argument(
-        "--no-digests",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="load packed weights and masks that were changed since they were saved, whatever their digests say",
-    )
-
-
 def checking_digests(args: argparse.Namespace) -> AbstractContextManager:
     """Within it checkpoints are loaded as ``--no-digests`` says."""
     return without_digests() if hasattr(args, "no_digests") else nullcontext()
 
 
-def load(name: str, dtype: str, device: torch.device, bars: bool):
+def load(name: str, dtype: str, device: torch.device, args: argparse.Namespace):
     """(model, tokenizer) on a device, see ``hf.load_model``.
 
     Args:
-        bars: whether transformers draws its bars, here and when the model is saved.
+        args: tell whether transformers draws its bars, here and when the model is saved, and whether it may run code
+            that a checkpoint brings along.
     """
-    model, tokenizer = load_spread(name, dtype, None, bars)
+    model, tokenizer = load_spread(name, dtype, None, args)
     return model.to(device), tokenizer
 
 
-def load_spread(name: str, dtype: str, device_map: str | Mapping | None, bars: bool):
+def load_spread(name: str, dtype: str, device_map: str | Mapping | None, args: argparse.Namespace):
     """The same, spread over devices by the ``device_map`` of ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
-    show_bars(bars)
-    return load_model(name, DTYPES[dtype], device_map)
+    show_bars(args.bars)
+    return load_model(name, DTYPES[dtype], device_map, trust_remote_code=trusts(args))
+
+
+def trusts(args: argparse.Namespace) -> bool:
+    """Whether ``--trust-remote-code`` was given."""
+    return getattr(args, "trust_remote_code", False)
 
 
 def device_of_inputs(model: torch.nn.Module) -> torch.device:

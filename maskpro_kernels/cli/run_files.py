@@ -154,7 +154,8 @@ def read_start(output: Path) -> dict:
     if not (output / SETTINGS).is_file():
         raise ValueError(
             f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}, without "
-            f"{SETTINGS}; begin with `maskpro learn --output`"
+            f"{SETTINGS}; begin with `maskpro learn --output`, which goes on with what a run has left there that was "
+            "killed before its first step"
         )
     try:
         start = read_settings(output)

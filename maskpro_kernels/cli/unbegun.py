@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import unfinished
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL, LOCK, METRICS
 from ..training.snapshots import snapshots_in, step_of
@@ -57,4 +58,4 @@ def _unresumable(output: Path) -> list[Path]:
     """The files that are of no use without the settings, which are written behind them, and halves of them."""
     progress = output / PROGRESS
     files = [progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS)]
-    return [*snapshots_in(progress), *files, *progress.glob("*.tmp"), *output.glob(f"{SETTINGS}*.tmp")]
+    return [*snapshots_in(progress), *files, *unfinished(progress), *unfinished(output)]

@@ -18,6 +18,7 @@ from ..stored_digests import without_digests
 from .agreement import Agreement
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
+from .foreign_code import ForeignCode
 from .hub import fetch_checkpoint, fetch_masks
 from .known_origin import known_origin
 from .loading import SMOLLM2, check_model, checkpoint_activations, load_model, show_bars
@@ -33,6 +34,7 @@ __all__ = [
     "MASK_ALONE",
     "SMOLLM2",
     "Agreement",
+    "ForeignCode",
     "KeepMask",
     "MaskCallback",
     "MaskedConfig",

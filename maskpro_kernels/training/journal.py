@@ -106,6 +106,7 @@ class Journal:
         self.path, self.header, self.draws, self.steps, self.chain = path, header, draws, steps, chain
         self._file = open(path, "a+b", buffering=0)
         self._failed = False
+        self._process, self._end = os.getpid(), os.fstat(self._file.fileno()).st_size
 
     @classmethod
     def create(cls, path: str | Path, header: Mapping, draws: int = 1) -> Journal:
@@ -146,28 +147,46 @@ class Journal:
         """Write a record and wait until it is on disk.
 
         Raises:
-            ValueError: if it is not the next step, or has another number of draws.
+            RuntimeError: if another process has opened the journal: this one was forked from it.
+            ValueError: if it is not the next step, or has another number of draws, or the file does not end where the
+                last record did.
             OSError: if it cannot be written; what had been written of it is then taken back. Where it was the sync that
                 failed, or nothing can be taken back, no further record is taken: ``resume`` goes on.
         """
         if self._failed:
             raise OSError(f"{self.path}: the disk has failed before, and what it holds is not known: go on by a resume")
+        self._check_place()
         if entry.step != self.steps or len(entry.draws) != self.draws:
             raise ValueError(
                 f"entry: expected step {self.steps} with {self.draws} draws, got step {entry.step} with "
                 f"{len(entry.draws)}"
             )
-        record, before = entry.packed(bytes.fromhex(self.chain)), os.fstat(self._file.fileno()).st_size
+        record = entry.packed(bytes.fromhex(self.chain))
         try:
             if self._file.write(record) != len(record):
                 raise OSError(f"{self.path}: the disk took a part of a record only")
             self._sync()
         except BaseException:
             # an interrupt too: what is not known to be on disk is not there
-            self._take_back(before)
+            self._take_back()
             raise
         self.steps += 1
+        self._end += len(record)
         self.chain = record[-SIZE:].hex()
+
+    def _check_place(self) -> None:
+        """Raise unless this process alone has written behind what was there."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"journal: expected process {self._process}, which has opened it, got {os.getpid()}, which was forked "
+                "from it: two may not write to one run"
+            )
+        end = os.fstat(self._file.fileno()).st_size
+        if end != self._end:
+            raise ValueError(
+                f"journal: expected {str(self.path)!r} to end at byte {self._end}, as this process has left it, got "
+                f"{end}: something else writes to it; resume the run to have what is sound of it"
+            )
 
     def _sync(self) -> None:
         try:
@@ -177,10 +196,10 @@ class Journal:
             self._failed = True
             raise
 
-    def _take_back(self, end: int) -> None:
-        """Let the file end there; the error that led to it is the one to be told."""
+    def _take_back(self) -> None:
+        """Let the file end where the last record did; the error that led to it is the one to be told."""
         try:
-            os.ftruncate(self._file.fileno(), end)
+            os.ftruncate(self._file.fileno(), self._end)
         except OSError:
             self._failed = True
 

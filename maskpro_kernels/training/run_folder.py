@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..digests import digest
-from ..files import make_folder
+from ..files import make_folder, unfinished
 from ..modules import MaskedLinear
 from .batches import content, tensors_of
 from .estimator import Estimator
@@ -139,6 +139,7 @@ class RunFolder:
         self._lock: FileLock | None = None
         self._lock_file: tuple[int, int] | None = None
         self._run: Mapping | None = None
+        self._process: int | None = None
 
     @property
     def run_id(self) -> str | None:
@@ -184,8 +185,7 @@ class RunFolder:
 
     def _unfinished(self) -> list[Path]:
         """Files of which a process that was killed had written a part."""
-        folders = self.path, self.path / INITIAL_LOSSES
-        return [path for folder in folders for path in folder.glob("*.tmp") if path.is_file()]
+        return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder)]
 
     def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
         """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
@@ -304,10 +304,12 @@ class RunFolder:
         What another program has removed of the folder meanwhile is put back first, with a warning.
 
         Raises:
+            RuntimeError: see ``check_process``.
             ValueError: if another trainer has had the folder since, or another file is in the journal's place. The
                 folder is lost then.
             OSError: if something cannot be written.
         """
+        self.check_process()
         try:
             self._keep_hold()
         except ValueError:
@@ -335,6 +337,7 @@ class RunFolder:
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
+        self.check_process()
         if not self.journaled:
             # the steps before are not taken again, and nothing else knows what they saw
             self.metrics.sync()
@@ -346,6 +349,7 @@ class RunFolder:
 
     def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:
         """Add the losses of all batches under refreshed initial masks, which this step is the first to need."""
+        self.check_process()
         folder = self.path / INITIAL_LOSSES
         make_folder(folder)
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
@@ -363,6 +367,15 @@ class RunFolder:
                 f"{str(self.path)!r}"
             ) from None
         self._lock_file = self._id_of_lock()
+        self._process = os.getpid()
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked while a trainer had the folder: it is its parent's."""
+        if self._process not in (None, os.getpid()):
+            raise RuntimeError(
+                f"output_dir: expected process {self._process}, whose run is in {str(self.path)!r}, got {os.getpid()}, "
+                "which was forked from it: two may not write to one run; make a trainer with another output_dir here"
+            )
 
     def _id_of_lock(self) -> tuple[int, int] | None:
         """What tells the file of the lock from another in its place; None where there is none."""
@@ -371,7 +384,9 @@ class RunFolder:
             return found.st_dev, found.st_ino
 
     def close(self) -> None:
-        """Let another trainer have the folder."""
+        """Let another trainer have the folder; a forked process lets go of nothing that its parent holds."""
+        if self._process not in (None, os.getpid()):
+            return
         try:
             if self.journal is not None:
                 self.journal.close()

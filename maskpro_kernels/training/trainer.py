@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from ..digests import digest
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
+from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
 from .journal import Entry
 from .number_checks import check_float, check_whole
+from .rank_agreement import check_alike
 from .resume import RunState, put_back, read_run, snapshot_of
 from .run_folder import RunFolder, settings_of
 from .sharing import PARALLEL, Sharing
@@ -216,7 +218,8 @@ class MaskTrainer:
             FloatingPointError: if the update is not finite: logits and tracker are then as before the step. And where
                 more steps in a row than ``max_skipped`` have had a loss, or with ``StraightThrough`` a gradient, that
                 is not finite: this one counts as done, too.
-            RuntimeError: if the last step was broken off from its update on, or the trainer is closed.
+            RuntimeError: if the last step was broken off from its update on, or the trainer is closed; or in a process
+                that was forked from the one that made the trainer, where there is an ``output_dir``.
         """
         if self.broken:
             raise RuntimeError(
@@ -329,7 +332,7 @@ class MaskTrainer:
         """The settings that identify the run, and these, once all ranks agree on them."""
         how = self.seed, self.accumulate, self.loss_fn
         settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how) | others
-        self.ranks.agree(settings | {"parallel": self.parallel})
+        check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
         return settings
 
     def _start_folder(self, run: Mapping) -> None:
@@ -419,7 +422,9 @@ def _check_objects(loss_fn: LossFn, batches: Iterable, estimator: Estimator) -> 
 
 
 def _check_steps(estimator: Estimator, done: int, steps: int) -> None:
-    """Raise ValueError if an estimator that has taken so many steps cannot take that many more."""
+    """Raise ValueError if an estimator that has taken so many steps, or any, cannot take that many more."""
+    if done + steps >= MAX_STEPS:
+        raise ValueError(f"steps: expected at most {MAX_STEPS - 1 - done} more, as draws have steps for, got {steps}")
     if estimator.steps is not None and done + steps > estimator.steps:
         raise ValueError(
             f"steps: expected at most {estimator.steps - done} more of {type(estimator).__name__}'s {estimator.steps}, "

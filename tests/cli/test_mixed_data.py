@@ -269,7 +269,7 @@ def test_a_model_whose_logits_are_not_finite_writes_nothing(inputs, tmp_path, ca
 
     model = tiny_model()
     model.model.norm.weight.data[3] = torch.nan
-    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype, device_map: (model, tiny_tokenizer()))
+    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype, device_map, **_: (model, tiny_tokenizer()))
     assert main.main(mixed(inputs, tmp_path / "run")) == 2
     assert "model: expected finite logits" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / SAMPLES).exists()

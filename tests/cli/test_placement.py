@@ -154,7 +154,7 @@ def test_ranks_take_no_device_map(inputs):
 def test_weights_that_are_offloaded_are_refused(inputs, tmp_path, monkeypatch, capsys):
     from maskpro_kernels.hf import load_model
 
-    def offloaded(name, dtype, device_map):
+    def offloaded(name, dtype, device_map, **_):
         model, tokenizer = load_model(name, dtype)
         model.model.layers[1].to("meta")
         return model, tokenizer
