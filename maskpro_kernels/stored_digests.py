@@ -91,12 +91,13 @@ def check_tensors(stored: Mapping[str, str], files: Iterable[Path]) -> None:
         )
 
 
-def stored_digests(config: Path) -> dict[str, str]:
-    """The digests of tensors that a config.json tells of; none where it has none, or cannot be read."""
+def stored_digests(config: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(digests of tensors, digests of settings) in a config.json; empty where it has none, or cannot be read."""
     try:
-        return load_json(config.read_bytes())[QUANTIZATION][DIGESTS][TENSORS]
+        found = load_json(config.read_bytes())[QUANTIZATION][DIGESTS]
+        return dict(found[TENSORS]), dict(found[SETTINGS])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return {}, {}
 
 
 def changed_settings(stored: Mapping[str, str], config: Path) -> list[str]:

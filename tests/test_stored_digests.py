@@ -131,6 +131,13 @@ def test_a_loaded_model_that_changes_is_saved_with_new_digests(folder):
     assert_same_bits(dict(again.state_dict()), dict(loaded.state_dict()))
 
 
+def test_the_config_of_a_loaded_model_loads_it_again(folder):
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    config = type(loaded.config).from_dict(loaded.config.to_dict())
+    again = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    assert_same_bits(dict(again.state_dict()), dict(loaded.state_dict()))
+
+
 def test_shards_have_the_digests_of_one_file(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     # files of before, of which one is written anew

@@ -51,19 +51,22 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str,
     Args:
         model: has at least one MaskedLinear.
         path: of the file; an existing file is replaced only once the new one is safe on disk.
-        metadata: strings stored beside the tensors.
+        metadata: strings stored beside the tensors, under other names than "digest" and "changed_weights".
 
     Returns:
         The digest.
 
     Raises:
         TypeError: if ``metadata`` holds something else than strings.
-        ValueError: if ``model`` has no MaskedLinear.
+        ValueError: if ``model`` has no MaskedLinear, or ``metadata`` has one of those names.
         OSError: if the file cannot be written.
     """
     wrong = next((item for item in metadata.items() if not all(isinstance(part, str) for part in item)), None)
     if wrong is not None:
         raise TypeError(f"metadata: expected strings as names and values, got {wrong!r}")
+    own = sorted(metadata.keys() & {DIGEST, CHANGED})
+    if own:
+        raise ValueError(f"metadata: expected other names than {DIGEST!r} and {CHANGED!r}, got {', '.join(own)}")
     layers = masked_layers(model)
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
     return write_learned(Learned(logits, changed_weights(layers), dict(metadata)), path)

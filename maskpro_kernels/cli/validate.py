@@ -33,7 +33,7 @@ def validate(args: argparse.Namespace) -> None:
             f"{row.name:<{width}}  {shape:>14}  {row.density:>8.2%}  {row.negative_zeros:>6}  {row.alignment:>7}  "
             f"{follows}{stored}"
         )
-    stored = stored_digests(files[0].parent / CONFIG)
+    stored, _ = stored_digests(files[0].parent / CONFIG)
     if stored and digests_are_checked():
         where = tensor_files(files)
         # others may lie beside them

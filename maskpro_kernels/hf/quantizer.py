@@ -21,11 +21,10 @@ from ..stored_digests import (
     DIGESTS,
     ON_PURPOSE,
     QUANTIZATION,
-    SETTINGS,
-    TENSORS,
     changed_settings,
     check_tensors,
     digests_are_checked,
+    stored_digests,
 )
 
 
@@ -61,26 +60,29 @@ class SparseQuantizer(HfQuantizer):
         Raises:
             ValueError: if there are none, or a tensor or a setting of the sparse layers has another.
         """
-        stored, self.quantization_config.digests = self.quantization_config.digests, {}
+        self.quantization_config.digests = {}
         if files is None or not digests_are_checked():
             return
-        if stored.keys() != {TENSORS, SETTINGS}:
+        files = [Path(file) for file in files]
+        config = files[0].parent / CONFIG
+        # not of the given config: that of a loaded model has none, and it may be given to load the same files again
+        tensors, settings = stored_digests(config)
+        if not tensors or not settings:
             raise ValueError(
                 f"checkpoint: expected digests of its tensors in the {QUANTIZATION} of its {CONFIG}, got none; take "
                 f"that file from where the checkpoint comes from; {ON_PURPOSE}"
             )
-        files = [Path(file) for file in files]
-        changed = changed_settings(stored[SETTINGS], files[0].parent / CONFIG)
+        changed = changed_settings(settings, config)
         own = [name for name in changed if name.startswith(f"{QUANTIZATION}.")]
         if own:
             raise ValueError(
                 f"checkpoint: expected the settings of its layers as they were saved, got {', '.join(own)} damaged or "
                 f"changed; copy or download it again; {ON_PURPOSE}"
             )
-        check_tensors(stored[TENSORS], files)
+        check_tensors(tensors, files)
         if changed:
             warnings.warn(
-                f"{files[0].parent / CONFIG} was changed since it was saved: {', '.join(changed)}; where that was not "
+                f"{config} was changed since it was saved: {', '.join(changed)}; where that was not "
                 "on purpose, take it from where the checkpoint comes from",
                 stacklevel=2,
             )

@@ -144,6 +144,8 @@ def test_save_refuses_before_it_writes(tmp_path):
         save_logits(nn.Linear(4, 4), path, {})
     with pytest.raises(TypeError, match=r"metadata: expected strings.*\('steps', 3\)"):
         save_logits(masked(), path, {"steps": 3})
+    with pytest.raises(ValueError, match="metadata: expected other names than .* got digest"):
+        save_logits(masked(), path, {"digest": "x"})
     assert os.listdir(tmp_path) == []
 
 
