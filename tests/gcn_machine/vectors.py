@@ -143,7 +143,7 @@ _add("f32", "f32 f32 f32", div_fixup_f32=formats.division_fixup)
 _add("f32", "f32", rcp_f32=formats.reciprocal, rcp_iflag_f32=formats.reciprocal)
 _add("f32", "f32", sqrt_f32=formats.root, rsq_f32=formats.reciprocal_root)
 for _name, _whole in {"trunc": np.trunc, "floor": np.floor, "ceil": np.ceil, "rndne": np.rint}.items():
-    _add("f32", "f32", **{f"{_name}_f32": lambda a, whole=_whole: formats.settled(whole(a), a)})
+    _add("f32", "f32", **{f"{_name}_f32": lambda a, whole=_whole: formats.with_nan(whole(a), a)})
 
 
 @instruction(*OPERATIONS)
