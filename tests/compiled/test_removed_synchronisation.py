@@ -25,6 +25,7 @@ AFTER_LOADS = "a barrier stands behind the loads of tensor memory, ahead of this
 # a test takes all of a kernel away at once
 FOR_EACH_OTHER = "another barrier stands between the same accesses"
 BEFORE_THE_START = "a wave begins behind it, as its first arguments are in registers"
+OWN_WAVE = "the wave that reads there has written it itself, in the order of its code"
 NO_LDS_UNDER_WAY = "it stands before a barrier without an access of LDS, and a later wait has its scalar load come back"
 # By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
 OLDEST = (3, 6)
@@ -60,6 +61,8 @@ KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend", "sample_mask"
 OF_GROUPS = [name for name in OVER_GROUPS if name != "score_updates"]
 REDUNDANT |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
 REDUNDANT_IN_OLDEST |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
+REDUNDANT_IN_OLDEST["descend", "gfx942"] |= dict.fromkeys((9, 10), OWN_WAVE)
+REDUNDANT_IN_OLDEST["score_updates", "gfx942"] = {0: BEFORE_THE_START} | dict.fromkeys((21, 27), NO_LDS_UNDER_WAY)
 REDUNDANT["score_updates", "gfx942"] = {0: BEFORE_THE_START} | dict.fromkeys((10, 18, 23), NO_LDS_UNDER_WAY)
 CASES = [*itertools.product(TARGETS, KERNELS), *(("gfx942", kernel) for kernel in OVER_GROUPS)]
 QUICK = ("sm_80", "masked_linear"), ("gfx942", "descend")

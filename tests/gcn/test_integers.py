@@ -181,6 +181,8 @@ SCALARS = {
     "s_lshl2_add_u32 s20, s10, s11": lambda a, b: ((a * 4 + b) & WORD, a * 4 + b > WORD),
     "s_bfe_u32 s20, s10, s11": lambda a, b: scalar_field(a, b, False),
     "s_bfe_i32 s20, s10, s11": lambda a, b: scalar_field(a, b, True),
+    "s_mov_b32 s20, s10\ns_addk_i32 s20, 0xfffe": lambda a, b: ((a - 2) & WORD, signed(a - 2) != signed(a) - 2),
+    "s_mov_b32 s20, s10\ns_mulk_i32 s20, 0x101": lambda a, b: (a * 0x101 & WORD, None),
     "s_brev_b32 s20, s10": lambda a, b: (int(f"{a:032b}"[::-1], 2), None),
     "s_not_b32 s20, s10": lambda a, b: (~a & WORD, a != WORD),
 }

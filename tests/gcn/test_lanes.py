@@ -108,6 +108,12 @@ def test_parts_that_are_written(where, expected):
     assert compute(text, A, B)[0] == expected
 
 
+def test_a_part_of_a_sum_with_a_carry():
+    parts = "dst_sel:BYTE_1 dst_unused:UNUSED_PRESERVE src0_sel:BYTE_3 src1_sel:DWORD"
+    text = f"v_mov_b32_e32 $d, -1\nv_add_co_u32_sdwa $d, vcc, $a, $b {parts}"
+    assert compute(text, A, B)[0] == 0xFFFF85FF
+
+
 def test_a_half_in_the_upper_word():
     text = "v_cvt_f32_f16_sdwa $d, $a dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_1"
     assert compute(text, np.uint32([0x40003C00]), out=np.float32)[0] == 2
@@ -167,6 +173,7 @@ def test_the_upper_word_of_a_constant_is_poison():
         "v_add_u32_sdwa v1, v0, v0 dst_sel:BYTE_4 dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:DWORD",
         "v_add_u32_sdwa v1, v0, v0 dst_sel:BYTE_1 dst_unused:UNUSED src0_sel:DWORD src1_sel:DWORD",
         "v_cmp_eq_u32_dpp vcc, v0, v1 row_shr:1 row_mask:0xf bank_mask:0xf",
+        "v_cmp_eq_u32_sdwa vcc, v0, v1 dst_sel:BYTE_0 src0_sel:DWORD src1_sel:DWORD",
     ],
 )
 def test_what_is_not_modelled_is_refused(text):

@@ -83,6 +83,31 @@ def test_arguments_in_registers():
         Program(text.replace(".p2align 8", ""))
 
 
+def test_hidden_arguments_tell_how_a_kernel_was_launched():
+    """Each is a word or less, behind the address of the result."""
+    names = ["block_count_x", "block_count_y", "group_size_x", "group_size_y", "remainder_x", "grid_dims"]
+    hidden = "".join(
+        f"      - .offset:         {8 + 4 * k}\n        .size:           4\n        .value_kind:     hidden_{name}\n"
+        for k, name in enumerate(names)
+    )
+    body = """s_load_dwordx4 s[20:23], s[0:1], 0x8
+        s_load_dwordx2 s[24:25], s[0:1], 0x18
+        v_mov_b32_e32 v2, 0
+        s_mov_b64 exec, 1
+        s_waitcnt lgkmcnt(0)
+    """ + "\n".join(
+        f"v_mov_b32_e32 v10, s{20 + k}\nglobal_store_dword v2, v10, s[4:5] offset:{4 * k}" for k in range(6)
+    )
+    text = kernel(body, threads=128, kernarg_size=32)
+    program = Program(text.replace("    .group_segment", f"{hidden}    .group_segment"))
+    assert program.parameters == 1
+    memory, findings, result = program.memory(), Findings(), np.zeros(6, np.uint32)
+    memory.register(1 << 12, result, "result")
+    program.launch((2, 3, 1), [1 << 12], 0, memory, findings, last=1)
+    # one of them is not known, and poison
+    assert result.tolist() == [2, 3, 128, 1, 0, 0xA5A5A5A5]
+
+
 def test_arguments_are_counted():
     program = Program(kernel(""))
     with pytest.raises(ValueError, match="takes 1 arguments, 2 came"):
@@ -153,6 +178,8 @@ def test_descriptors_that_ask_for_more_are_refused(entry):
 
 def test_other_waves_and_texts_are_refused():
     text = kernel("")
+    with pytest.raises(Refused, match="hidden_printf_buffer"):
+        Program(text.replace("global_buffer", "hidden_printf_buffer"))
     with pytest.raises(Refused, match="waves of 64"):
         Program(text.replace(".wavefront_size: 64", ".wavefront_size: 32"))
     with pytest.raises(Refused, match="has no ieee_mode"):

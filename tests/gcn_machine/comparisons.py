@@ -70,13 +70,19 @@ def mask_result(operand, ins: Instruction):
     return write
 
 
-def lane_sources(ins: Instruction, given: list, kinds: tuple[str, ...]) -> list:
+def lane_sources(ins: Instruction, given: list, kinds: tuple[str, ...], **of_sdwa) -> list:
     if ins.encoding == "sdwa":
-        return sdwa_sources(ins, given, kinds)
+        return sdwa_sources(ins, given, kinds, **of_sdwa)
     no_modifiers(ins, ())
     if ins.encoding == "dpp":
         raise refusal(ins, "encoding dpp")
     return [source(one, kind, ins) for one, kind in zip(given, kinds, strict=True)]
+
+
+def lane_result(operand, ins: Instruction):
+    """(batch, uint32): writes a vector register, or a part of it."""
+    write = vector_result(operand, "u32", ins)
+    return sdwa_result(ins, write, old_value(operand, ins)) if ins.encoding == "sdwa" else write
 
 
 @instruction(*COMPARISONS)
@@ -85,7 +91,7 @@ def compare(ins: Instruction, kernel: Kernel):
     kind, test = COMPARISONS[ins.opcode]
     to, *given = operands(ins, 3)
     write = mask_result(to, ins)
-    first, second = lane_sources(ins, given, (kind, kind))
+    first, second = lane_sources(ins, given, (kind, kind), of_result=())
     return lambda batch: write(batch, test(first(batch), second(batch)))
 
 
@@ -98,7 +104,7 @@ def compare_class(ins: Instruction, kernel: Kernel):
     """VOPC: V_CMP_CLASS_F32, whether the first is of one of the classes that the second has bits for."""
     to, *given = operands(ins, 3)
     write = mask_result(to, ins)
-    value, classes = lane_sources(ins, given, ("f32", "u32"))
+    value, classes = lane_sources(ins, given, ("f32", "u32"), of_result=())
 
     def run(batch):
         a, wanted = value(batch), classes(batch)
@@ -117,9 +123,7 @@ def choose(ins: Instruction, kernel: Kernel):
     first, second = lane_sources(ins, [first, second], ("b32", "b32"))
     if ins.encoding in ("e32", "sdwa") and scalar_register(which, 2, ins) != VCC:
         raise refusal(ins, "vcc is expected")
-    write, test = vector_result(to, "u32", ins), lane_mask_source(which, ins)
-    if ins.encoding == "sdwa":
-        write = sdwa_result(ins, write, old_value(to, ins))
+    write, test = lane_result(to, ins), lane_mask_source(which, ins)
     return lambda batch: write(batch, np.where(test(batch), second(batch), first(batch)))
 
 
@@ -147,7 +151,7 @@ def carry(ins: Instruction, kernel: Kernel):
     name = ins.opcode.split("_")[1]
     to, carry_out, *given = operands(ins, 5 if name in CARRIES_IN else 4)
     first, second = lane_sources(ins, given[:2], ("u32", "u32"))
-    write, write_carry = vector_result(to, "u32", ins), mask_result(carry_out, ins)
+    write, write_carry = lane_result(to, ins), mask_result(carry_out, ins)
     compute, carry_in = (CARRIES | CARRIES_IN)[name], None
     if name in CARRIES_IN:
         if ins.encoding == "e32" and scalar_register(given[2], 2, ins) != VCC:

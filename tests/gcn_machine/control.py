@@ -144,8 +144,8 @@ class Control:
         going = np.repeat(ready, batch.cta_waves)
         self._note_meeting(ready, going)
         batch.lds.meet(ready, batch.outstanding.of_lds())
-        settled = batch.outstanding.none_of(going).reshape(batch.ctas, -1).all(1)
-        batch.phase[settled] += 1
+        complete = batch.outstanding.none_of(going).reshape(batch.ctas, -1).all(1)
+        batch.phase[complete] += 1
         for number in list(self.waiting):
             self._arrive(number + 1, self.waiting[number] & going)
             rest = self.waiting.pop(number) & ~going

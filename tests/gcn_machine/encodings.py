@@ -13,7 +13,6 @@ from .registry import Read, no_modifiers, source, word_of_lanes
 
 # By selection: the first bit and how many
 PARTS = {f"BYTE_{k}": (8 * k, 8) for k in range(4)} | {f"WORD_{k}": (16 * k, 16) for k in range(2)} | {"DWORD": (0, 32)}
-SDWA = ("dst_sel", "dst_unused", "src0_sel", "src1_sel")
 UNUSED = ("UNUSED_PAD", "UNUSED_SEXT", "UNUSED_PRESERVE")
 ROW = 16
 DPP = (
@@ -45,10 +44,10 @@ def selection(part: tuple[int, int], extended: bool) -> Callable[[Read], Read]:
     return change
 
 
-def sdwa_sources(ins: Instruction, given: list, kinds: tuple[str, ...]) -> list[Read]:
-    """Sources of an instruction in SDWA, each of which selects a part of its register."""
-    selections = [name for name in ("src0_sel", "src1_sel")[: len(given)]]
-    no_modifiers(ins, ("dst_sel", "dst_unused", *selections))
+def sdwa_sources(ins: Instruction, given: list, kinds: tuple[str, ...], of_result=("dst_sel", "dst_unused")) -> list:
+    """Sources of an instruction in SDWA, each of which selects a part; modifiers ``of_result`` may stand there too."""
+    selections = ("src0_sel", "src1_sel")[: len(given)]
+    no_modifiers(ins, (*of_result, *selections))
     reads = []
     for operand, kind, name in zip(given, kinds, selections, strict=True):
         extended = isinstance(operand, Modified) and operand.extended

@@ -16,7 +16,7 @@ INFINITE = np.uint32(0x7F800000)
 ONES = np.uint32((1 << 23) - 1)
 
 
-def settled(result: np.ndarray, *operands: np.ndarray) -> np.ndarray:
+def with_nan(result: np.ndarray, *operands: np.ndarray) -> np.ndarray:
     """A result with NaN as the instructions give it: the first operand that is NaN, quiet."""
     wrong = np.isnan(result)
     if not wrong.any():
@@ -28,19 +28,19 @@ def settled(result: np.ndarray, *operands: np.ndarray) -> np.ndarray:
 
 
 def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return settled(a + b, a, b)
+    return with_nan(a + b, a, b)
 
 
 def subtract(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return settled(a - b, a, b)
+    return with_nan(a - b, a, b)
 
 
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return settled(a * b, a, b)
+    return with_nan(a * b, a, b)
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    return settled(fused(a, b, c), a, b, c)
+    return with_nan(fused(a, b, c), a, b, c)
 
 
 def is_signalling(a: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def faithful(exact: np.ndarray, operand: np.ndarray) -> np.ndarray:
     nearer = operand.view(np.uint32) * np.uint32(2654435761) >> np.uint32(31) == 0
     exactly = nearest.astype(np.float64) == exact
     chosen = np.where(nearer | exactly | ~np.isfinite(nearest), nearest, other)
-    return settled(without_subnormal(chosen), operand)
+    return with_nan(without_subnormal(chosen), operand)
 
 
 def without_subnormal(a: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ def reciprocal(a: np.ndarray) -> np.ndarray:
     """
     exact = 1 / without_subnormal(a).astype(np.float64)
     all_ones = a.view(np.uint32) & ONES == ONES
-    return np.where(all_ones, settled(without_subnormal(exact.astype(np.float32)), a), faithful(exact, a))
+    return np.where(all_ones, with_nan(without_subnormal(exact.astype(np.float32)), a), faithful(exact, a))
 
 
 def root(a: np.ndarray) -> np.ndarray:
@@ -168,7 +168,7 @@ def division_fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, scales: np.ndarray
     # exact in float64: a quotient of few bits, and what is missing to it
     factor = np.where(up, 2.0**64, 2.0**-64)
     wide = [(one.astype(np.float64)) for one in (a, b, c)]
-    scaled = settled((odd_sum(wide[0] * wide[1], wide[2]) * factor).astype(np.float32), a, b, c)
+    scaled = with_nan((odd_sum(wide[0] * wide[1], wide[2]) * factor).astype(np.float32), a, b, c)
     return np.where(scales, scaled, result)
 
 

@@ -11,7 +11,7 @@ from machines.global_memory import GlobalMemory
 from .batch import Batch
 from .control import Control, translate_blocks
 from .lds import LDS
-from .parser import Kernel, parse
+from .parser import EXPLICIT, Argument, Kernel, parse
 
 # Vector memory and scalar loads have to lie at multiples of a word, or of their size where that is less
 WORD = 4
@@ -33,7 +33,7 @@ class Program:
     @property
     def parameters(self) -> int:
         """How many arguments the kernel takes."""
-        return len(self.kernel.arguments)
+        return len(_explicit(self.kernel))
 
     def memory(self) -> GlobalMemory:
         return GlobalMemory(alignment=WORD)
@@ -54,7 +54,7 @@ class Program:
         workgroup beside what the kernel declares. Raises ``Fault`` where nothing can go on; what else was wrong is
         added to ``findings``. Raises ValueError for a wrong number of arguments.
         """
-        data = _argument_bytes(self.kernel, arguments)
+        data = _argument_bytes(self.kernel, arguments, grid)
         address = data.ctypes.data
         memory.register(address, data, "the kernel's arguments")
         total = grid[0] * grid[1] * grid[2]
@@ -83,18 +83,36 @@ class Program:
         return found
 
 
-def _argument_bytes(kernel: Kernel, arguments: list[int | float]) -> np.ndarray:
+def _explicit(kernel: Kernel) -> list[Argument]:
+    return [argument for argument in kernel.arguments if argument.kind in EXPLICIT]
+
+
+def _argument_bytes(kernel: Kernel, arguments: list[int | float], grid: tuple[int, int, int]) -> np.ndarray:
     """What lies where a kernel looks for its arguments: User Guide for AMDGPU Backend, Kernel Argument Segment."""
-    if len(arguments) != len(kernel.arguments):
-        raise ValueError(f"{kernel.name} takes {len(kernel.arguments)} arguments, {len(arguments)} came")
+    explicit = _explicit(kernel)
+    if len(arguments) != len(explicit):
+        raise ValueError(f"{kernel.name} takes {len(explicit)} arguments, {len(arguments)} came")
     block = np.full(-(-max(kernel.argument_bytes, 1) // ARGUMENT_BLOCK) * ARGUMENT_BLOCK, FILLING, np.uint8)
-    for place, value in zip(kernel.arguments, arguments, strict=True):
+    hidden = _hidden(kernel.threads, grid)
+    places = [*zip(explicit, arguments, strict=True), *((one, hidden.get(one.kind)) for one in kernel.arguments)]
+    for place, value in places:
+        if value is None:
+            continue
         if isinstance(value, float):
             encoded = np.dtype(f"f{place.size}").type(value)
         else:
             encoded = np.dtype(f"u{place.size}").type(int(value) & (1 << 8 * place.size) - 1)
         block[place.offset : place.offset + place.size] = np.frombuffer(encoded.tobytes(), np.uint8)
     return block
+
+
+def _hidden(threads: int, grid: tuple[int, int, int]) -> dict[str, int]:
+    """By their kinds, arguments that tell how a kernel was launched; of whole workgroups along x."""
+    return {
+        f"hidden_{name}_{axis}": value
+        for axis, blocks, size in zip("xyz", grid, (threads, 1, 1), strict=True)
+        for name, value in (("block_count", blocks), ("group_size", size), ("remainder", 0), ("global_offset", 0))
+    }
 
 
 def _granule(kernel: Kernel, space: str) -> int:

@@ -102,7 +102,10 @@ class Argument:
 
 @dataclass
 class Kernel:
-    """``entry`` is the block that a wave begins with; ``shared`` are the bytes of LDS that it declares."""
+    """``entry`` is the block that a wave begins with; ``shared`` are the bytes of LDS that it declares.
+
+    Those of ``arguments`` that are hidden say how the kernel was launched.
+    """
 
     name: str
     target: str
@@ -139,6 +142,9 @@ TOKEN = re.compile(
     re.X,
 )
 REGISTER = re.compile(r"([vsa])(?:(\d+)|\[(\d+):(\d+)\])")
+# Kinds of arguments: User Guide for AMDGPU Backend, Code Object V5 Metadata
+EXPLICIT = ("by_value", "global_buffer")
+HIDDEN = re.compile(r"hidden_(?:(?:block_count|group_size|remainder|global_offset)_[xyz]|grid_dims)")
 ENCODINGS = ("e32", "e64", "sdwa", "dpp")
 FLAGS = {"offen", "sc0", "sc1", "nt", "row_mirror", "row_half_mirror"}
 # Entries of a descriptor by the one value that the machine models: LLVM, User Guide for AMDGPU Backend, .amdhsa_kernel.
@@ -216,7 +222,10 @@ def _metadata(text: str, name: str) -> tuple[list[Argument], int]:
     arguments = []
     for entry in entries:
         values = dict(re.findall(r"^\s*\.(\w+):\s+(\S+)\s*$", entry, re.M))
-        arguments.append(Argument(int(values["offset"]), int(values["size"]), values["value_kind"]))
+        kind = values["value_kind"]
+        if kind not in EXPLICIT and not HIDDEN.fullmatch(kind):
+            raise Refused(f"an argument {kind}")
+        arguments.append(Argument(int(values["offset"]), int(values["size"]), kind))
     facts = dict(re.findall(r"^    \.(\w+):\s+(\S+)\s*$", notes, re.M))
     threads, wave = (int(facts.get(fact, 0)) for fact in ("max_flat_workgroup_size", "wavefront_size"))
     if facts.get("name") != name or wave != WAVE or not threads or threads % WAVE:

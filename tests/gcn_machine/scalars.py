@@ -193,6 +193,24 @@ def move_short(ins: Instruction, kernel: Kernel):
     return lambda batch: write(batch, np.asarray(value))
 
 
+@instruction("s_addk_i32", "s_mulk_i32")
+def compute_with_short(ins: Instruction, kernel: Kernel):
+    """SOPK: adds to the destination, with SCC for an overflow, or multiplies it; the constant has a sign."""
+    plain(ins)
+    to, what = operands(ins, 2)
+    write, old, value = wave_result(to, "i32", ins), wave_source(to, "i32", ins), np.int32(_short(what, ins))
+    if ins.opcode == "s_mulk_i32":
+        return lambda batch: write(batch, old(batch) * value)
+    add = _overflowing(np.add)
+
+    def run(batch):
+        result, scc = add(old(batch), value)
+        write(batch, result)
+        batch.set_scc(scc)
+
+    return run
+
+
 def _short(operand, ins: Instruction, signed: bool = True) -> int:
     if not isinstance(operand, Literal) or isinstance(operand.value, float):
         raise refusal(ins, "a constant of 16 bits is expected")

@@ -11,8 +11,8 @@ from machines.findings import refusal
 from . import formats
 from .encodings import dpp_sources, old_value, sdwa_result, sdwa_sources
 from .parser import Instruction, Kernel
-from .registry import instruction, no_modifiers, operands, source, vector_result
-from .scalars import field, reversed_bits, shift_left, shift_right
+from .registry import instruction, join, no_modifiers, operands, source, vector_result
+from .scalars import field, reversed_bits, shift_left, shift_right, signed_field
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,13 @@ def _bit_count(a, b):
     return counts + b
 
 
-def _field(a, offset, width):
-    return field(a, offset & np.uint32(31) | (width & np.uint32(31)) << np.uint32(16))
+def _of_operands(compute):
+    """A field whose first bit and width are operands of their own."""
+    return lambda a, offset, width: compute(a, offset & np.uint32(31) | (width & np.uint32(31)) << np.uint32(16))
 
 
-def _signed_field(a, offset, width):
-    width = (width & np.uint32(31)).astype(np.int64)
-    bits = _field(a, offset, width.astype(np.uint32)).astype(np.int64)
-    negative = (width > 0) & (bits >> np.maximum(width - 1, 0) & 1 == 1)
-    return np.where(negative, bits - (1 << width), bits).astype(np.int32)
-
-
-def _aligned(high, low, shift, bits: int):
-    joined = high.astype(np.uint64) << np.uint64(32) | low
-    return (joined >> (shift.astype(np.uint64) & np.uint64(31 // bits)) * np.uint64(bits)).astype(np.uint32)
+def _aligned(high, low, shift):
+    return (join(low, high) >> (shift & np.uint32(31)).astype(np.uint64)).astype(np.uint32)
 
 
 def _first_bit(a):
@@ -128,10 +121,10 @@ _add("u32", "u32 u32 u32", lshl_add_u32=lambda a, b, c: shift_left(a, b) + c)
 _add("u32", "u32 u32 u32", add_lshl_u32=lambda a, b, c: shift_left(a + b, c))
 _add("u32", "u32 u32 u32", lshl_or_b32=lambda a, b, c: shift_left(a, b) | c)
 _add("u64", "u64 u32 u64", lshl_add_u64=lambda a, b, c: shift_left(a, b & np.uint32(7)) + c)
-_add("u32", "u32 u32 u32", bfe_u32=_field, bfi_b32=lambda a, b, c: a & b | ~a & c, perm_b32=_permuted)
-_add("i32", "u32 u32 u32", bfe_i32=_signed_field)
-_add("u32", "u32 u32 u32", alignbit_b32=lambda a, b, c: _aligned(a, b, c, 1))
-_add("u32", "u32 u32 u32", alignbyte_b32=lambda a, b, c: _aligned(a, b, c & np.uint32(3), 8))
+_add("u32", "u32 u32 u32", bfe_u32=_of_operands(field), bfi_b32=lambda a, b, c: a & b | ~a & c, perm_b32=_permuted)
+_add("i32", "u32 u32 u32", bfe_i32=_of_operands(signed_field))
+_add("u32", "u32 u32 u32", alignbit_b32=_aligned)
+_add("u32", "u32 u32 u32", alignbyte_b32=lambda a, b, c: _aligned(a, b, c << np.uint32(3)))
 _add("u32", "u32 u32 u32", min3_u32=lambda a, b, c: np.minimum(np.minimum(a, b), c))
 _add("u32", "u32 u32 u32", max3_u32=lambda a, b, c: np.maximum(np.maximum(a, b), c))
 _add("i32", "i32 i32 i32", min3_i32=lambda a, b, c: np.minimum(np.minimum(a, b), c))
@@ -150,7 +143,7 @@ _add("f32", "f32 f32 f32", div_fixup_f32=formats.division_fixup)
 _add("f32", "f32", rcp_f32=formats.reciprocal, rcp_iflag_f32=formats.reciprocal)
 _add("f32", "f32", sqrt_f32=formats.root, rsq_f32=formats.reciprocal_root)
 for _name, _whole in {"trunc": np.trunc, "floor": np.floor, "ceil": np.ceil, "rndne": np.rint}.items():
-    _add("f32", "f32", **{f"{_name}_f32": lambda a, whole=_whole: formats.settled(whole(a), a)})
+    _add("f32", "f32", **{f"{_name}_f32": lambda a, whole=_whole: formats.with_nan(whole(a), a)})
 
 
 @instruction(*OPERATIONS)

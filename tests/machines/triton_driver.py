@@ -35,17 +35,19 @@ SHARED_MEMORY["gfx942"] = 64 << 10
 TARGETS = tuple(SHARED_MEMORY)
 # Larger tensors are not filled: what nobody touches costs no memory
 MOST_FILLED = 1 << 28
-# Kinds of findings that releases of Triton give rise to by themselves, and why their kernels may run nonetheless
+# Kinds of findings that Triton gives rise to by itself, in all releases or in one, and why kernels may run nonetheless
+UNDEFINED = {"read of an unwritten register": "bytes that LLVM leaves undefined are moved, and not used"}
 OF_TRITON = {
-    (3, 6): {
+    ("hip", None): {
+        "two waves write the same value to LDS": "what has fewer elements than there are lanes is held more than once"
+    },
+    ("hip", (3, 6)): UNDEFINED,
+    ("cuda", (3, 6)): UNDEFINED
+    | {
         "read of a register that some threads have not written": "a warp exchanges what some of it have loaded",
-        "read of an unwritten register": "bytes that LLVM leaves undefined are moved, and not used",
         "write of a register that a product still reads": "ptxas lets the next product wait where it sees this",
         "product of memory written without a proxy fence": "that release leaves fences out, later ones do not",
-    }
-}
-OF_TRITON_ON_AMD = {
-    "two waves write the same value to LDS": "what has fewer elements than a program has lanes is held more than once",
+    },
 }
 WARP, WAVE = 32, 64
 MOST_THREADS = 1024
@@ -157,7 +159,7 @@ class MachineDriver(DriverBase):
     @property
     def let_pass(self) -> set[str]:
         release = tuple(map(int, triton.__version__.split(".")[:2]))
-        return set(OF_TRITON_ON_AMD if self.backend == "hip" else OF_TRITON.get(release, {}))
+        return {kind for known in (None, release) for kind in OF_TRITON.get((self.backend, known), {})}
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[Findings]:
