@@ -309,6 +309,46 @@ def test_what_one_thread_has_waited_for_others_know_behind_a_barrier():
     assert found(body(wait=f"{one} bar.warp.sync -1;")) == {"read of tensor memory that a product still writes"}
 
 
+FENCE = "fence.proxy.async.shared::cta;"
+
+
+@pytest.mark.parametrize(
+    ("barrier", "kinds"),
+    [
+        (f"bar.sync 0; @%p2 {FENCE}", set()),
+        (f"bar.sync 0; @%p5 {FENCE}", {"product of memory written without a proxy fence"}),
+        (f"bar.sync 0; @%p5 {FENCE} bar.sync 0;", set()),
+    ],
+)
+def test_the_thread_that_issues_a_product_has_come_to_a_fence(barrier, kinds):
+    assert found(body(proxy="setp.eq.s32 %p5, %r1, 77;", barrier=barrier)) == kinds
+
+
+def test_only_those_that_have_waited_may_write_where_a_product_has_read():
+    one = f"bar.sync 0; @!%p2 bra over; {WAIT.format(place=MBARRIER, parity=0)} over: "
+    still = {"write to shared memory that a product still reads"}
+    assert found(body(wait=f"{one} @!%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == still
+    assert found(body(wait=f"{one} @%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == set()
+    assert found(body(wait=f"{one} bar.sync 0; @!%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == set()
+    # each has waited itself
+    assert found(body(wait=f"{WAIT.format(place=MBARRIER, parity=0)} st.shared.b32 [%r10], %r4;")) == set()
+
+
+def test_a_wait_that_does_not_ask_again_is_none():
+    once = WAIT.format(place=MBARRIER, parity=0).replace("@!complete bra.uni again;", "")
+    assert found(body(wait=once)) >= {"read of tensor memory that a product still writes"}
+    # the same after the product is complete for certain
+    assert found(body(wait=f"{WAIT.format(place=MBARRIER, parity=0)} {once}")) == set()
+
+
+def test_an_mbarrier_is_initialised_before_it_is_used():
+    init = line_of("init").replace("%p2", "%p5")
+    late = f"bar.sync 0; setp.eq.s32 %p5, %r1, 64; {init}"
+    kinds = {"arrival at an mbarrier whose initialisation is not ordered before it"}
+    assert found(body(init="", barrier=late, commit=f"{COMMIT} bar.sync 0;")) == kinds
+    assert found(body(init="", barrier=f"{late} bar.sync 0;")) == set()
+
+
 def test_the_thread_that_issues_products_commits_them():
     commit = "setp.eq.s32 %p5, %r1, 1;" + COMMIT.replace("%p2", "%p5")
     assert found(body(commit=commit)) == {"commit by a thread that has not issued the products"}

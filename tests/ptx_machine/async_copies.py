@@ -57,7 +57,7 @@ class AsyncCopies:
                     raise refusal(ins, f"a copy that reads {count} bytes")
                 data[chosen, :count] = batch.memory.read(source[chosen], int(count), threads[chosen], ins)
         positions = shared.positions(to, batch.cta[lanes], size, ins)
-        shared.depart(positions, size, threads, ins)
+        shared.depart(positions, data, threads, ins)
         self.under_way.append(Copies(threads, self.committed[threads], positions, data, ins))
 
     def commit(self, mask: np.ndarray | None) -> None:

@@ -103,7 +103,7 @@ class WarpGroups:
             for numbers, places in product.held:
                 if done[numbers].any():
                     # a warp's wait tells it nothing of the other warps
-                    batch.shared.release(places[done[numbers]], unordered=True)
+                    batch.shared.release(places[done[numbers]])
             product.pending &= ~done
         self.products = [product for product in self.products if product.pending.any()]
 
@@ -254,8 +254,8 @@ def _shared_operand(operand, rows: int, k_major: bool, ins: Instruction, kernel:
         values = batch.full(value(batch, mask)).reshape(-1, GROUP)[groups]
         if (values != values[:, :1]).any():
             batch.find("descriptor differs within a warp group", ins)
-        ctas = batch.cta.reshape(-1, GROUP)[groups, 0]
-        return shared_matrix(batch, values[:, 0], ctas, descriptors.wgmma_descriptor, (rows, k_major), ins)
+        threads = batch.thread.reshape(-1, GROUP)[groups]
+        return shared_matrix(batch, values[:, 0], threads, descriptors.wgmma_descriptor, (rows, k_major), ins)
 
     return read
 
