@@ -24,7 +24,7 @@ def convert(ins: Instruction, kernel: Kernel):
         return _pair(ins, kernel, rounding, target, source)
     to, of = operands(ins, 2)
     # registers may be wider than the type: it is the low bits that are read
-    read = reader(of, np.uint16 if source in HALVES else numpy_type(source), ins, kernel)
+    read = reader(of, np.uint16 if source in HALVES else numpy_type(source), ins, kernel, wider=True)
     compute = _conversion(rounding, target, source)
     if compute is None:
         raise refusal(ins, f"rounding .{rounding or 'none'}")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from machines.findings import Refused
 
+# Where local memory begins: beyond all addresses of shared memory, so that neither takes those of the other
+LOCAL_START = 1 << 24
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
@@ -301,7 +303,7 @@ class _Body:
             self._declare(text)
         elif stack := LOCAL.fullmatch(text):
             start = -(-self.kernel.local // int(stack[1])) * int(stack[1])
-            self.symbols[stack[2]], self.kernel.local = start, start + int(stack[3])
+            self.symbols[stack[2]], self.kernel.local = LOCAL_START + start, start + int(stack[3])
         elif text.startswith("."):
             if not re.match(r"\.pragma\b", text):
                 raise Refused(f"line {line}: {text}")
