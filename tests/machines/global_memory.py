@@ -13,6 +13,7 @@ of each warp, then that of several of the CTA.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import proxy
@@ -97,6 +98,8 @@ class GlobalMemory:
         self.regions: list[Region] = []
         self._starts = np.zeros(0, np.uint64)
         self.granule = 1
+        # told of the addresses, the size and the instruction of each store
+        self.before_store: Callable[[np.ndarray, int, Instruction], None] | None = None
 
     def register(self, start: int, array: np.ndarray, name: str, initialised: bool = True) -> Region:
         """Make an array's bytes accessible from the address ``start`` on.
@@ -187,6 +190,8 @@ class GlobalMemory:
         """Write ``values``, each of ``width`` bits, one behind the other at each thread's address."""
         size = width // 8 * len(values)
         addresses, lanes, threads = self._chosen(addresses, size, mask, ins)
+        if self.before_store is not None:
+            self.before_store(addresses, size, ins)
         unsigned = np.dtype(f"u{width // 8}")
         table = np.empty((len(addresses), len(values)), unsigned)
         for k, value in enumerate(values):

@@ -500,6 +500,32 @@ def test_threads_of_one_copy_that_bring_different_values(source, found):
     assert kinds(body, np.arange(128, dtype=np.uint32), shared=16) == (different if found else NOTHING)
 
 
+@pytest.mark.parametrize(
+    ("store", "found"),
+    [
+        ("st.global.b32 [%rd2], %r70; cp.async.wait_all;", True),
+        ("st.global.b32 [%rd2+8], %r70; cp.async.wait_all;", False),
+        ("bar.sync 0; st.global.b32 [%rd5], %r70; cp.async.wait_all;", True),
+        ("cp.async.wait_all; st.global.b32 [%rd2], %r70;", False),
+        ("st.global.b32 [%rd1], 3; cp.async.wait_all;", False),
+    ],
+)
+def test_the_source_of_a_copy_may_not_be_written_before_its_wait(store, found):
+    """Threads copy 8 bytes each; %rd5 is where the next thread copies from."""
+    body = f"""
+        shl.b32 %r2, %r70, 4;
+        cvt.u64.u32 %rd9, %r2;
+        add.s64 %rd2, %rd0, %rd9;
+        xor.b64 %rd9, %rd9, 16;
+        add.s64 %rd5, %rd0, %rd9;
+        cp.async.cg.shared.global [%r2], [%rd2], 16, 8;
+        {store}
+        ret;
+    """
+    kind = {"write to global memory that a copy still reads"}
+    assert kinds(body, np.arange(128, dtype=np.uint32), buffer(), shared=512) == (kind if found else NOTHING)
+
+
 def test_bytes_beyond_those_that_are_given_are_out_of_bounds():
     body = "setp.eq.s32 %p1, %r70, 0;\n @%p1 st.shared.b32 [global_smem+{}], 1;\n ret;"
     assert kinds(body.format(16), buffer(), shared=20) == NOTHING
