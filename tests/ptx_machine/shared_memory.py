@@ -90,12 +90,15 @@ class SharedMemory:
 
     # -- accesses of threads
 
-    def load(self, addresses, size: int, mask, ins: Instruction):
-        """(uint8 [lanes, size], lanes): what the threads of ``mask`` read, ``size`` bytes each."""
+    def load(self, addresses, size: int, mask, ins: Instruction, by_warps: bool = False):
+        """(uint8 [lanes, size], lanes): what the threads of ``mask`` read, ``size`` bytes each.
+
+        ``by_warps`` where any thread of its warp may read what a thread points to.
+        """
         positions, lanes, threads = self._chosen(addresses, size, mask, ins)
         granules = self._granules(positions, size)
-        self._check_read(granules, threads, ins)
-        self._note_read(granules, threads)
+        self._check_read(granules, threads, ins, by_warps)
+        self._note_read(granules, threads, by_warps)
         return self._read(positions, size), lanes
 
     def _read(self, positions: np.ndarray, size: int) -> np.ndarray:
@@ -106,26 +109,30 @@ class SharedMemory:
             return table[first][:, None].view(np.uint8)
         return table[first[:, None] + np.arange(size // width)].view(np.uint8)
 
-    def store(self, addresses, values: list, width: int, mask, ins: Instruction) -> None:
-        """Write ``values``, each of ``width`` bits, one behind the other at each thread's address."""
+    def store(self, addresses, values: list, width: int, mask, ins: Instruction, by_warps: bool = False) -> None:
+        """Write ``values``, each of ``width`` bits, one behind the other at each thread's address.
+
+        ``by_warps`` where any thread of its warp may write what a thread points to.
+        """
         size = width // 8 * len(values)
         positions, lanes, threads = self._chosen(addresses, size, mask, ins)
         unsigned = np.dtype(f"u{width // 8}")
         data = np.empty((len(positions), len(values)), unsigned)
         for k, value in enumerate(values):
             data[:, k] = self.batch.full(value)[lanes].astype(unsigned, copy=False)
-        self.write(positions, data.view(np.uint8), threads, ins)
+        self.write(positions, data.view(np.uint8), threads, ins, by_warps)
 
-    def write(self, positions: np.ndarray, data: np.ndarray, threads: np.ndarray, ins: Instruction) -> None:
+    def write(
+        self, positions: np.ndarray, data: np.ndarray, threads: np.ndarray, ins: Instruction, by_warps: bool = False
+    ) -> None:
         """Write uint8 [lanes, size] where positions begin, on behalf of threads."""
-        size = data.shape[1]
-        granules = self._granules(positions, size)
-        self._check_write(granules, threads, ins, positions, data)
+        granules = self._granules(positions, data.shape[1])
+        self._check_write(granules, threads, ins, positions, data, by_warps)
         own = self.own_thread[threads][:, None]
-        self.writer[granules] = own
+        self.writer[granules] = self._several_of_warp(threads) if by_warps else own
         self.reader[granules] = NOBODY
         self._put(positions, data)
-        if (self.writer[granules] != own).any() and (self._read(positions, size) != data).any():
+        if (by_warps or (self.writer[granules] != own).any()) and (self._read(positions, data.shape[1]) != data).any():
             self.batch.find("threads of one store write different values to shared memory", ins)
 
     def _put(self, positions: np.ndarray, data: np.ndarray) -> None:
@@ -135,18 +142,19 @@ class SharedMemory:
 
     # -- order
 
-    def _ordered(self, codes: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        return (
-            (codes == NOBODY)
-            | (codes == self.own_thread[threads][:, None])
-            | (codes == self.own_warp[threads][:, None])
-        )
+    def _ordered(self, codes: np.ndarray, threads: np.ndarray, by_warps: bool = False) -> np.ndarray:
+        ordered = (codes == NOBODY) | (codes == self.own_warp[threads][:, None])
+        return ordered if by_warps else ordered | (codes == self.own_thread[threads][:, None])
 
-    def _check_read(self, granules: np.ndarray, threads: np.ndarray, ins: Instruction) -> None:
+    def _several_of_warp(self, threads: np.ndarray) -> np.ndarray:
+        """[lanes, 1] codes of several threads of each thread's warp."""
+        return self.own_warp[threads][:, None] + np.int32(self.batch.threads >> WARP_SHIFT)
+
+    def _check_read(self, granules: np.ndarray, threads: np.ndarray, ins: Instruction, by_warps: bool) -> None:
         codes = self.writer[granules]
         if (codes == NOBODY).all():
             return
-        bad = codes[~self._ordered(codes, threads)]
+        bad = codes[~self._ordered(codes, threads, by_warps)]
         if (bad == UNWRITTEN).any():
             self.batch.find("read of unwritten shared memory", ins)
         if (bad == IN_FLIGHT).any():
@@ -154,42 +162,41 @@ class SharedMemory:
         if (bad >= 0).any():
             self.batch.find("shared race: read after another thread's write", ins)
 
-    def _note_read(self, granules: np.ndarray, threads: np.ndarray) -> None:
+    def _note_read(self, granules: np.ndarray, threads: np.ndarray, by_warps: bool) -> None:
         thread, warp = self.own_thread[threads][:, None], self.own_warp[threads][:, None]
-        old = self.reader[granules]
+        several = self._several_of_warp(threads)
+        old, own = self.reader[granules], several if by_warps else thread
         if (old == NOBODY).all():
-            new = np.broadcast_to(thread, granules.shape)
+            new = np.broadcast_to(own, granules.shape)
         else:
-            several = warp + (self.batch.threads >> WARP_SHIFT)
             of_warp = (old >> WARP_SHIFT) == (thread >> WARP_SHIFT)
             free = (old == NOBODY) | (old == thread) | (old == warp)
-            new = np.where(free, thread, np.where(of_warp | (old == several), several, MANY)).astype(np.int32)
+            new = np.where(free, own, np.where(of_warp | (old == several), several, MANY)).astype(np.int32)
         self.reader[granules] = new
         won = self.reader[granules]
         lost = won != new
         if lost.any():
             # several threads of this instruction read the same
             same_warp = (self._warp_of(won) == self._warp_of(new)) & lost
-            several = np.broadcast_to(warp + (self.batch.threads >> WARP_SHIFT), granules.shape)
-            self.reader[granules[same_warp]] = several[same_warp]
+            self.reader[granules[same_warp]] = np.broadcast_to(several, granules.shape)[same_warp]
             self.reader[granules[lost & ~same_warp]] = MANY
 
     def _warp_of(self, codes: np.ndarray) -> np.ndarray:
         """Warps of codes of threads and of several threads of a warp; below zero for others."""
         return np.where(codes >= self.several, codes - self.several, codes >> WARP_SHIFT)
 
-    def _check_write(self, granules, threads, ins, positions, data) -> None:
+    def _check_write(self, granules, threads, ins, positions, data, by_warps: bool = False) -> None:
         codes = self.writer[granules]
         # the first write, and one behind a barrier
         idle = codes <= NOBODY
         if (codes == IN_FLIGHT).any():
             self.batch.find("write to shared memory in flight", ins)
         if not idle.all():
-            clash = ~(idle | self._ordered(codes, threads))
+            clash = ~(idle | self._ordered(codes, threads, by_warps))
             if clash.any():
                 self._find_double_write(clash, positions, data, ins)
         readers = self.reader[granules]
-        if not (readers == NOBODY).all() and not self._ordered(readers, threads).all():
+        if not (readers == NOBODY).all() and not self._ordered(readers, threads, by_warps).all():
             self.batch.find("shared race: write after another thread's read", ins)
         if self.occupied is not None and self.occupied[granules].any():
             self.batch.find("write to shared memory that holds an mbarrier", ins)
