@@ -45,8 +45,8 @@ OF_TRITON = {
     }
 }
 OF_EVERY_TRITON = {
-    "read of a register that a load of tensor memory still writes": "LLVM moves reads ahead of the wait, which ptxas does "
-    "not rely on: it waits for the registers as for those of any load",
+    "read of a register that a load of tensor memory still writes": "LLVM moves reads ahead of the wait, and ptxas has "
+    "them wait for the register, as for that of any load",
 }
 OF_TRITON_ON_AMD = {
     "two waves write the same value to LDS": "what has fewer elements than a program has lanes is held more than once",
