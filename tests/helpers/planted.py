@@ -29,6 +29,8 @@ STATEMENT = re.compile(
 # In AMDGCN a wait has a number for each counter, each of which is one to take away: as many as it counts are none
 GCN_SYNCHRONISATION = re.compile(r"^[ \t]*s_barrier\b|(?<=[ \t])(?P<counter>vmcnt|lgkmcnt)\((?P<most>\d+)\)", re.M)
 COUNTED = {"vmcnt": 63, "lgkmcnt": 15}
+# The predicate that says whether a phase is complete
+ASKED = re.compile(r"mbarrier\.try_wait\S*\s+([%\w$]+)\s*,")
 WEAKENED = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
 
 
@@ -51,11 +53,16 @@ def is_amdgcn(text: str) -> bool:
 
 
 def without(text: str, numbers: set[int]) -> str:
-    """The text with these synchronisations taken away; a wait for some of many waits for one less."""
+    """The text with these synchronisations taken away.
+
+    A wait for some of many waits for one less, and what asks whether a phase is complete is told so at once.
+    """
     found = synchronisations(text)
     for match in reversed([match for number in sorted(numbers) for match in found[number]]):
         left = ""
-        if weaker := WEAKENED.search(match[0]):
+        if asked := ASKED.search(match[0]):
+            left = f"mov.pred {asked[1]}, -1;"
+        elif weaker := WEAKENED.search(match[0]):
             left = match[0].replace(weaker[0], f"{weaker[1]}{int(weaker[2]) + 1}")
         elif counter := match.groupdict().get("counter"):
             under_way = int(match["most"])

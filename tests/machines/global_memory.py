@@ -1,16 +1,19 @@
 """Global memory: the tensors that a launch was given and nothing else, and which threads touched what.
 
-Threads of different CTAs, which AMD calls workgroups, are never ordered, those of a CTA by its barriers (PTX ISA 8,
-memory consistency model; LLVM, User Guide for AMDGPU Backend, Memory Model). Two accesses to one place that are not
-ordered, and of which one is a write, are a race.
+Threads of different CTAs, which AMD calls workgroups, are never ordered, those of a CTA by its barriers and those of a
+warp by bar.warp.sync (PTX ISA 8, memory consistency model; LLVM, User Guide for AMDGPU Backend, Memory Model). Two
+accesses to one place that are not ordered, and of which one is a write, are a race.
 
 Accesses are followed in granules: the narrowest access of the kernel. A granule has two marks, of its last write and of
-its reads. A mark is how often the CTA had met at a barrier, the number of the CTA and its thread, from the top bits on.
+its reads. A mark is the time, the number of the CTA and its thread, from the top bits on. Time is how many barriers
+there were, those of the CTA and of its warps. Numbers of threads begin at 1; behind them stand those of several threads
+of each warp, then that of several of the CTA.
 """
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import proxy
@@ -22,6 +25,8 @@ from .findings import Fault, Instruction
 # Linux's flag by which memory takes no room before it is touched; Python names it from 3.13 on
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 THREAD_BITS, CTA_BITS = 11, 31
+TIME_SHIFT = THREAD_BITS + CTA_BITS
+WARP_SHIFT, MOST_THREADS = 5, 1024
 SEVERAL = (1 << THREAD_BITS) - 1
 CTA = ((1 << CTA_BITS) - 1) << THREAD_BITS
 NOBODY, EVERYWHERE = 0, -1
@@ -93,6 +98,8 @@ class GlobalMemory:
         self.regions: list[Region] = []
         self._starts = np.zeros(0, np.uint64)
         self.granule = 1
+        # told of the addresses, the size and the instruction of each store
+        self.before_store: Callable[[np.ndarray, int, Instruction], None] | None = None
 
     def register(self, start: int, array: np.ndarray, name: str, initialised: bool = True) -> Region:
         """Make an array's bytes accessible from the address ``start`` on.
@@ -120,6 +127,10 @@ class GlobalMemory:
         self.batch = proxy(batch)
         thread = batch.thread % batch.cta_threads
         self._threads = (batch.first + batch.cta) << THREAD_BITS | thread + 1
+        self._several_of_warp = MOST_THREADS + 1 + (thread >> WARP_SHIFT)
+        # barriers of warps of each CTA, and when it last met as a whole, and each thread's warp
+        self._warp_barriers, self._phase = np.zeros_like(batch.phase), batch.phase.copy()
+        self._met, self._met_in_warp = batch.phase.copy(), np.zeros_like(batch.thread)
 
     # -- places
 
@@ -179,6 +190,8 @@ class GlobalMemory:
         """Write ``values``, each of ``width`` bits, one behind the other at each thread's address."""
         size = width // 8 * len(values)
         addresses, lanes, threads = self._chosen(addresses, size, mask, ins)
+        if self.before_store is not None:
+            self.before_store(addresses, size, ins)
         unsigned = np.dtype(f"u{width // 8}")
         table = np.empty((len(addresses), len(values)), unsigned)
         for k, value in enumerate(values):
@@ -186,10 +199,9 @@ class GlobalMemory:
         data = table.view(np.uint8)
         for region, which, offsets in self.locate(addresses, size, ins):
             index = offsets[:, None] + np.arange(size)
-            own = self._own_marks(threads[which])
-            self._follow_write(region, offsets, data[which], own, ins)
+            self._follow_write(region, offsets, data[which], threads[which], ins)
             region.data[index] = data[which]
-            self._check_store(region, offsets, data[which], own, ins)
+            self._check_store(region, offsets, data[which], self._own_marks(threads[which]), ins)
             if region.written is not None:
                 region.written[index] = True
 
@@ -211,54 +223,83 @@ class GlobalMemory:
 
     def _own_marks(self, threads: np.ndarray) -> np.ndarray:
         """[lanes, 1] marks of accesses now."""
-        phase = self.batch.phase[self.batch.cta[threads]] << THREAD_BITS + CTA_BITS
-        return (self._threads[threads] | phase)[:, None]
+        now = self.batch.phase + self._warp_barriers
+        return (self._threads[threads] | now[self.batch.cta[threads]] << TIME_SHIFT)[:, None]
+
+    def meet_in_warps(self, warps: np.ndarray | None) -> None:
+        """bar.warp.sync of these warps, bool [warps], None for all."""
+        self._note_phases()
+        batch = self.batch
+        threads = np.ones(batch.thread.size, bool) if warps is None else np.repeat(warps, 1 << WARP_SHIFT)
+        self._warp_barriers += threads.reshape(batch.phase.size, -1).any(1)
+        now = batch.phase + self._warp_barriers
+        self._met_in_warp = np.where(threads, now[batch.cta], self._met_in_warp)
+
+    def _note_phases(self) -> None:
+        """Before the first barrier of a warp in a phase: when that phase began."""
+        phase = self.batch.phase
+        new = phase > self._phase
+        self._met = np.where(new, phase + self._warp_barriers, self._met)
+        self._phase = phase.copy()
+
+    def _is_open(self, earlier: np.ndarray, own: np.ndarray, threads: np.ndarray) -> np.ndarray:
+        """Where an earlier access is not ordered before one of ``own``, of threads, now."""
+        differing = earlier ^ own
+        elsewhere = differing & CTA != 0
+        if not self._warp_barriers.any():
+            return (earlier != NOBODY) & (elsewhere | (differing >> THREAD_BITS == 0) & (differing != 0))
+        self._note_phases()
+        time = earlier >> TIME_SHIFT
+        ordered = time < self._met[self.batch.cta[threads]][:, None]
+        ordered |= self._of_warp(earlier, threads) & (time < self._met_in_warp[threads][:, None])
+        return (earlier != NOBODY) & (elsewhere | ~ordered & (differing & SEVERAL != 0))
+
+    def _of_warp(self, earlier: np.ndarray, threads: np.ndarray) -> np.ndarray:
+        """Where marks of a thread's own CTA are of threads of its warp alone."""
+        several, number = self._several_of_warp[threads][:, None], earlier & SEVERAL
+        warps = (number - 1 >> WARP_SHIFT) + MOST_THREADS + 1
+        return (number == several) | (number <= MOST_THREADS) & (warps == several)
+
+    def _joined(self, earlier: np.ndarray, own: np.ndarray, threads: np.ndarray) -> np.ndarray:
+        """Marks of two readers that are not ordered: several threads of a warp, of a CTA, or of more than one."""
+        of_warp = self._of_warp(earlier, threads) & self._of_warp(own, threads)
+        together = own & ~SEVERAL | np.where(of_warp, self._several_of_warp[threads][:, None], SEVERAL)
+        return np.where((earlier ^ own) & CTA == 0, together, EVERYWHERE)
 
     def _follow_read(self, region: Region, offsets, size: int, threads, ins: Instruction) -> None:
         index = self._granules(region, offsets, size)
         own = self._own_marks(threads)
         writers = region.writer[index]
-        if writers.any() and is_open(writers, own).any():
+        if writers.any() and self._is_open(writers, own, threads).any():
             self.batch.find("global race: read after another thread's write", ins, region.name)
         readers = region.reader[index]
         new = np.broadcast_to(own, index.shape)
         if readers.any():
-            new = np.where(is_open(readers, own), joined(readers, own), own)
+            new = np.where(self._is_open(readers, own, threads), self._joined(readers, own, threads), own)
         region.reader[index] = new
         won = region.reader[index]
         lost = won != new
         if lost.any():
             # several threads of this instruction read the same
-            both = joined(won, new)
+            both = self._joined(won, new, threads)
             region.reader[index[lost]] = both[lost]
-            everywhere = lost & (both == EVERYWHERE)
-            region.reader[index[everywhere]] = EVERYWHERE
+            # those of the CTA rather than of a warp, and of all of them rather than of a CTA
+            for wider in (np.bitwise_and(both, SEVERAL) == SEVERAL, both == EVERYWHERE):
+                region.reader[index[lost & wider]] = both[lost & wider]
 
-    def _follow_write(self, region: Region, offsets, data, own, ins: Instruction) -> None:
+    def _follow_write(self, region: Region, offsets, data, threads, ins: Instruction) -> None:
         size = data.shape[1]
-        index = self._granules(region, offsets, size)
+        index, own = self._granules(region, offsets, size), self._own_marks(threads)
         writers = region.writer[index]
-        if writers.any() and is_open(writers, own).any():
-            same = (region.data[offsets[:, None] + np.arange(size)] == data).all()
+        if writers.any() and (clash := self._is_open(writers, own, threads)).any():
+            differing = region.data[offsets[:, None] + np.arange(size)] != data
+            same = not differing.reshape(*clash.shape, -1)[clash].any()
             kind = "two threads write the same value to global memory" if same else "global race: write after write"
             self.batch.find(kind, ins, region.name)
         readers = region.reader[index]
-        if readers.any() and is_open(readers, own).any():
+        if readers.any() and self._is_open(readers, own, threads).any():
             self.batch.find("global race: write after another thread's read", ins, region.name)
         region.writer[index] = own
-
-
-def is_open(marks: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Where an earlier access is not ordered before one of ``own`` now."""
-    differing = marks ^ own
-    elsewhere = differing & CTA != 0
-    unordered = (differing >> THREAD_BITS == 0) & (differing != 0)
-    return (marks != NOBODY) & (elsewhere | unordered)
-
-
-def joined(marks: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Marks of two readers that are not ordered: several threads of one CTA, or of more than one."""
-    return np.where((marks ^ own) & CTA == 0, own | SEVERAL, EVERYWHERE)
 
 
 def _gather(region: Region, offsets: np.ndarray, size: int, width: int) -> np.ndarray:

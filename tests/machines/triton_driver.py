@@ -41,6 +41,10 @@ OF_TRITON = {
     ("hip", None): {
         "two waves write the same value to LDS": "what has fewer elements than there are lanes is held more than once"
     },
+    ("cuda", None): {
+        "read of a register that a load of tensor memory still writes": "LLVM moves reads ahead of the wait, and ptxas "
+        "has them wait for the register, as for that of any load"
+    },
     ("hip", (3, 6)): UNDEFINED,
     ("cuda", (3, 6)): UNDEFINED
     | {

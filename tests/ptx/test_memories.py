@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.hand_written_ptx import Run, compute, kinds
+from helpers.hand_written_ptx import Run, compute, kernel, kinds
 from machines.global_memory import marks
-from ptx_machine import Fault, GlobalMemory
+from ptx_machine import Fault, GlobalMemory, Program, Refused
 
 NOTHING: set[str] = set()
 
@@ -300,6 +300,19 @@ def test_programs_that_write_one_place():
         assert same == {"two threads write the same value to global memory"}
 
 
+def test_a_second_write_of_the_same_value_is_named_as_such_beside_writes_of_others():
+    """Lane 0 writes again what a lane has written, others write new values where nothing was."""
+    body = """
+        setp.eq.s32 %p1, %r70, 5;
+        @%p1 st.global.b32 [%rd0], {};
+        mad.wide.u32 %rd2, %r70, 4, %rd0;
+        st.global.b32 [%rd2], 77;
+        ret;
+    """
+    assert kinds(body.format(77), buffer()) == {"two threads write the same value to global memory"}
+    assert kinds(body.format(78), buffer()) == {"global race: write after write"}
+
+
 def _kinds_in_batches(body, at_once):
     run = Run(body, buffer(65))
     run.findings.clear()
@@ -330,7 +343,18 @@ def test_a_barrier_orders_global_memory_within_a_program():
         ret;
     """
     race = {"global race: read after another thread's write"}
-    for between, partner, found in (("", 1, race), ("bar.sync 0;", 1, NOTHING), ("bar.sync 0;", 64, race)):
+    for between, partner, found in (
+        ("", 1, race),
+        ("bar.sync 0;", 1, NOTHING),
+        ("bar.sync 0;", 64, race),
+        ("bar.warp.sync -1;", 1, NOTHING),
+        ("bar.warp.sync -1;", 32, race),
+        ("bar.warp.sync -1; bar.sync 0;", 32, NOTHING),
+        # of one warp of two
+        ("setp.lt.u32 %p1, %r70, 32; @%p1 bar.warp.sync -1;", 1, race),
+        # before the write alone
+        ("bar.warp.sync -1; st.global.b32 [%rd2], 5;", 1, race),
+    ):
         text = body.format(between=between, partner=partner)
         assert kinds(text, buffer(128), threads=64, ctas=2) == found, (between, partner)
 
@@ -351,6 +375,10 @@ def test_readers_of_global_memory_are_ordered_by_barriers_of_their_cta():
         ("%r71", 64, "bar.sync 0;", NOTHING),
         ("%r71", 64, "", {race}),
         ("%r71", 1, "", NOTHING),
+        ("%r71", 32, "bar.warp.sync -1;", NOTHING),
+        ("%r71", 64, "bar.warp.sync -1;", {race}),
+        ("%r71", 32, "bar.warp.sync -1; @%p2 ld.global.b32 %r2, [%rd2];", {race}),
+        ("%r71", 32, "bar.warp.sync -1; ld.global.b32 %r2, [%rd2]; bar.warp.sync -1;", {race}),
         # threads of several warps, one after the other
         ("%r71", 64, "@%p2 ld.global.b32 %r2, [%rd2]; bar.sync 0; @%p2 ld.global.b32 %r3, [%rd2];", {race}),
         ("0", 64, "bar.sync 0;", {race, "two threads write the same value to global memory"}),
@@ -457,6 +485,71 @@ def test_writes_to_where_a_copy_goes():
     written = "shl.b32 %r2, %r70, 4;\n st.shared.b32 [%r2], 0;\n bar.sync 0;\n"
     read = f"{written} xor.b32 %r6, %r2, 16;\n ld.shared.b32 %r7, [%r6];\n"
     assert kinds(read + COPY.format(wait="cp.async.wait_group 0;", size=""), *arrays, shared=512) == {AFTER_READ}
+
+
+@pytest.mark.parametrize(("source", "found"), [("%rd2", True), ("%rd0", False)])
+def test_threads_of_one_copy_that_bring_different_values(source, found):
+    body = f"""
+        mad.wide.u32 %rd2, %r70, 16, %rd0;
+        mov.b32 %r3, 0;
+        cp.async.cg.shared.global [%r3], [{source}], 16;
+        cp.async.wait_all;
+        ret;
+    """
+    different = {"threads of one copy bring different values to shared memory"}
+    assert kinds(body, np.arange(128, dtype=np.uint32), shared=16) == (different if found else NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("store", "found"),
+    [
+        ("st.global.b32 [%rd2], %r70; cp.async.wait_all;", True),
+        ("st.global.b32 [%rd2+8], %r70; cp.async.wait_all;", False),
+        ("bar.sync 0; st.global.b32 [%rd5], %r70; cp.async.wait_all;", True),
+        ("cp.async.wait_all; st.global.b32 [%rd2], %r70;", False),
+        ("st.global.b32 [%rd1], 3; cp.async.wait_all;", False),
+    ],
+)
+def test_the_source_of_a_copy_may_not_be_written_before_its_wait(store, found):
+    """Threads copy 8 bytes each; %rd5 is where the next thread copies from."""
+    body = f"""
+        shl.b32 %r2, %r70, 4;
+        cvt.u64.u32 %rd9, %r2;
+        add.s64 %rd2, %rd0, %rd9;
+        xor.b64 %rd9, %rd9, 16;
+        add.s64 %rd5, %rd0, %rd9;
+        cp.async.cg.shared.global [%r2], [%rd2], 16, 8;
+        {store}
+        ret;
+    """
+    kind = {"write to global memory that a copy still reads"}
+    assert kinds(body, np.arange(128, dtype=np.uint32), buffer(), shared=512) == (kind if found else NOTHING)
+
+
+def test_bytes_beyond_those_that_are_given_are_out_of_bounds():
+    body = "setp.eq.s32 %p1, %r70, 0;\n @%p1 st.shared.b32 [global_smem+{}], 1;\n ret;"
+    assert kinds(body.format(16), buffer(), shared=20) == NOTHING
+    for offset in (20, 28):
+        with pytest.raises(Fault, match="out of bounds of 20 bytes of shared memory"):
+            Run(body.format(offset), buffer(), shared=20)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "add.s32 %r1, %rd0, 1;",
+        "add.s32 %r1, %r70, %rd0;",
+        "and.b16 %rs1, %r70, 1;",
+        "mov.b32 %r1, %rd0;",
+        "setp.eq.s16 %p1, %r70, 1;",
+        "cp.async.cg.shared.global [%rd0], [%rd0], 16;",
+        "ld.shared.b32 %r1, [%rd0];",
+    ],
+)
+def test_registers_that_are_wider_are_for_loads_stores_and_conversions(text):
+    with pytest.raises(Refused, match="is expected"):
+        Program(kernel(f"{text} ret;"))
+    Program(kernel("st.shared.b8 [%r70], %r70; cvt.u16.u8 %rs1, %rs1; cvt.u32.u8 %r1, %r70; ret;"))
 
 
 def test_a_misaligned_copy_is_a_fault():

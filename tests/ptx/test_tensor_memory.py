@@ -309,6 +309,99 @@ def test_what_one_thread_has_waited_for_others_know_behind_a_barrier():
     assert found(body(wait=f"{one} bar.warp.sync -1;")) == {"read of tensor memory that a product still writes"}
 
 
+FENCE = "fence.proxy.async.shared::cta;"
+
+
+@pytest.mark.parametrize(
+    ("barrier", "kinds"),
+    [
+        (f"bar.sync 0; @%p2 {FENCE}", set()),
+        (f"bar.sync 0; @%p5 {FENCE}", {"product of memory written without a proxy fence"}),
+        (f"bar.sync 0; @%p5 {FENCE} bar.sync 0;", set()),
+    ],
+)
+def test_the_thread_that_issues_a_product_has_come_to_a_fence(barrier, kinds):
+    assert found(body(proxy="setp.eq.s32 %p5, %r1, 77;", barrier=barrier)) == kinds
+
+
+def test_only_those_that_have_waited_may_write_where_a_product_has_read():
+    one = f"bar.sync 0; @!%p2 bra over; {WAIT.format(place=MBARRIER, parity=0)} over: "
+    still = {"write to shared memory that a product still reads"}
+    assert found(body(wait=f"{one} @!%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == still
+    assert found(body(wait=f"{one} @%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == set()
+    assert found(body(wait=f"{one} bar.sync 0; @!%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == set()
+    # each has waited itself
+    assert found(body(wait=f"{WAIT.format(place=MBARRIER, parity=0)} st.shared.b32 [%r10], %r4;")) == set()
+
+
+def test_a_wait_that_does_not_ask_again_is_none():
+    once = WAIT.format(place=MBARRIER, parity=0).replace("@!complete bra.uni again;", "")
+    assert found(body(wait=once)) >= {"read of tensor memory that a product still writes"}
+    # the same after the product is complete for certain
+    assert found(body(wait=f"{WAIT.format(place=MBARRIER, parity=0)} {once}")) == set()
+
+
+def test_an_mbarrier_is_initialised_before_it_is_used():
+    init = line_of("init").replace("%p2", "%p5")
+    late = f"bar.sync 0; setp.eq.s32 %p5, %r1, 64; {init}"
+    kinds = {"arrival at an mbarrier whose initialisation is not ordered before it"}
+    assert found(body(init="", barrier=late, commit=f"{COMMIT} bar.sync 0;")) == kinds
+    assert found(body(init="", barrier=f"{late} bar.sync 0;")) == set()
+
+
+STORED = """
+    mov.b32 %out0, 0; setp.lt.u32 %p2, %r1, 128;
+    setp.lt.u32 %p1, %r1, 32;
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4], 32;
+    bar.sync 0;
+    ld.shared.b32 %r20, [%r4];
+    shr.u32 %r21, %r1, 5; and.b32 %r21, %r21, 3; shl.b32 %r21, %r21, 21; add.s32 %r21, %r21, %r20;
+    BODY
+    bar.sync 0;
+    @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r20, 32;
+"""
+# of the first four warps, and of the other four, which reach the same lanes
+ST, LD = (
+    f"@%p2 tcgen05.{access}; @%p2 tcgen05.wait::{access[:2]}.sync.aligned; "
+    for access in ("st.sync.aligned.32x32b.x1.b32 [%r21], {%r1}", "ld.sync.aligned.32x32b.x1.b32 {%r30}, [%r21]")
+)
+OTHER_ST, OTHER_LD = (lines.replace("@%p2", "@!%p2") for lines in (ST, LD))
+
+
+def kinds_of_words(lines, threads=256):
+    given = np.zeros((threads, 1), np.uint32)
+    return run(STORED.replace("BODY", lines), given, 1, shared_bytes=16, target="sm_100a")[1].kinds
+
+
+def test_readers_of_several_warps_are_met_before_a_write():
+    race = {"tensor memory race: write after another warp's read"}
+    assert kinds_of_words(f"{ST} bar.sync 0; {LD} {OTHER_LD} {OTHER_ST}") == race
+    assert kinds_of_words(f"{ST} bar.sync 0; {OTHER_LD} {LD} {OTHER_ST}") == race
+    assert kinds_of_words(f"{ST} bar.sync 0; {LD} {OTHER_LD} bar.sync 0; {OTHER_ST}") == set()
+    both = LD.replace("@%p2 ", "")
+    assert kinds_of_words(f"{ST} bar.sync 0; {both} {OTHER_ST}") == race
+
+
+def test_threads_of_one_store_that_write_different_values():
+    different = {"threads of one store write different values to tensor memory"}
+    both = ST.replace("@%p2 ", "")
+    assert kinds_of_words(both) == different
+    assert kinds_of_words(both, 128) == set()
+    assert kinds_of_words(both.replace("32x32b.x1.b32 [%r21]", "16x32bx2.x1.b32 [%r21], 0"), 128) == different
+    assert kinds_of_words(both.replace("32x32b.x1.b32 [%r21]", "16x32bx2.x1.b32 [%r21], 1"), 128) == set()
+
+
+def test_registers_that_are_loaded_are_used_behind_the_wait():
+    load, wait, _ = LD.replace("@%p2 ", "").split(";")
+    reads, writes = (f"{verb} of a register that a load of tensor memory still writes" for verb in ("read", "write"))
+    for use, kind in (("mov.b32 %out0, %r30;", reads), ("mov.b32 %r30, 1;", writes)):
+        assert kinds_of_words(f"{ST} bar.sync 0; {load}; {use} {wait};", 128) == {kind}
+        assert kinds_of_words(f"{ST} bar.sync 0; {load}; {wait}; {use}", 128) == set()
+        # by a warp that has waited, while others have not
+        some = f"setp.lt.u32 %p5, %r1, 32; @%p5 {wait}; @%p5 {use} {wait};"
+        assert kinds_of_words(f"{ST} bar.sync 0; {load}; {some}", 128) == set()
+
+
 def test_the_thread_that_issues_products_commits_them():
     commit = "setp.eq.s32 %p5, %r1, 1;" + COMMIT.replace("%p2", "%p5")
     assert found(body(commit=commit)) == {"commit by a thread that has not issued the products"}

@@ -60,6 +60,7 @@ class Batch:
         self.stalled = np.zeros(self.threads, bool)
         self.memory, self.shared = memory, shared
         self.copies = AsyncCopies(self)
+        memory.before_store = self.copies.check_store
         # told when all threads have ended
         self.endings: list[Callable[[Batch], None]] = []
         shared.attach(self)

@@ -54,7 +54,7 @@ class Program:
         named = _arguments(self.kernel, arguments)
         total = grid[0] * grid[1] * grid[2]
         most = max(1, threads // self.kernel.threads)
-        size = -(-(self.kernel.shared + shared_bytes) // 16) * 16
+        size = self.kernel.shared + shared_bytes
         memory.begin(self._granules["global"])
 
         def run(first: int) -> int:

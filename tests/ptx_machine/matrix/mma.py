@@ -38,7 +38,11 @@ def _shape(ins: Instruction) -> tuple[int, bool]:
 
 @instruction("ldmatrix")
 def translate_ldmatrix(ins: Instruction, kernel: Kernel):
-    """PTX ISA "Warp-level matrix load instruction: ldmatrix"."""
+    """PTX ISA "Warp-level matrix load instruction: ldmatrix".
+
+    .sync has the threads of a warp wait for each other, and orders no memory: the ISA says nothing of that. Any of them
+    may read the row that a thread points to, so that what it wrote there itself needs a barrier too.
+    """
     count, transposed = _shape(ins)
     target, place = operands(ins, 2)
     targets = destinations(target, count, np.uint32, ins, kernel)
@@ -46,7 +50,8 @@ def translate_ldmatrix(ins: Instruction, kernel: Kernel):
 
     def ldmatrix(batch, mask):
         batch.whole_warps(mask, ins)
-        data, lanes = batch.shared.load(where(batch, mask), ROW_BYTES, _pointing(batch, mask, count), ins)
+        pointing = _pointing(batch, mask, count)
+        data, lanes = batch.shared.load(where(batch, mask), ROW_BYTES, pointing, ins, by_warps=True)
         rows = np.zeros((batch.threads, ROW_BYTES), np.uint8)
         rows[lanes] = data
         for index, register in zip(targets, fragments.loaded(rows, count, transposed), strict=True):
@@ -57,7 +62,7 @@ def translate_ldmatrix(ins: Instruction, kernel: Kernel):
 
 @instruction("stmatrix")
 def translate_stmatrix(ins: Instruction, kernel: Kernel):
-    """PTX ISA "Warp-level matrix store instruction: stmatrix"."""
+    """PTX ISA "Warp-level matrix store instruction: stmatrix". Any thread of a warp may write, as of ldmatrix."""
     count, transposed = _shape(ins)
     place, source = operands(ins, 2)
     values = readers(source, count, np.uint32, ins, kernel)
@@ -67,7 +72,7 @@ def translate_stmatrix(ins: Instruction, kernel: Kernel):
         batch.whole_warps(mask, ins)
         words = fragments.stored(read_all(values, batch, mask), transposed).view(np.uint32)
         pointing = _pointing(batch, mask, count)
-        batch.shared.store(where(batch, mask), list(np.ascontiguousarray(words.T)), 32, pointing, ins)
+        batch.shared.store(where(batch, mask), list(np.ascontiguousarray(words.T)), 32, pointing, ins, by_warps=True)
 
     return stmatrix
 

@@ -135,8 +135,7 @@ class _Shape:
 def translate_load(ins: Instruction, kernel: Kernel):
     """PTX ISA "tcgen05.ld": registers, address, for 16x32bx2 the offset of the second half.
 
-    The ISA has threads wait before they read the registers. LLVM moves reads ahead of that wait, and the assembler has
-    them wait for the registers all the same, as for those of any load. So only the words are in use until the wait.
+    Both the words and the registers are in use until the threads have waited ("tcgen05.wait::ld").
     """
     target, where, *split = operands(ins, 2, 3)
     shape = _Shape(ins, where, split, kernel)
@@ -148,6 +147,7 @@ def translate_load(ins: Instruction, kernel: Kernel):
         values[:, threads] = tensor_memory(batch).load(batch, words, threads, ins).T
         for index, value in zip(targets, values, strict=True):
             batch.write(index, value, mask)
+        tensor_memory(batch).registers.begin(batch, targets, mask)
 
     return load
 
@@ -177,6 +177,6 @@ def translate_wait(ins: Instruction, kernel: Kernel):
     def wait(batch, mask):
         batch.whole_warps(mask, ins)
         waiting = np.ones(batch.threads, bool) if mask is None else mask
-        tensor_memory(batch).wait(waiting, loads)
+        tensor_memory(batch).wait(batch, waiting, loads)
 
     return wait

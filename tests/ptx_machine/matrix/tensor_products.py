@@ -132,7 +132,8 @@ def _shape(values: np.ndarray, ins: Instruction) -> Shape:
 
 
 def _from_shared(issue: _Issue, values: np.ndarray, shape: tuple[int, bool]):
-    return shared_matrix(issue.batch, issue.of(values), issue.ctas, descriptors.tcgen05_descriptor, shape, issue.ins)
+    threads = issue.threads[:, None]
+    return shared_matrix(issue.batch, issue.of(values), threads, descriptors.tcgen05_descriptor, shape, issue.ins)
 
 
 def _old_sums(issue: _Issue, sums: np.ndarray, adds: np.ndarray, issuers: Issuers) -> np.ndarray:
