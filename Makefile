@@ -19,11 +19,12 @@ COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $
 TARGET ?= sm_80
 WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through test_packed
 KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
-test test-triton36 test-slow test-compiled: export OMP_NUM_THREADS = 1
+test test-triton36 test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
-.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 lint aot-report aot-table bench gpu-check clean
+.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-slow-triton36 lint aot-report aot-table \
+	bench gpu-check clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -57,6 +58,10 @@ test-ecosystem: $(VENV)/.ecosystem
 test-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(TESTS)
 	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
+
+# What another release compiles is other text, with synchronisation and branches of its own
+test-slow-triton36: $(INSTALLED36)
+	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and slow"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from helpers.compiled import Matrix, assert_bits_of_reference, mask_score, sample_mask, score_update, top_n_mask
+from helpers.compiled import Matrix, adamw, assert_bits_of_reference, mask_score, sample_mask, score_update, top_n_mask
 from helpers.compiled_products import PackedProduct, Product
-from helpers.planted import mutant_of, what_is_found
+from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
 from maskpro_kernels.ops.triton import masked_gemm, packed
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, TILES
@@ -16,20 +16,16 @@ pytestmark = pytest.mark.compiled
 
 LINEAR = "masked_linear"
 
-
-def replaced(pattern: str, by, count: int = 1):
-    """A rewrite of a text; it has to change it."""
-
-    def rewrite(text: str) -> str:
-        changed, times = re.subn(pattern, by, text, count=count, flags=re.M)
-        assert times, f"{pattern} is not in the kernel"
-        return changed
-
-    return rewrite
-
-
-# What stands between instructions of AMDGCN
-DIRECTIVES = r"(?:\t?[.;].*\n)*"
+# In AMDGCN: a product in its operand's place, and a sum that it goes into; nothing between has to do with it
+PRODUCT_AND_SUM = (
+    r"\tv_mul_f32_e32 (v\d+), (0x\w+), \1\n((?:(?!\.LBB|.*v\[|.*\b\1\b).*\n)*)"
+    r"\tv_add_f32_e32 (?!\1\b)(v\d+), (v\d+), \1$"
+)
+# The product is there again behind the sum, for what else it goes into
+contracted_on_amd = replaced(
+    PRODUCT_AND_SUM,
+    r"\3\tv_mov_b32_e32 v200, \2\n\tv_fma_f32 \4, v200, \1, \5\n\tv_mul_f32_e32 \1, v200, \1",
+)
 
 
 def of_one_workgroup(text: str) -> str:
@@ -43,11 +39,6 @@ def without_a_mask(text: str) -> str:
     store = re.search(r"buffer_store_\w+ \S+ (v\d+),", text)
     *_, masked = re.finditer(rf"v_cndmask_b32_e(?:32|64) {store[1]}, v\d+, (v\d+), \S+", text[: store.start()])
     return f"{text[: masked.start()]}v_mov_b32_e32 {store[1]}, {masked[1]}{text[masked.end() :]}"
-
-
-def next_swizzle(found: re.Match) -> str:
-    """Bits 62 and 63 of a descriptor: rows of 64 bytes where they lie by 128."""
-    return f"{found[1]}{int(found[2]) + (1 << 62)};"
 
 
 def product(target: str, row: int = 0, **options):
@@ -113,16 +104,7 @@ PLANTED = {
         ),
         "wrong result",
     ),
-    "a product and a sum that are rounded once": (
-        "sm_90",
-        groups(score_update),
-        replaced(
-            r"(mul\.rn\.f32\s+(%r\d+), (%r\d+), (%r\d+);\s+)add\.rn\.f32\s+(%r\d+), \2, (%r\d+);",
-            r"\1fma.rn.f32 \5, \3, \4, \6;",
-            count=0,
-        ),
-        "wrong result",
-    ),
+    "products and sums that are rounded once": ("sm_90", groups(score_update), contracted, "wrong result"),
     "AMD: a load one element too far": (
         "gfx942",
         groups(top_n_mask),
@@ -142,16 +124,7 @@ PLANTED = {
         replaced(r"^\tbuffer_load_dwordx4.*$", ""),
         "read of an unwritten register",
     ),
-    "AMD: a product and a sum that are rounded once": (
-        "gfx942",
-        groups(score_update),
-        replaced(
-            rf"v_pk_mul_f32 (v\S+), (v\S+), (v\S+)\n({DIRECTIVES})\tv_pk_add_f32 (v\S+), \1, (s\S+) op_sel_hi:\[1,0\]$",
-            r"s_nop 0\n\4\tv_pk_fma_f32 \5, \2, \3, \6 op_sel_hi:[1,1,0]",
-            count=0,
-        ),
-        "wrong result",
-    ),
+    "AMD: a product and a sum that are rounded once": ("gfx942", groups(adamw), contracted_on_amd, "wrong result"),
     "AMD: a division by an approximate reciprocal": (
         "gfx942",
         groups(mask_score),
@@ -180,6 +153,12 @@ def test_a_planted_fault_is_found(fault, compiled_for, machine):
     assert before <= machine.let_pass
     found = what_is_found(machine, call, rewrite) - before
     assert any(kind in each for each in found), found
+
+
+def test_a_fault_that_cannot_be_planted_is_no_finding(compiled_for, machine):
+    compiled_for("sm_80")
+    with pytest.raises(pytest.fail.Exception, match="no such text is not in the kernel"):
+        what_is_found(machine, groups(top_n_mask), replaced("no such text", ""))
 
 
 # By mutation: of which file, the text, by what it is replaced, and a kind of finding

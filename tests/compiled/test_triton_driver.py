@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.hand_written_ptx import kernel
 from machines import plugin
-from machines.triton_driver import MOST_FILLED, MachineDriver, RecordingTorch, number, spans
+from machines.findings import Fault
+from machines.triton_driver import ALIGNMENT, MOST_FILLED, MachineDriver, RecordingTorch, number, spans
+from ptx_machine import Program
 
 # -- arguments
 
@@ -49,9 +52,42 @@ def test_tensors_elsewhere_are_refused():
 
 
 def test_arguments_are_addresses_integers_and_floats():
-    tensor = torch.zeros(2)
-    assert number("*fp32", tensor) == tensor.data_ptr()
-    assert number("i32", True) == 1 and isinstance(number("fp32", 3), float) and isinstance(number("i64", 3), int)
+    whole = torch.zeros(8)
+    moved = {range(whole.data_ptr(), whole.data_ptr() + whole.nbytes): 1 << 50}
+    assert [number("*fp32", part, moved) for part in (whole, whole[3:], whole[3:3])] == [1 << 50, (1 << 50) + 12, 0]
+    assert number("i32", True, {}) == 1
+    assert isinstance(number("fp32", 3, {}), float) and isinstance(number("i64", 3, {}), int)
+
+
+def stored(offset: int, into: int, *tensors: torch.Tensor) -> None:
+    """A launch whose 32 threads each write 7 into a tensor of int32, so many bytes behind their place."""
+    body = f"mul.wide.u32 %rd9, %r70, 4; add.s64 %rd9, %rd{into}, %rd9; st.global.b32 [%rd9+{offset}], 7; ret;"
+    given = [(f"t{k}", "*i32", tensor) for k, tensor in enumerate(tensors)]
+    MachineDriver("sm_80").launch(kernel(body, arrays=len(tensors)), (1, 1, 1), given, shared=0)
+
+
+@pytest.mark.parametrize(("into", "offset", "beyond"), [(0, 4, "4 bytes beyond t0"), (1, -4, "")])
+def test_a_tensor_is_not_reached_from_the_one_beside_it(into, offset, beyond):
+    whole = torch.zeros(64, dtype=torch.int32)
+    parts = whole[:32], whole[32:]
+    stored(0, into, *parts)
+    assert [part.sum() for part in parts] == [0 if k != into else 7 * 32 for k in range(2)]
+    with pytest.raises(Fault, match=f"^out of bounds of global memory.*{beyond}"):
+        stored(offset, into, *parts)
+
+
+def test_a_tensor_is_reached_by_another_of_the_same_memory():
+    whole = torch.zeros(40, dtype=torch.int32)
+    stored(4 * 8, 1, whole, whole[:32])
+    assert whole.nonzero().flatten().tolist() == list(range(8, 40))
+
+
+def test_addresses_keep_their_alignment(monkeypatch):
+    whole = torch.zeros(256, dtype=torch.uint8)
+    found = []
+    monkeypatch.setattr(Program, "launch", lambda self, grid, arguments, *_, **__: found.extend(arguments))
+    stored(0, 1, whole[:100], whole[101:])
+    assert [at % ALIGNMENT for at in found] == [(whole.data_ptr() + k) % ALIGNMENT for k in (0, 101)]
 
 
 # -- outputs

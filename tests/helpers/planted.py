@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from machines.findings import Fault
 
 SYNCHRONISATION = re.compile(
@@ -71,12 +73,49 @@ def without(text: str, numbers: set[int]) -> str:
     return text
 
 
+def replaced(pattern: str, by: str | Callable[[re.Match], str], count: int = 1) -> Callable[[str], str]:
+    """A rewrite of a text, the first ``count`` places or all of them (0); it has to change the text."""
+
+    def rewrite(text: str) -> str:
+        changed = re.sub(pattern, by, text, count=count, flags=re.M)
+        if changed == text:
+            raise AssertionError(f"{pattern} is not in the kernel")
+        return changed
+
+    return rewrite
+
+
+def contracted(text: str) -> str:
+    """PTX in which each product that goes into one sum and nowhere else is rounded once, with the sum."""
+    uses = Counter(re.findall(r"%\w+", text))
+    products = {
+        found[1]: (found[2], found[3])
+        for found in re.finditer(r"mul\.rn\.f32\s+(%\w+), ([^,;]+), ([^,;]+);", text)
+        if uses[found[1]] == 2
+    }
+
+    def fused(found: re.Match) -> str:
+        for product, addend in ((found[2], found[3]), (found[3], found[2])):
+            if product in products:
+                return f"fma.rn.f32 {found[1]}, {', '.join(products[product])}, {addend};"
+        return found[0]
+
+    return replaced(r"add\.rn\.f32\s+(%\w+), ([^,;]+), ([^,;]+);", fused, count=0)(text)
+
+
 def what_is_found(machine, call: Callable[[], None], rewrite: Callable[[str], str]) -> set[str]:
     """Kinds of findings of a call whose kernels are rewritten; a fault by its first words, and "wrong result".
 
-    The call raises AssertionError where a result is wrong.
+    The call raises AssertionError where a result is wrong. A rewrite that raises it fails the test.
     """
-    machine.rewrite, kinds = rewrite, set()
+
+    def rewritten(text: str) -> str:
+        try:
+            return rewrite(text)
+        except AssertionError as error:
+            pytest.fail(f"the text cannot be rewritten: {error}")
+
+    machine.rewrite, kinds = rewritten, set()
     try:
         with machine.apart() as findings:
             try:

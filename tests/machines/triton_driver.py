@@ -35,6 +35,9 @@ SHARED_MEMORY["gfx942"] = 64 << 10
 TARGETS = tuple(SHARED_MEMORY)
 # Larger tensors are not filled: what nobody touches costs no memory
 MOST_FILLED = 1 << 28
+# Memory of a launch lies that many bytes apart on the machine, further than a kernel's offsets reach. Of its address it
+# keeps what CUDA's own allocations are multiples of, which vector accesses depend on
+APART, ALIGNMENT = 1 << 40, 256
 # Kinds of findings that Triton gives rise to by itself, in all releases or in one, and why kernels may run nonetheless
 UNDEFINED = {"read of an unwritten register": "bytes that LLVM leaves undefined are moved, and not used"}
 OF_TRITON = {
@@ -184,14 +187,15 @@ class MachineDriver(DriverBase):
         program = self.programs.get(text)
         if program is None:
             program = self.programs[text] = PROGRAMS[self.backend](text)
-        memory, fresh = program.memory(), {}
+        memory, fresh, moved = program.memory(), {}, {}
         tensors = [argument for argument in given if isinstance(argument[2], torch.Tensor)]
-        for start, data, name in spans(tensors):
+        for position, (start, data, name) in enumerate(spans(tensors), 1):
             unwritten = self.torch.unwritten(start, data.size)
-            region = memory.register(start, data, name, initialised=not unwritten)
+            region = memory.register(position * APART + start % ALIGNMENT, data, name, initialised=not unwritten)
+            moved[range(start, start + data.size)] = region.start
             if unwritten:
                 fresh[start] = region
-        values = [number(kind, value) for _, kind, value in given]
+        values = [number(kind, value, moved) for _, kind, value in given]
         # behind its own, Triton gives each kernel pointers to scratch memory, which those here don't use
         values += [0] * (program.parameters - len(values))
         started = time.perf_counter()
@@ -240,10 +244,14 @@ class MachineDriver(DriverBase):
         raise NotImplementedError
 
 
-def number(kind: str, value) -> int | float:
-    """An argument as the machine takes it: an address, an integer or a float."""
+def number(kind: str, value, moved: dict[range, int]) -> int | float:
+    """An argument as the machine takes it: an address, an integer or a float.
+
+    ``moved`` tells where ranges of addresses begin on the machine. A tensor without elements is nowhere, at 0.
+    """
     if isinstance(value, torch.Tensor):
-        return value.data_ptr()
+        start = value.data_ptr()
+        return next((own + start - here.start for here, own in moved.items() if start in here and value.numel()), 0)
     return float(value) if kind.startswith(("fp", "bf")) else int(value)
 
 
