@@ -317,13 +317,6 @@ def test_the_thread_that_issues_products_commits_them():
         found(body(product=other))
 
 
-def test_one_thread_of_a_warp_is_elected():
-    lines = "elect.sync %out0|%p1, -1; selp.b32 %out1, 1, 0, %p1;"
-    got, findings = run(lines, np.zeros((64, 1), np.uint32), 2)
-    assert got[:, 1].reshape(2, 32).sum(1).tolist() == [1, 1]
-    assert not findings
-
-
 def test_memory_is_given_up_and_given_again():
     """Two allocations of different columns; what is released is free for the next, and unwritten."""
     lines = """
