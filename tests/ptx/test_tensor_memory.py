@@ -355,13 +355,6 @@ def test_the_thread_that_issues_products_commits_them():
         found(body(product=other))
 
 
-def test_one_thread_of_a_warp_is_elected():
-    lines = "elect.sync %out0|%p1, -1; selp.b32 %out1, 1, 0, %p1;"
-    got, findings = run(lines, np.zeros((64, 1), np.uint32), 2)
-    assert got[:, 1].reshape(2, 32).sum(1).tolist() == [1, 1]
-    assert not findings
-
-
 def test_nothing_is_allocated_after_the_permit_is_given_up():
     again = "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4+24576], 32;"
     free = "mov.b32 %r40, 64; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r40, 32;"

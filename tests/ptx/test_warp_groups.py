@@ -80,7 +80,7 @@ def sums(result):
     return fragments.accumulators(result.T).reshape(-1, 64, COLUMNS)
 
 
-def found(text, given=None):
+def found(text):
     given = shared_image(bits_of(integers(64, 16, seed=1), "bf16"), bits_of(integers(COLUMNS, 16, seed=2), "bf16"))
     return run(text, given, SUMS, shared_bytes=SHARED)[1].kinds
 

@@ -17,6 +17,7 @@ from .shared_memory import SharedMemory
 # what registers hold before they are written: no number that a program would go on with unnoticed
 POISON = {np.bool_: True, np.uint8: 0xA5, np.uint16: 0x7FA5, np.uint32: 0x7FA5A5A5, np.uint64: 0x7FA5A5A57FA5A5A5}
 WARP = 32
+LANE = np.arange(WARP)
 
 
 class Watcher(Protocol):

@@ -14,13 +14,12 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 from machines.findings import Fault, refusal
 
-from ..parser import Immediate, Instruction, Kernel, Pair, Register, Sink
+from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, destination, instruction, modifiers, operands, reader
 
 if TYPE_CHECKING:
     from ..batch import Batch
 
-WARP = 32
 # its 64 bits are opaque
 WORDS = [np.uint32(0), np.uint32(0)]
 BYTES = 8
@@ -212,26 +211,3 @@ def translate_try_wait(ins: Instruction, kernel: Kernel):
         batch.stall(~complete if mask is None else mask & ~complete)
 
     return try_wait
-
-
-@instruction("elect.sync")
-def translate_elect(ins: Instruction, kernel: Kernel):
-    """PTX ISA "elect.sync": one thread of the warp. Which one is up to the hardware; here it is the first."""
-    modifiers(ins, "sync")
-    pair, members = operands(ins, 2)
-    if not isinstance(pair, Pair):
-        raise refusal(ins, f"two destinations are expected, not {pair}")
-    if not isinstance(members, Immediate) or members.value & 0xFFFFFFFF != 0xFFFFFFFF:
-        raise refusal(ins, "all threads of the warp are expected as members")
-    leader = None if isinstance(pair.first, Sink) else destination(pair.first, np.uint32, ins, kernel)
-    if not isinstance(pair.second, Register):
-        raise refusal(ins, f"a predicate is expected, not {pair.second}")
-    chosen = destination(pair.second, np.bool_, ins, kernel)
-
-    def elect(batch, mask):
-        batch.whole_warps(mask, ins)
-        if leader is not None:
-            batch.write(leader, np.uint32(0), mask)
-        batch.write(chosen, batch.thread % WARP == 0, mask)
-
-    return elect

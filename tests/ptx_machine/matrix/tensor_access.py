@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from machines.findings import Fault, refusal
 
+from ..batch import LANE, WARP
 from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from .tensor_memory import COLUMNS, tensor_memory
 from .vectors import destinations, read_all, readers
 
-WARP = 32
 LEAST_COLUMNS = 32
 REPEATS = {f"x{1 << k}": 1 << k for k in range(8)}
 # registers of a thread for each repetition
@@ -26,7 +26,7 @@ def of_thread(shape: str, registers: int, split: int) -> tuple[np.ndarray, np.nd
 
     Figures "Matrix fragment for shape" of the ISA. ``split`` is how many columns the second half of a 16x32bx2 is off.
     """
-    thread, register = np.arange(WARP)[:, None], np.arange(registers)[None, :]
+    thread, register = LANE[:, None], np.arange(registers)[None, :]
     if shape == "32x32b":
         lanes, columns = thread, register
     elif shape == "16x32bx2":
@@ -127,7 +127,7 @@ class _Shape:
         lanes, columns = (start >> 16)[:, None, None] + self.lanes, (start & 0xFFFF)[:, None, None] + self.columns
         ctas = batch.cta[leaders][:, None, None]
         words = tensor_memory(batch).places(batch, ctas, columns, lanes, self.ins)
-        threads = (leaders[:, None] + np.arange(WARP)).reshape(-1)
+        threads = (leaders[:, None] + LANE).reshape(-1)
         return threads, words.reshape(len(threads), self.registers)
 
 

@@ -6,7 +6,6 @@ asynchronous: each is done when it is issued, and its words count as in use unti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -45,18 +44,12 @@ class Accesses:
         return bool(self._others(words, now).any())
 
 
-@dataclass
 class Issuers:
     """The threads that access words; warps and phases of their CTAs are columns that fit words [threads, n]."""
 
-    threads: np.ndarray
-    now: tuple[np.ndarray, np.ndarray] = field(init=False)
-    complete: np.ndarray = field(init=False)
-
-    def of(self, batch: Batch) -> Issuers:
-        self.now = batch.warps[self.threads][:, None] + 1, batch.phase[batch.cta[self.threads]][:, None]
-        self.complete = progress(batch).complete(batch, self.threads)[:, None]
-        return self
+    def __init__(self, batch: Batch, threads: np.ndarray):
+        self.now = batch.warps[threads][:, None] + 1, batch.phase[batch.cta[threads]][:, None]
+        self.complete = progress(batch).complete(batch, threads)[:, None]
 
 
 class LoadedRegisters:
@@ -131,7 +124,7 @@ class TensorMemory:
         if self.allocations[cta].pop(start, (0, None))[0] != columns:
             raise Fault(f"{columns} columns of tensor memory from {start} on are not allocated: {batch.place(ins)}")
         words = np.arange((cta * COLUMNS + start) * LANES, (cta * COLUMNS + start + columns) * LANES)
-        self.check_unused(batch, words[None], Issuers(np.array([thread])).of(batch), "release", ins)
+        self.check_unused(batch, words[None], Issuers(batch, np.array([thread])), "release", ins)
         self.allocated[cta, start : start + columns] = False
         self.filled[words] = False
 
@@ -180,7 +173,7 @@ class TensorMemory:
 
     def load(self, batch: Batch, words, threads: np.ndarray, ins: Instruction) -> np.ndarray:
         """uint32 of words [threads, n], which are in use until the threads have waited."""
-        issuers = Issuers(threads).of(batch)
+        issuers = Issuers(batch, threads)
         self.check_content(batch, words, issuers, "read", ins)
         if (self.writing[words] > issuers.complete).any():
             batch.find("read of tensor memory that a product still writes", ins)
@@ -191,7 +184,7 @@ class TensorMemory:
 
     def store(self, batch: Batch, words, values: np.ndarray, threads: np.ndarray, ins: Instruction) -> None:
         """Set words [threads, n]; they are in flight until the threads have waited."""
-        issuers = Issuers(threads).of(batch)
+        issuers = Issuers(batch, threads)
         self.check_unused(batch, words, issuers, "write", ins)
         self.words[words], self.filled[words], self.storing[words] = values, True, True
         if (self.words[words] != values).any():

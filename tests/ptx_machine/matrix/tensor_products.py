@@ -103,7 +103,7 @@ def translate_product(ins: Instruction, kernel: Kernel):
         shape = _shape(issue.of(shapes(batch, mask)), ins)
         y, held = _from_shared(issue, right(batch, mask), (shape.columns, shape.b_k_major))
         sums = issue.words(target(batch, mask), shape.rows, shape.columns)
-        issuers = Issuers(issue.threads).of(batch)
+        issuers = Issuers(batch, issue.threads)
         sources = None
         if in_tensor_memory:
             if not shape.a_k_major:
@@ -141,7 +141,7 @@ def _old_sums(issue: _Issue, sums: np.ndarray, adds: np.ndarray, issuers: Issuer
     memory = tensor_memory(issue.batch)
     old = np.zeros(sums.shape, np.float32)
     if adds.any():
-        chosen = Issuers(issue.threads[adds]).of(issue.batch)
+        chosen = Issuers(issue.batch, issue.threads[adds])
         flat = sums[adds].reshape(int(adds.sum()), -1)
         memory.check_content(issue.batch, flat, chosen, "product", issue.ins)
         old[adds] = memory.words[sums[adds]].view(np.float32)
