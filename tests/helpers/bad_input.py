@@ -278,7 +278,7 @@ CASES = {
     "settings beside resume": (
         f"{RESUME} --lr 1",
         None,
-        "--report-to, --quiet, got --lr",
+        "--report-to, --trust-remote-code, --quiet, got --lr",
         "own settings",
     ),
     "torn settings": (RESUME, cut("killed-reinforce/settings.json"), "resume: expected a folder", "from a copy"),
@@ -578,6 +578,7 @@ CASES = {
     ),
     "a base model that has moved": (
         "export reinforce out",
+        relearned(**METADATA | {"model": "/none/model"}),
         "no such folder",
         "put back the base model of the run",
     ),
