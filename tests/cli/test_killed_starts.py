@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command import learn, refuses
+from helpers.routes import route_to_the_eager_reference
 from safetensors.torch import load_file
 
 from maskpro_kernels.cli import learn as learn_command
@@ -66,7 +67,8 @@ def starts(command, tmp_path_factory):
         code = 1
         try:
             torch.set_num_threads(1)
-            # for as long as the process lives
+            # both for as long as the process lives; products of another route have other bits
+            route_to_the_eager_reference(pytest.MonkeyPatch())
             watch(output, copies)
             code = main.main(command(output))
         except BaseException:
