@@ -347,6 +347,14 @@ def test_an_mbarrier_is_initialised_before_it_is_used():
     assert found(body(init="", barrier=f"{late} bar.sync 0;")) == set()
 
 
+def test_a_commit_without_a_state_space_has_an_address_of_64_bits():
+    wide = COMMIT.replace(".shared::cluster", "").replace("[%r30]", "[%rd30]")
+    assert found(body(commit=wide.replace("; @", "; cvt.u64.u32 %rd30, %r30; @"))) == set()
+    for wrong in (COMMIT.replace(".shared::cluster", ""), COMMIT.replace("[%r30]", "[%rd30]")):
+        with pytest.raises(Refused, match="is expected"):
+            found(body(commit=wrong))
+
+
 def test_the_thread_that_issues_products_commits_them():
     commit = "setp.eq.s32 %p5, %r1, 1;" + COMMIT.replace("%p2", "%p5")
     assert found(body(commit=commit)) == {"commit by a thread that has not issued the products"}

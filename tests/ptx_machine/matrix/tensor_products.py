@@ -160,9 +160,12 @@ def _write(issue: _Issue, sums, total, sources, serials: np.ndarray, issuers: Is
 
 @instruction("tcgen05.commit")
 def translate_commit(ins: Instruction, kernel: Kernel):
-    """PTX ISA "tcgen05.commit": an mbarrier is arrived at when all that the thread has issued is complete."""
-    modifiers(ins, "commit", "cta_group::1", "mbarrier::arrive::one", {"shared::cluster"}, "b64")
-    place = address(*operands(ins, 1), np.uint32, ins, kernel)
+    """PTX ISA "tcgen05.commit": an mbarrier is arrived at when all that the thread has issued is complete.
+
+    Without a state space its address has 64 bits. Triton 3.6 gives the shared one then, which is taken for it.
+    """
+    *_, space, _ = modifiers(ins, "commit", "cta_group::1", "mbarrier::arrive::one", {"shared::cluster"}, "b64")
+    place = address(*operands(ins, 1), np.uint32 if space else np.uint64, ins, kernel)
 
     def commit(batch, mask):
         for at, threads in by_place(batch, place(batch, mask), mask):
