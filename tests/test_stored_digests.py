@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.checkpoints import reconfigure, rewrite
+from helpers.command import refuses
 from helpers.tiny_llama import tiny_model, tiny_tokenizer, write_inputs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -200,6 +201,45 @@ def test_commands_refuse_and_take_the_switch(folder, tmp_path, capsys):
         assert line.startswith("maskpro: error: ") and f"{LAYER.format(0)}." in line and "--no-digests" in line
         assert main.main([*command, "--no-digests"]) == 0
         capsys.readouterr()
+
+
+def test_validate_refuses_what_loading_refuses_before_its_table(folder, capsys):
+    assert main.main(["validate", str(folder)]) == 0
+    good = (folder / "config.json").read_bytes()
+    for change, told in (
+        (lambda config: config.pop("digests"), "expected digests of its tensors"),
+        (lambda config: config.update(format="x"), "got quantization_config.format damaged or changed"),
+    ):
+        reconfigure(change)(folder)
+        refuses(capsys, folder, ["validate", str(folder)], told)
+        (folder / "config.json").write_bytes(good)
+    (folder / "config.json").write_bytes(good[:-9])
+    refuses(capsys, folder, ["validate", str(folder)], "checkpoint: expected")
+    (folder / "config.json").write_bytes(good)
+    rewrite(flipped_sign)(folder)
+    refuses(capsys, folder, ["validate", str(folder)], "damaged or changed")
+
+
+def test_validate_tells_changed_settings(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    assert main.main(["validate", str(folder)]) == 0
+    assert "was changed since it was saved: rms_norm_eps" in capsys.readouterr().err
+
+
+def test_validate_of_one_file_compares_what_is_in_it(folder, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    file = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    count = len(load_file(file))
+    assert main.main(["validate", str(file)]) == 0
+    assert f"all {count} tensors have the digests" in capsys.readouterr().out
+    save_file({"x": torch.ones(2, 4)}, tmp_path / "sharded" / "other.safetensors")
+    assert main.main(["validate", str(tmp_path / "sharded" / "other.safetensors")]) == 0
+    assert "digests" not in capsys.readouterr().out
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuses(capsys, tmp_path, ["validate", str(file)], "damaged or changed")
 
 
 def test_dense_checkpoints_have_none(tmp_path):
