@@ -28,8 +28,8 @@ PACKED_METHOD, MASKED_METHOD = "maskpro", "maskpro-mask"
 # In the quantization_config; and in it
 DIGESTS, TENSORS, SETTINGS = "digests", "tensors", "settings"
 ON_PURPOSE = (
-    "where it was changed on purpose, load it within maskpro_kernels.hf.without_digests(), on the command line by "
-    "--no-digests, and save it again"
+    "where it was changed on purpose, load it within maskpro_kernels.hf.without_digests(), and save it again; "
+    "`maskpro eval`, `import`, `validate` and `speed` take --no-digests"
 )
 
 _checked = ContextVar("checked", default=True)

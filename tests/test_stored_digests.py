@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -17,13 +18,16 @@ from transformers import AutoModelForCausalLM
 import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.parser import build_parser
+from maskpro_kernels.stored_digests import ON_PURPOSE
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 LAYER = "model.layers.{}.mlp.down_proj"
 TOKENS = torch.arange(12).view(1, 12)
 SWITCH = (
-    r"load it within maskpro_kernels.hf.without_digests\(\), on the command line by --no-digests, and save it again"
+    r"load it within maskpro_kernels.hf.without_digests\(\), and save it again; `maskpro eval`, `import`, `validate` "
+    "and `speed` take --no-digests"
 )
 
 
@@ -240,6 +244,19 @@ def test_validate_of_one_file_compares_what_is_in_it(folder, tmp_path, capsys):
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refuses(capsys, tmp_path, ["validate", str(file)], "damaged or changed")
+
+
+def test_the_switch_is_told_of_the_commands_that_have_it():
+    told = set(re.findall(r"`(?:maskpro )?(\w+)`", ON_PURPOSE))
+    (commands,) = (action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert told == {name for name, parser in commands.items() if "--no-digests" in parser._option_string_actions}
+
+
+def test_what_is_told_of_a_checkpoint_has_one_cure(folder):
+    reconfigure(lambda config: config.pop("digests"))(folder)
+    with pytest.raises(ValueError, match="take that file from where the checkpoint comes from") as told:
+        hf.load_model(str(folder), torch.float32)
+    assert "copy or download it again" not in str(told.value)
 
 
 def test_dense_checkpoints_have_none(tmp_path):
