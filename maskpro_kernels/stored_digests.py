@@ -111,7 +111,8 @@ def check_checkpoint(files: Iterable[Path], whole: bool = True) -> int:
     if not tensors or not settings:
         raise ValueError(
             f"checkpoint: expected digests of its tensors in the {QUANTIZATION} of its {CONFIG}, got none; take "
-            f"that file from where the checkpoint comes from; {ON_PURPOSE}"
+            "that file from where the checkpoint comes from; written by config.save_pretrained alone? save the model "
+            f"instead; {ON_PURPOSE}"
         )
     changed = _changed_settings(settings, config)
     own = [name for name in changed if name.startswith(f"{QUANTIZATION}.")]

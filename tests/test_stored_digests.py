@@ -115,6 +115,15 @@ def test_a_checkpoint_without_digests_is_refused(folder):
             AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_config_that_was_saved_alone_is_told(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"written by config.save_pretrained alone\? save the model instead"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_settings_that_were_changed_are_told(folder, recwarn):
     AutoModelForCausalLM.from_pretrained(folder)
     assert not recwarn.list
