@@ -37,7 +37,7 @@ _checked = ContextVar("checked", default=True)
 
 @contextmanager
 def without_digests() -> Iterator[None]:
-    """Within it, checkpoints are loaded whatever their digests say.
+    """Within it, checkpoints and files of logits are loaded whatever their digests say.
 
     For those that were changed on purpose: a tensor that another program has cast or edited, or a config without
     digests. Saved again they have new ones.
