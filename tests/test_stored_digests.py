@@ -19,6 +19,7 @@ import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.parser import build_parser
+from maskpro_kernels.hf import stored_layers
 from maskpro_kernels.stored_digests import ON_PURPOSE
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -173,6 +174,18 @@ def test_weights_beside_the_checkpoint_have_no_digests(folder):
     model.save_pretrained(folder)
     assert "x" not in stored(folder)["tensors"]
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_files_that_look_as_before_get_digests_too(folder, tmp_path, size, monkeypatch):
+    """Written anew in the same tick of a file system's clock, into the same inode."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again", max_shard_size=size)
+    before = stored(tmp_path / "again")
+    monkeypatch.setattr(stored_layers, "_weights_in", lambda folder: dict.fromkeys(folder.glob("*.safetensors"), (0,)))
+    model.save_pretrained(tmp_path / "again", max_shard_size=size)
+    assert stored(tmp_path / "again")["tensors"] == before["tensors"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
 def test_the_hub_gets_the_digests(folder, monkeypatch):
