@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def weight_files(folder: str | Path) -> list[Path]:
                 f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}; copy or download it again"
             ) from error
     return files
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files that ``from_pretrained`` loads from a folder: the single one, else those that its index names."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
+    names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    return [folder / name for name in sorted(names)]
 
 
 def tensor_files(files: Iterable[Path]) -> dict[str, Path]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.checkpoints import reconfigure, rewrite
+from helpers.command import refuses
 from helpers.tiny_llama import tiny_model, tiny_tokenizer, write_inputs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -16,13 +18,17 @@ from transformers import AutoModelForCausalLM
 import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.parser import build_parser
+from maskpro_kernels.hf import stored_layers
+from maskpro_kernels.stored_digests import ON_PURPOSE
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 LAYER = "model.layers.{}.mlp.down_proj"
 TOKENS = torch.arange(12).view(1, 12)
 SWITCH = (
-    r"load it within maskpro_kernels.hf.without_digests\(\), on the command line by --no-digests, and save it again"
+    r"load it within maskpro_kernels.hf.without_digests\(\), and save it again; `maskpro eval`, `import`, `validate` "
+    "and `speed` take --no-digests"
 )
 
 
@@ -110,6 +116,15 @@ def test_a_checkpoint_without_digests_is_refused(folder):
             AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_a_config_that_was_saved_alone_is_told(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"written by config.save_pretrained alone\? save the model instead"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_settings_that_were_changed_are_told(folder, recwarn):
     AutoModelForCausalLM.from_pretrained(folder)
     assert not recwarn.list
@@ -161,6 +176,18 @@ def test_weights_beside_the_checkpoint_have_no_digests(folder):
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_files_that_look_as_before_get_digests_too(folder, tmp_path, size, monkeypatch):
+    """Written anew in the same tick of a file system's clock, into the same inode."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again", max_shard_size=size)
+    before = stored(tmp_path / "again")
+    monkeypatch.setattr(stored_layers, "_weights_in", lambda folder: dict.fromkeys(folder.glob("*.safetensors"), (0,)))
+    model.save_pretrained(tmp_path / "again", max_shard_size=size)
+    assert stored(tmp_path / "again")["tensors"] == before["tensors"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+
+
 def test_the_hub_gets_the_digests(folder, monkeypatch):
     uploaded = []
 
@@ -200,6 +227,58 @@ def test_commands_refuse_and_take_the_switch(folder, tmp_path, capsys):
         assert line.startswith("maskpro: error: ") and f"{LAYER.format(0)}." in line and "--no-digests" in line
         assert main.main([*command, "--no-digests"]) == 0
         capsys.readouterr()
+
+
+def test_validate_refuses_what_loading_refuses_before_its_table(folder, capsys):
+    assert main.main(["validate", str(folder)]) == 0
+    good = (folder / "config.json").read_bytes()
+    for change, told in (
+        (lambda config: config.pop("digests"), "expected digests of its tensors"),
+        (lambda config: config.update(format="x"), "got quantization_config.format damaged or changed"),
+    ):
+        reconfigure(change)(folder)
+        refuses(capsys, folder, ["validate", str(folder)], told)
+        (folder / "config.json").write_bytes(good)
+    (folder / "config.json").write_bytes(good[:-9])
+    refuses(capsys, folder, ["validate", str(folder)], "checkpoint: expected")
+    (folder / "config.json").write_bytes(good)
+    rewrite(flipped_sign)(folder)
+    refuses(capsys, folder, ["validate", str(folder)], "damaged or changed")
+
+
+def test_validate_tells_changed_settings(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    assert main.main(["validate", str(folder)]) == 0
+    assert "was changed since it was saved: rms_norm_eps" in capsys.readouterr().err
+
+
+def test_validate_of_one_file_compares_what_is_in_it(folder, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    file = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    count = len(load_file(file))
+    assert main.main(["validate", str(file)]) == 0
+    assert f"all {count} tensors have the digests" in capsys.readouterr().out
+    save_file({"x": torch.ones(2, 4)}, tmp_path / "sharded" / "other.safetensors")
+    assert main.main(["validate", str(tmp_path / "sharded" / "other.safetensors")]) == 0
+    assert "digests" not in capsys.readouterr().out
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuses(capsys, tmp_path, ["validate", str(file)], "damaged or changed")
+
+
+def test_the_switch_is_told_of_the_commands_that_have_it():
+    told = set(re.findall(r"`(?:maskpro )?(\w+)`", ON_PURPOSE))
+    (commands,) = (action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert told == {name for name, parser in commands.items() if "--no-digests" in parser._option_string_actions}
+
+
+def test_what_is_told_of_a_checkpoint_has_one_cure(folder):
+    reconfigure(lambda config: config.pop("digests"))(folder)
+    with pytest.raises(ValueError, match="take that file from where the checkpoint comes from") as told:
+        hf.load_model(str(folder), torch.float32)
+    assert "copy or download it again" not in str(told.value)
 
 
 def test_dense_checkpoints_have_none(tmp_path):

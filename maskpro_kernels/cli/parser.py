@@ -333,6 +333,11 @@ def _add_export(commands) -> None:
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--model",
+        default=argparse.SUPPRESS,
+        help="the base model where it is now: a local folder, or a model id on the hub (default: that of the run)",
+    )
     add_form(parser, "dense")
     add_dtype(parser, "dtype of the weights", "that of the run")
     add_saving(parser)

@@ -100,8 +100,8 @@ def _told(name: str, error: Exception) -> ValueError | OSError:
         cure = "of a model on the hub check the name and the connection"
     elif not _has_tokenizer(Path(name)):
         reason, cure = "the folder has no tokenizer", "write that of the model into it, by its save_pretrained"
-    # what tells of damage tells what to do, too
-    reason += "" if cure in reason else f"; {cure}"
+    # what is told of a checkpoint mostly tells what to do, too
+    reason += "" if reason.startswith("checkpoint:") and "; " in reason else f"; {cure}"
     told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
     return OSError(told) if isinstance(error, OSError) else ValueError(told)
 

@@ -13,6 +13,7 @@ from transformers.quantizers import register_quantization_config, register_quant
 from ..modules import CounterState, MaskedLinear, masked_layers
 from ..pattern import NMPattern
 from ..replacement import replace_modules
+from ..stored_digests import MASKED_METHOD
 from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
@@ -25,7 +26,7 @@ from .stored_files import (
     take_apart,
 )
 
-MASKED_METHOD, MASKED_FORMAT, MASKED_VERSION = "maskpro-mask", "logits", 1
+MASKED_FORMAT, MASKED_VERSION = "logits", 1
 PARTS = ("logits", "_extra_state")
 
 

@@ -14,6 +14,7 @@ from ..ops.reference import SCALED
 from ..packed import INT8, KEEP, VALUE_KINDS, NMLinear, PackedNM, check_content, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
+from ..stored_digests import PACKED_METHOD
 from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
@@ -27,7 +28,7 @@ from .stored_files import (
     take_apart,
 )
 
-PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
+PACKED_FORMAT, PACKED_VERSION = "nm-bitmask", 1
 
 
 class StoredAs(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,16 +15,7 @@ from ..linear_form import as_built
 from ..modules import MaskedLinear, check_in_memory
 from ..packed import SPARSE, dense_layer
 from ..replacement import replace_modules
-from ..stored_digests import (
-    CONFIG,
-    DIGESTS,
-    ON_PURPOSE,
-    QUANTIZATION,
-    changed_settings,
-    check_tensors,
-    digests_are_checked,
-    stored_digests,
-)
+from ..stored_digests import DIGESTS, check_checkpoint, digests_are_checked
 
 
 class SparseConfig(QuantizationConfigMixin):
@@ -53,39 +43,11 @@ class SparseQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _check_digests(self, files: Iterable[str] | None) -> None:
-        """Compare a checkpoint with its digests, of which the model that it becomes has none.
-
-        Settings of the model that have changed are told by a warning, for such are changed by hand.
-
-        Raises:
-            ValueError: if there are none, or a tensor or a setting of the sparse layers has another.
-        """
+        """``check_checkpoint`` of files that are loaded; the model that they become has no digests."""
         self.quantization_config.digests = {}
-        if files is None or not digests_are_checked():
-            return
-        files = [Path(file) for file in files]
-        config = files[0].parent / CONFIG
-        # not of the given config: that of a loaded model has none, and it may be given to load the same files again
-        tensors, settings = stored_digests(config)
-        if not tensors or not settings:
-            raise ValueError(
-                f"checkpoint: expected digests of its tensors in the {QUANTIZATION} of its {CONFIG}, got none; take "
-                f"that file from where the checkpoint comes from; {ON_PURPOSE}"
-            )
-        changed = changed_settings(settings, config)
-        own = [name for name in changed if name.startswith(f"{QUANTIZATION}.")]
-        if own:
-            raise ValueError(
-                f"checkpoint: expected the settings of its layers as they were saved, got {', '.join(own)} damaged or "
-                f"changed; copy or download it again; {ON_PURPOSE}"
-            )
-        check_tensors(tensors, files)
-        if changed:
-            warnings.warn(
-                f"{config} was changed since it was saved: {', '.join(changed)}; where that was not "
-                "on purpose, take it from where the checkpoint comes from",
-                stacklevel=2,
-            )
+        # not by the given config: that of a loaded model has none, and it may be given to load the same files again
+        if files is not None and digests_are_checked():
+            check_checkpoint(map(Path, files))
 
     def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
         """As transformers has it.

@@ -18,6 +18,7 @@ from ..adapters import adapter_modules
 from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE, NMLinear
+from ..safetensors_files import named_files
 from ..stored_digests import add_digests
 from .masked import MaskedConfig
 from .packed import PackedConfig
@@ -175,8 +176,12 @@ def _adding_digests(model: PreTrainedModel, folder: Path) -> Iterator[None]:
     before, added = _weights_in(folder), []
 
     def add() -> None:
+        if added:
+            return
         written = [file for file, state in _weights_in(folder).items() if before.get(file) != state]
-        if written and not added:
+        # a file system may show a file that was written anew as it was: the config is never left without digests
+        written = written or named_files(folder)
+        if written:
             add_digests(folder, written)
             added.extend(written)
 

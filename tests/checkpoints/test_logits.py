@@ -13,9 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maskpro_kernels import MaskedLinear
-from maskpro_kernels.checkpoints.logits import load_learned, load_logits, load_weights, save_logits, save_weights
+from maskpro_kernels.checkpoints.logits import (
+    load_learned,
+    load_logits,
+    load_weights,
+    save_logits,
+    save_weights,
+    write_learned,
+)
 from maskpro_kernels.files import check_output
 from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.stored_digests import without_digests
 
 
 def masked(logits_dtype=torch.float32):
@@ -39,6 +47,22 @@ def test_logits_round_trip(tmp_path, dtype):
     assert_same_bits(logits, {"0": model[0].logits, "2.0": model[2][0].logits})
     assert logits["0"].dtype == dtype and not logits["0"].requires_grad
     assert os.listdir(tmp_path) == ["logits.safetensors"]
+
+
+def test_a_file_of_another_program_is_sealed_as_its_refusal_says(tmp_path):
+    """Without a digest, or with that of what was in it before another program saved it again."""
+    path = tmp_path / "logits.safetensors"
+    logits = {"0": torch.randn(4, 8)}
+    for metadata, refusal in (({}, "got none in"), ({"digest": "a" * 32}, "damaged or changed")):
+        save_file(logits, path, {"note": "x", **metadata})
+        with pytest.raises(ValueError, match=rf"{refusal}.*without_digests\(\), and write it by write_learned"):
+            load_learned(path)
+        with without_digests():
+            learned = load_learned(path)
+        write_learned(learned, path)
+        found, read = load_logits(path)
+        assert read == {"note": "x"}
+        assert_same_bits(found, logits)
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path):

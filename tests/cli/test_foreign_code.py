@@ -8,10 +8,9 @@ import shutil
 
 import pytest
 import torch
-from helpers.command import learn, refuses
+from helpers.command import learn, refuses, reseal
 
 from maskpro_kernels import hf
-from maskpro_kernels.checked_json import SEALS, sealed
 from maskpro_kernels.checkpoints.logits import Learned, load_learned, write_learned
 from maskpro_kernels.cli import main
 
@@ -63,14 +62,6 @@ def marker(modules, tmp_path, monkeypatch):
 
 def add_to(file, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
-def reseal(file, change):
-    """Change what a run has written, with the digests in it."""
-    told = json.loads(file.read_text())
-    told.pop(SEALS)
-    change(told)
-    file.write_text(json.dumps(sealed(told)))
 
 
 @pytest.fixture
