@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -50,9 +51,22 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """Files of which a process that was killed had written a part: ours, and safetensors' own beside them."""
-    return [path for pattern in ("*.tmp", ".tmp*") for path in folder.glob(pattern) if path.is_file()]
+def unfinished(folder: Path, name: str = ".+") -> list[Path]:
+    """Files of which a process that was killed had written a part, by the names that we give such parts.
+
+    Args:
+        name: a regular expression for the name that the whole file would have got.
+    """
+    return _files_named(rf"({name})\.[0-9a-f]{{16}}\.tmp", folder)
+
+
+def unfinished_tensors(folder: Path) -> list[Path]:
+    """The same of ``write_tensors``, by the names that safetensors gives such parts."""
+    return _files_named(r"\.tmp[A-Za-z0-9]{6}", folder)
+
+
+def _files_named(name: str, folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if re.fullmatch(name, path.name) and path.is_file()]
 
 
 def make_folder(path: Path) -> None:

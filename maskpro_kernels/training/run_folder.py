@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,12 +24,14 @@ from .estimator import Estimator
 from .journal import Entry, Journal, Records
 from .journal import read as read_journal
 from .metrics import Metrics
-from .snapshots import newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
+from .snapshots import NAME, newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
 from .step import LossFn
 
 PACKAGE = __name__.partition(".")[0]
 
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
+# Names of files that are first written under others; whatever else is in the folder is not ours
+WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{NAME.pattern}"
 # Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
 INITIAL_LOSSES = "initial-losses"
 
@@ -185,7 +188,7 @@ class RunFolder:
 
     def _unfinished(self) -> list[Path]:
         """Files of which a process that was killed had written a part."""
-        return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder)]
+        return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder, WRITTEN)]
 
     def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
         """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
