@@ -142,6 +142,7 @@ class RunFolder:
         self._lock: FileLock | None = None
         self._lock_file: tuple[int, int] | None = None
         self._run: Mapping | None = None
+        self._newest: Path | None = None
         self._process: int | None = None
 
     @property
@@ -297,6 +298,7 @@ class RunFolder:
             self.journal, _ = Journal.resume(self.path / JOURNAL)
         for path in saved.unusable:
             path.rename(path.with_suffix(".aside"))
+        self._newest = snapshots_in(self.path)[-1]
         metrics.write(mended)
         self._run, self.metrics = run, metrics
         saved.warnings.extend(told)
@@ -344,7 +346,20 @@ class RunFolder:
         if not self.journaled:
             # the steps before are not taken again, and nothing else knows what they saw
             self.metrics.sync()
-        save_snapshot(self.path, step, tensors, {**self._place(), **state})
+        self._newest = save_snapshot(self.path, step, tensors, {**self._place(), **state})
+
+    def lacks_snapshot(self) -> bool:
+        """Whether another program has removed the newest snapshot, of which a warning tells; another one is due then.
+
+        Without any the run could not be resumed.
+        """
+        if self._newest.exists():
+            return False
+        warnings.warn(
+            f"{self._newest} was removed while the run went on: a snapshot of the present step takes its place",
+            stacklevel=2,
+        )
+        return True
 
     def _place(self) -> dict:
         """What tells a snapshot's place: the run, and the record of the journal that it stands at."""

@@ -254,7 +254,8 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.metrics.add(asdict(record))
-            if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
+            is_time = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
+            if self._folder.lacks_snapshot() or is_time:
                 self._snapshot()
         if self._skipped:
             _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
