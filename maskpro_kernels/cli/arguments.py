@@ -61,6 +61,10 @@ def check_device_map(value: object) -> None:
         device_of(f"cuda:{device}" if isinstance(device, int) else device, told)
 
 
+class Told(ValueError):
+    """An error that begins with an argument already, and ends with what to do."""
+
+
 @contextmanager
 def telling(argument: str, cure: str | None = None) -> Iterator[None]:
     """Errors of what is made of an argument begin with its name, and end with what to do.
@@ -70,6 +74,8 @@ def telling(argument: str, cure: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except Told:
+        raise
     except (ValueError, OSError) as error:
         told = str(error).removeprefix(f"{argument}: ")
         told = f"{argument}: {told}" + (f"; {cure}" if cure else "")

@@ -20,7 +20,7 @@ from ..training.estimator import Estimator
 from ..training.snapshots import snapshots_in
 from ..training.step import LossFn, StepRecord
 from ..training.trainer import MaskTrainer
-from .arguments import telling
+from .arguments import Told, telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
 from .memory import tell_need
@@ -118,11 +118,8 @@ class LearningRun:
 
     def go_on(self) -> None:
         """Go on where the folder stands."""
-        self.validation.run = self.start["run"]
-        self.ranks.first(self.validation.read)
         with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
-            self.trainer.resume(progress=self.args.bars)
-        self.ranks.first(self._check_run)
+            self.trainer.resume(progress=self.args.bars, check=self._check_run)
         self.validation.restart(self.trainer.steps_done)
         self.seconds += sum(record["seconds"] for record in self.trainer.metrics)
         again = (
@@ -131,13 +128,15 @@ class LearningRun:
         tell(f"{self.trainer.steps_done} steps were taken before{again}")
         tell_need(self.args, self.inputs.model, self.inputs.memory)
 
-    def _check_run(self) -> None:
-        """Raise ValueError unless the settings are those of the run that the trainer goes on with."""
-        if self.start["run"] != self.trainer.run_id:
-            raise ValueError(
+    def _check_run(self, run_id: str) -> None:
+        """Take up the perplexities of the run with this id; ``Told`` if the settings are not its own, or damage."""
+        if self.start["run"] != run_id:
+            raise Told(
                 f"resume: expected the {SETTINGS} of the run in {str(self.progress)!r}, got another run's; restore it "
                 "from a copy"
             )
+        self.validation.run = run_id
+        self.validation.read()
 
     def take_steps(self) -> bool:
         """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""

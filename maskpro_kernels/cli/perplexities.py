@@ -12,6 +12,7 @@ import torch
 from ..checked_json import rows_of, sealed_line
 from ..files import write_whole
 from ..text.perplexity import perplexity
+from .arguments import Told
 
 # Training stops where the validation perplexity is above the initial mask's by this factor at two evaluations in a row
 DIVERGED = 1.1
@@ -54,13 +55,13 @@ class ValidationPerplexities:
         self.seconds = 0.0
 
     def read(self) -> None:
-        """Take up the rows of another process; ValueError where they are damaged."""
+        """Take up the rows of another process; ``Told``, a ValueError, where they are damaged."""
         if not self.path.exists():
             return
         rows, damaged = rows_of(self.path.read_bytes(), self.run)
         if damaged or (rows and not math.isfinite(rows[0]["perplexity"])):
             found = f"{damaged} others" if damaged else f"{rows[0]['perplexity']} in the first"
-            raise ValueError(
+            raise Told(
                 f"resume: expected a perplexity of this run in each line of {str(self.path)!r}, got {found}; move the "
                 "file away to go on without those of the steps before"
             )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import unfinished
+from ..files import unfinished, unfinished_tensors
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL, LOCK, METRICS
 from ..training.snapshots import snapshots_in, step_of
@@ -58,4 +59,6 @@ def _unresumable(output: Path) -> list[Path]:
     """The files that are of no use without the settings, which are written behind them, and halves of them."""
     progress = output / PROGRESS
     files = [progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS)]
-    return [*snapshots_in(progress), *files, *unfinished(progress), *unfinished(output)]
+    halves = [*unfinished(progress), *unfinished_tensors(progress)]
+    # of the folder itself, in which a user may have files of any name, the settings alone come that early
+    return [*snapshots_in(progress), *files, *halves, *unfinished(output, re.escape(SETTINGS))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,12 +24,14 @@ from .estimator import Estimator
 from .journal import Entry, Journal, Records
 from .journal import read as read_journal
 from .metrics import Metrics
-from .snapshots import newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
+from .snapshots import NAME, newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
 from .step import LossFn
 
 PACKAGE = __name__.partition(".")[0]
 
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
+# Names of files that are first written under others; whatever else is in the folder is not ours
+WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{NAME.pattern}"
 # Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
 INITIAL_LOSSES = "initial-losses"
 
@@ -139,6 +142,7 @@ class RunFolder:
         self._lock: FileLock | None = None
         self._lock_file: tuple[int, int] | None = None
         self._run: Mapping | None = None
+        self._newest: Path | None = None
         self._process: int | None = None
 
     @property
@@ -185,7 +189,7 @@ class RunFolder:
 
     def _unfinished(self) -> list[Path]:
         """Files of which a process that was killed had written a part."""
-        return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder)]
+        return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder, WRITTEN)]
 
     def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
         """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
@@ -294,6 +298,7 @@ class RunFolder:
             self.journal, _ = Journal.resume(self.path / JOURNAL)
         for path in saved.unusable:
             path.rename(path.with_suffix(".aside"))
+        self._newest = snapshots_in(self.path)[-1]
         metrics.write(mended)
         self._run, self.metrics = run, metrics
         saved.warnings.extend(told)
@@ -341,7 +346,20 @@ class RunFolder:
         if not self.journaled:
             # the steps before are not taken again, and nothing else knows what they saw
             self.metrics.sync()
-        save_snapshot(self.path, step, tensors, {**self._place(), **state})
+        self._newest = save_snapshot(self.path, step, tensors, {**self._place(), **state})
+
+    def lacks_snapshot(self) -> bool:
+        """Whether another program has removed the newest snapshot, of which a warning tells; another one is due then.
+
+        Without any the run could not be resumed.
+        """
+        if self._newest.exists():
+            return False
+        warnings.warn(
+            f"{self._newest} was removed while the run went on: a snapshot of the present step takes its place",
+            stacklevel=2,
+        )
+        return True
 
     def _place(self) -> dict:
         """What tells a snapshot's place: the run, and the record of the journal that it stands at."""

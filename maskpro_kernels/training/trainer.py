@@ -254,13 +254,14 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.metrics.add(asdict(record))
-            if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
+            is_time = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
+            if self._folder.lacks_snapshot() or is_time:
                 self._snapshot()
         if self._skipped:
             _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
         return record
 
-    def resume(self, progress: bool = False) -> int:
+    def resume(self, progress: bool = False, check: Callable[[str], object] | None = None) -> int:
         """Continue the run in ``output_dir``, which another process may have left at any moment; returns its steps.
 
         The newest sound snapshot is loaded. With ``Reinforce`` the journal's steps behind it are taken again by their
@@ -273,6 +274,10 @@ class MaskTrainer:
         Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
         the masked layers, the batches and the settings, such as other weights, has to be as it was; so do objects in
         the batches that are neither tensors nor arrays nor plain values.
+
+        Args:
+            progress: whether to show a bar.
+            check: called with the id of the run before anything changes, on rank 0; what it raises is raised.
 
         Raises:
             ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
@@ -287,7 +292,7 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-        run, told = self.ranks.first(lambda: self._restore(settings, progress))
+        run, told = self.ranks.first(lambda: self._restore(settings, progress, check))
         self.ranks.all_of(lambda: self.ranks.rank == 0 or self._batches.skip(run.steps, run.batches, progress=False))
         self._begun = self._broken = True
         for tensor in (*(layer.logits.detach() for layer in self.layers.values()), *self.estimator.tensors().values()):
@@ -355,10 +360,12 @@ class MaskTrainer:
         with suppress(OSError, RuntimeError):
             self._snapshot()
 
-    def _restore(self, settings: Mapping, progress: bool) -> tuple[RunState, list[str]]:
+    def _restore(
+        self, settings: Mapping, progress: bool, check: Callable[[str], object] | None
+    ) -> tuple[RunState, list[str]]:
         """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged."""
-        check = partial(self._batches.skip, progress=progress)
-        saved, run = read_run(self._folder, settings, self.estimator, check)
+        skip = partial(self._batches.skip, progress=progress)
+        saved, run = read_run(self._folder, settings, self.estimator, skip, check)
         # nothing that a disk can refuse from here on
         self._begun = self._broken = True
         put_back(saved, self.layers, self.estimator, self.seed)

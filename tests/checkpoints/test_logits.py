@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from contextlib import suppress
 
 import pytest
@@ -194,11 +195,14 @@ def test_check_output(tmp_path):
             check_output(folder)
 
 
-def test_check_output_refuses_a_folder_it_cannot_write(tmp_path, monkeypatch):
-    def refuse(path, mode=0o777):
-        raise PermissionError(errno.EACCES, "Permission denied", path)
+@pytest.mark.parametrize(("module", "name"), [(tempfile, "TemporaryFile"), (os, "mkdir")])
+def test_check_output_refuses_a_folder_it_cannot_write(tmp_path, monkeypatch, module, name):
+    """Also one that takes files but no folders, such as by a quota."""
 
-    monkeypatch.setattr(os, "mkdir", refuse)
+    def refuse(*args, **others):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(module, name, refuse)
     with pytest.raises(ValueError, match="output: expected a writable folder, got .*deep.*Permission denied"):
         check_output(tmp_path / "new" / "deep")
     assert os.listdir(tmp_path) == []

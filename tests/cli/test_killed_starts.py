@@ -18,12 +18,15 @@ from safetensors.torch import load_file
 from maskpro_kernels.cli import learn as learn_command
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.run_files import SETTINGS
+from maskpro_kernels.cli.unbegun import clear_unbegun
 from maskpro_kernels.files import check_output
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 # All that is written ahead of the first step: samples, what the dense model has said, and refitted weights
 ALL = "--estimator straight-through --lr 1 --init wanda --refit weights --loss kl --train-weights 1e-3".split()
+# Files of a user, under names like those of files that are being written
+OWN = ("notes.txt", "thesis.tmp", ".tmpdata", ".tmpthesis", f"thesis.{'0a1b' * 4}.tmp")
 CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "tempfile.mkstemp", "tempfile.mkdtemp")
 
 
@@ -82,11 +85,12 @@ def starts(command, tmp_path_factory):
 def halves(folder: Path) -> None:
     """What is left of files that were being written: under our temporary names, and under those of safetensors."""
     progress = folder / "progress"
-    for path in (progress / "samples.safetensors.0a1b.tmp", progress / ".tmpXb3Yz9", folder / "settings.json.0a1b.tmp"):
+    part = f".{'0a1b' * 4}.tmp"
+    for path in (progress / f"samples.safetensors{part}", progress / ".tmpXb3Yz9", folder / f"settings.json{part}"):
         path.write_bytes(b"half of it")
 
 
-def test_whatever_a_killed_start_has_left_is_gone_on_with(starts):
+def test_whatever_a_killed_start_has_left_is_gone_on_with(starts, tmp_path):
     _, copies = starts
     # samples, a lock, the dense model's words, a snapshot, refitted weights, a validation perplexity
     assert len(copies) > 15
@@ -95,10 +99,17 @@ def test_whatever_a_killed_start_has_left_is_gone_on_with(starts):
         if (copy / "progress").is_dir():
             halves(copy)
             learn_command._check_output(copy)
-        (copy / "notes.txt").write_text("mine")
-        with pytest.raises(ValueError, match="which is not empty"):
-            learn_command._check_output(copy)
-        (copy / "notes.txt").unlink()
+        for own in OWN:
+            (copy / own).write_text("mine")
+            with pytest.raises(ValueError, match="which is not empty"):
+                learn_command._check_output(copy)
+            (copy / own).unlink()
+    cleared = shutil.copytree(copies[-1], tmp_path / "run")
+    halves(cleared)
+    for own in OWN:
+        (cleared / own).write_text("mine")
+    clear_unbegun(cleared)
+    assert {path.name for path in cleared.iterdir()} == {"progress", *OWN}
 
 
 @pytest.mark.parametrize("which", [-1, *(pytest.param(i, marks=pytest.mark.slow) for i in (2, 5, 8, 11, 14))])

@@ -34,6 +34,7 @@ from helpers.damage import (
     removed,
     replaced,
     swapped,
+    together,
     torn_masks,
     write,
 )
@@ -333,8 +334,20 @@ CASES = {
     "the settings of another run": (
         RESUME,
         edited("killed-reinforce/settings.json", run="0" * 32),
+        "resume: expected the settings.json of the run in",
+        "restore it from a copy",
+    ),
+    "the settings of another run over metrics that would be mended": (
+        RESUME,
+        together(edited("killed-reinforce/settings.json", run="0" * 32), cut(f"{KILLED}/metrics.jsonl")),
+        "resume: expected the settings.json of the run in",
+        "restore it from a copy",
+    ),
+    "perplexities of another run over metrics that would be mended": (
+        RESUME,
+        together(cut(f"{KILLED}/validation.jsonl"), cut(f"{KILLED}/metrics.jsonl")),
         "expected a perplexity of this run in each line",
-        "move the file away",
+        "to go on without those of the steps before",
     ),
     "settings and perplexities of another run": (
         RESUME,

@@ -94,6 +94,16 @@ def edited(path, **changes):
     return lambda place: edit(place / path, **changes)
 
 
+def together(*damages):
+    """What does one damage after the other."""
+
+    def damage(place):
+        for do in damages:
+            do(place)
+
+    return damage
+
+
 def copied(source, target):
     """What puts one file in the place of another."""
     return lambda place: shutil.copy(place / source, place / target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 from helpers.bits import assert_same_bits
@@ -11,7 +12,7 @@ from helpers.small_trainer import a_trainer_in, logits_of
 
 from maskpro_kernels.files import append_whole
 from maskpro_kernels.training import journal, metrics
-from maskpro_kernels.training.snapshots import snapshots_in
+from maskpro_kernels.training.snapshots import snapshots_in, step_of
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -44,6 +45,34 @@ def test_a_file_that_was_removed_is_put_back(tmp_path, name, how):
     assert again.resume() == 6
     assert_same_bits(logits_of(again.model), logits_of(whole.model))
     assert [row["loss"] for row in again.metrics] == [row["loss"] for row in whole.metrics]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_run_whose_snapshots_were_removed_can_still_be_resumed(tmp_path, how, resumed):
+    whole = whole_run(tmp_path / "whole", how)
+    trainer = a_trainer_in(tmp_path / "run", how)
+    trainer.run(3, progress=False)
+    if resumed:
+        trainer.close()
+        trainer = a_trainer_in(tmp_path / "run", how)
+        trainer.resume()
+    for path in snapshots_in(tmp_path / "run"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="snapshot-0000000003-.* was removed while the run went on: a snapshot of"):
+        trainer.step()
+    (new,) = snapshots_in(tmp_path / "run")
+    assert step_of(new) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step()
+    # as a process leaves it that is killed
+    trainer.close()
+    again = a_trainer_in(tmp_path / "run", how)
+    done = again.resume()
+    assert done == (5 if how == "reinforce" else 4)
+    again.run(6 - done, progress=False)
+    assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
 @pytest.mark.parametrize("how", WAYS)

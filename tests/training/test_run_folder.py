@@ -30,6 +30,10 @@ OTHERS = {
 }
 
 
+def name_of_snapshot(step):
+    return f"snapshot-{step:010}-{0:032x}.safetensors"
+
+
 def _other_weights():
     model = a_model()
     model[0].weight.data[0, 0] += 1.0
@@ -104,10 +108,11 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             other.step()
         other.close()
-    (tmp_path / "snapshot-x.safetensors.tmp").touch()
+    half = tmp_path / f"{name_of_snapshot(0)}.{1:016x}.tmp"
+    half.touch()
     trainer = a_trainer_in(tmp_path)
     trainer.step()
-    assert len(snapshots.snapshots_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
+    assert len(snapshots.snapshots_in(tmp_path)) == 1 and not half.exists()
     trainer.close()
     save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}})
     again = a_trainer_in(tmp_path)
@@ -153,7 +158,8 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     trainer = a_trainer_in(tmp_path, "refreshed")
     trainer.run(10, progress=False)
     trainer.close()
-    left = [tmp_path / "snapshot-0000000011-x.safetensors.tmp", tmp_path / "initial-losses" / "snapshot-x.tmp"]
+    snapshot, part = name_of_snapshot(11), f".{1:016x}.tmp"
+    left = [tmp_path / f"{name}{part}" for name in (snapshot, "journal", "metrics.jsonl", f"initial-losses/{snapshot}")]
     for path in left:
         path.write_bytes(b"half")
     with pytest.raises(ValueError, match="^output_dir: expected a run with seed 12"):
@@ -161,6 +167,18 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     assert all(path.exists() for path in left)
     assert a_trainer_in(tmp_path, "refreshed").resume() == 10
     assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_files_of_a_user_stay(tmp_path, how):
+    own = [tmp_path / name for name in (".tmpnotes", ".tmpthesis", "mine.tmp", f"mine.{1:016x}.tmp")]
+    for path in own:
+        path.write_text("mine")
+    trainer = a_trainer_in(tmp_path, how)
+    trainer.run(2, progress=False)
+    trainer.close()
+    assert a_trainer_in(tmp_path, how).resume() == 2
+    assert all(path.read_text() == "mine" for path in own)
 
 
 def test_the_names_of_new_folders_are_on_disk(tmp_path, monkeypatch):
