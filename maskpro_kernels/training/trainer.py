@@ -254,8 +254,7 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.metrics.add(asdict(record))
-            is_time = time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
-            if self._folder.lacks_snapshot() or is_time:
+            if self._folder.lacks_snapshot() or time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
         if self._skipped:
             _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
@@ -360,9 +359,7 @@ class MaskTrainer:
         with suppress(OSError, RuntimeError):
             self._snapshot()
 
-    def _restore(
-        self, settings: Mapping, progress: bool, check: Callable[[str], object] | None
-    ) -> tuple[RunState, list[str]]:
+    def _restore(self, settings: Mapping, progress: bool, check: Callable | None) -> tuple[RunState, list[str]]:
         """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged."""
         skip = partial(self._batches.skip, progress=progress)
         saved, run = read_run(self._folder, settings, self.estimator, skip, check)
