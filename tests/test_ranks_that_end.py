@@ -266,33 +266,6 @@ def test_a_rank_that_hangs_outside_of_the_forwards_of_a_step_is_named_in_time(wh
     assert all_in_ranks(2, hang, where=where)[0] == [1]
 
 
-def test_more_ranks_than_fit_a_queue_see_a_sign_of_life(monkeypatch):
-    monkeypatch.setattr(ranks, "QUEUE", 64)
-    sign = ranks.SignOfLife()
-    address = ("127.0.0.1", sign.port)
-    assert [ranks._sign_at(address) for _ in range(400)] == [ranks.ANSWERS] * 400
-    sign.close()
-    assert ranks._sign_at(address) == ranks.REFUSES
-
-
-def test_a_port_at_which_nothing_is_said_is_no_sign_of_life(monkeypatch):
-    """The kernel of a frozen process takes connections."""
-    monkeypatch.setattr(ranks, "CONNECTION", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as frozen:
-        assert ranks._sign_at(frozen.getsockname()) == ranks.SILENT
-        lives = ranks.Lives({1: frozen.getsockname()}, timeout=0.3)
-        lives._pause = lives._next = 0.0
-        assert not lives.lost()
-        time.sleep(0.2)
-        assert lives.lost()
-    sign = ranks.SignOfLife()
-    lives = ranks.Lives({1: ("127.0.0.1", sign.port)}, timeout=0.0)
-    lives._pause = lives._next = 0.0
-    assert not lives.lost()
-    sign.close()
-    assert lives.lost()
-
-
 def meet_without_an_answer(rank: int):
     ranks.MEETING, ranks.ANSWER = 0.5, 0.1
     if rank == 0:
