@@ -108,7 +108,7 @@ def device_of(name: str, argument: str = "device") -> torch.device:
 
 def values_kind(args: argparse.Namespace) -> str:
     """How packed values are to be stored; ValueError where that is told of dense ones."""
-    if args.to == "dense" and hasattr(args, "values"):
+    if args.to != "packed" and hasattr(args, "values"):
         raise ValueError(f"values: expected none without --to packed, got {args.values!r}; leave it out")
     return getattr(args, "values", KEEP)
 

@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from ..pruning.finalize import finalize
 from ..pruning.refit import put_weights
 from ..report import FROZEN
 from ..training.run_folder import JOURNAL
-from .arguments import DTYPES, telling, values_kind
+from .arguments import DTYPES, new_file, telling, values_kind
+from .mask_files import check_mask_options, initial_mask, write_mask
 from .models import check_saving, hub_id, load, save, told_size
 from .origins import origin_of_export
 from .progress import tell
@@ -30,9 +32,14 @@ from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, check_ended, digest_o
 
 def export(args: argparse.Namespace) -> None:
     """Write the checkpoint of a run again, from its base model, its logits, and its weights where they have changed."""
+    check_mask_options(args)
     output, values = Path(args.output), values_kind(args)
-    check_output(output)
-    check_saving(args)
+    if args.to == "mask":
+        new_file(args, "output")
+        against = initial_mask(args.against) if hasattr(args, "against") else None
+    else:
+        check_output(output)
+        check_saving(args)
     source = Path(args.source) / LOGITS
     if (source.parent / REPORT).is_file() and not source.is_file():
         raise ValueError(f"run: expected {LOGITS} in {args.source!r}, got none; {_cure(source)}")
@@ -42,6 +49,11 @@ def export(args: argparse.Namespace) -> None:
         _check_own(source.parent, learned)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
+    if args.to == "mask" and learned.weights:
+        raise ValueError(
+            f"run: expected a mask of the weights of the base model, got {metadata['weights_are']}, which a mask file "
+            "does not hold; export a checkpoint, by --to dense or packed"
+        )
     dtype = getattr(args, "dtype", metadata["dtype"])
     name = getattr(args, "model", metadata["model"])
     model, tokenizer = _base_model(name, dtype, args)
@@ -58,7 +70,13 @@ def export(args: argparse.Namespace) -> None:
     if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
         raise ValueError(f"run: expected the weights that its masks belong to, {metadata['weights_are']}, got others")
     told = metadata | {"model": metadata["model"] if hub_id(metadata["model"]) else name}
-    save(finalize(model, to=args.to, values=values), tokenizer, args, origin_of_export(source.parent, told, dtype))
+    origin = origin_of_export(source.parent, told, dtype)
+    if args.to == "mask":
+        write_mask(
+            output, model, codes, pattern, told["model"], against, {"origin": asdict(origin), "run": told["run"]}
+        )
+        return
+    save(finalize(model, to=args.to, values=values), tokenizer, args, origin)
     of = name + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
     print(f"{args.to} {pattern} checkpoint of {of} written to {output}")
     if args.to == "packed":

@@ -23,6 +23,7 @@ from ..training.trainer import MaskTrainer
 from .arguments import Told, telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
+from .mask_files import save_initial_mask
 from .memory import tell_need
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell
@@ -98,6 +99,7 @@ class LearningRun:
             self.start = {**self.start, "run": self.trainer.run_id}
             self.validation.run = self.trainer.run_id
             self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
+            self.trainer.ranks.first(lambda: save_initial_mask(self.args, self.inputs.model, self.progress))
             self.trainer.ranks.first(self._evaluate)
             # After the first snapshot: from here on the run can be resumed.
             settings = json.dumps(sealed({"settings": stored_settings(self.args), **self.start}), indent=1).encode()

@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
+from .mask_files import apply
 from .models import checking_digests
 from .parser import build_parser
 from .progress import log_told, tell, tell_as, wants_bars
@@ -32,6 +33,7 @@ PACKAGES = {
     learn: ("transformers", "matplotlib"),
     evaluate: ("transformers",),
     export: ("transformers",),
+    apply: ("transformers",),
     import_: ("transformers",),
     speed: ("transformers",),
 }

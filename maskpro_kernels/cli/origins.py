@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,22 @@ def origin_of_export(run: Path, metadata: Mapping[str, str], dtype: str) -> Orig
         stored = f"It is stored in {dtype}; what follows was found in {metadata['dtype']}."
         origin = replace(origin, changed=f"{origin.changed} {stored}")
     return origin
+
+
+def origin_of_mask_file(provenance: object, model: str, pattern: str, dtype: str) -> Origin:
+    """Of a model under the masks of a file: what that tells, or else no more than the base model.
+
+    Args:
+        provenance: of the file.
+        model: the base.
+        pattern: of the masks.
+        dtype: of the base weights.
+    """
+    from ..hf import MASK_ALONE, Origin
+
+    with suppress(KeyError, TypeError):
+        return Origin(**provenance["origin"])
+    return Origin(**_base(model), pattern=pattern, changed=MASK_ALONE, settings={"dtype": dtype})
 
 
 def origin_of_masks(model: str, pattern: str, source: str) -> Origin:

@@ -16,11 +16,13 @@ from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
+from .mask_files import apply
 from .one_line_parser import OneLineParser, PrintVersions
 from .replay import replay
 from .run_files import SETTINGS
 from .run_settings import DATA, SAMPLES
 from .shared_options import (
+    add_against,
     add_data,
     add_device,
     add_digests,
@@ -60,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_compare(commands)
     _add_export(commands)
+    _add_apply(commands)
     _add_replay(commands)
     _add_import(commands)
     _add_validate(commands)
@@ -327,23 +330,46 @@ def _add_export(commands) -> None:
         "export",
         help="masked checkpoint from a run's logits",
         description="Rebuild the Hugging Face checkpoint of a run from its base model and its logits: with exact "
-        "zeros, which any program loads, or with packed weights, smaller, which this package loads.",
+        "zeros, which any program loads, or with packed weights, smaller, which this package loads. Or write its mask "
+        "alone, as a small file.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write, new or empty; with --to mask a new file")
     parser.add_argument(
         "--model",
         default=argparse.SUPPRESS,
         help="the base model where it is now: a local folder, or a model id on the hub (default: that of the run)",
     )
-    add_form(parser, "dense")
+    add_form(parser, "dense", {"mask": "the mask alone, as a small file that `maskpro apply` puts on the base model"})
+    add_against(parser, "with --to mask: an initial mask, for a smaller file: magnitude, or a mask file")
     add_dtype(parser, "dtype of the weights", "that of the run")
     add_saving(parser)
     add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=export)
+
+
+def _add_apply(commands) -> None:
+    parser = commands.add_parser(
+        "apply",
+        help="checkpoint from a mask file and its base model",
+        description="Write the Hugging Face checkpoint, with exact zeros, that a mask file makes of its base model. "
+        "Another base is refused.",
+        formatter_class=SHOW,
+        allow_abbrev=False,
+    )
+    parser.add_argument("mask", metavar="MASK", help="file written by `maskpro export --to mask`")
+    parser.add_argument(
+        "model", metavar="MODEL", help="the base: a local folder, a model id on the hub, or smollm2-135m"
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
+    add_against(parser, "the file of the initial mask that MASK was written against, where it was")
+    add_saving(parser)
+    add_trust(parser)
+    add_quiet(parser)
+    parser.set_defaults(run=apply)
 
 
 def _add_replay(commands) -> None:

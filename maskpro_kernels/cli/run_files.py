@@ -29,6 +29,8 @@ PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 # In PROGRESS, of a run whose weights were refitted: those that it begins with
 START_WEIGHTS = "start-weights.safetensors"
+# In it too, of a run whose weights stay: the mask that it begins with, against which its mask takes few bytes
+INITIAL_MASK = "initial-mask.safetensors"
 # And in it, the dense model's logits, where its weights change
 TEACHER = "teacher"
 # What is read of a report, and of the settings in it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -60,8 +62,14 @@ def add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
 
 
-def add_form(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--to", choices=("dense", "packed"), default=default, help="how the weights are stored")
+def add_form(parser: argparse.ArgumentParser, default: str, others: Mapping[str, str] = MappingProxyType({})) -> None:
+    """The options of how weights are stored.
+
+    Args:
+        others: further choices, each with its help.
+    """
+    told = "; ".join(["how the weights are stored", *(f"{name}: {help}" for name, help in others.items())])
+    parser.add_argument("--to", choices=("dense", "packed", *others), default=default, help=told)
     parser.add_argument(
         "--values",
         choices=VALUE_KINDS,
@@ -69,6 +77,10 @@ def add_form(parser: argparse.ArgumentParser, default: str) -> None:
         help=f"with --to packed: keep the values as they are, or round them to int8, about half the size (default: "
         f"{KEEP})",
     )
+
+
+def add_against(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--against", default=argparse.SUPPRESS, metavar="FILE", help=help)
 
 
 def add_saving(parser: argparse.ArgumentParser) -> None:

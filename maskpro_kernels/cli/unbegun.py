@@ -11,7 +11,7 @@ from ..files import unfinished, unfinished_tensors
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL, LOCK, METRICS
 from ..training.snapshots import snapshots_in, step_of
-from .run_files import PROGRESS, SETTINGS, START_WEIGHTS, TEACHER, VALIDATION
+from .run_files import INITIAL_MASK, PROGRESS, SETTINGS, START_WEIGHTS, TEACHER, VALIDATION
 from .run_samples import SAMPLES
 
 
@@ -58,7 +58,7 @@ def _holds_a_run(output: Path) -> bool:
 def _unresumable(output: Path) -> list[Path]:
     """The files that are of no use without the settings, which are written behind them, and halves of them."""
     progress = output / PROGRESS
-    files = [progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS)]
+    files = [progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS, INITIAL_MASK)]
     halves = [*unfinished(progress), *unfinished_tensors(progress)]
     # of the folder itself, in which a user may have files of any name, the settings alone come that early
     return [*snapshots_in(progress), *files, *halves, *unfinished(output, re.escape(SETTINGS))]

@@ -21,9 +21,9 @@ from .decoding import next_logits, preallocated_cache
 from .foreign_code import ForeignCode
 from .hub import fetch_checkpoint, fetch_masks
 from .known_origin import known_origin
-from .loading import SMOLLM2, check_model, checkpoint_activations, load_model, show_bars
+from .loading import SMOLLM2, check_model, checkpoint_activations, load_model, show_bars, skeleton
 from .masked import MaskedConfig, MaskedQuantizer
-from .model_card import MASK_ALONE, Origin
+from .model_card import MASK_ALONE, Origin, write_card
 from .packed import PackedConfig, PackedQuantizer
 from .process_memory import PeakMemory, peak_memory
 from .saving import check_login, check_repo_id, check_shard_size, save_model
@@ -62,6 +62,8 @@ __all__ = [
     "preallocated_cache",
     "save_model",
     "show_bars",
+    "skeleton",
     "tell_config",
     "without_digests",
+    "write_card",
 ]

@@ -135,6 +135,24 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
+def skeleton(name: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model without its weights: what its config tells.
+
+    Raises:
+        ValueError, OSError: as ``load_model``.
+    """
+    try:
+        with _only_errors_told():
+            return _on_meta(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), trust_remote_code)
+    except Exception as error:
+        raise _told(str(name), error) from error
+
+
+def _on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 class _BadDeviceMap(ValueError):
     pass
 
@@ -145,8 +163,7 @@ def _check_device_map(
     """Raise _BadDeviceMap unless a map by name gives each part of a model of this kind a device."""
     if not isinstance(device_map, Mapping):
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = _on_meta(config, trust_remote_code)
     names = dict(model.named_modules()) | dict(model.named_parameters())
     unknown = [name for name in device_map if name not in names]
     if unknown:

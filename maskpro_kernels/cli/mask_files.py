@@ -1,0 +1,142 @@
+"""Mask files on the command line: `maskpro export --to mask`, `maskpro apply`, and the initial mask of a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.mask_file import MAGNITUDE, MaskFile, base_layers, check_fingerprint, save_masks
+from ..checkpoints.masked_copy import can_be_copied, copy_masked
+from ..files import check_output, make_folder
+from ..functional.masks import top_n_mask
+from ..linear_form import in_linear_form
+from ..modules import masked_layers
+from ..pattern import NMPattern
+from ..pruning.convert import convert
+from ..pruning.finalize import finalize
+from .arguments import telling
+from .changed_weights import changes_weights
+from .models import check_saving, load, save, trusts
+from .origins import origin_of_mask_file
+from .progress import tell
+from .run_files import INITIAL_MASK
+
+# Of `maskpro export`, without effect on a mask file
+OF_CHECKPOINTS = ("values", "dtype", "max_shard_size", "push_to_hub", "private")
+
+
+def check_mask_options(args: argparse.Namespace) -> None:
+    """Raise ValueError where options of `maskpro export` do not go with what is written."""
+    if args.to != "mask":
+        if hasattr(args, "against"):
+            raise ValueError(f"against: expected none without --to mask, got {args.against!r}; leave it out")
+        return
+    for name in OF_CHECKPOINTS:
+        if hasattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{name}: expected none with --to mask, which holds no weights; leave {option} out")
+
+
+def initial_mask(name: str) -> MaskFile | str:
+    """What ``--against`` names."""
+    if name == MAGNITUDE:
+        return name
+    try:
+        return MaskFile(name)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"against: {str(error).removeprefix('mask: ')}") from error
+
+
+def save_initial_mask(args: argparse.Namespace, model: nn.Module, progress: Path) -> None:
+    """Keep the mask that a run begins with, unless weights change: no base would be there to put it on."""
+    if changes_weights(args):
+        return
+    layers = ((name, top_n_mask(layer.logits.detach(), layer.pattern), layer.weight.detach())
+              for name, layer in masked_layers(model).items())  # fmt: skip
+    with telling("output"):
+        told = {"of": f"the {args.init} mask that a run began with"}
+        save_masks(progress / INITIAL_MASK, layers, args.pattern, model=args.model, provenance=told).close()
+
+
+def write_mask(
+    output: Path,
+    model: nn.Module,
+    codes: Mapping[str, Tensor],
+    pattern: NMPattern,
+    name: str,
+    against: MaskFile | str | None,
+    provenance: Mapping[str, object],
+) -> None:
+    """Write the mask file of a run, and tell its size.
+
+    Args:
+        model: the base, converted.
+        codes: by name of the layer.
+        name: of the base model.
+        against: what ``--against`` names, opened.
+    """
+    weights = {key: layer.weight.detach() for key, layer in masked_layers(model).items()}
+    layers = ((key, found, weights[key]) for key, found in codes.items())
+    mask = save_masks(output, layers, pattern, model=name, against=against, provenance=provenance)
+    groups = sum(found.numel() for found in codes.values())
+    size = output.stat().st_size
+    how = {None: "alone", MAGNITUDE: "against the mask by magnitude"}.get(mask.needs, f"against {mask.needs}")
+    print(f"{pattern} mask of {name}, {how}, written to {output}: {size / 1e6:.2f} MB, {8 * size / groups:.3f} bits a "
+          f"group; base {mask.base}, mask {mask.digest}")  # fmt: skip
+    if against is not None and mask.needs is None:
+        tell("the initial mask differs in so many groups that the file is smaller without it: it is not needed")
+
+
+def apply(args: argparse.Namespace) -> None:
+    """Write the checkpoint that a mask file makes of its base model."""
+    output = Path(args.output)
+    check_output(output)
+    check_saving(args)
+    against = initial_mask(args.against) if hasattr(args, "against") else None
+    mask = MaskFile(args.mask, against if isinstance(against, MaskFile) else None)
+    if against is not None and mask.needs in (None, MAGNITUDE):
+        raise ValueError(f"against: expected none, since {args.mask!r} needs no other mask, got {args.against!r}")
+    dtype = str(mask.dtype).removeprefix("torch.")
+    origin = origin_of_mask_file(mask.provenance, args.model, str(mask.pattern), dtype)
+    options = ("max_shard_size", "push_to_hub")
+    folder = Path(args.model)
+    if not any(hasattr(args, name) for name in options) and folder.is_dir() and can_be_copied(mask, folder):
+        from ..hf import skeleton, write_card
+
+        model = skeleton(folder, trust_remote_code=trusts(args))
+        made = [path for path in (output, *output.parents) if not path.exists()]
+        make_folder(output)
+        try:
+            copy_masked(mask, folder, output)
+        except ValueError:
+            # before anything was written
+            for path in made:
+                path.rmdir()
+            raise
+        write_card(model, output, output.resolve().name, origin)
+    else:
+        model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
+        put_masks(mask, model)
+        save(model, tokenizer, args, origin)
+    print(f"dense {mask.pattern} checkpoint of {args.model} under the mask {mask.digest} written to {output}")
+
+
+def put_masks(mask: MaskFile, model: nn.Module) -> None:
+    """Bake the masks of a file into its base model, in place.
+
+    Raises:
+        ValueError: if the model has other weights than the masks were learned on. It is then as it was.
+    """
+    with in_linear_form(model):
+        weights = {
+            name: module.weight.detach() for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        }
+        found = ((name, weights[name]) for name in mask.layers if name in weights)
+        check_fingerprint(mask, base_layers(found, mask.dtype))
+        codes = {name: mask.codes(name, weights[name]) for name in mask.layers}
+    convert(model, mask.pattern, targets=list(codes), init=codes)
+    finalize(model)

@@ -1,0 +1,140 @@
+"""`maskpro export --to mask` and `maskpro apply`: a mask travels without weights, and its checkpoint comes back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.command import learn, refuses
+from helpers.tiny_llama import tiny_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from maskpro_kernels.checkpoints.mask_file import MaskFile, save_masks
+from maskpro_kernels.cli import main
+from maskpro_kernels.cli.mask_files import put_masks
+from maskpro_kernels.cli.run_files import INITIAL_MASK
+from maskpro_kernels.linear_form import in_linear_form
+from maskpro_kernels.pruning.initial_masks import top_n_mask
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """(mask file, dense checkpoint) of a run."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert main.main(["export", str(run), str(folder / "mask"), "--to", "mask"]) == 0
+    assert main.main(["export", str(run), str(folder / "dense")]) == 0
+    return folder / "mask", folder / "dense"
+
+
+def test_the_checkpoint_comes_back_byte_for_byte(inputs, exported, tmp_path, capsys):
+    mask, dense = exported
+    assert main.main(["apply", str(mask), str(inputs / "model"), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert f"dense 2:4 checkpoint of {inputs / 'model'} under the mask {MaskFile(mask).digest} written to" in told
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    expected = {path.name: path.read_bytes() for path in dense.iterdir()}
+    assert written["model.safetensors"] == expected["model.safetensors"]
+    assert written.keys() == expected.keys()
+    # what it tells of where it comes from, too
+    assert (
+        written["README.md"].split(b"<!--")[0].replace(b"# out", b"# dense").replace(b'("out")', b'("dense")')
+        == expected["README.md"].split(b"<!--")[0]
+    )
+    # a model that has to be loaded gives the same
+    arguments = ["apply", str(mask), str(inputs / "model"), str(tmp_path / "loaded"), "--max-shard-size", "5GB"]
+    assert main.main(arguments) == 0
+    assert (tmp_path / "loaded" / "model.safetensors").read_bytes() == expected["model.safetensors"]
+
+
+def test_against_the_initial_mask_it_is_smaller(inputs, run, exported, tmp_path, capsys):
+    initial = run / "progress" / INITIAL_MASK
+    assert MaskFile(initial).provenance["of"].endswith("mask that a run began with")
+    assert main.main(["export", str(run), str(tmp_path / "mask"), "--to", "mask", "--against", str(initial)]) == 0
+    assert (tmp_path / "mask").stat().st_size < exported[0].stat().st_size
+    apply = ["apply", str(tmp_path / "mask"), str(inputs / "model"), str(tmp_path / "out")]
+    refuses(capsys, tmp_path, apply, "against: expected the initial mask that", "got none")
+    assert main.main([*apply, "--against", str(initial)]) == 0
+    assert_same_bits(*(load_file(folder / "model.safetensors") for folder in (tmp_path / "out", exported[1])))
+    out = str(tmp_path / "more")
+    needless = ["apply", str(exported[0]), str(inputs / "model"), out, "--against", str(initial)]
+    refuses(capsys, tmp_path, needless, "against: expected none, since")
+
+
+def test_a_base_in_several_files(inputs, exported, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    assert main.main(["apply", str(exported[0]), str(tmp_path / "base"), str(tmp_path / "out")]) == 0
+    files = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
+    assert len(files) > 1 and files == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    models = map(AutoModelForCausalLM.from_pretrained, (tmp_path / "out", exported[1]))
+    assert_same_bits(*(dict(model.state_dict()) for model in models))
+
+
+def test_another_base_is_refused_with_both_fingerprints(inputs, exported, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(inputs / "model" / "tokenizer.json", tmp_path / "model")
+    fingerprint = MaskFile(exported[0]).base
+    for more in ([], ["--max-shard-size", "5GB"]):
+        told = "1 of 14 layers differ, such as model.layers.1.mlp.up_proj"
+        refuses(
+            capsys, tmp_path, ["apply", str(exported[0]), str(tmp_path / "model"), str(tmp_path / "out"), *more],
+            f"of fingerprint {fingerprint}, got one of fingerprint ", told,
+        )  # fmt: skip
+
+
+def test_a_base_stored_in_another_dtype(inputs, exported, tmp_path):
+    """It is loaded in the dtype of the mask."""
+    AutoModelForCausalLM.from_pretrained(inputs / "model").double().save_pretrained(tmp_path / "base")
+    shutil.copy(inputs / "model" / "tokenizer.json", tmp_path / "base")
+    assert main.main(["apply", str(exported[0]), str(tmp_path / "base"), str(tmp_path / "out")]) == 0
+    assert_same_bits(*(load_file(folder / "model.safetensors") for folder in (tmp_path / "out", exported[1])))
+
+
+def test_weights_that_are_stored_transposed(tmp_path):
+    """As GPT-2's are: the model is loaded, and its layers taken apart."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 300, "n_positions": 32}
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with in_linear_form(model):
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        layers = [
+            (n, top_n_mask(m.weight.detach().abs(), "2:4"), m.weight.detach()) for n, m in linears.items() if "h." in n
+        ]
+        save_masks(tmp_path / "mask", layers, "2:4", model="tiny").close()
+    assert layers
+    assert main.main(["apply", str(tmp_path / "mask"), str(tmp_path / "base"), str(tmp_path / "out")]) == 0
+    put_masks(MaskFile(tmp_path / "mask"), model)
+    assert_same_bits(dict(model.state_dict()), dict(GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()))
+
+
+def test_options_without_effect_are_refused(run, tmp_path, capsys):
+    export = ["export", str(run), str(tmp_path / "out")]
+    for option in (["--dtype", "bfloat16"], ["--values", "int8"], ["--max-shard-size", "5GB"]):
+        refuses(capsys, tmp_path, [*export, "--to", "mask", *option], f"leave {option[0]} out")
+    refuses(capsys, tmp_path, [*export, "--against", "magnitude"], "against: expected none without --to mask")
+    (tmp_path / "there").write_text("mine")
+    arguments = ["export", str(run), str(tmp_path / "there"), "--to", "mask"]
+    refuses(capsys, tmp_path, arguments, "output: expected a new file")
+    arguments = [*export, "--to", "mask", "--against", str(tmp_path / "there")]
+    refuses(capsys, tmp_path, arguments, "against: expected a mask file")
+
+
+def test_a_mask_over_changed_weights_is_refused(inputs, tmp_path, capsys):
+    assert main.main([*learn(inputs, tmp_path / "run"), "--refit", "scales"]) == 0
+    assert not (tmp_path / "run" / "progress" / INITIAL_MASK).exists()
+    arguments = ["export", str(tmp_path / "run"), str(tmp_path / "mask"), "--to", "mask"]
+    refuses(capsys, tmp_path, arguments, "run: expected a mask of the weights of the base model, got scales refitted")
+
+
+def test_provenance_is_of_no_path(inputs, exported):
+    assert str(inputs) not in json.dumps(MaskFile(exported[0]).provenance)
