@@ -87,7 +87,7 @@ KILLS = {
         "replace": (0, 1, 2),
         "unlink": (3,),
     },
-    "straight-through": {"fsync": (0, 1, 2, 3, 4, 5, 6), "write": (1, 2, 7), "replace": (0, 1, 2), "unlink": (3,)},
+    "straight-through": {"fsync": (0, 1, 2, 3, 4, 5, 6), "write": (1, 2, 7), "replace": (0, 1, 2), "unlink": (2,)},
 }
 
 
