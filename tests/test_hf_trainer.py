@@ -26,7 +26,7 @@ def texts(count: int = 16) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trained(model, folder, steps: int = 20, callbacks=(), resume: str | None = None, **options) -> Trainer:
+def trained(model, folder, steps: int = 8, callbacks=(), resume: str | None = None, **options) -> Trainer:
     defaults = {
         "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5,
         "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
@@ -49,7 +49,7 @@ def counts(model, pattern) -> list[torch.Tensor]:
     return [(model.get_parameter(name).view(-1, mk.NMPattern(pattern).m) != 0).sum(1) for name in kept]
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", pytest.param("4:8", marks=pytest.mark.slow)])
 def test_keep_mask_keeps_the_pattern_exactly(pattern, tmp_path):
     before, n = sparse(pattern), mk.NMPattern(pattern).n
     model = sparse(pattern)
@@ -291,7 +291,7 @@ def test_training_that_broke_off_begins_again(tmp_path):
     assert {int(layer.counter_state.step) for layer in masked_layers(model).values()} == {3}
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_gradient_scaler_skips_what_is_not_finite(fused):
     """As the Trainer has it in float16, where a fused optimizer is called all the same, and told."""
     arguments = TrainingArguments("unused", use_cpu=True, report_to="none")

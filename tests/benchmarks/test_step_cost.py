@@ -113,6 +113,7 @@ def test_a_step_by_the_dense_model_costs_little_more_than_one_by_the_text():
     assert ratio <= LARGEST_KL_COST, f"{told}: {seconds}"
 
 
+@pytest.mark.slow
 def test_a_dense_forward_holds_what_a_plain_one_does():
     peaks = in_child("dense_memory")
     assert peaks["plain"] >= 2 * BATCH * WIDTH, "the measurement missed the activations"

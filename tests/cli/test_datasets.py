@@ -121,7 +121,7 @@ WAYS = {
 
 # what is held before the first step goes on as from a list, of which other tests tell
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("held", "with a teacher") else []) for way in WAYS]
+    "way", [pytest.param(way, marks=[pytest.mark.slow] if way != "streamed" else []) for way in WAYS]
 )
 def test_a_run_on_a_stream_goes_on_as_if_it_had_not_been_ended(
     inputs, tmp_path, folder, taken, monkeypatch, way, capsys

@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.bits import assert_same_bits
+from helpers.cases import cases, slow
 from helpers.command import broken_off, contents, learn, refuses, report
 from helpers.tiny_llama import tiny_text
 from safetensors.torch import load_file, save_file
@@ -120,7 +121,7 @@ def test_samples_are_of_the_dense_model_whatever_mask_is_learned(inputs, tmp_pat
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, slow(3)])
 def test_a_run_that_is_killed_while_it_draws_goes_on_by_the_same_command(inputs, tmp_path, monkeypatch, count):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main.main(mixed(inputs, whole, "--init-batches", "6")) == 0
@@ -147,7 +148,7 @@ BEFORE_THE_FIRST_STEP = [
 ]
 
 
-@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
+@pytest.mark.parametrize(("place", "name"), cases(BEFORE_THE_FIRST_STEP, slow=lambda place, name: name != "add"))
 def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
     inputs, tmp_path, monkeypatch, place, name
 ):
@@ -179,8 +180,10 @@ def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
-@pytest.mark.parametrize("error", [ValueError("cache: damaged"), pytest.param(Killed(), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("place", "name"), cases(BEFORE_THE_FIRST_STEP, slow=lambda place, name: name != "write_whole")
+)
+@pytest.mark.parametrize("error", [ValueError("cache: damaged"), slow(Killed())])
 def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_path, monkeypatch, place, name, error):
     def failing(*args):
         raise error
@@ -358,6 +361,7 @@ def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tm
     refuses(capsys, tmp_path, ["compare", str(run), str(tmp_path / "both")], "expected the same data in all")
 
 
+@pytest.mark.slow
 def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path, capsys):
     for name, options in (("one", []), ("longer", ["--steps", "4"]), ("other", ["--seed", "1"])):
         options = ["--data", "self", "--init-batches", "1", *options]

@@ -25,7 +25,7 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 ROWS, SEED = 33, 12345678901234
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "5:8", "8:16", "16:32"]
 # What the interpreter takes little time for; other patterns have kernels compared with the reference in test_bits.py
-INTERPRETED = ("2:4", "4:8")
+INTERPRETED = [*itertools.product(["2:4"], ["float32", "bfloat16", "float16"]), ("4:8", "bfloat16")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RUNS = {
     "one draw": {"estimator": {"lr": 4.0, "alpha": 0.9}},
@@ -117,7 +117,7 @@ def cases():
     """Every pattern, dtype and route; what takes the interpreter seconds, or the compiler a minute, is slow."""
     for route, pattern, dtype in itertools.product(("eager", "compiled", "kernels"), PATTERNS, DTYPES):
         wide = mk.NMPattern(pattern).m >= 16 and DTYPES[dtype] != torch.float32
-        slow = route == "kernels" and pattern not in INTERPRETED or route == "compiled" and wide
+        slow = route == "kernels" and (pattern, dtype) not in INTERPRETED or route == "compiled" and wide
         yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if slow else [])
 
 

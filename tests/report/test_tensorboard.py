@@ -115,7 +115,7 @@ def broken_off(inputs, output, monkeypatch, error, *options):
         return main.main(["learn", *inputs, "--output", str(output), *options])
 
 
-@pytest.mark.parametrize("estimator", ["reinforce", "straight-through"])
+@pytest.mark.parametrize("estimator", ["reinforce", pytest.param("straight-through", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_in_its_scalars(eager_reference, inputs, tmp_path, monkeypatch, estimator):
     class Killed(BaseException):
         pass

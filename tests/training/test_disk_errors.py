@@ -31,8 +31,8 @@ FAILURES = [
 @pytest.mark.parametrize(
     ("how", "every"),
     [
-        ("reinforce", 11),
-        ("straight-through", 17),
+        ("reinforce", 17),
+        ("straight-through", 23),
         *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("reinforce", "straight-through", "refreshed")),
     ],
 )

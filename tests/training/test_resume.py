@@ -373,7 +373,7 @@ def killed_until_done(folder: Path, how: str, kills: int, steps: int) -> int:
     ("how", "kills"),
     [
         ("reinforce", 2),
-        ("trained weights", 1),
+        pytest.param("trained weights", 1, marks=pytest.mark.slow),
         *(
             pytest.param(how, 50, marks=pytest.mark.slow)
             for how in ("reinforce", "straight-through", "trained weights")

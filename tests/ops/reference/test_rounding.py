@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.enumerated import KERNEL_DEVICE
 
 from maskpro_kernels import functional
@@ -192,7 +193,7 @@ COEFS, DRAWS = [0.5, -1.25, 3.0, -0.75], [0, 7, 1, 65535]
 
 
 @UPDATES
-@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (4, 8), (5, 8)])
+@pytest.mark.parametrize("n, m", [slow(1, 4), (2, 4), slow(4, 8), (5, 8)])
 def test_several_draws_add_up_to_the_bit_where_the_logits_are_zero(update, n, m, launched):
     """From zero a single update is the exact negative of its term."""
     logits = torch.zeros(8, 16 * m)
@@ -205,7 +206,7 @@ def test_several_draws_add_up_to_the_bit_where_the_logits_are_zero(update, n, m,
 
 
 @UPDATES
-@pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (5, 8)])
+@pytest.mark.parametrize("n, m", [(2, 4), slow(4, 8), (5, 8)])
 def test_several_draws_are_all_taken_at_the_old_logits(update, n, m):
     logits = torch.randn(8, 16 * m, generator=torch.Generator().manual_seed(3)) * 2
     together = update(logits, COEFS, DRAWS, n, m).double() - logits
