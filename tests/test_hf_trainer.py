@@ -190,6 +190,7 @@ def test_mask_callback_takes_the_steps_of_mask_trainer(accumulate, tmp_path):
     torch.testing.assert_close(logits(ours.model), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
     """Of 16 texts in batches of 4, the second step has one batch, which is scaled by 1 and not by a third."""
     seen = []
@@ -205,14 +206,14 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
 
 
 def test_a_run_that_is_resumed_has_the_bits_of_a_whole_one(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    saving = {"steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     whole = learned(tmp_path / "run", **saving)
-    again = learned(tmp_path / "again", resume=str(tmp_path / "run/checkpoint-3"), **saving)
+    again = learned(tmp_path / "again", resume=str(tmp_path / "run/checkpoint-2"), **saving)
     assert_same_bits(logits(again.model), logits(whole.model))
     assert again.state.log_history[:-1] == whole.state.log_history[:-1]
     # and so has one whose model comes from the checkpoint
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
-    third = learned(tmp_path / "third", model=loaded, resume=str(tmp_path / "run/checkpoint-3"), **saving)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2")
+    third = learned(tmp_path / "third", model=loaded, resume=str(tmp_path / "run/checkpoint-2"), **saving)
     assert_same_bits(logits(third.model), logits(whole.model))
 
 
@@ -248,6 +249,7 @@ def test_mask_callback_refuses_what_would_learn_nothing(tmp_path):
         MaskCallback(max_update=0.0)
 
 
+@pytest.mark.slow
 def test_a_callback_that_is_added_later_learns_too(tmp_path):
     arguments = TrainingArguments(
         str(tmp_path), max_steps=3, learning_rate=0.3, report_to="none", use_cpu=True, save_strategy="no"
@@ -268,6 +270,7 @@ def test_without_it_the_trainer_warns_of_masks_left_alone(tmp_path):
     assert_same_bits(logits(model), before)
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_follow_the_pattern_are_told(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     mk.convert(model, "2:4", targets=["*.mlp.*"])

@@ -195,6 +195,7 @@ def test_options_are_checked(options, told, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ways_to_move_logits_have_their_rows(arguments, tmp_path):
     output = tmp_path / "output"
     arguments += ["--output", str(output), "--steps", "2"]

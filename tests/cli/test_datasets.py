@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.command import broken_off, learn, refuses, report
 from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
 from helpers.tiny_llama import tiny_tokenizer, write_inputs
@@ -60,7 +61,7 @@ def test_a_column_of_a_dataset_is_learned_from_and_evaluated(inputs, tmp_path, t
     assert capsys.readouterr().out == by_run
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream"]])
+@pytest.mark.parametrize("stream", [slow([]), ["--stream"]])
 def test_chats_are_learned_from(tmp_path, taken, stream):
     inputs = write_inputs(tmp_path / "inputs")
     tokenizer = tiny_tokenizer()
@@ -173,7 +174,7 @@ def test_a_stream_that_cannot_be_read_on_keeps_what_was_learned(inputs, tmp_path
     assert "maskpro: error: source: expected a dataset that can be read" in error
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream"]])
+@pytest.mark.parametrize("stream", [slow([]), ["--stream"]])
 def test_the_other_text_may_be_a_dataset(inputs, tmp_path, folder, stream):
     other = write_jsonl(tmp_path / "other.jsonl", texts(60, column="content", seed=5))
     options = ["--data", folder, "--other-data", str(other), "--text-column", "text,content", *stream]
@@ -241,6 +242,7 @@ def test_a_stream_needs_the_library(inputs, tmp_path, folder, capsys, monkeypatc
         refuses(capsys, tmp_path, [*command, "--data", folder], "a dataset needs the package datasets", "pip install")
 
 
+@pytest.mark.slow
 def test_texts_that_are_held_are_learned_from_as_without_a_stream_beside_them(inputs, tmp_path, folder):
     for name, options in {"held": [], "other": ["--other-data", folder, "--stream"]}.items():
         assert main.main(learn(inputs, tmp_path / name, *options)) == 0

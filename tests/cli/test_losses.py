@@ -103,6 +103,7 @@ def asked_for(monkeypatch, kill_at=None) -> list:
     return asked
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_begin_keeps_what_the_dense_model_has_said(inputs, tmp_path, monkeypatch):
     command = learn(inputs, tmp_path / "runs" / "run", *WAYS["trained"])
 

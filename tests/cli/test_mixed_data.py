@@ -99,7 +99,7 @@ def test_at_most_so_many_windows_are_drawn(inputs, tmp_path, batches):
     assert [sorted(taken[at : at + 3]) for at in (0, 3, 6)] == [[0, 1, 2]] * 3
 
 
-@pytest.mark.parametrize(("share", "drawn", "taken"), [(99, 1, 0), (2, 2, 1)])
+@pytest.mark.parametrize(("share", "drawn", "taken"), [(99, 1, 0), slow(2, 2, 1)])
 def test_small_shares_of_a_short_run(inputs, tmp_path, batches, capsys, share, drawn, taken):
     options = ["--data", f"{inputs / 'text.txt'}:{share},self:1", "--steps", "1", "--init-batches", "1"]
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
@@ -111,6 +111,7 @@ def test_small_shares_of_a_short_run(inputs, tmp_path, batches, capsys, share, d
     assert (told in capsys.readouterr().err) == (taken == 0)
 
 
+@pytest.mark.slow
 def test_samples_are_of_the_dense_model_whatever_mask_is_learned(inputs, tmp_path):
     options = ["--init-batches", "2"]
     assert main.main(mixed(inputs, tmp_path / "one", *options)) == 0
@@ -350,6 +351,7 @@ def test_a_run_beside_files_that_are_called_like_its_sources_goes_on(inputs, tmp
     assert stored_settings(Namespace(model="smollm2-135m", data="self"))["model"] == "smollm2-135m"
 
 
+@pytest.mark.slow
 def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tmp_path, capsys):
     assert main.main(mixed(inputs, tmp_path / "mixed", "--init-batches", "1")) == 0
     capsys.readouterr()
@@ -372,6 +374,7 @@ def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path
     refuses(capsys, tmp_path, compared, "run: expected the same test windows in all, got others in", "--seed")
 
 
+@pytest.mark.slow
 def test_a_text_that_is_named_from_its_folder_is_told_by_its_path(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(inputs)
     assert main.main(learn(inputs, tmp_path / "run", "--data", "text.txt", "--other-data", "text.txt")) == 0

@@ -61,6 +61,7 @@ def test_bars_are_for_a_terminal(inputs, tmp_path, monkeypatch):
         assert ("replaying: 100%|" in told) == bar and ("replaying: step 4 of 4" in told) != bar
 
 
+@pytest.mark.slow
 def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_path, capsys):
     options = "--steps 100 --eval-every 33 --batch-size 1 --seq-len 4 --eval-windows 1 --eval-length 8".split()
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0

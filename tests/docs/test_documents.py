@@ -31,6 +31,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.cases import cases
+from helpers.pictures import leave_blank
 from helpers.routes import route_to_the_eager_reference
 from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
 from helpers.tiny_llama import tiny_text, tiny_tokenizer, write_inputs
@@ -138,6 +139,7 @@ def prepared(tmp_path_factory) -> Path:
     write_datasets(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         route_to_the_eager_reference(monkeypatch)
+        leave_blank(monkeypatch)
         monkeypatch.chdir(folder)
         learn = ["learn", "--model", "model", "--data", "text.txt", *SMALL["learn"].split(), "--output"]
         assert main.main([*learn, "runs/mine"]) == 0
@@ -194,6 +196,7 @@ def folder(prepared, tmp_path, monkeypatch) -> Path:
     copied = tmp_path / "work"
     shutil.copytree(prepared, copied)
     monkeypatch.chdir(copied)
+    leave_blank(monkeypatch)
     # an example defines an estimator, which no other test is to know
     monkeypatch.setattr(estimator, "_registered", dict(estimator._registered))
     # a fresh process takes seconds to begin
