@@ -39,7 +39,6 @@ EVERY_KIND = (
     "torch TransformerEncoder",
     "Mixtral",
     "gpt-oss",
-    "Whisper",
     "Mamba",
     "convolutions",
 )

@@ -302,7 +302,7 @@ def test_packed_layers_are_fine_tuned(compiled):
     assert losses[2] < losses[0] and ((layer.packed.unpack() != 0).view(-1, 4).sum(1) == 2).all()
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_opcheck(biased):
     packed = mk.pack_24(sparse(8, 32, "2:4"))
     torch.library.opcheck(ops.unpack_nm, (packed.values, packed.bitmask, 2, 4))

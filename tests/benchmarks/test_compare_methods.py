@@ -41,6 +41,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / rows.ROWS).read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys):
     output, runs = tmp_path / "output", []
     run = MaskTrainer.run

@@ -76,8 +76,9 @@ def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
     assert extra <= allowed, f"{extra} bytes, {allowed:.0f} allowed: {peaks}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="the allocator of a GPU keeps no record of single tensors")
-@pytest.mark.parametrize("estimator", [pytest.param("Reinforce", marks=pytest.mark.slow), "StraightThrough"])
+@pytest.mark.parametrize("estimator", ["Reinforce", "StraightThrough"])
 def test_no_tensor_of_a_step_is_wider_than_float32(estimator):
     """Integers and floats of 64 bits live in pieces of a layer alone."""
     bytes_ = in_child("largest", estimator)

@@ -135,7 +135,7 @@ def test_logits_on_another_device(inputs, run, tmp_path, monkeypatch):
     assert_same_bits(learned(tmp_path / "run"), learned(run))
 
 
-@pytest.mark.parametrize("device_map", ["auto", slow('{"": "cpu"}'), '{"model": "cpu", "lm_head": "cpu"}'])
+@pytest.mark.parametrize("device_map", ["auto", slow('{"": "cpu"}'), slow('{"model": "cpu", "lm_head": "cpu"}')])
 def test_a_model_that_transformers_places(inputs, straight, tmp_path, device_map):
     arguments = learn(inputs, tmp_path / "run", *STRAIGHT, "--device-map", device_map)
     at = arguments.index("--device")

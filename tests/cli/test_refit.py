@@ -42,7 +42,7 @@ def kill():
     raise Killed
 
 
-@pytest.fixture(scope="module", params=[slow(way) if way == "scales" else way for way in WAYS])
+@pytest.fixture(scope="module", params=[slow(way) if way != "weights" else way for way in WAYS])
 def refitted(request, inputs, tmp_path_factory):
     """(options, folder) of a run that has ended."""
     folder = tmp_path_factory.mktemp("refitted") / "run"

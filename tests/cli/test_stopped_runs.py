@@ -175,7 +175,7 @@ def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize("failing", ["save_logits", slow("save"), slow("draw_perplexity"), "write_html"])
+@pytest.mark.parametrize("failing", ["save_logits", slow("save"), "draw_perplexity", slow("write_html")])
 def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, monkeypatch, failing):
     output = tmp_path / "run"
     with monkeypatch.context() as patched:

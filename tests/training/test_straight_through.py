@@ -139,7 +139,7 @@ def compiled_two_layers():
     ("problem", "estimator", "graphs"),
     [
         # silu, between the layers
-        (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4), 1),
+        slow(compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4), 1),
         (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4, train_weights=0.01), 1),
         # the whole under drawn masks, and under those of the start
         (compiled_two_layers, mk.Reinforce(), 2),

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.cases import cases
+from helpers.cases import cases, slow
 from helpers.enumerated import (
     KERNEL_DEVICE,
     exact_log_prob,
@@ -370,7 +370,7 @@ def test_estimate_at_gap_10_varies_far_less_than_the_score_of_the_drawn_order(up
 
 
 @UPDATES
-@pytest.mark.parametrize("temperature", [0.5, 0.8, 3.0])
+@pytest.mark.parametrize("temperature", [0.5, slow(0.8), 3.0])
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
 def test_temperature_enters_the_update_as_in_the_enumeration(update, pattern, temperature):
     """Finite differences of the enumerated log p(S) of logits / temperature, in the logits."""
