@@ -37,7 +37,6 @@ EVERY_KIND = (
     "GPT-2",
     "T5",
     "torch TransformerEncoder",
-    "Mixtral",
     "gpt-oss",
     "Mamba",
     "convolutions",

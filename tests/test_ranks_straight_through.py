@@ -173,6 +173,7 @@ def streamed(rank: int, folder=None, other: int | None = None, resume: bool = Fa
         trainer.close()
 
 
+@pytest.mark.slow
 def test_ranks_take_their_shares_of_batches_that_are_no_sequence(tmp_path):
     alone = streamed(0)
     all_in_ranks(2, streamed, folder=tmp_path)

@@ -105,6 +105,7 @@ def test_a_stream_gives_each_step_batches_of_its_own(inputs, tmp_path, folder, t
     assert f"test perplexity {table[-1]['perplexity']:.2f} over 120 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_calibration_batches_of_a_stream_come_again(inputs, tmp_path, folder, taken):
     assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT, "--data", folder, "--stream", "--steps", "5")) == 0
     assert_same_bits(taken, [taken[index % 2] for index in range(5)])

@@ -90,6 +90,7 @@ def test_batches_hold_text_and_samples_by_their_shares(inputs, tmp_path, batches
     assert "drawing 16 windows of 16 tokens from the dense model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_at_most_so_many_windows_are_drawn(inputs, tmp_path, batches):
     options = ["--steps", "9", "--samples", "3", "--init-batches", "1", "--calibration-batches", "99"]
     assert main.main(mixed(inputs, tmp_path / "run", *options)) == 0

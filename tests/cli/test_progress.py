@@ -80,6 +80,7 @@ def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_p
     }
 
 
+@pytest.mark.slow
 def test_to_be_quiet_is_of_a_process_and_not_of_a_run(inputs, tmp_path, capsys):
     assert main.main(learn(inputs, tmp_path / "loud")) == 0
     assert main.main(learn(inputs, tmp_path / "quiet", "--quiet")) == 0

@@ -32,7 +32,7 @@ FAILURES = [
     ("how", "every"),
     [
         ("reinforce", 17),
-        ("straight-through", 23),
+        pytest.param("straight-through", 23, marks=pytest.mark.slow),
         *(pytest.param(how, 1, marks=pytest.mark.slow) for how in ("reinforce", "straight-through", "refreshed")),
     ],
 )

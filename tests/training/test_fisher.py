@@ -264,7 +264,7 @@ def learn_on_rank(rank: int) -> tuple[dict, dict]:
 
 
 def test_ranks_share_a_pass():
-    (alone,), (first, second) = (all_in_ranks(world, learn_on_rank) for world in (1, 2))
+    alone, (first, second) = learn_on_rank(0), all_in_ranks(2, learn_on_rank)
     assert_same_bits(list(first[0].values()), list(second[0].values()))
     assert_same_bits(list(first[1].values()), list(second[1].values()))
     for ours, theirs in zip(first, alone, strict=True):
@@ -280,7 +280,7 @@ def sum_of(loss, model, batches) -> float:
 PATTERNS = ["2:4", "4:8", slow("1:4"), slow("8:16")]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["2:4", slow("1:4"), slow("4:8"), slow("8:16")])
 def test_reinforce_learns_by_the_divergence(pattern):
     model, batches = softmax_model(pattern, 1.0, "smallest"), softmax_batches()
     loss = distillation_loss("kl", 2.0)
