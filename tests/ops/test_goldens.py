@@ -118,11 +118,11 @@ def cases():
     """Every pattern, dtype and route; what takes the interpreter seconds, or the compiler a minute, is slow."""
     for route, pattern, dtype in itertools.product(("eager", "compiled", "kernels"), PATTERNS, DTYPES):
         wide = mk.NMPattern(pattern).m >= 16 and DTYPES[dtype] != torch.float32
-        slow = route == "kernels" and (pattern, dtype) not in INTERPRETED or route == "compiled" and wide
-        yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if slow else [])
+        dear = route == "kernels" and (pattern, dtype) not in INTERPRETED or route == "compiled" and wide
+        yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if dear else [])
 
 
-@pytest.mark.parametrize(("route", "pattern", "dtype"), cases())
+@pytest.mark.parametrize(("route", "pattern", "dtype"), list(cases()))
 def test_draws_and_updates_are_those_of_an_earlier_version(route, pattern, dtype, monkeypatch):
     take_route(monkeypatch, route)
     assert operations(pattern, DTYPES[dtype]) == GOLDENS[f"{pattern} {dtype}"]
