@@ -118,6 +118,7 @@ def test_groups_with_fewer_than_n_keep_n():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_converted_model_has_its_masks(tmp_path):
     """One that the Trainer writes: its model is back with logits and pattern, and the trainer goes on from it."""
     model = tiny_model()
@@ -217,6 +218,7 @@ def test_a_run_that_is_resumed_has_the_bits_of_a_whole_one(tmp_path):
     assert_same_bits(logits(third.model), logits(whole.model))
 
 
+@pytest.mark.slow
 def test_what_moves_is_logged(tmp_path):
     seen = []
 

@@ -65,7 +65,7 @@ def learn_until_killed(rank: int, how: str, victim: int, folder, wait: float = 0
     [
         pytest.param("reinforce", "data", 2, 2, marks=pytest.mark.slow),
         ("reinforce", "data", 0, 1),
-        ("four draws", "draws", 3, 4),
+        pytest.param("four draws", "draws", 3, 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, parallel, victim, resumed, tmp_path, eager_reference):

@@ -112,6 +112,7 @@ def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 steps of 3, logits ")
 
 
+@pytest.mark.slow
 def test_a_damaged_first_snapshot_does_not_keep_a_run_from_its_end(inputs, tmp_path, capsys, monkeypatch):
     options = ["--steps", "6", "--eval-every", "3"]
     assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
