@@ -63,7 +63,7 @@ def fast_and_often(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("how", "number"), [*((how, 3) for how in WAYS), *(pytest.param(how, 150, marks=pytest.mark.slow) for how in WAYS)]
+    ("how", "number"), [("reinforce", 2), *(pytest.param(how, 150, marks=pytest.mark.slow) for how in WAYS)]
 )
 def test_a_power_cut_loses_nothing_that_the_command_has_told(
     inputs, tmp_path, capsys, monkeypatch, fast_and_often, how, number
@@ -107,4 +107,8 @@ def test_a_sync_that_fails_ends_the_command_in_one_line(inputs, tmp_path, capsys
             break
         assert code == 2 and [line for line in lines if "error:" in line] == lines[-1:], lines
         assert lines[-1].startswith("maskpro: error: ") and "Input/output error" in lines[-1]
-        assert command.goes_on(root / "run", NOTHING, capsys) == whole, number
+        if (root / "run" / "report.json").exists():
+            # the last file of a run: all else is there
+            assert command.learned(root / "run") == whole, number
+        else:
+            assert command.goes_on(root / "run", NOTHING, capsys) == whole, number
