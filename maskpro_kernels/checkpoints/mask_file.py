@@ -184,11 +184,7 @@ def save_masks(
         OSError: if the file cannot be written.
     """
     pattern = NMPattern(pattern)
-    if not (against is None or against == MAGNITUDE or isinstance(against, MaskFile)):
-        raise ValueError(f'against: expected a MaskFile, "magnitude" or None, got {against!r}')
-    other = against if isinstance(against, MaskFile) else None
-    if other is not None and other.pattern != pattern:
-        raise ValueError(f"against: expected a mask of {pattern}, got one of {other.pattern} in {str(other.path)!r}")
+    other = _other_file(against, pattern)
     told = json.dumps(dict(provenance or {}))
     bases, whole, changed, dtypes = {}, {}, {}, set()
     for name, codes, weight in layers:
@@ -221,6 +217,19 @@ def save_masks(
     }
     write_tensors(held, path, {**metadata, DIGEST: digest_of_named(held, metadata)})
     return MaskFile(path, other)
+
+
+def _other_file(against: MaskFile | str | None, pattern: NMPattern) -> MaskFile | None:
+    """The file of an initial mask, where it has one; ValueError unless it can be one of that pattern."""
+    if against is None or against == MAGNITUDE:
+        return None
+    if not isinstance(against, MaskFile):
+        raise ValueError(f'against: expected a MaskFile, "magnitude" or None, got {against!r}')
+    if against.pattern != pattern:
+        raise ValueError(
+            f"against: expected a mask of {pattern}, got one of {against.pattern} in {str(against.path)!r}"
+        )
+    return against
 
 
 def base_layers(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, BaseLayer]:

@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
     assert main.main(mixed(inputs, run, "--init-batches", "2")) == 0
     assert_same_bits(samples_of(run), drawn)
     assert {path.name for path in (run / "progress").iterdir() if not path.name.startswith("snapshot-0000000000-")} == {
-        ".lock", "journal", "metrics.jsonl", "samples.safetensors", "validation.jsonl"
+        ".lock", "initial-mask.safetensors", "journal", "metrics.jsonl", "samples.safetensors", "validation.jsonl"
     }  # fmt: skip
 
 
