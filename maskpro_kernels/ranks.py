@@ -42,7 +42,7 @@ LOOK, ANSWER = 1.0, 5.0
 FIRST_PAUSE, LAST_PAUSE = 0.05, 0.4
 # For the others to come, in seconds
 MEETING = 1800.0
-# Settings that one message names
+# Settings, or pairs of ranks, that one message names
 NAMED = 8
 # For what is waited for as long as it takes
 NO_LIMIT = timedelta(days=365)
@@ -151,13 +151,14 @@ class Ranks:
         }
         # silence tells nothing where a connection cannot be had anyway
         self._addresses = reachable(addresses, ANSWER)
-        beyond = sorted(addresses.keys() - self._addresses.keys())
-        if beyond:
+        # of all ranks, for rank 0 alone may be heard
+        beyond = self._gather_objects(sorted(addresses.keys() - self._addresses.keys()), MEETING)
+        pairs = [f"from rank {rank} to rank {other}" for rank, others in enumerate(beyond) for other in others]
+        if pairs:
             warnings.warn(
-                f"ranks: no connection from rank {self.rank} to "
-                f"{', '.join(f'rank {rank} at {addresses[rank].host}:{addresses[rank].port}' for rank in beyond)}, as "
-                "behind a firewall; where it waits for them as long as they live, it does not notice that they freeze",
-                stacklevel=2,
+                f"ranks: no connection {_listed(pairs)}, as behind a firewall; where the first waits for the second as "
+                "long as it lives, it does not notice that it freezes",
+                stacklevel=1,
             )
 
     def close(self) -> None:
@@ -166,8 +167,10 @@ class Ranks:
             return
         self._sign.close()
         if self._failure is None:
-            if not self._under_way:
-                # else, as behind an interrupt, destroying would wait for it
+            if self._under_way:
+                # as behind an interrupt: destroying would wait for it
+                self._keep_group()
+            else:
                 dist.destroy_process_group(self._group)
             self._failure = RuntimeError("ranks: expected open ones, got closed ones")
         self._group = None
@@ -328,8 +331,7 @@ class Ranks:
         return self._looking
 
     def _fail(self, late: bool = False, cause: RuntimeError | None = None) -> NoReturn:
-        # a process that ends would wait for what is under way, which a rank that is frozen never ends
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+        self._keep_group()
         ended, silent = self._missing()
         missing = ended or silent
         if not missing:
@@ -341,6 +343,10 @@ class Ranks:
             told = f"{names} of {self.world} {came}"
         self._failure = MissingRanks(f"ranks: {told}; this is rank {self.rank}", missing)
         raise self._failure from cause
+
+    def _keep_group(self) -> None:
+        # a process that ends would wait for what is under way, which a rank that is frozen never ends
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
 
     def _missing(self) -> tuple[list[int], list[int]]:
         """(ranks that have ended, ranks that do not answer)."""

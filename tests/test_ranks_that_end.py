@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -307,3 +308,45 @@ def test_a_rank_that_is_killed_in_backward_is_named(tmp_path, eager_reference):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def connect_behind_a_firewall(rank: int) -> list[str]:
+    """The warnings of a rank, where rank 1 cannot reach the other."""
+    if rank == 1:
+        ranks.reachable = lambda addresses, seconds: {}
+    together = ranks.Ranks()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        together.connect()
+    together.close()
+    return [str(warning.message) for warning in caught if str(warning.message).startswith("ranks: ")]
+
+
+def test_a_connection_that_cannot_be_had_is_told_on_all_ranks():
+    told = all_in_ranks(2, connect_behind_a_firewall)
+    assert told[0] == told[1]
+    ((message,),) = {tuple(lines) for lines in told}
+    assert message.startswith("ranks: no connection from rank 1 to rank 0, as behind a firewall; ")
+
+
+def close_behind_an_interrupt(rank: int) -> float:
+    """Seconds that a rank takes to part from another one that never comes to what it waits for."""
+    together = ranks.Ranks()
+    together.connect()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    if rank == 0:
+        together._called = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            together.gather([1.0])
+    else:
+        time.sleep(3.0)
+    began = time.monotonic()
+    together.close()
+    return time.monotonic() - began
+
+
+def test_an_interrupt_waits_for_nobody():
+    assert all_in_ranks(2, close_behind_an_interrupt)[0] < 1.0

@@ -38,7 +38,7 @@ def learn(args: argparse.Namespace) -> None:
             run.end()
     except BaseException:
         # the error that ended the run is the one told
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             run.close()
         raise
     run.close()
