@@ -73,17 +73,13 @@ class MaskFile:
 
     def __init__(self, path: str | Path, against: MaskFile | None = None):
         self.path = Path(path)
-        try:
-            self._file = safe_open(self.path, framework="pt")
-            metadata = dict(self._file.metadata() or {})
-        except SafetensorError as error:
-            raise ValueError(f"mask: expected a mask file, got {str(path)!r}: {error}") from error
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"mask: expected a mask file, got {str(path)!r}: there is none") from error
+        self._file = _opened(self.path)
+        metadata = dict(self._file.metadata() or {})
         stored = metadata.pop(DIGEST, None)
-        self.digest = digest_of_named(_Tensors(self._file), metadata)
+        # ahead of the digest: another file may be large
         if metadata.keys() != set(NAMES) or metadata["format"] != FORMAT:
             raise ValueError(f"mask: expected a file that save_masks wrote, {FORMAT}, got {str(path)!r}")
+        self.digest = digest_of_named(_Tensors(self._file), metadata)
         if digests_are_checked() and stored != self.digest:
             raise ValueError(f"mask: expected what was written, got {str(path)!r}, damaged or changed since")
         try:
@@ -102,7 +98,7 @@ class MaskFile:
         if against is None:
             raise ValueError(
                 f"against: expected the initial mask that {str(self.path)!r} was written against, the file of digest "
-                f"{self.needs}, got none"
+                f"{self.needs}, got no file"
             )
         if against.digest != self.needs:
             raise ValueError(
@@ -124,8 +120,10 @@ class MaskFile:
             weight: of the base, needed where the file ``needs`` MAGNITUDE.
 
         Raises:
-            ValueError: if what is stored is no mask of the pattern.
+            ValueError: if what is stored is no mask of the pattern, or the file was closed.
         """
+        if self._file is None:
+            raise ValueError(f"mask: expected an open file, got {str(self.path)!r}, which was closed")
         rows, k = self.layers[name].shape
         shape, count = (rows, k // self.pattern.m), rank_count(self.pattern)
         stored = self._file.get_tensor(name)
@@ -138,7 +136,20 @@ class MaskFile:
 
     def close(self) -> None:
         """Let the file be closed; no codes can be read from then on."""
-        del self._file
+        self._file = None
+
+
+def _opened(path: Path):
+    try:
+        if path.is_dir():
+            raise ValueError(f"mask: expected a mask file, got {str(path)!r}, a folder; give the file in it")
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"mask: expected a mask file, got {str(path)!r}: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"mask: expected a mask file, got {str(path)!r}: there is none") from error
+    except OSError as error:
+        raise OSError(f"mask: expected a mask file, got {str(path)!r}: {error}") from error
 
 
 class _Tensors(Mapping):
@@ -184,10 +195,18 @@ def save_masks(
         OSError: if the file cannot be written.
     """
     pattern = NMPattern(pattern)
-    other = _other_file(against, pattern)
-    told = json.dumps(dict(provenance or {}))
+    if not isinstance(model, str):
+        raise TypeError(f"model: expected the name of the base model, got {type(model).__name__}")
+    other, told = _other_file(against, pattern), _as_json(provenance)
+    if other is not None and Path(path).exists() and other.path.samefile(path):
+        raise ValueError(f"path: expected another file than that of the initial mask, got {str(path)!r}")
     bases, whole, changed, dtypes = {}, {}, {}, set()
     for name, codes, weight in layers:
+        if name in bases or weight.dim() != 2 or weight.shape[1] % pattern.m:
+            raise ValueError(
+                f"layers: expected another name for each, and weights [out, K] with K divisible by {pattern.m}, got "
+                f"{list(weight.shape)} in {name}"
+            )
         check_codes("codes", codes, pattern, weight)
         check_exactly_n("codes", codes, pattern)
         dtypes.add(weight.dtype)
@@ -217,6 +236,13 @@ def save_masks(
     }
     write_tensors(held, path, {**metadata, DIGEST: digest_of_named(held, metadata)})
     return MaskFile(path, other)
+
+
+def _as_json(provenance: Mapping[str, object] | None) -> str:
+    try:
+        return json.dumps(dict(provenance or {}))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"provenance: expected what JSON can hold, got {error}") from error
 
 
 def _other_file(against: MaskFile | str | None, pattern: NMPattern) -> MaskFile | None:
@@ -275,14 +301,16 @@ def _compressed(changes: Tensor, count: int) -> Tensor:
 
 
 def _decompressed(stored: Tensor, shape: tuple[int, int], count: int) -> Tensor:
+    size = _bytes_of(count) * shape[0] * shape[1]
     try:
-        content = bytearray(zlib.decompress(stored.numpy()))
+        # no more than that, whatever the bytes would unfold to
+        content = bytearray(zlib.decompressobj().decompress(stored.numpy(), size + 1))
     except zlib.error as error:
         raise ValueError(f"mask: expected changes compressed by zlib, got others: {error}") from error
-    planes = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-    if len(planes) != _bytes_of(count) * shape[0] * shape[1]:
-        raise ValueError(f"mask: expected changes of {shape[0] * shape[1]} groups, got {len(planes)} bytes")
-    changes = torch.zeros(shape, dtype=torch.int64)
+    if len(content) != size:
+        raise ValueError(f"mask: expected changes of {shape[0] * shape[1]} groups, got others")
+    planes = torch.frombuffer(content, dtype=torch.uint8)
+    changes = torch.zeros(shape, dtype=torch.int64, device="cpu")
     for byte, plane in enumerate(planes.view(_bytes_of(count), *shape)):
         changes |= plane.to(torch.int64) << 8 * byte
     return changes

@@ -4,47 +4,53 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import ops
 from ..counter import MaskSource
 from ..files import writing_whole
-from ..safetensors_files import named_files, read_tensor, tensor_files
-from .mask_file import MaskFile, base_layers, check_fingerprint
+from ..safetensors_files import INDEX, SINGLE, named_files, read_tensor, tensor_files
+from .mask_file import MaskFile, base_layers
 
 WEIGHT = ".weight"
-# Of a checkpoint beside its weights; a README.md would be that of the base
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 # Of the header of a safetensors file: bytes of its length
 LENGTH = 8
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def can_be_copied(mask: MaskFile, folder: Path) -> bool:
-    """Whether a folder holds the base weight of each masked layer as such, in the dtype that the mask is of.
+    """Whether files in a folder hold the base weight of each masked layer as such, all in the dtype of the mask.
 
-    Else its model has to be loaded: weights may be stored transposed, fused or in another dtype.
+    Else its model has to be loaded, or it is another base: weights may be stored transposed, fused, in another dtype,
+    or be damaged.
     """
-    where = tensor_files(named_files(folder))
-    if any(name + WEIGHT not in where for name in mask.layers):
+    try:
+        where = tensor_files(named_files(folder))
+        if any(name + WEIGHT not in where for name in mask.layers):
+            return False
+        if _float_dtypes(where) != {NAMES[mask.dtype]}:
+            return False
+        weights = ((name, read_tensor(where[name + WEIGHT], name + WEIGHT)) for name in mask.layers)
+        return base_layers(weights, mask.dtype) == mask.layers
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    floats = set()
-    for name, file in where.items():
+
+
+def _float_dtypes(where: Mapping[str, Path]) -> set[str]:
+    found = set()
+    for file in set(where.values()):
         with safe_open(file, framework="pt") as opened:
-            stored = opened.get_slice(name)
-            if stored.get_dtype().startswith(("F", "BF")):
-                floats.add(stored.get_dtype())
-            layer = mask.layers.get(name.removesuffix(WEIGHT))
-            if layer is not None and name.endswith(WEIGHT) and tuple(stored.get_shape()) != layer.shape:
-                return False
-    return floats == {{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[mask.dtype]}
+            found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}
+    return {dtype for dtype in found if dtype.startswith(("F", "BF"))}
 
 
 def copy_masked(mask: MaskFile, folder: Path, output: Path) -> None:
-    """Write the checkpoint in a folder to another one, with exact zeros where the masks drop a weight.
+    """Write the weights of a base to another folder, in the same files, with exact zeros where masks drop a weight.
 
     Args:
         mask: for whose base ``can_be_copied``.
@@ -52,22 +58,13 @@ def copy_masked(mask: MaskFile, folder: Path, output: Path) -> None:
         output: a folder that is there.
 
     Raises:
-        ValueError: if the base has other weights than the masks were learned on. Nothing has been written then.
         OSError: if a file cannot be read or written.
     """
     files = named_files(folder)
-    check_base(mask, files)
     for file in files:
         _copy_file(mask, file, output / file.name)
-    for path in {path for pattern in COPIED for path in folder.glob(pattern)}:
-        shutil.copyfile(path, output / path.name)
-
-
-def check_base(mask: MaskFile, files: list[Path]) -> None:
-    """Raise ValueError, which tells both fingerprints, unless files hold the base weights of the masks."""
-    where = tensor_files(files)
-    weights = ((name, read_tensor(where[name + WEIGHT], name + WEIGHT)) for name in mask.layers)
-    check_fingerprint(mask, base_layers(weights, mask.dtype))
+    if folder / SINGLE not in files:
+        shutil.copyfile(folder / INDEX, output / INDEX)
 
 
 def _copy_file(mask: MaskFile, source: Path, target: Path) -> None:

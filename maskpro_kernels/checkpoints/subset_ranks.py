@@ -49,7 +49,7 @@ def word_size(pattern: NMPattern) -> WordSize:
 
 
 def ranks_of(codes: Tensor, pattern: NMPattern) -> Tensor:
-    """Ranks, int64, of group codes of exactly N, of any shape."""
+    """Ranks, int64, of group codes of exactly N, of any shape, on the CPU."""
     return _ranks(codes, pattern) if pattern.m > MOST_IN_TABLES else _tables(pattern)[1][codes.to(torch.int64)]
 
 
@@ -61,9 +61,9 @@ def codes_of_ranks(ranks: Tensor, pattern: NMPattern) -> Tensor:
 @functools.cache
 def _tables(pattern: NMPattern) -> tuple[Tensor, Tensor]:
     """(codes by rank, ranks by code)."""
-    codes = _codes(torch.arange(rank_count(pattern)), pattern)
-    ranks = torch.zeros(1 << pattern.m, dtype=torch.int64)
-    ranks[codes.to(torch.int64)] = torch.arange(len(codes))
+    codes = _codes(torch.arange(rank_count(pattern), device="cpu"), pattern)
+    ranks = torch.zeros(1 << pattern.m, dtype=torch.int64, device="cpu")
+    ranks[codes.to(torch.int64)] = torch.arange(len(codes), device="cpu")
     return codes, ranks
 
 
@@ -91,7 +91,7 @@ def _codes(ranks: Tensor, pattern: NMPattern) -> Tensor:
 
 def _binomials(place: int, most: int) -> Tensor:
     """C(place, 0) to C(place, most)."""
-    return torch.tensor([math.comb(place, count) for count in range(most + 1)])
+    return torch.tensor([math.comb(place, count) for count in range(most + 1)], device="cpu")
 
 
 def pack_ranks(ranks: Tensor, pattern: NMPattern) -> Tensor:
@@ -99,7 +99,7 @@ def pack_ranks(ranks: Tensor, pattern: NMPattern) -> Tensor:
     word = word_size(pattern)
     ranks = ranks.flatten()
     digits = torch.nn.functional.pad(ranks, (0, -len(ranks) % word.digits)).view(-1, word.digits)
-    words = torch.zeros(len(digits), dtype=torch.int64)
+    words = torch.zeros(len(digits), dtype=torch.int64, device="cpu")
     for digit in reversed(digits.unbind(1)):
         words = words * rank_count(pattern) + digit
     return torch.stack([(words >> 8 * byte & 255).to(torch.uint8) for byte in range(word.size)], dim=1).flatten()
@@ -115,7 +115,7 @@ def unpack_ranks(packed: Tensor, length: int, pattern: NMPattern) -> Tensor:
     count = -(-length // word.digits)
     if packed.dtype != torch.uint8 or packed.shape != (count * word.size,):
         raise ValueError(f"packed: expected uint8 [{count * word.size}], got {packed.dtype} {list(packed.shape)}")
-    words = torch.zeros(count, dtype=torch.int64)
+    words = torch.zeros(count, dtype=torch.int64, device="cpu")
     for byte in reversed(packed.view(-1, word.size).unbind(1)):
         words = words << 8 | byte
     digits = []

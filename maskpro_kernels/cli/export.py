@@ -23,7 +23,7 @@ from ..pruning.refit import put_weights
 from ..report import FROZEN
 from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, new_file, telling, values_kind
-from .mask_files import check_mask_options, initial_mask, write_mask
+from .mask_files import check_against, check_mask_options, initial_mask, write_mask
 from .models import check_saving, hub_id, load, save, told_size
 from .origins import origin_of_export
 from .progress import tell
@@ -49,6 +49,8 @@ def export(args: argparse.Namespace) -> None:
         _check_own(source.parent, learned)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
+    if args.to == "mask":
+        check_against(against, pattern)
     if args.to == "mask" and learned.weights:
         raise ValueError(
             f"run: expected a mask of the weights of the base model, got {metadata['weights_are']}, which a mask file "
@@ -72,9 +74,8 @@ def export(args: argparse.Namespace) -> None:
     told = metadata | {"model": metadata["model"] if hub_id(metadata["model"]) else name}
     origin = origin_of_export(source.parent, told, dtype)
     if args.to == "mask":
-        write_mask(
-            output, model, codes, pattern, told["model"], against, {"origin": asdict(origin), "run": told["run"]}
-        )
+        provenance = {"origin": asdict(origin), "run": told.get("run")}
+        write_mask(output, model, codes, pattern, origin.base_model, against, provenance)
         return
     save(finalize(model, to=args.to, values=values), tokenizer, args, origin)
     of = name + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")

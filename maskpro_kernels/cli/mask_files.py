@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,13 @@ from ..pruning.convert import convert
 from ..pruning.finalize import finalize
 from .arguments import telling
 from .changed_weights import changes_weights
-from .models import check_saving, load, save, trusts
-from .origins import origin_of_mask_file
+from .models import check_saving, is_path_of_model, load, save, trusts
+from .origins import base_name, origin_of_mask_file
 from .progress import tell
 from .run_files import INITIAL_MASK
+
+if TYPE_CHECKING:
+    from ..hf import Origin
 
 # Of `maskpro export`, without effect on a mask file
 OF_CHECKPOINTS = ("values", "dtype", "max_shard_size", "push_to_hub", "private")
@@ -48,18 +52,33 @@ def initial_mask(name: str) -> MaskFile | str:
     try:
         return MaskFile(name)
     except (ValueError, OSError) as error:
-        raise type(error)(f"against: {str(error).removeprefix('mask: ')}") from error
+        told = str(error).removeprefix("mask: ").removeprefix("against: ")
+        raise type(error)(f"against: {told}; give a mask file that needs no other") from error
+
+
+def check_against(against: MaskFile | str | None, pattern: NMPattern) -> None:
+    """Raise ValueError unless an initial mask, opened, is one of that pattern."""
+    if isinstance(against, MaskFile) and against.pattern != pattern:
+        raise ValueError(
+            f"against: expected a mask of {pattern}, got one of {against.pattern} in {str(against.path)!r}"
+        )
 
 
 def save_initial_mask(args: argparse.Namespace, model: nn.Module, progress: Path) -> None:
     """Keep the mask that a run begins with, unless weights change: no base would be there to put it on."""
+    layers = masked_layers(model)
     if changes_weights(args):
         return
-    layers = ((name, top_n_mask(layer.logits.detach(), layer.pattern), layer.weight.detach())
-              for name, layer in masked_layers(model).items())  # fmt: skip
+    if len({layer.weight.dtype for layer in layers.values()}) > 1:
+        tell(f"weights with masks have several dtypes: {INITIAL_MASK} is left out")
+        return
+    triples = (
+        (name, top_n_mask(layer.logits.detach(), layer.pattern), layer.weight.detach())
+        for name, layer in layers.items()
+    )
+    told = {"of": f"the {args.init} mask that a run began with"}
     with telling("output"):
-        told = {"of": f"the {args.init} mask that a run began with"}
-        save_masks(progress / INITIAL_MASK, layers, args.pattern, model=args.model, provenance=told).close()
+        save_masks(progress / INITIAL_MASK, triples, args.pattern, model=base_name(args.model), provenance=told).close()
 
 
 def write_mask(
@@ -81,7 +100,10 @@ def write_mask(
     """
     weights = {key: layer.weight.detach() for key, layer in masked_layers(model).items()}
     layers = ((key, found, weights[key]) for key, found in codes.items())
-    mask = save_masks(output, layers, pattern, model=name, against=against, provenance=provenance)
+    try:
+        mask = save_masks(output, layers, pattern, model=name, against=against, provenance=provenance)
+    except OSError as error:
+        raise OSError(f"output: {error}") from error
     groups = sum(found.numel() for found in codes.values())
     size = output.stat().st_size
     how = {None: "alone", MAGNITUDE: "against the mask by magnitude"}.get(mask.needs, f"against {mask.needs}")
@@ -101,28 +123,39 @@ def apply(args: argparse.Namespace) -> None:
     if against is not None and mask.needs in (None, MAGNITUDE):
         raise ValueError(f"against: expected none, since {args.mask!r} needs no other mask, got {args.against!r}")
     dtype = str(mask.dtype).removeprefix("torch.")
-    origin = origin_of_mask_file(mask.provenance, args.model, str(mask.pattern), dtype)
-    options = ("max_shard_size", "push_to_hub")
+    origin = origin_of_mask_file(mask.provenance, args.model, str(mask.pattern))
     folder = Path(args.model)
-    if not any(hasattr(args, name) for name in options) and folder.is_dir() and can_be_copied(mask, folder):
-        from ..hf import skeleton, write_card
-
-        model = skeleton(folder, trust_remote_code=trusts(args))
-        made = [path for path in (output, *output.parents) if not path.exists()]
-        make_folder(output)
-        try:
-            copy_masked(mask, folder, output)
-        except ValueError:
-            # before anything was written
-            for path in made:
-                path.rmdir()
-            raise
-        write_card(model, output, output.resolve().name, origin)
+    saved_otherwise = any(hasattr(args, name) for name in ("max_shard_size", "push_to_hub")) or trusts(args)
+    if not saved_otherwise and is_path_of_model(args.model) and can_be_copied(mask, folder):
+        _copy(mask, folder, output, origin)
     else:
         model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
         put_masks(mask, model)
         save(model, tokenizer, args, origin)
     print(f"dense {mask.pattern} checkpoint of {args.model} under the mask {mask.digest} written to {output}")
+
+
+def _copy(mask: MaskFile, folder: Path, output: Path, origin: Origin) -> None:
+    """Write a checkpoint from the files of its base; where that fails, nothing is left."""
+    from ..hf import skeleton, write_card
+
+    model, tokenizer = skeleton(folder, mask.dtype)
+    made = [path for path in (output, *output.absolute().parents) if not path.exists()]
+    try:
+        with telling("output"):
+            make_folder(output)
+            copy_masked(mask, folder, output)
+            model.config.save_pretrained(output)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(output)
+            tokenizer.save_pretrained(output)
+            write_card(model, output, output.resolve().name, origin)
+    except BaseException:
+        for path in output.glob("*"):
+            path.unlink()
+        for path in made:
+            path.rmdir()
+        raise
 
 
 def put_masks(mask: MaskFile, model: nn.Module) -> None:

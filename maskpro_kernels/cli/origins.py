@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from ..report import FROZEN
 from ..text.data import is_path
 from ..text.mixture import parse_sources
 from .models import hub_id
+from .progress import tell
 from .run_files import REPORT, SETTINGS, read_own
 
 if TYPE_CHECKING:
@@ -76,20 +76,31 @@ def origin_of_export(run: Path, metadata: Mapping[str, str], dtype: str) -> Orig
     return origin
 
 
-def origin_of_mask_file(provenance: object, model: str, pattern: str, dtype: str) -> Origin:
+def origin_of_mask_file(provenance: Mapping, model: str, pattern: str) -> Origin:
     """Of a model under the masks of a file: what that tells, or else no more than the base model.
 
     Args:
         provenance: of the file.
         model: the base.
         pattern: of the masks.
-        dtype: of the base weights.
     """
     from ..hf import MASK_ALONE, Origin
 
-    with suppress(KeyError, TypeError):
-        return Origin(**provenance["origin"])
-    return Origin(**_base(model), pattern=pattern, changed=MASK_ALONE, settings={"dtype": dtype})
+    if "origin" in provenance:
+        try:
+            origin = Origin(**provenance["origin"])
+            sound = [isinstance(row["method"], str) and row["perplexity"] > 0 for row in origin.table]
+            if all(sound) and isinstance(origin.settings, Mapping) and isinstance(origin.versions, Mapping):
+                return origin
+        except (KeyError, TypeError):
+            pass
+        tell("what the mask file tells of its run is left out of the model card: another program wrote it")
+    return Origin(**_base(model), pattern=pattern, changed=MASK_ALONE)
+
+
+def base_name(model: str) -> str:
+    """The name of a base model, without the folders of this machine."""
+    return _base(model)["base_model"]
 
 
 def origin_of_masks(model: str, pattern: str, source: str) -> Origin:

@@ -135,15 +135,22 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
-def skeleton(name: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model without its weights: what its config tells.
+def skeleton(name: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(causal language model without its weights, tokenizer): what a folder tells beside the weights.
+
+    Args:
+        name: of the folder.
+        dtype: of its weights.
 
     Raises:
         ValueError, OSError: as ``load_model``.
     """
+    check_model(str(name))
     try:
         with _only_errors_told():
-            return _on_meta(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+            return _on_meta(config, trust_remote_code=False), tokenizer
     except Exception as error:
         raise _told(str(name), error) from error
 

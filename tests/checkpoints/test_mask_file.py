@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from maskpro_kernels import NMPattern, top_n_mask
 from maskpro_kernels.checkpoints.mask_file import MAGNITUDE, MaskFile, save_masks
+from maskpro_kernels.digests import digest_of_named
 from maskpro_kernels.stored_digests import without_digests
 
 
@@ -90,7 +94,7 @@ def test_the_initial_mask_has_to_be_the_right_one(tmp_path):
     other = save_masks(tmp_path / "other", some_layers("2:4", 0.02), "2:4", model="tiny")
     third = save_masks(tmp_path / "third", some_layers("2:4", 0.03), "2:4", model="tiny")
     save_masks(tmp_path / "mask", some_layers("2:4", 0.05), "2:4", model="tiny", against=other)
-    with pytest.raises(ValueError, match=f"^against: expected the initial mask .* {other.digest}, got none"):
+    with pytest.raises(ValueError, match=f"^against: expected the initial mask .* {other.digest}, got no file"):
         MaskFile(tmp_path / "mask")
     with pytest.raises(ValueError, match=f"^against: expected .* {other.digest}, got .* of digest {third.digest}"):
         MaskFile(tmp_path / "mask", third)
@@ -116,9 +120,54 @@ def test_what_is_no_mask_is_refused(tmp_path):
     ):
         with pytest.raises((ValueError, TypeError), match=f"^{error}"):
             save_masks(tmp_path / "mask", layers, "2:4", model="tiny")
+    for layers, error in (
+        ([(name, codes, weight), (name, codes, weight)], "layers"),
+        ([(name, codes[0], weight[0])], "layers"),
+        ([(name, codes, weight[:, :62])], "layers"),
+    ):
+        with pytest.raises(ValueError, match=f"^{error}: expected another name for each"):
+            save_masks(tmp_path / "mask", layers, "2:4", model="tiny")
+    with pytest.raises(TypeError, match="^model: expected the name"):
+        save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model=3)
+    with pytest.raises(TypeError, match="^provenance: expected what JSON can hold"):
+        save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny", provenance={"a": object()})
     with pytest.raises(ValueError, match="^against: expected a MaskFile"):
         save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny", against="wanda")
     assert not (tmp_path / "mask").exists()
     (tmp_path / "text").write_text("nothing")
     with pytest.raises(ValueError, match="^mask: expected a mask file"):
         MaskFile(tmp_path / "text")
+    with pytest.raises(ValueError, match="^mask: expected a mask file, got .* a folder"):
+        MaskFile(tmp_path)
+    with pytest.raises(FileNotFoundError, match="^mask: expected a mask file, got .* there is none"):
+        MaskFile(tmp_path / "none")
+    with pytest.raises(ValueError, match="^mask: expected a file that save_masks wrote"):
+        save_file({"a": torch.zeros(1)}, tmp_path / "other")
+        MaskFile(tmp_path / "other")
+
+
+def test_the_file_of_the_initial_mask_is_kept(tmp_path):
+    other = save_masks(tmp_path / "mask", some_layers("2:4", 0.02), "2:4", model="tiny")
+    content = (tmp_path / "mask").read_bytes()
+    with pytest.raises(ValueError, match="^path: expected another file than that of the initial mask"):
+        save_masks(tmp_path / "mask", some_layers("2:4", 0.05), "2:4", model="tiny", against=other)
+    assert (tmp_path / "mask").read_bytes() == content
+
+
+def test_a_closed_file_gives_no_codes(tmp_path):
+    mask = save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny")
+    mask.close()
+    with pytest.raises(ValueError, match="^mask: expected an open file"):
+        mask.codes("up")
+
+
+def test_changes_that_unfold_to_more_are_refused(tmp_path):
+    path = tmp_path / "mask"
+    save_masks(path, some_layers("2:4"), "2:4", model="tiny", against=MAGNITUDE).close()
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}
+    tensors["up"] = torch.frombuffer(bytearray(zlib.compress(bytes(10_000_000))), dtype=torch.uint8)
+    del metadata["digest"]
+    save_file(tensors, path, {**metadata, "digest": digest_of_named(tensors, metadata)})
+    with pytest.raises(ValueError, match="^mask: expected changes of 384 groups, got others"):
+        MaskFile(path).codes("up", dict((name, weight) for name, _, weight in some_layers("2:4"))["up"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from helpers.tiny_llama import tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from maskpro_kernels.checkpoints import masked_copy
 from maskpro_kernels.checkpoints.mask_file import MaskFile, save_masks
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.mask_files import put_masks
@@ -33,23 +33,72 @@ def exported(run, tmp_path_factory):
 
 
 def test_the_checkpoint_comes_back_byte_for_byte(inputs, exported, tmp_path, capsys):
+    """Whether the base is copied or loaded: it was saved by the same transformers, into one file."""
     mask, dense = exported
-    assert main.main(["apply", str(mask), str(inputs / "model"), str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert f"dense 2:4 checkpoint of {inputs / 'model'} under the mask {MaskFile(mask).digest} written to" in told
-    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     expected = {path.name: path.read_bytes() for path in dense.iterdir()}
-    assert written["model.safetensors"] == expected["model.safetensors"]
-    assert written.keys() == expected.keys()
-    # what it tells of where it comes from, too
-    assert (
-        written["README.md"].split(b"<!--")[0].replace(b"# out", b"# dense").replace(b'("out")', b'("dense")')
-        == expected["README.md"].split(b"<!--")[0]
+    for name, more in (("copied", []), ("loaded", ["--max-shard-size", "5GB"])):
+        assert main.main(["apply", str(mask), str(inputs / "model"), str(tmp_path / name), *more]) == 0
+        told = capsys.readouterr().out
+        assert f"dense 2:4 checkpoint of {inputs / 'model'} under the mask {MaskFile(mask).digest} written to" in told
+        written = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        assert written.keys() == expected.keys()
+        for file in written.keys() - {"README.md"}:
+            assert written[file] == expected[file], file
+        # what it tells of where it comes from, too
+        card, _ = written["README.md"].decode().replace(f"# {name}", "# dense").split("<!--")
+        assert card.replace(f'("{name}")', '("dense")') == expected["README.md"].decode().split("<!--")[0]
+
+
+def test_against_the_mask_by_magnitude_no_file_is_needed(inputs, run, exported, tmp_path, capsys):
+    assert main.main(["export", str(run), str(tmp_path / "mask"), "--to", "mask", "--against", "magnitude"]) == 0
+    told = capsys.readouterr()
+    mask = MaskFile(tmp_path / "mask")
+    alone = mask.needs is None
+    assert alone == ("the initial mask differs in so many groups" in told.err)
+    assert alone or "against the mask by magnitude" in told.out
+    for name, more in (("copied", []), ("loaded", ["--max-shard-size", "5GB"])):
+        assert main.main(["apply", str(tmp_path / "mask"), str(inputs / "model"), str(tmp_path / name), *more]) == 0
+        assert_same_bits(*(load_file(folder / "model.safetensors") for folder in (tmp_path / name, exported[1])))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no index", "an index of nothing"])
+def test_a_damaged_base_is_told_in_one_line(inputs, exported, tmp_path, capsys, damage):
+    shutil.copytree(inputs / "model", tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        weights.unlink()
+        (tmp_path / "base" / "model.safetensors.index.json").write_text("{}" if damage == "no index" else "")
+    refuses(capsys, tmp_path, ["apply", str(exported[0]), str(tmp_path / "base"), str(tmp_path / "out")], "model: ")
+
+
+def test_an_error_within_the_copy_leaves_nothing(inputs, exported, tmp_path, capsys, monkeypatch):
+    AutoModelForCausalLM.from_pretrained(inputs / "model").save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    shutil.copy(inputs / "model" / "tokenizer.json", tmp_path / "base")
+    copy, files = masked_copy._copy_file, []
+
+    def failing(mask, source, target):
+        files.append(target)
+        if len(files) > 1:
+            raise OSError(28, "No space left on device")
+        copy(mask, source, target)
+
+    monkeypatch.setattr(masked_copy, "_copy_file", failing)
+    out = tmp_path / "new" / "out"
+    refuses(
+        capsys, tmp_path, ["apply", str(exported[0]), str(tmp_path / "base"), str(out)], "output: ", "No space left"
     )
-    # a model that has to be loaded gives the same
-    arguments = ["apply", str(mask), str(inputs / "model"), str(tmp_path / "loaded"), "--max-shard-size", "5GB"]
-    assert main.main(arguments) == 0
-    assert (tmp_path / "loaded" / "model.safetensors").read_bytes() == expected["model.safetensors"]
+    assert len(files) == 2 and not out.parent.exists()
+
+
+def test_a_base_that_is_a_run_gives_no_report(inputs, run, exported, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(inputs / "model", base)
+    for name in ("report.json", "settings.json"):
+        shutil.copy(run / name, base)
+    assert main.main(["apply", str(exported[0]), str(base), str(tmp_path / "out")]) == 0
+    assert not {"report.json", "settings.json"} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_against_the_initial_mask_it_is_smaller(inputs, run, exported, tmp_path, capsys):
@@ -58,7 +107,7 @@ def test_against_the_initial_mask_it_is_smaller(inputs, run, exported, tmp_path,
     assert main.main(["export", str(run), str(tmp_path / "mask"), "--to", "mask", "--against", str(initial)]) == 0
     assert (tmp_path / "mask").stat().st_size < exported[0].stat().st_size
     apply = ["apply", str(tmp_path / "mask"), str(inputs / "model"), str(tmp_path / "out")]
-    refuses(capsys, tmp_path, apply, "against: expected the initial mask that", "got none")
+    refuses(capsys, tmp_path, apply, "against: expected the initial mask that", "got no file")
     assert main.main([*apply, "--against", str(initial)]) == 0
     assert_same_bits(*(load_file(folder / "model.safetensors") for folder in (tmp_path / "out", exported[1])))
     out = str(tmp_path / "more")
@@ -69,6 +118,7 @@ def test_against_the_initial_mask_it_is_smaller(inputs, run, exported, tmp_path,
 def test_a_base_in_several_files(inputs, exported, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
     base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    shutil.copy(inputs / "model" / "tokenizer.json", tmp_path / "base")
     assert main.main(["apply", str(exported[0]), str(tmp_path / "base"), str(tmp_path / "out")]) == 0
     files = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
     assert len(files) > 1 and files == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -99,7 +149,7 @@ def test_a_base_stored_in_another_dtype(inputs, exported, tmp_path):
 
 
 def test_weights_that_are_stored_transposed(tmp_path):
-    """As GPT-2's are: the model is loaded, and its layers taken apart."""
+    """As GPT-2's are, square ones among them: the model is loaded, and its layers taken apart."""
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 300, "n_positions": 32}
     model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
@@ -136,5 +186,18 @@ def test_a_mask_over_changed_weights_is_refused(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, "run: expected a mask of the weights of the base model, got scales refitted")
 
 
-def test_provenance_is_of_no_path(inputs, exported):
-    assert str(inputs) not in json.dumps(MaskFile(exported[0]).provenance)
+def test_a_file_holds_no_path(inputs, run, exported):
+    for path in (exported[0], run / "progress" / INITIAL_MASK):
+        assert str(inputs).encode() not in path.read_bytes()
+        assert MaskFile(path).model == "model"
+
+
+def test_what_another_program_tells_is_left_out(inputs, run, exported, tmp_path, capsys):
+    mask = MaskFile(exported[0])
+    weights = load_file(inputs / "model" / "model.safetensors")
+    layers = [(name, mask.codes(name), weights[f"{name}.weight"]) for name in mask.layers]
+    other = {"origin": {"table": [{}]}}
+    save_masks(tmp_path / "mask", layers, "2:4", model="tiny", provenance=other).close()
+    assert main.main(["apply", str(tmp_path / "mask"), str(inputs / "model"), str(tmp_path / "out")]) == 0
+    assert "what the mask file tells of its run is left out" in capsys.readouterr().err
+    assert (tmp_path / "out" / "README.md").exists()
