@@ -202,13 +202,7 @@ def save_masks(
         raise ValueError(f"path: expected another file than that of the initial mask, got {str(path)!r}")
     bases, whole, changed, dtypes = {}, {}, {}, set()
     for name, codes, weight in layers:
-        if name in bases or weight.dim() != 2 or weight.shape[1] % pattern.m:
-            raise ValueError(
-                f"layers: expected another name for each, and weights [out, K] with K divisible by {pattern.m}, got "
-                f"{list(weight.shape)} in {name}"
-            )
-        check_codes("codes", codes, pattern, weight)
-        check_exactly_n("codes", codes, pattern)
+        _check_layer(name, codes, weight, pattern, bases)
         dtypes.add(weight.dtype)
         bases |= base_layers([(name, weight)], weight.dtype)
         if other is not None and other.layers.get(name) != bases[name]:
@@ -236,6 +230,16 @@ def save_masks(
     }
     write_tensors(held, path, {**metadata, DIGEST: digest_of_named(held, metadata)})
     return MaskFile(path, other)
+
+
+def _check_layer(name: str, codes: Tensor, weight: Tensor, pattern: NMPattern, known: Mapping[str, BaseLayer]) -> None:
+    if name in known or weight.dim() != 2 or weight.shape[1] % pattern.m:
+        raise ValueError(
+            f"layers: expected another name for each, and weights [out, K] with K divisible by {pattern.m}, got "
+            f"{list(weight.shape)} in {name}"
+        )
+    check_codes("codes", codes, pattern, weight)
+    check_exactly_n("codes", codes, pattern)
 
 
 def _as_json(provenance: Mapping[str, object] | None) -> str:
