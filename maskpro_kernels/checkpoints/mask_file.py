@@ -219,17 +219,25 @@ def save_masks(
     needs, held = "", whole
     if against is not None and _size(changed) < _size(whole):
         needs, held = MAGNITUDE if other is None else other.digest, changed
+    metadata = {"pattern": str(pattern), "model": model, "provenance": told, AGAINST: needs}
+    _write(path, held, bases, dtypes.pop(), metadata)
+    return MaskFile(path, other)
+
+
+def _write(
+    path: str | Path,
+    held: Mapping[str, Tensor],
+    bases: Mapping[str, BaseLayer],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> None:
     metadata = {
+        **metadata,
         "format": FORMAT,
-        "pattern": str(pattern),
-        "dtype": str(dtypes.pop()).removeprefix("torch."),
-        "model": model,
+        "dtype": str(dtype).removeprefix("torch."),
         "layers": json.dumps({name: [*base.shape, base.digest] for name, base in bases.items()}),
-        "provenance": told,
-        AGAINST: needs,
     }
     write_tensors(held, path, {**metadata, DIGEST: digest_of_named(held, metadata)})
-    return MaskFile(path, other)
 
 
 def _check_layer(name: str, codes: Tensor, weight: Tensor, pattern: NMPattern, known: Mapping[str, BaseLayer]) -> None:
