@@ -73,7 +73,7 @@ def save_initial_mask(args: argparse.Namespace, model: nn.Module, progress: Path
         tell(f"weights with masks have several dtypes: {INITIAL_MASK} is left out")
         return
     triples = (
-        (name, top_n_mask(layer.logits.detach(), layer.pattern), layer.weight.detach())
+        (name, top_n_mask(layer.logits_on_device().detach(), layer.pattern), layer.weight.detach())
         for name, layer in layers.items()
     )
     told = {"of": f"the {args.init} mask that a run began with"}
