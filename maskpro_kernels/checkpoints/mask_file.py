@@ -197,7 +197,7 @@ def save_masks(
     pattern = NMPattern(pattern)
     if not isinstance(model, str):
         raise TypeError(f"model: expected the name of the base model, got {type(model).__name__}")
-    other, told = _other_file(against, pattern), _as_json(provenance)
+    other, told = file_of(against, pattern), _as_json(provenance)
     if other is not None and Path(path).exists() and other.path.samefile(path):
         raise ValueError(f"path: expected another file than that of the initial mask, got {str(path)!r}")
     bases, whole, changed, dtypes = {}, {}, {}, set()
@@ -257,8 +257,8 @@ def _as_json(provenance: Mapping[str, object] | None) -> str:
         raise TypeError(f"provenance: expected what JSON can hold, got {error}") from error
 
 
-def _other_file(against: MaskFile | str | None, pattern: NMPattern) -> MaskFile | None:
-    """The file of an initial mask, where it has one; ValueError unless it can be one of that pattern."""
+def file_of(against: MaskFile | str | None, pattern: NMPattern) -> MaskFile | None:
+    """The file of an initial mask, None where it has none; ValueError unless it is one of that pattern."""
     if against is None or against == MAGNITUDE:
         return None
     if not isinstance(against, MaskFile):

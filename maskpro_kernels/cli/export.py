@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.logits import Learned, load_learned
+from ..checkpoints.mask_file import file_of
 from ..digests import digest
 from ..files import check_output
 from ..functional.masks import top_n_mask
@@ -23,7 +24,7 @@ from ..pruning.refit import put_weights
 from ..report import FROZEN
 from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, new_file, telling, values_kind
-from .mask_files import check_against, check_mask_options, initial_mask, write_mask
+from .mask_files import check_mask_options, initial_mask, write_mask
 from .models import check_saving, hub_id, load, save, told_size
 from .origins import origin_of_export
 from .progress import tell
@@ -50,12 +51,13 @@ def export(args: argparse.Namespace) -> None:
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
     if args.to == "mask":
-        check_against(against, pattern)
-    if args.to == "mask" and learned.weights:
-        raise ValueError(
-            f"run: expected a mask of the weights of the base model, got {metadata['weights_are']}, which a mask file "
-            "does not hold; export a checkpoint, by --to dense or packed"
-        )
+        # told before the model is loaded
+        file_of(against, pattern)
+        if learned.weights:
+            raise ValueError(
+                f"run: expected a mask of the weights of the base model, got {metadata['weights_are']}, which a mask "
+                "file does not hold; export a checkpoint, by --to dense or packed"
+            )
     dtype = getattr(args, "dtype", metadata["dtype"])
     name = getattr(args, "model", metadata["model"])
     model, tokenizer = _base_model(name, dtype, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,14 +55,6 @@ def initial_mask(name: str) -> MaskFile | str:
     except (ValueError, OSError) as error:
         told = str(error).removeprefix("mask: ").removeprefix("against: ")
         raise type(error)(f"against: {told}; give a mask file that needs no other") from error
-
-
-def check_against(against: MaskFile | str | None, pattern: NMPattern) -> None:
-    """Raise ValueError unless an initial mask, opened, is one of that pattern."""
-    if isinstance(against, MaskFile) and against.pattern != pattern:
-        raise ValueError(
-            f"against: expected a mask of {pattern}, got one of {against.pattern} in {str(against.path)!r}"
-        )
 
 
 def save_initial_mask(args: argparse.Namespace, model: nn.Module, progress: Path) -> None:
@@ -152,8 +145,8 @@ def _copy(mask: MaskFile, folder: Path, output: Path, origin: Origin) -> None:
             write_card(model, output, output.resolve().name, origin)
     except BaseException:
         for path in output.glob("*"):
-            path.unlink()
-        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in filter(Path.exists, made):
             path.rmdir()
         raise
 

@@ -81,6 +81,9 @@ def test_an_error_within_the_copy_leaves_nothing(inputs, exported, tmp_path, cap
     def failing(mask, source, target):
         files.append(target)
         if len(files) > 1:
+            # as of a tokenizer with further templates
+            (target.parent / "folder").mkdir()
+            (target.parent / "folder" / "file").touch()
             raise OSError(28, "No space left on device")
         copy(mask, source, target)
 
@@ -177,6 +180,10 @@ def test_options_without_effect_are_refused(run, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, "output: expected a new file")
     arguments = [*export, "--to", "mask", "--against", str(tmp_path / "there")]
     refuses(capsys, tmp_path, arguments, "against: expected a mask file")
+    weights = torch.ones(4, 8)
+    save_masks(tmp_path / "4:8", [("a", top_n_mask(weights, "4:8"), weights)], "4:8", model="tiny").close()
+    arguments = [*export, "--to", "mask", "--against", str(tmp_path / "4:8")]
+    refuses(capsys, tmp_path, arguments, "against: expected a mask of 2:4, got one of 4:8")
 
 
 def test_a_mask_over_changed_weights_is_refused(inputs, tmp_path, capsys):
