@@ -143,8 +143,9 @@ def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dt
     ("n", "m"), [(1, 2), (2, 4), (4, 8), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (20, 32)))]
 )
 def test_kernel_and_reference_draw_the_same_where_blocks_are_determined(n, m, gap, monkeypatch):
-    """Blocks as small as on a GPU: bounds determine the draws of most of them, not of others."""
+    """Blocks as small as on a GPU, two a program: bounds determine the draws of most of them, not of others."""
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)
+    monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", 0)
     generator = torch.Generator().manual_seed(n)
     logits = torch.zeros(700, m).scatter_(1, torch.rand(700, m, generator=generator).topk(n).indices, gap)
     logits[::7] += torch.randn(logits[::7].shape, generator=generator)

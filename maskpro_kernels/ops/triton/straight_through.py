@@ -114,8 +114,9 @@ def straight_through_kernel(
     total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
-    z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
-    code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+    logits = tile_logits(source, row, group, inside, groups, KIND, M)
+    code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
+                     offset, row_stride, KIND, N, M)  # fmt: skip
     w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
     squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
     squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]

@@ -17,9 +17,9 @@ from .groups import (
     split_columns,
 )
 from .gumbel_top_k import (
-    determined,
     drawn_code,
     drawn_keys,
+    expected,
     gumbel,
     scaled,
     top_n,

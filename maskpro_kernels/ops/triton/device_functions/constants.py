@@ -33,8 +33,8 @@ FLOAT16_MAX: tl.constexpr = tl.constexpr(_reference.FLOAT16_MAX)
 FLOAT16_SMALLEST_NORMAL: tl.constexpr = tl.constexpr(_reference.FLOAT16_SMALLEST_NORMAL)
 FLOAT16_SUBNORMAL_STEP: tl.constexpr = tl.constexpr(_reference.FLOAT16_SUBNORMAL_STEP)
 
-LEAST_NOISE: tl.constexpr = tl.constexpr(_bounds.LEAST_NOISE)
-BOUND_AT_ZERO: tl.constexpr = tl.constexpr(_bounds.BOUND_AT_ZERO)
+MINUS_LOG_AT_ZERO: tl.constexpr = tl.constexpr(_bounds.MINUS_LOG_AT_ZERO)
+TANGENT: tl.constexpr = tl.constexpr(_bounds.TANGENT)
 NATS_PER_BIT_PATTERN: tl.constexpr = tl.constexpr(_bounds.NATS_PER_BIT_PATTERN)
 
 MULTIPLIERS: tl.constexpr = tl.constexpr(_philox.MULTIPLIERS)
