@@ -9,7 +9,7 @@ dropped bounds the former, the largest word of the kept the latter. With u = (r 
   tangent at 2: ln(E) <= ln(2) - 1 + E / 2. So gumbel(r) >= ``least_gumbel(r)`` = 1 - ln(2) - minus_log(~r) / 2.
 
 The least noise of all is -3.13. But only one word in 16 is above 0xF0000000, where noise falls below -1.02, and a bound
-that knows the words leaves a third as many groups open as the least of all. The tangent at 2 leaves the fewest open,
+that knows the words leaves a tenth as many groups open as the least of all. The tangent at 2 leaves the fewest open,
 within 3%, where two are kept. Rounded addition is monotone, so what holds of bounds holds of the rounded keys of
 ``reference`` as well.
 
@@ -41,7 +41,9 @@ HIGHEST_PATTERN = (127 + 30) * 8
 # That of both words together, the second one halved, at level 0
 LOWEST_LEVEL = HIGHEST_PATTERN + HIGHEST_PATTERN // 2 - 255
 SPREAD_AT_ZERO = 1.5 * QUARTER_AT_ZERO - TANGENT - LOWEST_LEVEL * NATS_PER_LEVEL
-# Of keys far from 0 the rounding, 2^-24 of them, may exceed the slack
+# A spread bounds how far two keys come closer, and each is rounded by up to 2^-24 of itself. A dropped one more than 64
+# beyond twice the kept one is out of reach of any noise. Otherwise both roundings together are less than 2^-20 of the
+# kept one and the slack.
 ROUNDING = 1 + 2.0**-20
 
 

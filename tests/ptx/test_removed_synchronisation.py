@@ -54,7 +54,7 @@ REDUNDANT = (
         for kernel, last in (("masked_linear_weight_grad", 27), ("straight_through", 37))
     }
 )
-KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend", "sample_mask"]
+KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend"]
 
 
 def call_of(kernel, target):
@@ -92,3 +92,11 @@ def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine)
     assert missed.keys() == redundant.keys(), missed
     alike = {number for number, reason in redundant.items() if reason == FOR_EACH_OTHER}
     assert not alike or what_is_found(machine, call, lambda text: without(text, alike)) - before
+
+
+@pytest.mark.parametrize("kernel", ["sample_mask", "masked_weight", "score_update"])
+def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, machine):
+    compiled_for("sm_80")
+    texts = []
+    what_is_found(machine, call_of(kernel, "sm_80"), lambda text: texts.append(text) or text)
+    assert texts and not any(synchronisations(text) for text in texts)
