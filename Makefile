@@ -10,19 +10,21 @@ LONGEST := $(patsubst %,tests/%.py,ops/test_goldens ops/triton/test_aot ops/refe
 	ops/test_bits benchmarks/test_benchmarks test_packed docs/test_documents cli/test_mixed_data cli/test_resume)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
-# Compiled kernels on the PTX machine; Triton reads when it is imported whether to interpret, so these run apart
-PTX_TESTS := --ptx sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/ptx/test_%.py, \
+# Compiled kernels on the machines for PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
+# run apart
+COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/compiled/test_%.py, \
 	compiled_products compiled_packed compiled_odd_addresses compiled_sampling planted_faults \
 	removed_synchronisation compiled_far_launches coverage)
 # Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own on the machine
-KERNEL_TESTS := $(patsubst %,tests/%.py,ops/triton/test_masked_gemm ops/triton/test_straight_through \
-	ops/test_adamw ops/test_bits functional/test_straight_through test_packed)
 TARGET ?= sm_80
-test test-triton36 test-slow test-ptx: export OMP_NUM_THREADS = 1
+WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through test_packed
+KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
+test test-triton36 test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
-.PHONY: demo test test-slow test-ptx test-ecosystem test-triton36 lint aot-report aot-table bench gpu-check clean
+.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-slow-triton36 lint aot-report aot-table \
+	bench gpu-check clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -39,15 +41,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)
-	$(VENV)/bin/python -m pytest $(PTX_TESTS) -m "ptx and not slow"
+	$(VENV)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
 
-test-slow: $(INSTALLED) test-ptx
+test-slow: $(INSTALLED) test-compiled
 	$(VENV)/bin/python -m pytest tests -m slow
-	$(VENV)/bin/python -m pytest $(PTX_TESTS) -m "ptx and slow"
+	$(VENV)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and slow"
 
-# Any test that launches kernels, on the PTX machine: make test-ptx TARGET=sm_90 KERNEL_TESTS=tests/ops/test_bits.py
-test-ptx: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --ptx $(TARGET) -n 2 --dist loadfile $(KERNEL_TESTS)
+# Any test that launches kernels, on a machine: make test-compiled TARGET=sm_90 KERNEL_TESTS=tests/ops/test_bits.py
+test-compiled: $(INSTALLED)
+	$(VENV)/bin/python -m pytest --compiled $(TARGET) -n 2 --dist loadfile $(KERNEL_TESTS)
 
 # With other libraries, which the package does not need
 test-ecosystem: $(VENV)/.ecosystem
@@ -55,7 +57,11 @@ test-ecosystem: $(VENV)/.ecosystem
 
 test-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(TESTS)
-	$(VENV36)/bin/python -m pytest $(PTX_TESTS) -m "ptx and not slow"
+	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
+
+# What another release compiles is other text, with synchronisation and branches of its own
+test-slow-triton36: $(INSTALLED36)
+	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and slow"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

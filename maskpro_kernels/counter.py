@@ -1,10 +1,11 @@
-"""Where a mask comes from: the counter of its draw, and the source of a mask."""
+"""Where a mask comes from: the counter of its draw, the state in which layers share one, and the source of a mask."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 class Counter(NamedTuple):
@@ -35,6 +36,29 @@ class Counter(NamedTuple):
     def keywords(self) -> dict[str, Tensor | int]:
         """As the public functions take it: ``score_update_(..., **layer.counter().keywords())``."""
         return self._asdict()
+
+
+class CounterState(nn.Module):
+    """Seed, step and draw id of the draws, 0-dim int64 buffers that all layers of a model share.
+
+    A shared submodule stays shared when the model is moved or copied. Not part of the state_dict, where it
+    would stand under every layer as one shared tensor: the layers save seed and step in their extra state.
+
+    Attributes:
+        seed: of all draws.
+        step: at which the layers draw, see ``advance``.
+        draw: which of several draws in a step the layers make. As for the step, a backward through a forward comes
+            before the draw changes: torch refuses a later one, "modified by an inplace operation".
+    """
+
+    seed: Tensor
+    step: Tensor
+    draw: Tensor
+
+    def __init__(self, seed: int = 0, device: torch.device | str | None = None):
+        super().__init__()
+        for name, value in (("seed", seed), ("step", 0), ("draw", 0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int64, device=device), persistent=False)
 
 
 # Of a mask that is not drawn, where one is asked for

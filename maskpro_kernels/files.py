@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+# What a folder answers to a sync that is not ours to read or write, or whose file system, as autofs, has none
+UNSYNCED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EROFS}
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -28,18 +33,66 @@ def write_whole(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def append_whole(path: Path, content: bytes) -> None:
+    """Add bytes to a file, which is made if missing: all of them, or none where that fails.
+
+    Raises:
+        OSError: if they cannot be written; the file then ends where it did.
+    """
+    with open(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(content) != len(content):
+                raise OSError(f"{path}: the disk took a part only")
+        except BaseException:
+            # an interrupt too: whoever goes on would write behind a half
+            os.ftruncate(file.fileno(), before)
+            raise
+
+
 def _temporary(path: Path) -> Path:
     # a name of its own, or one writer would take away what another one writes
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+def unfinished(folder: Path, name: str = ".+") -> list[Path]:
+    """Files of which a process that was killed had written a part, by the names that we give such parts.
+
+    Args:
+        name: a regular expression for the name that the whole file would have got.
+    """
+    return _files_named(rf"({name})\.[0-9a-f]{{16}}\.tmp", folder)
+
+
+def unfinished_tensors(folder: Path) -> list[Path]:
+    """The same of ``write_tensors``, by the names that safetensors gives such parts."""
+    return _files_named(r"\.tmp[A-Za-z0-9]{6}", folder)
+
+
+def _files_named(name: str, folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if re.fullmatch(name, path.name) and path.is_file()]
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, with those above it, unless it is there; their names are on disk then."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(made):
+    missing = _missing(path)
+    there = missing[-1].parent if missing else path
+    # whoever made it may have been ended before its name was on disk
+    try:
+        sync(there.absolute().parent)
+    except OSError as error:
+        if error.errno not in UNSYNCED:
+            raise
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
         # its name is itself lost in a crash unless the folder above reaches the disk too
         sync(folder.parent)
+    path.mkdir(exist_ok=True)
+
+
+def _missing(path: Path) -> list[Path]:
+    """A folder and those above it that are not there, the topmost last."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def sync(path: Path) -> None:
@@ -58,13 +111,18 @@ def check_output(folder: str | Path) -> None:
         ValueError: if ``folder`` exists and is not empty, or it or a folder above it is a file or not writable.
     """
     folder = Path(folder)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    missing = _missing(folder.absolute())
+    there = missing[-1].parent if missing else folder.absolute()
     # Told now: after hours of learning it would be too late.
     if not there.is_dir():
         raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file; give another name")
     try:
-        # Permission bits alone do not tell: root, read-only and virtual file systems pass them.
-        tempfile.TemporaryDirectory(dir=there).cleanup()
+        # Permission bits alone do not tell: root, read-only and virtual file systems pass them. A file without a name
+        # leaves nothing behind, whenever the process is killed; and an empty folder of that name may be given again.
+        tempfile.TemporaryFile(dir=there).close()
+        if missing:
+            os.mkdir(missing[-1])
+            os.rmdir(missing[-1])
     except OSError as error:
         raise ValueError(f"output: expected a writable folder, got {str(folder)!r}: {error}") from error
     if folder.exists() and any(folder.iterdir()):

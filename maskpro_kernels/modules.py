@@ -10,47 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .counter import Counter, MaskSource
+from .counter import Counter, CounterState, MaskSource
 from .extras import watch_saving
 from .functional.checks import (
     LOGIT_DTYPES,
     check_codes,
     check_exactly_n,
+    check_known,
     check_like,
     check_shard,
+    check_step,
     check_weight,
     describe,
     matrix_of,
 )
 from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
-from .ops.philox import MAX_LAYERS
+from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
 
 Result = TypeVar("Result")
-
-
-class CounterState(nn.Module):
-    """Seed, step and draw id of the draws, 0-dim int64 buffers that all layers of a model share.
-
-    A shared submodule stays shared when the model is moved or copied. Not part of the state_dict, where it
-    would stand under every layer as one shared tensor: the layers save seed and step in their extra state.
-
-    Attributes:
-        seed: of all draws.
-        step: at which the layers draw, see ``advance``.
-        draw: which of several draws in a step the layers make. As for the step, a backward through a forward comes
-            before the draw changes: torch refuses a later one, "modified by an inplace operation".
-    """
-
-    seed: Tensor
-    step: Tensor
-    draw: Tensor
-
-    def __init__(self, seed: int = 0, device: torch.device | str | None = None):
-        super().__init__()
-        for name, value in (("seed", seed), ("step", 0), ("draw", 0)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.int64, device=device), persistent=False)
 
 
 def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
@@ -348,10 +327,12 @@ class MaskedLinear(nn.Module):
         """The counter of the current step and draw, on the device of the weight.
 
         Raises:
-            ValueError: if seed and step are on meta, where they have no value.
+            ValueError: if seed and step are on meta, where they have no value, or the step is on the CPU and not in
+                [0, 2**32).
         """
         state, device = self.counter_state, self.weight.device
         key = state.seed, state.step, self.layer_id, state.draw
+        check_step(state.step)
         if any(part.device != device for part in key):
             # the layers of a model may have been spread over devices since they were made
             if any(part.is_meta for part in key):
@@ -396,7 +377,10 @@ class MaskedLinear(nn.Module):
                     f"version saves it"
                 )
                 return
-            _, n, m, _, _, *place, _ = saved.tolist()
+            _, n, m, _, step, *place, _ = saved.tolist()
+            if not 0 <= step < MAX_STEPS:
+                errors.append(f"state_dict: expected a step in [0, {MAX_STEPS}), got {step} in {prefix!r}")
+                return
             if (n, m) != (self.pattern.n, self.pattern.m):
                 errors.append(f"state_dict: expected logits of pattern {self.pattern}, got {n}:{m} in {prefix!r}")
                 return
@@ -484,9 +468,13 @@ def advance(model: nn.Module) -> None:
     before the next call, since it draws the mask again.
 
     Raises:
-        ValueError: if the model has no MaskedLinear.
+        ValueError: if the model has no MaskedLinear; or if the step is on the CPU and the next one is not below 2**32:
+            it then stays. On a device that is not checked, and the masks of the last step are drawn again from there.
     """
-    for counter_state in counter_states(model):
+    states = counter_states(model)
+    for counter_state in states:
+        check_known("step", counter_state.step, 0, MAX_STEPS - 1)
+    for counter_state in states:
         counter_state.step.add_(1)
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from . import ops
 from .extras import watch_saving
-from .functional.checks import LOGIT_DTYPES, check_exactly_n, check_no_tangents, check_not_distributed, describe
+from .functional.checks import (
+    LOGIT_DTYPES,
+    check_exactly_n,
+    check_layout,
+    check_no_tangents,
+    check_not_distributed,
+    describe,
+)
 from .functional.masks import expand_mask
 from .huge_pages import move_into_huge_pages
 from .modules import MaskedLinear
@@ -186,6 +193,7 @@ def pack_nm(weight: Tensor, pattern: str | NMPattern, values: str = KEEP) -> Pac
     check_values_kind(values)
     if not isinstance(weight, Tensor) or weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
+    check_layout("weight", weight)
     if weight.dim() != 2 or weight.shape[1] == 0 or weight.shape[1] % pattern.m:
         raise ValueError(f"weight: expected [out, K] with K divisible by {pattern.m}, above 0, got {describe(weight)}")
     weight = weight.detach().contiguous()
@@ -261,6 +269,7 @@ def packed_linear(
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(told)}")
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != k or x.device != values.device:
         raise ValueError(f"x: expected a tensor [..., {k}] on {values.device}, got {describe(x)}")
+    check_layout("x", x)
     for name, part in (("bitmask", bitmask), ("scales", scales)):
         if part is not None and part.device != values.device:
             raise ValueError(f"{name}: expected a tensor on {values.device}, as the values are, got {describe(part)}")

@@ -4,11 +4,16 @@ Numbers go through gloo, whatever the device. When a process ends, the kernel cl
 something waits for it. It does not say which rank has ended, and those that wait for another rank learn nothing. So the
 rank that sees a failure starts a roll call in the store that the ranks share. All waiting ranks look there once a
 second and answer.
+
+A process that is stopped, or whose machine hangs, closes nothing, and without torchrun the store may be in it. So no
+call waits for the store, or for a connection, without a limit of its own. Each rank has a port at which a thread of it
+answers: who waits for as long as it takes asks there whether the others still live.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -17,7 +22,7 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,10 +40,14 @@ LOOK, ANSWER, CONNECTION = 1.0, 5.0, 2.0
 FIRST_PAUSE, LAST_PAUSE = 0.05, 0.4
 # Connections that are tried at the same time, and that wait to be accepted at most, where the kernel allows as many
 TRIED, QUEUE = 32, socket.SOMAXCONN
-MEETING = timedelta(minutes=30)
+# For the others to come, in seconds
+MEETING = 1800.0
 # For what is waited for as long as it takes
 NO_LIMIT = timedelta(days=365)
 CALL = "roll call"
+# What a rank says at its port, and what is found there
+ALIVE = b"1"
+ANSWERS, SILENT, REFUSES = "answers", "silent", "refuses"
 
 
 def of_torchrun() -> bool:
@@ -101,8 +110,8 @@ class Ranks:
     All ranks call the same methods in the same order, ``connect`` first. Alone, nothing is sent.
 
     Args:
-        timeout: seconds that a method waits for the other ranks, unless it is patient. A rank that has ended is
-            noticed at once.
+        timeout: seconds that a method waits for the other ranks. A patient one waits longer, for as long as they live:
+            it ends where a rank gives no sign of life for that many seconds. A rank that has ended is noticed at once.
 
     Attributes:
         rank: of this process, from 0.
@@ -118,13 +127,18 @@ class Ranks:
         self.timeout = timeout
         self.bytes_sent = 0
         self._group: dist.ProcessGroup | None = None
+        self._looking: threading.Thread | None = None
         self._failure: RuntimeError | None = None
 
     def connect(self) -> None:
-        """Meet the other ranks, where that has not been done; torch raises where they do not come in half an hour."""
+        """Meet the other ranks, where that has not been done, within half an hour."""
         if self.world == 1 or self._group is not None:
             return
-        self._group = dist.new_group(backend="gloo", timeout=MEETING)
+        limit = timedelta(seconds=MEETING)
+        self._group = _in_time(MEETING + ANSWER, lambda: dist.new_group(backend="gloo", timeout=limit))
+        if self._group is None:
+            self._failure = MissingRanks(f"ranks: the store that they share did not answer within {MEETING:g} s")
+            raise self._failure
         # torch has no public name for the store, nor for another limit of time
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"maskpro_kernels/{self._group.group_name}", store)
@@ -132,12 +146,12 @@ class Ranks:
         own = socket.gethostname(), self._sign.port
         addresses = {
             rank: ("127.0.0.1" if host == own[0] else host, port)
-            for rank, (host, port) in enumerate(self.gather_objects(own))
+            for rank, (host, port) in enumerate(self._gather_objects(own, MEETING))
             if rank != self.rank
         }
-        # a refusal tells nothing where a connection cannot be had anyway
-        taken = _connect_to_all(addresses.values())
-        self._addresses = {rank: address for rank, address in addresses.items() if taken[address]}
+        # silence tells nothing where a connection cannot be had anyway
+        signs = _signs_of(addresses)
+        self._addresses = {rank: address for rank, address in addresses.items() if signs[rank] == ANSWERS}
 
     def close(self) -> None:
         """Part from the other ranks; they need not do so at the same time."""
@@ -166,17 +180,18 @@ class Ranks:
         if not any(asked for (asked,) in self.gather([function is not None])):
             return False
         flag = function is not None and bool(function())
-        return any(row.item() for row in self._gather(torch.tensor([flag], device="cpu"), patient=True))
+        return any(row.item() for row in self._gather(torch.tensor([flag], device="cpu"), math.inf))
 
     def gather_objects(self, thing: object) -> list:
         """What every rank gives, by rank. Patient."""
-        if self.world == 1:
-            return [thing]
+        return [thing] if self.world == 1 else self._gather_objects(thing, math.inf)
+
+    def _gather_objects(self, thing: object, seconds: float) -> list:
         content = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
-        sizes = self._gather(torch.tensor([len(content)], device="cpu"), patient=True)
+        sizes = self._gather(torch.tensor([len(content)], device="cpu"), seconds)
         padded = torch.zeros(int(max(sizes)), dtype=torch.uint8, device="cpu")
         padded[: len(content)] = content
-        rows = self._gather(padded, patient=True)
+        rows = self._gather(padded, seconds)
         return [pickle.loads(row[: int(size)].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def first(self, function: Callable[[], Result]) -> Result:
@@ -250,29 +265,33 @@ class Ranks:
             self.bytes_sent += tensor.nbytes if self.rank == 0 else 0
             self._run(lambda group: dist.broadcast(tensor, 0, group=group, async_op=True), tensor.device)
 
-    def _gather(self, tensor: Tensor, patient: bool = False) -> list[Tensor]:
+    def _gather(self, tensor: Tensor, seconds: float | None = None) -> list[Tensor]:
         self.bytes_sent += tensor.nbytes
         rows = [torch.empty_like(tensor) for _ in range(self.world)]
-        self._run(
-            lambda group: dist.all_gather(rows, tensor, group=group, async_op=True), tensor.device, patient=patient
-        )
+        self._run(lambda group: dist.all_gather(rows, tensor, group=group, async_op=True), tensor.device, seconds)
         return rows
 
-    def _run(self, begin: Callable, device: torch.device, patient: bool = False) -> None:
+    def _run(self, begin: Callable, device: torch.device, seconds: float | None = None) -> None:
+        """Take part in what all ranks begin, and wait for it: so many seconds, by default ``timeout``.
+
+        Where these have no limit it is waited for as long as the ranks live.
+        """
         if self._failure is not None:
             raise self._failure
         if device.type != "cpu":
             # in the order of the device's stream; torch's own watchdog looks after it
             begin(dist.group.WORLD).wait()
             return
-        # a process that ends waits for what is under way, so that has to end soon after we give up
-        soon = NO_LIMIT if patient else timedelta(seconds=self.timeout + ANSWER)
-        dist.distributed_c10d._set_pg_timeout(soon, self._group)
-        work, limit = begin(self._group), math.inf if patient else time.monotonic() + self.timeout
+        seconds = self.timeout if seconds is None else seconds
+        limit, lives = time.monotonic() + seconds, Lives(self._addresses, self.timeout) if seconds == math.inf else None
+        # gloo's own limit is for what we have given up
+        own = NO_LIMIT if seconds == math.inf else timedelta(seconds=seconds + ANSWER)
+        dist.distributed_c10d._set_pg_timeout(own, self._group)
+        work = begin(self._group)
         while not work.is_completed():
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(seconds=LOOK))
-            late = time.monotonic() > limit
+            late = time.monotonic() > limit or (lives is not None and lives.lost())
             if (late or self._called()) and not work.is_completed():
                 self._fail(late)
         try:
@@ -281,14 +300,27 @@ class Ranks:
             self._fail(time.monotonic() > limit, error)
 
     def _called(self) -> bool:
-        """Whether a rank calls the roll, or the store has gone."""
-        try:
-            return self._store.check([CALL])
-        except RuntimeError:
-            return True
+        """Whether a rank calls the roll, or the store has gone; one that does not answer tells nothing."""
+        self._look().join(LOOK)
+        return any(self._seen)
+
+    def _look(self) -> threading.Thread:
+        """What asks the store for a roll call, now or, where no answer has come, still."""
+
+        def look() -> bool:
+            try:
+                return self._store.check([CALL])
+            except RuntimeError:
+                return True
+
+        if self._looking is None or not self._looking.is_alive():
+            self._looking, self._seen = _begun(look)
+        return self._looking
 
     def _fail(self, late: bool = False, cause: RuntimeError | None = None) -> NoReturn:
-        ended, silent = self._call_the_roll()
+        # a process that ends would wait for what is under way, which a rank that is frozen never ends
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+        ended, silent = self._missing()
         missing = ended or silent
         if not missing:
             came = f"came later than {self.timeout:g} s" if late else "have lost a connection between them"
@@ -300,8 +332,19 @@ class Ranks:
         self._failure = MissingRanks(f"ranks: {told}; this is rank {self.rank}", missing)
         raise self._failure from cause
 
-    def _call_the_roll(self) -> tuple[list[int], list[int]]:
+    def _missing(self) -> tuple[list[int], list[int]]:
         """(ranks that have ended, ranks that do not answer)."""
+        look, limit = self._look(), time.monotonic() + CONNECTION
+        signs = _signs_of(self._addresses)
+        look.join(max(limit - time.monotonic(), 0.0))
+        found = None if look.is_alive() else _in_time(ANSWER + CONNECTION, self._call_the_roll)
+        if found is None:
+            # the store is in a process that is frozen
+            found = tuple([rank for rank, sign in signs.items() if sign == told] for told in (REFUSES, SILENT))
+        return found
+
+    def _call_the_roll(self) -> tuple[list[int], list[int]]:
+        """The same, where the store answers."""
         ended, waiting = set(), set(range(self.world)) - {self.rank}
         limit = time.monotonic() + ANSWER
         try:
@@ -328,13 +371,42 @@ class Ranks:
 
     def _refusing(self, ranks: set[int]) -> set[int]:
         """Those whose sign of life has gone."""
-        addresses = {rank: self._addresses[rank] for rank in ranks & self._addresses.keys()}
-        taken = _connect_to_all(addresses.values())
-        return {rank for rank, address in addresses.items() if taken[address] is False}
+        signs = _signs_of({rank: self._addresses[rank] for rank in ranks & self._addresses.keys()})
+        return {rank for rank, sign in signs.items() if sign == REFUSES}
+
+
+class Lives:
+    """The other ranks, asked now and then whether they still live.
+
+    Args:
+        addresses: by rank, of their signs of life.
+        timeout: seconds of silence behind which a rank counts as lost.
+    """
+
+    def __init__(self, addresses: Mapping[int, tuple[str, int]], timeout: float):
+        self._addresses, self._timeout = addresses, timeout
+        # seldom enough for many ranks, often enough to notice soon
+        self._pause = max(LOOK, timeout / 10)
+        self._next = time.monotonic() + self._pause
+        self._silent_since: dict[int, float] = {}
+
+    def lost(self) -> bool:
+        """Whether a rank has ended, or been silent for too long."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        signs = _signs_of(self._addresses)
+        self._silent_since = {
+            rank: self._silent_since.get(rank, now) for rank, sign in signs.items() if sign != ANSWERS
+        }
+        self._next = time.monotonic() + self._pause
+        return REFUSES in signs.values() or any(
+            time.monotonic() - since >= self._timeout for since in self._silent_since.values()
+        )
 
 
 class SignOfLife:
-    """A port at which the kernel takes connections as long as this process lives, however busy it is.
+    """A port at which the kernel takes connections as long as this process lives, and a thread answers while it runs.
 
     Attributes:
         port: which.
@@ -358,7 +430,9 @@ class SignOfLife:
         # the kernel takes no more than the queue of what nobody accepts
         while not self._closed:
             try:
-                self._listener.accept()[0].close()
+                connection, _ = self._listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.send(ALIVE)
             except OSError:
                 # such as too many open files: the queue holds meanwhile
                 time.sleep(0.0 if self._closed else LOOK)
@@ -371,19 +445,45 @@ def _told(error: Exception, rank: int) -> ValueError | FailedRank:
     return FailedRank(f"rank {rank}: {type(error).__name__}: {error}")
 
 
-def _connect_to_all(addresses: Iterable[tuple[str, int]]) -> dict[tuple[str, int], bool | None]:
-    """What ``_connects`` gives of each."""
-    addresses = list(addresses)
-    with ThreadPoolExecutor(TRIED) as pool:
-        return dict(zip(addresses, pool.map(_connects, addresses), strict=True))
+def _begun(function: Callable[[], Result]) -> tuple[threading.Thread, list[Result]]:
+    """(a thread in which a function is called, what will hold its result); the end of the process waits for neither."""
+    found: list[Result] = []
+    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
+    thread.start()
+    return thread, found
 
 
-def _connects(address: tuple[str, int]) -> bool | None:
-    """Whether somebody listens there; None where that cannot be told."""
-    try:
-        socket.create_connection(address, timeout=CONNECTION).close()
-    except ConnectionRefusedError:
-        return False
-    except OSError:
+def _in_time(seconds: float, function: Callable[[], Result]) -> Result | None:
+    """What a function gives or raises; None where it takes longer, and is left alone."""
+
+    def told() -> tuple[Result | None, BaseException | None]:
+        try:
+            return function(), None
+        except Exception as error:
+            return None, error
+
+    thread, found = _begun(told)
+    thread.join(seconds)
+    if not found:
         return None
-    return True
+    ((result, error),) = found
+    if error is not None:
+        raise error
+    return result
+
+
+def _signs_of(addresses: Mapping[int, tuple[str, int]]) -> dict[int, str]:
+    """What ``_sign_at`` gives of each rank, of which one address is known."""
+    with ThreadPoolExecutor(TRIED) as pool:
+        return dict(zip(addresses, pool.map(_sign_at, addresses.values()), strict=True))
+
+
+def _sign_at(address: tuple[str, int]) -> str:
+    """ANSWERS where a process runs, REFUSES where it has ended, SILENT where it is frozen or cannot be reached."""
+    try:
+        with socket.create_connection(address, timeout=CONNECTION) as connection:
+            return ANSWERS if connection.recv(len(ALIVE)) == ALIVE else SILENT
+    except ConnectionRefusedError:
+        return REFUSES
+    except OSError:
+        return SILENT

@@ -1,4 +1,4 @@
-"""Kernels run under Triton's interpreter where there is no GPU, or compiled on the PTX machine."""
+"""Kernels run under Triton's interpreter where there is no GPU, or compiled on a machine that executes them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 # helpers are imported below that alone
 pytest.register_assert_rewrite("helpers")
 
-pytest_plugins = ["ptx_machine.plugin"]
+pytest_plugins = ["machines.plugin"]
 
 
 def pytest_configure(config):
     """Set before triton or a kernel is imported anywhere."""
-    target = config.getoption("ptx")
+    target = config.getoption("compiled")
     if target is None and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
         from helpers.interpreter import widen_bfloat16_exactly
@@ -53,7 +53,7 @@ def pytest_pyfunc_call(pyfuncitem):
 def poisoned(machine, monkeypatch):
     """What the ops allocate is poisoned: an element left unwritten shows, as does one written beyond the end.
 
-    The PTX machine sees both by itself, to the byte, in what its own torch has allocated.
+    The machine sees both by itself, to the byte, in what its own torch has allocated.
     """
     from helpers.poison import PoisonedTorch
 
@@ -95,6 +95,14 @@ def eager_reference(monkeypatch):
     from helpers.routes import route_to_the_eager_reference
 
     route_to_the_eager_reference(monkeypatch)
+
+
+@pytest.fixture
+def compiled_reference(monkeypatch):
+    """CPU tensors go to the reference as machine code, as users have it: for tests of many steps."""
+    from helpers.routes import take_route
+
+    take_route(monkeypatch, "compiled")
 
 
 @pytest.fixture

@@ -90,7 +90,8 @@ def test_a_config_without_the_kind_of_values_keeps_them(tmp_path):
     mk.convert(model, "2:4")
     mk.finalize(model, to="packed").save_pretrained(tmp_path)
     reconfigure(lambda config: config.pop("values"))(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with hf.without_digests():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.get_submodule(LAYER).kind == "keep"
     assert_same_bits(loaded(TOKENS).logits, model(TOKENS).logits)
 
@@ -161,13 +162,15 @@ DAMAGES = {
 @pytest.mark.parametrize("told", DAMAGES)
 def test_damaged_checkpoints_are_refused(told, folder):
     DAMAGES[told](folder)
-    with pytest.raises((TypeError, ValueError), match=told):
+    with pytest.raises((TypeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with hf.without_digests(), pytest.raises((TypeError, ValueError), match=told):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_scales_of_another_shape_are_refused(folder):
     on("scales", lambda t: t.repeat(1, 2))(folder)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+    with hf.without_digests(), pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="model: expected"):
         hf.load_model(str(folder), torch.float32)
@@ -186,7 +189,7 @@ def test_the_command_tells_damage_in_one_line(folder, capsys):
     on("scales", with_one(-1.0))(folder)
     for command in (
         ["validate", str(folder)],
-        ["import", str(folder), "--output", str(folder / "out"), "--to", "dense"],
+        ["import", str(folder), "--output", str(folder / "out"), "--to", "dense", "--no-digests"],
     ):
         assert main.main(command) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -281,5 +281,7 @@ DAMAGES = {
 @pytest.mark.parametrize("told", DAMAGES)
 def test_damaged_checkpoints_are_refused(told, folder):
     DAMAGES[told](folder)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with hf.without_digests(), pytest.raises(ValueError, match=told):
         AutoModelForCausalLM.from_pretrained(folder)

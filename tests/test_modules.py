@@ -344,3 +344,32 @@ def test_a_backward_comes_before_the_draw_changes():
     layer.counter_state.draw.fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_masks_do_not_come_again_behind_the_last_step():
+    model = two_layers()
+    (shared,) = counter_states(model)
+    shared.step.fill_((1 << 32) - 2)
+    mk.advance(model)
+    assert int(shared.step) == (1 << 32) - 1
+    model(torch.randn(3, 16))
+    with pytest.raises(ValueError, match=r"^step: expected a value in \[0, 4294967295\), got 4294967295"):
+        mk.advance(model)
+    assert int(shared.step) == (1 << 32) - 1
+
+
+@pytest.mark.parametrize("step", [-1, 1 << 32])
+def test_a_step_that_no_draw_has_is_refused(step):
+    model = two_layers()
+    (shared,) = counter_states(model)
+    before = state(model)
+    shared.step.fill_(step)
+    for call in (lambda: model(torch.randn(3, 16)), model[0].drawn_codes, model[0].masked_weight):
+        with pytest.raises(ValueError, match=rf"^step: expected a value in \[0, 4294967296\), got {step}"):
+            call()
+    saved = state(model)
+    shared.step.fill_(7)
+    with pytest.raises(RuntimeError, match=rf"state_dict: expected a step in \[0, 4294967296\), got {step} in '0.'"):
+        model.load_state_dict(saved)
+    model.load_state_dict(before)
+    assert int(shared.step) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,14 @@ def differ(rank: int, folder) -> dict[str, str]:
     heavier[0].weight.data[0, 0] += rank
     with torch.no_grad():
         other[0].logits[0, 0] += rank
+    biased, normed = a_model(), nn.Sequential(a_model(), nn.BatchNorm1d(4))
+    biased[2].bias.data[3] += rank
+    normed[1].running_mean[1] += rank
     trainers = {
+        "rest of the model": rank_trainer(model=biased, accumulate=2),
+        "rest of the model ": rank_trainer(model=normed, accumulate=2),
+        "loss_fn": rank_trainer(loss_fn=absolute if rank else squared, accumulate=2),
+        "loss_fn ": rank_trainer(loss_fn=partial(Loss(rank).first if rank else Loss(rank).second), accumulate=2),
         "seed": rank_trainer(seed=rank, accumulate=2),
         "batches, batch_contents": rank_trainer(batches=[*uneven_batches(), *some_batches(rank)], accumulate=2),
         "batch_contents": rank_trainer(batches=[[0, 1], [2, 3 + rank]], accumulate=2),
@@ -45,6 +53,30 @@ def differ(rank: int, folder) -> dict[str, str]:
     return told
 
 
+def squared(model, batch):
+    return model(batch).square().mean()
+
+
+def absolute(model, batch):
+    return model(batch).abs().mean()
+
+
+class Loss:
+    """What it holds may be of the rank, and is not compared."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def first(self, model, batch):
+        return sum(part.square().mean() for part in model(batch))
+
+    def second(self, model, batch):
+        return sum(part.square().sum() for part in model(batch))
+
+    def __call__(self, model, batch):
+        return self.first(model, batch) if len(batch) in {5, 2, "two"} else self.second(model, batch)
+
+
 def mk_model(width: int) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, width), nn.Linear(width, 4))
@@ -54,13 +86,24 @@ def mk_model(width: int) -> nn.Module:
 
 def test_ranks_that_differ_are_named_on_all(tmp_path):
     one, other = all_in_ranks(2, differ, folder=tmp_path / "run")
-    assert one == other and len(one) == 9
+    assert one == other and len(one) == 13
     for name, message in one.items():
+        name = name.strip()
         assert message.startswith("ranks: expected what rank 0 has on all of them, got other ")
         assert message.endswith(" on rank 1")
         found = message.removesuffix(" on rank 1").split("got other ")[1].split(", ")
-        assert set(name.split(", ")) <= set(found) <= {*name.split(", "), "logits"}
+        assert set(name.split(", ")) <= set(found) <= {*name.split(", "), "logits", "rest of the model"}
     assert not (tmp_path / "run").exists()
+
+
+def hold_something_of_the_rank(rank: int) -> int:
+    trainer = rank_trainer(loss_fn=Loss(rank), accumulate=2)
+    trainer.begin()
+    return trainer.steps_done
+
+
+def test_what_a_loss_holds_may_differ():
+    assert all_in_ranks(2, hold_something_of_the_rank) == [0, 0]
 
 
 def refuse(rank: int) -> list[str]:

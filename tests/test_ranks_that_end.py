@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -125,23 +127,28 @@ torch.set_num_threads(1)
 from helpers.rank_jobs import rank_trainer
 from helpers.small_trainer import logits_of
 from maskpro_kernels import ranks
-from maskpro_kernels.training.batches import digest
+from maskpro_kernels.digests import digest
 """
 
-HANGING = """
+FREEZING = """
+import sys
+victim, where, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 ranks.ANSWER = 0.5
 dist.init_process_group("gloo")
-def loss_fn(model, batch):
-    if dist.get_rank() == 1 and trainer.steps_done == 1:
+def freeze(here):
+    if dist.get_rank() == victim and here == where and trainer.steps_done == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
+def loss_fn(model, batch):
+    freeze("in a step")
     return model(batch).square().mean()
-trainer = rank_trainer(loss_fn=loss_fn, accumulate=2, timeout=0.5)
-trainer.step()
+trainer = rank_trainer(loss_fn=loss_fn, accumulate=2, timeout=0.5, output_dir=folder)
 try:
-    trainer.step()
+    trainer.run(3, progress=False, after_step=lambda _: freeze("between steps"))
 except ranks.MissingRanks:
     trainer.step()
 """
+# Seconds beyond the timeout in which the others have ended as processes; here a machine may be busy
+MARGIN = 20.0
 
 TORCHRUN = """
 with ranks.under_torchrun():
@@ -153,13 +160,19 @@ with ranks.under_torchrun():
 """
 
 
-def test_a_rank_that_hangs_is_named_in_time_and_the_others_end():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # as torchrun says that the store is there already
-    around = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+@contextmanager
+def two_processes(code: str, store: str, *arguments):
+    """Two ranks, as scripts start them: the store is in rank 0, or as with torchrun in neither."""
+    around = {"MASTER_ADDR": "127.0.0.1"}
+    if store == "of torchrun":
+        kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        around |= {"MASTER_PORT": str(kept.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            around["MASTER_PORT"] = str(free.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PRELUDE + HANGING],
+            [sys.executable, "-c", PRELUDE + code, *map(str, arguments)],
             env=environment() | around | {"WORLD_SIZE": "2", "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -167,14 +180,45 @@ def test_a_rank_that_hangs_is_named_in_time_and_the_others_end():
         for rank in range(2)
     ]
     try:
-        _, told = processes[0].communicate(timeout=LONGEST)
+        yield processes
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    assert processes[0].returncode == 1
-    named = "MissingRanks: ranks: rank 1 of 2 did not come within 0.5 s; this is rank 0"
+            process.communicate()
+
+
+def wait_until_frozen(process: subprocess.Popen) -> None:
+    limit = time.monotonic() + LONGEST
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert process.poll() is None and time.monotonic() < limit, process.stderr.read()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("victim", "where", "store"),
+    [
+        (0, "between steps", "in rank 0"),
+        (1, "in a step", "of torchrun"),
+        pytest.param(0, "in a step", "in rank 0", marks=pytest.mark.slow),
+        pytest.param(0, "between steps", "of torchrun", marks=pytest.mark.slow),
+        pytest.param(0, "in a step", "of torchrun", marks=pytest.mark.slow),
+        pytest.param(1, "between steps", "in rank 0", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_is_frozen_is_named_in_time_and_the_others_end(victim, where, store, tmp_path, eager_reference):
+    """Also that which holds the store; nothing is answered by it, and no connection to it ends."""
+    with two_processes(FREEZING, store, victim, where, tmp_path) as processes:
+        wait_until_frozen(processes[victim])
+        began = time.monotonic()
+        _, told = processes[1 - victim].communicate(timeout=LONGEST)
+        seconds = time.monotonic() - began
+    assert processes[1 - victim].returncode == 1
+    named = f"MissingRanks: ranks: rank {victim} of 2 did not come within 0.5 s; this is rank {1 - victim}"
     assert told.rstrip().splitlines()[-1].endswith(named)
+    assert seconds < 0.5 + MARGIN
+    results = all_in_ranks(1, learn_on_rank, how="reinforce", steps=3, folder=tmp_path, resume=True, accumulate=2)
+    whole, _ = learn_on_rank(0, "reinforce", 3, accumulate=2)
+    assert_same_bits(results[0][0], whole)
 
 
 def test_torchrun_starts_ranks():
@@ -226,9 +270,43 @@ def test_more_ranks_than_fit_a_queue_see_a_sign_of_life(monkeypatch):
     monkeypatch.setattr(ranks, "QUEUE", 64)
     sign = ranks.SignOfLife()
     address = ("127.0.0.1", sign.port)
-    assert [ranks._connects(address) for _ in range(400)] == [True] * 400
+    assert [ranks._sign_at(address) for _ in range(400)] == [ranks.ANSWERS] * 400
     sign.close()
-    assert ranks._connects(address) is False
+    assert ranks._sign_at(address) == ranks.REFUSES
+
+
+def test_a_port_at_which_nothing_is_said_is_no_sign_of_life(monkeypatch):
+    """The kernel of a frozen process takes connections."""
+    monkeypatch.setattr(ranks, "CONNECTION", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        assert ranks._sign_at(frozen.getsockname()) == ranks.SILENT
+        lives = ranks.Lives({1: frozen.getsockname()}, timeout=0.3)
+        lives._pause = lives._next = 0.0
+        assert not lives.lost()
+        time.sleep(0.2)
+        assert lives.lost()
+    sign = ranks.SignOfLife()
+    lives = ranks.Lives({1: ("127.0.0.1", sign.port)}, timeout=0.0)
+    lives._pause = lives._next = 0.0
+    assert not lives.lost()
+    sign.close()
+    assert lives.lost()
+
+
+def meet_without_an_answer(rank: int):
+    ranks.MEETING, ranks.ANSWER = 0.5, 0.1
+    if rank == 0:
+        # comes too late
+        time.sleep(3.0)
+    with pytest.raises(Exception) as caught:
+        ranks.Ranks().connect()
+    return type(caught.value).__name__
+
+
+def test_a_meeting_has_a_limit_too():
+    began = time.monotonic()
+    assert all(in_ranks(2, meet_without_an_answer))
+    assert time.monotonic() - began < LONGEST / 2
 
 
 def learn_until_killed_in_backward(rank: int, folder):

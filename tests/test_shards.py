@@ -15,10 +15,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import maskpro_kernels as mk
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.run_files import PROGRESS
+from maskpro_kernels.digests import digest
 from maskpro_kernels.modules import CounterState, masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.training import journal
-from maskpro_kernels.training.batches import digest
 from maskpro_kernels.training.journal import Draw, Entry
 from maskpro_kernels.training.run_folder import JOURNAL, settings_of
 from maskpro_kernels.training.score_updates import replay
@@ -204,7 +204,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
     first = a_trainer(shard, folder)
     first.run(4, progress=False)
     first.close()
-    header, entries, _ = journal.read(folder / JOURNAL)
+    header, entries, *_ = journal.read(folder / JOURNAL)
     for entry in entries:
         replay({"0": whole}, 9, entry)
     assert_is_part(shard, whole, place)

@@ -155,12 +155,14 @@ def with_int8_values(folder: Path):
 
 
 def refused(folder: Path, told: str) -> None:
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-    except ValueError as error:
-        assert told in str(error)
-    else:
-        raise AssertionError("a damaged checkpoint was loaded")
+    """Also where its digests are not looked at."""
+    with hf.without_digests():
+        try:
+            AutoModelForCausalLM.from_pretrained(folder)
+        except ValueError as error:
+            assert told in str(error)
+        else:
+            raise AssertionError("a damaged checkpoint was loaded")
 
 
 def damaged_scales_are_seen(folder: Path) -> None:
@@ -169,6 +171,18 @@ def damaged_scales_are_seen(folder: Path) -> None:
     tensors[SCALES][3] *= -1
     save_file(tensors, file, {"format": "pt"})
     refused(folder, "scales: expected finite numbers, none below 0")
+
+
+def a_flipped_bit_is_seen(folder: Path) -> None:
+    _, file = with_int8_values(folder)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except ValueError as error:
+        assert "damaged or changed" in str(error)
+    else:
+        raise AssertionError("a damaged checkpoint was loaded")
 
 
 def values_that_are_no_integers_are_seen(folder: Path) -> None:
@@ -251,6 +265,7 @@ FAULTS = [
     Fault("kept_zeros.KeptZeros.restore", nothing, zeros_stay),
     Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
     Fault("hf.packed.check_content", nothing, damaged_scales_are_seen),
+    Fault("stored_digests._check_tensors", lambda stored, *_: len(stored), a_flipped_bit_is_seen),
     Fault("hf.packed.check_scales_stored", nothing, values_that_are_no_integers_are_seen),
     Fault("packed.NMLinear._load_from_state_dict", nn.Module._load_from_state_dict, integers_are_not_taken_for_weights),
     Fault("hf.model_card._rounded", lambda _: "", the_card_tells_of_rounding),

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from maskpro_kernels.cli.arguments import DTYPES, device_of
 from maskpro_kernels.cli.run_settings import DATA
+from maskpro_kernels.digests import digest
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 from maskpro_kernels.hf import load_model
@@ -41,7 +42,6 @@ from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.mixture import SELF, MixedBatches, parse_sources, texts_of
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
 from maskpro_kernels.text.samples import sample_windows, start_token
-from maskpro_kernels.training.batches import digest
 from maskpro_kernels.training.trainer import MaskTrainer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))

@@ -2,11 +2,14 @@
 
 Masks that were learned over changed weights mean nothing without them: both are in one file, so that one is never kept
 or copied without the other. Whoever reads the logits gets the weights as well, or is refused.
+
+A digest of all that is in the file, names and metadata included, is in its metadata. Whatever reads the file checks it,
+but within ``stored_digests.without_digests``.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +17,19 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..digests import digest_of_named
 from ..files import write_tensors
 from ..modules import MaskedLinear, masked_layers
-from ..training.batches import digest
+from ..stored_digests import digests_are_checked
 
-# In the metadata of logits: the digest of the changed weights with them
-CHANGED = "changed_weights"
+# In the metadata: the digest of all else in the file; and of logits the layers whose changed weights are with them
+DIGEST, CHANGED = "digest", "changed_weights"
 # What a tensor of weights is called, behind the name of its layer, which its logits go by
 WEIGHT = ".weight"
+ON_PURPOSE = (
+    "where it was made on purpose, read it by load_learned within maskpro_kernels.stored_digests.without_digests(), "
+    "and write it by write_learned"
+)
 
 
 class Learned(NamedTuple):
@@ -31,44 +39,52 @@ class Learned(NamedTuple):
         logits: [out, K] by name of the layer, on the CPU.
         weights: [out, K] by name of the layer, on the CPU, where they are not those of the dense model; else none.
         metadata: the strings.
+        digest: of the file that this was read from; else empty.
     """
 
     logits: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     metadata: dict[str, str]
+    digest: str = ""
 
 
-def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str, str]) -> str:
     """Writes the logits of all MaskedLinear modules of a model to a safetensors file.
 
-    Weights that were refitted or trained are in the same file, under the name of the layer and ".weight". The metadata
-    tell their digest.
+    Weights that were refitted or trained are in the same file, under the name of the layer and ".weight". Beside the
+    metadata stands a digest of names, shapes, dtypes, bytes and metadata, see ``digests``, by which damage is found.
 
     Args:
         model: has at least one MaskedLinear.
         path: of the file; an existing file is replaced only once the new one is safe on disk.
-        metadata: strings stored beside the tensors.
+        metadata: strings stored beside the tensors, under other names than "digest" and "changed_weights".
+
+    Returns:
+        The digest.
 
     Raises:
         TypeError: if ``metadata`` holds something else than strings.
-        ValueError: if ``model`` has no MaskedLinear.
+        ValueError: if ``model`` has no MaskedLinear, or ``metadata`` has one of those names.
         OSError: if the file cannot be written.
     """
     wrong = next((item for item in metadata.items() if not all(isinstance(part, str) for part in item)), None)
     if wrong is not None:
         raise TypeError(f"metadata: expected strings as names and values, got {wrong!r}")
+    own = sorted(metadata.keys() & {DIGEST, CHANGED})
+    if own:
+        raise ValueError(f"metadata: expected other names than {DIGEST!r} and {CHANGED!r}, got {', '.join(own)}")
     layers = masked_layers(model)
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
-    write_learned(Learned(logits, changed_weights(layers), dict(metadata)), path)
+    return write_learned(Learned(logits, changed_weights(layers), dict(metadata)), path)
 
 
-def write_learned(learned: Learned, path: str | Path) -> None:
-    """Write what ``load_learned`` reads; OSError if the file cannot be written."""
+def write_learned(learned: Learned, path: str | Path) -> str:
+    """Write what ``load_learned`` reads, and give its digest; OSError if the file cannot be written."""
     metadata, tensors = dict(learned.metadata), dict(learned.logits)
     if learned.weights:
-        metadata[CHANGED] = _digest(learned.weights)
+        metadata[CHANGED] = json.dumps(sorted(learned.weights))
         tensors |= {name + WEIGHT: weight for name, weight in learned.weights.items()}
-    write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return _write(tensors, path, metadata)
 
 
 def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -78,10 +94,11 @@ def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
         (logits, metadata): module name -> tensor [out, K] in the dtype it was saved in, on the CPU; and the strings.
 
     Raises:
-        ValueError: if the file is not a safetensors file, or its logits belong to changed weights.
+        ValueError: if the file is not a safetensors file, was changed or damaged, or its logits belong to changed
+            weights.
         OSError: if it cannot be read.
     """
-    logits, metadata = _read(path)
+    logits, metadata, _ = _read(path)
     if CHANGED in metadata:
         raise ValueError(
             f"path: expected logits over the weights of the dense model, got {str(path)!r}, whose masks are nothing "
@@ -96,19 +113,12 @@ def load_learned(path: str | Path) -> Learned:
     ``pruning.refit.put_weights`` gives them to the layers of a converted model.
 
     Raises:
-        ValueError: if the file is not a safetensors file, or the weights in it are damaged or those of other masks.
-        OSError: if the file cannot be read.
+        ValueError: if the file is not a safetensors file, or was changed or damaged.
+        OSError: if it cannot be read.
     """
-    tensors, metadata = _read(path)
-    if CHANGED not in metadata:
-        return Learned(tensors, {}, metadata)
-    of_layers = {name: name + WEIGHT for name in tensors if name + WEIGHT in tensors}
-    weights = {name: tensors.pop(stored) for name, stored in of_layers.items()}
-    if _digest(weights) != metadata[CHANGED]:
-        raise ValueError(
-            f"path: expected the changed weights that the masks belong to, got damaged ones or others in {str(path)!r}"
-        )
-    return Learned(tensors, weights, metadata)
+    tensors, metadata, digest = _read(path)
+    weights = {name: tensors.pop(name + WEIGHT) for name in json.loads(metadata.get(CHANGED, "[]"))}
+    return Learned(tensors, weights, metadata, digest)
 
 
 def changed_weights(layers: Mapping[str, MaskedLinear]) -> dict[str, torch.Tensor]:
@@ -116,37 +126,43 @@ def changed_weights(layers: Mapping[str, MaskedLinear]) -> dict[str, torch.Tenso
     return {name: layer.weight.detach() for name, layer in layers.items() if layer.weight_changed}
 
 
-def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> str:
-    """Write weights into a safetensors file, which is then there as a whole or not at all; gives their digest."""
-    found = _digest(weights)
-    write_tensors({name: weight.cpu().contiguous() for name, weight in weights.items()}, path, {"digest": found})
+def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write weights into a safetensors file, which is then there as a whole or not at all, with their digest."""
+    _write(weights, path, {})
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Weights as ``save_weights`` wrote them; ValueError where the file is not there, changed or damaged."""
+    if not path.is_file():
+        raise ValueError(f"path: expected the changed weights that the masks belong to in {str(path)!r}, got no file")
+    weights, _, _ = _read(path)
+    return weights
+
+
+def _write(tensors: Mapping[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str]) -> str:
+    found = digest_of_named(tensors, metadata)
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(on_cpu, path, {**metadata, DIGEST: found})
     return found
 
 
-def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """(weights, their digest) as ``save_weights`` wrote them; ValueError where the file is not there or damaged."""
-    if not path.is_file():
-        raise ValueError(f"path: expected the changed weights that the masks belong to in {str(path)!r}, got no file")
-    weights, metadata = _read(path)
-    found = _digest(weights)
-    if metadata.get("digest") != found:
-        raise ValueError(
-            f"path: expected the changed weights that the masks belong to, got damaged ones in {str(path)!r}"
-        )
-    return weights, found
-
-
-def _digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """Of names and weights: two layers of one shape are not to change places."""
-    whole = hashlib.blake2b(digest_size=16)
-    for name in sorted(weights):
-        whole.update(f"{name} {digest([weights[name]])}\n".encode())
-    return whole.hexdigest()
-
-
-def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str], str]:
+    """(tensors, metadata, digest) of a file; ValueError unless they are as they were written."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"path: expected a safetensors file, got {str(path)!r}: {error}") from error
+    stored, found = metadata.pop(DIGEST, None), digest_of_named(tensors, metadata)
+    if not digests_are_checked():
+        return tensors, metadata, found
+    if stored is None:
+        raise ValueError(
+            f"path: expected a file with a {DIGEST} of what is in it, got none in {str(path)!r}, which another program "
+            f"or an earlier version wrote; {ON_PURPOSE}"
+        )
+    if stored != found:
+        raise ValueError(
+            f"path: expected what was written, got {str(path)!r}, which was damaged or changed since; {ON_PURPOSE}"
+        )
+    return tensors, metadata, found

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..packed import PackedNM, check_bitmask
 from ..pattern import GROUP_SIZES, NMPattern
+from ..safetensors_files import check_parts, read_tensor, tensor_files
 from .importers.compressed_tensors import COMPRESSED, decompressed_weight
-from .safetensors_files import check_parts, read_tensor, tensor_files
 
 # The parts that a weight is stored in by this package, with int8 values or others
 PACKED = ("values", "bitmask")

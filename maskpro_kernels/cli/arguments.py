@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from ..checked_json import load_json
 from ..packed import KEEP
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -40,7 +40,7 @@ def device_map(text: str) -> str | dict:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        return json.loads(text)
+        return load_json(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from None
 
@@ -61,6 +61,10 @@ def check_device_map(value: object) -> None:
         device_of(f"cuda:{device}" if isinstance(device, int) else device, told)
 
 
+class Told(ValueError):
+    """An error that begins with an argument already, and ends with what to do."""
+
+
 @contextmanager
 def telling(argument: str, cure: str | None = None) -> Iterator[None]:
     """Errors of what is made of an argument begin with its name, and end with what to do.
@@ -70,6 +74,8 @@ def telling(argument: str, cure: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except Told:
+        raise
     except (ValueError, OSError) as error:
         told = str(error).removeprefix(f"{argument}: ")
         told = f"{argument}: {told}" + (f"; {cure}" if cure else "")

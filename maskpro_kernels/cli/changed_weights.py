@@ -65,7 +65,7 @@ def put_back_start_weights(model: torch.nn.Module, progress: Path, start: Mappin
     def put_back() -> None:
         if digest_of_weights(model) != start["dense_weights"]:
             raise ValueError("resume: expected the model whose weights were refitted, got other weights; put it back")
-        weights, _ = load_weights(progress / START_WEIGHTS)
+        weights = load_weights(progress / START_WEIGHTS)
         put_weights(masked_layers(model), weights)
 
     ranks.first(put_back)

@@ -8,14 +8,17 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..checked_json import load_json
 from ..training.estimator import RunDefaults, estimators
 from .arguments import number, whole
 from .progress import tell
 
 # Of a run's settings.json, beside the settings
 START = ("table", "dense_weights")
+# Whether code of a checkpoint may be run: who starts a command says so each time, never a file of unknown origin
+TRUST = "trust_remote_code"
 # Options that no file holds
-NOT_IN_A_FILE = ("help", "config", "resume")
+NOT_IN_A_FILE = ("help", "config", "resume", TRUST)
 # Options that shape no result: a run may go on with others
 BESIDE_RESUME = (
     "--device",
@@ -25,6 +28,7 @@ BESIDE_RESUME = (
     "--no-gradient-checkpointing",
     "--parallel",
     "--report-to",
+    "--trust-remote-code",
     "--quiet",
 )
 # Where the command line gives one with another value, these of the file no longer hold
@@ -51,7 +55,7 @@ class ConfigFile(argparse.Action):
 def _read(path: Path, parser: argparse.ArgumentParser) -> dict[str, object]:
     """Options by name; ValueError unless each is one of the parser's, with a value of its kind."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected a JSON file, got {str(path)!r}: {error}") from error
     if not isinstance(found, dict):
@@ -150,6 +154,7 @@ def take_config(args: argparse.Namespace) -> None:
 
 def given_beside_resume(args: argparse.Namespace, settings: Mapping) -> dict:
     """The settings of a run with what the command line gives beside ``--resume``."""
+    settings = {name: value for name, value in settings.items() if name != TRUST}
     given = {name: getattr(args, name) for name in _given_names(args) - {"resume", "quiet"}}
     for name, other in (("device", "device_map"), ("device_map", "device")):
         if name in given:

@@ -33,7 +33,7 @@ def evaluate(args: argparse.Namespace) -> None:
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
     loaded, texts = _texts(args, folder, run)
     tasks = Tasks(args) if hasattr(args, "tasks") else check_beside_tasks(args)
-    model, tokenizer = load(args.model, dtype, device, args.bars)
+    model, tokenizer = load(args.model, dtype, device, args)
     test = evaluation_windows(args, texts, "test", model, tokenizer) if texts else None
     loaded.tell_notes()
     found, lines = {"model": args.model, "dtype": dtype}, []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from ..checkpoints.logits import Learned, load_learned
+from ..digests import digest
 from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
@@ -19,9 +22,10 @@ from ..pruning.refit import put_weights
 from ..report import FROZEN
 from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, telling, values_kind
-from .models import check_saving, load, save, told_size
+from .models import check_saving, hub_id, load, save, told_size
 from .origins import origin_of_export
-from .run_files import LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights
+from .progress import tell
+from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, check_ended, digest_of_weights, read_own, read_settings
 
 
 def export(args: argparse.Namespace) -> None:
@@ -35,27 +39,47 @@ def export(args: argparse.Namespace) -> None:
     check_ended(source.parent, LOGITS)
     with telling("run", _cure(source)):
         learned, pattern = _learned(source)
+        _check_own(source.parent, learned)
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
-    with telling("run", "put back the base model of the run"):
-        dtype = getattr(args, "dtype", metadata["dtype"])
-        model, tokenizer = load(metadata["model"], dtype, torch.device("cpu"), args.bars)
-    with telling("run", f"its logits are those of another model than {metadata['model']!r}"):
+    dtype = getattr(args, "dtype", metadata["dtype"])
+    name = getattr(args, "model", metadata["model"])
+    model, tokenizer = _base_model(name, dtype, args)
+    with telling("run", f"its logits are those of another model than {name!r}"):
         convert(model, pattern, targets=list(codes), init=codes)
     if dtype == metadata["dtype"] and metadata["dense_weights"] != digest_of_weights(model):
         raise ValueError(
-            f"run: expected the weights of {metadata['model']!r} that its masks were learned on, got others; put back "
-            "the base model as it was"
+            f"run: expected the weights of {name!r} that its masks were learned on, got others; put back the base "
+            "model as it was"
         )
+    if dtype != metadata["dtype"] and hasattr(args, "model"):
+        tell(f"whether {name} has the weights of the run is not known: only in {metadata['dtype']} are they compared")
     put_weights(masked_layers(model), learned.weights)
     if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
         raise ValueError(f"run: expected the weights that its masks belong to, {metadata['weights_are']}, got others")
-    save(finalize(model, to=args.to, values=values), tokenizer, args, origin_of_export(source.parent, metadata, dtype))
-    of = metadata["model"] + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
+    told = metadata | {"model": metadata["model"] if hub_id(metadata["model"]) else name}
+    save(finalize(model, to=args.to, values=values), tokenizer, args, origin_of_export(source.parent, told, dtype))
+    of = name + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
     print(f"{args.to} {pattern} checkpoint of {of} written to {output}")
     if args.to == "packed":
         print(told_size(model))
         print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
+
+
+def _base_model(name: str, dtype: str, args: argparse.Namespace):
+    """(model, tokenizer) that a run has learned the masks of, which the command or whoever wrote the run has named."""
+    from ..hf import ForeignCode
+
+    if hasattr(args, "model"):
+        return load(name, dtype, torch.device("cpu"), args)
+    try:
+        with telling("run", "put back the base model of the run, or name its new place by --model"):
+            return load(name, dtype, torch.device("cpu"), args)
+    except ValueError as error:
+        if isinstance(error.__cause__, ForeignCode):
+            # the model is where it was: its own error says what to do
+            raise error.__cause__ from None
+        raise
 
 
 def _cure(logits: Path) -> str:
@@ -80,3 +104,30 @@ def _learned(path: Path) -> tuple[Learned, NMPattern]:
         if not tensor.is_floating_point() or tensor.dim() != 2 or not torch.isfinite(tensor).all():
             raise ValueError(f"expected finite logits [out, K], got {list(tensor.shape)} of {tensor.dtype} in {name}")
     return learned, NMPattern(metadata["pattern"])
+
+
+def _check_own(run: Path, learned: Learned) -> None:
+    """Raise ValueError where the logits in the folder of a run are those of another; what is not known is told."""
+    try:
+        if (run / REPORT).is_file():
+            report = read_own(run / REPORT)
+            told, expected, found = REPORT, report["logits_file"], learned.digest
+            if found != expected and _replayed(run, learned, report):
+                return
+        elif (run / SETTINGS).is_file():
+            told, expected, found = SETTINGS, read_settings(run)["run"], learned.metadata.get("run")
+        else:
+            return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        tell(f"whether {run / LOGITS} is of this run is not known: {error!r}")
+        return
+    if found != expected:
+        raise ValueError(f"expected the logits that {told} tells of, got others in {str(run / LOGITS)!r}")
+
+
+def _replayed(run: Path, learned: Learned, report: Mapping) -> bool:
+    """Whether these are the logits of the run in another file: a replay names where the base model is meanwhile."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        logits = digest(learned.logits[name] for name in sorted(learned.logits))
+        return learned.metadata["run"] == read_settings(run)["run"] and logits == report["logits"]
+    return False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import torch
 
+from ..checked_json import load_json
 from ..checkpoints.importers.compressed_tensors import write_plain
 from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
@@ -19,7 +19,7 @@ from ..pattern import NMPattern
 from ..pruning.convert import convert
 from ..pruning.finalize import finalize, pack, repack, unpack
 from .arguments import DTYPE, DTYPES, telling, values_kind
-from .models import check_saving, hub_id, load, save, told_size
+from .models import check_saving, hub_id, load, save, told_size, trusts
 from .origins import origin_of_checkpoint, origin_of_masks
 from .progress import tell
 
@@ -53,13 +53,13 @@ def _source(args: argparse.Namespace) -> Path:
 
     show_bars(args.bars)
     with telling("source", "there is no file or folder of that name; of an id on the hub check the name and the login"):
-        return fetch_masks(args.source) if hasattr(args, "model") else fetch_checkpoint(args.source)
+        return fetch_masks(args.source) if hasattr(args, "model") else fetch_checkpoint(args.source, code=trusts(args))
 
 
 def _import_masks(args: argparse.Namespace, source: Path, pattern: NMPattern) -> None:
     """Write a model under masks that another program has learned."""
     dtype = getattr(args, "dtype", None) or _stored_dtype(args.model)
-    model, tokenizer = load(args.model, dtype, torch.device("cpu"), args.bars)
+    model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
     with in_linear_form(model):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         masks = read_masks(source, layers, pattern)
@@ -82,7 +82,7 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
     above = Path(args.output).absolute().parent
     with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as tmp:
         plain = Path(tmp) if write_plain(source, tmp) else source
-        model, tokenizer = load(str(plain), dtype, torch.device("cpu"), args.bars)
+        model, tokenizer = load(str(plain), dtype, torch.device("cpu"), args)
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     patterns = " and ".join(sorted({str(layer.pattern) for layer in layers})) or str(pattern)
     kinds = {layer.kind for layer in layers}
@@ -122,7 +122,7 @@ def _stored_dtype(folder: str) -> str:
     """The dtype that a checkpoint's config tells, else DTYPE."""
     config = Path(folder) / "config.json"
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = load_json(config.read_text(encoding="utf-8"))
         stored = str(settings.get("dtype", settings.get("torch_dtype", DTYPE))).removeprefix("torch.")
     except (OSError, ValueError, AttributeError):
         return DTYPE

@@ -119,7 +119,7 @@ def _windows(args: argparse.Namespace, text: Source, model: torch.nn.Module, tok
 def _model(args: argparse.Namespace):
     """(model, tokenizer) on the devices of a run."""
     if hasattr(args, "device_map"):
-        model, tokenizer = load_spread(args.model, args.dtype, args.device_map, args.bars)
+        model, tokenizer = load_spread(args.model, args.dtype, args.device_map, args)
         offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
         if offloaded is not None:
             raise ValueError(
@@ -127,7 +127,7 @@ def _model(args: argparse.Namespace):
                 "mask can be learned; give another map, or a machine with more memory"
             )
     else:
-        model, tokenizer = load(args.model, args.dtype, device_of(args.device), args.bars)
+        model, tokenizer = load(args.model, args.dtype, device_of(args.device), args)
     with telling("model", "take another --pattern, --dtype or model"):
         # told now, not after the evaluation of the dense model
         as_linears(model)

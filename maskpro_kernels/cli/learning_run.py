@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..checked_json import sealed
 from ..files import write_whole
 from ..ranks import MissingRanks, Ranks
 from ..report.parting import told
@@ -19,7 +20,7 @@ from ..training.estimator import Estimator
 from ..training.snapshots import snapshots_in
 from ..training.step import LossFn, StepRecord
 from ..training.trainer import MaskTrainer
-from .arguments import telling
+from .arguments import Told, telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
 from .memory import tell_need
@@ -34,7 +35,6 @@ from .run_files import (
     TEACHER,
     VALIDATION,
     how_to_go_on,
-    read_metrics,
     tell_missing,
 )
 from .run_settings import parallel_of, stored_settings
@@ -91,14 +91,16 @@ class LearningRun:
     def begin(self) -> None:
         """Take what stands before the first step; where it fails, the folder is as it was and may be given again."""
         made = [folder for folder in (self.progress, self.output, *self.output.parents) if not folder.exists()]
-        settings = json.dumps({"settings": stored_settings(self.args), **self.start}, indent=1).encode()
         try:
             # of a process that was killed here
             self.ranks.first(lambda: clear_unbegun(self.output))
             self.trainer.begin(progress=self.args.bars)
+            self.start = {**self.start, "run": self.trainer.run_id}
+            self.validation.run = self.trainer.run_id
             self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
             self.trainer.ranks.first(self._evaluate)
             # After the first snapshot: from here on the run can be resumed.
+            settings = json.dumps(sealed({"settings": stored_settings(self.args), **self.start}), indent=1).encode()
             self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))
         except BaseException:
             self.trainer.close()
@@ -116,16 +118,25 @@ class LearningRun:
 
     def go_on(self) -> None:
         """Go on where the folder stands."""
-        self.ranks.first(self.validation.read)
         with telling("resume", "put back the model, the text and what the folder held when the run was broken off"):
-            self.trainer.resume(progress=self.args.bars)
+            self.trainer.resume(progress=self.args.bars, check=self._check_run)
         self.validation.restart(self.trainer.steps_done)
-        self.seconds += sum(record["seconds"] for record in read_metrics(self.progress))
+        self.seconds += sum(record["seconds"] for record in self.trainer.metrics)
         again = (
             "" if isinstance(self.inputs.calibration, Sequence) else "; their batches were read again, and passed over"
         )
         tell(f"{self.trainer.steps_done} steps were taken before{again}")
         tell_need(self.args, self.inputs.model, self.inputs.memory)
+
+    def _check_run(self, run_id: str) -> None:
+        """Take up the perplexities of the run with this id; ``Told`` if the settings are not its own, or damage."""
+        if self.start["run"] != run_id:
+            raise Told(
+                f"resume: expected the {SETTINGS} of the run in {str(self.progress)!r}, got another run's; restore it "
+                "from a copy"
+            )
+        self.validation.run = run_id
+        self.validation.read()
 
     def take_steps(self) -> bool:
         """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""
@@ -157,7 +168,9 @@ class LearningRun:
     def end(self) -> None:
         """Write what a run leaves at its end, and print its table."""
         with telling("output", how_to_go_on(self.output)):
-            report = write_results(self.args, self.inputs, self.start, self.validation.rows, self.seconds)
+            report = write_results(
+                self.args, self.inputs, self.start, self.trainer.metrics, self.validation.rows, self.seconds
+            )
         # What is learned is in the logits; what a replay starts from stays
         journaled = self.trainer.estimator.journaled
         for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
@@ -186,7 +199,7 @@ class LearningRun:
             tell(f"step {self.trainer.steps_done} of {self.args.steps}: validation perplexity {found:.2f}")
 
     def _tokens_done(self) -> int:
-        return sum(record["tokens"] for record in read_metrics(self.progress))
+        return sum(record["tokens"] for record in self.trainer.metrics)
 
     def _has_more(self) -> bool:
         """Whether there are steps to take, by what is known of the validation text."""

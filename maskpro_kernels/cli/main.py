@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
+from .models import checking_digests
 from .parser import build_parser
 from .progress import log_told, tell, tell_as, wants_bars
 from .run_files import tell_missing
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             _check_resume(args)
             take_config(args)
             _check_torchrun(args, argv)
-            with under_torchrun():
+            with under_torchrun(), checking_digests(args):
                 code = args.run(args)
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..checkpoints.safetensors_files import weight_files
 from ..pruning.selection import layers_to_convert
+from ..safetensors_files import weight_files
 from ..text.losses import distillation_loss
 from ..text.perplexity import EVALUATED_TOGETHER, causal_lm_loss
 from ..text.teacher import bytes_a_token

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..packed import INT8, NMLinear, bits_a_weight
+from ..stored_digests import without_digests
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 
@@ -17,22 +19,33 @@ if TYPE_CHECKING:
     from ..hf import Origin
 
 
-def load(name: str, dtype: str, device: torch.device, bars: bool):
+def checking_digests(args: argparse.Namespace) -> AbstractContextManager:
+    """Within it checkpoints are loaded as ``--no-digests`` says."""
+    return without_digests() if hasattr(args, "no_digests") else nullcontext()
+
+
+def load(name: str, dtype: str, device: torch.device, args: argparse.Namespace):
     """(model, tokenizer) on a device, see ``hf.load_model``.
 
     Args:
-        bars: whether transformers draws its bars, here and when the model is saved.
+        args: tell whether transformers draws its bars, here and when the model is saved, and whether it may run code
+            that a checkpoint brings along.
     """
-    model, tokenizer = load_spread(name, dtype, None, bars)
+    model, tokenizer = load_spread(name, dtype, None, args)
     return model.to(device), tokenizer
 
 
-def load_spread(name: str, dtype: str, device_map: str | Mapping | None, bars: bool):
+def load_spread(name: str, dtype: str, device_map: str | Mapping | None, args: argparse.Namespace):
     """The same, spread over devices by the ``device_map`` of ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
-    show_bars(bars)
-    return load_model(name, DTYPES[dtype], device_map)
+    show_bars(args.bars)
+    return load_model(name, DTYPES[dtype], device_map, trust_remote_code=trusts(args))
+
+
+def trusts(args: argparse.Namespace) -> bool:
+    """Whether ``--trust-remote-code`` was given."""
+    return getattr(args, "trust_remote_code", False)
 
 
 def device_of_inputs(model: torch.nn.Module) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from ..report import FROZEN
 from ..text.data import is_path
 from ..text.mixture import parse_sources
 from .models import hub_id
-from .run_files import REPORT, SETTINGS
+from .run_files import REPORT, SETTINGS, read_own
 
 if TYPE_CHECKING:
     from ..hf import Origin
@@ -63,7 +62,7 @@ def origin_of_export(run: Path, metadata: Mapping[str, str], dtype: str) -> Orig
     table, versions = [], {}
     for name in (REPORT, SETTINGS):
         try:
-            found = json.loads((run / name).read_text(encoding="utf-8"))
+            found = read_own(run / name)
             settings, table, versions = found["settings"] | settings, found["table"], found.get("versions", {})
             break
         except (OSError, ValueError, KeyError, TypeError):
@@ -110,7 +109,7 @@ def origin_of_checkpoint(source: str, folder: Path, pattern: str, was_int8: bool
 def _reported(run: Path) -> Origin | None:
     """Of the checkpoint in the folder of a run."""
     try:
-        found = json.loads((run / REPORT).read_text(encoding="utf-8"))
+        found = read_own(run / REPORT)
         return origin_of_run(found["settings"], found["weights"], found["table"], found["versions"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from ..packed import KEEP, VALUE_KINDS
 from ..pruning.initial_masks import INITIAL_MASKS
 from ..text.losses import KINDS
-from ..text.records import COLUMNS
 from ..training.sharing import PARALLEL
 from .arguments import DEVICE_MAPS, DTYPE, DTYPES, device_map, number, whole
 from .changed_weights import REFITTED
@@ -24,6 +20,18 @@ from .one_line_parser import OneLineParser, PrintVersions
 from .replay import replay
 from .run_files import SETTINGS
 from .run_settings import DATA, SAMPLES
+from .shared_options import (
+    add_data,
+    add_device,
+    add_digests,
+    add_dtype,
+    add_evaluation,
+    add_form,
+    add_model,
+    add_quiet,
+    add_saving,
+    add_trust,
+)
 from .speed import FIGURES, PICTURE, speed
 from .tasks import BATCH_SIZE
 from .trackers import NONE, TRACKERS
@@ -77,8 +85,8 @@ def _add_learn(commands) -> None:
         metavar="FILE",
         help=f"JSON file of options by name, such as {SETTINGS} of a run; options of the command line go before",
     )
-    _add_model(parser, required=False)
-    _add_data(parser, f"what to learn from: {LIST}; self: samples of the dense model (default: {DATA})")
+    add_model(parser, required=False)
+    add_data(parser, f"what to learn from: {LIST}; self: samples of the dense model (default: {DATA})")
     parser.add_argument(
         "--samples",
         type=whole,
@@ -102,9 +110,10 @@ def _add_learn(commands) -> None:
     _add_loss(parser)
     _add_steps(parser)
     _add_watching(parser)
-    _add_evaluation(parser)
+    add_evaluation(parser)
     _add_placement(parser)
-    _add_quiet(parser)
+    add_trust(parser)
+    add_quiet(parser)
     parser.set_defaults(run=learn)
 
 
@@ -220,7 +229,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
 def _add_placement(parser: argparse.ArgumentParser) -> None:
     """Where a run of ``learn`` computes, in which dtypes, and how it saves memory."""
     devices = parser.add_mutually_exclusive_group()
-    _add_device(devices)
+    add_device(devices)
     devices.add_argument(
         "--device-map",
         type=device_map,
@@ -257,17 +266,19 @@ def _add_eval(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="DIR|MODEL", help="a run's folder, or a model as in `maskpro learn --model`")
-    _add_data(
+    add_data(
         parser, f"text whose test part is evaluated: {LIST} (default: that of the run; of a model with --tasks none)"
     )
-    _add_evaluation(parser)
-    _add_device(parser)
+    add_evaluation(parser)
+    add_device(parser)
     _add_tasks(parser)
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="JSON file of all figures to write; must not exist"
     )
-    _add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
-    _add_quiet(parser)
+    add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
+    add_digests(parser)
+    add_trust(parser)
+    add_quiet(parser)
     parser.set_defaults(run=evaluate)
 
 
@@ -322,10 +333,16 @@ def _add_export(commands) -> None:
     )
     parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
-    _add_form(parser, "dense")
-    _add_dtype(parser, "dtype of the weights", "that of the run")
-    _add_saving(parser)
-    _add_quiet(parser)
+    parser.add_argument(
+        "--model",
+        default=argparse.SUPPRESS,
+        help="the base model where it is now: a local folder, or a model id on the hub (default: that of the run)",
+    )
+    add_form(parser, "dense")
+    add_dtype(parser, "dtype of the weights", "that of the run")
+    add_saving(parser)
+    add_trust(parser)
+    add_quiet(parser)
     parser.set_defaults(run=export)
 
 
@@ -345,8 +362,8 @@ def _add_replay(commands) -> None:
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="safetensors file to write; must not exist"
     )
-    _add_device(parser)
-    _add_quiet(parser)
+    add_device(parser)
+    add_quiet(parser)
     parser.set_defaults(run=replay)
 
 
@@ -369,10 +386,12 @@ def _add_import(commands) -> None:
         "--model", default=argparse.SUPPRESS, help="for masks: the model they belong to, as in `maskpro learn --model`"
     )
     parser.add_argument("--pattern", default="2:4", metavar="N:M", help="pattern of the weights or masks")
-    _add_form(parser, "packed")
-    _add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
-    _add_saving(parser)
-    _add_quiet(parser)
+    add_form(parser, "packed")
+    add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
+    add_saving(parser)
+    add_digests(parser)
+    add_trust(parser)
+    add_quiet(parser)
     parser.set_defaults(run=import_)
 
 
@@ -386,6 +405,7 @@ def _add_validate(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
+    add_digests(parser)
     parser.set_defaults(run=validate)
 
 
@@ -417,83 +437,9 @@ def _add_speed(commands) -> None:
         metavar="DIR",
         help=f"folder for {FIGURES} and {PICTURE}; must be new or empty",
     )
-    _add_device(parser)
-    _add_dtype(parser, "dtype of the weights and activations, of all models", DTYPE)
-    _add_quiet(parser)
+    add_device(parser)
+    add_dtype(parser, "dtype of the weights and activations, of all models", DTYPE)
+    add_digests(parser)
+    add_trust(parser)
+    add_quiet(parser)
     parser.set_defaults(run=speed)
-
-
-def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument(
-        "--model",
-        required=required,
-        default=argparse.SUPPRESS,
-        help="a local folder, a model id on the hub, or smollm2-135m",
-    )
-
-
-def _add_data(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--data", default=argparse.SUPPRESS, metavar="DATA", help=help)
-    parser.add_argument(
-        "--text-column",
-        default=argparse.SUPPRESS,
-        metavar="NAMES",
-        help="of a dataset: column of its texts or chats; of several with commas between them the first that there is "
-        f"(default: {COLUMNS})",
-    )
-    parser.add_argument(
-        "--stream",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="read datasets as they are needed, never as a whole: a window at a random place of each shuffled document",
-    )
-
-
-def _add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
-
-
-def _add_form(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--to", choices=("dense", "packed"), default=default, help="how the weights are stored")
-    parser.add_argument(
-        "--values",
-        choices=VALUE_KINDS,
-        default=argparse.SUPPRESS,
-        help=f"with --to packed: keep the values as they are, or round them to int8, about half the size (default: "
-        f"{KEEP})",
-    )
-
-
-def _add_saving(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-shard-size",
-        default=argparse.SUPPRESS,
-        metavar="SIZE",
-        help="split weights into files of at most this size, such as 5GB (default: that of transformers, 50GB)",
-    )
-    parser.add_argument(
-        "--push-to-hub", default=argparse.SUPPRESS, metavar="REPO", help="also upload the checkpoint, as owner/name"
-    )
-    parser.add_argument(
-        "--private", action="store_true", default=argparse.SUPPRESS, help="with --push-to-hub: a private repository"
-    )
-
-
-def _add_quiet(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--quiet",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="plain lines on stderr instead of bars; always so if stderr is not a terminal",
-    )
-
-
-def _add_evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--eval-windows", type=whole, default=24, metavar="W", help="test windows to evaluate, at most")
-    parser.add_argument("--eval-length", type=whole, default=512, metavar="T", help="tokens in a test window")
-
-
-def _add_device(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs, such as cuda:0"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from ..checked_json import rows_of, sealed_line
 from ..files import write_whole
 from ..text.perplexity import perplexity
+from .arguments import Told
 
 # Training stops where the validation perplexity is above the initial mask's by this factor at two evaluations in a row
 DIVERGED = 1.1
@@ -39,29 +40,32 @@ def print_table(table: Sequence[Mapping]) -> None:
 
 
 class ValidationPerplexities:
-    """Perplexities of the validation text by step, each written down as soon as it is known."""
+    """Perplexities of the validation text by step, each written down as soon as it is known.
+
+    Attributes:
+        run: the id of the run, known once it has begun or goes on.
+    """
 
     def __init__(
         self, path: Path, model: torch.nn.Module, validation: torch.Tensor, every: int, steps: int, bars: bool
     ):
         self.path, self.model, self.validation, self.every, self.steps = path, model, validation, every, steps
-        self.bars = bars
+        self.bars, self.run = bars, ""
         self.rows: list[dict] = []
         self.seconds = 0.0
 
     def read(self) -> None:
-        """Take up the rows of another process; ValueError where they are damaged."""
-        if self.path.exists():
-            try:
-                rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-                self.rows = [{name: row[name] for name in ("step", "tokens", "perplexity")} for row in rows]
-                if rows and not math.isfinite(rows[0]["perplexity"]):
-                    raise ValueError(f"{rows[0]['perplexity']} in the first")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"resume: expected a perplexity in each line of {str(self.path)!r}, got {error!r}; move the file "
-                    "away to go on without those of the steps before"
-                ) from error
+        """Take up the rows of another process; ``Told``, a ValueError, where they are damaged."""
+        if not self.path.exists():
+            return
+        rows, damaged = rows_of(self.path.read_bytes(), self.run)
+        if damaged or (rows and not math.isfinite(rows[0]["perplexity"])):
+            found = f"{damaged} others" if damaged else f"{rows[0]['perplexity']} in the first"
+            raise Told(
+                f"resume: expected a perplexity of this run in each line of {str(self.path)!r}, got {found}; move the "
+                "file away to go on without those of the steps before"
+            )
+        self.rows = rows
 
     def restart(self, steps_done: int) -> None:
         """Leave out the rows of steps that are taken again."""
@@ -85,7 +89,7 @@ class ValidationPerplexities:
                 "another --dtype, --init or --data"
             )
         self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        write_whole(self.path, b"".join(sealed_line(row, self.run) for row in self.rows))
         self.seconds += time.perf_counter() - began
         return value
 

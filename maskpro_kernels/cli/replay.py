@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from ..checkpoints.logits import Learned, load_weights, write_learned
+from ..digests import digest
 from ..pattern import NMPattern
 from ..report import FROZEN
-from ..training.batches import digest
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL
 from ..training.score_updates import ReplayedLayer
@@ -21,7 +21,7 @@ from ..training.snapshots import newest_snapshot
 from .arguments import device_of, new_file, telling
 from .changed_weights import told_weights
 from .progress import followed, tell
-from .run_files import LOGITS, PROGRESS, SETTINGS, START_WEIGHTS, logits_metadata
+from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, START_WEIGHTS, logits_metadata, read_own, read_settings
 
 CURE = f"restore the folder from a copy; the logits that were learned are in its {LOGITS}, too"
 
@@ -39,8 +39,8 @@ def replay(args: argparse.Namespace) -> None:
             f"estimator keeps none cannot be replayed, its logits are in its {LOGITS}"
         )
     with telling("run", CURE):
-        header, entries, torn = read_journal(progress / JOURNAL)
-    run = header["run"]
+        records = read_journal(progress / JOURNAL)
+    run, entries = records.header["run"], records.entries
     steps = getattr(args, "steps", len(entries))
     if not 0 <= steps <= len(entries):
         raise ValueError(f"steps: expected 0 to {len(entries)}, those of the journal, got {steps}")
@@ -50,8 +50,8 @@ def replay(args: argparse.Namespace) -> None:
         _, tensors, _, _ = newest_snapshot(progress, at_most=0, run=run)
     metadata = _metadata(Path(args.source), run)
     weights = {} if output is None else _start_weights(progress, run, metadata)
-    if torn:
-        tell(f"the last record is cut short by a crash: {torn} bytes are left out")
+    if records.torn:
+        tell(f"the last record is cut short by a crash: {records.torn} bytes are left out")
     layers = {
         name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer, *place)
         for name, (layer, pattern, _, _, *place) in run["layers"].items()
@@ -61,9 +61,20 @@ def replay(args: argparse.Namespace) -> None:
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:
         write_learned(Learned(logits, weights, metadata), output)
-    print(f"{steps} steps of {len(entries)}, logits {digest(logits[name] for name in sorted(logits))}")
+    found = digest(logits[name] for name in sorted(logits))
+    print(f"{steps} steps of {len(entries)}, logits {found}")
+    if steps == len(entries):
+        _tell_difference(Path(args.source), found)
     if (progress / START_WEIGHTS).exists():
         print("its masks are nothing without the refitted weights of the run")
+
+
+def _tell_difference(source: Path, found: str) -> None:
+    """Tell where a run that has ended reported other logits than those with this digest."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        reported = read_own(source / REPORT)["logits"]
+        if reported != found:
+            tell(f"{REPORT} tells of other logits, {reported}: the journal is not all of the run")
 
 
 def _start_weights(progress: Path, run: Mapping, metadata: Mapping[str, str]) -> dict[str, Tensor]:
@@ -86,7 +97,7 @@ def _start_weights(progress: Path, run: Mapping, metadata: Mapping[str, str]) ->
         if metadata["weights_are"] == FROZEN:
             return {}
     with telling("run", CURE):
-        weights, _ = load_weights(start)
+        weights = load_weights(start)
         # in the order of layer ids, as the run took it
         if digest(weights[name] for name in sorted(run["layers"], key=run["layers"].get)) != run["weights"]:
             raise ValueError(f"expected the weights that the run began with in {str(start)!r}, got others")
@@ -96,8 +107,8 @@ def _start_weights(progress: Path, run: Mapping, metadata: Mapping[str, str]) ->
 def _metadata(source: Path, run: Mapping) -> dict[str, str]:
     """As it stands beside the logits of the run; empty where it is not known."""
     try:
-        start = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
-        settings = start["settings"]
-        return logits_metadata(settings, run["weights"], start["dense_weights"], told_weights(settings["refit"]))
+        start = read_settings(source)
+        settings, weights_are = start["settings"], told_weights(start["settings"]["refit"])
+        return logits_metadata(settings, run["weights"], start["dense_weights"], weights_are, run["id"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}

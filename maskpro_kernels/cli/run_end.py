@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ..checked_json import sealed
 from ..checkpoints.logits import save_logits
+from ..digests import digest
 from ..files import sync, write_whole
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
@@ -19,7 +21,6 @@ from ..pruning.finalize import finalize
 from ..report.html import write_html
 from ..report.parting import parting
 from ..report.plots import draw_perplexity, draw_residual
-from ..training.batches import digest
 from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
@@ -38,7 +39,6 @@ from .run_files import (
     RESIDUAL_PICTURE,
     digest_of_weights,
     logits_metadata,
-    read_metrics,
 )
 from .run_settings import reported_settings, stored_settings
 from .versions import versions
@@ -48,6 +48,7 @@ def write_results(
     args: argparse.Namespace,
     inputs: Inputs,
     start: Mapping,
+    records: Sequence[Mapping],
     validation: Sequence[Mapping],
     seconds: float,
 ) -> dict:
@@ -57,6 +58,7 @@ def write_results(
         args: the settings, complete.
         inputs: with the model that has learned, whose masked layers become plain ones.
         start: what was known before the first step.
+        records: metrics of each step.
         validation: validation perplexities by step.
         seconds: from the dense model to the learned mask.
 
@@ -67,9 +69,8 @@ def write_results(
     weights = told_weights_of(model, args.refit, start)
     learned = name_over(args.estimator, weights)
     table = [*start["table"], table_row(learned, model, inputs.tests, seconds, args.bars)]
-    save_run_logits(args, model, start)
+    logits_file = save_run_logits(args, model, start)
     groups = _groups_of(model, output / PROGRESS, pattern)
-    records = read_metrics(output / PROGRESS)
 
     save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
@@ -89,6 +90,7 @@ def write_results(
         "parting": parting(table),
         "validation": validation,
         **groups,
+        "logits_file": logits_file,
         "converted": start["converted"],
         "skipped": start["skipped"],
         "memory": {"needed": asdict(inputs.memory), "used": used_memory()},
@@ -98,15 +100,16 @@ def write_results(
     # Last, and behind all else on the disk too: a folder with a report is a run that ended.
     for written in (*filter(Path.is_file, output.iterdir()), output):
         sync(written)
-    write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    write_whole(output / REPORT, (json.dumps(sealed(report), indent=1) + "\n").encode())
     return report
 
 
-def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Mapping) -> None:
-    """Write the logits of a run into its folder, with the weights where these have changed."""
+def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Mapping) -> str:
+    """Write the logits of a run into its folder, with the weights where these have changed; gives the file's digest."""
     weights_are = told_weights_of(model, args.refit, start)
-    metadata = logits_metadata(stored_settings(args), digest_of_weights(model), start["dense_weights"], weights_are)
-    save_logits(model, Path(args.output) / LOGITS, metadata)
+    of = digest_of_weights(model), start["dense_weights"], weights_are, start["run"]
+    metadata = logits_metadata(stored_settings(args), *of)
+    return save_logits(model, Path(args.output) / LOGITS, metadata)
 
 
 def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> dict:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
+from ..checked_json import read_sealed
+from ..digests import digest
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
 from ..text.data import has_rows
 from ..text.mixture import texts_of
-from ..training.batches import digest
-from ..training.run_folder import LOCK, METRICS
+from ..training.run_folder import LOCK
 from .arguments import DTYPES
 from .progress import tell_as
 
@@ -36,7 +37,10 @@ REPORTED_SETTINGS = ("data", "dtype", "eval_length")
 # What a run goes on by: its settings, and what was known before its first step
 RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "logits_dtype", "gradient_checkpointing", "estimator",
                     "steps", "gap", "seed")  # fmt: skip
-RESUMED = ("settings", "table", "seconds", "converted", "skipped", "dense_weights", "start_weights")
+RESUMED = ("settings", "table", "seconds", "converted", "skipped", "dense_weights", "start_weights",
+           "run")  # fmt: skip
+# Where things are: whoever moves them changes these. The weights and the batches tell whether they are the same
+PLACES = ("settings.model", "settings.data", "settings.other_data")
 
 
 def goes_on(output: Path) -> bool:
@@ -44,16 +48,17 @@ def goes_on(output: Path) -> bool:
     return (output / SETTINGS).is_file() and (output / PROGRESS).is_dir() and not (output / REPORT).exists()
 
 
-def logits_metadata(settings: Mapping, weights: str, dense_weights: str, weights_are: str) -> dict[str, str]:
+def logits_metadata(settings: Mapping, weights: str, dense_weights: str, weights_are: str, run: str) -> dict[str, str]:
     """What stands beside the logits of a run with these settings: all that an export takes besides them.
 
     Args:
         weights: the digest of the masked layers' weights that the masks belong to, in the dtype of the settings.
         dense_weights: the same of the dense model.
         weights_are: what became of the weights, see ``told_weights``.
+        run: the id of the run.
     """
     metadata = {name: settings[name] for name in ("model", "pattern", "dtype")}
-    return metadata | {"weights": weights, "dense_weights": dense_weights, "weights_are": weights_are}
+    return metadata | {"weights": weights, "dense_weights": dense_weights, "weights_are": weights_are, "run": run}
 
 
 def digest_of_weights(model: torch.nn.Module) -> str:
@@ -105,7 +110,7 @@ def read_report(path: Path) -> dict:
     """What a run reported; ValueError unless it is one."""
     check_ended(path.parent, REPORT)
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_own(path)
         settings = report["settings"]
         read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in REPORTED_SETTINGS}
         _check_report(read)
@@ -149,10 +154,11 @@ def read_start(output: Path) -> dict:
     if not (output / SETTINGS).is_file():
         raise ValueError(
             f"resume: expected a folder in which `maskpro learn` had begun to learn, got {str(output)!r}, without "
-            f"{SETTINGS}; begin with `maskpro learn --output`"
+            f"{SETTINGS}; begin with `maskpro learn --output`, which goes on with what a run has left there that was "
+            "killed before its first step"
         )
     try:
-        start = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        start = read_settings(output)
         for holder, names in ((start, RESUMED), (start["settings"], RESUMED_SETTINGS)):
             missing = [name for name in names if name not in holder]
             if missing:
@@ -167,6 +173,28 @@ def read_start(output: Path) -> dict:
     return start
 
 
+def read_own(path: Path) -> dict:
+    """What a run wrote into a file of JSON.
+
+    Raises:
+        ValueError: if it is not that, but for what is in PLACES, of which a warning tells.
+        OSError: if it cannot be read.
+    """
+    found, changed = read_sealed(path.read_bytes())
+    others = [name for name in changed if name not in PLACES]
+    if others:
+        raise ValueError(f"{', '.join(others)} changed since the run wrote it, by an edit or by damage")
+    if changed:
+        told = f"{', '.join(changed)} in {path} changed since the run wrote it: what is there now counts"
+        warnings.warn(told, stacklevel=2)
+    return found
+
+
+def read_settings(output: Path) -> dict:
+    """What ``read_own`` gives of the settings of a run."""
+    return read_own(output / SETTINGS)
+
+
 def stored_data(output: Path) -> dict:
     """What a run has learned from and how it was read, from whatever folder that is asked, by the names of the options.
 
@@ -174,7 +202,7 @@ def stored_data(output: Path) -> dict:
         ValueError: if it is not known.
     """
     try:
-        settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))["settings"]
+        settings = read_settings(output)["settings"]
         if not isinstance(settings["data"], str):
             raise TypeError(f"{settings['data']!r} for the data")
         data = {"data": settings["data"]}
@@ -186,9 +214,3 @@ def stored_data(output: Path) -> dict:
             f"data: expected --data, or the settings of the run in {str(output / SETTINGS)!r}, got {error!r}; name the "
             "text, or restore the file from a copy"
         ) from error
-
-
-def read_metrics(progress: Path) -> list[dict]:
-    """What the trainer wrote of each step."""
-    path = progress / METRICS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

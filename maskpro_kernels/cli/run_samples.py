@@ -10,16 +10,14 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..files import make_folder, write_tensors
+from ..digests import digest
+from ..files import make_folder, unfinished, unfinished_tensors, write_tensors
 from ..text.samples import TOGETHER, sample_windows, start_token
-from ..training.batches import digest
 from ..training.run_folder import LOCK
 from .progress import Progress, tell
 from .run_files import PROGRESS
 
 SAMPLES = "samples.safetensors"
-# Of a process that was killed while it wrote
-TEMPORARY = f"{SAMPLES}.*.tmp"
 
 
 def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, windows: int) -> torch.Tensor:
@@ -56,7 +54,7 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
 
 def _kept(args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict) -> torch.Tensor:
     """The samples of these settings: those in the file, and the others drawn and added to it."""
-    for half in path.parent.glob(TEMPORARY):
+    for half in (*unfinished(path.parent), *unfinished_tensors(path.parent)):
         half.unlink()
     known = _read(path, of) if path.exists() else None
     if known is not None and len(known) == of["windows"]:

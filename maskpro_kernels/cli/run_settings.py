@@ -17,6 +17,7 @@ from ..training.estimator import Estimator
 from ..training.sharing import PARALLEL, check_shares
 from .arguments import DTYPES, check_device_map, check_least, device_of, telling
 from .changed_weights import REFITTED
+from .config_file import TRUST
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
@@ -26,7 +27,7 @@ from .trackers import check_trackers
 # What a run learns from, and how many windows the model draws at most, where nothing is said
 DATA, SAMPLES = "pydoc:0.5,self:0.5", 2048
 # Of this process, not of the run
-NO_SETTINGS = ("run", "given", "config", "parallel", "quiet", "bars")
+NO_SETTINGS = ("run", "given", "config", "parallel", "quiet", "bars", TRUST)
 
 
 def complete(args: argparse.Namespace) -> Estimator:

@@ -19,7 +19,7 @@ from ..report.plots import check_picture, draw_speed
 from ..text.data import batches, load_text
 from .arguments import DTYPE, DTYPES, check_least, device_of
 from .memory import check_fit
-from .models import learned_positions, load, windows_of
+from .models import learned_positions, load, trusts, windows_of
 from .progress import Progress, tell_as
 from .run_files import check_not_going_on
 from .versions import machine, versions
@@ -88,7 +88,7 @@ def _measured(args: argparse.Namespace, dtype: str, device: torch.device) -> tup
     check_fit(args.models, DTYPES[dtype], device)
     models, vocabulary = {}, None
     for name in args.models:
-        model, tokenizer = load(name, dtype, device, args.bars)
+        model, tokenizer = load(name, dtype, device, args)
         _check_positions(args, name, model)
         if vocabulary is None:
             vocabulary, prompt = tokenizer.get_vocab(), _prompt(args, model, tokenizer)
@@ -124,7 +124,7 @@ def _peaks(args: argparse.Namespace, dtype: str, prompt: torch.Tensor) -> dict[s
     peaks, progress = {}, Progress("memory", "model", args.bars)
     for done, name in enumerate(args.models, start=1):
         try:
-            peaks[name] = peak_memory(name, DTYPES[dtype], prompt, args.new_tokens)
+            peaks[name] = peak_memory(name, DTYPES[dtype], prompt, args.new_tokens, trust_remote_code=trusts(args))
         except ValueError as error:
             tell_as("warning", error)
             peaks[name] = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import unfinished, unfinished_tensors
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL, LOCK, METRICS
 from ..training.snapshots import snapshots_in, step_of
@@ -47,7 +49,7 @@ def _holds_a_run(output: Path) -> bool:
     if any(step_of(path) > 0 for path in snapshots_in(progress)):
         return True
     try:
-        return (progress / JOURNAL).exists() and bool(read_journal(progress / JOURNAL)[1])
+        return (progress / JOURNAL).exists() and bool(read_journal(progress / JOURNAL).entries)
     except ValueError:
         # damaged: what it held is not known
         return True
@@ -57,4 +59,6 @@ def _unresumable(output: Path) -> list[Path]:
     """The files that are of no use without the settings, which are written behind them, and halves of them."""
     progress = output / PROGRESS
     files = [progress / name for name in (JOURNAL, LOCK, VALIDATION, START_WEIGHTS)]
-    return [*snapshots_in(progress), *files, *progress.glob("*.tmp"), *output.glob(f"{SETTINGS}*.tmp")]
+    halves = [*unfinished(progress), *unfinished_tensors(progress)]
+    # of the folder itself, in which a user may have files of any name, the settings alone come that early
+    return [*snapshots_in(progress), *files, *halves, *unfinished(output, re.escape(SETTINGS))]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..counter import Counter, MaskSource
@@ -48,6 +48,7 @@ def check_codes(name: str, codes: Tensor, pattern: NMPattern, like: Tensor | Non
     """Raise unless ``codes`` are group codes of the pattern, and fit ``like`` [..., K] where it is given."""
     if not isinstance(codes, Tensor) or codes.dtype != pattern.code_dtype:
         raise TypeError(f"{name}: expected group codes of dtype {pattern.code_dtype}, got {describe(codes)}")
+    check_layout(name, codes)
     if codes.dim() == 0:
         raise ValueError(f"{name}: expected group codes [..., K / M], got a 0-dim tensor")
     if like is None:
@@ -82,8 +83,27 @@ _SHORT.maxstring = _SHORT.maxother = 200
 def describe(value) -> str:
     """What an argument is, in a line, however much it holds."""
     if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}"
+        kind = "a tensor" if value.layout is torch.strided else f"a tensor of layout {value.layout}"
+        return f"{kind} {list(value.shape)} of {value.dtype} on {value.device}"
     return f"{type(value).__name__} {_SHORT.repr(value)}"
+
+
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Raise TypeError if a tensor is sparse, or laid out by another library."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}; give its to_dense()")
+
+
+def check_own_memory(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if elements of a tensor that is to change share memory, or may do so by its strides."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"{name}: expected a tensor of its own memory for each element, got {list(tensor.shape)} with strides "
+                f"{tensor.stride()}, such as an expanded one; give a contiguous copy"
+            )
+        reach += (size - 1) * stride
 
 
 def check_groups(name: str, tensor: Tensor, pattern: NMPattern) -> None:
@@ -95,6 +115,7 @@ def matrix_of(name: str, tensor: Tensor, pattern: NMPattern) -> Tensor:
     """The tensor as a contiguous matrix [rows, K]."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(tensor)}")
+    check_layout(name, tensor)
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(tensor)}")
     check_groups(name, tensor, pattern)
@@ -129,6 +150,7 @@ def check_weight(weight: Tensor, pattern: NMPattern) -> None:
     """Raise unless ``weight`` is a matrix [out, K] that the pattern divides."""
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"weight: expected a tensor [out, K], got {describe(weight)}")
+    check_layout("weight", weight)
     check_not_distributed("weight", weight)
     if weight.dtype not in LOGIT_DTYPES:
         raise TypeError(f"weight: expected float32, bfloat16 or float16, got {describe(weight)}")
@@ -139,6 +161,7 @@ def linear_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     """(x [tokens, K], weight, bias) of a linear layer, contiguous; x and bias checked, x in the product's dtype."""
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         raise ValueError(f"x: expected a tensor [..., {weight.shape[1]}] on {weight.device}, got {describe(x)}")
+    check_layout("x", x)
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if x.dtype != weight.dtype and not (autocast and x.dtype in LOGIT_DTYPES):
@@ -152,6 +175,8 @@ def linear_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
         raise ValueError(
             f"bias: expected a tensor [{weight.shape[0]}] of {weight.dtype} on {weight.device}, got {describe(bias)}"
         )
+    if bias is not None:
+        check_layout("bias", bias)
     check_no_tangents(x=x, weight=weight, bias=bias)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
@@ -164,7 +189,8 @@ class CounterKeywords(TypedDict, total=False):
 
     Attributes:
         seed: int of 64 bits or 0-dim int64 tensor.
-        step: int in [0, 2**32) or 0-dim int64 tensor; default 0.
+        step: int in [0, 2**32) or 0-dim int64 tensor; default 0. A tensor on the CPU is checked, as all of these are.
+            On a device a step out of its range counts as the nearest in it; layer and draw have to be in theirs.
         layer: id in [0, 2**32), an int or 0-dim int64 tensor; default 0. Two layers of one id draw the same noise.
         draw: id in [0, 2**16) of one of several draws in a step, an int or 0-dim int64 tensor; default 0.
         group_offset: index in the whole layer of the first group, where the logits are a shard; default 0.
@@ -255,10 +281,30 @@ def stacked(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].view(1)
 
 
+def known_value(value: Tensor) -> float | int | None:
+    """That of a 0-dim tensor, where it can be had without waiting for a device and not in a graph that is traced."""
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":
+        return None
+    return value.item()
+
+
+def check_known(name: str, value: Tensor, low: int, high: int) -> None:
+    """Raise ValueError if a 0-dim int64 tensor's value is known and not in [low, high)."""
+    known = known_value(value)
+    if known is not None and not low <= known < high:
+        raise ValueError(f"{name}: expected a value in [{low}, {high}), got {known}")
+
+
+def check_step(step: Tensor) -> None:
+    """Raise ValueError if a counter's step is known and none of those that draws have."""
+    check_known("step", step, 0, philox.MAX_STEPS)
+
+
 def _check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.dtype != torch.int64:
             raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
+        check_known(name, value, low, high)
     elif isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
     elif not low <= value < high:
@@ -277,16 +323,27 @@ def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[
     coefs = list(coef) if listed else [coef]
     if len(coefs) != len(draws) or not coefs:
         raise ValueError(f"coef: expected one for each of the {len(draws)} draws, at least one, got {len(coefs)}")
+    total = 0.0
     for c in coefs:
         if isinstance(c, Tensor):
             if c.dim() != 0 or not c.dtype.is_floating_point:
                 raise ValueError(f"coef: expected a float or a 0-dim floating-point tensor, got {describe(c)}")
         elif isinstance(c, bool) or not isinstance(c, (int, float)):
             raise TypeError(f"coef: expected a float or a 0-dim tensor, got {describe(c)}")
-        elif not max(abs(c), abs(c) * inverse_temperature) <= FLOAT32_MAX:
-            raise ValueError(f"coef: expected a number finite in float32, also over the temperature, got {c}")
+        known = known_value(c) if isinstance(c, Tensor) else c
+        if known is None:
+            continue
+        if not max(abs(known), abs(known) * inverse_temperature) <= FLOAT32_MAX:
+            raise ValueError(f"coef: expected a number finite in float32, also over the temperature, got {known}")
+        total += abs(known)
+    if not max(total, total * inverse_temperature) <= FLOAT32_MAX:
+        raise ValueError(
+            f"coef: expected numbers whose sum is finite in float32, also over the temperature, got {len(coefs)} whose "
+            f"absolute values sum up to {total:g}"
+        )
     for i in draws:
         _check_scalar("draw", i, 0, philox.MAX_DRAWS)
-    if not any(isinstance(i, Tensor) for i in draws) and len(set(draws)) != len(draws):
-        raise ValueError(f"draw: expected distinct ids, got {draws}")
+    ids = [known_value(i) if isinstance(i, Tensor) else i for i in draws]
+    if None not in ids and len(set(ids)) != len(ids):
+        raise ValueError(f"draw: expected distinct ids, got {ids}")
     return coefs, draws

@@ -19,7 +19,9 @@ from .checks import (
     check_groups,
     check_int,
     check_keywords,
+    check_layout,
     check_like,
+    check_own_memory,
     coefs_and_draws,
     counter_of,
     describe,
@@ -148,6 +150,7 @@ def pack_mask(mask: Tensor, pattern: str | NMPattern) -> Tensor:
     pattern = NMPattern(pattern)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask: expected a bool tensor, got {describe(mask)}")
+    check_layout("mask", mask)
     check_groups("mask", mask, pattern)
     groups = mask.unflatten(-1, (-1, pattern.m))
     code = torch.zeros(groups.shape[:-1], dtype=torch.int32, device=mask.device)
@@ -215,7 +218,9 @@ def score_update_(
 
     Args:
         logits: float32, bfloat16 or float16 [..., K], K divisible by M; changed.
-        coef: float or 0-dim tensor, or a sequence of K of them with ``draw`` a sequence of K ids.
+        coef: float or 0-dim tensor, or a sequence of K of them with ``draw`` a sequence of K ids. Their absolute values
+            sum up to a float32. A tensor on a device is not looked at: one that is not finite, there, gives logits
+            that are not.
         draw: id of the draw, or a sequence of distinct ones.
         pattern, temperature, counter: as they were given to ``sample_mask``.
 
@@ -227,9 +232,8 @@ def score_update_(
     """
     pattern = NMPattern(pattern)
     matrix = matrix_of("logits", logits, pattern).detach()
-    spans = zip(logits.shape, logits.stride(), strict=True)
-    if not logits.is_contiguous() and any(size > 1 and stride == 0 for size, stride in spans):
-        raise ValueError("logits: expected a tensor of its own memory for each element, got an expanded one")
+    if not logits.is_contiguous():
+        check_own_memory("logits", logits)
     # dynamo does not trace the question, and refuses such a tensor itself
     if not torch.compiler.is_compiling() and logits.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("logits: expected a tensor that may change, got one of inference mode outside of it")

@@ -14,9 +14,11 @@ except ModuleNotFoundError:
     require("maskpro_kernels.hf", "transformers")
     raise
 
+from ..stored_digests import without_digests
 from .agreement import Agreement
 from .callbacks import KeepMask, MaskCallback
 from .decoding import next_logits, preallocated_cache
+from .foreign_code import ForeignCode
 from .hub import fetch_checkpoint, fetch_masks
 from .known_origin import known_origin
 from .loading import SMOLLM2, check_model, checkpoint_activations, load_model, show_bars
@@ -32,6 +34,7 @@ __all__ = [
     "MASK_ALONE",
     "SMOLLM2",
     "Agreement",
+    "ForeignCode",
     "KeepMask",
     "MaskCallback",
     "MaskedConfig",
@@ -60,4 +63,5 @@ __all__ = [
     "save_model",
     "show_bars",
     "tell_config",
+    "without_digests",
 ]

@@ -71,10 +71,15 @@ def fetch_masks(repo_id: str) -> Path:
         return Path(hf_hub_download(repo_id, (arrays or tensors)[0]))
 
 
-def fetch_checkpoint(repo_id: str) -> Path:
-    """The folder of a repository's checkpoint; OSError if it cannot be reached, or does not exist."""
+def fetch_checkpoint(repo_id: str, code: bool = False) -> Path:
+    """The folder of a repository's checkpoint, with the Python code it brings along where that may be run.
+
+    Raises:
+        OSError: if it cannot be reached, or does not exist.
+    """
+    files = [*CHECKPOINT_FILES, "*.py"] if code else list(CHECKPOINT_FILES)
     with _told(repo_id):
-        return Path(snapshot_download(repo_id, allow_patterns=CHECKPOINT_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=files))
 
 
 @contextmanager

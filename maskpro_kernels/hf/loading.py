@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..extras import missing
+from .foreign_code import ForeignCode, files_of_code, is_refusal
 from .hub import why_not_on_hub
 
 SMOLLM2 = "smollm2-135m"
@@ -29,7 +30,11 @@ TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken
 
 
 def load_model(
-    name: str, dtype: torch.dtype, device_map: str | Mapping[str, str | int] | None = None
+    name: str,
+    dtype: torch.dtype,
+    device_map: str | Mapping[str, str | int] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, and its tokenizer.
 
@@ -39,9 +44,12 @@ def load_model(
         dtype: a floating-point dtype of torch, given to all weights.
         device_map: of ``from_pretrained``, such as "auto" or {name of a module: device}, by which accelerate spreads
             the model over devices; None: the CPU.
+        trust_remote_code: whether Python code that a checkpoint brings along for its config, model or tokenizer may be
+            run. Nobody is ever asked.
 
     Raises:
-        TypeError: if ``dtype`` is not a floating-point torch.dtype.
+        TypeError: if ``dtype`` is not a floating-point torch.dtype, or ``trust_remote_code`` not a bool.
+        ForeignCode: a ValueError, if the checkpoint needs code of its own and ``trust_remote_code`` is False.
         ValueError: if a package that "smollm2-135m" or ``device_map`` needs is not installed, a name in ``device_map``
             is of no module, or a part of the model has no device in it; or the folder holds no causal language model,
             not all of its weights, or some of other shapes.
@@ -49,6 +57,8 @@ def load_model(
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    if not isinstance(trust_remote_code, bool):
+        raise TypeError(f"trust_remote_code: expected a bool, got {trust_remote_code!r}")
     lacking = None if device_map is None else missing("accelerate")
     if lacking:
         raise ValueError(f"device_map: expected {lacking}")
@@ -57,22 +67,21 @@ def load_model(
     check_model(name)
     try:
         with _only_errors_told():
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            _check_device_map(AutoConfig.from_pretrained(name), device_map)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            _check_device_map(config, device_map, trust_remote_code)
             model, found = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, device_map=device_map, output_loading_info=True, ignore_mismatched_sizes=True
+                name,
+                dtype=dtype,
+                device_map=device_map,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
             )
     except _BadDeviceMap:
         raise
     except Exception as error:
-        # Files that are damaged or of another kind: each of transformers' parsers has errors of its own
-        reason, cure = " ".join(str(error).split()).partition(". ")[0], "copy or download it again"
-        if not Path(name).is_dir():
-            cure = "of a model on the hub check the name and the connection"
-        elif not _has_tokenizer(Path(name)):
-            reason, cure = "the folder has no tokenizer", "write that of the model into it, by its save_pretrained"
-        told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}; {cure}"
-        raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
+        raise _told(name, error) from error
     lacking = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if lacking:
         raise ValueError(
@@ -80,6 +89,21 @@ def load_model(
             f"{lacking[0]}; copy or download it again"
         )
     return model.eval(), tokenizer
+
+
+def _told(name: str, error: Exception) -> ValueError | OSError:
+    """What is told of a model that transformers has not loaded: each of its parsers has errors of its own."""
+    if is_refusal(error):
+        return ForeignCode(name, files_of_code(name))
+    reason, cure = " ".join(str(error).split()).partition(". ")[0], "copy or download it again"
+    if not Path(name).is_dir():
+        cure = "of a model on the hub check the name and the connection"
+    elif not _has_tokenizer(Path(name)):
+        reason, cure = "the folder has no tokenizer", "write that of the model into it, by its save_pretrained"
+    # what is told of a checkpoint mostly tells what to do, too
+    reason += "" if reason.startswith("checkpoint:") and "; " in reason else f"; {cure}"
+    told = f"model: expected a causal language model and its tokenizer, got {name!r}: {reason}"
+    return OSError(told) if isinstance(error, OSError) else ValueError(told)
 
 
 def check_model(name: str) -> None:
@@ -115,12 +139,14 @@ class _BadDeviceMap(ValueError):
     pass
 
 
-def _check_device_map(config: PretrainedConfig, device_map: str | Mapping[str, str | int] | None) -> None:
+def _check_device_map(
+    config: PretrainedConfig, device_map: str | Mapping[str, str | int] | None, trust_remote_code: bool = False
+) -> None:
     """Raise _BadDeviceMap unless a map by name gives each part of a model of this kind a device."""
     if not isinstance(device_map, Mapping):
         return
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     names = dict(model.named_modules()) | dict(model.named_parameters())
     unknown = [name for name in device_map if name not in names]
     if unknown:

@@ -13,10 +13,12 @@ from transformers.quantizers import register_quantization_config, register_quant
 from ..modules import CounterState, MaskedLinear, masked_layers
 from ..pattern import NMPattern
 from ..replacement import replace_modules
+from ..stored_digests import MASKED_METHOD
 from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
     check_all_stored,
+    check_digests,
     check_names,
     check_own_settings,
     linears_named,
@@ -24,7 +26,7 @@ from .stored_files import (
     take_apart,
 )
 
-MASKED_METHOD, MASKED_FORMAT, MASKED_VERSION = "maskpro-mask", "logits", 1
+MASKED_FORMAT, MASKED_VERSION = "logits", 1
 PARTS = ("logits", "_extra_state")
 
 
@@ -37,6 +39,7 @@ class MaskedConfig(SparseConfig):
     Args:
         layers: ``pattern`` and ``layer``, the id in the counter, of each MaskedLinear by name.
         taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
+        digests: of what is stored, see ``stored_digests``.
         format, version: of what is stored.
         loading: for who reads the checkpoint without this package: what transformers needs to load it.
 
@@ -48,6 +51,7 @@ class MaskedConfig(SparseConfig):
         self,
         layers: Mapping[str, Mapping],
         taken_apart: Sequence[str] = (),
+        digests: Mapping[str, Mapping[str, str]] | None = None,
         format: str = MASKED_FORMAT,
         version: int = MASKED_VERSION,
         loading: str = HOW_TO_LOAD,
@@ -63,6 +67,7 @@ class MaskedConfig(SparseConfig):
             NMPattern(layer["pattern"])
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.taken_apart = check_names("taken_apart", taken_apart)
+        self.digests = check_digests(digests)
         self.format, self.version, self.loading = format, version, loading
 
     @classmethod
@@ -81,6 +86,7 @@ class MaskedQuantizer(SparseQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
         check_all_stored(stored_dtypes(checkpoint_files), PARTS, layers)
+        self._check_digests(checkpoint_files)
         self._extra_states, dtype = _stored_states(checkpoint_files)
         if self._extra_states.keys() != {layer["layer"] for layer in layers.values()}:
             raise ValueError("checkpoint: expected the extra state of each layer that its quantization_config names")

@@ -199,12 +199,13 @@ def _perplexities(model: PreTrainedModel, origin: Origin) -> str:
 
 def _loading(model: PreTrainedModel, name: str, kind: str) -> str:
     needed = bool(_patterns(model))
+    trust = ", trust_remote_code=True" if getattr(model.config, "auto_map", None) else ""
     code = [
         f"from transformers import {kind}, AutoTokenizer",
         *(["", IMPORT] if needed else []),
         "",
-        f'model = {kind}.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {kind}.from_pretrained("{name}"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
     ]
     if _layers(model, MaskedLinear):
         code += [

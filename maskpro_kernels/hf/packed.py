@@ -14,10 +14,12 @@ from ..ops.reference import SCALED
 from ..packed import INT8, KEEP, VALUE_KINDS, NMLinear, PackedNM, check_content, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
 from ..replacement import replace_modules
+from ..stored_digests import PACKED_METHOD
 from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
     check_all_stored,
+    check_digests,
     check_names,
     check_own_settings,
     check_scales_stored,
@@ -26,7 +28,7 @@ from .stored_files import (
     take_apart,
 )
 
-PACKED_METHOD, PACKED_FORMAT, PACKED_VERSION = "maskpro", "nm-bitmask", 1
+PACKED_FORMAT, PACKED_VERSION = "nm-bitmask", 1
 
 
 class StoredAs(NamedTuple):
@@ -45,6 +47,7 @@ class PackedConfig(SparseConfig):
         values: how the values of all these are stored, "keep" or "int8" as in ``pack_nm``; or names of the modules by
             such kinds, where what is not named is kept.
         taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
+        digests: of what is stored, see ``stored_digests``.
         format, version: of what is stored.
         loading: for who reads the checkpoint without this package: what transformers needs to load it.
 
@@ -57,6 +60,7 @@ class PackedConfig(SparseConfig):
         patterns: Mapping[str, Sequence[str]],
         taken_apart: Sequence[str] = (),
         values: str | Mapping[str, Sequence[str]] = KEEP,
+        digests: Mapping[str, Mapping[str, str]] | None = None,
         format: str = PACKED_FORMAT,
         version: int = PACKED_VERSION,
         loading: str = HOW_TO_LOAD,
@@ -69,6 +73,7 @@ class PackedConfig(SparseConfig):
         self.patterns = {str(NMPattern(pattern)): list(names) for pattern, names in patterns.items()}
         self.values = _checked_kinds(values, [name for names in self.patterns.values() for name in names])
         self.taken_apart = check_names("taken_apart", taken_apart)
+        self.digests = check_digests(digests)
         self.format, self.version, self.loading = format, version, loading
 
     @classmethod
@@ -130,6 +135,7 @@ class PackedQuantizer(SparseQuantizer):
             stored = stored_dtypes(checkpoint_files)
             check_all_stored(stored, ("values", "bitmask"), layers)
             check_scales_stored(stored, [name for name, how in layers.items() if how.values == INT8])
+        self._check_digests(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():

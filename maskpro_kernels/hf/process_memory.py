@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from ..stored_digests import digests_are_checked, without_digests
 from .agreement import greedy, plain_generation
 from .loading import load_model, show_bars
 from .speed import prefill
@@ -37,7 +38,13 @@ class PeakMemory:
 
 
 def peak_memory(
-    name: str, dtype: torch.dtype, prompt: torch.Tensor, new_tokens: int, threads: int | None = None
+    name: str,
+    dtype: torch.dtype,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    threads: int | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PeakMemory | None:
     """Load a model in a fresh process on the CPU, let it read a prompt and write behind it, and see what that takes.
 
@@ -45,7 +52,7 @@ def peak_memory(
     of this process alone, where ``ru_maxrss`` begins with what the process that started it holds.
 
     Args:
-        name, dtype: as ``load_model`` takes them.
+        name, dtype, trust_remote_code: as ``load_model`` takes them.
         prompt: int64 [rows, tokens].
         new_tokens: that are written.
         threads: of torch; None: as many as here.
@@ -64,6 +71,8 @@ def peak_memory(
         "prompt": prompt.tolist(),
         "new_tokens": new_tokens,
         "threads": threads or torch.get_num_threads(),
+        "trust_remote_code": trust_remote_code,
+        "digests": digests_are_checked(),
     }
     # this package wherever it was found, and nothing of the current folder
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -81,15 +90,19 @@ def main() -> None:
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
     show_bars(False)
-    found = resident(asked["name"], getattr(torch, asked["dtype"]), torch.tensor(asked["prompt"]), asked["new_tokens"])
+    dtype, prompt = getattr(torch, asked["dtype"]), torch.tensor(asked["prompt"])
+    with nullcontext() if asked["digests"] else without_digests():
+        found = resident(asked["name"], dtype, prompt, asked["new_tokens"], asked["trust_remote_code"])
     print(json.dumps(asdict(found)))
 
 
 @torch.inference_mode()
-def resident(name: str, dtype: torch.dtype, prompt: torch.Tensor, new_tokens: int) -> PeakMemory:
+def resident(
+    name: str, dtype: torch.dtype, prompt: torch.Tensor, new_tokens: int, trust_remote_code: bool = False
+) -> PeakMemory:
     """``peak_memory`` of this very process, with all that it holds."""
     before = _bytes_of_status("VmRSS")
-    model, _ = load_model(name, dtype)
+    model, _ = load_model(name, dtype, trust_remote_code=trust_remote_code)
     forgotten = False
     # some containers forbid it
     with suppress(OSError):

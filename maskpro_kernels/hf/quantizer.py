@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -12,15 +15,25 @@ from ..linear_form import as_built
 from ..modules import MaskedLinear, check_in_memory
 from ..packed import SPARSE, dense_layer
 from ..replacement import replace_modules
+from ..stored_digests import DIGESTS, check_checkpoint, digests_are_checked
 
 
 class SparseConfig(QuantizationConfigMixin):
-    """A ``quantization_config`` that names modules which were taken apart, see ``linear_form``, where there are any."""
+    """A ``quantization_config`` of layers with masks or packed weights.
+
+    Attributes:
+        taken_apart: names of modules which were taken apart, see ``linear_form``.
+        digests: of what is stored, see ``stored_digests``. They are those of files: a loaded model has none, and
+            ``save_pretrained`` writes new ones.
+    """
 
     taken_apart: list[str]
+    digests: Mapping[str, Mapping[str, str]]
 
     def to_dict(self) -> dict:
-        return {name: value for name, value in super().to_dict().items() if value or name != "taken_apart"}
+        """As it is stored, without what there is none of."""
+        optional = ("taken_apart", DIGESTS)
+        return {name: value for name, value in super().to_dict().items() if value or name not in optional}
 
 
 class SparseQuantizer(HfQuantizer):
@@ -28,6 +41,13 @@ class SparseQuantizer(HfQuantizer):
 
     # they are made by ``convert`` and ``finalize``, not from a dense checkpoint while it is loaded
     requires_calibration = True
+
+    def _check_digests(self, files: Iterable[str] | None) -> None:
+        """``check_checkpoint`` of files that are loaded; the model that they become has no digests."""
+        self.quantization_config.digests = {}
+        # not by the given config: that of a loaded model has none, and it may be given to load the same files again
+        if files is not None and digests_are_checked():
+            check_checkpoint(map(Path, files))
 
     def preprocess_model(self, model: PreTrainedModel, *args, **kwargs) -> None:
         """As transformers has it.

@@ -153,6 +153,18 @@ def check_names(argument: str, names: Iterable[str]) -> list[str]:
     return list(names)
 
 
+def check_digests(digests: object) -> dict[str, dict[str, str]]:
+    """Digests by the names of two tables of them, none where there are none.
+
+    Raises:
+        TypeError: if they are something else.
+    """
+    digests = {} if digests is None else digests
+    if not isinstance(digests, Mapping) or not all(isinstance(table, Mapping) for table in digests.values()):
+        raise TypeError(f"quantization_config: expected tables of digests, got {type(digests).__name__}")
+    return {name: dict(table) for name, table in digests.items()}
+
+
 def check_own_settings(others: dict, **expected: tuple[object, object]) -> None:
     """Raise ValueError where settings are of another format or version, or unknown.
 

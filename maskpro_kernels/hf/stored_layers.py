@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +18,8 @@ from ..adapters import adapter_modules
 from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE, NMLinear
+from ..safetensors_files import named_files
+from ..stored_digests import add_digests
 from .masked import MaskedConfig
 from .packed import PackedConfig
 
@@ -146,14 +152,56 @@ def prepare_for_saving(model: PreTrainedModel) -> None:
 
 
 def _preparing(save: Callable) -> Callable:
-    """``save_pretrained`` behind ``prepare_for_saving``."""
+    """``save_pretrained`` behind ``prepare_for_saving``, with the digests of what it has written."""
+    signature = inspect.signature(save)
 
     @functools.wraps(save)
-    def save_pretrained(self: PreTrainedModel, *args, **kwargs):
+    def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike, *args, **kwargs):
         prepare_for_saving(self)
-        return save(self, *args, **kwargs)
+        given = signature.bind(self, save_directory, *args, **kwargs)
+        if not isinstance(getattr(self.config, "quantization_config", None), OWN):
+            return save(*given.args, **given.kwargs)
+        # of several processes one writes the config, and beside an adapter alone there is none
+        if not given.arguments.get("is_main_process", True) or getattr(self, "_hf_peft_config_loaded", False):
+            return save(*given.args, **given.kwargs)
+        with _adding_digests(self, Path(save_directory)):
+            return save(*given.args, **given.kwargs)
 
     return save_pretrained
+
+
+@contextmanager
+def _adding_digests(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Add the digests of the weights that are written within it: at its end, or before they go to the hub."""
+    before, added = _weights_in(folder), []
+
+    def add() -> None:
+        if added:
+            return
+        written = [file for file, state in _weights_in(folder).items() if before.get(file) != state]
+        # a file system may show a file that was written anew as it was: the config is never left without digests
+        written = written or named_files(folder)
+        if written:
+            add_digests(folder, written)
+            added.extend(written)
+
+    def upload(*args, **kwargs):
+        add()
+        return type(model)._upload_modified_files(model, *args, **kwargs)
+
+    # transformers uploads what it has written before it returns
+    model._upload_modified_files = upload
+    try:
+        yield
+    finally:
+        del model._upload_modified_files
+    add()
+
+
+def _weights_in(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """What tells whether a file of weights was written anew."""
+    states = {file: file.stat() for file in sorted(folder.glob("*.safetensors"))}
+    return {file: (state.st_mtime_ns, state.st_ino, state.st_size) for file, state in states.items()}
 
 
 # No layer sees the model that it was put into, and transformers asks no one else before it writes the config

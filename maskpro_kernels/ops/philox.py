@@ -3,6 +3,9 @@
 Word 0 of the counter is the group's index in the whole layer, word 1 the layer id, word 2 the step;
 word 3 holds the 4-word block within the group in bits 0-7, the stream in bits 8-15 and the draw id
 in bits 16-31. The key is the seed, low word first. Words are held in int64 tensors.
+
+A number that its bits do not hold is refused where its value is known. On a device it is not. There a step, which moves
+there too, counts as the nearest one that the word holds, so that no draws come again that were drawn long before.
 """
 
 from __future__ import annotations
@@ -75,9 +78,10 @@ def group_words(group, m, stream, key):
         key: (seed, step, layer, draw), 0-dim int64 tensors.
     """
     seed, step, layer, draw = key
+    step = step.clamp(0, MAX_STEPS - 1)
     seed_words = (seed & WORD, (seed >> 32) & WORD)
     words = []
     for block in range((m + 3) // 4):
-        counter = (group & WORD, layer, step & WORD, counter_word3(block, stream, draw))
+        counter = (group & WORD, layer, step, counter_word3(block, stream, draw))
         words.extend(philox4x32(counter, seed_words))
     return words[:m]

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from ..digests import SIZE, digest
 
 # A label without a loss, as torch has it
 IGNORED = -100
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Of the shapes, dtypes and bytes of tensors."""
-    whole = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        whole.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return whole.hexdigest()
 
 
 def tensors_of(batch) -> Iterator[Tensor]:
@@ -54,7 +46,7 @@ def content(batch, index: int) -> str:
             parts.append(f"list {len(part)}")
             return all(map(plain, part))
         if isinstance(part, (np.ndarray, np.generic)) and not part.dtype.hasobject:
-            values = hashlib.blake2b(part.tobytes(), digest_size=16).hexdigest()
+            values = hashlib.blake2b(part.tobytes(), digest_size=SIZE).hexdigest()
             parts.append(f"array {part.dtype.str} {part.shape} {values}")
             return True
         parts.append("tensor" if isinstance(part, Tensor) else repr(part))
@@ -62,7 +54,7 @@ def content(batch, index: int) -> str:
 
     if not plain(batch):
         return f"batch {index}"
-    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=SIZE).hexdigest()
 
 
 def weights_of(batches: Sequence) -> list[Fraction]:

@@ -25,7 +25,7 @@ RUN_OPTIONS = frozenset(
     "accumulate bars batch_size calibration_batches config data device device_map dtype estimator eval_every "
     "eval_length eval_windows flip_rate gap given gradient_checkpointing help init init_batches logits_device "
     "logits_dtype loss loss_temperature model other_data output parallel pattern quiet refit report_to resume run "
-    "samples seed seq_len steps stream text_column".split()
+    "samples seed seq_len steps stream text_column trust_remote_code".split()
 )
 
 

@@ -1,8 +1,9 @@
 """The journal of a run: what it takes to rebuild its logits, a checksummed record a step.
 
-A file begins with a header, JSON of any length with its checksum; records of equal size follow, appended and synced
-one by one. A record that a crash has cut short is the last one, and is cut off; one that is damaged anywhere else is
-refused.
+A file begins with a header, JSON of any length with its digest; records of equal size follow, appended and synced one
+by one. The digests are a chain: that of a record covers the digest before it, and the first one that of the header,
+which holds the id of the run. So a record counts in its own run and at its own place alone. A record that a crash has
+cut short is the last one, and is cut off; one that is damaged anywhere else is refused.
 """
 
 from __future__ import annotations
@@ -10,22 +11,21 @@ from __future__ import annotations
 import json
 import os
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..digests import SIZE, digest_of_bytes
 from ..files import write_whole
 
 MAGIC = b"maskpro\n"
-VERSION = 1
-# magic, version, bytes of the JSON, its checksum
-HEAD = struct.Struct("<8sIII")
-# step, tokens, whether the update was skipped, loss under the initial masks; then the draws; then the checksum
+VERSION = 2
+# magic, version, bytes of the JSON; then the digest of these and of the JSON; then the JSON
+HEAD = struct.Struct("<8sII")
+# step, tokens, whether the update was skipped, loss under the initial masks; then the draws; then the digest
 STEP = struct.Struct("<QQ?d")
 DRAW = struct.Struct("<Hdd")
-CHECKSUM = struct.Struct("<I")
 
 
 class Draw(NamedTuple):
@@ -54,21 +54,42 @@ class Entry:
     draws: tuple[Draw, ...]
     skipped: bool = False
 
-    def packed(self) -> bytes:
+    def packed(self, chain: bytes) -> bytes:
+        """The record behind one with that digest; it ends in its own."""
         body = STEP.pack(self.step, self.tokens, self.skipped, self.initial_loss)
         body += b"".join(DRAW.pack(*draw) for draw in self.draws)
-        return body + CHECKSUM.pack(zlib.crc32(body))
+        return body + digest_of_bytes(chain, body)
 
     @classmethod
-    def unpacked(cls, record: bytes) -> Entry | None:
-        """The entry, or None where the checksum is another."""
-        body = record[: -CHECKSUM.size]
-        if CHECKSUM.unpack(record[-CHECKSUM.size :]) != (zlib.crc32(body),):
+    def unpacked(cls, record: bytes, chain: bytes) -> Entry | None:
+        """The entry, or None where its digest does not continue the chain."""
+        body = record[:-SIZE]
+        if record[-SIZE:] != digest_of_bytes(chain, body):
             return None
         step, tokens, skipped, initial_loss = STEP.unpack(body[: STEP.size])
         return cls(
             step, tokens, initial_loss, tuple(Draw(*draw) for draw in DRAW.iter_unpack(body[STEP.size :])), skipped
         )
+
+
+class Records(NamedTuple):
+    """What a journal holds.
+
+    Attributes:
+        header: what was given to ``Journal.create``.
+        entries: of the steps.
+        torn: bytes of a last record that was cut short.
+        draws: draws a step.
+        chain: digests, in hex, at which the journal stood before the first step and after each one.
+        end: where the entries end, in bytes.
+    """
+
+    header: dict
+    entries: list[Entry]
+    torn: int
+    draws: int
+    chain: list[str]
+    end: int
 
 
 class Journal:
@@ -78,11 +99,14 @@ class Journal:
         header: what was given to ``create``.
         draws: draws a step.
         steps: how many records there are.
+        chain: the digest, in hex, of the last record; before the first one that of the header.
     """
 
-    def __init__(self, path: Path, header: dict, draws: int, steps: int):
-        self.path, self.header, self.draws, self.steps = path, header, draws, steps
-        self._file = open(path, "ab", buffering=0)
+    def __init__(self, path: Path, header: dict, draws: int, steps: int, chain: str):
+        self.path, self.header, self.draws, self.steps, self.chain = path, header, draws, steps, chain
+        self._file = open(path, "a+b", buffering=0)
+        self._failed = False
+        self._process, self._end = os.getpid(), os.fstat(self._file.fileno()).st_size
 
     @classmethod
     def create(cls, path: str | Path, header: Mapping, draws: int = 1) -> Journal:
@@ -90,7 +114,7 @@ class Journal:
 
         Args:
             path: a new file.
-            header: what tells this run from others; JSON can hold it.
+            header: what tells this run from others, among it an id of its own; JSON can hold it.
             draws: draws a step.
 
         Raises:
@@ -101,86 +125,146 @@ class Journal:
         if path.exists():
             raise ValueError(f"path: expected a new file, got {str(path)!r}, which exists")
         text = json.dumps({"draws": draws, "run": header}, sort_keys=True).encode()
-        write_whole(path, HEAD.pack(MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
-        return cls(path, json.loads(text)["run"], draws, 0)
+        head = HEAD.pack(MAGIC, VERSION, len(text))
+        chain = digest_of_bytes(head, text)
+        write_whole(path, head + chain + text)
+        return cls(path, json.loads(text)["run"], draws, 0, chain.hex())
 
     @classmethod
-    def resume(cls, path: str | Path) -> tuple[Journal, list[Entry], int]:
-        """(journal to append to, its entries, bytes of a last record that was cut short and is gone now).
+    def resume(cls, path: str | Path) -> tuple[Journal, Records]:
+        """(journal to append to, what it holds); of a last record that was cut short the bytes are gone now.
 
         Raises:
             ValueError, OSError: as ``read``.
         """
-        header, draws, entries, end, torn = _read(Path(path))
-        if torn:
-            with open(path, "r+b") as file:
-                file.truncate(end)
-                os.fsync(file.fileno())
-        return cls(Path(path), header, draws, len(entries)), entries, torn
+        path, found = Path(path), read(path)
+        # anew: what another process has written may be in memory alone, where it was killed or a sync failed, and a
+        # sync does not write again what the system takes for written
+        write_whole(path, path.read_bytes()[: found.end])
+        return cls(path, found.header, found.draws, len(found.entries), found.chain[-1]), found
 
     def append(self, entry: Entry) -> None:
         """Write a record and wait until it is on disk.
 
         Raises:
-            ValueError: if it is not the next step, or has another number of draws.
-            OSError: if it cannot be written; what had been written of it is then taken back.
+            RuntimeError: if another process has opened the journal: this one was forked from it.
+            ValueError: if it is not the next step, or has another number of draws, or the file does not end where the
+                last record did.
+            OSError: if it cannot be written; what had been written of it is then taken back. Where it was the sync that
+                failed, or nothing can be taken back, no further record is taken: ``resume`` goes on.
         """
+        if self._failed:
+            raise OSError(f"{self.path}: the disk has failed before, and what it holds is not known: go on by a resume")
+        self._check_place()
         if entry.step != self.steps or len(entry.draws) != self.draws:
             raise ValueError(
                 f"entry: expected step {self.steps} with {self.draws} draws, got step {entry.step} with "
                 f"{len(entry.draws)}"
             )
-        record, before = entry.packed(), os.fstat(self._file.fileno()).st_size
+        record = entry.packed(bytes.fromhex(self.chain))
         try:
             if self._file.write(record) != len(record):
                 raise OSError(f"{self.path}: the disk took a part of a record only")
-            os.fsync(self._file.fileno())
+            self._sync()
         except BaseException:
             # an interrupt too: what is not known to be on disk is not there
-            os.ftruncate(self._file.fileno(), before)
+            self._take_back()
             raise
         self.steps += 1
+        self._end += len(record)
+        self.chain = record[-SIZE:].hex()
+
+    def _check_place(self) -> None:
+        """Raise unless this process alone has written behind what was there."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"journal: expected process {self._process}, which has opened it, got {os.getpid()}, which was forked "
+                "from it: two may not write to one run"
+            )
+        end = os.fstat(self._file.fileno()).st_size
+        if end != self._end:
+            raise ValueError(
+                f"journal: expected {str(self.path)!r} to end at byte {self._end}, as this process has left it, got "
+                f"{end}: something else writes to it; resume the run to have what is sound of it"
+            )
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError:
+            # the system takes for written what it could not write: another sync would succeed, and write nothing
+            self._failed = True
+            raise
+
+    def _take_back(self) -> None:
+        """Let the file end where the last record did; the error that led to it is the one to be told."""
+        try:
+            os.ftruncate(self._file.fileno(), self._end)
+        except OSError:
+            self._failed = True
+
+    def put_back(self) -> bool:
+        """Whether another program had removed the file; it is then there again, with all its records.
+
+        Raises:
+            ValueError: if another file is in its place.
+            OSError: if it cannot be written.
+        """
+        own = os.fstat(self._file.fileno())
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            # what was removed stays as long as it is open
+            write_whole(self.path, os.pread(self._file.fileno(), own.st_size, 0))
+            self._file.close()
+            self._file = open(self.path, "a+b", buffering=0)
+            return True
+        if not os.path.samestat(own, found):
+            raise ValueError(
+                f"journal: expected the one that this trainer writes, got another in its place, {str(self.path)!r}"
+            )
+        return False
 
     def close(self) -> None:
         self._file.close()
 
 
-def read(path: str | Path) -> tuple[dict, list[Entry], int]:
-    """(header, entries, bytes of a last record that was cut short) of a journal, which stays as it is.
+def read(path: str | Path) -> Records:
+    """What a journal holds, which stays as it is.
 
     Raises:
         ValueError: if the file is no journal, of another version, or damaged; the message tells where.
         OSError: if it cannot be read.
     """
-    header, _, entries, _, torn = _read(Path(path))
-    return header, entries, torn
-
-
-def _read(path: Path) -> tuple[dict, int, list[Entry], int, int]:
-    """(header, draws a step, entries, where they end, bytes behind)."""
+    path = Path(path)
     content = path.read_bytes()
-    if len(content) < HEAD.size or content[: len(MAGIC)] != MAGIC:
-        raise ValueError(f"journal: expected a journal of maskpro_kernels, got {str(path)!r}")
-    _, version, size, checksum = HEAD.unpack(content[: HEAD.size])
-    if version != VERSION:
-        raise ValueError(f"journal: expected version {VERSION}, got {version} in {str(path)!r}")
-    start = HEAD.size + size
-    text = content[HEAD.size : start]
-    if len(text) < size or zlib.crc32(text) != checksum:
-        raise ValueError(f"journal: expected a whole header, got a damaged one in {str(path)!r}")
-    head = json.loads(text)
-    draws = head["draws"]
-    length = STEP.size + draws * DRAW.size + CHECKSUM.size
-    entries = []
+    head, start = _header(content, path)
+    draws, chain = head["draws"], [content[HEAD.size : HEAD.size + SIZE].hex()]
+    length = STEP.size + draws * DRAW.size + SIZE
+    entries: list[Entry] = []
     for at in range(start, len(content), length):
         record = content[at : at + length]
-        entry = Entry.unpacked(record) if len(record) == length else None
+        entry = Entry.unpacked(record, bytes.fromhex(chain[-1])) if len(record) == length else None
         if entry is None:
             if at + length < len(content):
-                raise ValueError(f"journal: expected a whole record of step {len(entries)} at byte {at}, got a damaged "
-                                 f"one in {str(path)!r}")  # fmt: skip
-            return head["run"], draws, entries, at, len(record)
-        if entry.step != len(entries):
-            raise ValueError(f"journal: expected step {len(entries)} at byte {at}, got {entry.step} in {str(path)!r}")
+                raise ValueError(f"journal: expected the record of step {len(entries)} of this run at byte {at}, got a "
+                                 f"damaged one or another's in {str(path)!r}")  # fmt: skip
+            return Records(head["run"], entries, len(record), draws, chain, at)
         entries.append(entry)
-    return head["run"], draws, entries, len(content), 0
+        chain.append(record[-SIZE:].hex())
+    return Records(head["run"], entries, 0, draws, chain, len(content))
+
+
+def _header(content: bytes, path: Path) -> tuple[dict, int]:
+    """(what the header of a journal holds, where it ends)."""
+    if len(content) < HEAD.size or content[: len(MAGIC)] != MAGIC:
+        raise ValueError(f"journal: expected a journal of maskpro_kernels, got {str(path)!r}")
+    _, version, size = HEAD.unpack(content[: HEAD.size])
+    if version != VERSION:
+        raise ValueError(f"journal: expected version {VERSION}, got {version} in {str(path)!r}")
+    text = HEAD.size + SIZE
+    start = text + size
+    sound = digest_of_bytes(content[: HEAD.size], content[text:start]) == content[HEAD.size : text]
+    if len(content) < start or not sound:
+        raise ValueError(f"journal: expected a whole header, got a damaged one in {str(path)!r}")
+    return json.loads(content[text:start]), start

@@ -59,7 +59,11 @@ def snapshot_of(
 
 
 def read_run(
-    folder: RunFolder, settings: Mapping, estimator: Estimator, check: Callable[[int, str | None], object]
+    folder: RunFolder,
+    settings: Mapping,
+    estimator: Estimator,
+    check: Callable[[int, str | None], object],
+    check_run: Callable[[str], object] | None = None,
 ) -> tuple[SavedRun, RunState]:
     """What a folder holds of a run, once it is mended so that the next step finds it as the last has left it.
 
@@ -69,15 +73,18 @@ def read_run(
         estimator: whose ``recall`` goes through the journal; its state is that of the last step then.
         check: called with the steps and the digest of their batches before the folder is mended; raises ValueError if
             the run cannot go on.
+        check_run: the same, called with the id of the run, and earlier.
 
     Raises:
-        ValueError, OSError: as ``RunFolder.read`` and ``check``, or if the snapshot holds other tensors of an
+        ValueError, OSError: as ``RunFolder.read`` and the checks, or if the snapshot holds other tensors of an
             estimator. Folder and estimator are then as they were.
     """
     before = estimator.state()
     folder.take_over()
     try:
         saved = folder.read(settings)
+        if check_run is not None:
+            check_run(saved.state["run"]["id"])
         _check_tensors(saved, estimator)
         results = list(map(estimator.recall, saved.entries))
         run_state = _of_journal(folder, saved, results, estimator) if folder.journaled else _of_snapshot(saved)

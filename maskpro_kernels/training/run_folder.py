@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
+import os
+import re
+import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,18 +16,22 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..files import make_folder, write_whole
+from ..digests import digest
+from ..files import make_folder, unfinished
 from ..modules import MaskedLinear
-from .batches import content, digest, tensors_of
+from .batches import content, tensors_of
 from .estimator import Estimator
-from .journal import Entry, Journal
+from .journal import Entry, Journal, Records
 from .journal import read as read_journal
-from .snapshots import newest_snapshot, save_snapshot, snapshots_in, step_of
+from .metrics import Metrics
+from .snapshots import NAME, newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
 from .step import LossFn
 
 PACKAGE = __name__.partition(".")[0]
 
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
+# Names of files that are first written under others; whatever else is in the folder is not ours
+WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{NAME.pattern}"
 # Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
 INITIAL_LOSSES = "initial-losses"
 
@@ -70,13 +78,20 @@ def _settings_of_layer(layer: MaskedLinear) -> list:
     return [*settings, layer.group_offset, layer.group_row_stride] if layer.is_shard else settings
 
 
+def _continues(records: Records | None, step: int, state: Mapping) -> bool:
+    """Whether a snapshot was taken behind the record of the journal that has its step.
+
+    The first one was taken before the journal was there: that it is of the run, the run's id tells.
+    """
+    return records is None or step == 0 or state.get("chain") == records.chain[step]
+
+
 class SavedRun(NamedTuple):
     """What a folder holds of a run.
 
     Attributes:
         steps: how many can be had again.
-        entries: of its journal; none where it has no journal.
-        initial_losses: those that its first step was compared with; None where it has no journal.
+        records: what its journal holds; None where it has none.
         snapshot_step: how many steps had been taken at the newest sound snapshot.
         tensors: of that snapshot.
         state: of that snapshot.
@@ -85,13 +100,22 @@ class SavedRun(NamedTuple):
     """
 
     steps: int
-    entries: list[Entry]
-    initial_losses: list[float] | None
+    records: Records | None
     snapshot_step: int
     tensors: dict[str, Tensor]
     state: dict
     unusable: set[Path]
     warnings: list[str]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Those of the journal; none where there is no journal."""
+        return [] if self.records is None else self.records.entries
+
+    @property
+    def initial_losses(self) -> list[float] | None:
+        """Those that the first step was compared with; None where there is no journal."""
+        return None if self.records is None else self.records.header["initial_losses"]
 
 
 class RunFolder:
@@ -106,13 +130,30 @@ class RunFolder:
 
     Attributes:
         journal: what the records of steps are appended to; None before it is there, and where there is none.
+        metrics: what steps saw; None before the run has begun or goes on.
+        lost: whether another trainer has taken the folder; nothing more is written into it.
     """
 
     def __init__(self, path: Path, journaled: bool):
         self.path, self.journaled = path, journaled
         self.journal: Journal | None = None
+        self.metrics: Metrics | None = None
+        self.lost = False
         self._lock: FileLock | None = None
+        self._lock_file: tuple[int, int] | None = None
         self._run: Mapping | None = None
+        self._newest: Path | None = None
+        self._process: int | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """What tells the run from all others; None before it has begun or goes on."""
+        return None if self._run is None else self._run["id"]
+
+    @property
+    def rows(self) -> list[dict]:
+        """The metrics of the steps that were taken."""
+        return [] if self.metrics is None else self.metrics.rows
 
     def start(self, run: Mapping) -> None:
         """Make the folder and keep other trainers out of it.
@@ -136,7 +177,9 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
-        self._run = run
+        # an id of its own: what another run has left is none of this one, however alike they are
+        self._run = {**run, "id": secrets.token_hex(16)}
+        self.metrics = Metrics(self.path / METRICS, self._run["id"])
 
     def _check_new(self) -> None:
         """Raise ValueError if the folder holds a run, or of one whose other files are lost what it has learned."""
@@ -146,8 +189,7 @@ class RunFolder:
 
     def _unfinished(self) -> list[Path]:
         """Files of which a process that was killed had written a part."""
-        folders = self.path, self.path / INITIAL_LOSSES
-        return [path for folder in folders for path in folder.glob("*.tmp") if path.is_file()]
+        return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder, WRITTEN)]
 
     def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
         """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
@@ -173,22 +215,29 @@ class RunFolder:
             settings: that the run has to have, see ``settings_of``.
 
         Raises:
-            ValueError: if the run has other settings, or its journal or all its snapshots are damaged.
+            ValueError: if the run has other settings, its journal or all its snapshots are damaged, or they contradict
+                each other.
         """
-        header, entries, warnings = {}, [], []
+        records, told, path = None, [], self.path / JOURNAL
         if self.journaled:
-            header, entries, torn = read_journal(self.path / JOURNAL)
-            self._check_settings(settings, header["run"])
-            if torn:
-                warnings.append(f"the last record of {self.path / JOURNAL} was cut short: its step is taken again")
-        at_most = len(entries) if self.journaled else None
-        snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, header.get("run"))
+            records = read_journal(path)
+            self._check_settings(settings, records.header["run"])
+            if records.torn:
+                told.append(f"the last record of {path} was cut short: its step is taken again")
+        at_most, run = (None, None) if records is None else (len(records.entries), records.header["run"])
+        snapshot_step, tensors, state, damaged = newest_snapshot(self.path, at_most, run)
         self._check_settings(settings, state["run"])
-        steps = len(entries) if self.journaled else snapshot_step
+        self._check_one_run(state["run"])
+        if not _continues(records, snapshot_step, state):
+            raise ValueError(
+                f"output_dir: expected snapshots and a {JOURNAL} of one run in {str(self.path)!r}, got a snapshot of "
+                f"step {snapshot_step} that was taken beside other records; restore the folder from a copy, or move "
+                "that snapshot away"
+            )
+        steps = snapshot_step if records is None else len(records.entries)
         unusable = {*damaged, *(path for path in snapshots_in(self.path) if step_of(path) > steps)}
-        warnings += [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
-        initial_losses = header.get("initial_losses")
-        return SavedRun(steps, entries, initial_losses, snapshot_step, tensors, state, unusable, warnings)
+        told += [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
+        return SavedRun(steps, records, snapshot_step, tensors, state, unusable, told)
 
     def _check_settings(self, settings: Mapping, run: Mapping) -> None:
         """Raise ValueError unless a run has these settings."""
@@ -198,6 +247,21 @@ class RunFolder:
                 told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
                 raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.path)!r}")
 
+    def _check_one_run(self, run: Mapping) -> None:
+        """Raise ValueError unless a run has an id, and without a journal all sound snapshots are of it.
+
+        With a journal those of another run are passed over. Without one nothing tells which run is the folder's.
+        """
+        if "id" not in run:
+            told = f"got one of an earlier version in {str(self.path)!r}"
+            raise ValueError(f"output_dir: expected a run with an id, {told}")
+        others = [] if self.journaled else of_other_runs(self.path, run["id"])
+        if others:
+            raise ValueError(
+                f"output_dir: expected snapshots of one run, got {str(others[0])!r} of another; move away what does "
+                "not belong there"
+            )
+
     def initial_losses(self, saved: SavedRun, step: int) -> list[float] | None:
         """Those of ``add_initial_losses`` at a step; None where they are to be computed, since that step is the next.
 
@@ -206,8 +270,8 @@ class RunFolder:
         """
         folder = self.path / INITIAL_LOSSES
         with contextlib.suppress(ValueError):
-            newest, tensors, _, _ = newest_snapshot(folder, step, saved.state["run"])
-            if newest == step:
+            newest, tensors, state, _ = newest_snapshot(folder, step, saved.state["run"])
+            if newest == step and _continues(saved.records, step, state):
                 return tensors["losses"].tolist()
         if step == saved.steps:
             return None
@@ -218,46 +282,96 @@ class RunFolder:
     def go_on(self, saved: SavedRun, rows: Sequence[Mapping]) -> None:
         """Remove, set aside or mend what is damaged: the next step finds the folder as the last would have left it.
 
+        What was lost of the metrics is added to ``saved.warnings``.
+
         Args:
             saved: what ``read`` has given.
             rows: metrics of steps, for those without a line.
         """
+        run = saved.state["run"]
+        metrics = Metrics(self.path / METRICS, run["id"])
+        torn = saved.records is not None and saved.records.torn > 0
+        mended, told = metrics.mended(saved.steps, rows if self.journaled else None, torn)
         for path in self._unfinished():
             path.unlink()
-        metrics = self._mended_metrics(saved.steps, rows)
         if self.journaled:
-            self.journal, _, _ = Journal.resume(self.path / JOURNAL)
+            self.journal, _ = Journal.resume(self.path / JOURNAL)
         for path in saved.unusable:
             path.rename(path.with_suffix(".aside"))
-        write_whole(self.path / METRICS, metrics)
-        self._run = saved.state["run"]
+        self._newest = snapshots_in(self.path)[-1]
+        metrics.write(mended)
+        self._run, self.metrics = run, metrics
+        saved.warnings.extend(told)
 
-    def _mended_metrics(self, steps: int, rows: Sequence[Mapping]) -> bytes:
-        """The lines of the steps that are done: those that are there, and of the others those of ``rows``."""
-        lines, path = {}, self.path / METRICS
-        if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    lines[json.loads(line)["step"]] = line
-        for row in rows:
-            lines.setdefault(row["step"], json.dumps(row))
-        return "".join(lines[step] + "\n" for step in sorted(lines) if step < steps).encode()
+    def add_entry(self, entry: Entry | None) -> None:
+        """Add the record of a step to the journal, where the run has one, ahead of its update.
 
-    def add_metrics(self, row: Mapping) -> None:
-        """Add the line of a step."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        What another program has removed of the folder meanwhile is put back first, with a warning.
+
+        Raises:
+            RuntimeError: see ``check_process``.
+            ValueError: if another trainer has had the folder since, or another file is in the journal's place. The
+                folder is lost then.
+            OSError: if something cannot be written.
+        """
+        self.check_process()
+        try:
+            self._keep_hold()
+        except ValueError:
+            self.lost = True
+            self.close()
+            raise
+        if self.journal is not None and entry is not None:
+            self.journal.append(entry)
+
+    def _keep_hold(self) -> None:
+        if not self.path.is_dir():
+            # the lock would make it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+        if self._id_of_lock() != self._lock_file:
+            self._lock.release()
+            self._acquire()
+            if not self.metrics.is_as_left():
+                raise ValueError(
+                    f"output_dir: expected what this trainer has left in {str(self.path)!r}, got something else: "
+                    f"{LOCK} was removed while it ran, and another trainer may have had the folder"
+                )
+            warnings.warn(f"{self.path / LOCK} was removed while the run went on: it is put back", stacklevel=2)
+        if self.journal is not None and self.journal.put_back():
+            warnings.warn(f"{self.journal.path} was removed while the run went on: it is put back", stacklevel=2)
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
-        save_snapshot(self.path, step, tensors, {"run": self._run, **state})
+        self.check_process()
+        if not self.journaled:
+            # the steps before are not taken again, and nothing else knows what they saw
+            self.metrics.sync()
+        self._newest = save_snapshot(self.path, step, tensors, {**self._place(), **state})
+
+    def lacks_snapshot(self) -> bool:
+        """Whether another program has removed the newest snapshot, of which a warning tells; another one is due then.
+
+        Without any the run could not be resumed.
+        """
+        if self._newest.exists():
+            return False
+        warnings.warn(
+            f"{self._newest} was removed while the run went on: a snapshot of the present step takes its place",
+            stacklevel=2,
+        )
+        return True
+
+    def _place(self) -> dict:
+        """What tells a snapshot's place: the run, and the record of the journal that it stands at."""
+        return {"run": self._run, "chain": None if self.journal is None else self.journal.chain}
 
     def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:
         """Add the losses of all batches under refreshed initial masks, which this step is the first to need."""
+        self.check_process()
         folder = self.path / INITIAL_LOSSES
         make_folder(folder)
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64, device="cpu")}
-        save_snapshot(folder, step, tensors, {"run": self._run})
+        save_snapshot(folder, step, tensors, self._place())
 
     def _acquire(self) -> None:
         """Keep other trainers out, in this process and in others."""
@@ -270,11 +384,32 @@ class RunFolder:
                 f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
                 f"{str(self.path)!r}"
             ) from None
+        self._lock_file = self._id_of_lock()
+        self._process = os.getpid()
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked while a trainer had the folder: it is its parent's."""
+        if self._process not in (None, os.getpid()):
+            raise RuntimeError(
+                f"output_dir: expected process {self._process}, whose run is in {str(self.path)!r}, got {os.getpid()}, "
+                "which was forked from it: two may not write to one run; make a trainer with another output_dir here"
+            )
+
+    def _id_of_lock(self) -> tuple[int, int] | None:
+        """What tells the file of the lock from another in its place; None where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(self.path / LOCK)
+            return found.st_dev, found.st_ino
 
     def close(self) -> None:
-        """Let another trainer have the folder."""
-        if self.journal is not None:
-            self.journal.close()
-        if self._lock is not None:
-            self._lock.release()
-        self.journal = self._lock = None
+        """Let another trainer have the folder; a forked process lets go of nothing that its parent holds."""
+        if self._process not in (None, os.getpid()):
+            return
+        try:
+            if self.journal is not None:
+                self.journal.close()
+        finally:
+            # also where the disk refuses to close the file
+            if self._lock is not None:
+                self._lock.release()
+            self.journal = self._lock = None

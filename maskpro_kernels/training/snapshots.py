@@ -5,24 +5,21 @@ The name of a file ends in the digest of its bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..digests import digest_of_bytes
 from ..files import write_whole
 
 # Besides the first: where the newest is damaged, the one before counts
 KEPT = 2
 NAME = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})\.safetensors")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
@@ -39,7 +36,7 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state:
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
-    path = folder / f"snapshot-{step:010}-{_digest(content)}.safetensors"
+    path = folder / f"snapshot-{step:010}-{digest_of_bytes(content).hex()}.safetensors"
     write_whole(path, content)
     for old in [other for other in snapshots_in(folder) if step_of(other) <= step][1:-KEPT]:
         old.unlink()
@@ -76,13 +73,26 @@ def newest_snapshot(
     raise ValueError(f"snapshot: expected a sound one in {str(folder)!r}, got none{told}")
 
 
+def of_other_runs(folder: Path, run_id: str) -> list[Path]:
+    """The sound snapshots in a folder that are of other runs than that with this id."""
+    others = []
+    for path in snapshots_in(folder):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            # its tensors need not be read where it is of this run
+            if json.loads(header["__metadata__"]["state"])["run"]["id"] != run_id and _sound(path) is not None:
+                others.append(path)
+    return others
+
+
 def _sound(path: Path) -> bytes | None:
     """The bytes of a snapshot, or None where they are not those that were written."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    return content if _digest(content) == NAME.fullmatch(path.name)[2] else None
+    return content if digest_of_bytes(content).hex() == NAME.fullmatch(path.name)[2] else None
 
 
 def step_of(path: Path) -> int:

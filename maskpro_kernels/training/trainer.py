@@ -16,13 +16,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..digests import digest
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
+from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
-from .batches import digest, weighted_mean
+from .batches import weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
 from .journal import Entry
 from .number_checks import check_float, check_whole
+from .rank_agreement import check_alike
 from .resume import RunState, put_back, read_run, snapshot_of
 from .run_folder import RunFolder, settings_of
 from .sharing import PARALLEL, Sharing
@@ -136,7 +139,17 @@ class MaskTrainer:
 
         The logits may then be of no step, or of another one than ``steps_done`` tells.
         """
-        return self._broken
+        return self._broken or (self._folder is not None and self._folder.lost)
+
+    @property
+    def metrics(self) -> list[dict]:
+        """The fields of ``StepRecord`` for each step of the run in ``output_dir``; of rank 0 alone."""
+        return [] if self._folder is None else self._folder.rows
+
+    @property
+    def run_id(self) -> str | None:
+        """What tells the run in ``output_dir`` from all others; of rank 0 alone."""
+        return None if self._folder is None else self._folder.run_id
 
     def begin(self, progress: bool = False) -> None:
         """What stands before the first step, which does it where it has not been done.
@@ -205,7 +218,8 @@ class MaskTrainer:
             FloatingPointError: if the update is not finite: logits and tracker are then as before the step. And where
                 more steps in a row than ``max_skipped`` have had a loss, or with ``StraightThrough`` a gradient, that
                 is not finite: this one counts as done, too.
-            RuntimeError: if the last step was broken off from its update on, or the trainer is closed.
+            RuntimeError: if the last step was broken off from its update on, or the trainer is closed; or in a process
+                that was forked from the one that made the trainer, where there is an ``output_dir``.
         """
         if self.broken:
             raise RuntimeError(
@@ -239,14 +253,14 @@ class MaskTrainer:
         self.steps_done += 1
         self._broken = False
         if self._folder is not None:
-            self._folder.add_metrics(asdict(record))
-            if time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
+            self._folder.metrics.add(asdict(record))
+            if self._folder.lacks_snapshot() or time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
                 self._snapshot()
         if self._skipped:
-            self._check_skipped(record, result)
+            _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
         return record
 
-    def resume(self, progress: bool = False) -> int:
+    def resume(self, progress: bool = False, check: Callable[[str], object] | None = None) -> int:
         """Continue the run in ``output_dir``, which another process may have left at any moment; returns its steps.
 
         The newest sound snapshot is loaded. With ``Reinforce`` the journal's steps behind it are taken again by their
@@ -259,6 +273,10 @@ class MaskTrainer:
         Damaged snapshots are passed over and set aside, with a warning. What lies beyond the weights and logits of
         the masked layers, the batches and the settings, such as other weights, has to be as it was; so do objects in
         the batches that are neither tensors nor arrays nor plain values.
+
+        Args:
+            progress: whether to show a bar.
+            check: called with the id of the run before anything changes, on rank 0; what it raises is raised.
 
         Raises:
             ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
@@ -273,7 +291,7 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-        run, told = self.ranks.first(lambda: self._restore(settings, progress))
+        run, told = self.ranks.first(lambda: self._restore(settings, progress, check))
         self.ranks.all_of(lambda: self.ranks.rank == 0 or self._batches.skip(run.steps, run.batches, progress=False))
         self._begun = self._broken = True
         for tensor in (*(layer.logits.detach() for layer in self.layers.values()), *self.estimator.tensors().values()):
@@ -308,29 +326,17 @@ class MaskTrainer:
         )
 
     def _begin_update(self, entry: Entry | None) -> None:
-        if self._folder is not None and self._folder.journal is not None and entry is not None:
+        if self._folder is not None:
             # ahead of the update: a run that is killed in between takes it from here
-            self._folder.journal.append(entry)
+            self._folder.add_entry(entry)
         # until the step has ended logits may have moved in a part of the layers
         self._broken = True
-
-    def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
-        """Raise FloatingPointError where too many steps have been skipped."""
-        told = f"loss of step {record.step}: expected a finite number, got {record.loss}"
-        if result.bad_layers:
-            told = f"gradients of step {record.step}: expected finite numbers, got others in {list(result.bad_layers)}"
-        if self._skipped > self.max_skipped:
-            others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
-            raise FloatingPointError(told + others)
-        if result.bad_layers and self.ranks.rank == 0:
-            # the record does not show it, as it does a loss
-            warnings.warn(f"{told}; the logits of their weights are as before", stacklevel=3)
 
     def _agreed_settings(self, **others: str) -> dict:
         """The settings that identify the run, and these, once all ranks agree on them."""
         how = self.seed, self.accumulate, self.loss_fn
         settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how) | others
-        self.ranks.agree(settings | {"parallel": self.parallel})
+        check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
         return settings
 
     def _start_folder(self, run: Mapping) -> None:
@@ -353,10 +359,10 @@ class MaskTrainer:
         with suppress(OSError, RuntimeError):
             self._snapshot()
 
-    def _restore(self, settings: Mapping, progress: bool) -> tuple[RunState, list[str]]:
+    def _restore(self, settings: Mapping, progress: bool, check: Callable | None) -> tuple[RunState, list[str]]:
         """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged."""
-        check = partial(self._batches.skip, progress=progress)
-        saved, run = read_run(self._folder, settings, self.estimator, check)
+        skip = partial(self._batches.skip, progress=progress)
+        saved, run = read_run(self._folder, settings, self.estimator, skip, check)
         # nothing that a disk can refuse from here on
         self._begun = self._broken = True
         put_back(saved, self.layers, self.estimator, self.seed)
@@ -381,6 +387,23 @@ class MaskTrainer:
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
 
 
+def _check_skipped(record: StepRecord, result: StepResult, skipped: int, most: int, told: bool) -> None:
+    """Raise FloatingPointError where more steps in a row have been skipped than may be.
+
+    Args:
+        told: whether this rank warns of gradients.
+    """
+    found = f"loss of step {record.step}: expected a finite number, got {record.loss}"
+    if result.bad_layers:
+        found = f"gradients of step {record.step}: expected finite numbers, got others in {list(result.bad_layers)}"
+    if skipped > most:
+        others = f", after {skipped - 1} others in a row" if skipped > 1 else ""
+        raise FloatingPointError(found + others)
+    if result.bad_layers and told:
+        # the record does not show it, as it does a loss
+        warnings.warn(f"{found}; the logits of their weights are as before", stacklevel=3)
+
+
 def _shown(record: StepRecord) -> dict[str, str]:
     """What the bar shows of a step."""
     shown = {"loss": f"{record.loss:.4f}"}
@@ -403,7 +426,9 @@ def _check_objects(loss_fn: LossFn, batches: Iterable, estimator: Estimator) -> 
 
 
 def _check_steps(estimator: Estimator, done: int, steps: int) -> None:
-    """Raise ValueError if an estimator that has taken so many steps cannot take that many more."""
+    """Raise ValueError if an estimator that has taken so many steps, or any, cannot take that many more."""
+    if done + steps >= MAX_STEPS:
+        raise ValueError(f"steps: expected at most {MAX_STEPS - 1 - done} more, as draws have steps for, got {steps}")
     if estimator.steps is not None and done + steps > estimator.steps:
         raise ValueError(
             f"steps: expected at most {estimator.steps - done} more of {type(estimator).__name__}'s {estimator.steps}, "

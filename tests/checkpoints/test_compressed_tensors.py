@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
-from maskpro_kernels.checkpoints import safetensors_files, survey
+from maskpro_kernels import safetensors_files
+from maskpro_kernels.checkpoints import survey
 from maskpro_kernels.checkpoints.importers import compressed_tensors
 from maskpro_kernels.cli import main
 

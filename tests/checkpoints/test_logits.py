@@ -2,19 +2,29 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from contextlib import suppress
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.full_disk import files_of_at_most
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from maskpro_kernels import MaskedLinear
-from maskpro_kernels.checkpoints.logits import load_learned, load_logits, load_weights, save_logits, save_weights
+from maskpro_kernels.checkpoints.logits import (
+    load_learned,
+    load_logits,
+    load_weights,
+    save_logits,
+    save_weights,
+    write_learned,
+)
 from maskpro_kernels.files import check_output
 from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.stored_digests import without_digests
 
 
 def masked(logits_dtype=torch.float32):
@@ -38,6 +48,22 @@ def test_logits_round_trip(tmp_path, dtype):
     assert_same_bits(logits, {"0": model[0].logits, "2.0": model[2][0].logits})
     assert logits["0"].dtype == dtype and not logits["0"].requires_grad
     assert os.listdir(tmp_path) == ["logits.safetensors"]
+
+
+def test_a_file_of_another_program_is_sealed_as_its_refusal_says(tmp_path):
+    """Without a digest, or with that of what was in it before another program saved it again."""
+    path = tmp_path / "logits.safetensors"
+    logits = {"0": torch.randn(4, 8)}
+    for metadata, refusal in (({}, "got none in"), ({"digest": "a" * 32}, "damaged or changed")):
+        save_file(logits, path, {"note": "x", **metadata})
+        with pytest.raises(ValueError, match=rf"{refusal}.*without_digests\(\), and write it by write_learned"):
+            load_learned(path)
+        with without_digests():
+            learned = load_learned(path)
+        write_learned(learned, path)
+        found, read = load_logits(path)
+        assert read == {"note": "x"}
+        assert_same_bits(found, logits)
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path):
@@ -98,11 +124,13 @@ def test_changed_weights_are_in_the_same_file(tmp_path):
 def test_weights_in_the_place_of_others_are_told(tmp_path):
     weights = {name: torch.full((2, 4), float(index)) for index, name in enumerate("ab")}
     path = tmp_path / "weights.safetensors"
-    kept = save_weights(weights, path)
-    assert load_weights(path)[1] == kept
+    save_weights(weights, path)
+    assert_same_bits(load_weights(path), weights)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
     # sorted by name, they are as before
-    save_file({"b": weights["a"], "c": weights["b"]}, path, metadata={"digest": kept})
-    with pytest.raises(ValueError, match="got damaged ones"):
+    save_file({"b": weights["a"], "c": weights["b"]}, path, metadata=metadata)
+    with pytest.raises(ValueError, match="expected what was written, got .*weights.safetensors', which was damaged"):
         load_weights(path)
 
 
@@ -141,6 +169,8 @@ def test_save_refuses_before_it_writes(tmp_path):
         save_logits(nn.Linear(4, 4), path, {})
     with pytest.raises(TypeError, match=r"metadata: expected strings.*\('steps', 3\)"):
         save_logits(masked(), path, {"steps": 3})
+    with pytest.raises(ValueError, match="metadata: expected other names than .* got digest"):
+        save_logits(masked(), path, {"digest": "x"})
     assert os.listdir(tmp_path) == []
 
 
@@ -165,11 +195,14 @@ def test_check_output(tmp_path):
             check_output(folder)
 
 
-def test_check_output_refuses_a_folder_it_cannot_write(tmp_path, monkeypatch):
-    def refuse(path, mode=0o777):
-        raise PermissionError(errno.EACCES, "Permission denied", path)
+@pytest.mark.parametrize(("module", "name"), [(tempfile, "TemporaryFile"), (os, "mkdir")])
+def test_check_output_refuses_a_folder_it_cannot_write(tmp_path, monkeypatch, module, name):
+    """Also one that takes files but no folders, such as by a quota."""
 
-    monkeypatch.setattr(os, "mkdir", refuse)
+    def refuse(*args, **others):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(module, name, refuse)
     with pytest.raises(ValueError, match="output: expected a writable folder, got .*deep.*Permission denied"):
         check_output(tmp_path / "new" / "deep")
     assert os.listdir(tmp_path) == []

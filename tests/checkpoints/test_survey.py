@@ -11,7 +11,8 @@ from helpers.tiny_llama import tiny_model
 from safetensors.torch import save_file
 
 import maskpro_kernels as mk
-from maskpro_kernels.checkpoints import safetensors_files, survey
+from maskpro_kernels import safetensors_files
+from maskpro_kernels.checkpoints import survey
 from maskpro_kernels.cli import main
 from maskpro_kernels.pruning.finalize import pack, unpack
 

@@ -134,7 +134,7 @@ def test_a_start_that_fails_leaves_its_folder_free(place, capsys, monkeypatch):
 def test_the_retries_of_the_hub_are_not_told(place, capsys, monkeypatch):
     hub, heard = logging.getLogger("huggingface_hub.utils._http"), []
 
-    def unreachable(name):
+    def unreachable(name, **options):
         heard.append(hub.isEnabledFor(logging.WARNING))
         raise OSError("We couldn't connect to 'https://huggingface.co'. Check your internet connection.")
 

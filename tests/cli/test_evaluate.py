@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 from helpers.command import learn, refuses, report
+from helpers.damage import edit
 from helpers.tiny_llama import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -69,8 +69,7 @@ def test_compare_puts_runs_into_one_table(inputs, run, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     refuses(capsys, tmp_path, ["compare", str(run), "--picture", str(picture)], "picture: expected a new file")
     refuses(capsys, tmp_path, ["compare", str(run), str(inputs)], "run: expected a folder written by `maskpro learn`")
-    changed = report(other) | {"eval_tokens": 7}
-    (other / "report.json").write_text(json.dumps(changed))
+    edit(other / "report.json", eval_tokens=7)
     refuses(capsys, tmp_path, ["compare", str(run), str(other)], "expected the same eval_tokens in all, got 120 and 7")
 
 

@@ -63,7 +63,7 @@ def test_learn_refuses_a_model_without_linears(inputs, tmp_path, capsys, monkeyp
             return type("Output", (), {"logits": super().forward(input_ids)})
 
     monkeypatch.setattr(
-        "maskpro_kernels.hf.load_model", lambda name, dtype, device_map: (Unigram(40, 40), tiny_tokenizer())
+        "maskpro_kernels.hf.load_model", lambda name, dtype, device_map, **_: (Unigram(40, 40), tiny_tokenizer())
     )
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "Linear")
 
@@ -71,7 +71,7 @@ def test_learn_refuses_a_model_without_linears(inputs, tmp_path, capsys, monkeyp
 def test_learn_refuses_non_finite_weights(inputs, tmp_path, capsys, monkeypatch):
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
-    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype, device_map: (model, tiny_tokenizer()))
+    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype, device_map, **_: (model, tiny_tokenizer()))
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output"), "model.layers.1.mlp.up_proj")
 
 

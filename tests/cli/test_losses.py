@@ -124,7 +124,7 @@ def test_a_run_that_is_killed_while_it_asks_goes_on_by_the_same_command(inputs, 
         main.main(learn(inputs, run, *WAYS["trained"]))
     assert len(list((run / "progress" / "teacher").glob("*.safetensors"))) == 1
     # as a process leaves it that is killed while it writes
-    (run / "progress" / "teacher" / "x.safetensors.0f.tmp").write_bytes(b"half")
+    (run / "progress" / "teacher" / f"x.safetensors.{15:016x}.tmp").write_bytes(b"half")
     before = contents(run)
     assert main.main(learn(inputs, run, *WAYS["trained"], "--dtype", "bfloat16")) == 2
     error = capsys.readouterr().err.splitlines()[-1]

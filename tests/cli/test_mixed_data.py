@@ -130,11 +130,12 @@ def test_a_run_that_is_killed_while_it_draws_goes_on_by_the_same_command(inputs,
             main.main(mixed(inputs, run, "--init-batches", "6"))
     assert len(samples_of(run)) == 2 * count
     # as a process leaves it that is killed while it writes
-    (run / f"{SAMPLES}.0f.tmp").write_bytes(b"half")
+    half = run / f"{SAMPLES}.{15:016x}.tmp"
+    half.write_bytes(b"half")
     assert main.main(mixed(inputs, run, "--init-batches", "6")) == 0
     assert_same_bits(samples_of(run), samples_of(whole))
     assert report(run)["logits"] == report(whole)["logits"]
-    assert not (run / f"{SAMPLES}.0f.tmp").exists()
+    assert not half.exists()
 
 
 KL = "--refit weights --loss kl".split()
@@ -164,11 +165,11 @@ def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
         main.main(mixed(inputs, run, *KL, "--init-batches", "2"))
     drawn = samples_of(run)
     for half in (
-        "settings.json.tmp",
-        "progress/validation.jsonl.tmp",
-        "progress/snapshot-0000000000-ab.safetensors.tmp",
+        "settings.json",
+        "progress/validation.jsonl",
+        f"progress/snapshot-{0:010}-{0:032x}.safetensors",
     ):
-        (run / half).write_bytes(b"half")
+        (run / f"{half}.{15:016x}.tmp").write_bytes(b"half")
     monkeypatch.setattr(run_samples, "sample_windows", None)
     # what was of the other options is gone
     assert main.main(mixed(inputs, run, "--init-batches", "2")) == 0
@@ -269,7 +270,7 @@ def test_a_model_whose_logits_are_not_finite_writes_nothing(inputs, tmp_path, ca
 
     model = tiny_model()
     model.model.norm.weight.data[3] = torch.nan
-    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype, device_map: (model, tiny_tokenizer()))
+    monkeypatch.setattr("maskpro_kernels.hf.load_model", lambda name, dtype, device_map, **_: (model, tiny_tokenizer()))
     assert main.main(mixed(inputs, tmp_path / "run")) == 2
     assert "model: expected finite logits" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run" / SAMPLES).exists()

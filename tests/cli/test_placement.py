@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import broken_off, learn, refuses, report
+from helpers.damage import edit
 from helpers.far_device import far_device
 from safetensors.torch import load_file
 from torch.utils import checkpoint
@@ -110,9 +111,7 @@ def test_the_dtype_of_the_logits_is_the_run_s_own(inputs, tmp_path, monkeypatch,
     run = tmp_path / "run"
     assert broken_off(inputs, run, monkeypatch, 1, STRAIGHT, lambda: os.kill(os.getpid(), signal.SIGINT)) == 0
     refuses(capsys, run, ["learn", "--resume", str(run), "--logits-dtype", "bfloat16"], "got --logits-dtype")
-    settings = json.loads((run / "settings.json").read_text())
-    settings["settings"]["logits_dtype"] = "bfloat16"
-    (run / "settings.json").write_text(json.dumps(settings))
+    edit(run / "settings.json", settings={"logits_dtype": "bfloat16"})
     assert main.main(["learn", "--resume", str(run)]) == 2
     assert "expected a run with layers of this trainer, got others" in capsys.readouterr().err
 
@@ -155,7 +154,7 @@ def test_ranks_take_no_device_map(inputs):
 def test_weights_that_are_offloaded_are_refused(inputs, tmp_path, monkeypatch, capsys):
     from maskpro_kernels.hf import load_model
 
-    def offloaded(name, dtype, device_map):
+    def offloaded(name, dtype, device_map, **_):
         model, tokenizer = load_model(name, dtype)
         model.model.layers[1].to("meta")
         return model, tokenizer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main
-from maskpro_kernels.training.batches import digest
+from maskpro_kernels.digests import digest
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -145,12 +145,12 @@ def test_what_cannot_be_resumed_or_replayed(run, inputs, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "copy")
     journal = tmp_path / "copy" / "progress" / "journal"
     content = journal.read_bytes()
-    journal.write_bytes(content[:-60] + b"?" + content[-59:])
-    refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "journal: expected a whole record of step 1 at byte")
+    journal.write_bytes(content[:-70] + b"?" + content[-69:])
+    refuses(capsys, tmp_path, ["replay", str(tmp_path / "copy")], "journal: expected the record of step 1 of this run")
     journal.write_bytes(content[:-1])
     assert main.main(["replay", str(tmp_path / "copy")]) == 0
     captured = capsys.readouterr()
-    assert "the last record is cut short by a crash: 46 bytes are left out" in captured.err
+    assert "the last record is cut short by a crash: 58 bytes are left out" in captured.err
     assert captured.out.startswith("2 steps of 2")
     nowhere = str(tmp_path / "none" / "file")
     refuses(capsys, tmp_path, ["replay", str(run), "--output", nowhere], "output: expected a new file in a folder that")

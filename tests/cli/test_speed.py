@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_memory(monkeypatch):
     """A fresh process for each model takes seconds to begin: see tests of ``peak_memory``."""
-    monkeypatch.setattr(hf, "peak_memory", lambda *args: PeakMemory(400_000_000, 450_000_000, False))
+    monkeypatch.setattr(hf, "peak_memory", lambda *args, **options: PeakMemory(400_000_000, 450_000_000, False))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_gap_that_is_no_number_is_none_in_json():
 
 
 def test_memory_that_cannot_be_measured_loses_nothing(place, monkeypatch, capsys):
-    def failing(name, *args):
+    def failing(name, *args, **options):
         raise ValueError(f"the process of {name!r} was killed")
 
     monkeypatch.setattr(hf, "peak_memory", failing)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 
 import pytest
 import torch
@@ -47,6 +49,39 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     assert main.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
+
+
+def test_the_command_runs_in_a_thread_whose_process_is_interrupted(inputs, run, tmp_path, monkeypatch):
+    """Python gives signals to the main thread alone, and no other one may ask for them."""
+    step, codes, caught = MaskTrainer.step, [], []
+
+    def interrupting(trainer):
+        if trainer.steps_done == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", interrupting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = threading.Event()
+
+    def run_command() -> None:
+        try:
+            codes.append(main.main(learn(inputs, tmp_path / "run")))
+        finally:
+            ended.set()
+
+    try:
+        threading.Thread(target=run_command).start()
+        while not ended.is_set():
+            try:
+                ended.wait()
+            except KeyboardInterrupt as error:
+                caught.append(error)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert codes == [0] and len(caught) == 1
+    learned, expected = (load_file(folder / "logits.safetensors") for folder in (tmp_path / "run", run))
+    assert_same_bits([learned[name] for name in expected], list(expected.values()))
 
 
 def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.arguments import DRAWING, FUNCTIONS, LINEAR, cpu_normal, good_arguments, some_codes
 from helpers.bits import assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskpro_kernels as mk
 
@@ -31,9 +32,9 @@ BAD_CODES = [
 BAD_COUNTERS = {
     "temperature": [0, 0.0, -1.0, torch.inf, torch.nan, 1e31, 1e-31, "1", True, None],
     "seed": [1 << 63, -(1 << 63) - 1, 1.0, True, "0", None, torch.tensor(1, dtype=torch.int32), torch.tensor([1])],
-    "step": [-1, 1 << 32, 1.0, True, torch.tensor(1.0), torch.tensor([0, 1])],
-    "layer": [-1, 1 << 32, 0.5, True, None],
-    "draw": [-1, 1 << 16, 0.5, True],
+    "step": [-1, 1 << 32, 1.0, True, torch.tensor(1.0), torch.tensor([0, 1]), torch.tensor(-1), torch.tensor(1 << 32)],
+    "layer": [-1, 1 << 32, 0.5, True, None, torch.tensor(-1), torch.tensor(1 << 32)],
+    "draw": [-1, 1 << 16, 0.5, True, torch.tensor(-1), torch.tensor(1 << 16)],
     # 2 rows of 2 groups each: from 2**32 - 3 the last index lies beyond 2**32
     "group_offset": [-1, 1 << 32, (1 << 32) - 3, 0.5, True],
     "group_row_stride": [0, 1, -2, 1 << 32, 2.0, True],
@@ -70,7 +71,14 @@ BAD_OWN = {
         some_codes(2, 2, 1),
         torch.zeros(2, 2, dtype=torch.uint8, device="meta"),
     ],
-    ("score_update_", "logits"): [*BAD_TENSORS, torch.zeros(1, 8).expand(2, 8)],
+    ("score_update_", "logits"): [
+        *BAD_TENSORS,
+        torch.zeros(1, 8).expand(2, 8),
+        # rows that share half of their elements
+        torch.zeros(16).as_strided((2, 8), (4, 1)),
+        torch.zeros(32).as_strided((2, 8), (1, 1)),
+        torch.zeros(64).as_strided((2, 8), (3, 2)),
+    ],
     ("score_update_", "coef"): [
         torch.nan,
         torch.inf,
@@ -83,6 +91,10 @@ BAD_OWN = {
         [1.0],
         [],
         torch.tensor([1.0]),
+        torch.tensor(torch.nan),
+        torch.tensor(-torch.inf),
+        torch.tensor(1e300, dtype=torch.float64),
+        torch.nn.Parameter(torch.tensor(torch.nan)),
     ],
     ("codes_linear", "codes"): [*BAD_CODES, some_codes(2, 3), some_codes(4)],
 }
@@ -161,6 +173,11 @@ def test_bad_argument_is_refused(function, argument, value, eager_reference):
         ([1.0, 2.0], [0, 1 << 16], "draw"),
         ([1.0, 2.0], [0, 0.5], "draw"),
         ([1.0, 2.0], [3, 3], "draw"),
+        ([1.0, 2.0], [torch.tensor(3), 3], "draw"),
+        ([3e38, 3e38], [0, 1], "coef"),
+        ([3e38, -3e38], [0, 1], "coef"),
+        (torch.tensor([3e38, 3e38]), [0, 1], "coef"),
+        ([1.0, torch.tensor(torch.nan)], [0, 1], "coef"),
     ],
 )
 def test_coefficients_that_do_not_fit_the_draws_are_refused(coef, draw, argument, eager_reference):
@@ -189,3 +206,55 @@ def test_logits_of_inference_mode_are_refused_outside_of_it():
     with pytest.raises(ValueError, match="^logits: expected a tensor that may change"):
         mk.score_update_(logits, 0.5, pattern="2:4", seed=3)
     assert_same_bits(logits, before)
+
+
+def test_coefficients_whose_sum_over_the_temperature_overflows_are_refused(eager_reference):
+    arguments = good_arguments("score_update_") | {"coef": [2e8, 2e8], "draw": [0, 1], "temperature": 1e-30}
+    assert_refused("score_update_", "coef", arguments)
+
+
+def test_logits_that_lie_apart_without_overlap_are_moved(eager_reference):
+    """Strides alone are no reason to refuse: columns of a larger tensor, and a transposed one."""
+    for logits in (torch.zeros(2, 16)[:, ::2], torch.zeros(8, 2).t(), torch.zeros(64).as_strided((2, 8), (1, 2))):
+        expected = mk.score_update_(logits.contiguous(), 0.5, pattern="2:4", seed=3)
+        assert_same_bits(mk.score_update_(logits, 0.5, pattern="2:4", seed=3).contiguous(), expected)
+
+
+DENSE_ONLY = [
+    (function, name)
+    for function in FUNCTIONS
+    for name, value in good_arguments(function).items()
+    if isinstance(value, torch.Tensor)
+]
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.to_sparse_coo, torch.Tensor.to_sparse_csr], ids=["coo", "csr"])
+@pytest.mark.parametrize(("function", "name"), DENSE_ONLY)
+def test_sparse_tensors_are_refused(function, name, layout, eager_reference):
+    arguments = good_arguments(function)
+    if name == "bias" and layout is torch.Tensor.to_sparse_csr:
+        pytest.skip("a vector has no compressed rows")
+    arguments[name] = layout(arguments[name])
+    with pytest.raises(TypeError, match=rf"^{name}: expected a dense tensor, got one of layout torch.sparse_"):
+        getattr(mk, function)(**arguments)
+
+
+def test_packed_products_refuse_sparse_tensors():
+    weight = mk.sample_masked_weight(cpu_normal(4, 8), cpu_normal(4, 8, seed=1), "2:4", seed=0)
+    with pytest.raises(TypeError, match=r"^weight: expected a dense tensor, got one of layout torch.sparse_coo"):
+        mk.pack_nm(weight.to_sparse(), "2:4")
+    with pytest.raises(TypeError, match=r"^x: expected a dense tensor, got one of layout torch.sparse_coo"):
+        mk.nm_linear(cpu_normal(3, 8).to_sparse(), mk.pack_nm(weight, "2:4"))
+
+
+def test_what_cannot_be_known_is_not_asked_for(eager_reference):
+    """A traced graph and a fake tensor hold no values: a check that asked for them would end the trace."""
+    logits, step = torch.zeros(2, 8), torch.tensor(3)
+
+    def drawn(step):
+        return mk.sample_mask(logits, "2:4", seed=0, step=step)
+
+    compiled = torch.compile(drawn, backend="eager", fullgraph=True)
+    assert_same_bits(compiled(step), drawn(step))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert drawn(torch.tensor(3)).shape == (2, 2)

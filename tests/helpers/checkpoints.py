@@ -13,7 +13,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from helpers.tiny_llama import tiny_tokenizer
-from maskpro_kernels.checkpoints import safetensors_files
+from maskpro_kernels import safetensors_files
 
 # Written by Sparse24BitMaskTensor of compressed-tensors 0.14.0.1: two weights, with -0.0 and with groups of fewer than
 # two values; the same weights as they were before under names that begin with "dense."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
+from maskpro_kernels.checked_json import SEALS, sealed
 from maskpro_kernels.cli import main
 from maskpro_kernels.training.trainer import MaskTrainer
 
@@ -20,6 +21,14 @@ def learn(inputs, output, *more):
 
 def report(folder):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def reseal(file, change):
+    """Change what a run has written, with the digests in it."""
+    told = json.loads(file.read_text())
+    told.pop(SEALS)
+    change(told)
+    file.write_text(json.dumps(sealed(told)))
 
 
 def contents(folder):

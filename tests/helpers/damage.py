@@ -13,6 +13,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny_llama import tiny_tokenizer
+from maskpro_kernels.checked_json import SEALS, sealed, sealed_line
+from maskpro_kernels.checkpoints.logits import Learned, write_learned
 from maskpro_kernels.cli import main
 
 SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 2 --eval-length 24 --steps 4 --eval-every 2"
@@ -41,11 +43,12 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 def edit(path, **changes):
-    """Change values of a JSON file, of a dict in it those that are given."""
+    """Change values of a JSON file, of a dict in it those that are given, as if it had been written so."""
     content = json.loads(path.read_text())
+    is_sealed = content.pop(SEALS, None) is not None
     for name, value in changes.items():
         content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(sealed(content) if is_sealed else content))
 
 
 def write(path, content):
@@ -69,6 +72,16 @@ def changed(path, change):
     return damage
 
 
+def replaced(path, old, new):
+    """What replaces the first of such words in a file by another."""
+    return changed(path, lambda content: content.replace(old.encode(), new.encode(), 1))
+
+
+def swapped(one, other):
+    """A change of bytes: two words in each other's place."""
+    return lambda content: content.replace(one, b"<one>").replace(other, one).replace(b"<one>", other)
+
+
 def removed(path):
     def damage(place):
         for found in place.glob(path):
@@ -79,6 +92,16 @@ def removed(path):
 
 def edited(path, **changes):
     return lambda place: edit(place / path, **changes)
+
+
+def together(*damages):
+    """What does one damage after the other."""
+
+    def damage(place):
+        for do in damages:
+            do(place)
+
+    return damage
 
 
 def copied(source, target):
@@ -115,9 +138,15 @@ def another_journal(place):
         shutil.copy(place / "other" / "progress" / "journal", place / run / "progress" / "journal")
 
 
-def base_has_moved(place):
-    content = load_file(place / LOGITS)
-    save_file(content, place / LOGITS, METADATA | {"model": "/none/model"})
+def relearned(change=None, **metadata):
+    """What writes the logits of a run as if it had learned others, or had other metadata."""
+
+    def write(place):
+        logits = load_file(place / LOGITS)
+        learned = Learned(logits if change is None else change(logits), {}, metadata)
+        edit(place / "reinforce/report.json", logits_file=write_learned(learned, place / LOGITS))
+
+    return write
 
 
 def rebuilt(place):
@@ -150,3 +179,19 @@ def flat(path):
 
 def a_flipped_byte(content):
     return content[:-60] + bytes([content[-60] ^ 1]) + content[-59:]
+
+
+def a_flipped_digit_of_the_table(content):
+    """Of a run's settings."""
+    before, name, behind = content.partition(b'"perplexity": ')
+    return before + name + bytes([behind[0] ^ 1]) + behind[1:]
+
+
+def both_of_another_run(place):
+    """Its settings and its validation perplexities, under another id."""
+    edit(place / "killed-reinforce/settings.json", run="0" * 32)
+    path = place / KILLED / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["digest"]
+    path.write_bytes(b"".join(sealed_line(row, "0" * 32) for row in rows))

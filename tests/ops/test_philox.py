@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from maskpro_kernels import functional
 from maskpro_kernels.counter import Counter
 from maskpro_kernels.ops import philox, reference
+from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.ops.triton import device_functions as device
 from maskpro_kernels.pattern import NMPattern
 
@@ -164,6 +165,37 @@ def test_kernel_builds_the_same_counter(counter, stream):
     out = torch.full((len(groups), 32), -1, dtype=torch.int64, device=KERNEL_DEVICE)
     group_words_kernel[(1,)](*on_device, out, STREAM=stream, COUNT=len(groups))
     assert_same_bits(out.cpu(), torch.stack(expected, dim=1))
+
+
+MIDDLE = {"seed": 3, "step": 4, "layer": 5, "draw": 6}
+
+
+@pytest.mark.parametrize(
+    ("beyond", "nearest"), [(1 << 32, (1 << 32) - 1), (1 << 62, (1 << 32) - 1), (-1, 0), (-(1 << 62) + 5, 0)]
+)
+def test_a_step_beyond_its_range_is_no_remainder_on_any_route(beyond, nearest):
+    groups = torch.arange(8)
+
+    def key(step):
+        return [torch.tensor(value) for value in (MIDDLE | {"step": step}).values()]
+
+    def words(step):
+        return torch.stack(philox.group_words(groups, 32, philox.STREAM_DRAW, key(step)), dim=1)
+
+    assert_same_bits(words(beyond), words(nearest))
+    out = torch.full((len(groups), 32), -1, dtype=torch.int64, device=KERNEL_DEVICE)
+    on_device = [t.to(KERNEL_DEVICE) for t in (groups, *key(beyond))]
+    group_words_kernel[(1,)](*on_device, out, STREAM=philox.STREAM_DRAW, COUNT=len(groups))
+    assert_same_bits(out.cpu(), words(nearest))
+    logits, one = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(1.0)
+
+    def drawn(route, step):
+        return route.sample_mask(logits, Counter(*key(step), 0, 4), one, n=2, m=4)
+
+    for route in (reference, kernels):
+        assert_same_bits(drawn(route, beyond), drawn(route, nearest))
+        # and not those of the remainder
+        assert not torch.equal(drawn(route, beyond), drawn(route, beyond % (1 << 32)))
 
 
 @pytest.mark.parametrize("m", [2, 4, 8, 16, 32])

@@ -85,6 +85,19 @@ def test_loops_inside_of_loops():
     assert np.array_equal(stored(body), expected)
 
 
+def test_instructions_are_counted():
+    """Blocks end at what is gone to as well, without an instruction for it."""
+    body = """
+        setp.eq.s32 %p1, %r70, 99;
+        @%p1 bra over;
+        mov.b32 %r1, 1;
+    over:
+        ret;
+    """
+    run = Run(body, np.zeros(1, np.uint32))
+    assert run.executed == len(list(run.program.kernel.instructions()))
+
+
 def test_a_thread_that_has_ended_does_nothing_more():
     body = """
         setp.ge.u32 %p1, %r70, 40;

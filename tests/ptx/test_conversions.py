@@ -76,6 +76,29 @@ def test_floats_to_integers_stay_in_range(rounding, kind):
     assert of_nan[0] == (1 << 63 if bits == 64 else 0)
 
 
+@pytest.mark.parametrize("rounding", ROUNDING)
+@pytest.mark.parametrize("source", ["f16", "bf16"])
+@pytest.mark.parametrize("kind", ["s16", "u32", "s64"])
+def test_all_numbers_of_16_bits_become_integers(kind, source, rounding):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = by_torch(bits, source)
+    dtype = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
+    found = compute(f"cvt.{rounding}.{kind}.{source} $d, $a;", bits, out=dtype)
+    # as the test above has it of float32, to which these widen exactly
+    wanted = compute(f"cvt.{rounding}.{kind}.f32 $d, $a;", values.astype(np.float32), out=dtype)
+    assert np.array_equal(found, wanted)
+    with np.errstate(invalid="ignore"):
+        whole = (values == np.rint(values)) & (values >= 0) & (values < 1 << 15)
+    assert np.array_equal(found[whole], values[whole].astype(dtype))
+
+
+@pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32", "s64", "u64"])
+def test_nan_of_64_bits_is_the_middle_of_the_range(kind):
+    bits = int(kind[1:])
+    assert compute(f"cvt.rzi.{kind}.f64 $d, $a;", np.full(1, np.nan), out=f"u{bits // 8}")[0] == 1 << bits - 1
+    assert compute(f"cvt.rzi.{kind}.f64 $d, $a;", np.full(1, 7.9), out=f"u{bits // 8}")[0] == 7
+
+
 @pytest.mark.parametrize("target", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
 def test_integers_round_once_to_floats(kind, target):

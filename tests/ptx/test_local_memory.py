@@ -81,6 +81,9 @@ def test_programs_of_generic_addresses_race_in_global_memory():
     [
         ("st.local.b32 [%r60+16], %r70;", "out of bounds of 24 bytes of local memory at 24"),
         ("ld.b32 %r1, [%rd60+16];", "out of bounds of 24 bytes of local memory at 24"),
+        # addresses of shared memory are none of local memory
+        ("st.local.b32 [global_smem], %r70;", "out of bounds of 24 bytes of local memory"),
+        ("st.shared.b32 [%r60], %r70;", "out of bounds of 64 bytes of shared memory"),
         ("st.b64 [%rd60+4], %rd0;", "misaligned access of 8 bytes of local memory"),
         ("ld.local.b32 %r1, [%r60+-12];", "out of bounds of 24 bytes of local memory"),
         ("ld.b32 %r1, [%rd60+-12];", "out of bounds of global memory"),
@@ -88,4 +91,4 @@ def test_programs_of_generic_addresses_race_in_global_memory():
 )
 def test_places_that_are_not_the_threads_own(access, told):
     with pytest.raises(Fault, match=told):
-        Run(f"{STACK} {access} ret;", np.zeros(1, np.uint32))
+        Run(f"{STACK} {access} ret;", np.zeros(1, np.uint32), shared=64)

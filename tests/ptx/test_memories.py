@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.hand_written_ptx import Run, compute, kinds
-from ptx_machine import Fault, GlobalMemory
-from ptx_machine.global_memory import marks
+from helpers.hand_written_ptx import Run, compute, kernel, kinds
+from machines.global_memory import marks
+from ptx_machine import Fault, GlobalMemory, Program, Refused
 
 NOTHING: set[str] = set()
 
@@ -146,6 +146,32 @@ def test_out_of_bounds_of_shared_memory_is_a_fault():
     for offset in ("+4", "-4"):
         with pytest.raises(Fault, match="out of bounds of 128 bytes of shared memory"):
             Run(body.format(offset), buffer(), shared=128)
+
+
+def test_bytes_beyond_those_that_are_given_are_out_of_bounds():
+    body = "setp.eq.s32 %p1, %r70, 0;\n @%p1 st.shared.b32 [global_smem+{}], 1;\n ret;"
+    assert kinds(body.format(16), buffer(), shared=20) == NOTHING
+    for offset in (20, 28):
+        with pytest.raises(Fault, match="out of bounds of 20 bytes of shared memory"):
+            Run(body.format(offset), buffer(), shared=20)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "add.s32 %r1, %rd0, 1;",
+        "add.s32 %r1, %r70, %rd0;",
+        "and.b16 %rs1, %r70, 1;",
+        "mov.b32 %r1, %rd0;",
+        "setp.eq.s16 %p1, %r70, 1;",
+        "cp.async.cg.shared.global [%rd0], [%rd0], 16;",
+        "ld.shared.b32 %r1, [%rd0];",
+    ],
+)
+def test_registers_that_are_wider_are_for_loads_stores_and_conversions(text):
+    with pytest.raises(Refused, match="is expected"):
+        Program(kernel(f"{text} ret;"))
+    Program(kernel("st.shared.b8 [%r70], %r70; cvt.u16.u8 %rs1, %rs1; cvt.u32.u8 %r1, %r70; ret;"))
 
 
 def test_arrays_that_overlap_are_refused():
@@ -300,6 +326,19 @@ def test_programs_that_write_one_place():
         assert same == {"two threads write the same value to global memory"}
 
 
+def test_a_second_write_of_the_same_value_is_named_as_such_beside_writes_of_others():
+    """Lane 0 writes again what a lane has written, others write new values where nothing was."""
+    body = """
+        setp.eq.s32 %p1, %r70, 5;
+        @%p1 st.global.b32 [%rd0], {};
+        mad.wide.u32 %rd2, %r70, 4, %rd0;
+        st.global.b32 [%rd2], 77;
+        ret;
+    """
+    assert kinds(body.format(77), buffer()) == {"two threads write the same value to global memory"}
+    assert kinds(body.format(78), buffer()) == {"global race: write after write"}
+
+
 def _kinds_in_batches(body, at_once):
     run = Run(body, buffer(65))
     run.findings.clear()
@@ -330,7 +369,18 @@ def test_a_barrier_orders_global_memory_within_a_program():
         ret;
     """
     race = {"global race: read after another thread's write"}
-    for between, partner, found in (("", 1, race), ("bar.sync 0;", 1, NOTHING), ("bar.sync 0;", 64, race)):
+    for between, partner, found in (
+        ("", 1, race),
+        ("bar.sync 0;", 1, NOTHING),
+        ("bar.sync 0;", 64, race),
+        ("bar.warp.sync -1;", 1, NOTHING),
+        ("bar.warp.sync -1;", 32, race),
+        ("bar.warp.sync -1; bar.sync 0;", 32, NOTHING),
+        # of one warp of two
+        ("setp.lt.u32 %p1, %r70, 32; @%p1 bar.warp.sync -1;", 1, race),
+        # before the write alone
+        ("bar.warp.sync -1; st.global.b32 [%rd2], 5;", 1, race),
+    ):
         text = body.format(between=between, partner=partner)
         assert kinds(text, buffer(128), threads=64, ctas=2) == found, (between, partner)
 
@@ -351,6 +401,10 @@ def test_readers_of_global_memory_are_ordered_by_barriers_of_their_cta():
         ("%r71", 64, "bar.sync 0;", NOTHING),
         ("%r71", 64, "", {race}),
         ("%r71", 1, "", NOTHING),
+        ("%r71", 32, "bar.warp.sync -1;", NOTHING),
+        ("%r71", 64, "bar.warp.sync -1;", {race}),
+        ("%r71", 32, "bar.warp.sync -1; @%p2 ld.global.b32 %r2, [%rd2];", {race}),
+        ("%r71", 32, "bar.warp.sync -1; ld.global.b32 %r2, [%rd2]; bar.warp.sync -1;", {race}),
         # threads of several warps, one after the other
         ("%r71", 64, "@%p2 ld.global.b32 %r2, [%rd2]; bar.sync 0; @%p2 ld.global.b32 %r3, [%rd2];", {race}),
         ("0", 64, "bar.sync 0;", {race, "two threads write the same value to global memory"}),
@@ -373,94 +427,3 @@ def test_a_launch_is_ordered_behind_the_one_before():
     for _ in range(2):
         run.program.launch((2, 1, 1), [4096], 0, memory, run.findings)
     assert not run.findings
-
-
-# -- cp.async
-
-COPY = """
-        shl.b32 %r2, %r70, 4;
-        cvt.u64.u32 %rd9, %r2;
-        add.s64 %rd2, %rd0, %rd9;
-        cp.async.cg.shared.global [%r2], [%rd2], 16{size};
-        cp.async.commit_group;
-        {wait}
-        ld.shared.b32 %r1, [%r2+12];
-        mad.wide.u32 %rd3, %r70, 4, %rd1;
-        st.global.b32 [%rd3], %r1;
-        ret;
-"""
-
-
-def copied(wait, size="", **options):
-    source, result = np.arange(128, dtype=np.uint32), np.zeros(32, np.uint32)
-    run = Run(COPY.format(wait=wait, size=size), source, result, shared=512, **options)
-    return run.findings.kinds, result
-
-
-def test_a_copy_is_there_when_it_was_waited_for():
-    found, result = copied("cp.async.wait_group 0;")
-    assert found == NOTHING and np.array_equal(result, np.arange(32) * 4 + 3)
-    found, result = copied("cp.async.wait_all;")
-    assert found == NOTHING and np.array_equal(result, np.arange(32) * 4 + 3)
-
-
-def test_a_copy_that_is_not_waited_for():
-    in_flight = {"read of shared memory in flight", "copy that no thread waits for"}
-    for wait in ("", "cp.async.wait_group 1;", "bar.sync 0;"):
-        found, result = copied(wait)
-        assert found == in_flight, wait
-        # neither what was there before, nor what is to come
-        assert not np.isin(result, np.arange(128)).any()
-
-
-def test_the_last_groups_may_stay_under_way():
-    body = COPY.replace(
-        "{wait}", COPY.split("\n")[4].replace("[%r2]", "[%r2+512]") + "\n cp.async.commit_group;\n {wait}"
-    )
-    source = np.arange(128, dtype=np.uint32)
-    for pending, found in ((1, {"copy that no thread waits for"}), (0, NOTHING)):
-        wait = f"cp.async.wait_group {pending};"
-        assert kinds(body.format(wait=wait, size=""), source, np.zeros(32, np.uint32), shared=1024) == found
-
-
-def test_a_copy_of_nothing_gives_zeros_and_reads_nothing():
-    found, result = copied("cp.async.wait_group 0;", size=", 0")
-    assert found == NOTHING and not result.any()
-    body = COPY.format(wait="cp.async.wait_group 0;", size=", %r5")
-    half = f"setp.lt.u32 %p1, %r70, 16;\n selp.b32 %r5, 16, 0, %p1;\n{body}"
-    result = np.ones(32, np.uint32)
-    assert kinds(half, np.arange(64, dtype=np.uint32), result, shared=512) == NOTHING
-    assert np.array_equal(result, np.where(np.arange(32) < 16, np.arange(32) * 4 + 3, 0))
-    with pytest.raises(Fault, match="out of bounds of global"):
-        Run(COPY.format(wait="", size=""), np.arange(64, dtype=np.uint32), result, shared=512)
-
-
-def test_what_is_waited_for_is_ordered_for_the_own_thread_alone():
-    body = COPY.replace("[%r2+12]", "[%r4]").replace("{wait}", "{wait}\n xor.b32 %r4, %r2, 16;")
-    arrays = (np.arange(128, dtype=np.uint32), np.zeros(32, np.uint32))
-    wait = "cp.async.wait_group 0;"
-    assert kinds(body.format(wait=wait, size=""), *arrays, shared=512) == {AFTER_WRITE}
-    assert kinds(body.format(wait=f"{wait} bar.sync 0;", size=""), *arrays, shared=512) == NOTHING
-    assert AFTER_WRITE not in kinds(
-        body.format(wait=f"bar.sync 0; {wait} bar.warp.sync -1;", size=""), *arrays, shared=512
-    )
-
-
-def test_writes_to_where_a_copy_goes():
-    body = COPY.format(wait="st.shared.b32 [%r2], %r70; cp.async.wait_group 0;", size="")
-    arrays = (np.arange(128, dtype=np.uint32), np.zeros(32, np.uint32))
-    assert kinds(body, *arrays, shared=512) == {"write to shared memory in flight"}
-    twice = COPY.split("\n")[4].format(size="")
-    body = COPY.format(wait=f"{twice} cp.async.commit_group; cp.async.wait_group 0;", size="")
-    assert kinds(body, *arrays, shared=512) == {"write to shared memory in flight"}
-    # over what others still read
-    written = "shl.b32 %r2, %r70, 4;\n st.shared.b32 [%r2], 0;\n bar.sync 0;\n"
-    read = f"{written} xor.b32 %r6, %r2, 16;\n ld.shared.b32 %r7, [%r6];\n"
-    assert kinds(read + COPY.format(wait="cp.async.wait_group 0;", size=""), *arrays, shared=512) == {AFTER_READ}
-
-
-def test_a_misaligned_copy_is_a_fault():
-    for old in ("[%r2]", "[%rd2]"):
-        body = COPY.format(wait="", size="").replace(f"{old}, " if old == "[%r2]" else f"{old},", f"{old[:-1]}+8],", 1)
-        with pytest.raises(Fault, match="misaligned copy of 16 bytes"):
-            Run(body, np.arange(132, dtype=np.uint32), np.zeros(32, np.uint32), shared=1024)

@@ -189,6 +189,33 @@ def test_rows_written_where_others_read_are_races(barrier, found):
     assert findings.kinds == ({"shared race: write after another thread's read"} if found else set())
 
 
+@pytest.mark.parametrize(("barrier", "found"), [("bar.warp.sync -1;", False), ("bar.sync 0;", False), ("", True)])
+def test_rows_are_moved_by_all_threads_of_a_warp(barrier, found):
+    """Each thread points to the row that it writes and reads itself."""
+    row, held = f"shl.b32 %r10, %r1, 4; add.s32 %r10, %r10, %r4; {barrier}", names("in", 4)
+    store, load = f"st.shared.v4.b32 [%r10], {held}; {barrier}", f"ld.shared.v4.b32 {names('out', 4)}, [%r10];"
+    load_rows = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {names('out', 4)}, [%r10]; {barrier}"
+    store_rows = f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r10], {held}; {barrier}"
+    after_write, after_read, twice = (
+        {f"shared race: {kind}"}
+        for kind in (
+            "read after another thread's write",
+            "write after another thread's read",
+            "write after another thread's write",
+        )
+    )
+    for body, kinds in (
+        (f"{store} {load_rows}", after_write),
+        (f"{store_rows} {load}", after_write),
+        (f"{store} bar.sync 0; {load_rows} {store}", after_read),
+        (f"{store} bar.sync 0; {load} {barrier} {store_rows}", after_read),
+        (f"{store} {store_rows} bar.sync 0; {load}", twice),
+    ):
+        given = as_words([np.arange(THREADS, dtype=np.uint32) + 7 * k for k in range(4)])
+        _, findings = run(f"{row} {body}", given, 4, shared_bytes=16 * THREADS)
+        assert findings.kinds == (kinds if found else set()), body
+
+
 def test_unwritten_rows_are_found():
     body = re.sub(r"stmatrix.*\n", "", moved(4))
     _, findings = run(body, np.zeros((THREADS, 4), np.uint32), 4, shared_bytes=16 * THREADS + 16)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from helpers.hand_written_ptx import kernel
+from helpers.hand_written_ptx import Run, kernel
 from ptx_machine import Program, Refused
 from ptx_machine.parser import (
     Address,
@@ -100,6 +101,80 @@ def test_registers_and_labels_in_braces_are_of_their_own():
     targets = [ins.operands[0].block for ins in found.instructions() if ins.opcode[0] == "bra"]
     assert len(set(targets)) == 2 and guards
     Program(kernel(f"{scope}{scope}ret;"))
+
+
+SKIPPED = """
+    mov.b32 %r1, 7;
+    {{
+        setp.eq.s32 %p1, %r70, %r70;
+        {branch}
+        mov.b32 %r1, 1;
+    {label}
+    }}
+    mad.wide.u32 %rd9, %r72, 4, %rd0;
+    st.global.b32 [%rd9], %r1;
+    ret;
+skip:
+    st.global.b32 [%rd0], 99;
+    ret;
+"""
+
+
+@pytest.mark.parametrize(
+    ("branch", "label", "stored"),
+    [
+        # the inner label comes later, in the scope itself or around another one
+        ("@%p1 bra skip;", "skip:", 7),
+        ("{ @%p1 bra skip; }", "skip:", 7),
+        ("{ @%p1 bra skip; skip: }", "", 1),
+        # scopes that stand before it have their own
+        ("{ skip: } { } @%p1 bra skip;", "skip:", 7),
+        # there is none but the kernel's
+        ("@%p1 bra skip;", "", 99),
+    ],
+)
+def test_a_branch_goes_to_the_label_of_the_innermost_scope_around_it(branch, label, stored):
+    result = np.zeros(32, np.uint32)
+    Run(SKIPPED.format(branch=branch, label=label), result)
+    assert result[0] == stored
+
+
+def test_a_label_of_another_scope_is_none():
+    with pytest.raises(Refused, match="nothing is named inside"):
+        Program(kernel("{ inside: } bra inside; ret;"))
+    with pytest.raises(Refused, match="second label"):
+        Program(kernel("twice: twice: ret;"))
+
+
+@pytest.mark.parametrize("name", ["%r80", "%r999", "%r07", "%rs40"])
+def test_registers_beyond_those_that_are_declared_are_refused(name):
+    with pytest.raises(Refused, match=name):
+        Program(kernel(f"mov.b32 {name}, 1; ret;"))
+    with pytest.raises(Refused, match=name):
+        Program(kernel(f"mov.b32 %r1, {name}; ret;"))
+
+
+def test_a_register_in_braces_hides_that_of_the_kernel():
+    found = parsed("mov.b32 %r5, 1; { .reg .b32 %r5; mov.b32 %r5, 2; } mov.b32 %r5, 3; ret;")
+    first, second, third = (ins.operands[0].index for ins in list(found.instructions())[-4:-1])
+    assert first == third != second
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("017", 15), ("-010", -8), ("0b11", 3), ("0U", 0), ("12U", 12), ("0x1FU", 31)]
+)
+def test_integers_of_all_bases(text, value):
+    assert last(f"mov.b32 %r1, {text};")[1].operands[1] == Immediate(value)
+    if "U" not in text:
+        assert last(f"ld.shared.b32 %r1, [%r2+{text}];")[1].operands[1].offset == value
+
+
+@pytest.mark.parametrize("text", ["08", "0b12", "0xg"])
+def test_what_is_no_integer_is_refused(text):
+    with pytest.raises(Refused, match=text):
+        Program(kernel(f"mov.b32 %r1, {text}; ret;"))
+    with pytest.raises(Refused):
+        Program(kernel(f"ld.shared.b32 %r1, [%r2+{text}]; ret;"))
 
 
 @pytest.mark.parametrize(

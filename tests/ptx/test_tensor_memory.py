@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from helpers.matrix_layouts import TCGEN05_SWIZZLES, encoded, image, strides
 from helpers.matrix_programs import names, run, text
 from ptx_machine import Fault, Program, Refused
-from ptx_machine.matrix import tensor_access, tensor_products
+from ptx_machine.matrix import tensor_products
 
 THREADS = 128
 COLUMNS = 32
@@ -309,6 +307,54 @@ def test_what_one_thread_has_waited_for_others_know_behind_a_barrier():
     assert found(body(wait=f"{one} bar.warp.sync -1;")) == {"read of tensor memory that a product still writes"}
 
 
+FENCE = "fence.proxy.async.shared::cta;"
+
+
+@pytest.mark.parametrize(
+    ("barrier", "kinds"),
+    [
+        (f"bar.sync 0; @%p2 {FENCE}", set()),
+        (f"bar.sync 0; @%p5 {FENCE}", {"product of memory written without a proxy fence"}),
+        (f"bar.sync 0; @%p5 {FENCE} bar.sync 0;", set()),
+    ],
+)
+def test_the_thread_that_issues_a_product_has_come_to_a_fence(barrier, kinds):
+    assert found(body(proxy="setp.eq.s32 %p5, %r1, 77;", barrier=barrier)) == kinds
+
+
+def test_only_those_that_have_waited_may_write_where_a_product_has_read():
+    one = f"bar.sync 0; @!%p2 bra over; {WAIT.format(place=MBARRIER, parity=0)} over: "
+    still = {"write to shared memory that a product still reads"}
+    assert found(body(wait=f"{one} @!%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == still
+    assert found(body(wait=f"{one} @%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == set()
+    assert found(body(wait=f"{one} bar.sync 0; @!%p2 st.shared.b32 [%r10], %r4; bar.sync 0;")) == set()
+    # each has waited itself
+    assert found(body(wait=f"{WAIT.format(place=MBARRIER, parity=0)} st.shared.b32 [%r10], %r4;")) == set()
+
+
+def test_a_wait_that_does_not_ask_again_is_none():
+    once = WAIT.format(place=MBARRIER, parity=0).replace("@!complete bra.uni again;", "")
+    assert found(body(wait=once)) >= {"read of tensor memory that a product still writes"}
+    # the same after the product is complete for certain
+    assert found(body(wait=f"{WAIT.format(place=MBARRIER, parity=0)} {once}")) == set()
+
+
+def test_an_mbarrier_is_initialised_before_it_is_used():
+    init = line_of("init").replace("%p2", "%p5")
+    late = f"bar.sync 0; setp.eq.s32 %p5, %r1, 64; {init}"
+    kinds = {"arrival at an mbarrier whose initialisation is not ordered before it"}
+    assert found(body(init="", barrier=late, commit=f"{COMMIT} bar.sync 0;")) == kinds
+    assert found(body(init="", barrier=f"{late} bar.sync 0;")) == set()
+
+
+def test_a_commit_without_a_state_space_has_an_address_of_64_bits():
+    wide = COMMIT.replace(".shared::cluster", "").replace("[%r30]", "[%rd30]")
+    assert found(body(commit=wide.replace("; @", "; cvt.u64.u32 %rd30, %r30; @"))) == set()
+    for wrong in (COMMIT.replace(".shared::cluster", ""), COMMIT.replace("[%r30]", "[%rd30]")):
+        with pytest.raises(Refused, match="is expected"):
+            found(body(commit=wrong))
+
+
 def test_the_thread_that_issues_products_commits_them():
     commit = "setp.eq.s32 %p5, %r1, 1;" + COMMIT.replace("%p2", "%p5")
     assert found(body(commit=commit)) == {"commit by a thread that has not issued the products"}
@@ -317,63 +363,12 @@ def test_the_thread_that_issues_products_commits_them():
         found(body(product=other))
 
 
-def test_one_thread_of_a_warp_is_elected():
-    lines = "elect.sync %out0|%p1, -1; selp.b32 %out1, 1, 0, %p1;"
-    got, findings = run(lines, np.zeros((64, 1), np.uint32), 2)
-    assert got[:, 1].reshape(2, 32).sum(1).tolist() == [1, 1]
-    assert not findings
-
-
-def test_memory_is_given_up_and_given_again():
-    """Two allocations of different columns; what is released is free for the next, and unwritten."""
-    lines = """
-    mov.pred %p1, -1;
-    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4], 256;
-    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4+4], 256;
-    bar.sync 0;
-    ld.shared.v2.b32 {%out0, %out1}, [%r4];
-    tcgen05.st.sync.aligned.32x32b.x1.b32 [%out0], {%r1};
-    tcgen05.wait::st.sync.aligned;
-    tcgen05.dealloc.cta_group::1.sync.aligned.b32 %out0, 256;
-    bar.sync 0;
-    tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4], 128;
-    bar.sync 0;
-    ld.shared.b32 %out2, [%r4];
-    NEXT
-    tcgen05.dealloc.cta_group::1.sync.aligned.b32 %out2, 128;
-    tcgen05.dealloc.cta_group::1.sync.aligned.b32 %out1, 256;
-    """
-    given = np.zeros((32, 1), np.uint32)
-    got, findings = run(lines.replace("NEXT", ""), given, 3, shared_bytes=16, target="sm_100a")
-    assert got[0].tolist() == [0, 256, 0]
-    assert not findings
-    load = "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r20}, [%out2]; tcgen05.wait::ld.sync.aligned;"
-    _, findings = run(lines.replace("NEXT", load), given, 3, shared_bytes=16, target="sm_100a")
-    assert findings.kinds == {"read of unwritten tensor memory"}
-    more = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4+8], 256;"
-    with pytest.raises(Fault, match="waits for ever"):
-        run(lines.replace("NEXT", more), given, 3, shared_bytes=16, target="sm_100a")
-
-
 def test_nothing_is_allocated_after_the_permit_is_given_up():
     again = "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4+24576], 32;"
     free = "mov.b32 %r40, 64; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r40, 32;"
     barrier = "bar.sync 0;"
     kinds = found(body(relinquish=line_of("relinquish") + again + free + barrier))
     assert kinds == {"tensor memory allocated after the permit was given up"}
-
-
-@pytest.mark.parametrize("shape", tensor_access.SHAPES)
-def test_what_threads_hold_of_a_shape(shape):
-    """Figures "Matrix fragment for shape" of the ISA."""
-    lanes, columns = tensor_access.of_thread(shape, 8, 64)
-    for thread, i in itertools.product(range(32), range(8)):
-        lane, column = {
-            "32x32b": (thread, i),
-            "16x32bx2": (thread % 16, i + (64 if thread >= 16 else 0)),
-            "16x256b": (thread // 4 + (8 if i % 4 >= 2 else 0), thread % 4 * 2 + i % 2 + i // 4 * 8),
-        }[shape]
-        assert (lanes[thread, i], columns[thread, i]) == (lane, column)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def sums(result):
     return fragments.accumulators(result.T).reshape(-1, 64, COLUMNS)
 
 
-def found(text, given=None):
+def found(text):
     given = shared_image(bits_of(integers(64, 16, seed=1), "bf16"), bits_of(integers(COLUMNS, 16, seed=2), "bf16"))
     return run(text, given, SUMS, shared_bytes=SHARED)[1].kinds
 
@@ -162,13 +162,11 @@ def test_the_last_products_may_be_left_under_way():
     second = re.sub(r"%out(\d+)", lambda m: f"%r{50 + int(m[1])}", product(adds="%p2"))
     lines = f"mov.pred %p2, 0; wgmma.commit_group.sync.aligned;\n{second}\nwgmma.commit_group.sync.aligned;"
     wait = "wgmma.wait_group.sync.aligned 1;"
-    assert found(body(commit=lines, wait=wait)) == set()
-    assert found(body(commit=lines, wait=f"{wait} mov.b32 %out0, %r50;")) == {
-        "read of a register that a product still writes"
-    }
-    assert found(body(commit=lines, wait="wgmma.wait_group.sync.aligned 2;")) == {
-        "read of a register that a product still writes"
-    }
+    never = {"product that no thread waits for"}
+    early = {"read of a register that a product still writes"}
+    assert found(body(commit=lines, wait=wait)) == never
+    assert found(body(commit=lines, wait=f"{wait} mov.b32 %out0, %r50;")) == never | early
+    assert found(body(commit=lines, wait="wgmma.wait_group.sync.aligned 2;")) == never | early
 
 
 def test_operands_in_registers_may_not_be_written_under_way():
@@ -195,6 +193,31 @@ def test_registers_written_behind_a_fence_are_found():
     assert found(body(product=f"{product()} {between} wgmma.fence.sync.aligned; {product()}")) == set()
 
 
+def test_sums_that_were_read_need_a_fence_before_the_next_product():
+    """Operands in registers too; what the products themselves access needs none."""
+    wait = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+    read = {"register of a product read without a wgmma.fence"}
+    assert found(body(product=f"{product()} {wait} mov.b32 %r20, %out2; {product()}")) == read
+    assert (
+        found(body(product=f"{product()} {wait} mov.b32 %r20, %out2; wgmma.fence.sync.aligned; {product()}")) == set()
+    )
+    of_registers = product(a=names("in", 4), tail="1, 1, 0")
+    assert found(body(product=f"{of_registers} {wait} {of_registers}")) == set()
+    assert found(body(product=f"{of_registers} {wait} mov.b32 %r20, %in2; {of_registers}")) == read
+
+
+def test_a_product_that_nobody_waits_for_is_found():
+    """The sums are not used."""
+    never = {"product that no thread waits for"}
+    assert found(body(wait="", before_wait="ret;")) == never
+    assert found(body(commit="", wait="", before_wait="ret;")) == never
+
+
+def test_a_factor_that_differs_within_a_group_is_refused():
+    with pytest.raises(Refused, match="scale-d that differs within a warp group"):
+        found(body().replace("mov.pred %p1, -1;", "setp.lt.u32 %p1, %r1, 5;"))
+
+
 def test_shared_memory_may_not_be_written_under_way():
     kinds = found(body(before_wait="bar.sync 0; st.shared.b32 [%r10], %r4;"))
     assert "write to shared memory that a product still reads" in kinds
@@ -211,6 +234,53 @@ def test_copies_in_flight_are_found():
     aligned = "and.b32 %r10, %r10, 0xffffff0; and.b64 %rd1, %rd1, 0xffffffffffffff0; "
     assert "product of shared memory in flight" in found(body(proxy=aligned + copy.format("")))
     assert found(body(proxy=aligned + copy.format("cp.async.wait_group 0;"))) == set()
+
+
+UNFENCED = {"product of memory written without a proxy fence"}
+FENCE = "fence.proxy.async.shared::cta;"
+
+
+@pytest.mark.parametrize(
+    ("proxy", "barrier", "kinds"),
+    [
+        # by all that issue it, behind the barrier; by the writers before it
+        ("", f"bar.sync 0; {FENCE}", set()),
+        ("", f"bar.sync 0; @%p2 {FENCE}", UNFENCED),
+        (f"@%p2 {FENCE}", "bar.sync 0;", UNFENCED),
+        # a fence of one thread behind one barrier is known to the others behind the next
+        ("", f"bar.sync 0; @%p2 {FENCE} bar.sync 0;", set()),
+        # or within its warp, which is not all of the group
+        ("", f"bar.sync 0; @%p2 {FENCE} bar.warp.sync -1;", UNFENCED),
+        ("", f"bar.sync 0; and.b32 %r12, %r1, 31; setp.eq.s32 %p3, %r12, 0; @%p3 {FENCE} bar.warp.sync -1;", set()),
+        # what is written behind a fence needs another
+        (f"{FENCE} st.shared.b32 [%r10], %r4;", "bar.sync 0;", UNFENCED),
+        (f"bar.sync 0; {FENCE} st.shared.b32 [%r10], %r4;", "bar.sync 0;", UNFENCED),
+    ],
+)
+def test_a_proxy_fence_stands_on_the_way_to_the_threads_that_issue(proxy, barrier, kinds):
+    assert found(body(proxy=f"setp.eq.s32 %p2, %r1, 0; {proxy}", barrier=barrier)) == kinds
+
+
+@pytest.mark.parametrize(("fenced", "kinds"), [(128, UNFENCED), (256, set())])
+def test_each_group_that_issues_has_come_to_a_fence(fenced, kinds):
+    """Two groups multiply what the first has written."""
+    a, b = integers(64, 16, seed=1), integers(COLUMNS, 16, seed=2)
+    store = [line.replace("%r1,", "%r11,") for line in STORE]
+    lines = body(
+        store="\n".join([f"and.b32 %r11, %r1, {GROUP - 1};", "setp.lt.u32 %p2, %r1, 128;", *_guarded(store)]),
+        proxy="",
+        barrier=f"bar.sync 0; setp.lt.u32 %p3, %r1, {fenced}; @%p3 {FENCE}",
+    )
+    given = np.tile(shared_image(bits_of(a, "bf16"), bits_of(b, "bf16")), (2, 1))
+    assert run(lines, given, SUMS, shared_bytes=SHARED)[1].kinds == kinds
+
+
+@pytest.mark.parametrize("guard", ["", "@%p3 "])
+def test_a_fence_before_a_copy_has_come_is_none_for_what_it_brings(guard):
+    copy = "and.b32 %r10, %r10, 0xffffff0; and.b64 %rd1, %rd1, 0xffffffffffffff0; setp.lt.u32 %p3, %r1, 127; "
+    copy += "cp.async.cg.shared.global [%r10], [%rd1], 16; cp.async.commit_group; {} cp.async.wait_group 0; {}"
+    assert found(body(proxy=f"{FENCE} {copy.format(guard + FENCE, '')}")) == UNFENCED
+    assert found(body(proxy=copy.format("", FENCE))) == set()
 
 
 def test_divergent_groups_are_found():

@@ -7,10 +7,11 @@ correct program does to ``Findings``. Needs numpy alone. Semantics and section n
 
 from __future__ import annotations
 
+from machines.findings import Fault, Findings, Refused
+from machines.global_memory import GlobalMemory
+
 # each of these modules registers its instructions
 from . import access, arithmetic, async_copies, bits, comparisons, control, conversions, floats, matrix, moves, warps
-from .findings import Fault, Findings, Refused
-from .global_memory import GlobalMemory
 from .machine import Program
 
 __all__ = ["Fault", "Findings", "GlobalMemory", "Program", "Refused"]

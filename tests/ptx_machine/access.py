@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from .findings import refusal
 from .local_memory import WINDOW
 from .parser import UNSIGNED, Address, Instruction, Kernel, Sink, Symbol, Vector
 from .registry import address, destination, filled_register, instruction, modifiers, operands, reader
@@ -67,7 +67,7 @@ def store(ins: Instruction, kernel: Kernel):
     space, vector, kind = modifiers(ins, SPACES.keys() - {""}, VECTORS.keys() - {""}, TYPES)
     where, what = operands(ins, 2)
     bits = int(kind[1:])
-    values = [reader(piece, UNSIGNED[bits], ins, kernel) for piece in _pieces(what, vector, ins)]
+    values = [reader(piece, UNSIGNED[bits], ins, kernel, wider=True) for piece in _pieces(what, vector, ins)]
     read = address(where, SPACES[space], ins, kernel)
 
     def run(batch, mask):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from .findings import refusal
 from .parser import UNSIGNED, Instruction, Kernel
 from .registry import destination, instruction, modifiers, numpy_type, operands, reader
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from weakref import proxy
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from .findings import Fault, refusal
 from .parser import Immediate, Instruction, Kernel
 from .registry import address, instruction, modifiers, operands, reader
 
@@ -16,19 +16,38 @@ if TYPE_CHECKING:
     from .batch import Batch
 
 
+# behind all addresses
+NOWHERE = (1 << 64) - 1
+
+
 @dataclass
 class Copies:
-    """Copies of one instruction: threads that began them, the group of each, where they go, what they bring."""
+    """Copies of one instruction: threads that began them, the group of each, where they go, what they bring.
+
+    They read bytes from ``sources`` to ``ends`` of global memory.
+    """
 
     threads: np.ndarray
     groups: np.ndarray
     positions: np.ndarray
     data: np.ndarray
+    sources: np.ndarray
+    ends: np.ndarray
     ins: Instruction
 
     def part(self, chosen: np.ndarray) -> Copies:
-        arrays = (self.threads, self.groups, self.positions, self.data)
+        arrays = (self.threads, self.groups, self.positions, self.data, self.sources, self.ends)
         return Copies(*(array[chosen] for array in arrays), self.ins)
+
+    def read(self, addresses: np.ndarray, size: int) -> bool:
+        """Whether they read some of ``size`` bytes from each of these addresses on."""
+        if not len(addresses) or addresses.max() + size <= self.sources.min() or addresses.min() >= self.ends.max():
+            return False
+        order = np.argsort(addresses)
+        # the first access that ends behind a source begins
+        first = np.searchsorted(addresses[order] + np.uint64(size), self.sources, "right")
+        begin = np.append(addresses[order], np.uint64(NOWHERE))[first]
+        return bool(((begin < self.ends) & (self.sources < self.ends)).any())
 
 
 class AsyncCopies:
@@ -57,8 +76,14 @@ class AsyncCopies:
                     raise refusal(ins, f"a copy that reads {count} bytes")
                 data[chosen, :count] = batch.memory.read(source[chosen], int(count), threads[chosen], ins)
         positions = shared.positions(to, batch.cta[lanes], size, ins)
-        shared.depart(positions, size, threads, ins)
-        self.under_way.append(Copies(threads, self.committed[threads], positions, data, ins))
+        shared.depart(positions, data, threads, ins)
+        ends = source + source_size.astype(np.uint64)
+        self.under_way.append(Copies(threads, self.committed[threads], positions, data, source, ends, ins))
+
+    def check_store(self, addresses: np.ndarray, size: int, ins: Instruction) -> None:
+        """A finding where ``size`` bytes of global memory are written that copies under way read."""
+        if any(copies.read(addresses, size) for copies in self.under_way):
+            self.batch.find("write to global memory that a copy still reads", ins)
 
     def commit(self, mask: np.ndarray | None) -> None:
         self.committed += 1 if mask is None else mask

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+from machines.findings import Findings
+from machines.global_memory import GlobalMemory
 
 from .async_copies import AsyncCopies
-from .findings import Findings
-from .global_memory import GlobalMemory
 from .local_memory import GenericMemory, LocalMemory
 from .parser import Instruction, Kernel
 from .shared_memory import SharedMemory
@@ -17,6 +17,7 @@ from .shared_memory import SharedMemory
 # what registers hold before they are written: no number that a program would go on with unnoticed
 POISON = {np.bool_: True, np.uint8: 0xA5, np.uint16: 0x7FA5, np.uint32: 0x7FA5A5A5, np.uint64: 0x7FA5A5A57FA5A5A5}
 WARP = 32
+LANE = np.arange(WARP)
 
 
 class Watcher(Protocol):
@@ -60,6 +61,7 @@ class Batch:
         self.stalled = np.zeros(self.threads, bool)
         self.memory, self.shared = memory, shared
         self.copies = AsyncCopies(self)
+        memory.before_store = self.copies.check_store
         # told when all threads have ended
         self.endings: list[Callable[[Batch], None]] = []
         shared.attach(self)

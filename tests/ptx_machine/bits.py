@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
 from .arithmetic import elementwise
-from .findings import refusal
 from .parser import Immediate, Instruction, Kernel
 from .registry import destination, instruction, modifiers, numpy_type, operands, reader
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
 from .bits import LOGIC
-from .findings import refusal
 from .formats import HALVES, decode
 from .parser import UNSIGNED, Instruction, Kernel, Pair, Sink
 from .registry import destination, instruction, modifiers, numpy_type, operands, reader

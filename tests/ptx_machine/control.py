@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from machines.findings import Fault, Refused, refusal
 
 from .batch import WARP, Batch
-from .findings import Fault, Refused, refusal
 from .parser import Immediate, Instruction, Kernel, Label, ends_block
 from .registry import Read, guard, instruction, modifiers, operands, translate
 
@@ -98,7 +98,9 @@ def warp_barrier(ins: Instruction, kernel: Kernel):
     whole_membership(operands(ins, 1)[0], ins)
 
     def run(batch, mask):
-        batch.shared.meet_in_warps(batch.whole_warps(mask, ins))
+        warps = batch.whole_warps(mask, ins)
+        batch.shared.meet_in_warps(warps)
+        batch.memory.meet_in_warps(warps)
 
     return run
 
@@ -133,7 +135,7 @@ class Control:
                 batch.current = ins
                 run(batch, mask)
             batch.current = block.end
-            executed += len(block.body) + 1
+            executed += len(block.body) + (block.end is not None)
             ends[block.kind](number, block, threads, mask)
             self._wake(threads)
         else:

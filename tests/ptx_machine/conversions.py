@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
+from machines.rounding import odd_float32, odd_sum
 
-from .findings import refusal
-from .formats import HALVES, canonical, decode, encode, odd_float32, odd_sum
-from .parser import Instruction, Kernel
+from .formats import HALVES, canonical, decode, encode
+from .parser import UNSIGNED, Instruction, Kernel
 from .registry import destination, filled_register, instruction, modifiers, numpy_type, operands, reader
 
 INTEGERS = tuple(f"{letter}{bits}" for letter in "us" for bits in (8, 16, 32, 64))
@@ -23,7 +24,7 @@ def convert(ins: Instruction, kernel: Kernel):
         return _pair(ins, kernel, rounding, target, source)
     to, of = operands(ins, 2)
     # registers may be wider than the type: it is the low bits that are read
-    read = reader(of, np.uint16 if source in HALVES else numpy_type(source), ins, kernel)
+    read = reader(of, np.uint16 if source in HALVES else numpy_type(source), ins, kernel, wider=True)
     compute = _conversion(rounding, target, source)
     if compute is None:
         raise refusal(ins, f"rounding .{rounding or 'none'}")
@@ -40,7 +41,7 @@ def _conversion(rounding: str, target: str, source: str):
         dtype = numpy_type(target)
         return None if rounding else lambda values: values.astype(dtype)
     if target in INTEGERS:
-        return (lambda values: whole(values, rounding, target)) if rounding in WHOLE and source[0] == "f" else None
+        return (lambda values: whole(values, rounding, target, source)) if rounding in WHOLE else None
     if source in INTEGERS:
         return _from_integer(target) if rounding == "rn" else None
     if FLOATS.index(target) > 1:
@@ -67,16 +68,20 @@ def _from_integer(target: str):
     return rounded
 
 
-def whole(values: np.ndarray, rounding: str, kind: str) -> np.ndarray:
-    """Integers of floats, at the end of their range where they are beyond; of NaN zero, or 1 << 63 in 64 bits."""
+def whole(values: np.ndarray, rounding: str, kind: str, source: str) -> np.ndarray:
+    """Integers of floats, which travel as bits where ``source`` has 16; at the end of their range if beyond it.
+
+    Of NaN zero, or 1 << (bits - 1) where either type has 64 bits.
+    """
     dtype, bits = numpy_type(kind), int(kind[1:])
     low, high = (-(1 << bits - 1), 1 << bits - 1) if kind[0] == "s" else (0, 1 << bits)
+    values = decode(values, source) if source in HALVES else values
     values = WHOLE[rounding](values.astype(np.float64))
     inside = (values >= low) & (values < high)
     result = np.where(inside, values, 0.0).astype(dtype)
     result = np.where(values >= high, dtype(high - 1), np.where(values < low, dtype(low), result))
-    nan = np.uint64(1 << 63).view(dtype) if bits == 64 else dtype(0)
-    return np.where(np.isnan(values), nan, result)
+    nan = 1 << bits - 1 if bits == 64 or source == "f64" else 0
+    return np.where(np.isnan(values), UNSIGNED[bits](nan).view(dtype), result)
 
 
 def _pair(ins: Instruction, kernel: Kernel, rounding: str, target: str, source: str):

@@ -6,10 +6,10 @@ Rounding to the nearest alone; approximations, .ftz and .sat are refused.
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
 from . import formats
 from .arithmetic import elementwise, packed
-from .findings import refusal
 from .formats import HALVES, canonical
 from .parser import Instruction, Kernel
 from .registry import destination, instruction, modifiers, operands, reader

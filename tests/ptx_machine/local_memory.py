@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 from weakref import proxy
 
 import numpy as np
+from machines.findings import Fault
 
-from .findings import Fault
+from .parser import LOCAL_START
 
 if TYPE_CHECKING:
+    from machines.global_memory import GlobalMemory
+
     from .batch import Batch
-    from .global_memory import GlobalMemory
     from .parser import Instruction
 
-# Generic addresses from here on are those of local memory; tensors lie below
+# What the generic address of a place in local memory is greater by; tensors lie below
 WINDOW = np.uint64(1 << 62)
 
 
@@ -30,11 +32,11 @@ class LocalMemory:
     def _places(self, addresses, size: int, mask, ins: Instruction):
         """(index of ``bytes``, lanes) of accesses of ``size`` bytes; a fault where one is not inside or misaligned."""
         lanes, threads = self.batch.lanes(mask)
-        addresses = self.batch.full(addresses)[lanes].astype(np.int64)
+        addresses = self.batch.full(addresses)[lanes].astype(np.int64) - LOCAL_START
         if (addresses % size).any():
             raise Fault(f"misaligned access of {size} bytes of local memory: {self.batch.place(ins)}")
-        if addresses.size and addresses.max() + size > self.size:
-            worst = int(addresses.max())
+        if addresses.size and (addresses.min() < 0 or addresses.max() + size > self.size):
+            worst = int(addresses.max()) if addresses.max() + size > self.size else int(addresses.min())
             raise Fault(f"out of bounds of {self.size} bytes of local memory at {worst}: {self.batch.place(ins)}")
         return (threads[:, None], addresses[:, None] + np.arange(size)), lanes
 
@@ -63,7 +65,7 @@ class GenericMemory:
     def _parts(self, addresses, mask):
         """(memory, addresses in it, mask) for each memory that threads of ``mask`` address."""
         addresses = self.local.batch.full(addresses)
-        inside = addresses >= WINDOW
+        inside = addresses >= WINDOW + np.uint64(LOCAL_START)
         for memory, own, start in ((self.local, inside, WINDOW), (self.memory, ~inside, np.uint64(0))):
             chosen = own if mask is None else own & mask
             if chosen.any():

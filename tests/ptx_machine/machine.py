@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import Findings
+from machines.global_memory import GlobalMemory
 
 from .access import SPACES
 from .batch import Batch
 from .control import Control, translate_blocks
-from .findings import Findings
-from .global_memory import GlobalMemory
 from .parser import UNSIGNED, Immediate, Instruction, Kernel, Vector, parse
 from .shared_memory import SharedMemory
 
@@ -25,6 +25,14 @@ class Program:
         self.covered: set[int] = set()
         self._granules = {space: _granule(self.kernel, space) for space in ("shared", "global")}
         self._proxies = any(ins.opcode[0] in PROXY_OPCODES for ins in self.kernel.instructions())
+
+    @property
+    def parameters(self) -> int:
+        """How many arguments the kernel takes."""
+        return len(self.kernel.params)
+
+    def memory(self) -> GlobalMemory:
+        return GlobalMemory()
 
     def launch(
         self,
@@ -46,7 +54,7 @@ class Program:
         named = _arguments(self.kernel, arguments)
         total = grid[0] * grid[1] * grid[2]
         most = max(1, threads // self.kernel.threads)
-        size = -(-(self.kernel.shared + shared_bytes) // 16) * 16
+        size = self.kernel.shared + shared_bytes
         memory.begin(self._granules["global"])
 
         def run(first: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+from machines.findings import refusal
 
-from .findings import refusal
 from .parser import UNSIGNED, Address, Instruction, Kernel, Pair, Register, Sink, Vector
 from .registry import destination, instruction, modifiers, operands, reader
 

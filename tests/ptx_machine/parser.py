@@ -10,9 +10,10 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
+from machines.findings import Refused
 
-from .findings import Refused
-
+# Where local memory begins: beyond all addresses of shared memory, so that neither takes those of the other
+LOCAL_START = 1 << 24
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
@@ -45,9 +46,9 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Label:
-    """The block that a branch goes to."""
+    """The block that a branch goes to; a name, until the blocks are cut."""
 
-    block: int
+    block: int | str
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,14 @@ SHARED = re.compile(r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)
 LOCAL = re.compile(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\s*\[(\d+)\]")
 FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.M)
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+# of a family such as %r<80>, from %r0 to %r79
+NUMBERED = re.compile(r"([%\w$]*?)(0|[1-9]\d*)")
 LABEL = re.compile(r"([A-Za-z_$%][\w$]*):(?!:)")
 OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 ADDRESS = re.compile(r"([%\w$.]+)(?:\s*([+-])\s*(-?\w+))?")
-INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
+# hexadecimal, octal, binary, decimal (PTX ISA 4.5.1, integer constants)
+INTEGER = re.compile(r"(-?)(?:0[xX]([0-9a-fA-F]+)|0([0-7]+)|0[bB]([01]+)|(0|[1-9]\d*))U?")
+BASES = (16, 8, 2, 10)
 # what a kernel's head may say: its block, and what only the assembler heeds
 ATTRIBUTE = re.compile(r"\.(\w+)\s*([\d,\s]*)")
 BLOCK_SIZES = ("reqntid", "maxntid")
@@ -202,7 +207,8 @@ def _shared_symbols(head: str, kernel: Kernel) -> dict[str, int]:
             raise Refused(f".extern .shared {name} of a fixed size")
         start = -(-kernel.shared // int(align)) * int(align)
         symbols[name], kernel.shared = start, start + int(size)
-    kernel.shared = -(-kernel.shared // 16) * 16
+    if dynamic:
+        kernel.shared = -(-kernel.shared // 16) * 16
     return symbols | dict.fromkeys(dynamic, kernel.shared)
 
 
@@ -214,20 +220,30 @@ def _check_module(head: str, tail: str) -> None:
             raise Refused(f"outside of the kernel: {rest[:80]!r}")
 
 
+@dataclass
+class _Scope:
+    """What is declared in braces: registers by name, families of them by their first part, and labels.
+
+    ``names`` are those of the labels among all of the kernel's. ``branches`` are instructions to labels that may still
+    come in the scope, or stand outside of it.
+    """
+
+    number: int
+    registers: dict[str, Register] = field(default_factory=dict)
+    families: dict[str, tuple[type, int]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    branches: list[Instruction] = field(default_factory=list)
+
+
 class _Body:
     """Reads the lines of a kernel into instructions and labels, then cuts them into basic blocks."""
 
     def __init__(self, kernel: Kernel, symbols: dict[str, int], files: dict[int, str]):
         self.kernel, self.symbols, self.files = kernel, symbols, files
-        self.families: dict[str, type] = {}
-        # operands of registers that belong to no scope, by their names
-        self.known: dict[str, Register] = {}
-        self.registers: dict[str, int] = {}
-        # a scope in braces has registers and labels of its own
-        self.scopes: list[dict[str, int]] = [{}]
+        # from the kernel's own inwards
+        self.scopes = [_Scope(0)]
         self.code: list[Instruction | str] = []
         self.where = ""
-        self.labels: dict[str, int] = {}
 
     def read(self, text: str, first: int) -> int:
         """Read up to the brace that closes the kernel; returns how many characters that is."""
@@ -243,17 +259,15 @@ class _Body:
             while pending:
                 if pending[0] == "{":
                     scopes += 1
-                    self.scopes.append({})
+                    self.scopes.append(_Scope(scopes))
                     pending = pending[1:].strip()
                 elif pending[0] == "}":
-                    self.scopes.pop()
+                    self._close_scope()
                     if not self.scopes:
                         return at
                     pending = pending[1:].strip()
                 elif label := LABEL.match(pending):
-                    name = label[1] if len(self.scopes) == 1 else f"{label[1]} of scope {scopes}"
-                    self.scopes[-1][f"{label[1]}:"] = name
-                    self.code.append(name)
+                    self._label(label[1], number)
                     pending = pending[label.end() :].strip()
                 elif ";" in pending:
                     statement, _, pending = pending.partition(";")
@@ -264,12 +278,32 @@ class _Body:
                 line = number
         raise Refused("the kernel's closing brace is missing")
 
+    def _label(self, name: str, line: int) -> None:
+        scope = self.scopes[-1]
+        if name in scope.names:
+            raise Refused(f"line {line}: a second label {name}")
+        # no name of a label has a blank in it
+        scope.names[name] = f"{name} of scope {scope.number}"
+        self.code.append(scope.names[name])
+
+    def _close_scope(self) -> None:
+        """Branches go to labels of the innermost scope around them that has the name, before or behind them."""
+        closed = self.scopes.pop()
+        for ins in closed.branches:
+            names = [one.block if isinstance(one, Label) else None for one in ins.operands]
+            ins.operands = [
+                one if name is None else Label(closed.names.get(name, name))
+                for one, name in zip(ins.operands, names, strict=True)
+            ]
+            if self.scopes and not closed.names.keys() >= set(names) - {None}:
+                self.scopes[-1].branches.append(ins)
+
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
             self._declare(text)
         elif stack := LOCAL.fullmatch(text):
             start = -(-self.kernel.local // int(stack[1])) * int(stack[1])
-            self.symbols[stack[2]], self.kernel.local = start, start + int(stack[3])
+            self.symbols[stack[2]], self.kernel.local = LOCAL_START + start, start + int(stack[3])
         elif text.startswith("."):
             if not re.match(r"\.pragma\b", text):
                 raise Refused(f"line {line}: {text}")
@@ -281,53 +315,58 @@ class _Body:
         dtype = np.bool_ if kind == "pred" else UNSIGNED.get(int(kind[1:]))
         if dtype is None:
             raise Refused(f"{text}: registers of that type")
-        for name in names.split(","):
-            family = re.fullmatch(r"\s*([%\w$]+)<\d+>\s*", name)
+        scope = self.scopes[-1]
+        for name in map(str.strip, names.split(",")):
+            family = re.fullmatch(r"([%\w$]+)<(\d+)>", name)
             if family:
-                self.families[family[1]] = dtype
+                scope.families[family[1]] = dtype, int(family[2])
             else:
-                self.scopes[-1][name.strip()] = self._new_register(name.strip(), dtype)
+                scope.registers[name] = self._new_register(name, dtype)
 
-    def _new_register(self, name: str, dtype: type) -> int:
+    def _new_register(self, name: str, dtype: type) -> Register:
         self.kernel.names.append(name)
         self.kernel.dtypes.append(dtype)
-        return len(self.kernel.names) - 1
+        return Register(len(self.kernel.names) - 1)
 
-    def _register(self, name: str) -> int | None:
+    def _register(self, name: str) -> Register | None:
         for scope in reversed(self.scopes):
-            if name in scope:
-                return scope[name]
-        index = self.registers.get(name)
-        if index is None:
-            family = self.families.get(name.rstrip("0123456789"))
-            if family is not None:
-                index = self.registers[name] = self._new_register(name, family)
-                self.known[name] = Register(index)
-        return index
+            if name in scope.registers:
+                return scope.registers[name]
+            found = NUMBERED.fullmatch(name)
+            dtype, count = scope.families.get(found[1], (None, 0)) if found else (None, 0)
+            if found and int(found[2]) < count:
+                scope.registers[name] = self._new_register(name, dtype)
+                return scope.registers[name]
+        return None
 
     def _instruction(self, text: str, line: int) -> None:
         guard, negated, rest = None, False, text
         if predicated := re.match(r"@\s*(!?)\s*([%\w$]+)\s+(.*)", text, re.S):
             negated, rest = predicated[1] == "!", predicated[3]
-            guard = self._register(predicated[2])
-            if guard is None:
+            register = self._register(predicated[2])
+            if register is None:
                 raise Refused(f"line {line}, {text}: no predicate {predicated[2]}")
+            guard = register.index
         opcode, *tail = rest.split(None, 1)
         operands = [self._operand(token, text, line) for token in OPERANDS.findall(tail[0] if tail else "")]
         text = " ".join(text.split())
         self.code.append(Instruction(text, line, self.where, guard, negated, opcode.split("."), operands))
+        if any(isinstance(operand, Label) for operand in operands):
+            self.scopes[-1].branches.append(self.code[-1])
 
     def _operand(self, token: str, text: str, line: int):
         token = token.strip()
-        if token in self.known:
-            return self.known[token]
+        if token[0] == "%" and (register := self._register(token)):
+            return register
         if token[0] == "{":
             return Vector(tuple(self._operand(piece, text, line) for piece in token[1:-1].split(",")))
         if token[0] == "[":
             found = ADDRESS.fullmatch(token[1:-1].strip())
             if not found:
                 raise Refused(f"line {line}, {text}: address {token}")
-            offset = int(found[3], 0) if found[3] else 0
+            offset = integer(found[3]) if found[3] else 0
+            if offset is None:
+                raise Refused(f"line {line}, {text}: address {token}")
             return Address(self._operand(found[1], text, line), -offset if found[2] == "-" else offset)
         if "|" in token:
             first, second = token.split("|")
@@ -336,26 +375,22 @@ class _Body:
             return Sink()
         if token[0] == "!":
             return Negated(self._operand(token[1:], text, line))
-        if INTEGER.fullmatch(token):
-            return Immediate(int(token.rstrip("U"), 0))
+        if (value := integer(token)) is not None:
+            return Immediate(value)
         if found := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", token):
             return Immediate(int(found[1] or found[2], 16), 32 if found[1] else 64)
         return self._name(token, text, line)
 
     def _name(self, token: str, text: str, line: int):
-        index = self._register(token)
-        if index is not None:
-            return Register(index)
+        register = self._register(token)
+        if register is not None:
+            return register
         if token[0] == "%":
             return Special(token)
         if token in self.symbols:
             return Immediate(self.symbols[token])
         if any(token == parameter.name for parameter in self.kernel.params):
             return Symbol(token)
-        for scope in reversed(self.scopes):
-            if f"{token}:" in scope:
-                return Label(scope[f"{token}:"])
-        # a label that comes later, of the kernel itself
         return Label(token)
 
     def split_into_blocks(self) -> None:
@@ -382,6 +417,16 @@ class _Body:
                     raise Refused(f"line {ins.line}, {ins.text}: nothing is named {operand.block}")
             ins.operands = [Label(starts[o.block]) if isinstance(o, Label) else o for o in ins.operands]
         self.kernel.blocks = blocks
+
+
+def integer(token: str) -> int | None:
+    """The value of an integer constant, None for any other text."""
+    found = INTEGER.fullmatch(token)
+    if not found:
+        return None
+    sign, *digits = found.groups()
+    (value,) = (int(one, base) for one, base in zip(digits, BASES, strict=True) if one is not None)
+    return -value if sign else value
 
 
 def ends_block(ins: Instruction) -> bool:

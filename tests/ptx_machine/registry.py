@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from machines.findings import refusal
 
-from .findings import refusal
 from .parser import UNSIGNED, Address, Immediate, Instruction, Kernel, Negated, Register, Special
 
 if TYPE_CHECKING:
@@ -125,11 +125,14 @@ def filled_register(operand, kind: str, ins: Instruction, kernel: Kernel) -> tup
     return operand.index, part, np.dtype(f"{part.kind}{own.itemsize}")
 
 
-def reader(operand, dtype: type, ins: Instruction, kernel: Kernel) -> Read:
-    """(batch, mask) -> values of an operand as ``dtype``, an array over threads or one value for all of them."""
+def reader(operand, dtype: type, ins: Instruction, kernel: Kernel, wider: bool = False) -> Read:
+    """(batch, mask) -> values of an operand as ``dtype``, an array over threads or one value for all of them.
+
+    ``wider`` for the instructions that take the low bits of registers that are wider (PTX ISA 9.4.1).
+    """
     want = np.dtype(dtype)
     if isinstance(operand, Register):
-        return _register_reader(operand.index, want, ins, kernel)
+        return _register_reader(operand.index, want, ins, kernel, wider)
     if isinstance(operand, Negated):
         positive = reader(operand.register, dtype, ins, kernel)
         if want != np.bool_:
@@ -156,9 +159,10 @@ def constant(operand: Immediate, dtype: np.dtype, ins: Instruction) -> np.generi
     return UNSIGNED[width](operand.value & (1 << width) - 1).view(dtype)
 
 
-def _register_reader(index: int, want: np.dtype, ins: Instruction, kernel: Kernel) -> Read:
+def _register_reader(index: int, want: np.dtype, ins: Instruction, kernel: Kernel, wider: bool) -> Read:
     own = np.dtype(kernel.dtypes[index])
-    if (own == np.bool_) != (want == np.bool_) or own.itemsize < want.itemsize:
+    fits = own.itemsize >= want.itemsize if wider else own.itemsize == want.itemsize
+    if (own == np.bool_) != (want == np.bool_) or not fits:
         raise refusal(ins, f"{kernel.names[index]} is of {own}, {want} is expected")
 
     def read(batch, mask):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from .batch import WARP
+from .batch import LANE, WARP
+from .bits import LOGIC
 from .control import whole_membership
-from .findings import refusal
 from .parser import Immediate, Instruction, Kernel, Pair, Sink
 from .registry import destination, instruction, modifiers, numpy_type, operands, reader
 
-LANE = np.arange(WARP)
 REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
-LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 def by_warp(batch, values: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import time
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import LONGEST, forking
 from helpers.routes import route_to_the_eager_reference
-from helpers.small_trainer import a_trainer_in, logits_of
+from helpers.small_trainer import a_trainer, a_trainer_in, logits_of
 
 import maskpro_kernels as mk
+from maskpro_kernels.checked_json import sealed_line
+from maskpro_kernels.digests import digest
 from maskpro_kernels.ops import dispatch
 from maskpro_kernels.training import score_updates, snapshots
 from maskpro_kernels.training import trainer as training
-from maskpro_kernels.training.batches import digest
 from maskpro_kernels.training.journal import Journal
 from maskpro_kernels.training.snapshots import newest_snapshot
 
@@ -135,7 +138,8 @@ def test_what_lies_beyond_a_resumed_step_does_not_push_out_new_snapshots(tmp_pat
     assert_same_bits(logits_of(last.model), logits_of(again.model))
 
 
-@pytest.mark.parametrize("damage", ["torn", "missing", "not utf-8", "gone"])
+@pytest.mark.parametrize("damage", ["torn", "missing", "not utf-8", "gone", "a name", "a number", "another run's"])
+@pytest.mark.filterwarnings("ignore:.*damaged, cut short or another run's. they are written again")
 def test_metrics_are_mended_from_the_journal(tmp_path, damage):
     trainer = a_trainer_in(tmp_path)
     records = trainer.run(4, progress=False)
@@ -147,6 +151,9 @@ def test_metrics_are_mended_from_the_journal(tmp_path, damage):
         "missing": b"".join(lines[:1] + lines[2:]),
         "not utf-8": b"".join(lines[:2]) + b"\xff\xfe\n" + lines[3],
         "gone": b"",
+        "a name": path.read_bytes().replace(b'"tokens"', b'"uokens"', 1),
+        "a number": path.read_bytes().replace(b'"step": 1', b'"step": 9', 1),
+        "another run's": b"".join(sealed_line({"step": step, "loss": 0.0}, "another") for step in range(4)),
     }[damage]
     path.write_bytes(content)
     again = a_trainer_in(tmp_path)
@@ -157,6 +164,50 @@ def test_metrics_are_mended_from_the_journal(tmp_path, damage):
     for row, record in zip(mended, records, strict=False):
         for name in ("loss", "residual", "advantage", "tracker", "tokens"):
             assert row[name] == getattr(record, name)
+    sound = {"torn": 3, "missing": 3, "not utf-8": 3, "a name": 3, "a number": 3}.get(damage, 0)
+    assert sum(not math.isnan(row["flip_rate"]) for row in mended[:4]) == sound
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_lines_that_are_damaged_or_lost_are_told(tmp_path, how):
+    trainer = a_trainer_in(tmp_path, how)
+    trainer.run(4, progress=False)
+    trainer.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"0", b"1") + lines[2])
+    again = a_trainer_in(tmp_path, how)
+    with pytest.warns(UserWarning) as caught:
+        assert again.resume() == 4
+    told = [str(warning.message) for warning in caught]
+    if how == "reinforce":
+        (line,) = told
+        assert line.endswith(
+            "1 are damaged, cut short or another run's: they are written again, but for flip rates and seconds"
+        )
+        assert [row["step"] for row in again.metrics] == [0, 1, 2, 3]
+    else:
+        assert told[0].endswith("1 are damaged, cut short or another run's: they are left out")
+        assert told[1].endswith("metrics.jsonl lacks the lines of 2 steps, such as step 1")
+        assert [row["step"] for row in again.metrics] == [0, 2]
+    assert path.read_bytes().count(b"\n") == len(again.metrics)
+
+
+def test_records_that_a_journal_has_lost_are_told(tmp_path):
+    """Cut between two records it looks whole."""
+    trainer = a_trainer_in(tmp_path)
+    trainer.run(2, progress=False)
+    length = (tmp_path / "journal").stat().st_size
+    for _ in range(3):
+        trainer.step()
+    trainer.close()
+    with open(tmp_path / "journal", "r+b") as file:
+        file.truncate(length)
+    again = a_trainer_in(tmp_path)
+    with pytest.warns(UserWarning, match="^the journal lacks 3 steps that .* tells of: they are taken again"):
+        assert again.resume() == 2
+    again.run(3, progress=False)
+    assert_same_bits(logits_of(again.model), logits_of(trainer.model))
 
 
 def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeypatch):
@@ -258,6 +309,27 @@ def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
     again = a_trainer_in(tmp_path, how, model())
     assert again.resume() == 6
     assert_same_bits(logits_of(again.model), logits_of(trainer.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["reinforce", "three draws", "straight-through"])
+def test_a_run_of_3000_steps_that_is_resumed_100_times(tmp_path, how):
+    whole = a_trainer(how=how)
+    whole.run(3000, progress=False)
+    draw = random.Random(how)
+    for moment in [*sorted(draw.sample(range(1, 3000), 100)), 3000]:
+        trainer = a_trainer_in(tmp_path, how)
+        if snapshots.snapshots_in(tmp_path):
+            trainer.resume()
+        while trainer.steps_done < moment:
+            # without a journal the last step has to be in a snapshot, with one some of them
+            last = trainer.steps_done == moment - 1
+            keep = last and (how == "straight-through" or draw.random() < 0.5)
+            trainer.snapshot_minutes = 0.0 if keep else math.inf
+            trainer.step()
+        trainer.close()
+    assert_same_bits(logits_of(trainer.model), logits_of(whole.model))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3000
 
 
 def take_steps(pipe, folder: Path, how: str, steps: int) -> None:

@@ -85,7 +85,7 @@ def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where,
     assert [(r.loss, r.residual, r.tracker) for r in rest] == [(r.loss, r.residual, r.tracker) for r in records[steps:]]
     assert_same_bits(logits_of(again.model), logits_of(whole.model))
     # the journal alone tells the logits
-    header, entries, _ = journal.read(tmp_path / "run" / "journal")
+    header, entries, *_ = journal.read(tmp_path / "run" / "journal")
     replayed = a_trainer_in(None, "refreshed")
     for one in entries:
         score_updates.replay(replayed.layers, header["run"]["seed"], one)

@@ -30,6 +30,10 @@ OTHERS = {
 }
 
 
+def name_of_snapshot(step):
+    return f"snapshot-{step:010}-{0:032x}.safetensors"
+
+
 def _other_weights():
     model = a_model()
     model[0].weight.data[0, 0] += 1.0
@@ -104,10 +108,11 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             other.step()
         other.close()
-    (tmp_path / "snapshot-x.safetensors.tmp").touch()
+    half = tmp_path / f"{name_of_snapshot(0)}.{1:016x}.tmp"
+    half.touch()
     trainer = a_trainer_in(tmp_path)
     trainer.step()
-    assert len(snapshots.snapshots_in(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
+    assert len(snapshots.snapshots_in(tmp_path)) == 1 and not half.exists()
     trainer.close()
     save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}})
     again = a_trainer_in(tmp_path)
@@ -153,7 +158,8 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     trainer = a_trainer_in(tmp_path, "refreshed")
     trainer.run(10, progress=False)
     trainer.close()
-    left = [tmp_path / "snapshot-0000000011-x.safetensors.tmp", tmp_path / "initial-losses" / "snapshot-x.tmp"]
+    snapshot, part = name_of_snapshot(11), f".{1:016x}.tmp"
+    left = [tmp_path / f"{name}{part}" for name in (snapshot, "journal", "metrics.jsonl", f"initial-losses/{snapshot}")]
     for path in left:
         path.write_bytes(b"half")
     with pytest.raises(ValueError, match="^output_dir: expected a run with seed 12"):
@@ -161,6 +167,18 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     assert all(path.exists() for path in left)
     assert a_trainer_in(tmp_path, "refreshed").resume() == 10
     assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_files_of_a_user_stay(tmp_path, how):
+    own = [tmp_path / name for name in (".tmpnotes", ".tmpthesis", "mine.tmp", f"mine.{1:016x}.tmp")]
+    for path in own:
+        path.write_text("mine")
+    trainer = a_trainer_in(tmp_path, how)
+    trainer.run(2, progress=False)
+    trainer.close()
+    assert a_trainer_in(tmp_path, how).resume() == 2
+    assert all(path.read_text() == "mine" for path in own)
 
 
 def test_the_names_of_new_folders_are_on_disk(tmp_path, monkeypatch):
@@ -172,7 +190,8 @@ def test_the_names_of_new_folders_are_on_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     a_trainer_in(tmp_path / "deep" / "run").begin()
-    assert done[:2] == [tmp_path, tmp_path / "deep"]
+    # that of the folder which is there already may not be: whoever made it may have been killed
+    assert done[:3] == [tmp_path.parent, tmp_path, tmp_path / "deep"]
 
 
 def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
@@ -183,3 +202,62 @@ def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
         left.unlink()
     a_trainer_in(tmp_path, "refreshed").step()
     assert not snapshots.snapshots_in(tmp_path / "initial-losses")
+
+
+def test_a_run_like_another_is_another(tmp_path):
+    """Each has an id of its own: neither snapshots nor records of one are taken for those of the other."""
+    for name in ("one", "two"):
+        trainer = a_trainer_in(tmp_path / name)
+        trainer.run(4, progress=False)
+        trainer.close()
+    for path in snapshots.snapshots_in(tmp_path / "one")[1:]:
+        path.unlink()
+    (foreign,) = snapshots.snapshots_in(tmp_path / "two")[1:]
+    shutil.copy(foreign, tmp_path / "one")
+    again = a_trainer_in(tmp_path / "one")
+    with pytest.warns(UserWarning, match=f"{foreign.name} is damaged or of steps .*: it is set aside"):
+        assert again.resume() == 4
+    again.close()
+    shutil.copy(tmp_path / "two" / "journal", tmp_path / "one")
+    with pytest.raises(ValueError, match="^snapshot: expected a sound one in .*, 1 are damaged or of another run"):
+        a_trainer_in(tmp_path / "one").resume()
+
+
+def test_snapshots_of_two_runs_without_a_journal_are_refused(tmp_path):
+    for name in ("one", "two"):
+        trainer = a_trainer_in(tmp_path / name, "straight-through")
+        trainer.run(2 if name == "one" else 3, progress=False)
+        trainer.close()
+    (foreign,) = snapshots.snapshots_in(tmp_path / "two")[1:]
+    shutil.copy(foreign, tmp_path / "one")
+    with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run, got .* of another; move"):
+        a_trainer_in(tmp_path / "one", "straight-through").resume()
+    (tmp_path / "one" / foreign.name).unlink()
+    # a damaged one says nothing, whatever it says
+    damaged = snapshots.snapshots_in(tmp_path / "one")[0]
+    damaged.write_bytes(damaged.read_bytes().replace(b'\\"id\\": \\"', b'\\"id\\": \\"x'))
+    assert a_trainer_in(tmp_path / "one", "straight-through").resume() == 2
+
+
+def test_a_snapshot_beside_other_records_is_refused(tmp_path):
+    """A copy of the folder may have gone on otherwise."""
+    trainer = a_trainer_in(tmp_path / "one")
+    trainer.run(2, progress=False)
+    trainer.close()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name, factor in (("one", 1.0), ("two", 1.5)):
+        trainer = a_trainer_in(tmp_path / name)
+        trainer.resume()
+        trainer.loss_fn = lambda model, batch, factor=factor: factor * model(batch).square().mean()
+        trainer.run(2, progress=False)
+        trainer.close()
+    shutil.copy(tmp_path / "two" / "journal", tmp_path / "one")
+    files = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    with pytest.raises(ValueError, match="^output_dir: expected snapshots and a journal of one run .* step 4 "):
+        a_trainer_in(tmp_path / "one").resume()
+    assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == files
+    # the way out that the message names
+    snapshots.snapshots_in(tmp_path / "one")[-1].unlink()
+    again, other = a_trainer_in(tmp_path / "one"), a_trainer_in(tmp_path / "two")
+    assert again.resume() == other.resume() == 4
+    assert_same_bits(logits_of(again.model), logits_of(other.model))

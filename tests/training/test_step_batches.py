@@ -184,7 +184,7 @@ def test_other_batches_are_refused_and_nothing_changes(tmp_path, name):
     first = a_trainer_in(tmp_path, STRAIGHT, batches=endless())
     first.run(3, progress=False)
     first.close()
-    (tmp_path / "half.tmp").write_bytes(b"half")
+    (tmp_path / f"journal.{1:016x}.tmp").write_bytes(b"half")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     second = a_trainer_in(tmp_path, STRAIGHT, batches=others())
     logits = logits_of(second.model)

@@ -12,9 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...checked_json import load_json
 from ...files import write_tensors
 from ...packed import PackedNM
-from ..safetensors_files import INDEX, SINGLE, check_parts, read_tensor, tensor_files, weight_files
+from ...safetensors_files import INDEX, SINGLE, check_parts, read_tensor, tensor_files, weight_files
 
 # The parts that a weight is stored in
 COMPRESSED = ("compressed", "bitmask", "shape")
@@ -103,7 +104,7 @@ def _decompress(files: Sequence[Path], where: Mapping[str, Path], names: Collect
 
 def _settings(config: Path) -> dict:
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = load_json(config.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError(f"a {type(settings).__name__}")
         return settings

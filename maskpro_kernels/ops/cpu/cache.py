@@ -1,4 +1,8 @@
-"""Compiled loops on disk: one file a loop, its results and its machine code behind a digest."""
+"""Compiled loops on disk: one file a loop, its results and its machine code behind a digest.
+
+What lies there is run. So a file counts only if this user owns it and nobody else may write to it, which is asked of
+the file that is open, not of its name; and its digest covers its name, so that no loop passes for another.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -63,26 +68,58 @@ def digest(made_of: object) -> str:
 
 
 def keep(path: Path, code: bytes, results: Likes) -> None:
-    """A loop's file: a digest of the rest, a line that tells its results, and machine code."""
+    """A loop's file: a digest of its name and the rest, a line that tells its results, and machine code."""
     told = json.dumps([[str(dtype).removeprefix("torch."), *shape] for dtype, *shape in results]).encode()
     body = told + b"\n" + code
+    if path.is_dir() and not path.is_symlink():
+        # no file takes its place otherwise
+        shutil.rmtree(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
-        unfinished.write_bytes(hashlib.sha256(body).digest() + body)
+        # whatever the umask lets others do
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(_seal(path, body) + body)
         os.replace(unfinished, path)
 
 
 def intact(path: Path) -> tuple[bytes, Likes] | None:
-    """(Machine code, results) of a loop's file, if it is there and whole."""
+    """(Machine code, results) of a loop's file, if it is there, whole, of that name and of this user alone."""
+    data = _own_content(path)
+    if data is None:
+        return None
+    seal, body = data[:32], data[32:]
+    if _seal(path, body) != seal:
+        return None
+    told, _, code = body.partition(b"\n")
     try:
-        data = path.read_bytes()
+        return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(told))
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _seal(path: Path, body: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + b"\n" + body).digest()
+
+
+def _own_content(path: Path) -> bytes | None:
+    """What a regular file holds that this user owns and nobody else may write to; None of any other."""
+    try:
+        # neither through a link, nor waiting for who writes to a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    digest, body = data[:32], data[32:]
-    if hashlib.sha256(body).digest() != digest:
+    try:
+        # of the open file: another may stand under its name by now
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            return None
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    except OSError:
         return None
-    told, code = body.split(b"\n", 1)
-    return code, tuple((getattr(torch, dtype), *shape) for dtype, *shape in json.loads(told))
+    finally:
+        os.close(descriptor)
 
 
 def remove_unused(folder: Path) -> None:

@@ -169,6 +169,94 @@ def test_damage_of_any_kind_is_seen(tmp_path):
         assert cache.intact(path) is None
 
 
+SOUND = (b"code" * 8, ((torch.float32, 4),))
+
+
+def replanted(path: Path, how: str) -> None:
+    """Something else in the place of a sound file, as another user or another program leaves it there."""
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+        (path / "file").write_bytes(content)
+    elif how == "a pipe":
+        os.mkfifo(path, 0o600)
+    elif how == "a link":
+        elsewhere = path.with_name("elsewhere")
+        elsewhere.write_bytes(content)
+        elsewhere.chmod(0o600)
+        path.symlink_to(elsewhere)
+    elif how == "no results":
+        body = b"no JSON\ncode"
+        path.write_bytes(cache._seal(path, body) + body)
+    else:
+        path.write_bytes(content)
+    if how.startswith("mode "):
+        path.chmod(int(how.removeprefix("mode "), 8))
+
+
+@pytest.mark.parametrize("how", ["a folder", "a pipe", "a link", "no results", "mode 666", "mode 620", "mode 602"])
+def test_what_others_may_have_put_there_is_compiled_anew(folder, monkeypatch, how):
+    """Its digest is right: who may write to it can make one."""
+    monkeypatch.setattr(cache, "digest", lambda _: "x")
+    path, builds = folder / "loop-x.o", []
+
+    def make():
+        builds.append(how)
+        return SOUND
+
+    assert cache.compiled("loop", (), make) == cache.compiled("loop", (), make) == SOUND
+    replanted(path, how)
+    assert cache.compiled("loop", (), make) == SOUND and len(builds) == 2
+    assert cache.compiled("loop", (), make) == SOUND and len(builds) == 2
+    assert path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_of_another_user_is_not_loaded(folder, monkeypatch):
+    path = folder / "loop-x.o"
+    cache.keep(path, *SOUND)
+    assert cache.intact(path) == SOUND
+    if os.getuid() == 0:
+        os.chown(path, 1, 1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    assert cache.intact(path) is None
+
+
+def test_the_owner_asked_for_is_that_of_the_file_which_is_read(folder, monkeypatch):
+    """Not of what stands under its name a moment before or after."""
+    path, planted = folder / "loop-x.o", folder / "planted"
+    cache.keep(path, *SOUND)
+    planted.write_bytes(path.read_bytes())
+    planted.chmod(0o666)
+    really_open = os.open
+
+    def swapped(name, *how, **more):
+        os.replace(planted, path)
+        return really_open(name, *how, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", swapped)
+        assert cache.intact(path) is None
+
+
+def test_a_loop_under_the_name_of_another_is_not_loaded(folder):
+    path, other = folder / "loop-x.o", folder / "loop-y.o"
+    cache.keep(path, *SOUND)
+    shutil.copy(path, other)
+    assert other.stat().st_mode & 0o777 == 0o600
+    assert cache.intact(other) is None and cache.intact(path) == SOUND
+
+
+def test_files_are_of_their_owner_alone_whatever_the_umask(folder):
+    before = os.umask(0)
+    try:
+        cache.keep(folder / "loop-x.o", *SOUND)
+    finally:
+        os.umask(before)
+    assert cache.intact(folder / "loop-x.o") == SOUND
+
+
 CHILD = "from maskpro_kernels.ops.cpu import cache; print(cache.folder())"
 
 

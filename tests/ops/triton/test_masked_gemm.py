@@ -194,6 +194,8 @@ def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(patte
 VIEWS = {"detach", "view", "reshape", "slice", "as_strided", "set_", "to", "empty", "new_empty"}
 # the fixture poisons what is allocated, the interpreter copies what it reads
 OF_THE_TEST = {"fill_", "copy_"}
+# a step on the CPU is read and checked, one on a GPU is not waited for
+OF_THE_CHECKS = {"item", "_local_scalar_dense"} if KERNEL_DEVICE == "cpu" else set()
 
 
 def test_few_tokens_are_one_launch(launched):
@@ -204,7 +206,7 @@ def test_few_tokens_are_one_launch(launched):
         mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, **counter)
     assert launched == {"masked_linear": 1}
     by_torch = {event.key.removeprefix("aten::") for event in profile.key_averages() if event.key[:6] == "aten::"}
-    assert by_torch <= VIEWS | OF_THE_TEST, by_torch - VIEWS
+    assert by_torch <= VIEWS | OF_THE_TEST | OF_THE_CHECKS, by_torch - VIEWS
     mk.masked_linear(x, weight, logits, bias, pattern="2:4", seed=0)
     assert launched == {"masked_linear": 2}
 

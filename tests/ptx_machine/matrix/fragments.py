@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WARP = 32
+from ..batch import WARP
+from ..formats import decode
+
 WARP_GROUP = 128
 # bytes that eight threads hold next to each other, a row of a tile
 ROW_BYTES = 16
@@ -31,9 +33,7 @@ def to_float32(bits: np.ndarray, element: str) -> np.ndarray:
     """
     if element == "tf32":
         return (bits & TF32_BITS).view(np.float32)
-    if element == "bf16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bits.view(np.float16).astype(np.float32)
+    return decode(bits, element)
 
 
 def tile(register: np.ndarray, container: type = np.uint16) -> np.ndarray:

@@ -7,19 +7,19 @@ parity, and that nothing but tcgen05.commit arrives at.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from ..findings import Fault, refusal
-from ..parser import Immediate, Instruction, Kernel, Pair, Register, Sink
+from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, destination, instruction, modifiers, operands, reader
 
 if TYPE_CHECKING:
     from ..batch import Batch
 
-WARP = 32
 # its 64 bits are opaque
 WORDS = [np.uint32(0), np.uint32(0)]
 BYTES = 8
@@ -30,7 +30,7 @@ class MBarrier:
     """One address in all CTAs: arrays [ctas]. ``expected`` is 0 where it is not initialised.
 
     ``serial`` is the last asynchronous operation that has arrived at the phase under way, ``completed`` that of the
-    phase before it.
+    phase before it. ``asked`` [threads] is one more than the last phase that a thread has asked for.
     """
 
     expected: np.ndarray
@@ -38,6 +38,7 @@ class MBarrier:
     phase: np.ndarray
     serial: np.ndarray
     completed: np.ndarray
+    asked: np.ndarray
 
 
 @dataclass
@@ -55,8 +56,6 @@ class Progress:
     shared: np.ndarray
     phase: np.ndarray
     mbarriers: dict[int, MBarrier] = field(default_factory=dict)
-    # (CTAs, numbers of the operations, places in shared memory that they read)
-    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def issue(self, batch: Batch, threads: np.ndarray, places: np.ndarray, ins: Instruction) -> np.ndarray:
         """Numbers of an operation of threads of other CTAs each, that reads places [threads, ...] of shared memory."""
@@ -66,8 +65,7 @@ class Progress:
             raise refusal(ins, "asynchronous operations of several threads of a CTA")
         self.issuer[ctas] = threads
         self.issued[ctas] += 1
-        batch.shared.hold(places)
-        self.held.append((ctas, self.issued[ctas], places))
+        batch.shared.number(places, self.issued[ctas])
         return self.issued[ctas]
 
     def _pass_barriers(self, batch: Batch) -> None:
@@ -80,14 +78,6 @@ class Progress:
         """Threads have waited for operations up to these, of their CTAs."""
         self._pass_barriers(batch)
         self.known[threads] = np.maximum(self.known[threads], serials)
-        latest, held = self.known.reshape(batch.ctas, -1).max(1), []
-        for ctas, numbers, places in self.held:
-            done = numbers <= latest[ctas]
-            if done.any():
-                batch.shared.release(places[done], unordered=False)
-            if not done.all():
-                held.append((ctas[~done], numbers[~done], places[~done]))
-        self.held = held
 
     def complete(self, batch: Batch, threads: np.ndarray) -> np.ndarray:
         """The last operation that each of the threads knows to be complete."""
@@ -96,7 +86,8 @@ class Progress:
 
     def at(self, batch: Batch, place: int) -> MBarrier:
         if place not in self.mbarriers:
-            self.mbarriers[place] = MBarrier(*(np.zeros(batch.ctas, np.int64) for _ in range(5)))
+            of_ctas = (np.zeros(batch.ctas, np.int64) for _ in range(5))
+            self.mbarriers[place] = MBarrier(*of_ctas, np.full(batch.threads, -1))
         return self.mbarriers[place]
 
     def arrive(self, batch: Batch, place: int, threads: np.ndarray, ins: Instruction) -> None:
@@ -104,6 +95,9 @@ class Progress:
         one, ctas = self.at(batch, place), batch.cta[threads]
         if not one.expected[ctas].all():
             raise Fault(f"mbarrier at {place} is not initialised: {batch.place(ins)}")
+        positions = batch.shared.positions(np.full(len(threads), place), ctas, BYTES, ins)
+        if not batch.shared.tells(positions, BYTES, threads):
+            batch.find("arrival at an mbarrier whose initialisation is not ordered before it", ins)
         if ((self.issuer[ctas] >= 0) & (self.issuer[ctas] != threads)).any():
             batch.find("commit by a thread that has not issued the products", ins)
         one.serial[ctas] = self.issued[ctas]
@@ -120,7 +114,10 @@ _progress: WeakKeyDictionary[Batch, Progress] = WeakKeyDictionary()
 def progress(batch: Batch) -> Progress:
     if batch not in _progress:
         issued, known, shared = (np.zeros(count, np.int64) for count in (batch.ctas, batch.threads, batch.ctas))
-        _progress[batch] = Progress(issued, np.full(batch.ctas, -1), known, shared, batch.phase.copy())
+        state = Progress(issued, np.full(batch.ctas, -1), known, shared, batch.phase.copy())
+        _progress[batch] = state
+        # not the batch itself, which refers to its memories: without a cycle it goes as soon as it has run
+        batch.shared.complete = partial(state.complete, proxy(batch))
     return _progress[batch]
 
 
@@ -159,6 +156,7 @@ def translate_init(ins: Instruction, kernel: Kernel):
                 batch.find("mbarrier initialised again before it was invalidated", ins)
             one.expected[ctas] = one.pending[ctas] = count.value
             one.phase[ctas] = one.completed[ctas] = 0
+            one.asked[np.isin(batch.cta, ctas)] = -1
 
     return init
 
@@ -186,7 +184,8 @@ def translate_try_wait(ins: Instruction, kernel: Kernel):
     """PTX ISA "mbarrier.test_wait / mbarrier.try_wait": whether the phase of this parity is complete.
 
     That is the phase before the one under way. A thread whose phase is not complete looks again when others have gone
-    on.
+    on. "try_wait" may answer false at any time, and a program has to ask again: so the first answer to a thread that
+    asks for a phase is false, though the phase be complete.
     """
     modifiers(ins, "try_wait", "parity", ("shared", "shared::cta"), "b64")
     target, where, parity = operands(ins, 3)
@@ -196,38 +195,19 @@ def translate_try_wait(ins: Instruction, kernel: Kernel):
     def try_wait(batch, mask):
         addresses, parities = place(batch, mask), batch.full(wanted(batch, mask))
         batch.shared.load(addresses, BYTES, mask, ins)
-        complete = np.zeros(batch.threads, bool)
+        complete, answer = (np.zeros(batch.threads, bool) for _ in range(2))
         for at, threads in by_place(batch, addresses, mask):
             one, ctas = progress(batch).at(batch, at), batch.cta[threads]
             if not one.expected[ctas].all():
                 raise Fault(f"mbarrier at {at} is not initialised: {batch.place(ins)}")
-            complete[threads] = one.phase[ctas] & 1 != parities[threads] & 1
-            done = threads[complete[threads]]
+            over = one.phase[ctas] & 1 != parities[threads] & 1
+            # one more than the number of the phase
+            asked = one.phase[ctas] + ~over
+            complete[threads], answer[threads] = over, over & (one.asked[threads] >= asked)
+            one.asked[threads] = asked
+            done = threads[answer[threads]]
             progress(batch).saw(batch, done, one.completed[batch.cta[done]])
-        batch.write(index, complete, mask)
+        batch.write(index, answer, mask)
         batch.stall(~complete if mask is None else mask & ~complete)
 
     return try_wait
-
-
-@instruction("elect.sync")
-def translate_elect(ins: Instruction, kernel: Kernel):
-    """PTX ISA "elect.sync": one thread of the warp. Which one is up to the hardware; here it is the first."""
-    modifiers(ins, "sync")
-    pair, members = operands(ins, 2)
-    if not isinstance(pair, Pair):
-        raise refusal(ins, f"two destinations are expected, not {pair}")
-    if not isinstance(members, Immediate) or members.value & 0xFFFFFFFF != 0xFFFFFFFF:
-        raise refusal(ins, "all threads of the warp are expected as members")
-    leader = None if isinstance(pair.first, Sink) else destination(pair.first, np.uint32, ins, kernel)
-    if not isinstance(pair.second, Register):
-        raise refusal(ins, f"a predicate is expected, not {pair.second}")
-    chosen = destination(pair.second, np.bool_, ins, kernel)
-
-    def elect(batch, mask):
-        batch.whole_warps(mask, ins)
-        if leader is not None:
-            batch.write(leader, np.uint32(0), mask)
-        batch.write(chosen, batch.thread % WARP == 0, mask)
-
-    return elect

@@ -7,8 +7,9 @@ operands of 16 bits and of tf32 and sums in float32, of mma.sp that with operand
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from ..findings import refusal
+from ..batch import LANE, WARP
 from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from . import fragments, sparsity
@@ -17,14 +18,11 @@ from .vectors import destinations, read_all, readers
 ELEMENTS = ("bf16", "f16")
 SHAPES = {"m16n8k16": ELEMENTS, "m16n8k8": ("tf32",)}
 COUNTS = ("x1", "x2", "x4")
-SPACES = ("shared", "shared::cta")
-ROW_BYTES = 16
-LANE = np.arange(fragments.WARP)
 
 
 def _pointing(batch, mask, matrices: int) -> np.ndarray:
     """Which threads point to a row: eight of a warp for each matrix."""
-    pointing = np.tile(8 * matrices > LANE, batch.threads // fragments.WARP)
+    pointing = np.tile(8 * matrices > LANE, batch.threads // WARP)
     return pointing if mask is None else pointing & mask
 
 
@@ -38,7 +36,11 @@ def _shape(ins: Instruction) -> tuple[int, bool]:
 
 @instruction("ldmatrix")
 def translate_ldmatrix(ins: Instruction, kernel: Kernel):
-    """PTX ISA "Warp-level matrix load instruction: ldmatrix"."""
+    """PTX ISA "Warp-level matrix load instruction: ldmatrix".
+
+    .sync has the threads of a warp wait for each other, and orders no memory: the ISA says nothing of that. Any of them
+    may read the row that a thread points to, so that what it wrote there itself needs a barrier too.
+    """
     count, transposed = _shape(ins)
     target, place = operands(ins, 2)
     targets = destinations(target, count, np.uint32, ins, kernel)
@@ -46,8 +48,9 @@ def translate_ldmatrix(ins: Instruction, kernel: Kernel):
 
     def ldmatrix(batch, mask):
         batch.whole_warps(mask, ins)
-        data, lanes = batch.shared.load(where(batch, mask), ROW_BYTES, _pointing(batch, mask, count), ins)
-        rows = np.zeros((batch.threads, ROW_BYTES), np.uint8)
+        pointing = _pointing(batch, mask, count)
+        data, lanes = batch.shared.load(where(batch, mask), fragments.ROW_BYTES, pointing, ins, by_warps=True)
+        rows = np.zeros((batch.threads, fragments.ROW_BYTES), np.uint8)
         rows[lanes] = data
         for index, register in zip(targets, fragments.loaded(rows, count, transposed), strict=True):
             batch.write(index, register, mask)
@@ -57,7 +60,7 @@ def translate_ldmatrix(ins: Instruction, kernel: Kernel):
 
 @instruction("stmatrix")
 def translate_stmatrix(ins: Instruction, kernel: Kernel):
-    """PTX ISA "Warp-level matrix store instruction: stmatrix"."""
+    """PTX ISA "Warp-level matrix store instruction: stmatrix". Any thread of a warp may write, as of ldmatrix."""
     count, transposed = _shape(ins)
     place, source = operands(ins, 2)
     values = readers(source, count, np.uint32, ins, kernel)
@@ -67,7 +70,7 @@ def translate_stmatrix(ins: Instruction, kernel: Kernel):
         batch.whole_warps(mask, ins)
         words = fragments.stored(read_all(values, batch, mask), transposed).view(np.uint32)
         pointing = _pointing(batch, mask, count)
-        batch.shared.store(where(batch, mask), list(np.ascontiguousarray(words.T)), 32, pointing, ins)
+        batch.shared.store(where(batch, mask), list(np.ascontiguousarray(words.T)), 32, pointing, ins, by_warps=True)
 
     return stmatrix
 
@@ -108,11 +111,11 @@ def translate_sparse_mma(ins: Instruction, kernel: Kernel):
     targets = destinations(d, 4, np.float32, ins, kernel)
     left, right = readers(a, 4, np.uint32, ins, kernel), readers(b, 4, np.uint32, ins, kernel)
     sums, words = readers(c, 4, np.float32, ins, kernel), reader(metadata, np.uint32, ins, kernel)
-    contributes = np.arange(fragments.WARP) % 4 // 2 == selector.value
+    contributes = LANE % 4 // 2 == selector.value
 
     def sparse_mma(batch, mask):
         whole = batch.whole_warps(mask, ins)
-        giving = np.tile(contributes, batch.threads // fragments.WARP)
+        giving = np.tile(contributes, batch.threads // WARP)
         giving = giving if mask is None else giving & mask
         kept = sparsity.positions(batch.full(words(batch, giving)), selector.value)
         running = kept if whole is None else kept[whole]

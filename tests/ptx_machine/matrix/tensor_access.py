@@ -7,14 +7,14 @@ instructions". An address has the lane in its upper half and the column in its l
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from ..findings import Fault, refusal
+from ..batch import LANE, WARP
 from ..parser import Immediate, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from .tensor_memory import COLUMNS, tensor_memory
 from .vectors import destinations, read_all, readers
 
-WARP = 32
 LEAST_COLUMNS = 32
 REPEATS = {f"x{1 << k}": 1 << k for k in range(8)}
 # registers of a thread for each repetition
@@ -26,7 +26,7 @@ def of_thread(shape: str, registers: int, split: int) -> tuple[np.ndarray, np.nd
 
     Figures "Matrix fragment for shape" of the ISA. ``split`` is how many columns the second half of a 16x32bx2 is off.
     """
-    thread, register = np.arange(WARP)[:, None], np.arange(registers)[None, :]
+    thread, register = LANE[:, None], np.arange(registers)[None, :]
     if shape == "32x32b":
         lanes, columns = thread, register
     elif shape == "16x32bx2":
@@ -127,7 +127,7 @@ class _Shape:
         lanes, columns = (start >> 16)[:, None, None] + self.lanes, (start & 0xFFFF)[:, None, None] + self.columns
         ctas = batch.cta[leaders][:, None, None]
         words = tensor_memory(batch).places(batch, ctas, columns, lanes, self.ins)
-        threads = (leaders[:, None] + np.arange(WARP)).reshape(-1)
+        threads = (leaders[:, None] + LANE).reshape(-1)
         return threads, words.reshape(len(threads), self.registers)
 
 
@@ -135,8 +135,7 @@ class _Shape:
 def translate_load(ins: Instruction, kernel: Kernel):
     """PTX ISA "tcgen05.ld": registers, address, for 16x32bx2 the offset of the second half.
 
-    The ISA has threads wait before they read the registers. LLVM moves reads ahead of that wait, and the assembler has
-    them wait for the registers all the same, as for those of any load. So only the words are in use until the wait.
+    Both the words and the registers are in use until the threads have waited ("tcgen05.wait::ld").
     """
     target, where, *split = operands(ins, 2, 3)
     shape = _Shape(ins, where, split, kernel)
@@ -148,6 +147,7 @@ def translate_load(ins: Instruction, kernel: Kernel):
         values[:, threads] = tensor_memory(batch).load(batch, words, threads, ins).T
         for index, value in zip(targets, values, strict=True):
             batch.write(index, value, mask)
+        tensor_memory(batch).registers.begin(batch, targets, mask)
 
     return load
 
@@ -177,6 +177,6 @@ def translate_wait(ins: Instruction, kernel: Kernel):
     def wait(batch, mask):
         batch.whole_warps(mask, ins)
         waiting = np.ones(batch.threads, bool) if mask is None else mask
-        tensor_memory(batch).wait(waiting, loads)
+        tensor_memory(batch).wait(batch, waiting, loads)
 
     return wait

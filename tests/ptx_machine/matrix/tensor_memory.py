@@ -6,13 +6,12 @@ asynchronous: each is done when it is issued, and its words count as in use unti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from machines.findings import Fault
 
-from ..findings import Fault
 from .mbarriers import progress
 
 if TYPE_CHECKING:
@@ -20,35 +19,69 @@ if TYPE_CHECKING:
     from ..parser import Instruction
 
 LANES, COLUMNS = 128, 512
+MANY = -1
 
 
 class Accesses:
-    """The last warp that accessed each word, counted from 1, and the phase of its CTA then."""
+    """The last warp that accessed each word, counted from 1 or MANY, and the phase of its CTA then."""
 
     def __init__(self, size: int):
         self.warps, self.phases = np.zeros(size, np.int32), np.zeros(size, np.int32)
 
     def note(self, words: np.ndarray, now: tuple[np.ndarray, np.ndarray]) -> None:
-        self.warps[words], self.phases[words] = now
+        warps = np.where(self._others(words, now), MANY, now[0]).astype(np.int32)
+        self.warps[words], self.phases[words] = warps, now[1]
+        # several warps of this instruction access the same
+        lost = self.warps[words] != warps
+        self.warps[words[lost]] = MANY
+
+    def _others(self, words: np.ndarray, now: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        warps = self.warps[words]
+        return (warps != 0) & (warps != now[0]) & (self.phases[words] == now[1])
 
     def unordered(self, words: np.ndarray, now: tuple[np.ndarray, np.ndarray]) -> bool:
         """Whether another warp has accessed some of them since the last barrier of the CTA."""
-        warps, phases = self.warps[words], self.phases[words]
-        return bool(((warps > 0) & (warps != now[0]) & (phases == now[1])).any())
+        return bool(self._others(words, now).any())
 
 
-@dataclass
 class Issuers:
     """The threads that access words; warps and phases of their CTAs are columns that fit words [threads, n]."""
 
-    threads: np.ndarray
-    now: tuple[np.ndarray, np.ndarray] = field(init=False)
-    complete: np.ndarray = field(init=False)
+    def __init__(self, batch: Batch, threads: np.ndarray):
+        self.now = batch.warps[threads][:, None] + 1, batch.phase[batch.cta[threads]][:, None]
+        self.complete = progress(batch).complete(batch, threads)[:, None]
 
-    def of(self, batch: Batch) -> Issuers:
-        self.now = batch.warps[self.threads][:, None] + 1, batch.phase[batch.cta[self.threads]][:, None]
-        self.complete = progress(batch).complete(batch, self.threads)[:, None]
-        return self
+
+class LoadedRegisters:
+    """Registers that loads fill, by their numbers, and the threads that have not waited since."""
+
+    def __init__(self):
+        self.waiting: dict[int, np.ndarray] = {}
+
+    def begin(self, batch: Batch, indices: list[int], mask: np.ndarray | None) -> None:
+        threads = np.ones(batch.threads, bool) if mask is None else mask
+        for index in indices:
+            self.waiting[index] = self.waiting[index] | threads if index in self.waiting else threads
+            batch.watch(index, self)
+
+    def wait(self, batch: Batch, waiting: np.ndarray) -> None:
+        for index in list(self.waiting):
+            self._end(batch, index, waiting)
+
+    def _end(self, batch: Batch, index: int, threads: np.ndarray) -> None:
+        left = self.waiting.pop(index) & ~threads
+        if left.any():
+            self.waiting[index] = left
+        else:
+            batch.unwatch(index)
+
+    def read(self, batch: Batch, index: int, mask: np.ndarray | None, ins: Instruction) -> None:
+        if (self.waiting[index] if mask is None else self.waiting[index] & mask).any():
+            batch.find("read of a register that a load of tensor memory still writes", ins, batch.kernel.names[index])
+
+    def written(self, batch: Batch, index: int, mask: np.ndarray | None, ins: Instruction) -> None:
+        if (self.waiting[index] if mask is None else self.waiting[index] & mask).any():
+            batch.find("write of a register that a load of tensor memory still writes", ins, batch.kernel.names[index])
 
 
 class TensorMemory:
@@ -70,6 +103,7 @@ class TensorMemory:
         # (threads, their words) of those under way
         self.loads: list[tuple[np.ndarray, np.ndarray]] = []
         self.stores: list[tuple[np.ndarray, np.ndarray]] = []
+        self.registers = LoadedRegisters()
         batch.endings.append(self.end)
 
     # -- allocation
@@ -90,7 +124,7 @@ class TensorMemory:
         if self.allocations[cta].pop(start, (0, None))[0] != columns:
             raise Fault(f"{columns} columns of tensor memory from {start} on are not allocated: {batch.place(ins)}")
         words = np.arange((cta * COLUMNS + start) * LANES, (cta * COLUMNS + start + columns) * LANES)
-        self.check_unused(batch, words[None], Issuers(np.array([thread])).of(batch), "release", ins)
+        self.check_unused(batch, words[None], Issuers(batch, np.array([thread])), "release", ins)
         self.allocated[cta, start : start + columns] = False
         self.filled[words] = False
 
@@ -139,7 +173,7 @@ class TensorMemory:
 
     def load(self, batch: Batch, words, threads: np.ndarray, ins: Instruction) -> np.ndarray:
         """uint32 of words [threads, n], which are in use until the threads have waited."""
-        issuers = Issuers(threads).of(batch)
+        issuers = Issuers(batch, threads)
         self.check_content(batch, words, issuers, "read", ins)
         if (self.writing[words] > issuers.complete).any():
             batch.find("read of tensor memory that a product still writes", ins)
@@ -150,14 +184,18 @@ class TensorMemory:
 
     def store(self, batch: Batch, words, values: np.ndarray, threads: np.ndarray, ins: Instruction) -> None:
         """Set words [threads, n]; they are in flight until the threads have waited."""
-        issuers = Issuers(threads).of(batch)
+        issuers = Issuers(batch, threads)
         self.check_unused(batch, words, issuers, "write", ins)
         self.words[words], self.filled[words], self.storing[words] = values, True, True
+        if (self.words[words] != values).any():
+            batch.find("threads of one store write different values to tensor memory", ins)
         self.stored.note(words, issuers.now)
         self.stores.append((threads, words))
 
-    def wait(self, waiting: np.ndarray, loads: bool) -> None:
+    def wait(self, batch: Batch, waiting: np.ndarray, loads: bool) -> None:
         """Threads, bool [threads], have waited for what they loaded, or for what they stored."""
+        if loads:
+            self.registers.wait(batch, waiting)
         busy, under_way, kept = (self.loading, self.loads, []) if loads else (self.storing, self.stores, [])
         for threads, words in under_way:
             done = waiting[threads]

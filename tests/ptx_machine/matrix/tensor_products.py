@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from machines.findings import Fault, refusal
 
-from ..findings import Fault, refusal
 from ..parser import Address, Instruction, Kernel
 from ..registry import address, instruction, modifiers, operands, reader
 from . import descriptors, fragments
@@ -103,7 +103,7 @@ def translate_product(ins: Instruction, kernel: Kernel):
         shape = _shape(issue.of(shapes(batch, mask)), ins)
         y, held = _from_shared(issue, right(batch, mask), (shape.columns, shape.b_k_major))
         sums = issue.words(target(batch, mask), shape.rows, shape.columns)
-        issuers = Issuers(issue.threads).of(batch)
+        issuers = Issuers(batch, issue.threads)
         sources = None
         if in_tensor_memory:
             if not shape.a_k_major:
@@ -132,7 +132,8 @@ def _shape(values: np.ndarray, ins: Instruction) -> Shape:
 
 
 def _from_shared(issue: _Issue, values: np.ndarray, shape: tuple[int, bool]):
-    return shared_matrix(issue.batch, issue.of(values), issue.ctas, descriptors.tcgen05_descriptor, shape, issue.ins)
+    threads = issue.threads[:, None]
+    return shared_matrix(issue.batch, issue.of(values), threads, descriptors.tcgen05_descriptor, shape, issue.ins)
 
 
 def _old_sums(issue: _Issue, sums: np.ndarray, adds: np.ndarray, issuers: Issuers) -> np.ndarray:
@@ -140,7 +141,7 @@ def _old_sums(issue: _Issue, sums: np.ndarray, adds: np.ndarray, issuers: Issuer
     memory = tensor_memory(issue.batch)
     old = np.zeros(sums.shape, np.float32)
     if adds.any():
-        chosen = Issuers(issue.threads[adds]).of(issue.batch)
+        chosen = Issuers(issue.batch, issue.threads[adds])
         flat = sums[adds].reshape(int(adds.sum()), -1)
         memory.check_content(issue.batch, flat, chosen, "product", issue.ins)
         old[adds] = memory.words[sums[adds]].view(np.float32)
@@ -159,9 +160,12 @@ def _write(issue: _Issue, sums, total, sources, serials: np.ndarray, issuers: Is
 
 @instruction("tcgen05.commit")
 def translate_commit(ins: Instruction, kernel: Kernel):
-    """PTX ISA "tcgen05.commit": an mbarrier is arrived at when all that the thread has issued is complete."""
-    modifiers(ins, "commit", "cta_group::1", "mbarrier::arrive::one", {"shared::cluster"}, "b64")
-    place = address(*operands(ins, 1), np.uint32, ins, kernel)
+    """PTX ISA "tcgen05.commit": an mbarrier is arrived at when all that the thread has issued is complete.
+
+    Without a state space its address has 64 bits. Triton 3.6 gives the shared one then, which is taken for it.
+    """
+    *_, space, _ = modifiers(ins, "commit", "cta_group::1", "mbarrier::arrive::one", {"shared::cluster"}, "b64")
+    place = address(*operands(ins, 1), np.uint32 if space else np.uint64, ins, kernel)
 
     def commit(batch, mask):
         for at, threads in by_place(batch, place(batch, mask), mask):

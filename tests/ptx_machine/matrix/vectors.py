@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from machines.findings import refusal
 
-from ..findings import refusal
 from ..parser import Instruction, Kernel, Vector
 from ..registry import destination, reader
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from machines.findings import refusal
 
-from ..findings import refusal
 from ..parser import Immediate, Instruction, Kernel, Register, Vector
 from ..registry import instruction, modifiers, operands, reader
 from . import descriptors, fragments
@@ -44,6 +44,7 @@ class Product:
     pending: np.ndarray
     number: np.ndarray
     held: list[tuple[np.ndarray, np.ndarray]]
+    ins: Instruction
 
     def threads(self, mask: np.ndarray | None) -> bool:
         """Whether it is under way for a thread of the mask."""
@@ -58,43 +59,57 @@ class WarpGroups:
         groups = batch.threads // GROUP
         self.commits = np.zeros(groups, np.int64)
         self.products: list[Product] = []
-        # which groups have come to a wgmma.fence, and which threads have written a register since
+        # which groups have come to a wgmma.fence, and which threads have written and read a register since
         self.fenced = np.zeros(groups, bool)
-        self.dirty: dict[int, np.ndarray] = {}
-        # sums of the product that is being issued: it reads and writes them itself
+        self.dirty: dict[str, dict[int, np.ndarray]] = {"written": {}, "read": {}}
+        # registers of the product that is being issued: sums, which it reads and writes itself, and operands
         self.issuing: frozenset[int] = frozenset()
+        self.sources: frozenset[int] = frozenset()
         for index in product_registers(batch.kernel):
             batch.watch(index, self)
+        batch.endings.append(self.end)
 
     def read(self, batch: Batch, index: int, mask: np.ndarray | None, ins: Instruction) -> None:
         if index not in self.issuing and any(index in p.targets and p.threads(mask) for p in self.products):
             batch.find("read of a register that a product still writes", ins, batch.kernel.names[index])
+        if index not in self.issuing and index not in self.sources:
+            self._touch("read", batch, index, mask)
 
     def written(self, batch: Batch, index: int, mask: np.ndarray | None, ins: Instruction) -> None:
         if index in self.issuing:
             return
-        threads = np.ones(batch.threads, bool) if mask is None else mask
-        self.dirty[index] = self.dirty[index] | threads if index in self.dirty else threads
+        self._touch("written", batch, index, mask)
         for verb, what in (("writes", "targets"), ("reads", "sources")):
             if any(index in getattr(p, what) and p.threads(mask) for p in self.products):
                 batch.find(f"write of a register that a product still {verb}", ins, batch.kernel.names[index])
 
+    def _touch(self, how: str, batch: Batch, index: int, mask: np.ndarray | None) -> None:
+        threads, dirty = np.ones(batch.threads, bool) if mask is None else mask, self.dirty[how]
+        dirty[index] = dirty[index] | threads if index in dirty else threads
+
     def fence(self, mask: np.ndarray | None) -> None:
-        if mask is None:
-            self.dirty.clear()
-            self.fenced[:] = True
-            return
-        self.fenced |= mask.reshape(-1, GROUP).all(1)
-        self.dirty = {index: threads & ~mask for index, threads in self.dirty.items() if (threads & ~mask).any()}
+        self.fenced |= True if mask is None else mask.reshape(-1, GROUP).all(1)
+        for how, dirty in self.dirty.items():
+            left = {} if mask is None else {index: threads & ~mask for index, threads in dirty.items()}
+            self.dirty[how] = {index: threads for index, threads in left.items() if threads.any()}
 
     def check_fence(self, batch: Batch, registers: frozenset[int], groups: np.ndarray, ins: Instruction) -> None:
-        """A finding where registers of a product were written without a wgmma.fence behind that."""
+        """A finding where registers of a product were written or read without a wgmma.fence behind that.
+
+        The ISA asks for it after any access but by products (PTX ISA "wgmma.fence").
+        """
         if not self.fenced[groups].all():
             batch.find("product without a wgmma.fence before it", ins)
         threads = np.repeat(groups, GROUP)
-        for index in registers & self.dirty.keys():
-            if (self.dirty[index] & threads).any():
-                batch.find("register of a product written without a wgmma.fence", ins, batch.kernel.names[index])
+        for how, dirty in self.dirty.items():
+            for index in registers & dirty.keys():
+                if (dirty[index] & threads).any():
+                    batch.find(f"register of a product {how} without a wgmma.fence", ins, batch.kernel.names[index])
+
+    def end(self, batch: Batch) -> None:
+        """Note what nobody waited for."""
+        for product in self.products:
+            batch.find("product that no thread waits for", product.ins)
 
     def wait(self, batch: Batch, allowed: int, groups: np.ndarray) -> None:
         """End the products of these groups, but for those of the last ``allowed`` commits and those not committed."""
@@ -103,7 +118,7 @@ class WarpGroups:
             for numbers, places in product.held:
                 if done[numbers].any():
                     # a warp's wait tells it nothing of the other warps
-                    batch.shared.release(places[done[numbers]], unordered=True)
+                    batch.shared.release(places[done[numbers]])
             product.pending &= ~done
         self.products = [product for product in self.products if product.pending.any()]
 
@@ -219,6 +234,7 @@ def translate_product(ins: Instruction, kernel: Kernel):
         of = state(batch)
         of.check_fence(batch, involved | sources, groups, ins)
         y, places = right(batch, mask, numbers)
+        of.sources = sources
         if in_registers:
             x = fragments.a_matrix(read_all(left, batch, mask)).reshape(-1, ROWS, descriptors.DEPTH)[numbers]
         else:
@@ -227,11 +243,11 @@ def translate_product(ins: Instruction, kernel: Kernel):
         if any(p.targets & involved and p.targets != involved for p in of.products):
             batch.find("products under way share some of their accumulators", ins)
         of.issuing = involved
-        old = _accumulators(batch, sums, adds, mask, columns)[numbers]
+        old = _accumulators(batch, sums, _scale(batch, adds, mask, numbers, ins), columns)[numbers]
         total = fragments.multiply_add(x, y.transpose(0, 2, 1), old, element)
         _write(batch, targets, total, numbers, mask)
-        of.issuing = frozenset()
-        of.products.append(Product(involved, sources, groups, of.commits.copy(), _hold(batch, numbers, places)))
+        of.issuing = of.sources = frozenset()
+        of.products.append(Product(involved, sources, groups, of.commits.copy(), _hold(batch, numbers, places), ins))
 
     return product
 
@@ -254,16 +270,24 @@ def _shared_operand(operand, rows: int, k_major: bool, ins: Instruction, kernel:
         values = batch.full(value(batch, mask)).reshape(-1, GROUP)[groups]
         if (values != values[:, :1]).any():
             batch.find("descriptor differs within a warp group", ins)
-        ctas = batch.cta.reshape(-1, GROUP)[groups, 0]
-        return shared_matrix(batch, values[:, 0], ctas, descriptors.wgmma_descriptor, (rows, k_major), ins)
+        threads = batch.thread.reshape(-1, GROUP)[groups]
+        return shared_matrix(batch, values[:, 0], threads, descriptors.wgmma_descriptor, (rows, k_major), ins)
 
     return read
 
 
-def _accumulators(batch: Batch, sums: list, adds: Callable, mask, columns: int) -> np.ndarray:
-    """float32 [groups, ROWS, columns]: what the product is added to; zeros for groups whose scale-d is false."""
+def _scale(batch: Batch, adds: Callable, mask, groups: np.ndarray, ins: Instruction) -> np.ndarray:
+    """Which threads of these groups have a scale-d that is true, bool [threads]."""
     chosen = batch.full(adds(batch, mask))
     chosen = chosen if mask is None else chosen & mask
+    by_group = chosen.reshape(-1, GROUP)[groups]
+    if (by_group != by_group[:, :1]).any():
+        raise refusal(ins, "a scale-d that differs within a warp group")
+    return chosen
+
+
+def _accumulators(batch: Batch, sums: list, chosen: np.ndarray, columns: int) -> np.ndarray:
+    """float32 [groups, ROWS, columns]: what the product is added to; zeros for groups whose scale-d is false."""
     if not chosen.any():
         return np.zeros((batch.threads // GROUP, ROWS, columns), np.float32)
     every = bool(chosen.all())

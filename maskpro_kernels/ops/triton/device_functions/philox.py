@@ -24,8 +24,16 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def load_key(seed, step, layer, draw):
-    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars."""
-    return tl.load(seed), tl.load(step), tl.load(layer), tl.load(draw)
+    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars, but for the step."""
+    return tl.load(seed), nearest_word(tl.load(step)), tl.load(layer), tl.load(draw)
+
+
+@triton.jit
+def nearest_word(value):
+    """The uint32 nearest to an int64."""
+    high = (value >> 32).to(tl.int32)
+    # the sign of the upper half, spread over a word: all ones below 0
+    return tl.where(high == 0, value.to(tl.uint32), (~(high >> 31)).to(tl.uint32, bitcast=True))
 
 
 @triton.jit
@@ -35,11 +43,10 @@ def group_words(group, M: tl.constexpr, STREAM: tl.constexpr, key):
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     c1 = layer.to(tl.uint32)
-    c2 = step.to(tl.uint32)
     words = ()
     for block in tl.static_range((M + 3) // 4):
         c3 = (draw << 16 | (STREAM << 8 | block)).to(tl.uint32)
-        w0, w1, w2, w3 = philox4x32(group, c1, c2, c3, k0, k1)
+        w0, w1, w2, w3 = philox4x32(group, c1, step, c3, k0, k1)
         if M == 2:
             words = words + (w0, w1)
         else:

@@ -1,0 +1,106 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from ..packed import KEEP, VALUE_KINDS
+from ..text.records import COLUMNS
+from .arguments import DTYPES, whole
+
+
+def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--model",
+        required=required,
+        default=argparse.SUPPRESS,
+        help="a local folder, a model id on the hub, or smollm2-135m",
+    )
+
+
+def add_digests(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that load checkpoints, see ``models.checking_digests``."""
+    parser.add_argument(
+        "--no-digests",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="load packed weights and masks that were changed since they were saved, whatever their digests say",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="run the Python code that a model's folder or repository brings along; without it such a model is refused",
+    )
+
+
+def add_data(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--data", default=argparse.SUPPRESS, metavar="DATA", help=help)
+    parser.add_argument(
+        "--text-column",
+        default=argparse.SUPPRESS,
+        metavar="NAMES",
+        help="of a dataset: column of its texts or chats; of several with commas between them the first that there is "
+        f"(default: {COLUMNS})",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="read datasets as they are needed, never as a whole: a window at a random place of each shuffled document",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, help: str, default: str) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help=f"{help} (default: {default})")
+
+
+def add_form(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--to", choices=("dense", "packed"), default=default, help="how the weights are stored")
+    parser.add_argument(
+        "--values",
+        choices=VALUE_KINDS,
+        default=argparse.SUPPRESS,
+        help=f"with --to packed: keep the values as they are, or round them to int8, about half the size (default: "
+        f"{KEEP})",
+    )
+
+
+def add_saving(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-shard-size",
+        default=argparse.SUPPRESS,
+        metavar="SIZE",
+        help="split weights into files of at most this size, such as 5GB (default: that of transformers, 50GB)",
+    )
+    parser.add_argument(
+        "--push-to-hub", default=argparse.SUPPRESS, metavar="REPO", help="also upload the checkpoint, as owner/name"
+    )
+    parser.add_argument(
+        "--private", action="store_true", default=argparse.SUPPRESS, help="with --push-to-hub: a private repository"
+    )
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="plain lines on stderr instead of bars; always so if stderr is not a terminal",
+    )
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eval-windows", type=whole, default=24, metavar="W", help="test windows to evaluate, at most")
+    parser.add_argument("--eval-length", type=whole, default=512, metavar="T", help="tokens in a test window")
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs, such as cuda:0"
+    )

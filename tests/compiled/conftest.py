@@ -1,0 +1,19 @@
+"""Tests of compiled kernels, on the machines that execute them."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def compiled_for(machine, monkeypatch):
+    """compiled_for(target): kernels are compiled for that GPU, and launched with its rows of the tile tables."""
+    from maskpro_kernels.ops.triton import tiles
+
+    def aim(target):
+        machine.aim(target)
+        monkeypatch.setattr(tiles, "ON_CPU", tiles.TABLE_ROW[target])
+        tiles.architecture.cache_clear()
+
+    yield aim
+    tiles.architecture.cache_clear()

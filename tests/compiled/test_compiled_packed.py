@@ -1,0 +1,51 @@
+"""Products with packed weights as a GPU gets them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.cases import cases
+from helpers.compiled_products import PackedProduct
+
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
+from maskpro_kernels.packed import VALUE_KINDS
+
+pytestmark = pytest.mark.compiled
+
+TARGETS = ["sm_80", "sm_90", "sm_100"]
+PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]
+DTYPES = [torch.bfloat16, torch.float16]
+VECTOR = ROWS["packed_vector"]
+
+
+def tiles_of(target):
+    return PACKED_TILES["packed_linear", target, 2]
+
+
+# (target, row of the tables, pattern, dtype, values): every row at 2:4, the narrowest and widest at others
+EVERY = [
+    (target, row, pattern, dtype, values)
+    for target, pattern, dtype, values in itertools.product(TARGETS, PATTERNS, DTYPES, VALUE_KINDS)
+    for count in (len(VECTOR) + len(tiles_of(target)),)
+    for row in (range(count) if pattern == (2, 4) else (0, len(VECTOR) - 1, len(VECTOR), count - 1))
+]
+# one token and several
+CHOSEN = {
+    *((target, row, (2, 4), torch.bfloat16, "keep") for target in ("sm_80", "sm_90") for row in (0, len(VECTOR))),
+    *(("sm_80", row, (2, 4), torch.bfloat16, "int8") for row in (0, len(VECTOR))),
+    ("sm_80", 0, (4, 8), torch.float16, "keep"),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "row", "pattern", "dtype", "values"), cases(EVERY, slow=lambda *case: case not in CHOSEN), ids=str
+)
+def test_packed_products(target, row, pattern, dtype, values, compiled_for, launched):
+    """One-hot operands read the weight out; others stay within the budget, on aligned and on ragged sizes."""
+    compiled_for(target)
+    config = (*VECTOR, *tiles_of(target))[row]
+    for aligned, one_hot in ((False, True), (False, False), (True, False)):
+        PackedProduct(config, *pattern, dtype, values, aligned=aligned, one_hot=one_hot).assert_right()
+    assert launched["packed_vector" if row < len(VECTOR) else "packed_linear"] == 3

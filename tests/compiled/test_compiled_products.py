@@ -1,0 +1,115 @@
+"""Masked products as a GPU gets them: exact of one-hot operands, else within the error budget."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.cases import cases
+from helpers.compiled import DTYPES
+from helpers.compiled_products import PRODUCTS, Product
+
+from maskpro_kernels.ops.triton.tiles import TILES
+
+pytestmark = pytest.mark.compiled
+
+TARGETS = ["sm_80", "sm_90"]
+ALL_TARGETS = [*TARGETS, "sm_100"]
+LINEAR, INPUT, WEIGHT, SLOPE = PRODUCTS
+
+
+def rows_of(kernel, target, dtype, which):
+    """Numbers of rows of the tile table: "all", or those of the narrowest and the widest tile."""
+    count = len(TILES[kernel, target, dtype.itemsize])
+    return range(count) if which == "all" else sorted({0, count - 1})
+
+
+# (target, kernel, row of the table, pattern, dtype): every row at 2:4, the narrowest and widest at others
+EVERY = [
+    (target, kernel, row, pattern, dtype)
+    for target, kernel, dtype in itertools.product(ALL_TARGETS, PRODUCTS, DTYPES)
+    for pattern, which in (((2, 4), "all"), ((1, 4), "ends"), ((4, 8), "ends"), ((8, 16), "ends"))
+    for row in rows_of(kernel, target, dtype, which)
+]
+# narrow before wide
+CHOSEN = {
+    *((target, kernel, 0, (2, 4), torch.bfloat16) for target, kernel in itertools.product(TARGETS, PRODUCTS)),
+    ("sm_80", LINEAR, 0, (2, 4), torch.float32),
+    # 64 rows reach wgmma
+    ("sm_90", LINEAR, 6, (2, 4), torch.bfloat16),
+    ("sm_80", LINEAR, 0, (1, 4), torch.bfloat16),
+    ("sm_80", WEIGHT, 0, (4, 8), torch.bfloat16),
+}
+every_row = pytest.mark.parametrize(
+    ("target", "kernel", "row", "pattern", "dtype"), cases(EVERY, slow=lambda *case: case not in CHOSEN), ids=str
+)
+
+
+def tile_of(kernel, target, row, dtype):
+    return TILES[kernel, target, dtype.itemsize][row]
+
+
+@every_row
+def test_products_of_one_hot_operands_are_exact(target, kernel, row, pattern, dtype, compiled_for, launched):
+    compiled_for(target)
+    tile = tile_of(kernel, target, row, dtype)
+    Product(kernel, tile, *pattern, dtype, one_hot=True, update=True).assert_right()
+    assert launched[kernel] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "ragged"])
+@pytest.mark.parametrize(("target", "kernel", "row", "pattern", "dtype"), EVERY, ids=str)
+def test_products_are_within_the_error_budget(target, kernel, row, pattern, dtype, aligned, compiled_for):
+    compiled_for(target)
+    tile = tile_of(kernel, target, row, dtype)
+    Product(kernel, tile, *pattern, dtype, aligned=aligned, log_prob=pattern[0] <= 4).assert_right()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_aligned_products_and_their_log_probability(target, compiled_for):
+    compiled_for(target)
+    tile = tile_of(LINEAR, target, 0, torch.bfloat16)
+    Product(LINEAR, tile, aligned=True, log_prob=True).assert_right()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_log_probability_counts_every_group_once_beside_several_blocks_of_tokens(target, compiled_for):
+    compiled_for(target)
+    product = Product(LINEAR, tile_of(LINEAR, target, 0, torch.bfloat16), log_prob=True)
+    assert product.sizes[0] > product.tile.tokens
+    product.assert_right()
+
+
+@pytest.mark.parametrize("kind", ["top_n", "codes"])
+@pytest.mark.parametrize(
+    ("target", "kernel"),
+    cases(itertools.product(TARGETS, PRODUCTS), slow=lambda target, kernel: (target, kernel) != ("sm_80", LINEAR)),
+)
+def test_products_under_given_masks(target, kernel, kind, compiled_for):
+    compiled_for(target)
+    Product(kernel, tile_of(kernel, target, 0, torch.bfloat16), kind=kind, one_hot=True).assert_right()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logits", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("operand", "weight"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("kernel", [LINEAR, INPUT])
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_and_logits_of_other_dtypes(target, kernel, operand, weight, logits, compiled_for):
+    compiled_for(target)
+    tile = tile_of(kernel, target, 0, operand)
+    Product(kernel, tile, operand=operand, weight=weight, logits=logits, one_hot=True).assert_right()
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])], ids=str
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_slopes_and_the_gradient_of_the_weight(target, logits, compiled_for):
+    compiled_for(target)
+    tile = tile_of(SLOPE, target, 0, torch.bfloat16)
+    Product(SLOPE, tile, logits=logits, one_hot=True).assert_right()

@@ -1,0 +1,101 @@
+"""Kernels over groups as a GPU gets them: every bit is that of the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.cases import cases
+from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
+
+from maskpro_kernels.ops.triton import tiles
+
+pytestmark = pytest.mark.compiled
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (2, 8), (4, 8), (8, 16), (16, 32)]
+DRAWN = ("sample_mask", "masked_weight", "score_update", "score_updates", "descend")
+# Of those for AMD, which take longer to compile
+QUICK = ("sample_mask", "masked_weight", "top_n_mask", "score_update", "descend", "unpack", "adamw")
+
+
+def in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
+    if shard:
+        return (target, kernel, pattern, dtype) == ("sm_80", "sample_mask", (2, 4), torch.float32)
+    if pattern == (2, 4):
+        chosen = target in ("sm_80", "sm_90") or target == "gfx942" and kernel in QUICK
+        return chosen and dtype == (torch.bfloat16 if kernel in ("unpack", "descend") else torch.float32)
+    chosen = {(1, 4): "score_update", (4, 8): "mask_score", (8, 16): "sample_mask"}
+    return (target, dtype) == ("sm_80", torch.float32) and kernel == chosen.get(pattern)
+
+
+EVERY = [
+    case
+    for case in itertools.product(TARGETS, OVER_GROUPS, PATTERNS, DTYPES, (False, True))
+    if case[1] in DRAWN or not case[4]
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "pattern", "dtype", "shard"),
+    cases(EVERY, slow=lambda *case: not in_the_ordinary_suite(*case)),
+    ids=str,
+)
+def test_bits_are_those_of_the_reference(target, kernel, pattern, dtype, shard, compiled_for, launched):
+    compiled_for(target)
+    of = Matrix(*pattern, dtype=dtype, shard=shard)
+    assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
+    assert launched[kernel] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [name for name in OVER_GROUPS if name != "adamw"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_bits_of_a_hundred_thousand_groups(target, kernel, compiled_for):
+    compiled_for(target)
+    of = Matrix(2, 4, rows=101, groups=997)
+    assert of.rows * of.groups > 100_000
+    assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
+
+
+@pytest.mark.parametrize("kind", ["top_n", "codes"])
+@pytest.mark.parametrize(
+    ("target", "pattern", "dtype"),
+    cases(
+        itertools.product(TARGETS, ((2, 4), (8, 16)), DTYPES),
+        slow=lambda target, pattern, dtype: (target, pattern, dtype) != ("sm_80", (2, 4), torch.bfloat16),
+    ),
+    ids=str,
+)
+def test_weights_under_given_masks(target, pattern, dtype, kind, compiled_for):
+    compiled_for(target)
+    of = Matrix(*pattern, dtype=dtype)
+    assert_bits_of_reference(lambda: masked_weight(of, kind=kind))
+
+
+@pytest.mark.parametrize("spread", ["certain", "open"])
+@pytest.mark.parametrize(
+    ("target", "kernel"),
+    cases(
+        itertools.product(TARGETS, ("sample_mask", "masked_weight", "score_update")),
+        slow=lambda target, kernel: (target, kernel) != ("sm_80", "sample_mask"),
+    ),
+)
+def test_blocks_with_and_without_noise(target, kernel, spread, compiled_for, machine, monkeypatch):
+    """A block whose draws are all determined branches around the noise; a program takes several."""
+    compiled_for(target)
+    monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", 0)
+    of = Matrix(2, 4, rows=18, groups=67, spread=spread)
+    block, steps = tiles.CONFIGURATIONS[kernel, of.m].block, tiles.CONFIGURATIONS[kernel, of.m].steps
+    assert of.rows * of.groups > 2 * block * steps
+    assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_a_single_group_and_one_more_than_a_block(dtype, compiled_for):
+    compiled_for("sm_80")
+    for groups in (1, 255, 257):
+        of = Matrix(2, 4, dtype=dtype, rows=1, groups=groups)
+        for kernel in ("sample_mask", "score_update", "top_n_mask"):
+            assert_bits_of_reference(lambda kernel=kernel, of=of: OVER_GROUPS[kernel](of))

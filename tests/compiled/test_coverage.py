@@ -1,0 +1,111 @@
+"""Every branch of every kernel is taken by some case: basic blocks of the PTX that are executed, and the rest."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, masked_weight
+from helpers.compiled_products import PRODUCTS, PackedProduct, Product
+from helpers.loops_without_a_step import replaces_a_loop
+
+from maskpro_kernels import ops
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+
+pytestmark = [pytest.mark.compiled, pytest.mark.slow]
+
+# By which LLVM begins a division of 64 bits for AMD, and the last of what stands before a wave's start
+LONG_DIVISION, TO_THE_START = "0x5f7ffffc", "s_branch .LBB0_0"
+FEWER_GROUPS = "indices of groups beyond 2^32, which no matrix has; smaller ones are divided in 32 bits"
+
+
+def reason_on_amd(kernel, number) -> str | None:
+    block = kernel.blocks[number]
+    if any(LONG_DIVISION in ins.text for ins in block):
+        return FEWER_GROUPS
+    if block[-1].text == TO_THE_START:
+        return "a wave begins behind it, as its first arguments are in registers"
+    return None
+
+
+def reason(kernel, number) -> str | None:
+    """Why no launch reaches a block: LLVM makes two ways where a kernel needs one."""
+    if kernel.blocks[number][0].opcode[:2] == ["div", "s64"]:
+        return FEWER_GROUPS
+    if replaces_a_loop(kernel, number):
+        return "sums of a loop without a step: kernels are not launched on matrices without rows or columns"
+    return None
+
+
+def run_over_groups():
+    """Each kernel where all draws of a block are certain, where none are, and over shards."""
+    for (n, m), dtype, spread in itertools.product(((1, 2), (2, 4), (4, 8), (8, 16)), DTYPES, ("certain", "open")):
+        of = Matrix(n, m, dtype, rows=3, groups=171, spread=spread)
+        for kernel in OVER_GROUPS:
+            if dtype == torch.float32 or kernel in ("sample_mask", "score_update", "descend", "unpack", "adamw"):
+                OVER_GROUPS[kernel](of)
+        for kind in ("top_n", "codes"):
+            masked_weight(of, kind=kind)
+        if m == 4:
+            shard = Matrix(n, m, dtype, rows=3, groups=171, spread=spread, shard=True)
+            for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates", "descend"):
+                OVER_GROUPS[kernel](shard)
+
+
+def run_products(target):
+    for kernel, (n, m), dtype in itertools.product(PRODUCTS, ((2, 4), (4, 8)), DTYPES[:2]):
+        tiles = TILES[kernel, target, dtype.itemsize]
+        for tile, aligned, spread in itertools.product({tiles[0], tiles[-1]}, (True, False), ("certain", "open")):
+            options = {"aligned": aligned, "spread": spread, "log_prob": n <= 4, "update": True}
+            Product(kernel, tile, n, m, dtype, **options).assert_right()
+    for kernel, kind in itertools.product(PRODUCTS, ("top_n", "codes")):
+        Product(kernel, TILES[kernel, target, 2][0], kind=kind).assert_right()
+    # of no tokens, and of some
+    of = Matrix(2, 4, rows=37, groups=16)
+    for dtype, tokens in itertools.product(DTYPES[:2], (0, 140)):
+        grad, x = torch.ones(tokens, of.rows, dtype=dtype), torch.ones(tokens, 64, dtype=dtype)
+        operands = grad, x, of.normal(seed=1, dtype=dtype), 0.5
+        ops.straight_through_grad(*operands, of.source())
+        ops.straight_through_update_(*operands, torch.tensor(0.4), 2.0, of.source(logits=of.logits.clone()))
+
+
+def run_packed(target):
+    configs = (*ROWS["packed_vector"], *PACKED_TILES["packed_linear", target, 2])
+    for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), ("keep", "int8")):
+        for aligned in (True, False):
+            PackedProduct(config, n, m, values=values, aligned=aligned).assert_right()
+
+
+def not_executed(machine, reason) -> tuple[int, int, list]:
+    """(blocks, how many of them nothing has executed, those of them without a reason)."""
+    total, missed, unnamed = 0, 0, []
+    for program in machine.programs.values():
+        blocks = program.kernel.blocks
+        total += len(blocks)
+        for number in set(range(len(blocks))) - program.covered:
+            missed += 1
+            if reason(program.kernel, number) is None:
+                unnamed.append((program.kernel.name, blocks[number][0].where, [ins.text for ins in blocks[number]]))
+    return total, missed, unnamed
+
+
+def test_basic_blocks_for_amd_are_executed(compiled_for, machine):
+    """Of the kernels that the machine for AMDGCN executes."""
+    compiled_for("gfx942")
+    machine.programs.clear()
+    run_over_groups()
+    _, _, unnamed = not_executed(machine, reason_on_amd)
+    assert not unnamed, unnamed
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_basic_blocks_are_executed(target, compiled_for, machine):
+    compiled_for(target)
+    machine.programs.clear()
+    run_over_groups()
+    run_products(target)
+    run_packed(target)
+    total, missed, unnamed = not_executed(machine, reason)
+    assert not unnamed, unnamed
+    assert missed <= 0.05 * total, (missed, total)

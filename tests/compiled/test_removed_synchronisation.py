@@ -1,0 +1,185 @@
+"""Each barrier, wait and fence of compiled kernels is taken away in turn: the machine finds it, or it did nothing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import triton
+from helpers.cases import cases
+from helpers.compiled import OVER_GROUPS, Matrix, assert_bits_of_reference
+from helpers.compiled_products import PRODUCTS, PackedProduct, Product
+from helpers.planted import synchronisations, what_is_found, without
+
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+
+pytestmark = pytest.mark.compiled
+
+TARGETS = ["sm_80", "sm_90", "sm_100"]
+OWN_COPY = "each thread reads what it has copied itself, after its own wait"
+STANDS_BEFORE = "the same stands before it on every way here, and since then shared memory has been read alone"
+BEFORE_COPIES = "no thread has touched the memory that is copied to after it"
+OWN_WAIT = "each thread waits for the product itself, before it writes where the product has read"
+BEFORE_PRODUCT = "another barrier stands behind it, ahead of the product"
+WAITS_LATER = "before the product each thread waits again, for all that it has stored"
+NOT_WRITTEN = "no register of the product has been written since the fence before it"
+LET_PASS = "what is found is of a kind that this release gives rise to by itself, and that is let pass"
+OF_TWO_ENDS = "it stands between the ends of two mbarriers, which have nothing to do with each other"
+AFTER_LOADS = "a barrier stands behind the loads of tensor memory, ahead of this one"
+# those of a kernel are taken away at once, which is found
+FOR_EACH_OTHER = "another barrier stands between the same accesses"
+BEFORE_THE_START = "a wave begins behind it, as its first arguments are in registers"
+OWN_WAVE = "the wave that reads there has written it itself, in the order of its code"
+NO_LDS_UNDER_WAY = "it stands before a barrier without an access of LDS, and a later wait has its scalar load come back"
+# By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
+IS_OLDEST = tuple(map(int, triton.__version__.split(".")[:2])) == (3, 6)
+REDUNDANT_IN_OLDEST = (
+    {("masked_linear", target): {0: BEFORE_COPIES, 2: OWN_COPY} for target in TARGETS}
+    | {("masked_linear_input_grad", target): {0: BEFORE_COPIES, 6: OWN_COPY} for target in TARGETS}
+    | {
+        (kernel, target): {0: BEFORE_COPIES}
+        for kernel in ("masked_linear_weight_grad", "straight_through", "packed_linear")
+        for target in TARGETS
+    }
+    | {
+        (kernel, "sm_100"): dict.fromkeys((1, 3, 4, 5, 15, 16), FOR_EACH_OTHER)
+        | {8: OWN_WAIT, 10: OWN_WAIT, last: AFTER_LOADS}
+        for kernel, last in (("masked_linear_weight_grad", 28), ("straight_through", 31))
+    }
+)
+REDUNDANT = (
+    {("masked_linear", target): {1: OWN_COPY} for target in TARGETS}
+    | {("masked_linear_input_grad", target): {5: OWN_COPY} for target in TARGETS}
+    | {
+        (kernel, "sm_80"): {2: STANDS_BEFORE, 3: STANDS_BEFORE}
+        for kernel in ("masked_linear_weight_grad", "straight_through")
+    }
+    | {
+        # a fence between two barriers, of which either will do
+        (kernel, "sm_100"): dict.fromkeys((4, 6, 10, 12), FOR_EACH_OTHER)
+        | {7: OWN_WAIT, 13: OWN_WAIT, last: AFTER_LOADS}
+        for kernel, last in (("masked_linear_weight_grad", 27), ("straight_through", 37))
+    }
+)
+REDUNDANT_IN_OLDEST |= {
+    ("masked_linear, wide", "sm_90"): {1: OWN_COPY}
+    | dict.fromkeys((9, 11, 13), NOT_WRITTEN)
+    | dict.fromkeys((8, 10, 12, 14), LET_PASS),
+    ("masked_linear, wide", "sm_100"): {2: WAITS_LATER, 17: BEFORE_COPIES, 31: OWN_WAIT}
+    | {14: BEFORE_PRODUCT, 28: BEFORE_PRODUCT, 35: OF_TWO_ENDS, 41: AFTER_LOADS}
+    | dict.fromkeys((1, 3, 4), FOR_EACH_OTHER),
+    ("masked_linear_input_grad, wide", "sm_90"): {13: OWN_COPY},
+    ("masked_linear_input_grad, wide", "sm_100"): {10: BEFORE_PRODUCT, 20: BEFORE_PRODUCT, 13: BEFORE_COPIES}
+    | {14: OWN_WAIT, 27: OF_TWO_ENDS, 30: AFTER_LOADS}
+    | dict.fromkeys((1, 3, 4), FOR_EACH_OTHER),
+}
+# The instruction of wide tiles, and where it is not that of a table's first row, the first row that has it
+WIDE, UNIT = ", wide", {"sm_90": "wgmma", "sm_100": "tcgen05"}
+WIDE_ROW = {"masked_linear": 6, "masked_linear_input_grad": 6}
+REDUNDANT |= {
+    ("masked_linear, wide", "sm_90"): {1: OWN_COPY, 9: FOR_EACH_OTHER, 10: STANDS_BEFORE, 13: FOR_EACH_OTHER},
+    ("masked_linear, wide", "sm_100"): {2: WAITS_LATER, 28: OWN_WAIT, 29: OWN_WAIT, 37: AFTER_LOADS}
+    | dict.fromkeys((12, 14, 25, 27), FOR_EACH_OTHER),
+    ("masked_linear_input_grad, wide", "sm_90"): {
+        6: FOR_EACH_OTHER,
+        7: STANDS_BEFORE,
+        10: FOR_EACH_OTHER,
+        12: OWN_COPY,
+    },
+    ("masked_linear_input_grad, wide", "sm_100"): {7: BEFORE_PRODUCT, 15: BEFORE_PRODUCT, 25: AFTER_LOADS}
+    | dict.fromkeys((10, 19), OWN_WAIT),
+}
+KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend"]
+OF_GROUPS = [name for name in OVER_GROUPS if name != "score_updates"]
+REDUNDANT |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
+REDUNDANT_IN_OLDEST |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
+REDUNDANT_IN_OLDEST["descend", "gfx942"] |= dict.fromkeys((9, 10), OWN_WAVE)
+REDUNDANT_IN_OLDEST["score_updates", "gfx942"] = {0: BEFORE_THE_START} | dict.fromkeys((21, 27), NO_LDS_UNDER_WAY)
+REDUNDANT["score_updates", "gfx942"] = {0: BEFORE_THE_START} | dict.fromkeys((10, 18, 23), NO_LDS_UNDER_WAY)
+OF_NVIDIA = [*itertools.product(TARGETS, KERNELS), *itertools.product(UNIT, (name + WIDE for name in WIDE_ROW))]
+CASES = [*OF_NVIDIA, *(("gfx942", kernel) for kernel in OVER_GROUPS)]
+QUICK = ("sm_80", "masked_linear"), ("gfx942", "descend")
+
+
+def call_of(kernel, target):
+    """A small launch that needs all that its kernel waits for: several steps of its loop, all of its epilogue."""
+    row = WIDE_ROW[kernel.removesuffix(WIDE)] if kernel.endswith(WIDE) else 0
+    kernel = kernel.removesuffix(WIDE)
+    if kernel in PRODUCTS:
+        tile = TILES[kernel, target, 2][row]
+        return Product(kernel, tile, log_prob=kernel == "masked_linear", update=True, aligned=True).assert_right
+    if kernel == "packed_vector":
+        return PackedProduct(ROWS[kernel][-1], aligned=True).assert_right
+    if kernel == "packed_linear":
+        return PackedProduct(PACKED_TILES[kernel, target, 2][row], aligned=True).assert_right
+    of = Matrix(2, 4, torch.bfloat16, rows=8, groups=64)
+    return lambda: assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
+
+
+def redundant_in(kernel, target):
+    return (REDUNDANT_IN_OLDEST if IS_OLDEST else REDUNDANT).get((kernel, target), {})
+
+
+class Compiled(BaseException):
+    """Ends a call ahead of its launch; nothing takes it for an error."""
+
+
+def text_of(machine, call) -> str:
+    """The kernel that a call would launch."""
+
+    def keep(text):
+        raise Compiled(text)
+
+    machine.rewrite = keep
+    with pytest.raises(Compiled) as ended:
+        call()
+    machine.rewrite = str
+    return str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel"),
+    cases(CASES, slow=lambda *case: case not in QUICK),
+)
+def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine):
+    compiled_for(target)
+    call = call_of(kernel, target)
+    before = what_is_found(machine, call, str)
+    assert before <= machine.let_pass
+    text = text_of(machine, call)
+    if kernel.endswith(WIDE):
+        assert UNIT[target] in text
+    found = synchronisations(text)
+    assert found
+
+    def finds(numbers):
+        return what_is_found(machine, call, lambda text: without(text, numbers)) - before
+
+    missed = {k: " ".join(found[k][0][0].split()) for k in range(len(found)) if not finds({k})}
+    redundant = redundant_in(kernel, target)
+    assert missed.keys() == redundant.keys(), missed
+    alike = {number for number, reason in redundant.items() if reason == FOR_EACH_OTHER}
+    assert not alike or finds(alike)
+    # nothing depends on the others, nor on one of them for want of another
+    assert not redundant.keys() - alike or not finds(redundant.keys() - alike)
+
+
+@pytest.mark.parametrize("kernel", ["sample_mask", "masked_weight", "score_update"])
+def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, machine):
+    compiled_for("sm_80")
+    assert not synchronisations(text_of(machine, call_of(kernel, "sm_80")))
+
+
+@pytest.mark.slow
+def test_most_that_are_taken_away_are_found(compiled_for, machine):
+    """Of all kernels for NVIDIA, by the numbers that the test above holds; docs/proofs.md states both ratios."""
+    total, reasons = 0, []
+    for target, kernel in OF_NVIDIA:
+        compiled_for(target)
+        total += len(synchronisations(text_of(machine, call_of(kernel, target))))
+        reasons += redundant_in(kernel, target).values()
+    # found alone; found with others at once, or idle with all others that are
+    alone, explained = 1 - len(reasons) / total, 1 - reasons.count(LET_PASS) / total
+    assert alone >= (0.83 if IS_OLDEST else 0.87), (len(reasons), total)
+    assert explained >= (0.98 if IS_OLDEST else 1), (reasons.count(LET_PASS), total)

@@ -1,0 +1,141 @@
+"""Single lanes as scalars, and two floats at once (CDNA3 ISA, V_READLANE_B32 and its like; VOP3P instructions)."""
+
+from __future__ import annotations
+
+import numpy as np
+from machines.findings import refusal
+
+from . import formats
+from .batch import POISON
+from .parser import WAVE, Instruction, Kernel, Literal, Scalar, Vector
+from .registry import (
+    Read,
+    constant,
+    instruction,
+    no_modifiers,
+    operands,
+    plain,
+    vector_register,
+    wave_result,
+    wave_source,
+    word_of_lanes,
+)
+
+
+def _lane(operand, ins: Instruction):
+    """(batch) -> [waves] numbers of lanes."""
+    read = wave_source(operand, "u32", ins)
+    return lambda batch: np.broadcast_to(read(batch), batch.waves).astype(np.int64) % WAVE
+
+
+@instruction("v_readfirstlane_b32")
+def read_first_lane(ins: Instruction, kernel: Kernel):
+    """VOP1: V_READFIRSTLANE_B32, of the first lane that is on, of lane 0 where none is."""
+    plain(ins, "e32")
+    to, what = operands(ins, 2)
+    write, index = wave_result(to, "u32", ins), vector_register(what, 1, ins)
+    return lambda batch: write(batch, _of_lane(batch, index, batch.exec.argmax(1), ins))
+
+
+@instruction("v_readlane_b32")
+def read_lane(ins: Instruction, kernel: Kernel):
+    """VOP3: V_READLANE_B32, of any lane, be it on or off."""
+    plain(ins, "e64")
+    to, what, which = operands(ins, 3)
+    write, index, lane = wave_result(to, "u32", ins), vector_register(what, 1, ins), _lane(which, ins)
+    return lambda batch: write(batch, _of_lane(batch, index, lane(batch), ins))
+
+
+def _of_lane(batch, index: int, lane: np.ndarray, ins: Instruction) -> np.ndarray:
+    """uint32 [waves]: what a register holds in a lane of each wave that runs."""
+    mask, chosen = batch.mask, np.zeros(batch.shape, bool)
+    waves = np.arange(batch.waves)
+    chosen[waves, lane] = True if batch.rows is None else batch.rows
+    # that lane alone is read, whether it is on or off
+    batch.mask = chosen
+    values = batch.vector(index, ins)[waves, lane]
+    batch.mask = mask
+    return values
+
+
+@instruction("v_writelane_b32")
+def write_lane(ins: Instruction, kernel: Kernel):
+    """VOP3: V_WRITELANE_B32, to any lane, be it on or off."""
+    plain(ins, "e64")
+    to, what, which = operands(ins, 3)
+    index, read, lane = vector_register(to, 1, ins), wave_source(what, "u32", ins), _lane(which, ins)
+
+    def run(batch):
+        chosen = np.zeros(batch.shape, bool)
+        chosen[np.arange(batch.waves), lane(batch)] = True if batch.rows is None else batch.rows
+        batch.write_vector(index, np.broadcast_to(read(batch), batch.waves)[:, None], ins, chosen)
+
+    return run
+
+
+PACKED = {"v_pk_add_f32": (2, formats.add), "v_pk_mul_f32": (2, formats.multiply), "v_pk_fma_f32": (3, formats.fma)}
+
+
+def _halves(ins: Instruction, name: str, count: int, default: int) -> tuple[int, ...]:
+    given = ins.modifiers.get(name, (default,) * count)
+    if not isinstance(given, tuple) or len(given) != count or not set(given) <= {0, 1}:
+        raise refusal(ins, f"{name}:{given}")
+    return given
+
+
+def _half(operand, which: int, ins: Instruction) -> Read:
+    """(batch) -> uint32 of one of the two words of a pair of registers.
+
+    What stands in the upper word of a constant other than 0 is not documented: it is read as poison.
+    """
+    if isinstance(operand, Literal):
+        value = POISON if which and operand.value != 0 else constant(operand, "f32", ins)
+        return lambda batch: value
+    if not isinstance(operand, (Vector, Scalar)) or operand.count != 2:
+        raise refusal(ins, f"operand {operand} as a pair")
+    return word_of_lanes(type(operand)(operand.index + which), ins)
+
+
+@instruction(*PACKED)
+def packed(ins: Instruction, kernel: Kernel):
+    """VOP3P: V_PK_ADD_F32, V_PK_MUL_F32, V_PK_FMA_F32.
+
+    op_sel and op_sel_hi choose the words that the lower and the upper result are of, neg_lo and neg_hi negate them.
+    """
+    no_modifiers(ins, ("op_sel", "op_sel_hi", "neg_lo", "neg_hi"))
+    count, compute = PACKED[ins.opcode]
+    to, *given = operands(ins, count + 1)
+    index = vector_register(to, 2, ins)
+    sides = []
+    for select, default, negate in (("op_sel", 0, "neg_lo"), ("op_sel_hi", 1, "neg_hi")):
+        words = _halves(ins, select, count, default)
+        signs = _halves(ins, negate, count, 0)
+        reads = [_half(one, which, ins) for one, which in zip(given, words, strict=True)]
+        sides.append([(read, formats.SIGN * np.uint32(sign)) for read, sign in zip(reads, signs, strict=True)])
+
+    def run(batch):
+        # both are computed before either is written: they may read what is written
+        results = [
+            compute(*[(read(batch) ^ sign if sign else read(batch)).view(np.float32) for read, sign in side])
+            for side in sides
+        ]
+        for k, result in enumerate(results):
+            batch.write_vector(index + k, result.view(np.uint32), ins)
+
+    return run
+
+
+@instruction("v_pk_mov_b32")
+def packed_move(ins: Instruction, kernel: Kernel):
+    """VOP3P: V_PK_MOV_B32, one word of the first pair and one of the second, by op_sel."""
+    no_modifiers(ins, ("op_sel",))
+    to, *given = operands(ins, 3)
+    index, words = vector_register(to, 2, ins), _halves(ins, "op_sel", 2, 0)
+    first, second = (_half(one, which, ins) for one, which in zip(given, words, strict=True))
+
+    def run(batch):
+        values = first(batch), second(batch)
+        for k, value in enumerate(values):
+            batch.write_vector(index + k, value, ins)
+
+    return run

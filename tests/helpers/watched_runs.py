@@ -1,0 +1,157 @@
+"""Runs of a small trainer in a watched folder: which steps they tell as done, and going on with what is left."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from helpers.disk_model import put
+from helpers.power_cuts import NOTHING, State, Watched
+from helpers.small_trainer import a_trainer_in, logits_of
+from maskpro_kernels.digests import digest
+from maskpro_kernels.training.journal import Journal
+from maskpro_kernels.training.run_folder import METRICS, RunFolder
+from maskpro_kernels.training.trainer import MaskTrainer
+
+STEPS, BETWEEN_SNAPSHOTS = 40, 5
+# Of metrics.jsonl, what does not depend on time, and what the journal knows too
+COLUMNS = ("step", "loss", "residual", "advantage", "tracker", "tokens")
+
+# Digest of the tensors, and the metrics
+Learned = tuple[str, list[list]]
+
+
+class SmallRun:
+    """A run in the folder ``run`` below a root, with a snapshot every fifth step.
+
+    Args:
+        root: of the folder, which may be watched.
+        how: by which estimator of ``a_trainer_in``.
+        steps: of the whole run.
+    """
+
+    def __init__(self, root: Path, how: str, steps: int = STEPS):
+        self.how, self.steps, self.folder = how, steps, root / "run"
+        self.trainer = a_trainer_in(self.folder, how)
+
+    def take(self) -> Learned:
+        """Take the steps that are left; gives what was learned."""
+        trainer = self.trainer
+        trainer.begin()
+        while trainer.steps_done < self.steps:
+            trainer.snapshot_minutes = 0.0 if (trainer.steps_done + 1) % BETWEEN_SNAPSHOTS == 0 else math.inf
+            trainer.step()
+        trainer.close()
+        return self._digest(), self._metrics()
+
+    def place(self) -> tuple:
+        """Where the run stands: runs at the same place have the same steps before them."""
+        others = ((path.name, path.read_bytes()) for path in self.folder.rglob("*") if path.is_file())
+        files = sorted((name, content) for name, content in others if name != METRICS)
+        return self.trainer.steps_done, self._digest(), repr(self.trainer.estimator.state()), self._metrics(), files
+
+    def _digest(self) -> str:
+        return digest([*logits_of(self.trainer.model), *self.trainer.estimator.tensors().values()])
+
+    def _metrics(self) -> list[list]:
+        path = self.folder / METRICS
+        rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        return [[row[name] for name in COLUMNS] for row in rows]
+
+    def resume(self, acknowledged: int) -> int:
+        """Go on, or begin anew where nothing was told as done: a run may then be refused, in one line.
+
+        Args:
+            acknowledged: steps that must not be lost.
+
+        Returns:
+            The steps that are done; ``NOTHING`` where it begins anew.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                steps = self.trainer.resume()
+        except ValueError as error:
+            line = str(error)
+            assert acknowledged == NOTHING, f"{acknowledged} steps were told as done: {line}"
+            assert ": expected " in line and "\n" not in line, line
+            self.trainer = a_trainer_in(self.folder, self.how)
+            return NOTHING
+        assert steps >= acknowledged, f"{steps} steps are left of {acknowledged} that were told as done"
+        return steps
+
+
+@contextmanager
+def told(watched: Watched, monkeypatch, of: type = MaskTrainer) -> Iterator[None]:
+    """Notes what a run tells as done: that its ``begin`` has ended, then each record of its journal, or each snapshot.
+
+    Args:
+        of: what begins.
+    """
+    begin, append, add = of.begin, Journal.append, RunFolder.add_snapshot
+
+    def begun(run, *given, **named) -> None:
+        begin(run, *given, **named)
+        watched.acknowledge(0)
+
+    def appended(journal, entry) -> None:
+        append(journal, entry)
+        watched.acknowledge(entry.step + 1)
+
+    def added(folder, step, *given) -> None:
+        add(folder, step, *given)
+        if step and not folder.journaled:
+            watched.acknowledge(step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(of, "begin", begun)
+        patched.setattr(Journal, "append", appended)
+        patched.setattr(RunFolder, "add_snapshot", added)
+        yield
+
+
+def watched_run(root: Path, how: str, monkeypatch, **watch) -> tuple[Watched, Learned]:
+    """(what a power cut leaves behind each operation of a run, what the run has learned)."""
+    root.mkdir()
+    with Watched(root, **watch) as watched, told(watched, monkeypatch):
+        learned = SmallRun(root, how).take()
+    return watched, learned
+
+
+def resumed(state: State, root: Path, how: str, steps: int = STEPS) -> SmallRun:
+    """A run that goes on with a state; what it has told is not lost."""
+    put(state.tree, root)
+    run = SmallRun(root, how, steps)
+    run.resume(state.acknowledged)
+    return run
+
+
+class GoingOn:
+    """What runs have learned at their end that go on with states; of those at one place the first is taken there."""
+
+    def __init__(self, how: str, steps: int = STEPS):
+        self.how, self.steps = how, steps
+        self._known: list[tuple[tuple, Learned]] = []
+
+    def learned(self, state: State, root: Path) -> Learned:
+        """Of a state, which is put into a new folder; what it has told is not lost."""
+        run = resumed(state, root, self.how, self.steps)
+        place = run.place()
+        for other, learned in self._known:
+            if other == place:
+                run.trainer.close()
+                return learned
+        self._known.append((place, run.take()))
+        return self._known[-1][1]
+
+
+def thinned(states: Iterable[State], number: int | None) -> list[State]:
+    """So many of them, evenly; None: all."""
+    states = list(states)
+    if number is None or len(states) <= number:
+        return states
+    return [states[index * len(states) // number] for index in range(number)]

@@ -1,0 +1,91 @@
+"""``pytest --compiled sm_80``: kernels are compiled for that GPU and executed by the machine for its assembly language.
+
+What the machine finds fails the test that caused it. Tests marked ``compiled`` run with this option alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Generator
+
+import pytest
+
+MACHINE = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.getgroup("compiled").addoption(
+        "--compiled", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on a CPU"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compiled: runs compiled kernels on a CPU; run by `pytest --compiled TARGET`")
+    config.stash[MACHINE] = None
+    if target := config.getoption("compiled"):
+        # as triton reads it when kernels are defined
+        os.environ.pop("TRITON_INTERPRET", None)
+        from .triton_driver import TARGETS, install
+
+        if target not in TARGETS:
+            raise pytest.UsageError(f"--compiled: expected one of {', '.join(TARGETS)}, got {target}")
+        config.stash[MACHINE] = install(target)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.stash[MACHINE] is None:
+        marked = [item for item in items if item.get_closest_marker("compiled")]
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
+
+
+@pytest.fixture
+def machine(request):
+    """The driver, None without ``--compiled``. After the test it compiles for the target of the command line again."""
+    machine = request.config.stash[MACHINE]
+    yield machine
+    if machine is not None:
+        machine.aim(request.config.getoption("compiled"))
+        machine.last, machine.rewrite = None, str
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _watched(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _watched(item))
+
+
+def _watched(item) -> Generator:
+    """A phase of a test; it fails by what the machine finds, which an error of its own is shown with."""
+    machine = item.config.stash[MACHINE]
+    if machine is None:
+        return (yield)
+    with machine.apart() as findings:
+        try:
+            result = yield
+        except BaseException:
+            if findings:
+                item.add_report_section("call", "machine", str(findings))
+            raise
+    if faults := machine.faults(findings):
+        told = "\n".join(map(str, faults))
+        pytest.fail(f"the machine has found:\n{told}", pytrace=False)
+    return result
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    machine = config.stash[MACHINE]
+    if machine is None:
+        return
+    seconds, counts = Counter(), Counter()
+    for launch in machine.launches:
+        seconds[launch.kernel] += launch.seconds
+        counts[launch.kernel] += 1
+    for kernel in sorted(counts):
+        terminalreporter.write_line(f"{kernel}: {counts[kernel]} launches, {seconds[kernel]:.1f} s in the machine")

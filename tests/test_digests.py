@@ -1,0 +1,93 @@
+"""What a digest covers, and JSON that carries some."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from maskpro_kernels.checked_json import load_json, read_sealed, rows_of, sealed, sealed_line
+from maskpro_kernels.digests import SIZE, digest, digest_of_bytes, digest_of_named
+
+
+def named(**changes):
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(6.0).view(2, 3) + 1}
+    return tensors | changes
+
+
+def test_a_digest_covers_names_shapes_dtypes_bytes_and_metadata():
+    tensors, metadata = named(), {"pattern": "2:4", "model": "m"}
+    flipped = tensors["a"].clone()
+    flipped.view(torch.int32)[1, 2] ^= 1
+    others = [
+        (named(a=flipped), metadata),
+        (named(a=-tensors["a"]), metadata),
+        (named(a=tensors["a"].view(3, 2)), metadata),
+        (named(a=tensors["a"].view(torch.int32)), metadata),
+        (named(a=tensors["b"], b=tensors["a"]), metadata),
+        ({"a": tensors["a"], "c": tensors["b"]}, metadata),
+        ({"a": tensors["a"]}, metadata),
+        (tensors, metadata | {"pattern": "1:4"}),
+        (tensors, {"pattern": "m", "model": "2:4"}),
+        (tensors, {"pattern": "2:4"}),
+        # where one ends and the next begins
+        (tensors, {"pattern": '2:4"], ["x', "model": "m"}),
+    ]
+    found = [digest_of_named(*other) for other in [(tensors, metadata), *others]]
+    assert len(set(found)) == len(found) and all(len(one) == 2 * SIZE for one in found)
+
+
+def test_neither_order_nor_strides_change_it():
+    tensors = named()
+    turned = {"b": tensors["b"].t().contiguous().t(), "a": tensors["a"]}
+    assert not turned["b"].is_contiguous()
+    assert digest_of_named(turned, {"y": "1", "x": "2"}) == digest_of_named(tensors, {"x": "2", "y": "1"})
+
+
+def test_known_answers():
+    """The same on any machine."""
+    tensors = torch.tensor([1.0, -2.0]), torch.tensor([[3]], dtype=torch.uint8)
+    assert digest(tensors) == "2f4ac1e68e560915bdc160ac809ca691"
+    # of BLAKE2b itself
+    assert digest_of_bytes(b"abc").hex() == digest_of_bytes(b"a", b"bc").hex() == "cf4ab791c62b8d2b2109c90275287816"
+
+
+def test_lines_count_in_their_own_run_alone():
+    rows = [{"step": step, "loss": 0.1 * step, "name": 'x", "digest": "'} for step in range(3)]
+    content = b"".join(sealed_line(row, "run") for row in rows)
+    assert rows_of(content, "run") == (rows, 0)
+    assert rows_of(content, "other") == ([], 3)
+    assert rows_of(content[:-1], "run") == (rows, 0)
+    assert rows_of(content[:-2], "run") == (rows[:2], 1)
+    assert rows_of(b"\0" * 40 + b"\n" + content, "run") == (rows, 1)
+    assert rows_of(b"", "run") == ([], 0)
+    # anyone reads it
+    assert json.loads(content.splitlines()[1])["loss"] == 0.1
+
+
+def test_changed_entries_are_named():
+    entries = {"settings": {"steps": 4, "seed": 1}, "table": [{"p": 1.5}], "nothing": float("nan"), "none": None}
+    content = json.dumps(sealed(entries), indent=1)
+    found, changed = read_sealed(content.encode())
+    assert json.dumps(found) == json.dumps(entries) and changed == []
+    for old, new, names in (
+        ('"steps": 4', '"steps": 5', ["settings.steps"]),
+        ("1.5", "1.4", ["table"]),
+        ("null", "true", ["none"]),
+        ('"seed"', '"sied"', ["settings.seed", "settings.sied"]),
+        ('"settings": {', '"settings": {"more": 1,', ["settings.more"]),
+        ('"table": [', '"more": 1, "table": [', ["more"]),
+    ):
+        assert read_sealed(content.replace(old, new, 1).encode())[1] == names
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "{}", "[]", '{"digests": 3}', "", "\x00"])
+def test_what_is_no_sealed_object(content):
+    with pytest.raises(ValueError):
+        read_sealed(content.encode())
+
+
+def test_json_that_is_nested_without_end():
+    with pytest.raises(ValueError, match="^JSON that is nested too deeply"):
+        load_json("[" * 100_000)
