@@ -19,6 +19,7 @@ from .groups import (
 from .gumbel_top_k import (
     drawn_code,
     drawn_keys,
+    drawn_score_2_of_4,
     expected,
     gumbel,
     scaled,
