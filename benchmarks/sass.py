@@ -85,31 +85,28 @@ def cost(instruction: str) -> Counter:
     return Counter({pipe: lanes, "issue": 1})
 
 
-def _longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, bool]) -> list[int] | None:
-    """Lines from ``first`` to ``last`` or an exit, by the way with the most; None where the branches lead elsewhere.
+def _longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, bool]) -> list[int]:
+    """Lines from ``first`` to ``last`` or an exit, or as far as the branches lead, by the way with the most.
 
     ``taken`` tells of some conditional branches whether they are. No way goes back, nor into a call: what is called is
     the slow way of a division, of numbers that no kernel divides by but at the edge of what float32 holds.
     """
     leads_to = {i: j for i, j, _ in _branches(lines)}
-    most, came_from = {first: 0}, {}
-    ends = []
+    most, came_from, ends = {first: 0}, {}, []
     for i in range(first, last + 1):
-        if i not in most or re.search(r"\bCALL\b", lines[i]):
+        if i not in most or lines[i].startswith("CALL"):
             continue
-        ends_here = re.match(r"EXIT|RET", lines[i]) is not None
+        ends_here = i == last or re.match(r"EXIT|RET", lines[i]) is not None
+        if ends_here:
+            ends.append(i)
         following = [] if ends_here or lines[i].startswith("BRA") else [i + 1]
         following += [leads_to[i]] if i in leads_to else []
         if i in taken:
             following = [leads_to[i] if taken[i] else i + 1]
-        if i == last or ends_here:
-            ends.append(i)
         for j in following:
             if i < j <= last and most.get(j, -1) < most[i] + 1:
                 most[j], came_from[j] = most[i] + 1, i
-    if not ends:
-        return None
-    way = [max(ends, key=most.get)]
+    way = [max(ends or most, key=most.get)]
     while way[-1] != first:
         way.append(came_from[way[-1]])
     return way
@@ -124,9 +121,11 @@ def instructions(lines: tuple[str, ...], looping: bool) -> tuple[Counter, Counte
     forward = [i for i, j, conditional in _branches(lines) if conditional and first <= i < j <= last]
     choices = [{}, *({i: taken} for i in forward for taken in (True, False))]
     ways = [_longest_way(lines, first, last, choice) for choice in choices]
+    # what ends before the others do not is no way through
+    ways = [way for way in ways if way[0] == ways[0][0] or re.match(r"EXIT|RET", lines[way[0]])]
 
     def count(way: list[int]) -> Counter:
         return sum((cost(lines[i]) for i in way if not lines[i].endswith(":")), Counter())
 
-    counts = [count(way) for way in ways if way]
+    counts = [count(way) for way in ways]
     return min(counts, key=lambda each: each["issue"]), counts[0]

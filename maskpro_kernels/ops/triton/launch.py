@@ -17,7 +17,8 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
     """Launch ``kernel`` on ``groups`` groups; nothing happens where there are none."""
     if groups == 0:
         return
-    config, target = configuration(name, m, groups), architecture(device)
+    target = architecture(device)
+    config = configuration(name, m, groups, target)
     grid = (config.programs(groups, PROCESSORS[target]),)
     _launch(kernel, name, grid, device, args, config.options(target), M=m, BLOCK=config.block, **constants)
 

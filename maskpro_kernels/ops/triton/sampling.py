@@ -15,7 +15,7 @@ from ..reference.quadrature import quadrature_grid
 from . import device_functions as d
 from .device_functions.constants import EXACT_SCORE_MAX_N
 from .launch import launch
-from .tiles import INTERPRETED
+from .tiles import INTERPRETED, architecture, scores_in_short
 
 UNSPECIALIZED = ["offset", "row_stride", "columns", "total"]
 
@@ -214,17 +214,18 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr):
+def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
     """Columns of scale * score(mask of a draw)."""
-    if N == 2 and M == 4:
+    if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
-    elif N <= EXACT_SCORE_MAX_N:
-        code = d.drawn_code(x, group, inv_temperature, N, M, key)
-        scores = d.exact_score(d.scaled(x, inv_temperature, M), d.decode(code, M), N, M)
     else:
         z = d.scaled(x, inv_temperature, M)
-        keys = d.drawn_keys(z, group, M, key)
-        scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
+        if N <= EXACT_SCORE_MAX_N:
+            code = d.drawn_code(x, group, inv_temperature, N, M, key)
+            scores = d.exact_score(z, d.decode(code, M), N, M)
+        else:
+            keys = d.drawn_keys(z, group, M, key)
+            scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
     terms = ()
     for i in tl.static_range(M):
         terms = terms + (scores[i] * scale,)
@@ -246,6 +247,7 @@ def score_update_kernel(
     total: tl.int64,
     count: tl.int64,
     SEVERAL: tl.constexpr,
+    SHORT: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -256,12 +258,12 @@ def score_update_kernel(
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-        delta = update_terms(x, group, inv_temperature, key, factor, N, M)
+        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
         if SEVERAL:
             for k in range(1, count):
                 scale = tl.load(coef + k) * inv_temperature
                 other = d.load_key(seed, step, layer, draws + k)
-                terms = update_terms(x, group, inv_temperature, other, scale, N, M)
+                terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
                 total_terms = ()
                 for i in tl.static_range(M):
                     total_terms = total_terms + (delta[i] + terms[i],)
@@ -336,4 +338,4 @@ def score_update_(logits, coef, n, m, inv_temperature, counter):
     several = coef.numel() > 1
     launch(score_update_kernel, "score_updates" if several else "score_update", m, arguments[-1], logits.device,
            logits, coef, inv_temperature, *arguments, coef.numel(), SEVERAL=several,
-           N=n, WHOLE=whole)  # fmt: skip
+           SHORT=scores_in_short(architecture(logits.device)), N=n, WHOLE=whole)  # fmt: skip

@@ -183,7 +183,7 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     """``reference.descend_`` as one kernel."""
     arguments, whole = counter_arguments(counter, logits, m)
     groups = arguments[-1]
-    programs = triton.cdiv(groups, configuration("descend", m, groups).block)
+    programs = triton.cdiv(groups, configuration("descend", m, groups, architecture(logits.device)).block)
     partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
     launch(descend_kernel, "descend", m, groups, logits.device,
            logits, gradient, partial, rate, max_update, *arguments, WHOLE=whole)  # fmt: skip

@@ -260,11 +260,22 @@ def _table_row(name: str, otherwise: str) -> str:
     return TABLE_ROW.get(name, otherwise)
 
 
-def configuration(kernel: str, m: int, groups: int) -> Configuration:
-    """The configuration of a kernel for groups of ``m``."""
+def scores_in_short(target: str) -> bool:
+    """Whether the update of 2:4 takes ``device_functions.score_of_largest_2_of_4``.
+
+    On gfx942 LLVM then multiplies two scaled logits at a time by 1 (``v_pk_mul_f32`` with the constant 1.0), and no
+    document defines that constant's upper half.
+    """
+    return not target.startswith("gfx")
+
+
+def configuration(kernel: str, m: int, groups: int, target: str) -> Configuration:
+    """The configuration of a kernel for groups of ``m``, by the table's row ``target``."""
     if INTERPRETED:
         return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)), steps=2)
-    return CONFIGURATIONS[kernel, m]
+    config = CONFIGURATIONS[kernel, m]
+    # a wave of AMD has 64 lanes, all of which should have a group
+    return replace(config, block=max(config.block, 64)) if target.startswith("gfx") else config
 
 
 def power_above(size: int) -> int:

@@ -19,8 +19,8 @@ def round_stochastically(x, r, dtype: tl.constexpr):
     Finite values stay finite, others pass through.
     """
     if dtype == tl.bfloat16:
-        # zeros stay; what has no number above is cut off, which leaves the largest number and infinities
-        r = tl.where((x != 0.0) & (tl.abs(x) < BFLOAT16_MAX), r, 0)
+        # zeros stay by themselves; what has no number above is cut off, which leaves the largest number and infinities
+        r = tl.where(tl.abs(x) < BFLOAT16_MAX, r, 0)
         rounded = ((x.to(tl.int32, bitcast=True) + (r >> 16).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
     else:
         magnitude = tl.abs(x)
