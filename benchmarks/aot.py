@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from maskpro_kernels.ops.reference.quadrature import quadrature_grid
 from maskpro_kernels.ops.triton import adamw, masked_gemm, packed, sampling, straight_through, swaps
-from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles
+from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles, configuration, scores_in_short
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -98,7 +98,7 @@ def build(
             "swap": code,
         }
     )
-    config = CONFIGURATIONS[kernel, m]
+    config = configuration(kernel, m, 0, target)
     known = {
         "N": n,
         "M": m,
@@ -108,6 +108,7 @@ def build(
         "KIND": "drawn",
         "WHOLE": True,
         "SEVERAL": kernel == "score_updates",
+        "SHORT": scores_in_short(target),
     } | constants
     constants = {name: known[name] for name in function.arg_names if name in known}
     return _compile(function, target, types, constants, config.options(target))

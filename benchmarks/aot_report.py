@@ -1,11 +1,15 @@
 """What the kernels cost on GPUs, read from their compiled code on a machine without one.
 
-For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, occupancy, and SASS
-instructions a weight. The latter are given for a block whose draws are determined by its logits alone, and for one
-that computes noise. Then, for the layer shapes of LLaMA-2-7B, the time by bytes, by issue slots and by matrix units of
-the forward product, of 16-bit operands with float32 logits; and for those of LLaMA-2-7B and 70B, of products with
-packed weights, beside the dense layer's. NVIDIA targets only. Nothing here is measured: the figures bound what a
-measurement can show.
+A model, and nothing in it is measured. Instructions are counted by the pipe of a processor that takes them, and each
+pipe has its own rate on each architecture; see ``sass`` and ``chips``. A kernel takes as long as the busiest of its
+resources: a pipe, issue slots, matrix units, memory, the second cache; where programs don't divide by the processors,
+as long as the one with the most. Latencies are left out, so a kernel of few programs a processor may take longer.
+
+For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, programs that a processor
+holds, and for a block whose draws are determined by its logits alone and for one that computes noise, issue slots and
+picoseconds a weight, with the pipe that bounds them. Then, for the layers of LLaMA-2-7B, times of the kernels over
+groups by gap, and of the forward product; and for those of LLaMA-2-7B and 70B, of products with packed weights, beside
+the dense layer's. NVIDIA targets only.
 """
 
 from __future__ import annotations
@@ -14,9 +18,8 @@ import argparse
 import functools
 import itertools
 import json
-import re
-import subprocess
-import tempfile
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +27,10 @@ from pathlib import Path
 import torch
 import triton
 from aot import Built, build, build_packed, build_product
+from chips import CHIPS, seconds_by_pipe
+from sass import disassembled, instructions
 
+from maskpro_kernels.ops import bounds
 from maskpro_kernels.ops.triton.packed import MULTIPLIED, chunk_length
 from maskpro_kernels.ops.triton.tiles import (
     CONFIGURATIONS,
@@ -40,9 +46,14 @@ from maskpro_kernels.ops.triton.tiles import (
 )
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
-GROUP_KERNELS = ["sample_mask", "masked_weight", "score_update"]
+# Kernels over groups, and the dtypes of their logits
+GROUP_KERNELS = {"sample_mask": ["fp32"], "masked_weight": ["fp32"], "score_update": ["fp32", "bf16"]}
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 16, 128, 1024, 4096]
+# Of the linear layers of LLaMA-2-7B: how many have which shape
+LAYERS = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
+# The keys and values of grouped queries
+FEW_ROWS = (1024, 4096)
 # Of LLaMA-2-7B and 70B
 SERVED_SHAPES = [*SHAPES, (8192, 8192), (28672, 8192), (8192, 28672)]
 SERVED_TOKENS = [1, 2, 16, 32, 64]
@@ -50,111 +61,106 @@ SERVED_TOKENS = [1, 2, 16, 32, 64]
 TABLE = Path(__file__).with_name("aot_table.json")
 KEY = ("kernel", "pattern", "target")
 TOLERANCE = 0.05
-# Share of the groups that a logit gap of 10 leaves open: a block with one of them computes the noise of all
-OPEN_GROUPS = 0.002
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What bounds a kernel on one GPU: data sheets and the CUDA programming guide."""
-
-    name: str
-    bytes_per_second: float
-    clock: float
-    flops_16_bit: float
-    shared_bytes: int
-    registers: int = 65536
-    warps: int = 64
-    schedulers: int = 4
-
-
-CHIPS = {
-    "sm_80": Chip("A100 SXM 80 GB", 2.039e12, 1.41e9, 312e12, 164 << 10),
-    "sm_90": Chip("H100 SXM", 3.35e12, 1.83e9, 989e12, 228 << 10),
-    "sm_100": Chip("B200", 8.0e12, 1.85e9, 2250e12, 228 << 10),
-}
-
-
-def occupancy(built: Built, num_warps: int, chip: Chip) -> float:
-    """Resident warps over the most there can be: by registers, by shared memory, by 32 blocks."""
-    # registers go to warps in units of 256, and the driver keeps 1 KiB of shared memory a block
-    registers_a_warp = -(-max(built.registers, 1) * 32 // 256) * 256
-    by_registers = chip.registers // (registers_a_warp * num_warps)
-    by_shared = chip.shared_bytes // (built.shared + 1024)
-    return min(by_registers, by_shared, 32, chip.warps // num_warps) * num_warps / chip.warps
-
-
-@functools.cache
-def disassembled(cubin: bytes) -> tuple[str, ...]:
-    """Labels, which end in ":", and instructions."""
-    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    lines = []
-    for line in text.splitlines():
-        label = re.match(r"\s*(\.L_\w+):", line)
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)
-        if label:
-            lines.append(label[1] + ":")
-        elif instruction and not instruction[1].startswith("NOP"):
-            lines.append(instruction[1])
-    return tuple(lines)
-
-
-def _branches(lines: tuple[str, ...]) -> list[tuple[int, int, bool]]:
-    """(where it stands, where it leads, whether on a condition) of every branch."""
-    where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-    targets = ((i, line, re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
-    return [(i, where[target[1]], line.startswith("@")) for i, line, target in targets if target]
-
-
-def largest_loop(lines: tuple[str, ...]) -> tuple[int, int]:
-    """(first, last) line of the loop with the most lines."""
-    return max(((j, i) for i, j, _ in _branches(lines) if j < i), key=lambda loop: loop[1] - loop[0])
-
-
-def instructions(lines: tuple[str, ...], looping: bool) -> tuple[int, int]:
-    """(fewest, most) instructions that run: of the largest loop, or of the whole; fewest skips the largest branch."""
-    first, last = largest_loop(lines) if looping else (0, len(lines))
-
-    def count(start, end):
-        return sum(not line.endswith(":") for line in lines[start:end])
-
-    most = count(first, last)
-    skipped = [count(i + 1, j) for i, j, conditional in _branches(lines) if conditional and first <= i < j <= last]
-    return most - max(skipped, default=0), most
+# Of logits: that of the paper, and about that of a flip rate of 1e-3 at 2:4
+GAPS = [10.0, 8.0]
+SIMULATED_GROUPS = 1 << 20
+BYTES = {"fp32": 4, "bf16": 2}
 
 
 def weights_a_thread(block: int, m: int, num_warps: int) -> float:
     return block * m / (32 * num_warps)
 
 
+def each(counts: Counter, weights: float) -> dict[str, float]:
+    """Counts of a thread of so many weights, by weight."""
+    return {pipe: count / weights for pipe, count in counts.items()}
+
+
 @functools.cache
-def group_kernel(kernel: str, target: str, n: int, m: int) -> tuple[Built, float, float]:
-    """(the compiled kernel, fewest and most instructions a weight)."""
-    built, config = build(kernel, target, n, m), CONFIGURATIONS[kernel, m]
+def group_kernel(kernel: str, target: str, n: int, m: int, logits: str = "fp32") -> tuple[Built, dict, dict]:
+    """(the compiled kernel, fewest and most instructions a weight by pipe)."""
+    built, config = build(kernel, target, n, m, logits), CONFIGURATIONS[kernel, m]
     weights = weights_a_thread(config.block, m, config.num_warps)
-    fewest, most = instructions(disassembled(built.asm["cubin"]), looping=False)
-    return built, fewest / weights, most / weights
+    fewest, most = instructions(disassembled(built.asm["cubin"]), looping=True)
+    return built, each(fewest, weights), each(most, weights)
 
 
 @functools.cache
-def product_kernel(product: str, target: str, n: int, m: int, tile: Tiles) -> tuple[Built, float, float]:
-    """(the compiled product, fewest and most instructions a weight)."""
+def product_kernel(product: str, target: str, n: int, m: int, tile: Tiles) -> tuple[Built, dict, dict]:
+    """(the compiled product, fewest and most instructions a weight by pipe)."""
     built = build_product(product, target, n, m, tile)
     weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
     # those with a tile of the weight's gradient draw once, behind their loop over the tokens
     looping = product not in ("masked_linear_weight_grad", "straight_through")
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping)
-    return built, fewest / weights, most / weights
+    return built, each(fewest, weights), each(most, weights)
 
 
-def expected_instructions(fewest: float, most: float, groups: float) -> float:
-    """Instructions a weight where blocks of so many groups compute noise if one of them is open."""
-    clear = (1 - OPEN_GROUPS) ** groups
-    return clear * fewest + (1 - clear) * most
+@functools.cache
+def open_groups(gap: float, n: int, m: int) -> float:
+    """Share of the groups of a mask at that gap that the kernels' bounds leave open, simulated."""
+    words = torch.randint(0, 1 << 32, (m, SIMULATED_GROUPS), generator=torch.Generator().manual_seed(0))
+    kept, dropped = words[:n].amax(0), words[n:].amin(0)
+    return float((bounds.minus_log(dropped) >= gap + bounds.least_gumbel(kept)).double().mean())
+
+
+def expected(fewest: dict, most: dict, groups: float, gap: float, n: int, m: int) -> dict[str, float]:
+    """Instructions by pipe where blocks of so many groups compute noise if one of them is open."""
+    clear = (1 - open_groups(gap, n, m)) ** groups
+    return {pipe: clear * fewest.get(pipe, 0) + (1 - clear) * count for pipe, count in most.items()}
+
+
+def busiest(seconds: dict[str, float]) -> tuple[float, str]:
+    """(the longest time, of what)."""
+    resource = max(seconds, key=seconds.get)
+    return seconds[resource], resource
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The time of one launch.
+
+    Attributes:
+        target: such as "sm_90".
+        pipes: seconds by pipe, "issue" and "matrix units", with the work spread evenly over all processors.
+        memories: seconds by "memory" and "second cache".
+        programs: of the grid.
+        resident: how many of them a processor holds at a time.
+    """
+
+    target: str
+    pipes: dict[str, float]
+    memories: dict[str, float]
+    programs: int
+    resident: int
+
+    @property
+    def waves(self) -> float:
+        return self.programs / (self.resident * PROCESSORS[self.target])
+
+    @property
+    def uneven(self) -> float:
+        """How much more than its share the processor with the most programs has.
+
+        Programs of the last wave have the pipes for themselves, so that few of them take their share of a wave's time.
+        """
+        processors = PROCESSORS[self.target]
+        return math.ceil(self.programs / processors) * processors / self.programs
+
+    @property
+    def bound(self) -> tuple[float, str]:
+        """(seconds, the resource that takes them)."""
+        return busiest({pipe: self.uneven * time for pipe, time in self.pipes.items()} | self.memories)
+
+    def line(self, unit: float) -> str:
+        """Times by each memory, by the busiest pipe and of the whole, what bounds it, programs, and waves of them."""
+        whole, resource = self.bound
+        seconds = self.memories["memory"], self.memories["second cache"], busiest(self.pipes)[0], whole
+        times = " ".join(f"{unit * each:>8.2f}" for each in seconds)
+        return f"{times}  {resource:<12} {self.programs:>8} {self.waves:>7.2f}"
+
+
+HEADINGS = f"{'memory':>8} {'L2':>8} {'pipe':>8} {'whole':>8}  {'bound by':<12} {'programs':>8} {'waves':>7}"
 
 
 @dataclass(frozen=True)
@@ -167,9 +173,11 @@ class Cost:
         registers: a thread's.
         stack: bytes spilled and of stack, a thread's.
         shared: bytes of shared memory a block.
-        occupancy: resident warps over the most there can be.
-        determined, drawn: instructions a weight of a block whose draws are determined by its logits alone, and of one
+        resident: programs that a processor holds at a time.
+        determined, drawn: issue slots a weight of a block whose draws are determined by its logits alone, and of one
             that computes noise.
+        determined_ps, drawn_ps: picoseconds a weight by the busiest pipe.
+        pipe: which one that is where draws are determined.
     """
 
     kernel: str
@@ -178,16 +186,20 @@ class Cost:
     registers: int
     stack: int
     shared: int
-    occupancy: float
+    resident: int
     determined: float
     drawn: float
+    determined_ps: float
+    drawn_ps: float
+    pipe: str
 
     @classmethod
-    def of(cls, kernel: str, pattern: str, target: str, num_warps: int, built: Built, fewest: float, most: float):
-        share = round(occupancy(built, num_warps, CHIPS[target]), 4)
+    def of(cls, kernel: str, pattern: str, target: str, num_warps: int, built: Built, fewest: dict, most: dict):
+        resident = CHIPS[target].resident(built.registers, built.shared, num_warps)
+        (short, pipe), (long, _) = (busiest(seconds_by_pipe(target, counts)) for counts in (fewest, most))
+        figures = (round(x, 3) for x in (fewest["issue"], most["issue"], 1e12 * short, 1e12 * long))
         stack = built.spills + built.stack
-        counts = round(fewest, 2), round(most, 2)
-        return cls(kernel, pattern, target, built.registers, stack, built.shared, share, *counts)
+        return cls(kernel, pattern, target, built.registers, stack, built.shared, resident, *figures, pipe)
 
     @property
     def key(self) -> str:
@@ -195,15 +207,21 @@ class Cost:
 
     def worse_than(self, before: dict) -> list[str]:
         """The figures that are worse than those ``before`` by more than TOLERANCE."""
-        names = ("registers", "stack", "shared", "determined", "drawn")
+        names = ("registers", "stack", "shared", "determined", "drawn", "determined_ps", "drawn_ps")
         worse = [name for name in names if getattr(self, name) > (1 + TOLERANCE) * before[name]]
-        return worse + ["occupancy"] * (self.occupancy < (1 - TOLERANCE) * before["occupancy"])
+        return worse + ["resident"] * (self.resident < (1 - TOLERANCE) * before["resident"])
+
+
+def named(kernel: str, logits: str) -> str:
+    return kernel if logits == "fp32" else f"{kernel} of {logits}"
 
 
 def group_costs(target: str, n: int, m: int) -> Iterator[Cost]:
-    for kernel in GROUP_KERNELS:
+    for kernel, dtypes in GROUP_KERNELS.items():
         warps = CONFIGURATIONS[kernel, m].num_warps
-        yield Cost.of(kernel, f"{n}:{m}", target, warps, *group_kernel(kernel, target, n, m))
+        for logits in dtypes:
+            built = group_kernel(kernel, target, n, m, logits)
+            yield Cost.of(named(kernel, logits), f"{n}:{m}", target, warps, *built)
 
 
 def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[Cost]:
@@ -217,13 +235,13 @@ def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[C
 
 
 @functools.cache
-def packed_kernel(kernel: str, target: str, n: int, m: int, config: Rows | Tiles) -> tuple[Built, float, float]:
-    """(the compiled kernel, its instructions a weight twice)."""
+def packed_kernel(kernel: str, target: str, n: int, m: int, config: Rows | Tiles) -> tuple[Built, dict, dict]:
+    """(the compiled kernel, its instructions a weight by pipe, twice)."""
     built = build_packed(kernel, target, n, m, config)
     taken = config.rows * config.block * chunk_length(n, m) if isinstance(config, Rows) else config.out * config.k
     _, most = instructions(disassembled(built.asm["cubin"]), looping=True)
-    each = most / (taken / (32 * config.num_warps))
-    return built, each, each
+    by_weight = each(most, taken / (32 * config.num_warps))
+    return built, by_weight, by_weight
 
 
 def packed_costs(target: str, n: int, m: int) -> Iterator[Cost]:
@@ -263,81 +281,170 @@ def write_table() -> None:
 
 
 def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
-    print(f"{'kernel':<42} {'N:M':>5} {'target':>6} {'regs':>5} {'spills':>6} {'KiB':>6} {'occup.':>6} ", end="")
-    print(f"{'determined':>10} {'drawn':>8}   (instructions a weight)")
+    print(f"{'kernel':<42} {'N:M':>5} {'target':>6} {'regs':>5} {'spills':>6} {'KiB':>6} {'held':>5} ", end="")
+    print(f"{'determined':>10} {'drawn':>8}  {'ps':>6} {'drawn':>6}   (issue slots and picoseconds a weight)")
     for target in targets:
         for n, m in patterns:
-            for cost in itertools.chain(
-                group_costs(target, n, m), product_costs(target, n, m), packed_costs(target, n, m)
-            ):
+            costs = (group_costs(target, n, m), product_costs(target, n, m), packed_costs(target, n, m))
+            for cost in itertools.chain(*costs):
                 print(
                     f"{cost.kernel:<42} {cost.pattern:>5} {target:>6} {cost.registers:>5} {cost.stack:>6} "
-                    f"{cost.shared / 1024:>6.1f} {cost.occupancy:>6.0%} {cost.determined:>10.1f} {cost.drawn:>8.1f}",
+                    f"{cost.shared / 1024:>6.1f} {cost.resident:>5} {cost.determined:>10.1f} {cost.drawn:>8.1f}  "
+                    f"{cost.determined_ps:>6.2f} {cost.drawn_ps:>6.2f}   {cost.pipe}",
                     flush=True,
                 )
-    print()
-    print(f"{'forward of':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {'bytes':>8} {'issue':>8} {'matmul':>8}  us")
-    for target in targets:
-        for n, m in patterns:
-            for (rows, k), tokens in itertools.product(SHAPES, TOKENS):
-                times = " ".join(f"{1e6 * t:>8.1f}" for t in roofline(target, n, m, rows, k, tokens))
-                print(f"{f'{rows}x{k}':<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times}")
+    report_groups(targets, patterns)
+    report_products(targets, patterns)
+    report_packed(targets, patterns)
+    report_straight_through(targets, patterns)
 
-    print()
-    print(
-        "packed weights of 16 bits: the slowest of bytes, issue slots and matrix units bounds them, and the dense layer"
+
+def report_groups(targets: list[str], patterns: list[tuple[int, int]]) -> None:
+    """Kernels over groups, on a layer of LLaMA-2-7B."""
+    print(f"\n{'ps a weight':<20} {'N:M':>5} {'on':>16} {'gap':>6} {HEADINGS}")
+    rows, k = SHAPES[0]
+    kernels = [(kernel, logits) for kernel, dtypes in GROUP_KERNELS.items() for logits in dtypes]
+    for target, (n, m), (kernel, logits), gap in itertools.product(targets, patterns, kernels, GAPS):
+        line = group_launch(kernel, target, n, m, gap, rows, k, logits).line(1e12 / (rows * k))
+        print(f"{named(kernel, logits):<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {gap:>6} {line}")
+
+
+def report_products(targets: list[str], patterns: list[tuple[int, int]]) -> None:
+    """Forward products of 16-bit operands with float32 logits; of many tokens with a masked weight drawn before."""
+    print(f"\n{'us, forward of':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}")
+    for target, (n, m), (rows, k), tokens in itertools.product(targets, patterns, [*SHAPES, FEW_ROWS], TOKENS):
+        if tokens <= ONE_PASS_TOKENS[target]:
+            line = product_launch(target, n, m, GAPS[0], rows, k, tokens).line(1e6)
+        else:
+            drawn, _ = group_launch("masked_weight", target, n, m, GAPS[0], rows, k).bound
+            line = f"{1e6 * (drawn + dense_seconds(target, rows, k, tokens)):>35.2f}  draw and product"
+        print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {line}")
+
+
+def report_packed(targets: list[str], patterns: list[tuple[int, int]]) -> None:
+    """Products with packed weights of 16 bits, and how much longer the dense layer takes."""
+    print(f"\n{'us, packed':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}  dense")
+    multiplied = [pattern for pattern in patterns if pattern in MULTIPLIED]
+    for target, (n, m), (rows, k), tokens in itertools.product(targets, multiplied, SERVED_SHAPES, SERVED_TOKENS):
+        launch = packed_launch(target, n, m, rows, k, tokens)
+        line = f"{launch.line(1e6)}  {dense_seconds(target, rows, k, tokens) / launch.bound[0]:>4.2f}x"
+        print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {line}")
+
+
+def report_straight_through(targets: list[str], patterns: list[tuple[int, int]]) -> None:
+    """Gradients of the logits and their step, of many tokens, with logits of float32."""
+    print(f"\n{'us, straight-through':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}")
+    for target, (n, m), (rows, k) in itertools.product(targets, patterns, SHAPES):
+        line = straight_through_launch(target, n, m, GAPS[0], rows, k, TOKENS[-1]).line(1e6)
+        print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {TOKENS[-1]:>6} {line}")
+    for target, (n, m) in itertools.product(targets, patterns):
+        launches = {
+            (rows, k): straight_through_launch(target, n, m, GAPS[0], rows, k, TOKENS[-1]) for rows, k in LAYERS
+        }
+        seconds = sum(count * launches[shape].bound[0] for shape, count in LAYERS.items())
+        matmul = sum(count * launches[shape].pipes["matrix units"] for shape, count in LAYERS.items())
+        print(f"all of LLaMA-2-7B, {n}:{m}, {CHIPS[target].name}: {1e3 * seconds:.0f} ms", end=", ")
+        print(f"of which matrix units need {1e3 * matmul:.0f} ms")
+
+
+def dense_seconds(target: str, rows: int, k: int, tokens: int) -> float:
+    """A product with a weight [rows, k] of 16 bits, by memory or by matrix units."""
+    moved = 2 * (rows * k + tokens * (rows + k)) / CHIPS[target].bytes_per_second
+    return max(moved, 2 * rows * k * tokens / CHIPS[target].flops_16_bit)
+
+
+def _pipes(counts: dict[str, float], weights: int, target: str) -> dict[str, float]:
+    return {pipe: weights * time for pipe, time in seconds_by_pipe(target, counts).items()}
+
+
+def group_bytes(kernel: str, m: int, logits: str) -> float:
+    """Bytes a weight that a kernel over groups reads and writes: logits, weights of 16 bits, codes."""
+    codes, weights = (1 if m <= 8 else 4) / m, 2 * BYTES["bf16"]
+    return BYTES[logits] + {"sample_mask": codes, "masked_weight": weights, "score_update": BYTES[logits]}[kernel]
+
+
+def group_launch(
+    kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int, logits: str = "fp32"
+) -> Launch:
+    """A kernel over groups on a layer [rows, k] whose mask has that gap."""
+    chip, config = CHIPS[target], CONFIGURATIONS[kernel, m]
+    built, fewest, most = group_kernel(kernel, target, n, m, logits)
+    moved = rows * k * group_bytes(kernel, m, logits)
+    return Launch(
+        target,
+        _pipes(expected(fewest, most, config.block, gap, n, m), rows * k, target),
+        {"memory": moved / chip.bytes_per_second, "second cache": moved / chip.l2_bytes_per_second},
+        config.programs(rows * k // m, PROCESSORS[target]),
+        chip.resident(built.registers, built.shared, config.num_warps),
     )
-    print(
-        f"{'weight':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {'bytes':>8} {'issue':>8} {'matmul':>8} {'dense':>8}  us"
+
+
+def product_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+    """A forward product in one pass, with a weight [rows, k]."""
+    chip = CHIPS[target]
+    tile = tiles_for("masked_linear", m, torch.bfloat16, tokens, rows, k, target)
+    built, fewest, most = product_kernel("masked_linear", target, n, m, tile)
+    blocks, again = math.ceil(rows / tile.out), math.ceil(tokens / tile.tokens)
+    counts = expected(fewest, most, tile.out * max(tile.k, m) / m, gap, n, m)
+    return Launch(
+        target,
+        _pipes(counts, rows * k * again, target) | {"matrix units": 2 * rows * k * tokens / chip.flops_16_bit},
+        {
+            "memory": (6 * rows * k + 2 * tokens * (rows + k)) / chip.bytes_per_second,
+            # each program reads its rows of the weight and of the logits, and all of its tokens
+            "second cache": (6 * rows * k * again + 2 * tokens * k * blocks) / chip.l2_bytes_per_second,
+        },
+        blocks * again,
+        chip.resident(built.registers, built.shared, tile.num_warps),
     )
-    for target in targets:
-        for n, m in patterns:
-            if (n, m) not in MULTIPLIED:
-                continue
-            for (rows, k), tokens in itertools.product(SERVED_SHAPES, SERVED_TOKENS):
-                bounds = packed_roofline(target, n, m, rows, k, tokens)
-                times = " ".join(f"{1e6 * t:>8.1f}" for t in bounds)
-                ratio = bounds[-1] / max(bounds[:-1])
-                print(
-                    f"{f'{rows}x{k}':<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times} {ratio:>8.2f}x"
-                )
 
 
-def packed_roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> tuple[float, float, float, float]:
-    """Seconds of a product with a packed weight by bytes, issue slots and matrix units, and of the dense one."""
+def straight_through_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+    """The gradient of the logits [rows, k] and their step, of operands of 16 bits and logits of float32."""
+    chip = CHIPS[target]
+    tile = tiles_for("straight_through", m, torch.bfloat16, tokens, rows, k, target)
+    built, *once = product_kernel("straight_through", target, n, m, tile)
+    resident = chip.resident(built.registers, built.shared, tile.num_warps)
+    programs = math.ceil(rows / tile.out) * math.ceil(k / tile.k)
+    _, turn = instructions(disassembled(built.asm["cubin"]), looping=True)
+    turn = each(turn, tile.out * tile.k / (32 * tile.num_warps))
+    loop = Counter({pipe: math.ceil(tokens / tile.tokens) * count for pipe, count in turn.items()})
+    rest = Counter(expected(*once, tile.out * tile.k / m, gap, n, m)) - Counter(turn)
+    matmul = 2 * rows * k * tokens / chip.flops_16_bit
+    # logits in and out, the weight; each program reads its columns of both operands
+    moved, operands = 10 * rows * k, 2 * tokens * programs * (tile.out + tile.k)
+    slow = {
+        "memory": (moved + 2 * tokens * (rows + k)) / chip.bytes_per_second,
+        "second cache": (moved + operands) / chip.l2_bytes_per_second,
+    }
+    if resident == 1:
+        # nothing runs beside what stands behind the loop
+        product = max(busiest(_pipes(loop, rows * k, target))[0], matmul, operands / chip.l2_bytes_per_second)
+        slow["in turn"] = product + max(busiest(_pipes(rest, rows * k, target))[0], moved / chip.bytes_per_second)
+    return Launch(target, _pipes(loop + rest, rows * k, target) | {"matrix units": matmul}, slow, programs, resident)
+
+
+def packed_launch(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> Launch:
+    """A product with a packed weight [rows, k] of 16 bits."""
     chip = CHIPS[target]
     if tokens == 1:
-        config, kernel = rows_for("packed_vector", rows, k // chunk_length(n, m), target), "packed_vector"
+        kernel, config = "packed_vector", rows_for("packed_vector", rows, k // chunk_length(n, m), target)
+        blocks, again, matmul = math.ceil(rows / config.rows), 1, 0.0
     else:
-        config, kernel = tiles_for("packed_linear", m, torch.bfloat16, tokens, rows, k, target), "packed_linear"
-    _, each, _ = packed_kernel(kernel, target, n, m, config)
-    activations, matmul = 2 * tokens * (rows + k), 2 * rows * k * tokens / chip.flops_16_bit
-    return (
-        (rows * k * (2 * n / m + 1 / 8) + activations) / chip.bytes_per_second,
-        rows * k * each / (PROCESSORS[target] * chip.schedulers * 32 * chip.clock),
-        matmul if tokens > 1 else 0.0,
-        max((2 * rows * k + activations) / chip.bytes_per_second, matmul),
-    )
-
-
-def roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> tuple[float, float, float]:
-    """Seconds of a forward by bytes, by issue slots and by matrix units."""
-    chip = CHIPS[target]
-    if tokens <= ONE_PASS_TOKENS[target]:
-        weight_bytes = 6
-        tile = tiles_for("masked_linear", m, torch.bfloat16, tokens, rows, k, target)
-        groups = tile.out * tile.k / m
-        _, fewest, most = product_kernel("masked_linear", target, n, m, tile)
-    else:
-        # the masked weight is written and read again
-        weight_bytes = 10
-        groups = CONFIGURATIONS["masked_weight", m].block
-        _, fewest, most = group_kernel("masked_weight", target, n, m)
-    rate = PROCESSORS[target] * chip.schedulers * 32 * chip.clock
-    return (
-        (weight_bytes * rows * k + 2 * tokens * (rows + k)) / chip.bytes_per_second,
-        rows * k * expected_instructions(fewest, most, groups) / rate,
-        2 * rows * k * tokens / chip.flops_16_bit,
+        kernel, config = "packed_linear", tiles_for("packed_linear", m, torch.bfloat16, tokens, rows, k, target)
+        blocks, again = math.ceil(rows / config.out), math.ceil(tokens / config.tokens)
+        matmul = 2 * rows * k * tokens / chip.flops_16_bit
+    built, counts, _ = packed_kernel(kernel, target, n, m, config)
+    weight = rows * k * (2 * n / m + 1 / 8)
+    return Launch(
+        target,
+        _pipes(counts, rows * k * again, target) | {"matrix units": matmul},
+        {
+            "memory": (weight + 2 * tokens * (rows + k)) / chip.bytes_per_second,
+            "second cache": (weight * again + 2 * tokens * k * blocks) / chip.l2_bytes_per_second,
+        },
+        blocks * again,
+        chip.resident(built.registers, built.shared, config.num_warps),
     )
 
 

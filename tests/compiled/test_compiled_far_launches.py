@@ -13,8 +13,8 @@ from helpers.routes import take_route
 
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
-from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, PACKED_TILES, ROWS, TILES
+from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through, tiles
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 from maskpro_kernels.pattern import bitmask_of
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
@@ -44,7 +44,9 @@ def one_hot(tokens: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("target", [*TARGETS, "gfx942"])
 def test_kernels_over_groups(target, kernel, compiled_for, machine, monkeypatch):
     compiled_for(target)
-    block = CONFIGURATIONS[kernel, NEAR.m].block
+    # one block a program
+    monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", ALL_ROWS * GROUPS)
+    block = tiles.configuration(kernel, NEAR.m, NEAR.groups, target).block
     each = NEAR.groups * (NEAR.m if kernel == "adamw" else 1)
     machine.last = LAST * each // block - 1
     found = OVER_GROUPS[kernel](FAR, far)

@@ -9,6 +9,8 @@ import torch
 from helpers.cases import cases
 from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
 
+from maskpro_kernels.ops.triton import tiles
+
 pytestmark = pytest.mark.compiled
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -80,10 +82,13 @@ def test_weights_under_given_masks(target, pattern, dtype, kind, compiled_for):
         slow=lambda target, kernel: (target, kernel) != ("sm_80", "sample_mask"),
     ),
 )
-def test_blocks_with_and_without_noise(target, kernel, spread, compiled_for, machine):
-    """A block whose draws are all determined branches around the noise."""
+def test_blocks_with_and_without_noise(target, kernel, spread, compiled_for, machine, monkeypatch):
+    """A block whose draws are all determined branches around the noise; a program takes several."""
     compiled_for(target)
-    of = Matrix(2, 4, rows=8, groups=64, spread=spread)
+    monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", 0)
+    of = Matrix(2, 4, rows=18, groups=67, spread=spread)
+    block, steps = tiles.CONFIGURATIONS[kernel, of.m].block, tiles.CONFIGURATIONS[kernel, of.m].steps
+    assert of.rows * of.groups > 2 * block * steps
     assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
 
 

@@ -90,7 +90,7 @@ REDUNDANT |= {
     ("masked_linear_input_grad, wide", "sm_100"): {7: BEFORE_PRODUCT, 15: BEFORE_PRODUCT, 25: AFTER_LOADS}
     | dict.fromkeys((10, 19), OWN_WAIT),
 }
-KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend", "sample_mask"]
+KERNELS = [*PRODUCTS, "packed_vector", "packed_linear", "descend"]
 OF_GROUPS = [name for name in OVER_GROUPS if name != "score_updates"]
 REDUNDANT |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
 REDUNDANT_IN_OLDEST |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OF_GROUPS}
@@ -163,6 +163,12 @@ def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine)
     assert not alike or finds(alike)
     # nothing depends on the others, nor on one of them for want of another
     assert not redundant.keys() - alike or not finds(redundant.keys() - alike)
+
+
+@pytest.mark.parametrize("kernel", ["sample_mask", "masked_weight", "score_update"])
+def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, machine):
+    compiled_for("sm_80")
+    assert not synchronisations(text_of(machine, call_of(kernel, "sm_80")))
 
 
 @pytest.mark.slow

@@ -125,13 +125,13 @@ def _draw_into(
 ) -> None:
     """out [groups, ...] = ``full`` of (logits, others, numbers, key, rest), where ``by_bounds`` has not determined it.
 
-    ``by_bounds`` takes (logits, others, noise levels, key, rest) and gives ``Expected.flags`` as well. ``out`` may be
+    ``by_bounds`` takes (logits, others, spread levels, key, rest) and gives ``Expected.flags`` as well. ``out`` may be
     the logits themselves.
     """
     levels = torch.empty(groups.logits.shape[0], dtype=torch.uint8)
     # of one shape, so that draws and updates share the loop
     one = groups.by_draw(groups.counter.draw.reshape(()))
-    one.run(_noise_levels, [groups.logits], (), levels)
+    one.run(_spread_levels, [groups.logits], (), levels)
     rest = (*groups.counter.key, *rest)
     shard = _integers(*groups.shard)
     _run(by_bounds, [groups.logits, *others, levels], rest, shard=shard, out=out, full=full, **constants)
@@ -157,8 +157,8 @@ def _mask_words(words, kept):
     return reference.uncolumns(masked)
 
 
-def _noise_levels(logits, group, *key):
-    return bounds.group_noise_levels(group, key, m=logits.shape[-1])
+def _spread_levels(logits, group, *key):
+    return bounds.group_spread_levels(group, key, m=logits.shape[-1])
 
 
 def _determined_mask(logits, levels, seed, step, layer, draw, inv_temperature, *, n):

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .tiles import INTERPRETED, Rows, Tiles, architecture, configuration
+from .tiles import INTERPRETED, PROCESSORS, Rows, Tiles, architecture, configuration
 
 # How often each kernel has been launched in this process
 launches: Counter[str] = Counter()
@@ -17,10 +17,10 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
     """Launch ``kernel`` on ``groups`` groups; nothing happens where there are none."""
     if groups == 0:
         return
-    config = configuration(name, m, groups)
-    grid = ((groups + config.block - 1) // config.block,)
-    options = config.options(architecture(device))
-    _launch(kernel, name, grid, device, args, options, M=m, BLOCK=config.block, **constants)
+    target = architecture(device)
+    config = configuration(name, m, groups, target)
+    grid = (config.programs(groups, PROCESSORS[target]),)
+    _launch(kernel, name, grid, device, args, config.options(target), M=m, BLOCK=config.block, **constants)
 
 
 def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torch.device, *args, **constants) -> None:

@@ -39,7 +39,8 @@ def load_groups(pointer, row, group, inside, groups, M: tl.constexpr):
 @triton.jit
 def tile_code(
     source,
-    z,
+    x,
+    inv_temperature,
     row,
     group,
     inside,
@@ -54,26 +55,24 @@ def tile_code(
     N: tl.constexpr,
     M: tl.constexpr,
 ):
-    """int32 group codes of a tile; z are the scaled logits or the scores, unused where codes are given."""
+    """int32 group codes of a tile; x are columns of logits or scores, unused where codes are given."""
     if KIND == "drawn":
         index = (offset + row * row_stride + group).to(tl.uint32)
-        code = d.drawn_code(z, index, N, M, d.load_key(seed, step, layer, draw))
+        code = d.drawn_code(x, index, inv_temperature, N, M, d.load_key(seed, step, layer, draw))
     elif KIND == "top_n":
-        code = d.encode(d.top_n(z, N, M), M)
+        code = d.encode(d.top_n(x, N, M), M)
     else:
         code = tl.load(source + row.to(tl.int64) * groups + group, mask=inside, other=0).to(tl.int32)
     return code
 
 
 @triton.jit
-def tile_logits(source, inv_temperature, row, group, inside, groups, KIND: tl.constexpr, M: tl.constexpr):
-    """Columns of scaled logits, or of scores as they are; nothing where codes are given."""
+def tile_logits(source, row, group, inside, groups, KIND: tl.constexpr, M: tl.constexpr):
+    """Columns of logits or scores, float32; nothing where codes are given."""
     if KIND == "codes":
         columns = ()
     else:
         columns = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
-        if KIND == "drawn":
-            columns = d.scaled(columns, inv_temperature, M)
     return columns
 
 
@@ -126,11 +125,13 @@ def masked_linear_kernel(
     for first_group in range(0, groups, GROUPS):
         row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
         w = load_groups(weight, row, group, inside, groups, M)
-        z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
-        code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+        logits = tile_logits(source, row, group, inside, groups, KIND, M)
+        code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
+                         offset, row_stride, KIND, N, M)  # fmt: skip
         if LOG_PROB:
             # every block of tokens sees this tile, the first one alone counts it
             if tl.program_id(1) == 0:
+                z = d.scaled(logits, inv_temperature, M)
                 log_probs += tl.where(inside, d.exact_log_prob(z, d.decode(code, M), N, M), 0.0)
         masked = tl.reshape(masked_groups(w, code, M), (BLOCK_OUT, BLOCK_K)).to(OPERAND)
         present = (token[None, :] < tokens) & (first_group * M + k[:, None] < groups * M)
@@ -181,8 +182,9 @@ def masked_linear_input_grad_kernel(
     for first_row in range(0, rows, BLOCK_OUT):
         row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
         w = load_groups(weight, row, group, inside, groups, M)
-        z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
-        code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+        logits = tile_logits(source, row, group, inside, groups, KIND, M)
+        code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
+                         offset, row_stride, KIND, N, M)  # fmt: skip
         masked = tl.reshape(masked_groups(w, code, M), (BLOCK_OUT, BLOCK_K)).to(OPERAND)
         present = (token[None, :] < tokens) & (first_row + o[:, None] < rows)
         grad_tile = tl.load(grad_pointers, mask=present, other=0.0).to(OPERAND)
@@ -258,8 +260,9 @@ def masked_linear_weight_grad_kernel(
     total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
-    z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
-    code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+    logits = tile_logits(source, row, group, inside, groups, KIND, M)
+    code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
+                     offset, row_stride, KIND, N, M)  # fmt: skip
     masked = masked_groups(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), code, M)
     offsets = (row.to(tl.int64) * groups + group) * M
     pointers = out + offsets[:, None] + tl.arange(0, M)[None, :]

@@ -1,4 +1,4 @@
-"""Draw, top-N, log-probability and score update: one program, a run of consecutive groups.
+"""Draw, top-N, log-probability and score update: one program, a run of consecutive groups, or several that lie apart.
 
 Tensors are contiguous. ``total`` is the number of groups, ``columns`` those in a row of the tensor.
 The group with flat index p has the index offset + p in the whole layer, or, where rows of a shard lie
@@ -15,7 +15,7 @@ from ..reference.quadrature import quadrature_grid
 from . import device_functions as d
 from .device_functions.constants import EXACT_SCORE_MAX_N
 from .launch import launch
-from .tiles import INTERPRETED
+from .tiles import INTERPRETED, architecture, scores_in_short
 
 UNSPECIALIZED = ["offset", "row_stride", "columns", "total"]
 
@@ -71,7 +71,7 @@ def store_codes(pointer, codes, first, total, BLOCK: tl.constexpr):
 def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
     """The weight where the int32 group code keeps it, exact zeros elsewhere."""
     offsets, inside = tile_offsets(first, total, M, BLOCK)
-    w = tl.load(weight + first * M + offsets, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + first * M + offsets, mask=inside, other=0.0)
     masked = tl.where(d.decode_tile(code, M), w, 0.0)
     tl.store(out + first * M + offsets, masked.to(out.dtype.element_ty), mask=inside)
 
@@ -80,10 +80,7 @@ def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.con
 def drawn_code(
     logits,
     inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
+    key,
     offset,
     row_stride,
     columns,
@@ -95,9 +92,9 @@ def drawn_code(
     WHOLE: tl.constexpr,
 ):
     """int32 group codes of a draw."""
-    z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
+    x = load_columns(logits, first, total, M, BLOCK)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-    return d.drawn_code(z, group, N, M, d.load_key(seed, step, layer, draw))
+    return d.drawn_code(x, group, inv_temperature, N, M, key)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -118,10 +115,10 @@ def sample_mask_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    code = drawn_code(logits, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
-                      N, M, BLOCK, WHOLE)  # fmt: skip
-    store_codes(codes, code, first, total, BLOCK)
+    key = d.load_key(seed, step, layer, draw)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
+        code = drawn_code(logits, inv_temperature, key, offset, row_stride, columns, total, first, N, M, BLOCK, WHOLE)
+        store_codes(codes, code, first, total, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -151,15 +148,17 @@ def masked_weight_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
     if KIND == "drawn":
-        code = drawn_code(source, inv_temperature, seed, step, layer, draw, offset, row_stride, columns, total, first,
-                          N, M, BLOCK, WHOLE)  # fmt: skip
-    elif KIND == "top_n":
-        code = d.encode(d.top_n(load_columns(source, first, total, M, BLOCK), N, M), M)
-    else:
-        code = load_codes(source, first, total, N, BLOCK)
-    store_masked(out, weight, code, first, total, M, BLOCK)
+        key = d.load_key(seed, step, layer, draw)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
+        if KIND == "drawn":
+            code = drawn_code(source, inv_temperature, key, offset, row_stride, columns, total, first,
+                              N, M, BLOCK, WHOLE)  # fmt: skip
+        elif KIND == "top_n":
+            code = d.encode(d.top_n(load_columns(source, first, total, M, BLOCK), N, M), M)
+        else:
+            code = load_codes(source, first, total, N, BLOCK)
+        store_masked(out, weight, code, first, total, M, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -215,14 +214,18 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(z, group, key, scale, N: tl.constexpr, M: tl.constexpr):
+def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
     """Columns of scale * score(mask of a draw)."""
-    if N <= EXACT_SCORE_MAX_N:
-        code = d.drawn_code(z, group, N, M, key)
-        scores = d.exact_score(z, d.decode(code, M), N, M)
+    if SHORT and N == 2 and M == 4:
+        scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
     else:
-        keys = d.drawn_keys(z, group, M, key)
-        scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
+        z = d.scaled(x, inv_temperature, M)
+        if N <= EXACT_SCORE_MAX_N:
+            code = d.drawn_code(x, group, inv_temperature, N, M, key)
+            scores = d.exact_score(z, d.decode(code, M), N, M)
+        else:
+            keys = d.drawn_keys(z, group, M, key)
+            scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
     terms = ()
     for i in tl.static_range(M):
         terms = terms + (scores[i] * scale,)
@@ -244,32 +247,33 @@ def score_update_kernel(
     total: tl.int64,
     count: tl.int64,
     SEVERAL: tl.constexpr,
+    SHORT: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    x = load_columns(logits, first, total, M, BLOCK)
-    z = d.scaled(x, inv_temperature, M)
-    group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
     key = d.load_key(seed, step, layer, draws)
-    scale = tl.load(coef) * inv_temperature
-    delta = update_terms(z, group, key, scale, N, M)
-    if SEVERAL:
-        for k in range(1, count):
-            scale = tl.load(coef + k) * inv_temperature
-            terms = update_terms(z, group, d.load_key(seed, step, layer, draws + k), scale, N, M)
-            total_terms = ()
-            for i in tl.static_range(M):
-                total_terms = total_terms + (delta[i] + terms[i],)
-            delta = total_terms
-    new = ()
-    for i in tl.static_range(M):
-        new = new + (x[i] - delta[i],)
-    if logits.dtype.element_ty != tl.float32:
-        new = d.round_group(new, group, M, key, logits.dtype.element_ty)
-    store_columns(logits, new, first, total, M, BLOCK)
+    factor = tl.load(coef) * inv_temperature
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
+        x = load_columns(logits, first, total, M, BLOCK)
+        group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
+        if SEVERAL:
+            for k in range(1, count):
+                scale = tl.load(coef + k) * inv_temperature
+                other = d.load_key(seed, step, layer, draws + k)
+                terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
+                total_terms = ()
+                for i in tl.static_range(M):
+                    total_terms = total_terms + (delta[i] + terms[i],)
+                delta = total_terms
+        new = ()
+        for i in tl.static_range(M):
+            new = new + (x[i] - delta[i],)
+        if logits.dtype.element_ty != tl.float32:
+            new = d.round_group(new, group, M, key, logits.dtype.element_ty)
+        store_columns(logits, new, first, total, M, BLOCK)
 
 
 def counter_arguments(counter, rows, m):
@@ -334,4 +338,4 @@ def score_update_(logits, coef, n, m, inv_temperature, counter):
     several = coef.numel() > 1
     launch(score_update_kernel, "score_updates" if several else "score_update", m, arguments[-1], logits.device,
            logits, coef, inv_temperature, *arguments, coef.numel(), SEVERAL=several,
-           N=n, WHOLE=whole)  # fmt: skip
+           SHORT=scores_in_short(architecture(logits.device)), N=n, WHOLE=whole)  # fmt: skip

@@ -114,8 +114,9 @@ def straight_through_kernel(
     total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
-    z = tile_logits(source, inv_temperature, row, group, inside, groups, KIND, M)
-    code = tile_code(source, z, row, group, inside, groups, seed, step, layer, draw, offset, row_stride, KIND, N, M)
+    logits = tile_logits(source, row, group, inside, groups, KIND, M)
+    code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
+                     offset, row_stride, KIND, N, M)  # fmt: skip
     w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
     squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
     squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
@@ -182,7 +183,7 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     """``reference.descend_`` as one kernel."""
     arguments, whole = counter_arguments(counter, logits, m)
     groups = arguments[-1]
-    programs = triton.cdiv(groups, configuration("descend", m, groups).block)
+    programs = triton.cdiv(groups, configuration("descend", m, groups, architecture(logits.device)).block)
     partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
     launch(descend_kernel, "descend", m, groups, logits.device,
            logits, gradient, partial, rate, max_update, *arguments, WHOLE=whole)  # fmt: skip

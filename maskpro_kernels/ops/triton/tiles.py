@@ -5,8 +5,8 @@ To add an architecture:
 1. Give it an entry in ``TABLE_ROW``: the architecture whose row it can take, or itself.
 2. If it has a row of its own, add it to ``PROCESSORS``, ``ONE_PASS_TOKENS`` and ``PACKED_TOKENS``, and replace in
    ``TILES`` and ``PACKED_TILES`` the tiles that do not fit it. ``benchmarks/tune.py`` finds the fastest ones.
-3. Add it to ``TARGETS`` in ``benchmarks/aot.py`` and to the limits in the tests that compile every kernel ahead of
-   time.
+3. Add it to ``TARGETS`` in ``benchmarks/aot.py``, to ``CHIPS`` in ``benchmarks/chips.py`` and to the limits in the
+   tests that compile every kernel ahead of time.
 """
 
 from __future__ import annotations
@@ -44,10 +44,19 @@ class _CompileOptions:
 
 @dataclass(frozen=True)
 class Configuration(_CompileOptions):
-    """How a kernel over groups is launched: groups a program."""
+    """How a kernel over groups is launched: groups that a program takes at a time, and how often it does at most."""
 
     block: int
+    steps: int = 1
 
+    def programs(self, groups: int, processors: int) -> int:
+        """How many programs share out that many groups: fewer steps each where processors would idle."""
+        blocks = -(-groups // self.block)
+        return min(blocks, max(-(-blocks // self.steps), PROGRAMS_A_PROCESSOR * processors))
+
+
+# Twice as many of one warp as are resident at a time: the last ones to start leave few processors idle
+PROGRAMS_A_PROCESSOR = 64
 
 # By kernel and M. A thread holds one group of M keys and noise words in registers, two where M is small.
 # The log-probability's quadrature runs NODES passes over M columns, so it too takes a group a thread.
@@ -71,14 +80,20 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
 # Of single weights, not of groups
 CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 16, 32)}
 
-# With one group a thread ptxas holds this one to 32 registers on sm_90 and puts 8 bytes on the stack
-CONFIGURATIONS["masked_weight", 8] = Configuration(block=256)
+# What draws: one warp. A block with a single draw that is not determined computes the noise of all of its groups, and
+# several warps would wait for each other to know. So short a program is not worth its launch, nor what it computes for
+# all groups alike: it takes several blocks.
+CONFIGURATIONS |= {
+    (kernel, m): Configuration(block=64 if m <= 4 else 32, num_warps=1, steps=8)
+    for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates")
+    for m in (2, 4, 8, 16, 32)
+}
 # With two groups a thread Triton 3.6's ptxas puts 8 bytes of several draws on the stack on sm_80
-CONFIGURATIONS["score_updates", 4] = Configuration(block=128)
+CONFIGURATIONS["score_updates", 4] = Configuration(block=32, num_warps=1, steps=8)
 # With one group a thread it puts 8 bytes of this one on the stack on sm_90 and sm_100
 CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
-CONFIGURATIONS["score_update", 32] = Configuration(block=128, registers=255)
+CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
 
 
 @dataclass(frozen=True)
@@ -245,11 +260,22 @@ def _table_row(name: str, otherwise: str) -> str:
     return TABLE_ROW.get(name, otherwise)
 
 
-def configuration(kernel: str, m: int, groups: int) -> Configuration:
-    """The configuration of a kernel for groups of ``m``."""
+def scores_in_short(target: str) -> bool:
+    """Whether the update of 2:4 takes ``device_functions.score_of_largest_2_of_4``.
+
+    On gfx942 LLVM then multiplies two scaled logits at a time by 1 (``v_pk_mul_f32`` with the constant 1.0), and no
+    document defines that constant's upper half.
+    """
+    return not target.startswith("gfx")
+
+
+def configuration(kernel: str, m: int, groups: int, target: str) -> Configuration:
+    """The configuration of a kernel for groups of ``m``, by the table's row ``target``."""
     if INTERPRETED:
-        return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)))
-    return CONFIGURATIONS[kernel, m]
+        return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)), steps=2)
+    config = CONFIGURATIONS[kernel, m]
+    # a wave of AMD has 64 lanes, all of which should have a group
+    return replace(config, block=max(config.block, 64)) if target.startswith("gfx") else config
 
 
 def power_above(size: int) -> int:

@@ -195,7 +195,7 @@ if known and everything:
 @pytest.mark.slow
 @pytest.mark.parametrize("everything", [False, True], ids=["2:4", "all"])
 def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
-    """Registers, stack, shared memory, occupancy, instructions a weight: `make aot-table` where it is on purpose."""
+    """Registers, memory, programs a processor, times by pipe: `make aot-table` where more of them is on purpose."""
     rows = child(COSTS_CHILD, everything)
     assert len(rows) >= 3 * (3 + 6 + 9)
     if not rows[0][0]:
@@ -206,13 +206,14 @@ def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
 
 
 def test_a_cost_is_worse_where_one_figure_is():
-    before = {"registers": 100, "stack": 0, "shared": 1000, "occupancy": 0.5, "determined": 50.0, "drawn": 90.0}
+    figures = {"registers": 100, "stack": 0, "shared": 1000, "determined": 50.0, "drawn": 90.0}
+    before = figures | {"resident": 20, "determined_ps": 2.0, "drawn_ps": 4.0, "pipe": "half"}
     where = {"kernel": "k", "pattern": "2:4", "target": "sm_90"}
     assert aot_report.Cost(**where, **before).worse_than(before) == []
-    within = {"registers": 105, "shared": 1050, "occupancy": 0.475, "determined": 52.5, "drawn": 94.5}
+    within = {"registers": 105, "shared": 1050, "resident": 19, "determined": 52.5, "drawn_ps": 4.2}
     assert aot_report.Cost(**where, **before | within).worse_than(before) == []
-    beyond = {"registers": 106, "stack": 8, "shared": 1051, "occupancy": 0.47, "determined": 52.6, "drawn": 94.6}
-    for name, value in beyond.items():
+    beyond = {"registers": 106, "stack": 8, "shared": 1051, "resident": 18, "determined": 52.6, "drawn": 94.6}
+    for name, value in (beyond | {"determined_ps": 2.11, "drawn_ps": 4.21}).items():
         assert aot_report.Cost(**where, **before | {name: value}).worse_than(before) == [name]
 
 
@@ -285,7 +286,7 @@ def test_products_in_tf32_compile_for_every_target(child):
 
 
 PACKED_CHILD = """
-import aot_report
+import sass
 from dataclasses import replace
 from aot import TARGETS, build_packed
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
@@ -307,9 +308,9 @@ for target in TARGETS:
         assert not (quantized and kernel != "unpack" and target.startswith("sm")) or "cvt.rn.bf16" in built.asm["ptx"]
         if target.startswith("sm"):
             unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
-            lines = aot_report.disassembled(built.asm["cubin"])
+            lines = sass.disassembled(built.asm["cubin"])
             if kernel == "packed_vector":
-                first, last = aot_report.largest_loop(lines)
+                first, last = sass.largest_loop(lines)
                 loop = [sum(name in line for line in lines[first:last]) for name in ("LDG.E.128", "LDG.E", "BAR")]
             elif kernel == "packed_linear":
                 product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)

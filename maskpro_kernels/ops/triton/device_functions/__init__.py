@@ -17,9 +17,10 @@ from .groups import (
     split_columns,
 )
 from .gumbel_top_k import (
-    determined,
     drawn_code,
     drawn_keys,
+    drawn_score_2_of_4,
+    expected,
     gumbel,
     scaled,
     top_n,

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from .arithmetic import ln
-from .constants import BOUND_AT_ZERO, LEAST_NOISE, NATS_PER_BIT_PATTERN, STREAM_DRAW, TWO_POW_MINUS_32
-from .groups import encode
+from .constants import MINUS_LOG_AT_ZERO, NATS_PER_BIT_PATTERN, STREAM_DRAW, TANGENT, TWO_POW_MINUS_32
+from .groups import decode, encode
 from .philox import group_words
-from .plackett_luce import largest_dropped, smallest_kept
+from .plackett_luce import exact_score, score_of_largest_2_of_4
 
 
 @triton.jit
@@ -44,43 +44,162 @@ def drawn_keys(z, group, M: tl.constexpr, key):
 
 
 @triton.jit
-def top_n(keys, N: tl.constexpr, M: tl.constexpr):
-    """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
+def top_n_of_4(keys, N: tl.constexpr):
+    """``top_n`` of four: each pair is compared once, and the three outcomes of a column are joined by logic."""
+    over01, over02, over03 = keys[0] >= keys[1], keys[0] >= keys[2], keys[0] >= keys[3]
+    over12, over13, over23 = keys[1] >= keys[2], keys[1] >= keys[3], keys[2] >= keys[3]
+    wins = (
+        (over01, over02, over03),
+        (~over01, over12, over13),
+        (~over02, ~over12, over23),
+        (~over03, ~over13, ~over23),
+    )
     kept = ()
-    # one column's count after the other: of all at once sm_100 holds the comparisons, more than it has registers for
-    for i in tl.static_range(M):
-        ahead = tl.zeros_like(keys[0]).to(tl.int32)
-        for j in tl.static_range(i):
-            ahead += (keys[j] >= keys[i]).to(tl.int32)
-        for j in tl.static_range(i + 1, M):
-            ahead += (keys[j] > keys[i]).to(tl.int32)
-        kept = kept + (ahead < N,)
+    for i in tl.static_range(4):
+        a, b, c = wins[i]
+        if N == 1:
+            kept = kept + (a & b & c,)
+        elif N == 2:
+            kept = kept + ((a & b) | (c & (a | b)),)
+        else:
+            kept = kept + (a | b | c,)
     return kept
 
 
 @triton.jit
-def determined(z, kept, words, M: tl.constexpr):
-    """int1 where no noise of these words can make a dropped column overtake a kept one; see ``bounds``.
-
-    Noise falls with its word, so the smallest word of the dropped bounds them all.
-    """
-    smallest = tl.full(words[0].shape, 0xFFFFFFFF, tl.uint32)
-    for i in tl.static_range(M):
-        smallest = tl.minimum(smallest, tl.where(kept[i], 0xFFFFFFFF, words[i]))
-    quarter = (smallest >> 2).to(tl.float32)
-    bound = BOUND_AT_ZERO - quarter.to(tl.int32, bitcast=True).to(tl.float32) * NATS_PER_BIT_PATTERN
-    return largest_dropped(z, kept, M) + bound < smallest_kept(z, kept, M) + LEAST_NOISE
+def top_n(keys, N: tl.constexpr, M: tl.constexpr):
+    """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
+    if M == 4:
+        kept = top_n_of_4(keys, N)
+    else:
+        kept = ()
+        # one column's count after the other: of all at once sm_100 holds the comparisons, for which it lacks registers
+        for i in tl.static_range(M):
+            ahead = tl.zeros_like(keys[0]).to(tl.int32)
+            for j in tl.static_range(i):
+                ahead += (keys[j] >= keys[i]).to(tl.int32)
+            for j in tl.static_range(i + 1, M):
+                ahead += (keys[j] > keys[i]).to(tl.int32)
+            kept = kept + (ahead < N,)
+    return kept
 
 
 @triton.jit
-def drawn_code(z, group, N: tl.constexpr, M: tl.constexpr, key):
-    """int32 group codes of a draw; a block whose draws are all determined computes no noise."""
+def larger(a, b):
+    """The larger one, NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller one, NaN where one is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def every_other(columns, FIRST: tl.constexpr, K: tl.constexpr):
+    """Of K columns every second one from FIRST on."""
+    chosen = ()
+    for i in tl.static_range(FIRST, K, 2):
+        chosen = chosen + (columns[i],)
+    return chosen
+
+
+@triton.jit
+def merged(first, second, K: tl.constexpr):
+    """2 K columns from the largest on, of K and K such."""
+    if K == 1:
+        result = (larger(first[0], second[0]), smaller(first[0], second[0]))
+    else:
+        evens = merged(every_other(first, 0, K), every_other(second, 0, K), K // 2)
+        odds = merged(every_other(first, 1, K), every_other(second, 1, K), K // 2)
+        result = (evens[0],)
+        for i in tl.static_range(K - 1):
+            result = result + (larger(odds[i], evens[i + 1]), smaller(odds[i], evens[i + 1]))
+        result = result + (odds[K - 1],)
+    return result
+
+
+@triton.jit
+def descending(x, M: tl.constexpr):
+    """Columns with the values of each group from the largest on, by Batcher's odd-even merge sort (1968).
+
+    Every column depends on all, so that all are NaN where one is.
+    """
+    if M == 1:
+        result = x
+    else:
+        first = ()
+        second = ()
+        for i in tl.static_range(M // 2):
+            first = first + (x[i],)
+            second = second + (x[M // 2 + i],)
+        result = merged(descending(first, M // 2), descending(second, M // 2), M // 2)
+    return result
+
+
+@triton.jit
+def minus_log(r):
+    """An upper bound of -ln((r + 1/2) / 2^32) for uint32 words; see ``bounds.minus_log``."""
+    pattern = r.to(tl.float32).to(tl.int32, bitcast=True).to(tl.float32)
+    return MINUS_LOG_AT_ZERO - pattern * NATS_PER_BIT_PATTERN
+
+
+@triton.jit
+def expected(x, ordered, inv_temperature, words, N: tl.constexpr, M: tl.constexpr):
+    """(which columns hold the N largest logits, int1 where no noise of these words can change that); see ``bounds``.
+
+    Takes the logits in descending order too. Void where a draw is not determined. Noise falls with its word: the
+    smallest word of the dropped and the largest of the kept bound it.
+    """
+    least = tl.full(words[0].shape, 0xFFFFFFFF, tl.uint32)
+    most = tl.full(words[0].shape, 0, tl.uint32)
+    kept = ()
+    for i in tl.static_range(M):
+        kept = kept + (x[i] >= ordered[N - 1],)
+        least = tl.minimum(least, tl.where(kept[i], 0xFFFFFFFF, words[i]))
+        most = tl.maximum(most, tl.where(kept[i], words[i], 0))
+    smallest_kept = (ordered[N - 1] - ordered[0]) * inv_temperature
+    largest_dropped = (ordered[N] - ordered[0]) * inv_temperature
+    floor = TANGENT - minus_log(most ^ 0xFFFFFFFF) * 0.5
+    # of a tie more than N are kept
+    determined = (ordered[N] < ordered[N - 1]) & (largest_dropped + minus_log(least) < smallest_kept + floor)
+    return kept, determined
+
+
+@triton.jit
+def noisy_code(x, words, inv_temperature, N: tl.constexpr, M: tl.constexpr):
+    """int32 group codes of a draw with these words."""
+    z = scaled(x, inv_temperature, M)
+    keys = ()
+    for i in tl.static_range(M):
+        keys = keys + (z[i] + gumbel(words[i]),)
+    return encode(top_n(keys, N, M), M)
+
+
+@triton.jit
+def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
+    """int32 group codes of a draw from columns of float32 logits.
+
+    A block whose draws are all determined computes no noise.
+    """
     words = group_words(group, M, STREAM_DRAW, key)
-    kept = top_n(z, N, M)
+    kept, determined = expected(x, descending(x, M), inv_temperature, words, N, M)
     code = encode(kept, M)
-    if tl.min(determined(z, kept, words, M).to(tl.int32), 0) == 0:
-        keys = ()
-        for i in tl.static_range(M):
-            keys = keys + (z[i] + gumbel(words[i]),)
-        code = encode(top_n(keys, N, M), M)
+    if tl.min(determined.to(tl.int32), 0) == 0:
+        code = noisy_code(x, words, inv_temperature, N, M)
     return code
+
+
+@triton.jit
+def drawn_score_2_of_4(x, group, inv_temperature, key):
+    """``exact_score`` of a draw of 2:4, columns; a block whose draws are all determined takes the shorter way to it."""
+    words = group_words(group, 4, STREAM_DRAW, key)
+    ordered = descending(x, 4)
+    kept, determined = expected(x, ordered, inv_temperature, words, 2, 4)
+    if tl.min(determined.to(tl.int32), 0) == 0:
+        code = noisy_code(x, words, inv_temperature, 2, 4)
+        scores = exact_score(scaled(x, inv_temperature, 4), decode(code, 4), 2, 4)
+    else:
+        scores = score_of_largest_2_of_4(x, ordered, inv_temperature)
+    return scores
