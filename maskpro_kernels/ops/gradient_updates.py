@@ -41,7 +41,7 @@ def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Te
     f"{MASK}) -> Tensor",
 )
 def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask):
-    mask = unflat(*mask)
+    mask = unflat(*mask).known
     with without_autocast(grad):
         factors = _factors(grad, x, curvature, grad_squares)
         if uses_kernels(grad):

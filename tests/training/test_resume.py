@@ -19,7 +19,8 @@ import maskpro_kernels as mk
 from maskpro_kernels.checked_json import sealed_line
 from maskpro_kernels.digests import digest
 from maskpro_kernels.ops import dispatch
-from maskpro_kernels.training import score_updates, snapshots
+from maskpro_kernels.ops.layer_groups import LayerGroup
+from maskpro_kernels.training import model_masks, snapshots
 from maskpro_kernels.training import trainer as training
 from maskpro_kernels.training.journal import Journal
 from maskpro_kernels.training.snapshots import newest_snapshot
@@ -215,15 +216,16 @@ def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeyp
     whole.run(6, progress=False)
     trainer = a_trainer_in(tmp_path / "run")
     trainer.run(3, progress=False)
-    real, moved = score_updates.score_update_, []
+    real = model_masks.update_layers_
 
-    def interrupted(*args, **kwargs):
-        if moved:
-            raise KeyboardInterrupt
-        moved.append(real(*args, **kwargs))
+    def interrupted(group, *args):
+        """Once the first layer has moved."""
+        *how, _ = args
+        real(LayerGroup(group.layers[:1], group.n, group.m), *how)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(score_updates, "score_update_", interrupted)
+        patched.setattr(model_masks, "update_layers_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trainer.step()
     with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):

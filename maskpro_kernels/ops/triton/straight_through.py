@@ -81,6 +81,7 @@ def straight_through_kernel(
     grad_squares,
     x_squares,
     source,
+    codes,
     out,
     weight_grad,
     partial,
@@ -115,8 +116,8 @@ def straight_through_kernel(
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
     logits = tile_logits(source, row, group, inside, groups, KIND, M)
-    code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
-                     offset, row_stride, KIND, N, M)  # fmt: skip
+    code = tile_code(codes if KIND == "codes" else source, logits, inv_temperature, row, group, inside, groups,
+                     seed, step, layer, draw, offset, row_stride, KIND, N, M)  # fmt: skip
     w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
     squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
     squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
@@ -197,9 +198,11 @@ def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, ra
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
     if rows:
+        codes = mask.tensor if mask.kind == "codes" else mask.codes
+        kind = mask.kind if codes is None else "codes"
         launch_tiles(straight_through_kernel, "straight_through", mask.m, grid, tile, weight.device,
-                     grad, x, weight, grad_squares, x_squares, mask.tensor, out, weight_grad, partial, rate, max_update,
-                     *mask_arguments(mask, len(grad), weight), KIND=mask.kind, N=mask.n,
+                     grad, x, weight, grad_squares, x_squares, mask.tensor, codes, out, weight_grad, partial, rate,
+                     max_update, *mask_arguments(mask, len(grad), weight), KIND=kind, N=mask.n,
                      UPDATE=out is None, **operand_constants(grad.dtype))  # fmt: skip
     return partial
 

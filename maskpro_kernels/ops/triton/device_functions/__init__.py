@@ -18,8 +18,10 @@ from .groups import (
 )
 from .gumbel_top_k import (
     drawn_code,
+    drawn_code_and_flips,
     drawn_keys,
     expected,
+    flipped,
     gumbel,
     scaled,
     top_n,
