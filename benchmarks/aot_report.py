@@ -46,9 +46,14 @@ from maskpro_kernels.ops.triton.tiles import (
 )
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
-GROUP_KERNELS = ["sample_mask", "masked_weight", "score_update"]
+# Kernels over groups, and the dtypes of their logits
+GROUP_KERNELS = {"sample_mask": ["fp32"], "masked_weight": ["fp32"], "score_update": ["fp32", "bf16"]}
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 16, 128, 1024, 4096]
+# Of the linear layers of LLaMA-2-7B: how many have which shape
+LAYERS = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
+# The keys and values of grouped queries
+FEW_ROWS = (1024, 4096)
 # Of LLaMA-2-7B and 70B
 SERVED_SHAPES = [*SHAPES, (8192, 8192), (28672, 8192), (8192, 28672)]
 SERVED_TOKENS = [1, 2, 16, 32, 64]
@@ -59,8 +64,7 @@ TOLERANCE = 0.05
 # Of logits: that of the paper, and about that of a flip rate of 1e-3 at 2:4
 GAPS = [10.0, 8.0]
 SIMULATED_GROUPS = 1 << 20
-# Bytes of memory a weight: float32 logits, weights of 16 bits, a byte a code
-GROUP_BYTES = {"sample_mask": 4.0, "masked_weight": 8.0, "score_update": 8.0}
+BYTES = {"fp32": 4, "bf16": 2}
 
 
 def weights_a_thread(block: int, m: int, num_warps: int) -> float:
@@ -73,9 +77,9 @@ def each(counts: Counter, weights: float) -> dict[str, float]:
 
 
 @functools.cache
-def group_kernel(kernel: str, target: str, n: int, m: int) -> tuple[Built, dict, dict]:
+def group_kernel(kernel: str, target: str, n: int, m: int, logits: str = "fp32") -> tuple[Built, dict, dict]:
     """(the compiled kernel, fewest and most instructions a weight by pipe)."""
-    built, config = build(kernel, target, n, m), CONFIGURATIONS[kernel, m]
+    built, config = build(kernel, target, n, m, logits), CONFIGURATIONS[kernel, m]
     weights = weights_a_thread(config.block, m, config.num_warps)
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping=True)
     return built, each(fewest, weights), each(most, weights)
@@ -149,14 +153,14 @@ class Launch:
         return busiest({pipe: self.uneven * time for pipe, time in self.pipes.items()} | self.memories)
 
     def line(self, unit: float) -> str:
-        """Times by memory, by the busiest pipe and of the whole, what bounds it, and the waves of programs."""
-        pipe, _ = busiest(self.pipes)
+        """Times by each memory, by the busiest pipe and of the whole, what bounds it, programs, and waves of them."""
         whole, resource = self.bound
-        times = f"{unit * self.memories['memory']:>8.2f} {unit * pipe:>8.2f} {unit * whole:>8.2f}"
-        return f"{times}  {resource:<12} {self.waves:>7.2f}"
+        seconds = self.memories["memory"], self.memories["second cache"], busiest(self.pipes)[0], whole
+        times = " ".join(f"{unit * each:>8.2f}" for each in seconds)
+        return f"{times}  {resource:<12} {self.programs:>8} {self.waves:>7.2f}"
 
 
-HEADINGS = f"{'memory':>8} {'pipe':>8} {'whole':>8}  {'bound by':<12} {'waves':>7}"
+HEADINGS = f"{'memory':>8} {'L2':>8} {'pipe':>8} {'whole':>8}  {'bound by':<12} {'programs':>8} {'waves':>7}"
 
 
 @dataclass(frozen=True)
@@ -208,10 +212,16 @@ class Cost:
         return worse + ["resident"] * (self.resident < (1 - TOLERANCE) * before["resident"])
 
 
+def named(kernel: str, logits: str) -> str:
+    return kernel if logits == "fp32" else f"{kernel} of {logits}"
+
+
 def group_costs(target: str, n: int, m: int) -> Iterator[Cost]:
-    for kernel in GROUP_KERNELS:
+    for kernel, dtypes in GROUP_KERNELS.items():
         warps = CONFIGURATIONS[kernel, m].num_warps
-        yield Cost.of(kernel, f"{n}:{m}", target, warps, *group_kernel(kernel, target, n, m))
+        for logits in dtypes:
+            built = group_kernel(kernel, target, n, m, logits)
+            yield Cost.of(named(kernel, logits), f"{n}:{m}", target, warps, *built)
 
 
 def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[Cost]:
@@ -286,37 +296,55 @@ def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     report_groups(targets, patterns)
     report_products(targets, patterns)
     report_packed(targets, patterns)
+    report_straight_through(targets, patterns)
 
 
 def report_groups(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     """Kernels over groups, on a layer of LLaMA-2-7B."""
-    print(f"\n{'ps a weight':<14} {'N:M':>5} {'on':>16} {'gap':>6} {HEADINGS}")
+    print(f"\n{'ps a weight':<20} {'N:M':>5} {'on':>16} {'gap':>6} {HEADINGS}")
     rows, k = SHAPES[0]
-    for target, (n, m), kernel, gap in itertools.product(targets, patterns, GROUP_KERNELS, GAPS):
-        line = group_launch(kernel, target, n, m, gap, rows, k).line(1e12 / (rows * k))
-        print(f"{kernel:<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {gap:>6} {line}")
+    kernels = [(kernel, logits) for kernel, dtypes in GROUP_KERNELS.items() for logits in dtypes]
+    for target, (n, m), (kernel, logits), gap in itertools.product(targets, patterns, kernels, GAPS):
+        line = group_launch(kernel, target, n, m, gap, rows, k, logits).line(1e12 / (rows * k))
+        print(f"{named(kernel, logits):<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {gap:>6} {line}")
 
 
 def report_products(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     """Forward products of 16-bit operands with float32 logits; of many tokens with a masked weight drawn before."""
-    print(f"\n{'us, forward of':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}")
-    for target, (n, m), (rows, k), tokens in itertools.product(targets, patterns, SHAPES, TOKENS):
+    print(f"\n{'us, forward of':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}")
+    for target, (n, m), (rows, k), tokens in itertools.product(targets, patterns, [*SHAPES, FEW_ROWS], TOKENS):
         if tokens <= ONE_PASS_TOKENS[target]:
             line = product_launch(target, n, m, GAPS[0], rows, k, tokens).line(1e6)
         else:
             drawn, _ = group_launch("masked_weight", target, n, m, GAPS[0], rows, k).bound
-            line = f"{1e6 * (drawn + dense_seconds(target, rows, k, tokens)):>26.2f}  draw and product"
-        print(f"{f'{rows}x{k}':<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {line}")
+            line = f"{1e6 * (drawn + dense_seconds(target, rows, k, tokens)):>35.2f}  draw and product"
+        print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {line}")
 
 
 def report_packed(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     """Products with packed weights of 16 bits, and how much longer the dense layer takes."""
-    print(f"\n{'us, packed':<14} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}  dense")
+    print(f"\n{'us, packed':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}  dense")
     multiplied = [pattern for pattern in patterns if pattern in MULTIPLIED]
     for target, (n, m), (rows, k), tokens in itertools.product(targets, multiplied, SERVED_SHAPES, SERVED_TOKENS):
         launch = packed_launch(target, n, m, rows, k, tokens)
         line = f"{launch.line(1e6)}  {dense_seconds(target, rows, k, tokens) / launch.bound[0]:>4.2f}x"
-        print(f"{f'{rows}x{k}':<14} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {line}")
+        print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {line}")
+
+
+def report_straight_through(targets: list[str], patterns: list[tuple[int, int]]) -> None:
+    """Gradients of the logits and their step, of many tokens, with logits of float32."""
+    print(f"\n{'us, straight-through':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {HEADINGS}")
+    for target, (n, m), (rows, k) in itertools.product(targets, patterns, SHAPES):
+        line = straight_through_launch(target, n, m, GAPS[0], rows, k, TOKENS[-1]).line(1e6)
+        print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {TOKENS[-1]:>6} {line}")
+    for target, (n, m) in itertools.product(targets, patterns):
+        launches = {
+            (rows, k): straight_through_launch(target, n, m, GAPS[0], rows, k, TOKENS[-1]) for rows, k in LAYERS
+        }
+        seconds = sum(count * launches[shape].bound[0] for shape, count in LAYERS.items())
+        matmul = sum(count * launches[shape].pipes["matrix units"] for shape, count in LAYERS.items())
+        print(f"all of LLaMA-2-7B, {n}:{m}, {CHIPS[target].name}: {1e3 * seconds:.0f} ms", end=", ")
+        print(f"of which matrix units need {1e3 * matmul:.0f} ms")
 
 
 def dense_seconds(target: str, rows: int, k: int, tokens: int) -> float:
@@ -329,15 +357,23 @@ def _pipes(counts: dict[str, float], weights: int, target: str) -> dict[str, flo
     return {pipe: weights * time for pipe, time in seconds_by_pipe(target, counts).items()}
 
 
-def group_launch(kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int) -> Launch:
+def group_bytes(kernel: str, m: int, logits: str) -> float:
+    """Bytes a weight that a kernel over groups reads and writes: logits, weights of 16 bits, codes."""
+    codes, weights = (1 if m <= 8 else 4) / m, 2 * BYTES["bf16"]
+    return BYTES[logits] + {"sample_mask": codes, "masked_weight": weights, "score_update": BYTES[logits]}[kernel]
+
+
+def group_launch(
+    kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int, logits: str = "fp32"
+) -> Launch:
     """A kernel over groups on a layer [rows, k] whose mask has that gap."""
     chip, config = CHIPS[target], CONFIGURATIONS[kernel, m]
-    built, fewest, most = group_kernel(kernel, target, n, m)
-    codes = (1 if m <= 8 else 4) / m if kernel == "sample_mask" else 0
+    built, fewest, most = group_kernel(kernel, target, n, m, logits)
+    moved = rows * k * group_bytes(kernel, m, logits)
     return Launch(
         target,
         _pipes(expected(fewest, most, config.block, gap, n, m), rows * k, target),
-        {"memory": rows * k * (GROUP_BYTES[kernel] + codes) / chip.bytes_per_second},
+        {"memory": moved / chip.bytes_per_second, "second cache": moved / chip.l2_bytes_per_second},
         config.programs(rows * k // m, PROCESSORS[target]),
         chip.resident(built.registers, built.shared, config.num_warps),
     )
@@ -361,6 +397,31 @@ def product_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, t
         blocks * again,
         chip.resident(built.registers, built.shared, tile.num_warps),
     )
+
+
+def straight_through_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+    """The gradient of the logits [rows, k] and their step, of operands of 16 bits and logits of float32."""
+    chip = CHIPS[target]
+    tile = tiles_for("straight_through", m, torch.bfloat16, tokens, rows, k, target)
+    built, *once = product_kernel("straight_through", target, n, m, tile)
+    resident = chip.resident(built.registers, built.shared, tile.num_warps)
+    programs = math.ceil(rows / tile.out) * math.ceil(k / tile.k)
+    _, turn = instructions(disassembled(built.asm["cubin"]), looping=True)
+    turn = each(turn, tile.out * tile.k / (32 * tile.num_warps))
+    loop = Counter({pipe: math.ceil(tokens / tile.tokens) * count for pipe, count in turn.items()})
+    rest = Counter(expected(*once, tile.out * tile.k / m, gap, n, m)) - Counter(turn)
+    matmul = 2 * rows * k * tokens / chip.flops_16_bit
+    # logits in and out, the weight; each program reads its columns of both operands
+    moved, operands = 10 * rows * k, 2 * tokens * programs * (tile.out + tile.k)
+    slow = {
+        "memory": (moved + 2 * tokens * (rows + k)) / chip.bytes_per_second,
+        "second cache": (moved + operands) / chip.l2_bytes_per_second,
+    }
+    if resident == 1:
+        # nothing runs beside what stands behind the loop
+        product = max(busiest(_pipes(loop, rows * k, target))[0], matmul, operands / chip.l2_bytes_per_second)
+        slow["in turn"] = product + max(busiest(_pipes(rest, rows * k, target))[0], moved / chip.bytes_per_second)
+    return Launch(target, _pipes(loop + rest, rows * k, target) | {"matrix units": matmul}, slow, programs, resident)
 
 
 def packed_launch(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> Launch:

@@ -24,7 +24,8 @@ PIPES = {
     "lsu": "LDG STG LD ST LDS STS LDL STL LDSM STSM LDGSTS SHFL ATOM ATOMG ATOMS RED REDG MATCH",
     "tensor": "HMMA IMMA QMMA HGMMA QGMMA WARPGROUP UTCHMMA UTCQMMA UTCBAR UTCATOMSWS LDTM STTM UTCCP WARPGROUPDEPBAR",
     "other": "BRA BRX JMP CALL RET EXIT BSSY BSYNC BREAK BAR WARPSYNC DEPBAR LDGDEPBAR LDC LDCU S2R S2UR ULDC NOP "
-    "YIELD VOTEU BPT NANOSLEEP MEMBAR FENCE SYNCS ERRBAR CCTL ACQBULK ELECT KILL PREEXIT CGAERRBAR UCGABAR_WAIT UCGABAR_ARV",
+    "YIELD VOTEU BPT NANOSLEEP MEMBAR FENCE SYNCS ERRBAR CCTL ACQBULK ELECT KILL PREEXIT CGAERRBAR "
+    "UCGABAR_WAIT UCGABAR_ARV",
 }
 _PIPE = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 # Two results an instruction, which is one issue slot
@@ -84,14 +85,48 @@ def cost(instruction: str) -> Counter:
     return Counter({pipe: lanes, "issue": 1})
 
 
+def _longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int, bool]) -> list[int] | None:
+    """Lines from ``first`` to ``last`` or an exit, by the way with the most; None where the branches lead elsewhere.
+
+    ``taken`` tells of some conditional branches whether they are. No way goes back, nor into a call: what is called is
+    the slow way of a division, of numbers that no kernel divides by but at the edge of what float32 holds.
+    """
+    leads_to = {i: j for i, j, _ in _branches(lines)}
+    most, came_from = {first: 0}, {}
+    ends = []
+    for i in range(first, last + 1):
+        if i not in most or re.search(r"\bCALL\b", lines[i]):
+            continue
+        ends_here = re.match(r"EXIT|RET", lines[i]) is not None
+        following = [] if ends_here or lines[i].startswith("BRA") else [i + 1]
+        following += [leads_to[i]] if i in leads_to else []
+        if i in taken:
+            following = [leads_to[i] if taken[i] else i + 1]
+        if i == last or ends_here:
+            ends.append(i)
+        for j in following:
+            if i < j <= last and most.get(j, -1) < most[i] + 1:
+                most[j], came_from[j] = most[i] + 1, i
+    if not ends:
+        return None
+    way = [max(ends, key=most.get)]
+    while way[-1] != first:
+        way.append(came_from[way[-1]])
+    return way
+
+
 def instructions(lines: tuple[str, ...], looping: bool) -> tuple[Counter, Counter]:
-    """(fewest, most) of a thread by pipe: of the largest loop, or of the whole; fewest skips the largest branch."""
+    """(fewest, most) of a thread by pipe: of the largest loop, or of the whole.
+
+    Both go the longest way through it, but fewest after the branch that saves the most has gone the shorter one.
+    """
     first, last = largest_loop(lines) if looping else (0, len(lines) - 1)
+    forward = [i for i, j, conditional in _branches(lines) if conditional and first <= i < j <= last]
+    choices = [{}, *({i: taken} for i in forward for taken in (True, False))]
+    ways = [_longest_way(lines, first, last, choice) for choice in choices]
 
-    def count(start: int, end: int) -> Counter:
-        return sum((cost(line) for line in lines[start:end] if not line.endswith(":")), Counter())
+    def count(way: list[int]) -> Counter:
+        return sum((cost(lines[i]) for i in way if not lines[i].endswith(":")), Counter())
 
-    most = count(first, last + 1)
-    skipped = [count(i + 1, j) for i, j, conditional in _branches(lines) if conditional and first <= i < j <= last]
-    largest = max(skipped, key=lambda counts: counts["issue"], default=Counter())
-    return most - largest, most
+    counts = [count(way) for way in ways if way]
+    return min(counts, key=lambda each: each["issue"]), counts[0]

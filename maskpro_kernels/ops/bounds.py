@@ -129,8 +129,39 @@ class Expected:
 
     def score(self):
         """``reference.exact_score`` of the kept ones, N <= EXACT_SCORE_MAX_N."""
+        if (self.n, len(self.xs)) == (2, 4):
+            return self._score_2_of_4()
         # none is dropped above the smallest one kept
         return reference.exact_score(self._scaled(self.xs), self.kept, self.n, centre=self.smallest_kept)
+
+    def _score_2_of_4(self):
+        """Its arithmetic once for each place in the order: the second one is the centre, and its e is 1.
+
+        What a column gets depends on its logit, and on which of the two kept ones comes first.
+        """
+        xs, kept, centre = self.xs, self.kept, self.smallest_kept
+        largest, _, third, _ = self.descending
+        first_e = reference.exp(torch.clamp(0.0 - centre, max=reference.EXPONENT_CLAMP))
+        dropped_e = [reference.exp(reference.saturated(z) - centre) for z in self._scaled(self.descending[2:])]
+        dropped_sum = dropped_e[0] + dropped_e[1]
+        is_largest = [x == largest for x in xs]
+        largest_first = is_largest[0] | (~kept[0] & (is_largest[1] | (~kept[1] & is_largest[2])))
+        sums = [dropped_sum + first_e, dropped_sum + 1.0]
+        inverse = [reference.RECIPROCAL_SCALE / total for total in sums]
+        # both are added in the order of columns
+        inverse_both = reference.RECIPROCAL_SCALE / torch.where(largest_first, sums[0] + 1.0, sums[1] + first_e)
+        inverse_h = (1.0 / reference.RECIPROCAL_SCALE) / (inverse[0] + inverse[1])
+        scores = []
+        for i in inverse:
+            drawn_first = dropped_sum * i
+            scores.append((drawn_first * inverse_both + drawn_first * i) * inverse_h)
+        # without a dropped one above 0, both scores are 0
+        share = (scores[0] + scores[1]) / torch.clamp(dropped_sum, min=reference.SMALLEST_NORMAL)
+        dropped = [0.0 - e * share for e in dropped_e]
+        return [
+            torch.where(k, torch.where(top, *scores), torch.where(x == third, *dropped))
+            for x, k, top in zip(xs, kept, is_largest, strict=True)
+        ]
 
 
 def group_expected_mask(logits, levels, inv_temperature, n):

@@ -73,6 +73,29 @@ def test_the_largest_branch_of_the_largest_loop_is_what_determined_draws_skip():
     assert whole - most == {"other": 2, "issue": 2}
 
 
+def test_of_a_branch_with_two_sides_one_runs():
+    text = """
+.L_x_0:
+@P1 BRA `(.L_x_1)
+FADD R8, R8, 1
+FADD R8, R8, 1
+FADD R8, R8, 1
+BRA `(.L_x_2)
+.L_x_1:
+MUFU.RCP R8, R8
+@!P4 BRA `(.L_x_2)
+MOV R9, R8
+CALL.REL.NOINC `($slow)
+.L_x_2:
+@P3 BRA `(.L_x_0)
+EXIT
+"""
+    fewest, most = sass.instructions(tuple(text.split("\n")[1:-1]), looping=True)
+    # the slow way of a division is not taken
+    assert fewest == {"xu": 1, "other": 3, "issue": 4}
+    assert most == {"fp32": 3, "other": 3, "issue": 6}
+
+
 def test_each_architecture_has_its_own_rates():
     counts = {"fp32": 96.0, "multiply": 32.0, "half": 32.0, "xu": 4.0, "issue": 164.0}
     clock = {target: chip.clock * PROCESSORS[target] for target, chip in CHIPS.items()}

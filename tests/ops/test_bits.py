@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -149,8 +150,20 @@ def test_kernel_and_reference_draw_the_same_where_blocks_are_determined(n, m, ga
     generator = torch.Generator().manual_seed(n)
     logits = torch.zeros(700, m).scatter_(1, torch.rand(700, m, generator=generator).topk(n).indices, gap)
     logits[::7] += torch.randn(logits[::7].shape, generator=generator)
+    # ties of the kept and of the dropped ones
+    logits[1::5] += torch.randn(logits[1::5].shape, generator=generator).round()
     logits = logits.view(1, -1)
     assert_same_bits(draw(sampling, n, m, logits), draw(reference, n, m, logits))
+    assert_same_bits(update(sampling, n, m, logits), update(reference, n, m, logits))
+
+
+def test_kernel_and_reference_score_the_same_where_logits_of_determined_groups_are_extreme(monkeypatch):
+    """2:4, a group a block: all orders of what lies far apart, saturates, or is zero of either sign."""
+    monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 1)
+    top = torch.finfo(torch.float32).max
+    sharp = [(top, top / 2, 0.0, -0.0), (0.0, -top, -top, -top), (0.0, -top / 4, -top, -top), (90.0, 0.0, -80, -200)]
+    logits = torch.tensor([order for group in sharp for order in itertools.permutations(group)]).view(1, -1)
+    assert_same_bits(update(sampling, 2, 4, logits), update(reference, 2, 4, logits))
 
 
 def test_the_compiled_route_runs_a_loop_for_each_operation_whatever_the_shape(monkeypatch):

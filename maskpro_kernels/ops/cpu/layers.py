@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import bounds, reference
 from . import kernels
 from .compiled_loop import compiled_loop
 
@@ -72,6 +72,27 @@ def draw_layers_(group, inv_temperature: Tensor, seed: Tensor, step: Tensor, dra
     return _run(kernels.determined_mask, given, kernels.spread_levels, kernels.drawn_mask, n=group.n)
 
 
+def _no_level(number, *rest, m):
+    """Of what codes determine."""
+    return (number & 0).to(torch.uint8)
+
+
+def _expected_update(logits, codes, level, coef, inv_temperature, *, n):
+    """``reference.group_updated_logits`` where the codes keep the N largest, which takes less; others are left open."""
+    xs = [x.to(torch.float32) for x in reference.columns(logits)]
+    expected = bounds.Expected(xs, level, inv_temperature, n)
+    # of a tie more than N are kept
+    distinct = expected.descending[n] < expected.descending[n - 1]
+    same = distinct & (reference.encode(expected.kept, codes.dtype) == codes)
+    scale = coef[0] * inv_temperature
+    new = [torch.where(same, x - s * scale, x) for x, s in zip(xs, expected.score(), strict=True)]
+    return reference.uncolumns(new), torch.where(same, 0, 1).to(torch.uint8)
+
+
+def _drawn_update(logits, codes, number, coef, inv_temperature, *, n):
+    return _code_update(logits, codes, coef, inv_temperature, n=n)
+
+
 def _code_update(logits, codes, coef, inv_temperature, *, n):
     """``reference.group_updated_logits`` by the draw that has given the codes, N <= EXACT_SCORE_MAX_N."""
     xs = [x.to(torch.float32) for x in reference.columns(logits)]
@@ -100,10 +121,11 @@ def update_layers_(group, coef: Tensor, inv_temperature: Tensor, seed: Tensor, s
     """Update the logits of a ``LayerGroup`` by the codes of a draw; False, and nothing has changed, as above."""
     given = []
     for i, layer in enumerate(group.layers):
-        logits, rest, first = layer.logits.view(-1, group.m), (coef, inv_temperature), None
+        logits, rest = layer.logits.view(-1, group.m), (coef, inv_temperature)
+        first = kernels.integers(0, 1, 1, 0)
         if group.dtype != torch.float32:
             rest, first = (*_key(group, i, seed, step, draws), *rest), kernels.integers(layer.group_offset)
         given.append(_Given([logits, group.codes[i].view(-1)], rest, first, logits))
     if group.dtype == torch.float32:
-        return _run(_code_update, given, in_place=True, n=group.n)
+        return _run(_expected_update, given, _no_level, _drawn_update, in_place=True, n=group.n)
     return _run(_rounded_code_update, given, in_place=True, n=group.n, dtype=group.dtype)

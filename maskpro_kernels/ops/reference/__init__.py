@@ -15,6 +15,7 @@ from .arithmetic import (
     LN_POLYNOMIAL,
     LOG2_E,
     LOWEST_FLOAT32,
+    SMALLEST_NORMAL,
     SQRT_HALF_BITS,
     exp,
     ln,

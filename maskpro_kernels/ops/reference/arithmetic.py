@@ -24,6 +24,7 @@ LN2_HIGH = 0.693359375
 LN2_LOW = -0.00021219444170128554
 EXP_UNDERFLOW = -87.0
 LOWEST_FLOAT32 = torch.finfo(torch.float32).min
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 # Integers of so many bytes hold the bits of floats
 INTEGERS = {2: torch.int16, 4: torch.int32}
 

@@ -40,6 +40,25 @@ def layer_of(table, programs, BLOCK: tl.constexpr):
     return row, (program % programs).to(tl.int64) * BLOCK, programs.to(tl.int64) * BLOCK
 
 
+@triton.jit
+def score_of_code(x, code, inv_temperature, N: tl.constexpr, M: tl.constexpr):
+    """``exact_score`` of columns of logits; a block of 2:4 that keeps its largest ones takes the shorter way to it."""
+    if N == 2 and M == 4:
+        ordered = d.descending(x, 4)
+        largest = ()
+        for i in tl.static_range(4):
+            largest = largest + (x[i] >= ordered[1],)
+        # of a tie more than two are kept
+        expected = (d.encode(largest, 4) == code) & (ordered[2] < ordered[1])
+        if tl.min(expected.to(tl.int32), 0) == 0:
+            scores = d.exact_score(d.scaled(x, inv_temperature, 4), d.decode(code, 4), 2, 4)
+        else:
+            scores = d.score_of_largest_2_of_4(x, ordered, inv_temperature)
+    else:
+        scores = d.exact_score(d.scaled(x, inv_temperature, M), d.decode(code, M), N, M)
+    return scores
+
+
 @triton.jit(do_not_specialize=["programs"])
 def sample_masks_kernel(
     table,
@@ -98,18 +117,18 @@ def score_update_layers_kernel(
     offset, row_stride, layer = tl.load(row + 4), tl.load(row + 5), row + 6
     key = d.load_key(seed, step, layer, draws)
     factor = tl.load(coef) * inv_temperature
+    if KIND == "codes":
+        codes = pointer(row, 1, CODE, BYTES)
     for first in range(start, total, apart):
         x = load_columns(logits, first, total, M, BLOCK)
-        z = d.scaled(x, inv_temperature, M)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
         if KIND == "codes":
-            code = load_codes(pointer(row, 1, CODE, BYTES), first, total, N, BLOCK)
-            scores = d.exact_score(z, d.decode(code, M), N, M)
+            scores = score_of_code(x, load_codes(codes, first, total, N, BLOCK), inv_temperature, N, M)
             delta = ()
             for i in tl.static_range(M):
                 delta = delta + (scores[i] * factor,)
         else:
-            delta = summed_terms(x, z, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
+            delta = summed_terms(x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
                                  SEVERAL, N, M)  # fmt: skip
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 

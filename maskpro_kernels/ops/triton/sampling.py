@@ -214,12 +214,15 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(x, z, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr):
+def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr):
     """Columns of scale * score(mask of a draw)."""
-    if N <= EXACT_SCORE_MAX_N:
+    if N == 2 and M == 4:
+        scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
+    elif N <= EXACT_SCORE_MAX_N:
         code = d.drawn_code(x, group, inv_temperature, N, M, key)
-        scores = d.exact_score(z, d.decode(code, M), N, M)
+        scores = d.exact_score(d.scaled(x, inv_temperature, M), d.decode(code, M), N, M)
     else:
+        z = d.scaled(x, inv_temperature, M)
         keys = d.drawn_keys(z, group, M, key)
         scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
     terms = ()
@@ -231,7 +234,6 @@ def update_terms(x, z, group, inv_temperature, key, scale, N: tl.constexpr, M: t
 @triton.jit
 def summed_terms(
     x,
-    z,
     group,
     inv_temperature,
     key,
@@ -247,12 +249,12 @@ def summed_terms(
     M: tl.constexpr,
 ):
     """``update_terms`` of the first draw, whose key and factor are given, and where there are several those of all."""
-    delta = update_terms(x, z, group, inv_temperature, key, factor, N, M)
+    delta = update_terms(x, group, inv_temperature, key, factor, N, M)
     if SEVERAL:
         for k in range(1, count):
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
-            terms = update_terms(x, z, group, inv_temperature, other, scale, N, M)
+            terms = update_terms(x, group, inv_temperature, other, scale, N, M)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
@@ -295,9 +297,8 @@ def score_update_kernel(
     factor = tl.load(coef) * inv_temperature
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
-        z = d.scaled(x, inv_temperature, M)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-        delta = summed_terms(x, z, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
+        delta = summed_terms(x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
                              SEVERAL, N, M)  # fmt: skip
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 

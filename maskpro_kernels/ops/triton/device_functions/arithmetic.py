@@ -37,16 +37,21 @@ def saturated_columns(columns, M: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
-    """e^x of float32 up to 88; 0 below -87, so that no subnormal arises."""
-    clamped = tl.maximum(x, EXP_UNDERFLOW)
-    exponent = (clamped * LOG2_E + 128.5).to(tl.int32) - 128
+def exp_in_range(x):
+    """e^x of float32 between -87 and 88."""
+    exponent = (x * LOG2_E + 128.5).to(tl.int32) - 128
     scale = exponent.to(tl.float32)
-    r = clamped - scale * LN2_HIGH - scale * LN2_LOW
+    r = x - scale * LN2_HIGH - scale * LN2_LOW
     p = r * EXP[4] + EXP[3]
     p = p * r + EXP[2]
     p = p * r + EXP[1]
     p = p * r + EXP[0]
     p = p * r * r + r + 1.0
     power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < EXP_UNDERFLOW, 0.0, p * power)
+    return p * power
+
+
+@triton.jit
+def exp(x):
+    """e^x of float32 up to 88; 0 below -87, so that no subnormal arises."""
+    return tl.where(x < EXP_UNDERFLOW, 0.0, exp_in_range(tl.maximum(x, EXP_UNDERFLOW)))

@@ -7,8 +7,9 @@ import triton.language as tl
 
 from .arithmetic import ln
 from .constants import MINUS_LOG_AT_ZERO, NATS_PER_BIT_PATTERN, STREAM_DRAW, TANGENT, TWO_POW_MINUS_32
-from .groups import encode
+from .groups import decode, encode
 from .philox import group_words
+from .plackett_luce import exact_score, score_of_largest_2_of_4
 
 
 @triton.jit
@@ -145,13 +146,12 @@ def minus_log(r):
 
 
 @triton.jit
-def expected(x, inv_temperature, words, N: tl.constexpr, M: tl.constexpr):
+def expected(x, ordered, inv_temperature, words, N: tl.constexpr, M: tl.constexpr):
     """(which columns hold the N largest logits, int1 where no noise of these words can change that); see ``bounds``.
 
-    Void where a draw is not determined. Noise falls with its word: the smallest word of the dropped and the largest of
-    the kept bound it.
+    Takes the logits in descending order too. Void where a draw is not determined. Noise falls with its word: the
+    smallest word of the dropped and the largest of the kept bound it.
     """
-    ordered = descending(x, M)
     least = tl.full(words[0].shape, 0xFFFFFFFF, tl.uint32)
     most = tl.full(words[0].shape, 0, tl.uint32)
     kept = ()
@@ -185,6 +185,16 @@ def flipped(x, kept, M: tl.constexpr):
 
 
 @triton.jit
+def noisy_code(x, words, inv_temperature, N: tl.constexpr, M: tl.constexpr):
+    """int32 group codes of a draw with these words."""
+    z = scaled(x, inv_temperature, M)
+    keys = ()
+    for i in tl.static_range(M):
+        keys = keys + (z[i] + gumbel(words[i]),)
+    return encode(top_n(keys, N, M), M)
+
+
+@triton.jit
 def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
     """int32 group codes of a draw from columns of float32 logits.
 
@@ -198,15 +208,24 @@ def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key)
 def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
     """``drawn_code``, and int32 1 where it is not that of the N largest logits."""
     words = group_words(group, M, STREAM_DRAW, key)
-    kept, determined = expected(x, inv_temperature, words, N, M)
+    kept, determined = expected(x, descending(x, M), inv_temperature, words, N, M)
     code = encode(kept, M)
     flips = tl.zeros_like(code)
     if tl.min(determined.to(tl.int32), 0) == 0:
-        z = scaled(x, inv_temperature, M)
-        keys = ()
-        for i in tl.static_range(M):
-            keys = keys + (z[i] + gumbel(words[i]),)
-        drawn = top_n(keys, N, M)
-        code = encode(drawn, M)
-        flips = flipped(x, drawn, M)
+        code = noisy_code(x, words, inv_temperature, N, M)
+        flips = flipped(x, decode(code, M), M)
     return code, flips
+
+
+@triton.jit
+def drawn_score_2_of_4(x, group, inv_temperature, key):
+    """``exact_score`` of a draw of 2:4, columns; a block whose draws are all determined takes the shorter way to it."""
+    words = group_words(group, 4, STREAM_DRAW, key)
+    ordered = descending(x, 4)
+    kept, determined = expected(x, ordered, inv_temperature, words, 2, 4)
+    if tl.min(determined.to(tl.int32), 0) == 0:
+        code = noisy_code(x, words, inv_temperature, 2, 4)
+        scores = exact_score(scaled(x, inv_temperature, 4), decode(code, 4), 2, 4)
+    else:
+        scores = score_of_largest_2_of_4(x, ordered, inv_temperature)
+    return scores

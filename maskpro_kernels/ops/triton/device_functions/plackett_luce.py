@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import exp, ln, saturated, saturated_columns
-from .constants import EXPONENT_CLAMP, INVERSE_RECIPROCAL_SCALE, NEAR_CERTAIN, RECIPROCAL_SCALE
+from .arithmetic import exp, exp_in_range, ln, saturated, saturated_columns
+from .constants import EXPONENT_CLAMP, INVERSE_RECIPROCAL_SCALE, NEAR_CERTAIN, RECIPROCAL_SCALE, SMALLEST_NORMAL
 
 
 @triton.jit
@@ -165,6 +165,44 @@ def exact_score(z, kept, N: tl.constexpr, M: tl.constexpr):
     for i in tl.static_range(M):
         dropped = dropped + (0.0 - e[i] * share,)
     return scatter_slots(scores, dropped, kept, positions, N, M)
+
+
+@triton.jit
+def score_of_largest_2_of_4(x, ordered, inv_temperature):
+    """``exact_score`` of the two largest of four float32 logits; columns, from those that ``descending`` gives too.
+
+    Void of equal second and third ones. What a column gets depends on its logit and on which of the two kept ones comes
+    first. So the arithmetic is done once for each place in the order; the second one is the centre, and its e is 1.
+    """
+    centre = (ordered[1] - ordered[0]) * inv_temperature
+    first = exp_in_range(tl.minimum(0.0 - centre, EXPONENT_CLAMP))
+    third = exp(saturated((ordered[2] - ordered[0]) * inv_temperature) - centre)
+    fourth = exp(saturated((ordered[3] - ordered[0]) * inv_temperature) - centre)
+    dropped_sum = third + fourth
+    with_first, with_second = dropped_sum + first, dropped_sum + 1.0
+    # in the order of columns
+    first_leads = (x[0] >= ordered[0]) | (x[1] >= ordered[0]) & (x[0] < ordered[1])
+    first_leads |= (x[2] >= ordered[0]) & (x[3] >= ordered[1])
+    with_both = tl.where(first_leads, with_first + 1.0, with_second + first)
+    scale = tl.full(first.shape, RECIPROCAL_SCALE, tl.float32)
+    inverse_first, inverse_second = tl.div_rn(scale, with_first), tl.div_rn(scale, with_second)
+    inverse_both = tl.div_rn(scale, with_both)
+    inverse_h = tl.div_rn(tl.full(first.shape, INVERSE_RECIPROCAL_SCALE, tl.float32), inverse_first + inverse_second)
+    d_first, d_second = dropped_sum * inverse_first, dropped_sum * inverse_second
+    score_first = (d_first * inverse_both + d_first * inverse_first) * inverse_h
+    score_second = (d_second * inverse_both + d_second * inverse_second) * inverse_h
+    # without a dropped one above 0, both scores are 0
+    share = tl.div_rn(score_first + score_second, tl.maximum(dropped_sum, SMALLEST_NORMAL))
+    score_third, score_fourth = 0.0 - third * share, 0.0 - fourth * share
+    # Always so. But ptxas would compare ahead of the divisions, and hold more outcomes than it has registers for such
+    known = share >= 0.0
+    largest, dropped = tl.where(known, ordered[0], 0.0), tl.where(known, ordered[2], 0.0)
+    scores = ()
+    for i in tl.static_range(4):
+        of_kept = tl.where(x[i] == largest, score_first, score_second)
+        of_dropped = tl.where(x[i] == dropped, score_third, score_fourth)
+        scores = scores + (tl.where(x[i] > dropped, of_kept, of_dropped),)
+    return scores
 
 
 @triton.jit

@@ -19,10 +19,9 @@ def round_stochastically(x, r, dtype: tl.constexpr):
     Finite values stay finite, others pass through.
     """
     if dtype == tl.bfloat16:
-        # the sign of a zero is not defined through a bit cast, so zeros step aside
-        bits = tl.where(x == 0.0, 1.0, x).to(tl.int32, bitcast=True)
-        grid = ((bits + (r >> 16).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
-        rounded = tl.minimum(tl.maximum(grid, 0.0 - BFLOAT16_MAX), BFLOAT16_MAX)
+        # zeros stay; what has no number above is cut off, which leaves the largest number and infinities
+        r = tl.where((x != 0.0) & (tl.abs(x) < BFLOAT16_MAX), r, 0)
+        rounded = ((x.to(tl.int32, bitcast=True) + (r >> 16).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
     else:
         magnitude = tl.abs(x)
         normal = magnitude >= FLOAT16_SMALLEST_NORMAL
@@ -34,8 +33,9 @@ def round_stochastically(x, r, dtype: tl.constexpr):
         small = (whole + tl.where(up, 1.0, 0.0)) * FLOAT16_SUBNORMAL_STEP
         rounded = tl.where(normal, grid, tl.where(x < 0.0, 0.0 - small, small))
         rounded = tl.minimum(tl.maximum(rounded, 0.0 - FLOAT16_MAX), FLOAT16_MAX)
-    finite = tl.abs(x) < float("inf")
-    return tl.where(finite & (x != 0.0), rounded, x)
+        finite = tl.abs(x) < float("inf")
+        rounded = tl.where(finite & (x != 0.0), rounded, x)
+    return rounded
 
 
 @triton.jit
