@@ -45,9 +45,9 @@ class Costs(NamedTuple):
     update: tuple[float, float]
 
 
-# At 2:4, with logits of float32 and weights of 16 bits at a gap of 10. By the model of `benchmarks/aot_report.py`, to
-# which the tests hold them; on a CPU measured by `benchmarks/mask_costs.py`, one core of an AMD EPYC. None is known of
-# gfx942: bytes bound most of these, so it takes those of an H100, of which the ratios matter alone.
+# At 2:4, with logits of float32 and weights of 16 bits at a gap of 10, as `benchmarks/mask_costs.py` tells them: of
+# GPUs by a model, on a CPU measured on one core of an AMD EPYC. No model is there of gfx942: bytes bound most of these,
+# so it takes those of an H100, of which the ratios matter alone.
 COSTS = {
     "sm_80": Costs(draw=4.4, one_pass=(4.9, 1.1), weight=(4.4, 2.1), slope=(4.4, 0.4), update=(12.0, 8.0)),
     "sm_90": Costs(draw=1.4, one_pass=(1.8, 0.7), weight=(2.4, 1.3), slope=(1.4, 0.1), update=(3.6, 2.5)),

@@ -169,6 +169,8 @@ class ModelMasks:
         places = [_place_of(layer) for layer in self.layers.values()]
         if places == self._places:
             return self._groups
+        # no codes are there of new groups
+        self._drawn, self._known = None, set()
         kinds: dict[tuple, list[tuple[str, GroupedLayer]]] = {}
         self._alone = []
         for name, layer in self.layers.items():

@@ -120,7 +120,8 @@ class Step:
     def drawing(self, draw: int = 0) -> Iterator[None]:
         """With masked layers that make one of the step's draws, and all else in eval mode.
 
-        The backward of a loss has to come within it as well, see ``Step``.
+        The backward of a loss has to come within it as well, see ``Step``. Masks may be drawn once for all that is in
+        it, so no logits move here but by that backward, behind which their layer is not used again.
         """
         states = counter_states(self.model)
         with modes_of_step(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):

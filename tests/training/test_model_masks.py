@@ -123,6 +123,18 @@ def test_tensors_that_have_come_to_lie_elsewhere_are_found():
         assert_same_bits([layer.held_codes for layer in masks.layers.values()], expected)
 
 
+def test_codes_of_tensors_that_lay_elsewhere_are_not_taken():
+    model, other = mixed_model(), mixed_model()
+    masks = ModelMasks(model)
+    with masks.drawn("this one"):
+        pass
+    for each in (model, other):
+        each[5].logits.data = torch.full((16, 16), 0.5)
+    masks.score_update_(0.5, known="this one")
+    ModelMasks(other).score_update_(0.5)
+    assert_same_bits(logits_of(model), logits_of(other))
+
+
 def test_a_step_with_few_uses_draws_where_it_multiplies():
     model = mixed_model()
     masks = ModelMasks(model)

@@ -22,7 +22,7 @@ class _Given(NamedTuple):
 
     groups: Sequence[Tensor]
     rest: Sequence[Tensor]
-    last: Tensor | None
+    last: Tensor
     out: Tensor
 
 
@@ -31,7 +31,7 @@ def _run(function: Callable, given: Sequence[_Given], *how, in_place: bool = Fal
 
     Args:
         given: of each layer.
-        how: what ``CompiledLoop`` takes behind ``in_place``.
+        how: what ``CompiledLoop`` takes behind ``in_place``; without it the groups are numbered.
         in_place: whether results go where the first tensor of groups is.
     """
     which = max(range(len(given)), key=lambda i: len(given[i].out))
@@ -41,9 +41,8 @@ def _run(function: Callable, given: Sequence[_Given], *how, in_place: bool = Fal
         for tensors, skipped in ((largest.groups, 1), (largest.rest, 0))
     ]
     out = (largest.out.dtype, *largest.out.shape[1:])
-    numbered = largest.last is not None and not how
-    loop = compiled_loop(function, *likes, numbered, out, 0 if in_place else None, *how, **constants)
-    of = [[*one.groups, *one.rest, *([] if one.last is None else [one.last])] for one in given]
+    loop = compiled_loop(function, *likes, not how, out, 0 if in_place else None, *how, **constants)
+    of = [[*one.groups, *one.rest, one.last] for one in given]
     run = loop.over_layers(of[which])
     if run is None:
         return False
@@ -53,7 +52,7 @@ def _run(function: Callable, given: Sequence[_Given], *how, in_place: bool = Fal
         for first, tensors, one in zip(firsts, of, given, strict=False)
     ]
     rows.append([sum(len(one.out) for one in given), *[0] * (len(rows[0]) - 1)])
-    run(torch.tensor(rows))
+    run(torch.tensor(rows, device="cpu"))
     return True
 
 
