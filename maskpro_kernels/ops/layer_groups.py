@@ -73,11 +73,6 @@ class LayerGroup:
         self.flips: Tensor | None = None
         self._table: Tensor | None = None
 
-    @property
-    def code_bytes(self) -> int:
-        """What the codes of all layers take."""
-        return sum(self.counts) * code_dtype(self.m).itemsize
-
     def allocate_codes(self) -> None:
         """Memory for codes, which then stays where it is."""
         if self.codes is not None:
@@ -90,7 +85,9 @@ class LayerGroup:
             flat = [memory[start : start + count] for start, count in zip(starts, self.counts, strict=False)]
             shapes = [(len(logits), logits.shape[1] // self.m) for logits, *_ in self.layers]
             self.codes = [x.view(shape) for x, shape in zip(flat, shapes, strict=True)]
-        self._table = None
+        if self._table is not None:
+            # in place, for a captured graph may read it
+            self._table.copy_(kernels("grouped").table_of(self))
 
     def table(self) -> Tensor:
         """As the kernels find the layers; on the device, and made once."""
