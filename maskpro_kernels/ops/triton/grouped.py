@@ -43,19 +43,19 @@ def layer_of(table, programs, BLOCK: tl.constexpr):
 @triton.jit
 def score_of_code(x, code, inv_temperature, N: tl.constexpr, M: tl.constexpr):
     """``exact_score`` of columns of logits; a block of 2:4 that keeps its largest ones takes the shorter way to it."""
+    kept = d.decode(code, M)
     if N == 2 and M == 4:
         ordered = d.descending(x, 4)
-        largest = ()
+        # of a tie more than two are the largest
+        expected = ordered[2] < ordered[1]
         for i in tl.static_range(4):
-            largest = largest + (x[i] >= ordered[1],)
-        # of a tie more than two are kept
-        expected = (d.encode(largest, 4) == code) & (ordered[2] < ordered[1])
+            expected = expected & (kept[i] == (x[i] >= ordered[1]))
         if tl.min(expected.to(tl.int32), 0) == 0:
-            scores = d.exact_score(d.scaled(x, inv_temperature, 4), d.decode(code, 4), 2, 4)
+            scores = d.exact_score(d.scaled(x, inv_temperature, 4), kept, 2, 4)
         else:
             scores = d.score_of_largest_2_of_4(x, ordered, inv_temperature)
     else:
-        scores = d.exact_score(d.scaled(x, inv_temperature, M), d.decode(code, M), N, M)
+        scores = d.exact_score(d.scaled(x, inv_temperature, M), kept, N, M)
     return scores
 
 
