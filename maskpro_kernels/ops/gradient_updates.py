@@ -41,7 +41,7 @@ def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Te
     f"{MASK}) -> Tensor",
 )
 def _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *mask):
-    mask = unflat(*mask).known
+    mask = unflat(*mask)
     with without_autocast(grad):
         factors = _factors(grad, x, curvature, grad_squares)
         if uses_kernels(grad):
@@ -72,7 +72,7 @@ def straight_through_grad(
     kept and dropped weights. ``grad_squares`` float32 [rows] takes the place of the sum of grad^2, where another
     gradient than this one tells the curvature.
     """
-    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *flat(mask))
+    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *flat(mask.known))
 
 
 @torch.library.custom_op(

@@ -88,7 +88,7 @@ def _reference_masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
 
 @quick_op("masked_weight", f"(Tensor weight, {MASK}) -> Tensor")
 def _masked_weight(weight, *mask):
-    mask = unflat(*mask).known
+    mask = unflat(*mask)
     if uses_kernels(weight):
         return kernels("sampling").masked_weight(weight, mask)
     return _reference_masked_weight(weight, mask)
@@ -101,7 +101,7 @@ def _(weight, *_):
 
 def masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
     """The weight [rows, K] under a mask, exact zeros elsewhere."""
-    return _masked_weight(weight, *flat(mask))
+    return _masked_weight(weight, *flat(mask.known))
 
 
 def _masked_weight_context(ctx, inputs, output):
@@ -136,8 +136,6 @@ torch.library.register_autograd("maskpro::masked_weight", _masked_weight_backwar
 @quick_op("masked_linear", f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)")
 def _masked_linear(x, weight, bias, log_prob, *mask):
     mask, total = unflat(*mask), None
-    # a log-probability takes the logits
-    mask = mask if log_prob else mask.known
     with without_autocast(x):
         if uses_kernels(x):
             y, total = kernels("masked_gemm").masked_linear(x, weight, bias, mask, log_prob)
@@ -162,7 +160,8 @@ def masked_linear(
 
     The product runs in the dtype of x.
     """
-    return _masked_linear(x, weight, bias, log_prob, *flat(mask))
+    # a log-probability takes the logits
+    return _masked_linear(x, weight, bias, log_prob, *flat(mask if log_prob else mask.known))
 
 
 def _masked_linear_context(ctx, inputs, output):
@@ -203,7 +202,7 @@ torch.library.register_autograd("maskpro::masked_linear", _masked_linear_backwar
     "maskpro::masked_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, Tensor weight, {MASK}) -> Tensor"
 )
 def _masked_linear_input_grad(grad, weight, *mask):
-    mask = unflat(*mask).known
+    mask = unflat(*mask)
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("masked_gemm").masked_linear_input_grad(grad, weight, mask)
@@ -217,14 +216,14 @@ def _(grad, weight, *_):
 
 def masked_linear_input_grad(grad: Tensor, weight: Tensor, mask: MaskSource) -> Tensor:
     """grad [tokens, rows] @ (weight [rows, K] * mask), in the dtype of grad."""
-    return _masked_linear_input_grad(grad, weight, *flat(mask))
+    return _masked_linear_input_grad(grad, weight, *flat(mask.known))
 
 
 @torch.library.custom_op(
     "maskpro::masked_linear_weight_grad", mutates_args=(), schema=f"(Tensor grad, Tensor x, {MASK}) -> Tensor"
 )
 def _masked_linear_weight_grad(grad, x, *mask):
-    mask = unflat(*mask).known
+    mask = unflat(*mask)
     with without_autocast(grad):
         if uses_kernels(grad):
             return kernels("masked_gemm").masked_linear_weight_grad(grad, x, mask)
@@ -238,7 +237,7 @@ def _(grad, x, *_):
 
 def masked_linear_weight_grad(grad: Tensor, x: Tensor, mask: MaskSource) -> Tensor:
     """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
-    return _masked_linear_weight_grad(grad, x, *flat(mask))
+    return _masked_linear_weight_grad(grad, x, *flat(mask.known))
 
 
 @torch.library.custom_op("maskpro::mask_score", mutates_args=())
