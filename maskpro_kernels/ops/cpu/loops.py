@@ -159,6 +159,13 @@ class _Numbers:
         """The number of a group as the i-th one, as far as rows lie side by side."""
         _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
 
+    def put_all(self, first: ir.Value, end: ir.Value) -> ir.Value:
+        """Those of consecutive groups; gives how many there are."""
+        size = self.builder.sub(end, first)
+        each(self.builder, LONG(0), size, lambda i: self.put(i, self.builder.add(first, i)))
+        self.set_apart(size)
+        return size
+
     def set_apart(self, count: ir.Value) -> None:
         """Correct so many of them where rows do not; those that do need no division."""
         builder = self.builder
@@ -207,39 +214,46 @@ def _add_draws(
         builder.store(LONG(0), filled)
 
     def block(first: ir.Value) -> None:
-        beyond = builder.add(first, LONG(BLOCK))
-        end = builder.select(builder.icmp_signed("<", beyond, stop), beyond, stop)
-        size = builder.sub(end, first)
-        each(builder, LONG(0), size, lambda i: numbers.put(i, builder.add(first, i)))
-        numbers.set_apart(size)
+        end = _lesser(builder, builder.add(first, LONG(BLOCK)), stop)
+        size = numbers.put_all(first, end)
         builder.call(level, [LONG(0), size, memory, *others, levels])
         here, levels_here = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
         builder.call(by_bounds, [first, end, *of_groups, levels_here, *others, *written, here])
 
-        def flag_of(group: ir.Value, typ: ir.Type) -> ir.Value:
-            return builder.load(builder.gep(here, [group], source_etype=byte), typ=typ, align=1)
-
         def collect(group: ir.Value) -> None:
             size = builder.load(filled, typ=LONG)
             builder.store(group, builder.gep(found, [size], source_etype=LONG))
-            size = builder.add(size, builder.zext(flag_of(group, byte), LONG))
+            size = builder.add(size, builder.zext(_flag_of(builder, here, group, byte), LONG))
             builder.store(size, filled)
             with builder.if_then(builder.icmp_signed("==", size, LONG(BATCH)), likely=False):
                 draw_found(size)
 
         def word(group: ir.Value) -> None:
-            with builder.if_then(builder.icmp_signed("!=", flag_of(group, LONG), LONG(0)), likely=False):
-                last = builder.add(group, LONG(8))
-                each(builder, group, builder.select(builder.icmp_signed("<", last, end), last, end), collect)
+            with builder.if_then(_some(builder, _flag_of(builder, here, group, LONG)), likely=False):
+                each(builder, group, _lesser(builder, builder.add(group, LONG(8)), end), collect)
 
         each(builder, first, end, word, by=8)
 
     each(builder, start, stop, block, by=BLOCK)
     size = builder.load(filled, typ=LONG)
-    with builder.if_then(builder.icmp_signed("!=", size, LONG(0))):
+    with builder.if_then(_some(builder, size)):
         draw_found(size)
     builder.ret_void()
     return function
+
+
+def _some(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Whether it is not 0."""
+    return builder.icmp_signed("!=", value, LONG(0))
+
+
+def _lesser(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed("<", one, other), one, other)
+
+
+def _flag_of(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, typ: ir.Type) -> ir.Value:
+    """That of a group; as a word those of the groups behind it, too."""
+    return builder.load(builder.gep(flags, [group], source_etype=ir.IntType(8)), typ=typ, align=1)
 
 
 def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorType) -> None:
