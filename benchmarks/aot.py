@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskpro_kernels.ops.reference.quadrature import quadrature_grid
-from maskpro_kernels.ops.triton import adamw, masked_gemm, packed, sampling, straight_through, swaps
+from maskpro_kernels.ops.triton import adamw, grouped, masked_gemm, packed, sampling, straight_through, swaps
 from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles, configuration, scores_in_short
 
 TARGETS = {
@@ -27,7 +27,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-FILES = {"adamw": adamw, "best_swaps": swaps, "descend": straight_through}
+# By the names of launches, where these are not those of a kernel in ``sampling``
+FUNCTIONS = {
+    "adamw": adamw.adamw_kernel,
+    "best_swaps": swaps.best_swaps_kernel,
+    "descend": straight_through.descend_kernel,
+    "score_updates": sampling.score_update_kernel,
+    "sample_masks": grouped.sample_masks_kernel,
+    "score_update_of_layers": grouped.score_update_layers_kernel,
+    "score_updates_of_layers": grouped.score_update_layers_kernel,
+}
 # Arguments of several kernels
 TYPES = {
     "inv_temperature": "fp32",
@@ -71,8 +80,7 @@ def build(
     Masked weights are of the weight's dtype unless ``out`` names another. "score_updates" is the update by several
     draws. ``constants`` take the place of those that ``launch`` passes by default.
     """
-    name = "score_update" if kernel == "score_updates" else kernel
-    function = getattr(FILES.get(kernel, sampling), f"{name}_kernel")
+    function = FUNCTIONS.get(kernel) or getattr(sampling, f"{kernel}_kernel")
     nodes, step = quadrature_grid(n)
     code = "*u8" if m <= 8 else "*i32"
     types = (
@@ -96,6 +104,9 @@ def build(
             "blocks": "*fp32",
             "change": "*fp32",
             "swap": code,
+            "table": "*i64",
+            "flips": "*i32",
+            "programs": "i32",
         }
     )
     config = configuration(kernel, m, 0, target)
@@ -107,8 +118,11 @@ def build(
         "STEP": step,
         "KIND": "drawn",
         "WHOLE": True,
-        "SEVERAL": kernel == "score_updates",
+        "SEVERAL": kernel in ("score_updates", "score_updates_of_layers"),
         "SHORT": scores_in_short(target),
+        "ELEMENT": ELEMENTS[logits],
+        "CODE": tl.uint8 if m <= 8 else tl.int32,
+        "BYTES": grouped.ALIGNED,
     } | constants
     constants = {name: known[name] for name in function.arg_names if name in known}
     return _compile(function, target, types, constants, config.options(target))

@@ -24,6 +24,7 @@ from .pruning.convert import Conversion, convert
 from .pruning.finalize import finalize
 from .pruning.refit import refit
 from .training.mask_optimizer import MaskOptimizer
+from .training.model_masks import ModelMasks
 from .training.reinforce import Reinforce
 from .training.step import StepRecord
 from .training.straight_through import StraightThrough
@@ -36,6 +37,7 @@ __all__ = [
     "MaskOptimizer",
     "MaskTrainer",
     "MaskedLinear",
+    "ModelMasks",
     "NMLinear",
     "NMPattern",
     "PackedNM",

@@ -75,6 +75,7 @@ class MaskSource(NamedTuple):
         n, m: of the pattern.
         inv_temperature: of a draw.
         counter: of a draw.
+        codes: group codes [rows, K / M] of a draw that has been made already; None where it has not.
     """
 
     tensor: Tensor
@@ -83,3 +84,9 @@ class MaskSource(NamedTuple):
     m: int
     inv_temperature: float = 1.0
     counter: Counter | None = None
+    codes: Tensor | None = None
+
+    @property
+    def known(self) -> MaskSource:
+        """The same mask, by its codes where these are there."""
+        return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m)

@@ -108,6 +108,8 @@ class MaskedLinear(nn.Module):
             ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
             at first: a gradient reaches them by ``log_prob`` alone. One that moves the logits itself has an attribute
             ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
+        held_codes: group codes [out, K / M] of the current draw, where all layers have made it together, see
+            ``ModelMasks``; None where each use draws by itself.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
@@ -157,6 +159,7 @@ class MaskedLinear(nn.Module):
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
+        self.held_codes: Tensor | None = None
         self.weight_changed = self.is_dense = False
 
     @classmethod
@@ -228,10 +231,10 @@ class MaskedLinear(nn.Module):
             return self.straight_through(input)
 
         def product(logits: Tensor) -> Tensor:
-            y, _ = linear_under(input, self.weight, self.bias, self._mask(logits, self.training))
+            y, _ = linear_under(input, self.weight, self.bias, self._mask(logits, self.training).known)
             return y
 
-        y = self._with_logits(product)
+        y = self._with_logits(product, drawn=self.training)
         return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
 
     def straight_through(self, input: Tensor) -> Tensor:
@@ -241,18 +244,22 @@ class MaskedLinear(nn.Module):
             mask = self._mask(logits, drawn=True)
             return straight_through_under(input, self.weight, self.bias, mask, self.logits_backward)
 
-        return self._with_logits(product)
+        return self._with_logits(product, drawn=True)
 
     def _mask(self, logits: Tensor, drawn: bool) -> MaskSource:
         """The source of the mask that is drawn at the current step, or else of the N largest logits."""
         check_weight(self.weight, self.pattern)
-        check_like("logits", logits, "weight", self.weight)
+        held = self.held_codes if drawn else None
+        if held is None:
+            check_like("logits", logits, "weight", self.weight)
         matrix, n, m = matrix_of("logits", logits, self.pattern), self.pattern.n, self.pattern.m
-        return MaskSource(matrix, "drawn", n, m, counter=self.counter()) if drawn else MaskSource(matrix, "top_n", n, m)
+        if not drawn:
+            return MaskSource(matrix, "top_n", n, m)
+        return MaskSource(matrix, "drawn", n, m, counter=self.counter(), codes=held)
 
-    def _with_logits(self, function: Callable[[Tensor], Result]) -> Result:
-        """``function(logits)``, differentiable, with logits on the weight's device."""
-        if self.logits.device == self.weight.device:
+    def _with_logits(self, function: Callable[[Tensor], Result], drawn: bool) -> Result:
+        """``function(logits)``, differentiable, with logits on the weight's device, unless a draw of them is held."""
+        if self.logits.device == self.weight.device or (drawn and self.held_codes is not None):
             return function(self.logits)
         logits = self.logits_on_device()
         if not torch.is_grad_enabled():
@@ -295,18 +302,19 @@ class MaskedLinear(nn.Module):
         return self._weight_under(drawn=False)
 
     def _weight_under(self, drawn: bool) -> Tensor:
-        mask = self._mask(self.logits_on_device().detach(), drawn)
-        return ops.masked_weight(self.weight.contiguous(), mask)
+        return ops.masked_weight(self.weight.contiguous(), self._mask(self.logits_on_device().detach(), drawn))
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
+        if self.held_codes is not None:
+            return self.held_codes
         mask = self._mask(self.logits_on_device().detach(), drawn=True)
         return ops.sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
 
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         codes = self.drawn_codes()
-        return self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum())
+        return self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum(), drawn=False)
 
     @property
     def layer(self) -> int:

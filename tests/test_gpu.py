@@ -12,7 +12,9 @@ from helpers.softmax_model import softmax_batches, softmax_model
 from torch import nn
 
 from maskpro_kernels import (
+    MaskedLinear,
     MaskTrainer,
+    ModelMasks,
     NMPattern,
     StraightThrough,
     advance,
@@ -229,6 +231,70 @@ def test_a_captured_graph_draws_anew_after_each_advance():
             expected = sample_masked_weight(layer.weight, layer.logits, "2:4", seed=0, step=step)
             assert_same_bits(weight, expected)
             assert_same_bits(y.T, expected[:, :128])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16"])
+def test_a_reinforce_step_is_one_captured_graph(pattern, dtype):
+    """Draw, forward, update and advance: each replay draws anew, and moves the logits by the factor that it finds."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 64))
+    models = {}
+    for device in ("cpu", "cuda"):
+        models[device] = copy.deepcopy(plain).to(device)
+        convert(models[device], pattern, gap=1.0, logits_dtype=dtype)
+        models[device].train()
+    on_gpu, on_cpu = models["cuda"], models["cpu"]
+    masks, x, factor = ModelMasks(on_gpu), torch.ones(16, 512, device="cuda"), torch.zeros((), device="cuda")
+
+    def step():
+        with torch.no_grad(), masks.drawn():
+            loss = on_gpu(x).square().mean()
+            masks.score_update_(factor)
+        advance(on_gpu)
+        return loss
+
+    # with a factor of 0: it makes the tables, and moves nothing
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for i, value in enumerate((0.5, -0.25, 1.0)):
+        factor.fill_(value)
+        for model in models.values():
+            model[0].counter_state.step.fill_(i)
+        graph.replay()
+        assert torch.isfinite(loss)
+        ModelMasks(on_cpu).score_update_(value)
+        for ours, theirs in zip(masked_layers(on_gpu).values(), masked_layers(on_cpu).values(), strict=True):
+            assert_same_bits(ours.logits.detach().cpu(), theirs.logits.detach())
+        assert int(on_gpu[0].counter_state.step) == i + 1
+
+
+@pytest.mark.parametrize("sizes", [[(1000, 1024), (3, 64), (257, 96)]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_layers_of_one_launch_have_the_bits_of_the_cpu(pattern, dtype, sizes):
+    generator, models = torch.Generator().manual_seed(0), {}
+    layers = [(4 * torch.randn(*size, generator=generator)).to(dtype) for size in sizes]
+    for device in ("cpu", "cuda"):
+        model = nn.ModuleList(
+            MaskedLinear(torch.ones_like(logits, device=device), None, logits.to(device), pattern, layer=i)
+            for i, logits in enumerate(layers)
+        ).train()
+        for layer in model:
+            layer.counter_state = model[0].counter_state
+        models[device], masks = model, ModelMasks(model)
+        with torch.no_grad(), masks.drawn():
+            codes = [layer.held_codes.cpu() for layer in model]
+            rates = [masks.flip_rate(str(i)) for i in range(len(sizes))]
+            masks.score_update_(0.37)
+        found = codes, rates, [layer.logits.detach().cpu() for layer in model]
+        models[device] = found
+    for ours, theirs in zip(models["cuda"][0] + models["cuda"][2], models["cpu"][0] + models["cpu"][2], strict=True):
+        assert_same_bits(ours, theirs)
+    assert models["cuda"][1] == models["cpu"][1]
 
 
 @pytest.mark.parametrize("k", [None, 3])

@@ -20,6 +20,7 @@ from maskpro_kernels.modules import CounterState, masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.training import journal
 from maskpro_kernels.training.journal import Draw, Entry
+from maskpro_kernels.training.model_masks import ModelMasks
 from maskpro_kernels.training.run_folder import JOURNAL, settings_of
 from maskpro_kernels.training.score_updates import replay
 
@@ -88,8 +89,8 @@ def test_scores_move_shards_as_the_whole_layer(pattern, dtype, place):
     shard, before = shard_of(layer, *place), layer.logits.detach().clone()
     for step in range(2):
         entry = Entry(step, 1, 0.0, (Draw(0, 1.0, 0.5), Draw(1, 1.0, -0.25)), False)
-        replay({"layer": layer}, 9, entry)
-        replay({"layer": shard}, 9, entry)
+        replay(ModelMasks({"layer": layer}), 9, entry)
+        replay(ModelMasks({"layer": shard}), 9, entry)
         assert_is_part(shard, layer, place)
     mk.score_update_(layer.logits, 0.5, pattern=pattern, **layer.counter().keywords())
     mk.score_update_(shard.logits, 0.5, pattern=pattern, **shard.counter().keywords())
@@ -206,7 +207,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path, capsys):
     first.close()
     header, entries, *_ = journal.read(folder / JOURNAL)
     for entry in entries:
-        replay({"0": whole}, 9, entry)
+        replay(ModelMasks({"0": whole}), 9, entry)
     assert_is_part(shard, whole, place)
 
     # from the journal alone, but for the first snapshot

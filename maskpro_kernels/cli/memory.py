@@ -62,6 +62,7 @@ def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, mo
         model,
         layers,
         estimator,
+        pattern=args.pattern,
         logits_dtype=DTYPES[args.logits_dtype],
         alone=args.accumulate == world == 1,
         activations=max(of_step, of_evaluation),

@@ -14,8 +14,8 @@ from ..digests import digest
 from ..pattern import NMPattern
 from ..report import FROZEN
 from ..training.journal import read as read_journal
+from ..training.model_masks import ModelMasks, ReplayedLayer
 from ..training.run_folder import JOURNAL
-from ..training.score_updates import ReplayedLayer
 from ..training.score_updates import replay as replay_step
 from ..training.snapshots import newest_snapshot
 from .arguments import device_of, new_file, telling
@@ -56,8 +56,9 @@ def replay(args: argparse.Namespace) -> None:
         name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer, *place)
         for name, (layer, pattern, _, _, *place) in run["layers"].items()
     }
+    masks = ModelMasks(layers)
     for entry in followed(entries[:steps], "replaying", args.bars):
-        replay_step(layers, run["seed"], entry)
+        replay_step(masks, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
     if output is not None:
         write_learned(Learned(logits, weights, metadata), output)

@@ -166,15 +166,16 @@ class _StraightThroughLinear(torch.autograd.Function):
             x if needs_weight or needs_logits else None,
             weight if needs_x or needs_logits else None,
             logits,
+            mask.codes,
             *mask.counter.key,
         )
-        ctx.mask, ctx.shard = mask._replace(tensor=None, counter=None), mask.counter[4:]
+        ctx.mask, ctx.shard = mask._replace(tensor=None, counter=None, codes=None), mask.counter[4:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, logits, *key = ctx.saved_tensors
-        mask = ctx.mask._replace(tensor=logits, counter=Counter(*key, *ctx.shard))
+        x, weight, logits, codes, *key = ctx.saved_tensors
+        mask = ctx.mask._replace(tensor=logits, counter=Counter(*key, *ctx.shard), codes=codes)
         needs_x, needs_weight, needs_bias, _, needs_logits, _ = ctx.needs_input_grad
         grad = grad.contiguous()
         x_grad = ops.masked_linear_input_grad(grad, weight, mask) if needs_x else None
@@ -182,6 +183,9 @@ class _StraightThroughLinear(torch.autograd.Function):
         bias_grad = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
         # last: logits that have moved would draw another mask
         logits_grad = ctx.logits_backward(grad, x, weight, mask) if needs_logits else None
+        if logits_grad is not None:
+            # they may live elsewhere, where their mask was drawn before
+            logits_grad = logits_grad.to(logits.device)
         return x_grad, weight_grad, bias_grad, None, logits_grad, None
 
 

@@ -56,16 +56,20 @@ def uses_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda or (tensor.device.type == "cpu" and interpreting())
 
 
+def uses_machine_code(tensor: Tensor) -> bool:
+    """Whether operations on a tensor that no kernel takes run as machine code, rather than eagerly."""
+    return tensor.device.type == "cpu" and compiler_available()
+
+
 def run_reference(name: str, *args, **constants: int):
     """Run a function of the reference: as machine code where that can be, else as it stands."""
-    tensor = args[0]
-    module = cpu_kernels if tensor.device.type == "cpu" and compiler_available() else reference
+    module = cpu_kernels if uses_machine_code(args[0]) else reference
     return getattr(module, name)(*args, **constants)
 
 
 def packed_products(tensor: Tensor) -> ModuleType:
     """What multiplies with packed weights where no Triton kernel does: compiled code, or torch on what is unpacked."""
-    return cpu_products if tensor.device.type == "cpu" and compiler_available() else reference_products
+    return cpu_products if uses_machine_code(tensor) else reference_products
 
 
 def scalar(value: float, like: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def straight_through_grad(
     kept and dropped weights. ``grad_squares`` float32 [rows] takes the place of the sum of grad^2, where another
     gradient than this one tells the curvature.
     """
-    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *flat(mask))
+    return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *flat(mask.known))
 
 
 @torch.library.custom_op(

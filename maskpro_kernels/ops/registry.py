@@ -19,19 +19,20 @@ from .onnx_graph import refuse_in_onnx_export
 COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
 MASK = (
     "Tensor source, str kind, int n, int m, float inv_temperature, Tensor? seed, Tensor? step, Tensor? layer, "
-    "Tensor? draw, int group_offset, int group_row_stride"
+    "Tensor? draw, int group_offset, int group_row_stride, Tensor? codes"
 )
 
 
 def flat(mask: MaskSource) -> tuple:
     """A mask's source as the ops take it."""
-    *source, counter = mask
-    return *source, *(counter or NO_COUNTER)
+    *source, counter, codes = mask
+    return *source, *(counter or NO_COUNTER), codes
 
 
-def unflat(source: Tensor, kind: str, n: int, m: int, inv_temperature: float, *counter) -> MaskSource:
+def unflat(source: Tensor, kind: str, n: int, m: int, inv_temperature: float, *rest) -> MaskSource:
     """``flat`` undone."""
-    return MaskSource(source, kind, n, m, inv_temperature, Counter(*counter) if kind == "drawn" else None)
+    *counter, codes = rest
+    return MaskSource(source, kind, n, m, inv_temperature, Counter(*counter) if kind == "drawn" else None, codes)
 
 
 @torch.library.custom_op(
@@ -71,6 +72,7 @@ def _(scores, n, m):
 
 def codes_under(mask: MaskSource) -> Tensor:
     """Group codes [rows, K / M] of a mask of any kind."""
+    mask = mask.known
     if mask.kind == "drawn":
         return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
     return top_n_mask(mask.tensor, mask.n, mask.m) if mask.kind == "top_n" else mask.tensor
@@ -99,7 +101,7 @@ def _(weight, *_):
 
 def masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:
     """The weight [rows, K] under a mask, exact zeros elsewhere."""
-    return _masked_weight(weight, *flat(mask))
+    return _masked_weight(weight, *flat(mask.known))
 
 
 def _masked_weight_context(ctx, inputs, output):
@@ -109,17 +111,17 @@ def _masked_weight_context(ctx, inputs, output):
 
 def _save_mask(ctx, mask, *tensors):
     """Keep references to tensors and the mask's source for backward, where the mask is drawn again."""
-    source, kind, n, m, inv_temperature, *key, group_offset, group_row_stride = mask
-    ctx.save_for_backward(source, *key, *tensors)
+    source, kind, n, m, inv_temperature, *key, group_offset, group_row_stride, codes = mask
+    ctx.save_for_backward(source, *key, codes, *tensors)
     ctx.constants = (kind, n, m, inv_temperature), (group_offset, group_row_stride)
 
 
 def _saved_mask(ctx):
     """(the mask's source, the other tensors that were saved with it)."""
     source, *saved = ctx.saved_tensors
-    key, tensors = saved[:4], saved[4:]
+    key, codes, tensors = saved[:4], saved[4], saved[5:]
     constants, shard = ctx.constants
-    return unflat(source, *constants, *key, *shard), tensors
+    return unflat(source, *constants, *key, *shard, codes), tensors
 
 
 def _masked_weight_backward(ctx, grad):
@@ -158,7 +160,8 @@ def masked_linear(
 
     The product runs in the dtype of x.
     """
-    return _masked_linear(x, weight, bias, log_prob, *flat(mask))
+    # a log-probability takes the logits
+    return _masked_linear(x, weight, bias, log_prob, *flat(mask if log_prob else mask.known))
 
 
 def _masked_linear_context(ctx, inputs, output):
@@ -213,7 +216,7 @@ def _(grad, weight, *_):
 
 def masked_linear_input_grad(grad: Tensor, weight: Tensor, mask: MaskSource) -> Tensor:
     """grad [tokens, rows] @ (weight [rows, K] * mask), in the dtype of grad."""
-    return _masked_linear_input_grad(grad, weight, *flat(mask))
+    return _masked_linear_input_grad(grad, weight, *flat(mask.known))
 
 
 @torch.library.custom_op(
@@ -234,7 +237,7 @@ def _(grad, x, *_):
 
 def masked_linear_weight_grad(grad: Tensor, x: Tensor, mask: MaskSource) -> Tensor:
     """(grad [tokens, rows].T @ x [tokens, K]) * mask."""
-    return _masked_linear_weight_grad(grad, x, *flat(mask))
+    return _masked_linear_weight_grad(grad, x, *flat(mask.known))
 
 
 @torch.library.custom_op("maskpro::mask_score", mutates_args=())

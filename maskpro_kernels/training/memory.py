@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..pattern import NMPattern
 from .estimator import Estimator
 from .step import LossFn, modes_of_step
 
@@ -27,6 +28,7 @@ class MemoryNeed:
     Attributes:
         weights: of the model, with its buffers.
         logits: of the masks.
+        masks: group codes of all layers, where a step draws them once.
         optimizer: what the estimator holds from step to step.
         gradients: what a step holds of slopes and of gradients of weights.
         activations: all else that a forward, and its backward where there is one, hold at once.
@@ -35,6 +37,7 @@ class MemoryNeed:
 
     weights: int
     logits: int
+    masks: int
     optimizer: int
     gradients: int
     activations: int
@@ -50,6 +53,7 @@ def memory_need(
     layers: Mapping[str, nn.Module],
     estimator: Estimator,
     *,
+    pattern: str | NMPattern,
     logits_dtype: torch.dtype,
     alone: bool,
     activations: int,
@@ -61,18 +65,20 @@ def memory_need(
         model: not converted yet.
         layers: that will get masks, by name; each with a ``weight`` [out, K].
         estimator: of the run.
+        pattern: of the masks.
         logits_dtype: of the logits.
         alone: whether a step takes a single batch on a single rank: by straight-through no slopes are held then.
         activations: see ``activation_bytes``.
         teacher: bytes that the dense model's logits take.
     """
     weights = [layer.weight for layer in layers.values()]
-    held = estimator.memory(weights, alone)
+    held, pattern = estimator.memory(weights, alone), NMPattern(pattern)
     # each product makes the weight under its mask
     largest = max(weight.nbytes for weight in weights)
     return MemoryNeed(
         weights=bytes_of(chain(model.parameters(), model.buffers())),
         logits=sum(weight.numel() for weight in weights) * logits_dtype.itemsize,
+        masks=sum(weight.numel() // pattern.m for weight in weights) * pattern.code_dtype.itemsize,
         optimizer=held.optimizer,
         gradients=held.gradients,
         activations=activations + largest,

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..modules import MaskedLinear
 from .estimator import Estimator, StepResult
 from .journal import Entry
+from .model_masks import ModelMasks
 from .run_folder import RunFolder, SavedRun
 from .score_updates import replay
 from .step import StepRecord
@@ -149,5 +150,6 @@ def put_back(saved: SavedRun, layers: Mapping[str, MaskedLinear], estimator: Est
         layer.logits.copy_(saved.tensors[name])
     for name, tensor in estimator.tensors().items():
         tensor.copy_(saved.tensors[PREFIX + name])
+    masks = ModelMasks(layers)
     for entry in saved.entries[saved.snapshot_step :]:
-        replay(layers, seed, entry)
+        replay(masks, seed, entry)

@@ -30,6 +30,7 @@ class Sharing:
 
     Attributes:
         own: the forwards that this rank makes, as (draw, which of the step's batches).
+        draws: masks drawn in a step, by all ranks.
 
     Raises:
         ValueError: see ``check_shares``.
@@ -37,7 +38,7 @@ class Sharing:
 
     def __init__(self, ranks: Ranks, parallel: str, accumulate: int, draws: int):
         check_shares(ranks.world, parallel, accumulate, draws)
-        self.ranks = ranks
+        self.ranks, self.draws = ranks, draws
         pairs = [(draw, place) for draw in range(draws) for place in range(accumulate)]
         owners = [(place if parallel == "data" else draw) % ranks.world for draw, place in pairs]
         self._by_rank = [

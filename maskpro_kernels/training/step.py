@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import describe
-from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, counter_states, evaluating
+from ..ops.mask_costs import Uses
 from .batches import count_tokens, weights_of
 from .journal import Entry
+from .model_masks import ModelMasks
 from .sharing import Sharing
 
 LossFn = Callable[[nn.Module, object], Tensor]
@@ -64,9 +65,9 @@ class Step:
         weights: of the batches' losses in their mean, by tokens.
         tokens: elements of the batches' input ids.
         model, loss_fn: those of the trainer.
+        masks: of all layers, see ``ModelMasks``.
         layers: the masked layers by name.
         sharing: which forwards this rank makes.
-        flip_rate: share of the groups whose draw leaves the top-N mask, in the layer whose turn it is.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Step:
         index: int,
         batches: Sequence,
         model: nn.Module,
-        layers: Mapping[str, MaskedLinear],
+        masks: ModelMasks,
         loss_fn: LossFn,
         *,
         seed: int,
@@ -84,14 +85,22 @@ class Step:
         initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
         begin_update: Callable[[Entry | None], None],
     ):
-        self.index, self.seed, self.batches, self.layers, self.sharing = index, seed, batches, layers, sharing
+        self.index, self.seed, self.batches, self.sharing = index, seed, batches, sharing
+        self.masks, self.layers = masks, masks.layers
         self.weights = weights_of(batches)
         self.tokens = sum(map(count_tokens, batches))
-        self.flip_rate = _flip_rate(list(layers.values())[index % len(layers)])
         self.model, self.loss_fn, self._checkpointing = model, loss_fn, checkpointing
         self._initial_loss, self._begin_update = initial_loss, begin_update
         self._own: list[float] = []
+        self._flip_rate: float | None = None
         self._journaled, self._entries = journaled, 0
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of the groups whose draw leaves the top-N mask, in the layer whose turn it is."""
+        if self._flip_rate is None:
+            self._flip_rate = self.masks.flip_rate(list(self.layers)[self.index % len(self.layers)])
+        return self._flip_rate
 
     def initial_loss(self) -> float:
         """The loss of the step's batches under the initial masks."""
@@ -111,17 +120,38 @@ class Step:
     def drawing(self, draw: int = 0) -> Iterator[None]:
         """With masked layers that make one of the step's draws, and all else in eval mode.
 
-        The backward of a loss has to come within it as well, see ``Step``.
+        The backward of a loss has to come within it as well, see ``Step``. Masks may be drawn once for all that is in
+        it, so no logits move here but by that backward, behind which their layer is not used again.
         """
         states = counter_states(self.model)
         with modes_of_step(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):
             try:
+                if draw:
+                    # that of the first one, ahead of the others
+                    _ = self.flip_rate
                 for state in states:
                     state.draw.fill_(draw)
-                yield
+                with self.masks.drawn(self.draw_id(draw), self._uses(draw)):
+                    _ = self.flip_rate
+                    yield
             finally:
                 for state in states:
                     state.draw.fill_(0)
+
+    def draw_id(self, draw: int) -> tuple[int, int]:
+        """By what ``masks`` know a draw of this step."""
+        return self.index, draw
+
+    def _uses(self, draw: int) -> Uses:
+        """What takes the masks of a draw on this rank."""
+        tokens = [count_tokens(self.batches[place]) for own, place in self.sharing.own if own == draw]
+        gradients = torch.is_grad_enabled()
+        return Uses(
+            tokens=max(tokens, default=0),
+            products=len(tokens) * (2 if gradients else 1),
+            slopes=len(tokens) if gradients else 0,
+            updates=int(not gradients and self.sharing.draws == 1),
+        )
 
     def forward(self, place: int) -> Tensor | float:
         """The loss of the batch at that place in the step, whose value is noted for ``exchange``.
@@ -155,6 +185,8 @@ class Step:
             ValueError: if the estimator has a journal and gives no entry.
             OSError: if the entry cannot be written; it is not in the journal then.
         """
+        # while the logits are those of the draw
+        _ = self.flip_rate
         if self._journaled and entry is None:
             raise ValueError("entry: expected one from an estimator whose runs have a journal, got None")
         self._begin_update(entry)
@@ -193,12 +225,6 @@ def modes_of_step(
             if checkpointing and getattr(module, "gradient_checkpointing", False):
                 module.training = True
         yield
-
-
-@torch.inference_mode()
-def _flip_rate(layer: MaskedLinear) -> float:
-    """Share of groups whose draw left the top-N mask."""
-    return float((layer.drawn_codes() != top_n_mask(layer.logits_on_device(), layer.pattern)).float().mean())
 
 
 def value_of(loss: Tensor | float) -> float:

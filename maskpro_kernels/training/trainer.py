@@ -24,6 +24,7 @@ from .batches import weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
 from .journal import Entry
+from .model_masks import ModelMasks
 from .number_checks import check_float, check_whole
 from .rank_agreement import check_alike
 from .resume import RunState, put_back, read_run, snapshot_of
@@ -120,6 +121,7 @@ class MaskTrainer:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.snapshot_minutes, self.max_skipped = float(snapshot_minutes), max_skipped
         self.accumulate, self.parallel = accumulate, parallel
+        self._masks = ModelMasks(self.layers)
         self.steps_done = 0
         self._initial_losses = InitialLosses(self._batches.sequence, self.ranks)
         # Of rank 0 alone
@@ -315,7 +317,7 @@ class MaskTrainer:
             self.steps_done,
             self._batches.of_step(self.steps_done),
             self.model,
-            self.layers,
+            self._masks,
             self.loss_fn,
             seed=self.seed,
             sharing=self._sharing,

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 from helpers.cases import cases
-from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
+from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
+from helpers.layers import ManyLayers
 
 from maskpro_kernels.ops.triton import tiles
 
@@ -99,3 +100,37 @@ def test_a_single_group_and_one_more_than_a_block(dtype, compiled_for):
         of = Matrix(2, 4, dtype=dtype, rows=1, groups=groups)
         for kernel in ("sample_mask", "score_update", "top_n_mask"):
             assert_bits_of_reference(lambda kernel=kernel, of=of: OVER_GROUPS[kernel](of))
+
+
+OVER_LAYERS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers", "by codes")
+
+
+def of_layers_in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
+    if (pattern, dtype, shard) != ((2, 4), torch.float32, False):
+        return False
+    return target == "sm_80" or (target, kernel) in {("sm_90", "by codes"), ("gfx942", "sample_masks")}
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "pattern", "dtype", "shard"),
+    cases(
+        itertools.product(TARGETS, OVER_LAYERS, [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16)], DTYPES, (False, True)),
+        slow=lambda *case: not of_layers_in_the_ordinary_suite(*case),
+    ),
+    ids=str,
+)
+def test_layers_of_one_launch(target, kernel, pattern, dtype, shard, compiled_for, launched):
+    """The machine finds them by the addresses in a table, as a GPU does."""
+    compiled_for(target)
+    of = ManyLayers(*pattern, dtype, shard)
+    assert_bits_of_reference(lambda: of.call(kernel))
+    assert sum(launched.values()) == (2 if kernel == "by codes" else 1)
+
+
+@pytest.mark.parametrize("spread", ["certain", pytest.param("open", marks=pytest.mark.slow)])
+def test_flips_of_layers_of_one_launch(spread, compiled_for):
+    """Programs count what leaves the N largest logits, of blocks with noise and without."""
+    compiled_for("sm_80")
+    of = ManyLayers(2, 4, spread=spread)
+    found, expected = by_both(of.flip_rates)
+    assert found == expected and (spread == "certain") == (max(found) == 0.0)

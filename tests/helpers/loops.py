@@ -33,15 +33,27 @@ def check_loop(loop, groups=5):
     assert_same_bits(index, (torch.arange(groups) + 7) * 3)
 
 
-def by_bounds(x, threshold, scale, *, power):
+def oddness(number, scale, *, m):
+    """A level of each group, by its number."""
+    return (number & 1).to(torch.uint8)
+
+
+def by_bounds(x, threshold, level, scale, *, power):
     """Groups that begin below their threshold are left open, and as they are."""
     is_open = x[:, 0] < threshold
-    determined = [torch.where(is_open, column, column * scale) for column in x.unbind(-1)]
-    return torch.stack(determined, dim=-1), torch.where(is_open, 1, 0).to(torch.uint8)
+    columns = [torch.where(is_open, column, column * scale + level.to(torch.float32)) for column in x.unbind(-1)]
+    return torch.stack(columns, dim=-1), torch.where(is_open, 1, 0).to(torch.uint8)
 
 
-def draw_full(x, number, scale, *, power):
+def draw_full(x, threshold, number, scale, *, power):
     return torch.stack([column * scale + (number * power).to(torch.float32) for column in x.unbind(-1)], dim=-1)
+
+
+def drawn_loop(in_place=0, function=by_bounds):
+    """A loop of groups [2] with thresholds, which draws what lies below them."""
+    like, scalar = (torch.float32, 2), (torch.float32,)
+    how = False, like, in_place, oddness, draw_full, {"power": 3}
+    return compiled_loop.CompiledLoop(function, (like, scalar), (scalar,), *how)
 
 
 # Machine code of nothing, and what runs instead of it

@@ -57,6 +57,8 @@ OF_TRITON = {
     },
 }
 WARP, WAVE = 32, 64
+# The argument in which kernels over many layers find these
+TABLE = "table"
 MOST_THREADS = 1024
 PROGRAMS = {"cuda": PTXProgram, "hip": GCNProgram}
 
@@ -145,6 +147,7 @@ class MachineDriver(DriverBase):
         programs: by assembly text, with the basic blocks that have been executed.
         rewrite: what is done to a kernel's text before it runs; for planted faults.
         last: how many of a grid's last programs run; None: all of them.
+        behind: tensors whose addresses stand in the argument TABLE of the next launch.
         let_pass: kinds of findings that Triton gives rise to by itself, for this target in this release.
         torch: torch whose empty tensors are known to be unwritten. Code that allocates outputs takes it for its own.
     """
@@ -154,6 +157,7 @@ class MachineDriver(DriverBase):
         self.findings, self.launches, self.programs = Findings(), [], {}
         self.rewrite: Callable[[str], str] = str
         self.last: int | None = None
+        self.behind: list[torch.Tensor] = []
         self.torch = RecordingTorch()
         self.utils = Utilities(self)
 
@@ -177,6 +181,18 @@ class MachineDriver(DriverBase):
         finally:
             self.findings = outer
 
+    def knowing(self, launch: Callable[..., None]) -> Callable[..., None]:
+        """``launch(kernel, name, group, ...)`` of a ``LayerGroup``, whose tensors the kernel then reaches."""
+
+        def launched(kernel, name, group, *args, **how):
+            self.behind = [*(layer.logits for layer in group.layers), *(group.codes or ())]
+            try:
+                launch(kernel, name, group, *args, **how)
+            finally:
+                self.behind = []
+
+        return launched
+
     def faults(self, findings: Findings) -> list[Finding]:
         """Those that are the kernel's own."""
         return [finding for finding in findings if finding.kind not in self.let_pass]
@@ -189,12 +205,20 @@ class MachineDriver(DriverBase):
             program = self.programs[text] = PROGRAMS[self.backend](text)
         memory, fresh, moved = program.memory(), {}, {}
         tensors = [argument for argument in given if isinstance(argument[2], torch.Tensor)]
+        tables = [argument for argument in tensors if argument[0] == TABLE]
+        tensors = [argument for argument in tensors if argument[0] != TABLE]
+        tensors += [(f"behind {TABLE}: {i}", "*", tensor) for i, tensor in enumerate(self.behind)]
         for position, (start, data, name) in enumerate(spans(tensors), 1):
             unwritten = self.torch.unwritten(start, data.size)
             region = memory.register(position * APART + start % ALIGNMENT, data, name, initialised=not unwritten)
             moved[range(start, start + data.size)] = region.start
             if unwritten:
                 fresh[start] = region
+        for start, data, name in spans(tables):
+            entries = [address(int(entry), moved) for entry in data.view(np.int64)]
+            position += 1
+            region = memory.register(position * APART, np.array(entries, np.int64).view(np.uint8), name)
+            moved[range(start, start + data.size)] = region.start
         values = [number(kind, value, moved) for _, kind, value in given]
         # behind its own, Triton gives each kernel pointers to scratch memory, which those here don't use
         values += [0] * (program.parameters - len(values))
@@ -250,9 +274,14 @@ def number(kind: str, value, moved: dict[range, int]) -> int | float:
     ``moved`` tells where ranges of addresses begin on the machine. A tensor without elements is nowhere, at 0.
     """
     if isinstance(value, torch.Tensor):
-        start = value.data_ptr()
-        return next((own + start - here.start for here, own in moved.items() if start in here and value.numel()), 0)
+        return address(value.data_ptr(), moved, 0) if value.numel() else 0
     return float(value) if kind.startswith(("fp", "bf")) else int(value)
+
+
+def address(start: int, moved: dict[range, int], otherwise: int | None = None) -> int:
+    """Where an address lies on the machine; ``otherwise``, or as it is, where it is none of those that are moved."""
+    found = (own + start - here.start for here, own in moved.items() if start in here)
+    return next(found, start if otherwise is None else otherwise)
 
 
 def spans(given: list[tuple]) -> Iterator[tuple[int, np.ndarray, str]]:

@@ -51,7 +51,7 @@ def need_of(model, estimator, loss_fn, accumulate=1, rows=ROWS):
         return torch.zeros(count, LENGTH, dtype=torch.int64)
 
     found = activation_bytes(model, layers, loss_fn, batch_of, rows, estimator.needs_gradients)
-    how = {"logits_dtype": torch.float32, "alone": accumulate == 1, "activations": found}
+    how = {"pattern": "2:4", "logits_dtype": torch.float32, "alone": accumulate == 1, "activations": found}
     return memory_need(model, layers, estimator, **how)
 
 
@@ -89,6 +89,7 @@ def test_what_is_held_from_step_to_step(dtype, train_weights):
     mk.convert(model, "2:4", gap=15.0)
     layers = masked_layers(model).values()
     assert need.logits == sum(layer.logits.nbytes for layer in layers)
+    assert need.masks == sum(layer.weight.numel() // 4 for layer in layers)
     tied = {id(parameter): parameter for parameter in model.parameters()}.values()
     buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
     assert need.weights == sum(p.nbytes for p in tied) - need.logits + buffers
@@ -123,7 +124,7 @@ def test_an_estimator_of_elsewhere_is_taken_for_one_that_holds_nothing():
 
     need = need_of(a_model(), Idle(), distillation_loss("ce"))
     assert need.optimizer == need.gradients == 0
-    assert need.total == need.weights + need.logits + need.activations
+    assert need.total == need.weights + need.logits + need.masks + need.activations
 
 
 def test_allocations_are_counted_until_they_are_freed():

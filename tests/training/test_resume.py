@@ -20,7 +20,8 @@ import maskpro_kernels as mk
 from maskpro_kernels.checked_json import sealed_line
 from maskpro_kernels.digests import digest
 from maskpro_kernels.ops import dispatch
-from maskpro_kernels.training import score_updates, snapshots
+from maskpro_kernels.ops.layer_groups import LayerGroup, update_layers_
+from maskpro_kernels.training import model_masks, snapshots
 from maskpro_kernels.training import trainer as training
 from maskpro_kernels.training.journal import Journal
 from maskpro_kernels.training.snapshots import newest_snapshot
@@ -211,20 +212,20 @@ def test_records_that_a_journal_has_lost_are_told(tmp_path):
     assert_same_bits(logits_of(again.model), logits_of(trainer.model))
 
 
+def interrupted_update(group, *args):
+    """Of the logits of all layers, once the first one has moved."""
+    *how, _ = args
+    update_layers_(LayerGroup(group.layers[:1], group.n, group.m), *how)
+    raise KeyboardInterrupt
+
+
 def test_a_step_that_was_interrupted_in_its_update_is_the_last(tmp_path, monkeypatch):
     whole = a_trainer_in(tmp_path / "whole")
     whole.run(6, progress=False)
     trainer = a_trainer_in(tmp_path / "run")
     trainer.run(3, progress=False)
-    real, moved = score_updates.score_update_, []
-
-    def interrupted(*args, **kwargs):
-        if moved:
-            raise KeyboardInterrupt
-        moved.append(real(*args, **kwargs))
-
     with monkeypatch.context() as patched:
-        patched.setattr(score_updates, "score_update_", interrupted)
+        patched.setattr(model_masks, "update_layers_", interrupted_update)
         with pytest.raises(KeyboardInterrupt):
             trainer.step()
     with pytest.raises(RuntimeError, match="step: expected a trainer whose last step has ended"):
@@ -278,6 +279,7 @@ def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         if where == "in its update":
             patched.setattr(mk.MaskedLinear, "moving_logits", interrupted)
+            patched.setattr(model_masks, "update_layers_", interrupted_update)
         else:
             patched.setattr(training, "StepRecord", interrupted)
         trainer.run(3, progress=False)

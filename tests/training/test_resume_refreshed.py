@@ -9,6 +9,7 @@ from helpers.small_trainer import a_trainer_in, logits_of
 import maskpro_kernels as mk
 from maskpro_kernels.training import journal, reinforce, run_folder, score_updates, snapshots
 from maskpro_kernels.training.journal import Journal
+from maskpro_kernels.training.model_masks import ModelMasks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -88,7 +89,7 @@ def test_a_run_broken_off_while_its_initial_masks_are_refreshed(tmp_path, where,
     header, entries, *_ = journal.read(tmp_path / "run" / "journal")
     replayed = a_trainer_in(None, "refreshed")
     for one in entries:
-        score_updates.replay(replayed.layers, header["run"]["seed"], one)
+        score_updates.replay(ModelMasks(replayed.layers), header["run"]["seed"], one)
     assert_same_bits(logits_of(replayed.model), logits_of(whole.model))
 
 

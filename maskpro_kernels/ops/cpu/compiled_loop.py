@@ -36,6 +36,7 @@ _making = threading.Lock()
 
 # Of a group's number, and of those of many, which the compiled code holds in half the width: it fits more into a vector
 NUMBER, NUMBERS = (torch.int64,), (torch.uint32,)
+LEVELS = (torch.uint8,)
 
 
 class _Bound(nn.Module):
@@ -61,19 +62,19 @@ class _Bound(nn.Module):
 class _Drawn(nn.Module):
     """``by_bounds`` on all groups, and ``full`` on those that it leaves open, as ``CompiledLoop`` tells."""
 
-    def __init__(self, by_bounds: _Bound, full: _Bound):
+    def __init__(self, levels: _Bound, by_bounds: _Bound, full: _Bound):
         super().__init__()
-        self.by_bounds, self.full = by_bounds, full
+        self.levels, self.by_bounds, self.full = levels, by_bounds, full
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
         *tensors, shard = tensors
-        result, undetermined = self.by_bounds(*tensors)
-        (which,) = undetermined.nonzero(as_tuple=True)
+        groups, rest = tensors[: self.full.groups - 1], tensors[self.full.groups - 1 :]
         start, columns, row_stride, offset = shard.tolist()
-        local = which + start
+        local = torch.arange(start, start + len(groups[0]), device="cpu")
         number = local // columns * row_stride + local % columns + offset
-        groups, rest = tensors[: self.by_bounds.groups - 1], tensors[self.by_bounds.groups :]
-        (drawn,) = self.full(*(x[which] for x in groups), number, *rest)
+        result, undetermined = self.by_bounds(*groups, *self.levels(number, *rest), *rest)
+        (which,) = undetermined.nonzero(as_tuple=True)
+        (drawn,) = self.full(*(x[which] for x in groups), number[which], *rest)
         return (result.index_put((which,), drawn),)
 
 
@@ -92,10 +93,11 @@ class CompiledLoop:
             comes last, stands for the tensor of their numbers, which the function takes behind those of groups.
         out: (dtype, *shape of one group) of memory that is given for the first result.
         in_place: index of the tensor of groups whose memory that is; None where it is no tensor's.
-        full: the results of the function are then one and uint8 1 for each group that this one leaves open. Such a
-            group gets the result of ``full``, which takes their numbers in the whole layer instead of the last tensor
-            of groups. What comes last of all is a tensor int64 (start, columns, row_stride, offset): group i has the
-            number l // columns * row_stride + l % columns + offset, with l = start + i.
+        levels, full: the results of the function are then one and uint8 1 for each group that this one leaves open.
+            Such a group gets the result of ``full``, which takes numbers in the whole layer behind the tensors of
+            groups. The function takes there what ``levels(numbers, *rest, m=...)`` gives, uint8, for m the last size of
+            the first tensor of groups. What comes last of all is a tensor int64 (start, columns, row_stride, offset):
+            group i has the number l // columns * row_stride + l % columns + offset, with l = start + i.
     """
 
     def __init__(
@@ -106,22 +108,42 @@ class CompiledLoop:
         numbered: bool = False,
         out: tuple | None = None,
         in_place: int | None = None,
+        levels: Callable | None = None,
         full: Callable | None = None,
         constants: Mapping = MappingProxyType({}),
     ):
         self.name = function.__name__.strip("_")
-        self.function = _Bound(function, len(groups), numbered, constants)
-        self.full = None if full is None else _Bound(full, len(groups), False, constants)
-        self.whole = self.function if full is None else _Drawn(self.function, self.full)
+        drawn = full is not None
+        self.function = _Bound(function, len(groups) + drawn, numbered, constants)
+        self.levels = _Bound(levels, 1, False, {"m": groups[0][-1]}) if drawn else None
+        self.full = _Bound(full, len(groups) + 1, False, constants) if drawn else None
+        self.whole = _Drawn(self.levels, self.function, self.full) if drawn else self.function
         self.groups, self.rest, self.out, self.in_place = groups, (*rest, NUMBER) if numbered else rest, out, in_place
         self.run: Callable[..., list[Tensor]] | None = None
+        self._over_layers: Callable[..., None] | None = None
 
     def __call__(self, tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
+        self._make(tensors)
+        return self.run(tensors, out)
+
+    def over_layers(self, tensors: list[Tensor]) -> Callable[[Tensor], None] | None:
+        """``run(table)``: the loop over the groups of many layers, in one call; None where it runs eagerly.
+
+        A row of the table, int64 [layers + 1, 1 + addresses], has the number of groups in the layers before, and the
+        addresses of what is given for a layer: the tensors of a call, and behind them those that results are written
+        to, but for a first one in place of a tensor. Of the last row, behind the layers, the first number alone counts.
+
+        Args:
+            tensors: those of one layer, for the first call compiles the loop.
+        """
+        self._make(tensors)
+        return self._over_layers
+
+    def _make(self, tensors: list[Tensor]) -> None:
         if self.run is None:
             with _making:
                 if self.run is None:
                     self.run = self._made(tensors)
-        return self.run(tensors, out)
 
     def _made(self, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
         try:
@@ -152,7 +174,7 @@ class CompiledLoop:
     @property
     def made_of(self) -> tuple:
         """All of this loop that its code depends on."""
-        functions = [bound.function for bound in (self.function, self.full) if bound]
+        functions = [bound.function for bound in (self.function, self.levels, self.full) if bound]
         names = [(function.__module__, function.__qualname__) for function in functions]
         constants = sorted(map(str, self.function.constants.items()))
         return names, constants, self.groups, self.rest, self.function.numbered, self.out, self.in_place
@@ -163,11 +185,16 @@ class CompiledLoop:
         from . import codegen, loops, machine
 
         rest = [_zeros(*like) for like in self.rest]
-        graph, full = (
+        of_function = (*self.groups, LEVELS) if self.full else self.groups
+        graph, levels, full = (
             bound and codegen.traced(bound, [_zeros(dtype, TRACED, *shape) for dtype, *shape in groups] + rest)
-            for bound, groups in ((self.function, self.groups), (self.full, (*self.groups[:-1], NUMBERS)))
+            for bound, groups in (
+                (self.function, of_function),
+                (self.levels, (NUMBERS,)),
+                (self.full, (*self.groups, NUMBERS)),
+            )
         )
-        assembly, results = loops.lowered(graph, self.groups, self.rest, self.in_place, full)
+        assembly, results = loops.lowered(graph, self.groups, self.rest, self.in_place, levels, full)
         if self.out not in (None, results[0]):
             raise ValueError(f"out: expected {results[0]}, got {self.out}")
         return machine.object_code(assembly), results
@@ -178,7 +205,8 @@ class CompiledLoop:
         # where the first result is a tensor's, its address is there already
         written = results if self.in_place is None else results[1:]
         made = results if self.out is None else results[1:]
-        loop = machine.loaded_loop(code, len(self.groups) + len(self.rest) + (self.full is not None) + len(written))
+        addresses = len(self.groups) + len(self.rest) + (self.full is not None) + len(written)
+        loop, layers = machine.loaded_loop_and_layers(code, addresses)
 
         def run(tensors: list[Tensor], out: Tensor | None = None) -> list[Tensor]:
             count = tensors[0].shape[0]
@@ -186,10 +214,14 @@ class CompiledLoop:
             filled += [torch.empty((count, *shape), dtype=dtype, device="cpu") for dtype, *shape in made]
             addresses = [x.data_ptr() for x in tensors]
             addresses += [x.data_ptr() for x in filled[len(filled) - len(written) :]]
-            # all or one: OpenMP starts threads anew where their number changes
-            loop(count, torch.get_num_threads() if count >= LEAST_SHARED else 1, *addresses)
+            loop(count, _threads(count), *addresses)
             return filled
 
+        def over_layers(table: Tensor) -> None:
+            count = int(table[-1, 0])
+            layers(count, _threads(count), len(table) - 1, table.data_ptr())
+
+        self._over_layers = over_layers
         return run
 
     def _check(self, run: Callable[..., list[Tensor]], tensors: list[Tensor]) -> None:
@@ -223,6 +255,11 @@ class CompiledLoop:
             *(16.0 * like(x, (SAMPLE, *x.shape[1:])) if x.is_floating_point() else x[some] for x in groups),
             *(1.0 + like(x, x.shape).abs() if x.is_floating_point() else x.clone() for x in rest),
         ]
+
+
+def _threads(groups: int) -> int:
+    # all or one: OpenMP starts threads anew where their number changes
+    return torch.get_num_threads() if groups >= LEAST_SHARED else 1
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -35,6 +35,7 @@ def _run(
     out: Tensor,
     first: Tensor | None = None,
     shard: Tensor | None = None,
+    levels: Callable | None = None,
     full: Callable | None = None,
     **constants,
 ) -> list[Tensor]:
@@ -43,7 +44,8 @@ def _run(
     Args:
         out: memory for the first result: of its own, or that of one of the tensors.
         first: the number of the first group, where the function takes those of consecutive groups.
-        full, shard: what draws the groups that the function leaves open, and where these lie, as ``CompiledLoop`` says.
+        levels, full, shard: what draws the groups that the function leaves open, and where these lie, as
+            ``CompiledLoop`` says.
     """
     if not tensors[0].shape[0]:
         return [out]
@@ -53,7 +55,8 @@ def _run(
     for i, x in enumerate(tensors):
         if x.data_ptr() == address:
             in_place = i
-    made = compiled_loop(function, like_groups, like_rest, first is not None, like_out, in_place, full, **constants)
+    how = first is not None, like_out, in_place, levels, full
+    made = compiled_loop(function, like_groups, like_rest, *how, **constants)
     return made([*tensors, *rest, *(x for x in (first, shard) if x is not None)], out)
 
 
@@ -69,7 +72,7 @@ def _copied(logits: Tensor) -> Iterator[slice]:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _integers(*values: int) -> Tensor:
+def integers(*values: int) -> Tensor:
     """int64, only read: kept, for a layer needs the same few at every step."""
     with torch.inference_mode(False):
         return torch.tensor(values, device="cpu")
@@ -105,7 +108,7 @@ class _Groups:
         start, columns, row_stride, offset = self.shard
         rest = (*self.counter.key, *rest)
         if row_stride == columns:
-            (first,) = _integers(offset + start)
+            (first,) = integers(offset + start)
             _run(function, tensors, rest, first=first, out=out, **constants)
             return
         for which in _pieces(len(out)):
@@ -128,13 +131,9 @@ def _draw_into(
     ``by_bounds`` takes (logits, others, spread levels, key, rest) and gives ``Expected.flags`` as well. ``out`` may be
     the logits themselves.
     """
-    levels = torch.empty(groups.logits.shape[0], dtype=torch.uint8)
-    # of one shape, so that draws and updates share the loop
-    one = groups.by_draw(groups.counter.draw.reshape(()))
-    one.run(_spread_levels, [groups.logits], (), levels)
     rest = (*groups.counter.key, *rest)
-    shard = _integers(*groups.shard)
-    _run(by_bounds, [groups.logits, *others, levels], rest, shard=shard, out=out, full=full, **constants)
+    how = {"shard": integers(*groups.shard), "levels": spread_levels, "full": full}
+    _run(by_bounds, [groups.logits, *others], rest, out=out, **how, **constants)
 
 
 def _weight_words(weight: Tensor, m: int) -> Tensor:
@@ -157,16 +156,17 @@ def _mask_words(words, kept):
     return reference.uncolumns(masked)
 
 
-def _spread_levels(logits, group, *key):
-    return bounds.group_spread_levels(group, key, m=logits.shape[-1])
+def spread_levels(group, seed, step, layer, draw, *rest, m):
+    # an update has them in a row
+    return bounds.group_spread_levels(group, (seed, step, layer, draw if draw.dim() == 0 else draw[0]), m=m)
 
 
-def _determined_mask(logits, levels, seed, step, layer, draw, inv_temperature, *, n):
+def determined_mask(logits, levels, seed, step, layer, draw, inv_temperature, *, n):
     kept, undetermined = bounds.group_expected_mask(logits, levels, inv_temperature, n)
     return reference.encode(kept, code_dtype(len(kept))), undetermined
 
 
-def _drawn_mask(logits, group, *key_and_temperature, n):
+def drawn_mask(logits, group, *key_and_temperature, n):
     *key, inv_temperature = key_and_temperature
     return reference.group_sample_mask(logits, group, key, inv_temperature, n=n)
 
@@ -217,7 +217,7 @@ def sample_mask(logits, counter, inv_temperature, *, n, m):
     """``reference.sample_mask``."""
     codes = torch.empty(logits.shape[0], logits.shape[1] // m, dtype=code_dtype(m))
     groups = _Groups(logits.view(-1, m), codes.shape[1], counter)
-    _draw_into(codes.view(-1), _determined_mask, _drawn_mask, groups, (inv_temperature,), n=n)
+    _draw_into(codes.view(-1), determined_mask, drawn_mask, groups, (inv_temperature,), n=n)
     return codes
 
 

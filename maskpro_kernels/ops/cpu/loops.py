@@ -16,6 +16,8 @@ from torch import fx
 from .codegen import LONG, POINTER, TYPES, WORD, Body, Columns
 
 ENTRY, SHARED = "loop", "shared"
+# The same for many layers
+LAYERS, SHARED_LAYERS = "layers", "shared_layers"
 # of OpenMP
 THREAD, THREADS = "omp_get_thread_num", "omp_get_num_threads"
 
@@ -25,29 +27,37 @@ BATCH = 1 << 8
 # A multiple of what any CPU's vectors hold, unrolled as they may be
 VECTORS = 1 << 6
 
+LEVEL, NUMBER = (torch.uint8,), (torch.uint32,)
+
 
 def lowered(
     graph: fx.GraphModule,
     groups: Sequence[tuple],
     rest: Sequence[tuple],
     in_place: int | None = None,
+    levels: fx.GraphModule | None = None,
     full: fx.GraphModule | None = None,
 ) -> tuple[str, tuple[tuple, ...]]:
     """(LLVM's assembly of ``loop(start, stop, *addresses)``, (dtype, *shape of a group) of each result).
 
     The addresses are those of tensors of groups, of the rest, of the shard where there is ``full``, and of results,
-    but not of a first one in place of a tensor of groups. All others are as in ``CompiledLoop``, traced.
+    but not of a first one in place of a tensor of groups. All others are as in ``CompiledLoop``, traced. In the same
+    module ``layers(start, stop, count, table)`` runs over the groups of many layers, see ``_add_layers``.
     """
     module = ir.Module("maskpro_kernels")
     if full is None:
         function, results = _add_loop(module, ENTRY, graph, groups, rest, in_place)
     else:
-        by_bounds, flagged = _add_loop(module, "by_bounds", graph, groups, rest, in_place)
-        draw, results = _add_loop(module, "draw", full, [*groups[:-1], (torch.uint32,)], rest, in_place)
+        level, given = _add_loop(module, "level", levels, [NUMBER], rest, None)
+        if given != (LEVEL,):
+            raise ValueError(f"levels: expected {(LEVEL,)}, got {given}")
+        by_bounds, flagged = _add_loop(module, "by_bounds", graph, [*groups, LEVEL], rest, in_place)
+        draw, results = _add_loop(module, "draw", full, [*groups, NUMBER], rest, in_place)
         if flagged != (*results, (torch.uint8,)):
             raise ValueError(f"full: expected the results of the function but its flags {flagged}, got {results}")
-        function = _add_draws(module, by_bounds, draw, groups, rest, in_place, *results)
+        function = _add_draws(module, level, by_bounds, draw, groups, rest, in_place, *results)
     add_shared(module, function)
+    add_shared(module, _add_layers(module, function), SHARED_LAYERS)
     return str(module), results
 
 
@@ -137,8 +147,42 @@ def _store(builder: ir.IRBuilder, values: Sequence, pointer: ir.Value, group: ir
         builder.store(value, _address(builder, pointer, group, i, len(values), dtype), align=1)
 
 
+class _Numbers:
+    """The numbers in the whole layer of the groups of a shard, into memory of ``NUMBER``, by the shard's address."""
+
+    def __init__(self, builder: ir.IRBuilder, shard: ir.Value, memory: ir.Value):
+        self.builder, self.memory = builder, memory
+        first, self.columns, row_stride, self.offset = _loaded(builder, shard, LONG(0), torch.int64, 4)
+        self.shift, self.gap = builder.add(first, self.offset), builder.sub(row_stride, self.columns)
+
+    def put(self, i: ir.Value, group: ir.Value) -> None:
+        """The number of a group as the i-th one, as far as rows lie side by side."""
+        _store(self.builder, [self.builder.trunc(self.builder.add(group, self.shift), WORD)], self.memory, i, *NUMBER)
+
+    def put_all(self, first: ir.Value, end: ir.Value) -> ir.Value:
+        """Those of consecutive groups; gives how many there are."""
+        size = self.builder.sub(end, first)
+        each(self.builder, LONG(0), size, lambda i: self.put(i, self.builder.add(first, i)))
+        self.set_apart(size)
+        return size
+
+    def set_apart(self, count: ir.Value) -> None:
+        """Correct so many of them where rows do not; those that do need no division."""
+        builder = self.builder
+
+        def correct(i: ir.Value) -> None:
+            (number,) = _loaded(builder, self.memory, i, *NUMBER, 1)
+            row = builder.sdiv(builder.sub(builder.zext(number, LONG), self.offset), self.columns)
+            skipped = builder.trunc(builder.mul(row, self.gap), WORD)
+            _store(builder, [builder.add(number, skipped)], self.memory, i, *NUMBER)
+
+        with builder.if_then(builder.icmp_signed("!=", self.gap, LONG(0))):
+            each(builder, LONG(0), count, correct)
+
+
 def _add_draws(
     module: ir.Module,
+    level: ir.Function,
     by_bounds: ir.Function,
     draw: ir.Function,
     groups: Sequence[tuple],
@@ -155,11 +199,13 @@ def _add_draws(
     given, own = len(groups) + len(rest), in_place is None
     function, builder = add_function(module, ENTRY, 2, given + 1 + own)
     start, stop, *pointers = function.args
-    determined = [*pointers[:given], *pointers[given + 1 :]]
+    of_groups, others, written = pointers[: len(groups)], pointers[len(groups) : given], pointers[given + 1 :]
     byte = ir.IntType(8)
     # read in words, of which the last one may go beyond what was determined
     flags_type = ir.ArrayType(byte, BLOCK + 8)
     flags, found, filled = builder.alloca(flags_type), builder.alloca(LONG, BATCH), builder.alloca(LONG)
+    levels, memory = builder.alloca(byte, BLOCK), builder.alloca(WORD, BLOCK)
+    numbers = _Numbers(builder, pointers[given], memory)
     builder.store(flags_type(None), flags)
     builder.store(LONG(0), filled)
 
@@ -168,35 +214,46 @@ def _add_draws(
         builder.store(LONG(0), filled)
 
     def block(first: ir.Value) -> None:
-        beyond = builder.add(first, LONG(BLOCK))
-        end = builder.select(builder.icmp_signed("<", beyond, stop), beyond, stop)
-        here = builder.gep(flags, [builder.neg(first)], source_etype=byte)
-        builder.call(by_bounds, [first, end, *determined, here])
-
-        def flag_of(group: ir.Value, typ: ir.Type) -> ir.Value:
-            return builder.load(builder.gep(here, [group], source_etype=byte), typ=typ, align=1)
+        end = _lesser(builder, builder.add(first, LONG(BLOCK)), stop)
+        size = numbers.put_all(first, end)
+        builder.call(level, [LONG(0), size, memory, *others, levels])
+        here, levels_here = (builder.gep(x, [builder.neg(first)], source_etype=byte) for x in (flags, levels))
+        builder.call(by_bounds, [first, end, *of_groups, levels_here, *others, *written, here])
 
         def collect(group: ir.Value) -> None:
             size = builder.load(filled, typ=LONG)
             builder.store(group, builder.gep(found, [size], source_etype=LONG))
-            size = builder.add(size, builder.zext(flag_of(group, byte), LONG))
+            size = builder.add(size, builder.zext(_flag_of(builder, here, group, byte), LONG))
             builder.store(size, filled)
             with builder.if_then(builder.icmp_signed("==", size, LONG(BATCH)), likely=False):
                 draw_found(size)
 
         def word(group: ir.Value) -> None:
-            with builder.if_then(builder.icmp_signed("!=", flag_of(group, LONG), LONG(0)), likely=False):
-                last = builder.add(group, LONG(8))
-                each(builder, group, builder.select(builder.icmp_signed("<", last, end), last, end), collect)
+            with builder.if_then(_some(builder, _flag_of(builder, here, group, LONG)), likely=False):
+                each(builder, group, _lesser(builder, builder.add(group, LONG(8)), end), collect)
 
         each(builder, first, end, word, by=8)
 
     each(builder, start, stop, block, by=BLOCK)
     size = builder.load(filled, typ=LONG)
-    with builder.if_then(builder.icmp_signed("!=", size, LONG(0))):
+    with builder.if_then(_some(builder, size)):
         draw_found(size)
     builder.ret_void()
     return function
+
+
+def _some(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Whether it is not 0."""
+    return builder.icmp_signed("!=", value, LONG(0))
+
+
+def _lesser(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed("<", one, other), one, other)
+
+
+def _flag_of(builder: ir.IRBuilder, flags: ir.Value, group: ir.Value, typ: ir.Type) -> ir.Value:
+    """That of a group; as a word those of the groups behind it, too."""
+    return builder.load(builder.gep(flags, [group], source_etype=ir.IntType(8)), typ=typ, align=1)
 
 
 def _copy(builder: ir.IRBuilder, source: tuple, target: tuple, typ: ir.VectorType) -> None:
@@ -227,17 +284,16 @@ def _add_batch(
     size, found, *pointers = function.args
     # a group as a vector, or loops would be made of instructions that gather and scatter, and take longer
     *types, result_type = (
-        ir.VectorType(ir.IntType(8), dtype.itemsize * math.prod(shape)) for dtype, *shape in (*groups[:-1], result)
+        ir.VectorType(ir.IntType(8), dtype.itemsize * math.prod(shape)) for dtype, *shape in (*groups, result)
     )
     gathered = [builder.alloca(group, BATCH) for group in types]
     drawn = builder.alloca(result_type, BATCH) if own else gathered[in_place]
     for place in (*gathered, drawn):
         # of the vectors that are read and written there
         place.align = 64
-    numbers = builder.alloca(WORD, BATCH)
+    memory = builder.alloca(WORD, BATCH)
+    numbers = _Numbers(builder, pointers[given], memory)
     out = pointers[given + 1] if own else pointers[in_place]
-    first, columns, row_stride, offset = _loaded(builder, pointers[given], LONG(0), torch.int64, 4)
-    shift, gap = builder.add(first, offset), builder.sub(row_stride, columns)
     # whole vectors, with the last group again and again: what a vector leaves over is done one by one
     padded = builder.and_(builder.add(size, LONG(VECTORS - 1)), LONG(-VECTORS))
     last = builder.sub(size, LONG(1))
@@ -249,33 +305,52 @@ def _add_batch(
         group = found_at(builder.select(builder.icmp_signed("<", i, last), i, last))
         for source, target, typ in zip(pointers, gathered, types, strict=False):
             _copy(builder, (source, group), (target, i), typ)
-        _store(builder, [builder.trunc(builder.add(group, shift), WORD)], numbers, i, torch.uint32)
-
-    def set_apart(i: ir.Value) -> None:
-        (number,) = _loaded(builder, numbers, i, torch.uint32, 1)
-        row = builder.sdiv(builder.sub(builder.zext(number, LONG), offset), columns)
-        skipped = builder.trunc(builder.mul(row, gap), WORD)
-        _store(builder, [builder.add(number, skipped)], numbers, i, torch.uint32)
+        numbers.put(i, group)
 
     def scatter(i: ir.Value) -> None:
         _copy(builder, (drawn, i), (out, found_at(i)), result_type)
 
     each(builder, LONG(0), padded, gather)
-    # rows that lie side by side need no division
-    with builder.if_then(builder.icmp_signed("!=", gap, LONG(0))):
-        each(builder, LONG(0), padded, set_apart)
+    numbers.set_apart(padded)
     results = [drawn] if own else []
-    builder.call(draw, [LONG(0), padded, *gathered, numbers, *pointers[len(groups) : given], *results])
+    builder.call(draw, [LONG(0), padded, *gathered, memory, *pointers[len(groups) : given], *results])
     each(builder, LONG(0), size, scatter)
     builder.ret_void()
     return function
 
 
-def add_shared(module: ir.Module, loop: ir.Function) -> None:
+def _add_layers(module: ir.Module, loop: ir.Function) -> ir.Function:
+    """``layers(start, stop, count, table)``: the loop over groups [start, stop) of all layers, one behind the other.
+
+    A row of the table has the number of the layer's first group among them and the addresses that the loop takes. A
+    last row, behind those of ``count`` layers, has the number of all groups.
+    """
+    function, builder = add_function(module, LAYERS, 3, 1)
+    start, stop, count, table = function.args
+    width = LONG(len(loop.args) - 1)
+
+    def entry(row: ir.Value, i: int, type_: ir.Type) -> ir.Value:
+        index = builder.add(builder.mul(row, width), LONG(i))
+        return builder.load(builder.gep(table, [index], source_etype=LONG), typ=type_)
+
+    def layer(row: ir.Value) -> None:
+        first, end = entry(row, 0, LONG), entry(builder.add(row, LONG(1)), 0, LONG)
+        low = builder.select(builder.icmp_signed("<", first, start), start, first)
+        high = builder.select(builder.icmp_signed("<", end, stop), end, stop)
+        with builder.if_then(builder.icmp_signed("<", low, high)):
+            addresses = [entry(row, 1 + i, x.type) for i, x in enumerate(loop.args[2:])]
+            builder.call(loop, [builder.sub(low, first), builder.sub(high, first), *addresses])
+
+    each(builder, LONG(0), count, layer)
+    builder.ret_void()
+    return function
+
+
+def add_shared(module: ir.Module, loop: ir.Function, name: str = SHARED) -> None:
     """``shared(data)``, what a thread of OpenMP runs: its share of the loop, data being [count, *other arguments]."""
     number = ir.FunctionType(WORD, [])
-    thread, threads = (ir.Function(module, number, name) for name in (THREAD, THREADS))
-    function, builder = add_function(module, SHARED, 0, 1)
+    thread, threads = (module.globals.get(x) or ir.Function(module, number, x) for x in (THREAD, THREADS))
+    function, builder = add_function(module, name, 0, 1)
 
     def datum(i: int, type_):
         return builder.load(builder.gep(function.args[0], [LONG(i)], source_etype=LONG), typ=type_)

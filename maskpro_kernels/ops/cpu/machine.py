@@ -6,11 +6,11 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llvmlite import binding
 
-from .loops import ENTRY, SHARED, THREAD, THREADS
+from .loops import ENTRY, LAYERS, SHARED, SHARED_LAYERS, THREAD, THREADS
 
 
 @functools.cache
@@ -64,28 +64,46 @@ def loaded_loop(code: bytes, addresses: int) -> Callable[..., None]:
     Threads are those of torch's own loops. In place of a pool of Python's threads this saves 0.06 s of a REINFORCE step
     of 1.01 s (SmolLM2-135M at 2:4, 1,024 tokens, two cores of an AMD EPYC).
     """
+    (loop,) = _loaded(code, ((ENTRY, SHARED, addresses),))
+    return loop
+
+
+def loaded_loop_and_layers(code: bytes, addresses: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """``loaded_loop``, and ``layers(count of all groups, threads, layers, address of a table)`` beside it."""
+    return _loaded(code, ((ENTRY, SHARED, addresses), (LAYERS, SHARED_LAYERS, 2)))
+
+
+def _loaded(code: bytes, entries: Sequence[tuple[str, str, int]]) -> tuple[Callable[..., None], ...]:
+    """Functions (count, threads, *arguments) of an object file, by their names, of a thread's share, and arguments."""
     _initialize()
     jit = binding.create_lljit_compiler()
-    builder = binding.JITLibraryBuilder().add_object_img(code).export_symbol(ENTRY).export_symbol(SHARED)
+    builder = binding.JITLibraryBuilder().add_object_img(code)
+    for whole, share, _ in entries:
+        builder.export_symbol(whole).export_symbol(share)
     openmp = _openmp()
     for name in (THREAD, THREADS):
         # where there is no OpenMP nothing calls them, but they have to be something
         builder.import_symbol(name, ctypes.cast(getattr(openmp, name, _NO_THREAD), ctypes.c_void_p).value)
-    library = builder.link(jit, ENTRY)
-    whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * addresses)(library[ENTRY])
-    given = ctypes.c_int64 * (1 + addresses)
+    library = builder.link(jit, entries[0][0])
+    return tuple(_function((jit, library), openmp, *entry) for entry in entries)
 
-    def loop(count: int, threads: int, *tensors: int) -> None:
+
+def _function(kept: tuple, openmp: ctypes.CDLL | None, name: str, share: str, arguments: int) -> Callable[..., None]:
+    library = kept[-1]
+    whole = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * arguments)(library[name])
+    given, shared = ctypes.c_int64 * (1 + arguments), ctypes.c_void_p(library[share])
+
+    def function(count: int, threads: int, *values: int) -> None:
         # ctypes would pass any number of them on
-        assert len(tensors) == addresses
+        assert len(values) == arguments
         if threads > 1 and openmp:
-            openmp.GOMP_parallel(ctypes.c_void_p(library[SHARED]), given(count, *tensors), threads, 0)
+            openmp.GOMP_parallel(shared, given(count, *values), threads, 0)
         else:
-            whole(0, count, *tensors)
+            whole(0, count, *values)
 
     # the code lives as long as these
-    loop.kept = jit, library
-    return loop
+    function.kept = kept
+    return function
 
 
 _NO_THREAD = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)

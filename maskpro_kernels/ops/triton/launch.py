@@ -23,6 +23,24 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
     _launch(kernel, name, grid, device, args, config.options(target), M=m, BLOCK=config.block, **constants)
 
 
+def launch_layers(
+    kernel, name: str, m: int, layers: int, largest: int, device: torch.device, *args, **constants
+) -> None:
+    """Launch ``kernel`` on so many layers, the largest of so many groups; each gets as many programs."""
+    if largest == 0:
+        return
+    target = architecture(device)
+    config, programs = configuration(name, m, largest, target), programs_of_layers(name, m, layers, largest, device)
+    constants |= {"programs": programs, "M": m, "BLOCK": config.block}
+    _launch(kernel, name, (programs * layers,), device, args, config.options(target), **constants)
+
+
+def programs_of_layers(name: str, m: int, layers: int, largest: int, device: torch.device) -> int:
+    """How many programs each layer gets of ``launch_layers``."""
+    target = architecture(device)
+    return configuration(name, m, largest, target).programs(largest, -(-PROCESSORS[target] // layers))
+
+
 def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torch.device, *args, **constants) -> None:
     """Launch a kernel whose programs own some rows each."""
     grid = ((rows + config.rows - 1) // config.rows,)

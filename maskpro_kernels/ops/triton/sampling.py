@@ -232,6 +232,49 @@ def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.c
     return terms
 
 
+@triton.jit
+def summed_terms(
+    x,
+    group,
+    inv_temperature,
+    key,
+    factor,
+    coef,
+    count,
+    seed,
+    step,
+    layer,
+    draws,
+    SEVERAL: tl.constexpr,
+    SHORT: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+):
+    """``update_terms`` of the first draw, whose key and factor are given, and where there are several those of all."""
+    delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
+    if SEVERAL:
+        for k in range(1, count):
+            scale = tl.load(coef + k) * inv_temperature
+            other = d.load_key(seed, step, layer, draws + k)
+            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
+            total_terms = ()
+            for i in tl.static_range(M):
+                total_terms = total_terms + (delta[i] + terms[i],)
+            delta = total_terms
+    return delta
+
+
+@triton.jit
+def store_less(logits, x, delta, group, key, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """Store columns of logits less those of delta, rounded once where they are of 16 bits."""
+    new = ()
+    for i in tl.static_range(M):
+        new = new + (x[i] - delta[i],)
+    if logits.dtype.element_ty != tl.float32:
+        new = d.round_group(new, group, M, key, logits.dtype.element_ty)
+    store_columns(logits, new, first, total, M, BLOCK)
+
+
 @triton.jit(do_not_specialize=["offset", "row_stride", "columns", "total", "count"])
 def score_update_kernel(
     logits,
@@ -258,22 +301,9 @@ def score_update_kernel(
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
-        if SEVERAL:
-            for k in range(1, count):
-                scale = tl.load(coef + k) * inv_temperature
-                other = d.load_key(seed, step, layer, draws + k)
-                terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
-                total_terms = ()
-                for i in tl.static_range(M):
-                    total_terms = total_terms + (delta[i] + terms[i],)
-                delta = total_terms
-        new = ()
-        for i in tl.static_range(M):
-            new = new + (x[i] - delta[i],)
-        if logits.dtype.element_ty != tl.float32:
-            new = d.round_group(new, group, M, key, logits.dtype.element_ty)
-        store_columns(logits, new, first, total, M, BLOCK)
+        delta = summed_terms(x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
+                             SEVERAL, SHORT, N, M)  # fmt: skip
+        store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 
 
 def counter_arguments(counter, rows, m):

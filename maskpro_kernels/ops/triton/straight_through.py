@@ -73,6 +73,13 @@ def descended(x, gradient, rate, max_update, group, key, M: tl.constexpr, dtype:
     return new
 
 
+@triton.jit
+def outer_squares(grad_squares, x_squares, row, group, rows, groups, M: tl.constexpr):
+    """[groups of the tile, M] of the outer product, zeros outside: weights there are zeros too, and have no slope."""
+    squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
+    return squares * tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def straight_through_kernel(
     grad,
@@ -81,6 +88,7 @@ def straight_through_kernel(
     grad_squares,
     x_squares,
     source,
+    codes,
     out,
     weight_grad,
     partial,
@@ -107,19 +115,18 @@ def straight_through_kernel(
     BLOCK_K: tl.constexpr,
 ):
     GROUPS: tl.constexpr = BLOCK_K // M
-    row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
+    group_tiles = tl.num_programs(1)
     # In the order in which they start, programs next to each other share rows of grad as well as columns of x
-    group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, row_tiles, SHARING)
+    group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, tl.num_programs(0), SHARING)
     first_row, first_group = row_tile * BLOCK_OUT, group_tile * GROUPS
     total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
     row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
     logits = tile_logits(source, row, group, inside, groups, KIND, M)
-    code = tile_code(source, logits, inv_temperature, row, group, inside, groups, seed, step, layer, draw,
-                     offset, row_stride, KIND, N, M)  # fmt: skip
+    code = tile_code(codes if KIND == "codes" else source, logits, inv_temperature, row, group, inside, groups,
+                     seed, step, layer, draw, offset, row_stride, KIND, N, M)  # fmt: skip
     w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
-    squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
-    squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
+    squares = outer_squares(grad_squares, x_squares, row, group, rows, groups, M)
     grads = d.split_columns(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), M)
     slope = mask_slope(w, grads, d.split_columns(squares, M), code, M)
     offsets = ((row.to(tl.int64) * groups + group) * M)[:, None] + tl.arange(0, M)[None, :]
@@ -127,11 +134,10 @@ def straight_through_kernel(
         tl.store(weight_grad + offsets, d.join_columns(grads, M), mask=inside[:, None])
     if UPDATE:
         logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
-        index = (offset + row * row_stride + group).to(tl.uint32)
+        index, key = (offset + row * row_stride + group).to(tl.uint32), d.load_key(seed, step, layer, draw)
         dtype: tl.constexpr = source.dtype.element_ty
-        new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
+        new = descended(logits, slope, tl.load(rate), max_update, index, key, M, dtype)
         tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
-        # weights outside of the matrix are read as zeros: no slope
         tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
     else:
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
@@ -197,9 +203,11 @@ def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, ra
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
     if rows:
+        codes = mask.tensor if mask.kind == "codes" else mask.codes
+        kind = mask.kind if codes is None else "codes"
         launch_tiles(straight_through_kernel, "straight_through", mask.m, grid, tile, weight.device,
-                     grad, x, weight, grad_squares, x_squares, mask.tensor, out, weight_grad, partial, rate, max_update,
-                     *mask_arguments(mask, len(grad), weight), KIND=mask.kind, N=mask.n,
+                     grad, x, weight, grad_squares, x_squares, mask.tensor, codes, out, weight_grad, partial, rate,
+                     max_update, *mask_arguments(mask, len(grad), weight), KIND=kind, N=mask.n,
                      UPDATE=out is None, **operand_constants(grad.dtype))  # fmt: skip
     return partial
 

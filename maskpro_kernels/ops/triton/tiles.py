@@ -95,6 +95,17 @@ CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
 CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
 
+# Of all layers of a model by one launch
+CONFIGURATIONS |= {
+    (of_layers, m): CONFIGURATIONS[kernel, m]
+    for of_layers, kernel in (
+        ("sample_masks", "sample_mask"),
+        ("score_update_of_layers", "score_update"),
+        ("score_updates_of_layers", "score_updates"),
+    )
+    for m in (2, 4, 8, 16, 32)
+}
+
 
 @dataclass(frozen=True)
 class Rows(_CompileOptions):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from helpers.loops import LIKE, NOTHING, a_loop, by_bounds, check_loop, draw_full, loop_tensors, scaled_sum
+from helpers.loops import LIKE, NOTHING, a_loop, by_bounds, check_loop, draw_full, loop_tensors, oddness, scaled_sum
 from helpers.source_tree import modules_of, reached_from
 
 import maskpro_kernels
@@ -28,8 +28,9 @@ def test_the_name_on_disk_holds_all_that_the_code_depends_on(monkeypatch):
     loops.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, constants=constants))
     loops.append(compiled_loop.CompiledLoop(check_loop, *LIKE, True, constants=constants))
     for out in itertools.product((torch.int32, torch.int64), (1, 2)):
-        for in_place, full in itertools.product((None, 0, 1), (None, by_bounds, draw_full)):
-            loops.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, True, out, in_place, full, constants))
+        drawn = ((None, None), (oddness, by_bounds), (oddness, draw_full), (scaled_sum, draw_full))
+        for in_place, by in itertools.product((None, 0, 1), drawn):
+            loops.append(compiled_loop.CompiledLoop(scaled_sum, *LIKE, True, out, in_place, *by, constants))
     names = [cache.digest(loop.made_of) for loop in loops]
     for module, name, value in (
         (cache, "processor", lambda: "another"),

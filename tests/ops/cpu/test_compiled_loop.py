@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import slow
-from helpers.loops import a_loop, by_bounds, check_loop, draw_full
+from helpers.loops import a_loop, check_loop, drawn_loop, loop_tensors
 
 from maskpro_kernels.ops import bounds
 from maskpro_kernels.ops.cpu import compiled_loop, loops
@@ -57,8 +57,7 @@ def test_a_function_fills_given_memory(in_place, folder, builds):
 @pytest.mark.parametrize("part", ["gathered", "numbers", "carried over"])
 def test_the_check_sees_what_is_drawn_wrongly(part, monkeypatch):
     """A batch, the numbers of a shard's groups, or what one block leaves to the next."""
-    like, scalar = (torch.float32, 2), (torch.float32,)
-    loop = compiled_loop.CompiledLoop(by_bounds, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
+    loop = drawn_loop()
     given = [torch.rand(64, 2), torch.rand(64), torch.tensor(2.0), torch.tensor((0, 8, 8, 0))]
 
     def wrong(tensors, out):
@@ -80,11 +79,10 @@ def test_the_check_sees_what_is_drawn_wrongly(part, monkeypatch):
 
 
 def test_flags_of_another_kind_are_refused():
-    def of_no_flags(x, threshold, scale, *, power):
+    def of_no_flags(x, threshold, level, scale, *, power):
         return x * scale, threshold
 
-    like, scalar = (torch.float32, 2), (torch.float32,)
-    loop = compiled_loop.CompiledLoop(of_no_flags, (like, scalar), (scalar,), False, like, 0, draw_full, {"power": 3})
+    loop = drawn_loop(function=of_no_flags)
     with pytest.raises(ValueError, match="full: expected the results of the function but its flags"):
         loop._build()
 
@@ -105,9 +103,7 @@ SHARD = (3, 10, 17, 5)
 def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, folder, builds, monkeypatch):
     """At both ends of blocks, of batches and of the shares of threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    like, scalar = (torch.float32, 2), (torch.float32,)
-    place = 0 if in_place else None
-    loop = compiled_loop.CompiledLoop(by_bounds, (like, scalar), (scalar,), False, like, place, draw_full, {"power": 3})
+    loop = drawn_loop(0 if in_place else None)
     start, columns, row_stride, offset = SHARD
     counts = [1, 7, 8, 9, loops.BATCH, loops.BLOCK - 1, loops.BLOCK, 2 * loops.BLOCK + 9]
     for count in [*counts, compiled_loop.LEAST_SHARED, 3 * compiled_loop.LEAST_SHARED + 5]:
@@ -118,7 +114,7 @@ def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, 
         is_open = chance < share
         local = torch.arange(start, start + count)
         number = local // columns * row_stride + local % columns + offset
-        expected = 2.0 * x + torch.where(is_open, 3.0 * number, 0.0)[:, None]
+        expected = 2.0 * x + torch.where(is_open, 3.0 * number, number & 1)[:, None]
         tensors = [x, torch.where(is_open, 2.0, -1.0), torch.tensor(2.0), torch.tensor(SHARD)]
         assert_same_bits(*loop._eager(tensors), expected)
         out = x if in_place else torch.empty_like(x)
@@ -126,6 +122,35 @@ def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, 
         assert result is out
         assert_same_bits(out, expected)
     assert len(builds) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_one_call_runs_over_many_layers(threads, folder, builds, monkeypatch):
+    """Of all sizes, none among them, each with numbers of its own; threads begin and end in the midst of a layer."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    loop, scale = drawn_loop(), torch.tensor(2.0)
+    counts = [0, 5, loops.BLOCK + 3, 1, compiled_loop.LEAST_SHARED, 0, 777]
+    layers, expected = [], []
+    for seed, count in enumerate(counts):
+        generator = torch.Generator().manual_seed(seed)
+        x, threshold = torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator)
+        layers.append([x, threshold, scale, torch.tensor((seed, 10, 17, 5 * seed))])
+        expected.append(loop._eager(layers[-1])[0] if count else x)
+    firsts = torch.tensor([0, *counts]).cumsum(0)
+    table = torch.zeros(len(counts) + 1, 5, dtype=torch.int64)
+    table[:, 0] = firsts
+    for row, tensors in zip(table, layers, strict=False):
+        row[1:] = torch.tensor([tensor.data_ptr() for tensor in tensors])
+    loop.over_layers(layers[1])(table)
+    for (x, *_), right in zip(layers, expected, strict=True):
+        assert_same_bits(x, right)
+    assert len(builds) == 1
+
+
+def test_what_runs_eagerly_has_no_call_for_many_layers(monkeypatch):
+    monkeypatch.setattr(compiled_loop.CompiledLoop, "_compiled", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="compilation failed"):
+        assert a_loop().over_layers(loop_tensors(5)) is None
 
 
 @pytest.mark.parametrize("wrong", ["index", "x"])
@@ -189,12 +214,13 @@ def test_the_check_sees_what_is_read_behind_its_change(n, m, hazard, monkeypatch
     )
     # of a first step, which changes nothing
     x, rest = torch.zeros(96, m), [torch.zeros(1), torch.tensor(1.0)]
-    levels = bounds.group_noise_levels(torch.arange(96), list(map(torch.tensor, (7, 0, 3, 0))), m=m)
+    levels = bounds.group_spread_levels(torch.arange(96), list(map(torch.tensor, (7, 0, 3, 0))), m=m)
     given = [x, levels, *rest]
     loop._check(loop._eager, given)
     if hazard is zeros_negated:
         sample = loop._sample(given)
-        sample[0][0, 0] = 0.0
+        # of groups that are determined and of others
+        sample[0][:64, 0] = 0.0
         monkeypatch.setattr(loop, "_sample", lambda _: [tensor.clone() for tensor in sample])
     with pytest.raises(RuntimeError, match="the loop of group_expected_update differs from the function"):
         loop._check(functools.partial(hazard, loop), given)

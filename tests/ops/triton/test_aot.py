@@ -9,6 +9,7 @@ from __future__ import annotations
 import aot_report
 import pytest
 import triton
+from helpers.cases import cases
 from helpers.children import Child
 
 KERNELS = [
@@ -100,6 +101,26 @@ def check(child, cases, stack=0):
 )
 def test_draw_and_update_compile_for_every_target(child, n, m, logits):
     check(child, [(kernel, n, m, logits, {}) for kernel in ("sample_mask", "masked_weight", "score_update")])
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "logits"),
+    cases(
+        [
+            (n, m, logits)
+            for n, m in ((1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (16, 32))
+            for logits in ("fp32", "bf16", "fp16")
+        ],
+        slow=lambda n, m, logits: (n, m, logits) != (2, 4, "fp32"),
+    ),
+)
+def test_kernels_of_all_layers_compile_for_every_target(child, n, m, logits):
+    kernels = [("sample_masks", {}), ("score_update_of_layers", {}), ("score_updates_of_layers", {})]
+    if n <= 4:
+        kernels.append(("score_update_of_layers", {"KIND": "codes"}))
+    if (m, logits) == (4, "fp32"):
+        kernels += [(kernel, how | {"WHOLE": False, "BYTES": 4}) for kernel, how in kernels]
+    check(child, [(kernel, n, m, logits, how) for kernel, how in kernels], stack=24 if m == 32 else 0)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,13 @@ from .groups import (
     split_columns,
 )
 from .gumbel_top_k import (
+    descending,
     drawn_code,
+    drawn_code_and_flips,
     drawn_keys,
     drawn_score_2_of_4,
     expected,
+    flipped,
     gumbel,
     scaled,
     top_n,
@@ -41,6 +44,7 @@ from .plackett_luce import (
     order_sum,
     plackett_luce_terms,
     scatter_slots,
+    score_of_largest_2_of_4,
     slot_score,
     smallest_kept,
 )

@@ -168,6 +168,23 @@ def expected(x, ordered, inv_temperature, words, N: tl.constexpr, M: tl.constexp
 
 
 @triton.jit
+def flipped(x, kept, M: tl.constexpr):
+    """int32 1 where other columns are kept than those of the N largest logits, ties to the lower index."""
+    least = tl.full(x[0].shape, float("inf"), tl.float32)
+    most = tl.full(x[0].shape, float("-inf"), tl.float32)
+    for i in tl.static_range(M):
+        least = tl.minimum(least, tl.where(kept[i], x[i], float("inf")))
+        most = tl.maximum(most, tl.where(kept[i], float("-inf"), x[i]))
+    # of equal ones, a kept one behind a dropped one
+    passed_over = tl.zeros(x[0].shape, tl.int1)
+    behind = tl.zeros(x[0].shape, tl.int1)
+    for i in tl.static_range(M):
+        behind = behind | (kept[i] & (x[i] == most) & passed_over)
+        passed_over = passed_over | (~kept[i] & (x[i] == most))
+    return ((most > least) | behind).to(tl.int32)
+
+
+@triton.jit
 def noisy_code(x, words, inv_temperature, N: tl.constexpr, M: tl.constexpr):
     """int32 group codes of a draw with these words."""
     z = scaled(x, inv_temperature, M)
@@ -183,12 +200,21 @@ def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key)
 
     A block whose draws are all determined computes no noise.
     """
+    code, _ = drawn_code_and_flips(x, group, inv_temperature, N, M, key)
+    return code
+
+
+@triton.jit
+def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
+    """``drawn_code``, and int32 1 where it is not that of the N largest logits."""
     words = group_words(group, M, STREAM_DRAW, key)
     kept, determined = expected(x, descending(x, M), inv_temperature, words, N, M)
     code = encode(kept, M)
+    flips = tl.zeros_like(code)
     if tl.min(determined.to(tl.int32), 0) == 0:
         code = noisy_code(x, words, inv_temperature, N, M)
-    return code
+        flips = flipped(x, decode(code, M), M)
+    return code, flips
 
 
 @triton.jit

@@ -1,0 +1,172 @@
+"""Layers that are drawn and updated together: by one launch, or one call of machine code, instead of one a layer.
+
+Bits are those of ``sample_mask`` and ``score_update_`` of each layer by itself. Numbers that change from step to step
+are read from tensors on the device, so that a captured CUDA graph goes on with those that it finds there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..counter import Counter
+from ..pattern import code_dtype
+from . import reference
+from .cpu import layers as cpu_layers
+from .dispatch import kernels, run_reference, scalar, uses_kernels, uses_machine_code
+from .registry import top_n_mask
+
+# What vectors of 16 bytes are loaded from
+ALIGNED = 16
+
+
+class GroupedLayer(NamedTuple):
+    """A layer as operations on groups of layers take it.
+
+    Attributes:
+        logits: [rows, K], contiguous.
+        layer: id in the counter.
+        group_offset, group_row_stride: as of a ``Counter``.
+    """
+
+    logits: Tensor
+    layer: int
+    group_offset: int
+    group_row_stride: int
+
+
+def kind_of(layer: GroupedLayer, n: int, m: int) -> tuple:
+    """What a kernel is compiled for: layers of one kind make a ``LayerGroup``."""
+    logits = layer.logits
+    whole = layer.group_row_stride == logits.shape[1] // m
+    return logits.device, logits.dtype, n, m, whole, logits.data_ptr() % ALIGNED == 0
+
+
+class LayerGroup:
+    """Layers of one kind, where they lie, and the codes of their masks.
+
+    It stands for the memory of the logits as they were given: who moves them elsewhere makes another one.
+
+    Args:
+        layers: of one ``kind_of``, at least one.
+        n, m: of the pattern.
+
+    Attributes:
+        whole: whether rows of groups lie side by side in the whole layer.
+        aligned: whether all logits begin at a multiple of 16 bytes.
+        largest: groups of the largest layer.
+        codes: group codes [rows, K / M] of each layer, once ``draw_layers_`` has drawn them; else None.
+        flips: int32 [layers, parts], how many groups in parts of each layer left the N largest logits in that draw;
+            None where no kernel has counted them.
+    """
+
+    def __init__(self, layers: Sequence[GroupedLayer], n: int, m: int):
+        self.layers, self.n, self.m = tuple(layers), n, m
+        self.device, self.dtype, _, _, self.whole, self.aligned = kind_of(layers[0], n, m)
+        self.counts = [layer.logits.numel() // m for layer in layers]
+        self.largest = max(self.counts)
+        self.codes: list[Tensor] | None = None
+        self.flips: Tensor | None = None
+        self._table: Tensor | None = None
+
+    def allocate_codes(self) -> None:
+        """Memory for codes, which then stays where it is."""
+        if self.codes is not None:
+            return
+        # each layer's begin where vectors may
+        starts = list(itertools.accumulate((-(-count // ALIGNED) * ALIGNED for count in self.counts), initial=0))
+        # a later step may be one of autograd
+        with torch.inference_mode(False):
+            memory = torch.empty(starts[-1], dtype=code_dtype(self.m), device=self.device)
+            flat = [memory[start : start + count] for start, count in zip(starts, self.counts, strict=False)]
+            shapes = [(len(logits), logits.shape[1] // self.m) for logits, *_ in self.layers]
+            self.codes = [x.view(shape) for x, shape in zip(flat, shapes, strict=True)]
+        if self._table is not None:
+            # in place, for a captured graph may read it
+            self._table.copy_(kernels("grouped").table_of(self))
+
+    def table(self) -> Tensor:
+        """As the kernels find the layers; on the device, and made once."""
+        if self._table is None:
+            self._table = kernels("grouped").table_of(self)
+        return self._table
+
+    def flip_rate(self, i: int) -> float:
+        """Share of the groups of the i-th layer whose codes are not those of the N largest logits."""
+        if self.flips is not None:
+            flips = self.flips[i].sum()
+        else:
+            logits = self.layers[i].logits.detach()
+            flips = (self.codes[i] != top_n_mask(logits, self.n, self.m)).sum()
+        return int(flips) / max(self.counts[i], 1)
+
+    def counter_of(self, layer: GroupedLayer, seed: Tensor, step: Tensor, draw: Tensor) -> Counter:
+        id_ = torch.full((), layer.layer, dtype=torch.int64, device=self.device)
+        return Counter(seed, step, id_, draw, layer.group_offset, layer.group_row_stride)
+
+
+def draw_layers_(group: LayerGroup, inv_temperature: float, seed: Tensor, step: Tensor, draw: Tensor) -> None:
+    """The codes of a group of layers become those of ``sample_mask``; seed, step and draw are 0-dim int64."""
+    group.allocate_codes()
+    inverse = scalar(inv_temperature, seed)
+    if uses_kernels(seed):
+        group.flips = kernels("grouped").draw_layers_(group, inv_temperature, seed, step, draw)
+    elif not (uses_machine_code(seed) and cpu_layers.draw_layers_(group, inverse, seed, step, draw)):
+        for layer, codes in zip(group.layers, group.codes, strict=True):
+            where = group.counter_of(layer, seed, step, draw.view(()))
+            codes.copy_(run_reference("sample_mask", layer.logits, where, inverse, n=group.n, m=group.m))
+    for codes in group.codes:
+        # a later step may be one of autograd
+        torch.autograd.graph.increment_version(codes)
+
+
+def update_layers_(
+    group: LayerGroup,
+    coef: Tensor,
+    inv_temperature: float,
+    seed: Tensor,
+    step: Tensor,
+    draws: Tensor,
+    by_codes: bool = False,
+) -> None:
+    """The logits of a group of layers become those of ``score_update_``.
+
+    Args:
+        coef: float32 [draws].
+        draws: int64 [draws].
+        by_codes: whether the codes of the group are those of this draw, a single one: it is then not made again, where
+            N is at most 4. Above, the score takes the noise of the draw.
+    """
+    by_codes = by_codes and knows_score(group.n, len(coef))
+    if uses_kernels(seed):
+        kernels("grouped").update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
+    elif not (uses_machine_code(seed) and _update_compiled_(group, coef, inv_temperature, seed, step, draws, by_codes)):
+        _update_each_(group, coef, inv_temperature, seed, step, draws)
+    for layer in group.layers:
+        if not layer.logits.is_inference():
+            # what autograd has saved of them is no longer theirs
+            torch.autograd.graph.increment_version(layer.logits)
+
+
+def knows_score(n: int, draws: int) -> bool:
+    """Whether codes tell the score of so many draws: of one, and where the score needs no noise."""
+    return draws == 1 and n <= reference.EXACT_SCORE_MAX_N
+
+
+def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draws, by_codes) -> bool:
+    if not cpu_layers.updates(group, len(coef)):
+        return False
+    if not by_codes:
+        # no loop of machine code for draws and updates at once: what is drawn takes less time than what is computed
+        draw_layers_(group, inv_temperature, seed, step, draws)
+    return cpu_layers.update_layers_(group, coef, scalar(inv_temperature, seed), seed, step, draws)
+
+
+def _update_each_(group: LayerGroup, coef, inv_temperature, seed, step, draws) -> None:
+    for layer in group.layers:
+        where = group.counter_of(layer, seed, step, draws)
+        run_reference("score_update_", layer.logits, coef, where, scalar(inv_temperature, seed), n=group.n, m=group.m)

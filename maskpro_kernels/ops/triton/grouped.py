@@ -1,0 +1,177 @@
+"""Draw and score update of many layers by one launch: their tensors are found in a table on the device.
+
+A row of the table, int64, is a layer: addresses of logits and codes, groups, groups in a row, offset and row stride of
+their index in the whole layer, and the layer's id. Each layer has as many programs, which share out its groups.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import device_functions as d
+from .launch import launch_layers, programs_of_layers
+from .sampling import (
+    group_index,
+    load_codes,
+    load_columns,
+    store_codes,
+    store_less,
+    summed_terms,
+)
+from .tiles import architecture, scores_in_short
+
+FIELDS = tl.constexpr(8)
+ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Vectors of 16 bytes are loaded where all addresses are multiples of it, as Triton finds by itself for an argument
+ALIGNED = 16
+
+
+@triton.jit
+def pointer(row, FIELD: tl.constexpr, element: tl.constexpr, BYTES: tl.constexpr):
+    """That of a row's field, an address of elements that is a multiple of so many bytes."""
+    address = tl.load(row + FIELD).to(tl.pointer_type(element))
+    return tl.multiple_of(address, BYTES)
+
+
+@triton.jit
+def layer_of(table, programs, BLOCK: tl.constexpr):
+    """(Row of this program's layer, its first group, how far the next ones that it takes lie apart)."""
+    program = tl.program_id(0)
+    row = table + (program // programs).to(tl.int64) * FIELDS
+    return row, (program % programs).to(tl.int64) * BLOCK, programs.to(tl.int64) * BLOCK
+
+
+@triton.jit
+def score_of_code(x, code, inv_temperature, SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    """``exact_score`` of columns of logits; a block of 2:4 that keeps its largest ones takes the shorter way to it."""
+    kept = d.decode(code, M)
+    if SHORT and N == 2 and M == 4:
+        ordered = d.descending(x, 4)
+        # of a tie more than two are the largest
+        expected = ordered[2] < ordered[1]
+        for i in tl.static_range(4):
+            expected = expected & (kept[i] == (x[i] >= ordered[1]))
+        if tl.min(expected.to(tl.int32), 0) == 0:
+            scores = d.exact_score(d.scaled(x, inv_temperature, 4), kept, 2, 4)
+        else:
+            scores = d.score_of_largest_2_of_4(x, ordered, inv_temperature)
+    else:
+        scores = d.exact_score(d.scaled(x, inv_temperature, M), kept, N, M)
+    return scores
+
+
+@triton.jit(do_not_specialize=["programs"])
+def sample_masks_kernel(
+    table,
+    flips,
+    inv_temperature,
+    seed,
+    step,
+    draw,
+    programs,
+    ELEMENT: tl.constexpr,
+    CODE: tl.constexpr,
+    BYTES: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    row, start, apart = layer_of(table, programs, BLOCK)
+    logits, codes = pointer(row, 0, ELEMENT, BYTES), pointer(row, 1, CODE, BYTES)
+    total, columns = tl.load(row + 2), tl.load(row + 3)
+    offset, row_stride = tl.load(row + 4), tl.load(row + 5)
+    key = d.load_key(seed, step, row + 6, draw)
+    flipped = tl.zeros((BLOCK,), tl.int32)
+    for first in range(start, total, apart):
+        x = load_columns(logits, first, total, M, BLOCK)
+        group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+        code, differs = d.drawn_code_and_flips(x, group, inv_temperature, N, M, key)
+        store_codes(codes, code, first, total, BLOCK)
+        flipped += tl.where(first + tl.arange(0, BLOCK) < total, differs, 0)
+    tl.store(flips + tl.program_id(0), tl.sum(flipped, 0))
+
+
+@triton.jit(do_not_specialize=["programs", "count"])
+def score_update_layers_kernel(
+    table,
+    coef,
+    inv_temperature,
+    seed,
+    step,
+    draws,
+    programs,
+    count: tl.int64,
+    ELEMENT: tl.constexpr,
+    CODE: tl.constexpr,
+    BYTES: tl.constexpr,
+    KIND: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    SHORT: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    row, start, apart = layer_of(table, programs, BLOCK)
+    logits = pointer(row, 0, ELEMENT, BYTES)
+    total, columns = tl.load(row + 2), tl.load(row + 3)
+    offset, row_stride, layer = tl.load(row + 4), tl.load(row + 5), row + 6
+    key = d.load_key(seed, step, layer, draws)
+    factor = tl.load(coef) * inv_temperature
+    if KIND == "codes":
+        codes = pointer(row, 1, CODE, BYTES)
+    for first in range(start, total, apart):
+        x = load_columns(logits, first, total, M, BLOCK)
+        group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
+        if KIND == "codes":
+            scores = score_of_code(x, load_codes(codes, first, total, N, BLOCK), inv_temperature, SHORT, N, M)
+            delta = ()
+            for i in tl.static_range(M):
+                delta = delta + (scores[i] * factor,)
+        else:
+            delta = summed_terms(x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
+                                 SEVERAL, SHORT, N, M)  # fmt: skip
+        store_less(logits, x, delta, group, key, first, total, M, BLOCK)
+
+
+def table_of(group):
+    """The table of a ``LayerGroup``: int64 [layers, FIELDS]."""
+    rows = []
+    for i, (logits, layer, offset, row_stride) in enumerate(group.layers):
+        codes = 0 if group.codes is None else group.codes[i].data_ptr()
+        groups, columns = logits.numel() // group.m, logits.shape[1] // group.m
+        rows.append((logits.data_ptr(), codes, groups, columns, offset, row_stride, layer, 0))
+    return torch.tensor(rows, dtype=torch.int64, device=group.device)
+
+
+def draw_layers_(group, inv_temperature, seed, step, draw):
+    """``layer_groups.draw_layers_`` by one launch; gives int32 [layers, programs], flips that each program has seen."""
+    name, layers = "sample_masks", len(group.layers)
+    flips = group.flips
+    if flips is None:
+        programs = programs_of_layers(name, group.m, layers, group.largest, group.device)
+        flips = torch.empty(layers, programs, dtype=torch.int32, device=group.device)
+    _launch(sample_masks_kernel, name, group, flips, inv_temperature, seed, step, draw)
+    return flips
+
+
+def update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes):
+    """``layer_groups.update_layers_`` by one launch."""
+    count = coef.numel()
+    name = "score_updates_of_layers" if count > 1 else "score_update_of_layers"
+    how = {"count": count, "SEVERAL": count > 1, "KIND": "codes" if by_codes else "drawn"}
+    how["SHORT"] = scores_in_short(architecture(group.device))
+    _launch(score_update_layers_kernel, name, group, coef, inv_temperature, seed, step, draws, **how)
+
+
+def _launch(kernel, name, group, *args, **how):
+    constants = {
+        "ELEMENT": ELEMENTS[group.dtype],
+        "CODE": tl.uint8 if group.m <= 8 else tl.int32,
+        "BYTES": ALIGNED if group.aligned else group.dtype.itemsize,
+        "N": group.n,
+        "WHOLE": group.whole,
+    }
+    layers = len(group.layers), group.largest
+    launch_layers(kernel, name, group.m, *layers, group.device, group.table(), *args, **how, **constants)
