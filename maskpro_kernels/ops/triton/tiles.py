@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from dataclasses import dataclass, replace
 
@@ -80,6 +81,9 @@ CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
 CONFIGURATIONS["score_update", 32] = Configuration(block=128, registers=255)
 
+# How kernels over single elements are launched
+ELEMENTS: dict[str, Configuration] = {"split_sum": Configuration(block=256), "metadata": Configuration(block=512)}
+
 
 @dataclass(frozen=True)
 class Rows(_CompileOptions):
@@ -128,6 +132,11 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # The gradient of the weight draws once either way, but its small tiles lose to torch's beyond a few hundred.
 ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 
+# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's product
+# is faster by more than it takes to write and read its result: docs/kernels.md has the arithmetic. torch for ROCm has no
+# product of 16 bits with a result in float32.
+FUSED_TOKENS = {"sm_80": 256, "sm_90": 256, "sm_100": 256, "gfx942": sys.maxsize}
+
 # Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
 PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
 
@@ -167,11 +176,11 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=32, tokens=128, k=16, num_warps=8),
     ),
     ("masked_linear_input_grad", 2): (
-        Tiles(out=64, tokens=16, k=16, registers=128),
-        Tiles(out=64, tokens=32, k=16),
-        Tiles(out=64, tokens=64, k=16, registers=128),
+        # rows of 64 bytes, two sectors of memory, in each
+        Tiles(out=32, tokens=16, k=32),
+        Tiles(out=32, tokens=32, k=32),
+        Tiles(out=32, tokens=64, k=32),
         Tiles(out=64, tokens=64, k=32, num_warps=8, registers=128),
-        Tiles(out=64, tokens=128, k=16, registers=160),
         # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
         Tiles(out=32, tokens=128, k=32),
         # Not 3 stages: at 1:2 they leave a value on the stack on sm_100
@@ -188,6 +197,9 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
     ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=192),),
     ("straight_through", 4): (Tiles(out=32, tokens=32, k=64, registers=168),),
+    # no product: the tokens of a tile are none
+    ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
+    ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
@@ -204,6 +216,9 @@ _PACKED_TILES = (
 )
 PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
 
+# Of products that are split: steps of a part, so that loads run ahead of their use; parts, whose sums are read again
+LEAST_STEPS, MOST_PARTS = 2, 16
+
 # The dimension of the weight along which a product's results lie
 RESULT_SIDE = {
     "masked_linear": "out",
@@ -211,6 +226,7 @@ RESULT_SIDE = {
     "masked_linear_input_grad": "k",
     "masked_linear_weight_grad": "out",
     "straight_through": "out",
+    "straight_through_step": "out",
 }
 
 # The interpreter runs one program at a time through numpy: the cost is by call, not by element
@@ -250,6 +266,24 @@ def configuration(kernel: str, m: int, groups: int) -> Configuration:
     if INTERPRETED:
         return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)))
     return CONFIGURATIONS[kernel, m]
+
+
+def elements(kernel: str, count: int) -> Configuration:
+    """The configuration of a kernel over ``count`` single elements."""
+    if INTERPRETED:
+        return Configuration(block=min(INTERPRETER_BLOCK, power_above(count)))
+    return ELEMENTS[kernel]
+
+
+def parts_for(programs: int, steps: int, target: str) -> int:
+    """Into how many parts a product of so many programs splits the dimension that each of them sums in ``steps``.
+
+    As few as give every processor two programs, each of at least LEAST_STEPS.
+    """
+    parts = 1
+    while programs * parts < 2 * PROCESSORS[target] and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
+        parts *= 2
+    return parts
 
 
 def power_above(size: int) -> int:
