@@ -36,7 +36,7 @@ def indices_of_codes(codes):
 
 @triton.jit
 def metadata_kernel(bitmask, out, rows, columns, count, BLOCK: tl.constexpr):
-    """Words [rows, columns] of four codes each, to words of four pairs of places in the order of CUTLASS's reorder_meta.
+    """Words [rows, columns] of four codes each become words of four pairs of places, in the order of CUTLASS.
 
     In a block of 32 rows, row 8 a + b goes to row 4 b + a. Then blocks of 2 x 2 are transposed, and pairs of columns
     lie one after the other.

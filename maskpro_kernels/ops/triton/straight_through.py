@@ -1,9 +1,9 @@
 """The slope of a loss in the mask, and the step of the logits against it.
 
-G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. With few
-tokens one kernel multiplies and steps: a program owns a tile of G and loops over all tokens, so that sums have a fixed
-order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory that the
-next layer's G takes again, and the second kernel here reads it.
+G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. With
+few tokens one kernel multiplies and steps: a program owns a tile of G and loops over all tokens, so that sums have a
+fixed order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory that
+the next layer's G takes again, and the second kernel here reads it.
 """
 
 import torch
@@ -207,7 +207,8 @@ def straight_through_step_kernel(
     GROUPS: tl.constexpr = BLOCK_K // M
     row_tile, group_tile, group_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
-    finish_tile(load_groups(gradient, row, group, inside, groups, M), weight, grad_squares, x_squares, source, out, None,
+    tile = load_groups(gradient, row, group, inside, groups, M)
+    finish_tile(tile, weight, grad_squares, x_squares, source, out, None,
                 partial, rate, max_update, inv_temperature, seed, step, layer, draw, offset, row_stride, rows, groups,
                 row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 

@@ -132,9 +132,9 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # The gradient of the weight draws once either way, but its small tiles lose to torch's beyond a few hundred.
 ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 
-# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's product
-# is faster by more than it takes to write and read its result: docs/kernels.md has the arithmetic. torch for ROCm has no
-# product of 16 bits with a result in float32.
+# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's
+# product is faster by more than it takes to write and read its result: docs/kernels.md has the arithmetic. torch for
+# ROCm has no product of 16 bits with a result in float32.
 FUSED_TOKENS = {"sm_80": 256, "sm_90": 256, "sm_100": 256, "gfx942": sys.maxsize}
 
 # Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes

@@ -1,4 +1,4 @@
-"""What torch's semi-structured matmul is given: metadata as torch's own conversion writes it, and operands that it takes.
+"""What torch's semi-structured matmul is given: metadata as torch's own conversion has it, and operands that it takes.
 
 The matmul itself runs on GPUs of compute capability 8.x alone.
 """
@@ -62,7 +62,9 @@ def on_8(monkeypatch):
     monkeypatch.setattr(semi_structured, "available", lambda device: True)
     monkeypatch.setattr(semi_structured.torch, "_sparse_semi_structured_mm", asserted_product)
     monkeypatch.setattr(
-        semi_structured.torch, "_sparse_semi_structured_addmm", lambda bias, *operands: asserted_product(*operands, bias)
+        semi_structured.torch,
+        "_sparse_semi_structured_addmm",
+        lambda bias, *operands: asserted_product(*operands, bias),
     )
 
 

@@ -60,7 +60,7 @@ def by_torch(monkeypatch):
     ids=str,
 )
 def test_slopes_by_torchs_product(pattern, dtype, kind, by_torch, launched):
-    """Of drawn and of given masks, from a gradient of the weight in float32, which is handed over where it is asked for."""
+    """Of drawn and of given masks; the weight's gradient, in float32, is handed over where it is asked for."""
     pattern = NMPattern(pattern)
     grad, x, weight, logits = slope_operands(pattern, rows=21, k=40, dtype=dtype)
     codes, mask = mask_of("drawn", logits, pattern)
