@@ -117,14 +117,14 @@ def test_slopes_and_the_gradient_of_the_weight(target, logits, compiled_for):
     Product(SLOPE, tile, logits=logits, one_hot=True).assert_right()
 
 
-@pytest.mark.parametrize("update", [True, False], ids=["step", "slope"])
 @pytest.mark.parametrize(
-    ("target", "kind"),
-    cases(itertools.product(ALL_TARGETS, ("drawn", "codes")), slow=lambda target, _: target != "sm_80"),
+    ("target", "kind", "update"),
+    cases(
+        [(target, *case) for target in ALL_TARGETS for case in (("drawn", True), ("drawn", False), ("codes", False))],
+        slow=lambda *case: case != ("sm_80", "drawn", True),
+    ),
 )
 def test_what_follows_torchs_product(target, kind, update, compiled_for, launched, monkeypatch):
-    if update and kind == "codes":
-        pytest.skip("logits alone are stepped")
     compiled_for(target)
     monkeypatch.setattr(straight_through, "FUSED_TOKENS", dict.fromkeys(straight_through.FUSED_TOKENS, 0))
     tile = replace(TILES["straight_through_step", target, 2][0], tokens=32)
@@ -133,11 +133,14 @@ def test_what_follows_torchs_product(target, kind, update, compiled_for, launche
 
 
 @pytest.mark.parametrize(
-    ("target", "kernel", "parts"),
-    cases(itertools.product(ALL_TARGETS, (LINEAR, INPUT), (2, 4)), slow=lambda *case: case[::2] != ("sm_80", 2)),
+    ("target", "kernel", "kind", "parts"),
+    cases(
+        itertools.product(ALL_TARGETS, (LINEAR, INPUT), ("codes", "drawn"), (2, 4)),
+        slow=lambda target, _, *case: (target, *case) != ("sm_80", "codes", 2),
+    ),
 )
-def test_products_whose_sum_is_shared_out(target, kernel, parts, compiled_for, launched):
+def test_products_whose_sum_is_shared_out(target, kernel, kind, parts, compiled_for, launched):
     compiled_for(target)
     tile = tile_of(kernel, target, 0, torch.bfloat16)
-    Product(kernel, tile, log_prob=True, parts=parts).assert_right()
+    Product(kernel, tile, kind=kind, log_prob=kind == "drawn", parts=parts).assert_right()
     assert launched["split_sum"] == 1

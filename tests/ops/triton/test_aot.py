@@ -327,8 +327,8 @@ for target in TARGETS:
 def test_packed_kernels_compile_for_every_target(child, n, m, element):
     """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
 
-    Tiles are loaded ahead of their use, where rows are of 4 chunks or more as well: no plain load stands before the last
-    product.
+    Tiles are loaded ahead of their use, also where a row is a multiple of 4 chunks alone: no plain load stands before
+    the last product.
     """
     rows = child(PACKED_CHILD, n, m, element)
     assert len(rows) == 4 * (5 + 2 * 6 + 2 + 1)

@@ -1,4 +1,4 @@
-"""Values of 2:4 are put at their places by permutations of bytes, in the interpreter by arithmetic that stands for them."""
+"""Values of 2:4 are put at their places by permutations of bytes; in the interpreter arithmetic stands for those."""
 
 from __future__ import annotations
 
