@@ -28,7 +28,7 @@ from aot import Built, build, build_packed, build_product
 from maskpro_kernels.ops.triton.packed import MULTIPLIED, chunk_length
 from maskpro_kernels.ops.triton.tiles import (
     CONFIGURATIONS,
-    ONE_PASS_TOKENS,
+    DRAWN_TOKENS,
     PACKED_TILES,
     PROCESSORS,
     ROWS,
@@ -146,7 +146,7 @@ def product_kernel(product: str, target: str, n: int, m: int, tile: Tiles) -> tu
     built = build_product(product, target, n, m, tile)
     weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
     # those with a tile of the weight's gradient draw once, behind their loop over the tokens
-    looping = product not in ("masked_linear_weight_grad", "straight_through")
+    looping = product not in ("masked_linear_weight_grad", "straight_through", "straight_through_step")
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping)
     return built, fewest / weights, most / weights
 
@@ -323,7 +323,7 @@ def packed_roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int)
 def roofline(target: str, n: int, m: int, rows: int, k: int, tokens: int) -> tuple[float, float, float]:
     """Seconds of a forward by bytes, by issue slots and by matrix units."""
     chip = CHIPS[target]
-    if tokens <= ONE_PASS_TOKENS[target]:
+    if tokens <= DRAWN_TOKENS[target]:
         weight_bytes = 6
         tile = tiles_for("masked_linear", m, torch.bfloat16, tokens, rows, k, target)
         groups = tile.out * tile.k / m

@@ -17,7 +17,7 @@ from . import device_functions as d
 from . import sampling
 from .launch import launch_tiles
 from .split_k import SplitResult, own_part, own_sums, result_dtype
-from .tiles import ALIGNED, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for
+from .tiles import ALIGNED, DRAWN_TOKENS, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for
 
 UNSPECIALIZED = ["offset", "row_stride", "tokens"]
 
@@ -285,15 +285,16 @@ def mask_arguments(mask, tokens, matrix):
     return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
 
-def one_pass(tokens: int, device: torch.device) -> bool:
-    """Whether the mask is drawn inside the product, rather than into a transient masked weight."""
-    return 0 < tokens <= ONE_PASS_TOKENS[architecture(device)]
+def one_pass(tokens: int, kind: str, device: torch.device) -> bool:
+    """Whether a mask of that kind is applied inside the product, rather than to a transient masked weight."""
+    most = DRAWN_TOKENS if kind == "drawn" else ONE_PASS_TOKENS
+    return 0 < tokens <= most[architecture(device)]
 
 
 def masked_linear(x, weight, bias, mask, log_prob):
     """(x @ (weight * mask).T + bias, log-probability of the drawn mask summed over the layer or None)."""
     tokens, rows = x.shape[0], weight.shape[0]
-    if rows == 0 or not one_pass(tokens, x.device):
+    if rows == 0 or not one_pass(tokens, mask.kind, x.device):
         total = None
         if log_prob:
             mask, total = _drawn_with_log_prob(mask)
@@ -326,7 +327,7 @@ def masked_linear_input_grad(grad, weight, mask):
     """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
     tokens, (rows, k) = grad.shape[0], weight.shape
     # tiles of grad whose rows start anywhere are loaded value by value, and the addresses alone fill the registers
-    if rows == 0 or rows % ALIGNED or not one_pass(tokens, grad.device):
+    if rows == 0 or rows % ALIGNED or not one_pass(tokens, mask.kind, grad.device):
         return grad @ sampling.masked_weight(weight, mask, grad.dtype)
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
     split = SplitResult("masked_linear_input_grad", tile, (tokens, k), rows, grad, None)
@@ -339,7 +340,7 @@ def masked_linear_input_grad(grad, weight, mask):
 def masked_linear_weight_grad(grad, x, mask):
     """(grad.T @ x) * mask: [rows, K] for grad [tokens, rows] and x [tokens, K]."""
     tokens, rows, k = grad.shape[0], grad.shape[1], x.shape[1]
-    if rows == 0 or not one_pass(tokens, grad.device):
+    if rows == 0 or not 0 < tokens <= ONE_PASS_TOKENS[architecture(grad.device)]:
         return sampling.masked_weight(grad.t() @ x, mask)
     out = torch.empty(rows, k, dtype=result_dtype(grad.dtype), device=grad.device)
     tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))

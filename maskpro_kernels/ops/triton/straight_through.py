@@ -2,8 +2,8 @@
 
 G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. With
 few tokens one kernel multiplies and steps: a program owns a tile of G and loops over all tokens, so that sums have a
-fixed order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory that
-the next layer's G takes again, and the second kernel here reads it.
+fixed order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory
+that the next layer's G takes again, and the second kernel here reads it.
 """
 
 import torch

@@ -3,7 +3,7 @@
 To add an architecture:
 
 1. Give it an entry in ``TABLE_ROW``: the architecture whose row it can take, or itself.
-2. If it has a row of its own, add it to ``PROCESSORS``, ``ONE_PASS_TOKENS`` and ``PACKED_TOKENS``, and replace in
+2. If it has a row of its own, add it to ``PROCESSORS`` and to the tables of tokens below it, and replace in
    ``TILES`` and ``PACKED_TILES`` the tiles that do not fit it. ``benchmarks/tune.py`` finds the fastest ones.
 3. Add it to ``TARGETS`` in ``benchmarks/aot.py`` and to the limits in the tests that compile every kernel ahead of
    time.
@@ -126,11 +126,13 @@ ALIGNED = 16
 # Streaming multiprocessors or compute units: as many programs leave none idle
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
-# Most tokens for which a mask is drawn inside the product, by architecture: one block of them. A second
-# block would draw every tile again: on an H100 2.7 ps a weight by 90 issue slots, where writing and reading
-# a transient masked weight of 16 bits takes 1.2 ps. On the others that ratio is the same within a factor of 2.
-# The gradient of the weight draws once either way, but its small tiles lose to torch's beyond a few hundred.
+# Most tokens for which a mask is applied inside the product, rather than to a transient masked weight: one block of
+# them, for a second one would find every mask again. The gradient of the weight finds it once either way, but its small
+# tiles lose to torch's beyond a few hundred.
 ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
+# Of those that are drawn there: a draw bounds the time, and tiles of 128 tokens leave a third of the processors idle at
+# the end. docs/kernels.md has the arithmetic, which has not been done for gfx942.
+DRAWN_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 128}
 
 # Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's
 # product is faster by more than it takes to write and read its result: docs/kernels.md has the arithmetic. torch for
