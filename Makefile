@@ -5,9 +5,10 @@ VENV36 := .venv-triton36
 # wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
 # the end.
-LONGEST := $(patsubst %,tests/%.py,ops/test_goldens ops/triton/test_aot ops/reference/test_score \
-	ops/reference/test_distribution test_ranks_that_end ops/triton/test_masked_gemm ops/triton/test_straight_through \
-	ops/test_bits benchmarks/test_benchmarks test_packed docs/test_documents cli/test_mixed_data cli/test_resume)
+LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/test_kills cli/test_mixed_data \
+	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks cli/test_datasets \
+	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
+	benchmarks/test_characters training/test_memory)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the machines for PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these

@@ -22,8 +22,8 @@ import pickle
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -32,22 +32,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .signs_of_life import CONNECTION, REFUSES, SILENT, Address, Lives, SignOfLife, reachable, signs_of
+
 Result = TypeVar("Result")
 
-# Seconds: between two looks at the store, for answers to a roll call, for one connection
-LOOK, ANSWER, CONNECTION = 1.0, 5.0, 2.0
+# Seconds: between two looks at the store, for answers to a roll call
+LOOK, ANSWER = 1.0, 5.0
 # Seconds between two looks for answers, the first ones and the last ones
 FIRST_PAUSE, LAST_PAUSE = 0.05, 0.4
-# Connections that are tried at the same time, and that wait to be accepted at most, where the kernel allows as many
-TRIED, QUEUE = 32, socket.SOMAXCONN
 # For the others to come, in seconds
 MEETING = 1800.0
+# Settings that one message names
+NAMED = 8
 # For what is waited for as long as it takes
 NO_LIMIT = timedelta(days=365)
 CALL = "roll call"
-# What a rank says at its port, and what is found there
-ALIVE = b"1"
-ANSWERS, SILENT, REFUSES = "answers", "silent", "refuses"
 
 
 def of_torchrun() -> bool:
@@ -143,15 +142,22 @@ class Ranks:
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"maskpro_kernels/{self._group.group_name}", store)
         self._sign, self._addresses = SignOfLife(), {}
-        own = socket.gethostname(), self._sign.port
+        own = Address(socket.gethostname(), self._sign.port, self._sign.token)
         addresses = {
-            rank: ("127.0.0.1" if host == own[0] else host, port)
-            for rank, (host, port) in enumerate(self._gather_objects(own, MEETING))
+            rank: address._replace(host="127.0.0.1") if address.host == own.host else address
+            for rank, address in enumerate(self._gather_objects(own, MEETING))
             if rank != self.rank
         }
         # silence tells nothing where a connection cannot be had anyway
-        signs = _signs_of(addresses)
-        self._addresses = {rank: address for rank, address in addresses.items() if signs[rank] == ANSWERS}
+        self._addresses = reachable(addresses, ANSWER)
+        beyond = sorted(addresses.keys() - self._addresses.keys())
+        if beyond:
+            warnings.warn(
+                f"ranks: no connection from rank {self.rank} to "
+                f"{', '.join(f'rank {rank} at {addresses[rank].host}:{addresses[rank].port}' for rank in beyond)}, as "
+                "behind a firewall; where it waits for them as long as they live, it does not notice that they freeze",
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """Part from the other ranks; they need not do so at the same time."""
@@ -249,7 +255,7 @@ class Ranks:
             rank: sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
             for rank, theirs in enumerate(others, 1)
         }
-        told = [f"other {', '.join(names)} on rank {rank}" for rank, names in differing.items() if names]
+        told = [f"other {_listed(names)} on rank {rank}" for rank, names in differing.items() if names]
         if told:
             raise ValueError(f"ranks: expected what rank 0 has on all of them, got {'; '.join(told)}")
 
@@ -335,7 +341,7 @@ class Ranks:
     def _missing(self) -> tuple[list[int], list[int]]:
         """(ranks that have ended, ranks that do not answer)."""
         look, limit = self._look(), time.monotonic() + CONNECTION
-        signs = _signs_of(self._addresses)
+        signs = signs_of(self._addresses)
         look.join(max(limit - time.monotonic(), 0.0))
         found = None if look.is_alive() else _in_time(ANSWER + CONNECTION, self._call_the_roll)
         if found is None:
@@ -371,71 +377,13 @@ class Ranks:
 
     def _refusing(self, ranks: set[int]) -> set[int]:
         """Those whose sign of life has gone."""
-        signs = _signs_of({rank: self._addresses[rank] for rank in ranks & self._addresses.keys()})
+        signs = signs_of({rank: self._addresses[rank] for rank in ranks & self._addresses.keys()})
         return {rank for rank, sign in signs.items() if sign == REFUSES}
 
 
-class Lives:
-    """The other ranks, asked now and then whether they still live.
-
-    Args:
-        addresses: by rank, of their signs of life.
-        timeout: seconds of silence behind which a rank counts as lost.
-    """
-
-    def __init__(self, addresses: Mapping[int, tuple[str, int]], timeout: float):
-        self._addresses, self._timeout = addresses, timeout
-        # seldom enough for many ranks, often enough to notice soon
-        self._pause = max(LOOK, timeout / 10)
-        self._next = time.monotonic() + self._pause
-        self._silent_since: dict[int, float] = {}
-
-    def lost(self) -> bool:
-        """Whether a rank has ended, or been silent for too long."""
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        signs = _signs_of(self._addresses)
-        self._silent_since = {
-            rank: self._silent_since.get(rank, now) for rank, sign in signs.items() if sign != ANSWERS
-        }
-        self._next = time.monotonic() + self._pause
-        return REFUSES in signs.values() or any(
-            time.monotonic() - since >= self._timeout for since in self._silent_since.values()
-        )
-
-
-class SignOfLife:
-    """A port at which the kernel takes connections as long as this process lives, and a thread answers while it runs.
-
-    Attributes:
-        port: which.
-    """
-
-    def __init__(self):
-        self._listener = socket.create_server(("", 0), backlog=QUEUE)
-        self.port = self._listener.getsockname()[1]
-        self._closed = False
-        threading.Thread(target=self._accept, name="sign of life", daemon=True).start()
-
-    def close(self) -> None:
-        """Refuse connections from now on."""
-        self._closed = True
-        # wakes the thread, without which the kernel would keep the port open
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        # the kernel takes no more than the queue of what nobody accepts
-        while not self._closed:
-            try:
-                connection, _ = self._listener.accept()
-                with connection, contextlib.suppress(OSError):
-                    connection.send(ALIVE)
-            except OSError:
-                # such as too many open files: the queue holds meanwhile
-                time.sleep(0.0 if self._closed else LOOK)
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _told(error: Exception, rank: int) -> ValueError | FailedRank:
@@ -470,20 +418,3 @@ def _in_time(seconds: float, function: Callable[[], Result]) -> Result | None:
     if error is not None:
         raise error
     return result
-
-
-def _signs_of(addresses: Mapping[int, tuple[str, int]]) -> dict[int, str]:
-    """What ``_sign_at`` gives of each rank, of which one address is known."""
-    with ThreadPoolExecutor(TRIED) as pool:
-        return dict(zip(addresses, pool.map(_sign_at, addresses.values()), strict=True))
-
-
-def _sign_at(address: tuple[str, int]) -> str:
-    """ANSWERS where a process runs, REFUSES where it has ended, SILENT where it is frozen or cannot be reached."""
-    try:
-        with socket.create_connection(address, timeout=CONNECTION) as connection:
-            return ANSWERS if connection.recv(len(ALIVE)) == ALIVE else SILENT
-    except ConnectionRefusedError:
-        return REFUSES
-    except OSError:
-        return SILENT

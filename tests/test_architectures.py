@@ -37,9 +37,7 @@ EVERY_KIND = (
     "GPT-2",
     "T5",
     "torch TransformerEncoder",
-    "Mixtral",
     "gpt-oss",
-    "Whisper",
     "Mamba",
     "convolutions",
 )

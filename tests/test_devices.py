@@ -105,8 +105,8 @@ def assert_spread_model_learns_the_same(rank: int, estimator: str, logits_device
     ("estimator", "logits_device", "init"),
     [
         ("reinforce", None, "wanda"),
-        ("reinforce", "cpu", "magnitude"),
-        ("straight-through", None, "magnitude"),
+        pytest.param("reinforce", "cpu", "magnitude", marks=pytest.mark.slow),
+        pytest.param("straight-through", None, "magnitude", marks=pytest.mark.slow),
         ("straight-through", "cpu", "reconstruction"),
         ("trained weights", "cpu", "magnitude"),
     ],

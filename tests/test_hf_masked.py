@@ -241,6 +241,7 @@ def test_what_cannot_come_back_is_refused(tmp_path):
         hf.save_model(model, tiny_tokenizer(), tmp_path / "shard")
 
 
+@pytest.mark.slow
 def test_without_the_import_transformers_tells_what_it_does_not_know(folder):
     """It gives the dense model, which no file can forbid; but not without a word."""
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.checkpoints import reconfigure, rewrite
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
@@ -40,8 +41,15 @@ def folder(tmp_path):
     return tmp_path / "packed"
 
 
-@pytest.mark.parametrize(("pattern", "kind"), [("2:4", mk.Sparse24Linear), ("4:8", mk.NMLinear)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("pattern", "kind", "dtype"),
+    [
+        ("2:4", mk.Sparse24Linear, torch.bfloat16),
+        ("4:8", mk.NMLinear, torch.float32),
+        slow("2:4", mk.Sparse24Linear, torch.float32),
+        slow("4:8", mk.NMLinear, torch.bfloat16),
+    ],
+)
 def test_a_packed_checkpoint_is_the_dense_one(tmp_path, pattern, kind, dtype):
     dense, packed = finalized(pattern, dtype)
     hf.save_model(packed, tiny_tokenizer(), tmp_path / "packed")

@@ -101,7 +101,10 @@ model.save_pretrained(sys.argv[2])
 """
 
 
-@pytest.mark.parametrize(("kind", "made"), [("NMLinear", "from_dense"), ("MaskedLinear", "from_linear")])
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [("NMLinear", "from_dense"), pytest.param("MaskedLinear", "from_linear", marks=pytest.mark.slow)],
+)
 def test_who_never_imports_hf_saves_what_can_be_loaded(kind, made, tmp_path):
     model = pruned()
     model.save_pretrained(tmp_path / "dense")

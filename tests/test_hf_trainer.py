@@ -26,7 +26,7 @@ def texts(count: int = 16) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trained(model, folder, steps: int = 20, callbacks=(), resume: str | None = None, **options) -> Trainer:
+def trained(model, folder, steps: int = 8, callbacks=(), resume: str | None = None, **options) -> Trainer:
     defaults = {
         "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5,
         "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
@@ -49,7 +49,7 @@ def counts(model, pattern) -> list[torch.Tensor]:
     return [(model.get_parameter(name).view(-1, mk.NMPattern(pattern).m) != 0).sum(1) for name in kept]
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", pytest.param("4:8", marks=pytest.mark.slow)])
 def test_keep_mask_keeps_the_pattern_exactly(pattern, tmp_path):
     before, n = sparse(pattern), mk.NMPattern(pattern).n
     model = sparse(pattern)
@@ -118,6 +118,7 @@ def test_groups_with_fewer_than_n_keep_n():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_converted_model_has_its_masks(tmp_path):
     """One that the Trainer writes: its model is back with logits and pattern, and the trainer goes on from it."""
     model = tiny_model()
@@ -190,6 +191,7 @@ def test_mask_callback_takes_the_steps_of_mask_trainer(accumulate, tmp_path):
     torch.testing.assert_close(logits(ours.model), logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
     """Of 16 texts in batches of 4, the second step has one batch, which is scaled by 1 and not by a third."""
     seen = []
@@ -205,17 +207,18 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches(tmp_path):
 
 
 def test_a_run_that_is_resumed_has_the_bits_of_a_whole_one(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    saving = {"steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     whole = learned(tmp_path / "run", **saving)
-    again = learned(tmp_path / "again", resume=str(tmp_path / "run/checkpoint-3"), **saving)
+    again = learned(tmp_path / "again", resume=str(tmp_path / "run/checkpoint-2"), **saving)
     assert_same_bits(logits(again.model), logits(whole.model))
     assert again.state.log_history[:-1] == whole.state.log_history[:-1]
     # and so has one whose model comes from the checkpoint
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
-    third = learned(tmp_path / "third", model=loaded, resume=str(tmp_path / "run/checkpoint-3"), **saving)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2")
+    third = learned(tmp_path / "third", model=loaded, resume=str(tmp_path / "run/checkpoint-2"), **saving)
     assert_same_bits(logits(third.model), logits(whole.model))
 
 
+@pytest.mark.slow
 def test_what_moves_is_logged(tmp_path):
     seen = []
 
@@ -248,6 +251,7 @@ def test_mask_callback_refuses_what_would_learn_nothing(tmp_path):
         MaskCallback(max_update=0.0)
 
 
+@pytest.mark.slow
 def test_a_callback_that_is_added_later_learns_too(tmp_path):
     arguments = TrainingArguments(
         str(tmp_path), max_steps=3, learning_rate=0.3, report_to="none", use_cpu=True, save_strategy="no"
@@ -268,6 +272,7 @@ def test_without_it_the_trainer_warns_of_masks_left_alone(tmp_path):
     assert_same_bits(logits(model), before)
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_follow_the_pattern_are_told(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     mk.convert(model, "2:4", targets=["*.mlp.*"])
@@ -291,7 +296,7 @@ def test_training_that_broke_off_begins_again(tmp_path):
     assert {int(layer.counter_state.step) for layer in masked_layers(model).values()} == {3}
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_gradient_scaler_skips_what_is_not_finite(fused):
     """As the Trainer has it in float16, where a fused optimizer is called all the same, and told."""
     arguments = TrainingArguments("unused", use_cpu=True, report_to="none")

@@ -237,7 +237,9 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("options", [[], ["--refit", "weights"]], ids=["frozen", "refitted"])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--refit", "weights"], marks=pytest.mark.slow)], ids=["frozen", "refitted"]
+)
 def test_the_card_of_a_run_and_of_its_export(inputs, tmp_path, options, pushed, monkeypatch):
     monkeypatch.setattr(saving.HfApi, "whoami", lambda *_: {})
     run = tmp_path / "run"

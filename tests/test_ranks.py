@@ -21,8 +21,8 @@ from maskpro_kernels.training.sharing import PARALLEL
     [
         ("reinforce", "data", 4),
         ("four draws", "draws", 2),
-        ("normalized", "data", 4),
-        ("two draws", "data", 4),
+        pytest.param("normalized", "data", 4, marks=pytest.mark.slow),
+        pytest.param("two draws", "data", 4, marks=pytest.mark.slow),
         ("four draws", "draws", 1),
     ],
 )

@@ -26,12 +26,20 @@ def differ(rank: int, folder) -> dict[str, str]:
     heavier[0].weight.data[0, 0] += rank
     with torch.no_grad():
         other[0].logits[0, 0] += rank
-    biased, normed = a_model(), nn.Sequential(a_model(), nn.BatchNorm1d(4))
+    biased, normed, sparse = a_model(), nn.Sequential(a_model(), nn.BatchNorm1d(4)), a_model()
     biased[2].bias.data[3] += rank
     normed[1].running_mean[1] += rank
+    for name, rows in {"coo": torch.eye(3).to_sparse(), "csr": torch.eye(3).to_sparse_csr()}.items():
+        sparse.register_buffer(name, rows * (1 + rank))
+    # the same values on all ranks, in another order
+    order = [rank, 1 - rank]
+    same = torch.sparse_coo_tensor([order, order], torch.tensor([1.0, 2.0])[order], (2, 2))
+    sparse.register_buffer("same", same)
+    sparse.register_buffer("phase", torch.tensor([1.0 + 2.0j * (1 + rank)]).conj())
     trainers = {
-        "rest of the model": rank_trainer(model=biased, accumulate=2),
-        "rest of the model ": rank_trainer(model=normed, accumulate=2),
+        "2.bias of the model": rank_trainer(model=biased, accumulate=2),
+        "1.running_mean of the model": rank_trainer(model=normed, accumulate=2),
+        "coo of the model, csr of the model, phase of the model": rank_trainer(model=sparse, accumulate=2),
         "loss_fn": rank_trainer(loss_fn=absolute if rank else squared, accumulate=2),
         "loss_fn ": rank_trainer(loss_fn=partial(Loss(rank).first if rank else Loss(rank).second), accumulate=2),
         "seed": rank_trainer(seed=rank, accumulate=2),
@@ -86,13 +94,15 @@ def mk_model(width: int) -> nn.Module:
 
 def test_ranks_that_differ_are_named_on_all(tmp_path):
     one, other = all_in_ranks(2, differ, folder=tmp_path / "run")
-    assert one == other and len(one) == 13
+    assert one == other and len(one) == 14
     for name, message in one.items():
         name = name.strip()
         assert message.startswith("ranks: expected what rank 0 has on all of them, got other ")
         assert message.endswith(" on rank 1")
         found = message.removesuffix(" on rank 1").split("got other ")[1].split(", ")
-        assert set(name.split(", ")) <= set(found) <= {*name.split(", "), "logits", "rest of the model"}
+        rest = {part for part in found if part.endswith(" of the model")}
+        assert set(name.split(", ")) <= set(found) <= {*name.split(", "), "logits", *rest}
+        assert rest == {part for part in name.split(", ") if part.endswith(" of the model")} or "layers" in found
     assert not (tmp_path / "run").exists()
 
 

@@ -262,7 +262,6 @@ FAULTS = [
     Fault("adapters._refuse", nothing, merged_computes_the_same),
     Fault("pruning.replacement.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
     Fault("packed.packed_linear", of_detached_values, values_learn),
-    Fault("kept_zeros.KeptZeros.restore", nothing, zeros_stay),
     Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
     Fault("hf.packed.check_content", nothing, damaged_scales_are_seen),
     Fault("stored_digests._check_tensors", lambda stored, *_: len(stored), a_flipped_bit_is_seen),
@@ -272,7 +271,15 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.guard}-{fault.check.__name__}")
+# A training, of which tests/test_hf_trainer.py tells as well
+TRAINING = Fault("kept_zeros.KeptZeros.restore", nothing, zeros_stay)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [*FAULTS, pytest.param(TRAINING, marks=pytest.mark.slow)],
+    ids=lambda fault: f"{fault.guard}-{fault.check.__name__}",
+)
 def test_without_its_guard_a_fault_is_seen(fault, tmp_path, monkeypatch):
     fault.check(tmp_path / "guarded")
     monkeypatch.setattr(f"maskpro_kernels.{fault.guard}", fault.off)

@@ -96,6 +96,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() == metadata.get_payload().strip()
 
 
+@pytest.mark.slow
 def test_the_wheel_learns_five_steps(python, tmp_path):
     where, learned = run(python, "-c", LEARN, cwd=tmp_path).splitlines()
     assert Path(where).is_relative_to(python.parents[1]) and learned == "learned"

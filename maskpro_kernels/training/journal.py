@@ -80,7 +80,7 @@ class Records(NamedTuple):
         entries: of the steps.
         torn: bytes of a last record that was cut short.
         draws: draws a step.
-        chain: digests, in hex, at which the journal stood before the first step and after each one.
+        chain: digests at which the journal stood before the first step and after each one.
         end: where the entries end, in bytes.
     """
 
@@ -88,7 +88,7 @@ class Records(NamedTuple):
     entries: list[Entry]
     torn: int
     draws: int
-    chain: list[str]
+    chain: list[bytes]
     end: int
 
 
@@ -99,10 +99,10 @@ class Journal:
         header: what was given to ``create``.
         draws: draws a step.
         steps: how many records there are.
-        chain: the digest, in hex, of the last record; before the first one that of the header.
+        chain: the digest of the last record; before the first one that of the header.
     """
 
-    def __init__(self, path: Path, header: dict, draws: int, steps: int, chain: str):
+    def __init__(self, path: Path, header: dict, draws: int, steps: int, chain: bytes):
         self.path, self.header, self.draws, self.steps, self.chain = path, header, draws, steps, chain
         self._file = open(path, "a+b", buffering=0)
         self._failed = False
@@ -128,20 +128,31 @@ class Journal:
         head = HEAD.pack(MAGIC, VERSION, len(text))
         chain = digest_of_bytes(head, text)
         write_whole(path, head + chain + text)
-        return cls(path, json.loads(text)["run"], draws, 0, chain.hex())
+        return cls(path, json.loads(text)["run"], draws, 0, chain)
 
     @classmethod
-    def resume(cls, path: str | Path) -> tuple[Journal, Records]:
-        """(journal to append to, what it holds); of a last record that was cut short the bytes are gone now.
+    def resume(cls, path: str | Path, found: Records) -> Journal:
+        """The journal to append to; of a last record that was cut short the bytes are gone now.
+
+        Args:
+            path: of the file.
+            found: what ``read`` gave of it.
 
         Raises:
-            ValueError, OSError: as ``read``.
+            ValueError: if its length has changed since.
+            OSError: if it cannot be read or written.
         """
-        path, found = Path(path), read(path)
+        path = Path(path)
+        content = path.read_bytes()
+        if len(content) != found.end + found.torn:
+            raise ValueError(
+                f"journal: expected {found.end + found.torn} bytes, as were read before, got {len(content)} in "
+                f"{str(path)!r}: something else writes to it"
+            )
         # anew: what another process has written may be in memory alone, where it was killed or a sync failed, and a
         # sync does not write again what the system takes for written
-        write_whole(path, path.read_bytes()[: found.end])
-        return cls(path, found.header, found.draws, len(found.entries), found.chain[-1]), found
+        write_whole(path, content[: found.end])
+        return cls(path, found.header, found.draws, len(found.entries), found.chain[-1])
 
     def append(self, entry: Entry) -> None:
         """Write a record and wait until it is on disk.
@@ -161,7 +172,7 @@ class Journal:
                 f"entry: expected step {self.steps} with {self.draws} draws, got step {entry.step} with "
                 f"{len(entry.draws)}"
             )
-        record = entry.packed(bytes.fromhex(self.chain))
+        record = entry.packed(self.chain)
         try:
             if self._file.write(record) != len(record):
                 raise OSError(f"{self.path}: the disk took a part of a record only")
@@ -172,7 +183,7 @@ class Journal:
             raise
         self.steps += 1
         self._end += len(record)
-        self.chain = record[-SIZE:].hex()
+        self.chain = record[-SIZE:]
 
     def _check_place(self) -> None:
         """Raise unless this process alone has written behind what was there."""
@@ -239,19 +250,19 @@ def read(path: str | Path) -> Records:
     path = Path(path)
     content = path.read_bytes()
     head, start = _header(content, path)
-    draws, chain = head["draws"], [content[HEAD.size : HEAD.size + SIZE].hex()]
+    draws, chain = head["draws"], [content[HEAD.size : HEAD.size + SIZE]]
     length = STEP.size + draws * DRAW.size + SIZE
     entries: list[Entry] = []
     for at in range(start, len(content), length):
         record = content[at : at + length]
-        entry = Entry.unpacked(record, bytes.fromhex(chain[-1])) if len(record) == length else None
+        entry = Entry.unpacked(record, chain[-1]) if len(record) == length else None
         if entry is None:
             if at + length < len(content):
                 raise ValueError(f"journal: expected the record of step {len(entries)} of this run at byte {at}, got a "
                                  f"damaged one or another's in {str(path)!r}")  # fmt: skip
             return Records(head["run"], entries, len(record), draws, chain, at)
         entries.append(entry)
-        chain.append(record[-SIZE:].hex())
+        chain.append(record[-SIZE:])
     return Records(head["run"], entries, 0, draws, chain, len(content))
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from functools import partial
 from types import CodeType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..digests import digest
 from ..modules import MaskedLinear
@@ -38,12 +39,26 @@ def check_alike(
     named = [*model.named_parameters(), *model.named_buffers()]
     rest = {name: tensor for name, tensor in named if id(tensor) not in told | counters and not tensor.is_meta}
     others = {
-        "rest of the model": [sorted(rest), digest(rest[name] for name in sorted(rest))],
+        **{f"{name} of the model": _digest_of(tensor) for name, tensor in rest.items()},
         "loss_fn": _code_of(loss_fn),
         # its code is not alike otherwise
         "Python": list(sys.version_info[:2]),
     }
     ranks.agree({**settings, **others})
+
+
+def _digest_of(tensor: Tensor) -> list:
+    """Layout and shape of a tensor, and a digest of its values."""
+    parts = [tensor]
+    if tensor.layout is torch.sparse_coo:
+        # the order of its indices, and twice the same one, are no difference
+        tensor = tensor.coalesce()
+        parts = [tensor.indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [str(tensor.layout), list(tensor.shape), digest(part.resolve_conj().resolve_neg() for part in parts)]
 
 
 def _code_of(loss_fn: LossFn) -> str:

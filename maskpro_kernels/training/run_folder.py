@@ -83,7 +83,7 @@ def _continues(records: Records | None, step: int, state: Mapping) -> bool:
 
     The first one was taken before the journal was there: that it is of the run, the run's id tells.
     """
-    return records is None or step == 0 or state.get("chain") == records.chain[step]
+    return records is None or step == 0 or state.get("chain") == records.chain[step].hex()
 
 
 class SavedRun(NamedTuple):
@@ -295,7 +295,7 @@ class RunFolder:
         for path in self._unfinished():
             path.unlink()
         if self.journaled:
-            self.journal, _ = Journal.resume(self.path / JOURNAL)
+            self.journal = Journal.resume(self.path / JOURNAL, saved.records)
         for path in saved.unusable:
             path.rename(path.with_suffix(".aside"))
         self._newest = snapshots_in(self.path)[-1]
@@ -363,7 +363,7 @@ class RunFolder:
 
     def _place(self) -> dict:
         """What tells a snapshot's place: the run, and the record of the journal that it stands at."""
-        return {"run": self._run, "chain": None if self.journal is None else self.journal.chain}
+        return {"run": self._run, "chain": None if self.journal is None else self.journal.chain.hex()}
 
     def add_initial_losses(self, step: int, losses: Sequence[float]) -> None:
         """Add the losses of all batches under refreshed initial masks, which this step is the first to need."""

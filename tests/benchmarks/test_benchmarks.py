@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import harness
 import plot
 import pytest
 import torch
-from helpers.children import BENCHMARKS, ROOT, environment
+from helpers.children import BENCHMARKS, ROOT, Child, environment
 
 # ours is planted: from a visit on it draws the mask of the next step
 PLANTED = """
@@ -49,18 +50,47 @@ def test_draw(op, compare, visit):
 """
 
 
-def in_folder(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-    # its conftest is that of the benchmarks
-    path = {"PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, ROOT)))}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment() | path | more, capture_output=True, text=True)
-
-
 OPTIONS = ["-q", "-p", "conftest", "-p", "no:cacheprovider"]
 
+# pytest in a fork that finds all of this imported
+FORKING = """
+import os, sys
+import harness, pytest, torch, maskpro_kernels.functional
+benchmarks, folder, options = arguments
+fork = os.fork()
+if fork == 0:
+    code = 70
+    try:
+        os.chdir(folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        # its conftest is that of the benchmarks
+        sys.path.insert(0, benchmarks)
+        code = int(pytest.main(options))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+tell(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]))
+"""
 
-def run(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess:
-    return in_folder(folder, "-m", "pytest", *OPTIONS, *options, **more)
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def run():
+    """run(folder, *options): pytest in that folder, in a process on the routes that users get."""
+    with Child() as child:
+
+        def run_in(folder: Path, *options: str) -> Done:
+            (code,) = child(FORKING, str(BENCHMARKS), str(folder), [*OPTIONS, *options])
+            return Done(code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+        yield run_in
 
 
 VISITS = harness.VISITS[harness.DEVICE]
@@ -73,7 +103,7 @@ def plant(folder: Path, wrong_from: int = VISITS + 1, interrupted: int = VISITS 
 
 
 @pytest.mark.parametrize("wrong_from", [*(pytest.param(i, marks=pytest.mark.slow) for i in range(1, VISITS)), VISITS])
-def test_a_wrong_kernel_gets_no_speed(wrong_from, tmp_path):
+def test_a_wrong_kernel_gets_no_speed(run, wrong_from, tmp_path):
     """Not even that of the visits before."""
     wrong, rows = plant(tmp_path / "wrong", wrong_from), tmp_path / "rows.jsonl"
     done = run(wrong, "--rows", str(rows))
@@ -83,13 +113,13 @@ def test_a_wrong_kernel_gets_no_speed(wrong_from, tmp_path):
     assert not rows.exists()
 
 
-def test_visits_of_a_benchmark_lie_apart(tmp_path):
+def test_visits_of_a_benchmark_lie_apart(run, tmp_path):
     done = run(plant(tmp_path / "right"), "--collect-only")
     expected = [f"test_draw[visit{i}-{op}]" for i in range(1, VISITS + 1) for op in ("draw", "again")]
     assert re.findall(r"test_draw\[\S+\]", done.stdout) == expected
 
 
-def test_an_interrupted_run_leaves_the_rows_of_its_visits(tmp_path):
+def test_an_interrupted_run_leaves_the_rows_of_its_visits(run, tmp_path):
     path = tmp_path / "rows.jsonl"
     done = run(plant(tmp_path / "right", interrupted=VISITS), "--rows", str(path))
     assert done.returncode == pytest.ExitCode.INTERRUPTED
@@ -98,7 +128,7 @@ def test_an_interrupted_run_leaves_the_rows_of_its_visits(tmp_path):
     assert found == [("draw", VISITS)] * 2 + [("again", VISITS - 1)] * (2 if VISITS > 1 else 0)
 
 
-def test_rows_comparison_and_pictures(tmp_path):
+def test_rows_comparison_and_pictures(run, tmp_path):
     right, path = plant(tmp_path / "right"), tmp_path / "rows.jsonl"
     done = run(right, "--rows", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -153,34 +183,23 @@ def test_a_file_without_rows_is_refused(line, tmp_path):
         harness.read(file)
 
 
-SEVERAL = """
-import json, sys
-import pytest
-for options in json.loads(sys.argv[1]):
-    print(f"ended with {int(pytest.main(options))}", file=sys.stderr, flush=True)
-"""
-
-
-def test_options_without_effect_are_refused(tmp_path):
-    """One process for all of them: it takes seconds to start."""
-    refused = [
+def test_options_without_effect_are_refused(run, tmp_path):
+    folder = plant(tmp_path / "any")
+    for options, message in (
         (["--fail-below", "1"], "--compare FILE"),
         (["--compare", "missing.jsonl"], "missing.jsonl"),
         *(
             (["--rows", path], f"--rows: expected a file in a folder that exists, got {path}")
             for path in ("no/rows", ".")
         ),
-    ]
-    commands = json.dumps([[*OPTIONS, *options] for options, _ in refused])
-    done = in_folder(plant(tmp_path / "any"), "-c", SEVERAL, commands)
-    told = re.split(r"ended with (\d+)", done.stderr)
-    assert [int(code) for code in told[1::2]] == [pytest.ExitCode.USAGE_ERROR] * len(refused)
-    for text, (_, message) in zip(told[::2], refused, strict=False):
-        assert message in text
+    ):
+        done = run(folder, *options)
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR
+        assert message in done.stderr
 
 
 @pytest.mark.slow
-def test_a_limit_of_time_skips_what_would_start_later(tmp_path):
+def test_a_limit_of_time_skips_what_would_start_later(run, tmp_path):
     right = plant(tmp_path / "right")
     done = run(right, "--within", "0", "-rs")
     assert done.returncode == 0
@@ -189,7 +208,11 @@ def test_a_limit_of_time_skips_what_would_start_later(tmp_path):
 
 
 def test_the_interpreter_is_not_timed(tmp_path):
-    done = run(plant(tmp_path / "any"), TRITON_INTERPRET="1")
+    # which is asked for before triton is imported
+    around = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, ROOT)))}
+    command = [sys.executable, "-m", "pytest", *OPTIONS]
+    folder = plant(tmp_path / "any")
+    done = subprocess.run(command, cwd=folder, env=environment() | around, capture_output=True, text=True)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "TRITON_INTERPRET: expected" in done.stderr
 

@@ -6,6 +6,7 @@ import characters
 import pytest
 import torch
 from characters import BATCHES, CharacterModel, Curve, Problem, Text
+from helpers.cases import slow
 from helpers.routes import take_route
 
 
@@ -18,16 +19,26 @@ def compiled_route(monkeypatch):
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     text = Text.of("pydoc")
-    return Problem(text, characters.trained(text, width=16, steps=800))
+    return Problem(text, characters.trained(text, width=8, steps=300))
 
 
-def test_the_papers_update_regains_a_part_of_what_wanda_lost(problem):
+@pytest.fixture(scope="module")
+def larger(problem) -> Problem:
+    return Problem(problem.text, characters.trained(problem.text, width=16, steps=800))
+
+
+# Here the smaller model loses 0.30 and regains 11 % of it, the larger one more of more
+@pytest.mark.parametrize(
+    ("size", "forwards", "loss", "part"), [("problem", 400, 0.25, 0.05), slow("larger", 1000, 0.3, 0.15)]
+)
+def test_the_papers_update_regains_a_part_of_what_wanda_lost(request, size, forwards, loss, part):
+    problem = request.getfixturevalue(size)
     dense = problem.losses(problem.model)
-    wanda, learned = problem.learned(lr=6.0, flip_rate=0.02, counts=[1000])
+    wanda, learned = problem.learned(lr=6.0, flip_rate=0.02, counts=[forwards])
     for split in dense:
         lost = wanda[split] - dense[split]
-        assert lost > 0.3
-        assert wanda[split] - learned[split] > 0.15 * lost, split
+        assert lost > loss
+        assert wanda[split] - learned[split] > part * lost, split
     # a copy has learned
     assert problem.losses(problem.model) == dense
 

@@ -41,6 +41,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / rows.ROWS).read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys):
     output, runs = tmp_path / "output", []
     run = MaskTrainer.run
@@ -195,6 +196,7 @@ def test_options_are_checked(options, told, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ways_to_move_logits_have_their_rows(arguments, tmp_path):
     output = tmp_path / "output"
     arguments += ["--output", str(output), "--steps", "2"]

@@ -12,6 +12,7 @@ import pytest
 import relaxed
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import cases
 from helpers.children import BENCHMARKS
 from helpers.in_ranks import all_in_ranks
 from helpers.mask_toy import best_mask, inputs, learned_mask, toy
@@ -74,6 +75,7 @@ def of_rank(rank: int, name: str):
     return logits_of(trainer.model), trainer.estimator.tensors()
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_with_one_process(monkeypatch):
     paths = [str(BENCHMARKS / "learning"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
@@ -148,7 +150,7 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", cases(((name,) for name in KNOWN), slow=lambda name: name == "relaxed-top-k"))
 def test_a_learner_finds_the_best_mask(name):
     model, xs = toy(), inputs()
     best = best_mask(model[0].weight, xs)

@@ -76,8 +76,9 @@ def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
     assert extra <= allowed, f"{extra} bytes, {allowed:.0f} allowed: {peaks}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="the allocator of a GPU keeps no record of single tensors")
-@pytest.mark.parametrize("estimator", [pytest.param("Reinforce", marks=pytest.mark.slow), "StraightThrough"])
+@pytest.mark.parametrize("estimator", ["Reinforce", "StraightThrough"])
 def test_no_tensor_of_a_step_is_wider_than_float32(estimator):
     """Integers and floats of 64 bits live in pieces of a layer alone."""
     bytes_ = in_child("largest", estimator)
@@ -113,6 +114,7 @@ def test_a_step_by_the_dense_model_costs_little_more_than_one_by_the_text():
     assert ratio <= LARGEST_KL_COST, f"{told}: {seconds}"
 
 
+@pytest.mark.slow
 def test_a_dense_forward_holds_what_a_plain_one_does():
     peaks = in_child("dense_memory")
     assert peaks["plain"] >= 2 * BATCH * WIDTH, "the measurement missed the activations"

@@ -78,7 +78,7 @@ def test_the_variance_with_a_tracker_is_that_of_a_run(task):
     assert expected > 1.2 * variance.exact(task)["1 draw, residual and tracker"]
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("antithetic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_samples_agree_with_what_is_exact(task, antithetic):
     samples, seeds, gradients = 15_000, range(4), variance.listed(task).gradients
     runs = [variance.sampled(task, antithetic, samples, seed) for seed in seeds]

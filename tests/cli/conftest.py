@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import pytest
 from helpers.command import learn
+from helpers.pictures import leave_blank
 from helpers.routes import route_to_the_eager_reference
 from helpers.tiny_llama import write_inputs
-from matplotlib.figure import Figure
 
 from maskpro_kernels.cli import main
-
-BLANK = {"svg": '<svg viewBox="0 0 1 1"><defs></defs></svg>', "png": "\x89PNG"}
 
 
 @pytest.fixture(autouse=True)
 def blank_pictures(request, monkeypatch):
-    """Pictures take a third of a small run: only tests marked `pictures` have them drawn."""
-    if request.node.get_closest_marker("pictures"):
-        return
-
-    def blank(figure, file, format="png", **_):
-        if hasattr(file, "write"):
-            file.write(BLANK[format])
-        else:
-            file.write_bytes(BLANK[format].encode("latin-1"))
-
-    monkeypatch.setattr(Figure, "savefig", blank)
+    """Only tests marked `pictures` have them drawn."""
+    if not request.node.get_closest_marker("pictures"):
+        leave_blank(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import sys
 import pytest
 from filelock import FileLock
 from helpers.bad_input import CASES
+from helpers.cases import cases
 from helpers.command import contents, refuses
 from helpers.damage import EVAL, KILLED, LEARN, LOGITS, RESUME, changed, cut, edit, rebuilt, removed
 from helpers.routes import route_to_the_eager_reference
@@ -71,7 +72,11 @@ def place(template, tmp_path, monkeypatch, capsys):
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+# A whole export and a whole replay, of which other cases tell as well
+SLOW = ("another pattern in the metadata of the logits", "a journal that is another run's")
+
+
+@pytest.mark.parametrize("name", cases(((name,) for name in CASES), slow=lambda name: name in SLOW))
 def test_bad_input_is_told_in_one_line_and_changes_nothing(name, place, capsys):
     command, damage, expected, cure = CASES[name]
     if damage is not None:
@@ -79,7 +84,7 @@ def test_bad_input_is_told_in_one_line_and_changes_nothing(name, place, capsys):
     refuses(capsys, place, command.split(), expected, cure)
 
 
-@pytest.mark.parametrize("estimator", ["reinforce", "straight-through"])
+@pytest.mark.parametrize("estimator", ["reinforce", pytest.param("straight-through", marks=pytest.mark.slow)])
 def test_what_was_damaged_is_sound_otherwise(estimator, place, capsys):
     """The cases fail by what was done to them alone."""
     assert main.main(["learn", "--resume", f"killed-{estimator}", "--device", "cpu"]) == 0

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.command import broken_off, learn, refuses, report
 from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
 from helpers.tiny_llama import tiny_tokenizer, write_inputs
@@ -60,7 +61,7 @@ def test_a_column_of_a_dataset_is_learned_from_and_evaluated(inputs, tmp_path, t
     assert capsys.readouterr().out == by_run
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream"]])
+@pytest.mark.parametrize("stream", [slow([]), ["--stream"]])
 def test_chats_are_learned_from(tmp_path, taken, stream):
     inputs = write_inputs(tmp_path / "inputs")
     tokenizer = tiny_tokenizer()
@@ -104,6 +105,7 @@ def test_a_stream_gives_each_step_batches_of_its_own(inputs, tmp_path, folder, t
     assert f"test perplexity {table[-1]['perplexity']:.2f} over 120 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_calibration_batches_of_a_stream_come_again(inputs, tmp_path, folder, taken):
     assert main.main(learn(inputs, tmp_path / "run", *STRAIGHT, "--data", folder, "--stream", "--steps", "5")) == 0
     assert_same_bits(taken, [taken[index % 2] for index in range(5)])
@@ -121,7 +123,7 @@ WAYS = {
 
 # what is held before the first step goes on as from a list, of which other tests tell
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.slow] if way in ("held", "with a teacher") else []) for way in WAYS]
+    "way", [pytest.param(way, marks=[pytest.mark.slow] if way != "streamed" else []) for way in WAYS]
 )
 def test_a_run_on_a_stream_goes_on_as_if_it_had_not_been_ended(
     inputs, tmp_path, folder, taken, monkeypatch, way, capsys
@@ -173,7 +175,7 @@ def test_a_stream_that_cannot_be_read_on_keeps_what_was_learned(inputs, tmp_path
     assert "maskpro: error: source: expected a dataset that can be read" in error
 
 
-@pytest.mark.parametrize("stream", [[], ["--stream"]])
+@pytest.mark.parametrize("stream", [slow([]), ["--stream"]])
 def test_the_other_text_may_be_a_dataset(inputs, tmp_path, folder, stream):
     other = write_jsonl(tmp_path / "other.jsonl", texts(60, column="content", seed=5))
     options = ["--data", folder, "--other-data", str(other), "--text-column", "text,content", *stream]
@@ -241,6 +243,7 @@ def test_a_stream_needs_the_library(inputs, tmp_path, folder, capsys, monkeypatc
         refuses(capsys, tmp_path, [*command, "--data", folder], "a dataset needs the package datasets", "pip install")
 
 
+@pytest.mark.slow
 def test_texts_that_are_held_are_learned_from_as_without_a_stream_beside_them(inputs, tmp_path, folder):
     for name, options in {"held": [], "other": ["--other-data", folder, "--stream"]}.items():
         assert main.main(learn(inputs, tmp_path / name, *options)) == 0

@@ -40,6 +40,7 @@ def test_the_papers_way_is_one_option_away():
     assert "alpha" not in settings and (settings["init"], settings["steps"]) == ("magnitude", 7)
 
 
+@pytest.mark.slow
 def test_a_run_without_options_tells_the_layers_of_its_reconstruction(tmp_path, capsys, eager_reference):
     inputs = write_inputs(tmp_path)
     sources = ["--model", str(inputs / "model"), "--data", str(inputs / "text.txt"), "--output", str(tmp_path / "run")]

@@ -133,7 +133,9 @@ def quiet(monkeypatch):
     hf.show_bars(True)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "packed config.json" else name for name in FILES]
+)
 def test_a_sample_of_flipped_bits(name, run, tmp_path):
     path, read = FILES[name](tmp_path, run)
     found = outcomes(path, read, stride_of_a_sample(path, 40 if "trainer" in read.__qualname__ else 120))

@@ -149,6 +149,7 @@ def test_seconds_count_from_the_dense_model(run):
     assert table["reinforce"] > table["wanda"] > 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_logits(inputs, run, tmp_path):
     assert main.main(learn(inputs, tmp_path / "again")) == 0
     assert main.main(learn(inputs, tmp_path / "other", "--seed", "1")) == 0

@@ -103,6 +103,7 @@ def asked_for(monkeypatch, kill_at=None) -> list:
     return asked
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_begin_keeps_what_the_dense_model_has_said(inputs, tmp_path, monkeypatch):
     command = learn(inputs, tmp_path / "runs" / "run", *WAYS["trained"])
 
@@ -116,6 +117,7 @@ def test_a_run_that_does_not_begin_keeps_what_the_dense_model_has_said(inputs, t
     assert main.main(command) == 0 and not asked
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_asks_goes_on_by_the_same_command(inputs, tmp_path, monkeypatch, capsys):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main.main(learn(inputs, whole, *WAYS["trained"])) == 0

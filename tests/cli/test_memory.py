@@ -29,7 +29,9 @@ def told(capsys):
     return {name: float(size) for name, size in re.findall(r"(\w+) (\d+\.\d\d)[,)]", line)}
 
 
-@pytest.mark.parametrize("options", [STRAIGHT, []], ids=["straight-through", "reinforce"])
+@pytest.mark.parametrize(
+    "options", [STRAIGHT, pytest.param([], marks=pytest.mark.slow)], ids=["straight-through", "reinforce"]
+)
 def test_a_run_tells_what_it_needs_and_reports_what_it_used(inputs, tmp_path, capsys, options):
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     assert told(capsys).keys() == {"weights", "logits", "optimizer", "gradients", "activations", "teacher"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.bits import assert_same_bits
+from helpers.cases import cases, slow
 from helpers.command import broken_off, contents, learn, refuses, report
 from helpers.tiny_llama import tiny_text
 from safetensors.torch import load_file, save_file
@@ -89,6 +90,7 @@ def test_batches_hold_text_and_samples_by_their_shares(inputs, tmp_path, batches
     assert "drawing 16 windows of 16 tokens from the dense model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_at_most_so_many_windows_are_drawn(inputs, tmp_path, batches):
     options = ["--steps", "9", "--samples", "3", "--init-batches", "1", "--calibration-batches", "99"]
     assert main.main(mixed(inputs, tmp_path / "run", *options)) == 0
@@ -98,7 +100,7 @@ def test_at_most_so_many_windows_are_drawn(inputs, tmp_path, batches):
     assert [sorted(taken[at : at + 3]) for at in (0, 3, 6)] == [[0, 1, 2]] * 3
 
 
-@pytest.mark.parametrize(("share", "drawn", "taken"), [(99, 1, 0), (2, 2, 1)])
+@pytest.mark.parametrize(("share", "drawn", "taken"), [(99, 1, 0), slow(2, 2, 1)])
 def test_small_shares_of_a_short_run(inputs, tmp_path, batches, capsys, share, drawn, taken):
     options = ["--data", f"{inputs / 'text.txt'}:{share},self:1", "--steps", "1", "--init-batches", "1"]
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
@@ -110,6 +112,7 @@ def test_small_shares_of_a_short_run(inputs, tmp_path, batches, capsys, share, d
     assert (told in capsys.readouterr().err) == (taken == 0)
 
 
+@pytest.mark.slow
 def test_samples_are_of_the_dense_model_whatever_mask_is_learned(inputs, tmp_path):
     options = ["--init-batches", "2"]
     assert main.main(mixed(inputs, tmp_path / "one", *options)) == 0
@@ -120,7 +123,7 @@ def test_samples_are_of_the_dense_model_whatever_mask_is_learned(inputs, tmp_pat
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, slow(3)])
 def test_a_run_that_is_killed_while_it_draws_goes_on_by_the_same_command(inputs, tmp_path, monkeypatch, count):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main.main(mixed(inputs, whole, "--init-batches", "6")) == 0
@@ -147,7 +150,7 @@ BEFORE_THE_FIRST_STEP = [
 ]
 
 
-@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
+@pytest.mark.parametrize(("place", "name"), cases(BEFORE_THE_FIRST_STEP, slow=lambda place, name: name != "add"))
 def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
     inputs, tmp_path, monkeypatch, place, name
 ):
@@ -179,8 +182,10 @@ def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("place", "name"), BEFORE_THE_FIRST_STEP)
-@pytest.mark.parametrize("error", [ValueError("cache: damaged"), pytest.param(Killed(), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("place", "name"), cases(BEFORE_THE_FIRST_STEP, slow=lambda place, name: name != "write_whole")
+)
+@pytest.mark.parametrize("error", [ValueError("cache: damaged"), slow(Killed())])
 def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_path, monkeypatch, place, name, error):
     def failing(*args):
         raise error
@@ -347,6 +352,7 @@ def test_a_run_beside_files_that_are_called_like_its_sources_goes_on(inputs, tmp
     assert stored_settings(Namespace(model="smollm2-135m", data="self"))["model"] == "smollm2-135m"
 
 
+@pytest.mark.slow
 def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tmp_path, capsys):
     assert main.main(mixed(inputs, tmp_path / "mixed", "--init-batches", "1")) == 0
     capsys.readouterr()
@@ -358,6 +364,7 @@ def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tm
     refuses(capsys, tmp_path, ["compare", str(run), str(tmp_path / "both")], "expected the same data in all")
 
 
+@pytest.mark.slow
 def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path, capsys):
     for name, options in (("one", []), ("longer", ["--steps", "4"]), ("other", ["--seed", "1"])):
         options = ["--data", "self", "--init-batches", "1", *options]
@@ -368,6 +375,7 @@ def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path
     refuses(capsys, tmp_path, compared, "run: expected the same test windows in all, got others in", "--seed")
 
 
+@pytest.mark.slow
 def test_a_text_that_is_named_from_its_folder_is_told_by_its_path(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(inputs)
     assert main.main(learn(inputs, tmp_path / "run", "--data", "text.txt", "--other-data", "text.txt")) == 0

@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.command import broken_off, learn, refuses, report
 from helpers.damage import edit
 from helpers.far_device import far_device
@@ -62,7 +63,7 @@ def recomputed(monkeypatch):
         # the next one but one has both
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["--loss", "kl"], marks=pytest.mark.slow),
-        ["--loss", "ce+kl", "--accumulate", "2"],
+        pytest.param(["--loss", "ce+kl", "--accumulate", "2"], marks=pytest.mark.slow),
         ["--train-weights", "1e-3"],
     ],
     ids=["ce", "kl", "several batches", "weights learn"],
@@ -92,7 +93,9 @@ def test_a_run_goes_on_with_checkpointed_activations_and_on_another_logits_devic
     assert settings["device_map"] == {"": "cpu"} and "device" not in settings
 
 
-@pytest.mark.parametrize("how", [STRAIGHT, []], ids=["straight-through", "reinforce"])
+@pytest.mark.parametrize(
+    "how", [STRAIGHT, pytest.param([], marks=pytest.mark.slow)], ids=["straight-through", "reinforce"]
+)
 def test_logits_in_16_bits(inputs, tmp_path, capsys, how):
     run = tmp_path / "run"
     assert main.main(learn(inputs, run, *how, "--logits-dtype", "bfloat16", "--steps", "3")) == 0
@@ -132,7 +135,7 @@ def test_logits_on_another_device(inputs, run, tmp_path, monkeypatch):
     assert_same_bits(learned(tmp_path / "run"), learned(run))
 
 
-@pytest.mark.parametrize("device_map", ["auto", '{"": "cpu"}', '{"model": "cpu", "lm_head": "cpu"}'])
+@pytest.mark.parametrize("device_map", ["auto", slow('{"": "cpu"}'), slow('{"model": "cpu", "lm_head": "cpu"}')])
 def test_a_model_that_transformers_places(inputs, straight, tmp_path, device_map):
     arguments = learn(inputs, tmp_path / "run", *STRAIGHT, "--device-map", device_map)
     at = arguments.index("--device")

@@ -63,7 +63,7 @@ def fast_and_often(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("how", "number"), [*((how, 3) for how in WAYS), *(pytest.param(how, 150, marks=pytest.mark.slow) for how in WAYS)]
+    ("how", "number"), [("reinforce", 2), *(pytest.param(how, 150, marks=pytest.mark.slow) for how in WAYS)]
 )
 def test_a_power_cut_loses_nothing_that_the_command_has_told(
     inputs, tmp_path, capsys, monkeypatch, fast_and_often, how, number

@@ -61,6 +61,7 @@ def test_bars_are_for_a_terminal(inputs, tmp_path, monkeypatch):
         assert ("replaying: 100%|" in told) == bar and ("replaying: step 4 of 4" in told) != bar
 
 
+@pytest.mark.slow
 def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_path, capsys):
     options = "--steps 100 --eval-every 33 --batch-size 1 --seq-len 4 --eval-windows 1 --eval-length 8".split()
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
@@ -79,6 +80,7 @@ def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_p
     }
 
 
+@pytest.mark.slow
 def test_to_be_quiet_is_of_a_process_and_not_of_a_run(inputs, tmp_path, capsys):
     assert main.main(learn(inputs, tmp_path / "loud")) == 0
     assert main.main(learn(inputs, tmp_path / "quiet", "--quiet")) == 0

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.command import broken_off, learn, nonzeros, refuses, report
 from helpers.damage import edit
 from helpers.routes import route_to_the_eager_reference
@@ -41,7 +42,7 @@ def kill():
     raise Killed
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=[slow(way) if way != "weights" else way for way in WAYS])
 def refitted(request, inputs, tmp_path_factory):
     """(options, folder) of a run that has ended."""
     folder = tmp_path_factory.mktemp("refitted") / "run"

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 from helpers.bits import assert_same_bits
-from helpers.cases import cases
+from helpers.cases import cases, slow
 from helpers.command import broken_off, learn, refuses, report
 from safetensors.torch import load_file
 
@@ -26,6 +26,10 @@ WAYS = {
     "several draws": ["--draws", "2"],
     "straight-through": ["--estimator", "straight-through", "--lr", "1"],
 }
+
+
+# before the first step, between two of them, and before the last one
+ORDINARY_KILLS = [("reinforce", 0), ("reinforce", 2), ("straight-through", 5)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,13 @@ def learned_logits(folder):
 
 
 @pytest.mark.parametrize(
-    ("number", "how"), [*((signal.SIGINT, how) for how in WAYS), (signal.SIGTERM, "straight-through")]
+    ("number", "how"),
+    [
+        (signal.SIGINT, "reinforce"),
+        (signal.SIGTERM, "straight-through"),
+        slow(signal.SIGINT, "several draws"),
+        slow(signal.SIGINT, "straight-through"),
+    ],
 )
 def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, whole_run, tmp_path, capsys, monkeypatch, number, how):
     options = [*WAYS[how], "--steps", "6", "--eval-every", "2"]
@@ -72,7 +82,7 @@ def test_a_signal_ends_the_step_and_the_run_goes_on(inputs, whole_run, tmp_path,
 
 @pytest.mark.parametrize(
     ("how", "step"),
-    cases(itertools.product(WAYS, [0, 2, 5]), slow=lambda how, step: how == "several draws" and step != 2),
+    cases(itertools.product(WAYS, [0, 2, 5]), slow=lambda *case: case not in ORDINARY_KILLS),
 )
 def test_a_run_that_was_killed_goes_on(inputs, whole_run, tmp_path, monkeypatch, how, step):
     class Killed(BaseException):
@@ -102,6 +112,7 @@ def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 steps of 3, logits ")
 
 
+@pytest.mark.slow
 def test_a_damaged_first_snapshot_does_not_keep_a_run_from_its_end(inputs, tmp_path, capsys, monkeypatch):
     options = ["--steps", "6", "--eval-every", "3"]
     assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0

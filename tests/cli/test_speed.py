@@ -106,6 +106,7 @@ def test_a_gap_that_is_no_number_is_none_in_json():
     assert row["gap"] is None and row["rounding"] == 0.5 and row["same_weights"] and not row["within_rounding"]
 
 
+@pytest.mark.slow
 def test_memory_that_cannot_be_measured_loses_nothing(place, monkeypatch, capsys):
     def failing(name, *args, **options):
         raise ValueError(f"the process of {name!r} was killed")

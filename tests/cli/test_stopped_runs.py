@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.command import learn, nonzeros, report
 from helpers.full_disk import files_of_at_most
 from safetensors.torch import load_file
@@ -174,7 +175,7 @@ def test_a_full_disk_hides_neither_what_ended_a_run_nor_how_to_go_on(inputs, run
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize("failing", ["save_logits", "save", "draw_perplexity", "write_html"])
+@pytest.mark.parametrize("failing", ["save_logits", slow("save"), "draw_perplexity", slow("write_html")])
 def test_a_disk_that_is_full_at_the_end_of_a_run(inputs, run, tmp_path, capsys, monkeypatch, failing):
     output = tmp_path / "run"
     with monkeypatch.context() as patched:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.command import broken_off, learn, nonzeros, report
 from helpers.routes import route_to_the_eager_reference
 from helpers.tiny_llama import tiny_model
@@ -31,7 +32,7 @@ def kill():
     raise Killed
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=[slow(way) if way == "weights trained" else way for way in WAYS])
 def trained(request, inputs, tmp_path_factory):
     """(what the run tells of its weights, options, folder) of a run that has ended."""
     folder = tmp_path_factory.mktemp("trained") / "run"

@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.cases import cases
+from helpers.pictures import leave_blank
 from helpers.routes import route_to_the_eager_reference
 from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
 from helpers.tiny_llama import tiny_text, tiny_tokenizer, write_inputs
@@ -137,6 +139,7 @@ def prepared(tmp_path_factory) -> Path:
     write_datasets(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         route_to_the_eager_reference(monkeypatch)
+        leave_blank(monkeypatch)
         monkeypatch.chdir(folder)
         learn = ["learn", "--model", "model", "--data", "text.txt", *SMALL["learn"].split(), "--output"]
         assert main.main([*learn, "runs/mine"]) == 0
@@ -193,6 +196,7 @@ def folder(prepared, tmp_path, monkeypatch) -> Path:
     copied = tmp_path / "work"
     shutil.copytree(prepared, copied)
     monkeypatch.chdir(copied)
+    leave_blank(monkeypatch)
     # an example defines an estimator, which no other test is to know
     monkeypatch.setattr(estimator, "_registered", dict(estimator._registered))
     # a fresh process takes seconds to begin
@@ -235,9 +239,15 @@ def run_block(block: Block, names: dict, document: Path) -> None:
 
 
 WITH_BLOCKS = [document for document in DOCUMENTS if any(b.language in ("python", "sh") for b in blocks_of(document))]
+# Those with the most runs; the options of their commands are checked by every suite
+LONG = ("commands", "data", "ecosystem", "serving", "training")
 
 
-@pytest.mark.parametrize("document", WITH_BLOCKS, ids=lambda document: document.stem)
+@pytest.mark.parametrize(
+    "document",
+    cases(((document,) for document in WITH_BLOCKS), slow=lambda document: document.stem in LONG),
+    ids=lambda document: document.stem,
+)
 def test_blocks_run(document, folder, datasets_cache, capsys):
     """And where one prints the loss of an initial and of a learned mask, the learned one is better."""
     names = {"__name__": "__main__"}
@@ -299,6 +309,17 @@ def check_tests(arguments: list[str], told: str) -> None:
         }
         words = set(arguments[arguments.index("-k") + 1].split()) - {"and", "or", "not"}
         assert all(any(word in test for test in tests if test.startswith("test_")) for word in words), told
+
+
+@pytest.mark.parametrize("document", WITH_BLOCKS, ids=lambda document: document.stem)
+def test_blocks_name_what_there_is(document):
+    """Python that compiles; commands, options, files and tests that exist."""
+    for block in blocks_of(document):
+        if block.language == "python":
+            compile(block.code, document.name, "exec")
+        elif block.language == "sh" and block.not_run is None:
+            for words in lines_of(block.code):
+                check_line(words, document)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.arguments import DRAWING, FUNCTIONS, LINEAR, cpu_normal, good_arguments
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.enumerated import exact_score
 from helpers.products import DRAW
 from helpers.routes import take_route
@@ -174,7 +175,7 @@ def test_sample_masked_weight_has_exact_zeros_where_the_draw_drops():
     assert (masked[~kept].view(torch.int32) == 0).all()
 
 
-@pytest.mark.parametrize("coef", [0.5, (0.5, -0.25)], ids=["one draw", "two draws"])
+@pytest.mark.parametrize("coef", [slow(0.5), (0.5, -0.25)], ids=["one draw", "two draws"])
 def test_score_update_compiles_without_a_graph_break(coef):
     draw = (0, 1) if isinstance(coef, tuple) else 0
 

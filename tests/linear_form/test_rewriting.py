@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from helpers.architectures import loss_of, tiny
+from helpers.cases import cases
 from torch import nn
 
 import maskpro_kernels as mk
@@ -60,7 +61,7 @@ def test_a_conversion_that_fails_leaves_it_as_it_was(name):
     assert repr(model) == printed and all(before[key] is x for key, x in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", cases(((name,) for name in FORMS), slow=lambda name: name == "Mixtral"))
 def test_finalized_it_is_the_model_of_its_authors(name):
     """Parameters of the same names and shapes, under masks that keep half of what multiplies."""
     model, batch = tiny(name)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import cases, slow
 
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import bounds, reference
@@ -98,7 +99,7 @@ def drawn(route, logits, n, m, weight=None, shard=None):
 
 
 @pytest.mark.parametrize("gap", [0.0, 4.0, 10.0, 30.0])
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), slow(4, 8)])
 def test_determined_draws_are_the_drawn_ones(n, m, gap):
     """Where none, some, few and all groups are determined."""
     logits = sharp_logits(150_003, n, m, gap)
@@ -166,7 +167,7 @@ def test_groups_with_what_is_no_number_are_left_open(m):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("gap", [0.0, 4.0, 10.0])
+@pytest.mark.parametrize("gap", [slow(0.0), 4.0, slow(10.0)])
 def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
     logits = sharp_logits(300_003, 2, 4, gap, dtype)
     assert_same_bits(drawn(kernels, logits, 2, 4), drawn(reference, logits, 2, 4))
@@ -266,8 +267,17 @@ def test_weights_are_masked_as_words_of_several(m, dtype):
         assert_same_bits(result.view(integers), expected.view(integers))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("changed", [None, "SEED", "STEP", "LAYER", "offset", "row stride", "both", "first rows"])
+CHANGES = [None, "SEED", "STEP", "LAYER", "offset", "row stride", "both", "first rows"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "dtype"),
+    cases(
+        itertools.product(CHANGES, [torch.float32, torch.bfloat16]),
+        slow=lambda changed, dtype: dtype == torch.bfloat16 and changed not in (None, "both"),
+    ),
+    ids=str,
+)
 def test_draws_and_updates_are_those_of_the_reference(changed, dtype, monkeypatch):
     """In whole layers and in shards, by one draw and by two."""
     logits = sharp_logits(64 * 1_000, 2, 4, 6.0, dtype).view(64, -1)

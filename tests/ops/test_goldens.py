@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cases import slow
 from helpers.routes import take_route
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 ROWS, SEED = 33, 12345678901234
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "5:8", "8:16", "16:32"]
 # What the interpreter takes little time for; other patterns have kernels compared with the reference in test_bits.py
-INTERPRETED = ("2:4", "4:8")
+INTERPRETED = [*itertools.product(["2:4"], ["float32", "bfloat16", "float16"]), ("4:8", "bfloat16")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RUNS = {
     "one draw": {"estimator": {"lr": 4.0, "alpha": 0.9}},
@@ -117,11 +118,11 @@ def cases():
     """Every pattern, dtype and route; what takes the interpreter seconds, or the compiler a minute, is slow."""
     for route, pattern, dtype in itertools.product(("eager", "compiled", "kernels"), PATTERNS, DTYPES):
         wide = mk.NMPattern(pattern).m >= 16 and DTYPES[dtype] != torch.float32
-        slow = route == "kernels" and pattern not in INTERPRETED or route == "compiled" and wide
-        yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if slow else [])
+        dear = route == "kernels" and (pattern, dtype) not in INTERPRETED or route == "compiled" and wide
+        yield pytest.param(route, pattern, dtype, marks=[pytest.mark.slow] if dear else [])
 
 
-@pytest.mark.parametrize(("route", "pattern", "dtype"), cases())
+@pytest.mark.parametrize(("route", "pattern", "dtype"), list(cases()))
 def test_draws_and_updates_are_those_of_an_earlier_version(route, pattern, dtype, monkeypatch):
     take_route(monkeypatch, route)
     assert operations(pattern, DTYPES[dtype]) == GOLDENS[f"{pattern} {dtype}"]
@@ -155,8 +156,8 @@ def straight_through_run(folder: Path, pattern: str, logits_dtype: torch.dtype) 
     return digest(model.only.logits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", slow("float16")])
+@pytest.mark.parametrize("pattern", [slow("1:4"), "2:4", "4:8"])
 @pytest.mark.parametrize("route", ["eager", "compiled", pytest.param("kernels", marks=pytest.mark.slow)])
 def test_straight_through_runs_are_those_of_an_earlier_version(route, pattern, dtype, tmp_path, monkeypatch):
     take_route(monkeypatch, route)
@@ -164,6 +165,6 @@ def test_straight_through_runs_are_those_of_an_earlier_version(route, pattern, d
     assert straight_through_run(tmp_path, pattern, DTYPES[dtype]) == expected
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [slow(name) if name == "8:16" else name for name in RUNS])
 def test_runs_and_their_journals_are_those_of_an_earlier_version(name, tmp_path, eager_reference):
     assert run(tmp_path, **RUNS[name]) == GOLDENS[name]

@@ -251,12 +251,15 @@ SHARDED = [
 SHARDED_CASES = [(route, name, *case) for route in (plain, public) for name in KERNELS for case in SHARDED]
 
 
-# the larger the groups the slower the interpreter
+# The larger the groups the slower the interpreter
+INTERPRETED = [*((name, "2:4") for name in KERNELS), ("score_update_", "5:8")]
+
+
 @pytest.mark.parametrize(
     "route, name, pattern, dtype, offset",
     cases(
         SHARDED_CASES,
-        slow=lambda route, name, pattern, *_: route is public and pattern != "2:4" and name != "score_update_",
+        slow=lambda route, name, pattern, *_: route is public and (name, pattern) not in INTERPRETED,
     ),
 )
 def test_shards_draw_the_bits_of_the_whole_layer(route, name, pattern, dtype, offset, launched):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.arguments import cpu_normal, some_codes
+from helpers.cases import slow
 
 from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.ops import registry
@@ -34,7 +35,7 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
     }[name]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "name",
     [

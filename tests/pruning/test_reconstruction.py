@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import cases, slow
 from helpers.enumerated import KERNEL_DEVICE, kept_of, subset_codes
 from helpers.tiny_llama import tiny_model
 from hypothesis import given, settings
@@ -44,7 +45,9 @@ def by_place(weight, product, codes, gram, m):
     return *planes, codes, torch.stack([torch.stack(row) for row in blocks])
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, "1:2", "31:32"])
+@pytest.mark.parametrize(
+    "pattern", cases(((pattern,) for pattern in (*PATTERNS, "1:2", "31:32")), slow=lambda p: p.endswith(":32"))
+)
 def test_kernel_and_reference_find_the_same_swaps(pattern, launched):
     m = NMPattern(pattern).m
     weight, gram = problem(7, 3 * m)
@@ -219,7 +222,9 @@ def step_by_step(model, layers, batches, pattern):
     return codes
 
 
-@pytest.mark.parametrize("model", [Stack, Tangled, lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Residual16())])
+@pytest.mark.parametrize(
+    "model", [slow(Stack), Tangled, lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), Residual16())]
+)
 def test_each_layer_sees_the_inputs_of_the_masked_model(model):
     torch.manual_seed(0)
     model = model().to(KERNEL_DEVICE)

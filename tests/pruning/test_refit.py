@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.refits import DTYPES, PATTERNS, Blocks, inputs, problem
 from helpers.tiny_llama import tiny_model
@@ -137,7 +138,7 @@ def test_each_layer_sees_the_inputs_of_the_model_refitted_so_far(to, monkeypatch
         assert layer.weight_changed and not layer.weight.requires_grad and not layer.weight.is_inference()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)], ids=str)
 def test_a_language_model_comes_nearer_to_the_dense_one(dtype):
     batches = list(torch.randint(0, 32, (4, 4, 16), generator=torch.Generator().manual_seed(0)))
     outputs = {}

@@ -115,7 +115,7 @@ def broken_off(inputs, output, monkeypatch, error, *options):
         return main.main(["learn", *inputs, "--output", str(output), *options])
 
 
-@pytest.mark.parametrize("estimator", ["reinforce", "straight-through"])
+@pytest.mark.parametrize("estimator", ["reinforce", pytest.param("straight-through", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_in_its_scalars(eager_reference, inputs, tmp_path, monkeypatch, estimator):
     class Killed(BaseException):
         pass
@@ -142,6 +142,7 @@ def test_a_run_that_was_killed_goes_on_in_its_scalars(eager_reference, inputs, t
     assert written["eval/perplexity"] == expected and len(expected) == 4
 
 
+@pytest.mark.slow
 def test_without_tensorboard_nothing_is_done(eager_reference, inputs, tmp_path, capsys, monkeypatch):
     """Neither by a new run that asks for it nor by one that goes on; one that does not ask needs none."""
     message = "maskpro: error: report_to: expected the package tensorboard, which is not installed"

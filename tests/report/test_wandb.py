@@ -64,6 +64,7 @@ def sent(folder):
     return runs, settings, rows
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_in_its_run(inputs, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

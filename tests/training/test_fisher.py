@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.in_ranks import all_in_ranks
 from helpers.softmax_model import softmax_batches, softmax_model, sparse_softmax_model
 from helpers.straight_through import Twice, assert_detached, batches_of_tokens, logits_by_name, masked_llama
@@ -44,8 +45,11 @@ def slopes_of(model, loss, batch, square) -> torch.Tensor:
 
 
 def test_at_the_teacher_the_curvature_is_the_hessian_and_the_gradient_is_nothing():
-    """One softmax layer with the same input for all tokens: tokens, rows and columns are then independent."""
-    model, ids = sparse_softmax_model(), torch.full((400, 5), 2)
+    """One softmax layer with the same input for all tokens: tokens, rows and columns are then independent.
+
+    A loss is found row by row: few long rows take a fraction of the time of many short ones.
+    """
+    model, ids = sparse_softmax_model(), torch.full((16, 101), 2)
     loss = distillation_loss("kl", 2.0)
     weight = model.head.weight.detach().double()
     x = model.embedding[2].double()
@@ -61,7 +65,7 @@ def test_at_the_teacher_the_curvature_is_the_hessian_and_the_gradient_is_nothing
     (square,) = squares_of(trainer).values()
     found = torch.outer(square.double(), x.square())
     # the last token of a row counts in the layer, and in no loss
-    torch.testing.assert_close(found, diagonal * 5 / 4, rtol=0.05, atol=0.0)
+    torch.testing.assert_close(found, diagonal * 101 / 100, rtol=0.05, atol=0.0)
 
     # the slope of a step is that of the curvature alone
     mask = mk.expand_mask(model.head.eval().drawn_codes(), "2:4").double()
@@ -108,7 +112,7 @@ def test_a_loss_that_tells_its_curvature_has_no_passes():
 
 def test_passes_of_several_batches_are_their_mean():
     """Of equal ones it is that of one, but for the labels; and a layer that is used twice counts as one."""
-    model, batches = softmax_model(), [softmax_batches(rows=2000)[0]] * 2
+    model, batches = softmax_model(), [softmax_batches(rows=20, length=500)[0]] * 2
     one, _ = learn(copy.deepcopy(model), batches, 1)
     two, _ = learn(model, batches, 1, accumulate=2)
     ours, theirs = (squares_of(trainer)["fisher/head"] for trainer in (one, two))
@@ -260,7 +264,7 @@ def learn_on_rank(rank: int) -> tuple[dict, dict]:
 
 
 def test_ranks_share_a_pass():
-    (alone,), (first, second) = (all_in_ranks(world, learn_on_rank) for world in (1, 2))
+    alone, (first, second) = learn_on_rank(0), all_in_ranks(2, learn_on_rank)
     assert_same_bits(list(first[0].values()), list(second[0].values()))
     assert_same_bits(list(first[1].values()), list(second[1].values()))
     for ours, theirs in zip(first, alone, strict=True):
@@ -273,10 +277,10 @@ def sum_of(loss, model, batches) -> float:
     return sum(float(loss(model.eval(), batch).detach()) for batch in batches)
 
 
-PATTERNS = ["2:4", "1:4", "4:8", "8:16"]
+PATTERNS = ["2:4", "4:8", slow("1:4"), slow("8:16")]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ["2:4", slow("1:4"), slow("4:8"), slow("8:16")])
 def test_reinforce_learns_by_the_divergence(pattern):
     model, batches = softmax_model(pattern, 1.0, "smallest"), softmax_batches()
     loss = distillation_loss("kl", 2.0)

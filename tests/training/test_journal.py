@@ -37,11 +37,11 @@ def test_what_is_written_is_read(tmp_path, draws):
     entries = a_journal(tmp_path / "journal", 7, draws)
     found = journal.read(tmp_path / "journal")
     assert found[:4] == (HEADER, entries, 0, draws)
-    writer, again = Journal.resume(tmp_path / "journal")
-    assert again == found and writer.steps == 7 and writer.chain == found.chain[7]
+    writer, before = Journal.resume(tmp_path / "journal", found), found.chain
+    assert writer.steps == 7 and writer.chain == found.chain[7]
     writer.append(entry(7, draws))
     found = journal.read(tmp_path / "journal")
-    assert found.entries == [*entries, entry(7, draws)] and found.chain == [*again.chain, writer.chain]
+    assert found.entries == [*entries, entry(7, draws)] and found.chain == [*before, writer.chain]
     for wrong in (entry(7, draws), entry(8, draws + 1)):
         with pytest.raises(ValueError, match=f"entry: expected step 8 with {draws} draws"):
             writer.append(wrong)
@@ -72,7 +72,8 @@ def test_a_record_cut_short_is_cut_off(tmp_path):
     whole = path.read_bytes()
     for cut in range(1, RECORD):
         path.write_bytes(whole[:-cut])
-        writer, found = Journal.resume(path)
+        found = journal.read(path)
+        writer = Journal.resume(path, found)
         assert found.entries == entries[:-1] and found.torn == RECORD - cut
         writer.append(entries[-1])
         writer.close()
@@ -135,7 +136,8 @@ class FullDisk:
 
 def test_a_full_disk_leaves_the_journal_whole(tmp_path):
     entries = a_journal(tmp_path / "journal", 3)
-    writer, before = Journal.resume(tmp_path / "journal")
+    before = journal.read(tmp_path / "journal")
+    writer = Journal.resume(tmp_path / "journal", before)
     file, writer._file = writer._file, FullDisk(writer._file)
     with pytest.raises(OSError, match="No space left"):
         writer.append(entry(3))
@@ -150,7 +152,7 @@ def test_behind_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_pat
     """A sync that is asked for again would succeed without a write; behind a half no record would be found."""
     path = tmp_path / "journal"
     entries = a_journal(path, 3)
-    writer, _ = Journal.resume(path)
+    writer = Journal.resume(path, journal.read(path))
     file = writer._file
 
     def fail(*_):
@@ -169,7 +171,8 @@ def test_behind_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_pat
         writer.append(entry(3))
     assert path.stat().st_size == size
     writer.close()
-    again, found = Journal.resume(path)
+    found = journal.read(path)
+    again = Journal.resume(path, found)
     assert found.entries == entries
     again.append(entry(3))
     again.close()
@@ -182,6 +185,18 @@ def test_what_is_read_is_on_disk(tmp_path, monkeypatch):
     a_journal(path, 3)
     before, synced, sync = path.stat().st_ino, [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), sync(file)))
-    writer, _ = Journal.resume(path)
+    writer = Journal.resume(path, journal.read(path))
     assert path.stat().st_ino != before and path.stat().st_ino in synced
     writer.close()
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:-RECORD], lambda content: content + b"more"])
+def test_a_journal_that_changed_since_it_was_read_is_refused(tmp_path, change):
+    path = tmp_path / "journal"
+    a_journal(path, 3)
+    found = journal.read(path)
+    changed = change(path.read_bytes())
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=f"^journal: expected {found.end} bytes, .* got {len(changed)} in"):
+        Journal.resume(path, found)
+    assert path.read_bytes() == changed

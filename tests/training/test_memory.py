@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from helpers.cases import slow
 from helpers.routes import take_route
 from helpers.tiny_llama import tiny_model
 from torch import nn
@@ -58,9 +59,9 @@ def need_of(model, estimator, loss_fn, accumulate=1, rows=ROWS):
     ("dtype", "loss", "estimator", "accumulate", "checkpointed"),
     [
         (torch.float32, "ce", mk.StraightThrough, 1, False),
-        (torch.bfloat16, "kl", mk.StraightThrough, 1, False),
+        slow(torch.bfloat16, "kl", mk.StraightThrough, 1, False),
         (torch.float32, "ce", mk.StraightThrough, 1, True),
-        (torch.float32, "ce+kl", mk.StraightThrough, 3, False),
+        slow(torch.float32, "ce+kl", mk.StraightThrough, 3, False),
         (torch.bfloat16, "ce", mk.Reinforce, 1, False),
     ],
 )

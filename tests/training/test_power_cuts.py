@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from helpers.cases import cases
 from helpers.power_cuts import Failing, Kill, Watched
 from helpers.watched_runs import GoingOn, SmallRun, resumed, thinned, told, watched_run
 
@@ -27,8 +28,8 @@ def no_sync(monkeypatch):
 @pytest.mark.parametrize(
     ("how", "number"),
     [
-        ("reinforce", 20),
-        ("straight-through", 10),
+        ("reinforce", 10),
+        ("straight-through", 6),
         *(
             pytest.param(how, None, marks=pytest.mark.slow)
             for how in ("reinforce", "straight-through", "refreshed", "three draws", "trained weights")
@@ -63,10 +64,12 @@ FAULTS = {
         {"ignored": lambda path: path.name.startswith("snapshot-")},
     ),
 }
+# One for each estimator
+ORDINARY = ("the journal is not synced", "snapshots are renamed and not synced")
 FOUND = "steps are left of|were told as done|expected a folder without a run"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", cases(((name,) for name in FAULTS), slow=lambda name: name not in ORDINARY))
 def test_a_run_that_does_not_sync_is_found(tmp_path, monkeypatch, no_sync, fault):
     how, watch = FAULTS[fault]
     with monkeypatch.context() as patched:
@@ -87,15 +90,15 @@ KILLS = {
         "replace": (0, 1, 2),
         "unlink": (3,),
     },
-    "straight-through": {"fsync": (0, 1, 2, 3, 4, 5, 6), "write": (1, 2, 7), "replace": (0, 1, 2), "unlink": (3,)},
+    "straight-through": {"fsync": (0, 1, 2, 3, 4, 5, 6), "write": (1, 2, 7), "replace": (0, 1, 2), "unlink": (2,)},
 }
 
 
 @pytest.mark.parametrize(
     ("how", "operation", "one", "number"),
     [
-        ("reinforce", "fsync", 6, 8),
-        ("straight-through", "fsync", 0, 2),
+        ("reinforce", "fsync", 6, 4),
+        pytest.param("straight-through", "fsync", 0, 2, marks=pytest.mark.slow),
         *(
             pytest.param(how, operation, one, 60, marks=pytest.mark.slow)
             for how, operations in KILLS.items()

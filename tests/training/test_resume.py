@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.in_ranks import LONGEST, forking
 from helpers.routes import route_to_the_eager_reference
 from helpers.small_trainer import a_trainer, a_trainer_in, logits_of
@@ -53,7 +54,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, how):
     assert lines == [9, 9]
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", ["reinforce", "straight-through", *map(slow, WAYS[1:-1])])
 def test_a_damaged_snapshot_is_passed_over(tmp_path, how):
     whole = a_trainer_in(tmp_path / "whole", how)
     whole.run(6, progress=False)
@@ -293,8 +294,8 @@ def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, 
     assert_same_bits(logits_of(again.model), logits_of(whole.model))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("how", ["reinforce", "three draws"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
+@pytest.mark.parametrize("how", [slow("reinforce"), "three draws"])
 def test_logits_of_16_bits_are_rounded_alike_in_a_replay(tmp_path, how, dtype):
     def model():
         torch.manual_seed(0)
@@ -373,7 +374,7 @@ def killed_until_done(folder: Path, how: str, kills: int, steps: int) -> int:
     ("how", "kills"),
     [
         ("reinforce", 2),
-        ("trained weights", 1),
+        pytest.param("trained weights", 1, marks=pytest.mark.slow),
         *(
             pytest.param(how, 50, marks=pytest.mark.slow)
             for how in ("reinforce", "straight-through", "trained weights")

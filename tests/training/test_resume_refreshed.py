@@ -60,12 +60,12 @@ def broken_off(trainer: mk.MaskTrainer, where: str, patched: pytest.MonkeyPatch)
     ("where", "steps"),
     [
         ("before its record", 4),
-        ("before its update", 5),
+        pytest.param("before its update", 5, marks=pytest.mark.slow),
         ("in its update", 5),
-        ("in a forward of the new masks", 5),
+        pytest.param("in a forward of the new masks", 5, marks=pytest.mark.slow),
         ("before the losses are on disk", 5),
-        ("behind them", 5),
-        ("in the forward of the next step", 5),
+        pytest.param("behind them", 5, marks=pytest.mark.slow),
+        pytest.param("in the forward of the next step", 5, marks=pytest.mark.slow),
         ("before the next record", 5),
     ],
 )

@@ -15,6 +15,7 @@ from helpers.small_trainer import a_model, a_trainer_in, logits_of, some_batches
 
 import maskpro_kernels as mk
 from maskpro_kernels.training import run_folder, snapshots
+from maskpro_kernels.training.journal import Entry
 from maskpro_kernels.training.snapshots import save_snapshot
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -167,6 +168,15 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     assert all(path.exists() for path in left)
     assert a_trainer_in(tmp_path, "refreshed").resume() == 10
     assert not any(path.exists() for path in left)
+
+
+def test_a_resume_reads_each_record_once(tmp_path, monkeypatch):
+    trainer = a_trainer_in(tmp_path)
+    trainer.run(5, progress=False)
+    trainer.close()
+    read, unpacked = [], Entry.unpacked
+    monkeypatch.setattr(Entry, "unpacked", lambda *record: read.append(record) or unpacked(*record))
+    assert a_trainer_in(tmp_path).resume() == len(read) == 5
 
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])

@@ -119,7 +119,7 @@ def test_reinforce_takes_the_batches_of_all_steps_beforehand(options):
 
 
 @pytest.mark.parametrize("estimator", [lambda: mk.StraightThrough(lr=0.3), lambda: mk.Reinforce(lr=2.0, steps=9)])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_sees_the_batches_of_a_whole_one(tmp_path, estimator, accumulate):
     def trainer_in(name, seen):
         loss = watched(None, seen)

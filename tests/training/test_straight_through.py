@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers.bits import assert_same_bits, first_difference
+from helpers.cases import slow
 from helpers.products import (
     normal,
 )
@@ -98,7 +99,7 @@ def test_a_layer_that_is_used_twice_moves_once_by_the_sum(eager_reference):
     assert_detached(model)
 
 
-@pytest.mark.parametrize("train_weights", [None, 1e-3])
+@pytest.mark.parametrize("train_weights", [pytest.param(None, marks=pytest.mark.slow), 1e-3])
 def test_checkpointed_activations_give_the_same_bits(train_weights, eager_reference):
     plain, checkpointed = masked_llama(), masked_llama()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,7 +139,7 @@ def compiled_two_layers():
     ("problem", "estimator", "graphs"),
     [
         # silu, between the layers
-        (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4), 1),
+        slow(compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4), 1),
         (compiled_two_layers, mk.StraightThrough(lr=1.0, steps=4, train_weights=0.01), 1),
         # the whole under drawn masks, and under those of the start
         (compiled_two_layers, mk.Reinforce(), 2),
@@ -285,7 +286,7 @@ def test_bad_arguments(arguments, error, name):
         mk.StraightThrough(**arguments)
 
 
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16"])
+@pytest.mark.parametrize("pattern", [slow("1:4"), "2:4", "4:8", slow("8:16")])
 def test_a_planted_mask_is_found(pattern, eager_reference):
     """A linear teacher under a hidden mask; the student starts from another one."""
     generator = torch.Generator().manual_seed(0)

@@ -275,6 +275,7 @@ def test_the_cache_lies_where_caches_do(tmp_path):
     assert (tmp_path / "cache" / "maskpro_kernels").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_loops_live_as_long_as_the_process_where_others_may_write_or_nobody(tmp_path):
     shared = tmp_path / "maskpro_kernels"
     shared.mkdir()

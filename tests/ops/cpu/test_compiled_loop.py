@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.cases import slow
 from helpers.loops import a_loop, by_bounds, check_loop, draw_full
 
 from maskpro_kernels.ops import bounds
@@ -100,7 +101,7 @@ SHARD = (3, 10, 17, 5)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize(("share", "threads"), [(0.0, 2), (0.01, 3), (0.5, 1), (0.5, 2), (1.0, 2)])
+@pytest.mark.parametrize(("share", "threads"), [slow(0.0, 2), (0.01, 3), slow(0.5, 1), (0.5, 2), slow(1.0, 2)])
 def test_what_a_function_leaves_open_is_drawn_in_full(share, threads, in_place, folder, builds, monkeypatch):
     """At both ends of blocks, of batches and of the shares of threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -78,7 +78,7 @@ def test_compiled_draws_match_the_enumerated_probabilities(pattern, kind, temper
 
 
 # The bits of all three routes are the same (tests/ops/test_bits.py)
-@pytest.mark.parametrize("pattern, kind, temperature", every_case({pattern: [("ramp", 0.6)] for pattern in PATTERNS}))
+@pytest.mark.parametrize("pattern, kind, temperature", every_case({p: [("ramp", 0.6)] for p in ("2:4", "4:8")}))
 def test_reference_draws_match_the_enumerated_probabilities(pattern, kind, temperature):
     assert p_value(reference_codes, pattern, kind, temperature, seed=20) > P_VALUE
 
@@ -88,8 +88,7 @@ def test_reference_draws_match_the_enumerated_probabilities(pattern, kind, tempe
     "pattern, kind, temperature",
     every_case(
         {
-            "2:4": [("ramp", 0.6), ("gap", 1.0)],
-            "1:4": [("ramp", 0.6)],
+            "2:4": [("ramp", 0.6)],
             "4:8": [("normal", 1.0)],
         }
     ),
@@ -103,7 +102,7 @@ def test_kernel_draws_match_the_enumerated_probabilities(pattern, kind, temperat
 def test_the_chi_square_notices_a_temperature_off_by_two_percent(pattern):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     logits = group_logits("ramp", m)
-    counts = code_counts(reference_codes(logits.repeat(ROWS, GROUPS), n, m, 1.02, seed=20), n, m)
+    counts = code_counts(compiled_codes(logits.repeat(ROWS, GROUPS), n, m, 1.02, seed=20), n, m)
     assert chi_square_p(counts, set_probabilities(logits, n).numpy()) < P_VALUE
 
 
@@ -150,7 +149,7 @@ def kept_counts(codes, pattern):
     "pattern, dtype",
     cases(
         itertools.product(["1:4", "2:4", "4:8", "8:16", "31:32"], [torch.float32, torch.float16]),
-        slow=lambda pattern, dtype: (pattern, dtype) == ("31:32", torch.float32),
+        slow=lambda pattern, _: pattern == "31:32",
     ),
 )
 def test_an_integer_shift_of_a_group_gives_the_same_bits(pattern, dtype):
@@ -179,7 +178,7 @@ def extreme_logits(m):
     "pattern, temperature",
     cases(
         itertools.product(["1:2", "1:4", "2:4", "3:4", "4:8", "8:16", "1:32", "31:32"], [1.0, 1e-3, 1e3]),
-        slow=lambda pattern, temperature: pattern.endswith(":32") and temperature == 1.0,
+        slow=lambda pattern, temperature: pattern.endswith(":32") and (pattern, temperature) != ("31:32", 1e3),
     ),
 )
 def test_extreme_and_equal_logits_draw_exactly_n(pattern, temperature):
@@ -194,7 +193,7 @@ def test_extreme_and_equal_logits_draw_exactly_n(pattern, temperature):
 def test_no_draw_crosses_a_gap_above_26(pattern):
     pattern = NMPattern(pattern)
     group = torch.where(torch.arange(pattern.m) < pattern.n, 26.1, 0.0)
-    codes = reference_codes(group.repeat(ROWS, GROUPS), pattern.n, pattern.m, 1.0, seed=6)
+    codes = compiled_codes(group.repeat(ROWS, GROUPS), pattern.n, pattern.m, 1.0, seed=6)
     assert (codes == (1 << pattern.n) - 1).all()
 
 

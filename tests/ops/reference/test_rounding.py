@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from helpers.bits import assert_same_bits
+from helpers.cases import cases, slow
 from helpers.enumerated import KERNEL_DEVICE
 
 from maskpro_kernels import functional
@@ -188,11 +189,18 @@ def kernel_update(logits, coefs, draws, n, m, seed=1, step=2, layer=3):
 
 
 UPDATES = pytest.mark.parametrize("update", [eager_update, kernel_update], ids=["reference", "kernel"])
+# Sets of 5 take the interpreter seconds
+SEVERAL = pytest.mark.parametrize(
+    "n, m, update",
+    cases(
+        [(n, m, update) for n, m in ((1, 4), (2, 4), (4, 8), (5, 8)) for update in (eager_update, kernel_update)],
+        slow=lambda n, m, update: (n, m) != (2, 4) and (n, m, update) != (5, 8, eager_update),
+    ),
+)
 COEFS, DRAWS = [0.5, -1.25, 3.0, -0.75], [0, 7, 1, 65535]
 
 
-@UPDATES
-@pytest.mark.parametrize("n, m", [(1, 4), (2, 4), (4, 8), (5, 8)])
+@SEVERAL
 def test_several_draws_add_up_to_the_bit_where_the_logits_are_zero(update, n, m, launched):
     """From zero a single update is the exact negative of its term."""
     logits = torch.zeros(8, 16 * m)
@@ -204,8 +212,7 @@ def test_several_draws_add_up_to_the_bit_where_the_logits_are_zero(update, n, m,
     assert_same_bits(together, total)
 
 
-@UPDATES
-@pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (5, 8)])
+@SEVERAL
 def test_several_draws_are_all_taken_at_the_old_logits(update, n, m):
     logits = torch.randn(8, 16 * m, generator=torch.Generator().manual_seed(3)) * 2
     together = update(logits, COEFS, DRAWS, n, m).double() - logits
@@ -228,7 +235,7 @@ def test_one_draw_in_a_sequence_is_the_single_update():
 
 @UPDATES
 @BOTH
-@pytest.mark.parametrize("n, m", [(2, 4), (5, 8)])
+@pytest.mark.parametrize("n, m", [(2, 4), slow(5, 8)])
 def test_a_16_bit_update_rounds_the_float32_update_once(update, dtype, n, m):
     logits = (torch.randn(16, 64 * m, generator=torch.Generator().manual_seed(5)) * 2).to(dtype)
     narrow = update(logits, COEFS, DRAWS, n, m)

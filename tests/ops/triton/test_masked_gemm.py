@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.cases import cases
+from helpers.cases import cases, slow
 from helpers.enumerated import KERNEL_DEVICE
 from helpers.products import (
     COUNTER,
@@ -80,7 +80,7 @@ def check_product_in_parts(problem, parts):
         check_product(*problem)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(PROBLEMS, st.sampled_from([1, 2]))
 def test_products_are_within_the_error_budget(problem, parts):
     check_product_in_parts(problem, parts)
@@ -105,7 +105,7 @@ def route(request, monkeypatch):
     ("kind", "pattern"),
     cases(
         itertools.product(KINDS, [*PATTERNS, NMPattern("1:2"), NMPattern("4:32")]),
-        slow=lambda kind, pattern: (kind, pattern.m) == ("drawn", 32),
+        slow=lambda kind, pattern: pattern.m == 32 and kind != "codes" or pattern.m == 16 and kind == "drawn",
     ),
     ids=str,
 )
@@ -182,7 +182,9 @@ def test_gradients_under_a_given_mask(kind, route):
     assert logits.grad is None
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS[:3], pytest.param(NMPattern("5:8"), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [PATTERNS[1], *(slow(p) for p in (PATTERNS[0], PATTERNS[2], NMPattern("5:8")))], ids=str
+)
 def test_log_prob_is_the_sum_over_the_groups_whatever_the_blocks_of_tokens(pattern, route, monkeypatch):
     monkeypatch.setattr(masked_gemm, "tiles_for", small_tiles)
     x, weight, logits, _ = operands(pattern, tokens=40, rows=21, k=40, bias=False)
@@ -369,9 +371,11 @@ def test_weights_of_any_layout():
     assert_same_bits(mk.masked_linear(*strided, pattern="2:4", log_prob=False, seed=0)[0], expected)
 
 
+# The graphs are the same whoever compiles them
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False], ids=["drawn", "top-N"])
-def test_a_compiled_model_is_one_graph_for_all_steps_and_numbers_of_tokens(training):
-    counter = CompileCounterWithBackend("inductor")
+def test_a_compiled_model_is_one_graph_for_all_steps_and_numbers_of_tokens(training, backend):
+    counter = CompileCounterWithBackend(backend)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).to(KERNEL_DEVICE)
     mk.convert(model, "2:4", gap=1.0)

@@ -110,7 +110,7 @@ def counting(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "mutation", cases(((name,) for name in MUTANTS), slow=lambda name: name not in ("nothing", *list(MUTANTS)[1::4]))
+    "mutation", cases(((name,) for name in MUTANTS), slow=lambda name: name not in ("nothing", *list(MUTANTS)[1::8]))
 )
 def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     before, after, wrong = MUTANTS[mutation]
@@ -145,7 +145,10 @@ def test_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     assert found <= {*wrong.split(), "margin"}
 
 
-@pytest.mark.parametrize("mutation", PACKED_MUTANTS)
+@pytest.mark.parametrize(
+    "mutation",
+    cases(((name,) for name in PACKED_MUTANTS), slow=lambda name: name not in ("nothing", *list(PACKED_MUTANTS)[1::3])),
+)
 def test_packed_mutants_are_found(mutation, tmp_path, monkeypatch, poisoned):
     """Rows, tokens and groups fill no tile; what lies behind an output is looked at as well."""
     mutant = mutant_of(packed, *PACKED_MUTANTS[mutation], tmp_path)
