@@ -390,7 +390,8 @@ def constants(n: int, m: int, dtype: torch.dtype, target: str) -> dict:
 def _vector(x, values, bitmask, scales, bias, n, m):
     rows, k, target = len(values), x.shape[1], architecture(x.device)
     words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
-    if x.data_ptr() % 4:
+    # words of two activations start at whole ones
+    if x.data_ptr() % 4 or x.storage_offset() % 2:
         x = x.clone()
     out = torch.empty(1, rows, dtype=result_dtype(x.dtype), device=x.device)
     config = rows_for("packed_vector", rows, k // chunk_length(n, m), target)

@@ -51,7 +51,7 @@ def test_sums_are_added_in_the_order_of_the_parts(launched):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masked_products_in_parts(parts, dtype, launched, monkeypatch):
     in_parts(monkeypatch, parts)
-    x, weight, logits, bias = operands(mk.NMPattern("2:4"), tokens=9, rows=40, k=96, dtype=dtype)
+    x, weight, logits, bias = operands(mk.NMPattern("2:4"), tokens=9, rows=48, k=96, dtype=dtype)
     y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern="2:4", **COUNTER)
     upstream = normal(*y.shape, seed=4, dtype=dtype)
     x_grad = torch.autograd.grad(y, x, upstream)[0]
