@@ -202,7 +202,7 @@ def build_packed(
     )
     known = {"N": n, "M": m}
     if kernel != "unpack":
-        known |= packed.constants(n, m, DTYPES[element], target) | {"UNIT": unit}
+        known |= packed.kernel_constants(n, m, DTYPES[element], target) | {"UNIT": unit}
     if kernel != "unpack" and not quantized:
         known["scales"] = None
     if kernel == "unpack":

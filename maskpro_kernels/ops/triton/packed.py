@@ -378,10 +378,10 @@ def kernel_arguments(values, bitmask, k, n, m, dtype, target):
     chunks = k // chunk_length(n, m)
     unit = math.gcd(chunks, ALIGNED)
     words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk_length(n, m)])
-    return words, chunks // unit, constants(n, m, dtype, target) | {"UNIT": unit}
+    return words, chunks // unit, kernel_constants(n, m, dtype, target) | {"UNIT": unit}
 
 
-def constants(n: int, m: int, dtype: torch.dtype, target: str) -> dict:
+def kernel_constants(n: int, m: int, dtype: torch.dtype, target: str) -> dict:
     """What kernels for activations of ``dtype`` are compiled for on an architecture."""
     element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     return {"N": n, "ELEMENT": element, "BY_BYTES": (n, m) == (2, 4) and target.startswith("sm_")}
