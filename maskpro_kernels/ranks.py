@@ -128,6 +128,7 @@ class Ranks:
         self._group: dist.ProcessGroup | None = None
         self._looking: threading.Thread | None = None
         self._failure: RuntimeError | None = None
+        self._under_way = False
 
     def connect(self) -> None:
         """Meet the other ranks, where that has not been done, within half an hour."""
@@ -165,8 +166,9 @@ class Ranks:
             return
         self._sign.close()
         if self._failure is None:
-            # else something may be under way, and destroying would wait for it
-            dist.destroy_process_group(self._group)
+            if not self._under_way:
+                # else, as behind an interrupt, destroying would wait for it
+                dist.destroy_process_group(self._group)
             self._failure = RuntimeError("ranks: expected open ones, got closed ones")
         self._group = None
 
@@ -293,6 +295,7 @@ class Ranks:
         # gloo's own limit is for what we have given up
         own = NO_LIMIT if seconds == math.inf else timedelta(seconds=seconds + ANSWER)
         dist.distributed_c10d._set_pg_timeout(own, self._group)
+        self._under_way = True
         work = begin(self._group)
         while not work.is_completed():
             with contextlib.suppress(RuntimeError):
@@ -304,6 +307,7 @@ class Ranks:
             work.wait()
         except RuntimeError as error:
             self._fail(time.monotonic() > limit, error)
+        self._under_way = False
 
     def _called(self) -> bool:
         """Whether a rank calls the roll, or the store has gone; one that does not answer tells nothing."""

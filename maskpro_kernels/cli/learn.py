@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +33,14 @@ def learn(args: argparse.Namespace) -> None:
     ranks = Ranks()
     ranks.connect()
     run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks)
-    if run.take_steps():
-        run.end()
+    try:
+        if run.take_steps():
+            run.end()
+    except BaseException:
+        # the error that ended the run is the one told
+        with suppress(OSError):
+            run.close()
+        raise
     run.close()
     ranks.close()
 

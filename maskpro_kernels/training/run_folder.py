@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..digests import digest
-from ..files import make_folder, unfinished
+from ..files import make_folder, unfinished, write_whole
 from ..modules import MaskedLinear
 from .batches import content, tensors_of
 from .estimator import Estimator
@@ -296,6 +296,9 @@ class RunFolder:
             path.unlink()
         if self.journaled:
             self.journal = Journal.resume(self.path / JOURNAL, saved.records)
+        for path in snapshots_in(self.path / INITIAL_LOSSES):
+            # anew, as the journal: where a sync has failed, they may be in memory alone
+            write_whole(path, path.read_bytes())
         for path in saved.unusable:
             path.rename(path.with_suffix(".aside"))
         self._newest = snapshots_in(self.path)[-1]
