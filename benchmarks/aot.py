@@ -11,13 +11,25 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskpro_kernels.ops.reference.quadrature import quadrature_grid
-from maskpro_kernels.ops.triton import adamw, grouped, masked_gemm, packed, sampling, straight_through, swaps
+from maskpro_kernels.ops.triton import (
+    adamw,
+    grouped,
+    masked_gemm,
+    packed,
+    sampling,
+    semi_structured,
+    split_k,
+    straight_through,
+    swaps,
+    tiles,
+)
 from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles, configuration, scores_in_short
 
 TARGETS = {
@@ -26,6 +38,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # By the names of launches, where these are not those of a kernel in ``sampling``
 FUNCTIONS = {
@@ -143,36 +156,38 @@ def build_product(
     """Compile ``<product>_kernel`` as ``launch_tiles`` would for operands and logits of those dtypes.
 
     The weight and the bias are of the operands' dtype unless ``weight`` names another. ``multiples`` are what is a
-    multiple of 16. The straight-through kernel steps the logits, or with ``UPDATE=False`` writes their slope; with
-    ``WEIGHT_GRAD=True`` it also writes the gradient of the weight.
+    multiple of 16. The straight-through kernels step the logits, or with ``UPDATE=False`` write their slope; with
+    ``WEIGHT_GRAD=True`` the first also writes the gradient of the weight.
     """
-    weight_grad = constants.pop("WEIGHT_GRAD", False)
+    weight_grad, stepping = constants.pop("WEIGHT_GRAD", False), product.startswith("straight_through")
     known = {
         "N": n,
         "M": m,
         "KIND": "drawn",
         "LOG_PROB": False,
-        "UPDATE": product == "straight_through",
+        "UPDATE": stepping,
         "OPERAND": ELEMENTS[operand],
         "PRECISION": "ieee",
         "BLOCK_OUT": tile.out,
         "BLOCK_T": tile.tokens,
         "BLOCK_K": max(tile.k, m),
     } | constants
-    function = getattr(straight_through if product == "straight_through" else masked_gemm, f"{product}_kernel")
+    function = getattr(straight_through if stepping else masked_gemm, f"{product}_kernel")
+    code = "*u8" if m <= 8 else "*i32"
     types = (
         TYPES
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "grad", "out"), f"*{operand}")
         | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
-        | {"source": f"*{logits}" if known["KIND"] != "codes" else "*u8" if m <= 8 else "*i32"}
-        | dict.fromkeys(("grad_squares", "x_squares", "weight_grad"), "*fp32")
-        | ({"out": "*fp32"} if product == "straight_through" else {})
+        | {"source": code if known["KIND"] == "codes" and not known["UPDATE"] else f"*{logits}", "codes": code}
+        | dict.fromkeys(("grad_squares", "x_squares", "weight_grad", "gradient"), "*fp32")
+        | ({"out": "*fp32"} if stepping else {})
         | {"rows": "i32", "groups": "i32"}
     )
-    if product == "straight_through":
+    if stepping:
         known |= {"out": None} if known["UPDATE"] else {"partial": None, "rate": None}
         known |= {} if weight_grad else {"weight_grad": None}
+        known |= {} if known["KIND"] == "codes" else {"codes": None}
     elif not known["LOG_PROB"]:
         known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}
@@ -186,21 +201,26 @@ def build_packed(
     m: int,
     config: Rows | Tiles | None = None,
     element: str = "bf16",
-    multiples: tuple[str, ...] = ("rows", "chunks"),
+    unit: int = 16,
+    multiples: tuple[str, ...] = ("rows",),
     quantized: bool = False,
 ) -> Built:
     """Compile ``<kernel>_kernel`` of packed weights as its launch would, with a bias, ``quantized`` of int8 values.
 
-    ``config`` is a row of the launch tables; "unpack" has its own. ``multiples`` are what is a multiple of 16.
+    ``config`` is a row of the launch tables; "unpack" has its own. A row has a multiple of ``unit`` chunks.
+    ``multiples`` are what is a multiple of 16.
     """
     function = getattr(packed, f"{kernel}_kernel")
     chunk = packed.chunk_length(n, m) if kernel != "unpack" else 8
     types = (
         {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "bias", "out", "scales"), f"*{element}")
-        | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[chunk], "rows": "i32", "chunks": "i32"}
+        | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[chunk], "rows": "i32", "units": "i32"}
+        | ({"x": "*i32"} if kernel == "packed_vector" else {})
     )
     known = {"N": n, "M": m}
+    if kernel != "unpack":
+        known |= packed.kernel_constants(n, m, DTYPES[element], target) | {"UNIT": unit}
     if kernel != "unpack" and not quantized:
         known["scales"] = None
     if kernel == "unpack":
@@ -208,11 +228,24 @@ def build_packed(
         types |= dict.fromkeys(("values", "out"), {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32"}[element])
         known |= {"BLOCK": config.block}
     elif isinstance(config, Rows):
-        known |= {"ELEMENT": ELEMENTS[element], "ROWS": config.rows, "BLOCK": config.block}
+        known |= {"ROWS": config.rows, "BLOCK": config.block}
     else:
-        known |= {"ELEMENT": ELEMENTS[element], "OPERAND": ELEMENTS[element], "PRECISION": "ieee"}
+        known |= {"OPERAND": ELEMENTS[element], "PRECISION": "ieee"}
         known |= {"BLOCK_OUT": config.out, "BLOCK_T": config.tokens, "BLOCK_K": config.k}
     return _compile(function, target, types, known, config.options(target), multiples)
+
+
+def build_elements(kernel: str, target: str, element: str = "bf16", **constants) -> Built:
+    """Compile ``<kernel>_kernel`` over single elements as ``launch_elements`` would."""
+    function = getattr({"split_sum": split_k, "metadata": semi_structured}[kernel], f"{kernel}_kernel")
+    types = (
+        {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
+        | {"partial": "*fp32", "bias": f"*{element}", "out": f"*{element}", "columns": "i32"}
+        | ({"bitmask": "*i16", "out": "*i16", "rows": "i32", "count": "i32"} if kernel == "metadata" else {})
+    )
+    config = tiles.ELEMENTS[kernel]
+    known = {"BLOCK": config.block} | constants
+    return _compile(function, target, types, known, config.options(target), ("columns", "rows"))
 
 
 def _compile(function, target, types, constants, options, multiples=()) -> Built:

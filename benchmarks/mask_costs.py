@@ -1,6 +1,6 @@
 """What a mask costs a step: drawn at each use, and drawn once into codes; what ``ops/mask_costs.py`` should hold.
 
-Of GPUs by the model of ``aot_report``, on a layer of LLaMA-2-7B at 2:4 and a gap of 10, with float32 logits and weights
+Of GPUs by the model of ``cost_model``, on a layer of LLaMA-2-7B at 2:4 and a gap of 10, with float32 logits and weights
 of 16 bits. Of this CPU measured, on layers of SmolLM2-135M: seconds that the process has had a processor for, the least
 of some rounds.
 """
@@ -26,8 +26,8 @@ def modelled(target: str) -> Costs:
     """The costs on an NVIDIA GPU."""
     # here, for without Triton's interpreter it compiles
     from aot import build, build_product
-    from aot_report import busiest, each, expected, weights_a_thread
     from chips import CHIPS, seconds_by_pipe
+    from cost_model import busiest, each, expected, weights_a_thread
     from sass import disassembled, instructions
 
     from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, tiles_for

@@ -59,12 +59,21 @@ def poisoned(machine, monkeypatch):
 
     from maskpro_kernels.ops.cpu import kernels
     from maskpro_kernels.ops.cpu.packed import products, unpacking
-    from maskpro_kernels.ops.triton import grouped, masked_gemm, packed, sampling, straight_through, swaps
+    from maskpro_kernels.ops.triton import (
+        grouped,
+        masked_gemm,
+        packed,
+        sampling,
+        semi_structured,
+        split_k,
+        straight_through,
+        swaps,
+    )
 
     poisoned_torch = PoisonedTorch()
     for module in (kernels, products, unpacking):
         monkeypatch.setattr(module, "torch", poisoned_torch)
-    for module in (grouped, sampling, masked_gemm, packed, straight_through, swaps):
+    for module in (grouped, sampling, masked_gemm, packed, semi_structured, split_k, straight_through, swaps):
         monkeypatch.setattr(module, "torch", machine.torch if machine else poisoned_torch)
     if machine:
         monkeypatch.setattr(grouped, "_launch", machine.knowing(grouped._launch))

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import aot_report
+import cost_model
 import pytest
 import sass
 from chips import CHIPS, seconds_by_pipe
@@ -107,7 +108,7 @@ def test_each_architecture_has_its_own_rates():
     assert a100["fp32"] == pytest.approx(2.0) and h100["fp32"] == pytest.approx(1.0)
     assert h100["multiply"] == h100["half"] == pytest.approx(0.5)
     assert h100["xu"] == pytest.approx(0.25) and h100["issue"] == pytest.approx(164 / 128)
-    assert aot_report.busiest(a100) == (pytest.approx(2.0), "fp32")
+    assert cost_model.busiest(a100) == (pytest.approx(2.0), "fp32")
 
 
 def test_registers_shared_memory_and_warps_limit_the_programs_of_a_processor():
@@ -120,7 +121,7 @@ def test_registers_shared_memory_and_warps_limit_the_programs_of_a_processor():
 
 def test_a_launch_takes_as_long_as_its_busiest_resource():
     processors = PROCESSORS["sm_90"]
-    launch = aot_report.Launch("sm_90", {"half": 3.0, "issue": 2.0}, {"memory": 3.5}, 8 * processors, 4)
+    launch = cost_model.Launch("sm_90", {"half": 3.0, "issue": 2.0}, {"memory": 3.5}, 8 * processors, 4)
     assert launch.waves == 2 and launch.uneven == 1 and launch.bound == (3.5, "memory")
     # half of the processors: pipes are those of one, the memory is that of all
     launch = replace(launch, programs=processors // 2)
@@ -138,10 +139,10 @@ def test_small_layers_are_spread_over_the_processors():
 
 def test_open_blocks_compute_the_noise():
     fewest, most = {"half": 20.0, "issue": 30.0}, {"half": 40.0, "fp32": 45.0, "issue": 95.0}
-    sharp, flat = (aot_report.expected(fewest, most, 64, gap, 2, 4) for gap in (26.0, 0.0))
+    sharp, flat = (cost_model.expected(fewest, most, 64, gap, 2, 4) for gap in (26.0, 0.0))
     assert sharp == pytest.approx(fewest | {"fp32": 0.0}, abs=1e-4)
     assert flat == pytest.approx(most)
-    between = aot_report.expected(fewest, most, 64, 8.0, 2, 4)
+    between = cost_model.expected(fewest, most, 64, 8.0, 2, 4)
     assert 0.05 * 45 < between["fp32"] < 0.12 * 45
 
 

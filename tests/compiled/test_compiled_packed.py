@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.cases import cases
 from helpers.compiled_products import PackedProduct
+from helpers.packed_codes import assert_every_code_is_placed
 
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
 from maskpro_kernels.packed import VALUE_KINDS
@@ -49,3 +50,25 @@ def test_packed_products(target, row, pattern, dtype, values, compiled_for, laun
     for aligned, one_hot in ((False, True), (False, False), (True, False)):
         PackedProduct(config, *pattern, dtype, values, aligned=aligned, one_hot=one_hot).assert_right()
     assert launched["packed_vector" if row < len(VECTOR) else "packed_linear"] == 3
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize(
+    ("target", "dtype"), cases(itertools.product(TARGETS, DTYPES), slow=lambda target, dtype: target == "sm_100")
+)
+def test_values_of_every_code_stand_at_their_places(target, dtype, tokens, compiled_for, machine):
+    compiled_for(target)
+    machine.programs.clear()
+    assert_every_code_is_placed(tokens, dtype)
+    # that is how they got there
+    assert any("prmt.b32" in text for text in machine.programs)
+
+
+@pytest.mark.parametrize(
+    ("target", "parts", "aligned"),
+    cases(itertools.product(TARGETS, (2, 4), (True, False)), slow=lambda *case: case != ("sm_80", 2, False)),
+)
+def test_products_whose_sum_is_shared_out(target, parts, aligned, compiled_for, launched):
+    compiled_for(target)
+    PackedProduct(tiles_of(target)[0], aligned=aligned, parts=parts).assert_right()
+    assert launched["split_sum"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers.cases import cases
 from helpers.compiled import DTYPES
 from helpers.compiled_products import PRODUCTS, Product
 
+from maskpro_kernels.ops.triton import straight_through
 from maskpro_kernels.ops.triton.tiles import TILES
 
 pytestmark = pytest.mark.compiled
@@ -113,3 +115,32 @@ def test_slopes_and_the_gradient_of_the_weight(target, logits, compiled_for):
     compiled_for(target)
     tile = tile_of(SLOPE, target, 0, torch.bfloat16)
     Product(SLOPE, tile, logits=logits, one_hot=True).assert_right()
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "update"),
+    cases(
+        [(target, *case) for target in ALL_TARGETS for case in (("drawn", True), ("drawn", False), ("codes", False))],
+        slow=lambda *case: case != ("sm_80", "drawn", True),
+    ),
+)
+def test_what_follows_torchs_product(target, kind, update, compiled_for, launched, monkeypatch):
+    compiled_for(target)
+    monkeypatch.setattr(straight_through, "FUSED_TOKENS", dict.fromkeys(straight_through.FUSED_TOKENS, 0))
+    tile = replace(TILES["straight_through_step", target, 2][0], tokens=32)
+    Product(SLOPE, tile, kind=kind, one_hot=True, update=update).assert_right()
+    assert launched["straight_through_step"] == 1 and not launched["straight_through"]
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "kind", "parts"),
+    cases(
+        itertools.product(ALL_TARGETS, (LINEAR, INPUT), ("codes", "drawn"), (2, 4)),
+        slow=lambda target, _, *case: (target, *case) != ("sm_80", "codes", 2),
+    ),
+)
+def test_products_whose_sum_is_shared_out(target, kernel, kind, parts, compiled_for, launched):
+    compiled_for(target)
+    tile = tile_of(kernel, target, 0, torch.bfloat16)
+    Product(kernel, tile, kind=kind, log_prob=kind == "drawn", parts=parts).assert_right()
+    assert launched["split_sum"] == 1

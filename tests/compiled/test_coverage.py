@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers.compiled_products import PRODUCTS, PackedProduct, Product
 from helpers.loops_without_a_step import replaces_a_loop
 
 from maskpro_kernels import ops
+from maskpro_kernels.ops.triton import semi_structured, straight_through
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
@@ -61,6 +63,14 @@ def run_products(target):
             Product(kernel, tile, n, m, dtype, **options).assert_right()
     for kernel, kind in itertools.product(PRODUCTS, ("top_n", "codes")):
         Product(kernel, TILES[kernel, target, 2][0], kind=kind).assert_right()
+    for kernel in PRODUCTS[:2]:
+        # of few steps the last part has none
+        Product(kernel, TILES[kernel, target, 2][0], log_prob=True, parts=4).assert_right()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(straight_through, "FUSED_TOKENS", dict.fromkeys(straight_through.FUSED_TOKENS, 0))
+        tile = replace(TILES["straight_through_step", target, 2][0], tokens=32)
+        for kind, spread in (("drawn", "certain"), ("drawn", "open"), ("top_n", "open"), ("codes", "open")):
+            Product("straight_through", tile, kind=kind, spread=spread, update=kind == "drawn").assert_right()
     # of no tokens, and of some
     of = Matrix(2, 4, rows=37, groups=16)
     for dtype, tokens in itertools.product(DTYPES[:2], (0, 140)):
@@ -75,6 +85,8 @@ def run_packed(target):
     for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), ("keep", "int8")):
         for aligned in (True, False):
             PackedProduct(config, n, m, values=values, aligned=aligned).assert_right()
+    PackedProduct(configs[-1], parts=4).assert_right()
+    semi_structured.metadata(torch.full((64, 24), 0b0101_1010, dtype=torch.uint8))
 
 
 def not_executed(machine, reason) -> tuple[int, int, list]:

@@ -13,7 +13,7 @@ from helpers.compiled import INVERSE, Matrix, as_it_is, by_both
 from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
+from maskpro_kernels.ops.triton import masked_gemm, packed, split_k, straight_through
 from maskpro_kernels.ops.triton.tiles import Rows, Tiles
 from maskpro_kernels.packed import quantized
 from maskpro_kernels.pattern import bitmask_of
@@ -35,6 +35,7 @@ class Product:
         log_prob: whether the log-probability comes along.
         update: whether the logits step, rather than that their slope is written.
         spread: of the logits, see ``Matrix``.
+        parts: of the dimension that is summed over, where programs share it.
     """
 
     kernel: str
@@ -50,6 +51,7 @@ class Product:
     log_prob: bool = False
     update: bool = False
     spread: str = "open"
+    parts: int = 1
 
     @property
     def own_tile(self) -> Tiles:
@@ -88,6 +90,9 @@ class Product:
         with pytest.MonkeyPatch.context() as patched:
             for module in (masked_gemm, straight_through):
                 patched.setattr(module, "tiles_for", lambda *_: self.own_tile)
+            patched.setattr(split_k, "parts_for", lambda *_: self.parts)
+            # tiles of more tokens take given masks alone, and draw where a test is about them
+            patched.setattr(masked_gemm, "DRAWN_TOKENS", masked_gemm.ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)
 
 
@@ -183,6 +188,7 @@ class PackedProduct:
     values: str = "keep"
     aligned: bool = False
     one_hot: bool = False
+    parts: int = 1
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -211,6 +217,7 @@ class PackedProduct:
         with pytest.MonkeyPatch.context() as patched:
             for name in ("tiles_for", "rows_for"):
                 patched.setattr(packed, name, lambda *_: self.config)
+            patched.setattr(split_k, "parts_for", lambda *_: self.parts)
             operands = moved(x), values, bitmask, scales, None if bias is None else moved(bias), self.n, self.m
             (found,), (by_torch,) = by_both(lambda: [ops.nm_linear(*operands)])
         dense = reference.unpack_nm(

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .tiles import INTERPRETED, PROCESSORS, Rows, Tiles, architecture, configuration
+from .tiles import INTERPRETED, PROCESSORS, Rows, Tiles, architecture, configuration, elements
 
 # How often each kernel has been launched in this process
 launches: Counter[str] = Counter()
@@ -48,7 +48,16 @@ def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torc
     _launch(kernel, name, grid, device, args, options, M=m, ROWS=config.rows, BLOCK=config.block, **constants)
 
 
-def launch_tiles(kernel, name: str, m: int, grid: tuple[int, int], tile: Tiles, device, *args, **constants) -> None:
+def launch_elements(kernel, name: str, count: int, device: torch.device, *args, **constants) -> None:
+    """Launch ``kernel`` on ``count`` single elements; nothing happens where there are none."""
+    if count == 0:
+        return
+    config = elements(name, count)
+    grid = ((count + config.block - 1) // config.block,)
+    _launch(kernel, name, grid, device, args, config.options(architecture(device)), BLOCK=config.block, **constants)
+
+
+def launch_tiles(kernel, name: str, m: int, grid: tuple[int, ...], tile: Tiles, device, *args, **constants) -> None:
     """Launch a kernel of masked products on a grid of tiles."""
     options = tile.options(architecture(device))
     blocks = {"BLOCK_OUT": tile.out, "BLOCK_T": tile.tokens, "BLOCK_K": tile.k}

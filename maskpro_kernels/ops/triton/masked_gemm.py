@@ -3,7 +3,8 @@
 Tensors are contiguous: the weight is [rows, K], x [tokens, K], y and its gradient [tokens, rows], the bias [rows].
 Weight and bias may be of another dtype than x, in which the product runs. Neither mask nor masked weight
 reaches memory. The weight is the row operand of every product, so that few tokens still fill the matrix
-units. A tile's groups are held as [groups, M], row by row.
+units. A tile's groups are held as [groups, M], row by row. Of y and the gradient of x, programs along the grid's last
+axis share the sum; see ``split_k``.
 """
 
 import torch
@@ -15,7 +16,8 @@ from ..reference.plackett_luce import EXACT_SCORE_MAX_N
 from . import device_functions as d
 from . import sampling
 from .launch import launch_tiles
-from .tiles import ALIGNED, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for
+from .split_k import SplitResult, own_part, own_sums, result_dtype
+from .tiles import ALIGNED, DRAWN_TOKENS, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for
 
 UNSPECIALIZED = ["offset", "row_stride", "tokens"]
 
@@ -119,10 +121,11 @@ def masked_linear_kernel(
     first_row = tl.program_id(0) * BLOCK_OUT
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
-    x_pointers = x + token[None, :] * (groups * M) + k[:, None]
+    start, end = own_part(groups, GROUPS)
+    x_pointers = x + token[None, :] * (groups * M) + start * M + k[:, None]
     total = tl.zeros((BLOCK_OUT, BLOCK_T), tl.float32)
     log_probs = tl.zeros((BLOCK_OUT * GROUPS,), tl.float32)
-    for first_group in range(0, groups, GROUPS):
+    for first_group in range(start, end, GROUPS):
         row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
         w = load_groups(weight, row, group, inside, groups, M)
         logits = tile_logits(source, row, group, inside, groups, KIND, M)
@@ -141,11 +144,11 @@ def masked_linear_kernel(
     row = first_row + tl.arange(0, BLOCK_OUT)
     if bias is not None:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    pointers = out + token[None, :] * rows + row[:, None]
+    pointers = own_sums(out, tokens, rows) + token[None, :] * rows + row[:, None]
     tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))
     if LOG_PROB:
         if tl.program_id(1) == 0:
-            tl.store(partial + tl.program_id(0), tl.sum(log_probs, 0))
+            tl.store(partial + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.sum(log_probs, 0))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -177,9 +180,10 @@ def masked_linear_input_grad_kernel(
     first_group = tl.program_id(0) * GROUPS
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tl.arange(0, BLOCK_OUT)
-    grad_pointers = grad + token[None, :] * rows + o[:, None]
+    start, end = own_part(rows, BLOCK_OUT)
+    grad_pointers = grad + token[None, :] * rows + start + o[:, None]
     total = tl.zeros((BLOCK_K, BLOCK_T), tl.float32)
-    for first_row in range(0, rows, BLOCK_OUT):
+    for first_row in range(start, end, BLOCK_OUT):
         row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
         w = load_groups(weight, row, group, inside, groups, M)
         logits = tile_logits(source, row, group, inside, groups, KIND, M)
@@ -191,7 +195,7 @@ def masked_linear_input_grad_kernel(
         total = tl.dot(tl.trans(masked), grad_tile, total, input_precision=PRECISION)
         grad_pointers += BLOCK_OUT
     k = first_group * M + tl.arange(0, BLOCK_K)
-    pointers = out + token[None, :] * (groups * M) + k[:, None]
+    pointers = own_sums(out, tokens, groups * M) + token[None, :] * (groups * M) + k[:, None]
     present = (token[None, :] < tokens) & (k[:, None] < groups * M)
     tl.store(pointers, total.to(out.dtype.element_ty), mask=present)
 
@@ -269,12 +273,6 @@ def masked_linear_weight_grad_kernel(
     tl.store(pointers, masked.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what the kernel writes a result of ``dtype``."""
-    # the interpreter truncates where hardware rounds
-    return torch.float32 if INTERPRETED else dtype
-
-
 def operand_constants(dtype: torch.dtype) -> dict:
     """Constants of a kernel that multiplies tiles of ``dtype``."""
     # the interpreter multiplies the bits of 16-bit floats as integers
@@ -290,33 +288,34 @@ def mask_arguments(mask, tokens, matrix):
     return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
 
-def one_pass(tokens: int, device: torch.device) -> bool:
-    """Whether the mask is drawn inside the product, rather than into a transient masked weight."""
-    return 0 < tokens <= ONE_PASS_TOKENS[architecture(device)]
+def one_pass(tokens: int, kind: str, device: torch.device) -> bool:
+    """Whether a mask of that kind is applied inside the product, rather than to a transient masked weight."""
+    most = DRAWN_TOKENS if kind == "drawn" else ONE_PASS_TOKENS
+    return 0 < tokens <= most[architecture(device)]
 
 
 def masked_linear(x, weight, bias, mask, log_prob):
     """(x @ (weight * mask).T + bias, log-probability of the drawn mask summed over the layer or None)."""
     tokens, rows = x.shape[0], weight.shape[0]
-    if rows == 0 or not one_pass(tokens, x.device):
+    if rows == 0 or not one_pass(tokens, mask.kind, x.device):
         total = None
         if log_prob:
             mask, total = _drawn_with_log_prob(mask)
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, sampling.masked_weight(weight, mask, x.dtype), bias), total
     tile = tiles_for("masked_linear", mask.m, x.dtype, tokens, *weight.shape, architecture(x.device))
-    grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
-    out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    split = SplitResult("masked_linear", tile, (tokens, rows), weight.shape[1], x, bias)
     # above that N the log-probability is a quadrature, too much for the registers of a product
     inside = log_prob and mask.n <= EXACT_SCORE_MAX_N
-    partial = torch.empty(grid[0], dtype=torch.float32, device=x.device) if inside else None
-    launch_tiles(masked_linear_kernel, "masked_linear", mask.m, grid, tile, x.device,
-                 x, weight, mask.tensor, bias, out, partial, *mask_arguments(mask, tokens, weight),
+    sums = (split.parts, split.grid[0])
+    partial = torch.empty(sums, dtype=torch.float32, device=x.device) if inside else None
+    launch_tiles(masked_linear_kernel, "masked_linear", mask.m, split.grid, tile, x.device,
+                 x, weight, mask.tensor, split.bias, split.out, partial, *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, LOG_PROB=inside, **operand_constants(x.dtype))  # fmt: skip
     total = None
     if log_prob:
         total = partial.sum() if inside else _drawn_with_log_prob(mask)[1]
-    return out.to(x.dtype), total
+    return split.sum(), total
 
 
 def _drawn_with_log_prob(mask):
@@ -331,21 +330,20 @@ def masked_linear_input_grad(grad, weight, mask):
     """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
     tokens, (rows, k) = grad.shape[0], weight.shape
     # tiles of grad whose rows start anywhere are loaded value by value, and the addresses alone fill the registers
-    if rows == 0 or rows % ALIGNED or not one_pass(tokens, grad.device):
+    if rows == 0 or rows % ALIGNED or not one_pass(tokens, mask.kind, grad.device):
         return grad @ sampling.masked_weight(weight, mask, grad.dtype)
     tile = tiles_for("masked_linear_input_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))
-    grid = (triton.cdiv(k, tile.k), triton.cdiv(tokens, tile.tokens))
-    out = torch.empty(tokens, k, dtype=result_dtype(grad.dtype), device=grad.device)
-    launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, grid, tile, grad.device,
-                 grad, weight, mask.tensor, out, *mask_arguments(mask, tokens, weight),
+    split = SplitResult("masked_linear_input_grad", tile, (tokens, k), rows, grad, None)
+    launch_tiles(masked_linear_input_grad_kernel, "masked_linear_input_grad", mask.m, split.grid, tile, grad.device,
+                 grad, weight, mask.tensor, split.out, *mask_arguments(mask, tokens, weight),
                  KIND=mask.kind, N=mask.n, **operand_constants(grad.dtype))  # fmt: skip
-    return out.to(grad.dtype)
+    return split.sum()
 
 
 def masked_linear_weight_grad(grad, x, mask):
     """(grad.T @ x) * mask: [rows, K] for grad [tokens, rows] and x [tokens, K]."""
     tokens, rows, k = grad.shape[0], grad.shape[1], x.shape[1]
-    if rows == 0 or not one_pass(tokens, grad.device):
+    if rows == 0 or not 0 < tokens <= ONE_PASS_TOKENS[architecture(grad.device)]:
         return sampling.masked_weight(grad.t() @ x, mask)
     out = torch.empty(rows, k, dtype=result_dtype(grad.dtype), device=grad.device)
     tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))

@@ -5,16 +5,19 @@ thread takes a chunk of the weight at a time whose values fill 16 bytes, one loa
 and beside them one word of the bitmask. Values of int8 fill 8 bytes, and become such words.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import reference
 from . import device_functions as d
-from . import tiles
+from . import semi_structured, tiles
 from .launch import launch, launch_rows, launch_tiles
-from .masked_gemm import operand_constants, result_dtype
-from .tiles import PACKED_TOKENS, architecture, rows_for, tiles_for
+from .masked_gemm import operand_constants
+from .split_k import SplitResult, own_part, own_sums, result_dtype
+from .tiles import ALIGNED, PACKED_TOKENS, architecture, rows_for, tiles_for
 
 VALUES = tl.constexpr(8)
 SCALED = tl.constexpr(reference.SCALED)
@@ -37,6 +40,17 @@ def low_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
 @triton.jit
 def high_half(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
     return (word >> 16).to(tl.int16).to(ELEMENT, bitcast=True).to(OUT)
+
+
+@triton.jit
+def halves(word, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+    """(the value in the low half of an int32 word, that in the high half), as OUT."""
+    if ELEMENT == tl.bfloat16 and OUT == tl.float32:
+        # such a value is the upper half of a float32
+        pair = (word << 16).to(tl.float32, bitcast=True), (word & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        pair = low_half(word, ELEMENT, OUT), high_half(word, ELEMENT, OUT)
+    return pair
 
 
 @triton.jit
@@ -77,24 +91,36 @@ def placed_in_turn(words, kept, COUNT: tl.constexpr, M: tl.constexpr, ELEMENT: t
 
 
 @triton.jit
-def placed(words, code, N: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr):
+def placed(
+    words, code, N: tl.constexpr, M: tl.constexpr, BY_BYTES: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr
+):
     """Columns of OUT: the values of a chunk at their places, zeros elsewhere."""
     columns = ()
-    for group in tl.static_range(VALUES // N):
-        kept = d.decode(code >> (group * M), M)
-        if N == 1:
-            if group % 2 == 0:
-                columns = columns + placed_one(low_half(words[group // 2], ELEMENT, OUT), kept, M)
-            else:
-                columns = columns + placed_one(high_half(words[group // 2], ELEMENT, OUT), kept, M)
-        elif N == 2:
-            first, second = low_half(words[group], ELEMENT, OUT), high_half(words[group], ELEMENT, OUT)
-            columns = columns + placed_two_of_four(first, second, kept)
-        else:
-            own = ()
-            for i in tl.static_range(N // 2):
-                own = own + (words[group * (N // 2) + i],)
-            columns = columns + placed_in_turn(own, kept, N // 2, M, ELEMENT, OUT)
+    if BY_BYTES:
+        pairs = d.placed_pairs(words, code)
+        for i in tl.static_range(VALUES):
+            columns = columns + halves(pairs[i], ELEMENT, OUT)
+    else:
+        for group in tl.static_range(VALUES // N):
+            columns = columns + placed_group(words, d.decode(code >> (group * M), M), group, N, M, ELEMENT, OUT)
+    return columns
+
+
+@triton.jit
+def placed_group(
+    words, kept, GROUP: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr
+):
+    """M columns of OUT: those of one group of a chunk."""
+    if N == 1:
+        columns = placed_one(halves(words[GROUP // 2], ELEMENT, OUT)[GROUP % 2], kept, M)
+    elif N == 2:
+        first, second = halves(words[GROUP], ELEMENT, OUT)
+        columns = placed_two_of_four(first, second, kept)
+    else:
+        own = ()
+        for i in tl.static_range(N // 2):
+            own = own + (words[GROUP * (N // 2) + i],)
+        columns = placed_in_turn(own, kept, N // 2, M, ELEMENT, OUT)
     return columns
 
 
@@ -136,6 +162,34 @@ def load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT: tl.
 
 
 @triton.jit
+def load_activations(x, chunk, inside, CHUNK: tl.constexpr):
+    """CHUNK / 2 columns of int32, two values of x each."""
+    columns = ()
+    for part in tl.static_range(CHUNK // VALUES):
+        # one load of a thread: a wider tile would be spread over threads, and come by shared memory
+        pointers = x + chunk[:, None] * (CHUNK // 2) + part * WORDS + tl.arange(0, WORDS)[None, :]
+        columns = columns + d.split_columns(tl.load(pointers, mask=inside[:, None], other=0), WORDS)
+    return columns
+
+
+@triton.jit
+def added_products(total, weights, activations, COUNT: tl.constexpr):
+    """A sum and the products of so many columns, in their order."""
+    for i in tl.static_range(COUNT):
+        total = tl.fma(weights[i], activations[i], total)
+    return total
+
+
+@triton.jit
+def unpacked_columns(words, COUNT: tl.constexpr, ELEMENT: tl.constexpr):
+    """Twice COUNT columns of float32, of int32 columns of two values each."""
+    columns = ()
+    for i in tl.static_range(COUNT):
+        columns = columns + halves(words[i], ELEMENT, tl.float32)
+    return columns
+
+
+@triton.jit
 def packed_vector_kernel(
     x,
     values,
@@ -144,15 +198,21 @@ def packed_vector_kernel(
     bias,
     out,
     rows,
-    chunks,
+    units,
     N: tl.constexpr,
     M: tl.constexpr,
+    UNIT: tl.constexpr,
+    BY_BYTES: tl.constexpr,
     ELEMENT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token. A program owns ROWS rows, each of its threads chunks of all of them; no part of K is elsewhere."""
+    """One token. A program owns ROWS rows, each of its threads chunks of all of them; no part of K is elsewhere.
+
+    With ``BY_BYTES`` values stay where they are, and each takes the activation that belongs to it.
+    """
     CHUNK: tl.constexpr = VALUES * M // N
+    chunks = units * UNIT
     first_row = tl.program_id(0) * ROWS
     totals = ()
     biases = ()
@@ -163,21 +223,20 @@ def packed_vector_kernel(
     for first in range(0, chunks, BLOCK):
         chunk = first + tl.arange(0, BLOCK)
         inside = chunk < chunks
-        activations = ()
-        for part in tl.static_range(CHUNK // 8):
-            # one load of a thread: a wider tile would be spread over threads, and come by shared memory
-            pointers = x + chunk[:, None] * CHUNK + part * 8 + tl.arange(0, 8)[None, :]
-            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
-            activations = activations + d.split_columns(tile.to(tl.float32), 8)
+        activations = load_activations(x, chunk, inside, CHUNK)
+        if not BY_BYTES:
+            activations = unpacked_columns(activations, CHUNK // 2, ELEMENT)
         new = ()
         for r in tl.static_range(ROWS):
             # beyond the end the last row once more, which needs no mask
             row = tl.minimum(first_row + r, rows - 1).to(tl.int64)
             words, code = load_chunk(values, bitmask, scales, row, chunk, chunks, inside, ELEMENT)
-            columns = placed(words, code, N, M, ELEMENT, tl.float32)
-            total = totals[r]
-            for i in tl.static_range(CHUNK):
-                total = tl.fma(columns[i], activations[i], total)
+            if BY_BYTES:
+                chosen = unpacked_columns(d.chosen_pairs(activations, code), WORDS, ELEMENT)
+                total = added_products(totals[r], unpacked_columns(words, WORDS, ELEMENT), chosen, VALUES)
+            else:
+                columns = placed(words, code, N, M, False, ELEMENT, tl.float32)
+                total = added_products(totals[r], columns, activations, CHUNK)
             new = new + (total,)
         totals = new
     for r in tl.static_range(ROWS):
@@ -198,9 +257,11 @@ def packed_linear_kernel(
     out,
     tokens: tl.int64,
     rows,
-    chunks,
+    units,
     N: tl.constexpr,
     M: tl.constexpr,
+    UNIT: tl.constexpr,
+    BY_BYTES: tl.constexpr,
     ELEMENT: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -208,20 +269,23 @@ def packed_linear_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Several tokens. Programs along the grid's last axis share K, each writes its part's sum; see ``split_k``."""
     CHUNK: tl.constexpr = VALUES * M // N
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
+    chunks = units * UNIT
+    start, end = own_part(chunks, CHUNKS)
     first_row = tl.program_id(0) * BLOCK_OUT
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
     index = tl.arange(0, BLOCK_OUT * CHUNKS)
     row = first_row + index // CHUNKS
-    x_pointers = x + token[None, :] * (chunks * CHUNK) + k[:, None]
+    x_pointers = x + token[None, :] * (chunks * CHUNK) + start * CHUNK + k[:, None]
     total = tl.zeros((BLOCK_OUT, BLOCK_T), tl.float32)
-    for first in range(0, chunks, CHUNKS):
+    for first in range(start, end, CHUNKS):
         chunk = first + index % CHUNKS
         inside = (row < rows) & (chunk < chunks)
         words, code = load_chunk(values, bitmask, scales, row.to(tl.int64), chunk, chunks, inside, ELEMENT)
-        tile = d.join_columns(placed(words, code, N, M, ELEMENT, OPERAND), CHUNK)
+        tile = d.join_columns(placed(words, code, N, M, BY_BYTES, ELEMENT, OPERAND), CHUNK)
         weight = tl.reshape(tile, (BLOCK_OUT, BLOCK_K))
         present = (token[None, :] < tokens) & (first * CHUNK + k[:, None] < chunks * CHUNK)
         x_tile = tl.load(x_pointers, mask=present, other=0.0).to(OPERAND)
@@ -230,7 +294,7 @@ def packed_linear_kernel(
     row = first_row + tl.arange(0, BLOCK_OUT)
     if bias is not None:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
-    pointers = out + token[None, :] * rows + row[:, None]
+    pointers = own_sums(out, tokens, rows) + token[None, :] * rows + row[:, None]
     tl.store(pointers, total.to(out.dtype.element_ty), mask=(token[None, :] < tokens) & (row[:, None] < rows))
 
 
@@ -276,43 +340,75 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
     """How the product of x [tokens, K] with a packed weight is computed.
 
     "vector": one token, without tensor cores. "tiles": tiles of the weight are unpacked in registers and multiplied.
-    "unpack": the whole weight is unpacked into a transient one and multiplied by torch.
+    "sparse": torch multiplies by sparse tensor cores. "unpack": the whole weight is unpacked into a transient one and
+    multiplied by torch.
     """
     tokens, k = x.shape
-    if not (x.is_cuda or tiles.ON_CPU) or not 0 < tokens <= PACKED_TOKENS[architecture(x.device)]:
-        return "unpack"
-    multiplied = x.itemsize == 2 and (n, m) in MULTIPLIED and k % chunk_length(n, m) == 0
     # a slice may start anywhere, words do not
-    if not multiplied or not len(values) or values.data_ptr() % 16 or bitmask.data_ptr() % 16:
+    aligned = values.data_ptr() % 16 == 0 and bitmask.data_ptr() % 16 == 0
+    if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2 or not aligned:
+        return "unpack"
+    if tokens > PACKED_TOKENS[architecture(x.device)]:
+        sparse = semi_structured.available(x.device) and semi_structured.fits(x, values, n, m)
+        return "sparse" if sparse else "unpack"
+    if (n, m) not in MULTIPLIED or k % chunk_length(n, m):
         return "unpack"
     return "vector" if tokens == 1 else "tiles"
 
 
 def nm_linear(x, values, bitmask, scales, bias, n, m):
     """x [tokens, K] @ unpacked [rows, K].T + bias, in the dtype of x, which is that of the values, or of the scales."""
-    tokens, rows, k = x.shape[0], values.shape[0], x.shape[1]
+    tokens, rows = x.shape[0], values.shape[0]
     if tokens == 0:
         return torch.empty(0, rows, dtype=x.dtype, device=x.device)
     how = route(x, values, bitmask, n, m)
-    if how == "unpack":
-        if scales is not None:
-            values = reference.dequantized(values, scales, x.dtype)
-        return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
-    chunk, target = chunk_length(n, m), architecture(x.device)
-    out = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
-    words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk])
-    operands = (x, *words, scales, bias, out)
-    constants = {"N": n, "ELEMENT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]}
     if how == "vector":
-        config = rows_for("packed_vector", rows, k // chunk, target)
-        launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
-                    *operands, rows, k // chunk, **constants)  # fmt: skip
-    else:
-        tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
-        grid = (triton.cdiv(rows, tile.out), triton.cdiv(tokens, tile.tokens))
-        launch_tiles(packed_linear_kernel, "packed_linear", m, grid, tile, x.device,
-                     *operands, tokens, rows, k // chunk, **constants, **operand_constants(x.dtype))  # fmt: skip
+        return _vector(x, values, bitmask, scales, bias, n, m)
+    if how == "tiles":
+        return _tiles(x, values, bitmask, scales, bias, n, m)
+    if scales is not None:
+        values = reference.dequantized(values, scales, x.dtype)
+    if how == "sparse":
+        return semi_structured.linear(x, values, bitmask, bias)
+    return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
+
+
+def kernel_arguments(values, bitmask, k, n, m, dtype, target):
+    """(values and bitmask as words, chunks of a row in units, constants) of kernels for activations of ``dtype``."""
+    chunks = k // chunk_length(n, m)
+    unit = math.gcd(chunks, ALIGNED)
+    words = values.view(torch.int32), bitmask.view({16: torch.int16, 32: torch.int32}[chunk_length(n, m)])
+    return words, chunks // unit, kernel_constants(n, m, dtype, target) | {"UNIT": unit}
+
+
+def kernel_constants(n: int, m: int, dtype: torch.dtype, target: str) -> dict:
+    """What kernels for activations of ``dtype`` are compiled for on an architecture."""
+    element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    return {"N": n, "ELEMENT": element, "BY_BYTES": (n, m) == (2, 4) and target.startswith("sm_")}
+
+
+def _vector(x, values, bitmask, scales, bias, n, m):
+    rows, k, target = len(values), x.shape[1], architecture(x.device)
+    words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
+    # words of two activations start at whole ones
+    if x.data_ptr() % 4 or x.storage_offset() % 2:
+        x = x.clone()
+    out = torch.empty(1, rows, dtype=result_dtype(x.dtype), device=x.device)
+    config = rows_for("packed_vector", rows, k // chunk_length(n, m), target)
+    launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
+                x.view(torch.int32), *words, scales, bias, out, rows, units, **constants)  # fmt: skip
     return out.to(x.dtype)
+
+
+def _tiles(x, values, bitmask, scales, bias, n, m):
+    (tokens, k), rows, target = x.shape, len(values), architecture(x.device)
+    words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
+    tile = tiles_for("packed_linear", m, x.dtype, tokens, rows, k, target)
+    split = SplitResult("packed_linear", tile, (tokens, rows), k, x, bias)
+    launch_tiles(packed_linear_kernel, "packed_linear", m, split.grid, tile, x.device,
+                 x, *words, scales, split.bias, split.out, tokens, rows, units,
+                 **constants, **operand_constants(x.dtype))  # fmt: skip
+    return split.sum()
 
 
 def unpack_nm(values, bitmask, n, m):

@@ -1,8 +1,9 @@
-"""The slope of a loss in the mask, and the step of the logits against it, in the epilogue of a matrix product.
+"""The slope of a loss in the mask, and the step of the logits against it.
 
-G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. A
-program owns a tile of it and loops over all tokens: sums have a fixed order, and G reaches memory only where a
-``weight_grad`` asks for it.
+G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and x [tokens, K], both contiguous. With
+few tokens one kernel multiplies and steps: a program owns a tile of G and loops over all tokens, so that sums have a
+fixed order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory
+that the next layer's G takes again, and the second kernel here reads it.
 """
 
 import torch
@@ -22,7 +23,7 @@ from .masked_gemm import (
     weight_grad_tile,
 )
 from .sampling import counter_arguments, group_index, load_columns, store_columns
-from .tiles import architecture, configuration, tiles_for
+from .tiles import FUSED_TOKENS, architecture, configuration, tiles_for
 
 # Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory
 SHARING = tl.constexpr(16)
@@ -74,10 +75,60 @@ def descended(x, gradient, rate, max_update, group, key, M: tl.constexpr, dtype:
 
 
 @triton.jit
-def outer_squares(grad_squares, x_squares, row, group, rows, groups, M: tl.constexpr):
-    """[groups of the tile, M] of the outer product, zeros outside: weights there are zeros too, and have no slope."""
+def finish_tile(
+    gradient,
+    weight,
+    grad_squares,
+    x_squares,
+    source,
+    codes,
+    out,
+    weight_grad,
+    partial,
+    rate,
+    max_update,
+    inv_temperature,
+    seed,
+    step,
+    layer,
+    draw,
+    offset,
+    row_stride,
+    rows,
+    groups,
+    row_tile,
+    group_tile,
+    group_tiles,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    UPDATE: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Of G's tile, float32 [groups of the tile, M], the slope to ``out``, or the step of its logits."""
+    row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
+    logits = tile_logits(source, row, group, inside, groups, KIND, M)
+    code = tile_code(codes if KIND == "codes" else source, logits, inv_temperature, row, group, inside, groups,
+                     seed, step, layer, draw, offset, row_stride, KIND, N, M)  # fmt: skip
+    w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
     squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
-    return squares * tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
+    squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
+    grads = d.split_columns(gradient, M)
+    slope = mask_slope(w, grads, d.split_columns(squares, M), code, M)
+    offsets = ((row.to(tl.int64) * groups + group) * M)[:, None] + tl.arange(0, M)[None, :]
+    if weight_grad is not None:
+        tl.store(weight_grad + offsets, d.join_columns(grads, M), mask=inside[:, None])
+    if UPDATE:
+        logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
+        index = (offset + row * row_stride + group).to(tl.uint32)
+        dtype: tl.constexpr = source.dtype.element_ty
+        new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
+        tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
+        # weights outside of the matrix are read as zeros: no slope
+        tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
+    else:
+        tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -114,33 +165,56 @@ def straight_through_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """The product and what follows it."""
     GROUPS: tl.constexpr = BLOCK_K // M
-    group_tiles = tl.num_programs(1)
+    row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
     # In the order in which they start, programs next to each other share rows of grad as well as columns of x
-    group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, tl.num_programs(0), SHARING)
-    first_row, first_group = row_tile * BLOCK_OUT, group_tile * GROUPS
-    total = weight_grad_tile(grad, x, tokens, rows, groups, first_row, first_group,
+    group_tile, row_tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), group_tiles, row_tiles, SHARING)
+    total = weight_grad_tile(grad, x, tokens, rows, groups, row_tile * BLOCK_OUT, group_tile * GROUPS,
                              M, OPERAND, PRECISION, BLOCK_OUT, BLOCK_T, BLOCK_K)  # fmt: skip
-    row, group, inside = tile_groups(first_row, first_group, rows, groups, BLOCK_OUT, GROUPS)
-    logits = tile_logits(source, row, group, inside, groups, KIND, M)
-    code = tile_code(codes if KIND == "codes" else source, logits, inv_temperature, row, group, inside, groups,
-                     seed, step, layer, draw, offset, row_stride, KIND, N, M)  # fmt: skip
-    w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
-    squares = outer_squares(grad_squares, x_squares, row, group, rows, groups, M)
-    grads = d.split_columns(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), M)
-    slope = mask_slope(w, grads, d.split_columns(squares, M), code, M)
-    offsets = ((row.to(tl.int64) * groups + group) * M)[:, None] + tl.arange(0, M)[None, :]
-    if weight_grad is not None:
-        tl.store(weight_grad + offsets, d.join_columns(grads, M), mask=inside[:, None])
-    if UPDATE:
-        logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
-        index, key = (offset + row * row_stride + group).to(tl.uint32), d.load_key(seed, step, layer, draw)
-        dtype: tl.constexpr = source.dtype.element_ty
-        new = descended(logits, slope, tl.load(rate), max_update, index, key, M, dtype)
-        tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
-        tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
-    else:
-        tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
+    finish_tile(tl.reshape(total, (BLOCK_OUT * GROUPS, M)), weight, grad_squares, x_squares, source, codes, out,
+                weight_grad, partial, rate, max_update, inv_temperature, seed, step, layer, draw, offset, row_stride,
+                rows, groups, row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def straight_through_step_kernel(
+    gradient,
+    weight,
+    grad_squares,
+    x_squares,
+    source,
+    codes,
+    out,
+    partial,
+    rate,
+    max_update,
+    inv_temperature,
+    seed,
+    step,
+    layer,
+    draw,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    tokens: tl.int64,
+    rows,
+    groups,
+    KIND: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    UPDATE: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What follows a product that is in memory, G."""
+    GROUPS: tl.constexpr = BLOCK_K // M
+    row_tile, group_tile, group_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
+    tile = load_groups(gradient, row, group, inside, groups, M)
+    finish_tile(tile, weight, grad_squares, x_squares, source, codes, out, None,
+                partial, rate, max_update, inv_temperature, seed, step, layer, draw, offset, row_stride, rows, groups,
+                row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["offset", "row_stride", "columns", "total"])
@@ -173,14 +247,14 @@ def descend_kernel(
 
 
 def straight_through_grad(grad, x, weight, grad_squares, x_squares, mask, weight_grad):
-    """``ops.straight_through_grad`` as one kernel."""
+    """``ops.straight_through_grad``, see ``fused``."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad)
     return out
 
 
 def straight_through_update_(grad, x, weight, grad_squares, x_squares, rate, max_update, mask, weight_grad):
-    """``ops.straight_through_update_`` as one kernel."""
+    """``ops.straight_through_update_``, see ``fused``."""
     partial = _launch(grad, x, weight, grad_squares, x_squares, mask, None, weight_grad, rate, max_update)
     return _mean_square(partial, weight)
 
@@ -196,19 +270,39 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     return _mean_square(partial, logits)
 
 
+def fused(tokens: int, device: torch.device) -> bool:
+    """Whether one kernel multiplies and steps, rather than that torch multiplies."""
+    return tokens <= FUSED_TOKENS[architecture(device)]
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """G = grad [tokens, rows].T @ x [tokens, K], float32, summed in float32, in ``out`` if there is one."""
+    if out is None:
+        out = torch.empty(grad.shape[1], x.shape[1], dtype=torch.float32, device=grad.device)
+    if grad.device.type == "cpu":
+        # torch has the product with results of another dtype for GPUs alone
+        return torch.mm(grad.t().float(), x.float(), out=out)
+    return torch.mm(grad.t(), x, out_dtype=torch.float32, out=out)
+
+
 def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, rate=None, max_update=0.0):
     """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
-    rows, k = weight.shape
-    tile = tiles_for("straight_through", mask.m, grad.dtype, len(grad), rows, k, architecture(weight.device))
+    (rows, k), tokens, target = weight.shape, len(grad), architecture(weight.device)
+    name, kernel = "straight_through", straight_through_kernel
+    operands, constants, written = (grad, x), operand_constants(grad.dtype), (out, weight_grad)
+    if rows and not fused(tokens, weight.device):
+        name, kernel = "straight_through_step", straight_through_step_kernel
+        operands, constants, written = (weight_gradient(grad, x, weight_grad),), {}, (out,)
+    tile = tiles_for(name, mask.m, grad.dtype, tokens, rows, k, target)
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
     if rows:
         codes = mask.tensor if mask.kind == "codes" else mask.codes
         kind = mask.kind if codes is None else "codes"
-        launch_tiles(straight_through_kernel, "straight_through", mask.m, grid, tile, weight.device,
-                     grad, x, weight, grad_squares, x_squares, mask.tensor, codes, out, weight_grad, partial, rate,
-                     max_update, *mask_arguments(mask, len(grad), weight), KIND=kind, N=mask.n,
-                     UPDATE=out is None, **operand_constants(grad.dtype))  # fmt: skip
+        launch_tiles(kernel, name, mask.m, grid, tile, weight.device,
+                     *operands, weight, grad_squares, x_squares, mask.tensor, codes, *written, partial, rate,
+                     max_update, *mask_arguments(mask, tokens, weight), KIND=kind, N=mask.n,
+                     UPDATE=out is None, **constants)  # fmt: skip
     return partial
 
 

@@ -3,7 +3,7 @@
 To add an architecture:
 
 1. Give it an entry in ``TABLE_ROW``: the architecture whose row it can take, or itself.
-2. If it has a row of its own, add it to ``PROCESSORS``, ``ONE_PASS_TOKENS`` and ``PACKED_TOKENS``, and replace in
+2. If it has a row of its own, add it to ``PROCESSORS`` and to the tables of tokens below it, and replace in
    ``TILES`` and ``PACKED_TILES`` the tiles that do not fit it. ``benchmarks/tune.py`` finds the fastest ones.
 3. Add it to ``TARGETS`` in ``benchmarks/aot.py``, to ``CHIPS`` in ``benchmarks/chips.py`` and to the limits in the
    tests that compile every kernel ahead of time.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from dataclasses import dataclass, replace
 
@@ -106,6 +107,9 @@ CONFIGURATIONS |= {
     for m in (2, 4, 8, 16, 32)
 }
 
+# How kernels over single elements are launched
+ELEMENTS: dict[str, Configuration] = {"split_sum": Configuration(block=256), "metadata": Configuration(block=512)}
+
 
 @dataclass(frozen=True)
 class Rows(_CompileOptions):
@@ -148,11 +152,18 @@ ALIGNED = 16
 # Streaming multiprocessors or compute units: as many programs leave none idle
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
-# Most tokens for which a mask is drawn inside the product, by architecture: one block of them. A second
-# block would draw every tile again: on an H100 2.7 ps a weight by 90 issue slots, where writing and reading
-# a transient masked weight of 16 bits takes 1.2 ps. On the others that ratio is the same within a factor of 2.
-# The gradient of the weight draws once either way, but its small tiles lose to torch's beyond a few hundred.
+# Most tokens for which a mask is applied inside the product, rather than to a transient masked weight: one block of
+# them, for a second one would find every mask again. The gradient of the weight finds it once either way, but its small
+# tiles lose to torch's beyond a few hundred.
 ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
+# Of those that are drawn there: a draw bounds the time, and tiles of 128 tokens leave a third of the processors idle at
+# the end. docs/kernels.md has the arithmetic, which has not been done for gfx942.
+DRAWN_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 128}
+
+# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's
+# product is faster by more than it takes to write and read its result: docs/kernels.md has the arithmetic. torch for
+# ROCm has no product of 16 bits with a result in float32.
+FUSED_TOKENS = {"sm_80": 256, "sm_90": 256, "sm_100": 256, "gfx942": sys.maxsize}
 
 # Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
 PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
@@ -193,11 +204,11 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=32, tokens=128, k=16, num_warps=8),
     ),
     ("masked_linear_input_grad", 2): (
-        Tiles(out=64, tokens=16, k=16, registers=128),
-        Tiles(out=64, tokens=32, k=16),
-        Tiles(out=64, tokens=64, k=16, registers=128),
+        # rows of 64 bytes, two sectors of memory, in each
+        Tiles(out=32, tokens=16, k=32),
+        Tiles(out=32, tokens=32, k=32),
+        Tiles(out=32, tokens=64, k=32),
         Tiles(out=64, tokens=64, k=32, num_warps=8, registers=128),
-        Tiles(out=64, tokens=128, k=16, registers=160),
         # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
         Tiles(out=32, tokens=128, k=32),
         # Not 3 stages: at 1:2 they leave a value on the stack on sm_100
@@ -214,6 +225,9 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
     ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=192),),
     ("straight_through", 4): (Tiles(out=32, tokens=32, k=64, registers=168),),
+    # no product: the tokens of a tile are none
+    ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
+    ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
@@ -230,6 +244,9 @@ _PACKED_TILES = (
 )
 PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
 
+# Of products that are split: steps of a part, so that loads run ahead of their use; parts, whose sums are read again
+LEAST_STEPS, MOST_PARTS = 2, 16
+
 # The dimension of the weight along which a product's results lie
 RESULT_SIDE = {
     "masked_linear": "out",
@@ -237,6 +254,7 @@ RESULT_SIDE = {
     "masked_linear_input_grad": "k",
     "masked_linear_weight_grad": "out",
     "straight_through": "out",
+    "straight_through_step": "out",
 }
 
 # The interpreter runs one program at a time through numpy: the cost is by call, not by element
@@ -287,6 +305,24 @@ def configuration(kernel: str, m: int, groups: int, target: str) -> Configuratio
     config = CONFIGURATIONS[kernel, m]
     # a wave of AMD has 64 lanes, all of which should have a group
     return replace(config, block=max(config.block, 64)) if target.startswith("gfx") else config
+
+
+def elements(kernel: str, count: int) -> Configuration:
+    """The configuration of a kernel over ``count`` single elements."""
+    if INTERPRETED:
+        return Configuration(block=min(INTERPRETER_BLOCK, power_above(count)))
+    return ELEMENTS[kernel]
+
+
+def parts_for(programs: int, steps: int, target: str) -> int:
+    """Into how many parts a product of so many programs splits the dimension that each of them sums in ``steps``.
+
+    As few as give every processor two programs, each of at least LEAST_STEPS.
+    """
+    parts = 1
+    while programs * parts < 2 * PROCESSORS[target] and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
+        parts *= 2
+    return parts
 
 
 def power_above(size: int) -> int:

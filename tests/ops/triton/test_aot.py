@@ -50,7 +50,7 @@ for (product, target, itemsize), tiles in TILES.items():
             # such layers take the transient weight
             if product == "masked_linear_input_grad" and "rows" not in given.get("multiples", ["rows"]):
                 continue
-            if product == "straight_through" and given.get("KIND", "drawn") != "drawn":
+            if product.startswith("straight_through") and given.get("KIND", "drawn") != "drawn":
                 given["UPDATE"] = False
             if product != "masked_linear":
                 given.pop("LOG_PROB", None)
@@ -246,10 +246,12 @@ for target in TARGETS:
     for n, m in patterns:
         for operand, itemsize in (("bf16", 2), ("fp32", 4)):
             tiles = TILES["straight_through", target, itemsize]
-            cases = [(tile, {"UPDATE": False}) for tile in tiles]
-            cases.append((tiles[-1], {"WEIGHT_GRAD": True}))
-            for tile, written in cases:
-                built = build_product("straight_through", target, n, m, tile, operand=operand, **written)
+            step = TILES["straight_through_step", target, itemsize][0]
+            cases = [("straight_through", tile, {"UPDATE": False}) for tile in tiles]
+            cases += [("straight_through", tiles[-1], {"WEIGHT_GRAD": True})]
+            cases += [("straight_through_step", step, {"UPDATE": False, **kind}) for kind in ({}, {"KIND": "codes"})]
+            for kernel, tile, written in cases:
+                built = build_product(kernel, target, n, m, tile, operand=operand, **written)
                 tell([target, n, m, operand, built.registers, built.spills, built.stack])
 """
 
@@ -318,17 +320,17 @@ for target in TARGETS:
     # as few rows a program as a small layer gets, too
     rows = [*ROWS["packed_vector"], *(replace(ROWS["packed_vector"][-1], rows=rows) for rows in (1, 2))]
     tiles = PACKED_TILES["packed_linear", target, 2]
-    aligned = ("rows", "chunks")
-    cases = [("packed_vector", config, aligned) for config in rows]
-    cases += [("packed_linear", tile, aligned) for tile in tiles]
-    cases += [("packed_vector", rows[2], ()), ("packed_linear", tiles[-1], ())]
-    for kernel, config, multiples in [*cases, ("unpack", None, ())]:
-        built = build_packed(kernel, target, n, m, config, element, multiples, quantized)
-        loop = unit = None
+    cases = [("packed_vector", config, 16) for config in rows]
+    cases += [("packed_linear", tile, unit) for tile in tiles for unit in (16, 4)]
+    cases += [("packed_vector", rows[2], 1), ("packed_linear", tiles[-1], 1)]
+    for kernel, config, unit in [*cases, ("unpack", None, 1)]:
+        multiples = ("rows",) if unit == 16 else ()
+        built = build_packed(kernel, target, n, m, config, element, unit, multiples, quantized)
+        loop = matrix_unit = None
         # what the interpreter cannot show: casts round to the nearest
         assert not (quantized and kernel != "unpack" and target.startswith("sm")) or "cvt.rn.bf16" in built.asm["ptx"]
         if target.startswith("sm"):
-            unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
+            matrix_unit = [name for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in built.asm["ptx"]]
             lines = sass.disassembled(built.asm["cubin"])
             if kernel == "packed_vector":
                 first, last = sass.largest_loop(lines)
@@ -336,8 +338,8 @@ for target in TARGETS:
             elif kernel == "packed_linear":
                 product = max(i for i, line in enumerate(lines) if "HMMA" in line or "HGMMA" in line)
                 loop = sum("LDG.E" in line for line in lines[:product])
-        tell([kernel, target, bool(multiples), getattr(config, "rows", None), getattr(config, "out", None),
-              built.registers, built.spills, built.stack, built.shared, loop, unit])
+        tell([kernel, target, unit, getattr(config, "rows", None), getattr(config, "out", None),
+              built.registers, built.spills, built.stack, built.shared, loop, matrix_unit])
 """
 
 
@@ -347,12 +349,13 @@ for target in TARGETS:
 def test_packed_kernels_compile_for_every_target(child, n, m, element):
     """At one token values and activations are loaded 16 bytes at a time, and no thread waits for another in the loop.
 
-    Tiles are loaded ahead of their use: no plain load stands before the last product.
+    Tiles are loaded ahead of their use, also where a row is a multiple of 4 chunks alone: no plain load stands before
+    the last product.
     """
     rows = child(PACKED_CHILD, n, m, element)
-    assert len(rows) == 4 * (5 + 6 + 2 + 1)
-    for kernel, target, aligned, owned, out, registers, spills, stack, shared, loop, unit in rows:
-        case = (kernel, target, aligned, owned, out, registers, spills, stack, shared, loop, unit)
+    assert len(rows) == 4 * (5 + 2 * 6 + 2 + 1)
+    for kernel, target, unit, owned, out, registers, spills, stack, shared, loop, matrix_unit in rows:
+        case = (kernel, target, unit, owned, out, registers, spills, stack, shared, loop, matrix_unit)
         assert registers <= MOST_REGISTERS[target] and spills == 0 and shared <= SHARED_LIMITS[target], case
         # for tiles of int8 LLVM reserves a slot that nothing is written to
         assert stack == 0 or (element == "int8" and kernel == "packed_linear" and stack <= 32), case
@@ -361,10 +364,29 @@ def test_packed_kernels_compile_for_every_target(child, n, m, element):
             # words of the bitmask, and scales, come by one load each
             wide, single = (activations, 3 * owned) if element == "int8" else (owned + activations, owned)
             assert loop == [wide, wide + single, 0], case
-        if kernel == "packed_linear" and unit is not None:
-            assert unit == [MATRIX_UNITS[target] if out >= 64 and target in MATRIX_UNITS else "mma.sync"], case
+        if kernel == "packed_linear" and matrix_unit is not None:
+            assert matrix_unit == [MATRIX_UNITS[target] if out >= 64 and target in MATRIX_UNITS else "mma.sync"], case
             # where rows of the bitmask start anywhere, its words are loaded one by one; scales of 16 bits are too small
-            assert loop == 0 or not aligned or (element == "int8" and loop <= 3), case
+            assert loop == 0 or unit == 1 or (element == "int8" and loop <= 3), case
+
+
+ELEMENTS_CHILD = """
+from aot import TARGETS, build_elements
+for target in TARGETS:
+    cases = [("metadata", "bf16", {}), *(("split_sum", dtype, {"PARTS": parts, **bias}) for dtype in ("bf16", "fp32")
+             for parts in (2, 16) for bias in ({}, {"bias": None}))]
+    for kernel, element, constants in cases:
+        built = build_elements(kernel, target, element, **constants)
+        tell([kernel, target, constants, built.registers, built.spills, built.stack])
+"""
+
+
+@pytest.mark.slow
+def test_kernels_over_single_elements_compile_for_every_target(child):
+    rows = child(ELEMENTS_CHILD)
+    assert len(rows) == 4 * (1 + 8)
+    for *case, registers, spills, stack in rows:
+        assert registers <= 64 and spills == stack == 0, (case, registers, spills, stack)
 
 
 @pytest.mark.slow

@@ -96,6 +96,12 @@ def test_each_unknown_architecture_has_a_warning_of_its_own(device):
 
 def test_every_row_that_an_architecture_takes_is_in_every_table():
     rows = {*tiles.TABLE_ROW.values(), tiles.NVIDIA_ROW, tiles.AMD_ROW}
-    for table in (tiles.PROCESSORS, tiles.ONE_PASS_TOKENS, tiles.PACKED_TOKENS):
+    for table in (
+        tiles.PROCESSORS,
+        tiles.ONE_PASS_TOKENS,
+        tiles.DRAWN_TOKENS,
+        tiles.FUSED_TOKENS,
+        tiles.PACKED_TOKENS,
+    ):
         assert table.keys() == rows
     assert {target for _, target, _ in tiles.TILES} == {target for _, target, _ in tiles.PACKED_TILES} == rows

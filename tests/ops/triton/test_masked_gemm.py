@@ -96,7 +96,8 @@ def test_many_products_are_within_the_error_budget(problem, parts):
 @pytest.fixture(params=["one pass", "transient weight"])
 def route(request, monkeypatch):
     most = 0 if request.param == "transient weight" else 1 << 20
-    monkeypatch.setattr(masked_gemm, "ONE_PASS_TOKENS", dict.fromkeys(tiles.ONE_PASS_TOKENS, most))
+    for table in ("ONE_PASS_TOKENS", "DRAWN_TOKENS"):
+        monkeypatch.setattr(masked_gemm, table, dict.fromkeys(tiles.PROCESSORS, most))
     return request.param
 
 
@@ -110,6 +111,7 @@ def route(request, monkeypatch):
 )
 def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tiles.Tiles(out=16, tokens=64, k=64))
+    monkeypatch.setattr(masked_gemm, "DRAWN_TOKENS", tiles.ONE_PASS_TOKENS)
     k = 40 if pattern.m <= 8 else 3 * pattern.m
     logits, weight = 3 * normal(19, k), torch.ones(19, k, device=KERNEL_DEVICE)
     codes, mask = mask_of(kind, logits, pattern)
@@ -213,10 +215,34 @@ def test_few_tokens_are_one_launch(launched):
     assert launched == {"masked_linear": 2}
 
 
-def test_many_tokens_draw_once(launched):
-    x, weight, logits, bias = (t.detach() for t in operands(NMPattern("2:4"), tokens=129))
-    mk.masked_linear(x, weight, logits, bias, pattern="2:4", log_prob=False, seed=0)
-    assert launched == {"masked_weight": 1}
+def test_layers_ask_for_no_log_probability(monkeypatch):
+    asked, launch_tiles = [], masked_gemm.launch_tiles
+
+    def launch(*args, **constants):
+        asked.append(constants["LOG_PROB"])
+        launch_tiles(*args, **constants)
+
+    monkeypatch.setattr(masked_gemm, "launch_tiles", launch)
+    layer = mk.MaskedLinear.from_linear(nn.Linear(32, 8), "2:4").to(KERNEL_DEVICE)
+    layer.train()(normal(3, 32))
+    assert asked == [False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "kernel"),
+    [
+        ("drawn", 64, "masked_linear"),
+        ("drawn", 65, "masked_weight"),
+        ("codes", 128, "masked_linear"),
+        ("codes", 129, "masked_weight"),
+    ],
+)
+def test_many_tokens_find_the_mask_once(kind, tokens, kernel, launched):
+    pattern = NMPattern("2:4")
+    x, weight, logits, bias = (t.detach() for t in operands(pattern, tokens=tokens, rows=8, k=32))
+    codes, _ = mask_of(kind, logits, pattern)
+    product(kind, x, weight, logits, codes, bias, pattern)
+    assert launched == {kernel: 1}
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 8), (3, 0), (0, 0)])

@@ -45,8 +45,8 @@ MUTANTS = {
     ),
     "draws for the neighbour": ("row * row_stride + group)", "row * row_stride + group + 1)", "y x weight log_prob"),
     "forgets the last tile of K": (
-        "range(0, groups, GROUPS)",
-        "range(0, groups - GROUPS, GROUPS)",
+        "range(start, end, GROUPS)",
+        "range(start, end - GROUPS, GROUPS)",
         "y log_prob counted",
     ),
     "stays at the first columns of x": ("x_pointers += BLOCK_K\n", "x_pointers += 0\n", "y"),

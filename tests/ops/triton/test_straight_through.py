@@ -47,6 +47,58 @@ def test_slopes_are_within_the_error_budget(problem, parts):
     within_budget(found, by_torch, exact)
 
 
+@pytest.fixture
+def by_torch(monkeypatch):
+    """The product is torch's, whatever the tokens, and a kernel takes what follows in many tiles."""
+    monkeypatch.setattr(straight_through, "FUSED_TOKENS", dict.fromkeys(tiles.FUSED_TOKENS, 0))
+    monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "kind"),
+    [("2:4", torch.bfloat16, "drawn"), ("2:4", torch.float32, "codes"), ("4:8", torch.bfloat16, "codes")],
+    ids=str,
+)
+def test_slopes_by_torchs_product(pattern, dtype, kind, by_torch, launched):
+    """Of drawn and of given masks; the weight's gradient, in float32, is handed over where it is asked for."""
+    pattern = NMPattern(pattern)
+    grad, x, weight, logits = slope_operands(pattern, rows=21, k=40, dtype=dtype)
+    codes, mask = mask_of("drawn", logits, pattern)
+    source = source_of(codes if kind == "codes" else logits, pattern, kind)
+    weight_grad = torch.full(weight.shape, math.nan, device=KERNEL_DEVICE)
+    for out in (None, weight_grad):
+        found = ops.straight_through_grad(grad, x, weight, CURVATURE, source, out)
+        by_same, exact = (slope_in(grad, x, weight, mask, pattern.m, wide) for wide in (dtype, torch.float64))
+        within_budget(found, by_same, exact)
+    assert launched["straight_through_step"] == 2 and not launched["straight_through"]
+    within_budget(weight_grad, grad.float().t() @ x.float(), grad.double().t() @ x.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_updates_by_torchs_product_step_by_the_slope(dtype, by_torch, launched):
+    """Bit for bit, logits of every dtype."""
+    pattern, rate, max_update = NMPattern("2:4"), torch.tensor(0.1, device=KERNEL_DEVICE), 0.75
+    grad, x, weight, logits = slope_operands(pattern, rows=21, k=40, dtype=torch.bfloat16, logits=dtype)
+    gradient = ops.straight_through_grad(grad, x, weight, CURVATURE, source_of(logits, pattern))
+    expected = logits.cpu().clone()
+    on_cpu = gradient.cpu(), rate.cpu(), counter_of(expected, pattern, **DRAW), torch.tensor(max_update)
+    mean_square = reference.descend_(expected, *on_cpu, m=pattern.m)
+    moved = logits.clone()
+    found = ops.straight_through_update_(grad, x, weight, CURVATURE, rate, max_update, source_of(moved, pattern))
+    assert_same_bits([moved], [expected], pattern.m)
+    assert not torch.equal(moved, logits)
+    torch.testing.assert_close(found.cpu(), mean_square, rtol=1e-5, atol=0)
+    assert launched["straight_through_step"] == 2 and not launched["descend"]
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(256, "straight_through"), (257, "straight_through_step")])
+def test_who_multiplies_goes_by_tokens(tokens, kernel, launched):
+    pattern = NMPattern("2:4")
+    grad, x, weight, logits = slope_operands(pattern, tokens=tokens, rows=4, k=16)
+    ops.straight_through_grad(grad, x, weight, CURVATURE, source_of(logits, pattern))
+    assert {name for name in launched if name.startswith("straight_through")} == {kernel}
+
+
 @pytest.mark.slow
 def test_tiles_that_are_taken_in_groups_are_all_taken_once(monkeypatch):
     """Of a group and a part of one, three rows of tiles each."""

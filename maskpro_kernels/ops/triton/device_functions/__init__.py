@@ -4,6 +4,11 @@ from .arithmetic import (
     exp,
     ln,
 )
+from .byte_permutations import (
+    chosen_pairs,
+    permuted_bytes,
+    placed_pairs,
+)
 from .exponential_race import (
     arrival_ratio,
     dropped_softmax,

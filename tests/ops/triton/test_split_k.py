@@ -1,0 +1,77 @@
+"""Products whose inner dimension is shared out: sums of parts in their order, and when products are split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.enumerated import KERNEL_DEVICE
+from helpers.products import COUNTER, normal, operands, small_tiles, within_budget
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.ops.triton import masked_gemm, packed, split_k, tiles
+
+
+def in_parts(monkeypatch, parts):
+    """Tiles of 32 columns or 16 rows at a time, and the inner dimension in so many parts."""
+    for module in (masked_gemm, packed):
+        monkeypatch.setattr(module, "tiles_for", small_tiles)
+    monkeypatch.setattr(split_k, "parts_for", lambda *_: parts)
+
+
+@pytest.mark.parametrize("rows", [1024, 4096, 11008])
+def test_products_are_split_until_every_processor_has_two_programs(rows):
+    for target, processors in tiles.PROCESSORS.items():
+        programs = -(-rows // 16)
+        parts = tiles.parts_for(programs, 64, target)
+        assert programs * parts >= 2 * processors
+        assert parts == 1 or programs * parts // 2 < 2 * processors
+
+
+def test_a_part_has_at_least_two_steps():
+    assert [tiles.parts_for(4, steps, "sm_90") for steps in (1, 3, 4, 7, 8, 31, 32, 1000)] == [1, 1, 2, 2, 4, 8, 16, 16]
+
+
+def test_sums_are_added_in_the_order_of_the_parts(launched):
+    """1e8 + 1 - 1e8 is 0 in float32, and 1 in any other order that ends elsewhere."""
+    tile, x = tiles.Tiles(out=16, tokens=16, k=16), torch.zeros(3, 64, device=KERNEL_DEVICE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(split_k, "parts_for", lambda *_: 4)
+        split = split_k.SplitResult("masked_linear", tile, (3, 5), 64, x, normal(5))
+    assert split.bias is None and split.grid == (1, 1, 4) and split.out.shape == (4, 3, 5)
+    for part, value in enumerate((1e8, 1.0, -1e8, 0.25)):
+        split.out[part] = value
+    assert_same_bits(split.sum(), (normal(5) + 0.25).expand(3, 5).contiguous())
+    assert launched["split_sum"] == 1
+
+
+# of 3 steps the last of 4 parts has none
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_products_in_parts(parts, dtype, launched, monkeypatch):
+    in_parts(monkeypatch, parts)
+    x, weight, logits, bias = operands(mk.NMPattern("2:4"), tokens=9, rows=48, k=96, dtype=dtype)
+    y, log_prob = mk.masked_linear(x, weight, logits, bias, pattern="2:4", **COUNTER)
+    upstream = normal(*y.shape, seed=4, dtype=dtype)
+    x_grad = torch.autograd.grad(y, x, upstream)[0]
+    assert launched["split_sum"] == 2
+    monkeypatch.setattr(split_k, "parts_for", lambda *_: 1)
+    _, whole = mk.masked_linear(x, weight, logits, bias, pattern="2:4", **COUNTER)
+    torch.testing.assert_close(log_prob, whole, rtol=1e-6, atol=0)
+    kept = mk.sample_masked_weight(weight.detach(), logits.detach(), pattern="2:4", **COUNTER)
+    wide, grad = kept.double(), upstream.double()
+    within_budget(y, nn.functional.linear(x, kept, bias), nn.functional.linear(x.double(), wide, bias.double()))
+    within_budget(x_grad, upstream @ kept, grad @ wide)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_packed_products_in_parts(pattern, launched, monkeypatch):
+    in_parts(monkeypatch, 4)
+    dense = normal(21, 96).bfloat16()
+    weight = torch.where(mk.expand_mask(mk.top_n_mask(dense.float().abs(), pattern), pattern), dense, 0)
+    x, bias = normal(9, 96, seed=1).bfloat16(), normal(21, seed=2).bfloat16()
+    y = mk.nm_linear(x, mk.pack_nm(weight, pattern), bias)
+    assert launched["split_sum"] == 1
+    exact = nn.functional.linear(x.double(), weight.double(), bias.double())
+    within_budget(y, nn.functional.linear(x, weight, bias), exact)
