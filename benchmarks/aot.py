@@ -63,6 +63,9 @@ TYPES = {
     "draws": "*i64",
 }
 
+# Those that are tensors of float32
+FLOATS = ("grad", "coef", "product", "gradient", "master", "first", "second", "scalars", "blocks", "change")
+
 
 @dataclass(frozen=True)
 class Built:
@@ -99,6 +102,7 @@ def build(
     types = (
         TYPES
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
+        | dict.fromkeys(FLOATS, "*fp32")
         | {
             "logits": f"*{logits}",
             "scores": f"*{logits}",
@@ -106,16 +110,6 @@ def build(
             "weight": "*fp32" if kernel == "best_swaps" else f"*{weight}",
             "out": "*fp32" if kernel in ("mask_log_prob", "mask_score") else f"*{out or weight}",
             "codes": code,
-            "grad": "*fp32",
-            "coef": "*fp32",
-            "product": "*fp32",
-            "gradient": "*fp32",
-            "master": "*fp32",
-            "first": "*fp32",
-            "second": "*fp32",
-            "scalars": "*fp32",
-            "blocks": "*fp32",
-            "change": "*fp32",
             "swap": code,
             "table": "*i64",
             "flips": "*i32",
