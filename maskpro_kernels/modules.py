@@ -213,6 +213,9 @@ class MaskedLinear(nn.Module):
         else:
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
+        if linear.weight.is_cuda and device.type == "cpu":
+            # page-locked, so that copies run beside computation
+            logits = logits.pin_memory()
         where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
         # a layer that stands for one stored transposed has a view of it
         weight = linear.weight.detach().contiguous()
@@ -304,11 +307,15 @@ class MaskedLinear(nn.Module):
     def _weight_under(self, drawn: bool) -> Tensor:
         return ops.masked_weight(self.weight.contiguous(), self._mask(self.logits_on_device().detach(), drawn))
 
-    def drawn_codes(self) -> Tensor:
-        """Group codes [out, K / M] of the draw at the current step."""
+    def drawn_codes(self, logits: Tensor | None = None) -> Tensor:
+        """Group codes [out, K / M] of the draw at the current step.
+
+        Args:
+            logits: a copy of this layer's on the device of the weight; None: one is made where they live elsewhere.
+        """
         if self.held_codes is not None:
             return self.held_codes
-        mask = self._mask(self.logits_on_device().detach(), drawn=True)
+        mask = self._mask(self.logits_on_device().detach() if logits is None else logits, drawn=True)
         return ops.sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
 
     def log_prob(self) -> Tensor:

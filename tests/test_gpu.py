@@ -16,6 +16,7 @@ from maskpro_kernels import (
     MaskTrainer,
     ModelMasks,
     NMPattern,
+    Reinforce,
     StraightThrough,
     advance,
     convert,
@@ -295,6 +296,30 @@ def test_layers_of_one_launch_have_the_bits_of_the_cpu(pattern, dtype, sizes):
     for ours, theirs in zip(models["cuda"][0] + models["cuda"][2], models["cpu"][0] + models["cpu"][2], strict=True):
         assert_same_bits(ours, theirs)
     assert models["cuda"][1] == models["cpu"][1]
+
+
+@pytest.mark.parametrize("estimator", [Reinforce, StraightThrough])
+def test_logits_in_main_memory_learn_the_same_and_three_copies_are_there_at_a_time(estimator):
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(12))).cuda()
+    batches = [torch.randn(32, 1024, generator=torch.Generator().manual_seed(1)).cuda() / 32]
+    found, peaks = [], []
+    for device in (None, "cpu"):
+        model = copy.deepcopy(plain)
+        convert(model, "2:4", gap=1.0, logits_device=device)
+        layers = masked_layers(model).values()
+        assert all(layer.logits.is_pinned() == (device == "cpu") for layer in layers)
+        trainer = MaskTrainer(model, lambda model, x: model(x).square().mean(), batches, estimator(), seed=3)
+        trainer.step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trainer.run(4, progress=False)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append([layer.logits.detach().cpu().clone() for layer in layers])
+    assert_same_bits(*found)
+    # a copy has 4 MiB
+    assert peaks[1] < peaks[0] + 4 * (4 << 20)
 
 
 @pytest.mark.parametrize("k", [None, 3])

@@ -16,6 +16,7 @@ from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, check_in_memory, masked_layers
 from .normalized_steps import check_slope_settings, descend_by_rms, folded
 from .number_checks import check_float
+from .offloaded_logits import OffloadedLogits
 
 # Where the state of all layers stands, by their ids
 STATE = "masks"
@@ -105,7 +106,10 @@ class MaskOptimizer(torch.optim.Optimizer):
                 "drawn masks, with the model in training mode, and checkpointed activations need use_reentrant=False"
             )
         group = self.param_groups[0]
-        latest = {name: self._move(layer, float(lr), group["max_update"]) for name, layer in reached.items()}
+        with OffloadedLogits(list(reached.values())) as offloaded:
+            latest = {
+                name: self._move(layer, offloaded, float(lr), group["max_update"]) for name, layer in reached.items()
+            }
         # one transfer a device
         for device in {square.device for square in latest.values()}:
             names = [name for name, square in latest.items() if square.device == device]
@@ -119,13 +123,13 @@ class MaskOptimizer(torch.optim.Optimizer):
         if bad:
             warnings.warn(f"slopes are not finite in {', '.join(bad)}: logits of these stay as they are", stacklevel=3)
 
-    def _move(self, layer: MaskedLinear, lr: float, max_update: float) -> Tensor:
+    def _move(self, layer: MaskedLinear, offloaded: OffloadedLogits, lr: float, max_update: float) -> Tensor:
         state = self._state_of(layer)
         if not state:
             state.update(first_mask=_codes(layer), mean_square=None)
         slopes = layer.logits.grad.to(layer.weight.device, torch.float32).contiguous()
         m, counter = layer.pattern.m, layer.counter()
-        with layer.moving_logits() as logits:
+        with offloaded.moving(layer) as logits:
             return descend_by_rms(
                 lambda rate: ops.descend_(logits, slopes, rate, max_update, m, counter),
                 lr,

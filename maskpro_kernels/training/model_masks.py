@@ -15,6 +15,7 @@ from ..modules import MaskedLinear, masked_layers
 from ..ops.layer_groups import GroupedLayer, LayerGroup, draw_layers_, kind_of, update_layers_
 from ..ops.mask_costs import Uses, draws_once
 from ..pattern import NMPattern
+from .offloaded_logits import OffloadedLogits, offloaded
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -92,10 +93,12 @@ class ModelMasks:
             self._known.add(i)
             for name, codes in zip(names, group.codes, strict=True):
                 self.layers[name].held_codes = codes
-        for name in self._alone:
-            layer = self.layers[name]
-            # each use would copy the logits, which takes longer than all else
-            layer.held_codes = layer.drawn_codes()
+        # each use would copy the logits, which takes longer than all else
+        alone = [self.layers[name] for name in self._alone]
+        with OffloadedLogits(alone) as copies:
+            for layer in alone:
+                with copies.reading(layer) as logits:
+                    layer.held_codes = layer.drawn_codes(logits)
 
     @torch.no_grad()
     def flip_rate(self, name: str) -> float:
@@ -140,8 +143,9 @@ class ModelMasks:
                 scalars = [on_device(x, torch.int64, group.device) for x in counter[:2]]
                 factors, ids = stacked(coefs, torch.float32, group.device), stacked(ids, torch.int64, group.device)
                 update_layers_(group, factors, 1.0, *scalars, ids, by_codes and i in self._known)
-        for name in self._alone:
-            self._update_alone(name, coef, *self._counter(name, seed, step, draw))
+        with OffloadedLogits([self.layers[name] for name in self._alone]) as copies:
+            for name in self._alone:
+                self._update_alone(name, copies, coef, *self._counter(name, seed, step, draw))
         # of other logits from here on
         self._drawn = None
         self._release()
@@ -154,14 +158,11 @@ class ModelMasks:
         own = counter.seed, counter.step, counter.draw
         return tuple(mine if given is None else given for given, mine in zip((seed, step, draw), own, strict=True))
 
-    def _update_alone(self, name: str, coef, seed: Scalar, step: Scalar, draw) -> None:
+    def _update_alone(self, name: str, copies: OffloadedLogits, coef, seed: Scalar, step: Scalar, draw) -> None:
         layer = self.layers[name]
         where = {"layer": layer.layer, "group_offset": layer.group_offset, "group_row_stride": layer.group_row_stride}
         how = {"pattern": layer.pattern, "draw": draw, "seed": seed, "step": step, **where}
-        if isinstance(layer, ReplayedLayer):
-            score_update_(layer.logits, coef, **how)
-            return
-        with layer.moving_logits() as logits:
+        with copies.moving(layer) as logits:
             score_update_(logits, coef, **how)
 
     def _grouped(self) -> list[tuple[list[str], LayerGroup]]:
@@ -199,6 +200,4 @@ def _place_of(layer: MaskedLinear | ReplayedLayer) -> tuple:
 
 def _can_be_grouped(layer: MaskedLinear | ReplayedLayer) -> bool:
     logits = layer.logits
-    if type(logits) not in PLAIN or logits.is_meta or not logits.is_contiguous():
-        return False
-    return not isinstance(layer, MaskedLinear) or logits.device == layer.weight.device
+    return type(logits) in PLAIN and not logits.is_meta and logits.is_contiguous() and not offloaded(layer)

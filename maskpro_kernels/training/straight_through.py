@@ -20,6 +20,7 @@ from .estimator import Estimator, HeldBytes, Option, StepResult
 from .fisher import FisherSquares
 from .normalized_steps import check_slope_settings, descend_by_rms, folded
 from .number_checks import check_float, check_whole
+from .offloaded_logits import OffloadedLogits
 from .step import Step
 from .weight_learning import WeightLearner, check_weights
 
@@ -203,7 +204,8 @@ class StraightThrough(Estimator):
                 updater.begin(self.lr_at(step), weight_lr, backward_pass, fisher.get(name))
                 updater.layer.logits_backward = updater
             backward_pass.watch()
-            yield backward_pass
+            with backward_pass.offloaded:
+                yield backward_pass
         finally:
             backward_pass.unwatch()
             for layer, own in before.items():
@@ -226,6 +228,8 @@ class BackwardPass:
         self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
         self.hooks: list = []
         self.turns: collections.deque[LayerUpdater] = collections.deque()
+        # backward comes by the last layers first
+        self.offloaded = OffloadedLogits([updater.layer for updater in reversed(updaters.values())])
         # autograd has a thread for each device
         self.lock = threading.Lock()
 
@@ -385,7 +389,7 @@ class LayerUpdater:
             self.weight_grad = weight_grad
             of = grad, x, weight, how.curvature
             # the parameter itself: what autograd has kept may be a copy
-            with self.layer.moving_logits() as logits:
+            with self.backward_pass.offloaded.moving(self.layer) as logits:
                 own = mask._replace(tensor=logits)
                 self._descend(logits, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more))
             return
@@ -411,7 +415,7 @@ class LayerUpdater:
             if total is not None:
                 self.backward_pass.ranks.sum_(total)
         m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
-        with self.layer.moving_logits() as logits:
+        with self.backward_pass.offloaded.moving(self.layer) as logits:
             self._descend(logits, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
         self.slopes = None
 

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from maskpro_kernels.cli import learn as learn_command
 from maskpro_kernels.cli import main, run_end
-from maskpro_kernels.modules import MaskedLinear
+from maskpro_kernels.ops.layer_groups import LayerGroup
 from maskpro_kernels.text.perplexity import causal_lm_loss
+from maskpro_kernels.training import model_masks
+from maskpro_kernels.training.offloaded_logits import OffloadedLogits
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -87,17 +89,18 @@ def test_the_command_runs_in_a_thread_whose_process_is_interrupted(inputs, run, 
 
 def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run, tmp_path, capsys, monkeypatch):
     """Logits of a part of the layers have moved: those of the step are rebuilt from the journal."""
-    update, updates = MaskedLinear.moving_logits, []
+    update, updates = model_masks.update_layers_, []
 
-    def interrupted(layer):
-        updates.append(layer)
-        # the fifth layer of the third step
-        if len(updates) == 2 * 14 + 5:
-            raise KeyboardInterrupt
-        return update(layer)
+    def interrupted(group, *args):
+        updates.append(group)
+        if len(updates) < 3:
+            update(group, *args)
+            return
+        update(LayerGroup(group.layers[:5], group.n, group.m), *args[:-1])
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(MaskedLinear, "moving_logits", interrupted)
+        patched.setattr(model_masks, "update_layers_", interrupted)
         assert main.main(learn(inputs, tmp_path / "run")) == 130
     told = "stopped after 2 steps; the next one was broken off in its update, and the logits are rebuilt where the run"
     assert told in capsys.readouterr().err
@@ -112,16 +115,16 @@ STRAIGHT_THROUGH = ("--estimator", "straight-through", "--lr", "1")
 def test_a_straight_through_run_that_is_interrupted_in_an_update_saves_no_half_of_it(
     inputs, tmp_path, capsys, monkeypatch
 ):
-    step, update = MaskTrainer.step, MaskedLinear.moving_logits
+    step, update = MaskTrainer.step, OffloadedLogits.moving
 
-    def interrupted(layer):
+    def interrupted(offloaded, layer):
         if layer.layer == 5:
             raise KeyboardInterrupt
-        return update(layer)
+        return update(offloaded, layer)
 
     def failing(trainer):
         if trainer.steps_done == 2:
-            patched.setattr(MaskedLinear, "moving_logits", interrupted)
+            patched.setattr(OffloadedLogits, "moving", interrupted)
         return step(trainer)
 
     with monkeypatch.context() as patched:

@@ -24,6 +24,7 @@ from maskpro_kernels.ops.layer_groups import LayerGroup, update_layers_
 from maskpro_kernels.training import model_masks, snapshots
 from maskpro_kernels.training import trainer as training
 from maskpro_kernels.training.journal import Journal
+from maskpro_kernels.training.offloaded_logits import OffloadedLogits
 from maskpro_kernels.training.snapshots import newest_snapshot
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -267,7 +268,7 @@ def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, 
     trainer = a_trainer_in(tmp_path / "run", how)
     trainer.run(2, progress=False)
     files = sorted(tmp_path.glob("run/snapshot-*"))
-    move, moved = mk.MaskedLinear.moving_logits, []
+    move, moved = OffloadedLogits.moving, []
 
     def interrupted(*args, **_):
         if where == "in its update" and not moved:
@@ -278,7 +279,7 @@ def test_logits_that_are_not_those_of_the_count_are_told(tmp_path, monkeypatch, 
     before = logits_of(trainer.model)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         if where == "in its update":
-            patched.setattr(mk.MaskedLinear, "moving_logits", interrupted)
+            patched.setattr(OffloadedLogits, "moving", interrupted)
             patched.setattr(model_masks, "update_layers_", interrupted_update)
         else:
             patched.setattr(training, "StepRecord", interrupted)

@@ -1,0 +1,175 @@
+"""Logits that live elsewhere than their weights: the copy of the next layer comes while one layer computes."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..modules import MaskedLinear
+
+# Copies that may be there while another one comes: one computes, one is written back
+IN_FLIGHT = 2
+
+Wait = Callable[[], object]
+
+
+def offloaded(layer: MaskedLinear) -> bool:
+    """Whether the logits live on another device than the weight."""
+    # a layer that is only replayed has no weight
+    return isinstance(layer, MaskedLinear) and layer.logits.device != layer.weight.device
+
+
+class OffloadedLogits:
+    """Copies of logits on the devices of their weights, for a walk over layers.
+
+    On a GPU copies go on streams of their own, one each way. So a layer computes while the logits of the next one come,
+    and those of the one before go back: three copies at a time. Only from and to page-locked memory do they run beside
+    the computation; ``MaskedLinear.from_linear`` allocates it.
+
+    Use it as a context. Behind it all logits have been written, and nothing else may move them inside.
+
+    Args:
+        order: in which the layers are expected. One that comes at another time gets its copy then.
+    """
+
+    def __init__(self, order: Sequence[MaskedLinear]):
+        self._ahead = collections.deque(layer for layer in order if offloaded(layer))
+        self._coming: dict[MaskedLinear, Fetched] = {}
+        self._ends: collections.deque[Wait] = collections.deque()
+        self._written: set[MaskedLinear] = set()
+        # autograd has a thread for each device
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> OffloadedLogits:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._coming.clear()
+        self._ahead.clear()
+        self._wait(0)
+
+    @contextmanager
+    def reading(self, layer: MaskedLinear) -> Iterator[Tensor]:
+        """The logits [out, K] on the weight's device, not to be changed."""
+        with self._copy(layer, written=False) as logits:
+            yield logits
+
+    @contextmanager
+    def moving(self, layer: MaskedLinear) -> Iterator[Tensor]:
+        """The logits [out, K] on the weight's device, to be changed in place."""
+        with self._copy(layer, written=True) as logits:
+            yield logits
+
+    @contextmanager
+    def _copy(self, layer: MaskedLinear, written: bool) -> Iterator[Tensor]:
+        if not offloaded(layer):
+            yield layer.logits.detach()
+            return
+        transfers = transfers_of(layer.weight.device)
+        with self._lock:
+            logits = self._taken(layer)
+            self._fetch_next()
+        yield logits
+        with self._lock:
+            if written:
+                self._written.add(layer)
+                self._ends.append(transfers.put_back(logits, layer.logits.detach()))
+            else:
+                self._ends.append(transfers.used(logits))
+
+    def _taken(self, layer: MaskedLinear) -> Tensor:
+        with suppress(ValueError):
+            self._ahead.remove(layer)
+        coming = self._coming.pop(layer, None) or self._fetched(layer)
+        coming.ready()
+        return coming.logits
+
+    def _fetch_next(self) -> None:
+        if self._ahead and not self._coming:
+            layer = self._ahead.popleft()
+            self._coming[layer] = self._fetched(layer)
+
+    def _fetched(self, layer: MaskedLinear) -> Fetched:
+        # the host runs ahead of the device: without this wait it would allocate the copies of all layers
+        self._wait(0 if layer in self._written else IN_FLIGHT - 1)
+        return transfers_of(layer.weight.device).fetch(layer.logits.detach())
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many copies are in use or on their way back."""
+        while len(self._ends) > most:
+            self._ends.popleft()()
+
+
+class Fetched(NamedTuple):
+    """A copy, and what makes its device wait for it."""
+
+    logits: Tensor
+    ready: Wait
+
+
+class Transfers:
+    """Copies to a device and from it, at once, in the order of all else that it does."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def fetch(self, source: Tensor) -> Fetched:
+        """A copy of ``source`` on the device, which may be read and written behind ``ready()``."""
+        return Fetched(source.to(self.device), _nothing)
+
+    def used(self, logits: Tensor) -> Wait:
+        """The host's wait until the device has done what it was given to do with a copy."""
+        return _nothing
+
+    def put_back(self, logits: Tensor, target: Tensor) -> Wait:
+        """Copy to ``target`` behind what the device was given to do; gives the host's wait until that is there."""
+        target.copy_(logits)
+        return _nothing
+
+
+class StreamTransfers(Transfers):
+    """The same on a CUDA device, beside its current stream."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def fetch(self, source: Tensor) -> Fetched:
+        with torch.cuda.stream(self.incoming):
+            logits = source.to(self.device, non_blocking=True)
+            arrived = self.incoming.record_event()
+
+        def ready() -> None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(arrived)
+            # its memory belongs to the other stream, which would take it again as soon as Python lets go of it
+            logits.record_stream(stream)
+
+        return Fetched(logits, ready)
+
+    def used(self, logits: Tensor) -> Wait:
+        return torch.cuda.current_stream(self.device).record_event().synchronize
+
+    def put_back(self, logits: Tensor, target: Tensor) -> Wait:
+        self.outgoing.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.outgoing):
+            target.copy_(logits, non_blocking=True)
+            logits.record_stream(self.outgoing)
+            return self.outgoing.record_event().synchronize
+
+
+@functools.cache
+def transfers_of(device: torch.device) -> Transfers:
+    """Those of a device, whose streams are made once."""
+    return StreamTransfers(device) if device.type == "cuda" else Transfers(device)
+
+
+def _nothing() -> None:
+    """Without streams nothing is under way."""
