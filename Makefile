@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 
 .PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-slow-triton36 lint aot-report aot-table \
-	bench gpu-check clean
+	bench gpu-check tune clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -91,6 +91,11 @@ gpu-check:
 	$(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" -k "not error_budget" || failed=1; \
 	$(PYTHON) -m pytest $(GPU_BENCHMARKS) --rows $(ROWS) --within 270 -rs || failed=1; \
 	exit $$failed
+
+# Entries of the launch tables for this GPU, into a file of the package. WITHIN=540 ends it after so many seconds, and the
+# next call goes on there.
+tune:
+	PYTHONPATH=. $(PYTHON) benchmarks/tune.py $(if $(WITHIN),--within $(WITHIN))
 
 clean:
 	rm -rf $(VENV) $(VENV36) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

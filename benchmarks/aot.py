@@ -218,7 +218,7 @@ def build_packed(
     if kernel != "unpack" and not quantized:
         known["scales"] = None
     if kernel == "unpack":
-        config = CONFIGURATIONS["unpack", m]
+        config = CONFIGURATIONS["unpack", target, m]
         types |= dict.fromkeys(("values", "out"), {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32"}[element])
         known |= {"BLOCK": config.block}
     elif isinstance(config, Rows):
@@ -237,7 +237,7 @@ def build_elements(kernel: str, target: str, element: str = "bf16", **constants)
         | {"partial": "*fp32", "bias": f"*{element}", "out": f"*{element}", "columns": "i32"}
         | ({"bitmask": "*i16", "out": "*i16", "rows": "i32", "count": "i32"} if kernel == "metadata" else {})
     )
-    config = tiles.ELEMENTS[kernel]
+    config = tiles.ELEMENTS[kernel, target]
     known = {"BLOCK": config.block} | constants
     return _compile(function, target, types, known, config.options(target), ("columns", "rows"))
 

@@ -112,7 +112,7 @@ def named(kernel: str, logits: str) -> str:
 
 def group_costs(target: str, n: int, m: int) -> Iterator[Cost]:
     for kernel, dtypes in GROUP_KERNELS.items():
-        warps = CONFIGURATIONS[kernel, m].num_warps
+        warps = CONFIGURATIONS[kernel, target, m].num_warps
         for logits in dtypes:
             built = group_kernel(kernel, target, n, m, logits)
             yield Cost.of(named(kernel, logits), f"{n}:{m}", target, warps, *built)
@@ -131,7 +131,7 @@ def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[C
 def packed_costs(target: str, n: int, m: int) -> Iterator[Cost]:
     if (n, m) not in MULTIPLIED:
         return
-    for config in ROWS["packed_vector"]:
+    for config in ROWS["packed_vector", target]:
         name = f"packed_vector {config.rows}x{config.block}, {config.num_warps} warps"
         built = packed_kernel("packed_vector", target, n, m, config)
         yield Cost.of(name, f"{n}:{m}", target, config.num_warps, *built)

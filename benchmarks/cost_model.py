@@ -50,7 +50,7 @@ def each(counts: Counter, weights: float) -> dict[str, float]:
 @functools.cache
 def group_kernel(kernel: str, target: str, n: int, m: int, logits: str = "fp32") -> tuple[Built, dict, dict]:
     """(the compiled kernel, fewest and most instructions a weight by pipe)."""
-    built, config = build(kernel, target, n, m, logits), CONFIGURATIONS[kernel, m]
+    built, config = build(kernel, target, n, m, logits), CONFIGURATIONS[kernel, target, m]
     weights = weights_a_thread(config.block, m, config.num_warps)
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping=True)
     return built, each(fewest, weights), each(most, weights)
@@ -164,7 +164,7 @@ def group_launch(
     kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int, logits: str = "fp32"
 ) -> Launch:
     """A kernel over groups on a layer [rows, k] whose mask has that gap."""
-    chip, config = CHIPS[target], CONFIGURATIONS[kernel, m]
+    chip, config = CHIPS[target], CONFIGURATIONS[kernel, target, m]
     built, fewest, most = group_kernel(kernel, target, n, m, logits)
     moved = rows * k * group_bytes(kernel, m, logits)
     return Launch(

@@ -38,7 +38,7 @@ def modelled(target: str) -> Costs:
         return 1e12 * max(busiest(pipes)[0], moved / CHIPS[target].bytes_per_second)
 
     def over_groups(kernel: str, moved: float, **how) -> float:
-        config = CONFIGURATIONS[kernel, 4]
+        config = CONFIGURATIONS[kernel, target, 4]
         weights = weights_a_thread(config.block, 4, config.num_warps)
         return picoseconds(build(kernel, target, 2, 4, **how), weights, config.block, moved)
 

@@ -131,7 +131,7 @@ def test_a_launch_takes_as_long_as_its_busiest_resource():
 
 
 def test_small_layers_are_spread_over_the_processors():
-    processors, config = PROCESSORS["sm_90"], CONFIGURATIONS["masked_weight", 4]
+    processors, config = PROCESSORS["sm_90"], CONFIGURATIONS["masked_weight", "sm_90", 4]
     assert config.programs(64 * 1_000 - 5, processors) == 1_000
     assert config.programs(64 * 20_000, processors) == 64 * processors
     assert config.programs(64 << 20, processors) == (1 << 20) / config.steps

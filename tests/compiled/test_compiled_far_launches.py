@@ -134,7 +134,7 @@ def test_gradients_of_many_columns(target, compiled_for, machine, monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 def test_packed_products_of_many_rows(target, tokens, compiled_for, machine, monkeypatch):
     compiled_for(target)
-    config = ROWS["packed_vector"][0] if tokens == 1 else PACKED_TILES["packed_linear", target, 2][0]
+    config = ROWS["packed_vector", target][0] if tokens == 1 else PACKED_TILES["packed_linear", target, 2][0]
     monkeypatch.setattr(packed, "rows_for" if tokens == 1 else "tiles_for", lambda *_: config)
     edge = ALL_ROWS % (config.rows if tokens == 1 else config.out)
     values = normal(LAST, GROUPS * 2, seed=7, dtype=torch.bfloat16)

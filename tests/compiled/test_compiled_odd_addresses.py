@@ -55,7 +55,9 @@ def test_products(target, kernel, by, compiled_for, launched):
 
 
 @pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("config", [ROWS["packed_vector"][0], PACKED_TILES["packed_linear", "sm_80", 2][0]], ids=str)
+@pytest.mark.parametrize(
+    "config", [ROWS["packed_vector", "sm_80"][0], PACKED_TILES["packed_linear", "sm_80", 2][0]], ids=str
+)
 def test_activations_of_packed_products(target, config, compiled_for):
     compiled_for(target)
     PackedProduct(config, aligned=True, one_hot=True).assert_right(functools.partial(misaligned, by=1))

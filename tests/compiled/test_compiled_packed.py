@@ -18,24 +18,25 @@ pytestmark = pytest.mark.compiled
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]
 DTYPES = [torch.bfloat16, torch.float16]
-VECTOR = ROWS["packed_vector"]
+# of one token, as many on each target
+VECTORS = len(ROWS["packed_vector", TARGETS[0]])
 
 
-def tiles_of(target):
-    return PACKED_TILES["packed_linear", target, 2]
+def configs_of(target):
+    return *ROWS["packed_vector", target], *PACKED_TILES["packed_linear", target, 2]
 
 
 # (target, row of the tables, pattern, dtype, values): every row at 2:4, the narrowest and widest at others
 EVERY = [
     (target, row, pattern, dtype, values)
     for target, pattern, dtype, values in itertools.product(TARGETS, PATTERNS, DTYPES, VALUE_KINDS)
-    for count in (len(VECTOR) + len(tiles_of(target)),)
-    for row in (range(count) if pattern == (2, 4) else (0, len(VECTOR) - 1, len(VECTOR), count - 1))
+    for count in (len(configs_of(target)),)
+    for row in (range(count) if pattern == (2, 4) else (0, VECTORS - 1, VECTORS, count - 1))
 ]
 # one token and several
 CHOSEN = {
-    *((target, row, (2, 4), torch.bfloat16, "keep") for target in ("sm_80", "sm_90") for row in (0, len(VECTOR))),
-    *(("sm_80", row, (2, 4), torch.bfloat16, "int8") for row in (0, len(VECTOR))),
+    *((target, row, (2, 4), torch.bfloat16, "keep") for target in ("sm_80", "sm_90") for row in (0, VECTORS)),
+    *(("sm_80", row, (2, 4), torch.bfloat16, "int8") for row in (0, VECTORS)),
     ("sm_80", 0, (4, 8), torch.float16, "keep"),
 }
 
@@ -46,10 +47,10 @@ CHOSEN = {
 def test_packed_products(target, row, pattern, dtype, values, compiled_for, launched):
     """One-hot operands read the weight out; others stay within the budget, on aligned and on ragged sizes."""
     compiled_for(target)
-    config = (*VECTOR, *tiles_of(target))[row]
+    config = configs_of(target)[row]
     for aligned, one_hot in ((False, True), (False, False), (True, False)):
         PackedProduct(config, *pattern, dtype, values, aligned=aligned, one_hot=one_hot).assert_right()
-    assert launched["packed_vector" if row < len(VECTOR) else "packed_linear"] == 3
+    assert launched["packed_vector" if row < VECTORS else "packed_linear"] == 3
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -70,5 +71,5 @@ def test_values_of_every_code_stand_at_their_places(target, dtype, tokens, compi
 )
 def test_products_whose_sum_is_shared_out(target, parts, aligned, compiled_for, launched):
     compiled_for(target)
-    PackedProduct(tiles_of(target)[0], aligned=aligned, parts=parts).assert_right()
+    PackedProduct(configs_of(target)[VECTORS], aligned=aligned, parts=parts).assert_right()
     assert launched["split_sum"] == 1

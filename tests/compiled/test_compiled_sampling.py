@@ -88,8 +88,8 @@ def test_blocks_with_and_without_noise(target, kernel, spread, compiled_for, mac
     compiled_for(target)
     monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", 0)
     of = Matrix(2, 4, rows=18, groups=67, spread=spread)
-    block, steps = tiles.CONFIGURATIONS[kernel, of.m].block, tiles.CONFIGURATIONS[kernel, of.m].steps
-    assert of.rows * of.groups > 2 * block * steps
+    config = tiles.CONFIGURATIONS[kernel, target, of.m]
+    assert of.rows * of.groups > 2 * config.block * config.steps
     assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
 
 

@@ -81,7 +81,7 @@ def run_products(target):
 
 
 def run_packed(target):
-    configs = (*ROWS["packed_vector"], *PACKED_TILES["packed_linear", target, 2])
+    configs = (*ROWS["packed_vector", target], *PACKED_TILES["packed_linear", target, 2])
     for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), ("keep", "int8")):
         for aligned in (True, False):
             PackedProduct(config, n, m, values=values, aligned=aligned).assert_right()

@@ -110,7 +110,7 @@ def call_of(kernel, target):
         tile = TILES[kernel, target, 2][row]
         return Product(kernel, tile, log_prob=kernel == "masked_linear", update=True, aligned=True).assert_right
     if kernel == "packed_vector":
-        return PackedProduct(ROWS[kernel][-1], aligned=True).assert_right
+        return PackedProduct(ROWS[kernel, target][-1], aligned=True).assert_right
     if kernel == "packed_linear":
         return PackedProduct(PACKED_TILES[kernel, target, 2][row], aligned=True).assert_right
     of = Matrix(2, 4, torch.bfloat16, rows=8, groups=64)

@@ -82,7 +82,7 @@ def test_most_blocks_of_a_kernel_compute_no_noise(gap, share):
     words = torch.randint(0, 1 << 32, (4, 1 << 20), generator=torch.Generator().manual_seed(0))
     kept, dropped = words[:2].amax(0), words[2:].amin(0)
     determined = bounds.minus_log(dropped) < gap + bounds.least_gumbel(kept)
-    block = CONFIGURATIONS["masked_weight", 4].block
+    block = CONFIGURATIONS["masked_weight", "sm_90", 4].block
     assert determined.view(-1, block).all(1).float().mean() > share
 
 

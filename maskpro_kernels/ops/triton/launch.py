@@ -52,9 +52,10 @@ def launch_elements(kernel, name: str, count: int, device: torch.device, *args, 
     """Launch ``kernel`` on ``count`` single elements; nothing happens where there are none."""
     if count == 0:
         return
-    config = elements(name, count)
+    target = architecture(device)
+    config = elements(name, count, target)
     grid = ((count + config.block - 1) // config.block,)
-    _launch(kernel, name, grid, device, args, config.options(architecture(device)), BLOCK=config.block, **constants)
+    _launch(kernel, name, grid, device, args, config.options(target), BLOCK=config.block, **constants)
 
 
 def launch_tiles(kernel, name: str, m: int, grid: tuple[int, ...], tile: Tiles, device, *args, **constants) -> None:
@@ -64,9 +65,10 @@ def launch_tiles(kernel, name: str, m: int, grid: tuple[int, ...], tile: Tiles, 
     _launch(kernel, name, grid, device, args, options, M=m, **blocks, **constants)
 
 
-def _launch(kernel, name, grid, device, args, options, **constants) -> None:
+def _launch(kernel, name, grid, device, args, options, **constants):
+    """Gives the compiled kernel; the interpreter has none."""
     launches[name] += 1
     options = {} if INTERPRETED else {**options, "enable_fp_fusion": False}
     # Triton launches on the current device, whatever device its arguments live on
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **constants, **options)
+        return kernel[grid](*args, **constants, **options)

@@ -4,9 +4,12 @@ To add an architecture:
 
 1. Give it an entry in ``TABLE_ROW``: the architecture whose row it can take, or itself.
 2. If it has a row of its own, add it to ``PROCESSORS`` and to the tables of tokens below it, and replace in
-   ``TILES`` and ``PACKED_TILES`` the tiles that do not fit it. ``benchmarks/tune.py`` finds the fastest ones.
+   ``TILES`` and ``PACKED_TILES`` the tiles that do not fit it.
 3. Add it to ``TARGETS`` in ``benchmarks/aot.py``, to ``CHIPS`` in ``benchmarks/chips.py`` and to the limits in the
    tests that compile every kernel ahead of time.
+4. On such a GPU run ``make tune``. It looks for faster entries, and writes what it has measured to a file of the
+   folder ``tuned``, to be committed. Those entries take the place of the ones here when this module is imported;
+   nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import warnings
 from dataclasses import dataclass, replace
 
 import torch
+
+from . import tuned
 
 # As triton reads it when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -61,7 +66,7 @@ PROGRAMS_A_PROCESSOR = 64
 
 # By kernel and M. A thread holds one group of M keys and noise words in registers, two where M is small.
 # The log-probability's quadrature runs NODES passes over M columns, so it too takes a group a thread.
-CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
+_CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
     (kernel, m): Configuration(block=256 if m <= 4 else 128)
     for kernel in (
         "sample_mask",
@@ -79,26 +84,26 @@ CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
 }
 
 # Of single weights, not of groups
-CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 16, 32)}
+_CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 16, 32)}
 
 # What draws: one warp. A block with a single draw that is not determined computes the noise of all of its groups, and
 # several warps would wait for each other to know. So short a program is not worth its launch, nor what it computes for
 # all groups alike: it takes several blocks.
-CONFIGURATIONS |= {
+_CONFIGURATIONS |= {
     (kernel, m): Configuration(block=64 if m <= 4 else 32, num_warps=1, steps=8)
     for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates")
     for m in (2, 4, 8, 16, 32)
 }
 # With two groups a thread Triton 3.6's ptxas puts 8 bytes of several draws on the stack on sm_80
-CONFIGURATIONS["score_updates", 4] = Configuration(block=32, num_warps=1, steps=8)
+_CONFIGURATIONS["score_updates", 4] = Configuration(block=32, num_warps=1, steps=8)
 # With one group a thread it puts 8 bytes of this one on the stack on sm_90 and sm_100
-CONFIGURATIONS["descend", 16] = Configuration(block=256)
+_CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
-CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
+_CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
 
 # Of all layers of a model by one launch
-CONFIGURATIONS |= {
-    (of_layers, m): CONFIGURATIONS[kernel, m]
+_CONFIGURATIONS |= {
+    (of_layers, m): _CONFIGURATIONS[kernel, m]
     for of_layers, kernel in (
         ("sample_masks", "sample_mask"),
         ("score_update_of_layers", "score_update"),
@@ -108,7 +113,7 @@ CONFIGURATIONS |= {
 }
 
 # How kernels over single elements are launched
-ELEMENTS: dict[str, Configuration] = {"split_sum": Configuration(block=256), "metadata": Configuration(block=512)}
+_ELEMENTS: dict[str, Configuration] = {"split_sum": Configuration(block=256), "metadata": Configuration(block=512)}
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
 
 # By kernel, short rows before long ones. A thread holds one chunk of each of its rows, so that many loads are under way
 # at once; a chunk of the activations is loaded once for all of them.
-ROWS: dict[str, tuple[Rows, ...]] = {
+_ROWS: dict[str, tuple[Rows, ...]] = {
     "packed_vector": (
         Rows(rows=4, block=32, num_warps=1),
         Rows(rows=4, block=64, num_warps=2),
@@ -244,6 +249,19 @@ _PACKED_TILES = (
 )
 PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
 
+# The others by row of the tables as well
+CONFIGURATIONS = {
+    # a wave of AMD has 64 lanes, all of which should have a group
+    (kernel, target, m): replace(config, block=max(config.block, 64)) if target.startswith("gfx") else config
+    for (kernel, m), config in _CONFIGURATIONS.items()
+    for target in PROCESSORS
+}
+ELEMENTS = {(kernel, target): config for kernel, config in _ELEMENTS.items() for target in PROCESSORS}
+ROWS = {(kernel, target): rows for kernel, rows in _ROWS.items() for target in PROCESSORS}
+
+TABLES = (CONFIGURATIONS, ELEMENTS, ROWS, TILES, PACKED_TILES)
+tuned.lay_files_over(TABLES, tuple(PROCESSORS))
+
 # Of products that are split: steps of a part, so that loads run ahead of their use; parts, whose sums are read again
 LEAST_STEPS, MOST_PARTS = 2, 16
 
@@ -271,11 +289,17 @@ def architecture(device: torch.device) -> str:
     """
     if device.type == "cpu":
         return ON_CPU
+    name = own_architecture(device)
+    return _table_row(name, AMD_ROW if name.startswith("gfx") else NVIDIA_ROW)
+
+
+def own_architecture(device: torch.device) -> str:
+    """The name of a GPU's architecture, whether or not the tables know it."""
     if torch.version.hip is not None:
         # such as gfx942:sramecc+:xnack-
-        return _table_row(torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0], AMD_ROW)
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return _table_row(f"sm_{major}{minor}", NVIDIA_ROW)
+    return f"sm_{major}{minor}"
 
 
 @functools.cache
@@ -302,16 +326,14 @@ def configuration(kernel: str, m: int, groups: int, target: str) -> Configuratio
     """The configuration of a kernel for groups of ``m``, by the table's row ``target``."""
     if INTERPRETED:
         return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)), steps=2)
-    config = CONFIGURATIONS[kernel, m]
-    # a wave of AMD has 64 lanes, all of which should have a group
-    return replace(config, block=max(config.block, 64)) if target.startswith("gfx") else config
+    return CONFIGURATIONS[kernel, target, m]
 
 
-def elements(kernel: str, count: int) -> Configuration:
+def elements(kernel: str, count: int, target: str) -> Configuration:
     """The configuration of a kernel over ``count`` single elements."""
     if INTERPRETED:
         return Configuration(block=min(INTERPRETER_BLOCK, power_above(count)))
-    return ELEMENTS[kernel]
+    return ELEMENTS[kernel, target]
 
 
 def parts_for(programs: int, steps: int, target: str) -> int:
@@ -334,8 +356,9 @@ def rows_for(kernel: str, rows: int, chunks: int, target: str) -> Rows:
     """The configuration of a kernel over rows for that many rows of that many chunks."""
     if INTERPRETED:
         return Rows(rows=min(INTERPRETER_ROWS, power_above(rows)), block=power_above(chunks))
-    fitting = [config for config in ROWS[kernel] if chunks <= config.block]
-    config = fitting[0] if fitting else ROWS[kernel][-1]
+    configs = ROWS[kernel, target]
+    fitting = [config for config in configs if chunks <= config.block]
+    config = fitting[0] if fitting else configs[-1]
     # fewer rows a program where processors would idle
     most = max(1, rows // (2 * PROCESSORS[target]))
     return replace(config, rows=min(config.rows, power_above(most + 1) // 2))

@@ -318,7 +318,7 @@ quantized = element == "int8"
 element = "bf16" if quantized else element
 for target in TARGETS:
     # as few rows a program as a small layer gets, too
-    rows = [*ROWS["packed_vector"], *(replace(ROWS["packed_vector"][-1], rows=rows) for rows in (1, 2))]
+    rows = [*ROWS["packed_vector", target], *(replace(ROWS["packed_vector", target][-1], rows=rows) for rows in (1, 2))]
     tiles = PACKED_TILES["packed_linear", target, 2]
     cases = [("packed_vector", config, 16) for config in rows]
     cases += [("packed_linear", tile, unit) for tile in tiles for unit in (16, 4)]

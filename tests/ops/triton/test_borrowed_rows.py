@@ -37,7 +37,7 @@ for (product, target, size), tiles in TILES.items():
 # operands in 16 bits and the weight in 32, as under autocast, take the most shared memory
 tile = TILES["masked_linear", row, 2][-1]
 tell(f"masked_linear {tile.out}", aot.build_product("masked_linear", row, 2, 4, tile, weight="fp32"))
-tell("packed_vector", aot.build_packed("packed_vector", row, 2, 4, ROWS["packed_vector"][-1]))
+tell("packed_vector", aot.build_packed("packed_vector", row, 2, 4, ROWS["packed_vector", row][-1]))
 tile = PACKED_TILES["packed_linear", row, 2][-1]
 tell(f"packed_linear {tile.out}", aot.build_packed("packed_linear", row, 2, 4, tile))
 """
