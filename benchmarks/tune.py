@@ -12,7 +12,9 @@ that the file has from such a GPU with these versions are not measured again, un
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import os
 import statistics
 import sys
 import time
@@ -138,11 +140,18 @@ def left_out(search: Search) -> str:
     return f"; left out: {reasons}" if reasons else ""
 
 
+def time_limit(text: str) -> float:
+    limit = float(text)
+    if not limit > 0:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
+    return limit
+
+
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
     """(arguments, the row of the tables), or the end of the program in one line."""
     parser.add_argument("--kernels", nargs="+", metavar="NAME", choices=ORDER, help=f"of {', '.join(ORDER)}")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: the package's own file for this GPU")
-    parser.add_argument("--within", metavar="SECONDS", type=float, help="end after that time")
+    parser.add_argument("--within", metavar="SECONDS", type=time_limit, help="end after that time")
     arguments = parser.parse_args(argv)
     if tiles.INTERPRETED:
         parser.error("TRITON_INTERPRET: expected to be unset, for the interpreter's time tells nothing")
@@ -157,7 +166,8 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
                 f"{tiles.__file__}, or --output FILE"
             )
         arguments.output = tuned.path_of(target)
-        arguments.output.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):
+            arguments.output.parent.mkdir(exist_ok=True)
     elif arguments.output.is_dir() or not arguments.output.parent.is_dir():
         parser.error(f"--output: expected a file in a folder that exists, got {arguments.output}")
     elif arguments.output.exists() and arguments.output.resolve() != tuned.path_of(target).resolve():
@@ -165,6 +175,8 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
             tuned.lay_over(tiles.TABLES, target, arguments.output)
         except ValueError as error:
             parser.error(f"--output: {error}")
+    if not os.access(arguments.output.parent, os.W_OK):
+        parser.error(f"--output: expected a file that can be written, got {arguments.output}")
     return arguments, target
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -475,16 +475,16 @@ def timed_cases(kernel: str, size: int | None, entry, target: str, device: str) 
 
 
 def other_cases(kernel: str, size: int | None, entry, target: str, device: str) -> Iterator[Case]:
-    """Cases of other patterns that the same entry launches, by which an entry is checked and not timed."""
+    """Cases of other patterns in which the entry is launched too: a candidate is checked by them, and not timed."""
     if kernel in OVER_GROUPS:
         for n in other_patterns(size):
             yield from OVER_GROUPS[kernel](Matrix(n, size, device))
     elif kernel in PRODUCTS:
-        found: Iterable[Product] = products_of(kernel, size or 2, entry, target, device)
-        # sizes come in order, and those of the kinds of the first one are enough
-        smallest = {product.kind: product for product in reversed(list(found))}
-        for product, (n, m) in itertools.product(smallest.values(), sorted(packed.MULTIPLIED - {(2, 4)})):
-            yield PRODUCTS[kernel](Product(product.shape, product.tokens, product.kind, device, product.size, n, m))
+        first: dict[str, Product] = {}
+        for product in products_of(kernel, size or 2, entry, target, device):
+            first.setdefault(product.kind, product)
+        for product, (n, m) in itertools.product(first.values(), sorted(packed.MULTIPLIED - {(2, 4)})):
+            yield PRODUCTS[kernel](replace(product, n=n, m=m))
 
 
 def other_patterns(m: int) -> list[int]:

@@ -231,7 +231,9 @@ class Search:
 
     def _found(self, entry, before: float, microseconds: float) -> Measured:
         place = self.place
-        return Measured(place.kernel, place.size, place.fields, asdict(entry), before, microseconds)
+        # as fine as a GPU's clock
+        times = round(before, 3), round(microseconds, 3)
+        return Measured(place.kernel, place.size, place.fields, asdict(entry), *times)
 
     def _cases(self, of: Callable[..., Iterable[Case]]) -> list[Case]:
         place = self.place

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -315,7 +314,8 @@ def test_what_has_changed_is_told_at_the_end(capsys):
     [
         ([], "this machine has no GPU to time on"),
         (["--kernels", "conv"], "argument --kernels: invalid choice: 'conv'"),
-        (["--within", "soon"], "argument --within: invalid float value: 'soon'"),
+        (["--within", "soon"], "argument --within: invalid time_limit value: 'soon'"),
+        (["--within", "nan"], "argument --within: expected seconds above 0, got nan"),
     ],
 )
 def test_refused_in_one_line(arguments, message, capsys, monkeypatch):
@@ -371,4 +371,12 @@ def test_a_card_with_a_row_writes_the_file_of_the_package(card, tmp_path, capsys
         with pytest.raises(SystemExit):
             tune.main(["--output", str(output)])
         assert message in capsys.readouterr().err
-    assert json.loads("[]") == [] and damaged.read_text() == "{"
+    assert damaged.read_text() == "{"
+
+
+def test_a_package_that_cannot_be_written_is_refused_before_anything_is_timed(card, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "none" / "tuned")
+    card(TARGET)
+    with pytest.raises(SystemExit) as end:
+        tune.main([])
+    assert end.value.code == 2 and "--output: expected a file that can be written" in capsys.readouterr().err
