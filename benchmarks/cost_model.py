@@ -181,16 +181,21 @@ def part_bytes(parts: int, tokens: int, columns: int) -> int:
     return 8 * parts * tokens * columns if parts > 1 else 0
 
 
-def product_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
-    """A forward product in one pass, with a weight [rows, k]."""
+def product_launch(
+    target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, product: str = "masked_linear"
+) -> Launch:
+    """A product in one pass with a weight [rows, k] of 16 bits: a forward, or "masked_linear_input_grad"."""
     chip = CHIPS[target]
-    tile = tiles_for("masked_linear", m, torch.bfloat16, tokens, rows, k, target)
-    built, fewest, most = product_kernel("masked_linear", target, n, m, tile)
-    blocks, again = math.ceil(rows / tile.out), math.ceil(tokens / tile.tokens)
-    parts = parts_for(blocks * again, math.ceil(k / tile.k), target)
+    tile = tiles_for(product, m, torch.bfloat16, tokens, rows, k, target)
+    built, fewest, most = product_kernel(product, target, n, m, tile)
+    (width, across), (inner, step) = sides = (rows, tile.out), (k, tile.k)
+    if product != "masked_linear":
+        (inner, step), (width, across) = sides
+    blocks, again = math.ceil(width / across), math.ceil(tokens / tile.tokens)
+    parts = parts_for(tile, blocks * again, math.ceil(inner / step), target)
     counts = expected(fewest, most, tile.out * max(tile.k, m) / m, gap, n, m)
-    # each program reads its rows of the weight and of the logits, and all of its tokens
-    cached = 6 * rows * k * again + 2 * tokens * k * blocks + part_bytes(parts, tokens, rows)
+    # each program reads its part of the weight and of the logits, and all of its tokens
+    cached = 6 * rows * k * again + 2 * tokens * inner * blocks + part_bytes(parts, tokens, width)
     return Launch(
         target,
         _pipes(counts, rows * k * again, target) | {"matrix units": 2 * rows * k * tokens / chip.flops_16_bit},
@@ -264,7 +269,7 @@ def packed_launch(target: str, n: int, m: int, rows: int, k: int, tokens: int) -
     else:
         kernel, config = "packed_linear", tiles_for("packed_linear", m, torch.bfloat16, tokens, rows, k, target)
         blocks, again = math.ceil(rows / config.out), math.ceil(tokens / config.tokens)
-        parts = parts_for(blocks * again, math.ceil(k / config.k), target)
+        parts = parts_for(config, blocks * again, math.ceil(k / config.k), target)
         matmul = 2 * rows * k * tokens / chip.flops_16_bit
     built, counts, _ = packed_kernel(kernel, target, n, m, config)
     weight = rows * k * (2 * n / m + 1 / 8)

@@ -59,8 +59,17 @@ def _branches(lines: tuple[str, ...]) -> list[tuple[int, int, bool]]:
 
 
 def largest_loop(lines: tuple[str, ...]) -> tuple[int, int]:
-    """(first, last) line of the loop with the most lines, which ends in its branch."""
-    return max(((j, i) for i, j, _ in _branches(lines) if j < i), key=lambda loop: loop[1] - loop[0])
+    """(first, last) line of the loop with the most lines, which ends in its branch; a product's multiplies."""
+    loops = [(j, i) for i, j, _ in _branches(lines) if j < i]
+    # where a kernel waits for matrix units it may branch behind its end and back, which is no loop
+    loops = [loop for loop in loops if not _holds(lines, loop, r"EXIT")] or loops
+    multiplying = [loop for loop in loops if _holds(lines, loop, r"(@!?U?P\w+ )?\w*MMA")]
+    return max(multiplying or loops, key=lambda loop: loop[1] - loop[0])
+
+
+def _holds(lines: tuple[str, ...], loop: tuple[int, int], pattern: str) -> bool:
+    first, last = loop
+    return any(re.match(pattern, line) for line in lines[first : last + 1])
 
 
 def pipe_of(instruction: str) -> str:

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 from triton.errors import TritonError
-from tune_cases import OVER_GROUPS, Case, Results, other_cases, timed_cases
+from tune_calls import OVER_GROUPS, Case, Results
+from tune_cases import other_cases, timed_cases
 
 from maskpro_kernels.ops.triton import launch, tiles, tuned
 from maskpro_kernels.ops.triton.tiles import RESULT_SIDE, Configuration, Rows, Tiles
@@ -33,6 +34,8 @@ SHARED_MEMORY = {"sm_80": 99 << 10}
 REGISTERS, ALL_REGISTERS = (96, 128, 168, 208, 255), 1 << 16
 MOST_WARPS, MOST_STAGES, MOST_STEPS, MOST_ROWS, LARGEST_SIDE = 8, 5, 32, 16, 256
 LANES = 32
+# Of 2:4 that a thread can hold: a draw takes registers besides
+MOST_GROUPS, MOST_PACKED_GROUPS = 8, 32
 # Of packed weights, weights of two chunks of the sparsest pattern
 LEAST_PACKED_K = 64
 
@@ -150,13 +153,13 @@ def _fits(place: Place, entry) -> bool:
         return False
     if isinstance(entry, Tiles):
         sides = [entry.out, entry.k] + [entry.tokens] * (entry.tokens > 1)
-        groups = entry.out * entry.k // 4
+        groups, is_packed = entry.out * entry.k // 4, place.kernel == "packed_linear"
         return (
             16 <= min(sides)
             and max(sides) <= LARGEST_SIDE
-            and 64 <= groups <= 8 * threads
+            and 64 <= groups <= (MOST_PACKED_GROUPS if is_packed else MOST_GROUPS) * threads
             and 1 <= entry.num_stages <= MOST_STAGES
-            and not (place.kernel == "packed_linear" and entry.k < LEAST_PACKED_K)
+            and not (is_packed and entry.k < LEAST_PACKED_K)
         )
     if isinstance(entry, Rows):
         shorter = [other.block for other in place.entries[: place.index]]

@@ -49,9 +49,9 @@ class Costs(NamedTuple):
 # GPUs by a model, on a CPU measured on one core of an AMD EPYC. No model is there of gfx942: bytes bound most of these,
 # so it takes those of an H100, of which the ratios matter alone.
 COSTS = {
-    "sm_80": Costs(draw=4.4, one_pass=(4.9, 1.1), weight=(4.4, 2.1), slope=(4.4, 0.4), update=(12.0, 8.0)),
-    "sm_90": Costs(draw=1.4, one_pass=(1.8, 0.7), weight=(2.4, 1.3), slope=(1.4, 0.1), update=(3.6, 2.5)),
-    "sm_100": Costs(draw=1.2, one_pass=(1.5, 0.3), weight=(1.2, 0.5), slope=(1.2, 0.1), update=(3.2, 2.3)),
+    "sm_80": Costs(draw=2.1, one_pass=(2.9, 1.2), weight=(3.9, 2.1), slope=(2.1, 0.1), update=(3.9, 4.0)),
+    "sm_90": Costs(draw=1.4, one_pass=(1.8, 0.8), weight=(2.4, 1.3), slope=(1.4, 0.1), update=(2.6, 2.5)),
+    "sm_100": Costs(draw=1.1, one_pass=(1.2, 0.7), weight=(1.1, 0.5), slope=(1.1, 0.0), update=(2.0, 1.8)),
     "cpu": Costs(draw=700, one_pass=(800, 250), weight=(800, 250), slope=(700, 0), update=(1200, 800)),
 }
 COSTS["gfx942"] = COSTS["sm_90"]

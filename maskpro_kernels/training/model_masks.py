@@ -105,8 +105,15 @@ class ModelMasks:
         """Share of the groups of a layer whose draw leaves the top-N mask."""
         layer = self.layers[name]
         for i, (names, group) in enumerate(self._grouped()):
-            if self._inside and name in names and i in self._known:
-                return group.flip_rate(names.index(name))
+            if name not in names:
+                continue
+            at = names.index(name)
+            if self._inside and i in self._known:
+                return group.flip_rate(at)
+            # the kernel that draws counts them
+            alone, counter = LayerGroup([group.layers[at]], group.n, group.m), layer.counter()
+            draw_layers_(alone, 1.0, counter.seed, counter.step, counter.draw)
+            return alone.flip_rate(0)
         codes, kept = layer.drawn_codes(), top_n_mask(layer.logits_on_device(), layer.pattern)
         return int((codes != kept).sum()) / max(codes.numel(), 1)
 

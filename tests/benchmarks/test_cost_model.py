@@ -97,6 +97,25 @@ EXIT
     assert most == {"fp32": 3, "other": 3, "issue": 6}
 
 
+def test_the_loop_of_a_product_multiplies_and_does_not_wait_behind_the_end():
+    text = """
+.L_x_0:
+FADD R8, R8, 1
+FADD R8, R8, 1
+@P0 BRA `(.L_x_0)
+.L_x_1:
+UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR10]
+@P1 BRA `(.L_x_2)
+.L_x_3:
+@P2 BRA `(.L_x_1)
+FADD R8, R8, 1
+EXIT
+.L_x_2:
+BRA `(.L_x_3)
+"""
+    assert sass.largest_loop(tuple(text.split("\n")[1:-1])) == (4, 8)
+
+
 def test_each_architecture_has_its_own_rates():
     counts = {"fp32": 96.0, "multiply": 32.0, "half": 32.0, "xu": 4.0, "issue": 164.0}
     clock = {target: chip.clock * PROCESSORS[target] for target, chip in CHIPS.items()}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import tune
+import tune_calls
 import tune_cases
 import tune_search
 from helpers.cases import cases
@@ -28,9 +29,10 @@ FIRST_QUICK = ("masked_linear", "sample_masks", "score_update_of_layers", "strai
 def small(monkeypatch):
     """Entries of the tables are launched in the interpreter too, on small matrices, and what changes is put back."""
     monkeypatch.setattr(tiles, "INTERPRETED", False)
-    monkeypatch.setattr(tune_cases, "MATRIX", (8, 64))
+    monkeypatch.setattr(tune_calls, "MATRIX", (8, 64))
     monkeypatch.setattr(tune_search, "ROUNDS", 2)
-    monkeypatch.setattr(tune_cases, "LAYERS", 2)
+    monkeypatch.setattr(tune_calls, "LAYERS", 2)
+    monkeypatch.setattr(tune_calls, "FEW_ROWS", (32, 256))
     monkeypatch.setattr(tune_cases, "SHAPES", [(32, 256)])
     monkeypatch.setattr(tune_cases, "PACKED_ROWS", [(16, 512)])
     monkeypatch.setattr(tune_cases, "TOKENS", {kernel: tokens[:1] for kernel, tokens in tune_cases.TOKENS.items()})
@@ -64,7 +66,7 @@ def record_of(path) -> tune.Record:
 
 def test_every_kernel_of_the_tables_is_covered():
     launched = {key[0] for table in tiles.TABLES for key in table}
-    covered = [*tune_cases.OVER_GROUPS, *tune_cases.PRODUCTS, *tune_cases.OVER_ELEMENTS]
+    covered = [*tune_calls.OVER_GROUPS, *tune_calls.PRODUCTS, *tune_calls.OVER_ELEMENTS]
     assert sorted(launched) == sorted(covered) == sorted(tune_cases.ORDER)
     for target in tiles.PROCESSORS:
         entries = [entry for table in tiles.TABLES for key in table if key[1] == target
@@ -76,7 +78,7 @@ def test_every_kernel_of_the_tables_is_covered():
 @pytest.mark.parametrize("target", tiles.PROCESSORS)
 def test_every_entry_of_products_has_cases_and_its_candidates_have_the_same(target, monkeypatch):
     monkeypatch.setattr(tiles, "INTERPRETED", False)
-    for place in tune.places(target, list(tune_cases.PRODUCTS)):
+    for place in tune.places(target, list(tune_calls.PRODUCTS)):
 
         def taken(place=place):
             found = tune_cases.products_of(place.kernel, place.size or 2, place.entry, target, KERNEL_DEVICE)
@@ -110,7 +112,7 @@ def test_a_candidate_is_checked_timed_and_taken(kernel, small, monkeypatch):
     """One with more warps, which the interpreter computes alike; other patterns are checked as well."""
     if kernel == "metadata":
         # it takes rows in multiples of 32
-        monkeypatch.setattr(tune_cases, "MATRIX", (32, 64))
+        monkeypatch.setattr(tune_calls, "MATRIX", (32, 64))
     before = place_of(kernel).entry
     other = replace(before, num_warps=2 * before.num_warps)
     search = search_of(kernel, lambda entry: 1e-6 if entry == other else 2e-6, lambda entry: [other], monkeypatch)
@@ -202,10 +204,10 @@ def test_sums_may_be_of_another_order_and_no_more():
     for expected, error in ((x, 1e-5), (x.bfloat16(), 2.0**-8 * x)):
         right, wrong = (expected.float() + error).to(expected.dtype), expected.clone()
         wrong[3, 5] += 0.1
-        assert tune_search._agree(tune_cases.Results(near=(right,)), tune_cases.Results(near=(expected,)))
+        assert tune_search._agree(tune_calls.Results(near=(right,)), tune_calls.Results(near=(expected,)))
         for found in (wrong, torch.full_like(expected, torch.nan)):
-            assert not tune_search._agree(tune_cases.Results(near=(found,)), tune_cases.Results(near=(expected,)))
-        assert not tune_search._agree(tune_cases.Results((wrong,)), tune_cases.Results((expected,)))
+            assert not tune_search._agree(tune_calls.Results(near=(found,)), tune_calls.Results(near=(expected,)))
+        assert not tune_search._agree(tune_calls.Results((wrong,)), tune_calls.Results((expected,)))
 
 
 def failing(error):

@@ -97,7 +97,7 @@ PLANTED = {
     ),
     "a product of shared memory by another swizzle": (
         "sm_90",
-        product("sm_90", row=6),
+        product("sm_90", row=-1),
         # bits 62 and 63 of a descriptor: of 64 bytes where rows lie by 128
         replaced(
             r"(or\.b64\s+%rd\d+, %rd\d+, )(46116862\d+);", lambda found: f"{found[1]}{int(found[2]) + (1 << 62)};", 0

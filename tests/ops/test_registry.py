@@ -16,7 +16,8 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
     weight = cpu_normal(2, 8, seed=1, dtype=dtype).requires_grad_()
     codes = some_codes(2, 2)
     counter = (*(torch.tensor(value) for value in (7, 3, 5, 1)), 0, 2)
-    drawn = (logits, "drawn", 2, 4, 1.0, *counter)
+    drawn = (logits, "drawn", 2, 4, 1.0, *counter, None)
+    held = (*drawn[:-1], codes)
     given = registry.flat(MaskSource(codes, "codes", 2, 4))
     x, bias = cpu_normal(3, 8, seed=2, dtype=dtype).requires_grad_(), cpu_normal(2, seed=3, dtype=dtype)
     grad = cpu_normal(3, 2, seed=4, dtype=dtype)
@@ -26,6 +27,7 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
         "masked_weight of codes": (weight, *given),
         "masked_linear": (x, weight, bias, True, *drawn),
         "masked_linear of codes": (x, weight, None, False, *given),
+        "masked_linear of a draw that is held": (x, weight, bias, True, *held),
         "masked_linear_input_grad": (grad, weight.detach(), *drawn),
         "masked_linear_weight_grad": (grad, x.detach(), *drawn),
         "top_n_mask": (logits, 2, 4),
@@ -44,6 +46,7 @@ def op_arguments(name: str, dtype: torch.dtype) -> tuple:
         "masked_weight of codes",
         "masked_linear",
         "masked_linear of codes",
+        "masked_linear of a draw that is held",
         "masked_linear_input_grad",
         "masked_linear_weight_grad",
         "top_n_mask",

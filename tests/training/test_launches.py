@@ -56,9 +56,15 @@ def steps_of(model: nn.Module, estimator, launched: Counter, loss_fn=None, steps
     return Counter(launched)
 
 
-def test_a_reinforce_step_makes_two_beside_its_products(launched):
+def test_a_reinforce_step_makes_two_beside_its_products_which_draw(launched):
     found = steps_of(a_model(), mk.Reinforce(), launched)
+    # the flips of one layer are counted
     assert found == {"masked_linear": LAYERS, "sample_masks": 1, "score_update_of_layers": 1}
+
+
+def test_a_reinforce_step_whose_masks_are_used_again_makes_two_beside_its_products(launched):
+    found = steps_of(a_model(), mk.Reinforce(), launched, accumulate=2)
+    assert found == {"masked_linear": 2 * LAYERS, "sample_masks": 1, "score_update_of_layers": 1}
 
 
 def test_several_draws_of_a_step_are_updated_by_one_launch(launched):
@@ -78,7 +84,7 @@ def test_a_straight_through_step_makes_three_a_layer(launched):
 
 def test_each_kind_of_layer_takes_a_launch(launched):
     found = steps_of(a_model(patterns=("2:4", "1:4", "4:8")), mk.Reinforce(), launched)
-    assert found == {"masked_linear": LAYERS, "sample_masks": 3, "score_update_of_layers": 3}
+    assert found == {"masked_linear": LAYERS, "sample_masks": 1, "score_update_of_layers": 3}
 
 
 class CountedOps(TorchDispatchMode):

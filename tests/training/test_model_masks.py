@@ -191,4 +191,4 @@ def test_each_row_of_the_tiles_has_costs():
 
     assert COSTS.keys() == {*PROCESSORS, "cpu"}
     for costs in COSTS.values():
-        assert all(drawn > by_codes for drawn, by_codes in costs[1:])
+        assert all(drawn > by_codes for drawn, by_codes in (costs.one_pass, costs.weight, costs.slope))

@@ -320,10 +320,11 @@ def masked_linear(x, weight, bias, mask, log_prob):
 
 def _drawn_with_log_prob(mask):
     """(the drawn mask as codes, its log-probability summed over the layer, 0-dim float32)."""
-    logits, _, n, m, inv_temperature, counter = mask
-    codes = sampling.sample_mask(logits, n, m, inv_temperature, counter)
-    total = sampling.mask_log_prob(logits, codes, n, m, inv_temperature).sum()
-    return MaskSource(codes, "codes", n, m), total
+    pattern, codes = (mask.n, mask.m), mask.codes
+    if codes is None:
+        codes = sampling.sample_mask(mask.tensor, *pattern, mask.inv_temperature, mask.counter)
+    total = sampling.mask_log_prob(mask.tensor, codes, *pattern, mask.inv_temperature).sum()
+    return MaskSource(codes, "codes", *pattern), total
 
 
 def masked_linear_input_grad(grad, weight, mask):

@@ -247,7 +247,8 @@ def packed_vector_kernel(
         tl.store(out + row, y.to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+# units: where one is all, LLVM knows of a single step, and moves the zeros of its sum behind the fence of wgmma
+@triton.jit(do_not_specialize=["tokens", "units"])
 def packed_linear_kernel(
     x,
     values,

@@ -61,7 +61,7 @@ class SplitResult:
         tokens, columns = shape
         across, step = (tile.out, tile.k) if RESULT_SIDE[product] == "out" else (tile.k, tile.out)
         blocks = triton.cdiv(columns, across), triton.cdiv(tokens, tile.tokens)
-        self.parts = parts_for(blocks[0] * blocks[1], triton.cdiv(inner, step), architecture(x.device))
+        self.parts = parts_for(tile, blocks[0] * blocks[1], triton.cdiv(inner, step), architecture(x.device))
         self.grid = (*blocks, self.parts)
         self.whole = torch.empty(shape, dtype=result_dtype(x.dtype), device=x.device)
         self.out, self.bias, self.added = self.whole, bias, None

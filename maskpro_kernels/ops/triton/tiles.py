@@ -161,14 +161,14 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # them, for a second one would find every mask again. The gradient of the weight finds it once either way, but its small
 # tiles lose to torch's beyond a few hundred.
 ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
-# Of those that are drawn there: a draw bounds the time, and tiles of 128 tokens leave a third of the processors idle at
-# the end. docs/kernels.md has the arithmetic, which has not been done for gfx942.
-DRAWN_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 128}
+# Of those that are drawn there, by the cost model: a B200's memory is so fast that the draw bounds the time, which the
+# product lengthens. docs/kernels.md has the figures; the model knows nothing of gfx942.
+DRAWN_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 32, "gfx942": 128}
 
 # Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's
-# product is faster by more than it takes to write and read its result: docs/kernels.md has the arithmetic. torch for
-# ROCm has no product of 16 bits with a result in float32.
-FUSED_TOKENS = {"sm_80": 256, "sm_90": 256, "sm_100": 256, "gfx942": sys.maxsize}
+# product is faster by more than it takes to write and read its result, by the cost model: docs/kernels.md has the
+# figures. torch for ROCm has no product of 16 bits with a result in float32.
+FUSED_TOKENS = {"sm_80": 1024, "sm_90": 256, "sm_100": 32, "gfx942": sys.maxsize}
 
 # Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
 PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
@@ -183,19 +183,15 @@ _ROWS: dict[str, tuple[Rows, ...]] = {
     )
 }
 
-# By product, architecture and bytes of an operand, narrow before wide. With few tokens the draw bounds the time:
-# small tiles then, so that no processor idles and a thread holds two groups of 4. With many, larger ones, so that
-# x is not read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05. Where ptxas, left alone, aims at
-# a number of registers that puts a value on the stack for some pattern, the row names the most it may take.
+# By product, architecture and bytes of an operand, narrow before wide. With few tokens the draw bounds the time: small
+# tiles then, so that no processor idles and a thread holds two groups of 4. With many, larger ones, so that x is not
+# read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05. Where ptxas, left alone, aims at a number
+# of registers that puts a value on the stack for some pattern, the row names the most it may take.
 _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
-        # Not 4 warps: on sm_100 ptxas then aims at 128 registers, and puts a value on the stack at 4:8 or 8:16
-        Tiles(out=16, tokens=32, k=128, num_warps=8, registers=128),
-        Tiles(out=16, tokens=64, k=64, registers=160),
+        Tiles(out=32, tokens=32, k=64),
         Tiles(out=32, tokens=64, k=64, num_warps=8, registers=160),
-        Tiles(out=16, tokens=128, k=64, registers=160),
-        Tiles(out=32, tokens=128, k=64, num_warps=8),
         # Not 3 stages: with weights of 4 bytes, as under autocast, they exceed the 99 KiB of cards of 8.6
         Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2, registers=248),
     ),
@@ -213,9 +209,6 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(out=32, tokens=16, k=32),
         Tiles(out=32, tokens=32, k=32),
         Tiles(out=32, tokens=64, k=32),
-        Tiles(out=64, tokens=64, k=32, num_warps=8, registers=128),
-        # Not 64 rows on 8 warps: ptxas aims at 80 registers there, and puts a value on the stack around the loop
-        Tiles(out=32, tokens=128, k=32),
         # Not 3 stages: at 1:2 they leave a value on the stack on sm_100
         Tiles(out=64, tokens=128, k=64, num_warps=8, num_stages=2, registers=192),
     ),
@@ -236,16 +229,13 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
-# Of packed weights, all of 16 bits. Bytes bound these: small tiles keep all processors at work, but each program reads
-# all of x again, from the cache, and beyond 16 tokens that costs more than the weight. A thread holds at least two
-# chunks, for the words of the bitmask that belong to one are too few bytes to be loaded ahead of their use.
+# Of packed weights, all of 16 bits. Rows enough for wgmma and tcgen05, which read shared memory by themselves: by
+# mma.sync each warp loads the tile of x, and that takes longer than the weight's bytes. From 32 tokens on the second
+# cache bounds the time, which gives x to each block of rows: more rows then.
 _PACKED_TILES = (
-    Tiles(out=16, tokens=16, k=256),
-    Tiles(out=32, tokens=16, k=256, num_warps=8),
-    Tiles(out=32, tokens=32, k=128),
-    Tiles(out=64, tokens=32, k=128, num_warps=8),
-    Tiles(out=32, tokens=64, k=128),
-    Tiles(out=64, tokens=64, k=128, num_warps=8),
+    Tiles(out=64, tokens=16, k=128),
+    Tiles(out=128, tokens=32, k=64, num_warps=8),
+    Tiles(out=128, tokens=64, k=64, num_warps=8),
 )
 PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
 
@@ -262,8 +252,9 @@ ROWS = {(kernel, target): rows for kernel, rows in _ROWS.items() for target in P
 TABLES = (CONFIGURATIONS, ELEMENTS, ROWS, TILES, PACKED_TILES)
 tuned.lay_files_over(TABLES, tuple(PROCESSORS))
 
-# Of products that are split: steps of a part, so that loads run ahead of their use; parts, whose sums are read again
-LEAST_STEPS, MOST_PARTS = 2, 16
+# Of products that are split. Warps of a processor: three a scheduler hide what one waits for, and sums of more parts
+# are more bytes. Steps of a part, so that loads run ahead of their use; parts, whose sums are read again.
+LEAST_WARPS, LEAST_STEPS, MOST_PARTS = 12, 2, 16
 
 # The dimension of the weight along which a product's results lie
 RESULT_SIDE = {
@@ -336,13 +327,13 @@ def elements(kernel: str, count: int, target: str) -> Configuration:
     return ELEMENTS[kernel, target]
 
 
-def parts_for(programs: int, steps: int, target: str) -> int:
-    """Into how many parts a product of so many programs splits the dimension that each of them sums in ``steps``.
+def parts_for(tile: Tiles, blocks: int, steps: int, target: str) -> int:
+    """Into how many parts a product of so many blocks splits the dimension that each of them sums in ``steps``.
 
-    As few as give every processor two programs, each of at least LEAST_STEPS.
+    As few as give every processor LEAST_WARPS, each part of at least LEAST_STEPS.
     """
-    parts = 1
-    while programs * parts < 2 * PROCESSORS[target] and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
+    parts, enough = 1, LEAST_WARPS * PROCESSORS[target]
+    while blocks * parts * tile.num_warps < enough and 2 * parts * LEAST_STEPS <= steps and parts < MOST_PARTS:
         parts *= 2
     return parts
 

@@ -413,16 +413,17 @@ def test_a_compiled_training_step_gives_the_eager_gradients():
 def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
     monkeypatch.setattr(tiles, "INTERPRETED", False)
 
-    def tile(tokens, rows, k=4096, product="masked_linear", m=4):
-        chosen = tiles.tiles_for(product, m, torch.bfloat16, tokens, rows, k, "sm_90")
+    def tile(tokens, rows, k=4096, product="masked_linear", m=4, dtype=torch.bfloat16):
+        chosen = tiles.tiles_for(product, m, dtype, tokens, rows, k, "sm_90")
         return chosen.out, chosen.tokens, chosen.k
 
+    # sums are split, so that as few programs as of large tiles are enough
     assert tile(1, 4096) == tile(16, 4096) == (16, 16, 64)
-    assert tile(17, 4096) == (16, 32, 128)
-    assert tile(128, 4096) == (16, 128, 64)
-    assert tile(128, 32 * 133) == (32, 128, 64)
-    # 133 programs of 64 rows keep 132 processors busy
-    assert tile(128, 64 * 131) == (32, 128, 64)
-    assert tile(128, 64 * 133) == (64, 128, 64)
-    assert tile(16, 8, product="masked_linear_input_grad") == (64, 16, 16)
-    assert tile(16, 8, product="masked_linear_input_grad", m=32) == (64, 16, 32)
+    assert tile(17, 4096) == (32, 32, 64)
+    assert tile(128, 8) == tile(128, 4096) == (64, 128, 64)
+    assert tile(64, 8, dtype=torch.float32) == (16, 64, 32)
+    # 133 programs of 32 rows keep 132 processors busy
+    assert tile(64, 32 * 131, dtype=torch.float32) == (16, 64, 32)
+    assert tile(64, 32 * 133, dtype=torch.float32) == (32, 64, 32)
+    assert tile(16, 8, product="masked_linear_input_grad") == (32, 16, 32)
+    assert tile(16, 8, product="masked_linear_input_grad", m=64) == (32, 16, 64)

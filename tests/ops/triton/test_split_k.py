@@ -21,16 +21,19 @@ def in_parts(monkeypatch, parts):
 
 
 @pytest.mark.parametrize("rows", [1024, 4096, 11008])
-def test_products_are_split_until_every_processor_has_two_programs(rows):
+@pytest.mark.parametrize("num_warps", [4, 8])
+def test_products_are_split_until_every_processor_has_twelve_warps(rows, num_warps):
+    tile = tiles.Tiles(out=16, tokens=16, k=64, num_warps=num_warps)
     for target, processors in tiles.PROCESSORS.items():
-        programs = -(-rows // 16)
-        parts = tiles.parts_for(programs, 64, target)
-        assert programs * parts >= 2 * processors
-        assert parts == 1 or programs * parts // 2 < 2 * processors
+        warps = -(-rows // tile.out) * num_warps
+        parts = tiles.parts_for(tile, warps // num_warps, 64, target)
+        assert warps * parts >= 12 * processors
+        assert parts == 1 or warps * parts // 2 < 12 * processors
 
 
 def test_a_part_has_at_least_two_steps():
-    assert [tiles.parts_for(4, steps, "sm_90") for steps in (1, 3, 4, 7, 8, 31, 32, 1000)] == [1, 1, 2, 2, 4, 8, 16, 16]
+    tile, steps = tiles.Tiles(out=16, tokens=16, k=64), (1, 3, 4, 7, 8, 31, 32, 1000)
+    assert [tiles.parts_for(tile, 4, count, "sm_90") for count in steps] == [1, 1, 2, 2, 4, 8, 16, 16]
 
 
 def test_sums_are_added_in_the_order_of_the_parts(launched):
