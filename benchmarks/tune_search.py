@@ -131,7 +131,7 @@ def _tiles_moves(place: Place, entry: Tiles) -> list[tuple[str, ...]]:
     """By tokens the table chooses, and among those of as many by the side along which results lie."""
     side = RESULT_SIDE[place.kernel]
     moves = [("k" if side == "out" else "out",), ("num_warps",)]
-    if sum(other.tokens == entry.tokens for other in place.entries) == 1:
+    if sum(other.tokens == place.entry.tokens for other in place.entries) == 1:
         moves.append((side,))
     if len(place.entries) == 1 and entry.tokens > 1:
         moves.append(("tokens",))
