@@ -308,11 +308,7 @@ class MaskedLinear(nn.Module):
         return ops.masked_weight(self.weight.contiguous(), self._mask(self.logits_on_device().detach(), drawn))
 
     def drawn_codes(self, logits: Tensor | None = None) -> Tensor:
-        """Group codes [out, K / M] of the draw at the current step.
-
-        Args:
-            logits: a copy of this layer's on the device of the weight; None: one is made where they live elsewhere.
-        """
+        """Group codes [out, K / M] of the draw at the current step, by a copy of the logits where one is at hand."""
         if self.held_codes is not None:
             return self.held_codes
         mask = self._mask(self.logits_on_device().detach() if logits is None else logits, drawn=True)
