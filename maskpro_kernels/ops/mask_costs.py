@@ -46,13 +46,13 @@ class Costs(NamedTuple):
 
 
 # At 2:4, with logits of float32 and weights of 16 bits at a gap of 10, as `benchmarks/mask_costs.py` tells them: of
-# GPUs by a model, on a CPU measured on one core of an AMD EPYC. No model is there of gfx942: bytes bound most of these,
+# GPUs by a model, on a CPU measured on one core of an Intel Xeon. No model is there of gfx942: bytes bound most of these,
 # so it takes those of an H100, of which the ratios matter alone.
 COSTS = {
     "sm_80": Costs(draw=2.1, one_pass=(2.9, 1.2), weight=(3.9, 2.1), slope=(2.1, 0.1), update=(3.9, 4.0)),
     "sm_90": Costs(draw=1.4, one_pass=(1.8, 0.8), weight=(2.4, 1.3), slope=(1.4, 0.1), update=(2.6, 2.5)),
     "sm_100": Costs(draw=1.1, one_pass=(1.2, 0.7), weight=(1.1, 0.5), slope=(1.1, 0.0), update=(2.0, 1.8)),
-    "cpu": Costs(draw=700, one_pass=(800, 250), weight=(800, 250), slope=(700, 0), update=(1200, 800)),
+    "cpu": Costs(draw=1200, one_pass=(1630, 580), weight=(1630, 580), slope=(1200, 0), update=(2440, 1250)),
 }
 COSTS["gfx942"] = COSTS["sm_90"]
 
