@@ -46,8 +46,8 @@ class Costs(NamedTuple):
 
 
 # At 2:4, with logits of float32 and weights of 16 bits at a gap of 10, as `benchmarks/mask_costs.py` tells them: of
-# GPUs by a model, on a CPU measured on one core of an Intel Xeon. No model is there of gfx942: bytes bound most of these,
-# so it takes those of an H100, of which the ratios matter alone.
+# GPUs by a model, on a CPU measured on one core of an Intel Xeon. gfx942 takes those of an H100, of which the ratios
+# matter alone: no model is there of it, and bytes bound most of these.
 COSTS = {
     "sm_80": Costs(draw=2.1, one_pass=(2.9, 1.2), weight=(3.9, 2.1), slope=(2.1, 0.1), update=(3.9, 4.0)),
     "sm_90": Costs(draw=1.4, one_pass=(1.8, 0.8), weight=(2.4, 1.3), slope=(1.4, 0.1), update=(2.6, 2.5)),
