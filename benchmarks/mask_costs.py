@@ -80,11 +80,11 @@ def measured() -> Costs:
         return 1e12 * min(times[1:]) / weights
 
     def draw() -> None:
-        with masks.drawn("it"):
+        with masks.drawn(0):
             pass
 
-    def update(known: str | None) -> None:
-        masks.score_update_((1e-6,), draw=(0,), known=known)
+    def update(draw: int) -> None:
+        masks.score_update_((1e-6,), draw=(draw,))
 
     def masked() -> None:
         for layer in layers:
@@ -92,11 +92,11 @@ def measured() -> Costs:
 
     with torch.inference_mode():
         drawn = least(draw)
-        by_draw = least(masked), least(lambda: update(None))
+        by_draw = least(masked), least(lambda: update(1))
         with masks.drawn():
             weight = least(masked)
         # each update is of a new draw
-        updated = least(lambda: (draw(), update("it"))) - drawn
+        updated = least(lambda: (draw(), update(0))) - drawn
     return Costs(drawn, (by_draw[0], weight), (by_draw[0], weight), (drawn, 0.0), (by_draw[1], updated))
 
 

@@ -26,6 +26,8 @@ from .functional.checks import (
 )
 from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
+from .held_draw import HeldDraw
+from .logits_device import device_of_logits, page_locked
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
 
@@ -40,23 +42,6 @@ def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
         raise TypeError(f"gap: expected a float, got {type(gap).__name__}")
     if not 0 <= gap <= torch.finfo(dtype).max:
         raise ValueError(f"gap: expected a finite float of at least 0, got {gap} for logits in {dtype}")
-
-
-def device_of_logits(device: torch.device | str) -> torch.device:
-    """The device that ``logits_device`` names.
-
-    Raises:
-        TypeError, ValueError: it names none, or "meta", which holds nothing.
-    """
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"logits_device: expected a device or its name, got {describe(device)}")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"logits_device: expected the name of a device, got {device!r}") from error
-    if found.type == "meta":
-        raise ValueError("logits_device: expected a device that holds what is learnt, got meta")
-    return found
 
 
 def check_in_memory(argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None) -> None:
@@ -108,8 +93,8 @@ class MaskedLinear(nn.Module):
             ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
             at first: a gradient reaches them by ``log_prob`` alone. One that moves the logits itself has an attribute
             ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
-        held_codes: group codes [out, K / M] of the current draw, where all layers have made it together, see
-            ``ModelMasks``; None where each use draws by itself.
+        held: the current draw, where all layers have made it together, see ``ModelMasks``; None where each use draws by
+            itself.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
@@ -159,7 +144,7 @@ class MaskedLinear(nn.Module):
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
-        self.held_codes: Tensor | None = None
+        self.held: HeldDraw | None = None
         self.weight_changed = self.is_dense = False
 
     @classmethod
@@ -214,8 +199,7 @@ class MaskedLinear(nn.Module):
             raise ValueError(f'init: expected "magnitude" or group codes, got {init!r}; Wanda masks come from convert')
         logits = initial_logits(codes.to(device), pattern, gap, logits_dtype)
         if linear.weight.is_cuda and device.type == "cpu":
-            # page-locked, so that copies run beside computation
-            logits = logits.pin_memory()
+            logits = page_locked(logits)
         where = {"layer": layer, "group_offset": group_offset, "group_row_stride": group_row_stride}
         # a layer that stands for one stored transposed has a view of it
         weight = linear.weight.detach().contiguous()
@@ -262,7 +246,7 @@ class MaskedLinear(nn.Module):
 
     def _with_logits(self, function: Callable[[Tensor], Result], drawn: bool) -> Result:
         """``function(logits)``, differentiable, with logits on the weight's device, unless a draw of them is held."""
-        if self.logits.device == self.weight.device or (drawn and self.held_codes is not None):
+        if self.logits.device == self.weight.device or (drawn and self.held is not None):
             return function(self.logits)
         logits = self.logits_on_device()
         if not torch.is_grad_enabled():
@@ -305,13 +289,19 @@ class MaskedLinear(nn.Module):
         return self._weight_under(drawn=False)
 
     def _weight_under(self, drawn: bool) -> Tensor:
-        return ops.masked_weight(self.weight.contiguous(), self._mask(self.logits_on_device().detach(), drawn))
+        logits = self.logits if drawn and self.held is not None else self.logits_on_device()
+        return ops.masked_weight(self.weight.contiguous(), self._mask(logits.detach(), drawn))
 
-    def drawn_codes(self, logits: Tensor | None = None) -> Tensor:
-        """Group codes [out, K / M] of the draw at the current step, by a copy of the logits where one is at hand."""
-        if self.held_codes is not None:
-            return self.held_codes
-        mask = self._mask(self.logits_on_device().detach() if logits is None else logits, drawn=True)
+    @property
+    def held_codes(self) -> Tensor | None:
+        """Group codes [out, K / M] of the draw that is held; RuntimeError where it is no longer the current one."""
+        return None if self.held is None else self.held.codes_of(self.logits, self.counter_state)
+
+    def drawn_codes(self) -> Tensor:
+        """Group codes [out, K / M] of the draw at the current step."""
+        if (held := self.held_codes) is not None:
+            return held
+        mask = self._mask(self.logits_on_device().detach(), drawn=True)
         return ops.sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
 
     def log_prob(self) -> Tensor:

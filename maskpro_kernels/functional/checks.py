@@ -216,10 +216,10 @@ def counter_of(
     group_row_stride: int | None = None,
 ) -> Counter:
     """The checked counter of a draw from logits [rows, K], see ``CounterKeywords``."""
-    _check_scalar("seed", seed, -(1 << 63), 1 << 63)
-    _check_scalar("step", step, 0, philox.MAX_STEPS)
-    _check_scalar("layer", layer, 0, philox.MAX_LAYERS)
-    _check_scalar("draw", draw, 0, philox.MAX_DRAWS)
+    check_scalar("seed", seed, -(1 << 63), 1 << 63)
+    check_scalar("step", step, 0, philox.MAX_STEPS)
+    check_scalar("layer", layer, 0, philox.MAX_LAYERS)
+    check_scalar("draw", draw, 0, philox.MAX_DRAWS)
     stride = check_shard(matrix.shape, pattern, group_offset, group_row_stride)
     key = [on_device(value, torch.int64, matrix.device) for value in (seed, step, layer, draw)]
     return Counter(*key, group_offset, stride)
@@ -300,7 +300,7 @@ def check_step(step: Tensor) -> None:
     check_known("step", step, 0, philox.MAX_STEPS)
 
 
-def _check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
+def check_scalar(name: str, value: Scalar, low: int, high: int) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.dtype != torch.int64:
             raise TypeError(f"{name}: expected an int or a 0-dim int64 tensor, got {describe(value)}")
@@ -342,7 +342,7 @@ def coefs_and_draws(coef, draw, inverse_temperature: float) -> tuple[list, list[
             f"absolute values sum up to {total:g}"
         )
     for i in draws:
-        _check_scalar("draw", i, 0, philox.MAX_DRAWS)
+        check_scalar("draw", i, 0, philox.MAX_DRAWS)
     ids = [known_value(i) if isinstance(i, Tensor) else i for i in draws]
     if None not in ids and len(set(ids)) != len(ids):
         raise ValueError(f"draw: expected distinct ids, got {ids}")

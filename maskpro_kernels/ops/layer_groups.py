@@ -92,7 +92,9 @@ class LayerGroup:
     def table(self) -> Tensor:
         """As the kernels find the layers; on the device, and made once."""
         if self._table is None:
-            self._table = kernels("grouped").table_of(self)
+            # a later step may be one of autograd
+            with torch.inference_mode(False):
+                self._table = kernels("grouped").table_of(self)
         return self._table
 
     def flip_rate(self, i: int) -> float:

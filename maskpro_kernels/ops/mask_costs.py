@@ -62,7 +62,12 @@ def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
     kernels = uses_kernels(torch.empty(0, device=device))
     row = tiles.architecture(device) if kernels else "cpu"
     costs = COSTS[row]
-    of_product = costs.one_pass if kernels and 0 < uses.tokens <= tiles.ONE_PASS_TOKENS[row] else costs.weight
+    of_product = costs.weight
+    if kernels:
+        limits = tiles.DRAWN_TOKENS[row], tiles.ONE_PASS_TOKENS[row]
+        of_product = tuple(
+            (costs.one_pass if 0 < uses.tokens <= most else costs.weight)[way] for way, most in enumerate(limits)
+        )
     # by an N above, the score takes the noise of the draw
     of_update = costs.update if n <= reference.EXACT_SCORE_MAX_N else (0.0, 0.0)
     each = (uses.products, of_product), (uses.slopes, costs.slope), (uses.updates, of_update)

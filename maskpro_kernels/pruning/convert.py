@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..linear_form import in_linear_form
-from ..modules import CounterState, MaskedLinear, check_gap, device_of_logits
+from ..logits_device import device_of_logits
+from ..modules import CounterState, MaskedLinear, check_gap
 from ..pattern import NMPattern
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name

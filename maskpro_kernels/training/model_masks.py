@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import Scalar, coefs_and_draws, on_device, stacked
+from ..functional.checks import Scalar, check_scalar, coefs_and_draws, describe, known_value, on_device, stacked
 from ..functional.masks import score_update_, top_n_mask
+from ..held_draw import HeldDraw, version_of
 from ..modules import MaskedLinear, masked_layers
+from ..ops import sample_mask
 from ..ops.layer_groups import GroupedLayer, LayerGroup, draw_layers_, kind_of, update_layers_
 from ..ops.mask_costs import Uses, draws_once
+from ..ops.philox import MAX_DRAWS, MAX_STEPS
 from ..pattern import NMPattern
 from .offloaded_logits import OffloadedLogits, offloaded
 
@@ -31,84 +34,145 @@ class ReplayedLayer:
     group_row_stride: int | None = None
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """A draw whose codes groups of layers hold.
+
+    Attributes:
+        known: which groups hold codes.
+        keys: (seed, step, draw) of each group; of numbers that a device alone knows None.
+        versions: of the logits of each group.
+    """
+
+    known: set[int]
+    keys: list[tuple[int | None, ...]]
+    versions: list[list[int | None]]
+
+
 class ModelMasks:
     """The masks of all layers of a model: drawn by one launch, and updated by one.
 
     Layers that a kernel has to be compiled for apart take a launch each kind: those of other devices, patterns, dtypes
     of logits, and shards. On a CPU it is a call of machine code. Layers whose logits live on another device than their
-    weight come one after the other. All bits are those of each layer by itself.
+    weight, or are not contiguous, come one after the other. All bits are those of each layer by itself.
 
     Args:
         layers: a model with MaskedLinear layers, or these by name.
 
     Raises:
-        ValueError: if the model has none.
+        TypeError, ValueError: if these are no masked layers, or one has two names.
     """
 
     def __init__(self, layers: nn.Module | Mapping[str, MaskedLinear | ReplayedLayer]):
-        self.layers = masked_layers(layers) if isinstance(layers, nn.Module) else dict(layers)
+        self.layers = _checked(masked_layers(layers) if isinstance(layers, nn.Module) else layers)
         self._places: list[tuple] | None = None
         self._groups: list[tuple[list[str], LayerGroup]] = []
         self._alone: list[str] = []
-        # Of which draw groups hold the codes, which of them do, and whether layers take them now
-        self._drawn: object = None
-        self._known: set[int] = set()
         self._inside = False
+        self._last: _Draw | None = None
 
-    @contextmanager
-    def drawn(self, draw: object = None, uses: Uses | None = None) -> Iterator[None]:
-        """With all layers drawn at their current step; each forward and backward inside takes these masks.
+    def drawn(self, draw: int | None = None) -> AbstractContextManager[None]:
+        """A context with all layers drawn at their current step; each forward and backward inside takes these masks.
 
         The codes take a byte for each group, or 4 of more than 8 weights; their memory is kept for the next time.
-        Neither step, nor draw, nor logits may change inside, but that the logits of a layer may once its last backward
-        has come by, and those of all by ``score_update_``.
+        Inside, step, draw and logits stay as they are, but that the logits of a layer may change once its last backward
+        has come by, and those of all by ``score_update_``, behind which each layer draws by itself. A use of a mask
+        behind any other change raises RuntimeError.
 
         Args:
-            draw: by what a later ``score_update_`` knows these masks again.
-            uses: of each mask inside. Where they cost less by draws of their own, see ``ops.mask_costs``, each of them
-                draws the mask by itself. None: all masks are drawn here.
+            draw: id of the draw that the layers make inside. None: that which they make now.
+
+        Raises:
+            TypeError, ValueError: if ``draw`` is no id.
+            RuntimeError: inside of another such context of these layers.
         """
+        return self._drawing(draw, None)
+
+    def drawn_for(self, uses: Uses, draw: int | None = None) -> AbstractContextManager[None]:
+        """``drawn``, but where each use of a mask costs less by a draw of its own it draws by itself.
+
+        Args:
+            uses: of each mask inside, see ``ops.mask_costs``.
+        """
+        return self._drawing(draw, uses)
+
+    @contextmanager
+    def _drawing(self, draw: int | None, uses: Uses | None) -> Iterator[None]:
+        layers = self._masked_layers()
+        if draw is not None:
+            check_scalar("draw", draw, 0, MAX_DRAWS)
+        if self._inside or any(layer.held is not None for layer in layers):
+            raise RuntimeError("masks: expected layers that are in no `drawn` yet, got some that are")
+        states = {id(layer.counter_state): layer.counter_state for layer in layers}.values()
+        before = [state.draw.clone() for state in states] if draw is not None else []
         self._inside = True
         try:
+            if draw is not None:
+                for state in states:
+                    state.draw.fill_(draw)
             self._draw(uses)
-            self._drawn = draw
             yield
         finally:
-            self._release()
-
-    def _release(self) -> None:
-        if self._inside:
             self._inside = False
-            for layer in self.layers.values():
-                layer.held_codes = None
+            self._release_codes()
+            for state, own in zip(states, before, strict=bool(before)):
+                state.draw.copy_(own)
+
+    def _masked_layers(self) -> list[MaskedLinear]:
+        for name, layer in self.layers.items():
+            if not isinstance(layer, MaskedLinear):
+                raise TypeError(
+                    f"layers: expected MaskedLinear layers to draw, got {type(layer).__name__} for {name!r}"
+                )
+        return list(self.layers.values())
+
+    def _release_codes(self) -> None:
+        for layer in self.layers.values():
+            if isinstance(layer, MaskedLinear):
+                layer.held = None
 
     @torch.no_grad()
     def _draw(self, uses: Uses | None) -> None:
-        self._drawn, self._known = None, set()
+        self._last = None
+        known, counters = set(), []
         for i, (names, group) in enumerate(self._grouped()):
+            counter = self.layers[names[0]].counter()
+            counters.append(counter)
             if uses is not None and not draws_once(group.device, group.n, uses):
                 continue
-            counter = self.layers[names[0]].counter()
             draw_layers_(group, 1.0, counter.seed, counter.step, counter.draw)
-            self._known.add(i)
+            known.add(i)
             for name, codes in zip(names, group.codes, strict=True):
-                self.layers[name].held_codes = codes
-        # each use would copy the logits, which takes longer than all else
+                self._hold(name, codes)
+        # each use would copy the logits, or make them contiguous
         alone = [self.layers[name] for name in self._alone]
         with OffloadedLogits(alone) as copies:
-            for layer in alone:
+            for name, layer in zip(self._alone, alone, strict=True):
                 with copies.reading(layer) as logits:
-                    layer.held_codes = layer.drawn_codes(logits)
+                    n, m = layer.pattern.n, layer.pattern.m
+                    self._hold(name, sample_mask(logits.contiguous(), n, m, 1.0, layer.counter()))
+        keys = [_known_key(counter.seed, counter.step, counter.draw) for counter in counters]
+        self._last = _Draw(known, keys, [_versions_of(group) for _, group in self._groups])
+
+    def _hold(self, name: str, codes: Tensor) -> None:
+        layer = self.layers[name]
+        layer.held = HeldDraw(codes, layer.logits, layer.counter_state)
 
     @torch.no_grad()
     def flip_rate(self, name: str) -> float:
-        """Share of the groups of a layer whose draw leaves the top-N mask."""
+        """Share of the groups of a layer whose draw leaves the top-N mask.
+
+        Raises:
+            ValueError: if no layer has that name.
+        """
+        if name not in self.layers:
+            raise ValueError(f"name: expected that of a layer, got {describe(name)}")
         layer = self.layers[name]
         for i, (names, group) in enumerate(self._grouped()):
             if name not in names:
                 continue
             at = names.index(name)
-            if self._inside and i in self._known:
+            if self._inside and layer.held is not None and i in self._last.known:
                 return group.flip_rate(at)
             # the kernel that draws counts them
             alone, counter = LayerGroup([group.layers[at]], group.n, group.m), layer.counter()
@@ -124,46 +188,72 @@ class ModelMasks:
         draw: Scalar | Sequence[Scalar] | None = None,
         seed: Scalar | None = None,
         step: Scalar | None = None,
-        known: object = None,
     ) -> None:
         """The logits of all layers -= sum of coef * score, in place: ``score_update_`` of each.
+
+        Of the draw of the last ``drawn``, with the logits as they were, masks are not drawn again.
 
         Args:
             coef: as for ``score_update_``. A 0-dim tensor on the device is read there, by a captured CUDA graph at each
                 replay.
             draw: as for ``score_update_``; default: that which the layers make now.
             seed, step: of the draws; default: those at which the layers draw now.
-            known: the ``draw`` of ``drawn`` whose masks these are, so that they need not be drawn again. Inside of
-                ``drawn`` it is known of the current draw.
 
         Raises:
-            TypeError, ValueError: ``coef`` or ``draw`` are not as above; the logits are then untouched.
+            TypeError, ValueError: an argument is not as above; the logits are then untouched.
         """
-        given = draw, seed, step
         coefs, draws = coefs_and_draws(coef, 0 if draw is None else draw, 1.0)
-        current = self._inside and all(x is None for x in given)
-        by_codes = current or (known is not None and known == self._drawn)
+        given = {"seed": (seed, -(1 << 63), 1 << 63), "step": (step, 0, MAX_STEPS)}
+        for name, (value, low, high) in given.items():
+            if value is not None:
+                check_scalar(name, value, low, high)
+        if None in (seed, step) or draw is None:
+            # these have counters
+            self._masked_layers()
         with torch.no_grad():
-            for i, (names, group) in enumerate(self._grouped()):
-                counter = self._counter(names[0], seed, step, draw)
-                ids = [counter[2]] if draw is None else draws
-                scalars = [on_device(x, torch.int64, group.device) for x in counter[:2]]
-                factors, ids = stacked(coefs, torch.float32, group.device), stacked(ids, torch.int64, group.device)
-                update_layers_(group, factors, 1.0, *scalars, ids, by_codes and i in self._known)
-        with OffloadedLogits([self.layers[name] for name in self._alone]) as copies:
-            for name in self._alone:
-                self._update_alone(name, copies, coef, *self._counter(name, seed, step, draw))
-        # of other logits from here on
-        self._drawn = None
-        self._release()
+            updates = [
+                self._update_of(i, coefs, None if draw is None else draws, seed, step)
+                for i in range(len(self._grouped()))
+            ]
+            # what breaks off leaves no codes of other logits behind
+            self._last = None
+            self._release_codes()
+            for update in updates:
+                update_layers_(*update)
+            with OffloadedLogits([self.layers[name] for name in self._alone]) as copies:
+                for name in self._alone:
+                    self._update_alone(name, copies, coef, *self._counter(name, seed, step, draw))
 
-    def _counter(self, name: str, seed, step, draw) -> tuple:
+    def _update_of(self, i: int, coefs: list, draws: list | None, seed: Scalar | None, step: Scalar | None) -> tuple:
+        """Arguments of ``update_layers_`` for a group."""
+        names, group = self._groups[i]
+        key = self._counter(names[0], seed, step, draws)
+        ids = [key[2]] if draws is None else draws
+        if self._inside and seed is step is draws is None:
+            # refuses codes that are not of this draw
+            by_codes = all(self.layers[name].held_codes is not None for name in names)
+        else:
+            by_codes = self._holds(i, *key[:2], ids)
+        scalars = [on_device(x, torch.int64, group.device) for x in key[:2]]
+        factors, ids = stacked(coefs, torch.float32, group.device), stacked(ids, torch.int64, group.device)
+        return group, factors, 1.0, *scalars, ids, by_codes
+
+    def _counter(self, name: str, seed: Scalar | None, step: Scalar | None, draw) -> tuple:
         """(seed, step, draw), by the layer where they are not given."""
-        if None not in (seed, step) and draw is not None:
-            return seed, step, draw
+        given = seed, step, draw
+        if all(value is not None for value in given):
+            return given
         counter = self.layers[name].counter()
         own = counter.seed, counter.step, counter.draw
-        return tuple(mine if given is None else given for given, mine in zip((seed, step, draw), own, strict=True))
+        return tuple(mine if value is None else value for value, mine in zip(given, own, strict=True))
+
+    def _holds(self, i: int, seed: Scalar, step: Scalar, ids: list) -> bool:
+        """Whether a group has the codes of this draw, of its logits as they are."""
+        last = self._last
+        if last is None or i not in last.known or len(ids) != 1:
+            return False
+        known = [*_known_key(seed, step, ids[0]), *_versions_of(self._groups[i][1])]
+        return None not in known and known == [*last.keys[i], *last.versions[i]]
 
     def _update_alone(self, name: str, copies: OffloadedLogits, coef, seed: Scalar, step: Scalar, draw) -> None:
         layer = self.layers[name]
@@ -178,7 +268,7 @@ class ModelMasks:
         if places == self._places:
             return self._groups
         # no codes are there of new groups
-        self._drawn, self._known = None, set()
+        self._last = None
         kinds: dict[tuple, list[tuple[str, GroupedLayer]]] = {}
         self._alone = []
         for name, layer in self.layers.items():
@@ -201,10 +291,34 @@ def _place_of(layer: MaskedLinear | ReplayedLayer) -> tuple:
     """What a group's table is made from."""
     logits, weight = layer.logits, getattr(layer, "weight", None)
     where = layer.layer, layer.group_offset, layer.group_row_stride, id(getattr(layer, "counter_state", None))
-    address = logits.data_ptr() if type(logits) in PLAIN else id(logits)
-    return address, logits.shape, logits.stride(), logits.dtype, logits.device, getattr(weight, "device", None), where
+    address = logits.data_ptr() if type(logits) in PLAIN else 0
+    kind = logits.shape, logits.stride(), logits.dtype, logits.device, getattr(weight, "device", None)
+    return id(logits), address, *kind, *where
 
 
 def _can_be_grouped(layer: MaskedLinear | ReplayedLayer) -> bool:
     logits = layer.logits
     return type(logits) in PLAIN and not logits.is_meta and logits.is_contiguous() and not offloaded(layer)
+
+
+def _known_key(*key: Scalar) -> tuple[int | None, ...]:
+    return tuple(known_value(value) if isinstance(value, Tensor) else value for value in key)
+
+
+def _versions_of(group: LayerGroup) -> list[int | None]:
+    return [version_of(layer.logits) for layer in group.layers]
+
+
+def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, MaskedLinear | ReplayedLayer]:
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers: expected a model, or MaskedLinear layers by name, got {describe(layers)}")
+    if not layers:
+        raise ValueError("layers: expected at least one MaskedLinear, got none")
+    names: dict[int, str] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, MaskedLinear | ReplayedLayer):
+            raise TypeError(f"layers: expected MaskedLinear layers, got {type(layer).__name__} for {name!r}")
+        first = names.setdefault(id(layer.logits), name)
+        if first != name:
+            raise ValueError(f"layers: expected logits under one name each, got the same for {first!r} and {name!r}")
+    return dict(layers)

@@ -6,7 +6,7 @@ import collections
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -36,23 +36,26 @@ class OffloadedLogits:
     Use it as a context. Behind it all logits have been written, and nothing else may move them inside.
 
     Args:
-        order: in which the layers are expected. One that comes at another time gets its copy then.
+        order: in which the layers are expected. Where another one comes, its copy starts then, and that of the one
+            behind it in this order.
     """
 
     def __init__(self, order: Sequence[MaskedLinear]):
-        self._ahead = collections.deque(layer for layer in order if offloaded(layer))
-        self._coming: dict[MaskedLinear, Fetched] = {}
+        self._order = [layer for layer in order if offloaded(layer)]
+        # Where the next one stands in it
+        self._next = 0
+        self._coming: tuple[MaskedLinear, Fetched] | None = None
         self._ends: collections.deque[Wait] = collections.deque()
         self._written: set[MaskedLinear] = set()
         # autograd has a thread for each device
         self._lock = threading.Lock()
 
     def __enter__(self) -> OffloadedLogits:
+        self._fetch_next()
         return self
 
     def __exit__(self, *_) -> None:
-        self._coming.clear()
-        self._ahead.clear()
+        self._coming, self._order = None, []
         self._wait(0)
 
     @contextmanager
@@ -85,16 +88,21 @@ class OffloadedLogits:
                 self._ends.append(transfers.used(logits))
 
     def _taken(self, layer: MaskedLinear) -> Tensor:
-        with suppress(ValueError):
-            self._ahead.remove(layer)
-        coming = self._coming.pop(layer, None) or self._fetched(layer)
+        awaited, coming = self._coming or (None, None)
+        if awaited is not layer:
+            # what was awaited may never come, as an expert that no token takes
+            coming = self._fetched(layer)
+            if layer in self._order:
+                self._next = self._order.index(layer) + 1
+        self._coming = None
         coming.ready()
         return coming.logits
 
     def _fetch_next(self) -> None:
-        if self._ahead and not self._coming:
-            layer = self._ahead.popleft()
-            self._coming[layer] = self._fetched(layer)
+        if self._next < len(self._order):
+            layer = self._order[self._next]
+            self._coming = layer, self._fetched(layer)
+            self._next += 1
 
     def _fetched(self, layer: MaskedLinear) -> Fetched:
         # the host runs ahead of the device: without this wait it would allocate the copies of all layers

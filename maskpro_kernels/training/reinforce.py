@@ -133,7 +133,7 @@ class Reinforce(Estimator):
         except BaseException:
             self.load_state(before)
             raise
-        replay(step.masks, step.seed, entry, step.draw_id(0))
+        replay(step.masks, step.seed, entry)
         return self._result(entry, advantages)
 
     def recall(self, entry: Entry) -> StepResult:

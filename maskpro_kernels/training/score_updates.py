@@ -9,14 +9,10 @@ from .model_masks import ModelMasks
 
 
 @torch.inference_mode()
-def replay(masks: ModelMasks, seed: int, entry: Entry, known: object = None) -> None:
-    """Move the logits by the update of a step; they are as they were then.
-
-    Args:
-        known: as for ``ModelMasks.score_update_``.
-    """
+def replay(masks: ModelMasks, seed: int, entry: Entry) -> None:
+    """Move the logits by the update of a step; they are as they were then."""
     if entry.skipped:
         return
     # together: all scores are those of the logits before the step, and they are rounded once
     ids, _, coefs = zip(*entry.draws, strict=True)
-    masks.score_update_(coefs, draw=ids, seed=seed, step=entry.step, known=known)
+    masks.score_update_(coefs, draw=ids, seed=seed, step=entry.step)

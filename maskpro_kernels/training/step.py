@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import describe
-from ..modules import MaskedLinear, counter_states, evaluating
+from ..modules import MaskedLinear, evaluating
 from ..ops.mask_costs import Uses
 from .batches import count_tokens, weights_of
 from .journal import Entry
@@ -123,24 +123,13 @@ class Step:
         The backward of a loss has to come within it as well, see ``Step``. Masks may be drawn once for all that is in
         it, so no logits move here but by that backward, behind which their layer is not used again.
         """
-        states = counter_states(self.model)
         with modes_of_step(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):
-            try:
-                if draw:
-                    # that of the first one, ahead of the others
-                    _ = self.flip_rate
-                for state in states:
-                    state.draw.fill_(draw)
-                with self.masks.drawn(self.draw_id(draw), self._uses(draw)):
-                    _ = self.flip_rate
-                    yield
-            finally:
-                for state in states:
-                    state.draw.fill_(0)
-
-    def draw_id(self, draw: int) -> tuple[int, int]:
-        """By what ``masks`` know a draw of this step."""
-        return self.index, draw
+            if draw:
+                # that of the first one, ahead of the others
+                _ = self.flip_rate
+            with self.masks.drawn_for(self._uses(draw), draw):
+                _ = self.flip_rate
+                yield
 
     def _uses(self, draw: int) -> Uses:
         """What takes the masks of a draw on this rank."""

@@ -301,7 +301,8 @@ class BackwardPass:
             # other ranks may wait for it, though backward has not come to it on this one
             self.turns.popleft().finish()
         held = self.ranks.gather([updater.slopes is not None for updater in self.updaters.values()])
-        for updater, *on_ranks in zip(self.updaters.values(), *held, strict=True):
+        # the last ones first, as backward comes by them, and as their logits are copied ahead
+        for updater, *on_ranks in reversed(list(zip(self.updaters.values(), *held, strict=True))):
             if any(on_ranks):
                 updater.finish()
 
@@ -391,7 +392,9 @@ class LayerUpdater:
             # the parameter itself: what autograd has kept may be a copy
             with self.backward_pass.offloaded.moving(self.layer) as logits:
                 own = mask._replace(tensor=logits)
-                self._descend(logits, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more))
+                self._descend(
+                    logits, mask.codes, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more)
+                )
             return
         slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask, *more)
         # of the slope, not of the loss: the curvature would take its square
@@ -416,17 +419,19 @@ class LayerUpdater:
                 self.backward_pass.ranks.sum_(total)
         m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
         with self.backward_pass.offloaded.moving(self.layer) as logits:
-            self._descend(logits, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
+            held = self.layer.held_codes
+            self._descend(logits, held, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
         self.slopes = None
 
     def end(self) -> None:
         """Free what a step has left, also one that broke off."""
         self.latest = self.slopes = self.weight_grad = self.backward_pass = self.fisher = None
 
-    def _descend(self, logits: Tensor, descend: Callable[[Tensor], Tensor]) -> None:
-        # ahead of the logits, by which the mask of the step is drawn
-        of = self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter()
-        codes = None if self.learner is None else ops.sample_mask(logits, *of)
+    def _descend(self, logits: Tensor, codes: Tensor | None, descend: Callable[[Tensor], Tensor]) -> None:
+        if self.learner is not None and codes is None:
+            # ahead of the logits, by which the mask of the step is drawn
+            of = self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter()
+            codes = ops.sample_mask(logits, *of)
         self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
         if self.learner is not None:
             # behind the slope, which is taken at the weights of the forward

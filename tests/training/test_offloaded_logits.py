@@ -26,7 +26,11 @@ class LateTransfers(Transfers):
         super().__init__(torch.device("cpu"))
         self.incoming, self.outgoing = collections.deque(), collections.deque()
         self.copies, self.most = weakref.WeakSet(), 0
-        self.told = []
+        self.told, self.numbers = [], {}
+
+    def tell(self, what, logits):
+        """With the layer's number, in the order in which they came."""
+        self.told.append((what, self.numbers.setdefault(logits.data_ptr(), len(self.numbers))))
 
     @staticmethod
     def until(queue, action):
@@ -37,7 +41,7 @@ class LateTransfers(Transfers):
         logits = torch.full_like(source, torch.nan)
         self.copies.add(logits)
         self.most = max(self.most, len(self.copies))
-        self.told.append("fetch")
+        self.tell("fetch", source)
 
         def copy():
             logits.copy_(source)
@@ -47,10 +51,11 @@ class LateTransfers(Transfers):
 
     def used(self, logits):
         self.told.append("used")
-        return lambda: None
+        # what is read later than its end is told
+        return lambda: logits.fill_(torch.nan)
 
     def put_back(self, logits, target):
-        self.told.append("put back")
+        self.tell("put back", target)
 
         def copy():
             target.copy_(logits)
@@ -85,7 +90,8 @@ def test_the_next_copy_is_on_its_way_while_a_layer_computes(late):
         for i, layer in enumerate(layers):
             with copies.moving(layer) as logits:
                 logits += i
-    assert late.told == ["fetch", *["fetch", "put back"] * 4, "put back"]
+    ahead = [told for i in range(1, 5) for told in (("fetch", i), ("put back", i - 1))]
+    assert late.told == [("fetch", 0), *ahead, ("put back", 4)]
     assert_same_bits([layer.logits.detach() for layer in layers], expected)
 
 
@@ -96,7 +102,8 @@ def test_copies_that_are_read_are_not_written_back(late):
         for layer, own in zip(layers, expected, strict=True):
             with copies.reading(layer) as logits:
                 assert_same_bits(logits, own)
-    assert late.told == ["fetch", *["fetch", "used"] * 3, "used"]
+    ahead = [told for i in range(1, 4) for told in (("fetch", i), "used")]
+    assert late.told == [("fetch", 0), *ahead, "used"]
     assert late.most == 3
 
 
@@ -109,6 +116,23 @@ def test_layers_may_come_in_another_order_and_again(late, order):
             with copies.moving(layers[i]) as logits:
                 logits += 1
     assert_same_bits([layer.logits.detach() for layer in layers], expected)
+
+
+def test_layers_that_do_not_come_stop_nothing(late):
+    """As experts that no token takes."""
+    layers = some_layers(7)
+    with OffloadedLogits(layers) as copies:
+        for i in (0, 1, 3, 4, 6):
+            with copies.moving(layers[i]):
+                pass
+    fetched = [number for what, number in late.told if what == "fetch"]
+    # 2 and 5 are awaited in vain
+    assert [late.numbers[layer.logits.data_ptr()] for layer in layers] == fetched[:7]
+    assert len(fetched) == 7
+    at = {told: i for i, told in enumerate(late.told)}
+    for before, behind in ((0, 1), (3, 4)):
+        one, other = (late.numbers[layers[i].logits.data_ptr()] for i in (before, behind))
+        assert at["fetch", other] < at["put back", one]
 
 
 def test_an_error_loses_no_layer_that_has_moved(late):
@@ -144,7 +168,10 @@ def test_a_trainer_learns_the_same(how, accumulate, request):
     late = request.getfixturevalue("late")
     trainer = a_trainer(estimator=ESTIMATORS[how](), accumulate=accumulate)
     trainer.run(4, progress=False)
-    assert "put back" in late.told
+    # of both layers, that of the second one comes while the first computes
+    kinds = [told if isinstance(told, str) else told[0] for told in late.told]
+    walks = {tuple(kinds[i : i + 4]) for i in range(0, len(kinds), 4)}
+    assert walks == {("fetch", "fetch", "used", "used"), ("fetch", "fetch", "put back", "put back")}
     assert_same_bits(logits_of(trainer.model), logits_of(plain.model))
 
 
