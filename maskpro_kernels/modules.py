@@ -25,9 +25,9 @@ from .functional.checks import (
     matrix_of,
 )
 from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
+from .functional.logits_device import device_of_logits, page_locked
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .held_draw import HeldDraw
-from .logits_device import device_of_logits, page_locked
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
 

@@ -107,6 +107,7 @@ class Expected:
 
     Attributes:
         determined: where no weight that is not among the N largest can be drawn. What is said of other groups is void.
+        ordered: where the logits have an order, and the N largest lie no further apart than a float32 holds.
         kept: whether a weight is among the N largest.
     """
 
@@ -116,6 +117,7 @@ class Expected:
         numbers = functools.reduce(operator.and_, [x == x for x in xs])
         # rounded subtraction and multiplication keep the order
         self.smallest_kept, largest_dropped = self._scaled(self.descending[n - 1 : n + 1])
+        self.ordered = numbers & (self.smallest_kept > -torch.inf)
         apart = largest_dropped + spread(levels) < self.smallest_kept * ROUNDING
         self.determined = numbers & (levels != 0) & apart
         self.kept = [x >= self.descending[n - 1] for x in xs]

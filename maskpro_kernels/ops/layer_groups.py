@@ -163,7 +163,9 @@ def _update_compiled_(group: LayerGroup, coef, inv_temperature, seed, step, draw
     if not cpu_layers.updates(group, len(coef)):
         return False
     if not by_codes:
-        # no loop of machine code for draws and updates at once: what is drawn takes less time than what is computed
+        # no loop of machine code for draws and updates at once: what is drawn takes less time than what is computed.
+        # Codes of its own, for a while: those of the group are another draw's
+        group = LayerGroup(group.layers, group.n, group.m)
         draw_layers_(group, inv_temperature, seed, step, draws)
     return cpu_layers.update_layers_(group, coef, scalar(inv_temperature, seed), seed, step, draws)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
-from ..logits_device import device_of_logits
 from ..modules import CounterState, MaskedLinear, check_gap
 from ..pattern import NMPattern
 from .bypassed import first_call

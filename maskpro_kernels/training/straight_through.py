@@ -433,6 +433,8 @@ class LayerUpdater:
             of = self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter()
             codes = ops.sample_mask(logits, *of)
         self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
+        # a draw of the logits as they were
+        self.layer.held = None
         if self.learner is not None:
             # behind the slope, which is taken at the weights of the forward
             self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)

@@ -54,6 +54,33 @@ def test_bits_are_those_of_each_layer(on, pattern, dtype, shard, monkeypatch, la
     assert len(large) == 3 and not any(torch.equal(*pair) for pair in large)
 
 
+FAR = [0.0, -0.0, 1.0, -1.0, 1e-40, 1e30, -1e30, 2.5e38, -1e38, -3e38]
+
+
+# kernels promise nothing of logits that are not finite
+@pytest.mark.parametrize(("on", "odd"), [*((route, False) for route in ROUTES), ("compiled", True), ("eager", True)])
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (3, 4), (4, 8)], ids=str)
+def test_logits_that_lie_far_apart_move_as_in_each_layer(pattern, on, odd, monkeypatch):
+    take_route(monkeypatch, on)
+    of, generator = ManyLayers(*pattern, sizes=[(64, 16), (8, 64)]), torch.Generator().manual_seed(0)
+    values = torch.tensor(FAR + [torch.inf, -torch.inf, torch.nan] * odd)
+    for layer in of.layers:
+        layer.logits.copy_(values[torch.randint(len(values), layer.logits.shape, generator=generator)])
+    expected = of.updated_alone()
+    assert_same_bits(of.drawn(), of.drawn_alone())
+    for by_codes in (False, True):
+        assert_same_bits(of.updated(by_codes=by_codes), expected, m=pattern[1])
+
+
+def test_an_update_of_another_draw_leaves_codes_that_are_held(route):
+    of = ManyLayers(2, 4)
+    group = of.group()
+    draw_layers_(group, 1.0, *numbers(), torch.tensor(1))
+    held = [codes.clone() for codes in group.codes]
+    update_layers_(group, torch.tensor([0.5]), 1.0, *numbers(), torch.tensor([2]))
+    assert_same_bits(group.codes, held)
+
+
 def test_a_program_takes_several_blocks_of_its_layer(monkeypatch, launched):
     """As on a GPU, where layers are of many more blocks than there are programs."""
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)

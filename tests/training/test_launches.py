@@ -82,6 +82,17 @@ def test_a_straight_through_step_makes_three_a_layer(launched):
     assert sum(found.values()) == 3 * LAYERS
 
 
+def test_straight_through_steps_of_two_batches_move_each_layer_once(launched):
+    found = steps_of(a_model(), mk.StraightThrough(), launched, accumulate=2)
+    products = {"masked_linear": 2 * LAYERS, "masked_linear_input_grad": 2 * (LAYERS - 1)}
+    assert found == products | {"straight_through": 2 * LAYERS, "descend": LAYERS, "sample_masks": 1}
+
+
+def test_weights_that_learn_take_the_masks_of_the_step(launched):
+    found = steps_of(a_model(), mk.StraightThrough(train_weights=1e-3), launched)
+    assert found["sample_masks"] == 1 and "sample_mask" not in found
+
+
 def test_each_kind_of_layer_takes_a_launch(launched):
     found = steps_of(a_model(patterns=("2:4", "1:4", "4:8")), mk.Reinforce(), launched)
     assert found == {"masked_linear": LAYERS, "sample_masks": 1, "score_update_of_layers": 3}

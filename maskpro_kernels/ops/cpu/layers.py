@@ -82,7 +82,7 @@ def _expected_update(logits, codes, level, coef, inv_temperature, *, n):
     expected = bounds.Expected(xs, level, inv_temperature, n)
     # of a tie more than N are kept
     distinct = expected.descending[n] < expected.descending[n - 1]
-    same = distinct & (reference.encode(expected.kept, codes.dtype) == codes)
+    same = expected.ordered & distinct & (reference.encode(expected.kept, codes.dtype) == codes)
     scale = coef[0] * inv_temperature
     new = [torch.where(same, x - s * scale, x) for x, s in zip(xs, expected.score(), strict=True)]
     return reference.uncolumns(new), torch.where(same, 0, 1).to(torch.uint8)

@@ -393,11 +393,11 @@ def _vector(x, values, bitmask, scales, bias, n, m):
     words, units, constants = kernel_arguments(values, bitmask, k, n, m, x.dtype, target)
     # words of two activations start at whole ones
     if x.data_ptr() % 4 or x.storage_offset() % 2:
-        x = x.clone()
+        x = x.flatten().clone()
     out = torch.empty(1, rows, dtype=result_dtype(x.dtype), device=x.device)
     config = rows_for("packed_vector", rows, k // chunk_length(n, m), target)
     launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
-                x.view(torch.int32), *words, scales, bias, out, rows, units, **constants)  # fmt: skip
+                x.flatten().view(torch.int32), *words, scales, bias, out, rows, units, **constants)  # fmt: skip
     return out.to(x.dtype)
 
 

@@ -316,7 +316,9 @@ def scores_in_short(target: str) -> bool:
 def configuration(kernel: str, m: int, groups: int, target: str) -> Configuration:
     """The configuration of a kernel for groups of ``m``, by the table's row ``target``."""
     if INTERPRETED:
-        return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)), steps=2)
+        # as many steps as there are programs with several
+        steps = min(CONFIGURATIONS[kernel, target, m].steps, 2)
+        return Configuration(block=min(INTERPRETER_BLOCK, power_above(groups)), steps=steps)
     return CONFIGURATIONS[kernel, target, m]
 
 

@@ -108,7 +108,7 @@ def test_draw_and_update_compile_for_every_target(child, n, m, logits):
     cases(
         [
             (n, m, logits)
-            for n, m in ((1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (16, 32))
+            for n, m in ((1, 2), (1, 4), (2, 4), (4, 8), (4, 16), (8, 16), (4, 32), (16, 32))
             for logits in ("fp32", "bf16", "fp16")
         ],
         slow=lambda n, m, logits: (n, m, logits) != (2, 4, "fp32"),

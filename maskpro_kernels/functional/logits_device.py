@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .functional.checks import describe
+from .checks import describe
 
 
 def device_of_logits(device: torch.device | str) -> torch.device:
