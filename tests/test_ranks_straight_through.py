@@ -109,7 +109,7 @@ def assert_that_of_one_process(results: list, **steps) -> None:
         # else when backward has ended: always, or in the one step of the four whose batches differ
         (2, 4, None, 2, 2),
         slow(2, 4, Auxiliary, 3, 3),
-        (2, 2, TwoWays, 3, 2.25),
+        (2, 2, TwoWays, 2, 2.25),
         (2, 2, Auxiliary, 3, 3),
     ],
 )

@@ -231,8 +231,8 @@ def test_layers_ask_for_no_log_probability(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "tokens", "kernel"),
     [
-        ("drawn", 64, "masked_linear"),
-        ("drawn", 65, "masked_weight"),
+        ("drawn", 128, "masked_linear"),
+        ("drawn", 129, "masked_weight"),
         ("codes", 128, "masked_linear"),
         ("codes", 129, "masked_weight"),
     ],
