@@ -113,7 +113,7 @@ def build(
             "swap": code,
             "table": "*i64",
             "flips": "*i32",
-            "programs": "i32",
+            "owners": "*i32",
         }
     )
     config = configuration(kernel, m, 0, target)

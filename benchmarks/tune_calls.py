@@ -222,10 +222,9 @@ def sample_masks(of: Matrix) -> Iterator[Case]:
     group = layers_of(of, of.logits)
 
     def draw() -> Tensor:
-        # as many as a launch has programs
-        group.flips = None
         seed, step, _, draw = of.counter.key
-        return grouped.draw_layers_(group, INVERSE_TEMPERATURE, seed, step, draw).sum(1)
+        flips = grouped.draw_layers_(group, INVERSE_TEMPERATURE, seed, step, draw)
+        return torch.stack([of_layer.sum() for of_layer in flips])
 
     def check() -> Results:
         flips = draw()

@@ -60,8 +60,9 @@ class LayerGroup:
         aligned: whether all logits begin at a multiple of 16 bytes.
         largest: groups of the largest layer.
         codes: group codes [rows, K / M] of each layer, once ``draw_layers_`` has drawn them; else None.
-        flips: int32 [layers, parts], how many groups in parts of each layer left the N largest logits in that draw;
-            None where no kernel has counted them.
+        flips: of each layer int32, how many groups in parts of it left the N largest logits in that draw; None where no
+            kernel has counted them.
+        spreads: how launches spread over the layers, by their configuration.
     """
 
     def __init__(self, layers: Sequence[GroupedLayer], n: int, m: int):
@@ -70,7 +71,8 @@ class LayerGroup:
         self.counts = [layer.logits.numel() // m for layer in layers]
         self.largest = max(self.counts)
         self.codes: list[Tensor] | None = None
-        self.flips: Tensor | None = None
+        self.flips: Sequence[Tensor] | None = None
+        self.spreads: dict = {}
         self._table: Tensor | None = None
 
     def allocate_codes(self) -> None:

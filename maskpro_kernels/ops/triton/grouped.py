@@ -1,8 +1,12 @@
 """Draw and score update of many layers by one launch: their tensors are found in a table on the device.
 
 A row of the table, int64, is a layer: addresses of logits and codes, groups, groups in a row, offset and row stride of
-their index in the whole layer, and the layer's id. Each layer has as many programs, which share out its groups.
+their index in the whole layer, and the layer's id. A layer has programs by its size. A list beside the table tells for
+each few programs in turn whose they are.
 """
+
+import itertools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,12 +22,15 @@ from .sampling import (
     store_less,
     summed_terms,
 )
-from .tiles import architecture, scores_in_short
+from .tiles import INTERPRETED, architecture, configuration, scores_in_short
 
-FIELDS = tl.constexpr(8)
+FIELDS = tl.constexpr(7)
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Vectors of 16 bytes are loaded where all addresses are multiples of it, as Triton finds by itself for an argument
 ALIGNED = 16
+# Programs that an entry of the list stands for, of one layer; the last ones of a layer may find no group. In the
+# interpreter each program takes time
+SHARE = tl.constexpr(1 if INTERPRETED else 64)
 
 
 @triton.jit
@@ -34,11 +41,14 @@ def pointer(row, FIELD: tl.constexpr, element: tl.constexpr, BYTES: tl.constexpr
 
 
 @triton.jit
-def layer_of(table, programs, BLOCK: tl.constexpr):
+def layer_of(table, owners, BLOCK: tl.constexpr):
     """(Row of this program's layer, its first group, how far the next ones that it takes lie apart)."""
     program = tl.program_id(0)
-    row = table + (program // programs).to(tl.int64) * FIELDS
-    return row, (program % programs).to(tl.int64) * BLOCK, programs.to(tl.int64) * BLOCK
+    # of the layer: its row, the first of its entries, and how many there are
+    owner = owners + program // SHARE * 3
+    row, first, entries = tl.load(owner), tl.load(owner + 1), tl.load(owner + 2)
+    own = (program - first * SHARE).to(tl.int64)
+    return table + row.to(tl.int64) * FIELDS, own * BLOCK, entries.to(tl.int64) * SHARE * BLOCK
 
 
 @triton.jit
@@ -60,15 +70,15 @@ def score_of_code(x, code, inv_temperature, SHORT: tl.constexpr, N: tl.constexpr
     return scores
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit
 def sample_masks_kernel(
     table,
+    owners,
     flips,
     inv_temperature,
     seed,
     step,
     draw,
-    programs,
     ELEMENT: tl.constexpr,
     CODE: tl.constexpr,
     BYTES: tl.constexpr,
@@ -77,7 +87,7 @@ def sample_masks_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row, start, apart = layer_of(table, programs, BLOCK)
+    row, start, apart = layer_of(table, owners, BLOCK)
     logits, codes = pointer(row, 0, ELEMENT, BYTES), pointer(row, 1, CODE, BYTES)
     total, columns = tl.load(row + 2), tl.load(row + 3)
     offset, row_stride = tl.load(row + 4), tl.load(row + 5)
@@ -92,15 +102,15 @@ def sample_masks_kernel(
     tl.store(flips + tl.program_id(0), tl.sum(flipped, 0))
 
 
-@triton.jit(do_not_specialize=["programs", "count"])
+@triton.jit(do_not_specialize=["count"])
 def score_update_layers_kernel(
     table,
+    owners,
     coef,
     inv_temperature,
     seed,
     step,
     draws,
-    programs,
     count: tl.int64,
     ELEMENT: tl.constexpr,
     CODE: tl.constexpr,
@@ -113,7 +123,7 @@ def score_update_layers_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row, start, apart = layer_of(table, programs, BLOCK)
+    row, start, apart = layer_of(table, owners, BLOCK)
     logits = pointer(row, 0, ELEMENT, BYTES)
     total, columns = tl.load(row + 2), tl.load(row + 3)
     offset, row_stride, layer = tl.load(row + 4), tl.load(row + 5), row + 6
@@ -141,19 +151,45 @@ def table_of(group):
     for i, (logits, layer, offset, row_stride) in enumerate(group.layers):
         codes = 0 if group.codes is None else group.codes[i].data_ptr()
         groups, columns = logits.numel() // group.m, logits.shape[1] // group.m
-        rows.append((logits.data_ptr(), codes, groups, columns, offset, row_stride, layer, 0))
+        rows.append((logits.data_ptr(), codes, groups, columns, offset, row_stride, layer))
     return torch.tensor(rows, dtype=torch.int64, device=group.device)
 
 
+class Spread(NamedTuple):
+    """The programs of one launch over layers.
+
+    Attributes:
+        owners: int32 [entries, 3]: for each ``SHARE`` programs the layer's row, its first entry, and how many it has.
+        flips: int32 by layer, one for each program; views of one memory.
+        memory: of these.
+    """
+
+    owners: torch.Tensor
+    flips: tuple[torch.Tensor, ...]
+    memory: torch.Tensor
+
+
+def spread_of(group, name):
+    """How a launch of that name spreads over a ``LayerGroup``; made once, for a captured graph reads it again."""
+    config = configuration(name, group.m, group.largest, architecture(group.device))
+    if config not in group.spreads:
+        entries = [-(-count // SHARE.value) for count in programs_of_layers(config, group.counts, group.device)]
+        firsts = itertools.accumulate(entries, initial=0)
+        owners = [[i, *own] for i, own in enumerate(zip(firsts, entries, strict=False)) for _ in range(own[1])]
+        # a later step may be one of autograd
+        with torch.inference_mode(False):
+            memory = torch.empty(len(owners) * SHARE.value, dtype=torch.int32, device=group.device)
+            flips = memory.split([count * SHARE.value for count in entries])
+            owners = torch.tensor(owners, dtype=torch.int32, device=group.device).view(-1, 3)
+        group.spreads[config] = Spread(owners, flips, memory)
+    return group.spreads[config]
+
+
 def draw_layers_(group, inv_temperature, seed, step, draw):
-    """``layer_groups.draw_layers_`` by one launch; gives int32 [layers, programs], flips that each program has seen."""
-    name, layers = "sample_masks", len(group.layers)
-    flips = group.flips
-    if flips is None:
-        programs = programs_of_layers(name, group.m, layers, group.largest, group.device)
-        flips = torch.empty(layers, programs, dtype=torch.int32, device=group.device)
-    _launch(sample_masks_kernel, name, group, flips, inv_temperature, seed, step, draw)
-    return flips
+    """``layer_groups.draw_layers_`` by one launch; gives the flips that programs have seen, by layer."""
+    spread = spread_of(group, "sample_masks")
+    _launch(sample_masks_kernel, "sample_masks", group, spread.memory, inv_temperature, seed, step, draw)
+    return spread.flips
 
 
 def update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes):
@@ -173,5 +209,7 @@ def _launch(kernel, name, group, *args, **how):
         "N": group.n,
         "WHOLE": group.whole,
     }
-    layers = len(group.layers), group.largest
-    launch_layers(kernel, name, group.m, *layers, group.device, group.table(), *args, **how, **constants)
+    owners = spread_of(group, name).owners
+    grid = len(owners) * SHARE.value
+    operands = group.table(), owners, *args
+    launch_layers(kernel, name, group.m, grid, group.largest, group.device, *operands, **how, **constants)

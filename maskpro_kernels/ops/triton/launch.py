@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 
-from .tiles import INTERPRETED, PROCESSORS, Rows, Tiles, architecture, configuration, elements
+from .tiles import INTERPRETED, PROCESSORS, Configuration, Rows, Tiles, architecture, configuration, elements
 
 # How often each kernel has been launched in this process
 launches: Counter[str] = Counter()
@@ -23,22 +24,20 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
     _launch(kernel, name, grid, device, args, config.options(target), M=m, BLOCK=config.block, **constants)
 
 
-def launch_layers(
-    kernel, name: str, m: int, layers: int, largest: int, device: torch.device, *args, **constants
-) -> None:
-    """Launch ``kernel`` on so many layers, the largest of so many groups; each gets as many programs."""
-    if largest == 0:
+def launch_layers(kernel, name: str, m: int, grid: int, largest: int, device: torch.device, *args, **constants) -> None:
+    """Launch so many programs of ``kernel`` on layers, the largest of so many groups."""
+    if grid == 0:
         return
     target = architecture(device)
-    config, programs = configuration(name, m, largest, target), programs_of_layers(name, m, layers, largest, device)
-    constants |= {"programs": programs, "M": m, "BLOCK": config.block}
-    _launch(kernel, name, (programs * layers,), device, args, config.options(target), **constants)
+    config = configuration(name, m, largest, target)
+    _launch(kernel, name, (grid,), device, args, config.options(target), M=m, BLOCK=config.block, **constants)
 
 
-def programs_of_layers(name: str, m: int, layers: int, largest: int, device: torch.device) -> int:
-    """How many programs each layer gets of ``launch_layers``."""
-    target = architecture(device)
-    return configuration(name, m, largest, target).programs(largest, -(-PROCESSORS[target] // layers))
+def programs_of_layers(config: Configuration, counts: Sequence[int], device: torch.device) -> list[int]:
+    """How many programs share out each layer of so many groups, where one launch takes all."""
+    # of many layers none is alone on the device
+    processors = -(-PROCESSORS[architecture(device)] // len(counts))
+    return [config.programs(groups, processors) for groups in counts]
 
 
 def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torch.device, *args, **constants) -> None:
