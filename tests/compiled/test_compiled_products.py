@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 from helpers.cases import cases
 from helpers.compiled import DTYPES
-from helpers.compiled_products import PRODUCTS, Product
+from helpers.compiled_products import PRODUCTS, STEP, Product
 
-from maskpro_kernels.ops.triton import straight_through
 from maskpro_kernels.ops.triton.tiles import TILES
 
 pytestmark = pytest.mark.compiled
@@ -39,7 +37,7 @@ CHOSEN = {
     *((target, kernel, 0, (2, 4), torch.bfloat16) for target, kernel in itertools.product(TARGETS, PRODUCTS)),
     ("sm_80", LINEAR, 0, (2, 4), torch.float32),
     # 64 rows reach wgmma
-    ("sm_90", LINEAR, 6, (2, 4), torch.bfloat16),
+    ("sm_90", LINEAR, 3, (2, 4), torch.bfloat16),
     ("sm_80", LINEAR, 0, (1, 4), torch.bfloat16),
     ("sm_80", WEIGHT, 0, (4, 8), torch.bfloat16),
 }
@@ -124,12 +122,10 @@ def test_slopes_and_the_gradient_of_the_weight(target, logits, compiled_for):
         slow=lambda *case: case != ("sm_80", "drawn", True),
     ),
 )
-def test_what_follows_torchs_product(target, kind, update, compiled_for, launched, monkeypatch):
+def test_what_follows_torchs_product(target, kind, update, compiled_for, launched):
     compiled_for(target)
-    monkeypatch.setattr(straight_through, "FUSED_TOKENS", dict.fromkeys(straight_through.FUSED_TOKENS, 0))
-    tile = replace(TILES["straight_through_step", target, 2][0], tokens=32)
-    Product(SLOPE, tile, kind=kind, one_hot=True, update=update).assert_right()
-    assert launched["straight_through_step"] == 1 and not launched["straight_through"]
+    Product(STEP, TILES[STEP, target, 2][0], kind=kind, one_hot=True, update=update).assert_right()
+    assert launched[STEP] == 1 and not launched[SLOPE]
 
 
 @pytest.mark.parametrize(

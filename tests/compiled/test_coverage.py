@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, masked_weight
-from helpers.compiled_products import PRODUCTS, PackedProduct, Product
+from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
 from helpers.loops_without_a_step import replaces_a_loop
 
 from maskpro_kernels import ops
-from maskpro_kernels.ops.triton import semi_structured, straight_through
+from maskpro_kernels.ops.triton import semi_structured
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
@@ -66,11 +65,8 @@ def run_products(target):
     for kernel in PRODUCTS[:2]:
         # of few steps the last part has none
         Product(kernel, TILES[kernel, target, 2][0], log_prob=True, parts=4).assert_right()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(straight_through, "FUSED_TOKENS", dict.fromkeys(straight_through.FUSED_TOKENS, 0))
-        tile = replace(TILES["straight_through_step", target, 2][0], tokens=32)
-        for kind, spread in (("drawn", "certain"), ("drawn", "open"), ("top_n", "open"), ("codes", "open")):
-            Product("straight_through", tile, kind=kind, spread=spread, update=kind == "drawn").assert_right()
+    for kind, spread in (("drawn", "certain"), ("drawn", "open"), ("top_n", "open"), ("codes", "open")):
+        Product(STEP, TILES[STEP, target, 2][0], kind=kind, spread=spread, update=kind == "drawn").assert_right()
     # of no tokens, and of some
     of = Matrix(2, 4, rows=37, groups=16)
     for dtype, tokens in itertools.product(DTYPES[:2], (0, 140)):

@@ -20,6 +20,8 @@ from maskpro_kernels.pattern import bitmask_of
 
 CURVATURE = 0.7
 PRODUCTS = ("masked_linear", "masked_linear_input_grad", "masked_linear_weight_grad", "straight_through")
+# What follows a product of torch's, and of how many tokens that is: its tiles have none
+STEP, TOKENS_BEFORE_STEP = "straight_through_step", 125
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Product:
     """A product on tiles, of sizes that by default no tile divides.
 
     Attributes:
-        kernel: of PRODUCTS.
+        kernel: of PRODUCTS, or STEP.
         tile: of the table.
         operand: dtype of x and its gradient, and of the weight where ``weight`` names no other.
         aligned: whether rows and groups are multiples of 16, as Triton compiles for, and more than one tile.
@@ -67,6 +69,8 @@ class Product:
         elif self.kernel == "masked_linear_input_grad":
             # it takes rows in multiples of 16 alone
             sizes = 2 * tokens - 3, 4 * rows + 16, across + 3
+        elif self.kernel == STEP:
+            sizes = TOKENS_BEFORE_STEP, rows + 5, across + 3
         else:
             sizes = 4 * tokens - 3, rows + 5, across + 3
         if self.aligned:
@@ -91,6 +95,7 @@ class Product:
             for module in (masked_gemm, straight_through):
                 patched.setattr(module, "tiles_for", lambda *_: self.own_tile)
             patched.setattr(split_k, "parts_for", lambda *_: self.parts)
+            patched.setattr(straight_through, "fused", lambda *_: self.kernel != STEP)
             # tiles of more tokens take given masks alone, and draw where a test is about them
             patched.setattr(masked_gemm, "DRAWN_TOKENS", masked_gemm.ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)
@@ -174,7 +179,7 @@ def slope(of: Product, moved) -> None:
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
 
 
-CHECKS = dict(zip(PRODUCTS, (linear, input_grad, weight_grad, slope), strict=True))
+CHECKS = dict(zip((*PRODUCTS, STEP), (linear, input_grad, weight_grad, slope, slope), strict=True))
 
 
 @dataclass(frozen=True)
