@@ -8,13 +8,23 @@ from pathlib import Path
 from ..report.plots import check_picture, draw_perplexity
 from ..text.mixture import texts_of
 from .arguments import new_file
+from .compared_results import compare_results
 from .perplexities import print_table
 from .run_files import REPORT, read_report
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print one table of several runs, and draw one picture of them where asked for."""
+    """Print one table of several runs, or results of `maskpro eval`, and draw one picture of them where asked for."""
     picture = new_file(args, "picture")
+    files = [run for run in args.runs if Path(run).is_file()]
+    if files:
+        if len(files) < len(args.runs):
+            raise ValueError(
+                f"run: expected folders of runs alone, or files of `maskpro eval` alone, got {files[0]!r} beside "
+                f"{next(run for run in args.runs if run not in files)!r}; evaluate the run by `maskpro eval --output`"
+            )
+        compare_results(files, picture)
+        return
     reports = {str(Path(run)): read_report(Path(run) / REPORT) for run in args.runs}
     if picture is not None:
         check_picture("picture", picture)

@@ -13,13 +13,11 @@ from ..files import disk_errors, write_whole
 from ..linear_form import in_linear_form
 from ..pattern import NMPattern
 from ..report import FROZEN
-from ..text.mixture import parse_sources, shared_out, texts_of
-from ..text.perplexity import perplexity
-from .arguments import DTYPE, check_least, device_of, new_file, telling
+from .arguments import DTYPE, check_least, device_of, new_file
 from .models import load
+from .protocols import HeldOutText, ProtocolText, result_lines
 from .run_files import REPORT, check_not_going_on, read_report, stored_data
 from .tasks import Tasks, check_beside_tasks, task_lines
-from .texts import Source, Texts, check_sources, evaluation_windows
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -31,19 +29,17 @@ def evaluate(args: argparse.Namespace) -> None:
     report = folder / REPORT
     run = read_report(report) if report.is_file() else None
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
-    loaded, texts = _texts(args, folder, run)
+    text = _text(args, folder, run)
     tasks = Tasks(args) if hasattr(args, "tasks") else check_beside_tasks(args)
     model, tokenizer = load(args.model, dtype, device, args)
-    test = evaluation_windows(args, texts, "test", model, tokenizer) if texts else None
-    loaded.tell_notes()
     found, lines = {"model": args.model, "dtype": dtype}, []
     if run is not None:
         lines.append(_follows(model, run))
         if run["weights"] != FROZEN:
             lines.append(f"not the dense model's weights under a mask: {run['weights']}")
-    if test is not None:
-        found |= {"data": args.data, "perplexity": perplexity(model, test, progress=args.bars), "tokens": test.numel()}
-        lines.insert(0, f"test perplexity {found['perplexity']:.2f} over {test.numel()} tokens")
+    if text is not None:
+        found |= text.measure(model, tokenizer)
+        lines = [*result_lines(found), *lines]
     if tasks is not None:
         found["tasks"] = tasks.evaluate(model, tokenizer, args.bars)
         lines += task_lines(found["tasks"])
@@ -53,32 +49,25 @@ def evaluate(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def _texts(args: argparse.Namespace, folder: Path, run: Mapping | None) -> tuple[Texts, dict[str, Source]]:
-    """(what reads texts, those of ``--data``, else of the run); none of a model that is given tasks alone.
+def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOutText | ProtocolText | None:
+    """What is evaluated: by a protocol that is named, else of ``--data`` or of the run; None where tasks stand alone.
 
     Raises:
-        ValueError, OSError: if there is none, or one cannot be read.
+        ValueError, OSError: if there is no text, or it cannot be read.
     """
+    if hasattr(args, "protocol"):
+        return ProtocolText(args, None if run is None else run["data"])
     if not hasattr(args, "data"):
         if run is None:
             if hasattr(args, "tasks"):
-                return Texts(args), {}
+                return None
             found = "no run that has begun to learn" if folder.exists() else "no such folder"
             raise ValueError(
-                f"data: expected --data or --tasks, since only a run has a text of its own, got none; at "
+                f"data: expected --data, --protocol or --tasks, since only a run has a text of its own, got none; at "
                 f"{args.model!r} there is {found}"
             )
         vars(args).update(stored_data(folder) | vars(args))
-    with telling("eval_windows"):
-        shared_out(texts_of(args.data), args.eval_windows)
-    check_sources(args, [name for name, _ in parse_sources(args.data)])
-    loaded = Texts(args)
-    texts = loaded.of(args.data)
-    if not texts:
-        raise ValueError(
-            f"data: expected a text, got {args.data!r}, and samples are no test of a mask; name a text by --data"
-        )
-    return loaded, texts
+    return HeldOutText(args)
 
 
 def _follows(model: torch.nn.Module, run: Mapping) -> str:

@@ -23,7 +23,7 @@ from .changed_weights import changes_weights
 from .models import checkpoint_activations, device_of_inputs, load, load_spread, windows_of
 from .progress import tell
 from .run_samples import run_samples
-from .texts import Source, Texts, evaluation_windows, windows_of_part
+from .texts import Source, Texts, evaluation_parts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
 
@@ -86,8 +86,9 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     model, tokenizer = _model(args)
     tests, validation = {}, torch.empty(0)
     if texts:
-        tests["perplexity"] = evaluation_windows(args, texts, "test", model, tokenizer)
-        validation = evaluation_windows(args, texts, "validation", model, tokenizer)
+        held_out = {split: evaluation_parts(args, texts, split, tokenizer) for split in ("test", "validation")}
+        tests["perplexity"] = evaluation_windows(args, held_out["test"], "test", model, tokenizer)
+        validation = evaluation_windows(args, held_out["validation"], "validation", model, tokenizer)
     if other is not None:
         found = windows_of_part(args, other, "test", args.eval_windows, model, tokenizer, "other_data")
         tests["other_perplexity"] = found

@@ -35,7 +35,7 @@ from .shared_options import (
     add_trust,
 )
 from .speed import FIGURES, PICTURE, speed
-from .tasks import BATCH_SIZE
+from .tasks import BATCH_SIZE, PAPER, PAPERS_TASKS
 from .trackers import NONE, TRACKERS
 from .validate import validate
 
@@ -272,6 +272,13 @@ def _add_eval(commands) -> None:
     add_data(
         parser, f"text whose test part is evaluated: {LIST} (default: that of the run; of a model with --tasks none)"
     )
+    parser.add_argument(
+        "--protocol",
+        default=argparse.SUPPRESS,
+        metavar="NAME",
+        help="evaluate a whole text as others do: wikitext2@2048 or another length, as Wanda, SparseGPT and MaskLLM; "
+        "word, as lm-eval's wikitext. Without --data the text is WikiText-2 (default: test parts, held out from runs)",
+    )
     add_evaluation(parser)
     add_device(parser)
     _add_tasks(parser)
@@ -291,7 +298,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default=argparse.SUPPRESS,
         metavar="TASK[,TASK]",
-        help="tasks, groups or patterns of lm-eval, such as arc_easy,hellaswag; needs the extra eval",
+        help=f"tasks, groups or patterns of lm-eval, such as arc_easy,hellaswag; {PAPER}: the paper's zero-shot set, "
+        f"{', '.join(PAPERS_TASKS)}; needs the extra eval",
     )
     parser.add_argument(
         "--include-path",
@@ -314,13 +322,19 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 def _add_compare(commands) -> None:
     parser = commands.add_parser(
         "compare",
-        help="one table and picture of several runs",
+        help="one table and picture of several runs, or of results of eval",
         description="Print the table of several runs of the same model, pattern and texts, and draw their validation "
-        "perplexity over the tokens they learned from.",
+        "perplexity over the tokens they learned from. Or print the figures of several files of `maskpro eval "
+        "--output`, and draw them; those of two protocols or two texts are refused.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder written by `maskpro learn`")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN|FILE",
+        help="folder written by `maskpro learn`, or file by `maskpro eval --output`",
+    )
     parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="FILE", help="picture to write; must not exist")
     parser.set_defaults(run=compare)
 

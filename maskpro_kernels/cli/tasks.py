@@ -8,9 +8,11 @@ import difflib
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -19,6 +21,9 @@ from ..extras import missing
 from .arguments import check_least
 
 BATCH_SIZE = 8
+# What stands for the zero-shot tasks of the paper (arXiv 2506.12876)
+PAPER = "paper"
+PAPERS_TASKS = ("hellaswag", "race", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 BESIDE = ("include_path", "limit", "batch_size")
 
 
@@ -30,9 +35,7 @@ class Tasks:
     """
 
     def __init__(self, args: argparse.Namespace):
-        names = [name.strip() for name in args.tasks.split(",")]
-        if not all(names):
-            raise ValueError(f"tasks: expected names of tasks with a comma between them, got {args.tasks!r}")
+        names = task_names(args.tasks)
         check_least(args, **{name: 1 for name in ("limit", "batch_size") if hasattr(args, name)})
         folder = getattr(args, "include_path", None)
         if folder is not None and not Path(folder).is_dir():
@@ -88,6 +91,18 @@ class Tasks:
         }
 
 
+def task_names(tasks: str) -> list[str]:
+    """The names in a list with commas between them, PAPER replaced by the tasks that it stands for, each once.
+
+    Raises:
+        ValueError: if a name is empty.
+    """
+    names = [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise ValueError(f"tasks: expected names of tasks with a comma between them, got {tasks!r}")
+    return list(dict.fromkeys(chain.from_iterable(PAPERS_TASKS if name == PAPER else [name] for name in names)))
+
+
 def check_beside_tasks(args: argparse.Namespace) -> None:
     """Raise ValueError if an option of tasks stands without any."""
     for name in BESIDE:
@@ -95,17 +110,33 @@ def check_beside_tasks(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}: expected --tasks beside it, got {getattr(args, name)!r} without; leave it out")
 
 
-def task_lines(found: dict) -> list[str]:
-    """A table of the results that ``Tasks.evaluate`` gives: groups, and tasks with their metrics."""
-    rows = [("task", "metric", "value", "stderr")]
+class TaskFigure(NamedTuple):
+    """A metric of a task or a group, and its standard error where lm-eval tells one."""
+
+    task: str
+    metric: str
+    value: object
+    error: object
+
+
+def task_figures(found: Mapping) -> list[TaskFigure]:
+    """The figures in what ``Tasks.evaluate`` gives, groups first."""
+    figures = []
     for name, result in {**found.get("groups", {}), **found["results"]}.items():
         for metric, value in result.items():
             kind, _, of = metric.partition(",")
             # aliases and counts have no filter behind a comma, errors stand beside their metric
-            if not of or kind.endswith("_stderr"):
-                continue
-            error = result.get(f"{kind}_stderr,{of}")
-            rows.append((name, kind if of == "none" else f"{kind} ({of})", _figure(value), _figure(error)))
+            if of and not kind.endswith("_stderr"):
+                told = kind if of == "none" else f"{kind} ({of})"
+                figures.append(TaskFigure(name, told, value, result.get(f"{kind}_stderr,{of}")))
+    return figures
+
+
+def task_lines(found: Mapping) -> list[str]:
+    """A table of these figures."""
+    rows = [("task", "metric", "value", "stderr")]
+    for task, metric, value, error in task_figures(found):
+        rows.append((task, metric, _figure(value), _figure(error)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         f"{task:<{widths[0]}}  {metric:<{widths[1]}}  {value:>{widths[2]}}  {error:>{widths[3]}}".rstrip()

@@ -77,21 +77,37 @@ class Texts:
             tell(note)
 
 
-def evaluation_windows(
-    args: argparse.Namespace, texts: Mapping[str, Source], split: str, model: torch.nn.Module, tokenizer
-) -> torch.Tensor:
-    """Windows to evaluate, at most ``--eval-windows``: of each text as many as ``shared_out`` says.
-
-    It is told where one of several texts has fewer.
+def evaluation_parts(
+    args: argparse.Namespace, texts: Mapping[str, Source], split: str, tokenizer
+) -> dict[str, tuple[Text, int]]:
+    """By name of each text of ``--data`` the part to evaluate, and how many windows of it, as ``shared_out`` says.
 
     Args:
         texts: those of ``--data``.
         split: "test" or "validation".
+        tokenizer: by which a streamed text is read as far as it is needed.
     """
-    sources, found = texts_of(args.data), []
-    for (name, _), count in zip(sources, shared_out(sources, args.eval_windows), strict=True):
-        own = windows_of_part(args, texts[name], split, count, model, tokenizer, "data")
-        if len(own) < count and len(sources) > 1:
+    sources = texts_of(args.data)
+    counts = shared_out(sources, args.eval_windows)
+    return {
+        name: (part_of(args, texts[name], split, count, tokenizer, "data"), count)
+        for (name, _), count in zip(sources, counts, strict=True)
+    }
+
+
+def evaluation_windows(
+    args: argparse.Namespace, parts: Mapping[str, tuple[Text, int]], split: str, model: torch.nn.Module, tokenizer
+) -> torch.Tensor:
+    """Windows to evaluate, at most ``--eval-windows``; it is told where one of several texts has fewer than its share.
+
+    Args:
+        parts: see ``evaluation_parts``.
+        split: "test" or "validation".
+    """
+    found = []
+    for name, (part, count) in parts.items():
+        own = windows_of(part, model, tokenizer, args.eval_length, "data", "--eval-length")[:count]
+        if len(own) < count and len(parts) > 1:
             tell(
                 f"the {split} text of {name!r} has {len(own)} windows of {args.eval_length} tokens, fewer than the "
                 f"{count} of its share"
@@ -108,9 +124,13 @@ def windows_of_part(
     Args:
         data: the argument that the text comes from, for errors.
     """
-    if isinstance(text, StreamedText):
-        with telling(data):
-            part = text.head(split, tokenizer, count * args.eval_length)
-    else:
-        part = text[split]
+    part = part_of(args, text, split, count, tokenizer, data)
     return windows_of(part, model, tokenizer, args.eval_length, data, "--eval-length")[:count]
+
+
+def part_of(args: argparse.Namespace, text: Source, split: str, count: int, tokenizer, data: str) -> Text:
+    """A text's part; of a streamed one as much as ``count`` windows of ``--eval-length`` take."""
+    if not isinstance(text, StreamedText):
+        return text[split]
+    with telling(data):
+        return text.head(split, tokenizer, count * args.eval_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -79,6 +80,27 @@ def draw_speed(rows: Sequence[Mapping], path: Path) -> None:
     memory.legend()
     # as in the table, the first on top
     memory.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def draw_results(rows: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], path: Path) -> None:
+    """Figures of evaluations, a panel for each column and a bar for each result.
+
+    Args:
+        rows: by name of the result its figures by column; one may lack some.
+        titles: of the columns.
+        path: the picture to write.
+    """
+    figure = _figure(figsize=(1 + 3 * len(titles), 1.2 + 0.5 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        values = [row.get(name, 0.0) for row in rows.values()]
+        bars = axes.barh(list(rows), [value if math.isfinite(value) else 0.0 for value in values])
+        axes.bar_label(bars, [f"{row[name]:.4g}" if name in row else "" for row in rows.values()], padding=2)
+        axes.margins(x=0.2)
+        axes.set_xlabel(title)
+    # as in the table, the first on top
+    panels[0].invert_yaxis()
     figure.savefig(path, dpi=120)
 
 

@@ -231,12 +231,16 @@ def _stdlib_modules() -> list[str]:
     return [path.read_text(encoding="utf-8") for name in names if (path := folder / f"{name}.py").is_file()]
 
 
-def _paragraphs(path: Path) -> list[str]:
+def read_utf8(path: Path) -> str:
+    """The text of a file; ValueError or OSError unless it is UTF-8 and can be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"source: expected UTF-8 text in {str(path)!r}, got {error}; convert it to UTF-8") from error
-    pieces = BLANK_LINES.split(text)
+
+
+def _paragraphs(path: Path) -> list[str]:
+    pieces = BLANK_LINES.split(read_utf8(path))
     different = len(_without_repeats(pieces)[0])
     # Below three paragraphs the rule leaves no calibration text.
     if different < len(SPLITS):

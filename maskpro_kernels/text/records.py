@@ -138,13 +138,14 @@ def check_columns(columns: str) -> list[str]:
     return names
 
 
-def documents(source: str, rows: Iterable[Mapping], columns: str) -> Iterator[Document]:
-    """The documents in rows, one after the other; rows whose document is null or empty are passed over.
+def documents(source: str, rows: Iterable[Mapping], columns: str, empty: bool = False) -> Iterator[Document]:
+    """The documents in rows, one after the other; rows whose document is null are passed over.
 
     Args:
         source: whose rows they are, for errors.
         rows: mappings by column.
         columns: names with commas between them; the first of these that there is holds the documents.
+        empty: whether empty texts are documents too; else they are passed over.
 
     Raises:
         ValueError: if no column is there, the error lists those that are, or one holds neither texts nor chats.
@@ -160,7 +161,7 @@ def documents(source: str, rows: Iterable[Mapping], columns: str) -> Iterator[Do
                 f"{sorted(row)}; name one of them as the text column"
             )
         value = row.get(column)
-        if value:
+        if value or (empty and value == ""):
             yield value if isinstance(value, str) else _chat(value, f"row {index} of column {column!r} of {source!r}")
 
 

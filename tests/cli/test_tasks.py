@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 
-import datasets
 import pytest
 from helpers.command import contents, refuses
-from helpers.lm_eval_task import DOCUMENTS, NAME, write_models, write_task
+from helpers.lm_eval_task import DOCUMENTS, NAME, leave_own_tasks_aside, write_models, write_task
 from helpers.tiny_llama import tiny_text, tiny_tokenizer
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.tasks import task_names
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -28,13 +27,8 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def own_tasks_alone(tmp_path_factory, monkeypatch):
-    """lm-eval without the thousands of tasks of its own, which it takes seconds to look through."""
-    # not among the packages of all tests
-    import lm_eval.tasks as tasks
-
-    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+def own_tasks_alone(datasets_cache, monkeypatch):
+    leave_own_tasks_aside(monkeypatch)
 
 
 def evaluated(place, model: str, *options: str) -> list[str]:
@@ -66,7 +60,7 @@ def test_the_limit_and_a_text_beside_the_tasks(place, own_tasks_alone, tmp_path,
     assert main.main(evaluated(place, "packed", *more, "--output", str(tmp_path / "out.json"))) == 0
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["tasks"]["n-samples"][NAME]["effective"] == found["tasks"]["limit"] == 5
-    line, *table = capsys.readouterr().out.splitlines()
+    line, _, *table = capsys.readouterr().out.splitlines()
     assert line == f"test perplexity {found['perplexity']:.2f} over {found['tokens']} tokens" and len(table) == 2
 
 
@@ -101,6 +95,12 @@ def test_a_tokenizer_without_ends_is_told(place, own_tasks_alone, tmp_path, caps
     refuses(capsys, tmp_path, evaluated(tmp_path, "dense", "--include-path", str(place / "tasks")), "set its eos_token")
 
 
+def test_the_papers_set_is_one_name():
+    papers = ["hellaswag", "race", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+    assert task_names("paper") == papers
+    assert task_names("boolq, paper,piqa") == ["boolq", *papers]
+
+
 @pytest.mark.parametrize("option", ["--include-path .", "--limit 2", "--batch-size 2"])
 def test_options_of_tasks_need_tasks(inputs, capsys, option):
     arguments = ["eval", str(inputs / "model"), "--data", str(inputs / "text.txt"), *option.split()]
@@ -117,7 +117,10 @@ def test_perplexities_are_written_too(inputs, tmp_path, capsys):
     arguments = ["eval", str(inputs / "model"), "--data", str(inputs / "text.txt"), "--eval-length", "24"]
     assert main.main([*arguments, "--dtype", "float32", "--output", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert found.keys() == {"model", "dtype", "data", "perplexity", "tokens"}
+    assert found.keys() == {
+        "model", "dtype", "protocol", "data", "perplexity", "window", "tokens", "tokenizer", "text_digest"
+    }  # fmt: skip
+    assert (found["protocol"], found["window"], found["dtype"]) == ("held-out", 24, "float32")
     assert f"perplexity {found['perplexity']:.2f} over {found['tokens']}" in capsys.readouterr().out
 
 

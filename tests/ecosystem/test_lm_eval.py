@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from helpers.command import refuses
 from helpers.lm_eval_task import NAME, write_models, write_task
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.tasks import Tasks, task_names
 
 pytest.importorskip("lm_eval")
 pytestmark = [pytest.mark.ecosystem, pytest.mark.usefixtures("eager_reference")]
@@ -43,6 +45,12 @@ def test_both_commands_find_the_same(place, tmp_path):
     (file,) = tmp_path.rglob("theirs*.json")
     theirs = json.loads(file.read_text(encoding="utf-8"))["results"]
     assert ours[NAME]["acc,none"] == theirs[NAME]["acc,none"]
+
+
+def test_lm_eval_knows_the_papers_tasks():
+    """Names are looked up before a model is loaded."""
+    tasks = Tasks(argparse.Namespace(tasks="paper"))
+    assert set(tasks.names) == set(task_names("paper")) and len(tasks.names) == 7
 
 
 def test_an_unknown_task_is_told_with_what_is_near(place, capsys):

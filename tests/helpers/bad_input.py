@@ -412,6 +412,12 @@ CASES = {
         "a run that has ended",
         "maskpro learn --resume killed-",
     ),
+    "eval by an unknown protocol": (
+        f"{EVAL} --protocol c4@2048",
+        None,
+        "protocol: expected wikitext2@LENGTH such as wikitext2@2048, word or word@LENGTH",
+        "got 'c4@2048'",
+    ),
     "torn report": (
         EVAL,
         cut("reinforce/report.json"),
@@ -464,6 +470,12 @@ CASES = {
     ),
     # compare
     "compare with no run": ("compare reinforce model", None, "without report.json", "give the folder of a run"),
+    "compare with a file of something else": (
+        "compare text.txt",
+        None,
+        "run: expected a folder written by `maskpro learn`, or a file of `maskpro eval --output`",
+        "got 'text.txt'",
+    ),
     "compare with a torn report": (
         "compare reinforce straight-through",
         cut("straight-through/report.json"),

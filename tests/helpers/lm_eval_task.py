@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -43,6 +44,14 @@ def write_task(folder: Path) -> Path:
     (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "task.yaml").write_text(TASK.format(name=NAME, file=folder / "documents.jsonl"), encoding="utf-8")
     return folder
+
+
+def leave_own_tasks_aside(monkeypatch) -> None:
+    """lm-eval without the thousands of tasks of its own, which it takes seconds to look through."""
+    # not among the packages of all tests
+    import lm_eval.tasks as tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
 
 
 def write_models(folder: Path) -> None:

@@ -1,0 +1,168 @@
+"""`maskpro eval`: by which protocol a text is evaluated, and what a result says of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..digests import digest_of_bytes
+from ..extras import missing
+from ..text.data import BUILT_IN, SELF, Text, has_rows
+from ..text.mixture import parse_sources, shared_out, texts_of
+from ..text.perplexity import perplexity
+from ..text.protocols import (
+    PAGES,
+    TEXTS,
+    WORD,
+    digest_of_texts,
+    joined_by_blank_lines,
+    load_documents,
+    measure,
+    parse_protocol,
+)
+from ..text.records import COLUMNS, show_bars
+from .arguments import telling
+from .models import learned_positions
+from .progress import tell
+from .texts import Texts, check_sources, evaluation_parts, evaluation_windows
+
+# What is evaluated where no protocol is named: windows of the parts of texts that runs do not learn from
+HELD_OUT = "held-out"
+# Of that one alone
+OF_HELD_OUT = ("eval_windows", "eval_length")
+
+
+class HeldOutText:
+    """The texts that are evaluated where no protocol is named: the test parts of those of ``--data``, or of the run.
+
+    Args:
+        args: of `maskpro eval`, with ``data``.
+
+    Raises:
+        ValueError, OSError: if there is no text among them, or one cannot be read.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        with telling("eval_windows"):
+            shared_out(texts_of(args.data), args.eval_windows)
+        check_sources(args, [name for name, _ in parse_sources(args.data)])
+        self._loaded = Texts(args)
+        self._texts = self._loaded.of(args.data)
+        if not self._texts:
+            raise ValueError(
+                f"data: expected a text, got {args.data!r}, and samples are no test of a mask; name a text by --data"
+            )
+
+    def measure(self, model: torch.nn.Module, tokenizer) -> dict:
+        """The result, see ``_result``; ValueError if the texts and the model do not go together."""
+        args = self._args
+        parts = evaluation_parts(args, self._texts, "test", tokenizer)
+        windows = evaluation_windows(args, parts, "test", model, tokenizer)
+        self._loaded.tell_notes()
+        found = {
+            "perplexity": perplexity(model, windows, progress=args.bars),
+            "window": args.eval_length,
+            "tokens": windows.numel(),
+        }
+        return _result(HELD_OUT, args.data, found, tokenizer, [part for part, _ in parts.values()])
+
+
+class ProtocolText:
+    """The text of a named protocol, read before a model is loaded.
+
+    Args:
+        args: of `maskpro eval`.
+        learned_from: the data of the run that is evaluated, if it is one.
+
+    Raises:
+        ValueError, OSError: if an argument does not go with the protocol, or the text cannot be read.
+    """
+
+    def __init__(self, args: argparse.Namespace, learned_from: str | None):
+        self.protocol = parse_protocol(args.protocol)
+        for name in OF_HELD_OUT:
+            if f"--{name.replace('_', '-')}" in args.given:
+                raise ValueError(
+                    f"{name}: expected none with --protocol {self.protocol}, which takes its whole text in windows of "
+                    f"its own, got {getattr(args, name)}; leave it out"
+                )
+        if hasattr(args, "stream"):
+            raise ValueError(
+                f"stream: expected none with --protocol {self.protocol}, which takes its whole text; leave it out"
+            )
+        given = getattr(args, "data", TEXTS[self.protocol.kind])
+        sources = parse_sources(given)
+        if len(sources) > 1 or sources[0].name == SELF:
+            raise ValueError(f"data: expected one text with --protocol {self.protocol}, got {given!r}")
+        self.data = sources[0].name
+        check_sources(args, [self.data])
+        if has_rows(self.data) and not missing("datasets"):
+            show_bars(args.bars)
+        columns = getattr(args, "text_column", PAGES if self.protocol.kind == WORD else COLUMNS)
+        with telling("data"):
+            found = load_documents(self.data, columns)
+        self.documents = found if self.protocol.kind == WORD else [joined_by_blank_lines(found)]
+        self._learned_from, self._bars = learned_from, args.bars
+
+    def _tell_learned(self) -> None:
+        """Tell where a run has learned from what is evaluated."""
+        if self.data in BUILT_IN or self._learned_from is None:
+            return
+        known = [Path(name).resolve() for name, _ in parse_sources(self._learned_from)]
+        if Path(self.data).resolve() in known:
+            tell(f"{self.data!r} is evaluated as a whole, and the run has learned from parts of it")
+
+    def measure(self, model: torch.nn.Module, tokenizer) -> dict:
+        """The result, see ``_result``; ValueError if the text and the model do not go together."""
+        positions, length = learned_positions(model), self.protocol.length
+        if positions is not None and length is not None and length > positions:
+            raise ValueError(
+                f"protocol: expected windows of at most {positions} tokens, which the model has positions for, got "
+                f"{self.protocol}"
+            )
+        with telling("data", "give a longer text, or another --protocol"):
+            found = measure(model, tokenizer, self.documents, self.protocol, self._bars)
+        self._tell_learned()
+        known = {name: value for name, value in asdict(found).items() if value is not None}
+        return _result(str(self.protocol), self.data, known, tokenizer, self.documents)
+
+
+def _result(protocol: str, data: str, found: Mapping, tokenizer, texts: Sequence[Text]) -> dict:
+    """What a result holds of a text: by which protocol what was found, and by what the text is known again."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return {
+        "protocol": protocol,
+        "data": data,
+        **found,
+        "tokenizer": {
+            "class": type(tokenizer).__name__,
+            "tokens": len(tokenizer),
+            "digest": digest_of_bytes(vocabulary).hex(),
+        },
+        "text_digest": digest_of_texts(texts),
+    }
+
+
+def result_lines(result: Mapping) -> list[str]:
+    """The lines that tell a result: the figure, and what it is a figure of."""
+    kind, tokenizer = result["protocol"].partition("@")[0], result["tokenizer"]
+    figure = f"{result['perplexity']:.2f} over"
+    if kind == WORD:
+        told = (
+            f"word perplexity {figure} {result['words']} words; {result['token_perplexity']:.2f} by token over "
+            f"{result['tokens']} tokens, {result['bits_per_byte']:.4f} bits a byte"
+        )
+    else:
+        told = f"{'test' if kind == HELD_OUT else kind} perplexity {figure} {result['tokens']} tokens"
+    return [
+        told,
+        f"protocol {result['protocol']}, windows of {result['window']} tokens, {result['dtype']}; tokenizer "
+        f"{tokenizer['class']} of {tokenizer['tokens']} tokens, {tokenizer['digest']}; text {result['data']}, "
+        f"{result['text_digest']}",
+    ]
