@@ -91,7 +91,9 @@ def draw_results(rows: Mapping[str, Mapping[str, float]], titles: Mapping[str, s
         titles: of the columns.
         path: the picture to write.
     """
-    figure = _figure(figsize=(1 + 3 * len(titles), 1.2 + 0.5 * len(rows)), layout="constrained")
+    # names are paths, which leave no room for the bars unless the picture grows with them
+    names = 0.1 * max(map(len, rows))
+    figure = _figure(figsize=(1 + names + 3 * len(titles), 1.2 + 0.5 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         values = [row.get(name, 0.0) for row in rows.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import datasets
 import pytest
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from maskpro_kernels.cli import main
 from maskpro_kernels.hf import save_model
+from maskpro_kernels.report.plots import draw_results
 from maskpro_kernels.text.protocols import digest_of_texts, measure, parse_protocol
 
 pytestmark = pytest.mark.usefixtures("eager_reference", "datasets_cache")
@@ -176,3 +178,11 @@ def test_perplexities_by_token_of_two_tokenizers_are_told(results, capsys):
     assert "have different tokenizers, and perplexities by token do not compare then" in capsys.readouterr().err
     assert main.main(["compare", str(results / "word.json"), edit(results / "word.json", tokenizer=tokenizer)]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_results_with_long_names_leave_room_for_their_bars(tmp_path):
+    rows = {f"{'folder/' * 30}{name}": {"perplexity": 3.5} for name in ("one", "two")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_results(rows, {"perplexity": "wikitext2@2048"}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
