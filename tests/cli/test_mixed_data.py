@@ -298,7 +298,8 @@ def test_of_several_texts_each_is_evaluated_by_its_share(inputs, tmp_path, capsy
     for name, data in (("both", both), ("first", str(inputs / "text.txt")), ("second", str(tmp_path / "second.txt"))):
         options = ["--data", data, "--eval-windows", {"both": "5", "first": "1", "second": "4"}[name]]
         assert main.main(["eval", str(inputs / "model"), *options, "--eval-length", "24", "--device", "cpu"]) == 0
-    found = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    found = [float(line.split()[2]) for line in lines if line.startswith("test perplexity")]
     assert found[0] == pytest.approx(found[1] ** 0.2 * found[2] ** 0.8, abs=0.02)
 
 
@@ -331,7 +332,7 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     assert main.main(["eval", str(tmp_path / "run"), *sizes]) == 0
     learned = report(tmp_path / "run")["table"][-1]["perplexity"]
     assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 120 tokens"
-    told = "data: expected --data or --tasks, since only a run has a text of"
+    told = "data: expected --data, --protocol or --tasks, since only a run has a text of"
     refuses(capsys, tmp_path, ["eval", str(inputs / "model")], told)
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "lost")], "there is no such folder")
     (tmp_path / "run" / "settings.json").unlink()
