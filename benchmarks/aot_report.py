@@ -25,12 +25,16 @@ from cost_model import (
     HEADINGS,
     busiest,
     dense_seconds,
+    drawn_before_seconds,
+    fused_launch,
     group_kernel,
     group_launch,
+    library_seconds,
     packed_kernel,
     packed_launch,
     product_kernel,
     product_launch,
+    step_launch,
     straight_through_launches,
 )
 
@@ -42,6 +46,8 @@ PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 GROUP_KERNELS = {"sample_mask": ["fp32"], "masked_weight": ["fp32"], "score_update": ["fp32", "bf16"]}
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = [1, 16, 128, 1024, 4096]
+# About where one way gets faster than the other
+WAYS_TOKENS = [16, 32, 64, 128, 256, 512, 1024]
 # Of the linear layers of LLaMA-2-7B: how many have which shape
 LAYERS = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
 # The keys and values of grouped queries
@@ -181,6 +187,7 @@ def report(targets: list[str], patterns: list[tuple[int, int]]) -> None:
     report_products(targets, patterns)
     report_packed(targets, patterns)
     report_straight_through(targets, patterns)
+    report_ways(targets, patterns)
 
 
 def report_groups(targets: list[str], patterns: list[tuple[int, int]]) -> None:
@@ -200,8 +207,7 @@ def report_products(targets: list[str], patterns: list[tuple[int, int]]) -> None
         if tokens <= DRAWN_TOKENS[target]:
             line = product_launch(target, n, m, GAPS[0], rows, k, tokens).line(1e6)
         else:
-            drawn, _ = group_launch("masked_weight", target, n, m, GAPS[0], rows, k).bound
-            line = f"{1e6 * (drawn + dense_seconds(target, rows, k, tokens)):>35.2f}  draw and product"
+            line = f"{1e6 * drawn_before_seconds(target, n, m, GAPS[0], rows, k, tokens):>35.2f}  draw and product"
         print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {line}")
 
 
@@ -220,13 +226,27 @@ def report_straight_through(targets: list[str], patterns: list[tuple[int, int]])
     print(f"\n{'us, straight-through':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {'library':>8} {HEADINGS}")
     tokens = TOKENS[-1]
     for target, (n, m) in itertools.product(targets, patterns):
-        whole = 0.0
+        products = whole = 0.0
         for (rows, k), count in LAYERS.items():
             library, step = straight_through_launches(target, n, m, GAPS[0], rows, k, tokens)
+            products += count * library
             whole += count * (library + step.bound[0])
             times = f"{1e6 * library:>8.2f} {step.line(1e6)}"
             print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times}")
-        print(f"all of LLaMA-2-7B, {n}:{m}, {CHIPS[target].name}: {1e3 * whole:.0f} ms")
+        print(f"all of LLaMA-2-7B, {n}:{m}, {CHIPS[target].name}: {1e3 * whole:.0f} ms", end=", ")
+        print(f"of which the library's products take {1e3 * products:.0f} ms")
+
+
+def report_ways(targets: list[str], patterns: list[tuple[int, int]]) -> None:
+    """Microseconds by either way where there are two, which ``tiles.py`` chooses between by the number of tokens."""
+    forward, step = "drawn inside, before", "fused, library's"
+    print(f"\n{'us by either way':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {forward:>21} {step:>19}")
+    for target, (n, m), (rows, k), tokens in itertools.product(targets, patterns, [*SHAPES, FEW_ROWS], WAYS_TOKENS):
+        of = target, n, m, GAPS[0], rows, k, tokens
+        inside, before, fused = product_launch(*of).bound[0], drawn_before_seconds(*of), fused_launch(*of).bound[0]
+        behind = library_seconds(target, rows, k, tokens) + step_launch(*of).bound[0]
+        times = f"{1e6 * inside:>10.1f} {1e6 * before:>10.1f} {1e6 * fused:>9.1f} {1e6 * behind:>9.1f}"
+        print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times}")
 
 
 if __name__ == "__main__":

@@ -208,6 +208,12 @@ def product_launch(
     )
 
 
+def drawn_before_seconds(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> float:
+    """A forward product in two passes: a masked weight [rows, k] of 16 bits is drawn, and the library multiplies."""
+    drawn, _ = group_launch("masked_weight", target, n, m, gap, rows, k).bound
+    return drawn + dense_seconds(target, rows, k, tokens)
+
+
 def straight_through_launches(
     target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int
 ) -> tuple[float, Launch]:
@@ -216,27 +222,37 @@ def straight_through_launches(
     Up to ``FUSED_TOKENS`` the kernel multiplies as well, and the library does nothing.
     """
     if tokens <= FUSED_TOKENS[target]:
-        return 0.0, _fused_launch(target, n, m, gap, rows, k, tokens)
+        return 0.0, fused_launch(target, n, m, gap, rows, k, tokens)
+    return library_seconds(target, rows, k, tokens), step_launch(target, n, m, gap, rows, k, tokens)
+
+
+def library_seconds(target: str, rows: int, k: int, tokens: int) -> float:
+    """The gradient of a weight [rows, k] by the GPU's library, in float32."""
     chip = CHIPS[target]
-    product = max(
+    return max(
         2 * rows * k * tokens / (LIBRARY_SHARE * chip.flops_16_bit),
         (4 * rows * k + 2 * tokens * (rows + k)) / chip.bytes_per_second,
     )
+
+
+def step_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+    """The kernel behind the library's product."""
+    chip = CHIPS[target]
     tile = tiles_for("straight_through_step", m, torch.bfloat16, tokens, rows, k, target)
     built, *once = product_kernel("straight_through_step", target, n, m, tile)
     # the product of float32 and the weight in, logits in and out
     moved = 14 * rows * k
-    step = Launch(
+    return Launch(
         target,
         _pipes(expected(*once, tile.out * max(tile.k, m) / m, gap, n, m), rows * k, target),
         {"memory": moved / chip.bytes_per_second, "second cache": moved / chip.l2_bytes_per_second},
         math.ceil(rows / tile.out) * math.ceil(k / max(tile.k, m)),
         chip.resident(built.registers, built.shared, tile.num_warps),
     )
-    return product, step
 
 
-def _fused_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+def fused_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+    """The kernel that multiplies as well."""
     chip = CHIPS[target]
     tile = tiles_for("straight_through", m, torch.bfloat16, tokens, rows, k, target)
     built, *once = product_kernel("straight_through", target, n, m, tile)

@@ -96,7 +96,7 @@ class Product:
                 patched.setattr(module, "tiles_for", lambda *_: self.own_tile)
             patched.setattr(split_k, "parts_for", lambda *_: self.parts)
             patched.setattr(straight_through, "fused", lambda *_: self.kernel != STEP)
-            # tiles of more tokens take given masks alone, and draw where a test is about them
+            # on a B200 tiles of many tokens take given masks alone, and draw where a test is about them
             patched.setattr(masked_gemm, "DRAWN_TOKENS", masked_gemm.ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)
 

@@ -424,6 +424,6 @@ def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
     assert tile(64, 8, dtype=torch.float32) == (16, 64, 32)
     # 133 programs of 32 rows keep 132 processors busy
     assert tile(64, 32 * 131, dtype=torch.float32) == (16, 64, 32)
-    assert tile(64, 32 * 133, dtype=torch.float32) == (32, 64, 32)
+    assert tile(64, 32 * 133, dtype=torch.float32) == (32, 64, 16)
     assert tile(16, 8, product="masked_linear_input_grad") == (32, 16, 32)
     assert tile(16, 8, product="masked_linear_input_grad", m=64) == (32, 16, 64)
