@@ -53,10 +53,10 @@ def _unpack(targets: tuple, source, dtype: type, ins: Instruction, kernel: Kerne
 
 def _pack(to, sources: tuple, dtype: type, ins: Instruction, kernel: Kernel):
     piece = _piece(dtype, len(sources), ins)
-    shifts = [dtype(k * np.dtype(piece).itemsize * 8) for k in range(len(sources))]
+    shifts = [dtype(k * np.dtype(piece).itemsize * 8) for k in range(1, len(sources))]
 
-    def join(*values):
-        joined = dtype(0)
+    def join(low, *values):
+        joined = low.astype(dtype)
         for value, shift in zip(values, shifts, strict=True):
             joined = joined | value.astype(dtype) << shift
         return joined

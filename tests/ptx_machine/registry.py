@@ -203,7 +203,7 @@ def passing_on(
     registers = frozenset(indices) - {None}
 
     def run(batch, mask):
-        value = compute(*(read(batch, mask) for read in reads))
+        value = compute(*[read(batch, mask) for read in reads])
         if batch.unusual.isdisjoint(registers):
             batch.write(index, value, mask)
             return
