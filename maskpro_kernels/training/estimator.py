@@ -65,15 +65,17 @@ class RunDefaults(NamedTuple):
 
 
 class HeldBytes(NamedTuple):
-    """Bytes that an estimator holds beside weights and logits.
+    """Bytes that an estimator holds beside weights and logits; each may be an ``Amount``, which tells its formula.
 
     Attributes:
         optimizer: from step to step.
         gradients: at most within one.
+        stored: in a snapshot beside the logits, that is ``tensors``.
     """
 
     optimizer: int = 0
     gradients: int = 0
+    stored: int = 0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def told(capsys):
 )
 def test_a_run_tells_what_it_needs_and_reports_what_it_used(inputs, tmp_path, capsys, options):
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
-    assert told(capsys).keys() == {"weights", "logits", "masks", "optimizer", "gradients", "activations", "teacher"}
+    parts = {"weights", "logits", "masks", "optimizer", "gradients", "activations", "teacher", "copies", "gathered"}
+    assert told(capsys).keys() == parts
     found = report(tmp_path / "run")["memory"]
     needed = found["needed"]
     assert needed["logits"] == 4 * 18432 and needed["teacher"] == 0

@@ -50,7 +50,8 @@ def need_of(model, estimator, loss_fn, accumulate=1, rows=ROWS):
     def batch_of(count):
         return torch.zeros(count, LENGTH, dtype=torch.int64)
 
-    found = activation_bytes(model, layers, loss_fn, batch_of, rows, estimator.needs_gradients)
+    weights = [layer.weight for layer in layers.values()]
+    found = activation_bytes(model, weights, loss_fn, batch_of, rows, estimator.needs_gradients).of(rows)
     how = {"pattern": "2:4", "logits_dtype": torch.float32, "alone": accumulate == 1, "activations": found}
     return memory_need(model, layers, estimator, **how)
 
