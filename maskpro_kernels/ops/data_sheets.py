@@ -30,5 +30,6 @@ class DataSheet:
 SHEETS = {
     "sm_80": DataSheet("A100 SXM 80 GB", 2.039e12, 312e12, 300e9, 32e9),
     "sm_90": DataSheet("H100 SXM", 3.35e12, 989e12, 450e9, 64e9),
+    # PCIe of generation 5, which its hosts have
     "sm_100": DataSheet("B200", 8.0e12, 2250e12, 900e9, 64e9),
 }

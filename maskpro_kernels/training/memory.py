@@ -112,7 +112,7 @@ def memory_need(
         gathered: what a rank holds of whole weights beside its shards.
     """
     weights, pattern = [layer.weight for layer in layers.values()], NMPattern(pattern)
-    own = [_shard(weight, shards) for weight in weights]
+    own = [shard(weight, shards) for weight in weights]
     largest = max(weights, key=lambda weight: weight.nbytes)
     held = estimator.memory(own, alone)
     # a layer's slope is whole until the ranks have summed it up
@@ -123,7 +123,8 @@ def memory_need(
         if logits_device is not None and weight.device != logits_device
     ]
     return MemoryNeed(
-        weights=_held_by(model, shards),
+        weights=_bytes_by_dtype(model.parameters(), "weights", shards)
+        + _bytes_by_dtype(model.buffers(), "numbers in buffers"),
         logits=Amount.of(sum(map(Tensor.numel, own)), "logits", logits_dtype.itemsize),
         masks=Amount.of(sum(map(Tensor.numel, own)) // pattern.m, "groups", pattern.code_dtype.itemsize),
         optimizer=NOTHING + held.optimizer,
@@ -146,16 +147,32 @@ def _copies(counts: Sequence[int], each: int) -> Amount:
     return Amount(sum(most) * each, f"({told}) logits of layers in a row x {each} bytes")
 
 
-def _held_by(model: nn.Module, shards: int) -> Amount:
-    """Parameters, or a rank's shards of them, and buffers."""
-    found = NOTHING
-    for what, tensors in (("weights", model.parameters()), ("numbers in buffers", model.buffers())):
-        counts = Counter()
-        for tensor in _distinct(tensors):
-            counts[tensor.itemsize] += _shard(tensor, shards if what == "weights" else 1).numel()
-        for each, count in counts.items():
-            found += Amount.of(count, what, each)
-    return found
+def gathered_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> Amount:
+    """What a rank gathers at once of a model whose parameters are sharded, block by block.
+
+    Two blocks that follow each other: one computes while the next one comes. What is in no block stays for the whole
+    of a forward and a backward, as under torch's FSDP2.
+    """
+    within = {id(parameter) for block in blocks for parameter in block.parameters()}
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in within]
+    pairs = [chain.from_iterable(block.parameters() for block in blocks[at : at + 2]) for at in range(len(blocks) or 1)]
+    two = max((_bytes_by_dtype(pair, "weights of two blocks") for pair in pairs), default=NOTHING)
+    return two + _bytes_by_dtype(outside, "weights outside of blocks")
+
+
+def snapshot_bytes(weights: Sequence[Tensor], estimator: Estimator, logits_dtype: torch.dtype, shards: int) -> Amount:
+    """The tensors of a snapshot, or the shards of them that a rank holds."""
+    own = [shard(weight, shards) for weight in weights]
+    logits = Amount.of(sum(map(Tensor.numel, own)), "logits", logits_dtype.itemsize)
+    return logits + estimator.memory(own, True).stored
+
+
+def _bytes_by_dtype(tensors: Iterable[Tensor], what: str, shards: int = 1) -> Amount:
+    """Of tensors, or of a rank's shards of them; memory that several share counts once."""
+    counts = Counter()
+    for tensor in _distinct(tensors):
+        counts[tensor.itemsize] += shard(tensor, shards).numel()
+    return sum((Amount.of(count, what, each) for each, count in counts.items()), NOTHING)
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -163,7 +180,7 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({(t.untyped_storage()._cdata, t.storage_offset()): t for t in tensors}.values())
 
 
-def _shard(tensor: Tensor, shards: int) -> Tensor:
+def shard(tensor: Tensor, shards: int) -> Tensor:
     """The shape of the part that the first rank holds: rows rounded up, as torch's FSDP2 pads them."""
     if shards == 1 or not tensor.dim():
         return tensor
