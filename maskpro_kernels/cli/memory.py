@@ -73,8 +73,8 @@ class OfBatches:
     def of(self, rows: int) -> dict[str, Amount]:
         """The activations of steps and evaluations, and the teacher's part, where batches have so many rows."""
         own, teacher = self.step.of(rows), rows * self.beside
-        if teacher:
-            own = Amount(max(own - teacher, 0), f"{own.formula} - {teacher:,} bytes of the teacher")
+        if own > teacher > 0:
+            own = Amount(own - teacher, f"{own.formula} - {teacher:,} bytes of the teacher")
         told = Amount(rows * self.teacher, f"{rows:,} rows x {self.teacher.formula}") if self.teacher else NOTHING
         return {"activations": max(own, self.evaluation), "teacher": told}
 
@@ -120,7 +120,7 @@ def tell_need(args: argparse.Namespace, model: torch.nn.Module, need: MemoryNeed
     devices = {parameter.device for parameter in model.parameters()}
     there = sum(filter(None, map(_total, devices)))
     # they may live with the weights none the less
-    elsewhere = hasattr(args, "logits_device") and torch.device(args.logits_device) not in devices
+    elsewhere = hasattr(args, "logits_device") and device_of(args.logits_device) not in devices
     on_devices = need.total - (need.logits if elsewhere else 0)
     if on_devices > there > 0:
         names = ", ".join(sorted(map(str, devices)))

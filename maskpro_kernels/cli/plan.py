@@ -11,12 +11,16 @@ from dataclasses import asdict
 from ..files import write_whole
 from ..pattern import NMPattern
 from ..training.amounts import Amount, formula_of
+from ..training.memory import MemoryNeed
 from .arguments import check_least, new_file
 from .estimator_options import class_of, complete_options
 from .memory import GB
 from .planned import Choice, Planned
 from .run_settings import check_checkpointing
-from .step_seconds import Duration, check_gpu, step_seconds
+from .step_seconds import Duration, check_gpu, step_at_least, step_seconds
+
+# Of the names in tables
+WIDTH = 18
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -79,7 +83,8 @@ def _figures(planned: Planned, given: Choice, tried: list[tuple[Choice, int]]) -
     }
     if hasattr(args, "gpu"):
         durations = step_seconds(planned, given)
-        figures["derived_seconds"] = {"gpu": args.gpu} | {name: each._asdict() for name, each in durations.items()}
+        parts = {name: each._asdict() for name, each in durations.items()}
+        figures["derived_seconds"] = {"gpu": args.gpu, "parts": parts, "step": step_at_least(durations)}
     return figures
 
 
@@ -88,39 +93,43 @@ def _told(amount: int) -> dict:
 
 
 def _print_model(planned: Planned, given: Choice) -> None:
-    masked = sum(weight.numel() for weight in planned.weights)
+    masked, mesh = sum(weight.numel() for weight in planned.weights), given.mesh
     print(
-        f"{type(planned.model).__name__} by its config alone, no weights were read: {planned.args.pattern} masks on "
-        f"{len(planned.layers)} nn.Linear layers with {masked:,} weights"
+        f"{type(planned.model).__name__}, by its config alone: {planned.args.pattern} masks on {len(planned.layers)} "
+        f"nn.Linear layers with {masked:,} weights"
     )
     for reason, count in Counter(planned.skipped.values()).items():
-        names = [name for name, its_reason in planned.skipped.items() if its_reason == reason]
-        print(f"without a mask: {names[0]}{f' and {count - 1} others' if count > 1 else ''}: {reason}")
-    if given.mesh.devices > 1:
-        replicas = f", {given.mesh.replicas} times" if given.mesh.replicas > 1 else ""
+        first = next(name for name, its_reason in planned.skipped.items() if its_reason == reason)
+        print(f"without a mask: {first}{f' and {count - 1} more' if count > 1 else ''}, {reason}")
+    if mesh.devices > 1:
+        replicas = f", {mesh.replicas} times over" if mesh.replicas > 1 else ""
         print(
-            f"{given.mesh.devices} devices stand for sharding by torch's FSDP2, block by block: of each parameter, its "
-            f"logits and what is held for it a rank has 1 / {given.mesh.shards} of the rows, rounded up{replicas}"
+            f"{mesh.devices} devices stand for sharding by torch's FSDP2, block by block: of each parameter a rank has "
+            f"1 / {mesh.shards} of the rows, rounded up, with their logits and what is held for them{replicas}"
         )
 
 
-def _print_memory(planned: Planned, given: Choice, need: object) -> None:
+def _print_memory(planned: Planned, given: Choice, need: MemoryNeed) -> None:
     amounts = asdict(need)
-    logits = {"logits": amounts.pop("logits")} if given.logits_on_cpu else {}
+    if given.logits_on_cpu:
+        del amounts["logits"]
     _print_amounts("on a device", amounts)
     size, room = planned.on_device(given), planned.args.device_memory
-    print(f"{'all of it':<24} {size / GB:>8.2f}  the sum; {'fits' if size <= room else 'does not fit'} into {room / GB:.2f} GB")
+    fits = "fits" if size <= room else "does not fit"
+    print(f"{'all of it':<{WIDTH}} {size / GB:>8.2f}  the sum, which {fits} into {room / GB:.2f} GB")
     print()
-    if logits:
-        print("The logits live in main memory, where torch rounds those of each layer up to a power of two.")
-    _print_amounts("in main memory, a process", planned.main_memory(given))
-    _print_amounts("on disk", {"snapshots at a time": planned.on_disk(given)})
+    _print_amounts("in main memory", planned.main_memory(given))
+    if given.logits_on_cpu:
+        print("torch rounds page-locked memory up to a power of two, layer by layer")
+    print()
+    _print_amounts("on disk", {"snapshots": planned.on_disk(given)})
 
 
 def _print_amounts(title: str, amounts: Mapping[str, Amount]) -> None:
-    print(f"{title:<24} {'GB':>8}  formula")
+    print(f"{title:<{WIDTH}} {'GB':>8}  formula")
     for name, amount in amounts.items():
-        print(f"{name:<24} {amount / GB:>8.2f}  {formula_of(amount)}")
+        if amount:
+            print(f"{name:<{WIDTH}} {amount / GB:>8.2f}  {formula_of(amount)}")
 
 
 def _print_tried(planned: Planned, given: Choice, tried: list[tuple[Choice, int]]) -> None:
@@ -135,14 +144,13 @@ def _print_tried(planned: Planned, given: Choice, tried: list[tuple[Choice, int]
     if not fitting:
         print("nothing fits: take devices with more memory, or smaller --seq-len and --eval-length")
     elif fitting[0] != "as given":
-        print(f"take: {', or '.join(fitting)}")
+        print(f"take {', or '.join(fitting)}")
 
 
 def _print_seconds(args: argparse.Namespace, durations: Mapping[str, Duration]) -> None:
     print()
-    print(f"{'seconds a step, derived':<24} {args.gpu:>8}  formula; nothing was measured, and attention is left out")
+    print(f"{'a step on ' + args.gpu:<{WIDTH}} {'seconds':>8}  formula: derived, not measured")
     for name, (seconds, formula) in durations.items():
-        print(f"{name:<24} {seconds:>8.4f}  {formula}")
-    computed = durations["products"].seconds + durations["masks"].seconds
-    beside = [each.seconds for name, each in durations.items() if name not in ("products", "masks")]
-    print(f"{'a step, at least':<24} {max([computed, *beside]):>8.4f}  the longest of products + masks, and what runs beside")
+        print(f"{name:<{WIDTH}} {seconds:>8.4f}  {formula}")
+    told = "products + masks; what else there is runs beside them, and the longest counts"
+    print(f"{'all of it':<{WIDTH}} {step_at_least(durations):>8.4f}  {told}")

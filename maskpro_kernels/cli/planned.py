@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from ..pruning.selection import select_layers
 from ..training.amounts import NOTHING, Amount
 from ..training.estimator import Estimator
 from ..training.memory import FEW, MemoryNeed, gathered_bytes, memory_need, shard, snapshot_bytes
-from ..training.snapshots import KEPT
+from ..training.snapshots import HELD, KEPT
 from .arguments import DTYPES, telling
 from .memory import OfBatches, needed_by_batches
 from .models import learned_positions, trusts
@@ -142,19 +143,24 @@ class Planned:
 
     def main_memory(self, choice: Choice) -> dict[str, Amount]:
         """What a process takes there, by what it is for."""
-        own = [shard(weight, choice.mesh.shards) for weight in self.weights]
-        itemsize = DTYPES[choice.logits_dtype].itemsize
-        stored = snapshot_bytes(self.weights, self.estimator, DTYPES[choice.logits_dtype], choice.mesh.shards)
-        found = {"a snapshot": Amount(2 * stored, f"2 x ({stored.formula})")}
+        stored = self._snapshot(choice)
+        # and a copy of what is on the device
+        times = HELD + 1
+        found = {"writing a snapshot": Amount(times * stored, f"{times} x ({stored.formula})")}
         if choice.logits_on_cpu:
-            locked = sum(1 << (weight.numel() * itemsize - 1).bit_length() for weight in own)
-            found["logits"] = Amount(locked, f"{locked:,} bytes")
+            own = [shard(weight, choice.mesh.shards).numel() for weight in self.weights]
+            sizes = Counter(1 << (count * DTYPES[choice.logits_dtype].itemsize - 1).bit_length() for count in own)
+            told = " + ".join(f"{count:,} layers x {size:,} bytes" for size, count in sorted(sizes.items()))
+            found["logits"] = Amount(sum(size * count for size, count in sizes.items()), told)
         return found
 
     def on_disk(self, choice: Choice) -> Amount:
         """The snapshots of a run: the first, the newest ones, and one that is being written."""
-        stored, count = snapshot_bytes(self.weights, self.estimator, DTYPES[choice.logits_dtype], 1), KEPT + 2
+        stored, count = self._snapshot(choice), KEPT + 2
         return Amount(count * stored, f"{count} x ({stored.formula})")
+
+    def _snapshot(self, choice: Choice) -> Amount:
+        return snapshot_bytes(self.weights, self.estimator, DTYPES[choice.logits_dtype])
 
     def can_checkpoint(self) -> bool:
         """Whether activations can be computed anew in backward."""
@@ -177,12 +183,16 @@ class Planned:
             yield last
 
     def larger_mesh(self, given: Choice, room: int) -> Choice | None:
-        """The fewest devices over which it fits as given, by doubling; None where that is of no use."""
-        shards = given.mesh.shards
-        while (shards := 2 * shards) <= MOST_DEVICES:
-            choice = given._replace(mesh=given.mesh._replace(shards=shards))
-            if self.on_device(choice) <= room:
-                return choice
+        """The fewest devices over which it fits, by doubling: as given, else with activations computed anew.
+
+        None where no number of devices is of use, since activations are not shared out.
+        """
+        for choice in (given, given._replace(checkpointing=True)) if self.can_checkpoint() else (given,):
+            shards = given.mesh.shards
+            while (shards := 2 * shards) <= MOST_DEVICES:
+                larger = choice._replace(mesh=given.mesh._replace(shards=shards))
+                if self.on_device(larger) <= room:
+                    return larger
         return None
 
 

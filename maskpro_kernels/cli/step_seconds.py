@@ -49,6 +49,12 @@ def step_seconds(planned: Planned, choice: Choice) -> Mapping[str, Duration]:
     return found
 
 
+def step_at_least(durations: Mapping[str, Duration]) -> float:
+    """Seconds of a step in which transfers run beside what is computed."""
+    computed = durations["products"].seconds + durations["masks"].seconds
+    return max(computed, *(each.seconds for name, each in durations.items() if name not in ("products", "masks")), 0.0)
+
+
 def _counts(planned: Planned) -> tuple[int, int]:
     """Weights of nn.Linear layers: (with masks, without)."""
     linears = [module.weight for module in planned.model.modules() if isinstance(module, torch.nn.Linear)]
@@ -67,7 +73,7 @@ def _products(planned: Planned, choice: Choice, flops: float) -> Duration:
     # of each product a multiplication and an addition; the gradient of inputs, and of masked weights, is one more each
     of_masked, of_others = (6, 4) if planned.estimator.needs_gradients else (2, 2)
     if choice.checkpointing:
-        of_masked, of_others = of_masked + 2, of_others
+        of_masked += 2
     work = tokens * (of_masked * masked + of_others * others)
     told = (
         f"{tokens:,} tokens x ({of_masked} x {masked:,} weights with masks + {of_others} x {others:,} without) / "

@@ -37,7 +37,7 @@ def read_config(name: str, dtype: torch.dtype, *, trust_remote_code: bool = Fals
     if stored is not None and not options:
         kind = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
         raise ValueError(
-            f"model: expected one whose weights are dense, got {name!r}, stored by {kind!r}; give the model that it was "
+            f"model: expected one whose weights are dense, got {name!r}, stored by {kind!r}; give the model that it is "
             "made of"
         )
     return config

@@ -77,7 +77,7 @@ class Activations(NamedTuple):
         found, more = Amount(self.size, f"{self.size:,} bytes of a computed batch"), rows - self.rows
         if not more:
             return found
-        told = f"{found.formula} {'+' if more > 0 else '-'} {abs(more):,} rows x {self.further:,} bytes"
+        told = f"{found.formula} {'+' if more > 0 else '-'} {abs(more):,} rows of it x {self.further:,} bytes"
         return Amount(found + more * self.further, told)
 
 
@@ -160,11 +160,16 @@ def gathered_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> Amount:
     return two + _bytes_by_dtype(outside, "weights outside of blocks")
 
 
-def snapshot_bytes(weights: Sequence[Tensor], estimator: Estimator, logits_dtype: torch.dtype, shards: int) -> Amount:
-    """The tensors of a snapshot, or the shards of them that a rank holds."""
-    own = [shard(weight, shards) for weight in weights]
-    logits = Amount.of(sum(map(Tensor.numel, own)), "logits", logits_dtype.itemsize)
-    return logits + estimator.memory(own, True).stored
+def snapshot_bytes(weights: Sequence[Tensor], estimator: Estimator, logits_dtype: torch.dtype) -> Amount:
+    """The tensors of a snapshot.
+
+    Args:
+        weights: of all layers with masks, [out, K].
+        estimator: of the run.
+        logits_dtype: of the logits.
+    """
+    logits = Amount.of(sum(map(Tensor.numel, weights)), "logits", logits_dtype.itemsize)
+    return logits + estimator.memory(weights, True).stored
 
 
 def _bytes_by_dtype(tensors: Iterable[Tensor], what: str, shards: int = 1) -> Amount:

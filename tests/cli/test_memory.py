@@ -63,6 +63,8 @@ def test_options_that_save_memory_are_seen_to(inputs):
     cached = needed(inputs, "--loss", "kl", "--train-weights", "1e-3")
     assert cached.teacher == 4 * 48 * 516 and cached.optimizer > 8 * 18432 > plain.optimizer
     assert needed(inputs, "--accumulate", "2").gradients > plain.gradients
+    # as plain weights lie where the logits do, no copies come
+    assert plain.copies == needed(inputs, "--logits-device", "cpu").copies == 0
     # evaluation holds the most
     assert needed(inputs, "--eval-length", "2000").activations > 2 * plain.activations
 
