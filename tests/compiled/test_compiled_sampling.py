@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.cases import cases, slow
 from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
-from helpers.layers import ManyLayers
+from helpers.layers import OVER_LAYERS, ManyLayers
 
 from maskpro_kernels.ops.triton import tiles
 
@@ -111,9 +111,6 @@ def test_a_single_group_and_one_more_than_a_block(dtype, compiled_for):
         of = Matrix(2, 4, dtype=dtype, rows=1, groups=groups)
         for kernel in ("sample_mask", "score_update", "top_n_mask"):
             assert_bits_of_reference(lambda kernel=kernel, of=of: OVER_GROUPS[kernel](of))
-
-
-OVER_LAYERS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers", "by codes")
 
 
 def of_layers_in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
