@@ -288,6 +288,12 @@ def test_where_nothing_fits_it_says_so(planning, capsys):
     assert "nothing fits: take devices with more memory" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_example_model_is_read_from_its_package(capsys):
+    assert main.main(["plan", "smollm2-135m", "--device-memory", "8GiB"]) == 0
+    assert "2:4 masks on 210 nn.Linear layers with 106,168,320 weights" in capsys.readouterr().out
+
+
 def test_experts_count_one_by_one(planning):
     told = planning(MIXTURE, f"{SIZES} --dtype bfloat16")
     # the routers are no nn.Linear
