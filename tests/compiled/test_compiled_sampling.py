@@ -122,7 +122,9 @@ def of_layers_in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
 @pytest.mark.parametrize(
     ("target", "kernel", "pattern", "dtype", "shard"),
     cases(
-        itertools.product(TARGETS, OVER_LAYERS, [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (4, 32)], DTYPES, (False, True)),
+        itertools.product(
+            TARGETS, OVER_LAYERS, [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (4, 32)], DTYPES, (False, True)
+        ),
         slow=lambda *case: not of_layers_in_the_ordinary_suite(*case),
     ),
     ids=str,
