@@ -17,7 +17,7 @@ from ..pattern import NMPattern
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
-from .initial_masks import check_initial_mask, refitted_masks
+from .initial_masks import Init, check_initial_mask, refitted_masks
 from .reconstruction import check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
@@ -51,7 +51,7 @@ def convert(
     model: nn.Module,
     pattern: str | NMPattern,
     targets: Sequence[str] | None = None,
-    init: str | Mapping[str, Tensor] = "magnitude",
+    init: Init = "magnitude",
     gap: float = DEFAULT_GAP,
     flip_rate: float | None = None,
     calibration: Iterable | None = None,
@@ -74,8 +74,9 @@ def convert(
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
             those whose weight other code reads past the module, see ``read_elsewhere``.
-        init: "magnitude", "wanda", "reconstruction" or "sparsegpt" (these three need ``calibration``), "random", or
-            {name: group codes}, as ``hf.load_mask`` gives them of files; see ``pruning/initial_masks.py``.
+        init: "magnitude", "wanda", "reconstruction" or "sparsegpt" (these three need ``calibration``), or "random", see
+            ``pruning/initial_masks.py``; the path of a mask file, of a run or of a sparse checkpoint, see
+            ``pruning/stored_mask.py``; or {name: group codes}.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
@@ -112,7 +113,7 @@ def convert(
     return Conversion(list(layers), skipped, how["gap"], found.share, found.unmasked)
 
 
-def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str, seed: int) -> None:
+def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     check_initial_mask(init)

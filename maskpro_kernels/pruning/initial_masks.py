@@ -1,4 +1,4 @@
-"""Initial masks: by magnitude, by Wanda, by reconstruction, by SparseGPT, at random, or given as group codes.
+"""Initial masks: by magnitude, Wanda, reconstruction or SparseGPT, at random, of a file, or given as group codes.
 
 A new one is a function with the arguments of ``magnitude`` and an entry in ``INITIAL_MASKS``. ``convert`` knows it then
 by its name, and so does ``maskpro learn --init``.
@@ -7,6 +7,7 @@ by its name, and so does ``maskpro learn --init``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,17 @@ from .calibration import check_calibration, input_squares
 from .reconstruction import Reconstruction, check_refit, reconstruct
 from .refit import refit_layers
 from .sparsegpt import sparsegpt as prune_by_sparsegpt
+from .stored_mask import stored_mask
 
 Progress = Callable[[int, int], None]
+# A name in INITIAL_MASKS, a path, or group codes by name of the layer
+Init = str | Path | Mapping[str, Tensor]
 
 
 def initial_codes(
     layers: Mapping[str, nn.Module],
     pattern: str | NMPattern,
-    init: str | Mapping[str, Tensor],
+    init: Init,
     model: nn.Module | None = None,
     calibration: Iterable | None = None,
     progress: Progress | None = None,
@@ -37,7 +41,8 @@ def initial_codes(
     Args:
         layers: modules with a ``weight`` [out, K], by name.
         pattern: "N:M" or NMPattern.
-        init: a name in ``INITIAL_MASKS``, or {name: group codes [out, K / M]}.
+        init: a name in ``INITIAL_MASKS``; the path of a mask file, a run or a sparse checkpoint, see ``stored_mask``;
+            or {name: group codes [out, K / M]}. A name goes before a path of that name.
         model: the model that the layers are part of; "magnitude", "random" and given codes need none.
         calibration: batches for the model, each a tensor, a tuple or a mapping; those that need no model need none.
         progress: called by a mask that takes minutes, with how many layers are done, and of how many.
@@ -48,20 +53,27 @@ def initial_codes(
 
     Raises:
         TypeError, ValueError: an argument is not as above.
+        OSError: what lies at the path cannot be read.
     """
     pattern = NMPattern(pattern)
     check_initial_mask(init)
     check_int("seed", seed, 1 << 63)
     if isinstance(init, Mapping):
         return given(layers, pattern, init)
+    if init not in INITIAL_MASKS:
+        return given(layers, pattern, stored_mask(init, layers, pattern).codes)
     return INITIAL_MASKS[init](layers, pattern, model, calibration, progress, seed)
 
 
-def check_initial_mask(init: str | Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless ``init`` names an initial mask or is a mapping."""
-    if not isinstance(init, Mapping) and (not isinstance(init, str) or init not in INITIAL_MASKS):
-        names = tuple(INITIAL_MASKS)
-        raise ValueError(f"init: expected one of {names} or a mapping of names to group codes, got {init!r}")
+def check_initial_mask(init: Init) -> None:
+    """Raise ValueError unless ``init`` names an initial mask, is the path of what is there, or is a mapping."""
+    if isinstance(init, Mapping) or (isinstance(init, str) and init in INITIAL_MASKS):
+        return
+    if not isinstance(init, (str, Path)) or not Path(init).exists():
+        raise ValueError(
+            f"init: expected one of {', '.join(INITIAL_MASKS)}, the path of a mask file, a run or a sparse checkpoint, "
+            f"or a mapping of names to group codes, got {init!r}"
+        )
 
 
 def magnitude(
@@ -161,7 +173,7 @@ def _reconstruction(
 def refitted_masks(
     layers: Mapping[str, nn.Module],
     pattern: str | NMPattern,
-    init: str | Mapping[str, Tensor],
+    init: Init,
     refit: str,
     model: nn.Module,
     calibration: Iterable | None,

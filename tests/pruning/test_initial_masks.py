@@ -44,8 +44,7 @@ def test_a_new_initial_mask_is_one_function_and_one_entry(monkeypatch):
 
 @pytest.mark.parametrize("init", ["randm", None, 3, ["magnitude"]])
 def test_an_unknown_initial_mask_is_refused_before_the_model_runs(init):
-    named = r"\('magnitude', 'wanda', 'reconstruction', 'sparsegpt', 'random'\)"
-    with pytest.raises(ValueError, match=rf"init: expected one of {named} or"):
+    with pytest.raises(ValueError, match="init: expected one of magnitude, wanda, reconstruction, sparsegpt, random, "):
         initial_codes({}, "2:4", init)
 
 
