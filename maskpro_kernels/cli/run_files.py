@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..checked_json import read_sealed
-from ..checkpoints.logits import FILE as LOGITS
+from ..checkpoints.logits import LOGITS_FILE
 from ..digests import digest
 from ..modules import masked_layers
 from ..pattern import NMPattern
@@ -23,8 +23,8 @@ from ..training.run_folder import LOCK
 from .arguments import DTYPES
 from .progress import tell_as
 
-# What a run leaves at its end, beside LOGITS
-REPORT, PAGE = "report.json", "report.html"
+# What a run leaves at its end
+LOGITS, REPORT, PAGE = LOGITS_FILE, "report.json", "report.html"
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # And while it goes on
 SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"

@@ -21,6 +21,7 @@ from .config_file import TRUST
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
+from .start_mask import is_path_of_mask
 from .texts import check_sources
 from .trackers import check_trackers
 
@@ -47,6 +48,8 @@ def complete(args: argparse.Namespace) -> Estimator:
         raise ValueError(f"refit: expected one of {', '.join(REFITTED)}, got {args.refit!r}")
     for name, value in class_of(args).run_defaults._asdict().items():
         setattr(args, name, getattr(args, name, value))
+    if not isinstance(args.init, str):
+        raise TypeError(f"init: expected a text, got {args.init!r}")
     args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
     check_least(args, steps=1, batch_size=1, accumulate=1, seq_len=2, init_batches=1)
     check_least(args, eval_windows=1, eval_length=2, eval_every=1, seed=0)
@@ -164,5 +167,7 @@ def stored_settings(args: argparse.Namespace) -> dict:
         settings["model"] = str(Path(settings["model"]).resolve())
     if "other_data" in settings and is_path(settings["other_data"]):
         settings["other_data"] = str(Path(settings["other_data"]).resolve())
+    if is_path_of_mask(settings["init"]):
+        settings["init"] = str(Path(settings["init"]).resolve())
     settings["data"] = resolved(settings["data"])
     return settings

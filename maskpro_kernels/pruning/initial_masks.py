@@ -69,7 +69,8 @@ def check_initial_mask(init: Init) -> None:
     """Raise ValueError unless ``init`` names an initial mask, is the path of what is there, or is a mapping."""
     if isinstance(init, Mapping) or (isinstance(init, str) and init in INITIAL_MASKS):
         return
-    if not isinstance(init, (str, Path)) or not Path(init).exists():
+    # "" is no folder that anyone means
+    if not isinstance(init, (str, Path)) or not init or not Path(init).exists():
         raise ValueError(
             f"init: expected one of {', '.join(INITIAL_MASKS)}, the path of a mask file, a run or a sparse checkpoint, "
             f"or a mapping of names to group codes, got {init!r}"

@@ -53,7 +53,9 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     return upper
 
 
-def prune_layer(weight: Tensor, gram: Tensor, pattern: str | NMPattern, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def prune_layer(
+    weight: Tensor, gram: Tensor, pattern: str | NMPattern, damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
     """(group codes [out, K / M], weight under its mask [out, K] in the dtype of ``gram``) of a weight [out, K].
 
     Args:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.logits import FILE, load_learned
+from ..checkpoints.logits import LOGITS_FILE, load_learned
 from ..checkpoints.mask_file import DTYPES, MaskFile, base_layers, check_fingerprint
 from ..digests import digest, digest_of_named
 from ..functional.masks import expand_mask, top_n_mask
@@ -69,7 +69,7 @@ def stored_mask(
     pattern, path = NMPattern(pattern), Path(path)
     if path.is_file():
         return _of_mask_file(path, layers, pattern)
-    if (path / FILE).is_file():
+    if (path / LOGITS_FILE).is_file():
         return _of_run(path, layers, pattern)
     return _of_checkpoint(path, layers, pattern, trust_remote_code)
 
@@ -103,10 +103,12 @@ def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPatter
 
 def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
     with _telling():
-        learned = load_learned(path / FILE)
+        learned = load_learned(path / LOGITS_FILE)
     told = learned.metadata
     if not {"pattern", "dtype", "dense_weights"} <= told.keys() or told["dtype"] not in DTYPES:
-        raise ValueError(f"path: expected the logits of a run in {str(path / FILE)!r}, got others; remove that file")
+        raise ValueError(
+            f"path: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others; remove that file"
+        )
     _check_pattern(NMPattern(told["pattern"]), pattern, path)
     _check_layers(learned.logits, layers, path)
     dtype = DTYPES[told["dtype"]]
@@ -120,7 +122,7 @@ def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> 
         _warn(path, "the mask of this run was learned over changed weights, and is taken alone")
     for name, logits in learned.logits.items():
         if not torch.isfinite(logits).all():
-            raise ValueError(f"path: expected finite logits in {str(path / FILE)!r}, got others in {name}")
+            raise ValueError(f"path: expected finite logits in {str(path / LOGITS_FILE)!r}, got others in {name}")
     codes = {name: top_n_mask(learned.logits[name], pattern) for name in layers}
     return StoredMask(codes, "run", learned.digest)
 
@@ -193,9 +195,10 @@ class _Reading:
         kept = sparse != 0
         many = kept.view(len(kept), -1, self.pattern.m).sum(-1) > self.pattern.n
         if many.any():
+            share = float(many.float().mean())
             raise ValueError(
-                f"path: expected weights that follow {self.pattern}, got {float(many.float().mean()):.1%} of the groups "
-                f"of {name} with more in {str(self.path)!r}; `maskpro validate` tells which pattern they follow"
+                f"path: expected weights that follow {self.pattern}, got more in {share:.1%} of the groups of {name} "
+                f"in {str(self.path)!r}; `maskpro validate` tells which pattern they follow"
             )
         size = weight.abs().float()
         # what is zero in both changes nothing, and is what was kept, or may as well have been
@@ -222,8 +225,8 @@ class _Reading:
         if self.filled:
             _warn(
                 self.path,
-                f"{self.filled} groups have fewer weights than {self.pattern} keeps, and were filled up with the largest "
-                "ones of the model",
+                f"{self.filled} groups have fewer weights than {self.pattern} keeps, and were filled up with the "
+                "largest ones of the model",
             )
 
 

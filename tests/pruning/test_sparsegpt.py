@@ -89,7 +89,8 @@ def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was():
     layers, told = layers_of(model), []
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     batches = list(torch.randint(0, 32, (3, 2, 16), generator=torch.Generator().manual_seed(0)))
-    codes, weights = sparsegpt(model, layers, "2:4", iter(batches), keep_weights=True, progress=lambda *of: told.append(of))
+    watched = {"keep_weights": True, "progress": lambda *of: told.append(of)}
+    codes, weights = sparsegpt(model, layers, "2:4", iter(batches), **watched)
     assert_same_bits({name: layer.weight.detach() for name, layer in layers.items()}, before)
     assert model.config.use_cache and told == [(done, 14) for done in range(15)]
     assert not any("forward" in vars(layer) or layer._forward_pre_hooks for layer in layers.values())
