@@ -48,8 +48,6 @@ def complete(args: argparse.Namespace) -> Estimator:
         raise ValueError(f"refit: expected one of {', '.join(REFITTED)}, got {args.refit!r}")
     for name, value in class_of(args).run_defaults._asdict().items():
         setattr(args, name, getattr(args, name, value))
-    if not isinstance(args.init, str):
-        raise TypeError(f"init: expected a text, got {args.init!r}")
     args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
     check_least(args, steps=1, batch_size=1, accumulate=1, seq_len=2, init_batches=1)
     check_least(args, eval_windows=1, eval_length=2, eval_every=1, seed=0)

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pruning.initial_masks import INITIAL_MASKS, check_initial_mask
+from ..pruning.initial_masks import INITIAL_MASKS
 from ..pruning.selection import layers_to_convert
 from ..pruning.stored_mask import stored_mask
 from .models import trusts
 from .progress import tell
+from .run_files import LOGITS, goes_on, how_to_go_on
 
 
 def is_path_of_mask(init: str) -> bool:
@@ -45,12 +46,13 @@ class StartMask:
         known_by: what tells the mask of a path again: of what kind that was, and its digest. None of a name.
 
     Raises:
-        ValueError: if there is no mask of that name, and nothing at that path.
+        ValueError: if there is no mask of that name, and nothing at that path, or a run that was killed.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        check_initial_mask(args.init)
+        if is_path_of_mask(args.init):
+            _check_path(args.init)
         self.init: str | Mapping[str, Tensor] = args.init
         self.known_by: dict[str, str] | None = None
 
@@ -72,3 +74,17 @@ class StartMask:
             raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
         self.init, self.known_by = found.codes, {"kind": found.kind, "digest": found.digest}
         tell(f"the run begins with the mask of the {found.kind} {self.args.init}, {found.digest}")
+
+
+def _check_path(init: str) -> None:
+    folder = Path(init)
+    # "" is no folder that anyone means
+    if not init or not folder.exists():
+        raise ValueError(
+            f"init: expected one of {', '.join(INITIAL_MASKS)}, or the path of a mask file, a run or a sparse "
+            f"checkpoint, got {init!r}"
+        )
+    if goes_on(folder) and not (folder / LOGITS).is_file():
+        raise ValueError(
+            f"init: expected a run that has left {LOGITS}, got {init!r}, which was killed; {how_to_go_on(folder)}"
+        )

@@ -63,7 +63,9 @@ def run(folder, pattern="2:4", model=None, **more):
 STORED = {
     "mask file": mask_file,
     "run": lambda folder, pattern="2:4": run(folder / "run", pattern),
-    "zeros": lambda folder, pattern="2:4": save(masked(tiny_model(), random_masks(tiny_model(), pattern)), folder / "m"),
+    "zeros": lambda folder, pattern="2:4": save(
+        masked(tiny_model(), random_masks(tiny_model(), pattern)), folder / "m"
+    ),
     "packed": lambda folder, pattern="2:4": save(finalize(converted(pattern), to="packed"), folder / "m"),
     "masked": lambda folder, pattern="2:4": save(converted(pattern), folder / "m"),
 }
@@ -106,7 +108,9 @@ def test_another_set_of_layers_is_refused(tmp_path, kind):
         if kind == "zeros" and wanted is fewer:
             # others may have zeros as well
             continue
-        with pytest.raises(ValueError, match=f"14 layers differ, such as {named}|15 layers .*{named}|get one .*{named}"):
+        with pytest.raises(
+            ValueError, match=f"14 layers differ, such as {named}|15 layers .*{named}|get one .*{named}"
+        ):
             stored_mask(path, wanted, "2:4")
 
 
