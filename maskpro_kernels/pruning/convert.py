@@ -15,7 +15,7 @@ from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear, check_gap
 from ..pattern import NMPattern
 from .bypassed import first_call
-from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name
+from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
 from .initial_masks import Init, check_initial_mask, refitted_masks
 from .reconstruction import check_refit
@@ -74,9 +74,8 @@ def convert(
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
             those whose weight other code reads past the module, see ``read_elsewhere``.
-        init: "magnitude", "wanda", "reconstruction" or "sparsegpt" (these three need ``calibration``), or "random", see
-            ``pruning/initial_masks.py``; the path of a mask file, of a run or of a sparse checkpoint, see
-            ``pruning/stored_mask.py``; or {name: group codes}.
+        init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
+            path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
@@ -85,8 +84,7 @@ def convert(
             use then copies a layer's logits to its weight. Default: with the weights. ``model.to`` moves both.
         refit: "scales" or "weights" refit the weights under the initial mask, by the batches of ``calibration``, see
             ``refit``. With init="reconstruction" it is one pass, and the masks are chosen for the refit.
-        seed: of init="random", in [0, 2**63). A second conversion of the model takes another one, or its first layer
-            has the noise of the first.
+        seed: of init="random", in [0, 2**63). A second conversion of a model takes another one.
 
     Returns:
         A Conversion: names converted, names left out with the reason, the gap, and how much of the model has a mask.
@@ -106,11 +104,7 @@ def convert(
         layers, skipped = layers_to_convert(model, pattern, targets, call)
         codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
-    skipped = reasons_by_name(model, skipped | left_out)
-    found = coverage(model, skipped)
-    if targets is None and found.share < MOST_OF_A_MODEL:
-        warnings.warn(_told_coverage(found), stacklevel=2)
-    return Conversion(list(layers), skipped, how["gap"], found.share, found.unmasked)
+    return _conversion(model, list(layers), skipped | left_out, how["gap"], warn=targets is None)
 
 
 def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
@@ -122,12 +116,19 @@ def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
     check_replaceable(model)
 
 
-def _told_coverage(found: Coverage) -> str:
-    largest, reason = next(iter(found.unmasked.items()))
-    return (
-        f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
-        f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all"
-    )
+def _conversion(
+    model: nn.Module, converted: list[str], skipped: Mapping[str, str], gap: float, warn: bool
+) -> Conversion:
+    skipped = reasons_by_name(model, skipped)
+    found = coverage(model, skipped)
+    if warn and found.share < MOST_OF_A_MODEL:
+        largest, reason = next(iter(found.unmasked.items()))
+        warnings.warn(
+            f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
+            f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
+            stacklevel=3,
+        )
+    return Conversion(converted, skipped, gap, found.share, found.unmasked)
 
 
 def _logits(

@@ -110,8 +110,7 @@ def sparsegpt(
 
     Args:
         model: holds ``layers``; its weights stay as they are.
-        layers: nn.Linear or alike, by name.
-        pattern: "N:M" or NMPattern.
+        layers, pattern: nn.Linear or alike, by name; "N:M" or NMPattern.
         calibration: batches for the model, each a tensor, a tuple or a mapping.
         keep_weights: whether the result holds the new weights as well, with exact zeros, in the dtype of the weights.
             Without them it is the mask alone, which belongs to the weights of the model.
@@ -144,12 +143,8 @@ def sparsegpt(
             weights[name] = pruned.to(weight.dtype)
             told.one_more()
 
-    def enter_block() -> None:
-        if not keep_weights:
-            weights.clear()
-
     with evaluating(model), without_cache(model), masked_forwards(layers, {}, weights, {}):
-        unvisited = layer_by_layer(model, layers, calls, visit, enter_block)
+        unvisited = layer_by_layer(model, layers, calls, visit, (lambda: None) if keep_weights else weights.clear)
     tell_unvisited(unvisited, "get masks by magnitude")
     for name in unvisited:
         weight = layers[name].weight.detach()
@@ -157,4 +152,4 @@ def sparsegpt(
         if keep_weights:
             weights[name] = torch.where(expand_mask(codes[name], pattern), weight, 0.0)
     told.all_done()
-    return Reconstruction({name: codes[name] for name in layers}, weights)
+    return Reconstruction({name: codes[name] for name in layers}, weights if keep_weights else {})

@@ -147,7 +147,8 @@ def test_masks_that_do_not_belong_here_are_refused(inputs, run, mine, tmp_path, 
     refused(inputs, sparse, "init: expected weights that follow 2:4, got more in 100.0% of the groups of")
     refused(inputs, inputs / "text.txt", "init: expected a mask file, got")
     refused(inputs, tmp_path / "empty", "init: expected a folder with a config.json, got")
-    refused(inputs, "randm", "init: expected one of magnitude, wanda, reconstruction, sparsegpt, random, the path of")
+    told = "init: expected one of magnitude, wanda, reconstruction, sparsegpt, random, or the path of a mask file"
+    refused(inputs, "randm", told)
 
 
 def test_a_run_that_was_killed_has_no_mask_yet(inputs, tmp_path, capsys, monkeypatch):
