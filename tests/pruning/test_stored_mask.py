@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
 from helpers.checkpoints import layers, masked, random_masks
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
@@ -192,6 +193,22 @@ def test_a_mask_file_against_another(tmp_path):
     told = "^path: expected the initial mask that .* was written against.*; give a mask file that needs no other"
     with pytest.raises(ValueError, match=told):
         stored_mask(tmp_path / "changes", own, "2:4")
+
+
+@pytest.mark.parametrize("architecture", ["GPT-2", "Mixtral"])
+@pytest.mark.parametrize("to", ["dense", "packed", None])
+@pytest.mark.filterwarnings("error:.*kept weights of")
+def test_weights_that_are_stored_otherwise_than_as_layers(tmp_path, architecture, to):
+    """Transposed ones, and those of all experts in one: a name is that of the layer that they are taken apart into."""
+    (model, _), (other, _) = tiny(architecture), tiny(architecture)
+    other.load_state_dict(model.state_dict())
+    mk.convert(model, "2:4", init="random", seed=2)
+    expected = {name: mk.top_n_mask(layer.logits.detach(), "2:4") for name, layer in masked_layers(model).items()}
+    path = save(model if to is None else finalize(model, to=to), tmp_path / "m")
+    mk.convert(other, "2:4", init=path)
+    found = {name: mk.top_n_mask(layer.logits.detach(), "2:4") for name, layer in masked_layers(other).items()}
+    assert len(found) > 4
+    assert_same_bits(found, expected)
 
 
 def test_what_is_no_mask_is_refused(tmp_path):
