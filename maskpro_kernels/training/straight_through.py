@@ -16,6 +16,7 @@ from .. import ops
 from ..counter import MaskSource
 from ..modules import MaskedLinear
 from ..ranks import Ranks
+from .amounts import Amount
 from .estimator import Estimator, HeldBytes, Option, StepResult
 from .fisher import FisherSquares
 from .normalized_steps import check_slope_settings, descend_by_rms, folded
@@ -121,13 +122,18 @@ class StraightThrough(Estimator):
     def memory(self, weights: Sequence[Tensor], alone: bool) -> HeldBytes:
         trained = self.train_weights is not None
         count, largest = sum(map(Tensor.numel, weights)), max(weights, key=Tensor.numel)
-        # moments in float32, and what 16 bits are rounded from; squares of Fisher passes
-        of_weights = sum(weight.numel() * (8 if weight.dtype == torch.float32 else 12) for weight in weights)
-        optimizer = (of_weights if trained else 0) + 4 * sum(len(weight) for weight in weights)
+        optimizer = stored = Amount.of(sum(map(len, weights)), "rows", 4)
+        if trained:
+            # moments in float32, and what 16 bits are rounded from; squares of Fisher passes
+            apart = [weight.numel() for weight in weights if weight.dtype != torch.float32]
+            optimizer += Amount.of(count, "weights that learn", 8) + Amount.of(sum(apart), "weights that learn", 4)
+            stored += Amount.of(count, "weights that learn", 12)
         # float32 slopes, and as much of the gradients of weights that learn
         slopes = 8 if trained else 4
-        held = 0 if alone else slopes * count
-        return HeldBytes(optimizer, held + (slopes + largest.itemsize) * largest.numel())
+        gradients = Amount.of(largest.numel(), "weights of the largest layer", slopes + largest.itemsize)
+        if not alone:
+            gradients += Amount.of(count, "slopes", slopes)
+        return HeldBytes(optimizer, gradients, stored)
 
     def state(self) -> dict:
         """The running mean square of the slopes of each layer that has had one above 0, and its Fisher passes."""
