@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ..pruning.initial_masks import INITIAL_MASKS
 from ..training.sharing import PARALLEL
 from .arguments import DEVICE_MAPS, DTYPE, device_map, number, whole
 from .changed_weights import REFITTED
@@ -131,10 +130,11 @@ def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
     """What a run of ``learn`` starts from."""
     parser.add_argument(
         "--init",
-        choices=INITIAL_MASKS,
         default=argparse.SUPPRESS,
+        metavar="MASK",
         help="initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; "
-        f"reconstruction: swaps from there that lower the error of each layer's outputs {run_default('init')}",
+        "reconstruction: swaps from there that lower the error of each layer's outputs; sparsegpt: that of SparseGPT; "
+        f"random; or a path: a mask file, a run or a sparse checkpoint {run_default('init')}",
     )
     parser.add_argument(
         "--init-batches", type=whole, default=16, metavar="I", help="batches for the initial mask, at most"

@@ -21,6 +21,7 @@ from .config_file import TRUST
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
+from .start_mask import is_path_of_mask
 from .texts import check_sources
 from .trackers import check_trackers
 
@@ -169,5 +170,7 @@ def stored_settings(args: argparse.Namespace) -> dict:
         settings["model"] = str(Path(settings["model"]).resolve())
     if "other_data" in settings and is_path(settings["other_data"]):
         settings["other_data"] = str(Path(settings["other_data"]).resolve())
+    if is_path_of_mask(settings["init"]):
+        settings["init"] = str(Path(settings["init"]).resolve())
     settings["data"] = resolved(settings["data"])
     return settings
