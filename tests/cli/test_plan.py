@@ -343,6 +343,12 @@ UNFIT = {
     "no unit": (LLAMA, "--device-memory 80", "--device-memory: expected a size above 0 in KB, KiB", "got '80'"),
     "unknown unit": (LLAMA, "--device-memory 80GX", "--device-memory: expected a size", "got '80GX'"),
     "no memory": (LLAMA, "--device-memory 0GB", "--device-memory: expected a size above 0", "got '0GB'"),
+    "no size of a memory": (
+        LLAMA,
+        f"--device-memory {'9' * 400}GB",
+        "--device-memory: expected a size above 0",
+        "such as 80GiB",
+    ),
     "no devices": (LLAMA, "--mesh 0", "--mesh: expected a number of devices, such as 8", "got '0'"),
     "a mesh with nothing in it": (
         LLAMA,
