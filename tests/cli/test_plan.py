@@ -217,6 +217,18 @@ def test_each_number_follows_from_its_formula(planning, options):
         assert told["derived_seconds"]["step"] == max(computed, *parts.values())
 
 
+def test_the_forward_of_the_teacher_takes_seconds_as_well(planning, without_forwards):
+    """One more in each forward of a step, but where what it says was written down before."""
+
+    def multiplied(options):
+        told = planning(LLAMA, f"{SIZES} --gpu h100 {options}")["derived_seconds"]["parts"]["products"]["formula"]
+        return [int(times) for times in re.findall(r"[(+] ?(\d+) x", told)]
+
+    assert multiplied("") == multiplied("--loss kl --train-weights 1e-4") == [6, 4]
+    assert multiplied("--loss kl") == [8, 6] and multiplied("--loss ce+kl --gradient-checkpointing") == [10, 6]
+    assert multiplied("--loss kl --estimator reinforce") == [4, 4]
+
+
 def test_uneven_rows_are_padded_as_fsdp2_does(planning):
     """The shards of torch's own fully_shard, of a group of which only one process is there."""
     from torch.distributed.fsdp import fully_shard
