@@ -101,12 +101,15 @@ def _print_model(planned: Planned, given: Choice) -> None:
     for reason, count in Counter(planned.skipped.values()).items():
         first = next(name for name, its_reason in planned.skipped.items() if its_reason == reason)
         print(f"without a mask: {first}{f' and {count - 1} more' if count > 1 else ''}, {reason}")
-    if mesh.devices > 1:
+    if mesh.shards > 1:
         replicas = f", {mesh.replicas} times over" if mesh.replicas > 1 else ""
         print(
             f"{mesh.devices} devices stand for sharding by torch's FSDP2, block by block: of each parameter a rank has "
-            f"1 / {mesh.shards} of the rows, rounded up, with their logits and what is held for them{replicas}"
+            f"1 / {mesh.shards} of the rows, rounded up, with their logits and what is held for them{replicas}; "
+            "`maskpro learn` itself shards nothing"
         )
+    elif mesh.replicas > 1:
+        print(f"{mesh.replicas} devices hold all of it each, as the ranks of `maskpro learn` under torchrun do")
 
 
 def _print_memory(planned: Planned, given: Choice, need: MemoryNeed) -> None:

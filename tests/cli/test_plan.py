@@ -229,6 +229,16 @@ def test_the_forward_of_the_teacher_takes_seconds_as_well(planning, without_forw
     assert multiplied("--loss kl --estimator reinforce") == [4, 4]
 
 
+def test_ranks_of_learn_hold_all_of_it_each(planning, without_forwards, capsys):
+    one, ranks, shards = (bytes_of(planning(LLAMA, f"{SIZES} --mesh {mesh}")) for mesh in ("1", "8x1", "8"))
+    out = capsys.readouterr().out
+    assert "8 devices hold all of it each, as the ranks of `maskpro learn` under torchrun do\n" in out
+    assert "held for them; `maskpro learn` itself shards nothing\n" in out and shards["gathered"] > 0
+    # the slopes of all layers wait for the other ranks
+    assert ranks["gradients"] - one["gradients"] == 4 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256)
+    assert ranks == one | {"gradients": ranks["gradients"]}
+
+
 def test_uneven_rows_are_padded_as_fsdp2_does(planning):
     """The shards of torch's own fully_shard, of a group of which only one process is there."""
     from torch.distributed.fsdp import fully_shard
