@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,15 +89,15 @@ def _telling(cure: str = "") -> Iterator[None]:
 def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
     with _telling("; give a mask file that needs no other, or a folder"):
         mask = MaskFile(path)
-    _check_pattern(mask.pattern, pattern, path)
-    weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    try:
-        check_fingerprint(mask, base_layers(weights.items(), mask.dtype))
-    except ValueError as error:
-        raise ValueError(f"{error}{_other_dtype(mask.dtype, layers)}") from None
-    with _telling():
-        codes = {name: mask.codes(name, weights[name]) for name in layers}
-    mask.close()
+    with closing(mask):
+        _check_pattern(mask.pattern, pattern, path)
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        try:
+            check_fingerprint(mask, base_layers(weights.items(), mask.dtype))
+        except ValueError as error:
+            raise ValueError(f"{error}{_other_dtype(mask.dtype, layers)}") from None
+        with _telling():
+            codes = {name: mask.codes(name, weights[name]) for name in layers}
     return StoredMask(codes, "mask file", mask.digest)
 
 
@@ -110,7 +110,7 @@ def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> 
             f"path: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others; remove that file"
         )
     _check_pattern(NMPattern(told["pattern"]), pattern, path)
-    _check_layers(learned.logits, layers, path)
+    _check_layers({name: logits.shape for name, logits in learned.logits.items()}, layers, path)
     dtype = DTYPES[told["dtype"]]
     found = digest(layer.weight.detach().to(dtype) for layer in layers.values())
     if found != told["dense_weights"]:
@@ -140,7 +140,7 @@ def _of_checkpoint(
     with in_linear_form(sparse):
         modules = dict(sparse.named_modules())
         stored = {
-            name: module.weight
+            name: torch.Size((module.out_features, module.in_features))
             for name, module in modules.items()
             if isinstance(module, SPARSE) or (name in layers and isinstance(module, nn.Linear))
         }
@@ -235,13 +235,13 @@ def _check_pattern(found: NMPattern, pattern: NMPattern, path: Path) -> None:
         raise ValueError(f"path: expected a mask of {pattern}, got one of {found} in {str(path)!r}")
 
 
-def _check_layers(stored: Mapping[str, Tensor], layers: Mapping[str, nn.Module], path: Path) -> None:
-    """Raise ValueError unless what is stored are matrices of just these layers."""
+def _check_layers(stored: Mapping[str, torch.Size], layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Raise ValueError unless what is stored, by its shapes, are matrices of just these layers."""
     lacking = [name for name in layers if name not in stored]
     others = [name for name in stored if name not in layers]
-    others += [name for name in layers if name in stored and stored[name].shape != layers[name].weight.shape]
+    others += [name for name in layers if name in stored and stored[name] != layers[name].weight.shape]
     if lacking or others:
-        told = f"none for {lacking[0]}" if lacking else f"one for {others[0]}, of shape {list(stored[others[0]].shape)}"
+        told = f"none for {lacking[0]}" if lacking else f"one for {others[0]}, of shape {list(stored[others[0]])}"
         raise ValueError(
             f"path: expected masks of the {len(layers)} layers that get one in this model, got {told} in {str(path)!r}"
         )

@@ -151,6 +151,14 @@ def test_masks_over_changed_weights_are_told(tmp_path, kind):
         assert_same_bits(stored_mask(path, dense_layers(), "2:4").codes, codes)
 
 
+def test_packed_layers_are_unpacked_one_by_one(tmp_path, monkeypatch):
+    """Each once, to compare it; of all together there may be no room."""
+    path, unpack, unpacked = STORED["packed"](tmp_path), mk.NMLinear.weight.fget, []
+    monkeypatch.setattr(mk.NMLinear, "weight", property(lambda layer: unpacked.append(layer) or unpack(layer)))
+    assert_same_bits(stored_mask(path, dense_layers(), "2:4").codes, random_codes())
+    assert len(unpacked) == len({id(layer) for layer in unpacked}) == 14
+
+
 def test_values_rounded_to_int8_are_told(tmp_path):
     path = save(finalize(converted(), to="packed", values="int8"), tmp_path / "m")
     with pytest.warns(UserWarning, match="is not known: values of 14 layers are rounded to int8"):
