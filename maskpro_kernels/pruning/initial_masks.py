@@ -146,8 +146,9 @@ def random(
     """Each of the C(M, N) masks of a group alike: the draw of equal logits, by the seed and the place of the layer.
 
     It is drawn at the last step that the counter holds, 2**32 - 1. A run ends before it comes there, so that no draw
-    of a trainer has the noise of this one, whatever the seeds. Equal noise of two weights, at most once in a million
-    groups, goes to the lower index. Two calls with one seed have the same noise in layers of the same place.
+    of a trainer has the noise of this one, whatever the seeds. Of two weights with equal noise, as less than 4 of 100
+    million pairs have, the lower index goes before. Two calls with one seed have the same noise in layers of the same
+    place.
     """
     return {
         name: sample_mask(
