@@ -72,6 +72,7 @@ def _figures(
     """All figures, as JSON holds them."""
     args, (_, on_device) = planned.args, tried[0]
     names = "pattern estimator loss seq_len accumulate eval_windows eval_length dtype".split()
+    names += [option.name for option in class_of(args).options if hasattr(args, option.name)]
     figures = {
         "model": args.model,
         "architecture": type(planned.model).__name__,

@@ -211,6 +211,10 @@ def test_each_number_follows_from_its_formula(planning, options):
     on_cpu = held["logits"] if told["settings"]["logits_on_cpu"] else 0
     assert told["on_device"] == sum(held.values()) - on_cpu
     assert told["device_memory"] == 1 << 20
+    # those of the estimator, too, with what was left out
+    for option, value in (("--train-weights", 1e-4), ("--draws", 3)):
+        assert (told["settings"].get(option[2:].replace("-", "_")) == value) == (option in options)
+    assert told["settings"]["lr"] == (50 if "reinforce" in options else 0.3)
     if "derived_seconds" in told:
         parts = {name: each["seconds"] for name, each in told["derived_seconds"]["parts"].items()}
         computed = parts.pop("products") + parts.pop("masks")
