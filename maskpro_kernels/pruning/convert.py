@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..functional.checks import check_gap
 from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
-from ..modules import CounterState, MaskedLinear, check_gap
+from ..modules import CounterState, MaskedLinear
 from ..pattern import NMPattern
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..linear_form import in_linear_form
-from ..modules import check_in_memory, masked_layers
+from ..modules import masked_layers
 from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
+from ..shards import check_in_memory
 from .convert import Conversion
 from .coverage import coverage, reasons_by_name
 from .replacement import check_replaceable, replace_layers

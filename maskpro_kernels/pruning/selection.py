@@ -11,9 +11,10 @@ from torch import nn
 from ..adapters import ADAPTER, adapter_modules
 from ..functional.checks import LOGIT_DTYPES
 from ..linear_form import SplitAttention, lost_with
-from ..modules import MaskedLinear, check_in_memory
+from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..pattern import NMPattern
+from ..shards import check_in_memory
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
 from .coverage import HEAD, coverage, output_heads

@@ -1,0 +1,88 @@
+"""Straight-through learning of layers whose rows ranks share: slopes of a rank's own rows, by sums over all ranks.
+
+No rank has the dense weight of a layer, and its slope takes that. So what ranks sum up is the loss's derivative in the
+masked weight, of which each gets its own rows. The second derivative is an outer product of two vectors, and ranks tell
+each other these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..modules import MaskedLinear
+from ..ranks import Ranks
+from .passes import BackwardPass, LayerUpdater, StepSizes
+
+
+class ShardUpdater(LayerUpdater):
+    """``LayerUpdater`` of a layer that fully_shard has cut into rows: its logits move behind the last backward.
+
+    Attributes:
+        slopes: the loss's derivative in the masked weight [out, K], of the pass that is under way.
+        factors: of the loss's second derivative there: for each use of the layer in that pass [out] and [K].
+        own_slopes: float32 [rows, K], of the rows of this rank, summed up over the passes of all ranks.
+        own_square: the mean square of these.
+    """
+
+    takes_shards = True
+
+    def begin(self, *how) -> None:
+        super().begin(*how)
+        self.factors: list[tuple[Tensor, Tensor]] = []
+        self.own_slopes: Tensor | None = None
+
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: None) -> None:
+        squares = ops.column_squares(grad) if self.fisher is None else self.fisher / max(len(x), 1)
+        first = (grad.t() @ x).float()
+        self.slopes = self._added(self.slopes, first)
+        self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
+        self.backward_pass.take_turns()
+
+    def finish(self, uses: int = 1) -> None:
+        """Add what the backward of one pass has given on all ranks.
+
+        Args:
+            uses: of the layer in that pass, the most on any rank.
+        """
+        shard, ranks = self.layer.shard, self.backward_pass.ranks
+        device = shard.weight.device
+        if self.slopes is None:
+            self.slopes = torch.zeros(shard.shape, dtype=torch.float32, device=device)
+        first = ranks.sum_of_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
+        # freed before the next layer comes
+        self.slopes, factors, self.factors = None, self.factors, []
+        second = torch.zeros_like(first)
+        for use in range(uses):
+            none = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
+            told = ranks.gather_vectors(torch.cat(factors[use]) if use < len(factors) else none)
+            outputs, inputs = told.split(list(shard.shape), 1)
+            second.addmm_(shard.rows_of(outputs.t()), inputs)
+        of = self.layer.pattern.m, self.layer.drawn_codes()
+        slope = ops.mask_slope(shard.weight, first, second, *of)
+        self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
+        self.own_square = self._descend_own(0.0)
+
+    def _descend_own(self, rate: float) -> Tensor:
+        logits, counter = self.layer.own_logits, self.layer.counter()
+        rate = torch.full((), rate, dtype=torch.float32, device=logits.device)
+        return ops.descend_(logits, self.own_slopes, rate, self.how.max_update, self.layer.pattern.m, counter)
+
+    def move(self, square: float) -> None:
+        """Move the logits.
+
+        Args:
+            square: mean square of the slopes of all rows.
+        """
+        mean_square = square if self.mean_square is None else self.mean_square
+        self._descend_own(self.rate_for(mean_square))
+        self.latest = torch.tensor(square, dtype=torch.float32)
+        self.layer.held = None
+
+    def end(self) -> None:
+        super().end()
+        self.own_slopes, self.factors = None, []
