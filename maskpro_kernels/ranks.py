@@ -272,7 +272,7 @@ class Ranks:
             self._run(lambda group: dist.all_reduce(tensor, group=group, async_op=True), tensor.device)
 
     def sum_of_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
-        """This rank's rows [rows, K] of the sum of a tensor [out, K] over all ranks: the same bits in each copy of them.
+        """This rank's rows [rows, K] of the sum of a tensor [out, K] over all ranks: the same bits in each copy.
 
         Args:
             tensor: contiguous.
@@ -285,7 +285,9 @@ class Ranks:
             each = -(-len(tensor) // parts)
             whole = torch.nn.functional.pad(tensor, (0, 0, 0, each * parts - len(tensor)))
             tensor = whole.new_empty(each, whole.shape[1])
-            self._over(mesh, cut, partial(dist.reduce_scatter_tensor, tensor, whole), whole)
+            # its name before torch 2.13
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            self._over(mesh, cut, partial(scatter, tensor, whole), whole)
         tensor = tensor[:rows]
         for dim in range(mesh.ndim):
             if dim != cut and mesh.size(dim) > 1:

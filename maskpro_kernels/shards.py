@@ -121,9 +121,13 @@ class RowShard:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
         self._forget()
 
+    def reshard(self) -> None:
+        """Free what FSDP2 may have kept gathered: the layer has its shards then."""
+        self._group._to_sharded()
+
     def let_go(self) -> None:
         """Leave the weight to FSDP2 as any other."""
-        self._group._to_sharded()
+        self.reshard()
         del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather
         self._forget()
 
@@ -180,7 +184,7 @@ class RowShard:
             )
         if self._gathered != self.mask_key():
             # FSDP2 keeps what it gathers of the outermost module, and knows of no masks
-            self._group._to_sharded()
+            self.reshard()
             self._group.unshard()
             self._group.wait_for_unshard()
         return layer.weight
@@ -269,7 +273,7 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
     for layer in new.values():
         if id(layer.logits) in params:
             _leave_out(*params[id(layer.logits)])
-        for parameter in filter(None, (layer.weight, layer.bias)):
+        for parameter in (layer.weight, layer.bias):
             if id(parameter) in params:
                 _lead_to(layer, params[id(parameter)][0])
         layer.shard = RowShard(layer, *params[id(layer.weight)])

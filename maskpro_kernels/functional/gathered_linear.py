@@ -47,7 +47,8 @@ def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slopes: Slop
             y = torch.nn.functional.linear(tokens, *own)
         else:
             y = _GatheredLinear.apply(tokens, *own, slopes.logits, slopes)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # FSDP2 warns of a view that a module gives
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 class _GatheredLinear(torch.autograd.Function):

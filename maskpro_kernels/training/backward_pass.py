@@ -7,7 +7,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from .offloaded_logits import OffloadedLogits
 from .weight_learning import WeightLearner
 
 
-class SlopeSettings(NamedTuple):
-    """Those of ``StraightThrough``."""
+class SlopeSettings(Protocol):
+    """Those of ``StraightThrough`` that slopes and steps take."""
 
     curvature: float
     max_update: float
@@ -36,11 +36,15 @@ class BackwardPass:
     to the same layers in the same order, that happens inside backward, in this order: a slope that comes ahead of its
     turn is held. All other slopes are held until backward has ended. So the slopes of two layers are never summed up
     for those of one, whichever way the backward of a rank goes.
+
+    Attributes:
+        in_turn: whether a layer that is finished now has been used at most once, on each rank.
     """
 
     def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
         self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
         self.hooks: list = []
+        self.in_turn = True
         self.turns: collections.deque[LayerUpdater] = collections.deque()
         # backward comes by the last layers first
         self.offloaded = OffloadedLogits([updater.layer for updater in reversed(updaters.values())])
@@ -61,13 +65,21 @@ class BackwardPass:
     def order(self, loss: Tensor) -> float:
         """A number for the turns that the layers take in a backward of ``loss``: another one where they are others."""
         turns = []
-        if self.ranks.world > 1 and self.batches == 1:
+        if self.takes_turns():
             reached = _reached(loss, self.updaters)
             times = collections.Counter(reached)
             turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
         self.turns = collections.deque(self.updaters[name] for name in turns)
         # 48 bits, which a float64 holds
         return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
+
+    def takes_turns(self) -> bool:
+        """Whether slopes may be summed up inside backward."""
+        return self.ranks.world > 1 and self.batches == 1
+
+    def alike(self, loss: Tensor) -> bool:
+        """Whether the turns are the same on all ranks, of a pass that is not the last one."""
+        return True
 
     def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
         """Take the gradient of the loss of the last forward to the logits.
@@ -87,16 +99,17 @@ class BackwardPass:
         # what runs again from here on, to compute an activation anew, is no further use
         self.unwatch()
         self.left -= 1
+        self.in_turn = True
         if not alike:
             self.turns.clear()
         for updater in self.updaters.values():
             updater.weight = weight
             updater.at_once = self.ranks.world == 1 and self.batches == 1 and updater.uses <= 1
         torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
+        self._end_pass()
         if self.left:
             self.watch()
             return []
-        self._finish()
         bad = _folded(self.updaters)
         elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
         if elsewhere:
@@ -109,11 +122,16 @@ class BackwardPass:
             while self.turns and self.turns[0].slopes is not None:
                 self.turns.popleft().finish()
 
+    def _end_pass(self) -> None:
+        if not self.left:
+            self._finish()
+
     def _finish(self) -> None:
-        """Move the layers that backward has not moved, and that it has come to on any rank."""
+        """Finish the layers that backward has not finished, and that it has come to on any rank."""
         while self.turns:
             # other ranks may wait for it, though backward has not come to it on this one
             self.turns.popleft().finish()
+        self.in_turn = False
         held = self.ranks.gather([updater.slopes is not None for updater in self.updaters.values()])
         # the last ones first, as backward comes by them, and as their logits are copied ahead
         for updater, *on_ranks in reversed(list(zip(self.updaters.values(), *held, strict=True))):

@@ -8,15 +8,39 @@ each other these.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..modules import MaskedLinear
-from ..ranks import Ranks
-from .passes import BackwardPass, LayerUpdater, StepSizes
+from ..functional.checks import FLOAT32_MAX
+from .backward_pass import BackwardPass, LayerUpdater
+
+
+class ShardedPass(BackwardPass):
+    """``BackwardPass`` of layers that fully_shard has cut into rows.
+
+    Slopes are summed up in every pass, so that no rank holds those of two whole layers. Logits move behind the last
+    one: a rank holds a float32 slope for each weight of its own rows.
+    """
+
+    def takes_turns(self) -> bool:
+        return True
+
+    def alike(self, loss: Tensor) -> bool:
+        own = self.order(loss)
+        return all(order == own for (order,) in self.ranks.gather([own]))
+
+    def _end_pass(self) -> None:
+        self._finish()
+        if self.left:
+            return
+        moved = [updater for updater in self.updaters.values() if updater.own_slopes is not None]
+        own = [(float(updater.own_square), updater.own_slopes.numel()) for updater in moved]
+        rows = self.ranks.gather([value for pair in own for value in pair])
+        for at, updater in enumerate(moved):
+            pairs = [row[2 * at : 2 * at + 2] for row in rows]
+            updater.move(sum(square * count for square, count in pairs if count) / sum(count for _, count in pairs))
 
 
 class ShardUpdater(LayerUpdater):
@@ -43,12 +67,8 @@ class ShardUpdater(LayerUpdater):
         self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
         self.backward_pass.take_turns()
 
-    def finish(self, uses: int = 1) -> None:
-        """Add what the backward of one pass has given on all ranks.
-
-        Args:
-            uses: of the layer in that pass, the most on any rank.
-        """
+    def finish(self) -> None:
+        """Add what the backward of one pass has given on all ranks."""
         shard, ranks = self.layer.shard, self.backward_pass.ranks
         device = shard.weight.device
         if self.slopes is None:
@@ -57,7 +77,9 @@ class ShardUpdater(LayerUpdater):
         # freed before the next layer comes
         self.slopes, factors, self.factors = None, self.factors, []
         second = torch.zeros_like(first)
-        for use in range(uses):
+        in_turn = self.backward_pass.in_turn
+        uses = 1 if in_turn else max(count for (count,) in ranks.gather([len(factors)]))
+        for use in range(int(uses)):
             none = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
             told = ranks.gather_vectors(torch.cat(factors[use]) if use < len(factors) else none)
             outputs, inputs = told.split(list(shard.shape), 1)
@@ -79,7 +101,8 @@ class ShardUpdater(LayerUpdater):
             square: mean square of the slopes of all rows.
         """
         mean_square = square if self.mean_square is None else self.mean_square
-        self._descend_own(self.rate_for(mean_square))
+        usable = math.isfinite(mean_square) and mean_square > 0.0
+        self._descend_own(min(self.lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0)
         self.latest = torch.tensor(square, dtype=torch.float32)
         self.layer.held = None
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import collections
-import hashlib
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..counter import MaskSource
 from ..modules import MaskedLinear
 from ..ranks import Ranks
+from ..shards import check_not_sharded
+from .backward_pass import BackwardPass, LayerUpdater
 from .estimator import Estimator, HeldBytes, Option, StepResult
 from .fisher import FisherSquares
-from .normalized_steps import check_slope_settings, descend_by_rms, folded
+from .normalized_steps import check_slope_settings
 from .number_checks import check_float, check_whole
-from .offloaded_logits import OffloadedLogits
+from .sharded_passes import ShardedPass, ShardUpdater
 from .step import Step
 from .weight_learning import WeightLearner, check_weights
 
@@ -108,9 +105,11 @@ class StraightThrough(Estimator):
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         if self.train_weights is not None:
+            check_not_sharded(layers, "weights learn as wholes alone; leave out train_weights")
             check_weights(layers)
             self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
-        self._updaters = {name: LayerUpdater(layer, self, self._learners.get(name)) for name, layer in layers.items()}
+        kinds = {name: LayerUpdater if layer.shard is None else ShardUpdater for name, layer in layers.items()}
+        self._updaters = {name: kinds[name](layer, self, self._learners.get(name)) for name, layer in layers.items()}
         self._fisher = FisherSquares(layers, self.decay)
 
     def settings(self) -> dict:
@@ -159,7 +158,8 @@ class StraightThrough(Estimator):
             fisher = self._fisher_squares(step)
             with self.attached(step.index, step.sharing.ranks, len(places), fisher) as backward_pass:
                 for place in others:
-                    backward_pass.backward(step.forward(place), float(step.weights[place]))
+                    one = step.forward(place)
+                    backward_pass.backward(one, float(step.weights[place]), backward_pass.alike(one))
                 loss = step.forward(last)
                 (value,), alike = step.exchange(backward_pass.order(loss))
                 if not math.isfinite(value):
@@ -196,7 +196,8 @@ class StraightThrough(Estimator):
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
-        backward_pass = BackwardPass(self._updaters, ranks, batches)
+        sharded = any(updater.layer.shard is not None for updater in updaters)
+        backward_pass = (ShardedPass if sharded else BackwardPass)(self._updaters, ranks, batches)
         try:
             for name, updater in self._updaters.items():
                 updater.layer.logits.grad = None
@@ -213,5 +214,3 @@ class StraightThrough(Estimator):
                 layer.logits.grad = None
             for updater in updaters:
                 updater.end()
-
-
