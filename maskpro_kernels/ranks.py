@@ -284,10 +284,12 @@ class Ranks:
         if parts > 1:
             each = -(-len(tensor) // parts)
             whole = torch.nn.functional.pad(tensor, (0, 0, 0, each * parts - len(tensor)))
-            tensor = whole.new_empty(each, whole.shape[1])
-            # its name before torch 2.13
-            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            self._over(mesh, cut, partial(scatter, tensor, whole), whole)
+            received = torch.empty_like(whole)
+            # no reduce-scatter: of gloo's nothing tells whether it has ended, and its sum has no known order
+            self._over(mesh, cut, partial(dist.all_to_all_single, received, whole), whole)
+            tensor, *others = received.view(parts, each, -1)
+            for other in others:
+                tensor += other
         tensor = tensor[:rows]
         for dim in range(mesh.ndim):
             if dim != cut and mesh.size(dim) > 1:

@@ -84,8 +84,7 @@ class ShardUpdater(LayerUpdater):
             told = ranks.gather_vectors(torch.cat(factors[use]) if use < len(factors) else none)
             outputs, inputs = told.split(list(shard.shape), 1)
             second.addmm_(shard.rows_of(outputs.t()), inputs)
-        of = self.layer.pattern.m, self.layer.drawn_codes()
-        slope = ops.mask_slope(shard.weight, first, second, *of)
+        slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
         self.own_square = self._descend_own(0.0)
 
