@@ -36,7 +36,7 @@ class ShardedPass(BackwardPass):
         if self.left:
             return
         moved = [updater for updater in self.updaters.values() if updater.own_slopes is not None]
-        own = [(float(updater.own_square), updater.own_slopes.numel()) for updater in moved]
+        own = [(float(updater.own_square()), updater.own_slopes.numel()) for updater in moved]
         rows = self.ranks.gather([value for pair in own for value in pair])
         for at, updater in enumerate(moved):
             pairs = [row[2 * at : 2 * at + 2] for row in rows]
@@ -50,7 +50,6 @@ class ShardUpdater(LayerUpdater):
         slopes: the loss's derivative in the masked weight [out, K], of the pass that is under way.
         factors: of the loss's second derivative there: for each use of the layer in that pass [out] and [K].
         own_slopes: float32 [rows, K], of the rows of this rank, summed up over the passes of all ranks.
-        own_square: the mean square of these.
     """
 
     takes_shards = True
@@ -86,7 +85,11 @@ class ShardUpdater(LayerUpdater):
             second.addmm_(shard.rows_of(outputs.t()), inputs)
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
-        self.own_square = self._descend_own(0.0)
+
+    def own_square(self) -> Tensor:
+        """Mean square of the slopes of this rank's rows."""
+        # at a rate of 0 nothing moves
+        return self._descend_own(0.0)
 
     def _descend_own(self, rate: float) -> Tensor:
         logits, counter = self.layer.own_logits, self.layer.counter()
