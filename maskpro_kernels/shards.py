@@ -12,7 +12,7 @@ which torch has no public names.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from . import ops
 from .held_draw import version_of, versions
 from .pattern import NMPattern, bitmask_of
+
+# FSDP2's (parameter, group) by the id of a sharded parameter
+Params = dict[int, tuple]
 
 
 def is_distributed(tensor: object) -> bool:
@@ -48,6 +51,49 @@ def check_in_memory(
         raise ValueError(f"{argument}: expected weights in memory, got {name} on meta: {cure}")
     if is_distributed(weight) and not sharded:
         raise ValueError(f"{argument}: expected plain tensors as weights, got a DTensor in {name}")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what this rank has of a DTensor."""
+    return tensor.to_local() if is_distributed(tensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The index of the first row that this rank has of a DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0]
+
+
+def rows_of(whole: Tensor, like: Tensor) -> Tensor:
+    """The rows of a whole [out, ...] that this rank has of a DTensor [out, ...]; all where ``like`` is none."""
+    first = first_row(like) if is_distributed(like) else 0
+    return whole[first : first + len(local(like))]
+
+
+def like_shards(rows: Tensor, like: Tensor) -> Tensor:
+    """The DTensor in the layout of another one, [out, K], of which this rank has these rows."""
+    from torch.distributed.tensor import DTensor
+
+    how = {"shape": like.shape, "stride": (like.shape[1], 1), "run_check": False}
+    return DTensor.from_local(rows, like.device_mesh, like.placements, **how)
+
+
+def sum_over_shards(part: Tensor, mesh, placements: Sequence) -> Tensor:
+    """The sum over the shards of a DTensor of that layout of what each has of it, on all ranks; differentiable."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    of_sum = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    return DTensor.from_local(part, mesh, of_sum, run_check=False).full_tensor()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor, or the whole of a DTensor, has finite elements alone."""
+    if not is_distributed(tensor):
+        return bool(torch.isfinite(tensor).all())
+    bad = (~torch.isfinite(tensor.detach().to_local())).sum()
+    return not sum_over_shards(bad, tensor.device_mesh, tensor.placements)
 
 
 class Place(NamedTuple):
@@ -105,11 +151,9 @@ class RowShard:
     """
 
     def __init__(self, layer: nn.Module, param, group):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         self._layer, self._param, self._group = layer, param, group
         self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
-        _, (self.first, _) = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
+        self.first = first_row(layer.weight)
         self._gathered: tuple | None = None
         self.hold()
 
@@ -125,11 +169,18 @@ class RowShard:
         """Free what FSDP2 may have kept gathered: the layer has its shards then."""
         self._group._to_sharded()
 
-    def let_go(self) -> None:
-        """Leave the weight to FSDP2 as any other."""
+    @torch.no_grad()
+    def bake_into(self, linear: nn.Linear) -> None:
+        """Give weight, with zeros where the N largest logits of a group drop it, and bias to a layer, and leave them."""
+        layer = self._layer
         self.reshard()
+        self.weight.copy_(layer.top_n_weight().to_local())
         del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather
         self._forget()
+        linear.weight, linear.bias = layer.weight, layer.bias
+        for param in self._group.fsdp_params:
+            if param._module_info.module is layer:
+                _lead_to(linear, param)
 
     def _forget(self) -> None:
         """What FSDP2 has allocated for another kind of gather."""
@@ -158,17 +209,11 @@ class RowShard:
 
     def distributed(self, rows: Tensor) -> Tensor:
         """The DTensor [out, K] of which this rank has these rows."""
-        from torch.distributed.tensor import DTensor
-
-        how = {"shape": self.shape, "stride": (self.shape[1], 1), "run_check": False}
-        return DTensor.from_local(rows, self.mesh, self.placements, **how)
+        return like_shards(rows, self._layer.logits)
 
     def summed(self, part: Tensor) -> Tensor:
-        """The sum over the shards of what each has of it, on all ranks; differentiable."""
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        placements = [Partial() if placement.is_shard() else Replicate() for placement in self.placements]
-        return DTensor.from_local(part, self.mesh, placements, run_check=False).full_tensor()
+        """``sum_over_shards`` of those of the layer."""
+        return sum_over_shards(part, self.mesh, self.placements)
 
     def gathered_weight(self) -> Tensor:
         """The whole masked weight [out, K], as FSDP2 has gathered it for the module that runs.
@@ -262,14 +307,11 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         ValueError: if one is sharded in another way. Nothing has changed then.
     """
     alone = {name: layer for name, layer in layers.items() if layer.shard is None}
-    groups = list(_groups(model)) if alone else []
-    for group in groups:
-        # what it may have kept gathered
-        group._to_sharded()
+    params = resharded(model) if alone else {}
     new = {name: layer for name, layer in alone.items() if is_distributed(layer.weight) or is_distributed(layer.logits)}
-    params = {id(param.sharded_param): (param, group) for group in groups for param in group.fsdp_params}
     for name, layer in new.items():
-        _check(name, layer, params)
+        _check_logits(name, layer)
+        check_shard("model", name, layer.weight, layer.pattern, params)
     for layer in new.values():
         if id(layer.logits) in params:
             _leave_out(*params[id(layer.logits)])
@@ -279,38 +321,54 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         layer.shard = RowShard(layer, *params[id(layer.weight)])
 
 
-def _groups(model: nn.Module) -> Iterator:
-    """The parameter groups of FSDP2 in a model."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+def resharded(model: nn.Module) -> Params:
+    """FSDP2's (parameter, group) by the id of each parameter that it has sharded: the model has its shards now.
+
+    FSDP2 may have kept gathered what it has gathered last.
+    """
+    fsdp, params = sys.modules.get("torch.distributed.fsdp"), {}
     if fsdp is None:
         # nobody has called it, and it takes long to load
-        return
+        return params
     sharded = (module._get_fsdp_state() for module in model.modules() if isinstance(module, fsdp.FSDPModule))
     for state in {id(state): state for state in sharded}.values():
-        yield from state._fsdp_param_groups
+        for group in state._fsdp_param_groups:
+            group._to_sharded()
+            params |= {id(param.sharded_param): (param, group) for param in group.fsdp_params}
+    return params
 
 
-def _check(name: str, layer: nn.Module, params: Mapping[int, tuple]) -> None:
+def check_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern, params: Params) -> None:
+    """Raise ValueError unless the shards of a weight are such as a RowShard takes.
+
+    Args:
+        params: of ``resharded``.
+    """
+    if not is_distributed(weight):
+        return
+    check_layout(argument, name, weight, pattern)
+    if id(weight) not in params:
+        raise ValueError(
+            f"{argument}: expected weights that fully_shard has sharded, got a DTensor of another origin in {name}"
+        )
+    param, group = params[id(weight)]
+    if param.offload_to_cpu:
+        raise ValueError(f"{argument}: expected shards that stay on their device, got a CPUOffloadPolicy in {name}")
+    if group._use_post_forward_mesh:
+        raise ValueError(f"{argument}: expected reshard_after_forward to be a bool, got a number of ranks in {name}")
+
+
+def _check_logits(name: str, layer: nn.Module) -> None:
     if not is_distributed(layer.weight) or not is_distributed(layer.logits):
         weight, logits = ("sharded" if is_distributed(x) else "plain" for x in (layer.weight, layer.logits))
         raise ValueError(
             f"model: expected logits sharded as their weight is, got a {weight} weight and {logits} logits in {name}"
         )
-    check_layout("model", name, layer.weight, layer.pattern)
     ways = [(x.device_mesh, x.placements) for x in (layer.weight, layer.logits)]
     if ways[0] != ways[1]:
         raise ValueError(
             f"model: expected logits with the mesh and placements of their weight, {ways[0]}, got {ways[1]} in {name}"
         )
-    if id(layer.weight) not in params:
-        raise ValueError(
-            f"model: expected weights that fully_shard has sharded, got a DTensor of another origin in {name}"
-        )
-    param, group = params[id(layer.weight)]
-    if param.offload_to_cpu:
-        raise ValueError(f"model: expected shards that stay on their device, got a CPUOffloadPolicy in {name}")
-    if group._use_post_forward_mesh:
-        raise ValueError(f"model: expected reshard_after_forward to be a bool, got a number of ranks in {name}")
 
 
 def _leave_out(param, group) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..functional.checks import check_gap
 from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
-from ..modules import CounterState, MaskedLinear
+from ..modules import CounterState, MaskedLinear, masked_layers
 from ..pattern import NMPattern
+from ..shards import check_no_flat_parameters, is_distributed
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
@@ -22,6 +23,7 @@ from .reconstruction import check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
+from .sharded import check_shardable, codes_of_rows, has_shards, masked_linear_of_shards
 
 DEFAULT_GAP = 10.0
 
@@ -64,6 +66,9 @@ def convert(
     Transformers' Conv1D and mixtures of experts, and nn.MultiheadAttention, are taken apart into layers first, see
     ``linear_form``. Weights that they hold transposed are copied.
 
+    It may be called before ``fully_shard`` of torch or behind it. Behind it, on all its ranks, ``init`` is "magnitude"
+    or group codes; each rank holds the logits of the rows of weights that it has.
+
     A model may be spread over several devices: logits, seed and step live with each weight. Hooks by which accelerate's
     ``dispatch_model`` brings inputs to a layer are hooked to its replacement.
 
@@ -100,8 +105,14 @@ def convert(
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-        codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
+        if has_shards(layers):
+            check_shardable(init, refit, how["logits_device"])
+            codes, weights = codes_of_rows(layers, pattern, init), {}
+        else:
+            codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
+    # from here on what FSDP2 gathers comes to the new layers
+    masked_layers(model)
     skipped = reasons_by_name(model, skipped | left_out)
     found = coverage(model, skipped)
     if targets is None and found.share < MOST_OF_A_MODEL:
@@ -114,6 +125,7 @@ def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str) -> No
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     check_initial_mask(init)
     check_refit(refit)
+    check_no_flat_parameters("model", model)
     check_replaceable(model)
 
 
@@ -165,8 +177,12 @@ def _masked_linears(
         device = layer.weight.device
         if device not in states:
             states[device] = CounterState(device=device)
-        replacements[id(layer)] = MaskedLinear.from_linear(
-            layer, pattern, codes.pop(name), layer=layer_id, counter_state=states[device], **how
-        )
+        of_layer = {"layer": layer_id, "counter_state": states[device], "gap": how["gap"]}
+        if is_distributed(layer.weight):
+            dtype = how["logits_dtype"]
+            masked = masked_linear_of_shards(layer, pattern, codes.pop(name), logits_dtype=dtype, **of_layer)
+        else:
+            masked = MaskedLinear.from_linear(layer, pattern, codes.pop(name), **of_layer | how)
+        replacements[id(layer)] = masked
     put_weights({name: replacements[id(layers[name])] for name in weights}, weights)
     return replacements

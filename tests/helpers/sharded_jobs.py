@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from helpers.rank_jobs import rank_trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import maskpro_kernels as mk
+from helpers.rank_jobs import rank_trainer
 from maskpro_kernels.modules import masked_layers
 
 NAMES = {1: ("fsdp",), 2: ("replicate", "fsdp")}
@@ -57,7 +57,9 @@ def whole_logits(model: nn.Module) -> list[torch.Tensor]:
     return [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone() for tensor in logits]
 
 
-def learn_sharded(rank: int, mesh, how: str = "reinforce", steps: int = 3, resume: bool = False, behind=False, **others):
+def learn_sharded(
+    rank: int, mesh, how: str = "reinforce", steps: int = 3, resume: bool = False, behind=False, **others
+):
     """(whole logits, records without their seconds) of a run."""
     model = a_sharded_model(mesh, behind)
     trainer = rank_trainer(how, model=model, **others)
