@@ -171,7 +171,7 @@ class RowShard:
 
     @torch.no_grad()
     def bake_into(self, linear: nn.Linear) -> None:
-        """Give weight, with zeros where the N largest logits of a group drop it, and bias to a layer, and leave them."""
+        """Give a layer weight, with zeros where the N largest logits of a group drop it, and bias, and leave them."""
         layer = self._layer
         self.reshard()
         self.weight.copy_(layer.top_n_weight().to_local())
@@ -268,8 +268,10 @@ class RowShard:
         (sent,) = gathered
         (rows, k), n, m = self.shape, self._layer.pattern.n, self._layer.pattern.m
         size = k // m * n * dtype.itemsize
-        values = sent[:rows, :size].contiguous().view(dtype)
-        weight = ops.unpacked(values, sent[:rows, size:].contiguous(), None, n, m)
+        values, bitmask = sent[:rows, :size].contiguous().view(dtype), sent[:rows, size:].contiguous()
+        # FSDP2 allocates it anew for the next gather
+        sent.untyped_storage().resize_(0)
+        weight = ops.unpacked(values, bitmask, None, n, m)
         self._gathered = key
         if out is None:
             return weight, (weight,)

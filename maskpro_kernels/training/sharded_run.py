@@ -68,7 +68,7 @@ def logits_on_first(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> dict[st
 
 @torch.no_grad()
 def spread_run(
-    ranks: Ranks, layers: Mapping[str, MaskedLinear], estimator: Estimator, seed: int, saved: SavedRun | None
+    ranks: Ranks, layers: Mapping[str, MaskedLinear], estimator: Estimator, seed: int, saved: SavedRun | None = None
 ) -> None:
     """Give all ranks the logits and the tensors of an estimator that rank 0 has read.
 

@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -28,9 +27,10 @@ from .journal import Entry
 from .model_masks import ModelMasks
 from .number_checks import check_float, check_whole
 from .rank_agreement import check_alike
-from .resume import RunState, put_back, read_run, snapshot_of
+from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
-from .sharded_run import agree_on_shards, check_sharding, is_sharded, logits_on_first, spread_run
+from .run_snapshots import RunSnapshots
+from .sharded_run import agree_on_shards, check_sharding, is_sharded, spread_run
 from .sharing import PARALLEL, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
 from .step_batches import batches_of_steps, check_batches
@@ -117,7 +117,6 @@ class MaskTrainer:
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
         check_sharding(self.layers, parallel)
-        self._sharded, self._saved = is_sharded(self.layers), None
         self._sharing = Sharing(self.ranks, parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
         self._batches = batches_of_steps(batches, estimator, accumulate, self.ranks)
@@ -128,11 +127,13 @@ class MaskTrainer:
         self.accumulate, self.parallel = accumulate, parallel
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, in_step=self._sharded)
+        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, in_step=is_sharded(self.layers))
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:
             self._folder = RunFolder(self.output_dir, estimator.journaled)
+        held = self.layers, estimator, self._batches, self._initial_losses
+        self._snapshots = RunSnapshots(self._folder, self.snapshot_minutes, self.ranks, *held)
         self._begun = self._broken = False
         self._skipped = 0
         estimator.taken = True
@@ -177,8 +178,7 @@ class MaskTrainer:
         if self.output_dir is not None or self.ranks.world > 1:
             run = self._agreed_settings(with_logits=True)
         if self.output_dir is not None:
-            held = self._held()
-            self.ranks.first(lambda: self._start_folder(run, held))
+            self._snapshots.start(run)
         losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
             self.ranks.first(lambda: self._folder.start_journal(losses, self.estimator.draws))
@@ -213,9 +213,11 @@ class MaskTrainer:
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
                         break
         except BaseException:
-            self._keep_steps()
+            if not self.broken:
+                self._snapshots.keep(self.steps_done, self._skipped)
             raise
-        self._snapshot()
+        if self.output_dir is not None:
+            self._snapshots.add(self.steps_done, self._skipped)
         return records
 
     def step(self) -> StepRecord:
@@ -262,8 +264,8 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.metrics.add(asdict(record))
-        if self._lacks_snapshot():
-            self._snapshot()
+        if self.output_dir is not None and self._snapshots.is_due():
+            self._snapshots.add(self.steps_done, self._skipped)
         if self._skipped:
             _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
         return record
@@ -299,11 +301,11 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-        run, told = self.ranks.first(lambda: self._restore(settings, progress, check))
+        saved = []
+        run, told = self.ranks.first(lambda: self._restore(settings, progress, check, saved))
         self.ranks.all_of(lambda: self.ranks.rank == 0 or self._batches.skip(run.steps, run.batches, progress=False))
         self._begun = self._broken = True
-        spread_run(self.ranks, self.layers, self.estimator, self.seed, self._saved)
-        self._saved = None
+        spread_run(self.ranks, self.layers, self.estimator, self.seed, *saved)
         self.estimator.load_state(run.state)
         self._initial_losses.losses, self.steps_done, self._skipped = run.initial_losses, run.steps, run.skipped
         self._broken = False
@@ -350,49 +352,18 @@ class MaskTrainer:
         check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
         return settings
 
-    def _start_folder(self, run: Mapping, held: tuple) -> None:
-        self._folder.start(run)
-        self._add_snapshot(held)
+    def _restore(self, settings: Mapping, progress: bool, check: Callable | None, into: list) -> tuple:
+        """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged.
 
-    def _lacks_snapshot(self) -> bool:
-        """Whether one is due; by the clock of rank 0 where all ranks take part in it."""
-        if self._sharded and self.output_dir is not None:
-            return self.ranks.first(self._is_due)
-        return self._folder is not None and self._is_due()
-
-    def _is_due(self) -> bool:
-        return self._folder.lacks_snapshot() or time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
-
-    def _snapshot(self) -> None:
-        if self.output_dir is not None:
-            self._add_snapshot(self._held())
-
-    def _held(self) -> tuple:
-        taken, logits = self._batches.digest_before(self.steps_done), logits_on_first(self.ranks, self.layers)
-        return snapshot_of(logits, self.estimator, self._initial_losses.losses, self._skipped, taken)
-
-    def _add_snapshot(self, held: tuple) -> None:
-        if self._folder is not None:
-            self._folder.add_snapshot(self.steps_done, *held)
-            self._snapshot_time = time.monotonic()
-
-    def _keep_steps(self) -> None:
-        """Behind an error: leave a snapshot of the steps that ``resume`` could not have otherwise."""
-        if self._folder is None or self._folder.journaled or self.broken or self._sharded:
-            return
-        # the error that came first is the one to be told
-        with suppress(OSError, RuntimeError):
-            self._snapshot()
-
-    def _restore(self, settings: Mapping, progress: bool, check: Callable | None) -> tuple[RunState, list[str]]:
-        """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged."""
+        What the folder holds is added to ``into``.
+        """
         skip = partial(self._batches.skip, progress=progress)
         saved, run = read_run(self._folder, settings, self.estimator, skip, check)
         # nothing that a disk can refuse from here on
         self._begun = self._broken = True
         put_back(saved, self.layers, self.estimator, self.seed)
-        self._saved = saved
-        self._snapshot_time = time.monotonic()
+        into.append(saved)
+        self._snapshots.time = time.monotonic()
         return run, saved.warnings
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
