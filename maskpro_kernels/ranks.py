@@ -304,6 +304,28 @@ class Ranks:
         """[ranks, n]: the tensor [n] of each rank, of as many elements on all of them."""
         return tensor.unsqueeze(0) if self.world == 1 else torch.stack(self._gather(tensor))
 
+    def limit(self, mesh: dist.DeviceMesh) -> None:
+        """Have collectives of others on a CPU mesh wait no longer than ``timeout``."""
+        if mesh.device_type == "cpu":
+            for dim in range(mesh.ndim):
+                seconds = timedelta(seconds=self.timeout + ANSWER)
+                dist.distributed_c10d._set_pg_timeout(seconds, mesh.get_group(dim))
+
+    @contextmanager
+    def naming_lost(self) -> Iterator[None]:
+        """Collectives of others that fail inside, as those of a sharded model, raise MissingRanks too.
+
+        Only gloo's: NCCL ends the process by its own watchdog.
+        """
+        try:
+            yield
+        except (MissingRanks, FailedRank):
+            raise
+        except RuntimeError as error:
+            if self._group is None or "gloo" not in str(error):
+                raise
+            self._fail("imed out" in str(error), error)
+
     def spread_(self, tensor: Tensor) -> None:
         """Replace a tensor by that of rank 0."""
         if self.world > 1:

@@ -52,6 +52,7 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
     ranks.agree({name: [str(x.mesh), x.mesh.mesh.tolist(), str(x.placements), *x.shape] for name, x in shards.items()})
     for shard in shards.values():
         shard.reshard()
+        ranks.limit(shard.mesh)
 
 
 def logits_on_first(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:

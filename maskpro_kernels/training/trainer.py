@@ -179,7 +179,8 @@ class MaskTrainer:
             run = self._agreed_settings(with_logits=True)
         if self.output_dir is not None:
             self._snapshots.start(run)
-        losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
+        with self.ranks.naming_lost():
+            losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
             self.ranks.first(lambda: self._folder.start_journal(losses, self.estimator.draws))
         self._begun = True
@@ -243,7 +244,8 @@ class MaskTrainer:
         start = time.perf_counter()
         with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.layers):
             step = self._next_step()
-            result = self.estimator.step(step)
+            with self.ranks.naming_lost():
+                result = self.estimator.step(step)
         step.check_entries()
         if result.refreshes:
             # ahead of the next step: from a run that is killed in between it is the same one

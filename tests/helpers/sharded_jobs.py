@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from helpers.rank_jobs import rank_trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import maskpro_kernels as mk
-from helpers.rank_jobs import rank_trainer
 from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.shards import whole
 
 NAMES = {1: ("fsdp",), 2: ("replicate", "fsdp")}
 
 
 class Blocks(nn.Module):
-    """Two blocks with norms, and a layer at the outermost level."""
+    """Two blocks with norms, and a layer at the outermost level, which FSDP2 leaves gathered."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32):
+    def __init__(self, width: int = 16, dtype: torch.dtype = torch.float32):
         super().__init__()
         torch.manual_seed(0)
+        hidden = width + width // 2
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(2)
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+            for _ in range(2)
         )
-        self.out = nn.Linear(16, 8)
+        self.out = nn.Linear(width, 8)
         self.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,37 +37,43 @@ class Blocks(nn.Module):
         return self.out(x)
 
 
+def a_mesh(shape: Sequence[int]):
+    return init_device_mesh("cpu", tuple(shape), mesh_dim_names=NAMES[len(shape)])
+
+
 def shard(model: nn.Module, mesh: Sequence[int], **how) -> None:
-    mesh = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=NAMES[len(mesh)])
+    mesh = a_mesh(mesh)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **how)
     fully_shard(model, mesh=mesh, **how)
 
 
-def a_sharded_model(mesh: Sequence[int] | None, behind: bool = False, dtype=torch.float32, **how) -> nn.Module:
+def a_sharded_model(mesh: Sequence[int] | None, behind: bool = False, **of_model) -> Blocks:
     """Converted, and sharded where there is a mesh; ``behind``: converted after that."""
-    model = Blocks(dtype)
+    model = Blocks(**of_model)
     if mesh is not None and behind:
-        shard(model, mesh, **how)
+        shard(model, mesh)
     mk.convert(model, "2:4", targets=["*"], gap=2.0)
     if mesh is not None and not behind:
-        shard(model, mesh, **how)
+        shard(model, mesh)
     return model
 
 
 def whole_logits(model: nn.Module) -> list[torch.Tensor]:
-    logits = (layer.logits.detach() for layer in masked_layers(model).values())
-    return [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone() for tensor in logits]
+    return [whole(layer.logits.detach()).clone() for layer in masked_layers(model).values()]
 
 
-def learn_sharded(
-    rank: int, mesh, how: str = "reinforce", steps: int = 3, resume: bool = False, behind=False, **others
-):
-    """(whole logits, records without their seconds) of a run."""
-    model = a_sharded_model(mesh, behind)
-    trainer = rank_trainer(how, model=model, **others)
-    if resume:
+def learn_sharded(rank: int, mesh: Sequence[int] | None, how: str, steps: int, behind: bool = False, **others):
+    """(whole logits, records without their seconds) of a run, which goes on where ``output_dir`` holds one."""
+    trainer = rank_trainer(how, model=a_sharded_model(mesh, behind), **others)
+    folder = trainer.output_dir
+    if folder is not None and any(folder.glob("snapshot-*")):
         trainer.resume()
     records = trainer.run(steps - trainer.steps_done, progress=False)
     trainer.close()
-    return whole_logits(model), [vars(record) | {"seconds": 0.0} for record in records]
+    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
+
+
+def learn_each(rank: int, runs: Mapping[str, Mapping]) -> dict[str, tuple]:
+    """``learn_sharded`` of several runs, one after the other, by name."""
+    return {name: learn_sharded(rank, **how) for name, how in runs.items()}
