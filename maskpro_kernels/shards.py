@@ -106,7 +106,7 @@ class Place(NamedTuple):
 def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -> None:
     """Raise ValueError unless a distributed weight [out, K] is one that FSDP2 has cut into rows."""
     mesh, placements = weight.device_mesh, weight.placements
-    told = f"{argument}: expected weights whose rows are shared out, as fully_shard does"
+    told = f"{argument}: expected a weight that fully_shard has cut into rows"
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"{told}, got {placements} in {name}: parts of a sum have no mask; redistribute it first")
     cuts = {at: placement.dim for at, placement in enumerate(placements) if hasattr(placement, "dim")}
@@ -123,7 +123,7 @@ def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -
         )
     if mesh.size() != torch.distributed.get_world_size():
         raise ValueError(
-            f"{told} over all ranks, got a mesh of {mesh.size()} of {torch.distributed.get_world_size()} in {name}"
+            f"{told}, over all ranks, got a mesh of {mesh.size()} of {torch.distributed.get_world_size()} in {name}"
         )
 
 

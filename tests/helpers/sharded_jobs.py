@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from helpers.rank_jobs import rank_trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import maskpro_kernels as mk
+from helpers.rank_jobs import rank_trainer
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.shards import whole
 
