@@ -26,8 +26,8 @@ def converted(pattern: str = "2:4", targets: tuple[str, ...] = ("*",)) -> Blocks
     return model
 
 
-def sharded_by(pattern: str = "2:4", **how) -> mk.MaskTrainer:
-    model = converted(pattern)
+def sharded_by(pattern: str = "2:4", targets: tuple[str, ...] = ("*",), **how) -> mk.MaskTrainer:
+    model = converted(pattern, targets)
     fully_shard(model, **{"mesh": a_mesh([2])} | how)
     return trained(model)
 
@@ -98,8 +98,8 @@ REFUSED = {
         "model: expected logits sharded as their weight is, got a sharded weight and plain logits in blocks.0.1",
     ),
     "columns that cut groups": (
-        lambda: sharded_by("4:8", shard_placement_fn=columns),
-        f"{ROWS}, got columns in blocks.0.3: 24 over 2 ranks are 12 each, which cuts groups of 8",
+        lambda: sharded_by("8:16", ("blocks.*.1", "out"), shard_placement_fn=columns),
+        f"{ROWS}, got columns in blocks.0.1: 16 over 2 ranks are 8 each, which cuts groups of 16",
     ),
     "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS} once, got (Shard(dim=1),) in blocks.0.1; "),
     "fewer ranks": (

@@ -33,11 +33,11 @@ def learn_in_turn(rank: int, folders: dict[str, str], mesh: list[int] | None, st
 
 
 def test_runs_go_on_sharded_and_as_one_process(tmp_path, eager_reference):
-    """Two steps sharded and two more alone, and the other way round; both have steps behind a snapshot in the journal."""
+    """Two steps sharded and two more alone, and the other way round, where the journal alone tells of two steps."""
     first, second = ({name: str(tmp_path / order / name) for name in HOW} for order in ("sharded first", "alone first"))
     all_in_ranks(2, learn_in_turn, folders=first, mesh=[2], steps=2)
     learn_in_turn(0, second, None, 2)
-    # of the journal alone: its steps are taken again by each rank on its rows
+    # each rank takes its steps again, on its own rows
     newest_of(second["reinforce"]).unlink()
     sharded = all_in_ranks(2, learn_in_turn, folders=second, mesh=[2], steps=STEPS)
     alone = learn_in_turn(0, first, None, STEPS)
