@@ -77,8 +77,8 @@ class MaskedLinear(nn.Module):
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
-        shard: where fully_shard of torch has cut the layer into rows: those that this rank holds, see ``RowShard``.
-            ``weight`` and ``logits`` are then DTensors, codes those of these rows. None elsewhere.
+        shard: the rows that this rank holds where fully_shard of torch has cut the layer, see ``RowShard``; else None.
+            ``weight`` and ``logits`` are then DTensors, and codes those of these rows.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -209,7 +209,6 @@ class MaskedLinear(nn.Module):
         return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
 
     def _gathered_forward(self, input: Tensor) -> Tensor:
-        """``forward`` where the masked weight is what ranks have gathered of their rows."""
         weight, learns = self.shard.gathered_weight(), self.training and self.logits_backward is not None
         slopes = Slopes(self.logits, *self.shard.backward_by(self.logits_backward)) if learns else None
         y = gathered_linear(input, weight, self.bias, slopes)
@@ -237,10 +236,8 @@ class MaskedLinear(nn.Module):
 
     def _with_logits(self, function: Callable[[Tensor], Result], drawn: bool) -> Result:
         """``function(logits)``, differentiable, with logits on the weight's device, unless a draw of them is held."""
-        if self.shard is not None:
-            return function(self.logits.to_local())
         if self.logits.device == self.weight.device or (drawn and self.held is not None):
-            return function(self.logits)
+            return function(self.logits if self.shard is None else self.logits.to_local())
         logits = self.logits_on_device()
         if not torch.is_grad_enabled():
             return function(logits)
@@ -275,12 +272,11 @@ class MaskedLinear(nn.Module):
 
     @property
     def own_weight(self) -> Tensor:
-        """The weight, or the rows [rows, K] of it that this rank holds."""
+        """The weight, or the rows [rows, K] of it that this rank holds; and likewise the logits."""
         return self.weight if self.shard is None else self.shard.weight
 
     @property
     def own_logits(self) -> Tensor:
-        """The logits, or the rows [rows, K] of them that this rank holds."""
         return self.logits if self.shard is None else self.shard.logits
 
     @property
@@ -316,8 +312,8 @@ class MaskedLinear(nn.Module):
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         codes = self.drawn_codes()
-        total = self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum(), drawn=False)
-        return total if self.shard is None else self.shard.summed(total)
+        own = self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum(), drawn=False)
+        return own if self.shard is None else self.shard.summed(own)
 
     @property
     def layer(self) -> int:
@@ -437,8 +433,8 @@ def dense(model: nn.Module) -> Iterator[None]:
         model: with MaskedLinear layers.
 
     Raises:
-        ValueError: if the model has no MaskedLinear, layers are sharded, or kept weights of one have changed: the model
-            that it was converted from is no longer there.
+        ValueError: if the model has no MaskedLinear, layers are sharded, or kept weights have changed: what it was
+            converted from is no longer there.
     """
     layers = masked_layers(model)
     check_not_sharded(layers, "ranks are sent kept values alone; take a dense model of its own")
@@ -461,10 +457,8 @@ def dense(model: nn.Module) -> Iterator[None]:
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """The MaskedLinear modules of a model by name, in the order of their layer ids.
 
-    Those that fully_shard has cut into rows since the last call have a ``shard`` from here on.
-
     Raises:
-        ValueError: if there is none, or one is sharded in a way that has no code, see ``shards.attach``.
+        ValueError: if there is none, or ``shards.attach`` has no code for how one is sharded; others have a ``shard``.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if not layers:

@@ -53,7 +53,8 @@ class MaskTrainer:
     the logits get the bits of one process with the same draws and batches a step, if it computes the same losses. With
     ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
     process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
-    number of ranks.
+    number of ranks. Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows
+    alone, all ranks make each forward together, and snapshots hold whole logits none the less.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
