@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional.checks import check_gap
 from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
-from ..modules import CounterState, MaskedLinear, masked_layers
+from ..modules import CounterState, MaskedLinear
 from ..pattern import NMPattern
 from ..shards import check_no_flat_parameters, is_distributed
 from .bypassed import first_call
@@ -23,7 +23,7 @@ from .reconstruction import check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
-from .sharded import check_shardable, codes_of_rows, has_shards, masked_linear_of_shards
+from .sharded import has_shards, masked_linear_of_shards, masks_of_rows
 
 DEFAULT_GAP = 10.0
 
@@ -66,9 +66,6 @@ def convert(
     Transformers' Conv1D and mixtures of experts, and nn.MultiheadAttention, are taken apart into layers first, see
     ``linear_form``. Weights that they hold transposed are copied.
 
-    It may be called before ``fully_shard`` of torch or behind it. Behind it, on all its ranks, ``init`` is "magnitude"
-    or group codes; each rank holds the logits of the rows of weights that it has.
-
     A model may be spread over several devices: logits, seed and step live with each weight. Hooks by which accelerate's
     ``dispatch_model`` brings inputs to a layer are hooked to its replacement.
 
@@ -79,7 +76,7 @@ def convert(
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
             those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "wanda" or "reconstruction" (these two need ``calibration``), or {name: group codes}; see
-            ``pruning/initial_masks.py``.
+            ``pruning/initial_masks.py``. Where ``fully_shard`` has cut the model, "magnitude" or codes, on all ranks.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
@@ -105,14 +102,9 @@ def convert(
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-        if has_shards(layers):
-            check_shardable(init, refit, how["logits_device"])
-            codes, weights = codes_of_rows(layers, pattern, init), {}
-        else:
-            codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration)
+        of, rest = (layers, pattern, init, refit), (model, calibration)
+        codes, weights = masks_of_rows(*of, logits_device) if has_shards(layers) else refitted_masks(*of, *rest)
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
-    # from here on what FSDP2 gathers comes to the new layers
-    masked_layers(model)
     skipped = reasons_by_name(model, skipped | left_out)
     found = coverage(model, skipped)
     if targets is None and found.share < MOST_OF_A_MODEL:

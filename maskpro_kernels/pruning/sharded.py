@@ -12,6 +12,7 @@ from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..shards import is_distributed, like_shards, local, rows_of
 from .initial_masks import given
+from .reconstruction import Reconstruction
 
 
 def has_shards(layers: Mapping[str, nn.Module]) -> bool:
@@ -19,8 +20,23 @@ def has_shards(layers: Mapping[str, nn.Module]) -> bool:
     return any(is_distributed(layer.weight) for layer in layers.values())
 
 
-def check_shardable(init: str | Mapping[str, Tensor], refit: str, logits_device: torch.device | None) -> None:
-    """Raise ValueError unless a model whose weights are sharded can be converted like this."""
+def masks_of_rows(
+    layers: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    init: str | Mapping[str, Tensor],
+    refit: str,
+    logits_device: torch.device | None,
+) -> Reconstruction:
+    """Group codes [rows, K / M] of the initial masks of the rows that this rank has, by name; weights stay as they are.
+
+    Args:
+        layers: by name.
+        init: "magnitude", or group codes [out, K / M] by name, for exactly these layers.
+        refit, logits_device: as for ``convert``, of which sharded layers take the defaults alone.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
     told = "in a model that fully_shard has cut; convert it before"
     if not isinstance(init, Mapping) and init != "magnitude":
         raise ValueError(f'init: expected "magnitude" or group codes {told}, got {init!r}')
@@ -28,24 +44,12 @@ def check_shardable(init: str | Mapping[str, Tensor], refit: str, logits_device:
         raise ValueError(f'refit: expected "none" {told}, got {refit!r}')
     if logits_device is not None:
         raise ValueError(f"logits_device: expected None {told}, got {logits_device}")
-
-
-def codes_of_rows(
-    layers: Mapping[str, nn.Linear], pattern: NMPattern, init: str | Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Group codes [rows, K / M] of the initial masks of the rows that this rank has, by name.
-
-    Args:
-        layers: by name.
-        init: "magnitude", or group codes [out, K / M] by name, for exactly these layers.
-
-    Raises:
-        TypeError, ValueError: codes are not such.
-    """
     if isinstance(init, Mapping):
-        codes = given(layers, pattern, init)
-        return {name: rows_of(codes[name], layer.weight) for name, layer in layers.items()}
-    return {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
+        whole = given(layers, pattern, init)
+        codes = {name: rows_of(whole[name], layer.weight) for name, layer in layers.items()}
+    else:
+        codes = {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
+    return Reconstruction(codes, {})
 
 
 def masked_linear_of_shards(
