@@ -19,7 +19,7 @@ from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
 from .initial_masks import check_initial_mask, refitted_masks
-from .reconstruction import check_refit
+from .reconstruction import Reconstruction, check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
@@ -102,14 +102,28 @@ def convert(
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-        of, rest = (layers, pattern, init, refit), (model, calibration)
-        codes, weights = masks_of_rows(*of, logits_device) if has_shards(layers) else refitted_masks(*of, *rest)
+        codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device)
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
     skipped = reasons_by_name(model, skipped | left_out)
     found = coverage(model, skipped)
     if targets is None and found.share < MOST_OF_A_MODEL:
         warnings.warn(_told_coverage(found), stacklevel=2)
     return Conversion(list(layers), skipped, how["gap"], found.share, found.unmasked)
+
+
+def _masks(
+    layers: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    init: str | Mapping[str, Tensor],
+    refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
+    logits_device: torch.device | str | None,
+) -> Reconstruction:
+    """Group codes, and weights that were refitted, by name: of all rows, or where ranks share them of this one's."""
+    if has_shards(layers):
+        return masks_of_rows(layers, pattern, init, refit, logits_device)
+    return refitted_masks(layers, pattern, init, refit, model, calibration)
 
 
 def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str) -> None:
