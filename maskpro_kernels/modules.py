@@ -351,8 +351,6 @@ class MaskedLinear(nn.Module):
         super()._apply(fn, recurse)
         # ``to_empty`` has made it anew, without its value
         self.layer_id.fill_(self._layer)
-        if self.shard is not None:
-            self.shard.hold()
         return self
 
     def get_extra_state(self) -> Tensor:

@@ -145,7 +145,6 @@ class RowShard:
         param, group: of FSDP2, that of the weight.
 
     Attributes:
-        weight, logits: [rows, K], the memory of the shards.
         mesh, placements: of both.
         first: index of the first row in the layer.
     """
@@ -157,11 +156,18 @@ class RowShard:
         self._gathered: tuple | None = None
         self.hold()
 
+    @property
+    def weight(self) -> Tensor:
+        """[rows, K], that of this rank. FSDP2 looks for its hooks on this very object."""
+        return self._param.sharded_param._local_tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """[rows, K], those of this rank."""
+        return self._layer.logits._local_tensor
+
     def hold(self) -> None:
-        """Take the shards that the layer has now, and hook its weight's."""
-        layer = self._layer
-        # FSDP2 looks for the hooks on these very objects
-        self.weight, self.logits = layer.weight._local_tensor, layer.logits._local_tensor
+        """Hook the weight, which FSDP2 may have made anew."""
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
         self._forget()
 
@@ -227,6 +233,9 @@ class RowShard:
                 "weight: expected one that is gathered, got its shards; call the module that was given to fully_shard, "
                 "which gathers the weights in it"
             )
+        if not hasattr(self.weight, "fsdp_pre_all_gather"):
+            # it was moved or cast
+            self.hold()
         if self._gathered != self.mask_key():
             # FSDP2 keeps what it gathers of the outermost module, and knows of no masks
             self.reshard()
@@ -327,6 +336,9 @@ def resharded(model: nn.Module) -> Params:
     """FSDP2's (parameter, group) by the id of each parameter that it has sharded: the model has its shards now.
 
     FSDP2 may have kept gathered what it has gathered last.
+
+    Raises:
+        ValueError: if torch is too old.
     """
     fsdp, params = sys.modules.get("torch.distributed.fsdp"), {}
     if fsdp is None:
@@ -334,6 +346,8 @@ def resharded(model: nn.Module) -> Params:
         return params
     sharded = (module._get_fsdp_state() for module in model.modules() if isinstance(module, fsdp.FSDPModule))
     for state in {id(state): state for state in sharded}.values():
+        if not hasattr(state, "_fsdp_param_groups"):
+            raise ValueError(f"torch: expected 2.13 or newer, as fully_shard is used here, got {torch.__version__}")
         for group in state._fsdp_param_groups:
             group._to_sharded()
             params |= {id(param.sharded_param): (param, group) for param in group.fsdp_params}

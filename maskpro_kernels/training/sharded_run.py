@@ -58,12 +58,13 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
 def logits_on_first(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
     """The whole logits [out, K] by name, on rank 0 alone where ranks share their rows: one layer after the other."""
     found = {}
-    for name, layer in layers.items():
-        logits = whole(layer.logits)
-        if layer.shard is None:
-            found[name] = logits
-        elif ranks.rank == 0:
-            found[name] = logits.cpu()
+    with ranks.naming_lost():
+        for name, layer in layers.items():
+            logits = whole(layer.logits)
+            if layer.shard is None:
+                found[name] = logits
+            elif ranks.rank == 0:
+                found[name] = logits.cpu()
     return found
 
 

@@ -349,10 +349,11 @@ class MaskTrainer:
         """The settings that identify the run, once all ranks agree on them."""
         agree_on_shards(self.ranks, self.layers)
         how = self.seed, self.accumulate, self.loss_fn
-        settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how)
-        if with_logits:
-            settings["logits"] = digest(layer.logits for layer in self.layers.values())
-        check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
+        with self.ranks.naming_lost():
+            settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how)
+            if with_logits:
+                settings["logits"] = digest(layer.logits for layer in self.layers.values())
+            check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
         return settings
 
     def _restore(self, settings: Mapping, progress: bool, check: Callable | None, into: list) -> tuple:

@@ -28,7 +28,7 @@ class Blocks(nn.Module):
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
             for _ in range(2)
         )
-        self.out = nn.Linear(width, 8)
+        self.out = nn.Linear(width, 4)
         self.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -79,12 +79,19 @@ def in_flat_parameters() -> mk.MaskTrainer:
     return trained(FullyShardedDataParallel(converted(), device_id=torch.device("cpu"), use_orig_params=True))
 
 
+def sharded_by_an_older_torch() -> mk.MaskTrainer:
+    model = a_sharded_model([2])
+    vars(model._get_fsdp_state()).pop("_fsdp_param_groups")
+    return trained(model)
+
+
 def trained(model: nn.Module, **how) -> mk.MaskTrainer:
     return rank_trainer(model=model, accumulate=2, **how)
 
 
 # what is refused, and how the line begins
 REFUSED = {
+    "an older torch": (sharded_by_an_older_torch, "torch: expected 2.13 or newer, as fully_shard is used here, got "),
     "flat parameters": (
         in_flat_parameters,
         "model: expected parameters as they are or sharded by fully_shard, got the",
