@@ -154,7 +154,8 @@ class RowShard:
         self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
         self.first = first_row(layer.weight)
         self._gathered: tuple | None = None
-        self.hold()
+        param.reset_sharded_param = self._reset
+        self._hook()
 
     @property
     def weight(self) -> Tensor:
@@ -166,10 +167,14 @@ class RowShard:
         """[rows, K], those of this rank."""
         return self._layer.logits._local_tensor
 
-    def hold(self) -> None:
-        """Hook the weight, which FSDP2 may have made anew."""
+    def _hook(self) -> None:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
         self._forget()
+
+    def _reset(self) -> None:
+        """FSDP2's own, for a weight that was moved, cast or loaded: it may be another object then."""
+        type(self._param).reset_sharded_param(self._param)
+        self._hook()
 
     def reshard(self) -> None:
         """Free what FSDP2 may have kept gathered: the layer has its shards then."""
@@ -181,7 +186,7 @@ class RowShard:
         layer = self._layer
         self.reshard()
         self.weight.copy_(layer.top_n_weight().to_local())
-        del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather
+        del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather, self._param.reset_sharded_param
         self._forget()
         linear.weight, linear.bias = layer.weight, layer.bias
         for param in self._group.fsdp_params:
@@ -233,9 +238,6 @@ class RowShard:
                 "weight: expected one that is gathered, got its shards; call the module that was given to fully_shard, "
                 "which gathers the weights in it"
             )
-        if not hasattr(self.weight, "fsdp_pre_all_gather"):
-            # it was moved or cast
-            self.hold()
         if self._gathered != self.mask_key():
             # FSDP2 keeps what it gathers of the outermost module, and knows of no masks
             self.reshard()
