@@ -296,10 +296,10 @@ def _kept(weight: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
     """The values [rows, K N / M] of a weight [rows, K] that group codes [rows, K / M] keep."""
     bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
     kept = (codes.unsqueeze(-1) >> bits & 1).flatten()
-    count = len(kept) // m * n
+    rows, k = weight.shape
     # how many there are is known, and needs no wait for the device
-    places = kept.nonzero_static(size=count).squeeze(-1)
-    return weight.flatten()[places].view(len(weight), -1)
+    places = kept.nonzero_static(size=rows * k // m * n).squeeze(-1)
+    return weight.flatten()[places].view(rows, k // m * n)
 
 
 def check_not_sharded(layers: Mapping[str, nn.Module], reason: str) -> None:

@@ -59,7 +59,7 @@ def language_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tor
     return model(**batch, use_cache=False).loss.float()
 
 
-def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, world: int) -> list[torch.Tensor]:
+def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, ranks: int) -> list[torch.Tensor]:
     """Whole logits of a LLaMA whose blocks are sharded, and computed anew in backward."""
     model = tiny_model()
     if how == "straight-through":
@@ -69,9 +69,9 @@ def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, world: 
         for block in model.model.layers:
             fully_shard(block, mesh=a_mesh(mesh))
         fully_shard(model, mesh=a_mesh(mesh))
-    tokens = torch.randint(2, 32, (2 * world, 2, 12), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(2, 32, (2 * ranks, 2, 12), generator=torch.Generator().manual_seed(3))
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens]
-    trainer = rank_trainer(how, model=model, batches=batches, loss_fn=language_loss, accumulate=world)
+    trainer = rank_trainer(how, model=model, batches=batches, loss_fn=language_loss, accumulate=ranks)
     trainer.run(steps, progress=False)
     trainer.close()
     logits, ids = whole_logits(model), {"input_ids": tokens[0]}
@@ -85,9 +85,9 @@ def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, world: 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
 @pytest.mark.parametrize("mesh", [[2], [2, 2]], ids=str)
 def test_llamas_learn_the_masks_of_one_process(mesh, how, eager_reference):
-    of = {"how": how, "steps": 20, "world": math.prod(mesh)}
+    of = {"how": how, "steps": 20, "ranks": math.prod(mesh)}
     logits = learn_llama(0, None, **of)
-    for theirs in all_in_ranks(of["world"], learn_llama, mesh=mesh, **of):
+    for theirs in all_in_ranks(of["ranks"], learn_llama, mesh=mesh, **of):
         if how == "reinforce":
             assert_same_bits(theirs, logits)
             continue
