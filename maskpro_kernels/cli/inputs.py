@@ -42,7 +42,11 @@ class Inputs:
 
 
 def read_inputs(
-    args: argparse.Namespace, ranks: Ranks, estimator: Estimator, need_of: Callable[[torch.nn.Module], MemoryNeed]
+    args: argparse.Namespace,
+    ranks: Ranks,
+    estimator: Estimator,
+    need_of: Callable[[torch.nn.Module], MemoryNeed],
+    read_mask: Callable[[torch.nn.Module], None] | None = None,
 ) -> Inputs:
     """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
 
@@ -50,11 +54,14 @@ def read_inputs(
         args: of ``learn``, complete.
         ranks: that learn together.
         need_of: gives the memory that a run on a model takes; rank 0 calls it as soon as the model is there.
+        read_mask: reads a mask for the model; rank 0 calls it before anything takes long.
 
     Raises:
         ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
     """
     inputs, windows = ranks.all_of(lambda: _read(args))
+    if read_mask is not None:
+        ranks.first(lambda: read_mask(inputs.model))
     inputs.memory = ranks.first(lambda: need_of(inputs.model))
     if SELF in dict(parse_sources(args.data)):
         held_out = 0 if windows else args.eval_windows

@@ -21,6 +21,7 @@ from .losses import fill_teacher, loss_of
 from .memory import needed_memory
 from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
 from .run_settings import check_process, complete, logits_of
+from .start_mask import StartMask
 from .unbegun import ended_unbegun
 
 
@@ -54,11 +55,12 @@ def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
         return estimator
 
     estimator = ranks.all_of(check)
+    mask = ranks.all_of(lambda: StartMask(args))
     ranks.first(lambda: _check_output(Path(args.output)))
-    inputs = read_inputs(args, ranks, estimator, partial(needed_memory, args, estimator, ranks.world))
+    inputs = read_inputs(args, ranks, estimator, partial(needed_memory, args, estimator, ranks.world), mask.read)
     loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
-    start = initial_masks(args, inputs, ranks)
+    start = initial_masks(args, inputs, mask, ranks)
     run = LearningRun(args, ranks, inputs, estimator, loss_fn, start)
     run.begin()
     return run

@@ -40,6 +40,7 @@ from .run_files import (
 )
 from .run_settings import parallel_of, stored_settings
 from .signals import Signals
+from .start_mask import told_init
 from .trackers import open_trackers
 from .unbegun import clear_unbegun
 
@@ -182,7 +183,7 @@ class LearningRun:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)
         print_table(report["table"])
         print(
-            f"{report['flipped_groups']} of {report['groups']} groups differ from the {self.args.init} mask; "
+            f"{report['flipped_groups']} of {report['groups']} groups differ from the {told_init(self.args.init)}; "
             f"{report['weights']}; written to {self.output}"
         )
         if report["parting"] is None:

@@ -24,6 +24,7 @@ from .learn import learn
 from .mask_files import apply
 from .models import checking_digests
 from .parser import build_parser
+from .plan import plan
 from .progress import log_told, tell, tell_as, wants_bars
 from .run_files import tell_missing
 from .speed import speed
@@ -36,6 +37,7 @@ PACKAGES = {
     apply: ("transformers",),
     import_: ("transformers",),
     speed: ("transformers",),
+    plan: ("transformers",),
 }
 
 

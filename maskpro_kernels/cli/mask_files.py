@@ -26,6 +26,7 @@ from .models import check_saving, is_path_of_model, load, save, trusts
 from .origins import base_name, origin_of_mask_file
 from .progress import tell
 from .run_files import INITIAL_MASK
+from .start_mask import told_init
 
 if TYPE_CHECKING:
     from ..hf import Origin
@@ -69,7 +70,7 @@ def save_initial_mask(args: argparse.Namespace, model: nn.Module, progress: Path
         (name, top_n_mask(layer.logits_on_device().detach(), layer.pattern), layer.weight.detach())
         for name, layer in layers.items()
     )
-    told = {"of": f"the {args.init} mask that a run began with"}
+    told = {"of": f"the {told_init(args.init)} that a run began with"}
     with telling("output"):
         save_masks(progress / INITIAL_MASK, triples, args.pattern, model=base_name(args.model), provenance=told).close()
 

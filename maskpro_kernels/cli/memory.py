@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from ..safetensors_files import weight_files
 from ..text.losses import distillation_loss
 from ..text.perplexity import EVALUATED_TOGETHER, causal_lm_loss
 from ..text.teacher import bytes_a_token
+from ..training.amounts import NOTHING, Amount
 from ..training.estimator import Estimator
-from ..training.memory import MemoryNeed, activation_bytes, memory_need
-from .arguments import DTYPES
+from ..training.memory import Activations, MemoryNeed, activation_bytes, memory_need
+from .arguments import DTYPES, device_of
 from .changed_weights import changes_weights
 from .models import device_of_inputs
 from .progress import tell, tell_as
@@ -41,23 +42,6 @@ def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, mo
         model: not converted yet.
     """
     layers, _ = layers_to_convert(model, args.pattern)
-    device = device_of_inputs(model)
-
-    def windows(length: int):
-        return lambda rows: torch.zeros(rows, length, dtype=torch.int64, device=device)
-
-    # with a teacher that is asked, and not written down
-    loss_fn = distillation_loss(args.loss, getattr(args, "loss_temperature", 1.0))
-    rows, gradients = args.batch_size, estimator.needs_gradients
-    of_step = activation_bytes(model, layers, loss_fn, windows(args.seq_len), rows, gradients)
-    evaluated = min(args.eval_windows, EVALUATED_TOGETHER)
-    of_evaluation = activation_bytes(model, layers, causal_lm_loss, windows(args.eval_length), evaluated, False)
-    teacher = 0
-    if args.loss != "ce":
-        vocabulary = model.get_input_embeddings().num_embeddings
-        of_logits = rows * args.seq_len * vocabulary * DTYPES[args.dtype].itemsize
-        of_step = max(of_step - of_logits, 0)
-        teacher = rows * args.seq_len * bytes_a_token() if changes_weights(args) else of_logits
     return memory_need(
         model,
         layers,
@@ -65,9 +49,68 @@ def needed_memory(args: argparse.Namespace, estimator: Estimator, world: int, mo
         pattern=args.pattern,
         logits_dtype=DTYPES[args.logits_dtype],
         alone=args.accumulate == world == 1,
-        activations=max(of_step, of_evaluation),
-        teacher=teacher,
+        logits_device=device_of(args.logits_device) if hasattr(args, "logits_device") else None,
+        **needed_by_batches(args, estimator, model, [layer.weight for layer in layers.values()]).of(args.batch_size),
     )
+
+
+@dataclass(frozen=True)
+class OfBatches:
+    """What the batches of a run take.
+
+    Attributes:
+        step: of a batch that a step learns from.
+        evaluation: of one that is evaluated.
+        teacher: by row, what the dense model says of it.
+        beside: by row, what of that is in ``step`` as well.
+    """
+
+    step: Activations
+    evaluation: Amount
+    teacher: Amount
+    beside: int
+
+    def of(self, rows: int) -> dict[str, Amount]:
+        """The activations of steps and evaluations, and the teacher's part, where batches have so many rows."""
+        own, teacher = self.step.of(rows), rows * self.beside
+        if own > teacher > 0:
+            own = Amount(own - teacher, f"{own.formula} - {teacher:,} bytes of the teacher")
+        told = Amount(rows * self.teacher, f"{rows:,} rows x {self.teacher.formula}") if self.teacher else NOTHING
+        return {"activations": max(own, self.evaluation), "teacher": told}
+
+
+def needed_by_batches(
+    args: argparse.Namespace,
+    estimator: Estimator,
+    model: torch.nn.Module,
+    weights: Sequence[torch.nn.Parameter],
+    rows: int | None = None,
+) -> OfBatches:
+    """What the batches of a run take.
+
+    Args:
+        args, estimator, model: as for ``needed_memory``.
+        weights: of the layers that will get masks.
+        rows: of the batches that are computed at most; by default those of the run.
+    """
+    device, rows = device_of_inputs(model), args.batch_size if rows is None else rows
+
+    def windows(length: int):
+        return lambda count: torch.zeros(count, length, dtype=torch.int64, device=device)
+
+    # with a teacher that is asked, and not written down
+    loss_fn = distillation_loss(args.loss, getattr(args, "loss_temperature", 1.0))
+    of_step = activation_bytes(model, weights, loss_fn, windows(args.seq_len), rows, estimator.needs_gradients)
+    evaluated = min(args.eval_windows, EVALUATED_TOGETHER)
+    evaluation = activation_bytes(model, weights, causal_lm_loss, windows(args.eval_length), evaluated, False)
+    teacher, of_logits = NOTHING, 0
+    if args.loss != "ce":
+        vocabulary, size = model.get_input_embeddings().num_embeddings, DTYPES[args.dtype].itemsize
+        of_logits = args.seq_len * vocabulary * size
+        teacher = Amount(of_logits, f"{args.seq_len:,} tokens x {vocabulary:,} logits x {size} bytes")
+        if changes_weights(args):
+            teacher = Amount.of(args.seq_len, "tokens", bytes_a_token())
+    return OfBatches(of_step, evaluation.of(evaluated), teacher, of_logits)
 
 
 def tell_need(args: argparse.Namespace, model: torch.nn.Module, need: MemoryNeed) -> None:
@@ -77,7 +120,7 @@ def tell_need(args: argparse.Namespace, model: torch.nn.Module, need: MemoryNeed
     devices = {parameter.device for parameter in model.parameters()}
     there = sum(filter(None, map(_total, devices)))
     # they may live with the weights none the less
-    elsewhere = hasattr(args, "logits_device") and torch.device(args.logits_device) not in devices
+    elsewhere = hasattr(args, "logits_device") and device_of(args.logits_device) not in devices
     on_devices = need.total - (need.logits if elsewhere else 0)
     if on_devices > there > 0:
         names = ", ".join(sorted(map(str, devices)))

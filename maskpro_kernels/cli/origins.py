@@ -13,6 +13,7 @@ from ..text.mixture import parse_sources
 from .models import hub_id
 from .progress import tell
 from .run_files import REPORT, SETTINGS, read_own
+from .start_mask import name_of_init
 
 if TYPE_CHECKING:
     from ..hf import Origin
@@ -40,6 +41,8 @@ def origin_of_run(settings: Mapping, weights: str, table: Sequence[Mapping], ver
         )
     told = {name: value for name, value in settings.items() if name not in NOT_TOLD and value is not None}
     told |= {name: _without_folders(told[name]) for name in ("data", "other_data") if name in told}
+    if "init" in told:
+        told["init"] = name_of_init(told["init"])
     return Origin(
         **_base(settings["model"]),
         pattern=settings["pattern"],

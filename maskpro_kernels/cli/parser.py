@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..pruning.initial_masks import INITIAL_MASKS
-from ..text.losses import KINDS
 from ..training.sharing import PARALLEL
-from .arguments import DEVICE_MAPS, DTYPE, DTYPES, device_map, number, whole
+from .arguments import DEVICE_MAPS, DTYPE, device_map, number, whole
 from .changed_weights import REFITTED
 from .compare import compare
 from .config_file import BESIDE_RESUME, ConfigFile
@@ -18,18 +16,25 @@ from .import_checkpoint import import_
 from .learn import learn
 from .mask_files import apply
 from .one_line_parser import OneLineParser, PrintVersions
+from .plan_options import add_plan
 from .replay import replay
 from .run_files import SETTINGS
 from .run_settings import DATA, SAMPLES
 from .shared_options import (
+    add_accumulate,
     add_against,
+    add_batches,
+    add_checkpointing,
     add_data,
     add_device,
     add_digests,
     add_dtype,
+    add_dtypes,
     add_evaluation,
     add_form,
+    add_kind_of_loss,
     add_model,
+    add_pattern,
     add_quiet,
     add_saving,
     add_trust,
@@ -67,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_validate(commands)
     _add_speed(commands)
+    add_plan(commands, SHOW)
     return parser
 
 
@@ -107,7 +113,7 @@ def _add_learn(commands) -> None:
         help="continue the interrupted run in DIR with its settings; beside it may stand what does not change the "
         f"result: {', '.join(BESIDE_RESUME)}",
     )
-    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
+    add_pattern(parser)
     _add_initial_mask(parser)
     add_estimators(parser)
     _add_loss(parser)
@@ -124,10 +130,11 @@ def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
     """What a run of ``learn`` starts from."""
     parser.add_argument(
         "--init",
-        choices=INITIAL_MASKS,
         default=argparse.SUPPRESS,
+        metavar="MASK",
         help="initial mask. magnitude: the largest weights; wanda: the largest weight times input norm; "
-        f"reconstruction: swaps from there that lower the error of each layer's outputs {run_default('init')}",
+        "reconstruction: swaps from there that lower the error of each layer's outputs; sparsegpt: that of SparseGPT; "
+        f"random; or a path: a mask file, a run or a sparse checkpoint {run_default('init')}",
     )
     parser.add_argument(
         "--init-batches", type=whole, default=16, metavar="I", help="batches for the initial mask, at most"
@@ -158,13 +165,7 @@ def _add_initial_mask(parser: argparse.ArgumentParser) -> None:
 
 def _add_loss(parser: argparse.ArgumentParser) -> None:
     """What a run of ``learn`` learns by."""
-    parser.add_argument(
-        "--loss",
-        choices=KINDS,
-        default=KINDS[0],
-        help="ce: cross-entropy with the text; kl: divergence from the dense model, which makes a forward of its own; "
-        "ce+kl: the mean of the two",
-    )
+    add_kind_of_loss(parser)
     parser.add_argument(
         "--loss-temperature",
         type=number,
@@ -183,8 +184,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="training steps " + run_default("steps"),
     )
-    parser.add_argument("--batch-size", type=whole, default=32, metavar="B", help="windows in a calibration batch")
-    parser.add_argument("--seq-len", type=whole, default=128, metavar="L", help="tokens in a calibration window")
+    add_batches(parser)
     parser.add_argument(
         "--calibration-batches",
         type=whole,
@@ -192,7 +192,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="distinct batches to cycle through, at most " + run_default("calibration_batches"),
     )
-    parser.add_argument("--accumulate", type=whole, default=1, metavar="A", help="batches a step")
+    add_accumulate(parser)
     parser.add_argument(
         "--parallel",
         choices=PARALLEL,
@@ -241,21 +241,14 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
         help="instead of --device: spread the model over several, as transformers does: "
         f"{', '.join(DEVICE_MAPS)}, or a JSON object of devices by modules; needs accelerate",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
-    parser.add_argument("--logits-dtype", choices=DTYPES, default="float32", help="dtype of the logits")
+    add_dtypes(parser)
     parser.add_argument(
         "--logits-device",
         default=argparse.SUPPRESS,
         metavar="DEVICE",
         help="where the logits live, such as cpu if a GPU has no room for them (default: with their weights)",
     )
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep the activations between blocks alone, and compute the others anew in backward: less memory, more "
-        "time, the same bits",
-    )
+    add_checkpointing(parser)
 
 
 def _add_eval(commands) -> None:

@@ -41,6 +41,7 @@ from .run_files import (
     logits_metadata,
 )
 from .run_settings import reported_settings, stored_settings
+from .start_mask import name_of_init
 from .versions import versions
 
 
@@ -81,7 +82,8 @@ def write_results(
         "pattern": str(pattern),
         "settings": reported_settings(args),
         "gap": args.gap,
-        "start": name_over(args.init, told_weights(args.refit)),
+        "start": name_over(name_of_init(args.init), told_weights(args.refit)),
+        "initial_mask": start.get("initial_mask"),
         "weights": weights,
         "versions": versions(),
         "eval_tokens": inputs.tests["perplexity"].numel(),

@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..checked_json import read_sealed
+from ..checkpoints.logits import LOGITS_FILE
 from ..digests import digest
 from ..modules import masked_layers
 from ..pattern import NMPattern
@@ -23,7 +24,7 @@ from .arguments import DTYPES
 from .progress import tell_as
 
 # What a run leaves at its end
-LOGITS, REPORT, PAGE = "logits.safetensors", "report.json", "report.html"
+LOGITS, REPORT, PAGE = LOGITS_FILE, "report.json", "report.html"
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # And while it goes on
 SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"

@@ -21,6 +21,7 @@ from .config_file import TRUST
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
+from .start_mask import is_path_of_mask
 from .texts import check_sources
 from .trackers import check_trackers
 
@@ -97,6 +98,13 @@ def check_process(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
         device_of(args.device)
     if hasattr(args, "logits_device"):
         device_of(args.logits_device, "logits_device")
+    check_checkpointing(args)
+    check_ranks(args, ranks, draws)
+    check_trackers(args)
+
+
+def check_checkpointing(args: argparse.Namespace) -> None:
+    """Raise TypeError or ValueError unless what is asked for can be, with the estimator of a run."""
     if not isinstance(args.gradient_checkpointing, bool):
         raise TypeError(f"gradient_checkpointing: expected true or false, got {args.gradient_checkpointing!r}")
     if args.gradient_checkpointing and not class_of(args).needs_gradients:
@@ -104,8 +112,6 @@ def check_process(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
             f"gradient_checkpointing: expected an estimator with a backward pass, got {args.estimator!r}, which keeps "
             "no activations; leave it out"
         )
-    check_ranks(args, ranks, draws)
-    check_trackers(args)
 
 
 def logits_of(args: argparse.Namespace) -> dict:
@@ -164,5 +170,7 @@ def stored_settings(args: argparse.Namespace) -> dict:
         settings["model"] = str(Path(settings["model"]).resolve())
     if "other_data" in settings and is_path(settings["other_data"]):
         settings["other_data"] = str(Path(settings["other_data"]).resolve())
+    if is_path_of_mask(settings["init"]):
+        settings["init"] = str(Path(settings["init"]).resolve())
     settings["data"] = resolved(settings["data"])
     return settings

@@ -9,8 +9,9 @@ from types import MappingProxyType
 import torch
 
 from ..packed import KEEP, VALUE_KINDS
+from ..text.losses import KINDS
 from ..text.records import COLUMNS
-from .arguments import DTYPES, whole
+from .arguments import DTYPE, DTYPES, whole
 
 
 def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -115,4 +116,42 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs, such as cuda:0"
+    )
+
+
+def add_pattern(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pattern", default="2:4", metavar="N:M", help="keep N of every M consecutive weights")
+
+
+def add_kind_of_loss(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loss",
+        choices=KINDS,
+        default=KINDS[0],
+        help="ce: cross-entropy with the text; kl: divergence from the dense model, which makes a forward of its own; "
+        "ce+kl: the mean of the two",
+    )
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=whole, default=32, metavar="B", help="windows in a calibration batch")
+    parser.add_argument("--seq-len", type=whole, default=128, metavar="L", help="tokens in a calibration window")
+
+
+def add_accumulate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--accumulate", type=whole, default=1, metavar="A", help="batches a step")
+
+
+def add_dtypes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPE, help="dtype of the weights and activations")
+    parser.add_argument("--logits-dtype", choices=DTYPES, default="float32", help="dtype of the logits")
+
+
+def add_checkpointing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the activations between blocks alone, and compute the others anew in backward: less memory, more "
+        "time, the same bits",
     )

@@ -27,6 +27,7 @@ from .model_card import MASK_ALONE, Origin, write_card
 from .packed import PackedConfig, PackedQuantizer
 from .process_memory import PeakMemory, peak_memory
 from .saving import check_login, check_repo_id, check_shard_size, save_model
+from .shapes import model_of_fake_tensors, model_on_meta, read_config
 from .speed import ModelSpeed, SpeedReport, Spread, measure_speed
 from .stored_layers import check_no_other_quantization, tell_config
 
@@ -57,9 +58,12 @@ __all__ = [
     "known_origin",
     "load_model",
     "measure_speed",
+    "model_of_fake_tensors",
+    "model_on_meta",
     "next_logits",
     "peak_memory",
     "preallocated_cache",
+    "read_config",
     "save_model",
     "show_bars",
     "skeleton",

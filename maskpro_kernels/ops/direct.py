@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .cpu.packed.products import nm_linear
-from .dispatch import compiler_available, interpreting
+from .dispatch import compiler_available, interpreting, machine_code
 
 try:
     _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
@@ -52,4 +51,4 @@ def direct_nm_linear(
         return None
     if interpreting() or not compiler_available():
         return None
-    return nm_linear(x, (values, bitmask, scales), bias, n, m)
+    return machine_code("packed.products").nm_linear(x, (values, bitmask, scales), bias, n, m)

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cpu import kernels as cpu_kernels
-from .cpu.packed import products as cpu_products
+from .namespace import NAMESPACE
 from .reference import packing as reference_products
 from .triton import tiles
 
@@ -48,7 +47,13 @@ def compiler_available() -> bool:
 @functools.cache
 def kernels(file: str) -> ModuleType:
     """A file of Triton kernels; Triton is imported when the first one is wanted."""
-    return importlib.import_module(f"maskpro_kernels.ops.triton.{file}")
+    return importlib.import_module(f"{__package__}.triton.{file}")
+
+
+@functools.cache
+def machine_code(file: str) -> ModuleType:
+    """A file of what runs as machine code; llvmlite is imported when the first one is wanted, for it may be missing."""
+    return importlib.import_module(f"{__package__}.cpu.{file}")
 
 
 def uses_kernels(tensor: Tensor) -> bool:
@@ -63,13 +68,13 @@ def uses_machine_code(tensor: Tensor) -> bool:
 
 def run_reference(name: str, *args, **constants: int):
     """Run a function of the reference: as machine code where that can be, else as it stands."""
-    module = cpu_kernels if uses_machine_code(args[0]) else reference
+    module = machine_code("kernels") if uses_machine_code(args[0]) else reference
     return getattr(module, name)(*args, **constants)
 
 
 def packed_products(tensor: Tensor) -> ModuleType:
     """What multiplies with packed weights where no Triton kernel does: compiled code, or torch on what is unpacked."""
-    return cpu_products if uses_machine_code(tensor) else reference_products
+    return machine_code("packed.products") if uses_machine_code(tensor) else reference_products
 
 
 def scalar(value: float, like: Tensor) -> Tensor:
@@ -88,9 +93,9 @@ def quick_op(name: str, schema: str):
     """As ``torch.library.custom_op``, but without its wrapper, for what is called once or more a layer and step."""
 
     def register(function):
-        torch.library.define(f"maskpro::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"maskpro::{name}", ("cpu", "cuda"))(function)
-        return getattr(torch.ops.maskpro, name).default
+        torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"{NAMESPACE}::{name}", ("cpu", "cuda"))(function)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..counter import Counter, MaskSource
 from .dispatch import kernels, run_reference, scalar, uses_kernels, without_autocast
+from .namespace import NAMESPACE
 from .registry import COUNTER, MASK, codes_under, flat, unflat
 
 
@@ -35,7 +36,7 @@ def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Te
 
 
 @torch.library.custom_op(
-    "maskpro::straight_through_grad",
+    f"{NAMESPACE}::straight_through_grad",
     mutates_args=("weight_grad",),
     schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor(a!)? weight_grad, Tensor? grad_squares, "
     f"{MASK}) -> Tensor",
@@ -81,7 +82,7 @@ def mask_slope(weight: Tensor, first: Tensor, second: Tensor, codes: Tensor, m: 
 
 
 @torch.library.custom_op(
-    "maskpro::straight_through_update_",
+    f"{NAMESPACE}::straight_through_update_",
     mutates_args=("weight_grad", "source"),
     schema=f"(Tensor grad, Tensor x, Tensor weight, float curvature, Tensor rate, float max_update, "
     f"Tensor(a!)? weight_grad, Tensor? grad_squares, {MASK.replace('Tensor source', 'Tensor(b!) source')}) -> Tensor",
@@ -122,7 +123,7 @@ def straight_through_update_(
 
 
 @torch.library.custom_op(
-    "maskpro::descend_",
+    f"{NAMESPACE}::descend_",
     mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, Tensor gradient, Tensor rate, float max_update, int m, {COUNTER}) -> Tensor",
 )
@@ -143,7 +144,7 @@ def descend_(logits: Tensor, gradient: Tensor, rate: Tensor, max_update: float, 
     return _descend_(logits, gradient, rate, max_update, m, *counter)
 
 
-@torch.library.custom_op("maskpro::adamw_", mutates_args=("weight", "master", "first", "second"))
+@torch.library.custom_op(f"{NAMESPACE}::adamw_", mutates_args=("weight", "master", "first", "second"))
 def adamw_(
     weight: Tensor,
     master: Tensor,

@@ -60,10 +60,21 @@ COSTS["gfx942"] = COSTS["sm_90"]
 def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
     """Whether a step with these uses of each mask costs less if it draws the masks into codes."""
     kernels = uses_kernels(torch.empty(0, device=device))
-    row = tiles.architecture(device) if kernels else "cpu"
+    drawn, once = picoseconds(tiles.architecture(device) if kernels else "cpu", n, uses)
+    return once < drawn
+
+
+def picoseconds(row: str, n: int, uses: Uses) -> tuple[float, float]:
+    """What the masks of a step cost a weight: where each use draws, and where they are drawn once into codes.
+
+    Args:
+        row: of ``COSTS``.
+        n: kept weights of a group.
+        uses: of each mask.
+    """
     costs = COSTS[row]
     of_product = costs.weight
-    if kernels:
+    if row in tiles.DRAWN_TOKENS:
         limits = tiles.DRAWN_TOKENS[row], tiles.ONE_PASS_TOKENS[row]
         of_product = tuple(
             (costs.one_pass if 0 < uses.tokens <= most else costs.weight)[way] for way, most in enumerate(limits)
@@ -72,4 +83,4 @@ def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
     of_update = costs.update if n <= reference.EXACT_SCORE_MAX_N else (0.0, 0.0)
     each = (uses.products, of_product), (uses.slopes, costs.slope), (uses.updates, of_update)
     drawn, by_codes = (sum(count * cost[way] for count, cost in each) for way in (0, 1))
-    return costs.draw + by_codes < drawn
+    return drawn, costs.draw + by_codes

@@ -14,6 +14,7 @@ from ..counter import NO_COUNTER, Counter, MaskSource
 from ..pattern import code_dtype
 from . import reference
 from .dispatch import kernels, packed_products, quick_op, run_reference, scalar, uses_kernels, without_autocast
+from .namespace import NAMESPACE
 from .onnx_graph import refuse_in_onnx_export
 
 COUNTER = "Tensor seed, Tensor step, Tensor layer, Tensor draw, int group_offset, int group_row_stride"
@@ -36,7 +37,7 @@ def unflat(source: Tensor, kind: str, n: int, m: int, inv_temperature: float, *r
 
 
 @torch.library.custom_op(
-    "maskpro::sample_mask",
+    f"{NAMESPACE}::sample_mask",
     mutates_args=(),
     schema=f"(Tensor logits, int n, int m, float inv_temperature, {COUNTER}) -> Tensor",
 )
@@ -57,7 +58,7 @@ def sample_mask(logits: Tensor, n: int, m: int, inv_temperature: float, counter:
     return _sample_mask(logits, n, m, inv_temperature, *counter)
 
 
-@torch.library.custom_op("maskpro::top_n_mask", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::top_n_mask", mutates_args=())
 def top_n_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Group codes [rows, K / M] of the N largest scores [rows, K], ties to the lower index."""
     if uses_kernels(scores):
@@ -94,7 +95,7 @@ def _masked_weight(weight, *mask):
     return _reference_masked_weight(weight, mask)
 
 
-@torch.library.register_fake("maskpro::masked_weight")
+@torch.library.register_fake(f"{NAMESPACE}::masked_weight")
 def _(weight, *_):
     return torch.empty_like(weight)
 
@@ -130,7 +131,9 @@ def _masked_weight_backward(ctx, grad):
     return masked_weight(grad.contiguous(), mask), *[None] * len(flat(mask))
 
 
-torch.library.register_autograd("maskpro::masked_weight", _masked_weight_backward, setup_context=_masked_weight_context)
+torch.library.register_autograd(
+    f"{NAMESPACE}::masked_weight", _masked_weight_backward, setup_context=_masked_weight_context
+)
 
 
 @quick_op("masked_linear", f"(Tensor x, Tensor weight, Tensor? bias, bool log_prob, {MASK}) -> (Tensor, Tensor)")
@@ -147,7 +150,7 @@ def _masked_linear(x, weight, bias, log_prob, *mask):
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
-@torch.library.register_fake("maskpro::masked_linear")
+@torch.library.register_fake(f"{NAMESPACE}::masked_linear")
 def _(x, weight, bias, log_prob, *_):
     refuse_in_onnx_export()
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(() if log_prob else 0, dtype=torch.float32)
@@ -195,11 +198,13 @@ def _masked_linear_backward(ctx, grad, log_prob_grad):
     return x_grad, weight_grad, bias_grad, None, logits_grad, *[None] * (len(flat(mask)) - 1)
 
 
-torch.library.register_autograd("maskpro::masked_linear", _masked_linear_backward, setup_context=_masked_linear_context)
+torch.library.register_autograd(
+    f"{NAMESPACE}::masked_linear", _masked_linear_backward, setup_context=_masked_linear_context
+)
 
 
 @torch.library.custom_op(
-    "maskpro::masked_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, Tensor weight, {MASK}) -> Tensor"
+    f"{NAMESPACE}::masked_linear_input_grad", mutates_args=(), schema=f"(Tensor grad, Tensor weight, {MASK}) -> Tensor"
 )
 def _masked_linear_input_grad(grad, weight, *mask):
     mask = unflat(*mask)
@@ -220,7 +225,7 @@ def masked_linear_input_grad(grad: Tensor, weight: Tensor, mask: MaskSource) -> 
 
 
 @torch.library.custom_op(
-    "maskpro::masked_linear_weight_grad", mutates_args=(), schema=f"(Tensor grad, Tensor x, {MASK}) -> Tensor"
+    f"{NAMESPACE}::masked_linear_weight_grad", mutates_args=(), schema=f"(Tensor grad, Tensor x, {MASK}) -> Tensor"
 )
 def _masked_linear_weight_grad(grad, x, *mask):
     mask = unflat(*mask)
@@ -240,7 +245,7 @@ def masked_linear_weight_grad(grad: Tensor, x: Tensor, mask: MaskSource) -> Tens
     return _masked_linear_weight_grad(grad, x, *flat(mask.known))
 
 
-@torch.library.custom_op("maskpro::mask_score", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::mask_score", mutates_args=())
 def mask_score(logits: Tensor, codes: Tensor, grad: Tensor, n: int, m: int, inv_temperature: float) -> Tensor:
     """grad [rows, K / M] times the gradient of log p(S) in logits, float32 [rows, K]."""
     if uses_kernels(logits):
@@ -257,7 +262,7 @@ def _(logits, *_):
     return torch.empty_like(logits, dtype=torch.float32)
 
 
-@torch.library.custom_op("maskpro::mask_log_prob", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::mask_log_prob", mutates_args=())
 def mask_log_prob(logits: Tensor, codes: Tensor, n: int, m: int, inv_temperature: float) -> Tensor:
     """log p(S) of the masks with those codes, float32 [rows, K / M]."""
     if uses_kernels(logits):
@@ -298,7 +303,7 @@ def _score_update_(logits, coef, n, m, inv_temperature, *counter):
         torch.autograd.graph.increment_version(logits)
 
 
-@torch.library.register_fake("maskpro::score_update_")
+@torch.library.register_fake(f"{NAMESPACE}::score_update_")
 def _(logits, *_):
     return None
 
@@ -308,7 +313,7 @@ def score_update_(logits: Tensor, coef: Tensor, n: int, m: int, inv_temperature:
     _score_update_(logits, coef, n, m, inv_temperature, *counter)
 
 
-@torch.library.custom_op("maskpro::best_swaps", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::best_swaps", mutates_args=())
 def best_swaps(weight: Tensor, product: Tensor, codes: Tensor, blocks: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     """(change of the reconstruction error, code of the two weights) of the best swap of every group [rows, K / M].
 
@@ -324,7 +329,7 @@ def _(weight, product, codes, *_):
     return torch.empty_like(codes, dtype=torch.float32), torch.empty_like(codes)
 
 
-@torch.library.custom_op("maskpro::unpack_nm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::unpack_nm", mutates_args=())
 def unpack_nm(values: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
     """The weight [rows, K] of its values [rows, K N / M] and bitmask [rows, ceil(K / 8)], exact zeros elsewhere."""
     if uses_kernels(values):
@@ -369,7 +374,7 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
         return packed_products(x).nm_linear(x.contiguous(), parts[:3], parts[3], n, m)
 
 
-@torch.library.register_fake("maskpro::nm_linear")
+@torch.library.register_fake(f"{NAMESPACE}::nm_linear")
 def _(x, values, *_):
     return x.new_empty(x.shape[0], values.shape[0])
 
@@ -389,7 +394,7 @@ def _nm_linear_backward(ctx, grad):
     return x_grad, values_grad, None, None, grad.sum(0) if needs_bias else None, None, None
 
 
-torch.library.register_autograd("maskpro::nm_linear", _nm_linear_backward, setup_context=_nm_linear_context)
+torch.library.register_autograd(f"{NAMESPACE}::nm_linear", _nm_linear_backward, setup_context=_nm_linear_context)
 
 
 @quick_op(
@@ -404,7 +409,7 @@ def nm_linear_input_grad(grad, values, bitmask, scales, n, m):
         return packed_products(grad).input_grad(grad.contiguous(), parts, n, m)
 
 
-@torch.library.register_fake("maskpro::nm_linear_input_grad")
+@torch.library.register_fake(f"{NAMESPACE}::nm_linear_input_grad")
 def _(grad, values, _bitmask, _scales, n, m):
     return grad.new_empty(grad.shape[0], values.shape[1] // n * m)
 
@@ -426,7 +431,7 @@ def _input_grad_backward(ctx, upstream):
 
 
 torch.library.register_autograd(
-    "maskpro::nm_linear_input_grad", _input_grad_backward, setup_context=_input_grad_context
+    f"{NAMESPACE}::nm_linear_input_grad", _input_grad_backward, setup_context=_input_grad_context
 )
 
 

@@ -9,17 +9,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from ..functional.checks import check_gap
+=======
+from ..functional.checks import check_int
+>>>>>>> main
 from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear
 from ..pattern import NMPattern
 from ..shards import check_no_flat_parameters, is_distributed
 from .bypassed import first_call
-from .coverage import MOST_OF_A_MODEL, Coverage, coverage, reasons_by_name
+from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
+<<<<<<< HEAD
 from .initial_masks import check_initial_mask, refitted_masks
 from .reconstruction import Reconstruction, check_refit
+=======
+from .initial_masks import Init, check_initial_mask, refitted_masks
+from .reconstruction import check_refit
+>>>>>>> main
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
@@ -53,13 +62,14 @@ def convert(
     model: nn.Module,
     pattern: str | NMPattern,
     targets: Sequence[str] | None = None,
-    init: str | Mapping[str, Tensor] = "magnitude",
+    init: Init = "magnitude",
     gap: float = DEFAULT_GAP,
     flip_rate: float | None = None,
     calibration: Iterable | None = None,
     logits_dtype: torch.dtype = torch.float32,
     logits_device: torch.device | str | None = None,
     refit: str = "none",
+    seed: int = 0,
 ) -> Conversion:
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
@@ -75,8 +85,13 @@ def convert(
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
             those whose weight other code reads past the module, see ``read_elsewhere``.
+<<<<<<< HEAD
         init: "magnitude", "wanda" or "reconstruction" (these two need ``calibration``), or {name: group codes}; see
             ``pruning/initial_masks.py``. Where ``fully_shard`` has cut the model, "magnitude" or codes, on all ranks.
+=======
+        init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
+            path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}.
+>>>>>>> main
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
@@ -85,6 +100,7 @@ def convert(
             use then copies a layer's logits to its weight. Default: with the weights. ``model.to`` moves both.
         refit: "scales" or "weights" refit the weights under the initial mask, by the batches of ``calibration``, see
             ``refit``. With init="reconstruction" it is one pass, and the masks are chosen for the refit.
+        seed: of init="random", in [0, 2**63). A second conversion of a model takes another one.
 
     Returns:
         A Conversion: names converted, names left out with the reason, the gap, and how much of the model has a mask.
@@ -97,20 +113,21 @@ def convert(
             convert. The model is then as it was.
     """
     pattern = NMPattern(pattern)
-    _check(model, init, refit)
+    _check(model, init, refit, seed)
     how = _logits(gap, flip_rate, pattern, logits_dtype, logits_device)
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
+<<<<<<< HEAD
         codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device)
+=======
+        codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
+>>>>>>> main
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
-    skipped = reasons_by_name(model, skipped | left_out)
-    found = coverage(model, skipped)
-    if targets is None and found.share < MOST_OF_A_MODEL:
-        warnings.warn(_told_coverage(found), stacklevel=2)
-    return Conversion(list(layers), skipped, how["gap"], found.share, found.unmasked)
+    return _conversion(model, list(layers), skipped | left_out, how["gap"], warn=targets is None)
 
 
+<<<<<<< HEAD
 def _masks(
     layers: Mapping[str, nn.Linear],
     pattern: NMPattern,
@@ -127,20 +144,34 @@ def _masks(
 
 
 def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str) -> None:
+=======
+def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
+>>>>>>> main
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     check_initial_mask(init)
     check_refit(refit)
+<<<<<<< HEAD
     check_no_flat_parameters("model", model)
+=======
+    check_int("seed", seed, 1 << 63)
+>>>>>>> main
     check_replaceable(model)
 
 
-def _told_coverage(found: Coverage) -> str:
-    largest, reason = next(iter(found.unmasked.items()))
-    return (
-        f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
-        f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all"
-    )
+def _conversion(
+    model: nn.Module, converted: list[str], skipped: Mapping[str, str], gap: float, warn: bool
+) -> Conversion:
+    skipped = reasons_by_name(model, skipped)
+    found = coverage(model, skipped)
+    if warn and found.share < MOST_OF_A_MODEL:
+        largest, reason = next(iter(found.unmasked.items()))
+        warnings.warn(
+            f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
+            f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
+            stacklevel=3,
+        )
+    return Conversion(converted, skipped, gap, found.share, found.unmasked)
 
 
 def _logits(

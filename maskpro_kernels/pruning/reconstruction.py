@@ -6,7 +6,7 @@ With a refit also weights: kept values make up for what a layer has dropped, bef
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -123,7 +123,8 @@ def reconstruct(
 
     patterns = dict.fromkeys(layers, pattern)
     with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
-        SCHEDULES[schedule](model, layers, calls, descend)
+        unvisited = SCHEDULES[schedule](model, layers, calls, descend)
+    tell_unvisited(unvisited, "keep their masks and weights")
     told.all_done()
     return Reconstruction(codes, weights)
 
@@ -154,14 +155,27 @@ def _check_options(refit: str, schedule: str, damping: float) -> None:
             raise ValueError(f'schedule: expected "sequential" with a refit, got {schedule!r}')
 
 
-def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> None:
+def layer_by_layer(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calls: list[Call],
+    visit: Visit,
+    enter_block: Callable[[], None] = lambda: None,
+) -> list[str]:
     """Visit the layers in the order in which they run, on all batches; those before have been visited.
 
     In a chain of blocks only the inputs of one block and one Gram matrix are held; of the experts of a mixture as many
     as fit into GRAM_BYTES. Else the whole model runs for every layer.
+
+    Args:
+        enter_block: called before the layers of a block are visited. No block before it runs again.
+
+    Returns:
+        names of the experts that no token has reached.
     """
     visited: set[str] = set()
     for module, block_calls in calls_by_block(model, layers, calls):
+        enter_block()
         for stage in layers_in_order(module, block_calls, layers):
             for groups in _held_together(stage.groups, layers):
                 # a layer that runs once needs nothing of the forward pass behind its input
@@ -171,15 +185,15 @@ def layer_by_layer(model: nn.Module, layers: Mapping[str, nn.Module], calls: lis
                     if gram is not None:
                         visit(names, gram)
                         visited.update(names)
-    _tell_unvisited(layers, visited)
+    return [name for name in layers if name not in visited]
 
 
-def _tell_unvisited(layers: Mapping[str, nn.Module], visited: Collection[str]) -> None:
-    unvisited = [name for name in layers if name not in visited]
-    if unvisited:
+def tell_unvisited(names: Sequence[str], what: str) -> None:
+    """Warn of experts that no token has reached, and tell what becomes of them."""
+    if names:
         warnings.warn(
-            f"calibration: {len(unvisited)} matrices of experts saw no token, such as {unvisited[0]}, and keep their "
-            "masks and weights; more batches reach more experts",
+            f"calibration: {len(names)} matrices of experts saw no token, such as {names[0]}, and {what}; more batches "
+            "reach more experts",
             stacklevel=4,
         )
 
@@ -197,10 +211,11 @@ def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> 
     yield part
 
 
-def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> None:
+def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> list[str]:
     """Visit all layers together, after every eighth of the batches, on Gram matrices that decay by half each time.
 
-    A batch takes one forward pass. The Gram matrices of all layers are held.
+    A batch takes one forward pass. The Gram matrices of all layers are held. Returns the names of the experts that no
+    token has reached.
     """
     stages = [names for groups, _ in layers_in_order(model, calls, layers) for names in groups]
     grams: list[Tensor | None] = [None] * len(stages)
@@ -212,7 +227,8 @@ def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[
         for names, gram in zip(stages, grams, strict=True):
             if gram is not None:
                 visit(names, gram)
-    _tell_unvisited(layers, {name for names in stages for name in names})
+    visited = {name for names in stages for name in names}
+    return [name for name in layers if name not in visited]
 
 
 SCHEDULES = {"sequential": layer_by_layer, "online": all_together}
@@ -227,7 +243,7 @@ def masked_forwards(
 ) -> Iterator[None]:
     """With layers that multiply under the masks, and with the weights, that stand in ``codes`` and ``weights`` then.
 
-    A layer without one in ``weights`` has its own.
+    A layer without one in ``weights`` has its own, and one without codes no mask.
     """
 
     def forward(name, layer):
@@ -235,6 +251,8 @@ def masked_forwards(
             # in place of a forward to which a hook might have brought its input
             input = input.to(layer.weight.device)
             weight = weights.get(name, layer.weight)
+            if name not in codes:
+                return nn.functional.linear(input, weight, layer.bias)
             return codes_linear(input, weight, codes[name], layer.bias, pattern=patterns[name])
 
         return multiply

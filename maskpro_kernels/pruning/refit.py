@@ -13,7 +13,7 @@ from ..pattern import NMPattern
 from ..shards import check_in_memory
 from .calibration import calls_of
 from .least_squares import FITS, check_damping, refit_rows
-from .reconstruction import DAMPING, Told, layer_by_layer, masked_forwards, without_cache
+from .reconstruction import DAMPING, Told, layer_by_layer, masked_forwards, tell_unvisited, without_cache
 
 
 def refit(
@@ -103,7 +103,8 @@ def refit_layers(
             told.one_more()
 
     with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
-        layer_by_layer(model, layers, calls, visit)
+        unvisited = layer_by_layer(model, layers, calls, visit)
+    tell_unvisited(unvisited, "keep their masks and weights")
     told.all_done()
     return weights, shares
 

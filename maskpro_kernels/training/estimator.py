@@ -20,12 +20,12 @@ from ..modules import MaskedLinear
 from .journal import Entry
 from .step import Step
 
-# What `maskpro learn` holds of every run beside the options of its estimator
+# What `maskpro learn` holds of every run beside the options of its estimator, and `maskpro plan` of what it plans
 RUN_OPTIONS = frozenset(
-    "accumulate bars batch_size calibration_batches config data device device_map dtype estimator eval_every "
-    "eval_length eval_windows flip_rate gap given gradient_checkpointing help init init_batches logits_device "
-    "logits_dtype loss loss_temperature model other_data output parallel pattern quiet refit report_to resume run "
-    "samples seed seq_len steps stream text_column trust_remote_code".split()
+    "accumulate bars batch_size calibration_batches config data device device_map device_memory dtype estimator "
+    "eval_every eval_length eval_windows flip_rate gap given gpu gradient_checkpointing help init init_batches "
+    "logits_device logits_dtype loss loss_temperature mesh model other_data output parallel pattern quiet refit "
+    "report_to resume run samples seed seq_len steps stream text_column trust_remote_code".split()
 )
 
 
@@ -65,15 +65,17 @@ class RunDefaults(NamedTuple):
 
 
 class HeldBytes(NamedTuple):
-    """Bytes that an estimator holds beside weights and logits.
+    """Bytes that an estimator holds beside weights and logits; each may be an ``Amount``, which tells its formula.
 
     Attributes:
         optimizer: from step to step.
         gradients: at most within one.
+        stored: in a snapshot beside the logits, that is ``tensors``.
     """
 
     optimizer: int = 0
     gradients: int = 0
+    stored: int = 0
 
 
 @dataclass(frozen=True)

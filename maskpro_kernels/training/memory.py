@@ -1,12 +1,17 @@
-"""How much memory the steps of a run will take: found before the first one, on the dense model."""
+"""How much memory the steps of a run will take: found before the first one, on the dense model.
+
+A model of shapes alone, on the meta device or of fake tensors, tells the same.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..pattern import NMPattern
+from .amounts import NOTHING, Amount
 from .estimator import Estimator
+from .offloaded_logits import COPIES
 from .step import LossFn, modes_of_step
 
 # Rows that are computed to know of all
@@ -23,7 +30,7 @@ FEW = 4
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that the steps of a run take at once, over all devices of a process.
+    """Bytes that the steps of a run take at once, over all devices of a process. Each is an ``Amount``.
 
     Attributes:
         weights: of the model, with its buffers.
@@ -33,19 +40,45 @@ class MemoryNeed:
         gradients: what a step holds of slopes and of gradients of weights.
         activations: all else that a forward, and its backward where there is one, hold at once.
         teacher: what the dense model says of a batch.
+        copies: of logits that live elsewhere, on the devices of their weights.
+        gathered: whole weights, where ranks hold shards of them.
     """
 
-    weights: int
-    logits: int
-    masks: int
-    optimizer: int
-    gradients: int
-    activations: int
-    teacher: int
+    weights: Amount
+    logits: Amount
+    masks: Amount
+    optimizer: Amount
+    gradients: Amount
+    activations: Amount
+    teacher: Amount
+    copies: Amount
+    gathered: Amount
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
+
+
+class Activations(NamedTuple):
+    """What a batch holds at once.
+
+    Attributes:
+        rows: of the batch that was computed.
+        size: its bytes.
+        further: bytes of each further row; None where no other batch was computed.
+    """
+
+    rows: int
+    size: int
+    further: int | None
+
+    def of(self, rows: int) -> Amount:
+        """Those of a batch of so many rows."""
+        found, more = Amount(self.size, f"{self.size:,} bytes of a computed batch"), rows - self.rows
+        if not more:
+            return found
+        told = f"{found.formula} {'+' if more > 0 else '-'} {abs(more):,} rows of it x {self.further:,} bytes"
+        return Amount(found + more * self.further, told)
 
 
 def memory_need(
@@ -56,8 +89,11 @@ def memory_need(
     pattern: str | NMPattern,
     logits_dtype: torch.dtype,
     alone: bool,
-    activations: int,
-    teacher: int = 0,
+    activations: Amount,
+    teacher: Amount = NOTHING,
+    logits_device: torch.device | None = None,
+    shards: int = 1,
+    gathered: Amount = NOTHING,
 ) -> MemoryNeed:
     """What the steps of a run take.
 
@@ -69,21 +105,92 @@ def memory_need(
         logits_dtype: of the logits.
         alone: whether a step takes a single batch on a single rank: by straight-through no slopes are held then.
         activations: see ``activation_bytes``.
-        teacher: bytes that the dense model's logits take.
+        teacher: what the dense model's logits take.
+        logits_device: where the logits live; None: with their weights.
+        shards: over how many ranks each parameter is shared out by rows. The last rank may have fewer; the first one is
+            told.
+        gathered: what a rank holds of whole weights beside its shards.
     """
-    weights = [layer.weight for layer in layers.values()]
-    held, pattern = estimator.memory(weights, alone), NMPattern(pattern)
-    # each product makes the weight under its mask
-    largest = max(weight.nbytes for weight in weights)
+    weights, pattern = [layer.weight for layer in layers.values()], NMPattern(pattern)
+    own = [shard(weight, shards) for weight in weights]
+    largest = max(weights, key=lambda weight: weight.nbytes)
+    held = estimator.memory(own, alone)
+    # a layer's slope is whole until the ranks have summed it up
+    whole = estimator.memory([largest], True).gradients if shards > 1 else NOTHING
+    elsewhere = [
+        shard.numel()
+        for shard, weight in zip(own, weights, strict=True)
+        if logits_device is not None and weight.device != logits_device
+    ]
     return MemoryNeed(
-        weights=bytes_of(chain(model.parameters(), model.buffers())),
-        logits=sum(weight.numel() for weight in weights) * logits_dtype.itemsize,
-        masks=sum(weight.numel() // pattern.m for weight in weights) * pattern.code_dtype.itemsize,
-        optimizer=held.optimizer,
-        gradients=held.gradients,
-        activations=activations + largest,
+        weights=_bytes_by_dtype(model.parameters(), "weights", shards)
+        + _bytes_by_dtype(model.buffers(), "numbers in buffers"),
+        logits=Amount.of(sum(map(Tensor.numel, own)), "logits", logits_dtype.itemsize),
+        masks=Amount.of(sum(map(Tensor.numel, own)) // pattern.m, "groups", pattern.code_dtype.itemsize),
+        optimizer=NOTHING + held.optimizer,
+        gradients=NOTHING + held.gradients + whole,
+        # each product makes the weight under its mask
+        activations=activations + Amount.of(largest.numel(), "weights of the largest layer", largest.itemsize),
         teacher=teacher,
+        copies=_copies(elsewhere, logits_dtype.itemsize),
+        gathered=gathered,
     )
+
+
+def _copies(counts: Sequence[int], each: int) -> Amount:
+    """Of logits that live elsewhere: those of ``COPIES`` layers that follow each other."""
+    if not counts:
+        return NOTHING
+    neighbours = [counts[at : at + COPIES] for at in range(max(len(counts) - COPIES, 0) + 1)]
+    most = max(neighbours, key=sum)
+    told = " + ".join(f"{count:,}" for count in most)
+    return Amount(sum(most) * each, f"({told}) logits of layers in a row x {each} bytes")
+
+
+def gathered_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> Amount:
+    """What a rank gathers at once of a model whose parameters are sharded, block by block.
+
+    Two blocks that follow each other: one computes while the next one comes. What is in no block stays for the whole
+    of a forward and a backward, as under torch's FSDP2.
+    """
+    within = {id(parameter) for block in blocks for parameter in block.parameters()}
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in within]
+    pairs = [chain.from_iterable(block.parameters() for block in blocks[at : at + 2]) for at in range(len(blocks) or 1)]
+    two = max((_bytes_by_dtype(pair, "weights of two blocks") for pair in pairs), default=NOTHING)
+    return two + _bytes_by_dtype(outside, "weights outside of blocks")
+
+
+def snapshot_bytes(weights: Sequence[Tensor], estimator: Estimator, logits_dtype: torch.dtype) -> Amount:
+    """The tensors of a snapshot.
+
+    Args:
+        weights: of all layers with masks, [out, K].
+        estimator: of the run.
+        logits_dtype: of the logits.
+    """
+    logits = Amount.of(sum(map(Tensor.numel, weights)), "logits", logits_dtype.itemsize)
+    return logits + estimator.memory(weights, True).stored
+
+
+def _bytes_by_dtype(tensors: Iterable[Tensor], what: str, shards: int = 1) -> Amount:
+    """Of tensors, or of a rank's shards of them; memory that several share counts once."""
+    counts = Counter()
+    for tensor in _distinct(tensors):
+        counts[tensor.itemsize] += shard(tensor, shards).numel()
+    return sum((Amount.of(count, what, each) for each, count in counts.items()), NOTHING)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Without those whose memory another one has as well."""
+    return list({(t.untyped_storage()._cdata, t.storage_offset()): t for t in tensors}.values())
+
+
+def shard(tensor: Tensor, shards: int) -> Tensor:
+    """The shape of the part that the first rank holds: rows rounded up, as torch's FSDP2 pads them."""
+    if shards == 1 or not tensor.dim():
+        return tensor
+    rows, *others = tensor.shape
+    return torch.empty(-(-rows // shards), *others, dtype=tensor.dtype, device="meta")
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -93,12 +200,12 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def activation_bytes(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    weights: Sequence[nn.Parameter],
     loss_fn: LossFn,
     batch_of: Callable[[int], object],
     rows: int,
     gradients: bool,
-) -> int:
+) -> Activations:
     """Most bytes that a forward of a batch holds at once beside the weights, and its backward where there is one.
 
     A batch of a few rows is computed, and one of half as many tells what each further row adds. Gradients of weights
@@ -106,19 +213,19 @@ def activation_bytes(
 
     Args:
         model: not converted yet; its modules are in eval mode meanwhile, but for blocks that are checkpointed.
-        layers: that will get masks, by name.
+        weights: of the layers that will get masks; the first one is the first that the model uses.
         loss_fn: ``loss_fn(model, batch)``.
         batch_of: gives a batch of so many rows; their content has no effect.
-        rows: of a batch.
+        rows: of a batch. Where there are more than ``FEW``, what is found tells of other batches as well.
         gradients: whether there is a backward.
     """
-    weights, few = [layer.weight for layer in layers.values()], min(rows, FEW)
+    few = min(rows, FEW)
     with modes_of_step(model, {}, drawing=False, checkpointing=gradients), _requiring_gradients(weights, gradients):
         peak = _peak(model, weights[0], loss_fn, batch_of(few), gradients)
         if few == rows:
-            return peak
+            return Activations(few, peak, None)
         half = _peak(model, weights[0], loss_fn, batch_of(few // 2), gradients)
-    return peak + (rows - few) * (peak - half) // (few - few // 2)
+    return Activations(few, peak, (peak - half) // (few - few // 2))
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..modules import MaskedLinear
 
-# Copies that may be there while another one comes: one computes, one is written back
-IN_FLIGHT = 2
+# Copies at a time: one comes, one computes, one is written back
+COPIES = 3
 
 Wait = Callable[[], object]
 
@@ -106,7 +106,7 @@ class OffloadedLogits:
 
     def _fetched(self, layer: MaskedLinear) -> Fetched:
         # the host runs ahead of the device: without this wait it would allocate the copies of all layers
-        self._wait(0 if layer in self._written else IN_FLIGHT - 1)
+        self._wait(0 if layer in self._written else COPIES - 2)
         return transfers_of(layer.weight.device).fetch(layer.logits.detach())
 
     def _wait(self, most: int) -> None:

@@ -19,6 +19,8 @@ from ..files import write_whole
 
 # Besides the first: where the newest is damaged, the one before counts
 KEPT = 2
+# How often a snapshot is in memory while it is written, beside its tensors: safetensors copies the bytes of the file
+HELD = 2
 NAME = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})\.safetensors")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..modules import MaskedLinear
 from ..ranks import Ranks
 from ..shards import check_not_sharded
+from .amounts import Amount
 from .backward_pass import BackwardPass, LayerUpdater
 from .estimator import Estimator, HeldBytes, Option, StepResult
 from .fisher import FisherSquares
@@ -30,7 +31,8 @@ class StraightThrough(Estimator):
     the steps before. That happens inside backward, layer by layer, where a layer is used once in a step: no gradient
     is held. A layer that is used several times moves once, after backward, by the sum of its slopes. So does every
     layer where a process takes several batches a step, and in a step whose losses do not come to the same layers on all
-    ranks: a process then holds a float32 slope for each weight, and where weights learn as much again.
+    ranks: a process then holds a float32 slope for each weight, and where weights learn as much again. Of layers whose
+    rows ranks share it holds those of its own rows.
 
     With ``train_weights`` the weights that the mask of a step keeps learn as well, see ``WeightLearner``: the gradient
     is there, and they move once logits and the layer below have had theirs. The result is then mask and weights.
@@ -120,13 +122,18 @@ class StraightThrough(Estimator):
     def memory(self, weights: Sequence[Tensor], alone: bool) -> HeldBytes:
         trained = self.train_weights is not None
         count, largest = sum(map(Tensor.numel, weights)), max(weights, key=Tensor.numel)
-        # moments in float32, and what 16 bits are rounded from; squares of Fisher passes
-        of_weights = sum(weight.numel() * (8 if weight.dtype == torch.float32 else 12) for weight in weights)
-        optimizer = (of_weights if trained else 0) + 4 * sum(len(weight) for weight in weights)
+        optimizer = stored = Amount.of(sum(map(len, weights)), "rows", 4)
+        if trained:
+            # moments in float32, and what 16 bits are rounded from; squares of Fisher passes
+            apart = [weight.numel() for weight in weights if weight.dtype != torch.float32]
+            optimizer += Amount.of(count, "weights that learn", 8) + Amount.of(sum(apart), "weights that learn", 4)
+            stored += Amount.of(count, "weights that learn", 12)
         # float32 slopes, and as much of the gradients of weights that learn
         slopes = 8 if trained else 4
-        held = 0 if alone else slopes * count
-        return HeldBytes(optimizer, held + (slopes + largest.itemsize) * largest.numel())
+        gradients = Amount.of(largest.numel(), "weights of the largest layer", slopes + largest.itemsize)
+        if not alone:
+            gradients += Amount.of(count, "slopes", slopes)
+        return HeldBytes(optimizer, gradients, stored)
 
     def state(self) -> dict:
         """The running mean square of the slopes of each layer that has had one above 0, and its Fisher passes."""

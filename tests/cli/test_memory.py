@@ -34,7 +34,8 @@ def told(capsys):
 )
 def test_a_run_tells_what_it_needs_and_reports_what_it_used(inputs, tmp_path, capsys, options):
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
-    assert told(capsys).keys() == {"weights", "logits", "masks", "optimizer", "gradients", "activations", "teacher"}
+    parts = {"weights", "logits", "masks", "optimizer", "gradients", "activations", "teacher", "copies", "gathered"}
+    assert told(capsys).keys() == parts
     found = report(tmp_path / "run")["memory"]
     needed = found["needed"]
     assert needed["logits"] == 4 * 18432 and needed["teacher"] == 0
@@ -62,6 +63,8 @@ def test_options_that_save_memory_are_seen_to(inputs):
     cached = needed(inputs, "--loss", "kl", "--train-weights", "1e-3")
     assert cached.teacher == 4 * 48 * 516 and cached.optimizer > 8 * 18432 > plain.optimizer
     assert needed(inputs, "--accumulate", "2").gradients > plain.gradients
+    # as plain weights lie where the logits do, no copies come
+    assert plain.copies == needed(inputs, "--logits-device", "cpu").copies == 0
     # evaluation holds the most
     assert needed(inputs, "--eval-length", "2000").activations > 2 * plain.activations
 

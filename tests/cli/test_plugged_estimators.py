@@ -117,5 +117,6 @@ def test_a_package_with_such_an_option_is_left_out(tmp_path, monkeypatch, capsys
 
 def test_no_option_of_all_runs_is_free():
     commands = (action for action in parser.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    options = {action.dest for action in next(commands).choices["learn"]._actions} | set(NO_SETTINGS)
+    parsers = next(commands).choices
+    options = {action.dest for name in ("learn", "plan") for action in parsers[name]._actions} | set(NO_SETTINGS)
     assert options - {option.name for of in estimators().values() for option in of.options} == RUN_OPTIONS

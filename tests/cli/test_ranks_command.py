@@ -124,6 +124,22 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_two_ranks_begin_with_the_mask_of_a_file(inputs, run, tmp_path):
+    """Rank 0 reads it, the other takes its."""
+    assert main.main(["export", str(run), str(tmp_path / "mask"), "--to", "mask"]) == 0
+    options = ["--accumulate", "2", "--init", str(tmp_path / "mask")]
+    assert main.main(learn(inputs, tmp_path / "one", *options)) == 0
+    two = OnRanks(tmp_path / "logs", learn(inputs, tmp_path / "two", *options))
+    assert (two.code, two.out[1], two.err[1]) == (0, "", ""), two.err
+    expected, found = report(tmp_path / "one"), report(tmp_path / "two")
+    assert found["logits"] == expected["logits"] and found["initial_mask"] == expected["initial_mask"]
+    other = OnRanks(tmp_path / "other", [*learn(inputs, tmp_path / "new", *options), "--pattern", "4:8"])
+    assert other.code != 0 and not (tmp_path / "new").exists()
+    told = f"maskpro: error: init: expected a mask of 4:8, got one of 2:4 in '{tmp_path / 'mask'}'"
+    assert told in other.err[0].splitlines() and "Traceback" not in "".join(other.err)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["1", "0"])
 def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs, tmp_path, capsys, victim):
     """On two ranks each time; in one process at the end."""

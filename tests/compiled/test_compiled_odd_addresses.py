@@ -10,6 +10,7 @@ import torch
 from helpers.cases import cases
 from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, misaligned
 from helpers.compiled_products import PRODUCTS, PackedProduct, Product
+from helpers.layers import OVER_LAYERS, ManyLayers
 
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
 
@@ -34,6 +35,21 @@ def test_kernels_over_groups(target, kernel, pattern, dtype, by, compiled_for, l
     of, moved = Matrix(*pattern, dtype=dtype, rows=7, groups=37), functools.partial(misaligned, by=by)
     assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of, moved))
     assert launched[kernel] == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "pattern", "dtype", "by"),
+    cases(
+        itertools.product([*TARGETS, "gfx942"], OVER_LAYERS, ((2, 4), (4, 8), (1, 2)), DTYPES, (1, 2, 3)),
+        slow=lambda *case: case != ("sm_80", "by codes", (2, 4), torch.bfloat16, 1),
+    ),
+    ids=str,
+)
+def test_kernels_over_layers(target, kernel, pattern, dtype, by, compiled_for):
+    compiled_for(target)
+    of = ManyLayers(*pattern, dtype, moved=functools.partial(misaligned, by=by))
+    assert not of.group().aligned
+    assert_bits_of_reference(lambda: of.call(kernel))
 
 
 @pytest.mark.parametrize(

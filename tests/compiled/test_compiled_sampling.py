@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.cases import cases, slow
 from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
-from helpers.layers import ManyLayers
+from helpers.layers import OVER_LAYERS, ManyLayers
 
 from maskpro_kernels.ops.triton import tiles
 
@@ -113,9 +113,6 @@ def test_a_single_group_and_one_more_than_a_block(dtype, compiled_for):
             assert_bits_of_reference(lambda kernel=kernel, of=of: OVER_GROUPS[kernel](of))
 
 
-OVER_LAYERS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers", "by codes")
-
-
 def of_layers_in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
     if (pattern, dtype, shard) != ((2, 4), torch.float32, False):
         return False
@@ -125,7 +122,9 @@ def of_layers_in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
 @pytest.mark.parametrize(
     ("target", "kernel", "pattern", "dtype", "shard"),
     cases(
-        itertools.product(TARGETS, OVER_LAYERS, [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16)], DTYPES, (False, True)),
+        itertools.product(
+            TARGETS, OVER_LAYERS, [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (4, 32)], DTYPES, (False, True)
+        ),
         slow=lambda *case: not of_layers_in_the_ordinary_suite(*case),
     ),
     ids=str,

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, masked_weight
+from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
 from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
+from helpers.layers import OVER_LAYERS, ManyLayers
 from helpers.loops_without_a_step import replaces_a_loop
 
 from maskpro_kernels import ops
@@ -52,6 +53,15 @@ def run_over_groups():
             shard = Matrix(n, m, dtype, rows=3, groups=171, spread=spread, shard=True)
             for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates", "descend"):
                 OVER_GROUPS[kernel](shard)
+
+
+def run_over_layers():
+    """The same of many layers by one launch."""
+    patterns, spreads = ((1, 2), (2, 4), (4, 8)), ("certain", "open")
+    for (n, m), dtype, spread, shard in itertools.product(patterns, DTYPES, spreads, (False, True)):
+        of = ManyLayers(n, m, dtype, shard, spread=spread)
+        for kernel in OVER_LAYERS:
+            assert_bits_of_reference(lambda kernel=kernel, of=of: of.call(kernel))
 
 
 def run_products(target):
@@ -103,6 +113,7 @@ def test_basic_blocks_for_amd_are_executed(compiled_for, machine):
     compiled_for("gfx942")
     machine.programs.clear()
     run_over_groups()
+    run_over_layers()
     _, _, unnamed = not_executed(machine, reason_on_amd)
     assert not unnamed, unnamed
 
@@ -112,6 +123,7 @@ def test_basic_blocks_are_executed(target, compiled_for, machine):
     compiled_for(target)
     machine.programs.clear()
     run_over_groups()
+    run_over_layers()
     run_products(target)
     run_packed(target)
     total, missed, unnamed = not_executed(machine, reason)

@@ -10,6 +10,7 @@ import triton
 from helpers.cases import cases
 from helpers.compiled import OVER_GROUPS, Matrix, assert_bits_of_reference
 from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
+from helpers.layers import OVER_LAYERS, ManyLayers
 from helpers.planted import synchronisations, what_is_found, without
 
 from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
@@ -100,12 +101,15 @@ REDUNDANT |= {
     ("packed_linear", "sm_100"): {2: WAITS_LATER, 8: OWN_WAIT, 15: ONLY_WAITS, 21: AFTER_LOADS},
 }
 KERNELS = [*PRODUCTS, STEP, "packed_vector", "packed_linear", "descend"]
+# "by codes" launches a second kernel behind the draw
+OF_LAYERS = [kernel for kernel in OVER_LAYERS if kernel != "by codes"]
 for of_release in (REDUNDANT, REDUNDANT_IN_OLDEST):
-    of_release |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in OVER_GROUPS}
+    of_release |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in (*OVER_GROUPS, *OF_LAYERS)}
 REDUNDANT_IN_OLDEST["descend", "gfx942"] |= dict.fromkeys((9, 10), OWN_WAVE)
 REDUNDANT_IN_OLDEST["score_updates", "gfx942"] |= {5: NO_LOAD_UNDER_WAY}
+REDUNDANT_IN_OLDEST["score_updates_of_layers", "gfx942"] |= {7: NO_LOAD_UNDER_WAY}
 OF_NVIDIA = [*itertools.product(TARGETS, KERNELS), *itertools.product(UNIT, (name + WIDE for name in OF_WIDE))]
-CASES = [*OF_NVIDIA, *(("gfx942", kernel) for kernel in OVER_GROUPS)]
+CASES = [*OF_NVIDIA, *(("gfx942", kernel) for kernel in (*OVER_GROUPS, *OF_LAYERS))]
 QUICK = ("sm_80", "masked_linear"), ("gfx942", "descend")
 
 
@@ -120,6 +124,9 @@ def call_of(kernel, target):
         return PackedProduct(ROWS[kernel, target][-1], aligned=True).assert_right
     if kernel == "packed_linear":
         return PackedProduct(PACKED_TILES[kernel, target, 2][row], aligned=True).assert_right
+    if kernel in OF_LAYERS:
+        layers = ManyLayers(2, 4, torch.bfloat16)
+        return lambda: assert_bits_of_reference(lambda: layers.call(kernel))
     of = Matrix(2, 4, torch.bfloat16, rows=8, groups=64)
     return lambda: assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
 
@@ -172,7 +179,7 @@ def test_each_that_is_taken_away_is_found(target, kernel, compiled_for, machine)
     assert not redundant.keys() - alike or not finds(redundant.keys() - alike)
 
 
-@pytest.mark.parametrize("kernel", ["sample_mask", "masked_weight", "score_update"])
+@pytest.mark.parametrize("kernel", ["sample_mask", "masked_weight", "score_update", *OF_LAYERS])
 def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, machine):
     compiled_for("sm_80")
     assert not synchronisations(text_of(machine, call_of(kernel, "sm_80")))

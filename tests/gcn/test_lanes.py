@@ -150,6 +150,33 @@ def test_lanes_in_a_register_that_is_not_wholly_written():
     assert kinds(f"{written}v_mov_b32_e32 v6, v5") == {"read of an unwritten register"}
 
 
+PERMUTED = "ds_bpermute_b32 $d, $a, $b offset:8\n{}"
+
+
+def test_any_lane_of_the_wave():
+    """Given by bytes, of which the lowest two bits count for nothing; the number goes round."""
+    of = np.random.default_rng(2).permutation(64).astype(np.uint32)
+    found = compute(PERMUTED.format("s_waitcnt lgkmcnt(0)"), 4 * of + LANE % 4, LANE + 1)
+    assert found.tolist() == ((of + 2) % 64 + 1).tolist()
+
+
+def test_any_lane_of_the_wave_that_is_on():
+    body = f"""v_mov_b32_e32 $d, {OLD:#x}
+        s_mov_b64 s[70:71], exec
+        s_mov_b32 exec_lo, 0xffff00ff
+        {PERMUTED.format("s_waitcnt lgkmcnt(0)")}
+        s_mov_b64 exec, s[70:71]"""
+    off = range(8, 16)
+    expected = [OLD if lane in off else 0 if (lane + 2) % 64 in off else (lane + 2) % 64 + 1 for lane in range(64)]
+    assert compute(body, 4 * LANE, LANE + 1).tolist() == expected
+
+
+def test_a_lane_is_waited_for():
+    body = "v_mov_b32_e32 v3, 0\nds_bpermute_b32 v10, v3, v0\n{}v_mov_b32_e32 v12, v10"
+    assert kinds(body.format("")) == {"read of a register before its load was waited for"}
+    assert kinds(body.format("s_waitcnt lgkmcnt(0)\n")) == set()
+
+
 def test_the_upper_word_of_a_constant_is_poison():
     body = "v_pk_add_f32 v[10:11], v[12:13], 1.0"
     pair = np.zeros(64, np.float32)

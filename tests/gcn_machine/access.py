@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from machines.findings import Fault, refusal
 
-from .parser import Instruction, Kernel, Literal, Scalar, Word
+from .parser import WAVE, Instruction, Kernel, Literal, Scalar, Word
 from .registry import (
     Read,
     instruction,
@@ -342,5 +342,26 @@ def lds_write_pair(ins: Instruction, kernel: Kernel):
         base = address(batch).astype(np.int64)
         values = [[batch.vector(first + k, ins) for k in range(words)] for first in firsts]
         _lds_write(batch, [(base + offset, one) for offset, one in zip(offsets, values, strict=True)], size, ins)
+
+    return run
+
+
+@instruction("ds_bpermute_b32")
+def backward_permute(ins: Instruction, kernel: Kernel):
+    """CDNA3 ISA, DS Instructions: DS_BPERMUTE_B32, what another lane of the wave holds; 0 of a lane that is off.
+
+    Lanes are given by bytes. No memory is touched, but the wave waits for the result as for one of LDS.
+    """
+    no_modifiers(ins, ("offset",))
+    to, where, what = operands(ins, 3)
+    index, lane, value = (vector_register(one, 1, ins) for one in (to, where, what))
+    offset = np.uint32(_lds_offset("offset", 1 << 16, ins))
+
+    def run(batch):
+        given, addresses = batch.vector(value, ins), batch.vector(lane, ins)
+        from_lane = (addresses + offset) // np.uint32(4) % np.uint32(WAVE)
+        found = np.where(batch.exec, given, np.uint32(0))
+        batch.outstanding.begin(Access("lgkmcnt", running(batch), vectors=(index,)), ins)
+        batch.write_vector(index, np.take_along_axis(found, from_lane.astype(np.int64), 1))
 
     return run

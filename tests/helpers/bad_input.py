@@ -48,7 +48,12 @@ CASES = {
     "two ways to explore": (f"{LEARN} --gap 5 --flip-rate 0.1", None, "not allowed with argument --gap", HELP),
     "no whole number": (f"{LEARN} --steps many", None, "--steps: expected a whole number, got 'many'", HELP),
     "no number": (f"{LEARN} --lr fast", None, "--lr: expected a number, got 'fast'", f"`maskpro learn {HELP}"),
-    "unknown initial mask": (f"{LEARN} --init random", None, "--init: invalid choice: 'random'", "choose from"),
+    "unknown initial mask": (
+        f"{LEARN} --init randm",
+        None,
+        "init: expected one of magnitude, wanda, reconstruction, sparsegpt, random",
+        "or the path of a mask file, a run or a sparse checkpoint, got 'randm'",
+    ),
     "unknown dtype": (f"{LEARN} --dtype int8", None, "--dtype: invalid choice: 'int8'", "choose from"),
     "missing argument": ("export reinforce", None, "are required: OUTPUT", f"`maskpro export {HELP}"),
     # learn: values

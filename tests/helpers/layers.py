@@ -15,6 +15,8 @@ from maskpro_kernels.ops.layer_groups import GroupedLayer, LayerGroup, draw_laye
 
 # Rows and groups in a row: one that no block divides, a single group, one without groups
 SIZES = [(19, 53), (1, 1), (3, 200), (0, 16), (16, 16)]
+# By the names of the launches, of which those of "by codes" are two
+OVER_LAYERS = ("sample_masks", "score_update_of_layers", "score_updates_of_layers", "by codes")
 COEFS, DRAWS = [0.37, -1.2, 0.05], [DRAW, 4, 65_535]
 
 
@@ -92,7 +94,7 @@ class ManyLayers:
         return found
 
     def call(self, kernel: str) -> list[Tensor]:
-        """What a kernel gives, by the name of its launch, of which those of "by codes" are two."""
+        """What one of ``OVER_LAYERS`` gives."""
         return {
             "sample_masks": self.drawn,
             "score_update_of_layers": self.updated,

@@ -204,13 +204,15 @@ def test_experts_are_used_in_products_alone():
         torch.add(torch.ones(2), weight)
 
 
-@pytest.mark.parametrize("init", ["wanda", "reconstruction"])
+@pytest.mark.parametrize("init", ["wanda", "reconstruction", "sparsegpt"])
 def test_experts_without_a_token_get_masks_by_magnitude(init):
     model, _ = tiny("Mixtral")
     # it goes to two experts of the four of each layer
     one_token = torch.tensor([[7]])
     with pytest.warns(UserWarning, match="8 matrices of experts saw no token, such as model.layers.0.mlp.experts"):
-        mk.convert(model, "2:4", calibration=[one_token], init=init, refit="none" if init == "wanda" else "weights")
+        mk.convert(
+            model, "2:4", calibration=[one_token], init=init, refit="weights" if init == "reconstruction" else "none"
+        )
     starving = 0
     for layer in expert_groups(model):
         by_magnitude = mk.top_n_mask(layer.weight.detach().abs(), "2:4")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import direct
+from maskpro_kernels.ops.cpu.packed import products
 from maskpro_kernels.packed import packed_linear
 
 
@@ -27,14 +28,14 @@ def layer() -> mk.Sparse24Linear:
 @pytest.fixture
 def taken(monkeypatch) -> list:
     """The direct calls that are made; here they would go to the kernels, by the interpreter."""
-    calls, compute = [], direct.nm_linear
+    calls, compute = [], products.nm_linear
 
     def recorded(*args):
         calls.append(args)
         return compute(*args)
 
     monkeypatch.setattr(direct, "interpreting", lambda: False)
-    monkeypatch.setattr(direct, "nm_linear", recorded)
+    monkeypatch.setattr(products, "nm_linear", recorded)
     return calls
 
 

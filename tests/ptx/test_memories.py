@@ -71,22 +71,6 @@ def test_a_load_fills_a_wider_register_by_its_type(kind):
     assert np.array_equal(result, signed.astype(np.int64).astype(np.uint32))
 
 
-@pytest.mark.parametrize(
-    ("use", "found"),
-    [
-        ("mov.b64 {%r2, _}, %rd5;", False),
-        ("mov.b64 {%r2, _}, %rd5; mov.b64 {_, %r3}, %rd5;", True),
-        ("mov.b64 {%r2, _}, %rd5; mov.b64 %rd6, %rd5;", True),
-        ("mov.b64 {%r2, _}, %rd5; ld.global.b8 %r3, [%rd5];", True),
-        ("mov.b64 {%rs1, %rs2, _, _}, %rd5;", True),
-    ],
-)
-def test_an_unwritten_register_may_be_packed_where_nothing_unpacks_it(use, found):
-    skipped = f"@%p1 bra $L__over;\n {use}\n$L__over:\n ret;"
-    body = f"setp.eq.s32 %p1, %r70, %r70;\n mov.b64 %rd5, {{%r70, %r1}};\n {skipped}"
-    assert kinds(body, buffer()) == ({"read of an unwritten register"} if found else NOTHING)
-
-
 def test_values_are_packed_and_unpacked():
     a, b = np.arange(64, dtype=np.uint32) * 77777, np.arange(64, dtype=np.uint32) * 33333333
     whole = compute("mov.b64 $d, {$a, $b};", a, b, out=np.uint64)

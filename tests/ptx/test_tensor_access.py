@@ -55,7 +55,8 @@ def test_threads_of_one_store_that_write_different_values():
 def test_registers_that_are_loaded_are_used_behind_the_wait():
     load, wait, _ = LD.replace("@%p2 ", "").split(";")
     reads, writes = (f"{verb} of a register that a load of tensor memory still writes" for verb in ("read", "write"))
-    for use, kind in (("mov.b32 %out0, %r30;", reads), ("mov.b32 %r30, 1;", writes)):
+    uses = {"mov.b32 %out0, %r30;": reads, "mov.b64 %rd30, {%r1, %r30};": reads, "mov.b32 %r30, 1;": writes}
+    for use, kind in uses.items():
         assert kinds_of_words(f"{ST} bar.sync 0; {load}; {use} {wait};", 128) == {kind}
         assert kinds_of_words(f"{ST} bar.sync 0; {load}; {wait}; {use}", 128) == set()
         # by a warp that has waited, while others have not

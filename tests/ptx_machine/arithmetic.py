@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 from machines.findings import refusal
 
 from .parser import UNSIGNED, Instruction, Kernel
-from .registry import destination, instruction, modifiers, numpy_type, operands, reader
+from .registry import destination, instruction, modifiers, numpy_type, operands, passing_on, reader
 
 INTEGERS = tuple(f"{letter}{bits}" for letter in "us" for bits in (16, 32, 64))
 PACKED = ("u16x2", "s16x2")
@@ -27,13 +29,23 @@ def elementwise(ins: Instruction, kernel: Kernel, dtype: type, count: int, compu
 
 
 def packed(ins: Instruction, kernel: Kernel, whole: type, part: type, count: int, compute):
-    """d = compute(operands) for each of two values of ``part`` that a register of ``whole`` holds."""
+    """d = compute(operands) for each of two values of ``part`` that a register of ``whole`` holds.
+
+    What is undefined in one of them leaves the other as it is.
+    """
+    given = operands(ins, count + 1)
+    index = destination(given[0], whole, ins, kernel)
+    bits = UNSIGNED[np.dtype(part).itemsize * 8]
 
     def both(*values):
         halves = [np.asarray(value)[..., None].view(part) for value in values]
         return np.ascontiguousarray(compute(*halves)).view(whole)[..., 0]
 
-    return elementwise(ins, kernel, whole, count, both)
+    def spread(*undefined):
+        parts = np.asarray(reduce(np.bitwise_or, undefined))[..., None].view(bits)
+        return np.where(parts != 0, ~bits(0), bits(0)).view(whole)[..., 0]
+
+    return passing_on(index, given[1:], whole, ins, kernel, both, spread)
 
 
 def _wide(kind: str) -> type:

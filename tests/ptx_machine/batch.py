@@ -50,9 +50,11 @@ class Batch:
         self.warps = self.thread // WARP
         self.specials = _specials(kernel.threads, grid, first, ctas)
         self.registers: list[np.ndarray] = [dtype(POISON[dtype]) for dtype in kernel.dtypes]
-        # registers that reads and writes have to look at: not written yet by all threads, or watched
+        # registers that reads and writes have to look at: not written yet by all threads, undefined in part, or watched
         self.unusual = set(range(len(kernel.dtypes)))
         self.unwritten: dict[int, np.ndarray | None] = dict.fromkeys(self.unusual)
+        # bits of written registers that come from unwritten ones, of each thread or one value for all
+        self.undefined: dict[int, np.ndarray] = {}
         self.watchers: dict[int, Watcher] = {}
         self.current: Instruction | None = None
         # how often the threads of a CTA have met at a barrier
@@ -107,10 +109,19 @@ class Batch:
                 missing = ~mask if missing is None else missing & ~mask
                 if missing.any():
                     self.unwritten[index] = missing
+        if index in self.undefined:
+            bits = self.undefined.pop(index)
+            if mask is not None:
+                self._keep_undefined(index, np.where(mask, bits.dtype.type(0), bits))
         self._forget(index)
 
+    def _keep_undefined(self, index: int, bits: np.ndarray) -> None:
+        if bits.any():
+            self.undefined[index] = bits
+            self.unusual.add(index)
+
     def _forget(self, index: int) -> None:
-        if index not in self.unwritten and index not in self.watchers:
+        if not any(index in known for known in (self.unwritten, self.undefined, self.watchers)):
             self.unusual.discard(index)
 
     def inspect(self, index: int, mask: np.ndarray | None, ins: Instruction) -> None:
@@ -123,6 +134,28 @@ class Batch:
                 self.find("read of an unwritten register", ins, self.kernel.names[index])
             elif (missing if mask is None else missing & mask).any():
                 self.find("read of a register that some threads have not written", ins, self.kernel.names[index])
+        if index in self.undefined:
+            bits = self.full(self.undefined[index])[self.lanes(mask)[0]]
+            if bits.any():
+                whose = "an unwritten register" if bits.all() else "a register that some threads have not written"
+                detail = f"bits {np.bitwise_or.reduce(bits):#x} of {self.kernel.names[index]}"
+                self.find(f"read of {whose}", ins, detail)
+
+    def undefined_bits(self, index: int, mask: np.ndarray | None, ins: Instruction) -> np.ndarray:
+        """Which bits of a register are undefined, of each thread or one value for all, where ``ins`` passes them on."""
+        if index in self.watchers:
+            self.watchers[index].read(self, index, mask, ins)
+        none = self.kernel.dtypes[index](0)
+        bits = self.undefined.get(index, none)
+        if index not in self.unwritten:
+            return bits
+        missing = self.unwritten[index]
+        return ~none if missing is None else np.where(missing, ~none, bits)
+
+    def leave_undefined(self, index: int, bits: np.ndarray, mask: np.ndarray | None) -> None:
+        """Bits of a register that the threads of ``mask`` have just written are undefined nonetheless."""
+        own = bits if mask is None else np.where(mask, bits, bits.dtype.type(0))
+        self._keep_undefined(index, own | self.undefined.get(index, bits.dtype.type(0)))
 
     def watch(self, index: int, watcher: Watcher) -> None:
         self.watchers[index] = watcher

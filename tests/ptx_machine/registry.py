@@ -6,7 +6,7 @@ each operand: what it does not know it refuses, before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -182,6 +182,45 @@ def _register_reader(index: int, want: np.dtype, ins: Instruction, kernel: Kerne
         return read_as
     narrow = UNSIGNED[want.itemsize * 8]
     return lambda batch, mask: read(batch, mask).astype(narrow).view(want)
+
+
+def passing_on(
+    index: int,
+    given: Sequence,
+    dtype: type,
+    ins: Instruction,
+    kernel: Kernel,
+    compute: Callable[..., np.ndarray],
+    spread: Callable[..., np.ndarray],
+) -> Run:
+    """d = compute(operands), whose undefined bits are no findings yet: ``spread`` makes those of the result of them.
+
+    LLVM writes no register for a value that nobody wants (LangRef, "Undefined Values" and "Poison Values"). Where its
+    vectors hold such an element, the text still packs, computes and unpacks it beside the others.
+    """
+    reads = [_raw_reader(operand, dtype, ins, kernel) for operand in given]
+    indices = [operand.index if isinstance(operand, Register) else None for operand in given]
+    registers = frozenset(indices) - {None}
+
+    def run(batch, mask):
+        value = compute(*[read(batch, mask) for read in reads])
+        if batch.unusual.isdisjoint(registers):
+            batch.write(index, value, mask)
+            return
+        undefined = [dtype(0) if k is None else batch.undefined_bits(k, mask, ins) for k in indices]
+        batch.write(index, value, mask)
+        batch.leave_undefined(index, spread(*undefined), mask)
+
+    return run
+
+
+def _raw_reader(operand, dtype: type, ins: Instruction, kernel: Kernel) -> Read:
+    """A reader of unsigned ``dtype`` that doesn't look whether a register is written."""
+    read = reader(operand, dtype, ins, kernel)
+    if not isinstance(operand, Register):
+        return read
+    index = operand.index
+    return lambda batch, mask: batch.registers[index]
 
 
 SPECIALS = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"} | {"%laneid", "%warpid"}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import gc
+import itertools
+import weakref
 
 import pytest
 import torch
+from helpers.allocated import allocated
 from helpers.cases import slow
 from helpers.routes import take_route
 from helpers.tiny_llama import tiny_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import maskpro_kernels as mk
 from maskpro_kernels.hf import checkpoint_activations
@@ -18,23 +19,13 @@ from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.pruning.selection import layers_to_convert
 from maskpro_kernels.text.losses import distillation_loss
+from maskpro_kernels.training import model_masks, offloaded_logits
+from maskpro_kernels.training.amounts import NOTHING
 from maskpro_kernels.training.memory import Allocations, activation_bytes, memory_need
+from maskpro_kernels.training.offloaded_logits import Fetched, Transfers
 
 ROWS, LENGTH = 8, 64
 SIZES = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": LENGTH}
-
-
-def allocated_at_once(action) -> int:
-    """The most bytes that an action holds at once, as torch's allocator on the CPU counts them."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        action()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def a_model(dtype=torch.float32, checkpointed=False):
@@ -50,7 +41,8 @@ def need_of(model, estimator, loss_fn, accumulate=1, rows=ROWS):
     def batch_of(count):
         return torch.zeros(count, LENGTH, dtype=torch.int64)
 
-    found = activation_bytes(model, layers, loss_fn, batch_of, rows, estimator.needs_gradients)
+    weights = [layer.weight for layer in layers.values()]
+    found = activation_bytes(model, weights, loss_fn, batch_of, rows, estimator.needs_gradients).of(rows)
     how = {"pattern": "2:4", "logits_dtype": torch.float32, "alone": accumulate == 1, "activations": found}
     return memory_need(model, layers, estimator, **how)
 
@@ -77,7 +69,7 @@ def test_a_step_allocates_what_was_told(monkeypatch, dtype, loss, estimator, acc
     trainer = mk.MaskTrainer(model, loss_fn, batches, estimator, seed=0, accumulate=accumulate)
     # compiles, and takes what the first step alone takes
     trainer.step()
-    assert need.activations + need.gradients == pytest.approx(allocated_at_once(trainer.step), rel=0.05)
+    assert need.activations + need.gradients == pytest.approx(allocated(trainer.step).peak, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,6 +91,52 @@ def test_what_is_held_from_step_to_step(dtype, train_weights):
     # of float32 the master is the weight itself, which is told with the weights
     own = sum(held.values()) - (weights if train_weights and dtype == torch.float32 else 0)
     assert need.optimizer == pytest.approx(own, abs=1000)
+
+
+class HeldTransfers(Transfers):
+    """Copies that are let go only where something waits for their end; their bytes are counted."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.live = self.peak = 0
+
+    def _free(self, size):
+        self.live -= size
+
+    def fetch(self, source):
+        copy = source.clone()
+        self.live += copy.nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(copy, self._free, copy.nbytes)
+        return Fetched(copy, lambda: None)
+
+    def used(self, logits):
+        return lambda: logits.numel()
+
+    def put_back(self, logits, target):
+        return lambda: target.copy_(logits)
+
+
+@pytest.mark.parametrize("estimator", [mk.StraightThrough, mk.Reinforce])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_logits_that_live_elsewhere(monkeypatch, eager_reference, estimator, logits_dtype):
+    """Three layers that follow each other, of widths that tell which."""
+    transfers, elsewhere = HeldTransfers(), torch.device("cuda")
+    monkeypatch.setattr(offloaded_logits, "transfers_of", lambda device: transfers)
+    for module in (offloaded_logits, model_masks):
+        monkeypatch.setattr(module, "offloaded", lambda layer: isinstance(layer, mk.MaskedLinear))
+    widths = [8, 16, 64, 32, 48, 8, 24]
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(k, rows) for k, rows in itertools.pairwise(widths)))
+    layers, own = {str(i): layer for i, layer in enumerate(model)}, estimator(lr=0.1)
+    how = {"pattern": "2:4", "logits_dtype": logits_dtype, "alone": True, "activations": NOTHING}
+    assert memory_need(model, layers, own, **how).copies == 0
+    need = memory_need(model, layers, own, logits_device=elsewhere, **how)
+    mk.convert(model, "2:4", gap=1.0, logits_dtype=logits_dtype)
+    batches = [torch.randn(4, 8) for _ in range(2)]
+    mk.MaskTrainer(model, lambda model, x: model(x).square().mean(), batches, own, seed=0).run(2)
+    assert need.copies == transfers.peak == (16 * 64 + 64 * 32 + 32 * 48) * logits_dtype.itemsize
+    assert need.copies.formula == f"(1,024 + 2,048 + 1,536) logits of layers in a row x {logits_dtype.itemsize} bytes"
 
 
 def test_activations_grow_with_the_rows(monkeypatch):

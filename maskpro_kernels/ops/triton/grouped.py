@@ -133,6 +133,10 @@ def score_update_layers_kernel(
         codes = pointer(row, 1, CODE, BYTES)
     for first in range(start, total, apart):
         x = load_columns(logits, first, total, M, BLOCK)
+        if M == 32:
+            # no register is left to hold what all blocks share, which is loaded for each
+            offset, factor = tl.load(row + 4), tl.load(coef) * inv_temperature
+            key = d.load_key(seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
         if KIND == "codes":
             scores = score_of_code(x, load_codes(codes, first, total, N, BLOCK), inv_temperature, SHORT, N, M)

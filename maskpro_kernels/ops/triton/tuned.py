@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import write_whole
-
 FOLDER = Path(__file__).with_name("tuned")
 # Fields of entries that need not be powers of two
 COUNTS = ("num_stages", "registers", "steps")
@@ -86,14 +84,14 @@ def read(path: Path) -> list[Run]:
     return [_run(run, f"{path}, run {i}") for i, run in enumerate(_list(runs, f"{path}"), 1)]
 
 
-def write(path: Path, runs: Sequence[Run]) -> None:
-    """Write the file whole; each entry is one line."""
+def text_of(runs: Sequence[Run]) -> str:
+    """What a file of these holds; each entry is one line."""
     texts = []
     for run in runs:
         head = {name: value for name, value in dataclasses.asdict(run).items() if name != "entries"}
         lines = ",\n".join(f"    {json.dumps(dataclasses.asdict(measured))}" for measured in run.entries)
         texts.append(f'  {json.dumps(head)[:-1]}, "entries": [\n{lines}\n  ]}}')
-    write_whole(path, ("[\n" + ",\n".join(texts) + "\n]\n").encode())
+    return "[\n" + ",\n".join(texts) + "\n]\n"
 
 
 def lay_files_over(tables: Sequence[Table], targets: Sequence[str]) -> None:

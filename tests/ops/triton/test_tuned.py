@@ -42,12 +42,12 @@ def tables():
 
 def test_what_is_written_is_read(folder):
     later = tuned.Run("a GPU", "2026-02-01", None, "2.12", "3.7", RUN.entries[:1])
-    tuned.write(tuned.path_of(TARGET), [RUN, later])
+    tuned.path_of(TARGET).write_text(tuned.text_of([RUN, later]), encoding="utf-8")
     assert tuned.read(folder / "sm_90.json") == [RUN, later]
 
 
 def test_entries_take_their_places_when_the_tables_are_imported(folder, monkeypatch):
-    tuned.write(tuned.path_of(TARGET), [RUN])
+    tuned.path_of(TARGET).write_text(tuned.text_of([RUN]), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("maskpro_kernels.ops.triton.tiles_again", tiles.__file__)
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, again)
@@ -64,7 +64,7 @@ def test_later_runs_lie_over_earlier_ones(folder, tables):
     (first, *_), newest = RUN.entries, asdict(Configuration(block=128))
     later = tuned.Run("a GPU", "2026-02-01", None, "2.12", "3.7",
                       (tuned.Measured("unpack", 4, first.entry, newest, 4.0, 3.0),))  # fmt: skip
-    tuned.write(tuned.path_of(TARGET), [RUN, later])
+    tuned.path_of(TARGET).write_text(tuned.text_of([RUN, later]), encoding="utf-8")
     tuned.lay_files_over(tables, tuple(tiles.PROCESSORS))
     assert tables[0]["unpack", TARGET, 4] == Configuration(block=128)
     assert tables[0]["unpack", "sm_80", 4] == OLD

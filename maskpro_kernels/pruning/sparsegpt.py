@@ -1,0 +1,155 @@
+"""SparseGPT: masks and weights in one pass over the layers (Frantar and Alistarh 2023, arXiv 2301.00774).
+
+With H = X^T X of a layer's inputs, columns go from left to right. Dropping w_i costs w_i^2 / [F^-1]_ii and moves the
+weights to the right by -w_i / [F^-1]_ii [F^-1]_i, F being the rest of H from column i on: row i of the upper Cholesky
+factor U of H^-1 holds both, [F^-1]_i = U_ii U_i. The N:M mask of a group is chosen by that cost as its first column
+comes up, from weights that have made up for the columns before. Updates reach the columns beyond a block of 128
+together, at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.masks import expand_mask, top_n_mask
+from ..modules import evaluating
+from ..pattern import NMPattern
+from .calibration import calls_of
+from .least_squares import check_damping
+from .reconstruction import (
+    DAMPING,
+    Reconstruction,
+    Told,
+    layer_by_layer,
+    masked_forwards,
+    tell_unvisited,
+    without_cache,
+)
+
+BLOCK = 128
+
+
+def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """The upper Cholesky factor U [K, K] of the inverse of a Gram matrix, U^T U = H^-1.
+
+    Args:
+        gram: X^T X [K, K], float32 or float64. A column without input counts as one of its own, of norm 1.
+        damping: what is added to the diagonal, as a share of its mean.
+
+    Raises:
+        ValueError: if there is none, as of inputs that are not finite.
+    """
+    gram = gram.clone()
+    gram.diagonal().add_((gram.diagonal() == 0).to(gram.dtype))
+    gram.diagonal().add_(damping * gram.diagonal().mean())
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or not upper.diagonal().isfinite().all():
+        raise ValueError("expected inputs whose Gram matrix can be inverted, got others, such as not finite ones")
+    return upper
+
+
+def prune_layer(
+    weight: Tensor, gram: Tensor, pattern: str | NMPattern, damping: float = DAMPING
+) -> tuple[Tensor, Tensor]:
+    """(group codes [out, K / M], weight under its mask [out, K] in the dtype of ``gram``) of a weight [out, K].
+
+    Args:
+        weight: [out, K].
+        gram: X^T X [K, K] of the layer's inputs, float32 or float64, on the device of the weight.
+        pattern: "N:M" or NMPattern.
+        damping: as for ``inverse_factor``.
+
+    Raises:
+        ValueError: see ``inverse_factor``.
+    """
+    return _pruned(weight, gram.diagonal() == 0, inverse_factor(gram, damping), NMPattern(pattern))
+
+
+def _pruned(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+    """The same by the factor of the inverse; ``unused`` [K] tells the columns without input."""
+    k, codes = weight.shape[1], []
+    w = weight.detach().to(upper.dtype).clone()
+    w[:, unused] = 0.0
+    for left in range(0, k, BLOCK):
+        right = min(left + BLOCK, k)
+        errors = torch.zeros_like(w[:, left:right])
+        for i in range(left, right):
+            if i % pattern.m == 0:
+                group = slice(i, i + pattern.m)
+                codes.append(top_n_mask((w[:, group] / upper.diagonal()[group]).square().float(), pattern))
+                kept = expand_mask(codes[-1], pattern)
+            dropped = torch.where(kept[:, i % pattern.m], 0.0, w[:, i])
+            errors[:, i - left] = dropped / upper[i, i]
+            w[:, i:right] -= errors[:, i - left, None] * upper[i, i:right]
+            # exactly 0
+            w[:, i] = torch.where(kept[:, i % pattern.m], w[:, i], 0.0)
+        w[:, right:] -= errors @ upper[left:right, right:]
+    return torch.cat(codes, 1), w
+
+
+@torch.no_grad()
+def sparsegpt(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    pattern: str | NMPattern,
+    calibration: Iterable,
+    *,
+    keep_weights: bool = False,
+    damping: float = DAMPING,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reconstruction:
+    """Masks of all layers, each found on what the layers before it give once they are pruned and have made up for it.
+
+    In a chain of blocks only the inputs of one block, its new weights and one Gram matrix are held, but for
+    ``keep_weights``. Layers that are given the same tensor share their Gram matrix. Sums are float32.
+
+    Args:
+        model: holds ``layers``; its weights stay as they are.
+        layers, pattern: nn.Linear or alike, by name; "N:M" or NMPattern.
+        calibration: batches for the model, each a tensor, a tuple or a mapping.
+        keep_weights: whether the result holds the new weights as well, with exact zeros, in the dtype of the weights.
+            Without them it is the mask alone, which belongs to the weights of the model.
+        damping: as for ``inverse_factor``.
+        progress: called with how many layers are done, and of how many, before the first and after each.
+
+    Warns:
+        UserWarning: of experts that no token reaches, which get masks by magnitude.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, there is no batch, another layer sees none of them, or
+            inputs are not finite.
+    """
+    pattern = NMPattern(pattern)
+    check_damping(damping)
+    calls, told = calls_of(calibration), Told(progress, len(layers))
+    codes: dict[str, Tensor] = {}
+    # of the blocks that may run again; and of all, where they are kept
+    weights: dict[str, Tensor] = {}
+
+    def visit(names: Sequence[str], gram: Tensor) -> None:
+        gram = gram.to(layers[names[0]].weight.device)
+        try:
+            upper = inverse_factor(gram, damping)
+        except ValueError as error:
+            raise ValueError(f"calibration: {error}, in {names[0]}") from error
+        for name in names:
+            weight = layers[name].weight.detach()
+            codes[name], pruned = _pruned(weight, gram.diagonal() == 0, upper, pattern)
+            weights[name] = pruned.to(weight.dtype)
+            told.one_more()
+
+    with evaluating(model), without_cache(model), masked_forwards(layers, {}, weights, {}):
+        unvisited = layer_by_layer(model, layers, calls, visit, (lambda: None) if keep_weights else weights.clear)
+    tell_unvisited(unvisited, "get masks by magnitude")
+    for name in unvisited:
+        weight = layers[name].weight.detach()
+        codes[name] = top_n_mask(weight.abs(), pattern)
+        if keep_weights:
+            weights[name] = torch.where(expand_mask(codes[name], pattern), weight, 0.0)
+    told.all_done()
+    return Reconstruction({name: codes[name] for name in layers}, weights if keep_weights else {})
