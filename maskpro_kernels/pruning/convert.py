@@ -9,11 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from ..functional.checks import check_gap
-=======
-from ..functional.checks import check_int
->>>>>>> main
+from ..functional.checks import check_gap, check_int
 from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear
@@ -22,13 +18,8 @@ from ..shards import check_no_flat_parameters, is_distributed
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
-<<<<<<< HEAD
-from .initial_masks import check_initial_mask, refitted_masks
-from .reconstruction import Reconstruction, check_refit
-=======
 from .initial_masks import Init, check_initial_mask, refitted_masks
-from .reconstruction import check_refit
->>>>>>> main
+from .reconstruction import Reconstruction, check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
@@ -85,13 +76,9 @@ def convert(
         targets: fnmatch patterns on module names, each of which must match an nn.Linear. Default: all but the output
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
             those whose weight other code reads past the module, see ``read_elsewhere``.
-<<<<<<< HEAD
-        init: "magnitude", "wanda" or "reconstruction" (these two need ``calibration``), or {name: group codes}; see
-            ``pruning/initial_masks.py``. Where ``fully_shard`` has cut the model, "magnitude" or codes, on all ranks.
-=======
         init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
-            path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}.
->>>>>>> main
+            path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
+            ``fully_shard`` has cut the model, "magnitude" or codes, on all ranks.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
@@ -118,44 +105,34 @@ def convert(
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-<<<<<<< HEAD
-        codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device)
-=======
-        codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
->>>>>>> main
+        codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device, seed)
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
     return _conversion(model, list(layers), skipped | left_out, how["gap"], warn=targets is None)
 
 
-<<<<<<< HEAD
 def _masks(
     layers: Mapping[str, nn.Linear],
     pattern: NMPattern,
-    init: str | Mapping[str, Tensor],
+    init: Init,
     refit: str,
     model: nn.Module,
     calibration: Iterable | None,
     logits_device: torch.device | str | None,
+    seed: int,
 ) -> Reconstruction:
     """Group codes, and weights that were refitted, by name: of all rows, or where ranks share them of this one's."""
     if has_shards(layers):
         return masks_of_rows(layers, pattern, init, refit, logits_device)
-    return refitted_masks(layers, pattern, init, refit, model, calibration)
+    return refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
 
 
-def _check(model: nn.Module, init: str | Mapping[str, Tensor], refit: str) -> None:
-=======
 def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
->>>>>>> main
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     check_initial_mask(init)
     check_refit(refit)
-<<<<<<< HEAD
-    check_no_flat_parameters("model", model)
-=======
     check_int("seed", seed, 1 << 63)
->>>>>>> main
+    check_no_flat_parameters("model", model)
     check_replaceable(model)
 
 

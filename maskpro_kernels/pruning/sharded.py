@@ -11,7 +11,7 @@ from ..functional.masks import top_n_mask
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..shards import is_distributed, like_shards, local, rows_of
-from .initial_masks import given
+from .initial_masks import Init, given
 from .reconstruction import Reconstruction
 
 
@@ -23,7 +23,7 @@ def has_shards(layers: Mapping[str, nn.Module]) -> bool:
 def masks_of_rows(
     layers: Mapping[str, nn.Linear],
     pattern: NMPattern,
-    init: str | Mapping[str, Tensor],
+    init: Init,
     refit: str,
     logits_device: torch.device | None,
 ) -> Reconstruction:
