@@ -26,9 +26,8 @@ INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed
 INSTALLED_OLDEST := $(OLDEST)/.installed
 
-.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-oldest \
-	test-slow-triton36 lint aot-report aot-table \
-	hub bench gpu-check tune clean
+.PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-oldest test-slow-triton36 lint aot-report \
+	aot-table hub bench gpu-check tune clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8

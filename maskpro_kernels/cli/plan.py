@@ -35,13 +35,14 @@ def plan(args: argparse.Namespace) -> None:
         check_gpu(args, planned)
     given = Choice.of(args)
     need, tried = planned.need(given), _tried(planned, given)
-    found = _figures(planned, given, tried)
+    durations = step_seconds(planned, given) if hasattr(args, "gpu") else None
     _print_model(planned, given)
-    _print_memory(planned, given, need)
+    _print_memory(planned, given, need, tried[0][1])
     _print_tried(planned, given, tried)
-    if hasattr(args, "gpu"):
-        _print_seconds(args, step_seconds(planned, given))
+    if durations is not None:
+        _print_seconds(args, durations)
     if output is not None:
+        found = _figures(planned, given, need, tried, durations)
         write_whole(output, (json.dumps(found, indent=2) + "\n").encode())
 
 
@@ -61,10 +62,17 @@ def _tried(planned: Planned, given: Choice) -> list[tuple[Choice, int]]:
     return tried if larger is None else [*tried, (larger, planned.on_device(larger))]
 
 
-def _figures(planned: Planned, given: Choice, tried: list[tuple[Choice, int]]) -> dict:
+def _figures(
+    planned: Planned,
+    given: Choice,
+    need: MemoryNeed,
+    tried: list[tuple[Choice, int]],
+    durations: Mapping[str, Duration] | None,
+) -> dict:
     """All figures, as JSON holds them."""
-    args, need = planned.args, planned.need(given)
+    args, (_, on_device) = planned.args, tried[0]
     names = "pattern estimator loss seq_len accumulate eval_windows eval_length dtype".split()
+    names += [option.name for option in class_of(args).options if hasattr(args, option.name)]
     figures = {
         "model": args.model,
         "architecture": type(planned.model).__name__,
@@ -72,7 +80,7 @@ def _figures(planned: Planned, given: Choice, tried: list[tuple[Choice, int]]) -
         "masked_layers": len(planned.layers),
         "masked_weights": sum(weight.numel() for weight in planned.weights),
         "needed": {name: _told(amount) for name, amount in asdict(need).items()},
-        "on_device": planned.on_device(given),
+        "on_device": on_device,
         "device_memory": args.device_memory,
         "main_memory": {name: _told(amount) for name, amount in planned.main_memory(given).items()},
         "snapshots_on_disk": _told(planned.on_disk(given)),
@@ -81,8 +89,7 @@ def _figures(planned: Planned, given: Choice, tried: list[tuple[Choice, int]]) -
             for choice, size in tried
         ],
     }
-    if hasattr(args, "gpu"):
-        durations = step_seconds(planned, given)
+    if durations is not None:
         parts = {name: each._asdict() for name, each in durations.items()}
         figures["derived_seconds"] = {"gpu": args.gpu, "parts": parts, "step": step_at_least(durations)}
     return figures
@@ -101,20 +108,23 @@ def _print_model(planned: Planned, given: Choice) -> None:
     for reason, count in Counter(planned.skipped.values()).items():
         first = next(name for name, its_reason in planned.skipped.items() if its_reason == reason)
         print(f"without a mask: {first}{f' and {count - 1} more' if count > 1 else ''}, {reason}")
-    if mesh.devices > 1:
+    if mesh.shards > 1:
         replicas = f", {mesh.replicas} times over" if mesh.replicas > 1 else ""
         print(
             f"{mesh.devices} devices stand for sharding by torch's FSDP2, block by block: of each parameter a rank has "
-            f"1 / {mesh.shards} of the rows, rounded up, with their logits and what is held for them{replicas}"
+            f"1 / {mesh.shards} of the rows, rounded up, with their logits and what is held for them{replicas}; "
+            "`maskpro learn` itself shards nothing"
         )
+    elif mesh.replicas > 1:
+        print(f"{mesh.replicas} devices hold all of it each, as the ranks of `maskpro learn` under torchrun do")
 
 
-def _print_memory(planned: Planned, given: Choice, need: MemoryNeed) -> None:
+def _print_memory(planned: Planned, given: Choice, need: MemoryNeed, size: int) -> None:
     amounts = asdict(need)
     if given.logits_on_cpu:
         del amounts["logits"]
     _print_amounts("on a device", amounts)
-    size, room = planned.on_device(given), planned.args.device_memory
+    room = planned.args.device_memory
     fits = "fits" if size <= room else "does not fit"
     print(f"{'all of it':<{WIDTH}} {size / GB:>8.2f}  the sum, which {fits} into {room / GB:.2f} GB")
     print()

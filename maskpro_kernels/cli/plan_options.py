@@ -83,7 +83,8 @@ def add_plan(commands, formatter_class: type) -> None:
 
 def size(text: str) -> int:
     """Bytes of a text such as 80GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)", text)
+    # more digits are no memory of any device, and may be more than a float holds
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMGT]i?B)", text)
     bytes_ = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if bytes_ < 1:
         raise argparse.ArgumentTypeError(f"expected a size above 0 in {', '.join(UNITS)}, such as 80GiB, got {text!r}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..pruning.initial_masks import INITIAL_MASKS
 from ..pruning.selection import layers_to_convert
-from ..pruning.stored_mask import stored_mask
+from ..pruning.stored_mask import is_there, stored_mask
 from .models import trusts
 from .progress import tell
 from .run_files import LOGITS, goes_on, how_to_go_on
@@ -77,13 +77,12 @@ class StartMask:
 
 
 def _check_path(init: str) -> None:
-    folder = Path(init)
-    # "" is no folder that anyone means
-    if not init or not folder.exists():
+    if not is_there(init):
         raise ValueError(
             f"init: expected one of {', '.join(INITIAL_MASKS)}, or the path of a mask file, a run or a sparse "
             f"checkpoint, got {init!r}"
         )
+    folder = Path(init)
     if goes_on(folder) and not (folder / LOGITS).is_file():
         raise ValueError(
             f"init: expected a run that has left {LOGITS}, got {init!r}, which was killed; {how_to_go_on(folder)}"

@@ -13,6 +13,7 @@ from ..ops.data_sheets import LIBRARY_SHARE, SHEETS
 from ..ops.mask_costs import COSTS, Uses, picoseconds
 from ..pattern import NMPattern
 from .arguments import DTYPES
+from .changed_weights import changes_weights
 from .planned import Choice, Planned
 
 GPUS = {"a100": "sm_80", "h100": "sm_90", "b200": "sm_100"}
@@ -74,6 +75,9 @@ def _products(planned: Planned, choice: Choice, flops: float) -> Duration:
     of_masked, of_others = (6, 4) if planned.estimator.needs_gradients else (2, 2)
     if choice.checkpointing:
         of_masked += 2
+    if planned.args.loss != "ce" and not changes_weights(planned.args):
+        # the dense model is asked in each forward; of weights that change it is asked beforehand
+        of_masked, of_others = of_masked + 2, of_others + 2
     work = tokens * (of_masked * masked + of_others * others)
     told = (
         f"{tokens:,} tokens x ({of_masked} x {masked:,} weights with masks + {of_others} x {others:,} without) / "

@@ -81,7 +81,8 @@ def _pruned(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPattern) -
         for i in range(left, right):
             if i % pattern.m == 0:
                 group = slice(i, i + pattern.m)
-                codes.append(top_n_mask((w[:, group] / upper.diagonal()[group]).square().float(), pattern))
+                # the root of the cost, in the same order: squares may leave the range of float32
+                codes.append(top_n_mask((w[:, group] / upper.diagonal()[group]).abs().float(), pattern))
                 kept = expand_mask(codes[-1], pattern)
             dropped = torch.where(kept[:, i % pattern.m], 0.0, w[:, i])
             errors[:, i - left] = dropped / upper[i, i]

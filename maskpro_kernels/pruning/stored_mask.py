@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,16 @@ class StoredMask(NamedTuple):
     digest: str
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether there is a file or a folder of that name."""
+    try:
+        # "" is no folder that anyone means
+        return path != "" and Path(path).exists()
+    except OSError:
+        # such as of a name that is too long
+        return False
+
+
 @torch.no_grad()
 def stored_mask(
     path: str | Path,
@@ -63,9 +73,16 @@ def stored_mask(
             that cannot be compared; or if groups of a checkpoint were filled up.
 
     Raises:
-        TypeError, ValueError: the masks are of another base model, pattern or set of layers, or there are none.
-        OSError: what is stored cannot be read.
+        TypeError, ValueError: the masks are of another base model, pattern or set of layers, or there are none; an
+            argument is not as above.
+        OSError: there is nothing, or it cannot be read.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path: expected a str or a Path, got {type(path).__name__}")
+    if not is_there(path):
+        raise FileNotFoundError(f"path: expected a mask file, a run or a sparse checkpoint, got {str(path)!r}: none")
+    if not layers:
+        raise ValueError("layers: expected at least one, got none")
     pattern, path = NMPattern(pattern), Path(path)
     if path.is_file():
         return _of_mask_file(path, layers, pattern)
@@ -89,15 +106,15 @@ def _telling(cure: str = "") -> Iterator[None]:
 def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
     with _telling("; give a mask file that needs no other, or a folder"):
         mask = MaskFile(path)
-    _check_pattern(mask.pattern, pattern, path)
-    weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    try:
-        check_fingerprint(mask, base_layers(weights.items(), mask.dtype))
-    except ValueError as error:
-        raise ValueError(f"{error}{_other_dtype(mask.dtype, layers)}") from None
-    with _telling():
-        codes = {name: mask.codes(name, weights[name]) for name in layers}
-    mask.close()
+    with closing(mask):
+        _check_pattern(mask.pattern, pattern, path)
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        try:
+            check_fingerprint(mask, base_layers(weights.items(), mask.dtype))
+        except ValueError as error:
+            raise ValueError(f"{error}{_other_dtype(mask.dtype, layers)}") from None
+        with _telling():
+            codes = {name: mask.codes(name, weights[name]) for name in layers}
     return StoredMask(codes, "mask file", mask.digest)
 
 
@@ -110,7 +127,7 @@ def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> 
             f"path: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others; remove that file"
         )
     _check_pattern(NMPattern(told["pattern"]), pattern, path)
-    _check_layers(learned.logits, layers, path)
+    _check_layers({name: logits.shape for name, logits in learned.logits.items()}, layers, path)
     dtype = DTYPES[told["dtype"]]
     found = digest(layer.weight.detach().to(dtype) for layer in layers.values())
     if found != told["dense_weights"]:
@@ -121,8 +138,7 @@ def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> 
     if learned.weights:
         _warn(path, "the mask of this run was learned over changed weights, and is taken alone")
     for name, logits in learned.logits.items():
-        if not torch.isfinite(logits).all():
-            raise ValueError(f"path: expected finite logits in {str(path / LOGITS_FILE)!r}, got others in {name}")
+        _check_finite("logits", logits, name, path / LOGITS_FILE)
     codes = {name: top_n_mask(learned.logits[name], pattern) for name in layers}
     return StoredMask(codes, "run", learned.digest)
 
@@ -140,13 +156,14 @@ def _of_checkpoint(
     with in_linear_form(sparse):
         modules = dict(sparse.named_modules())
         stored = {
-            name: module.weight
+            name: torch.Size((module.out_features, module.in_features))
             for name, module in modules.items()
             if isinstance(module, SPARSE) or (name in layers and isinstance(module, nn.Linear))
         }
         _check_layers(stored, layers, path)
         codes = {name: read.codes(name, modules[name], layer.weight.detach().cpu()) for name, layer in layers.items()}
-    read.tell()
+    for told in read.told():
+        _warn(path, told)
     return StoredMask(codes, "checkpoint", digest_of_named(codes))
 
 
@@ -173,6 +190,7 @@ class _Reading:
 
     def _of_masked(self, name: str, layer: MaskedLinear, weight: Tensor) -> Tensor:
         _check_pattern(layer.pattern, self.pattern, self.path)
+        _check_finite("logits", layer.logits, name, self.path)
         if not torch.equal(layer.weight, weight):
             if not layer.weight_changed:
                 raise ValueError(
@@ -192,6 +210,7 @@ class _Reading:
         return codes
 
     def _of_zeros(self, name: str, sparse: Tensor, weight: Tensor) -> Tensor:
+        _check_finite("weights", sparse, name, self.path)
         kept = sparse != 0
         many = kept.view(len(kept), -1, self.pattern.m).sum(-1) > self.pattern.n
         if many.any():
@@ -210,23 +229,19 @@ class _Reading:
             self.changed.append(name)
         return codes
 
-    def tell(self) -> None:
+    def told(self) -> Iterator[str]:
+        """What is to be told, in sentences."""
         if self.changed:
-            _warn(
-                self.path,
+            yield (
                 f"kept weights of {len(self.changed)} layers, such as {self.changed[0]}, are not those of the model: "
-                f"they were changed, or are of {ANOTHER}; the mask is taken alone",
+                f"they were changed, or are of {ANOTHER}; the mask is taken alone"
             )
         if self.rounded:
-            _warn(
-                self.path,
-                f"whether it is of this model is not known: values of {len(self.rounded)} layers are rounded to int8",
-            )
+            yield f"whether it is of this model is not known: values of {len(self.rounded)} layers are rounded to int8"
         if self.filled:
-            _warn(
-                self.path,
+            yield (
                 f"{self.filled} groups have fewer weights than {self.pattern} keeps, and were filled up with the "
-                "largest ones of the model",
+                "largest ones of the model"
             )
 
 
@@ -235,13 +250,18 @@ def _check_pattern(found: NMPattern, pattern: NMPattern, path: Path) -> None:
         raise ValueError(f"path: expected a mask of {pattern}, got one of {found} in {str(path)!r}")
 
 
-def _check_layers(stored: Mapping[str, Tensor], layers: Mapping[str, nn.Module], path: Path) -> None:
-    """Raise ValueError unless what is stored are matrices of just these layers."""
+def _check_finite(what: str, values: Tensor, name: str, path: Path) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"path: expected finite {what} in {str(path)!r}, got others in {name}")
+
+
+def _check_layers(stored: Mapping[str, torch.Size], layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Raise ValueError unless what is stored, by its shapes, are matrices of just these layers."""
     lacking = [name for name in layers if name not in stored]
     others = [name for name in stored if name not in layers]
-    others += [name for name in layers if name in stored and stored[name].shape != layers[name].weight.shape]
+    others += [name for name in layers if name in stored and stored[name] != layers[name].weight.shape]
     if lacking or others:
-        told = f"none for {lacking[0]}" if lacking else f"one for {others[0]}, of shape {list(stored[others[0]].shape)}"
+        told = f"none for {lacking[0]}" if lacking else f"one for {others[0]}, of shape {list(stored[others[0]])}"
         raise ValueError(
             f"path: expected masks of the {len(layers)} layers that get one in this model, got {told} in {str(path)!r}"
         )

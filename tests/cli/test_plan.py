@@ -211,10 +211,36 @@ def test_each_number_follows_from_its_formula(planning, options):
     on_cpu = held["logits"] if told["settings"]["logits_on_cpu"] else 0
     assert told["on_device"] == sum(held.values()) - on_cpu
     assert told["device_memory"] == 1 << 20
+    # those of the estimator, too, with what was left out
+    for option, value in (("--train-weights", 1e-4), ("--draws", 3)):
+        assert (told["settings"].get(option[2:].replace("-", "_")) == value) == (option in options)
+    assert told["settings"]["lr"] == (50 if "reinforce" in options else 0.3)
     if "derived_seconds" in told:
         parts = {name: each["seconds"] for name, each in told["derived_seconds"]["parts"].items()}
         computed = parts.pop("products") + parts.pop("masks")
         assert told["derived_seconds"]["step"] == max(computed, *parts.values())
+
+
+def test_the_forward_of_the_teacher_takes_seconds_as_well(planning, without_forwards):
+    """One more in each forward of a step, but where what it says was written down before."""
+
+    def multiplied(options):
+        told = planning(LLAMA, f"{SIZES} --gpu h100 {options}")["derived_seconds"]["parts"]["products"]["formula"]
+        return [int(times) for times in re.findall(r"[(+] ?(\d+) x", told)]
+
+    assert multiplied("") == multiplied("--loss kl --train-weights 1e-4") == [6, 4]
+    assert multiplied("--loss kl") == [8, 6] and multiplied("--loss ce+kl --gradient-checkpointing") == [10, 6]
+    assert multiplied("--loss kl --estimator reinforce") == [4, 4]
+
+
+def test_ranks_of_learn_hold_all_of_it_each(planning, without_forwards, capsys):
+    one, ranks, shards = (bytes_of(planning(LLAMA, f"{SIZES} --mesh {mesh}")) for mesh in ("1", "8x1", "8"))
+    out = capsys.readouterr().out
+    assert "8 devices hold all of it each, as the ranks of `maskpro learn` under torchrun do\n" in out
+    assert "held for them; `maskpro learn` itself shards nothing\n" in out and shards["gathered"] > 0
+    # the slopes of all layers wait for the other ranks
+    assert ranks["gradients"] - one["gradients"] == 4 * 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 256)
+    assert ranks == one | {"gradients": ranks["gradients"]}
 
 
 def test_uneven_rows_are_padded_as_fsdp2_does(planning):
@@ -343,6 +369,12 @@ UNFIT = {
     "no unit": (LLAMA, "--device-memory 80", "--device-memory: expected a size above 0 in KB, KiB", "got '80'"),
     "unknown unit": (LLAMA, "--device-memory 80GX", "--device-memory: expected a size", "got '80GX'"),
     "no memory": (LLAMA, "--device-memory 0GB", "--device-memory: expected a size above 0", "got '0GB'"),
+    "no size of a memory": (
+        LLAMA,
+        f"--device-memory {'9' * 400}GB",
+        "--device-memory: expected a size above 0",
+        "such as 80GiB",
+    ),
     "no devices": (LLAMA, "--mesh 0", "--mesh: expected a number of devices, such as 8", "got '0'"),
     "a mesh with nothing in it": (
         LLAMA,

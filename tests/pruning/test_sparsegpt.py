@@ -147,6 +147,16 @@ def test_outputs_come_nearer_than_by_magnitude(pattern):
     assert lost(pruned) < 0.95 * own
 
 
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**70])
+def test_the_scale_of_weights_changes_no_mask(scale):
+    """Of costs in float32 the squares would be 0 or infinite."""
+    weight, x = problem()
+    codes, pruned = prune_layer(weight, x.T @ x, "2:4")
+    scaled_codes, scaled = prune_layer(weight * scale, x.T @ x, "2:4")
+    assert torch.equal(scaled_codes, codes)
+    assert_same_bits(scaled, pruned * scale)
+
+
 def test_convert_takes_its_mask_and_leaves_the_weights():
     weight, x = problem()
     model = nn.Sequential(nn.Linear(64, 24))

@@ -151,6 +151,14 @@ def test_masks_over_changed_weights_are_told(tmp_path, kind):
         assert_same_bits(stored_mask(path, dense_layers(), "2:4").codes, codes)
 
 
+def test_packed_layers_are_unpacked_one_by_one(tmp_path, monkeypatch):
+    """Each once, to compare it; of all together there may be no room."""
+    path, unpack, unpacked = STORED["packed"](tmp_path), mk.NMLinear.weight.fget, []
+    monkeypatch.setattr(mk.NMLinear, "weight", property(lambda layer: unpacked.append(layer) or unpack(layer)))
+    assert_same_bits(stored_mask(path, dense_layers(), "2:4").codes, random_codes())
+    assert len(unpacked) == len({id(layer) for layer in unpacked}) == 14
+
+
 def test_values_rounded_to_int8_are_told(tmp_path):
     path = save(finalize(converted(), to="packed", values="int8"), tmp_path / "m")
     with pytest.warns(UserWarning, match="is not known: values of 14 layers are rounded to int8"):
@@ -167,7 +175,7 @@ def test_zeros_of_the_model_count_as_kept_and_what_is_filled_up_is_told(tmp_path
     path = save(sparse, tmp_path / "m")
     with pytest.warns(UserWarning, match="1 groups have fewer weights than 2:4 keeps, and were filled up") as told:
         codes = stored_mask(path, dense_layers(model), "2:4").codes[FIRST]
-    assert len(told) == 1 and codes[0, :2].tolist() == [0b0011, 0b1010]
+    assert [one.filename for one in told] == [__file__] and codes[0, :2].tolist() == [0b0011, 0b1010]
 
 
 def test_in_the_dtype_of_the_masks_alone(tmp_path):
@@ -221,17 +229,27 @@ def test_what_is_no_mask_is_refused(tmp_path):
     infinite = converted()
     infinite.get_submodule(FIRST).logits.data[0, 0] = torch.inf
     dense = save(tiny_model(), tmp_path / "dense")
+    broken = masked(tiny_model(), random_masks(tiny_model()))
+    broken.get_submodule(FIRST).weight.data[0, 0] = torch.nan
     for path, told in {
         tmp_path / "text": "expected a mask file, got",
         cut: "expected a mask file, got",
         tmp_path / "empty": "expected a folder with a config.json, got",
         foreign: "expected the logits of a run in",
         run(tmp_path / "infinite", model=infinite): f"expected finite logits in .* got others in {FIRST}",
+        save(infinite, tmp_path / "masked"): f"expected finite logits in .* got others in {FIRST}",
+        save(broken, tmp_path / "broken"): f"expected finite weights in .* got others in {FIRST}",
         dense: "expected weights that follow 2:4, got more in 100.0% of the groups of",
     }.items():
         with pytest.raises(ValueError, match=f"^path: {told}"):
             stored_mask(path, dense_layers(), "2:4")
     shutil.rmtree(tmp_path / "empty")
-    for nothing in (tmp_path / "empty", "", "randm"):
+    for nothing in (tmp_path / "empty", "", "randm", "x" * 5000):
         with pytest.raises(ValueError, match="^init: expected one of magnitude, wanda, .*, the path of a mask file"):
             mk.convert(tiny_model(), "2:4", init=nothing)
+        with pytest.raises(FileNotFoundError, match="^path: expected a mask file, a run or a sparse checkpoint, got '"):
+            stored_mask(nothing, dense_layers(), "2:4")
+    with pytest.raises(TypeError, match="^path: expected a str or a Path, got int$"):
+        stored_mask(3, dense_layers(), "2:4")
+    with pytest.raises(ValueError, match="^layers: expected at least one, got none$"):
+        stored_mask(dense, {}, "2:4")
