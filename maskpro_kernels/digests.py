@@ -25,9 +25,15 @@ def digest_of_bytes(*parts: bytes) -> bytes:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Of the shapes, dtypes and bytes of tensors, in their order."""
+    """Of the shapes, dtypes and bytes of tensors, in their order.
+
+    To DTensors all ranks of their mesh have to come. One after the other is gathered; the digest is that of whole
+    tensors, whatever the mesh.
+    """
     whole = hashlib.blake2b(digest_size=SIZE)
     for tensor in tensors:
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.detach().full_tensor()
         whole.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
         # one pass over the bytes where they lie
         whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

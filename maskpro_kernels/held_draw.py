@@ -20,14 +20,14 @@ class HeldDraw:
 
     def __init__(self, codes: Tensor, logits: Tensor, state: CounterState):
         self.codes = codes
-        self._of = _versions(logits, state)
+        self._of = versions(logits, state)
 
     def __reduce__(self) -> tuple:
         return type(None), ()
 
     def is_of(self, logits: Tensor, state: CounterState) -> bool:
         """Whether a draw would give the same: the same tensors, of which none has been changed since."""
-        return self._of == _versions(logits, state)
+        return self._of == versions(logits, state)
 
     def codes_of(self, logits: Tensor, state: CounterState) -> Tensor:
         """The codes.
@@ -49,5 +49,6 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _versions(logits: Tensor, state: CounterState) -> list[int | None]:
+def versions(logits: Tensor, state: CounterState) -> list[int | None]:
+    """What a draw from logits is known again by, as long as the tensors live."""
     return [value for x in (logits, state.seed, state.step, state.draw) for value in (id(x), version_of(x))]

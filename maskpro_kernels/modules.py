@@ -16,6 +16,7 @@ from .functional.checks import (
     LOGIT_DTYPES,
     check_codes,
     check_exactly_n,
+    check_gap,
     check_known,
     check_like,
     check_shard,
@@ -24,38 +25,16 @@ from .functional.checks import (
     describe,
     matrix_of,
 )
+from .functional.gathered_linear import Slopes, gathered_linear
 from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
 from .functional.logits_device import device_of_logits, page_locked
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .held_draw import HeldDraw
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
+from .shards import Place, RowShard, attach, check_in_memory, check_not_sharded
 
 Result = TypeVar("Result")
-
-
-def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
-    """Raise unless ``gap`` can stand between kept and dropped logits of ``dtype``."""
-    if dtype not in LOGIT_DTYPES:
-        raise TypeError(f"logits_dtype: expected float32, bfloat16 or float16, got {dtype}")
-    if isinstance(gap, bool) or not isinstance(gap, (int, float)):
-        raise TypeError(f"gap: expected a float, got {type(gap).__name__}")
-    if not 0 <= gap <= torch.finfo(dtype).max:
-        raise ValueError(f"gap: expected a finite float of at least 0, got {gap} for logits in {dtype}")
-
-
-def check_in_memory(argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None) -> None:
-    """Raise ValueError unless a layer's weight, by default ``layer.weight``, lies on its device as a whole."""
-    weight = layer.weight if weight is None else weight
-    if weight.is_meta:
-        offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
-        cure = "accelerate offloads it, give it a device in device_map" if offloads else "load it first"
-        raise ValueError(f"{argument}: expected weights in memory, got {name} on meta: {cure}")
-    if hasattr(weight, "to_local"):
-        raise ValueError(
-            f"{argument}: expected plain tensors as weights, got a DTensor in {name}: give its local shard to "
-            f"MaskedLinear, with shard_counter"
-        )
 
 
 def initial_logits(codes: Tensor, pattern: str | NMPattern, gap: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,6 +77,8 @@ class MaskedLinear(nn.Module):
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
+        shard: the rows that this rank holds where fully_shard of torch has cut the layer, see ``RowShard``; else None.
+            ``weight`` and ``logits`` are then DTensors, and codes those of these rows.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -145,6 +126,7 @@ class MaskedLinear(nn.Module):
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
         self.held: HeldDraw | None = None
+        self.shard: RowShard | None = None
         self.weight_changed = self.is_dense = False
 
     @classmethod
@@ -207,6 +189,8 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
+        if self.shard is not None:
+            return self._gathered_forward(input)
         if self.is_dense:
             return nn.functional.linear(input, self.weight, self.bias)
         if self.training and self.logits_backward is not None:
@@ -224,6 +208,12 @@ class MaskedLinear(nn.Module):
         y = self._with_logits(product, drawn=self.training)
         return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
 
+    def _gathered_forward(self, input: Tensor) -> Tensor:
+        weight, learns = self.shard.gathered_weight(), self.training and self.logits_backward is not None
+        slopes = Slopes(self.logits, *self.shard.backward_by(self.logits_backward)) if learns else None
+        y = gathered_linear(input, weight, self.bias, slopes)
+        return telling_of_lost_slopes(y) if self.training and not learns and self.logits.requires_grad else y
+
     def straight_through(self, input: Tensor) -> Tensor:
         """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""
 
@@ -235,10 +225,10 @@ class MaskedLinear(nn.Module):
 
     def _mask(self, logits: Tensor, drawn: bool) -> MaskSource:
         """The source of the mask that is drawn at the current step, or else of the N largest logits."""
-        check_weight(self.weight, self.pattern)
+        check_weight(self.own_weight, self.pattern)
         held = self.held_codes if drawn else None
         if held is None:
-            check_like("logits", logits, "weight", self.weight)
+            check_like("logits", logits, "weight", self.own_weight)
         matrix, n, m = matrix_of("logits", logits, self.pattern), self.pattern.n, self.pattern.m
         if not drawn:
             return MaskSource(matrix, "top_n", n, m)
@@ -247,7 +237,7 @@ class MaskedLinear(nn.Module):
     def _with_logits(self, function: Callable[[Tensor], Result], drawn: bool) -> Result:
         """``function(logits)``, differentiable, with logits on the weight's device, unless a draw of them is held."""
         if self.logits.device == self.weight.device or (drawn and self.held is not None):
-            return function(self.logits)
+            return function(self.logits if self.shard is None else self.logits.to_local())
         logits = self.logits_on_device()
         if not torch.is_grad_enabled():
             return function(logits)
@@ -269,8 +259,8 @@ class MaskedLinear(nn.Module):
             return function(logits)
 
     def logits_on_device(self) -> Tensor:
-        """The logits on the weight's device: themselves, or where they live elsewhere a copy."""
-        return self.logits.to(self.weight.device)
+        """The logits of this rank's rows on the weight's device: themselves, or where they live elsewhere a copy."""
+        return self.own_logits.to(self.weight.device)
 
     @contextmanager
     def moving_logits(self) -> Iterator[Tensor]:
@@ -279,6 +269,20 @@ class MaskedLinear(nn.Module):
         yield logits
         if logits.device != self.logits.device:
             self.logits.detach().copy_(logits)
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The weight, or the rows [rows, K] of it that this rank holds; and likewise the logits."""
+        return self.weight if self.shard is None else self.shard.weight
+
+    @property
+    def own_logits(self) -> Tensor:
+        return self.logits if self.shard is None else self.shard.logits
+
+    @property
+    def place(self) -> Place:
+        """Where ``own_logits`` lie in the whole layer."""
+        return Place(self.group_offset, self.group_row_stride) if self.shard is None else self.shard.place
 
     def masked_weight(self) -> Tensor:
         """The weight [out, K] under the mask of the current mode, exact zeros elsewhere."""
@@ -289,13 +293,14 @@ class MaskedLinear(nn.Module):
         return self._weight_under(drawn=False)
 
     def _weight_under(self, drawn: bool) -> Tensor:
-        logits = self.logits if drawn and self.held is not None else self.logits_on_device()
-        return ops.masked_weight(self.weight.contiguous(), self._mask(logits.detach(), drawn))
+        logits = self.own_logits if drawn and self.held is not None else self.logits_on_device()
+        weight = ops.masked_weight(self.own_weight.contiguous(), self._mask(logits.detach(), drawn))
+        return weight if self.shard is None else self.shard.distributed(weight)
 
     @property
     def held_codes(self) -> Tensor | None:
         """Group codes [out, K / M] of the draw that is held; RuntimeError where it is no longer the current one."""
-        return None if self.held is None else self.held.codes_of(self.logits, self.counter_state)
+        return None if self.held is None else self.held.codes_of(self.own_logits, self.counter_state)
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
@@ -307,7 +312,8 @@ class MaskedLinear(nn.Module):
     def log_prob(self) -> Tensor:
         """log p of the mask drawn at the current step, summed over the layer: 0-dim float32, differentiable."""
         codes = self.drawn_codes()
-        return self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum(), drawn=False)
+        own = self._with_logits(lambda logits: mask_log_prob(logits, codes, self.pattern).sum(), drawn=False)
+        return own if self.shard is None else self.shard.summed(own)
 
     @property
     def layer(self) -> int:
@@ -339,7 +345,7 @@ class MaskedLinear(nn.Module):
             if any(part.is_meta for part in key):
                 raise ValueError("counter_state: expected seed and step in memory, got some on meta: load a state_dict")
             key = [part.to(device) for part in key]
-        return Counter(*key, self.group_offset, self.group_row_stride)
+        return Counter(*key, *self.place)
 
     def _apply(self, fn, recurse: bool = True) -> MaskedLinear:
         super()._apply(fn, recurse)
@@ -425,10 +431,11 @@ def dense(model: nn.Module) -> Iterator[None]:
         model: with MaskedLinear layers.
 
     Raises:
-        ValueError: if the model has no MaskedLinear, or kept weights of one have changed: the model that it was
+        ValueError: if the model has no MaskedLinear, layers are sharded, or kept weights have changed: what it was
             converted from is no longer there.
     """
     layers = masked_layers(model)
+    check_not_sharded(layers, "ranks are sent kept values alone; take a dense model of its own")
     changed = [name for name, layer in layers.items() if layer.weight_changed]
     if changed:
         raise ValueError(
@@ -449,11 +456,12 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """The MaskedLinear modules of a model by name, in the order of their layer ids.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or ``shards.attach`` has no code for how one is sharded; others have a ``shard``.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if not layers:
         raise ValueError("model: expected a model with MaskedLinear layers, got none; call convert first")
+    attach(layers, model)
     return layers
 
 

@@ -448,11 +448,14 @@ SPARSE = (MaskedLinear, NMLinear)
 
 def dense_layer(layer: MaskedLinear | NMLinear) -> nn.Linear:
     """An nn.Linear with exact zeros where a layer drops weights; a MaskedLinear does so by its N largest logits."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    if isinstance(layer, MaskedLinear) and layer.shard is not None:
+        layer.shard.bake_into(linear)
+        return linear.train(layer.training)
     if isinstance(layer, MaskedLinear):
         weight, trained = layer.top_n_weight(), layer.weight.requires_grad
     else:
         weight, trained = layer.packed.unpack(), layer.values.requires_grad
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=trained)
     linear.bias = layer.bias
     return linear.train(layer.training)

@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import torch
@@ -270,6 +271,61 @@ class Ranks:
             self.bytes_sent += tensor.nbytes
             self._run(lambda group: dist.all_reduce(tensor, group=group, async_op=True), tensor.device)
 
+    def sum_of_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
+        """This rank's rows [rows, K] of the sum of a tensor [out, K] over all ranks: the same bits in each copy.
+
+        Args:
+            tensor: contiguous.
+            mesh: of all ranks.
+            cut: its dimension over which rows are cut, as ``torch.chunk`` does; over the others they are copied.
+            rows: how many this rank has.
+        """
+        parts = mesh.size(cut)
+        if parts > 1:
+            each = -(-len(tensor) // parts)
+            whole = torch.nn.functional.pad(tensor, (0, 0, 0, each * parts - len(tensor)))
+            received = torch.empty_like(whole)
+            # no reduce-scatter: of gloo's nothing tells whether it has ended, and its sum has no known order
+            self._over(mesh, cut, partial(dist.all_to_all_single, received, whole), whole)
+            tensor, *others = received.view(parts, each, -1)
+            for other in others:
+                tensor += other
+        tensor = tensor[:rows]
+        for dim in range(mesh.ndim):
+            if dim != cut and mesh.size(dim) > 1:
+                self._over(mesh, dim, partial(dist.all_reduce, tensor), tensor)
+        return tensor
+
+    def _over(self, mesh: dist.DeviceMesh, dim: int, collective: Callable, sent: Tensor) -> None:
+        self.bytes_sent += sent.nbytes
+        self._run(lambda group: collective(group=group, async_op=True), sent.device, group=mesh.get_group(dim))
+
+    def gather_vectors(self, tensor: Tensor) -> Tensor:
+        """[ranks, n]: the tensor [n] of each rank, of as many elements on all of them."""
+        return tensor.unsqueeze(0) if self.world == 1 else torch.stack(self._gather(tensor))
+
+    def limit(self, mesh: dist.DeviceMesh) -> None:
+        """Have collectives of others on a CPU mesh wait no longer than ``timeout``."""
+        if mesh.device_type == "cpu":
+            for dim in range(mesh.ndim):
+                seconds = timedelta(seconds=self.timeout + ANSWER)
+                dist.distributed_c10d._set_pg_timeout(seconds, mesh.get_group(dim))
+
+    @contextmanager
+    def naming_lost(self) -> Iterator[None]:
+        """Collectives of others that fail inside, as those of a sharded model, raise MissingRanks too.
+
+        Only gloo's: NCCL ends the process by its own watchdog.
+        """
+        try:
+            yield
+        except (MissingRanks, FailedRank):
+            raise
+        except RuntimeError as error:
+            if self._group is None or "gloo" not in str(error):
+                raise
+            self._fail("imed out" in str(error), error)
+
     def spread_(self, tensor: Tensor) -> None:
         """Replace a tensor by that of rank 0."""
         if self.world > 1:
@@ -282,24 +338,34 @@ class Ranks:
         self._run(lambda group: dist.all_gather(rows, tensor, group=group, async_op=True), tensor.device, seconds)
         return rows
 
-    def _run(self, begin: Callable, device: torch.device, seconds: float | None = None) -> None:
+    def _run(
+        self,
+        begin: Callable,
+        device: torch.device,
+        seconds: float | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Take part in what all ranks begin, and wait for it: so many seconds, by default ``timeout``.
 
         Where these have no limit it is waited for as long as the ranks live.
+
+        Args:
+            group: of some of the ranks; default: all.
         """
         if self._failure is not None:
             raise self._failure
         if device.type != "cpu":
             # in the order of the device's stream; torch's own watchdog looks after it
-            begin(dist.group.WORLD).wait()
+            begin(group or dist.group.WORLD).wait()
             return
+        group = group or self._group
         seconds = self.timeout if seconds is None else seconds
         limit, lives = time.monotonic() + seconds, Lives(self._addresses, self.timeout) if seconds == math.inf else None
         # gloo's own limit is for what we have given up
         own = NO_LIMIT if seconds == math.inf else timedelta(seconds=seconds + ANSWER)
-        dist.distributed_c10d._set_pg_timeout(own, self._group)
+        dist.distributed_c10d._set_pg_timeout(own, group)
         self._under_way = True
-        work = begin(self._group)
+        work = begin(group)
         while not work.is_completed():
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(seconds=LOOK))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from maskpro_kernels.modules import MaskedLinear
+from maskpro_kernels.training.backward_pass import LayerUpdater
 from maskpro_kernels.training.estimator import Option, StepResult
 from maskpro_kernels.training.step import Step, value_of
-from maskpro_kernels.training.straight_through import LayerUpdater, StraightThrough
+from maskpro_kernels.training.straight_through import StraightThrough
 
 SCHEDULES = {
     "constant": lambda done: 1.0,

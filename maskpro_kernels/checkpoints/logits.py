@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..digests import digest_of_named
 from ..files import write_tensors
 from ..modules import MaskedLinear, masked_layers
+from ..shards import check_not_sharded
 from ..stored_digests import digests_are_checked
 
 # What a run calls it
@@ -66,7 +67,8 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str,
 
     Raises:
         TypeError: if ``metadata`` holds something else than strings.
-        ValueError: if ``model`` has no MaskedLinear, or ``metadata`` has one of those names.
+        ValueError: if ``model`` has no MaskedLinear, or one that fully_shard has cut; or ``metadata`` has one of those
+            names.
         OSError: if the file cannot be written.
     """
     wrong = next((item for item in metadata.items() if not all(isinstance(part, str) for part in item)), None)
@@ -76,6 +78,7 @@ def save_logits(model: torch.nn.Module, path: str | Path, metadata: Mapping[str,
     if own:
         raise ValueError(f"metadata: expected other names than {DIGEST!r} and {CHANGED!r}, got {', '.join(own)}")
     layers = masked_layers(model)
+    check_not_sharded(layers, "no rank has all logits, but snapshots of a run do")
     logits = {name: layer.logits.detach() for name, layer in layers.items()}
     return write_learned(Learned(logits, changed_weights(layers), dict(metadata)), path)
 

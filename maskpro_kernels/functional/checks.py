@@ -76,6 +76,16 @@ def check_exactly_n(name: str, codes: Tensor, pattern: NMPattern) -> None:
         )
 
 
+def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
+    """Raise unless ``gap`` can stand between kept and dropped logits of ``dtype``."""
+    if dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits_dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if isinstance(gap, bool) or not isinstance(gap, (int, float)):
+        raise TypeError(f"gap: expected a float, got {type(gap).__name__}")
+    if not 0 <= gap <= torch.finfo(dtype).max:
+        raise ValueError(f"gap: expected a finite float of at least 0, got {gap} for logits in {dtype}")
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 

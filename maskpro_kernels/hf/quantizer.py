@@ -12,9 +12,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import fit_adapters, refuse_merging
 from ..linear_form import as_built
-from ..modules import MaskedLinear, check_in_memory
+from ..modules import MaskedLinear
 from ..packed import SPARSE, dense_layer
 from ..replacement import replace_modules
+from ..shards import check_in_memory
 from ..stored_digests import DIGESTS, check_checkpoint, digests_are_checked
 
 

@@ -5,6 +5,7 @@ from .gradient_updates import (
     adamw_,
     column_squares,
     descend_,
+    mask_slope,
     straight_through_grad,
     straight_through_update_,
 )

@@ -76,6 +76,11 @@ def straight_through_grad(
     return _straight_through_grad(grad, x, weight, curvature, weight_grad, grad_squares, *flat(mask.known))
 
 
+def mask_slope(weight: Tensor, first: Tensor, second: Tensor, codes: Tensor, m: int) -> Tensor:
+    """``straight_through_grad`` where both derivatives in the masked weight are known, each float32 [rows, K]."""
+    return run_reference("straight_through_grad", weight, first, second, codes, m=m)
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::straight_through_update_",
     mutates_args=("weight_grad", "source"),

@@ -98,14 +98,14 @@ class LayerGroup:
                 self._table = kernels("grouped").table_of(self)
         return self._table
 
-    def flip_rate(self, i: int) -> float:
-        """Share of the groups of the i-th layer whose codes are not those of the N largest logits."""
+    def flips_of(self, i: int) -> int:
+        """How many groups of the i-th layer have codes that are not those of the N largest logits."""
         if self.flips is not None:
             flips = self.flips[i].sum()
         else:
             logits = self.layers[i].logits.detach()
             flips = (self.codes[i] != top_n_mask(logits, self.n, self.m)).sum()
-        return int(flips) / max(self.counts[i], 1)
+        return int(flips)
 
     def counter_of(self, layer: GroupedLayer, seed: Tensor, step: Tensor, draw: Tensor) -> Counter:
         id_ = torch.full((), layer.layer, dtype=torch.int64, device=self.device)

@@ -56,7 +56,7 @@ def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | No
 
 
 def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> set[str]:
-    reads = _Reads({id(layer.weight): name for name, layer in layers.items()})
+    reads = _Reads({id(layer.weight): name for name, layer in layers.items()}, layers)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
@@ -91,11 +91,12 @@ class _Reads(TorchFunctionMode):
 
     Args:
         weights: the name of the layer by the id of its weight.
+        layers: by name.
     """
 
-    def __init__(self, weights: Mapping[int, str]):
+    def __init__(self, weights: dict[int, str], layers: Mapping[str, nn.Module]):
         super().__init__()
-        self.weights, self.elsewhere = weights, set()
+        self.weights, self.elsewhere, self.layers = weights, set(), layers
         self._running: list[set[str]] = []
 
     @contextmanager
@@ -107,11 +108,17 @@ class _Reads(TorchFunctionMode):
             if own:
                 handles.append(module.register_forward_pre_hook(lambda *_, own=own: self._running.append(own)))
                 handles.append(module.register_forward_hook(lambda *_: self._end()))
+            if hasattr(module, "reshard"):
+                # FSDP2 has put gathered weights in the place of the shards by then
+                handles.append(module.register_forward_pre_hook(lambda *_: self._look()))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _look(self) -> None:
+        self.weights |= {id(layer.weight): name for name, layer in self.layers.items()}
 
     def _end(self) -> None:
         self._running.pop()

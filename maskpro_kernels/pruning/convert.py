@@ -9,19 +9,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_int
+from ..functional.checks import check_gap, check_int
 from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
-from ..modules import CounterState, MaskedLinear, check_gap
+from ..modules import CounterState, MaskedLinear
 from ..pattern import NMPattern
+from ..shards import check_no_flat_parameters, is_distributed
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
 from .initial_masks import Init, check_initial_mask, refitted_masks
-from .reconstruction import check_refit
+from .reconstruction import Reconstruction, check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
+from .sharded import has_shards, masked_linear_of_shards, masks_of_rows
 
 DEFAULT_GAP = 10.0
 
@@ -75,7 +77,8 @@ def convert(
             head, layers whose weight is shared, layers with forward hooks, layers that the pattern does not fit, and
             those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
-            path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}.
+            path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
+            ``fully_shard`` has cut the model, "magnitude" or codes, on all ranks.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
@@ -102,9 +105,25 @@ def convert(
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-        codes, weights = refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
+        codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device, seed)
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
     return _conversion(model, list(layers), skipped | left_out, how["gap"], warn=targets is None)
+
+
+def _masks(
+    layers: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    init: Init,
+    refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
+    logits_device: torch.device | str | None,
+    seed: int,
+) -> Reconstruction:
+    """Group codes, and weights that were refitted, by name: of all rows, or where ranks share them of this one's."""
+    if has_shards(layers):
+        return masks_of_rows(layers, pattern, init, refit, logits_device)
+    return refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
 
 
 def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
@@ -113,6 +132,7 @@ def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
     check_initial_mask(init)
     check_refit(refit)
     check_int("seed", seed, 1 << 63)
+    check_no_flat_parameters("model", model)
     check_replaceable(model)
 
 
@@ -171,8 +191,12 @@ def _masked_linears(
         device = layer.weight.device
         if device not in states:
             states[device] = CounterState(device=device)
-        replacements[id(layer)] = MaskedLinear.from_linear(
-            layer, pattern, codes.pop(name), layer=layer_id, counter_state=states[device], **how
-        )
+        of_layer = {"layer": layer_id, "counter_state": states[device], "gap": how["gap"]}
+        if is_distributed(layer.weight):
+            dtype = how["logits_dtype"]
+            masked = masked_linear_of_shards(layer, pattern, codes.pop(name), logits_dtype=dtype, **of_layer)
+        else:
+            masked = MaskedLinear.from_linear(layer, pattern, codes.pop(name), **of_layer | how)
+        replacements[id(layer)] = masked
     put_weights({name: replacements[id(layers[name])] for name in weights}, weights)
     return replacements

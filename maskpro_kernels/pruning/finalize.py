@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..linear_form import in_linear_form
-from ..modules import check_in_memory, masked_layers
+from ..modules import masked_layers
 from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
+from ..shards import check_in_memory, check_not_sharded
 from .convert import Conversion
 from .coverage import coverage, reasons_by_name
 from .replacement import check_replaceable, replace_layers
@@ -24,7 +25,8 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
     Dense, modules in the model that ``convert`` took apart are put together again: names and shapes are those of the
     model that was given to it.
 
-    Weights and biases stay frozen where they were; those of packed layers are frozen all.
+    Weights and biases stay frozen where they were; those of packed layers are frozen all. Of layers that fully_shard
+    has cut, dense weights are the DTensors that there were, with zeros in them; these are not packed.
 
     Args:
         model: a converted model.
@@ -46,8 +48,10 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
         raise ValueError(f'values: expected "{KEEP}" of dense layers, got {values!r}; pack them, by to="packed"')
     check_replaceable(model)
     replacements, layers = {}, masked_layers(model)
+    if to == "packed":
+        check_not_sharded(layers, "pack the whole model that a checkpoint of the dense one gives")
     for name, layer in layers.items():
-        check_in_memory("model", layer, name)
+        check_in_memory("model", layer, name, sharded=True)
     with torch.no_grad():
         for name, layer in layers.items():
             if to == "packed":

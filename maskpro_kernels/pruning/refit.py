@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.masks import expand_mask, top_n_mask
-from ..modules import MaskedLinear, check_in_memory, evaluating, masked_layers
+from ..modules import MaskedLinear, evaluating, masked_layers
 from ..pattern import NMPattern
+from ..shards import check_in_memory
 from .calibration import calls_of
 from .least_squares import FITS, check_damping, refit_rows
 from .reconstruction import DAMPING, Told, layer_by_layer, masked_forwards, tell_unvisited, without_cache

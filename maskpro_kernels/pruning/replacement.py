@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapters import check_not_merged, fit_adapters, refuse_merging
 from ..linear_form import as_built
+from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE
 from ..replacement import replace_modules
 
@@ -35,6 +36,9 @@ def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> N
     module that was taken apart is sparse, it is put together.
     """
     replace_modules(model, replacements)
+    if any(isinstance(layer, MaskedLinear) for layer in replacements.values()):
+        # what FSDP2 gathers comes to the new layers from here on
+        masked_layers(model)
     if not any(isinstance(layer, SPARSE) for layer in replacements.values()):
         as_built(model)
     fit_adapters(model)

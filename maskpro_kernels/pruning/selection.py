@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from ..adapters import ADAPTER, adapter_modules
 from ..functional.checks import LOGIT_DTYPES
 from ..linear_form import SplitAttention, lost_with
-from ..modules import MaskedLinear, check_in_memory
+from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..pattern import NMPattern
+from ..shards import check_in_memory, check_shard, is_finite, resharded
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
 from .coverage import HEAD, coverage, output_heads
@@ -37,12 +37,14 @@ def layers_to_convert(
         TypeError, ValueError: an argument is not as in ``convert``, a weight is not finite or not in memory, or nothing
             is left to convert.
     """
+    params = resharded(model)
     layers, skipped = select_layers(model, NMPattern(pattern), targets)
     for name, layer in layers.items():
-        check_in_memory("model", layer, name)
+        check_in_memory("model", layer, name, sharded=True)
+        check_shard("model", name, layer.weight, NMPattern(pattern), params)
         if layer.weight.dtype not in LOGIT_DTYPES:
             raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
-        if not torch.isfinite(layer.weight).all():
+        if not is_finite(layer.weight):
             raise ValueError(f"model: expected finite weights, got NaN or infinity in {name}")
     bypassed = read_elsewhere(model, layers, call)
     if bypassed and targets is not None:

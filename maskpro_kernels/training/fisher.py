@@ -132,9 +132,10 @@ class _Collector:
 
     Attributes:
         moves_logits: true, for what it keeps is of one pass, and of no compiled graph; see ``MaskedLinear``.
+        takes_shards: see ``RowShard``.
     """
 
-    moves_logits = True
+    moves_logits = takes_shards = True
 
     def __init__(self):
         self.total: Tensor | float = 0.0

@@ -18,16 +18,18 @@ class InitialLosses:
     Args:
         batches: those of the run; later they may stand in another order. None: they are not known beforehand.
         ranks: share the forwards.
+        in_step: whether a forward takes all ranks at once, as in a model whose rows they share.
 
     Attributes:
         losses: by the index of the batch at the first step; None where they are not known, as at first and where m_0
             has become another.
     """
 
-    def __init__(self, batches: Sequence | None, ranks: Ranks):
+    def __init__(self, batches: Sequence | None, ranks: Ranks, in_step: bool = False):
         self.losses: list[float] | None = None
         self._batches = batches
         self._ranks = ranks
+        self._in_step = in_step
 
     @cached_property
     def _contents(self) -> list[str]:
@@ -67,8 +69,9 @@ class InitialLosses:
         for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
             by_rank = names[first : first + world]
             own = by_rank[self._ranks.rank : self._ranks.rank + 1]
+            taken = own or (by_rank[:1] if self._in_step else [])
             # a rank without a batch has a part in it, too
-            rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in own] or [math.nan])
+            rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan])
             found |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
         losses = [found[name] for name in self._contents]
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]

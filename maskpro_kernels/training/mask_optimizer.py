@@ -13,7 +13,8 @@ from .. import ops
 from ..counter import MaskSource
 from ..functional.linear import straight_through_gradient
 from ..functional.masks import top_n_mask
-from ..modules import MaskedLinear, advance, check_in_memory, masked_layers
+from ..modules import MaskedLinear, advance, masked_layers
+from ..shards import check_in_memory, is_distributed
 from .normalized_steps import check_slope_settings, descend_by_rms, folded
 from .number_checks import check_float
 from .offloaded_logits import OffloadedLogits
@@ -62,7 +63,7 @@ class MaskOptimizer(torch.optim.Optimizer):
         self.layers = masked_layers(model)
         for name, layer in self.layers.items():
             check_in_memory("model", layer, name)
-            if hasattr(layer.logits, "to_local"):
+            if is_distributed(layer.logits):
                 raise ValueError(f"model: expected plain tensors as logits, got a DTensor in {name}")
         self._model = model
         logits = [layer.logits.requires_grad_() for layer in self.layers.values()]

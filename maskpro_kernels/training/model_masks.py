@@ -18,6 +18,7 @@ from ..ops.layer_groups import GroupedLayer, LayerGroup, draw_layers_, kind_of, 
 from ..ops.mask_costs import Uses, draws_once
 from ..ops.philox import MAX_DRAWS, MAX_STEPS
 from ..pattern import NMPattern
+from ..shards import Place
 from .offloaded_logits import OffloadedLogits, offloaded
 
 PLAIN = (Tensor, nn.Parameter)
@@ -32,6 +33,15 @@ class ReplayedLayer:
     layer: int
     group_offset: int = 0
     group_row_stride: int | None = None
+
+    @property
+    def own_logits(self) -> Tensor:
+        return self.logits
+
+    @property
+    def place(self) -> Place:
+        groups = self.logits.shape[1] // self.pattern.m
+        return Place(self.group_offset, self.group_row_stride or groups)
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,9 @@ class ModelMasks:
         for i, (names, group) in enumerate(self._grouped()):
             counter = self.layers[names[0]].counter()
             counters.append(counter)
-            if uses is not None and not draws_once(group.device, group.n, uses):
+            # ranks send what a draw keeps, and nobody draws again
+            sharded = self.layers[names[0]].shard is not None
+            if uses is not None and not sharded and not draws_once(group.device, group.n, uses):
                 continue
             draw_layers_(group, 1.0, counter.seed, counter.step, counter.draw)
             known.add(i)
@@ -156,11 +168,13 @@ class ModelMasks:
 
     def _hold(self, name: str, codes: Tensor) -> None:
         layer = self.layers[name]
-        layer.held = HeldDraw(codes, layer.logits, layer.counter_state)
+        layer.held = HeldDraw(codes, layer.own_logits, layer.counter_state)
 
     @torch.no_grad()
     def flip_rate(self, name: str) -> float:
         """Share of the groups of a layer whose draw leaves the top-N mask.
+
+        Of a layer whose rows ranks share it is that of all rows, to which all these ranks have to come.
 
         Raises:
             ValueError: if no layer has that name.
@@ -168,18 +182,26 @@ class ModelMasks:
         if name not in self.layers:
             raise ValueError(f"name: expected that of a layer, got {describe(name)}")
         layer = self.layers[name]
+        flips, groups = self._flips(name, layer), layer.own_logits.numel() // layer.pattern.m
+        if layer.shard is not None:
+            counts = torch.tensor([flips, groups], device=layer.own_logits.device)
+            flips, groups = layer.shard.summed(counts).tolist()
+        return flips / max(groups, 1)
+
+    def _flips(self, name: str, layer: MaskedLinear) -> int:
+        """How many groups of a layer, or of this rank's rows of it, leave the top-N mask."""
         for i, (names, group) in enumerate(self._grouped()):
             if name not in names:
                 continue
             at = names.index(name)
             if self._inside and layer.held is not None and i in self._last.known:
-                return group.flip_rate(at)
+                return group.flips_of(at)
             # the kernel that draws counts them
             alone, counter = LayerGroup([group.layers[at]], group.n, group.m), layer.counter()
             draw_layers_(alone, 1.0, counter.seed, counter.step, counter.draw)
-            return alone.flip_rate(0)
+            return alone.flips_of(0)
         codes, kept = layer.drawn_codes(), top_n_mask(layer.logits_on_device(), layer.pattern)
-        return int((codes != kept).sum()) / max(codes.numel(), 1)
+        return int((codes != kept).sum())
 
     def score_update_(
         self,
@@ -257,7 +279,7 @@ class ModelMasks:
 
     def _update_alone(self, name: str, copies: OffloadedLogits, coef, seed: Scalar, step: Scalar, draw) -> None:
         layer = self.layers[name]
-        where = {"layer": layer.layer, "group_offset": layer.group_offset, "group_row_stride": layer.group_row_stride}
+        where = {"layer": layer.layer, **layer.place._asdict()}
         how = {"pattern": layer.pattern, "draw": draw, "seed": seed, "step": step, **where}
         with copies.moving(layer) as logits:
             score_update_(logits, coef, **how)
@@ -275,9 +297,9 @@ class ModelMasks:
             if not _can_be_grouped(layer):
                 self._alone.append(name)
                 continue
-            stride = layer.group_row_stride or layer.logits.shape[1] // layer.pattern.m
-            grouped = GroupedLayer(layer.logits, layer.layer, layer.group_offset, stride)
-            kind = (*kind_of(grouped, layer.pattern.n, layer.pattern.m), id(getattr(layer, "counter_state", None)))
+            grouped = GroupedLayer(layer.own_logits, layer.layer, *layer.place)
+            of_model = id(getattr(layer, "counter_state", None)), getattr(layer, "shard", None) is not None
+            kind = (*kind_of(grouped, layer.pattern.n, layer.pattern.m), *of_model)
             kinds.setdefault(kind, []).append((name, grouped))
         self._groups = []
         for (_, _, n, m, *_), members in kinds.items():
@@ -289,15 +311,15 @@ class ModelMasks:
 
 def _place_of(layer: MaskedLinear | ReplayedLayer) -> tuple:
     """What a group's table is made from."""
-    logits, weight = layer.logits, getattr(layer, "weight", None)
-    where = layer.layer, layer.group_offset, layer.group_row_stride, id(getattr(layer, "counter_state", None))
+    logits, weight = layer.own_logits, getattr(layer, "weight", None)
+    where = layer.layer, *layer.place, id(getattr(layer, "counter_state", None))
     address = logits.data_ptr() if type(logits) in PLAIN else 0
     kind = logits.shape, logits.stride(), logits.dtype, logits.device, getattr(weight, "device", None)
     return id(logits), address, *kind, *where
 
 
 def _can_be_grouped(layer: MaskedLinear | ReplayedLayer) -> bool:
-    logits = layer.logits
+    logits = layer.own_logits
     return type(logits) in PLAIN and not logits.is_meta and logits.is_contiguous() and not offloaded(layer)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..digests import digest
 from ..modules import MaskedLinear
 from ..ranks import Ranks
+from ..shards import is_distributed
 from .step import LossFn
 
 
@@ -50,6 +51,8 @@ def check_alike(
 def _digest_of(tensor: Tensor) -> list:
     """Layout and shape of a tensor, and a digest of its values."""
     parts = [tensor]
+    if is_distributed(tensor):
+        return [str(tensor.layout), list(tensor.shape), digest(parts)]
     if tensor.layout is torch.sparse_coo:
         # the order of its indices, and twice the same one, are no difference
         tensor = tensor.coalesce()

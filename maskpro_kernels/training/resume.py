@@ -16,6 +16,7 @@ from .journal import Entry
 from .model_masks import ModelMasks
 from .run_folder import RunFolder, SavedRun
 from .score_updates import replay
+from .sharded_run import is_sharded
 from .step import StepRecord
 
 # Tensors of an estimator stand under it in a snapshot, beside the logits under the names of their layers
@@ -41,7 +42,7 @@ class RunState(NamedTuple):
 
 
 def snapshot_of(
-    layers: Mapping[str, MaskedLinear],
+    logits: Mapping[str, Tensor],
     estimator: Estimator,
     initial_losses: list[float] | None,
     skipped: int,
@@ -49,10 +50,11 @@ def snapshot_of(
 ) -> tuple[dict[str, Tensor], dict]:
     """(tensors, state) that a run needs to go on; with a journal that tells the rest, the tensors alone.
 
-    The last three arguments are as in ``RunState``.
+    Args:
+        logits: by the names of their layers.
+        initial_losses, skipped, batches: as in ``RunState``.
     """
-    tensors = {name: layer.logits for name, layer in layers.items()}
-    tensors |= {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
+    tensors = {**logits, **{PREFIX + name: tensor for name, tensor in estimator.tensors().items()}}
     if estimator.journaled:
         return tensors, {}
     state = {"estimator": estimator.state(), "initial_losses": initial_losses, "skipped": skipped}
@@ -144,12 +146,14 @@ def put_back(saved: SavedRun, layers: Mapping[str, MaskedLinear], estimator: Est
     """Set logits and tensors of the estimator to those of the snapshot, and take the journal's steps behind it again.
 
     They are taken by their updates alone, without a forward pass, and give the bits of a run that was never
-    interrupted.
+    interrupted. Logits whose rows ranks share are left to ``spread_run``.
     """
-    for name, layer in layers.items():
-        layer.logits.copy_(saved.tensors[name])
     for name, tensor in estimator.tensors().items():
         tensor.copy_(saved.tensors[PREFIX + name])
+    if is_sharded(layers):
+        return
+    for name, layer in layers.items():
+        layer.logits.copy_(saved.tensors[name])
     masks = ModelMasks(layers)
     for entry in saved.entries[saved.snapshot_step :]:
         replay(masks, seed, entry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
@@ -106,13 +106,13 @@ class Step:
         """The loss of the step's batches under the initial masks."""
         return self._initial_loss(self.batches, self.weights)
 
-    @torch.inference_mode()
     def losses(self) -> list[float]:
         """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
-        for draw, pairs in groupby(self.sharing.own, key=itemgetter(0)):
-            with self.drawing(draw):
-                for _, place in pairs:
-                    self.forward(place)
+        with without_gradients(self.layers):
+            for draw, pairs in groupby(self.sharing.own, key=itemgetter(0)):
+                with self.drawing(draw):
+                    for _, place in pairs:
+                        self.forward(place)
         losses, _ = self.exchange()
         return losses
 
@@ -190,10 +190,17 @@ class Step:
             )
 
 
-@torch.inference_mode()
+def without_gradients(layers: Mapping[str, MaskedLinear]) -> AbstractContextManager:
+    """Inference mode; in a model that FSDP2 has sharded no_grad alone.
+
+    What FSDP2 allocates in inference mode it could not write outside of it.
+    """
+    return torch.no_grad() if any(layer.shard is not None for layer in layers.values()) else torch.inference_mode()
+
+
 def loss_under_top_n_masks(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn, batch) -> float:
     """A forward under the masks that the logits have made likeliest."""
-    with modes_of_step(model, layers, drawing=False):
+    with without_gradients(layers), modes_of_step(model, layers, drawing=False):
         return value_of(loss_fn(model, batch))
 
 

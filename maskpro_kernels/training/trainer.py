@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
@@ -20,6 +19,7 @@ from ..digests import digest
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
+from ..shards import check_no_flat_parameters
 from .batches import weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
@@ -27,10 +27,12 @@ from .journal import Entry
 from .model_masks import ModelMasks
 from .number_checks import check_float, check_whole
 from .rank_agreement import check_alike
-from .resume import RunState, put_back, read_run, snapshot_of
+from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
+from .run_snapshots import RunSnapshots
+from .sharded_run import agree_on_shards, check_sharding, is_sharded, spread_run
 from .sharing import PARALLEL, Sharing
-from .step import LossFn, Step, StepRecord, loss_under_top_n_masks
+from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
 from .step_batches import batches_of_steps, check_batches
 
 
@@ -51,7 +53,8 @@ class MaskTrainer:
     the logits get the bits of one process with the same draws and batches a step, if it computes the same losses. With
     ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
     process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
-    number of ranks.
+    number of ranks. Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows
+    alone, all ranks make each forward together, and snapshots hold whole logits none the less.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
@@ -103,6 +106,7 @@ class MaskTrainer:
         parallel: str = "data",
         timeout: float = 600.0,
     ):
+        check_no_flat_parameters("model", model)
         self.layers = masked_layers(model)
         _check_objects(loss_fn, batches, estimator)
         check_whole("seed", seed, -(1 << 63), (1 << 63) - 1)
@@ -113,6 +117,7 @@ class MaskTrainer:
             raise ValueError(f'parallel: expected "data" or "draws", got {parallel!r}')
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
+        check_sharding(self.layers, parallel)
         self._sharing = Sharing(self.ranks, parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
         self._batches = batches_of_steps(batches, estimator, accumulate, self.ranks)
@@ -123,11 +128,13 @@ class MaskTrainer:
         self.accumulate, self.parallel = accumulate, parallel
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks)
+        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, in_step=is_sharded(self.layers))
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:
             self._folder = RunFolder(self.output_dir, estimator.journaled)
+        held = self.layers, estimator, self._batches, self._initial_losses
+        self._snapshots = RunSnapshots(self._folder, self.snapshot_minutes, self.ranks, *held)
         self._begun = self._broken = False
         self._skipped = 0
         estimator.taken = True
@@ -170,10 +177,11 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         if self.output_dir is not None or self.ranks.world > 1:
-            run = self._agreed_settings(logits=digest(layer.logits for layer in self.layers.values()))
+            run = self._agreed_settings(with_logits=True)
         if self.output_dir is not None:
-            self.ranks.first(lambda: self._start_folder(run))
-        losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
+            self._snapshots.start(run)
+        with self.ranks.naming_lost():
+            losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
             self.ranks.first(lambda: self._folder.start_journal(losses, self.estimator.draws))
         self._begun = True
@@ -207,9 +215,11 @@ class MaskTrainer:
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
                         break
         except BaseException:
-            self._keep_steps()
+            if not self.broken:
+                self._snapshots.keep(self.steps_done, self._skipped)
             raise
-        self._snapshot()
+        if self.output_dir is not None:
+            self._snapshots.add(self.steps_done, self._skipped)
         return records
 
     def step(self) -> StepRecord:
@@ -233,9 +243,10 @@ class MaskTrainer:
         for counter_state in counter_states(self.model):
             counter_state.step.fill_(self.steps_done)
         start = time.perf_counter()
-        with torch.enable_grad() if self.estimator.needs_gradients else torch.inference_mode():
+        with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.layers):
             step = self._next_step()
-            result = self.estimator.step(step)
+            with self.ranks.naming_lost():
+                result = self.estimator.step(step)
         step.check_entries()
         if result.refreshes:
             # ahead of the next step: from a run that is killed in between it is the same one
@@ -256,8 +267,8 @@ class MaskTrainer:
         self._broken = False
         if self._folder is not None:
             self._folder.metrics.add(asdict(record))
-            if self._folder.lacks_snapshot() or time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes:
-                self._snapshot()
+        if self.output_dir is not None and self._snapshots.is_due():
+            self._snapshots.add(self.steps_done, self._skipped)
         if self._skipped:
             _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
         return record
@@ -293,11 +304,11 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-        run, told = self.ranks.first(lambda: self._restore(settings, progress, check))
+        saved = []
+        run, told = self.ranks.first(lambda: self._restore(settings, progress, check, saved))
         self.ranks.all_of(lambda: self.ranks.rank == 0 or self._batches.skip(run.steps, run.batches, progress=False))
         self._begun = self._broken = True
-        for tensor in (*(layer.logits.detach() for layer in self.layers.values()), *self.estimator.tensors().values()):
-            self.ranks.spread_(tensor)
+        spread_run(self.ranks, self.layers, self.estimator, self.seed, *saved)
         self.estimator.load_state(run.state)
         self._initial_losses.losses, self.steps_done, self._skipped = run.initial_losses, run.steps, run.skipped
         self._broken = False
@@ -334,41 +345,29 @@ class MaskTrainer:
         # until the step has ended logits may have moved in a part of the layers
         self._broken = True
 
-    def _agreed_settings(self, **others: str) -> dict:
-        """The settings that identify the run, and these, once all ranks agree on them."""
+    def _agreed_settings(self, with_logits: bool = False) -> dict:
+        """The settings that identify the run, once all ranks agree on them."""
+        agree_on_shards(self.ranks, self.layers)
         how = self.seed, self.accumulate, self.loss_fn
-        settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how) | others
-        check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
+        with self.ranks.naming_lost():
+            settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how)
+            if with_logits:
+                settings["logits"] = digest(layer.logits for layer in self.layers.values())
+            check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
         return settings
 
-    def _start_folder(self, run: Mapping) -> None:
-        self._folder.start(run)
-        self._snapshot()
+    def _restore(self, settings: Mapping, progress: bool, check: Callable | None, into: list) -> tuple:
+        """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged.
 
-    def _snapshot(self) -> None:
-        if self._folder is None:
-            return
-        taken = self._batches.digest_before(self.steps_done)
-        held = snapshot_of(self.layers, self.estimator, self._initial_losses.losses, self._skipped, taken)
-        self._folder.add_snapshot(self.steps_done, *held)
-        self._snapshot_time = time.monotonic()
-
-    def _keep_steps(self) -> None:
-        """Behind an error: leave a snapshot of the steps that ``resume`` could not have otherwise."""
-        if self._folder is None or self._folder.journaled or self.broken:
-            return
-        # the error that came first is the one to be told
-        with suppress(OSError, RuntimeError):
-            self._snapshot()
-
-    def _restore(self, settings: Mapping, progress: bool, check: Callable | None) -> tuple[RunState, list[str]]:
-        """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged."""
+        What the folder holds is added to ``into``.
+        """
         skip = partial(self._batches.skip, progress=progress)
         saved, run = read_run(self._folder, settings, self.estimator, skip, check)
         # nothing that a disk can refuse from here on
         self._begun = self._broken = True
         put_back(saved, self.layers, self.estimator, self.seed)
-        self._snapshot_time = time.monotonic()
+        into.append(saved)
+        self._snapshots.time = time.monotonic()
         return run, saved.warnings
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
@@ -454,10 +453,10 @@ def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> N
                 f"model: expected weights and logits in memory, got some on meta in {name}; what offloads weights "
                 f"loses what their logits learn"
             )
-        if not torch.isfinite(layer.logits).all():
+        if not torch.isfinite(layer.own_logits).all():
             raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
         if estimator.needs_gradients:
             if not layer.logits.requires_grad:
                 raise ValueError(f"model: expected logits that require a gradient, got frozen ones in {name}")
-            if not layer.logits.is_contiguous():
-                raise ValueError(f"model: expected contiguous logits, got {layer.logits.stride()} in {name}")
+            if not layer.own_logits.is_contiguous():
+                raise ValueError(f"model: expected contiguous logits, got {layer.own_logits.stride()} in {name}")

@@ -69,7 +69,7 @@ class ManyLayers:
     def flip_rates(self) -> list[float]:
         group = self.group()
         draw_layers_(group, INVERSE, *numbers(), torch.tensor(DRAWS[0]))
-        return [group.flip_rate(i) for i in range(len(group.layers))]
+        return [group.flips_of(i) / max(count, 1) for i, count in enumerate(group.counts)]
 
     def updated(self, draws: int = 1, by_codes: bool = False) -> list[Tensor]:
         group = self.group()

@@ -100,6 +100,7 @@ _CONFIGURATIONS["score_updates", 4] = Configuration(block=32, num_warps=1, steps
 _CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
 _CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
+_CONFIGURATIONS["score_updates", 16] = Configuration(block=32, num_warps=1, steps=8, registers=255)
 
 # Of all layers of a model by one launch
 _CONFIGURATIONS |= {
@@ -111,8 +112,6 @@ _CONFIGURATIONS |= {
     )
     for m in (2, 4, 8, 16, 32)
 }
-# Left alone, ptxas aims at 168 registers here as well, and puts 8 bytes on the stack on sm_100
-_CONFIGURATIONS["score_updates_of_layers", 16] = Configuration(block=32, num_warps=1, steps=8, registers=255)
 
 # How kernels over single elements are launched
 _ELEMENTS: dict[str, Configuration] = {"split_sum": Configuration(block=256), "metadata": Configuration(block=512)}

@@ -1,0 +1,82 @@
+"""Masked layers in the place of nn.Linear layers that fully_shard has cut into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.masks import top_n_mask
+from ..modules import CounterState, MaskedLinear, initial_logits
+from ..pattern import NMPattern
+from ..shards import is_distributed, like_shards, local, rows_of
+from .initial_masks import Init, given
+from .reconstruction import Reconstruction
+
+
+def has_shards(layers: Mapping[str, nn.Module]) -> bool:
+    """Whether the weight of a layer is a DTensor."""
+    return any(is_distributed(layer.weight) for layer in layers.values())
+
+
+def masks_of_rows(
+    layers: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    init: Init,
+    refit: str,
+    logits_device: torch.device | None,
+) -> Reconstruction:
+    """Group codes [rows, K / M] of the initial masks of the rows that this rank has, by name; weights stay as they are.
+
+    Args:
+        layers: by name.
+        init: "magnitude", or group codes [out, K / M] by name, for exactly these layers.
+        refit, logits_device: as for ``convert``, of which sharded layers take the defaults alone.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+    told = "in a model that fully_shard has cut; convert it before"
+    if not isinstance(init, Mapping) and init != "magnitude":
+        raise ValueError(f'init: expected "magnitude" or group codes {told}, got {init!r}')
+    if refit != "none":
+        raise ValueError(f'refit: expected "none" {told}, got {refit!r}')
+    if logits_device is not None:
+        raise ValueError(f"logits_device: expected None {told}, got {logits_device}")
+    if isinstance(init, Mapping):
+        whole = given(layers, pattern, init)
+        codes = {name: rows_of(whole[name], layer.weight) for name, layer in layers.items()}
+    else:
+        codes = {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
+    return Reconstruction(codes, {})
+
+
+def masked_linear_of_shards(
+    linear: nn.Linear,
+    pattern: NMPattern,
+    codes: Tensor,
+    *,
+    gap: float,
+    logits_dtype: torch.dtype,
+    layer: int,
+    counter_state: CounterState,
+) -> MaskedLinear:
+    """A MaskedLinear with the shards of a layer's weight and bias, frozen, and logits on the same mesh.
+
+    FSDP2 knows nothing of the logits. ``masked_layers`` leads what it gathers to the new layer.
+
+    Args:
+        codes: group codes [rows, K / M] of this rank's rows.
+        The others: as for ``MaskedLinear.from_linear``.
+    """
+    weight, bias, device = linear.weight, linear.bias, linear.weight.device
+    empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") if x is not None else None for x in (weight, bias))
+    logits = torch.empty(weight.shape, dtype=logits_dtype, device="meta")
+    masked = MaskedLinear(*empty, logits, pattern, layer=layer, counter_state=counter_state)
+    # the very parameters: FSDP2 knows them by these objects
+    masked.weight, masked.bias = weight.requires_grad_(False), None if bias is None else bias.requires_grad_(False)
+    masked.logits = nn.Parameter(like_shards(initial_logits(codes, pattern, gap, logits_dtype), weight))
+    masked.layer_id = torch.empty((), dtype=torch.int64, device=device)
+    masked.layer = layer
+    return masked.train(linear.training)

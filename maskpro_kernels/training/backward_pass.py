@@ -1,0 +1,277 @@
+"""The backward passes of a straight-through step, and what moves the logits of each layer by them."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..counter import MaskSource
+from ..modules import MaskedLinear
+from ..ranks import Ranks
+from .normalized_steps import descend_by_rms, folded
+from .offloaded_logits import OffloadedLogits
+from .weight_learning import WeightLearner
+
+
+class SlopeSettings(Protocol):
+    """Those of ``StraightThrough`` that slopes and steps take."""
+
+    curvature: float
+    max_update: float
+    decay: float
+
+
+class BackwardPass:
+    """The forwards and backwards of a step, in turn; the last backward has moved all logits.
+
+    On several ranks the slopes of a layer are summed up before it moves. Where each rank makes one pass, and all come
+    to the same layers in the same order, that happens inside backward, in this order: a slope that comes ahead of its
+    turn is held. All other slopes are held until backward has ended. So the slopes of two layers are never summed up
+    for those of one, whichever way the backward of a rank goes.
+
+    Attributes:
+        in_turn: whether a layer that is finished now has been used at most once, on each rank.
+    """
+
+    def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
+        self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
+        self.hooks: list = []
+        self.in_turn = True
+        self.turns: collections.deque[LayerUpdater] = collections.deque()
+        # backward comes by the last layers first
+        self.offloaded = OffloadedLogits([updater.layer for updater in reversed(updaters.values())])
+        # autograd has a thread for each device
+        self.lock = threading.Lock()
+
+    def watch(self) -> None:
+        """Count how often a forward uses each layer."""
+        for updater in self.updaters.values():
+            updater.uses = 0
+            self.hooks.append(updater.layer.register_forward_hook(updater.count))
+
+    def unwatch(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    def order(self, loss: Tensor) -> float:
+        """A number for the turns that the layers take in a backward of ``loss``: another one where they are others."""
+        turns = []
+        if self.takes_turns():
+            reached = _reached(loss, self.updaters)
+            times = collections.Counter(reached)
+            turns = [name for name in reached if times[name] == 1 and self.updaters[name].uses <= 1]
+        self.turns = collections.deque(self.updaters[name] for name in turns)
+        # 48 bits, which a float64 holds
+        return float(int.from_bytes(hashlib.blake2b(repr(turns).encode(), digest_size=6).digest(), "big"))
+
+    def takes_turns(self) -> bool:
+        """Whether slopes may be summed up inside backward."""
+        return self.ranks.world > 1 and self.batches == 1
+
+    def alike(self, loss: Tensor) -> bool:
+        """Whether the turns are the same on all ranks, of a pass that is not the last one."""
+        return True
+
+    def backward(self, loss: Tensor, weight: float = 1.0, alike: bool = True) -> list[str]:
+        """Take the gradient of the loss of the last forward to the logits.
+
+        Behind the last pass it gives the names of the layers in which a slope was not finite: the logits of its
+        weights, and the running mean square of the layer, are as they were. Else none.
+
+        Args:
+            loss: 0-dim.
+            weight: of its slopes in the sum over the passes of all ranks.
+            alike: whether ``order`` has given the same on all ranks.
+
+        Raises:
+            ValueError: if no layer is reached, one is reached again after it has moved, or logits have a gradient by
+                another way than their mask.
+        """
+        # what runs again from here on, to compute an activation anew, is no further use
+        self.unwatch()
+        self.left -= 1
+        self.in_turn = True
+        if not alike:
+            self.turns.clear()
+        for updater in self.updaters.values():
+            updater.weight = weight
+            updater.at_once = self.ranks.world == 1 and self.batches == 1 and updater.uses <= 1
+        torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
+        self._end_pass()
+        if self.left:
+            self.watch()
+            return []
+        bad = _folded(self.updaters)
+        elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
+        if elsewhere:
+            raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
+        return bad
+
+    def take_turns(self) -> None:
+        """Move the layers whose turn has come."""
+        with self.lock:
+            while self.turns and self.turns[0].slopes is not None:
+                self.turns.popleft().finish()
+
+    def _end_pass(self) -> None:
+        if not self.left:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Finish the layers that backward has not finished, and that it has come to on any rank."""
+        while self.turns:
+            # other ranks may wait for it, though backward has not come to it on this one
+            self.turns.popleft().finish()
+        self.in_turn = False
+        held = self.ranks.gather([updater.slopes is not None for updater in self.updaters.values()])
+        # the last ones first, as backward comes by them, and as their logits are copied ahead
+        for updater, *on_ranks in reversed(list(zip(self.updaters.values(), *held, strict=True))):
+            if any(on_ranks):
+                updater.finish()
+
+
+def _reached(loss: Tensor, updaters: Mapping[str, LayerUpdater]) -> list[str]:
+    """The layers that backward comes to, in its order, each as often as it does; of a reentrant checkpoint none."""
+    names = {id(updater.layer.logits): name for name, updater in updaters.items()}
+    ahead, seen, found = [loss.grad_fn], {None}, []
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for source, _ in node.next_functions:
+            name = names.get(id(getattr(source, "variable", None)))
+            if name is None:
+                ahead.append(source)
+            else:
+                # autograd takes what the forward did last first
+                found.append((node._sequence_nr(), name))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def _folded(updaters: Mapping[str, LayerUpdater]) -> list[str]:
+    """Take the mean squares of a step into the running ones; names of the layers whose are not finite."""
+    reached = {name: updater for name, updater in updaters.items() if updater.latest is not None}
+    if not reached:
+        raise ValueError(
+            "loss_fn: expected a loss that a gradient takes to a masked layer, got none; checkpointed activations "
+            "need use_reentrant=False"
+        )
+    # one transfer a device
+    by_device: dict[torch.device, list[LayerUpdater]] = {}
+    for updater in reached.values():
+        by_device.setdefault(updater.latest.device, []).append(updater)
+    for group in by_device.values():
+        for updater, square in zip(group, torch.stack([d.latest for d in group]).tolist(), strict=True):
+            updater.fold(square)
+    return [name for name, updater in reached.items() if not updater.finite]
+
+
+class LayerUpdater:
+    """Moves the logits of one layer, inside backward or after it: see ``BackwardPass``.
+
+    Attributes:
+        moves_logits: see ``MaskedLinear``.
+        mean_square: running mean square of the slope, None until a step has given one above 0.
+        latest: that of the step, on the device; None where backward has not come by.
+        uses: how often the forward of a pass has used the layer.
+        fisher: of the layer, see ``FisherSquares``; None where the gradient itself tells the curvature.
+        slopes: those summed up of the step, float32; None where there are none, and once the logits have moved by them.
+        weight_grad: the weight's gradient, summed up likewise where the weights learn; else None.
+        weight: of the slopes of a pass.
+        at_once: whether the logits move by the slopes of a pass where these are computed, in one kernel.
+    """
+
+    moves_logits = True
+
+    def __init__(self, layer: MaskedLinear, how: SlopeSettings, learner: WeightLearner | None):
+        self.layer, self.how, self.learner = layer, how, learner
+        self.mean_square: float | None = None
+
+    def begin(self, lr: float, weight_lr: float, backward_pass: BackwardPass, fisher: Tensor | None) -> None:
+        self.lr, self.weight_lr, self.backward_pass, self.fisher = lr, weight_lr, backward_pass, fisher
+        self.uses = 0
+        self.latest: Tensor | None = None
+        self.slopes: Tensor | None = None
+        self.weight_grad: Tensor | None = None
+
+    def count(self, layer: MaskedLinear, *_) -> None:
+        # no backward comes by the logits of a dense forward
+        if not layer.is_dense:
+            self.uses += 1
+
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
+        how = self.how
+        if self.latest is not None:
+            raise ValueError(
+                "loss_fn: expected a backward that comes to a layer as often as the forward uses it, got one that "
+                "comes again after the layer has moved"
+            )
+        weight_grad = None if self.learner is None else torch.empty_like(weight, dtype=torch.float32)
+        more = weight_grad, None if self.fisher is None else self.fisher / max(len(x), 1)
+        if self.at_once:
+            self.weight_grad = weight_grad
+            of = grad, x, weight, how.curvature
+            # the parameter itself: what autograd has kept may be a copy
+            with self.backward_pass.offloaded.moving(self.layer) as logits:
+                own = mask._replace(tensor=logits)
+                self._descend(
+                    logits, mask.codes, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more)
+                )
+            return
+        slope = ops.straight_through_grad(grad, x, weight, how.curvature, mask, *more)
+        # of the slope, not of the loss: the curvature would take its square
+        self.slopes = self._added(self.slopes, slope)
+        self.weight_grad = self._added(self.weight_grad, weight_grad)
+        self.backward_pass.take_turns()
+
+    def _added(self, total: Tensor | None, of_pass: Tensor | None) -> Tensor | None:
+        if of_pass is None:
+            return total
+        if self.weight != 1.0:
+            of_pass.mul_(self.weight)
+        return of_pass if total is None else total.add_(of_pass)
+
+    def finish(self) -> None:
+        """Move by the slopes that the passes of all ranks have summed up; this one may have none."""
+        if self.slopes is None:
+            self.slopes = torch.zeros_like(self.layer.weight, dtype=torch.float32)
+            self.weight_grad = None if self.learner is None else torch.zeros_like(self.slopes)
+        for total in (self.slopes, self.weight_grad):
+            if total is not None:
+                self.backward_pass.ranks.sum_(total)
+        m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
+        with self.backward_pass.offloaded.moving(self.layer) as logits:
+            held = self.layer.held_codes
+            self._descend(logits, held, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
+        self.slopes = None
+
+    def end(self) -> None:
+        """Free what a step has left, also one that broke off."""
+        self.latest = self.slopes = self.weight_grad = self.backward_pass = self.fisher = None
+
+    def _descend(self, logits: Tensor, codes: Tensor | None, descend: Callable[[Tensor], Tensor]) -> None:
+        if self.learner is not None and codes is None:
+            # ahead of the logits, by which the mask of the step is drawn
+            of = self.layer.pattern.n, self.layer.pattern.m, 1.0, self.layer.counter()
+            codes = ops.sample_mask(logits, *of)
+        self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
+        # a draw of the logits as they were
+        self.layer.held = None
+        if self.learner is not None:
+            # behind the slope, which is taken at the weights of the forward
+            self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)
+            self.weight_grad = None
+
+    def fold(self, square: float) -> None:
+        self.finite = math.isfinite(square)
+        self.mean_square = folded(self.mean_square, square, self.how.decay)

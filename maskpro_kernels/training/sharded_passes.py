@@ -1,0 +1,113 @@
+"""Straight-through learning of layers whose rows ranks share: slopes of a rank's own rows, by sums over all ranks.
+
+No rank has the dense weight of a layer, and its slope takes that. So what ranks sum up is the loss's derivative in the
+masked weight, of which each gets its own rows. The second derivative is an outer product of two vectors, and ranks tell
+each other these.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..functional.checks import FLOAT32_MAX
+from .backward_pass import BackwardPass, LayerUpdater
+
+
+class ShardedPass(BackwardPass):
+    """``BackwardPass`` of layers that fully_shard has cut into rows.
+
+    Slopes are summed up in every pass, so that no rank holds those of two whole layers. Logits move behind the last
+    one: a rank holds a float32 slope for each weight of its own rows.
+    """
+
+    def takes_turns(self) -> bool:
+        return True
+
+    def alike(self, loss: Tensor) -> bool:
+        own = self.order(loss)
+        return all(order == own for (order,) in self.ranks.gather([own]))
+
+    def _end_pass(self) -> None:
+        self._finish()
+        if self.left:
+            return
+        moved = [updater for updater in self.updaters.values() if updater.own_slopes is not None]
+        own = [(float(updater.own_square()), updater.own_slopes.numel()) for updater in moved]
+        rows = self.ranks.gather([value for pair in own for value in pair])
+        for at, updater in enumerate(moved):
+            pairs = [row[2 * at : 2 * at + 2] for row in rows]
+            updater.move(sum(square * count for square, count in pairs if count) / sum(count for _, count in pairs))
+
+
+class ShardUpdater(LayerUpdater):
+    """``LayerUpdater`` of a layer that fully_shard has cut into rows: its logits move behind the last backward.
+
+    Attributes:
+        slopes: the loss's derivative in the masked weight [out, K], of the pass that is under way.
+        factors: of the loss's second derivative there: for each use of the layer in that pass [out] and [K].
+        own_slopes: float32 [rows, K], of the rows of this rank, summed up over the passes of all ranks.
+    """
+
+    takes_shards = True
+
+    def begin(self, *how) -> None:
+        super().begin(*how)
+        self.factors: list[tuple[Tensor, Tensor]] = []
+        self.own_slopes: Tensor | None = None
+
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: None) -> None:
+        squares = ops.column_squares(grad) if self.fisher is None else self.fisher / max(len(x), 1)
+        first = (grad.t() @ x).float()
+        self.slopes = self._added(self.slopes, first)
+        self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
+        self.backward_pass.take_turns()
+
+    def finish(self) -> None:
+        """Add what the backward of one pass has given on all ranks."""
+        shard, ranks = self.layer.shard, self.backward_pass.ranks
+        device = shard.weight.device
+        if self.slopes is None:
+            self.slopes = torch.zeros(shard.shape, dtype=torch.float32, device=device)
+        first = ranks.sum_of_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
+        # freed before the next layer comes
+        self.slopes, factors, self.factors = None, self.factors, []
+        second = torch.zeros_like(first)
+        in_turn = self.backward_pass.in_turn
+        uses = 1 if in_turn else max(count for (count,) in ranks.gather([len(factors)]))
+        for use in range(int(uses)):
+            none = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
+            told = ranks.gather_vectors(torch.cat(factors[use]) if use < len(factors) else none)
+            outputs, inputs = told.split(list(shard.shape), 1)
+            second.addmm_(shard.rows_of(outputs.t()), inputs)
+        slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
+        self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
+
+    def own_square(self) -> Tensor:
+        """Mean square of the slopes of this rank's rows."""
+        # at a rate of 0 nothing moves
+        return self._descend_own(0.0)
+
+    def _descend_own(self, rate: float) -> Tensor:
+        logits, counter = self.layer.own_logits, self.layer.counter()
+        rate = torch.full((), rate, dtype=torch.float32, device=logits.device)
+        return ops.descend_(logits, self.own_slopes, rate, self.how.max_update, self.layer.pattern.m, counter)
+
+    def move(self, square: float) -> None:
+        """Move the logits.
+
+        Args:
+            square: mean square of the slopes of all rows.
+        """
+        mean_square = square if self.mean_square is None else self.mean_square
+        usable = math.isfinite(mean_square) and mean_square > 0.0
+        self._descend_own(min(self.lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0)
+        self.latest = torch.tensor(square, dtype=torch.float32)
+        self.layer.held = None
+
+    def end(self) -> None:
+        super().end()
+        self.own_slopes, self.factors = None, []

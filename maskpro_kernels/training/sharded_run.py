@@ -1,0 +1,96 @@
+"""Runs of a model whose rows ranks share: what such a run takes, and its logits to rank 0 and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..modules import MaskedLinear
+from ..ranks import Ranks
+from ..shards import whole
+from .estimator import Estimator
+from .model_masks import ModelMasks
+from .run_folder import SavedRun
+from .score_updates import replay
+
+
+def is_sharded(layers: Mapping[str, MaskedLinear]) -> bool:
+    """Whether fully_shard has cut them into rows: all of them, see ``check_sharding``."""
+    return any(layer.shard is not None for layer in layers.values())
+
+
+def check_sharding(layers: Mapping[str, MaskedLinear], parallel: str) -> None:
+    """Raise ValueError unless ranks that share the rows of layers can learn their masks together."""
+    if not is_sharded(layers):
+        return
+    first = next(iter(layers))
+    for name, layer in layers.items():
+        if layer.shard is None or layers[first].shard is None:
+            whole_one, cut = (name, first) if layer.shard is None else (first, name)
+            raise ValueError(
+                f"model: expected fully_shard around all masked layers or none, got {cut} in it and {whole_one} not"
+            )
+        if layer.shard.mesh != layers[first].shard.mesh:
+            raise ValueError(
+                f"model: expected one mesh for all masked layers, got {layers[first].shard.mesh} in {first} and "
+                f"{layer.shard.mesh} in {name}"
+            )
+    if parallel != "data":
+        raise ValueError(
+            f'parallel: expected "data" in a model that fully_shard has cut, got {parallel!r}: all ranks gather rows '
+            "of one draw"
+        )
+
+
+def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
+    """Raise ValueError on all ranks unless they have the same layers on the same mesh; then all weights are shards."""
+    if not is_sharded(layers):
+        return
+    shards = {name: layer.shard for name, layer in layers.items()}
+    ranks.agree({name: [str(x.mesh), x.mesh.mesh.tolist(), str(x.placements), *x.shape] for name, x in shards.items()})
+    for shard in shards.values():
+        shard.reshard()
+        ranks.limit(shard.mesh)
+
+
+def logits_on_first(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
+    """The whole logits [out, K] by name, on rank 0 alone where ranks share their rows: one layer after the other."""
+    found = {}
+    with ranks.naming_lost():
+        for name, layer in layers.items():
+            logits = whole(layer.logits)
+            if layer.shard is None:
+                found[name] = logits
+            elif ranks.rank == 0:
+                found[name] = logits.cpu()
+    return found
+
+
+@torch.no_grad()
+def spread_run(
+    ranks: Ranks, layers: Mapping[str, MaskedLinear], estimator: Estimator, seed: int, saved: SavedRun | None = None
+) -> None:
+    """Give all ranks the logits and the tensors of an estimator that rank 0 has read.
+
+    Args:
+        saved: what rank 0 has read and, where ranks share the rows of layers, not put into the logits: each then takes
+            the rows of the snapshot that it has, and the journal's steps behind it. None on other ranks.
+    """
+    if is_sharded(layers):
+        for name, layer in layers.items():
+            own = layer.own_logits
+            logits = torch.empty(layer.shard.shape, dtype=own.dtype, device=own.device)
+            if saved is not None:
+                logits.copy_(saved.tensors[name])
+            ranks.spread_(logits)
+            own.copy_(layer.shard.rows_of(logits))
+        masks = ModelMasks(layers)
+        for entry in ranks.gather_objects(None if saved is None else saved.entries[saved.snapshot_step :])[0]:
+            replay(masks, seed, entry)
+    else:
+        for layer in layers.values():
+            ranks.spread_(layer.logits.detach())
+    for tensor in estimator.tensors().values():
+        ranks.spread_(tensor)

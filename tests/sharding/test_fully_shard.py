@@ -1,0 +1,98 @@
+"""Layers whose rows fully_shard shares out over ranks: they learn by the bits of one process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.in_ranks import all_in_ranks
+from helpers.rank_jobs import rank_trainer
+from helpers.sharded_jobs import a_mesh, learn_each, learn_sharded, whole_logits
+from helpers.tiny_llama import tiny_model
+from torch.distributed.fsdp import fully_shard
+
+import maskpro_kernels as mk
+
+STEPS = 3
+# Of each the masks that its logits have made likeliest are those of one process; of REINFORCE all bits are
+RUNS = {
+    "reinforce": {"how": "reinforce", "accumulate": 2},
+    "reinforce, converted behind": {"how": "reinforce", "accumulate": 2, "behind": True},
+    "several draws": {"how": "two draws", "accumulate": 2},
+    "straight-through": {"how": "straight-through", "accumulate": 2},
+    "straight-through, two passes a rank": {"how": "straight-through", "accumulate": 4, "behind": True},
+}
+
+
+def assert_learns_as_one_process(world: int, mesh: list[int], runs: dict[str, dict], steps: int) -> None:
+    on_mesh = {name: {"mesh": mesh, "steps": steps, **how} for name, how in runs.items()}
+    results = all_in_ranks(world, learn_each, runs=on_mesh)
+    for name, how in runs.items():
+        logits, records = learn_sharded(0, None, steps=steps, **how)
+        for theirs, seen in (result[name] for result in results):
+            if how["how"] == "straight-through":
+                assert_same_bits(theirs, results[0][name][0])
+                for one, other in zip(theirs, logits, strict=True):
+                    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+                assert [row["loss"] for row in seen] == pytest.approx([row["loss"] for row in records], rel=1e-5)
+            else:
+                assert_same_bits(theirs, logits)
+                assert seen == records
+
+
+def test_sharded_layers_learn_by_the_bits_of_one_process(eager_reference):
+    names = ["reinforce", "reinforce, converted behind", "straight-through, two passes a rank"]
+    assert_learns_as_one_process(2, [2], {name: RUNS[name] for name in names}, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[2, 2], [4], [3]], ids=str)
+def test_meshes_of_more_ranks_learn_by_the_bits_of_one_process(mesh, eager_reference):
+    """Of three ranks some have fewer rows than others, and one has none of the last layer."""
+    world = 3 if mesh == [3] else 4
+    runs = {name: how | {"accumulate": how["accumulate"] // 2 * world} for name, how in RUNS.items()}
+    assert_learns_as_one_process(world, mesh, runs, 20)
+
+
+def language_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch, use_cache=False).loss.float()
+
+
+def learn_llama(rank: int, mesh: list[int] | None, how: str, steps: int, ranks: int) -> list[torch.Tensor]:
+    """Whole logits of a LLaMA whose blocks are sharded, and computed anew in backward."""
+    model = tiny_model()
+    if how == "straight-through":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    mk.convert(model, "2:4", gap=2.0)
+    if mesh is not None:
+        for block in model.model.layers:
+            fully_shard(block, mesh=a_mesh(mesh))
+        fully_shard(model, mesh=a_mesh(mesh))
+    tokens = torch.randint(2, 32, (2 * ranks, 2, 12), generator=torch.Generator().manual_seed(3))
+    batches = [{"input_ids": ids, "labels": ids} for ids in tokens]
+    trainer = rank_trainer(how, model=model, batches=batches, loss_fn=language_loss, accumulate=ranks)
+    trainer.run(steps, progress=False)
+    trainer.close()
+    logits, ids = whole_logits(model), {"input_ids": tokens[0]}
+    with torch.no_grad():
+        masked = model.eval()(**ids).logits
+        assert_same_bits(mk.finalize(model)(**ids).logits, masked)
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+@pytest.mark.parametrize("mesh", [[2], [2, 2]], ids=str)
+def test_llamas_learn_the_masks_of_one_process(mesh, how, eager_reference):
+    of = {"how": how, "steps": 20, "ranks": math.prod(mesh)}
+    logits = learn_llama(0, None, **of)
+    for theirs in all_in_ranks(of["ranks"], learn_llama, mesh=mesh, **of):
+        if how == "reinforce":
+            assert_same_bits(theirs, logits)
+            continue
+        for one, other in zip(theirs, logits, strict=True):
+            # a weight near a bound may take the other side of it
+            assert ((one - other).abs() < 1e-3).float().mean() > 0.99
+            assert (mk.top_n_mask(one, "2:4") == mk.top_n_mask(other, "2:4")).float().mean() > 0.99

@@ -1,0 +1,193 @@
+"""Models that are sharded in a way that has no code, and what sharded ones cannot do: one line each, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.in_ranks import all_in_ranks
+from helpers.rank_jobs import rank_trainer
+from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, shard
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import maskpro_kernels as mk
+from maskpro_kernels.modules import masked_layers
+
+ROWS = "model: expected a weight that fully_shard has cut into rows"
+CUT = "got blocks.0.1, which fully_shard has cut"
+
+
+def converted(pattern: str = "2:4", targets: tuple[str, ...] = ("*",)) -> Blocks:
+    model = Blocks()
+    mk.convert(model, pattern, targets=targets, gap=2.0)
+    return model
+
+
+def sharded_by(pattern: str = "2:4", targets: tuple[str, ...] = ("*",), **how) -> mk.MaskTrainer:
+    model = converted(pattern, targets)
+    fully_shard(model, **{"mesh": a_mesh([2])} | how)
+    return trained(model)
+
+
+def columns(parameter: nn.Parameter) -> Shard:
+    return Shard(parameter.dim() - 1)
+
+
+def placed_by_hand(weight, logits=None) -> mk.MaskTrainer:
+    model, mesh = converted(), a_mesh([2])
+    for layer in masked_layers(model).values():
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [weight]), requires_grad=False)
+        if logits is not None:
+            layer.logits = nn.Parameter(distribute_tensor(layer.logits.detach(), mesh, [logits]))
+    return trained(model)
+
+
+def with_partial_weights() -> None:
+    model = Blocks()
+    model.out.weight = nn.Parameter(DTensor.from_local(model.out.weight.detach(), a_mesh([2]), [Partial()]))
+    mk.convert(model, "2:4", targets=["*"])
+
+
+def sharded_in_part() -> mk.MaskTrainer:
+    model = converted()
+    fully_shard(model.blocks[0], mesh=a_mesh([2]))
+    return trained(model)
+
+
+def on_the_meta_device() -> mk.MaskTrainer:
+    model = converted().to("meta")
+    shard(model, [2])
+    return trained(model)
+
+
+def with_other_layers_on_rank_1() -> None:
+    model = converted(targets=("*",) if dist.get_rank() == 0 else ("blocks.*",))
+    shard(model, [2])
+    trained(model).begin()
+
+
+def converted_behind(**how) -> None:
+    model = Blocks()
+    shard(model, [2])
+    mk.convert(model, "2:4", targets=["*"], **how)
+
+
+def in_flat_parameters() -> mk.MaskTrainer:
+    return trained(FullyShardedDataParallel(converted(), device_id=torch.device("cpu"), use_orig_params=True))
+
+
+def sharded_by_an_older_torch() -> mk.MaskTrainer:
+    model = a_sharded_model([2])
+    vars(model._get_fsdp_state()).pop("_fsdp_param_groups")
+    return trained(model)
+
+
+def trained(model: nn.Module, **how) -> mk.MaskTrainer:
+    return rank_trainer(model=model, accumulate=2, **how)
+
+
+# what is refused, and how the line begins
+REFUSED = {
+    "an older torch": (sharded_by_an_older_torch, "torch: expected 2.13 or newer, as fully_shard is used here, got "),
+    "flat parameters": (
+        in_flat_parameters,
+        "model: expected parameters as they are or sharded by fully_shard, got the",
+    ),
+    "other placements": (
+        lambda: placed_by_hand(Shard(0), Replicate()),
+        "model: expected logits with the mesh and placements of their weight, (DeviceMesh(",
+    ),
+    "plain logits": (
+        lambda: placed_by_hand(Shard(0)),
+        "model: expected logits sharded as their weight is, got a sharded weight and plain logits in blocks.0.1",
+    ),
+    "columns that cut groups": (
+        lambda: sharded_by("8:16", ("blocks.*.1", "out"), shard_placement_fn=columns),
+        f"{ROWS}, got columns in blocks.0.1: 16 over 2 ranks are 8 each, which cuts groups of 16",
+    ),
+    "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS} once, got (Shard(dim=1),) in blocks.0.1; "),
+    "fewer ranks": (
+        lambda: sharded_by(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("apart", "fsdp"))["fsdp"]),
+        f"{ROWS}, over all ranks, got a mesh of 1 of 2 in blocks.0.1",
+    ),
+    "ranks that are not alike": (
+        with_other_layers_on_rank_1,
+        "ranks: expected what rank 0 has on all of them, got other out on rank 1",
+    ),
+    "another origin": (
+        lambda: placed_by_hand(Shard(0), Shard(0)),
+        "model: expected weights that fully_shard has sharded, got a DTensor of another origin in blocks.0.1",
+    ),
+    "parts of a sum": (with_partial_weights, f"{ROWS}, got (Partial(sum),) in out: parts of a sum have no mask"),
+    "a part of the model": (
+        sharded_in_part,
+        "model: expected fully_shard around all masked layers or none, got blocks.0.1 in it and blocks.1.1 not",
+    ),
+    "meta": (on_the_meta_device, "model: expected weights and logits in memory, got some on meta in blocks.0.1"),
+    "offloaded": (
+        lambda: sharded_by(offload_policy=CPUOffloadPolicy(pin_memory=False)),
+        "model: expected shards that stay on their device, got a CPUOffloadPolicy in blocks.0.1",
+    ),
+    "calibration": (
+        lambda: converted_behind(init="wanda", calibration=[torch.randn(4, 16)]),
+        'init: expected "magnitude" or group codes in a model that fully_shard has cut; convert it before',
+    ),
+    "refit": (
+        lambda: converted_behind(refit="weights", calibration=[torch.randn(4, 16)]),
+        'refit: expected "none" in a model that fully_shard has cut; convert it before',
+    ),
+    "shared draws": (
+        lambda: trained(a_sharded_model([2]), how="two draws", parallel="draws"),
+        "parallel: expected \"data\" in a model that fully_shard has cut, got 'draws'",
+    ),
+    "weights that learn": (
+        lambda: trained(a_sharded_model([2]), how="trained weights").begin(),
+        f"model: expected whole layers, {CUT}: weights learn as wholes alone",
+    ),
+    "an optimizer": (
+        lambda: mk.MaskOptimizer(a_sharded_model([2])),
+        "model: expected plain tensors as weights, got a DTensor in blocks.0.1",
+    ),
+    "dense forwards": (
+        lambda: mk.dense(a_sharded_model([2])).__enter__(),
+        f"model: expected whole layers, {CUT}: ranks are sent kept values alone",
+    ),
+    "packing": (
+        lambda: mk.finalize(a_sharded_model([2]), to="packed"),
+        f"model: expected whole layers, {CUT}: pack the whole model",
+    ),
+}
+
+
+def refuse_all(rank: int) -> dict[str, str]:
+    """What each of them is refused with."""
+    told = {}
+    for name, (refused, _) in REFUSED.items():
+        with pytest.raises(ValueError) as error:
+            refused()
+        told[name] = str(error.value)
+    return told
+
+
+def test_what_has_no_code_is_refused_by_name():
+    for told in all_in_ranks(2, refuse_all):
+        for name, (_, line) in REFUSED.items():
+            assert told[name].startswith(line), (name, told[name])
+            assert "\n" not in told[name], name
+
+
+def refuse_ranks_in_part(rank: int) -> str:
+    with pytest.raises(ValueError) as error:
+        sharded_by(mesh=a_mesh([4]), reshard_after_forward=2)
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_a_number_of_ranks_to_gather_on_is_refused():
+    for told in all_in_ranks(4, refuse_ranks_in_part):
+        assert told.startswith(
+            "model: expected reshard_after_forward to be a bool, got a number of ranks in blocks.0.1"
+        )

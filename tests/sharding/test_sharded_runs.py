@@ -1,0 +1,85 @@
+"""Runs of sharded layers in a folder: they go on with another number of ranks, and as one process."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from helpers.bits import assert_same_bits
+from helpers.in_ranks import all_in_ranks, in_ranks
+from helpers.rank_jobs import rank_trainer
+from helpers.sharded_jobs import a_sharded_model, learn_sharded
+
+from maskpro_kernels.ranks import MissingRanks
+from maskpro_kernels.training import journal
+
+STEPS = 4
+# Seconds: longer than the others wait
+HANGS = 20
+HOW = {
+    "reinforce": {"how": "reinforce", "accumulate": 2},
+    "straight-through": {"how": "straight-through", "accumulate": 2},
+}
+
+
+def learn_in_turn(rank: int, folders: dict[str, str], mesh: list[int] | None, steps: int) -> dict[str, list]:
+    """Whole logits of runs in their folders that take steps up to so many, by name."""
+    found = {}
+    for name, folder in folders.items():
+        found[name], _ = learn_sharded(rank, mesh, steps=steps, output_dir=Path(folder), **HOW[name])
+    return found
+
+
+def test_runs_go_on_sharded_and_as_one_process(tmp_path, eager_reference):
+    """Two steps sharded and two more alone, and the other way round, where the journal alone tells of two steps."""
+    first, second = ({name: str(tmp_path / order / name) for name in HOW} for order in ("sharded first", "alone first"))
+    all_in_ranks(2, learn_in_turn, folders=first, mesh=[2], steps=2)
+    learn_in_turn(0, second, None, 2)
+    # each rank takes its steps again, on its own rows
+    newest_of(second["reinforce"]).unlink()
+    sharded = all_in_ranks(2, learn_in_turn, folders=second, mesh=[2], steps=STEPS)
+    alone = learn_in_turn(0, first, None, STEPS)
+    for name, how in HOW.items():
+        logits, _ = learn_sharded(0, None, steps=STEPS, **how)
+        for theirs in (*(result[name] for result in sharded), alone[name]):
+            if name == "reinforce":
+                assert_same_bits(theirs, logits)
+            else:
+                for one, other in zip(theirs, logits, strict=True):
+                    assert (one - other).abs().max() < 1e-5
+    told = [journal.read(Path(folders["reinforce"]) / "journal")[1] for folders in (first, second)]
+    assert told[0] == told[1] and len(told[0]) == STEPS
+
+
+def newest_of(folder: str) -> Path:
+    return max(Path(folder).glob("snapshot-*"))
+
+
+def lose_a_rank(rank: int, folder: Path, how: str, ends: bool) -> None:
+    """A run in which rank 1 ends in its third step, or hangs there."""
+
+    def loss_fn(model, batch):
+        if rank == 1 and trainer.steps_done == 2:
+            if ends:
+                os._exit(1)
+            time.sleep(HANGS)
+        return model(batch).square().mean()
+
+    model, timeout = a_sharded_model([2]), 60.0 if ends else 2.0
+    trainer = rank_trainer(
+        how, model=model, loss_fn=loss_fn, accumulate=2, output_dir=folder, snapshot_minutes=0.0, timeout=timeout
+    )
+    trainer.run(3, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [True, False], ids=["dead", "hung"])
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_a_lost_rank_is_named_and_the_run_goes_on(how, ends, tmp_path, eager_reference):
+    error, *_ = in_ranks(2, lose_a_rank, folder=tmp_path, how=how, ends=ends)
+    assert isinstance(error, MissingRanks) and error.missing == [1], error
+    resumed, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2, output_dir=tmp_path)
+    logits, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2)
+    assert (resumed[0] - logits[0]).abs().max() < 1e-5

@@ -1,0 +1,167 @@
+"""What is gathered of a sharded layer, and what a rank holds of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.in_ranks import all_in_ranks
+from helpers.sharded_jobs import Blocks, a_sharded_model, shard
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.tensor import DTensor
+
+import maskpro_kernels as mk
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.pruning.bypassed import READ_ELSEWHERE
+from maskpro_kernels.shards import whole
+from maskpro_kernels.training.model_masks import ModelMasks
+
+WIDTH = 256
+
+
+def gathered_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that this rank sends in a forward."""
+    sent, real = [], _fsdp_collectives.DefaultAllGather.__call__
+
+    def counted(self, output_tensor, input_tensor, *args, **kwargs):
+        sent.append(input_tensor.nbytes)
+        return real(self, output_tensor, input_tensor, *args, **kwargs)
+
+    _fsdp_collectives.DefaultAllGather.__call__ = counted
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        _fsdp_collectives.DefaultAllGather.__call__ = real
+    return sum(sent)
+
+
+def count_bytes(rank: int) -> tuple[int, int, int, int]:
+    """(bytes sent of the dense model, of the masked one, weights of this rank, bytes of its other parameters)."""
+    x, dense = torch.randn(4, WIDTH, dtype=torch.bfloat16), Blocks(WIDTH, torch.bfloat16)
+    shard(dense, [2])
+    model = a_sharded_model([2], width=WIDTH, dtype=torch.bfloat16)
+    layers = masked_layers(model).values()
+    weights = sum(layer.own_weight.numel() for layer in layers)
+    others = sum(p.to_local().nbytes for name, p in model.named_parameters() if p.dim() == 1)
+    assert all(isinstance(layer.logits, DTensor) for layer in layers)
+    sent = gathered_bytes(dense, x), gathered_bytes(model, x)
+    # nor are logits gathered while the layers run
+    assert all(isinstance(layer.logits, DTensor) for layer in layers)
+    return *sent, weights, others
+
+
+def test_nine_bits_a_weight_are_gathered_and_no_logits():
+    for of_dense, of_masked, weights, others in all_in_ranks(2, count_bytes):
+        assert of_dense == 2 * weights + others
+        assert of_masked == 9 * weights // 8 + others
+        assert of_masked <= 0.6 * of_dense
+
+
+@torch.no_grad()
+def hold(rank: int) -> None:
+    """What layers, masks and losses of a sharded model are, by those of the whole one."""
+    model, alone, x = a_sharded_model([2]), a_sharded_model(None), torch.randn(3, 16)
+    assert_outputs_follow_the_masks(model, alone, x)
+    assert_parts_are_told_from_sums(model, alone)
+    with ModelMasks(model).drawn(draw=1), ModelMasks(alone).drawn(draw=1):
+        assert_same_bits(model(x), alone(x))
+    assert_same_bits(model(x), alone(x))
+    # cast: FSDP2 makes shards anew, and the outermost layer had gathered others
+    model.double().float()
+    assert_same_bits(model(x), alone(x))
+    assert_finalized_weights_are_the_shards(model, alone, x)
+
+
+def assert_outputs_follow_the_masks(model: nn.Module, alone: nn.Module, x: torch.Tensor) -> None:
+    """Also of the outermost layer, which FSDP2 keeps gathered from forward to forward, and of one that ran before."""
+    seen = []
+    for move in (lambda _: None, mk.advance, lambda m: m.eval(), lambda m: m.train(), mk.advance):
+        move(model)
+        move(alone)
+        seen.append(model(x))
+        assert_same_bits(seen[-1], alone(x))
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def assert_parts_are_told_from_sums(model: nn.Module, alone: nn.Module) -> None:
+    torch.testing.assert_close(mk.log_prob(model), mk.log_prob(alone))
+    masks, of_alone = ModelMasks(model), ModelMasks(alone)
+    # FSDP2 has left the outermost layer gathered
+    model.reshard()
+    for (name, layer), other in zip(masked_layers(model).items(), masked_layers(alone).values(), strict=True):
+        assert masks.flip_rate(name) == of_alone.flip_rate(name)
+        assert_same_bits(whole(layer.masked_weight()), other.masked_weight())
+        assert layer.own_logits.shape[0] == layer.own_weight.shape[0] == other.out_features // 2
+        assert layer.logits.placements == layer.weight.placements
+
+
+def assert_finalized_weights_are_the_shards(model: nn.Module, alone: nn.Module, x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^model: expected whole layers, got blocks\.0\.1, which fully_shard has cut"):
+        mk.finalize(model, to="packed")
+    mk.finalize(model)
+    mk.finalize(alone)
+    assert type(model.out) is type(alone.out) is nn.Linear and isinstance(model.out.weight, DTensor)
+    assert_same_bits(model(x), alone(x))
+    assert_same_bits(whole(model.out.weight), alone.out.weight)
+
+
+@torch.no_grad()
+def gather_each_kind(rank: int) -> None:
+    """Outputs have the bits of the whole model by each kind of code and of value."""
+    for pattern, dtype in {"1:2": torch.float32, "4:8": torch.bfloat16, "17:32": torch.float16}.items():
+        model, alone, x = Blocks(64, dtype), Blocks(64, dtype), torch.randn(3, 64, dtype=dtype)
+        for one in (model, alone):
+            mk.convert(one, pattern, targets=["*"], gap=2.0)
+        shard(model, [2])
+        # ahead of a first forward: FSDP2 refuses logits in float32 beside weights in 16 bits
+        masked_layers(model)
+        for change in (mk.advance, lambda m: m.eval()):
+            change(model)
+            change(alone)
+            assert_same_bits(model(x), alone(x))
+
+
+class ReadsItself(Blocks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + nn.functional.linear(x, self.out.weight)
+
+
+def use_in_other_ways(rank: int) -> None:
+    """In 16 bits by a policy of FSDP2, gathered before the layers are known, and with gradients of the logits."""
+    reader = ReadsItself()
+    shard(reader, [2])
+    found = mk.convert(reader, "2:4", calibration=[torch.randn(3, 16)])
+    assert found.skipped == {"out": READ_ELSEWHERE} and len(found.converted) == 4
+    model, x = Blocks(), torch.randn(3, 16)
+    mk.convert(model, "2:4", targets=["*"], gap=2.0)
+    for layer in masked_layers(model).values():
+        layer.logits.requires_grad_(False)
+    shard(model, [2], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with torch.no_grad():
+        # FSDP2 gathers weights and logits, as of any model that nobody has told of
+        before = model(x)
+        masked_layers(model)
+        assert_same_bits(model(x), before)
+        assert before.dtype == torch.bfloat16 and before.isfinite().all()
+    model = a_sharded_model([2])
+    mk.log_prob(model).backward()
+    grads = [whole(layer.logits.grad) for layer in masked_layers(model).values()]
+    alone = a_sharded_model(None)
+    mk.log_prob(alone).backward()
+    for grad, layer in zip(grads, masked_layers(alone).values(), strict=True):
+        torch.testing.assert_close(grad, layer.logits.grad)
+
+
+def test_layers_masks_and_losses_are_those_of_the_whole_model():
+    all_in_ranks(2, hold)
+
+
+def test_patterns_and_dtypes_are_gathered():
+    all_in_ranks(2, gather_each_kind)
+
+
+def test_sharded_layers_take_a_policy_and_give_gradients():
+    all_in_ranks(2, use_in_other_ways)
