@@ -15,7 +15,7 @@ from ..training.memory import MemoryNeed
 from .arguments import check_least, new_file
 from .estimator_options import class_of, complete_options
 from .memory import GB
-from .planned import Choice, Planned
+from .planned import Choice, Planned, check_mesh
 from .run_settings import check_checkpointing
 from .step_seconds import Duration, check_gpu, step_at_least, step_seconds
 
@@ -29,6 +29,7 @@ def plan(args: argparse.Namespace) -> None:
     NMPattern(args.pattern)
     check_least(args, batch_size=1, accumulate=1, seq_len=2, eval_windows=1, eval_length=2)
     check_checkpointing(args)
+    check_mesh(args)
     args.steps = class_of(args).run_defaults.steps
     planned = Planned(args, complete_options(args))
     if hasattr(args, "gpu"):

@@ -185,8 +185,11 @@ class Planned:
     def larger_mesh(self, given: Choice, room: int) -> Choice | None:
         """The fewest devices over which it fits, by doubling: as given, else with activations computed anew.
 
-        None where no number of devices is of use, since activations are not shared out.
+        None where no number of devices is of use, since activations are not shared out, or sharded layers refuse an
+        option.
         """
+        if refused_by_shards(self.args) is not None:
+            return None
         for choice in (given, given._replace(checkpointing=True)) if self.can_checkpoint() else (given,):
             shards = given.mesh.shards
             while (shards := 2 * shards) <= MOST_DEVICES:
@@ -194,6 +197,24 @@ class Planned:
                 if self.on_device(larger) <= room:
                     return larger
         return None
+
+
+def check_mesh(args: argparse.Namespace) -> None:
+    """Raise ValueError where sharded layers refuse an option, as ``MaskTrainer`` does."""
+    option = refused_by_shards(args)
+    if args.mesh.shards > 1 and option is not None:
+        raise ValueError(
+            f"mesh: expected no shards beside {option}, which sharded layers refuse, got {args.mesh}; take "
+            f"{args.mesh.devices}x1, whole models, or leave {option.split()[0]} out"
+        )
+
+
+def refused_by_shards(args: argparse.Namespace) -> str | None:
+    """What of the options no model takes that FSDP2 has cut: weights that learn, a loss that asks the dense model."""
+    # of an estimator that has the option, or given
+    if getattr(args, "train_weights", None) is not None:
+        return f"--train-weights {args.train_weights:g}"
+    return f"--loss {args.loss}" if "kl" in args.loss else None
 
 
 def _check_positions(args: argparse.Namespace, model: torch.nn.Module) -> None:

@@ -198,8 +198,9 @@ def test_llama_2_70b_with_its_forwards(planning):
 @pytest.mark.parametrize(
     "options",
     [
-        "--loss kl --mesh 3 --accumulate 2 --gpu a100",
-        "--loss ce+kl --train-weights 1e-4 --dtype float32 --mesh 2x3",
+        "--mesh 3 --accumulate 2 --gpu a100",
+        "--loss ce+kl --train-weights 1e-4 --dtype float32 --mesh 2x1",
+        "--loss kl --gpu a100",
         "--estimator reinforce --draws 3 --gpu h100 --logits-device cpu --logits-dtype bfloat16",
         "--pattern 8:16 --gradient-checkpointing --batch-size 2 --eval-windows 9 --eval-length 200",
     ],
@@ -218,7 +219,7 @@ def test_each_number_follows_from_its_formula(planning, options):
     if "derived_seconds" in told:
         parts = {name: each["seconds"] for name, each in told["derived_seconds"]["parts"].items()}
         computed = parts.pop("products") + parts.pop("masks")
-        assert told["derived_seconds"]["step"] == max(computed, *parts.values())
+        assert told["derived_seconds"]["step"] == max([computed, *parts.values()])
 
 
 def test_the_forward_of_the_teacher_takes_seconds_as_well(planning, without_forwards):
@@ -383,6 +384,18 @@ UNFIT = {
         "such as 2x4, got '2x0'",
     ),
     "a mesh of three": (LLAMA, "--mesh 2x2x2", "--mesh: expected", "got '2x2x2'"),
+    "shards of weights that learn": (
+        LLAMA,
+        "--mesh 2x4 --train-weights 1e-4",
+        "mesh: expected no shards beside --train-weights 0.0001",
+        "got 2x4; take 8x1",
+    ),
+    "shards beside a teacher": (
+        LLAMA,
+        "--mesh 4 --loss kl",
+        "mesh: expected no shards beside --loss kl",
+        "got 4; take",
+    ),
     "no windows": (LLAMA, "--batch-size 0", "batch_size: expected at least 1", "got 0"),
     "more tokens than positions": (GPT2, "--seq-len 65", "seq_len: expected at most 64", "got 65"),
     "an option of another estimator": (LLAMA, "--draws 2", "draws: expected none", "of reinforce alone"),
