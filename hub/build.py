@@ -21,7 +21,7 @@ PACKAGE = ROOT / "maskpro_kernels"
 PARTS = (
     *("functional", "ops"),
     *("counter.py", "extras.py", "graph_break.py", "held_draw.py", "huge_pages.py", "modules.py", "packed.py"),
-    "pattern.py",
+    *("pattern.py", "shards.py"),
 )
 BACKENDS = ("cpu", "cuda", "rocm")
 # Raised with a change that asks callers of ``interface.py`` to change theirs

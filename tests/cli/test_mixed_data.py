@@ -350,7 +350,7 @@ def test_a_run_beside_files_that_are_called_like_its_sources_goes_on(inputs, tmp
     assert (settings["data"], settings["other_data"]) == (f"{inputs / 'text.txt'}:1/2,self:1/2", "pydoc")
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
     assert main.main(["eval", str(tmp_path / "run"), "--eval-windows", "2", "--eval-length", "24"]) == 0
-    assert stored_settings(Namespace(model="smollm2-135m", data="self"))["model"] == "smollm2-135m"
+    assert stored_settings(Namespace(model="smollm2-135m", data="self", init="wanda"))["model"] == "smollm2-135m"
 
 
 @pytest.mark.slow
