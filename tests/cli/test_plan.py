@@ -112,7 +112,7 @@ def bytes_of(told: dict) -> dict[str, int]:
         slow(LLAMA, "--dtype float32 --gradient-checkpointing"),
         slow(LLAMA, "--dtype bfloat16 --estimator reinforce"),
         slow(LLAMA, "--dtype bfloat16 --train-weights 1e-3 --accumulate 2"),
-        (GPT2, "--dtype float32 --loss kl"),
+        slow(GPT2, "--dtype float32 --loss kl"),
         slow(GPT2, "--dtype bfloat16 --logits-dtype bfloat16"),
     ],
 )
@@ -278,6 +278,7 @@ def test_a_snapshot_takes_what_was_told(planning, tmp_path):
     assert len(list(tmp_path.glob("snapshot-*"))) == 3
 
 
+@pytest.mark.slow
 def test_the_ways_that_are_told_fit(planning, capsys):
     """Each with the bytes that it has when it is given."""
     sizes, room = "--seq-len 16 --batch-size 3 --eval-windows 1 --eval-length 8", 1_400_000
