@@ -279,10 +279,12 @@ class RowShard:
         (sent,) = gathered
         (rows, k), n, m = self.shape, self._layer.pattern.n, self._layer.pattern.m
         size = k // m * n * dtype.itemsize
-        values, bitmask = sent[:rows, :size].contiguous().view(dtype), sent[:rows, size:].contiguous()
+        # a single row is contiguous as it lies, and has to be a copy all the same
+        parts = sent[:rows].split([size, sent.shape[1] - size], 1)
+        values, bitmask = (part.clone(memory_format=torch.contiguous_format) for part in parts)
         # FSDP2 allocates it anew for the next gather
         sent.untyped_storage().resize_(0)
-        weight = ops.unpacked(values, bitmask, None, n, m)
+        weight = ops.unpacked(values.view(dtype), bitmask, None, n, m)
         self._gathered = key
         if out is None:
             return weight, (weight,)
