@@ -153,7 +153,6 @@ class RowShard:
         self._layer, self._param, self._group = layer, param, group
         self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
         self.first = first_row(layer.weight)
-        self._gathered: tuple | None = None
         param.reset_sharded_param = self._reset
         self._hook()
 
@@ -169,6 +168,7 @@ class RowShard:
 
     def _hook(self) -> None:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
+        self._gathered: tuple | None = None
         self._forget()
 
     def _reset(self) -> None:
@@ -191,7 +191,7 @@ class RowShard:
         linear.weight, linear.bias = layer.weight, layer.bias
         for param in self._group.fsdp_params:
             if param._module_info.module is layer:
-                _lead_to(linear, param)
+                _lead_to(linear, param, self._group)
 
     def _forget(self) -> None:
         """What FSDP2 has allocated for another kind of gather."""
@@ -249,7 +249,7 @@ class RowShard:
         """Another one where the masked weight is."""
         layer = self._layer
         drawn = versions(self.logits, layer.counter_state) if layer.training else [version_of(self.logits)]
-        return layer.training, version_of(self.weight), *drawn
+        return layer.training, id(self.logits), version_of(self.weight), *drawn
 
     def backward_by(self, logits_backward: Callable) -> tuple[Callable, Callable[[], bool]]:
         """(logits_backward, whether the weight is still under the mask of now).
@@ -332,7 +332,7 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
             _leave_out(*params[id(layer.logits)])
         for parameter in (layer.weight, layer.bias):
             if id(parameter) in params:
-                _lead_to(layer, params[id(parameter)][0])
+                _lead_to(layer, *params[id(parameter)])
         layer.shard = RowShard(layer, *params[id(layer.weight)])
 
 
@@ -397,7 +397,22 @@ def _leave_out(param, group) -> None:
     param._post_load_hook_handle.remove()
 
 
-def _lead_to(layer: nn.Module, param) -> None:
-    """Have FSDP2 put what it gathers into this layer, which may stand in the place of another one."""
+def _lead_to(layer: nn.Module, param, group) -> None:
+    """Have FSDP2 put what it gathers into this layer, which may stand in the place of another one, and hook to it."""
     info = param._module_info
-    info.module, info.shared_modules = layer, [layer] * len(info.shared_modules)
+    before, info.module, info.shared_modules = info.module, layer, [layer] * len(info.shared_modules)
+    if before is layer:
+        return
+    param._post_load_hook_handle.remove()
+    param._post_load_hook_handle = layer.register_load_state_dict_post_hook(lambda *_: param.reset_sharded_param())
+    of_state_dicts = (
+        group._module_to_pre_save_state_dict_hook_handle,
+        group._module_to_pre_load_state_dict_hook_handle,
+    )
+    if any(of_state_dicts):
+        # else FSDP2 registers them at its first forward
+        for handles in of_state_dicts:
+            for handle in handles.values():
+                handle.remove()
+            handles.clear()
+        group._register_state_dict_hooks()

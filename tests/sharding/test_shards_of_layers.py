@@ -124,6 +124,38 @@ def gather_each_kind(rank: int) -> None:
             assert_same_bits(model(x), alone(x))
 
 
+@torch.no_grad()
+def save_and_load(rank: int) -> None:
+    """What a state_dict holds behind a forward, and what one that is assigned changes, before and after learning."""
+    x = torch.randn(3, 16)
+    for behind in (False, True):
+        model, alone = Blocks(), a_sharded_model(None)
+        if not behind:
+            mk.convert(model, "2:4", targets=["*"], gap=2.0)
+        shard(model, [2])
+        if behind:
+            # FSDP2 hooks to the layers that it finds
+            model(x)
+            mk.convert(model, "2:4", targets=["*"], gap=2.0)
+        for change in (masked_layers, mk.finalize):
+            change(model)
+            change(alone)
+            model(x)
+            assert_states_are_shards(model, alone)
+            for one in (model, alone):
+                state = {name: -2 * t if t.dim() == 2 else t for name, t in one.state_dict().items()}
+                one.load_state_dict(state, assign=True)
+            assert_same_bits(model(x), alone(x))
+
+
+def assert_states_are_shards(model: nn.Module, alone: nn.Module) -> None:
+    state, whole_state = model.state_dict(), alone.state_dict()
+    assert state.keys() == whole_state.keys()
+    for name, tensor in state.items():
+        assert isinstance(tensor, DTensor) or name.endswith("_extra_state"), name
+        assert_same_bits(whole(tensor), whole_state[name])
+
+
 class ReadsItself(Blocks):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + nn.functional.linear(x, self.out.weight)
@@ -161,6 +193,10 @@ def test_layers_masks_and_losses_are_those_of_the_whole_model():
 
 def test_patterns_and_dtypes_are_gathered():
     all_in_ranks(2, gather_each_kind)
+
+
+def test_states_hold_dense_shards_and_are_loaded():
+    all_in_ranks(2, save_and_load)
 
 
 def test_sharded_layers_take_a_policy_and_give_gradients():
