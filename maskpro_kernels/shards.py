@@ -251,19 +251,10 @@ class RowShard:
         drawn = versions(self.logits, layer.counter_state) if layer.training else [version_of(self.logits)]
         return layer.training, id(self.logits), version_of(self.weight), *drawn
 
-    def backward_by(self, logits_backward: Callable) -> tuple[Callable, Callable[[], bool]]:
-        """(logits_backward, whether the weight is still under the mask of now).
-
-        Raises:
-            ValueError: if it does not tell by ``takes_shards`` that it needs neither dense weight nor mask.
-        """
-        if not getattr(logits_backward, "takes_shards", False):
-            raise ValueError(
-                "logits_backward: expected one of MaskTrainer in a layer that fully_shard has cut, got "
-                f"{type(logits_backward).__name__}"
-            )
+    def stays_gathered(self) -> Callable[[], bool]:
+        """Tells whether the weight that is gathered is still under the mask of now."""
         key = self.mask_key()
-        return logits_backward, lambda: self._gathered == key
+        return lambda: self._gathered == key
 
     def _pre(self, mesh) -> tuple[tuple[Tensor], tuple]:
         layer, param = self._layer, self._param
@@ -302,6 +293,15 @@ def _kept(weight: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
     # how many there are is known, and needs no wait for the device
     places = kept.nonzero_static(size=rows * k // m * n).squeeze(-1)
     return weight.flatten()[places].view(rows, k // m * n)
+
+
+def check_takes_shards(logits_backward: Callable) -> None:
+    """Raise ValueError unless it tells by ``takes_shards`` that it needs neither dense weight nor mask."""
+    if not getattr(logits_backward, "takes_shards", False):
+        raise ValueError(
+            "logits_backward: expected one of MaskTrainer in a layer that fully_shard has cut, got "
+            f"{type(logits_backward).__name__}"
+        )
 
 
 def check_not_sharded(layers: Mapping[str, nn.Module], reason: str) -> None:

@@ -156,6 +156,37 @@ def assert_states_are_shards(model: nn.Module, alone: nn.Module) -> None:
         assert_same_bits(whole(tensor), whole_state[name])
 
 
+def go_back(rank: int) -> None:
+    """Gradients of inputs are those of the whole model, and only under the mask of the forward."""
+    model, alone = a_sharded_model([2]), a_sharded_model(None)
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for one in (model, alone):
+        for layer in masked_layers(one).values():
+            layer.logits.requires_grad_(False)
+    for training in (True, False):
+        grads = [gradient_in_16_bits(one.train(training), x) for one in (alone, model)]
+        assert_same_bits(*grads)
+    for change in (mk.advance, lambda m: m.train(not m.training)):
+        y = model.train()(x).sum()
+        change(model)
+        with pytest.raises(RuntimeError, match=r"^weight: expected the mask of the forward in its backward, got"):
+            y.backward()
+        model.reset_iter_state()
+    masked_layers(model)["out"].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^weight: expected a frozen one in a layer that fully_shard has cut, got"):
+        model(x)
+
+
+def gradient_in_16_bits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Under autocast; nothing of a weight is kept from forward to backward but what FSDP2 frees in between."""
+    kept, shapes = [], {layer.weight.shape for layer in masked_layers(model).values()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x).float().sum()
+    assert not [t for t in kept if t.shape in shapes and t.dtype == torch.bfloat16]
+    return torch.autograd.grad(y, x)[0]
+
+
 class ReadsItself(Blocks):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + nn.functional.linear(x, self.out.weight)
@@ -197,6 +228,10 @@ def test_patterns_and_dtypes_are_gathered():
 
 def test_states_hold_dense_shards_and_are_loaded():
     all_in_ranks(2, save_and_load)
+
+
+def test_gradients_are_those_of_the_mask_of_the_forward():
+    all_in_ranks(2, go_back)
 
 
 def test_sharded_layers_take_a_policy_and_give_gradients():
