@@ -121,6 +121,10 @@ def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -
         raise ValueError(
             f"{told} once, got {placements} in {name}; column shards and tensor parallelism have no code yet"
         )
+    ranks = mesh.mesh.movedim(next(iter(cuts)), -1)
+    if (ranks.diff() < 0).any():
+        # FSDP2 gives out rows in the order of the ranks; by DTensor's offsets they would be others
+        raise ValueError(f"{told}, over ranks in rising order, got a mesh of {mesh.mesh.tolist()} in {name}")
     if mesh.size() != torch.distributed.get_world_size():
         raise ValueError(
             f"{told}, over all ranks, got a mesh of {mesh.size()} of {torch.distributed.get_world_size()} in {name}"

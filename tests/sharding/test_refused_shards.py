@@ -9,7 +9,7 @@ from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, shard
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -112,6 +112,10 @@ REFUSED = {
     "fewer ranks": (
         lambda: sharded_by(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("apart", "fsdp"))["fsdp"]),
         f"{ROWS}, over all ranks, got a mesh of 1 of 2 in blocks.0.1",
+    ),
+    "ranks in another order": (
+        lambda: sharded_by(mesh=DeviceMesh("cpu", [1, 0])),
+        f"{ROWS}, over ranks in rising order, got a mesh of [1, 0] in blocks.0.1",
     ),
     "ranks that are not alike": (
         with_other_layers_on_rank_1,
