@@ -17,6 +17,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 
 ROWS = "model: expected a weight that fully_shard has cut into rows"
+NAN = "model: expected finite logits, got NaN or infinity in out"
 CUT = "got blocks.0.1, which fully_shard has cut"
 
 
@@ -66,6 +67,13 @@ def on_the_meta_device() -> mk.MaskTrainer:
 def with_other_layers_on_rank_1() -> None:
     model = converted(targets=("*",) if dist.get_rank() == 0 else ("blocks.*",))
     shard(model, [2])
+    trained(model).begin()
+
+
+def with_nan_on_rank_1() -> None:
+    model = a_sharded_model([2])
+    if dist.get_rank() == 1:
+        masked_layers(model)["out"].own_logits.detach().fill_(torch.nan)
     trained(model).begin()
 
 
@@ -121,6 +129,7 @@ REFUSED = {
         with_other_layers_on_rank_1,
         "ranks: expected what rank 0 has on all of them, got other out on rank 1",
     ),
+    "logits of one rank": (with_nan_on_rank_1, NAN),
     "another origin": (
         lambda: placed_by_hand(Shard(0), Shard(0)),
         "model: expected weights that fully_shard has sharded, got a DTensor of another origin in blocks.0.1",
@@ -179,6 +188,7 @@ def refuse_all(rank: int) -> dict[str, str]:
 def test_what_has_no_code_is_refused_by_name():
     for told in all_in_ranks(2, refuse_all):
         for name, (_, line) in REFUSED.items():
+            told[name] = told[name].removeprefix("rank 1: ")
             assert told[name].startswith(line), (name, told[name])
             assert "\n" not in told[name], name
 
