@@ -330,7 +330,7 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
     new = {name: layer for name, layer in alone.items() if is_distributed(layer.weight) or is_distributed(layer.logits)}
     for name, layer in new.items():
         _check_logits(name, layer)
-        check_shard("model", name, layer.weight, layer.pattern, params)
+        check_row_shard("model", name, layer.weight, layer.pattern, params)
     for layer in new.values():
         if id(layer.logits) in params:
             _leave_out(*params[id(layer.logits)])
@@ -362,7 +362,7 @@ def resharded(model: nn.Module) -> Params:
     return params
 
 
-def check_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern, params: Params) -> None:
+def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern, params: Params) -> None:
     """Raise ValueError unless the shards of a weight are such as a RowShard takes.
 
     Args:
