@@ -25,14 +25,14 @@ from .functional.checks import (
     describe,
     matrix_of,
 )
-from .functional.gathered_linear import Slopes, gathered_linear
+from .functional.gathered_linear import GatheredMask, gathered_linear
 from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
 from .functional.logits_device import device_of_logits, page_locked
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .held_draw import HeldDraw
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
-from .shards import Place, RowShard, attach, check_in_memory, check_not_sharded
+from .shards import Place, RowShard, attach, check_in_memory, check_not_sharded, check_takes_shards
 
 Result = TypeVar("Result")
 
@@ -210,8 +210,10 @@ class MaskedLinear(nn.Module):
 
     def _gathered_forward(self, input: Tensor) -> Tensor:
         weight, learns = self.shard.gathered_weight(), self.training and self.logits_backward is not None
-        slopes = Slopes(self.logits, *self.shard.backward_by(self.logits_backward)) if learns else None
-        y = gathered_linear(input, weight, self.bias, slopes)
+        if learns:
+            check_takes_shards(self.logits_backward)
+        slopes = (self.logits, self.logits_backward) if learns else ()
+        y = gathered_linear(input, weight, self.bias, GatheredMask(self.shard.stays_gathered(), *slopes))
         return telling_of_lost_slopes(y) if self.training and not learns and self.logits.requires_grad else y
 
     def straight_through(self, input: Tensor) -> Tensor:

@@ -283,7 +283,9 @@ class Ranks:
         parts = mesh.size(cut)
         if parts > 1:
             each = -(-len(tensor) // parts)
-            whole = torch.nn.functional.pad(tensor, (0, 0, 0, each * parts - len(tensor)))
+            short = each * parts - len(tensor)
+            # without need it would be a copy, as large as the tensor
+            whole = torch.nn.functional.pad(tensor, (0, 0, 0, short)) if short else tensor
             received = torch.empty_like(whole)
             # no reduce-scatter: of gloo's nothing tells whether it has ended, and its sum has no known order
             self._over(mesh, cut, partial(dist.all_to_all_single, received, whole), whole)

@@ -121,6 +121,10 @@ def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -
         raise ValueError(
             f"{told} once, got {placements} in {name}; column shards and tensor parallelism have no code yet"
         )
+    ranks = mesh.mesh.movedim(next(iter(cuts)), -1)
+    if (ranks.diff() < 0).any():
+        # FSDP2 gives out rows in the order of the ranks; by DTensor's offsets they would be others
+        raise ValueError(f"{told}, over ranks in rising order, got a mesh of {mesh.mesh.tolist()} in {name}")
     if mesh.size() != torch.distributed.get_world_size():
         raise ValueError(
             f"{told}, over all ranks, got a mesh of {mesh.size()} of {torch.distributed.get_world_size()} in {name}"
@@ -153,7 +157,6 @@ class RowShard:
         self._layer, self._param, self._group = layer, param, group
         self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
         self.first = first_row(layer.weight)
-        self._gathered: tuple | None = None
         param.reset_sharded_param = self._reset
         self._hook()
 
@@ -169,6 +172,7 @@ class RowShard:
 
     def _hook(self) -> None:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
+        self._gathered: tuple | None = None
         self._forget()
 
     def _reset(self) -> None:
@@ -191,7 +195,7 @@ class RowShard:
         linear.weight, linear.bias = layer.weight, layer.bias
         for param in self._group.fsdp_params:
             if param._module_info.module is layer:
-                _lead_to(linear, param)
+                _lead_to(linear, param, self._group)
 
     def _forget(self) -> None:
         """What FSDP2 has allocated for another kind of gather."""
@@ -249,21 +253,12 @@ class RowShard:
         """Another one where the masked weight is."""
         layer = self._layer
         drawn = versions(self.logits, layer.counter_state) if layer.training else [version_of(self.logits)]
-        return layer.training, version_of(self.weight), *drawn
+        return layer.training, id(self.logits), version_of(self.weight), *drawn
 
-    def backward_by(self, logits_backward: Callable) -> tuple[Callable, Callable[[], bool]]:
-        """(logits_backward, whether the weight is still under the mask of now).
-
-        Raises:
-            ValueError: if it does not tell by ``takes_shards`` that it needs neither dense weight nor mask.
-        """
-        if not getattr(logits_backward, "takes_shards", False):
-            raise ValueError(
-                "logits_backward: expected one of MaskTrainer in a layer that fully_shard has cut, got "
-                f"{type(logits_backward).__name__}"
-            )
+    def stays_gathered(self) -> Callable[[], bool]:
+        """Tells whether the weight that is gathered is still under the mask of now."""
         key = self.mask_key()
-        return logits_backward, lambda: self._gathered == key
+        return lambda: self._gathered == key
 
     def _pre(self, mesh) -> tuple[tuple[Tensor], tuple]:
         layer, param = self._layer, self._param
@@ -279,10 +274,12 @@ class RowShard:
         (sent,) = gathered
         (rows, k), n, m = self.shape, self._layer.pattern.n, self._layer.pattern.m
         size = k // m * n * dtype.itemsize
-        values, bitmask = sent[:rows, :size].contiguous().view(dtype), sent[:rows, size:].contiguous()
+        # a single row is contiguous as it lies, and has to be a copy all the same
+        parts = sent[:rows].split([size, sent.shape[1] - size], 1)
+        values, bitmask = (part.clone(memory_format=torch.contiguous_format) for part in parts)
         # FSDP2 allocates it anew for the next gather
         sent.untyped_storage().resize_(0)
-        weight = ops.unpacked(values, bitmask, None, n, m)
+        weight = ops.unpacked(values.view(dtype), bitmask, None, n, m)
         self._gathered = key
         if out is None:
             return weight, (weight,)
@@ -300,6 +297,15 @@ def _kept(weight: Tensor, codes: Tensor, n: int, m: int) -> Tensor:
     # how many there are is known, and needs no wait for the device
     places = kept.nonzero_static(size=rows * k // m * n).squeeze(-1)
     return weight.flatten()[places].view(rows, k // m * n)
+
+
+def check_takes_shards(logits_backward: Callable) -> None:
+    """Raise ValueError unless it tells by ``takes_shards`` that it needs neither dense weight nor mask."""
+    if not getattr(logits_backward, "takes_shards", False):
+        raise ValueError(
+            "logits_backward: expected one of MaskTrainer in a layer that fully_shard has cut, got "
+            f"{type(logits_backward).__name__}"
+        )
 
 
 def check_not_sharded(layers: Mapping[str, nn.Module], reason: str) -> None:
@@ -324,13 +330,13 @@ def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
     new = {name: layer for name, layer in alone.items() if is_distributed(layer.weight) or is_distributed(layer.logits)}
     for name, layer in new.items():
         _check_logits(name, layer)
-        check_shard("model", name, layer.weight, layer.pattern, params)
+        check_row_shard("model", name, layer.weight, layer.pattern, params)
     for layer in new.values():
         if id(layer.logits) in params:
             _leave_out(*params[id(layer.logits)])
         for parameter in (layer.weight, layer.bias):
             if id(parameter) in params:
-                _lead_to(layer, params[id(parameter)][0])
+                _lead_to(layer, *params[id(parameter)])
         layer.shard = RowShard(layer, *params[id(layer.weight)])
 
 
@@ -356,7 +362,7 @@ def resharded(model: nn.Module) -> Params:
     return params
 
 
-def check_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern, params: Params) -> None:
+def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern, params: Params) -> None:
     """Raise ValueError unless the shards of a weight are such as a RowShard takes.
 
     Args:
@@ -395,7 +401,22 @@ def _leave_out(param, group) -> None:
     param._post_load_hook_handle.remove()
 
 
-def _lead_to(layer: nn.Module, param) -> None:
-    """Have FSDP2 put what it gathers into this layer, which may stand in the place of another one."""
+def _lead_to(layer: nn.Module, param, group) -> None:
+    """Have FSDP2 put what it gathers into this layer, which may stand in the place of another one, and hook to it."""
     info = param._module_info
-    info.module, info.shared_modules = layer, [layer] * len(info.shared_modules)
+    before, info.module, info.shared_modules = info.module, layer, [layer] * len(info.shared_modules)
+    if before is layer:
+        return
+    param._post_load_hook_handle.remove()
+    param._post_load_hook_handle = layer.register_load_state_dict_post_hook(lambda *_: param.reset_sharded_param())
+    of_state_dicts = (
+        group._module_to_pre_save_state_dict_hook_handle,
+        group._module_to_pre_load_state_dict_hook_handle,
+    )
+    if any(of_state_dicts):
+        # else FSDP2 registers them at its first forward
+        for handles in of_state_dicts:
+            for handle in handles.values():
+                handle.remove()
+            handles.clear()
+        group._register_state_dict_hooks()

@@ -132,7 +132,7 @@ class _Collector:
 
     Attributes:
         moves_logits: true, for what it keeps is of one pass, and of no compiled graph; see ``MaskedLinear``.
-        takes_shards: see ``RowShard``.
+        takes_shards: see ``check_takes_shards``.
     """
 
     moves_logits = takes_shards = True

@@ -44,12 +44,23 @@ def check_sharding(layers: Mapping[str, MaskedLinear], parallel: str) -> None:
         )
 
 
+def check_finite(layers: Mapping[str, MaskedLinear]) -> None:
+    """Raise ValueError unless the logits that this rank has are finite."""
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.own_logits).all():
+            raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
+
+
 def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
-    """Raise ValueError on all ranks unless they have the same layers on the same mesh; then all weights are shards."""
+    """Raise ValueError on all ranks unless they have the same layers on the same mesh, with finite logits.
+
+    All weights are shards then.
+    """
     if not is_sharded(layers):
         return
     shards = {name: layer.shard for name, layer in layers.items()}
     ranks.agree({name: [str(x.mesh), x.mesh.mesh.tolist(), str(x.placements), *x.shape] for name, x in shards.items()})
+    ranks.all_of(lambda: check_finite(layers))
     for shard in shards.values():
         shard.reshard()
         ranks.limit(shard.mesh)

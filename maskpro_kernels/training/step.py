@@ -217,6 +217,9 @@ def modes_of_step(
     with evaluating(model):
         for layer in layers.values():
             layer.train(drawing)
+            if layer.shard is not None:
+                # else a layer that FSDP2 keeps gathered would be gathered anew where it is used, by some ranks alone
+                layer.shard.reshard()
         for module in model.modules():
             if checkpointing and getattr(module, "gradient_checkpointing", False):
                 module.training = True

@@ -30,7 +30,7 @@ from .rank_agreement import check_alike
 from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
-from .sharded_run import agree_on_shards, check_sharding, is_sharded, spread_run
+from .sharded_run import agree_on_shards, check_finite, check_sharding, is_sharded, spread_run
 from .sharing import PARALLEL, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
 from .step_batches import batches_of_steps, check_batches
@@ -85,7 +85,7 @@ class MaskTrainer:
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
-            as it was.
+            as it was. Of rows that ranks share ``begin`` raises it, on all of them.
 
     ``begin``, ``step``, ``run`` and ``resume`` raise ``ranks.MissingRanks``, a RuntimeError, which names the ranks that
     have ended or did not come in time, and ValueError on all ranks where one has another model, batches or settings.
@@ -120,6 +120,9 @@ class MaskTrainer:
         check_sharding(self.layers, parallel)
         self._sharing = Sharing(self.ranks, parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
+        if not is_sharded(self.layers) or self.ranks.world == 1:
+            # else a rank would wait for another one that has raised of its own rows
+            check_finite(self.layers)
         self._batches = batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self.estimator, self.seed = estimator, seed
@@ -453,8 +456,6 @@ def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> N
                 f"model: expected weights and logits in memory, got some on meta in {name}; what offloads weights "
                 f"loses what their logits learn"
             )
-        if not torch.isfinite(layer.own_logits).all():
-            raise ValueError(f"model: expected finite logits, got NaN or infinity in {name}")
         if estimator.needs_gradients:
             if not layer.logits.requires_grad:
                 raise ValueError(f"model: expected logits that require a gradient, got frozen ones in {name}")

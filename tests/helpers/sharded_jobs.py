@@ -20,7 +20,7 @@ NAMES = {1: ("fsdp",), 2: ("replicate", "fsdp")}
 class Blocks(nn.Module):
     """Two blocks with norms, and a layer at the outermost level, which FSDP2 leaves gathered."""
 
-    def __init__(self, width: int = 16, dtype: torch.dtype = torch.float32):
+    def __init__(self, width: int = 16, dtype: torch.dtype = torch.float32, outputs: int = 4):
         super().__init__()
         torch.manual_seed(0)
         hidden = width + width // 2
@@ -28,7 +28,7 @@ class Blocks(nn.Module):
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
             for _ in range(2)
         )
-        self.out = nn.Linear(width, 4)
+        self.out = nn.Linear(width, outputs)
         self.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

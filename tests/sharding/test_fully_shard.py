@@ -9,7 +9,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import rank_trainer
-from helpers.sharded_jobs import a_mesh, learn_each, learn_sharded, whole_logits
+from helpers.sharded_jobs import Blocks, a_mesh, learn_each, learn_sharded, shard, whole_logits
 from helpers.tiny_llama import tiny_model
 from torch.distributed.fsdp import fully_shard
 
@@ -54,6 +54,35 @@ def test_meshes_of_more_ranks_learn_by_the_bits_of_one_process(mesh, eager_refer
     world = 3 if mesh == [3] else 4
     runs = {name: how | {"accumulate": how["accumulate"] // 2 * world} for name, how in RUNS.items()}
     assert_learns_as_one_process(world, mesh, runs, 20)
+
+
+class EndsEarly(Blocks):
+    """The last layer, which FSDP2 keeps gathered, takes batches of some sizes alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x) if len(x) % 2 else x
+
+
+def learn_with_an_unused_layer(rank: int, mesh: list[int] | None, how: str) -> list[torch.Tensor]:
+    model = EndsEarly()
+    mk.convert(model, "2:4", targets=["*"], gap=2.0)
+    if mesh is not None:
+        shard(model, mesh)
+    batches = [torch.randn(3 + place % 2, 16, generator=torch.Generator().manual_seed(place)) for place in range(4)]
+    trainer = rank_trainer(how, model=model, batches=batches, accumulate=2)
+    trainer.run(STEPS, progress=False)
+    trainer.close()
+    return whole_logits(model)
+
+
+def test_a_layer_that_some_ranks_do_not_use_keeps_none_waiting(eager_reference):
+    for how in ("reinforce", "straight-through"):
+        alone = learn_with_an_unused_layer(0, None, how)
+        for theirs in all_in_ranks(2, learn_with_an_unused_layer, mesh=[2], how=how):
+            for one, other in zip(theirs, alone, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def language_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

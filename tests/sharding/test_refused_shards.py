@@ -9,7 +9,7 @@ from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, shard
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -17,6 +17,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 
 ROWS = "model: expected a weight that fully_shard has cut into rows"
+NAN = "model: expected finite logits, got NaN or infinity in out"
 CUT = "got blocks.0.1, which fully_shard has cut"
 
 
@@ -69,6 +70,13 @@ def with_other_layers_on_rank_1() -> None:
     trained(model).begin()
 
 
+def with_nan_on_rank_1() -> None:
+    model = a_sharded_model([2])
+    if dist.get_rank() == 1:
+        masked_layers(model)["out"].own_logits.detach().fill_(torch.nan)
+    trained(model).begin()
+
+
 def converted_behind(**how) -> None:
     model = Blocks()
     shard(model, [2])
@@ -113,10 +121,15 @@ REFUSED = {
         lambda: sharded_by(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("apart", "fsdp"))["fsdp"]),
         f"{ROWS}, over all ranks, got a mesh of 1 of 2 in blocks.0.1",
     ),
+    "ranks in another order": (
+        lambda: sharded_by(mesh=DeviceMesh("cpu", [1, 0])),
+        f"{ROWS}, over ranks in rising order, got a mesh of [1, 0] in blocks.0.1",
+    ),
     "ranks that are not alike": (
         with_other_layers_on_rank_1,
         "ranks: expected what rank 0 has on all of them, got other out on rank 1",
     ),
+    "logits of one rank": (with_nan_on_rank_1, NAN),
     "another origin": (
         lambda: placed_by_hand(Shard(0), Shard(0)),
         "model: expected weights that fully_shard has sharded, got a DTensor of another origin in blocks.0.1",
@@ -175,6 +188,7 @@ def refuse_all(rank: int) -> dict[str, str]:
 def test_what_has_no_code_is_refused_by_name():
     for told in all_in_ranks(2, refuse_all):
         for name, (_, line) in REFUSED.items():
+            told[name] = told[name].removeprefix("rank 1: ")
             assert told[name].startswith(line), (name, told[name])
             assert "\n" not in told[name], name
 

@@ -110,9 +110,9 @@ def assert_finalized_weights_are_the_shards(model: nn.Module, alone: nn.Module, 
 
 @torch.no_grad()
 def gather_each_kind(rank: int) -> None:
-    """Outputs have the bits of the whole model by each kind of code and of value."""
+    """Outputs have the bits of the whole model by each kind of code and of value; the last layer has one row."""
     for pattern, dtype in {"1:2": torch.float32, "4:8": torch.bfloat16, "17:32": torch.float16}.items():
-        model, alone, x = Blocks(64, dtype), Blocks(64, dtype), torch.randn(3, 64, dtype=dtype)
+        model, alone, x = Blocks(64, dtype, 1), Blocks(64, dtype, 1), torch.randn(3, 64, dtype=dtype)
         for one in (model, alone):
             mk.convert(one, pattern, targets=["*"], gap=2.0)
         shard(model, [2])
@@ -122,6 +122,69 @@ def gather_each_kind(rank: int) -> None:
             change(model)
             change(alone)
             assert_same_bits(model(x), alone(x))
+
+
+@torch.no_grad()
+def save_and_load(rank: int) -> None:
+    """What a state_dict holds behind a forward, and what one that is assigned changes, before and after learning."""
+    x = torch.randn(3, 16)
+    for behind in (False, True):
+        model, alone = Blocks(), a_sharded_model(None)
+        if not behind:
+            mk.convert(model, "2:4", targets=["*"], gap=2.0)
+        shard(model, [2])
+        if behind:
+            # FSDP2 hooks to the layers that it finds
+            model(x)
+            mk.convert(model, "2:4", targets=["*"], gap=2.0)
+        for change in (masked_layers, mk.finalize):
+            change(model)
+            change(alone)
+            model(x)
+            assert_states_are_shards(model, alone)
+            for one in (model, alone):
+                state = {name: -2 * t if t.dim() == 2 else t for name, t in one.state_dict().items()}
+                one.load_state_dict(state, assign=True)
+            assert_same_bits(model(x), alone(x))
+
+
+def assert_states_are_shards(model: nn.Module, alone: nn.Module) -> None:
+    state, whole_state = model.state_dict(), alone.state_dict()
+    assert state.keys() == whole_state.keys()
+    for name, tensor in state.items():
+        assert isinstance(tensor, DTensor) or name.endswith("_extra_state"), name
+        assert_same_bits(whole(tensor), whole_state[name])
+
+
+def go_back(rank: int) -> None:
+    """Gradients of inputs are those of the whole model, and only under the mask of the forward."""
+    model, alone = a_sharded_model([2]), a_sharded_model(None)
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for one in (model, alone):
+        for layer in masked_layers(one).values():
+            layer.logits.requires_grad_(False)
+    for training in (True, False):
+        grads = [gradient_in_16_bits(one.train(training), x) for one in (alone, model)]
+        assert_same_bits(*grads)
+    for change in (mk.advance, lambda m: m.train(not m.training)):
+        y = model.train()(x).sum()
+        change(model)
+        with pytest.raises(RuntimeError, match=r"^weight: expected the mask of the forward in its backward, got"):
+            y.backward()
+        model.reset_iter_state()
+    masked_layers(model)["out"].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"^weight: expected a frozen one in a layer that fully_shard has cut, got"):
+        model(x)
+
+
+def gradient_in_16_bits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Under autocast; nothing of a weight is kept from forward to backward but what FSDP2 frees in between."""
+    kept, shapes = [], {layer.weight.shape for layer in masked_layers(model).values()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x).float().sum()
+    assert not [t for t in kept if t.shape in shapes and t.dtype == torch.bfloat16]
+    return torch.autograd.grad(y, x)[0]
 
 
 class ReadsItself(Blocks):
@@ -161,6 +224,14 @@ def test_layers_masks_and_losses_are_those_of_the_whole_model():
 
 def test_patterns_and_dtypes_are_gathered():
     all_in_ranks(2, gather_each_kind)
+
+
+def test_states_hold_dense_shards_and_are_loaded():
+    all_in_ranks(2, save_and_load)
+
+
+def test_gradients_are_those_of_the_mask_of_the_forward():
+    all_in_ranks(2, go_back)
 
 
 def test_sharded_layers_take_a_policy_and_give_gradients():
