@@ -8,6 +8,7 @@ from .gradient_updates import (
     mask_slope,
     straight_through_grad,
     straight_through_update_,
+    weight_gradient,
 )
 from .registry import (
     best_swaps,

@@ -35,6 +35,14 @@ def _first_derivative(grad: Tensor, x: Tensor, weight_grad: Tensor | None) -> Te
     return first
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [tokens, rows].T @ x [tokens, K], float32; where no kernel runs it was rounded to the operands' dtype."""
+    with without_autocast(grad):
+        if uses_kernels(grad):
+            return kernels("straight_through").weight_gradient(grad, x, None)
+        return _first_derivative(grad, x, None).float()
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::straight_through_grad",
     mutates_args=("weight_grad",),

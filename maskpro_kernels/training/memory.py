@@ -115,8 +115,9 @@ def memory_need(
     own = [shard(weight, shards) for weight in weights]
     largest = max(weights, key=lambda weight: weight.nbytes)
     held = estimator.memory(own, alone)
-    # a layer's slope is whole until the ranks have summed it up
-    whole = estimator.memory([largest], True).gradients if shards > 1 else NOTHING
+    # each rank sends the whole slope of a layer, in float32, and gets that of its own rows from all
+    summed = Amount.of(2 * largest.numel(), "slopes of the largest layer, sent and received", 4)
+    whole = summed if shards > 1 and estimator.needs_gradients else NOTHING
     elsewhere = [
         shard.numel()
         for shard, weight in zip(own, weights, strict=True)

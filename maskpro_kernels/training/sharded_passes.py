@@ -61,8 +61,7 @@ class ShardUpdater(LayerUpdater):
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: None) -> None:
         squares = ops.column_squares(grad) if self.fisher is None else self.fisher / max(len(x), 1)
-        first = (grad.t() @ x).float()
-        self.slopes = self._added(self.slopes, first)
+        self.slopes = self._added(self.slopes, ops.weight_gradient(grad, x))
         self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
         self.backward_pass.take_turns()
 
