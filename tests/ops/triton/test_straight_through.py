@@ -47,6 +47,18 @@ def test_slopes_are_within_the_error_budget(problem, parts):
     within_budget(found, by_torch, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_a_weight_is_summed_in_float32(dtype):
+    """Where kernels run; a sum of 16 bits would lose the small ones behind the large one."""
+    grad, x = (
+        torch.ones(300, 4, dtype=dtype, device=KERNEL_DEVICE),
+        torch.ones(300, 8, dtype=dtype, device=KERNEL_DEVICE),
+    )
+    grad[0] = 512.0
+    found = ops.weight_gradient(grad, x)
+    assert found.dtype == torch.float32 and (found == 811.0).all()
+
+
 @pytest.fixture
 def by_torch(monkeypatch):
     """The product is torch's, whatever the tokens, and a kernel takes what follows in many tiles."""
