@@ -53,25 +53,15 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     return upper
 
 
-def prune_layer(
-    weight: Tensor, gram: Tensor, pattern: str | NMPattern, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
-    """(group codes [out, K / M], weight under its mask [out, K] in the dtype of ``gram``) of a weight [out, K].
+def prune_layer(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+    """(group codes [out, K / M], weight under its mask [out, K] in the dtype of ``upper``) of a weight [out, K].
 
     Args:
-        weight: [out, K].
-        gram: X^T X [K, K] of the layer's inputs, float32 or float64, on the device of the weight.
-        pattern: "N:M" or NMPattern.
-        damping: as for ``inverse_factor``.
-
-    Raises:
-        ValueError: see ``inverse_factor``.
+        weight: [out, K], on the device of the others.
+        unused: bool [K], the columns without input, whose weights count as 0.
+        upper: [K, K], see ``inverse_factor``.
+        pattern: of the mask.
     """
-    return _pruned(weight, gram.diagonal() == 0, inverse_factor(gram, damping), NMPattern(pattern))
-
-
-def _pruned(weight: Tensor, unused: Tensor, upper: Tensor, pattern: NMPattern) -> tuple[Tensor, Tensor]:
-    """The same by the factor of the inverse; ``unused`` [K] tells the columns without input."""
     k, codes = weight.shape[1], []
     w = weight.detach().to(upper.dtype).clone()
     w[:, unused] = 0.0
@@ -140,7 +130,7 @@ def sparsegpt(
             raise ValueError(f"calibration: {error}, in {names[0]}") from error
         for name in names:
             weight = layers[name].weight.detach()
-            codes[name], pruned = _pruned(weight, gram.diagonal() == 0, upper, pattern)
+            codes[name], pruned = prune_layer(weight, gram.diagonal() == 0, upper, pattern)
             weights[name] = pruned.to(weight.dtype)
             told.one_more()
 

@@ -15,9 +15,14 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.pruning import sparsegpt as module
 from maskpro_kernels.pruning.initial_masks import initial_codes
-from maskpro_kernels.pruning.sparsegpt import BLOCK, inverse_factor, prune_layer, sparsegpt
+from maskpro_kernels.pruning.sparsegpt import BLOCK, DAMPING, inverse_factor, prune_layer, sparsegpt
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def pruned_by(weight, gram, pattern):
+    """``prune_layer`` by the Gram matrix of the inputs."""
+    return prune_layer(weight, gram.diagonal() == 0, inverse_factor(gram, DAMPING), mk.NMPattern(pattern))
 
 
 def by_definition(weight: torch.Tensor, gram: torch.Tensor, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +45,7 @@ def test_a_layer_is_pruned_as_defined(pattern, k):
     x = torch.randn(2 * k, k, dtype=torch.float64, generator=generator)
     x = x @ torch.randn(k, k, dtype=torch.float64, generator=generator)
     gram = x.T @ x
-    codes, found = prune_layer(weight, gram, pattern)
+    codes, found = pruned_by(weight, gram, pattern)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(k, dtype=torch.float64)
     expected, kept = by_definition(weight, damped, *map(int, pattern.split(":")))
     assert torch.equal(mk.expand_mask(codes, pattern), kept)
@@ -51,7 +56,7 @@ def test_a_layer_is_pruned_as_defined(pattern, k):
 def test_columns_without_input_are_dropped_first():
     weight, x = torch.full((2, 8), 3.0), torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     x[:, [1, 2, 5]] = 0.0
-    codes, found = prune_layer(weight, x.T @ x, "2:4")
+    codes, found = pruned_by(weight, x.T @ x, "2:4")
     assert torch.equal(mk.expand_mask(codes, "2:4")[:, :4], torch.tensor([[True, False, False, True]] * 2))
     assert found.isfinite().all() and (found[:, [1, 2, 5]] == 0).all()
 
@@ -120,7 +125,7 @@ def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was(monkeypatc
             for batch in batches:
                 model(batch)
         x = torch.cat(seen[name]).flatten(0, 1)
-        assert torch.equal(prune_layer(before[name], x.T @ x, "2:4")[0], codes[name])
+        assert torch.equal(pruned_by(before[name], x.T @ x, "2:4")[0], codes[name])
     for handle in handles:
         handle.remove()
 
@@ -149,7 +154,7 @@ def test_outputs_come_nearer_than_by_magnitude(pattern):
     def lost(pruned):
         return float((((pruned - weight).double() @ gram) * (pruned - weight)).sum())
 
-    codes, pruned = prune_layer(weight, gram, pattern)
+    codes, pruned = pruned_by(weight, gram, pattern)
     own = lost(weight * mk.expand_mask(codes, pattern))
     assert own < 0.8 * lost(weight * mk.expand_mask(mk.top_n_mask(weight.abs(), pattern), pattern))
     assert lost(pruned) < 0.95 * own
@@ -159,8 +164,8 @@ def test_outputs_come_nearer_than_by_magnitude(pattern):
 def test_the_scale_of_weights_changes_no_mask(scale):
     """Of costs in float32 the squares would be 0 or infinite."""
     weight, x = problem()
-    codes, pruned = prune_layer(weight, x.T @ x, "2:4")
-    scaled_codes, scaled = prune_layer(weight * scale, x.T @ x, "2:4")
+    codes, pruned = pruned_by(weight, x.T @ x, "2:4")
+    scaled_codes, scaled = pruned_by(weight * scale, x.T @ x, "2:4")
     assert torch.equal(scaled_codes, codes)
     assert_same_bits(scaled, pruned * scale)
 
@@ -169,7 +174,7 @@ def test_convert_takes_its_mask_and_leaves_the_weights():
     weight, x = problem()
     model = nn.Sequential(nn.Linear(64, 24))
     model[0].weight.data = weight.clone()
-    expected, _ = prune_layer(weight, x.T @ x, "2:4")
+    expected, _ = pruned_by(weight, x.T @ x, "2:4")
     mk.convert(model, "2:4", init="sparsegpt", calibration=iter([x]))
     assert torch.equal(learned_mask(model[0]), mk.expand_mask(expected, "2:4"))
     assert not torch.equal(expected, mk.top_n_mask(weight.abs() * x.norm(dim=0), "2:4"))
