@@ -41,10 +41,20 @@ def tile_offsets(first, total, M: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr = ""):
     """The M columns of a run of groups, float32."""
     offsets, inside = tile_offsets(first, total, M, BLOCK)
-    return d.split_columns(tl.load(pointer + first * M + offsets, mask=inside, other=0.0).to(tl.float32), M)
+    tile = tl.load(pointer + first * M + offsets, mask=inside, other=0.0, cache_modifier=CACHE)
+    return d.split_columns(tile.to(tl.float32), M)
+
+
+@triton.jit
+def columns_again(x, pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The columns that ``load_columns`` gave. Of 32 no register is left to hold them, and they are loaded anew."""
+    if M == 32:
+        # the compiler takes two equal loads for one: this one names the cache that it would go to anyway
+        x = load_columns(pointer, first, total, M, BLOCK, ".ca")
+    return x
 
 
 @triton.jit
@@ -214,18 +224,32 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
+def update_terms(
+    logits,
+    x,
+    first,
+    total,
+    group,
+    inv_temperature,
+    key,
+    scale,
+    SHORT: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Columns of scale * score(mask of a draw)."""
     if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
+    elif N <= EXACT_SCORE_MAX_N:
+        code = d.drawn_code(x, group, inv_temperature, N, M, key)
+        z = d.scaled(columns_again(x, logits, first, total, M, BLOCK), inv_temperature, M)
+        scores = d.exact_score(z, d.decode(code, M), N, M)
     else:
-        z = d.scaled(x, inv_temperature, M)
-        if N <= EXACT_SCORE_MAX_N:
-            code = d.drawn_code(x, group, inv_temperature, N, M, key)
-            scores = d.exact_score(z, d.decode(code, M), N, M)
-        else:
-            keys = d.drawn_keys(z, group, M, key)
-            scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
+        keys = d.drawn_keys(d.scaled(x, inv_temperature, M), group, M, key)
+        kept = d.decode(d.encode(d.top_n(keys, N, M), M), M)
+        z = d.scaled(columns_again(x, logits, first, total, M, BLOCK), inv_temperature, M)
+        scores = d.exponential_race_score(z, keys, kept, M)
     terms = ()
     for i in tl.static_range(M):
         terms = terms + (scores[i] * scale,)
@@ -233,8 +257,17 @@ def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.c
 
 
 @triton.jit
+def first_draw(coef, inv_temperature, seed, step, layer, draws):
+    """(key, scale of the score) of the first draw."""
+    return d.load_key(seed, step, layer, draws), tl.load(coef) * inv_temperature
+
+
+@triton.jit
 def summed_terms(
+    logits,
     x,
+    first,
+    total,
     group,
     inv_temperature,
     key,
@@ -249,14 +282,16 @@ def summed_terms(
     SHORT: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """``update_terms`` of the first draw, whose key and factor are given, and where there are several those of all."""
-    delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
+    delta = update_terms(logits, x, first, total, group, inv_temperature, key, factor, SHORT, N, M, BLOCK)
     if SEVERAL:
         for k in range(1, count):
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
-            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
+            x = columns_again(x, logits, first, total, M, BLOCK)
+            terms = update_terms(logits, x, first, total, group, inv_temperature, other, scale, SHORT, N, M, BLOCK)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
@@ -296,13 +331,16 @@ def score_update_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    key = d.load_key(seed, step, layer, draws)
-    factor = tl.load(coef) * inv_temperature
+    key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
+        if M == 32:
+            # no register is left to hold what all blocks share either
+            key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-        delta = summed_terms(x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
-                             SEVERAL, SHORT, N, M)  # fmt: skip
+        delta = summed_terms(logits, x, first, total, group, inv_temperature, key, factor,
+                             coef, count, seed, step, layer, draws, SEVERAL, SHORT, N, M, BLOCK)  # fmt: skip
+        x = columns_again(x, logits, first, total, M, BLOCK)
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 
 
