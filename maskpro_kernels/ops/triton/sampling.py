@@ -224,32 +224,18 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(
-    logits,
-    x,
-    first,
-    total,
-    group,
-    inv_temperature,
-    key,
-    scale,
-    SHORT: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
     """Columns of scale * score(mask of a draw)."""
     if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
-    elif N <= EXACT_SCORE_MAX_N:
-        code = d.drawn_code(x, group, inv_temperature, N, M, key)
-        z = d.scaled(columns_again(x, logits, first, total, M, BLOCK), inv_temperature, M)
-        scores = d.exact_score(z, d.decode(code, M), N, M)
     else:
-        keys = d.drawn_keys(d.scaled(x, inv_temperature, M), group, M, key)
-        kept = d.decode(d.encode(d.top_n(keys, N, M), M), M)
-        z = d.scaled(columns_again(x, logits, first, total, M, BLOCK), inv_temperature, M)
-        scores = d.exponential_race_score(z, keys, kept, M)
+        z = d.scaled(x, inv_temperature, M)
+        if N <= EXACT_SCORE_MAX_N:
+            code = d.drawn_code(x, group, inv_temperature, N, M, key)
+            scores = d.exact_score(z, d.decode(code, M), N, M)
+        else:
+            keys = d.drawn_keys(z, group, M, key)
+            scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
     terms = ()
     for i in tl.static_range(M):
         terms = terms + (scores[i] * scale,)
@@ -285,13 +271,13 @@ def summed_terms(
     BLOCK: tl.constexpr,
 ):
     """``update_terms`` of the first draw, whose key and factor are given, and where there are several those of all."""
-    delta = update_terms(logits, x, first, total, group, inv_temperature, key, factor, SHORT, N, M, BLOCK)
+    delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
     if SEVERAL:
         for k in range(1, count):
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
             x = columns_again(x, logits, first, total, M, BLOCK)
-            terms = update_terms(logits, x, first, total, group, inv_temperature, other, scale, SHORT, N, M, BLOCK)
+            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
