@@ -270,10 +270,14 @@ def summed_terms(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``update_terms`` of the first draw, whose key and factor are given, and where there are several those of all."""
-    delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
+    """``update_terms`` of the first draw, whose key and factor are given, or where there are several the sum of all."""
     if SEVERAL:
-        for k in range(1, count):
+        delta = ()
+        for _ in tl.static_range(M):
+            # to which a zero of either sign adds as itself
+            delta = delta + (tl.full(x[0].shape, -0.0, tl.float32),)
+        # the first one in the loop too: twice the code takes twice as long to compile
+        for k in range(count):
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
             x = columns_again(x, logits, first, total, M, BLOCK)
@@ -282,6 +286,8 @@ def summed_terms(
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
             delta = total_terms
+    else:
+        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
     return delta
 
 
