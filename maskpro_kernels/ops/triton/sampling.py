@@ -41,19 +41,20 @@ def tile_offsets(first, total, M: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr = ""):
+def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
     """The M columns of a run of groups, float32."""
     offsets, inside = tile_offsets(first, total, M, BLOCK)
-    tile = tl.load(pointer + first * M + offsets, mask=inside, other=0.0, cache_modifier=CACHE)
-    return d.split_columns(tile.to(tl.float32), M)
+    return d.split_columns(tl.load(pointer + first * M + offsets, mask=inside, other=0.0).to(tl.float32), M)
 
 
 @triton.jit
 def columns_again(x, pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
     """The columns that ``load_columns`` gave. Of 32 no register is left to hold them, and they are loaded anew."""
     if M == 32:
+        offsets, inside = tile_offsets(first, total, M, BLOCK)
         # the compiler takes two equal loads for one: this one names the cache that it would go to anyway
-        x = load_columns(pointer, first, total, M, BLOCK, ".ca")
+        tile = tl.load(pointer + first * M + offsets, mask=inside, other=0.0, cache_modifier=".ca")
+        x = d.split_columns(tile.to(tl.float32), M)
     return x
 
 
