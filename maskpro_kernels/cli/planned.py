@@ -51,6 +51,7 @@ class Choice(NamedTuple):
 
     mesh: Mesh
     batch_size: int
+    accumulate: int
     checkpointing: bool
     logits_dtype: str
     logits_on_cpu: bool
@@ -58,13 +59,14 @@ class Choice(NamedTuple):
     @classmethod
     def of(cls, args: argparse.Namespace) -> Choice:
         offloaded = hasattr(args, "logits_device")
-        return cls(args.mesh, args.batch_size, args.gradient_checkpointing, args.logits_dtype, offloaded)
+        return cls(args.mesh, args.batch_size, args.accumulate, args.gradient_checkpointing, args.logits_dtype, offloaded)
 
     def beside(self, given: Choice) -> list[str]:
         """The options in which it differs from what was given."""
         told = {
             "mesh": f"--mesh {self.mesh}",
             "batch_size": f"--batch-size {self.batch_size}",
+            "accumulate": f"--accumulate {self.accumulate}",
             "checkpointing": "--gradient-checkpointing",
             "logits_dtype": f"--logits-dtype {self.logits_dtype}",
             "logits_on_cpu": "--logits-device cpu",
@@ -112,7 +114,7 @@ class Planned:
             self.estimator,
             pattern=self.args.pattern,
             logits_dtype=DTYPES[choice.logits_dtype],
-            alone=self.args.accumulate == mesh.devices == 1,
+            alone=choice.accumulate == mesh.devices == 1,
             logits_device=CPU if choice.logits_on_cpu else None,
             shards=mesh.shards,
             gathered=gathered_bytes(self.model, self._blocks) if mesh.shards > 1 else NOTHING,
@@ -167,7 +169,10 @@ class Planned:
         return self.estimator.needs_gradients and getattr(self.model, "supports_gradient_checkpointing", False)
 
     def ways(self, given: Choice) -> Iterator[Choice]:
-        """What to try where it does not fit as given: first what gives the same bits, then what costs least."""
+        """What to try where it does not fit as given: first what gives the same bits, then what costs least.
+
+        Smaller batches come last, and more of them a step, which has as many windows as given or a few more.
+        """
         checkpointing = [False, True] if self.can_checkpoint() and not given.checkpointing else [given.checkpointing]
         offloaded = [given.logits_on_cpu] if given.logits_on_cpu else [False, True]
         dtypes = [given.logits_dtype, "bfloat16"] if given.logits_dtype == "float32" else [given.logits_dtype]
@@ -175,11 +180,12 @@ class Planned:
         for dtype in dtypes:
             for on_cpu in offloaded:
                 for checkpointed in checkpointing:
-                    last = Choice(given.mesh, given.batch_size, checkpointed, dtype, on_cpu)
+                    last = given._replace(checkpointing=checkpointed, logits_dtype=dtype, logits_on_cpu=on_cpu)
                     if last != given:
                         yield last
         while last.batch_size > 1:
-            last = last._replace(batch_size=last.batch_size // 2)
+            size = last.batch_size // 2
+            last = last._replace(batch_size=size, accumulate=-(-given.batch_size * given.accumulate // size))
             yield last
 
     def larger_mesh(self, given: Choice, room: int) -> Choice | None:

@@ -50,15 +50,16 @@ def test_bits_are_those_of_the_reference(target, kernel, pattern, dtype, shard, 
     assert launched[kernel] == 1
 
 
+@pytest.mark.parametrize("kernel", ["score_update", slow("score_updates")])
 @pytest.mark.parametrize("target", [TARGETS[0], *map(slow, TARGETS[1:])])
-def test_zeros_keep_their_signs(target, compiled_for):
+def test_zeros_keep_their_signs(target, kernel, compiled_for):
     """An update that changes nothing rounds zeros by their bits, whose sign a compiler may drop."""
     compiled_for(target)
     of = Matrix(2, 4, torch.bfloat16)
     values = torch.tensor([0.0, -0.0, 200.0]).bfloat16()
     generator = torch.Generator().manual_seed(0)
     of.logits.copy_(values[torch.randint(len(values), of.logits.shape, generator=generator)])
-    assert_bits_of_reference(lambda: OVER_GROUPS["score_update"](of))
+    assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
 
 
 @pytest.mark.slow

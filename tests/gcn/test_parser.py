@@ -85,27 +85,27 @@ def test_arguments_in_registers():
 
 def test_hidden_arguments_tell_how_a_kernel_was_launched():
     """Each is a word or less, behind the address of the result."""
-    names = ["block_count_x", "block_count_y", "group_size_x", "group_size_y", "remainder_x", "grid_dims"]
+    names = "block_count_x block_count_y group_size_x group_size_y remainder_x dynamic_lds_size grid_dims".split()
     hidden = "".join(
         f"      - .offset:         {8 + 4 * k}\n        .size:           4\n        .value_kind:     hidden_{name}\n"
         for k, name in enumerate(names)
     )
     body = """s_load_dwordx4 s[20:23], s[0:1], 0x8
-        s_load_dwordx2 s[24:25], s[0:1], 0x18
+        s_load_dwordx4 s[24:27], s[0:1], 0x18
         v_mov_b32_e32 v2, 0
         s_mov_b64 exec, 1
         s_waitcnt lgkmcnt(0)
     """ + "\n".join(
-        f"v_mov_b32_e32 v10, s{20 + k}\nglobal_store_dword v2, v10, s[4:5] offset:{4 * k}" for k in range(6)
+        f"v_mov_b32_e32 v10, s{20 + k}\nglobal_store_dword v2, v10, s[4:5] offset:{4 * k}" for k in range(len(names))
     )
-    text = kernel(body, threads=128, kernarg_size=32)
+    text = kernel(body, threads=128, kernarg_size=40)
     program = Program(text.replace("    .group_segment", f"{hidden}    .group_segment"))
     assert program.parameters == 1
-    memory, findings, result = program.memory(), Findings(), np.zeros(6, np.uint32)
+    memory, findings, result = program.memory(), Findings(), np.zeros(len(names), np.uint32)
     memory.register(1 << 12, result, "result")
-    program.launch((2, 3, 1), [1 << 12], 0, memory, findings, last=1)
+    program.launch((2, 3, 1), [1 << 12], 48, memory, findings, last=1)
     # one of them is not known, and poison
-    assert result.tolist() == [2, 3, 128, 1, 0, 0xA5A5A5A5]
+    assert result.tolist() == [2, 3, 128, 1, 0, 48, 0xA5A5A5A5]
 
 
 def test_arguments_are_counted():

@@ -54,7 +54,7 @@ class Program:
         workgroup beside what the kernel declares. Raises ``Fault`` where nothing can go on; what else was wrong is
         added to ``findings``. Raises ValueError for a wrong number of arguments.
         """
-        data = _argument_bytes(self.kernel, arguments, grid)
+        data = _argument_bytes(self.kernel, arguments, grid, shared_bytes)
         address = data.ctypes.data
         memory.register(address, data, "the kernel's arguments")
         total = grid[0] * grid[1] * grid[2]
@@ -87,13 +87,15 @@ def _explicit(kernel: Kernel) -> list[Argument]:
     return [argument for argument in kernel.arguments if argument.kind in EXPLICIT]
 
 
-def _argument_bytes(kernel: Kernel, arguments: list[int | float], grid: tuple[int, int, int]) -> np.ndarray:
+def _argument_bytes(
+    kernel: Kernel, arguments: list[int | float], grid: tuple[int, int, int], shared_bytes: int
+) -> np.ndarray:
     """What lies where a kernel looks for its arguments: User Guide for AMDGPU Backend, Kernel Argument Segment."""
     explicit = _explicit(kernel)
     if len(arguments) != len(explicit):
         raise ValueError(f"{kernel.name} takes {len(explicit)} arguments, {len(arguments)} came")
     block = np.full(-(-max(kernel.argument_bytes, 1) // ARGUMENT_BLOCK) * ARGUMENT_BLOCK, FILLING, np.uint8)
-    hidden = _hidden(kernel.threads, grid)
+    hidden = _hidden(kernel.threads, grid) | {"hidden_dynamic_lds_size": shared_bytes}
     places = [*zip(explicit, arguments, strict=True), *((one, hidden.get(one.kind)) for one in kernel.arguments)]
     for place, value in places:
         if value is None:

@@ -144,7 +144,7 @@ TOKEN = re.compile(
 REGISTER = re.compile(r"([vsa])(?:(\d+)|\[(\d+):(\d+)\])")
 # Kinds of arguments: User Guide for AMDGPU Backend, Code Object V5 Metadata
 EXPLICIT = ("by_value", "global_buffer")
-HIDDEN = re.compile(r"hidden_(?:(?:block_count|group_size|remainder|global_offset)_[xyz]|grid_dims)")
+HIDDEN = re.compile(r"hidden_(?:(?:block_count|group_size|remainder|global_offset)_[xyz]|grid_dims|dynamic_lds_size)")
 ENCODINGS = ("e32", "e64", "sdwa", "dpp")
 FLAGS = {"offen", "sc0", "sc1", "nt", "row_mirror", "row_half_mirror"}
 # Entries of a descriptor by the one value that the machine models: LLVM, User Guide for AMDGPU Backend, .amdhsa_kernel.

@@ -51,6 +51,20 @@ def test_what_is_stored_is_loaded(space, vector, bits):
     assert np.array_equal(source, result)
 
 
+@pytest.mark.parametrize("opcode", ["ld.global.ca.v2.b32", "ld.global.ca.v2.f32"])
+def test_a_load_names_the_cache_that_it_takes_anyway(opcode):
+    values, result = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
+    body = f"""
+        mad.wide.u32 %rd2, %r70, 8, %rd0;
+        mad.wide.u32 %rd3, %r70, 8, %rd1;
+        {opcode} {{%r1, %r2}}, [%rd2];
+        st.global.v2.b32 [%rd3], {{%r1, %r2}};
+        ret;
+    """
+    assert not Run(body, values, result).findings
+    assert np.array_equal(values, result)
+
+
 @pytest.mark.parametrize("kind", ["s8", "u8", "b8", "s16", "u16"])
 def test_a_load_fills_a_wider_register_by_its_type(kind):
     values = np.random.default_rng(1).integers(0, 256, 64).astype(np.uint8).view(f"u{int(kind[1:]) // 8}")[:32]

@@ -271,6 +271,8 @@ def test_two_kernels_are_refused():
         "ld.acquire.gpu.global.b32 %r1, [%rd0];",
         "ld.volatile.global.b32 %r1, [%rd0];",
         "ld.global.nc.b32 %r1, [%rd0];",
+        "ld.global.cv.b32 %r1, [%rd0];",
+        "ld.global.v2.ca.b32 {%r1, %r2}, [%rd0];",
         "ld.global.v2.b32 %r1, [%rd0];",
         "ld.global.v4.b32 {%r1, %r2}, [%rd0];",
         "ld.global.b64 %r1, [%rd0];",

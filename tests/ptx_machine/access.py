@@ -38,8 +38,11 @@ def load_parameter(ins: Instruction, kernel: Kernel):
 
 @instruction("ld")
 def load(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.9.8, ld; a register may be wider than what is loaded (9.4.1), which fills it by its type."""
-    space, vector, kind = modifiers(ins, SPACES.keys() - {""}, VECTORS.keys() - {""}, TYPES)
+    """PTX ISA 9.7.9.8, ld; a register may be wider than what is loaded (9.4.1), which fills it by its type.
+
+    Of the cache operators (9.7.9.1) there is .ca, which is what none says too.
+    """
+    space, _, vector, kind = modifiers(ins, SPACES.keys() - {""}, {"ca"}, VECTORS.keys() - {""}, TYPES)
     to, where = operands(ins, 2)
     pieces = _pieces(to, vector, ins)
     targets = [

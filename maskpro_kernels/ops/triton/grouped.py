@@ -15,6 +15,8 @@ import triton.language as tl
 from . import device_functions as d
 from .launch import launch_layers, programs_of_layers
 from .sampling import (
+    columns_again,
+    first_draw,
     group_index,
     load_codes,
     load_columns,
@@ -127,16 +129,15 @@ def score_update_layers_kernel(
     logits = pointer(row, 0, ELEMENT, BYTES)
     total, columns = tl.load(row + 2), tl.load(row + 3)
     offset, row_stride, layer = tl.load(row + 4), tl.load(row + 5), row + 6
-    key = d.load_key(seed, step, layer, draws)
-    factor = tl.load(coef) * inv_temperature
+    key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     if KIND == "codes":
         codes = pointer(row, 1, CODE, BYTES)
     for first in range(start, total, apart):
         x = load_columns(logits, first, total, M, BLOCK)
         if M == 32:
-            # no register is left to hold what all blocks share, which is loaded for each
-            offset, factor = tl.load(row + 4), tl.load(coef) * inv_temperature
-            key = d.load_key(seed, step, layer, draws)
+            # no register is left to hold what all blocks share either
+            offset = tl.load(row + 4)
+            key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
         if KIND == "codes":
             scores = score_of_code(x, load_codes(codes, first, total, N, BLOCK), inv_temperature, SHORT, N, M)
@@ -144,8 +145,9 @@ def score_update_layers_kernel(
             for i in tl.static_range(M):
                 delta = delta + (scores[i] * factor,)
         else:
-            delta = summed_terms(x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
-                                 SEVERAL, SHORT, N, M)  # fmt: skip
+            delta = summed_terms(logits, x, first, total, group, inv_temperature, key, factor,
+                                 coef, count, seed, step, layer, draws, SEVERAL, SHORT, N, M, BLOCK)  # fmt: skip
+        x = columns_again(x, logits, first, total, M, BLOCK)
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 
 

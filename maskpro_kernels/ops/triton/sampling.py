@@ -48,6 +48,17 @@ def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def columns_again(x, pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
+    """The columns that ``load_columns`` gave. Of 32 no register is left to hold them, and they are loaded anew."""
+    if M == 32:
+        offsets, inside = tile_offsets(first, total, M, BLOCK)
+        # the compiler takes two equal loads for one: this one names the cache that it would go to anyway
+        tile = tl.load(pointer + first * M + offsets, mask=inside, other=0.0, cache_modifier=".ca")
+        x = d.split_columns(tile.to(tl.float32), M)
+    return x
+
+
+@triton.jit
 def store_columns(pointer, columns, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
     offsets, inside = tile_offsets(first, total, M, BLOCK)
     tile = d.join_columns(columns, M)
@@ -233,8 +244,17 @@ def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.c
 
 
 @triton.jit
+def first_draw(coef, inv_temperature, seed, step, layer, draws):
+    """(key, scale of the score) of the first draw."""
+    return d.load_key(seed, step, layer, draws), tl.load(coef) * inv_temperature
+
+
+@triton.jit
 def summed_terms(
+    logits,
     x,
+    first,
+    total,
     group,
     inv_temperature,
     key,
@@ -249,18 +269,26 @@ def summed_terms(
     SHORT: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """``update_terms`` of the first draw, whose key and factor are given, and where there are several those of all."""
-    delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
+    """``update_terms`` of the first draw, whose key and factor are given, or where there are several the sum of all."""
     if SEVERAL:
-        for k in range(1, count):
+        delta = ()
+        for _ in tl.static_range(M):
+            # to which a zero of either sign adds as itself
+            delta = delta + (tl.full(x[0].shape, -0.0, tl.float32),)
+        # the first one in the loop too: twice the code takes twice as long to compile
+        for k in range(count):
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
+            x = columns_again(x, logits, first, total, M, BLOCK)
             terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
             delta = total_terms
+    else:
+        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
     return delta
 
 
@@ -296,13 +324,16 @@ def score_update_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    key = d.load_key(seed, step, layer, draws)
-    factor = tl.load(coef) * inv_temperature
+    key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
+        if M == 32:
+            # no register is left to hold what all blocks share either
+            key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-        delta = summed_terms(x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
-                             SEVERAL, SHORT, N, M)  # fmt: skip
+        delta = summed_terms(logits, x, first, total, group, inv_temperature, key, factor,
+                             coef, count, seed, step, layer, draws, SEVERAL, SHORT, N, M, BLOCK)  # fmt: skip
+        x = columns_again(x, logits, first, total, M, BLOCK)
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 
 

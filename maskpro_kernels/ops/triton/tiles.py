@@ -94,13 +94,10 @@ _CONFIGURATIONS |= {
     for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates")
     for m in (2, 4, 8, 16, 32)
 }
-# With two groups a thread Triton 3.6's ptxas puts 8 bytes of several draws on the stack on sm_80
-_CONFIGURATIONS["score_updates", 4] = Configuration(block=32, num_warps=1, steps=8)
 # With one group a thread it puts 8 bytes of this one on the stack on sm_90 and sm_100
 _CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
 _CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
-_CONFIGURATIONS["score_updates", 16] = Configuration(block=32, num_warps=1, steps=8, registers=255)
 
 # Of all layers of a model by one launch
 _CONFIGURATIONS |= {
