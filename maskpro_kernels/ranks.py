@@ -292,7 +292,10 @@ class Ranks:
             tensor, *others = received.view(parts, each, -1)
             for other in others:
                 tensor += other
-        tensor = tensor[:rows]
+        return self.sum_of_copies(tensor[:rows], mesh, cut)
+
+    def sum_of_copies(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int) -> Tensor:
+        """Replace a tensor by its sum over the dimensions of a mesh but ``cut``: the same bits in each copy."""
         for dim in range(mesh.ndim):
             if dim != cut and mesh.size(dim) > 1:
                 self._over(mesh, dim, partial(dist.all_reduce, tensor), tensor)

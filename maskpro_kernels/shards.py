@@ -12,13 +12,15 @@ which torch has no public names.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .functional.gathered_linear import GatheredMask, gathered_linear
+from .functional.linear import telling_of_lost_slopes
 from .held_draw import version_of, versions
 from .pattern import NMPattern, bitmask_of
 
@@ -58,26 +60,31 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
-def first_row(tensor: Tensor) -> int:
-    """The index of the first row that this rank has of a DTensor."""
+def offset_of(tensor: Tensor) -> tuple[int, ...]:
+    """Where what this rank has of a DTensor begins in the whole, along each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return offset[0]
+    return offset
 
 
-def rows_of(whole: Tensor, like: Tensor) -> Tensor:
-    """The rows of a whole [out, ...] that this rank has of a DTensor [out, ...]; all where ``like`` is none."""
-    first = first_row(like) if is_distributed(like) else 0
-    return whole[first : first + len(local(like))]
+def part_of(whole: Tensor, like: Tensor, each: int = 1) -> Tensor:
+    """What this rank has of a whole [out, K / each], where it has a part of a DTensor ``like`` [out, K].
+
+    All of it where ``like`` is no DTensor.
+    """
+    if not is_distributed(like):
+        return whole
+    (row, column), (rows, columns) = offset_of(like), local(like).shape
+    return whole[row : row + rows, column // each : (column + columns) // each]
 
 
-def like_shards(rows: Tensor, like: Tensor) -> Tensor:
-    """The DTensor in the layout of another one, [out, K], of which this rank has these rows."""
+def like_shards(part: Tensor, like: Tensor) -> Tensor:
+    """The DTensor in the layout of another one, [out, K], of which this rank has this part."""
     from torch.distributed.tensor import DTensor
 
     how = {"shape": like.shape, "stride": (like.shape[1], 1), "run_check": False}
-    return DTensor.from_local(rows, like.device_mesh, like.placements, **how)
+    return DTensor.from_local(part, like.device_mesh, like.placements, **how)
 
 
 def sum_over_shards(part: Tensor, mesh, placements: Sequence) -> Tensor:
@@ -141,22 +148,74 @@ def check_no_flat_parameters(argument: str, model: nn.Module) -> None:
             )
 
 
-class RowShard:
+class LayerShard:
+    """What this rank holds of a MaskedLinear, whose other parts are on other ranks.
+
+    Args:
+        layer: whose weight and logits are DTensors of one layout.
+
+    Attributes:
+        shape: of the whole weight.
+        mesh, placements: of weight and logits.
+        offset: (row, column) of the whole layer at which the part of this rank begins.
+        cut_by: what has cut the layer, for messages.
+    """
+
+    cut_by: str
+
+    def __init__(self, layer: nn.Module):
+        self._layer = layer
+        self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
+        self.offset = offset_of(layer.weight)
+
+    @property
+    def logits(self) -> Tensor:
+        """[rows, columns], those of this rank."""
+        return self._layer.logits._local_tensor
+
+    @property
+    def place(self) -> Place:
+        m = self._layer.pattern.m
+        groups, (row, column) = self.shape[1] // m, self.offset
+        return Place(row * groups + column // m, groups)
+
+    def distributed(self, part: Tensor) -> Tensor:
+        """The DTensor [out, K] of which this rank has this part."""
+        return like_shards(part, self._layer.logits)
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """What this rank has of a whole [out, K]."""
+        return part_of(tensor, self._layer.logits)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """``sum_over_shards`` of those of the layer."""
+        return sum_over_shards(part, self.mesh, self.placements)
+
+    def reshard(self) -> None:
+        """Free what may have been kept gathered: the layer has its shards then."""
+
+    @torch.no_grad()
+    def bake_into(self, linear: nn.Linear) -> None:
+        """Give a layer weight, with zeros where the N largest logits of a group drop it, and bias, and leave them."""
+        layer = self._layer
+        self.reshard()
+        self.weight.copy_(layer.top_n_weight().to_local())
+        linear.weight, linear.bias = layer.weight, layer.bias
+
+
+class RowShard(LayerShard):
     """The rows of a MaskedLinear that this rank holds, and what FSDP2 gathers of them.
 
     Args:
         layer: a MaskedLinear, whose weight and logits are DTensors of one layout.
         param, group: of FSDP2, that of the weight.
-
-    Attributes:
-        mesh, placements: of both.
-        first: index of the first row in the layer.
     """
 
+    cut_by = "fully_shard"
+
     def __init__(self, layer: nn.Module, param, group):
-        self._layer, self._param, self._group = layer, param, group
-        self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
-        self.first = first_row(layer.weight)
+        super().__init__(layer)
+        self._param, self._group = param, group
         param.reset_sharded_param = self._reset
         self._hook()
 
@@ -166,9 +225,25 @@ class RowShard:
         return self._param.sharded_param._local_tensor
 
     @property
-    def logits(self) -> Tensor:
-        """[rows, K], those of this rank."""
-        return self._layer.logits._local_tensor
+    def bias(self) -> Tensor | None:
+        """The whole one [out], as FSDP2 has gathered it."""
+        return self._layer.bias
+
+    @property
+    def layout(self) -> list:
+        """What all ranks have alike."""
+        return [str(self.mesh), self.mesh.mesh.tolist(), str(self.placements), *self.shape]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., out] of an input [..., K], by the weight that is gathered."""
+        layer, weight = self._layer, self.gathered_weight()
+        learns = layer.training and layer.logits_backward is not None
+        if learns:
+            check_takes_shards(layer.logits_backward)
+        slopes = (layer.logits, layer.logits_backward) if learns else ()
+        y = gathered_linear(input, weight, layer.bias, GatheredMask(self.stays_gathered(), *slopes))
+        lost = layer.training and not learns and layer.logits.requires_grad
+        return telling_of_lost_slopes(y) if lost else y
 
     def _hook(self) -> None:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
@@ -181,18 +256,13 @@ class RowShard:
         self._hook()
 
     def reshard(self) -> None:
-        """Free what FSDP2 may have kept gathered: the layer has its shards then."""
         self._group._to_sharded()
 
-    @torch.no_grad()
     def bake_into(self, linear: nn.Linear) -> None:
-        """Give a layer weight, with zeros where the N largest logits of a group drop it, and bias, and leave them."""
+        super().bake_into(linear)
         layer = self._layer
-        self.reshard()
-        self.weight.copy_(layer.top_n_weight().to_local())
         del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather, self._param.reset_sharded_param
         self._forget()
-        linear.weight, linear.bias = layer.weight, layer.bias
         for param in self._group.fsdp_params:
             if param._module_info.module is layer:
                 _lead_to(linear, param, self._group)
@@ -202,11 +272,6 @@ class RowShard:
         self._param._init_extensions()
         self._param.all_gather_outputs = []
         vars(self._param).pop("_unsharded_param", None)
-
-    @property
-    def place(self) -> Place:
-        groups = self.shape[1] // self._layer.pattern.m
-        return Place(self.first * groups, groups)
 
     @property
     def mesh_dim(self) -> int:
@@ -220,15 +285,8 @@ class RowShard:
 
     def rows_of(self, tensor: Tensor) -> Tensor:
         """Those of a whole [out, ...] that this rank has."""
-        return tensor[self.first : self.first + len(self.weight)]
-
-    def distributed(self, rows: Tensor) -> Tensor:
-        """The DTensor [out, K] of which this rank has these rows."""
-        return like_shards(rows, self._layer.logits)
-
-    def summed(self, part: Tensor) -> Tensor:
-        """``sum_over_shards`` of those of the layer."""
-        return sum_over_shards(part, self.mesh, self.placements)
+        first = self.offset[0]
+        return tensor[first : first + len(self.weight)]
 
     def gathered_weight(self) -> Tensor:
         """The whole masked weight [out, K], as FSDP2 has gathered it for the module that runs.
@@ -309,29 +367,19 @@ def check_takes_shards(logits_backward: Callable) -> None:
 
 
 def check_not_sharded(layers: Mapping[str, nn.Module], reason: str) -> None:
-    """Raise ValueError if fully_shard has cut a MaskedLinear into rows."""
+    """Raise ValueError if a MaskedLinear has been cut over ranks."""
     for name, layer in layers.items():
         if layer.shard is not None:
-            raise ValueError(f"model: expected whole layers, got {name}, which fully_shard has cut: {reason}")
+            raise ValueError(f"model: expected whole layers, got {name}, which {layer.shard.cut_by} has cut: {reason}")
 
 
-def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-    """Tell FSDP2, and the layers, what is to be gathered of layers that it has sharded; others stay as they are.
+def attach_rows(layers: Iterable[nn.Module], params: Params) -> None:
+    """Tell FSDP2, and MaskedLinear layers that it has sharded, what is to be gathered of them.
 
     Args:
-        layers: MaskedLinear layers by name.
-        model: that holds them.
-
-    Raises:
-        ValueError: if one is sharded in another way. Nothing has changed then.
+        params: of ``resharded``, with the weight of each layer.
     """
-    alone = {name: layer for name, layer in layers.items() if layer.shard is None}
-    params = resharded(model) if alone else {}
-    new = {name: layer for name, layer in alone.items() if is_distributed(layer.weight) or is_distributed(layer.logits)}
-    for name, layer in new.items():
-        _check_logits(name, layer)
-        check_row_shard("model", name, layer.weight, layer.pattern, params)
-    for layer in new.values():
+    for layer in layers:
         if id(layer.logits) in params:
             _leave_out(*params[id(layer.logits)])
         for parameter in (layer.weight, layer.bias):
@@ -366,15 +414,9 @@ def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern
     """Raise ValueError unless the shards of a weight are such as a RowShard takes.
 
     Args:
-        params: of ``resharded``.
+        params: of ``resharded``, with the weight.
     """
-    if not is_distributed(weight):
-        return
     check_layout(argument, name, weight, pattern)
-    if id(weight) not in params:
-        raise ValueError(
-            f"{argument}: expected weights that fully_shard has sharded, got a DTensor of another origin in {name}"
-        )
     param, group = params[id(weight)]
     if param.offload_to_cpu:
         raise ValueError(f"{argument}: expected shards that stay on their device, got a CPUOffloadPolicy in {name}")
@@ -382,7 +424,8 @@ def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern
         raise ValueError(f"{argument}: expected reshard_after_forward to be a bool, got a number of ranks in {name}")
 
 
-def _check_logits(name: str, layer: nn.Module) -> None:
+def check_logits(name: str, layer: nn.Module) -> None:
+    """Raise ValueError unless the logits of a layer have the mesh and placements of its weight."""
     if not is_distributed(layer.weight) or not is_distributed(layer.logits):
         weight, logits = ("sharded" if is_distributed(x) else "plain" for x in (layer.weight, layer.logits))
         raise ValueError(

@@ -14,6 +14,7 @@ from .. import ops
 from ..counter import MaskSource
 from ..functional.checks import describe
 from ..modules import MaskedLinear
+from ..tensor_shards import TensorShard
 from .step import Step
 
 
@@ -58,8 +59,15 @@ class FisherSquares:
         for _, place in step.sharing.own:
             weight = float(step.weights[place])
             for name, square in self._squares_of(step, place).items():
-                found[name] += weight * square
-                reached[name] += weight
+                shard = self.layers[name].shard
+                if not isinstance(shard, TensorShard):
+                    found[name] += weight * square
+                    reached[name] += weight
+                    continue
+                # of columns all ranks that share the layer find the same
+                if shard.is_first or not shard.cuts_columns:
+                    shard.outputs_of(found[name]).add_(square, alpha=weight)
+                reached[name] += weight / shard.mesh.size()
         # one transfer, and one collective on several ranks
         device = next(iter(found.values())).device
         shares = torch.tensor(list(reached.values()), dtype=torch.float32, device=device)

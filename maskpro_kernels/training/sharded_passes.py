@@ -1,6 +1,7 @@
-"""Straight-through learning of layers whose rows ranks share: slopes of a rank's own rows, by sums over all ranks.
+"""Straight-through learning of layers that ranks share: each has the slopes of its own part of a layer.
 
-No rank has the dense weight of a layer, and its slope takes that. So what ranks sum up is the loss's derivative in the
+Where a tensor-parallel plan has cut a layer, its backward gives these. Where fully_shard has, no rank has the dense
+weight, and its slope takes that. So what ranks sum up is the loss's derivative in the
 masked weight, of which each gets its own rows. The second derivative is an outer product of two vectors, and ranks tell
 each other these.
 """
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..counter import MaskSource
 from ..functional.checks import FLOAT32_MAX
+from ..tensor_shards import DeviceMesh
 from .backward_pass import BackwardPass, LayerUpdater
 
 
@@ -110,3 +113,46 @@ class ShardUpdater(LayerUpdater):
     def end(self) -> None:
         super().end()
         self.own_slopes, self.factors = None, []
+
+
+class TensorPass(ShardedPass):
+    """``BackwardPass`` of layers that a tensor-parallel plan has cut, which move behind the last one.
+
+    Args:
+        copies: mesh of all ranks, over whose first dimension the parts of layers are copied; None: they are not.
+    """
+
+    def __init__(self, *of, copies: DeviceMesh | None):
+        super().__init__(*of)
+        self.copies = copies
+
+    def takes_turns(self) -> bool:
+        return False
+
+    def alike(self, loss: Tensor) -> bool:
+        return True
+
+    def _end_pass(self) -> None:
+        if not self.left:
+            super()._end_pass()
+
+
+class TensorUpdater(ShardUpdater):
+    """``LayerUpdater`` of a layer that a tensor-parallel plan has cut: its logits move behind the last backward.
+
+    Attributes:
+        own_slopes: float32 [rows, columns], of the part of this rank, summed up over passes and copies.
+    """
+
+    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
+        fisher = None if self.fisher is None else self.layer.shard.outputs_of(self.fisher) / max(len(x), 1)
+        slope = ops.straight_through_grad(grad, x, weight, self.how.curvature, mask, None, fisher)
+        self.slopes = self._added(self.slopes, slope)
+
+    def finish(self) -> None:
+        """Take the slopes of all passes, summed up over copies."""
+        if self.slopes is None:
+            self.slopes = torch.zeros_like(self.layer.own_weight, dtype=torch.float32)
+        self.own_slopes, self.slopes = self.slopes, None
+        if (copies := self.backward_pass.copies) is not None:
+            self.backward_pass.ranks.sum_of_copies(self.own_slopes, copies, 1)

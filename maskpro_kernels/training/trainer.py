@@ -31,7 +31,7 @@ from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
 from .sharded_run import agree_on_shards, check_finite, check_sharding, is_sharded, spread_run
-from .sharing import PARALLEL, Sharing
+from .sharing import PARALLEL, Shares, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
 from .step_batches import batches_of_steps, check_batches
 
@@ -118,7 +118,8 @@ class MaskTrainer:
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
         check_sharding(self.layers, parallel)
-        self._sharing = Sharing(self.ranks, parallel, accumulate, estimator.draws)
+        shares = Shares(self.ranks, self.layers)
+        self._sharing = Sharing(self.ranks, shares, parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
         if not is_sharded(self.layers) or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
@@ -131,7 +132,8 @@ class MaskTrainer:
         self.accumulate, self.parallel = accumulate, parallel
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, in_step=is_sharded(self.layers))
+        in_step = is_sharded(self.layers)
+        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, shares, in_step)
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:

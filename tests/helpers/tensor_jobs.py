@@ -1,0 +1,84 @@
+"""A model that a tensor-parallel plan has cut over ranks, as each of them makes it, and the run that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import maskpro_kernels as mk
+from helpers.rank_jobs import rank_trainer
+from helpers.sharded_jobs import whole_logits
+
+NAMES = {1: ("tp",), 2: ("data", "tp")}
+
+
+class Exact(nn.Module):
+    """Two blocks of layers whose products of whole numbers have no rounding, in whatever order they are summed up."""
+
+    def __init__(self, width: int = 16, bias: bool = True, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(width, 2 * width, bias), "down": nn.Linear(2 * width, width, bias)})
+            for _ in range(2)
+        )
+        with torch.no_grad():
+            for parameter in self.parameters():
+                whole_numbers = torch.randint(-4, 5, parameter.shape, generator=draw)
+                parameter.copy_(whole_numbers / 4)
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block["down"](block["up"](x).relu())
+        return x
+
+
+def a_mesh(shape: Sequence[int]) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(shape), mesh_dim_names=NAMES[len(shape)])
+
+
+def split(model: nn.Module, mesh: Sequence[int]) -> None:
+    plan = {f"blocks.*.{name}": style() for name, style in (("up", ColwiseParallel), ("down", RowwiseParallel))}
+    parallelize_module(model, a_mesh(mesh)["tp"], plan)
+
+
+def a_split_model(mesh: Sequence[int] | None, pattern: str = "2:4", **of_model) -> Exact:
+    """Converted, and cut where there is a mesh."""
+    model = Exact(**of_model)
+    if mesh is not None:
+        split(model, mesh)
+    mk.convert(model, pattern, targets=["*"], gap=2.0)
+    return model
+
+
+def batches_of_whole_numbers(count: int = 8) -> list[torch.Tensor]:
+    return [
+        torch.randint(-3, 4, (4, 16), generator=torch.Generator().manual_seed(place)).float() for place in range(count)
+    ]
+
+
+def a_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Of outputs that have no rounding, by sums that have none."""
+    return model(x).abs().sum() / 1024
+
+
+def learn_split(rank: int, mesh: Sequence[int] | None, how: str, steps: int, **others):
+    """(whole logits, records without their seconds) of a run, which goes on where ``output_dir`` holds one."""
+    of = {"model": a_split_model(mesh), "batches": batches_of_whole_numbers(), "loss_fn": a_loss}
+    trainer = rank_trainer(how, **of | others)
+    folder = trainer.output_dir
+    if folder is not None and any(folder.glob("snapshot-*")):
+        trainer.resume()
+    records = trainer.run(steps - trainer.steps_done, progress=False)
+    trainer.close()
+    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
+
+
+def learn_each_split(rank: int, runs: Mapping[str, Mapping]) -> dict[str, tuple]:
+    """``learn_split`` of several runs, one after the other, by name."""
+    return {name: learn_split(rank, **how) for name, how in runs.items()}
