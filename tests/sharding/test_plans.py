@@ -34,3 +34,10 @@ def assert_learns_as_one_process(world: int, mesh: list[int], steps: int, runs: 
 
 def test_layers_that_a_plan_has_cut_learn_by_the_bits_of_one_process(eager_reference):
     assert_learns_as_one_process(2, [2], 3, RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[4], [2, 2]], ids=str)
+def test_meshes_of_more_ranks_learn_by_the_bits_of_one_process(mesh, eager_reference):
+    runs = {name: {"accumulate": 2} | how for name, how in RUNS.items()}
+    assert_learns_as_one_process(4, mesh, 20, runs)
