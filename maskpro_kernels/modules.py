@@ -25,14 +25,14 @@ from .functional.checks import (
     describe,
     matrix_of,
 )
+from .functional.gathered_linear import GatheredMask, gathered_linear
 from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
 from .functional.logits_device import device_of_logits, page_locked
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .held_draw import HeldDraw
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
-from .shards import LayerShard, Place, RowShard, check_in_memory, check_not_sharded
-from .tensor_shards import attach
+from .shards import LayerShard, Place, attach, check_in_memory
 
 Result = TypeVar("Result")
 
@@ -76,7 +76,7 @@ class MaskedLinear(nn.Module):
             itself.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
-        is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
+        is_dense: whether ``forward`` multiplies with the whole weight, see ``dense_forward``.
         shard: what this rank holds where the layer is cut over ranks: ``RowShard`` by fully_shard of torch,
             ``TensorShard`` by a tensor-parallel plan; else None. ``weight`` and ``logits`` are then DTensors, and codes
             those of this part.
@@ -210,6 +210,13 @@ class MaskedLinear(nn.Module):
 
         y = self._with_logits(product, drawn=self.training)
         return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
+
+    def gathered_product(self, input: Tensor, weight: Tensor, is_current: Callable[[], bool]) -> Tensor:
+        """``forward`` by a masked weight that has been gathered, which is that of now while ``is_current()``."""
+        learns = self.training and self.logits_backward is not None
+        slopes = (self.logits, self.logits_backward) if learns else ()
+        y = gathered_linear(input, weight, self.bias, GatheredMask(is_current, *slopes))
+        return telling_of_lost_slopes(y) if self.training and not learns and self.logits.requires_grad else y
 
     def straight_through(self, input: Tensor) -> Tensor:
         """y [..., out] under the drawn mask; its gradient reaches the logits by ``logits_backward``."""
@@ -419,39 +426,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
-    """All masked layers multiply with their whole weights, in train and in eval mode: the model is its own teacher.
-
-    There is no second copy of a weight, and no memory is needed beyond activations. Other modules keep their modes. The
-    backward of a forward whose activations are computed anew has to come within it as well.
-
-    Args:
-        model: with MaskedLinear layers.
-
-    Raises:
-        ValueError: if the model has no MaskedLinear, fully_shard has cut layers, or kept weights have changed: what it
-            was converted from is no longer there.
-    """
-    layers = masked_layers(model)
-    gathered = {name: layer for name, layer in layers.items() if isinstance(layer.shard, RowShard)}
-    check_not_sharded(gathered, "ranks are sent kept values alone; take a dense model of its own")
-    changed = [name for name, layer in layers.items() if layer.weight_changed]
-    if changed:
-        raise ValueError(
-            f"model: expected the weights that it was converted with, got kept ones that were refitted or trained in "
-            f"{changed}: what the dense model gives has to be computed before"
-        )
-    before = {layer: layer.is_dense for layer in layers.values()}
-    try:
-        for layer in before:
-            layer.is_dense = True
-        yield
-    finally:
-        for layer, is_dense in before.items():
-            layer.is_dense = is_dense
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:

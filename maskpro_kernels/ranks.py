@@ -272,10 +272,9 @@ class Ranks:
             self._run(lambda group: dist.all_reduce(tensor, group=group, async_op=True), tensor.device)
 
     def sum_of_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
-        """This rank's rows [rows, K] of the sum of a tensor [out, K] over all ranks: the same bits in each copy.
+        """Rows [rows, K], this rank's, of the sum of a contiguous [out, K] over all ranks: the same bits in each copy.
 
         Args:
-            tensor: contiguous.
             mesh: of all ranks.
             cut: its dimension over which rows are cut, as ``torch.chunk`` does; over the others they are copied.
             rows: how many this rank has.

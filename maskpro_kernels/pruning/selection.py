@@ -13,8 +13,7 @@ from ..linear_form import SplitAttention, lost_with
 from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..pattern import NMPattern
-from ..shards import check_in_memory, is_finite, resharded
-from ..tensor_shards import check_shard
+from ..shards import check_in_memory, check_shard, is_finite, resharded
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
 from .coverage import HEAD, coverage, output_heads

@@ -14,7 +14,7 @@ from .. import ops
 from ..counter import MaskSource
 from ..functional.checks import describe
 from ..modules import MaskedLinear
-from ..tensor_shards import TensorShard
+from ..shards import TensorShard
 from .step import Step
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..counter import MaskSource
 from ..functional.checks import FLOAT32_MAX
-from ..tensor_shards import DeviceMesh
+from ..shards import DeviceMesh
 from .backward_pass import BackwardPass, LayerUpdater
 
 

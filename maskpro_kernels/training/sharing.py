@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from ..tensor_shards import TensorShard
+from ..shards import TensorShard
 from .batches import weighted_mean
 
 Result = TypeVar("Result")

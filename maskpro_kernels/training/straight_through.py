@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from ..shards import check_not_sharded
-from ..tensor_shards import DeviceMesh, TensorShard
+from ..shards import DeviceMesh, TensorShard, check_not_sharded
 from .amounts import Amount
 from .backward_pass import BackwardPass, LayerUpdater
 from .estimator import Estimator, HeldBytes, Option, StepResult

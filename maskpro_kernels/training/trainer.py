@@ -132,8 +132,7 @@ class MaskTrainer:
         self.accumulate, self.parallel = accumulate, parallel
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        in_step = is_sharded(self.layers)
-        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, shares, in_step)
+        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, shares, is_sharded(self.layers))
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:

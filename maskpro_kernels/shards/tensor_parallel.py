@@ -13,17 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .pattern import NMPattern
-from .shards import (
-    LayerShard,
-    Params,
-    attach_rows,
-    check_logits,
-    check_row_shard,
-    is_distributed,
-    local,
-    resharded,
-)
+from ..pattern import NMPattern
+from .dtensors import LayerShard, check_logits, is_distributed, local
+from .rows import Params, attach_rows, check_row_shard, resharded
 
 
 def check_shard(argument: str, name: str, layer: nn.Module, pattern: NMPattern, params: Params) -> None:
