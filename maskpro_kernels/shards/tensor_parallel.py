@@ -44,9 +44,9 @@ def _check_tensor_shard(argument: str, name: str, layer: nn.Module, pattern: NMP
             f"{told}, got columns in {name}: {weight.shape[1]} over {parts} ranks are {each} each, which cuts groups "
             f"of {pattern.m}"
         )
-    of_bias = [] if layer.bias is None else list(getattr(layer.bias, "placements", ["a plain tensor"]))
-    if cut == 0 and any(not getattr(placement, "is_shard", bool)() for placement in of_bias):
-        raise ValueError(f"{told}, and its bias alike, got {of_bias} for the bias of {name}")
+    if layer.bias is not None and cut == 0 and getattr(layer.bias, "placements", None) != placements:
+        got = layer.bias.placements if is_distributed(layer.bias) else "a plain tensor"
+        raise ValueError(f"{told}, and its bias alike, got {got} for the bias of {name}")
     if not _tiles(mesh.mesh.tolist(), torch.distributed.get_world_size()):
         raise ValueError(
             f"{told}, over ranks of one and the same distance, as in a mesh of all ranks, got "
