@@ -54,7 +54,8 @@ class MaskTrainer:
     ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
     process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
     number of ranks. Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows
-    alone, all ranks make each forward together, and snapshots hold whole logits none the less.
+    alone, all ranks make each forward together, and snapshots hold whole logits none the less. Where a tensor-parallel
+    plan has, that is so of the ranks that share a layer; others share out the forwards of a step.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
@@ -78,7 +79,8 @@ class MaskTrainer:
             "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids.
         parallel: without effect on one process. "data": every rank makes all draws of a step, for its own share of the
             batches; ``accumulate`` has to be a multiple of the ranks. "draws": every rank makes its own share of the
-            draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks.
+            draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks. Ranks that share
+            layers by a plan count as one.
         timeout: seconds that a rank waits for the others in a step, and for each of their losses of the initial masks.
             Without a limit it waits for ``after_step`` of ``run``, and, before the first step and where initial
             masks are refreshed, for what rank 0 reads and writes and for settings that are compared.
