@@ -8,7 +8,6 @@ from functools import cached_property
 
 from tqdm import tqdm
 
-from ..ranks import Ranks
 from .batches import content
 from .sharing import Shares
 
@@ -18,8 +17,7 @@ class InitialLosses:
 
     Args:
         batches: those of the run; later they may stand in another order. None: they are not known beforehand.
-        ranks: of the run.
-        shares: of the forwards.
+        shares: of the forwards, over the ranks of the run.
         in_step: whether a forward takes all ranks at once, as in a model whose rows they share.
 
     Attributes:
@@ -27,10 +25,10 @@ class InitialLosses:
             has become another.
     """
 
-    def __init__(self, batches: Sequence | None, ranks: Ranks, shares: Shares, in_step: bool = False):
+    def __init__(self, batches: Sequence | None, shares: Shares, in_step: bool = False):
         self.losses: list[float] | None = None
         self._batches = batches
-        self._ranks, self._shares = ranks, shares
+        self._ranks, self._shares = shares.ranks, shares
         self._in_step = in_step
 
     @cached_property

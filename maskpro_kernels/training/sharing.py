@@ -31,11 +31,13 @@ class Shares:
         layers: of which a tensor-parallel plan may have shared out all over some ranks, see ``check_sharding``.
 
     Attributes:
+        ranks: of the run.
         own: which of the shares this rank takes.
         count: how many there are.
     """
 
     def __init__(self, ranks: Ranks, layers: Mapping[str, MaskedLinear]):
+        self.ranks = ranks
         shard = next(iter(layers.values())).shard
         parts, apart = (shard.mesh.size(), shard.apart) if isinstance(shard, TensorShard) else (1, 1)
         of = [rank // (parts * apart) * apart + rank % apart for rank in range(ranks.world)]
@@ -51,8 +53,7 @@ class Sharing:
     """The forwards of a step, one for each draw and batch, shared out over the ranks.
 
     Args:
-        ranks: all that take the step.
-        shares: of the forwards.
+        shares: of the forwards, over all ranks that take the step.
         parallel: "data": each rank makes all draws, for its share of the batches; "draws": its share of the draws, for
             all batches.
         accumulate: batches a step.
@@ -60,15 +61,16 @@ class Sharing:
 
     Attributes:
         own: the forwards that this rank makes, as (draw, which of the step's batches).
+        shares: of the forwards.
         draws: masks drawn in a step, by all ranks.
 
     Raises:
         ValueError: see ``check_shares``.
     """
 
-    def __init__(self, ranks: Ranks, shares: Shares, parallel: str, accumulate: int, draws: int):
+    def __init__(self, shares: Shares, parallel: str, accumulate: int, draws: int):
         check_shares(shares.count, parallel, accumulate, draws)
-        self.ranks, self.draws, self._shares = ranks, draws, shares
+        self.ranks, self.draws, self.shares = shares.ranks, draws, shares
         pairs = [(draw, place) for draw in range(draws) for place in range(accumulate)]
         owners = [(place if parallel == "data" else draw) % shares.count for draw, place in pairs]
         self._by_share = [
@@ -99,7 +101,7 @@ class Sharing:
                     f"ranks: expected the {name} of rank 0 on all of them, {rows[0][at]:g}, got by rank {others}"
                 )
         of = {}
-        for share, (_, _, _, *row) in zip(self._by_share, self._shares.by_share(rows), strict=True):
+        for share, (_, _, _, *row) in zip(self._by_share, self.shares.by_share(rows), strict=True):
             of |= zip(share, row, strict=True)
         draws = len(of) // len(weights)
         by_draw = [weighted_mean([of[draw, place] for place in range(len(weights))], weights) for draw in range(draws)]

@@ -54,8 +54,7 @@ class MaskTrainer:
     ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
     process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
     number of ranks. Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows
-    alone, all ranks make each forward together, and snapshots hold whole logits none the less. Where a tensor-parallel
-    plan has, that is so of the ranks that share a layer; others share out the forwards of a step.
+    alone, all ranks make each forward together, and snapshots hold whole logits none the less.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
@@ -120,8 +119,7 @@ class MaskTrainer:
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
         check_sharding(self.layers, parallel)
-        shares = Shares(self.ranks, self.layers)
-        self._sharing = Sharing(self.ranks, shares, parallel, accumulate, estimator.draws)
+        self._sharing = Sharing(Shares(self.ranks, self.layers), parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
         if not is_sharded(self.layers) or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
@@ -134,7 +132,7 @@ class MaskTrainer:
         self.accumulate, self.parallel = accumulate, parallel
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, shares, is_sharded(self.layers))
+        self._initial_losses = InitialLosses(self._batches.sequence, self._sharing.shares, is_sharded(self.layers))
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:

@@ -154,7 +154,7 @@ def filled_on_rank(rank: int, output) -> tuple[list[float], str]:
         fill_teacher(args, inputs, loss_of(args), ranks)
     for layer in masked_layers(model).values():
         layer.weight_changed = True
-    initial = InitialLosses(inputs.calibration, ranks, Shares(ranks, masked_layers(model)))
+    initial = InitialLosses(inputs.calibration, Shares(ranks, masked_layers(model)))
     losses = initial.computed(lambda x: float(loss_fn(model, x).detach()), 0, False)
     ranks.close()
     return losses, str(error.value)
