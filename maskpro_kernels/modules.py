@@ -215,7 +215,7 @@ class MaskedLinear(nn.Module):
         """``forward`` by a masked weight that has been gathered, which is that of now while ``is_current()``."""
         learns = self.training and self.logits_backward is not None
         slopes = (self.logits, self.logits_backward) if learns else ()
-        y = gathered_linear(input, weight, self.bias, GatheredMask(is_current, *slopes))
+        y = gathered_linear(input, weight, self.own_bias, GatheredMask(is_current, *slopes))
         return telling_of_lost_slopes(y) if self.training and not learns and self.logits.requires_grad else y
 
     def straight_through(self, input: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Masked layers that ranks share: by FSDP2, or by a tensor-parallel plan."""
 
 from .dtensors import (
-    LayerShard,
     Place,
     check_in_memory,
     check_no_flat_parameters,
@@ -13,8 +12,10 @@ from .dtensors import (
     part_of,
     whole,
 )
+from .layer_shard import LayerShard
+from .planned_part import DeviceMesh
 from .rows import RowShard, resharded
-from .tensor_parallel import DeviceMesh, TensorShard, attach, check_shard
+from .tensor_parallel import TensorShard, attach, check_shard
 
 __all__ = [
     "DeviceMesh",

@@ -41,11 +41,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 
-def offset_of(tensor: Tensor) -> tuple[int, ...]:
-    """Where what this rank has of a DTensor begins in the whole, along each dimension."""
+def offset_of_layout(shape: torch.Size, mesh, placements: Sequence) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(Shape of what this rank has of a DTensor of that layout, where it begins in the whole)."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return compute_local_shape_and_global_offset(shape, mesh, placements)
+
+
+def offset_of(tensor: Tensor) -> tuple[int, ...]:
+    """Where what this rank has of a DTensor begins in the whole, along each dimension."""
+    _, offset = offset_of_layout(tensor.shape, tensor.device_mesh, tensor.placements)
     return offset
 
 
@@ -72,8 +77,14 @@ def sum_over_shards(part: Tensor, mesh, placements: Sequence) -> Tensor:
     """The sum over the shards of a DTensor of that layout of what each has of it, on all ranks; differentiable."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    of_sum = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-    return DTensor.from_local(part, mesh, of_sum, run_check=False).full_tensor()
+    # of rows that are cut twice the shards are strided, and told to be none
+    of_sum = [Partial() if hasattr(placement, "dim") else Replicate() for placement in placements]
+    total = DTensor.from_local(part, mesh, of_sum, run_check=False)
+    for at in range(mesh.ndim - 1):
+        # of several at once torch warns
+        of_sum[at] = Replicate()
+        total = total.redistribute(placements=of_sum)
+    return total.full_tensor()
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -113,61 +124,6 @@ def check_logits(name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"model: expected logits with the mesh and placements of their weight, {ways[0]}, got {ways[1]} in {name}"
         )
-
-
-class LayerShard:
-    """What this rank holds of a MaskedLinear, whose other parts are on other ranks.
-
-    Args:
-        layer: whose weight and logits are DTensors of one layout.
-
-    Attributes:
-        shape: of the whole weight.
-        mesh, placements: of weight and logits.
-        offset: (row, column) of the whole layer at which the part of this rank begins.
-        cut_by: what has cut the layer, for messages.
-    """
-
-    cut_by: str
-
-    def __init__(self, layer: nn.Module):
-        self._layer = layer
-        self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
-        self.offset = offset_of(layer.weight)
-
-    @property
-    def logits(self) -> Tensor:
-        """[rows, columns], those of this rank."""
-        return self._layer.logits._local_tensor
-
-    @property
-    def place(self) -> Place:
-        m = self._layer.pattern.m
-        groups, (row, column) = self.shape[1] // m, self.offset
-        return Place(row * groups + column // m, groups)
-
-    def distributed(self, part: Tensor) -> Tensor:
-        """The DTensor [out, K] of which this rank has this part."""
-        return like_shards(part, self._layer.logits)
-
-    def part_of(self, tensor: Tensor) -> Tensor:
-        """What this rank has of a whole [out, K]."""
-        return part_of(tensor, self._layer.logits)
-
-    def summed(self, part: Tensor) -> Tensor:
-        """``sum_over_shards`` of those of the layer."""
-        return sum_over_shards(part, self.mesh, self.placements)
-
-    def reshard(self) -> None:
-        """Free what may have been kept gathered: the layer has its shards then."""
-
-    @torch.no_grad()
-    def bake_into(self, linear: nn.Linear) -> None:
-        """Give a layer weight, with zeros where the N largest logits of a group drop it, and bias, and leave them."""
-        layer = self._layer
-        self.reshard()
-        self.weight.copy_(layer.top_n_weight().to_local())
-        linear.weight, linear.bias = layer.weight, layer.bias
 
 
 def check_not_sharded(layers: Mapping[str, nn.Module], reason: str) -> None:

@@ -20,16 +20,31 @@ from torch import Tensor, nn
 from .. import ops
 from ..held_draw import version_of, versions
 from ..pattern import NMPattern, bitmask_of
-from .dtensors import LayerShard, is_distributed
+from .dtensors import is_distributed, local
+from .layer_shard import LayerShard
+from .planned_part import DeviceMesh, PlannedPart, check_part
 
 # FSDP2's (parameter, group) by the id of a sharded parameter
 Params = dict[int, tuple]
 
 
-def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -> None:
-    """Raise ValueError unless a distributed weight [out, K] is one that FSDP2 has cut into rows."""
+def _check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern, spec) -> None:
+    """Raise ValueError unless a distributed weight [out, K] is one that FSDP2 has cut into rows.
+
+    Args:
+        spec: of the DTensor that FSDP2 has cut again, as a tensor-parallel plan has left it; None without a plan.
+    """
     mesh, placements = weight.device_mesh, weight.placements
     told = f"{argument}: expected a weight that fully_shard has cut into rows"
+    if spec is not None:
+        check_part(argument, name, weight.shape, spec.mesh, spec.placements, pattern)
+        if len(placements) != 2:
+            raise ValueError(f"{told}, in a mesh (shard, tensor) under a plan, got {placements} in {name}")
+        if spec.placements[0].dim == 0 and weight.shape[0] % mesh.size():
+            raise ValueError(
+                f"{told}, as many on each rank under a plan, got {weight.shape[0]} over {mesh.size()} ranks in {name}"
+            )
+        placements = placements[:1]
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"{told}, got {placements} in {name}: parts of a sum have no mask; redistribute it first")
     cuts = {at: placement.dim for at, placement in enumerate(placements) if hasattr(placement, "dim")}
@@ -40,7 +55,7 @@ def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -
                 f"{told}, got columns in {name}: {weight.shape[1]} over {parts} ranks are {weight.shape[1] / parts:g} "
                 f"each, which cuts groups of {pattern.m}"
             )
-    if list(cuts.values()) != [0] or not placements[next(iter(cuts))].is_shard():
+    if list(cuts.values()) != [0] or (spec is None and not placements[next(iter(cuts))].is_shard()):
         raise ValueError(
             f"{told} once, got {placements} in {name}; columns, or rows cut twice, have no code under fully_shard"
         )
@@ -67,6 +82,8 @@ class RowShard(LayerShard):
     def __init__(self, layer: nn.Module, param, group):
         super().__init__(layer)
         self._param, self._group = param, group
+        spec = param._unsharded_dtensor_spec
+        self.part = None if spec is None else PlannedPart(self.shape, spec.mesh, spec.placements[0])
         param.reset_sharded_param = self._reset
         self._hook()
 
@@ -77,8 +94,8 @@ class RowShard(LayerShard):
 
     @property
     def bias(self) -> Tensor | None:
-        """The whole one [out], as FSDP2 has gathered it."""
-        return self._layer.bias
+        """The whole one [out], as FSDP2 has gathered it; under a plan what this rank adds to its outputs."""
+        return self._layer.bias if self.part is None else self.part.bias_of(self._layer.bias)
 
     @property
     def layout(self) -> list:
@@ -90,7 +107,11 @@ class RowShard(LayerShard):
         layer = self._layer
         if layer.training and layer.logits_backward is not None:
             check_takes_shards(layer.logits_backward)
-        return layer.gathered_product(input, self.gathered_weight(), self.stays_gathered())
+
+        def product(x: Tensor) -> Tensor:
+            return layer.gathered_product(x, self.gathered_weight(), self.stays_gathered())
+
+        return product(input) if self.part is None else self.part.through(input, product)
 
     def _hook(self) -> None:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
@@ -122,27 +143,37 @@ class RowShard(LayerShard):
 
     @property
     def mesh_dim(self) -> int:
-        """That over which rows are cut."""
-        return next(at for at, placement in enumerate(self.placements) if placement.is_shard())
+        """That of ``rows_mesh`` over which rows are cut."""
+        return next(at for at, placement in enumerate(self.placements) if hasattr(placement, "dim"))
+
+    @property
+    def rows_mesh(self) -> DeviceMesh:
+        """Of the ranks that FSDP2 has shared the rows out over."""
+        return self._param.mesh_info.mesh
+
+    @property
+    def gathered_shape(self) -> torch.Size:
+        """Of what FSDP2 gathers: [out, K], or under a plan its part."""
+        return self._param._orig_size
 
     @property
     def rows_each(self) -> int:
         """Rows of a rank, of which the last ranks may have fewer."""
-        return -(-self.shape[0] // self.mesh.size(self.mesh_dim))
+        return -(-self.gathered_shape[0] // self.rows_mesh.size(self.mesh_dim))
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """Those of a whole [out, ...] that this rank has."""
-        first = self.offset[0]
+        """Those of what is gathered [out, ...] that this rank has."""
+        first = self.offset[0] - (0 if self.part is None else self.part.rows[0])
         return tensor[first : first + len(self.weight)]
 
     def gathered_weight(self) -> Tensor:
-        """The whole masked weight [out, K], as FSDP2 has gathered it for the module that runs.
+        """The masked weight [out, K], as FSDP2 has gathered it for the module that runs; under a plan its part.
 
         Raises:
             RuntimeError: if it has not.
         """
         layer = self._layer
-        if is_distributed(layer.weight):
+        if is_distributed(layer.weight) and layer.weight.device_mesh == self.mesh:
             raise RuntimeError(
                 "weight: expected one that is gathered, got its shards; call the module that was given to fully_shard, "
                 "which gathers the weights in it"
@@ -152,7 +183,7 @@ class RowShard(LayerShard):
             self.reshard()
             self._group.unshard()
             self._group.wait_for_unshard()
-        return layer.weight
+        return local(layer.weight)
 
     def mask_key(self) -> tuple:
         """Another one where the masked weight is."""
@@ -177,7 +208,7 @@ class RowShard(LayerShard):
 
     def _post(self, gathered: Sequence[Tensor], key: tuple, dtype: torch.dtype, *, out: Tensor | None = None):
         (sent,) = gathered
-        (rows, k), n, m = self.shape, self._layer.pattern.n, self._layer.pattern.m
+        (rows, k), n, m = self.gathered_shape, self._layer.pattern.n, self._layer.pattern.m
         size = k // m * n * dtype.itemsize
         # a single row is contiguous as it lies, and has to be a copy all the same
         parts = sent[:rows].split([size, sent.shape[1] - size], 1)
@@ -189,8 +220,8 @@ class RowShard(LayerShard):
         if out is None:
             return weight, (weight,)
         # the same values as at the forward, which autograd may have kept a reference to
-        with torch.autograd._unsafe_preserve_version_counter(out):
-            out.copy_(weight)
+        with torch.autograd._unsafe_preserve_version_counter(local(out)):
+            local(out).copy_(weight)
         return None
 
 
@@ -246,7 +277,12 @@ def resharded(model: nn.Module) -> Params:
             raise ValueError(f"torch: expected 2.13 or newer, as fully_shard is used here, got {torch.__version__}")
         for group in state._fsdp_param_groups:
             group._to_sharded()
-            params |= {id(param.sharded_param): (param, group) for param in group.fsdp_params}
+            for param in group.fsdp_params:
+                info = param._module_info
+                if getattr(info.module, info.param_name) is not param.sharded_param:
+                    # what has loaded a model from meta has made it anew, and FSDP2 looks at its first forward
+                    param.reset_sharded_param()
+                params[id(param.sharded_param)] = param, group
     return params
 
 
@@ -256,8 +292,8 @@ def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern
     Args:
         params: of ``resharded``, with the weight.
     """
-    check_layout(argument, name, weight, pattern)
     param, group = params[id(weight)]
+    _check_layout(argument, name, weight, pattern, param._unsharded_dtensor_spec)
     if param.offload_to_cpu:
         raise ValueError(f"{argument}: expected shards that stay on their device, got a CPUOffloadPolicy in {name}")
     if group._use_post_forward_mesh:

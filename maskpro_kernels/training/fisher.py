@@ -14,7 +14,6 @@ from .. import ops
 from ..counter import MaskSource
 from ..functional.checks import describe
 from ..modules import MaskedLinear
-from ..shards import TensorShard
 from .step import Step
 
 
@@ -60,14 +59,14 @@ class FisherSquares:
             weight = float(step.weights[place])
             for name, square in self._squares_of(step, place).items():
                 shard = self.layers[name].shard
-                if not isinstance(shard, TensorShard):
+                if shard is None or shard.part is None:
                     found[name] += weight * square
                     reached[name] += weight
                     continue
                 # of columns all ranks that share the layer find the same
-                if shard.is_first or not shard.cuts_columns:
-                    shard.outputs_of(found[name]).add_(square, alpha=weight)
-                reached[name] += weight / shard.mesh.size()
+                if shard.part.is_first or not shard.part.cuts_columns:
+                    shard.part.outputs_of(found[name]).add_(square, alpha=weight)
+                reached[name] += weight / shard.part.mesh.size()
         # one transfer, and one collective on several ranks
         device = next(iter(found.values())).device
         shares = torch.tensor(list(reached.values()), dtype=torch.float32, device=device)

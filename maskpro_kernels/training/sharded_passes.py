@@ -50,7 +50,7 @@ class ShardUpdater(LayerUpdater):
     """``LayerUpdater`` of a layer that fully_shard has cut into rows: its logits move behind the last backward.
 
     Attributes:
-        slopes: the loss's derivative in the masked weight [out, K], of the pass that is under way.
+        slopes: the loss's derivative in what is gathered of the masked weight, of the pass that is under way.
         factors: of the loss's second derivative there: for each use of the layer in that pass [out] and [K].
         own_slopes: float32 [rows, K], of the rows of this rank, summed up over the passes of all ranks.
     """
@@ -63,7 +63,8 @@ class ShardUpdater(LayerUpdater):
         self.own_slopes: Tensor | None = None
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: None) -> None:
-        squares = ops.column_squares(grad) if self.fisher is None else self.fisher / max(len(x), 1)
+        fisher = None if self.fisher is None else self.layer.shard.outputs_of(self.fisher)
+        squares = ops.column_squares(grad) if fisher is None else fisher / max(len(x), 1)
         self.slopes = self._added(self.slopes, ops.weight_gradient(grad, x))
         self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
         self.backward_pass.take_turns()
@@ -73,17 +74,20 @@ class ShardUpdater(LayerUpdater):
         shard, ranks = self.layer.shard, self.backward_pass.ranks
         device = shard.weight.device
         if self.slopes is None:
-            self.slopes = torch.zeros(shard.shape, dtype=torch.float32, device=device)
-        first = ranks.sum_of_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
+            self.slopes = torch.zeros(shard.gathered_shape, dtype=torch.float32, device=device)
+        first = ranks.sum_of_rows(self.slopes, shard.rows_mesh, shard.mesh_dim, len(shard.weight))
         # freed before the next layer comes
         self.slopes, factors, self.factors = None, self.factors, []
         second = torch.zeros_like(first)
         in_turn = self.backward_pass.in_turn
         uses = 1 if in_turn else max(count for (count,) in ranks.gather([len(factors)]))
         for use in range(int(uses)):
-            none = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
-            told = ranks.gather_vectors(torch.cat(factors[use]) if use < len(factors) else none)
-            outputs, inputs = told.split(list(shard.shape), 1)
+            # as long on all ranks, whichever part of the layer each has
+            own = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
+            if use < len(factors):
+                own[: sum(shard.gathered_shape)] = torch.cat(factors[use])
+            told = ranks.gather_vectors(own)[shard.rows_mesh.mesh.flatten().to(device)]
+            outputs, inputs, _ = told.split([*shard.gathered_shape, own.numel() - sum(shard.gathered_shape)], 1)
             second.addmm_(shard.rows_of(outputs.t()), inputs)
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)

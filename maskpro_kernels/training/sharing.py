@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from ..shards import TensorShard
 from .batches import weighted_mean
 
 Result = TypeVar("Result")
@@ -39,7 +38,8 @@ class Shares:
     def __init__(self, ranks: Ranks, layers: Mapping[str, MaskedLinear]):
         self.ranks = ranks
         shard = next(iter(layers.values())).shard
-        parts, apart = (shard.mesh.size(), shard.apart) if isinstance(shard, TensorShard) else (1, 1)
+        part = None if shard is None else shard.part
+        parts, apart = (1, 1) if part is None else (part.mesh.size(), part.apart)
         of = [rank // (parts * apart) * apart + rank % apart for rank in range(ranks.world)]
         self.own, self.count = of[ranks.rank], ranks.world // parts
         self._firsts = [of.index(share) for share in range(self.count)]

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import maskpro_kernels as mk
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import whole_logits
 
-NAMES = {1: ("tp",), 2: ("data", "tp")}
+NAMES = {1: ("tp",), 2: ("fsdp", "tp")}
 
 
 class Exact(nn.Module):
@@ -42,17 +43,25 @@ def a_mesh(shape: Sequence[int]) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(shape), mesh_dim_names=NAMES[len(shape)])
 
 
-def split(model: nn.Module, mesh: Sequence[int]) -> None:
+def split(model: nn.Module, mesh: DeviceMesh) -> None:
     plan = {f"blocks.*.{name}": style() for name, style in (("up", ColwiseParallel), ("down", RowwiseParallel))}
-    parallelize_module(model, a_mesh(mesh)["tp"], plan)
+    parallelize_module(model, mesh["tp"], plan)
 
 
-def a_split_model(mesh: Sequence[int] | None, pattern: str = "2:4", **of_model) -> Exact:
-    """Converted, and cut where there is a mesh."""
-    model = Exact(**of_model)
+def a_split_model(mesh: Sequence[int] | None, pattern: str = "2:4", grid: str | None = None, **of_model) -> Exact:
+    """Converted, and cut where there is a mesh.
+
+    Args:
+        grid: whether fully_shard cuts again over the first dimension of the mesh, "before" or "behind" ``convert``.
+    """
+    model, mesh = Exact(**of_model), None if mesh is None else a_mesh(mesh)
     if mesh is not None:
         split(model, mesh)
+    if mesh is not None and grid == "before":
+        fully_shard(model, mesh=mesh["fsdp"])
     mk.convert(model, pattern, targets=["*"], gap=2.0)
+    if mesh is not None and grid == "behind":
+        fully_shard(model, mesh=mesh["fsdp"])
     return model
 
 
@@ -67,9 +76,9 @@ def a_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x).abs().sum() / 1024
 
 
-def learn_split(rank: int, mesh: Sequence[int] | None, how: str, steps: int, **others):
+def learn_split(rank: int, mesh: Sequence[int] | None, how: str, steps: int, grid: str | None = None, **others):
     """(whole logits, records without their seconds) of a run, which goes on where ``output_dir`` holds one."""
-    of = {"model": a_split_model(mesh), "batches": batches_of_whole_numbers(), "loss_fn": a_loss}
+    of = {"model": a_split_model(mesh, grid=grid), "batches": batches_of_whole_numbers(), "loss_fn": a_loss}
     trainer = rank_trainer(how, **of | others)
     folder = trainer.output_dir
     if folder is not None and any(folder.glob("snapshot-*")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.bits import assert_same_bits
@@ -18,8 +20,8 @@ from maskpro_kernels.training.model_masks import ModelMasks
 
 
 @torch.no_grad()
-def hold(rank: int) -> None:
-    model, alone, x = a_split_model([2]), a_split_model(None), batches_of_whole_numbers()[0]
+def hold(rank: int, mesh: list[int], grid: str | None = None) -> None:
+    model, alone, x = a_split_model(mesh, grid=grid), a_split_model(None), batches_of_whole_numbers()[0]
     seen = []
     for move in (lambda _: None, mk.advance, lambda m: m.eval(), lambda m: m.train(), mk.advance):
         move(model)
@@ -29,27 +31,33 @@ def hold(rank: int) -> None:
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     with ModelMasks(model).drawn(draw=1), ModelMasks(alone).drawn(draw=1):
         assert_same_bits(model(x), alone(x))
-    with mk.dense(model), mk.dense(alone):
-        assert_same_bits(model(x), alone(x))
-        assert_same_bits(model(x), Exact()(x))
-    assert_parts_are_told_from_sums(model, alone)
+    if grid is None:
+        with mk.dense(model), mk.dense(alone):
+            assert_same_bits(model(x), alone(x))
+            assert_same_bits(model(x), Exact()(x))
+    else:
+        # the outermost module stays gathered
+        model.reshard()
+    assert_parts_are_told_from_sums(model, alone, math.prod(mesh))
     assert_states_are_of_whole_layers(model, x)
     mk.finalize(model)
     mk.finalize(alone)
     assert_same_bits(model(x), alone(x))
+    if grid is not None:
+        model.reshard()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             assert type(layer) is nn.Linear and isinstance(layer.weight, DTensor)
             assert_same_bits(whole(layer.weight), alone.get_submodule(name).weight)
 
 
-def assert_parts_are_told_from_sums(model: nn.Module, alone: nn.Module) -> None:
+def assert_parts_are_told_from_sums(model: nn.Module, alone: nn.Module, ranks: int) -> None:
     torch.testing.assert_close(mk.log_prob(model), mk.log_prob(alone))
     masks, of_alone = ModelMasks(model), ModelMasks(alone)
     for (name, layer), other in zip(masked_layers(model).items(), masked_layers(alone).values(), strict=True):
         assert masks.flip_rate(name) == of_alone.flip_rate(name)
         assert_same_bits(whole(layer.masked_weight()), other.masked_weight())
-        assert layer.own_logits.numel() == layer.own_weight.numel() == other.weight.numel() // 2
+        assert layer.own_logits.numel() == layer.own_weight.numel() == other.weight.numel() // ranks
         assert (layer.logits.placements, layer.logits.device_mesh) == (
             layer.weight.placements,
             layer.weight.device_mesh,
@@ -87,7 +95,7 @@ def take_each_kind(rank: int) -> None:
         with torch.no_grad():
             torch.testing.assert_close(model(x), alone(x), rtol=0.05, atol=0.5)
     model, alone = Exact(), Exact()
-    split(model, [2])
+    split(model, a_mesh([2]))
     codes = {
         name: mk.top_n_mask(-layer.weight.detach().abs(), "2:4")
         for name, layer in alone.named_modules()
@@ -119,7 +127,7 @@ def share_unevenly(rank: int) -> None:
 def keep_hooks(rank: int) -> None:
     """A hook of one's own keeps a layer from being converted, beside those of the plan."""
     model, x = Exact(), batches_of_whole_numbers()[0]
-    split(model, [2])
+    split(model, a_mesh([2]))
     seen = []
     model.blocks[0]["up"].register_forward_hook(lambda *_: seen.append(1))
     with pytest.warns(UserWarning, match="of its matrix weights have a mask"):
@@ -130,7 +138,12 @@ def keep_hooks(rank: int) -> None:
 
 
 def test_layers_give_what_whole_ones_give():
-    all_in_ranks(2, hold)
+    all_in_ranks(2, hold, mesh=[2])
+
+
+@pytest.mark.parametrize("grid", ["before", "behind"])
+def test_layers_that_fully_shard_cuts_again_give_what_whole_ones_give(grid):
+    all_in_ranks(4, hold, mesh=[2, 2], grid=grid)
 
 
 def test_gradients_are_those_of_whole_layers():

@@ -79,3 +79,11 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(how, ends, tmp_path, eager_ref
     logits, _ = learn_split(0, None, how=how, steps=STEPS)
     for one, other in zip(resumed, logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[2, 2], [4, 1], [1, 4]], ids=str)
+def test_parts_that_fully_shard_cuts_again_learn_by_the_bits_of_one_process(mesh, eager_reference):
+    runs = {name: how | {"accumulate": 4, "grid": "before"} for name, how in RUNS.items()}
+    runs["converted first"] = RUNS["straight-through"] | {"accumulate": 4, "grid": "behind"}
+    assert_learns_as_one_process(4, mesh, 20, runs)

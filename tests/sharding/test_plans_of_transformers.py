@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -36,16 +37,16 @@ def write_checkpoint(name: str, folder: Path) -> str:
 
 
 def loaded(path: str, cut_by: str | None, rank: int, world: int = 2) -> torch.nn.Module:
-    """As it is, or cut over the ranks by "plan" or "fully_shard"."""
-    if cut_by != "plan":
+    """As it is, or cut over the ranks by "plan" or "fully_shard", or over four by "both"."""
+    if cut_by not in ("plan", "both"):
         model = AutoModelForCausalLM.from_pretrained(path)
         for block in model.model.layers if cut_by else ():
             fully_shard(block, mesh=a_mesh([world]))
         return model if cut_by is None else fully_shard(model, mesh=a_mesh([world]))
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
-    )
-    return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=world))
+    how = {"tp_size": 2, "fsdp_size": 2} if cut_by == "both" else {"tp_size": world}
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": math.prod(how.values()), "MASTER_PORT": 29500}
+    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(**how))
 
 
 def rounded_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -82,8 +83,9 @@ def learn(
     if save is not None:
         model.save_pretrained(f"{save}/dense")
     prompt = tokens()[0, :, :4]
-    # FSDP2 takes no generate of its own
-    text = None if cut_by == "fully_shard" else model.eval().generate(prompt, max_new_tokens=12, pad_token_id=0)
+    # FSDP2 hooks to forward alone
+    gathered = cut_by in ("fully_shard", "both")
+    text = None if gathered else model.eval().generate(prompt, max_new_tokens=12, pad_token_id=0)
     return {
         "converted": found.converted,
         "losses": [record.loss for record in records],
@@ -100,6 +102,8 @@ def test_plans_as_loaded_learn_by_the_bits_of_one_process(name, tmp_path, eager_
     of = {"path": path, "how": "reinforce", "steps": STEPS}
     alone = learn(0, cut_by=None, **of)
     assert len(alone["converted"]) == 14
+    # they have moved from 2 where a weight is kept, and 0
+    assert all((one % 2 != 0).any() for one in alone["logits"])
     for theirs in all_in_ranks(2, learn, cut_by="plan", save=str(tmp_path), **of):
         assert theirs["converted"] == alone["converted"]
         assert theirs["losses"] == alone["losses"]
@@ -112,6 +116,20 @@ def test_plans_as_loaded_learn_by_the_bits_of_one_process(name, tmp_path, eager_
     mk.finalize(masked)
     for one, other in zip(dense.parameters(), masked.parameters(), strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.mark.slow
+def test_plans_that_shard_too_learn_by_the_bits_of_one_process(tmp_path, eager_reference):
+    """Begun on a mesh [fsdp, tp] of four ranks, and gone on with two and by one process."""
+    path, folder = write_checkpoint("llama", tmp_path), str(tmp_path / "run")
+    alone = learn(0, path, "reinforce", STEPS, None)
+    for theirs in all_in_ranks(4, learn, path=path, how="reinforce", steps=STEPS, cut_by="both", folder=folder):
+        assert theirs["losses"] == alone["losses"]
+        assert theirs["digest"] == alone["digest"]
+    max(Path(folder).glob("snapshot-*")).unlink()
+    longer = learn(0, path, "reinforce", STEPS + 1, None)
+    for theirs in all_in_ranks(2, learn, path=path, how="reinforce", steps=STEPS + 1, cut_by="plan", folder=folder):
+        assert theirs["digest"] == longer["digest"]
 
 
 @pytest.mark.slow

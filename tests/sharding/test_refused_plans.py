@@ -52,7 +52,7 @@ def with_a_bias_of_its_own() -> None:
 
 def with_columns_that_cut_groups() -> None:
     model = Exact()
-    split(model, [2])
+    split(model, a_mesh([2]))
     mk.convert(model, "16:32", targets=["blocks.*.down"])
 
 
@@ -117,7 +117,10 @@ REFUSED = {
         lambda: placed_by_hand(DeviceMesh("cpu", [1, 0]), Shard(0)),
         f"{PLAN}, over ranks of one and the same distance, as in a mesh of all ranks, got [1, 0] of 2 in {DOWN}",
     ),
-    "a whole bias": (with_a_bias_of_its_own, f"{PLAN}, and its bias alike, got a plain tensor for the bias of {UP}"),
+    "a whole bias": (
+        with_a_bias_of_its_own,
+        f"model: expected a bias that a tensor-parallel plan has cut as its weight, got a plain tensor in {UP}",
+    ),
     "a part of the model": (
         with_a_part_of_the_layers,
         f"model: expected a tensor-parallel plan to cut all masked layers or none, got {UP}, which it has cut, and "
@@ -174,7 +177,7 @@ REFUSED = {
 
 def _split() -> Exact:
     model = Exact()
-    split(model, [2])
+    split(model, a_mesh([2]))
     return model
 
 
