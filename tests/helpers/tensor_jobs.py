@@ -76,6 +76,18 @@ def a_loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x).abs().sum() / 1024
 
 
+class Signed:
+    """``a_loss``, whose curvature passes with random signs of the outputs tell."""
+
+    def __call__(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return a_loss(model, x)
+
+    def fisher_loss(self, model: nn.Module, x: torch.Tensor, seed: int) -> torch.Tensor:
+        y = model(x)
+        signs = 2 * torch.randint(2, y.shape, generator=torch.Generator().manual_seed(seed)) - 1
+        return (y * signs).sum() / 64
+
+
 def learn_split(rank: int, mesh: Sequence[int] | None, how: str, steps: int, grid: str | None = None, **others):
     """(whole logits, records without their seconds) of a run, which goes on where ``output_dir`` holds one."""
     of = {"model": a_split_model(mesh, grid=grid), "batches": batches_of_whole_numbers(), "loss_fn": a_loss}

@@ -11,7 +11,7 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks, in_ranks
 from helpers.rank_jobs import rank_trainer
-from helpers.tensor_jobs import a_loss, a_split_model, batches_of_whole_numbers, learn_each_split, learn_split
+from helpers.tensor_jobs import Signed, a_loss, a_split_model, batches_of_whole_numbers, learn_each_split, learn_split
 
 from maskpro_kernels.ranks import MissingRanks
 
@@ -23,6 +23,7 @@ RUNS = {
     "reinforce": {"how": "reinforce"},
     "several draws": {"how": "two draws", "accumulate": 2},
     "straight-through": {"how": "straight-through"},
+    "straight-through, Fisher passes": {"how": "straight-through", "loss_fn": Signed()},
     "straight-through, two passes": {"how": "straight-through", "accumulate": 4},
 }
 
@@ -44,7 +45,8 @@ def assert_learns_as_one_process(world: int, mesh: list[int], steps: int, runs: 
 
 
 def test_layers_that_a_plan_has_cut_learn_by_the_bits_of_one_process(eager_reference):
-    assert_learns_as_one_process(2, [2], STEPS, RUNS)
+    names = ["reinforce", "straight-through, Fisher passes"]
+    assert_learns_as_one_process(2, [2], STEPS, {name: RUNS[name] for name in names})
 
 
 @pytest.mark.slow

@@ -63,12 +63,19 @@ def tokens() -> torch.Tensor:
 
 
 def learn(
-    rank: int, path: str, how: str, steps: int, cut_by: str | None, folder: str | None = None, save: str | None = None
+    rank: int,
+    path: str,
+    how: str,
+    steps: int,
+    cut_by: str | None,
+    folder: str | None = None,
+    save: str | None = None,
+    rounded: bool = True,
 ) -> dict:
     """A run, which goes on where its folder holds one, and what the finished model gives."""
     model = loaded(path, cut_by, rank)
     found = mk.convert(model, "2:4", gap=2.0)
-    loss = rounded_loss if how == "reinforce" else language_loss
+    loss = rounded_loss if how == "reinforce" and rounded else language_loss
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens()]
     trainer = rank_trainer(how, model=model, batches=batches, loss_fn=loss, accumulate=2, output_dir=folder)
     if folder is not None and any(Path(folder).glob("snapshot-*")):
@@ -142,6 +149,26 @@ def test_straight_through_of_a_plan_learns_the_masks_of_one_process(tmp_path, ea
     for one, other in zip(first["logits"], alone["logits"], strict=True):
         assert ((one - other).abs() < 1e-3).float().mean() > 0.99
         assert (mk.top_n_mask(one, "2:4") == mk.top_n_mask(other, "2:4")).float().mean() > 0.99
+
+
+@pytest.mark.slow
+def test_the_journal_of_a_plan_gives_its_bits_on_one_process(tmp_path, eager_reference):
+    """Whatever rounding its losses have had."""
+    path, folder = write_checkpoint("llama", tmp_path), tmp_path / "run"
+    of = {"path": path, "how": "reinforce", "steps": STEPS, "rounded": False}
+    first, second = all_in_ranks(2, learn, cut_by="plan", folder=str(folder), **of)
+    assert first["digest"] == second["digest"]
+    assert first["losses"] == pytest.approx(learn(0, cut_by=None, **of)["losses"], rel=1e-5)
+    max(folder.glob("snapshot-*")).unlink()
+    model = loaded(path, None, 0)
+    mk.convert(model, "2:4", gap=2.0)
+    batches = [{"input_ids": ids, "labels": ids} for ids in tokens()]
+    trainer = rank_trainer(
+        "reinforce", model=model, batches=batches, loss_fn=language_loss, accumulate=2, output_dir=folder
+    )
+    assert trainer.resume() == STEPS
+    trainer.close()
+    assert_same_bits(whole_logits(model), first["logits"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from helpers.rank_jobs import rank_trainer
 from helpers.tensor_jobs import Exact, a_loss, a_mesh, a_split_model, batches_of_whole_numbers, split
 from helpers.tiny_llama import tiny_model
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -71,6 +71,14 @@ def with_shards_of_both_kinds() -> None:
     trained(model)
 
 
+def with_rows_that_are_cut_unevenly() -> None:
+    model, mesh = Exact(width=6, bias=False), init_device_mesh("cpu", (2, 1), mesh_dim_names=("fsdp", "tp"))
+    linear = model.blocks[0]["up"] = nn.Linear(8, 5, bias=False)
+    parallelize_module(linear, mesh["tp"], ColwiseParallel())
+    fully_shard(linear, mesh=mesh["fsdp"])
+    mk.convert(model, "2:4", targets=[UP])
+
+
 def with_other_logits() -> None:
     model = a_split_model([2])
     layer = model.blocks[0]["up"]
@@ -130,6 +138,15 @@ REFUSED = {
         with_shards_of_both_kinds,
         f"model: expected a tensor-parallel plan to cut all masked layers or none, got {UP}, which it has cut, and "
         "blocks.1.up, which fully_shard has",
+    ),
+    "uneven rows": (
+        with_rows_that_are_cut_unevenly,
+        "model: expected a weight that fully_shard has cut into rows, as many on each rank under a plan, got 5 over 2 "
+        f"ranks in {UP}",
+    ),
+    "dense forwards of rows": (
+        lambda: mk.dense(a_split_model([2, 1], grid="before")).__enter__(),
+        f"model: expected whole layers, got {UP}, which fully_shard has cut: ranks are sent kept values alone",
     ),
     "plain logits": (
         with_other_logits,
