@@ -75,7 +75,7 @@ def with_rows_that_are_cut_unevenly() -> None:
     model, mesh = Exact(width=6, bias=False), init_device_mesh("cpu", (2, 1), mesh_dim_names=("fsdp", "tp"))
     linear = model.blocks[0]["up"] = nn.Linear(8, 5, bias=False)
     parallelize_module(linear, mesh["tp"], ColwiseParallel())
-    fully_shard(linear, mesh=mesh["fsdp"])
+    fully_shard(model, mesh=mesh["fsdp"])
     mk.convert(model, "2:4", targets=[UP])
 
 
