@@ -1,5 +1,6 @@
 """Fused kernels for learning and running N:M sparse language models."""
 
+from .dense_forward import dense
 from .functional.linear import (
     codes_linear,
     masked_linear,
@@ -17,7 +18,7 @@ from .functional.masks import (
     shard_counter,
     top_n_mask,
 )
-from .modules import MaskedLinear, advance, dense, log_prob
+from .modules import MaskedLinear, advance, log_prob
 from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
 from .pattern import NMPattern
 from .pruning.convert import Conversion, convert

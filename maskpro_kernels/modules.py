@@ -32,7 +32,7 @@ from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .held_draw import HeldDraw
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
-from .shards import Place, RowShard, attach, check_in_memory, check_not_sharded, check_takes_shards
+from .shards import LayerShard, Place, attach, check_in_memory
 
 Result = TypeVar("Result")
 
@@ -76,9 +76,10 @@ class MaskedLinear(nn.Module):
             itself.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
-        is_dense: whether ``forward`` multiplies with the whole weight, see ``dense``.
-        shard: the rows that this rank holds where fully_shard of torch has cut the layer, see ``RowShard``; else None.
-            ``weight`` and ``logits`` are then DTensors, and codes those of these rows.
+        is_dense: whether ``forward`` multiplies with the whole weight, see ``dense_forward``.
+        shard: what this rank holds where the layer is cut over ranks: ``RowShard`` by fully_shard of torch,
+            ``TensorShard`` by a tensor-parallel plan; else None. ``weight`` and ``logits`` are then DTensors, and codes
+            those of this part.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -126,7 +127,7 @@ class MaskedLinear(nn.Module):
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
         self.held: HeldDraw | None = None
-        self.shard: RowShard | None = None
+        self.shard: LayerShard | None = None
         self.weight_changed = self.is_dense = False
 
     @classmethod
@@ -189,10 +190,12 @@ class MaskedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., out] of input [..., K]."""
-        if self.shard is not None:
-            return self._gathered_forward(input)
+        return self.product(input) if self.shard is None else self.shard.forward(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """``forward`` of the layer, or of the part of it that this rank holds."""
         if self.is_dense:
-            return nn.functional.linear(input, self.weight, self.bias)
+            return nn.functional.linear(input, self.own_weight, self.own_bias)
         if self.training and self.logits_backward is not None:
             if getattr(self.logits_backward, "moves_logits", False):
                 # late: it loads torch's compiler
@@ -202,18 +205,17 @@ class MaskedLinear(nn.Module):
             return self.straight_through(input)
 
         def product(logits: Tensor) -> Tensor:
-            y, _ = linear_under(input, self.weight, self.bias, self._mask(logits, self.training).known)
+            y, _ = linear_under(input, self.own_weight, self.own_bias, self._mask(logits, self.training).known)
             return y
 
         y = self._with_logits(product, drawn=self.training)
         return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
 
-    def _gathered_forward(self, input: Tensor) -> Tensor:
-        weight, learns = self.shard.gathered_weight(), self.training and self.logits_backward is not None
-        if learns:
-            check_takes_shards(self.logits_backward)
+    def gathered_product(self, input: Tensor, weight: Tensor, is_current: Callable[[], bool]) -> Tensor:
+        """``forward`` by a masked weight that has been gathered, which is that of now while ``is_current()``."""
+        learns = self.training and self.logits_backward is not None
         slopes = (self.logits, self.logits_backward) if learns else ()
-        y = gathered_linear(input, weight, self.bias, GatheredMask(self.shard.stays_gathered(), *slopes))
+        y = gathered_linear(input, weight, self.own_bias, GatheredMask(is_current, *slopes))
         return telling_of_lost_slopes(y) if self.training and not learns and self.logits.requires_grad else y
 
     def straight_through(self, input: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class MaskedLinear(nn.Module):
 
         def product(logits: Tensor) -> Tensor:
             mask = self._mask(logits, drawn=True)
-            return straight_through_under(input, self.weight, self.bias, mask, self.logits_backward)
+            return straight_through_under(input, self.own_weight, self.own_bias, mask, self.logits_backward)
 
         return self._with_logits(product, drawn=True)
 
@@ -261,7 +263,7 @@ class MaskedLinear(nn.Module):
             return function(logits)
 
     def logits_on_device(self) -> Tensor:
-        """The logits of this rank's rows on the weight's device: themselves, or where they live elsewhere a copy."""
+        """The logits that this rank holds on the weight's device: themselves, or where they live elsewhere a copy."""
         return self.own_logits.to(self.weight.device)
 
     @contextmanager
@@ -274,8 +276,12 @@ class MaskedLinear(nn.Module):
 
     @property
     def own_weight(self) -> Tensor:
-        """The weight, or the rows [rows, K] of it that this rank holds; and likewise the logits."""
+        """The weight, or what this rank holds of it; and likewise bias and logits."""
         return self.weight if self.shard is None else self.shard.weight
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        return self.bias if self.shard is None else self.shard.bias
 
     @property
     def own_logits(self) -> Tensor:
@@ -422,43 +428,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
-    """All masked layers multiply with their whole weights, in train and in eval mode: the model is its own teacher.
-
-    There is no second copy of a weight, and no memory is needed beyond activations. Other modules keep their modes. The
-    backward of a forward whose activations are computed anew has to come within it as well.
-
-    Args:
-        model: with MaskedLinear layers.
-
-    Raises:
-        ValueError: if the model has no MaskedLinear, layers are sharded, or kept weights have changed: what it was
-            converted from is no longer there.
-    """
-    layers = masked_layers(model)
-    check_not_sharded(layers, "ranks are sent kept values alone; take a dense model of its own")
-    changed = [name for name, layer in layers.items() if layer.weight_changed]
-    if changed:
-        raise ValueError(
-            f"model: expected the weights that it was converted with, got kept ones that were refitted or trained in "
-            f"{changed}: what the dense model gives has to be computed before"
-        )
-    before = {layer: layer.is_dense for layer in layers.values()}
-    try:
-        for layer in before:
-            layer.is_dense = True
-        yield
-    finally:
-        for layer, is_dense in before.items():
-            layer.is_dense = is_dense
-
-
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
     """The MaskedLinear modules of a model by name, in the order of their layer ids.
 
     Raises:
-        ValueError: if there is none, or ``shards.attach`` has no code for how one is sharded; others have a ``shard``.
+        ValueError: if there is none, or ``attach`` has no code for how one is sharded; others have a ``shard``.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
     if not layers:

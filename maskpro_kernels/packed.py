@@ -25,6 +25,7 @@ from .modules import MaskedLinear
 from .ops.onnx_graph import in_onnx_export, unpacked_weight
 from .ops.reference import INTEGERS, SCALED, dequantized
 from .pattern import NMPattern, bitmask_of, codes_of
+from .shards import is_distributed
 
 # How values are stored: as they are, or as int8 with scales
 KEEP, INT8 = VALUE_KINDS = ("keep", "int8")
@@ -361,10 +362,15 @@ class NMLinear(nn.Module):
         """Pack the weight of a MaskedLinear under the N largest logits of every group; values as in ``pack_nm``.
 
         Raises:
-            TypeError, ValueError: ``layer`` is no MaskedLinear, or as ``pack_nm``.
+            TypeError, ValueError: ``layer`` is no MaskedLinear, or one that is cut over ranks, or as ``pack_nm``.
         """
         if not isinstance(layer, MaskedLinear):
             raise TypeError(f"layer: expected MaskedLinear, got {type(layer).__name__}")
+        if is_distributed(layer.weight):
+            raise ValueError(
+                "layer: expected a whole one, got a DTensor as its weight; pack the whole model that a checkpoint of "
+                "the dense one gives"
+            )
         return cls(pack_nm(layer.top_n_weight(), layer.pattern, values), layer.bias).train(layer.training)
 
     @property

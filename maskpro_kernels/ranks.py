@@ -272,10 +272,9 @@ class Ranks:
             self._run(lambda group: dist.all_reduce(tensor, group=group, async_op=True), tensor.device)
 
     def sum_of_rows(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int, rows: int) -> Tensor:
-        """This rank's rows [rows, K] of the sum of a tensor [out, K] over all ranks: the same bits in each copy.
+        """Rows [rows, K], this rank's, of the sum of a contiguous [out, K] over all ranks: the same bits in each copy.
 
         Args:
-            tensor: contiguous.
             mesh: of all ranks.
             cut: its dimension over which rows are cut, as ``torch.chunk`` does; over the others they are copied.
             rows: how many this rank has.
@@ -292,7 +291,10 @@ class Ranks:
             tensor, *others = received.view(parts, each, -1)
             for other in others:
                 tensor += other
-        tensor = tensor[:rows]
+        return self.sum_of_copies(tensor[:rows], mesh, cut)
+
+    def sum_of_copies(self, tensor: Tensor, mesh: dist.DeviceMesh, cut: int) -> Tensor:
+        """Replace a tensor by its sum over the dimensions of a mesh but ``cut``: the same bits in each copy."""
         for dim in range(mesh.ndim):
             if dim != cut and mesh.size(dim) > 1:
                 self._over(mesh, dim, partial(dist.all_reduce, tensor), tensor)

@@ -67,11 +67,13 @@ def test_library_is_imported_in_one_place(library, place):
 
 def test_collectives_are_called_in_one_place():
     users = {module: names_in(path) for module, path in MODULES.items() if "torch.distributed" in names_in(path)}
-    assert list(users) == [f"{NAME}.ranks", f"{NAME}.shards"]
+    of_ranks = users.pop(f"{NAME}.ranks")
+    assert of_ranks and {module.removesuffix(f".{module.split('.')[-1]}") for module in users} == {f"{NAME}.shards"}
     # what ranks share of a tensor is torch's own, and calls them itself
-    used = {name for name in users[f"{NAME}.shards"] if name.startswith("torch.distributed.")}
+    used = {name for names in users.values() for name in names if name.startswith("torch.distributed.")}
     others = {name for name in used if not name.startswith("torch.distributed.tensor")}
-    assert others == {"torch.distributed.get_world_size"}
+    mesh = "torch.distributed.device_mesh"
+    assert others == {"torch.distributed.get_world_size", mesh, f"{mesh}.DeviceMesh"}
 
 
 @pytest.mark.parametrize("module", [NAME, f"{NAME}.cli.main"])

@@ -18,7 +18,9 @@ from ..adapters import adapter_modules
 from ..linear_form import taken_apart
 from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE, NMLinear
+from ..ranks import Ranks
 from ..safetensors_files import named_files
+from ..shards import is_distributed
 from ..stored_digests import add_digests
 from .masked import MaskedConfig
 from .packed import PackedConfig
@@ -157,17 +159,31 @@ def _preparing(save: Callable) -> Callable:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike, *args, **kwargs):
-        prepare_for_saving(self)
         given = signature.bind(self, save_directory, *args, **kwargs)
+        gathering = getattr(self.config, "distributed_config", None) is not None
+        adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if not (gathering or adapter) and given.arguments.get("state_dict") is None:
+            _check_whole(self)
+        prepare_for_saving(self)
         if not isinstance(getattr(self.config, "quantization_config", None), OWN):
             return save(*given.args, **given.kwargs)
         # of several processes one writes the config, and beside an adapter alone there is none
-        if not given.arguments.get("is_main_process", True) or getattr(self, "_hf_peft_config_loaded", False):
+        writes = given.arguments.get("is_main_process", True) and not (gathering and Ranks().rank)
+        if not writes or adapter:
             return save(*given.args, **given.kwargs)
         with _adding_digests(self, Path(save_directory)):
             return save(*given.args, **given.kwargs)
 
     return save_pretrained
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if is_distributed(parameter):
+            raise ValueError(
+                f"model: expected whole tensors, got a DTensor in {name}; give state_dict what get_model_state_dict of "
+                "torch gathers to rank 0, with full_state_dict=True"
+            )
 
 
 @contextmanager

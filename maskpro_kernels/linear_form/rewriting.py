@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..adapters import base_layers
+from ..parallel_plan import has_forward_of_plan, is_hook_of_plan
 from ..replacement import replace_modules
 from .attention import AttentionForm, SplitAttention
 from .conv1d import Conv1DForm
@@ -158,11 +159,18 @@ def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module]) -> st
 
 
 def lost_with(module: nn.Module) -> str | None:
-    """What others have put on a module, and another one in its place would not have; accelerate's hook is handed on."""
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+    """What others have put on a module, and another one in its place would not have.
+
+    Accelerate's hook is handed on, and so is what a tensor-parallel plan has put around a layer whose weight it has
+    cut.
+    """
+    planned = hasattr(getattr(module, "weight", None), "placements")
+    known = hasattr(module, "_hf_hook") or (planned and has_forward_of_plan(module))
+    if "forward" in module.__dict__ and not known:
         return OWN_FORWARD
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return HOOKS if any(getattr(module, name) for name in hooks) else None
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(module, name).values()]
+    return HOOKS if any(not (planned and is_hook_of_plan(hook)) for hook in hooks) else None
 
 
 def _is_dense(parts: list[nn.Module]) -> bool:

@@ -23,7 +23,7 @@ from .reconstruction import Reconstruction, check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
-from .sharded import has_shards, masked_linear_of_shards, masks_of_rows
+from .sharded import has_shards, masked_linear_of_shards, masks_of_shards
 
 DEFAULT_GAP = 10.0
 
@@ -78,7 +78,7 @@ def convert(
             those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
             path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
-            ``fully_shard`` has cut the model, "magnitude" or codes, on all ranks.
+            ``fully_shard`` or a tensor-parallel plan has cut the model, "magnitude" or codes, on all ranks.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model.
@@ -120,9 +120,9 @@ def _masks(
     logits_device: torch.device | str | None,
     seed: int,
 ) -> Reconstruction:
-    """Group codes, and weights that were refitted, by name: of all rows, or where ranks share them of this one's."""
+    """Group codes, and weights that were refitted, by name: of whole layers, or of the part of this rank."""
     if has_shards(layers):
-        return masks_of_rows(layers, pattern, init, refit, logits_device)
+        return masks_of_shards(layers, pattern, init, refit, logits_device)
     return refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
 
 

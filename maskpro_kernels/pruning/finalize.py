@@ -25,8 +25,8 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
     Dense, modules in the model that ``convert`` took apart are put together again: names and shapes are those of the
     model that was given to it.
 
-    Weights and biases stay frozen where they were; those of packed layers are frozen all. Of layers that fully_shard
-    has cut, dense weights are the DTensors that there were, with zeros in them; these are not packed.
+    Weights and biases stay frozen where they were; those of packed layers are frozen all. Of layers that are cut over
+    ranks, dense weights are the DTensors that there were, with zeros in them; these are not packed.
 
     Args:
         model: a converted model.

@@ -13,7 +13,7 @@ from ..linear_form import SplitAttention, lost_with
 from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..pattern import NMPattern
-from ..shards import check_in_memory, check_row_shard, is_finite, resharded
+from ..shards import check_in_memory, check_shard, is_finite, resharded
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
 from .coverage import HEAD, coverage, output_heads
@@ -41,7 +41,7 @@ def layers_to_convert(
     layers, skipped = select_layers(model, NMPattern(pattern), targets)
     for name, layer in layers.items():
         check_in_memory("model", layer, name, sharded=True)
-        check_row_shard("model", name, layer.weight, NMPattern(pattern), params)
+        check_shard("model", name, layer, NMPattern(pattern), params)
         if layer.weight.dtype not in LOGIT_DTYPES:
             raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
         if not is_finite(layer.weight):

@@ -1,4 +1,4 @@
-"""Masked layers in the place of nn.Linear layers that fully_shard has cut into rows."""
+"""Masked layers in the place of nn.Linear layers that fully_shard, or a tensor-parallel plan, has cut over ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..functional.masks import top_n_mask
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
-from ..shards import is_distributed, like_shards, local, rows_of
+from ..shards import is_distributed, like_shards, local, part_of
 from .initial_masks import Init, given
 from .reconstruction import Reconstruction
 
@@ -20,14 +20,14 @@ def has_shards(layers: Mapping[str, nn.Module]) -> bool:
     return any(is_distributed(layer.weight) for layer in layers.values())
 
 
-def masks_of_rows(
+def masks_of_shards(
     layers: Mapping[str, nn.Linear],
     pattern: NMPattern,
     init: Init,
     refit: str,
     logits_device: torch.device | None,
 ) -> Reconstruction:
-    """Group codes [rows, K / M] of the initial masks of the rows that this rank has, by name; weights stay as they are.
+    """Group codes [rows, columns / M] of the initial masks of what this rank has, by name; weights stay as they are.
 
     Args:
         layers: by name.
@@ -37,7 +37,7 @@ def masks_of_rows(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    told = "in a model that fully_shard has cut; convert it before"
+    told = "in a model that is cut over ranks; convert it ahead of fully_shard, or give codes"
     if not isinstance(init, Mapping) and init != "magnitude":
         raise ValueError(f'init: expected "magnitude" or group codes {told}, got {init!r}')
     if refit != "none":
@@ -46,7 +46,7 @@ def masks_of_rows(
         raise ValueError(f"logits_device: expected None {told}, got {logits_device}")
     if isinstance(init, Mapping):
         whole = given(layers, pattern, init)
-        codes = {name: rows_of(whole[name], layer.weight) for name, layer in layers.items()}
+        codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
     else:
         codes = {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
     return Reconstruction(codes, {})
@@ -67,7 +67,7 @@ def masked_linear_of_shards(
     FSDP2 knows nothing of the logits. ``masked_layers`` leads what it gathers to the new layer.
 
     Args:
-        codes: group codes [rows, K / M] of this rank's rows.
+        codes: group codes [rows, columns / M] of this rank.
         The others: as for ``MaskedLinear.from_linear``.
     """
     weight, bias, device = linear.weight, linear.bias, linear.weight.device

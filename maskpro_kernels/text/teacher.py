@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ..dense_forward import dense
 from ..digests import digest
 from ..files import make_folder, write_whole
 from ..functional.checks import describe
-from ..modules import MaskedLinear, dense, evaluating
+from ..modules import MaskedLinear, evaluating
 
 # Logits that stand as float32 copies at a time: those of 128 tokens and a vocabulary of 65,536
 PIECE = 1 << 23

@@ -18,7 +18,7 @@ from ..ops.layer_groups import GroupedLayer, LayerGroup, draw_layers_, kind_of, 
 from ..ops.mask_costs import Uses, draws_once
 from ..ops.philox import MAX_DRAWS, MAX_STEPS
 from ..pattern import NMPattern
-from ..shards import Place
+from ..shards import Place, RowShard
 from .offloaded_logits import OffloadedLogits, offloaded
 
 PLAIN = (Tensor, nn.Parameter)
@@ -149,8 +149,8 @@ class ModelMasks:
             counter = self.layers[names[0]].counter()
             counters.append(counter)
             # ranks send what a draw keeps, and nobody draws again
-            sharded = self.layers[names[0]].shard is not None
-            if uses is not None and not sharded and not draws_once(group.device, group.n, uses):
+            gathered = isinstance(self.layers[names[0]].shard, RowShard)
+            if uses is not None and not gathered and not draws_once(group.device, group.n, uses):
                 continue
             draw_layers_(group, 1.0, counter.seed, counter.step, counter.draw)
             known.add(i)
@@ -174,7 +174,7 @@ class ModelMasks:
     def flip_rate(self, name: str) -> float:
         """Share of the groups of a layer whose draw leaves the top-N mask.
 
-        Of a layer whose rows ranks share it is that of all rows, to which all these ranks have to come.
+        Of a layer that ranks share it is that of the whole layer, to which all these ranks have to come.
 
         Raises:
             ValueError: if no layer has that name.
@@ -189,7 +189,7 @@ class ModelMasks:
         return flips / max(groups, 1)
 
     def _flips(self, name: str, layer: MaskedLinear) -> int:
-        """How many groups of a layer, or of this rank's rows of it, leave the top-N mask."""
+        """How many groups of a layer, or of what this rank has of it, leave the top-N mask."""
         for i, (names, group) in enumerate(self._grouped()):
             if name not in names:
                 continue

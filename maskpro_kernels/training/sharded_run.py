@@ -1,4 +1,4 @@
-"""Runs of a model whose rows ranks share: what such a run takes, and its logits to rank 0 and back."""
+"""Runs of a model whose layers ranks share: what such a run takes, and its logits to rank 0 and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from ..shards import whole
+from ..shards import RowShard, whole
 from .estimator import Estimator
 from .model_masks import ModelMasks
 from .run_folder import SavedRun
@@ -17,27 +17,29 @@ from .score_updates import replay
 
 
 def is_sharded(layers: Mapping[str, MaskedLinear]) -> bool:
-    """Whether fully_shard has cut them into rows: all of them, see ``check_sharding``."""
+    """Whether ranks share them: all of them, see ``check_sharding``."""
     return any(layer.shard is not None for layer in layers.values())
 
 
 def check_sharding(layers: Mapping[str, MaskedLinear], parallel: str) -> None:
-    """Raise ValueError unless ranks that share the rows of layers can learn their masks together."""
+    """Raise ValueError unless ranks that share layers can learn their masks together."""
     if not is_sharded(layers):
         return
     first = next(iter(layers))
+    cuts = {name: None if layer.shard is None else layer.shard.cut_by for name, layer in layers.items()}
+    cut = next(name for name in layers if cuts[name] is not None)
     for name, layer in layers.items():
-        if layer.shard is None or layers[first].shard is None:
-            whole_one, cut = (name, first) if layer.shard is None else (first, name)
+        if cuts[name] != cuts[cut]:
             raise ValueError(
-                f"model: expected fully_shard around all masked layers or none, got {cut} in it and {whole_one} not"
+                f"model: expected {cuts[cut]} to cut all masked layers or none, got {cut}, which it has cut, and "
+                f"{name}, which {cuts[name] or 'nothing'} has"
             )
         if layer.shard.mesh != layers[first].shard.mesh:
             raise ValueError(
                 f"model: expected one mesh for all masked layers, got {layers[first].shard.mesh} in {first} and "
                 f"{layer.shard.mesh} in {name}"
             )
-    if parallel != "data":
+    if parallel != "data" and isinstance(layers[first].shard, RowShard):
         raise ValueError(
             f'parallel: expected "data" in a model that fully_shard has cut, got {parallel!r}: all ranks gather rows '
             "of one draw"
@@ -52,14 +54,14 @@ def check_finite(layers: Mapping[str, MaskedLinear]) -> None:
 
 
 def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
-    """Raise ValueError on all ranks unless they have the same layers on the same mesh, with finite logits.
+    """Raise ValueError on all ranks unless they have the same layers on meshes that fit, with finite logits.
 
     All weights are shards then.
     """
     if not is_sharded(layers):
         return
     shards = {name: layer.shard for name, layer in layers.items()}
-    ranks.agree({name: [str(x.mesh), x.mesh.mesh.tolist(), str(x.placements), *x.shape] for name, x in shards.items()})
+    ranks.agree({name: shard.layout for name, shard in shards.items()})
     ranks.all_of(lambda: check_finite(layers))
     for shard in shards.values():
         shard.reshard()
@@ -67,7 +69,7 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
 
 
 def logits_on_first(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
-    """The whole logits [out, K] by name, on rank 0 alone where ranks share their rows: one layer after the other."""
+    """The whole logits [out, K] by name, on rank 0 alone where ranks share them: one layer after the other."""
     found = {}
     with ranks.naming_lost():
         for name, layer in layers.items():
@@ -86,8 +88,8 @@ def spread_run(
     """Give all ranks the logits and the tensors of an estimator that rank 0 has read.
 
     Args:
-        saved: what rank 0 has read and, where ranks share the rows of layers, not put into the logits: each then takes
-            the rows of the snapshot that it has, and the journal's steps behind it. None on other ranks.
+        saved: what rank 0 has read and, where ranks share layers, not put into the logits: each then takes its part of
+            the snapshot, and the journal's steps behind it. None on other ranks.
     """
     if is_sharded(layers):
         for name, layer in layers.items():
@@ -96,7 +98,7 @@ def spread_run(
             if saved is not None:
                 logits.copy_(saved.tensors[name])
             ranks.spread_(logits)
-            own.copy_(layer.shard.rows_of(logits))
+            own.copy_(layer.shard.part_of(logits))
         masks = ModelMasks(layers)
         for entry in ranks.gather_objects(None if saved is None else saved.entries[saved.snapshot_step :])[0]:
             replay(masks, seed, entry)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import TypeVar
 
+from ..modules import MaskedLinear
 from ..ranks import Ranks
 from .batches import weighted_mean
+
+Result = TypeVar("Result")
 
 PARALLEL = ("data", "draws")
 
@@ -18,11 +22,38 @@ def check_shares(world: int, parallel: str, accumulate: int, draws: int) -> None
         raise ValueError(f'{shared}: expected a multiple of the {world} ranks with parallel="{parallel}", got {parts}')
 
 
+class Shares:
+    """Equal shares of forwards, of which each rank takes one; those that make each forward together take the same.
+
+    Args:
+        ranks: of the run.
+        layers: of which a tensor-parallel plan may have shared out all over some ranks, see ``check_sharding``.
+
+    Attributes:
+        ranks: of the run.
+        own: which of the shares this rank takes.
+        count: how many there are.
+    """
+
+    def __init__(self, ranks: Ranks, layers: Mapping[str, MaskedLinear]):
+        self.ranks = ranks
+        shard = next(iter(layers.values())).shard
+        part = None if shard is None else shard.part
+        parts, apart = (1, 1) if part is None else (part.mesh.size(), part.apart)
+        of = [rank // (parts * apart) * apart + rank % apart for rank in range(ranks.world)]
+        self.own, self.count = of[ranks.rank], ranks.world // parts
+        self._firsts = [of.index(share) for share in range(self.count)]
+
+    def by_share(self, rows: Sequence[Result]) -> list[Result]:
+        """Of what each rank has given that of each share, by the first rank that takes it."""
+        return [rows[rank] for rank in self._firsts]
+
+
 class Sharing:
     """The forwards of a step, one for each draw and batch, shared out over the ranks.
 
     Args:
-        ranks: all that take the step.
+        shares: of the forwards, over all ranks that take the step.
         parallel: "data": each rank makes all draws, for its share of the batches; "draws": its share of the draws, for
             all batches.
         accumulate: batches a step.
@@ -30,21 +61,22 @@ class Sharing:
 
     Attributes:
         own: the forwards that this rank makes, as (draw, which of the step's batches).
+        shares: of the forwards.
         draws: masks drawn in a step, by all ranks.
 
     Raises:
         ValueError: see ``check_shares``.
     """
 
-    def __init__(self, ranks: Ranks, parallel: str, accumulate: int, draws: int):
-        check_shares(ranks.world, parallel, accumulate, draws)
-        self.ranks, self.draws = ranks, draws
+    def __init__(self, shares: Shares, parallel: str, accumulate: int, draws: int):
+        check_shares(shares.count, parallel, accumulate, draws)
+        self.ranks, self.draws, self.shares = shares.ranks, draws, shares
         pairs = [(draw, place) for draw in range(draws) for place in range(accumulate)]
-        owners = [(place if parallel == "data" else draw) % ranks.world for draw, place in pairs]
-        self._by_rank = [
-            [pair for pair, owner in zip(pairs, owners, strict=True) if owner == rank] for rank in range(ranks.world)
+        owners = [(place if parallel == "data" else draw) % shares.count for draw, place in pairs]
+        self._by_share = [
+            [pair for pair, owner in zip(pairs, owners, strict=True) if owner == share] for share in range(shares.count)
         ]
-        self.own = self._by_rank[ranks.rank]
+        self.own = self._by_share[shares.own]
 
     def exchange(
         self, step: int, losses: Sequence[float], weights: Sequence[Fraction], flip_rate: float, order: float = 0.0
@@ -69,7 +101,7 @@ class Sharing:
                     f"ranks: expected the {name} of rank 0 on all of them, {rows[0][at]:g}, got by rank {others}"
                 )
         of = {}
-        for share, (_, _, _, *row) in zip(self._by_rank, rows, strict=True):
+        for share, (_, _, _, *row) in zip(self._by_share, self.shares.by_share(rows), strict=True):
             of |= zip(share, row, strict=True)
         draws = len(of) // len(weights)
         by_draw = [weighted_mean([of[draw, place] for place in range(len(weights))], weights) for draw in range(draws)]

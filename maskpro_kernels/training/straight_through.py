@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from ..shards import check_not_sharded
+from ..shards import DeviceMesh, TensorShard, check_not_sharded
 from .amounts import Amount
 from .backward_pass import BackwardPass, LayerUpdater
 from .estimator import Estimator, HeldBytes, Option, StepResult
 from .fisher import FisherSquares
 from .normalized_steps import check_slope_settings
 from .number_checks import check_float, check_whole
-from .sharded_passes import ShardedPass, ShardUpdater
+from .sharded_passes import ShardedPass, ShardUpdater, TensorPass, TensorUpdater
 from .step import Step
 from .weight_learning import WeightLearner, check_weights
 
@@ -110,8 +110,10 @@ class StraightThrough(Estimator):
             check_not_sharded(layers, "weights learn as wholes alone; leave out train_weights")
             check_weights(layers)
             self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
-        kinds = {name: LayerUpdater if layer.shard is None else ShardUpdater for name, layer in layers.items()}
-        self._updaters = {name: kinds[name](layer, self, self._learners.get(name)) for name, layer in layers.items()}
+        shard = next(iter(layers.values())).shard
+        kind = LayerUpdater if shard is None else TensorUpdater if isinstance(shard, TensorShard) else ShardUpdater
+        self._updaters = {name: kind(layer, self, self._learners.get(name)) for name, layer in layers.items()}
+        self._copies: DeviceMesh | None = None
         self._fisher = FisherSquares(layers, self.decay)
 
     def settings(self) -> dict:
@@ -203,8 +205,7 @@ class StraightThrough(Estimator):
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
-        sharded = any(updater.layer.shard is not None for updater in updaters)
-        backward_pass = (ShardedPass if sharded else BackwardPass)(self._updaters, ranks, batches)
+        backward_pass = self._pass(ranks, batches)
         try:
             for name, updater in self._updaters.items():
                 updater.layer.logits.grad = None
@@ -221,3 +222,13 @@ class StraightThrough(Estimator):
                 layer.logits.grad = None
             for updater in updaters:
                 updater.end()
+
+    def _pass(self, ranks: Ranks, batches: int) -> BackwardPass:
+        shard = next(iter(self._updaters.values())).layer.shard
+        of = self._updaters, ranks, batches
+        if not isinstance(shard, TensorShard):
+            return (BackwardPass if shard is None else ShardedPass)(*of)
+        if self._copies is None and ranks.world > shard.mesh.size():
+            # late: not before all ranks have told that they have the same layers
+            self._copies = shard.mesh_with_copies()
+        return TensorPass(*of, copies=self._copies)

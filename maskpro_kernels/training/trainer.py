@@ -31,7 +31,7 @@ from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
 from .sharded_run import agree_on_shards, check_finite, check_sharding, is_sharded, spread_run
-from .sharing import PARALLEL, Sharing
+from .sharing import PARALLEL, Shares, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
 from .step_batches import batches_of_steps, check_batches
 
@@ -78,7 +78,8 @@ class MaskTrainer:
             "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids.
         parallel: without effect on one process. "data": every rank makes all draws of a step, for its own share of the
             batches; ``accumulate`` has to be a multiple of the ranks. "draws": every rank makes its own share of the
-            draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks.
+            draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks. Ranks that share
+            layers by a plan count as one.
         timeout: seconds that a rank waits for the others in a step, and for each of their losses of the initial masks.
             Without a limit it waits for ``after_step`` of ``run``, and, before the first step and where initial
             masks are refreshed, for what rank 0 reads and writes and for settings that are compared.
@@ -118,7 +119,7 @@ class MaskTrainer:
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
         check_sharding(self.layers, parallel)
-        self._sharing = Sharing(self.ranks, parallel, accumulate, estimator.draws)
+        self._sharing = Sharing(Shares(self.ranks, self.layers), parallel, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
         if not is_sharded(self.layers) or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
@@ -131,7 +132,7 @@ class MaskTrainer:
         self.accumulate, self.parallel = accumulate, parallel
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, in_step=is_sharded(self.layers))
+        self._initial_losses = InitialLosses(self._batches.sequence, self._sharing.shares, is_sharded(self.layers))
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:

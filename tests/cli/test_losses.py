@@ -21,6 +21,7 @@ from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.text import teacher
 from maskpro_kernels.training.initial_losses import InitialLosses
+from maskpro_kernels.training.sharing import Shares
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -153,7 +154,8 @@ def filled_on_rank(rank: int, output) -> tuple[list[float], str]:
         fill_teacher(args, inputs, loss_of(args), ranks)
     for layer in masked_layers(model).values():
         layer.weight_changed = True
-    losses = InitialLosses(inputs.calibration, ranks).computed(lambda x: float(loss_fn(model, x).detach()), 0, False)
+    initial = InitialLosses(inputs.calibration, Shares(ranks, masked_layers(model)))
+    losses = initial.computed(lambda x: float(loss_fn(model, x).detach()), 0, False)
     ranks.close()
     return losses, str(error.value)
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 
+PLAN = "model: expected a weight that a tensor-parallel plan has cut into rows or columns"
 ROWS = "model: expected a weight that fully_shard has cut into rows"
 NAN = "model: expected finite logits, got NaN or infinity in out"
 CUT = "got blocks.0.1, which fully_shard has cut"
@@ -130,14 +131,11 @@ REFUSED = {
         "ranks: expected what rank 0 has on all of them, got other out on rank 1",
     ),
     "logits of one rank": (with_nan_on_rank_1, NAN),
-    "another origin": (
-        lambda: placed_by_hand(Shard(0), Shard(0)),
-        "model: expected weights that fully_shard has sharded, got a DTensor of another origin in blocks.0.1",
-    ),
-    "parts of a sum": (with_partial_weights, f"{ROWS}, got (Partial(sum),) in out: parts of a sum have no mask"),
+    "parts of a sum": (with_partial_weights, f"{PLAN}, got (Partial(sum),) in out: parts of a sum have no mask"),
     "a part of the model": (
         sharded_in_part,
-        "model: expected fully_shard around all masked layers or none, got blocks.0.1 in it and blocks.1.1 not",
+        "model: expected fully_shard to cut all masked layers or none, got blocks.0.1, which it has cut, and "
+        "blocks.1.1, which nothing has",
     ),
     "meta": (on_the_meta_device, "model: expected weights and logits in memory, got some on meta in blocks.0.1"),
     "offloaded": (
@@ -146,11 +144,11 @@ REFUSED = {
     ),
     "calibration": (
         lambda: converted_behind(init="wanda", calibration=[torch.randn(4, 16)]),
-        'init: expected "magnitude" or group codes in a model that fully_shard has cut; convert it before',
+        'init: expected "magnitude" or group codes in a model that is cut over ranks; convert it ahead of fully_shard',
     ),
     "refit": (
         lambda: converted_behind(refit="weights", calibration=[torch.randn(4, 16)]),
-        'refit: expected "none" in a model that fully_shard has cut; convert it before',
+        'refit: expected "none" in a model that is cut over ranks; convert it ahead of fully_shard, or give codes',
     ),
     "shared draws": (
         lambda: trained(a_sharded_model([2]), how="two draws", parallel="draws"),

@@ -12,101 +12,39 @@ which torch has no public names.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .held_draw import version_of, versions
-from .pattern import NMPattern, bitmask_of
+from .. import ops
+from ..held_draw import version_of, versions
+from ..pattern import NMPattern, bitmask_of
+from .dtensors import is_distributed, local
+from .layer_shard import LayerShard
+from .planned_part import DeviceMesh, PlannedPart, check_part
 
 # FSDP2's (parameter, group) by the id of a sharded parameter
 Params = dict[int, tuple]
 
 
-def is_distributed(tensor: object) -> bool:
-    """Whether a tensor is a DTensor."""
-    return hasattr(tensor, "to_local")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the whole of a DTensor, to which all ranks of its mesh have to come."""
-    return tensor.detach().full_tensor() if is_distributed(tensor) else tensor
-
-
-def check_in_memory(
-    argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None, sharded: bool = False
-) -> None:
-    """Raise ValueError unless a layer's weight, by default ``layer.weight``, lies on its device as a whole.
+def _check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern, spec) -> None:
+    """Raise ValueError unless a distributed weight [out, K] is one that FSDP2 has cut into rows.
 
     Args:
-        sharded: whether it may be a DTensor as well.
+        spec: of the DTensor that FSDP2 has cut again, as a tensor-parallel plan has left it; None without a plan.
     """
-    weight = layer.weight if weight is None else weight
-    if weight.is_meta:
-        offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
-        cure = "accelerate offloads it, give it a device in device_map" if offloads else "load it first"
-        raise ValueError(f"{argument}: expected weights in memory, got {name} on meta: {cure}")
-    if is_distributed(weight) and not sharded:
-        raise ValueError(f"{argument}: expected plain tensors as weights, got a DTensor in {name}")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what this rank has of a DTensor."""
-    return tensor.to_local() if is_distributed(tensor) else tensor
-
-
-def first_row(tensor: Tensor) -> int:
-    """The index of the first row that this rank has of a DTensor."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return offset[0]
-
-
-def rows_of(whole: Tensor, like: Tensor) -> Tensor:
-    """The rows of a whole [out, ...] that this rank has of a DTensor [out, ...]; all where ``like`` is none."""
-    first = first_row(like) if is_distributed(like) else 0
-    return whole[first : first + len(local(like))]
-
-
-def like_shards(rows: Tensor, like: Tensor) -> Tensor:
-    """The DTensor in the layout of another one, [out, K], of which this rank has these rows."""
-    from torch.distributed.tensor import DTensor
-
-    how = {"shape": like.shape, "stride": (like.shape[1], 1), "run_check": False}
-    return DTensor.from_local(rows, like.device_mesh, like.placements, **how)
-
-
-def sum_over_shards(part: Tensor, mesh, placements: Sequence) -> Tensor:
-    """The sum over the shards of a DTensor of that layout of what each has of it, on all ranks; differentiable."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    of_sum = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-    return DTensor.from_local(part, mesh, of_sum, run_check=False).full_tensor()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor, or the whole of a DTensor, has finite elements alone."""
-    if not is_distributed(tensor):
-        return bool(torch.isfinite(tensor).all())
-    bad = (~torch.isfinite(tensor.detach().to_local())).sum()
-    return not sum_over_shards(bad, tensor.device_mesh, tensor.placements)
-
-
-class Place(NamedTuple):
-    """Where the groups of some rows lie in their layer, as a ``Counter`` has it."""
-
-    group_offset: int
-    group_row_stride: int
-
-
-def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -> None:
-    """Raise ValueError unless a distributed weight [out, K] is one that FSDP2 has cut into rows."""
     mesh, placements = weight.device_mesh, weight.placements
     told = f"{argument}: expected a weight that fully_shard has cut into rows"
+    if spec is not None:
+        check_part(argument, name, weight.shape, spec.mesh, spec.placements, pattern)
+        if len(placements) != 2:
+            raise ValueError(f"{told}, in a mesh (shard, tensor) under a plan, got {placements} in {name}")
+        if spec.placements[0].dim == 0 and weight.shape[0] % mesh.size():
+            raise ValueError(
+                f"{told}, as many on each rank under a plan, got {weight.shape[0]} over {mesh.size()} ranks in {name}"
+            )
+        placements = placements[:1]
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"{told}, got {placements} in {name}: parts of a sum have no mask; redistribute it first")
     cuts = {at: placement.dim for at, placement in enumerate(placements) if hasattr(placement, "dim")}
@@ -117,9 +55,9 @@ def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -
                 f"{told}, got columns in {name}: {weight.shape[1]} over {parts} ranks are {weight.shape[1] / parts:g} "
                 f"each, which cuts groups of {pattern.m}"
             )
-    if list(cuts.values()) != [0] or not placements[next(iter(cuts))].is_shard():
+    if list(cuts.values()) != [0] or (spec is None and not placements[next(iter(cuts))].is_shard()):
         raise ValueError(
-            f"{told} once, got {placements} in {name}; column shards and tensor parallelism have no code yet"
+            f"{told} once, got {placements} in {name}; columns, or rows cut twice, have no code under fully_shard"
         )
     ranks = mesh.mesh.movedim(next(iter(cuts)), -1)
     if (ranks.diff() < 0).any():
@@ -131,32 +69,21 @@ def check_layout(argument: str, name: str, weight: Tensor, pattern: NMPattern) -
         )
 
 
-def check_no_flat_parameters(argument: str, model: nn.Module) -> None:
-    """Raise ValueError if FSDP1 has flattened the parameters of a module."""
-    for name, module in model.named_modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise ValueError(
-                f"{argument}: expected parameters as they are or sharded by fully_shard, got the flat ones of "
-                f"FullyShardedDataParallel (FSDP1) in {name or 'the model itself'}"
-            )
-
-
-class RowShard:
+class RowShard(LayerShard):
     """The rows of a MaskedLinear that this rank holds, and what FSDP2 gathers of them.
 
     Args:
         layer: a MaskedLinear, whose weight and logits are DTensors of one layout.
         param, group: of FSDP2, that of the weight.
-
-    Attributes:
-        mesh, placements: of both.
-        first: index of the first row in the layer.
     """
 
+    cut_by = "fully_shard"
+
     def __init__(self, layer: nn.Module, param, group):
-        self._layer, self._param, self._group = layer, param, group
-        self.shape, self.mesh, self.placements = layer.weight.shape, layer.weight.device_mesh, layer.weight.placements
-        self.first = first_row(layer.weight)
+        super().__init__(layer)
+        self._param, self._group = param, group
+        spec = param._unsharded_dtensor_spec
+        self.part = None if spec is None else PlannedPart(self.shape, spec.mesh, spec.placements[0])
         param.reset_sharded_param = self._reset
         self._hook()
 
@@ -166,9 +93,25 @@ class RowShard:
         return self._param.sharded_param._local_tensor
 
     @property
-    def logits(self) -> Tensor:
-        """[rows, K], those of this rank."""
-        return self._layer.logits._local_tensor
+    def bias(self) -> Tensor | None:
+        """The whole one [out], as FSDP2 has gathered it; under a plan what this rank adds to its outputs."""
+        return self._layer.bias if self.part is None else self.part.bias_of(self._layer.bias)
+
+    @property
+    def layout(self) -> list:
+        """What all ranks have alike."""
+        return [str(self.mesh), self.mesh.mesh.tolist(), str(self.placements), *self.shape]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., out] of an input [..., K], by the weight that is gathered."""
+        layer = self._layer
+        if layer.training and layer.logits_backward is not None:
+            check_takes_shards(layer.logits_backward)
+
+        def product(x: Tensor) -> Tensor:
+            return layer.gathered_product(x, self.gathered_weight(), self.stays_gathered())
+
+        return product(input) if self.part is None else self.part.through(input, product)
 
     def _hook(self) -> None:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
@@ -181,18 +124,13 @@ class RowShard:
         self._hook()
 
     def reshard(self) -> None:
-        """Free what FSDP2 may have kept gathered: the layer has its shards then."""
         self._group._to_sharded()
 
-    @torch.no_grad()
     def bake_into(self, linear: nn.Linear) -> None:
-        """Give a layer weight, with zeros where the N largest logits of a group drop it, and bias, and leave them."""
+        super().bake_into(linear)
         layer = self._layer
-        self.reshard()
-        self.weight.copy_(layer.top_n_weight().to_local())
         del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather, self._param.reset_sharded_param
         self._forget()
-        linear.weight, linear.bias = layer.weight, layer.bias
         for param in self._group.fsdp_params:
             if param._module_info.module is layer:
                 _lead_to(linear, param, self._group)
@@ -204,40 +142,38 @@ class RowShard:
         vars(self._param).pop("_unsharded_param", None)
 
     @property
-    def place(self) -> Place:
-        groups = self.shape[1] // self._layer.pattern.m
-        return Place(self.first * groups, groups)
+    def mesh_dim(self) -> int:
+        """That of ``rows_mesh`` over which rows are cut."""
+        return next(at for at, placement in enumerate(self.placements) if hasattr(placement, "dim"))
 
     @property
-    def mesh_dim(self) -> int:
-        """That over which rows are cut."""
-        return next(at for at, placement in enumerate(self.placements) if placement.is_shard())
+    def rows_mesh(self) -> DeviceMesh:
+        """Of the ranks that FSDP2 has shared the rows out over."""
+        return self._param.mesh_info.mesh
+
+    @property
+    def gathered_shape(self) -> torch.Size:
+        """Of what FSDP2 gathers: [out, K], or under a plan its part."""
+        return self._param._orig_size
 
     @property
     def rows_each(self) -> int:
         """Rows of a rank, of which the last ranks may have fewer."""
-        return -(-self.shape[0] // self.mesh.size(self.mesh_dim))
+        return -(-self.gathered_shape[0] // self.rows_mesh.size(self.mesh_dim))
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """Those of a whole [out, ...] that this rank has."""
-        return tensor[self.first : self.first + len(self.weight)]
-
-    def distributed(self, rows: Tensor) -> Tensor:
-        """The DTensor [out, K] of which this rank has these rows."""
-        return like_shards(rows, self._layer.logits)
-
-    def summed(self, part: Tensor) -> Tensor:
-        """``sum_over_shards`` of those of the layer."""
-        return sum_over_shards(part, self.mesh, self.placements)
+        """Those of what is gathered [out, ...] that this rank has."""
+        first = self.offset[0] - (0 if self.part is None else self.part.rows[0])
+        return tensor[first : first + len(self.weight)]
 
     def gathered_weight(self) -> Tensor:
-        """The whole masked weight [out, K], as FSDP2 has gathered it for the module that runs.
+        """The masked weight [out, K], as FSDP2 has gathered it for the module that runs; under a plan its part.
 
         Raises:
             RuntimeError: if it has not.
         """
         layer = self._layer
-        if is_distributed(layer.weight):
+        if is_distributed(layer.weight) and layer.weight.device_mesh == self.mesh:
             raise RuntimeError(
                 "weight: expected one that is gathered, got its shards; call the module that was given to fully_shard, "
                 "which gathers the weights in it"
@@ -247,7 +183,7 @@ class RowShard:
             self.reshard()
             self._group.unshard()
             self._group.wait_for_unshard()
-        return layer.weight
+        return local(layer.weight)
 
     def mask_key(self) -> tuple:
         """Another one where the masked weight is."""
@@ -272,7 +208,7 @@ class RowShard:
 
     def _post(self, gathered: Sequence[Tensor], key: tuple, dtype: torch.dtype, *, out: Tensor | None = None):
         (sent,) = gathered
-        (rows, k), n, m = self.shape, self._layer.pattern.n, self._layer.pattern.m
+        (rows, k), n, m = self.gathered_shape, self._layer.pattern.n, self._layer.pattern.m
         size = k // m * n * dtype.itemsize
         # a single row is contiguous as it lies, and has to be a copy all the same
         parts = sent[:rows].split([size, sent.shape[1] - size], 1)
@@ -284,8 +220,8 @@ class RowShard:
         if out is None:
             return weight, (weight,)
         # the same values as at the forward, which autograd may have kept a reference to
-        with torch.autograd._unsafe_preserve_version_counter(out):
-            out.copy_(weight)
+        with torch.autograd._unsafe_preserve_version_counter(local(out)):
+            local(out).copy_(weight)
         return None
 
 
@@ -308,30 +244,13 @@ def check_takes_shards(logits_backward: Callable) -> None:
         )
 
 
-def check_not_sharded(layers: Mapping[str, nn.Module], reason: str) -> None:
-    """Raise ValueError if fully_shard has cut a MaskedLinear into rows."""
-    for name, layer in layers.items():
-        if layer.shard is not None:
-            raise ValueError(f"model: expected whole layers, got {name}, which fully_shard has cut: {reason}")
-
-
-def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-    """Tell FSDP2, and the layers, what is to be gathered of layers that it has sharded; others stay as they are.
+def attach_rows(layers: Iterable[nn.Module], params: Params) -> None:
+    """Tell FSDP2, and MaskedLinear layers that it has sharded, what is to be gathered of them.
 
     Args:
-        layers: MaskedLinear layers by name.
-        model: that holds them.
-
-    Raises:
-        ValueError: if one is sharded in another way. Nothing has changed then.
+        params: of ``resharded``, with the weight of each layer.
     """
-    alone = {name: layer for name, layer in layers.items() if layer.shard is None}
-    params = resharded(model) if alone else {}
-    new = {name: layer for name, layer in alone.items() if is_distributed(layer.weight) or is_distributed(layer.logits)}
-    for name, layer in new.items():
-        _check_logits(name, layer)
-        check_row_shard("model", name, layer.weight, layer.pattern, params)
-    for layer in new.values():
+    for layer in layers:
         if id(layer.logits) in params:
             _leave_out(*params[id(layer.logits)])
         for parameter in (layer.weight, layer.bias):
@@ -358,7 +277,12 @@ def resharded(model: nn.Module) -> Params:
             raise ValueError(f"torch: expected 2.13 or newer, as fully_shard is used here, got {torch.__version__}")
         for group in state._fsdp_param_groups:
             group._to_sharded()
-            params |= {id(param.sharded_param): (param, group) for param in group.fsdp_params}
+            for param in group.fsdp_params:
+                info = param._module_info
+                if getattr(info.module, info.param_name) is not param.sharded_param:
+                    # what has loaded a model from meta has made it anew, and FSDP2 looks at its first forward
+                    param.reset_sharded_param()
+                params[id(param.sharded_param)] = param, group
     return params
 
 
@@ -366,33 +290,14 @@ def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern
     """Raise ValueError unless the shards of a weight are such as a RowShard takes.
 
     Args:
-        params: of ``resharded``.
+        params: of ``resharded``, with the weight.
     """
-    if not is_distributed(weight):
-        return
-    check_layout(argument, name, weight, pattern)
-    if id(weight) not in params:
-        raise ValueError(
-            f"{argument}: expected weights that fully_shard has sharded, got a DTensor of another origin in {name}"
-        )
     param, group = params[id(weight)]
+    _check_layout(argument, name, weight, pattern, param._unsharded_dtensor_spec)
     if param.offload_to_cpu:
         raise ValueError(f"{argument}: expected shards that stay on their device, got a CPUOffloadPolicy in {name}")
     if group._use_post_forward_mesh:
         raise ValueError(f"{argument}: expected reshard_after_forward to be a bool, got a number of ranks in {name}")
-
-
-def _check_logits(name: str, layer: nn.Module) -> None:
-    if not is_distributed(layer.weight) or not is_distributed(layer.logits):
-        weight, logits = ("sharded" if is_distributed(x) else "plain" for x in (layer.weight, layer.logits))
-        raise ValueError(
-            f"model: expected logits sharded as their weight is, got a {weight} weight and {logits} logits in {name}"
-        )
-    ways = [(x.device_mesh, x.placements) for x in (layer.weight, layer.logits)]
-    if ways[0] != ways[1]:
-        raise ValueError(
-            f"model: expected logits with the mesh and placements of their weight, {ways[0]}, got {ways[1]} in {name}"
-        )
 
 
 def _leave_out(param, group) -> None:
