@@ -54,7 +54,7 @@ class MaskTrainer:
     ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
     process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
     number of ranks. Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows
-    alone, all ranks make each forward together, and snapshots hold whole logits none the less.
+    alone, all ranks make each forward together, and each writes its rows of a snapshot: they share the disk.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
