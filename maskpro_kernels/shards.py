@@ -358,6 +358,10 @@ def resharded(model: nn.Module) -> Params:
             raise ValueError(f"torch: expected 2.13 or newer, as fully_shard is used here, got {torch.__version__}")
         for group in state._fsdp_param_groups:
             group._to_sharded()
+            for param in group.fsdp_params:
+                if getattr(param._module_info.module, param._module_info.param_name) is not param.sharded_param:
+                    # as transformers loads: FSDP2 looks for it at its first forward
+                    param.reset_sharded_param()
             params |= {id(param.sharded_param): (param, group) for param in group.fsdp_params}
     return params
 

@@ -146,7 +146,7 @@ REFUSED = {
     ),
     "calibration": (
         lambda: converted_behind(init="wanda", calibration=[torch.randn(4, 16)]),
-        'init: expected "magnitude" or group codes in a model that fully_shard has cut; convert it before',
+        'init: expected "magnitude", a mask file or group codes in a model that fully_shard has cut; convert it before',
     ),
     "refit": (
         lambda: converted_behind(refit="weights", calibration=[torch.randn(4, 16)]),
