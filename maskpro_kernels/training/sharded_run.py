@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..modules import MaskedLinear
-from ..ranks import Ranks
+from ..ranks import FailedRank, MissingRanks, Ranks
+from ..shards import reset_iteration
 from .estimator import Estimator
 from .model_masks import ModelMasks
 from .run_folder import SavedRun
@@ -63,6 +66,24 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
     for shard in shards.values():
         shard.reshard()
         ranks.limit(shard.mesh)
+
+
+@contextmanager
+def forwards_of(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Forwards and backwards of a model whose rows ranks may share; behind an error inside others may follow.
+
+    Raises:
+        MissingRanks: if ranks are lost, see ``Ranks.naming_lost``. None may follow then.
+    """
+    try:
+        with ranks.naming_lost():
+            yield
+    except (MissingRanks, FailedRank):
+        # what is under way with a rank that is lost never ends
+        raise
+    except BaseException:
+        reset_iteration(model)
+        raise
 
 
 def check_seen(path: Path) -> None:
