@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.damage import a_flipped_byte
 from helpers.in_ranks import all_in_ranks, in_ranks
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import a_sharded_model, learn_sharded, whole_logits
@@ -93,8 +95,8 @@ def test_each_rank_writes_its_own_rows(tmp_path):
         assert json.loads((path / MANIFEST).read_bytes())["files"].keys() == {file.name for file in files}
 
 
-def fail_to_write(rank: int, folder: Path) -> tuple[str, list[str]]:
-    """What is raised where the disk of one rank is full, and what is in the folder then."""
+def fail_to_write(rank: int, folder: Path) -> str:
+    """What is raised where the disk of one rank is full; the run goes on."""
     trainer = rank_trainer(model=a_sharded_model([2]), accumulate=2, output_dir=folder)
     trainer.run(1, progress=False)
     real = HuggingFaceStorageWriter.write_data
@@ -115,8 +117,13 @@ def fail_to_write(rank: int, folder: Path) -> tuple[str, list[str]]:
 def test_a_disk_that_is_full_for_one_rank_leaves_nothing_in_part(tmp_path, eager_reference):
     told = all_in_ranks(2, fail_to_write, folder=tmp_path)
     assert told == ["rank 1: OSError: no space left", "no space left"]
+    *_, newest = snapshots_in(tmp_path)
     assert len(snapshots_in(tmp_path)) == 3 and not list(tmp_path.glob("*.tmp"))
-    resumed, _ = learn_sharded(0, None, how="reinforce", steps=3, accumulate=2, output_dir=tmp_path)
+    part = max(newest.glob("*.safetensors"))
+    part.write_bytes(a_flipped_byte(part.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged or of steps that are taken again: it is set aside$"):
+        resumed, _ = learn_sharded(0, None, how="reinforce", steps=3, accumulate=2, output_dir=tmp_path)
+    assert newest.with_suffix(".aside").is_dir() and not newest.exists()
     assert_same_bits(resumed, learn_sharded(0, None, how="reinforce", steps=3, accumulate=2)[0])
 
 
@@ -139,10 +146,16 @@ def test_disks_that_ranks_do_not_share_are_refused(tmp_path):
         shutil.rmtree(tmp_path / "0" / "run")
 
 
-def test_a_sharded_run_is_replayed(tmp_path, capsys, eager_reference):
-    model = all_in_ranks(2, learn_in_progress, folder=tmp_path)[0]
+def test_commands_replay_a_sharded_run_or_refuse_it_in_a_line(tmp_path, capsys, eager_reference):
+    model, _ = all_in_ranks(2, learn_in_progress, folder=tmp_path)
     assert main.main(["replay", str(tmp_path), "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"2 steps of 2, logits {digest(model)}\n"
+    others = ("eval", "export {} {}/masks.safetensors", "learn --resume", "validate", "learn --model m --output")
+    for command in others:
+        command = command if "{}" in command else f"{command} {{}}"
+        assert main.main(command.format(tmp_path, tmp_path).split()) == 2
+        assert re.fullmatch(r"maskpro: error: \w+: expected .*\n", capsys.readouterr().err), command
+    assert len(snapshots_in(tmp_path / "progress")) == 2
 
 
 def learn_in_progress(rank: int, folder: Path) -> list[torch.Tensor]:
