@@ -76,6 +76,19 @@ def test_the_first_and_the_two_newest_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_that_is_there_bit_for_bit_stays_or_is_mended(damaged, tmp_path):
+    path = publish(tmp_path, 4, {"a": torch.ones(2)})
+    aside = folder_aside(tmp_path)
+    (part,) = path.glob("*.safetensors")
+    shutil.copy(part, aside)
+    if damaged:
+        part.write_bytes(a_flipped_byte(part.read_bytes()))
+    digests = {part.name: digest_of_file(aside / part.name)}
+    assert publish_snapshot(aside, 4, digests, {"x": 1}) == path
+    assert newest_snapshot(tmp_path)[3] == [] and list(tmp_path.iterdir()) == [path]
+
+
 def write_own_rows(rank: int, folder: Path) -> int:
     """Bytes of logits of this rank; nothing of them is gathered."""
     trainer = rank_trainer(model=a_sharded_model([2]), accumulate=2, output_dir=folder)
