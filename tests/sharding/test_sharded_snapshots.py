@@ -148,6 +148,7 @@ def write_apart(rank: int, folder: Path, begun: bool) -> None:
     trainer.resume() if begun else trainer.begin()
 
 
+@pytest.mark.slow
 def test_disks_that_ranks_do_not_share_are_refused(tmp_path):
     for begun in (False, True):
         if begun:
