@@ -1,5 +1,6 @@
 """Fused kernels for learning and running N:M sparse language models."""
 
+from .checkpoint_shards import load_checkpoint_shards
 from .dense_forward import dense
 from .functional.linear import (
     codes_linear,
@@ -52,6 +53,7 @@ __all__ = [
     "dense",
     "expand_mask",
     "finalize",
+    "load_checkpoint_shards",
     "log_prob",
     "mask_log_prob",
     "masked_linear",

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,22 +64,32 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with what is in it, which is seen as a whole or not at all."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    aside = _temporary(path)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
 def unfinished(folder: Path, name: str = ".+") -> list[Path]:
-    """Files of which a process that was killed had written a part, by the names that we give such parts.
+    """Files and folders of which a process that was killed had written or removed a part, by the names of such parts.
 
     Args:
         name: a regular expression for the name that the whole file would have got.
     """
-    return _files_named(rf"({name})\.[0-9a-f]{{16}}\.tmp", folder)
+    return _named(rf"({name})(\.[0-9a-f]{{16}}\.tmp)+", folder)
 
 
 def unfinished_tensors(folder: Path) -> list[Path]:
     """The same of ``write_tensors``, by the names that safetensors gives such parts."""
-    return _files_named(r"\.tmp[A-Za-z0-9]{6}", folder)
+    return _named(r"\.tmp[A-Za-z0-9]{6}", folder)
 
 
-def _files_named(name: str, folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if re.fullmatch(name, path.name) and path.is_file()]
+def _named(name: str, folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if re.fullmatch(name, path.name)]
 
 
 def make_folder(path: Path) -> None:

@@ -76,6 +76,18 @@ def test_collectives_are_called_in_one_place():
     assert others == {"torch.distributed.get_world_size", mesh, f"{mesh}.DeviceMesh"}
 
 
+def test_files_of_ranks_are_written_in_one_place_without_collectives():
+    """Of torch's distributed checkpoints planners, reader and writer alone: ``save`` and ``load`` call collectives."""
+    place, dcp = f"{NAME}.sharded_files", "torch.distributed.checkpoint"
+    used = {module: {name for name in names_in(path) if name.startswith(dcp)} for module, path in MODULES.items()}
+    assert [module for module, names in used.items() if names] == [place]
+    names = {name.removeprefix(f"{dcp}.") for name in used[place] - {dcp}}
+    assert names == {
+        *("DefaultLoadPlanner", "DefaultSavePlanner", "HuggingFaceStorageReader", "HuggingFaceStorageWriter"),
+        *("filesystem", "filesystem.FileSystem"),
+    }
+
+
 @pytest.mark.parametrize("module", [NAME, f"{NAME}.cli.main"])
 def test_import_of_the_package_is_light(module):
     heavy = ["triton", "transformers", "matplotlib", "datasets", "tensorboard"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..checked_json import sealed
-from ..files import write_whole
+from ..files import discard, write_whole
 from ..ranks import MissingRanks, Ranks
 from ..report.parting import told
 from ..training.estimator import Estimator
@@ -177,7 +177,7 @@ class LearningRun:
         # What is learned is in the logits; what a replay starts from stays
         journaled = self.trainer.estimator.journaled
         for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
-            old.unlink()
+            discard(old)
         shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
         if not journaled:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)

@@ -145,7 +145,8 @@ class Planned:
 
     def main_memory(self, choice: Choice) -> dict[str, Amount]:
         """What a process takes there, by what it is for."""
-        stored = self._snapshot(choice)
+        # each rank writes its own rows
+        stored = self._snapshot(choice, choice.mesh.shards)
         # and a copy of what is on the device
         times = HELD + 1
         found = {"writing a snapshot": Amount(times * stored, f"{times} x ({stored.formula})")}
@@ -161,8 +162,9 @@ class Planned:
         stored, count = self._snapshot(choice), KEPT + 2
         return Amount(count * stored, f"{count} x ({stored.formula})")
 
-    def _snapshot(self, choice: Choice) -> Amount:
-        return snapshot_bytes(self.weights, self.estimator, DTYPES[choice.logits_dtype])
+    def _snapshot(self, choice: Choice, shards: int = 1) -> Amount:
+        own = [shard(weight, shards) for weight in self.weights]
+        return snapshot_bytes(own, self.estimator, DTYPES[choice.logits_dtype])
 
     def can_checkpoint(self) -> bool:
         """Whether activations can be computed anew in backward."""

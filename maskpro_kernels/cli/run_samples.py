@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..digests import digest
-from ..files import make_folder, unfinished, unfinished_tensors, write_tensors
+from ..files import discard, make_folder, unfinished, unfinished_tensors, write_tensors
 from ..text.samples import TOGETHER, sample_windows, start_token
 from ..training.run_folder import LOCK
 from .progress import Progress, tell
@@ -55,7 +55,7 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
 def _kept(args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict) -> torch.Tensor:
     """The samples of these settings: those in the file, and the others drawn and added to it."""
     for half in (*unfinished(path.parent), *unfinished_tensors(path.parent)):
-        half.unlink()
+        discard(half)
     known = _read(path, of) if path.exists() else None
     if known is not None and len(known) == of["windows"]:
         return known

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import unfinished, unfinished_tensors
+from ..files import discard, unfinished, unfinished_tensors
 from ..training.journal import read as read_journal
 from ..training.run_folder import JOURNAL, LOCK, METRICS
 from ..training.snapshots import snapshots_in, step_of
@@ -35,8 +35,8 @@ def clear_unbegun(output: Path) -> None:
     try:
         with FileLock(progress / LOCK, blocking=False):
             if not _holds_a_run(output):
-                for left in _unresumable(output):
-                    left.unlink(missing_ok=True)
+                for left in filter(Path.exists, _unresumable(output)):
+                    discard(left)
     except Timeout:
         return
 

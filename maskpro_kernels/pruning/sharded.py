@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from ..functional.masks import top_n_mask
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..shards import is_distributed, like_shards, local, part_of
-from .initial_masks import Init, given
+from .initial_masks import INITIAL_MASKS, Init, given
 from .reconstruction import Reconstruction
+from .stored_mask import stored_mask
 
 
 def has_shards(layers: Mapping[str, nn.Module]) -> bool:
@@ -31,15 +33,17 @@ def masks_of_shards(
 
     Args:
         layers: by name.
-        init: "magnitude", or group codes [out, K / M] by name, for exactly these layers.
+        init: "magnitude"; the path of a mask file, of which a rank holds the codes of one layer at a time and those of
+            its rows; or group codes [out, K / M] by name, for exactly these layers.
         refit, logits_device: as for ``convert``, of which sharded layers take the defaults alone.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
     told = "in a model that is cut over ranks; convert it ahead of fully_shard, or give codes"
-    if not isinstance(init, Mapping) and init != "magnitude":
-        raise ValueError(f'init: expected "magnitude" or group codes {told}, got {init!r}')
+    stored = not isinstance(init, Mapping) and init not in INITIAL_MASKS
+    if not isinstance(init, Mapping) and init != "magnitude" and not (stored and Path(init).is_file()):
+        raise ValueError(f'init: expected "magnitude", a mask file or group codes {told}, got {init!r}')
     if refit != "none":
         raise ValueError(f'refit: expected "none" {told}, got {refit!r}')
     if logits_device is not None:
@@ -47,6 +51,9 @@ def masks_of_shards(
     if isinstance(init, Mapping):
         whole = given(layers, pattern, init)
         codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
+    elif stored:
+        codes = stored_mask(init, layers, pattern).codes
+        codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
     else:
         codes = {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
     return Reconstruction(codes, {})

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.logits import LOGITS_FILE, load_learned
-from ..checkpoints.mask_file import DTYPES, MaskFile, base_layers, check_fingerprint
+from ..checkpoints.mask_file import DTYPES, MAGNITUDE, MaskFile, base_layers, check_fingerprint
 from ..digests import digest, digest_of_named
 from ..functional.masks import expand_mask, top_n_mask
 from ..linear_form import in_linear_form
 from ..modules import MaskedLinear
 from ..packed import INT8, SPARSE, NMLinear
 from ..pattern import NMPattern, codes_of
+from ..shards import part_of, whole
 
 # Of another base, as far as weights tell
 ANOTHER = "another model, or this one in another dtype"
@@ -58,6 +59,8 @@ def stored_mask(
     trust_remote_code: bool = False,
 ) -> StoredMask:
     """The mask of every layer out of what is stored; ``convert`` takes its codes, or the path itself, as ``init``.
+
+    Of a mask file, layers that are cut over ranks get the codes of what this rank has. All ranks come to it.
 
     Args:
         path: a mask file; the folder of a run, whose most likely masks count; or that of a causal language model, with
@@ -114,7 +117,9 @@ def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPatter
         except ValueError as error:
             raise ValueError(f"{error}{_other_dtype(mask.dtype, layers)}") from None
         with _telling():
-            codes = {name: mask.codes(name, weights[name]) for name in layers}
+            # of DTensors what this rank has, one layer after the other
+            base = whole if mask.needs == MAGNITUDE else lambda weight: None
+            codes = {name: part_of(mask.codes(name, base(of)), of, pattern.m).clone() for name, of in weights.items()}
     return StoredMask(codes, "mask file", mask.digest)
 
 

@@ -14,7 +14,7 @@ from .dtensors import (
 )
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
-from .rows import RowShard, resharded
+from .rows import RowShard, reset_iteration, resharded
 from .tensor_parallel import TensorShard, attach, check_shard
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "like_shards",
     "local",
     "part_of",
+    "reset_iteration",
     "resharded",
     "whole",
 ]

@@ -286,6 +286,19 @@ def resharded(model: nn.Module) -> Params:
     return params
 
 
+def reset_iteration(model: nn.Module) -> None:
+    """Bring FSDP2 back to where it stands between two iterations, behind an error inside of one: all is sharded then.
+
+    The gradients of that iteration are lost.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            # one that has not run yet has nothing to be reset
+            if isinstance(module, fsdp.FSDPModule) and module._get_fsdp_state()._is_root:
+                module.reset_iter_state()
+
+
 def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern, params: Params) -> None:
     """Raise ValueError unless the shards of a weight are such as a RowShard takes.
 

@@ -102,17 +102,15 @@ def read_run(
 
 def _check_tensors(saved: SavedRun, estimator: Estimator) -> None:
     """Raise ValueError unless the snapshot holds the tensors of the estimator, by names, shapes and dtypes."""
-    own = {PREFIX + name: _kind(tensor) for name, tensor in estimator.tensors().items()}
-    held = {name: _kind(tensor) for name, tensor in saved.tensors.items() if name.startswith(PREFIX)}
+    tensors = estimator.tensors().items()
+    own = {PREFIX + name: f"{list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors}
+    kinds = saved.tensors.kinds.items()
+    held = {name: f"{shape} of {dtype}" for name, (shape, dtype) in kinds if name.startswith(PREFIX)}
     if own != held:
         raise ValueError(
             f"output_dir: expected a snapshot with the tensors of {estimator.name}, "
             f"{sorted(own.items() - held.items())}, got {sorted(held.items() - own.items())}"
         )
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
 def _of_snapshot(saved: SavedRun) -> RunState:
@@ -148,12 +146,11 @@ def put_back(saved: SavedRun, layers: Mapping[str, MaskedLinear], estimator: Est
     They are taken by their updates alone, without a forward pass, and give the bits of a run that was never
     interrupted. Logits whose rows ranks share are left to ``spread_run``.
     """
-    for name, tensor in estimator.tensors().items():
-        tensor.copy_(saved.tensors[PREFIX + name])
+    tensors = {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
     if is_sharded(layers):
+        saved.tensors.read_into(tensors)
         return
-    for name, layer in layers.items():
-        layer.logits.copy_(saved.tensors[name])
+    saved.tensors.read_into(tensors | {name: layer.logits for name, layer in layers.items()})
     masks = ModelMasks(layers)
     for entry in saved.entries[saved.snapshot_step :]:
         replay(masks, seed, entry)

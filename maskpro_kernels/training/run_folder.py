@@ -17,21 +17,32 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..digests import digest
-from ..files import make_folder, unfinished, write_whole
+from ..files import discard, make_folder, unfinished, write_whole
 from ..modules import MaskedLinear
 from .batches import content, tensors_of
 from .estimator import Estimator
 from .journal import Entry, Journal, Records
 from .journal import read as read_journal
 from .metrics import Metrics
-from .snapshots import NAME, newest_snapshot, of_other_runs, save_snapshot, snapshots_in, step_of
+from .snapshots import (
+    MANIFEST,
+    NAME,
+    StoredTensors,
+    folder_aside,
+    newest_snapshot,
+    of_other_runs,
+    publish_snapshot,
+    save_snapshot,
+    snapshots_in,
+    step_of,
+)
 from .step import LossFn
 
 PACKAGE = __name__.partition(".")[0]
 
 METRICS, JOURNAL, LOCK = "metrics.jsonl", "journal", ".lock"
 # Names of files that are first written under others; whatever else is in the folder is not ours
-WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{NAME.pattern}"
+WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{NAME.pattern}|{re.escape(MANIFEST)}"
 # Folder of the losses under refreshed initial masks, in snapshots of the steps that are the first to need them
 INITIAL_LOSSES = "initial-losses"
 
@@ -102,7 +113,7 @@ class SavedRun(NamedTuple):
     steps: int
     records: Records | None
     snapshot_step: int
-    tensors: dict[str, Tensor]
+    tensors: StoredTensors
     state: dict
     unusable: set[Path]
     warnings: list[str]
@@ -173,7 +184,7 @@ class RunFolder:
             # of a run that had not begun
             left = [*snapshots_in(self.path), *snapshots_in(self.path / INITIAL_LOSSES), *self._unfinished()]
             for path in left:
-                path.unlink()
+                discard(path)
         except BaseException:
             self.close()
             raise
@@ -188,7 +199,7 @@ class RunFolder:
             raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(self.path)!r}")
 
     def _unfinished(self) -> list[Path]:
-        """Files of which a process that was killed had written a part."""
+        """What a process that was killed had written or removed a part of."""
         return [path for folder in (self.path, self.path / INITIAL_LOSSES) for path in unfinished(folder, WRITTEN)]
 
     def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
@@ -293,7 +304,7 @@ class RunFolder:
         torn = saved.records is not None and saved.records.torn > 0
         mended, told = metrics.mended(saved.steps, rows if self.journaled else None, torn)
         for path in self._unfinished():
-            path.unlink()
+            discard(path)
         if self.journaled:
             self.journal = Journal.resume(self.path / JOURNAL, saved.records)
         for path in snapshots_in(self.path / INITIAL_LOSSES):
@@ -345,11 +356,24 @@ class RunFolder:
 
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
+        self._sync_metrics()
+        self._newest = save_snapshot(self.path, step, tensors, {**self._place(), **state})
+
+    def folder_aside(self) -> Path:
+        """Where ranks write what ``publish_snapshot`` makes a snapshot of."""
+        self.check_process()
+        return folder_aside(self.path)
+
+    def publish_snapshot(self, aside: Path, step: int, digests: Mapping[str, str], state: Mapping) -> None:
+        """Add a snapshot of the files of ranks, with arguments as for the function of that name."""
+        self._sync_metrics()
+        self._newest = publish_snapshot(aside, step, digests, {**self._place(), **state})
+
+    def _sync_metrics(self) -> None:
         self.check_process()
         if not self.journaled:
             # the steps before are not taken again, and nothing else knows what they saw
             self.metrics.sync()
-        self._newest = save_snapshot(self.path, step, tensors, {**self._place(), **state})
 
     def lacks_snapshot(self) -> bool:
         """Whether another program has removed the newest snapshot, of which a warning tells; another one is due then.

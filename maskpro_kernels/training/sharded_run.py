@@ -1,15 +1,17 @@
-"""Runs of a model whose layers ranks share: what such a run takes, and its logits to rank 0 and back."""
+"""Runs of a model whose layers ranks share: what such a run takes, and how its ranks go on from a snapshot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from ..modules import MaskedLinear
-from ..ranks import Ranks
-from ..shards import RowShard, whole
+from ..ranks import FailedRank, MissingRanks, Ranks
+from ..shards import RowShard, reset_iteration
 from .estimator import Estimator
 from .model_masks import ModelMasks
 from .run_folder import SavedRun
@@ -68,17 +70,31 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
         ranks.limit(shard.mesh)
 
 
-def logits_on_first(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:
-    """The whole logits [out, K] by name, on rank 0 alone where ranks share them: one layer after the other."""
-    found = {}
-    with ranks.naming_lost():
-        for name, layer in layers.items():
-            logits = whole(layer.logits)
-            if layer.shard is None:
-                found[name] = logits
-            elif ranks.rank == 0:
-                found[name] = logits.cpu()
-    return found
+@contextmanager
+def forwards_of(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Forwards and backwards of a model whose rows ranks may share; behind an error inside others may follow.
+
+    Raises:
+        MissingRanks: if ranks are lost, see ``Ranks.naming_lost``. None may follow then.
+    """
+    try:
+        with ranks.naming_lost():
+            yield
+    except (MissingRanks, FailedRank):
+        # what is under way with a rank that is lost never ends
+        raise
+    except BaseException:
+        reset_iteration(model)
+        raise
+
+
+def check_seen(path: Path) -> None:
+    """Raise ValueError unless this rank sees what rank 0 has in ``output_dir``."""
+    if not path.exists():
+        raise ValueError(
+            f"output_dir: expected a folder on a disk that all ranks share, got {str(path.parent)!r}, in which this "
+            f"rank misses {path.name}"
+        )
 
 
 @torch.no_grad()
@@ -88,19 +104,16 @@ def spread_run(
     """Give all ranks the logits and the tensors of an estimator that rank 0 has read.
 
     Args:
-        saved: what rank 0 has read and, where ranks share layers, not put into the logits: each then takes its part of
-            the snapshot, and the journal's steps behind it. None on other ranks.
+        saved: what rank 0 has read and, where ranks share layers, not put into the logits: each then reads its own part
+            of the snapshot, and takes the journal's steps behind it. None on other ranks.
     """
     if is_sharded(layers):
-        for name, layer in layers.items():
-            own = layer.own_logits
-            logits = torch.empty(layer.shard.shape, dtype=own.dtype, device=own.device)
-            if saved is not None:
-                logits.copy_(saved.tensors[name])
-            ranks.spread_(logits)
-            own.copy_(layer.shard.part_of(logits))
+        found = None if saved is None else (saved.tensors, saved.entries[saved.snapshot_step :])
+        tensors, entries = ranks.gather_objects(found)[0]
+        ranks.all_of(lambda: check_seen(tensors.path))
+        ranks.all_of(lambda: tensors.read_into({name: layer.logits for name, layer in layers.items()}))
         masks = ModelMasks(layers)
-        for entry in ranks.gather_objects(None if saved is None else saved.entries[saved.snapshot_step :])[0]:
+        for entry in entries:
             replay(masks, seed, entry)
     else:
         for layer in layers.values():

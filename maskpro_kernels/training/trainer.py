@@ -30,7 +30,7 @@ from .rank_agreement import check_alike
 from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
-from .sharded_run import agree_on_shards, check_finite, check_sharding, is_sharded, spread_run
+from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards_of, is_sharded, spread_run
 from .sharing import PARALLEL, Shares, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
 from .step_batches import batches_of_steps, check_batches
@@ -54,7 +54,7 @@ class MaskTrainer:
     ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
     process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
     number of ranks. Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows
-    alone, all ranks make each forward together, and snapshots hold whole logits none the less.
+    alone, all ranks make each forward together, and each writes its rows of a snapshot: they share the disk.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
@@ -184,7 +184,7 @@ class MaskTrainer:
             run = self._agreed_settings(with_logits=True)
         if self.output_dir is not None:
             self._snapshots.start(run)
-        with self.ranks.naming_lost():
+        with forwards_of(self.model, self.ranks):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
             self.ranks.first(lambda: self._folder.start_journal(losses, self.estimator.draws))
@@ -249,7 +249,7 @@ class MaskTrainer:
         start = time.perf_counter()
         with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.layers):
             step = self._next_step()
-            with self.ranks.naming_lost():
+            with forwards_of(self.model, self.ranks):
                 result = self.estimator.step(step)
         step.check_entries()
         if result.refreshes:

@@ -9,9 +9,10 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import rank_trainer
-from helpers.sharded_jobs import Blocks, a_mesh, learn_each, learn_sharded, shard, whole_logits
+from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, learn_each, learn_sharded, shard, whole_logits
 from helpers.tiny_llama import tiny_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
 
@@ -54,6 +55,47 @@ def test_meshes_of_more_ranks_learn_by_the_bits_of_one_process(mesh, eager_refer
     world = 3 if mesh == [3] else 4
     runs = {name: how | {"accumulate": how["accumulate"] // 2 * world} for name, how in RUNS.items()}
     assert_learns_as_one_process(world, mesh, runs, 20)
+
+
+class Fails(RuntimeError):
+    """What a model raises once."""
+
+
+def learn_behind_errors(mesh: list[int] | None, how: str, behind: bool) -> list[torch.Tensor]:
+    """Logits of a run whose second step fails on all ranks, in a forward or in the first of two backwards."""
+    model = a_sharded_model(mesh)
+    trainer = rank_trainer(how, model=model, accumulate=4)
+    trainer.run(1, progress=False)
+
+    def fail(*_):
+        handle.remove()
+        raise Fails
+
+    inner = model.blocks[1][2]
+    handle = inner.register_full_backward_hook(fail) if behind else inner.register_forward_hook(fail)
+    with pytest.raises(Fails):
+        trainer.step()
+    # none stays gathered, the outermost layer among them
+    for parameter in model.parameters() if mesh is not None else ():
+        assert isinstance(parameter, DTensor)
+    trainer.run(2, progress=False)
+    trainer.close()
+    return whole_logits(model)
+
+
+FAILING = {"reinforce": False, "straight-through": True}
+
+
+def learn_each_behind_errors(rank: int, mesh: list[int] | None) -> dict[str, list[torch.Tensor]]:
+    return {how: learn_behind_errors(mesh, how, behind) for how, behind in FAILING.items()}
+
+
+def test_an_error_inside_a_step_leaves_nothing_gathered(eager_reference):
+    alone = learn_each_behind_errors(0, None)
+    for theirs in all_in_ranks(2, learn_each_behind_errors, mesh=[2]):
+        for how, logits in theirs.items():
+            for one, other in zip(logits, alone[how], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 class EndsEarly(Blocks):

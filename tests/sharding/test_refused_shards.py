@@ -144,7 +144,7 @@ REFUSED = {
     ),
     "calibration": (
         lambda: converted_behind(init="wanda", calibration=[torch.randn(4, 16)]),
-        'init: expected "magnitude" or group codes in a model that is cut over ranks; convert it ahead of fully_shard',
+        'init: expected "magnitude", a mask file or group codes in a model that is cut over ranks; convert it ahead of',
     ),
     "refit": (
         lambda: converted_behind(refit="weights", calibration=[torch.randn(4, 16)]),

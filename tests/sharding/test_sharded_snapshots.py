@@ -1,0 +1,221 @@
+"""Snapshots of sharded runs: each rank writes its own rows, and every damage is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.damage import a_flipped_byte
+from helpers.in_ranks import all_in_ranks, in_ranks
+from helpers.rank_jobs import rank_trainer
+from helpers.sharded_jobs import a_sharded_model, learn_sharded, whole_logits
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+from maskpro_kernels.cli import main
+from maskpro_kernels.digests import digest
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.ranks import FailedRank, Ranks
+from maskpro_kernels.sharded_files import planned_parts, read_parts
+from maskpro_kernels.training.snapshots import (
+    MANIFEST,
+    digest_of_file,
+    folder_aside,
+    newest_snapshot,
+    publish_snapshot,
+    save_snapshot,
+    snapshots_in,
+)
+
+STEPS = 4
+
+
+def publish(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> Path:
+    """A snapshot of one process, as ranks write it."""
+    aside = folder_aside(folder)
+    part = planned_parts(Ranks(), aside, tensors)()
+    return publish_snapshot(aside, step, {part.name: digest_of_file(part)}, {"x": 1})
+
+
+def test_every_byte_of_every_file_flipped_is_found(tmp_path):
+    before = {"a": torch.zeros(2)}
+    save_snapshot(tmp_path, 0, before, {"x": 1})
+    tensors = {"a": torch.randn(4, 8), "b/count": torch.tensor(3)}
+    path = publish(tmp_path, 3, tensors)
+    step, read, state, passed = newest_snapshot(tmp_path)
+    assert (step, state, passed) == (3, {"x": 1}, []) and read.kinds["a"] == ([4, 8], torch.float32)
+    assert_same_bits(dict(read), tensors)
+    files = list(path.iterdir())
+    assert len(files) == 2
+    for file in files:
+        whole = file.read_bytes()
+        for at in range(len(whole)):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+            assert newest_snapshot(tmp_path)[3] == [path]
+        file.unlink()
+        assert newest_snapshot(tmp_path)[3] == [path]
+        file.write_bytes(whole)
+    assert newest_snapshot(tmp_path)[0] == 3
+    shutil.copy(next(path.glob("*.safetensors")), path / "another.safetensors")
+    assert newest_snapshot(tmp_path)[3] == [path]
+
+
+def test_the_first_and_the_two_newest_are_kept(tmp_path):
+    for step in range(5):
+        publish(tmp_path, step, {"a": torch.full((2,), step)})
+    # as at the end of a run whose last step has left one
+    publish(tmp_path, 4, {"a": torch.full((2,), 4)})
+    assert [newest_snapshot(tmp_path, at_most)[0] for at_most in range(5)] == [0, 0, 0, 3, 4]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_that_is_there_bit_for_bit_stays_or_is_mended(damaged, tmp_path):
+    path = publish(tmp_path, 4, {"a": torch.ones(2)})
+    aside = folder_aside(tmp_path)
+    (part,) = path.glob("*.safetensors")
+    shutil.copy(part, aside)
+    if damaged:
+        part.write_bytes(a_flipped_byte(part.read_bytes()))
+    digests = {part.name: digest_of_file(aside / part.name)}
+    assert publish_snapshot(aside, 4, digests, {"x": 1}) == path
+    assert newest_snapshot(tmp_path)[3] == [] and list(tmp_path.iterdir()) == [path]
+
+
+def write_own_rows(rank: int, folder: Path) -> int:
+    """Bytes of logits of this rank; nothing of them is gathered."""
+    trainer = rank_trainer(model=a_sharded_model([2]), accumulate=2, output_dir=folder)
+    trainer.run(1, progress=False)
+    DTensor.full_tensor = DTensor.redistribute = None
+    trainer._snapshots.add(1, 0)
+    trainer.close()
+    return sum(layer.own_logits.nbytes for layer in masked_layers(trainer.model).values())
+
+
+def test_each_rank_writes_its_own_rows(tmp_path):
+    own = all_in_ranks(2, write_own_rows, folder=tmp_path)
+    first, newest = snapshots_in(tmp_path)
+    for path in (first, newest):
+        files = sorted(path.glob("*.safetensors"))
+        assert [sum(t.nbytes for t in load_file(file).values()) for file in files] == own
+        assert json.loads((path / MANIFEST).read_bytes())["files"].keys() == {file.name for file in files}
+
+
+def fail_to_write(rank: int, folder: Path) -> str:
+    """What is raised where the disk of one rank is full; the run goes on."""
+    trainer = rank_trainer(model=a_sharded_model([2]), accumulate=2, output_dir=folder)
+    trainer.run(1, progress=False)
+    real = HuggingFaceStorageWriter.write_data
+
+    def full(*_):
+        raise OSError("no space left")
+
+    if rank == 1:
+        HuggingFaceStorageWriter.write_data = full
+    with pytest.raises((OSError, FailedRank)) as error:
+        trainer._snapshots.add(1, 0)
+    HuggingFaceStorageWriter.write_data = real
+    trainer.run(1, progress=False)
+    trainer.close()
+    return str(error.value)
+
+
+def test_a_disk_that_is_full_for_one_rank_leaves_nothing_in_part(tmp_path, eager_reference):
+    told = all_in_ranks(2, fail_to_write, folder=tmp_path)
+    assert told == ["rank 1: OSError: no space left", "no space left"]
+    *_, newest = snapshots_in(tmp_path)
+    assert len(snapshots_in(tmp_path)) == 3 and not list(tmp_path.glob("*.tmp"))
+    part = max(newest.glob("*.safetensors"))
+    part.write_bytes(a_flipped_byte(part.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged or of steps that are taken again: it is set aside$"):
+        resumed, _ = learn_sharded(0, None, how="reinforce", steps=3, accumulate=2, output_dir=tmp_path)
+    assert newest.with_suffix(".aside").is_dir() and not newest.exists()
+    assert_same_bits(resumed, learn_sharded(0, None, how="reinforce", steps=3, accumulate=2)[0])
+
+
+def write_apart(rank: int, folder: Path, begun: bool) -> None:
+    """Each rank in a folder of its own, under the same name; rank 0's may hold a run."""
+    (folder / str(rank)).mkdir(exist_ok=True)
+    os.chdir(folder / str(rank))
+    trainer = rank_trainer(model=a_sharded_model([2]), accumulate=2, output_dir="run")
+    trainer.resume() if begun else trainer.begin()
+
+
+@pytest.mark.slow
+def test_disks_that_ranks_do_not_share_are_refused(tmp_path):
+    for begun in (False, True):
+        if begun:
+            learn_sharded(0, None, how="reinforce", steps=1, accumulate=2, output_dir=tmp_path / "0" / "run")
+        for error in in_ranks(2, write_apart, folder=tmp_path, begun=begun):
+            told = str(error).removeprefix("rank 1: ")
+            assert isinstance(error, ValueError), error
+            assert told.startswith("output_dir: expected a folder on a disk that all ranks share, got 'run'"), told
+        shutil.rmtree(tmp_path / "0" / "run")
+
+
+def test_commands_replay_a_sharded_run_or_refuse_it_in_a_line(tmp_path, capsys, eager_reference):
+    model, _ = all_in_ranks(2, learn_in_progress, folder=tmp_path)
+    assert main.main(["replay", str(tmp_path), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"2 steps of 2, logits {digest(model)}\n"
+    others = ("eval", "export {} {}/masks.safetensors", "learn --resume", "validate", "learn --model m --output")
+    for command in others:
+        command = command if "{}" in command else f"{command} {{}}"
+        assert main.main(command.format(tmp_path, tmp_path).split()) == 2
+        assert re.fullmatch(r"maskpro: error: \w+: expected .*\n", capsys.readouterr().err), command
+    assert len(snapshots_in(tmp_path / "progress")) == 2
+
+
+def learn_in_progress(rank: int, folder: Path) -> list[torch.Tensor]:
+    return learn_sharded(rank, [2], how="reinforce", steps=2, accumulate=2, output_dir=folder / "progress")[0]
+
+
+def part_and_read(rank: int, mesh: list[int], folder: Path) -> None:
+    """Wholes and parts of what ranks have written, where one has no rows of a layer."""
+    model, ranks = a_sharded_model(mesh, outputs=1), Ranks()
+    ranks.connect()
+    tensors = {name: layer.logits.detach() for name, layer in masked_layers(model).items()}
+    tensors["count"] = torch.tensor(3)
+    planned_parts(ranks, folder, tensors)()
+    ranks.gather([])
+    files, logits = list(folder.glob("*.safetensors")), whole_logits(model)
+    wholes = [torch.zeros_like(whole) for whole in logits]
+    read_parts(files, dict(zip(tensors, wholes, strict=False)))
+    assert_same_bits(wholes, logits)
+    for tensor in tensors.values():
+        tensor.zero_()
+    read_parts(files, tensors)
+    assert_same_bits(whole_logits(model), logits)
+    assert tensors["count"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[3], [2, 2]], ids=str)
+def test_parts_of_any_mesh_are_read(mesh, tmp_path):
+    all_in_ranks(3 if mesh == [3] else 4, part_and_read, mesh=mesh, folder=tmp_path)
+
+
+def go_on(rank: int, mesh: list[int] | None, how: str, steps: int, folder: Path) -> list[torch.Tensor]:
+    return learn_sharded(rank, mesh, how=how, steps=steps, accumulate=12, output_dir=folder)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_runs_go_on_from_mesh_to_mesh(how, tmp_path, eager_reference):
+    """From four ranks that hold each row twice to four, three, two, one, and two again."""
+    alone = learn_sharded(0, None, how=how, steps=6, accumulate=12)[0]
+    of = {"how": how, "folder": tmp_path}
+    for steps, (world, mesh) in enumerate([(4, [2, 2]), (4, [4]), (3, [3]), (2, [2])], 1):
+        all_in_ranks(world, go_on, mesh=mesh, steps=steps, **of)
+    go_on(0, None, steps=5, **of)
+    for theirs in all_in_ranks(2, go_on, mesh=[2], steps=6, **of):
+        if how == "reinforce":
+            assert_same_bits(theirs, alone)
+        else:
+            assert max((one - other).abs().max() for one, other in zip(theirs, alone, strict=True)) < 1e-4
