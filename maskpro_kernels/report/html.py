@@ -10,7 +10,6 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
@@ -76,27 +75,17 @@ def _words(value: object) -> list[str]:
 
 
 def _page(report: Mapping) -> str:
-    style = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8").strip()
     title = f"{report['pattern']} mask of {report['model']}"
     body = [
         _headline(report, title),
-        _section("Test perplexity", _test_perplexity(report)),
-        _section("Validation perplexity", _validation_perplexity(report["validation"])),
-        _section("Loss", _losses(report["steps"]), _skipped_steps(report["steps"])),
-        _section("Groups that moved", _moved(report)),
-        _section("Flip rate", _flip_rates(report)),
-        _section("Run", _run(report)),
+        markup.section("Test perplexity", _test_perplexity(report)),
+        markup.section("Validation perplexity", _validation_perplexity(report["validation"])),
+        markup.section("Loss", _losses(report["steps"]), _skipped_steps(report["steps"])),
+        markup.section("Groups that moved", _moved(report)),
+        markup.section("Flip rate", _flip_rates(report)),
+        markup.section("Run", _run(report)),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n"
-        "</body>\n</html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return "\n".join([f"<section>\n<h2>{title}</h2>", *filter(None, parts), "</section>"])
+    return markup.page(title, body)
 
 
 def _headline(report: Mapping, title: str) -> str:

@@ -1,0 +1,167 @@
+"""The report page of a sweep: curves of all its runs, means and spreads over seeds, and how long they took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import cycle, product
+from pathlib import Path
+
+from ..files import write_whole
+from . import markup, svg
+
+# The entry of what depends on the machine and its moment, of a run and of a row
+WALL_CLOCK = "wall_clock"
+# Seen on light and on dark pages; where there are more rows, lines of other styles
+HUES = ("#2f80d0", "#d9702b", "#3f9e5a", "#c74a72", "#8a68c9", "#a5832a", "#2a9d9d", "#858c96")
+STYLES = ("-", "--", ":", "-.")
+# A longer curve of losses is drawn as means of so many stretches
+STRETCHES = 60
+# Inches of a picture that a row takes in its legend
+LEGEND_ROW = 0.19
+
+
+def write_sweep_html(results: Mapping, path: str | Path) -> None:
+    """Write the page of a sweep, which is then there as a whole or not at all.
+
+    All that depends on the machine and its moment stands in the section "Wall clock": the rest of the page is the same
+    for a sweep that was broken off and gone on with.
+
+    Args:
+        results: what `maskpro sweep` writes as results.json.
+        path: the file, overwritten.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib, of the extra ``cli``, is not installed.
+        OSError: if the file cannot be written.
+    """
+    runs, tables = results["runs"], results["tables"]
+    known = {run["name"]: run for run in runs}
+    finished = sum("curve" in run for run in runs)
+    body = [f"<header>\n<h1>Sweep of {len(runs)} runs</h1>\n<p>{finished} of them have finished.</p>\n</header>"]
+    for number, table in enumerate(tables, start=1):
+        title = table["texts"] if len(tables) > 1 else "Perplexity"
+        body.append(markup.section(escape(title), *_table(table, known), *_curves(table, known, number)))
+    body += [_runs(runs), _left_alone(results["left_alone"]), _wall_clock(tables)]
+    write_whole(Path(path), markup.page(f"sweep of {len(runs)} runs", [part for part in body if part]).encode())
+
+
+def _table(table: Mapping, known: Mapping[str, Mapping]) -> list[str]:
+    head = {"validation": "validation perplexity", "test": "test perplexity", "other": "on the other text"}
+    head["initial_test"] = "test, initial mask"
+    head = {name: title for name, title in head.items() if all(row[name] is not None for row in table["rows"])}
+    rows = []
+    for row in table["rows"]:
+        figures = [_figure(row[name]) for name in head]
+        taken = sorted({known[name]["steps_taken"] for name in row["runs"]})
+        steps = f"{taken[0]:,}" if len(taken) == 1 else f"{taken[0]:,} to {taken[-1]:,}"
+        moved = "–" if row["moved"] is None else markup.percent(row["moved"]["mean"], 1)
+        cells = [", ".join(map(str, row["seeds"])), steps, *figures, moved]
+        rows.append((row["label"], list(map(markup.number_cell, cells))))
+    text = (
+        f"Of {escape(table['model'])}, over {table['eval_tokens']:,} tokens of the test text; the dense model has "
+        f"{markup.decimals(table['dense_test'])}. Runs that differ in their seed alone are one row: mean ± sample "
+        "standard deviation over the seeds."
+    )
+    if not table["same_windows"]:
+        text += " The test windows are not the same ones in all runs: these perplexities do not compare strictly."
+    told = (
+        f"<p>{escape(table['best_is'][0].upper() + table['best_is'][1:])}. The test text has chosen nothing.</p>\n"
+        f"<pre>{chr(10).join(map(escape, table['next']))}</pre>"
+    )
+    return [
+        f'<p class="faint">{text}</p>',
+        markup.table(["options", "seeds", "steps", *head.values(), "moved"], rows, "rows"),
+        told,
+    ]
+
+
+def _figure(figure: Mapping) -> str:
+    spread = "" if figure["spread"] is None else f" ± {markup.decimals(figure['spread'])}"
+    return markup.decimals(figure["mean"]) + spread
+
+
+def _curves(table: Mapping, known: Mapping[str, Mapping], number: int) -> list[str]:
+    rows = table["rows"]
+    kinds = sorted({known[name]["loss_kind"] for row in rows for name in row["runs"]})
+    looks = dict(zip((row["label"] for row in rows), cycle(product(STYLES, HUES)), strict=False))
+
+    def draw(axes, row: Mapping, curves: Sequence[Sequence], marker: str) -> None:
+        style, colour = looks[row["label"]]
+        for points, label in zip(curves, [row["label"], *(["_nolegend_"] * len(curves))], strict=False):
+            finite = markup.finite_points(points)
+            how = {"linestyle": style, "color": colour, "linewidth": 1, "marker": marker, "markersize": 3}
+            axes.plot([x for x, _ in finite], [y for _, y in finite], label=label, **how)
+
+    def draw_validation(axes) -> None:
+        for row in rows:
+            draw(axes, row, [known[name]["curve"] for name in row["runs"]], "o")
+        axes.set_ylabel("validation perplexity")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+
+    def of_kind(kind: str):
+        def draw_loss(axes) -> None:
+            for row in rows:
+                draw(
+                    axes,
+                    row,
+                    [_means(known[name]["losses"]) for name in row["runs"] if known[name]["loss_kind"] == kind],
+                    "",
+                )
+            axes.set_ylabel(f"loss ({kind}), nats a token")
+
+        return draw_loss
+
+    height = max(3.0, 0.6 + LEGEND_ROW * len(rows))
+    return [
+        "<h3>Validation perplexity</h3>",
+        svg.picture(
+            f"validation-{number}",
+            "validation perplexity of all runs",
+            [draw_validation],
+            "tokens learned from",
+            height,
+        ),
+        "<h3>Loss</h3>",
+        f'<p class="faint">Loss of the steps under the masks drawn, at most {STRETCHES} means of each run.</p>',
+        svg.picture(f"loss-{number}", "loss of all runs over steps", list(map(of_kind, kinds)), "step"),
+    ]
+
+
+def _means(points: Sequence[Sequence]) -> list[tuple]:
+    """Means of stretches of what is finite."""
+    points = markup.finite_points(points)
+    count = min(len(points), STRETCHES)
+    parts = [points[len(points) * at // count : len(points) * (at + 1) // count] for at in range(count)]
+    return [tuple(sum(values) / len(part) for values in zip(*part, strict=True)) for part in parts]
+
+
+def _runs(runs: Sequence[Mapping]) -> str:
+    """The runs that have not finished."""
+    left = [run for run in runs if "curve" not in run]
+    if not left:
+        return ""
+    rows = [(run["name"], [f"<td>{run['state']}</td>", f"<td>{escape(run.get('error', ''))}</td>"]) for run in left]
+    return markup.section("Runs that have not finished", markup.table(["run", "state", "error"], rows, "rows"))
+
+
+def _left_alone(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    listed = ", ".join(map(escape, names))
+    return markup.section("Runs that the file no longer has", f"<p>They are left alone: {listed}.</p>")
+
+
+def _wall_clock(tables: Sequence[Mapping]) -> str:
+    rows = [row for table in tables for row in table["rows"]]
+    if not rows:
+        return ""
+    names = list(rows[0][WALL_CLOCK])
+    lines = [(row["label"], [markup.number_cell(f"{row[WALL_CLOCK][name]:,.3f}") for name in names]) for row in rows]
+    text = (
+        "Means over the seeds, on the machine that took each run. Of a step the median of its run. What a run had done "
+        "behind its last snapshot when it was broken off is not counted."
+    )
+    return markup.section(
+        "Wall clock", f'<p class="faint">{text}</p>', markup.table(["options", *names], lines, "rows")
+    )
