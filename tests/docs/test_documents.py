@@ -276,11 +276,9 @@ def check_line(words: list[str], document: Path) -> None:
         targets = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(arguments) <= {target for line in targets for target in line.split()}, told
     elif program == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         named = [name for word in arguments for part in re.findall(r"\[(.*)\]", word) for name in part.split(",")]
-        assert set(named) <= extras.keys(), told
+        assert set(named) <= project["optional-dependencies"].keys(), told
     elif program in ("python", "pytest"):
         check_tests(arguments, told)
     elif program == "torchrun":
