@@ -16,6 +16,7 @@ from ..checked_json import sealed
 from ..files import write_whole
 from ..ranks import MissingRanks, Ranks
 from ..report.parting import told
+from ..report.step_parts import mean_parts, told_parts
 from ..training.estimator import Estimator
 from ..training.snapshots import snapshots_in
 from ..training.step import LossFn, StepRecord
@@ -190,6 +191,9 @@ class LearningRun:
             print("no text of another kind was looked at: name one by --other-data")
         else:
             print(told(report["parting"], self.args.other_data))
+        parts = mean_parts(self.trainer.metrics)
+        if parts:
+            print(told_parts(parts))
 
     def close(self) -> None:
         """Let another process have the folder."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import write_whole
-from ..report.sweep import WALL_CLOCK, write_sweep_html
+from ..report.step_parts import mean_parts
+from ..report.sweep import A_STEP, FROM_DENSE, SECONDS, WALL_CLOCK, write_sweep_html
 from ..text.mixture import texts_of
 from .run_files import PAGE, REPORT, read_report
 from .sweep_file import SEED, SweepRun
@@ -106,9 +107,10 @@ class SweepResults:
         for name in FIGURES:
             values = [one[name] for one in found if one[name] is not None]
             row[name] = _spread(values) if len(values) == len(found) else None
-        row[WALL_CLOCK] = {
-            name: statistics.fmean(one[WALL_CLOCK][name] for one in found) for name in found[0][WALL_CLOCK]
-        }
+        times = [one[WALL_CLOCK] for one in found]
+        row[WALL_CLOCK] = {name: statistics.fmean(time[name] for time in times) for name in SECONDS}
+        # each run as one step of its means
+        row[WALL_CLOCK]["parts"] = mean_parts(times)
         return row
 
     def _best(self, rows: Sequence[Mapping], runs: Sequence[SweepRun]) -> dict:
@@ -158,8 +160,9 @@ def _figures(report: Mapping) -> dict:
         "curve": [[row["tokens"], row["perplexity"]] for row in validation],
         "losses": [[step["step"], step["loss"]] for step in steps],
         WALL_CLOCK: {
-            "seconds from the dense model": table[-1]["seconds"],
-            "seconds a step": statistics.median(seconds) if seconds else math.nan,
+            FROM_DENSE: table[-1]["seconds"],
+            A_STEP: statistics.fmean(seconds) if seconds else math.nan,
+            "parts": mean_parts(steps),
         },
     }
 

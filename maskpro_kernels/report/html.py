@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..files import write_whole
 from . import FROZEN, markup, parting, svg
+from .step_parts import mean_parts
 
 NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
           "flipped_groups_by_layer", "logits", "memory", "skipped", "start", "steps", "weights"}  # fmt: skip
@@ -83,6 +84,7 @@ def _page(report: Mapping) -> str:
         markup.section("Loss", _losses(report["steps"]), _skipped_steps(report["steps"])),
         markup.section("Groups that moved", _moved(report)),
         markup.section("Flip rate", _flip_rates(report)),
+        markup.section("Where the time goes", _step_parts(report["steps"])),
         markup.section("Run", _run(report)),
     ]
     return markup.page(title, body)
@@ -251,6 +253,24 @@ def _flip_rates(report: Mapping) -> str:
         f"shown is the mean of a layer's last {NEWEST_RATES}, or of as many as there are."
     )
     return f'<p class="faint">{text}</p>\n' + markup.by_layer(shares)
+
+
+def _step_parts(steps: Sequence[Mapping]) -> str:
+    parts, known = mean_parts(steps), [step for step in steps if step.get("parts")]
+    if not parts:
+        return "<p>How long the parts of the steps took is not known.</p>"
+    whole, seconds = sum(parts.values()), sum(step["seconds"] for step in known) / len(known)
+    rows = [*parts.items(), ("all parts", whole), ("a step by the wall clock", seconds)]
+    lines = [
+        (name, [markup.number_cell(f"{1000 * value:,.2f}"), markup.number_cell(markup.percent(value, whole))])
+        for name, value in rows
+    ]
+    text = (
+        f"Means over {markup.count_of_steps(len(known))}, evaluations apart. Masks that are not held are drawn within "
+        "forward and backward. Straight-through of one batch a step moves the logits of a layer along with its slopes: "
+        "both are in update."
+    )
+    return f'<p class="faint">{text}</p>\n' + markup.table(["part", "milliseconds a step", "share"], lines, "parts")
 
 
 def _memory(memory: Mapping) -> dict[str, str]:

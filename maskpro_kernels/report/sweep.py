@@ -12,6 +12,7 @@ from . import markup, svg
 
 # The entry of what depends on the machine and its moment, of a run and of a row
 WALL_CLOCK = "wall_clock"
+SECONDS = FROM_DENSE, A_STEP = "seconds from the dense model", "seconds a step"
 # Seen on light and on dark pages; where there are more rows, lines of other styles
 HUES = ("#2f80d0", "#d9702b", "#3f9e5a", "#c74a72", "#8a68c9", "#a5832a", "#2a9d9d", "#858c96")
 STYLES = ("-", "--", ":", "-.")
@@ -156,12 +157,16 @@ def _wall_clock(tables: Sequence[Mapping]) -> str:
     rows = [row for table in tables for row in table["rows"]]
     if not rows:
         return ""
-    names = list(rows[0][WALL_CLOCK])
-    lines = [(row["label"], [markup.number_cell(f"{row[WALL_CLOCK][name]:,.3f}") for name in names]) for row in rows]
+    parts = list(dict.fromkeys(name for row in rows for name in row[WALL_CLOCK]["parts"]))
+    lines = []
+    for row in rows:
+        times, whole = row[WALL_CLOCK], sum(row[WALL_CLOCK]["parts"].values()) or 1
+        cells = [f"{times[name]:,.3f}" for name in SECONDS]
+        cells += [markup.percent(times["parts"].get(name, 0.0), whole) for name in parts]
+        lines.append((row["label"], list(map(markup.number_cell, cells))))
     text = (
-        "Means over the seeds, on the machine that took each run. Of a step the median of its run. What a run had done "
-        "behind its last snapshot when it was broken off is not counted."
+        "Means over the steps and the seeds, on the machine that took each run, and the shares of the parts of a step. "
+        "What a run had done behind its last snapshot when it was broken off is not counted."
     )
-    return markup.section(
-        "Wall clock", f'<p class="faint">{text}</p>', markup.table(["options", *names], lines, "rows")
-    )
+    titles = ["options", *SECONDS, *parts]
+    return markup.section("Wall clock", f'<p class="faint">{text}</p>', markup.table(titles, lines, "rows"))

@@ -20,6 +20,7 @@ from .normalized_steps import check_slope_settings
 from .number_checks import check_float, check_whole
 from .sharded_passes import ShardedPass, ShardUpdater
 from .step import Step
+from .step_clock import StepClock
 from .weight_learning import WeightLearner, check_weights
 
 
@@ -163,7 +164,7 @@ class StraightThrough(Estimator):
         *others, last = places = [place for _, place in step.sharing.own]
         with step.drawing():
             fisher = self._fisher_squares(step)
-            with self.attached(step.index, step.sharing.ranks, len(places), fisher) as backward_pass:
+            with self.attached(step.index, step.sharing.ranks, len(places), fisher, step.clock) as backward_pass:
                 for place in others:
                     one = step.forward(place)
                     backward_pass.backward(one, float(step.weights[place]), backward_pass.alike(one))
@@ -192,7 +193,9 @@ class StraightThrough(Estimator):
         return rate if self.steps is None else rate * max(1.0 - step / self.steps, 0.0)
 
     @contextmanager
-    def attached(self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor]) -> Iterator[BackwardPass]:
+    def attached(
+        self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor], clock: StepClock | None = None
+    ) -> Iterator[BackwardPass]:
         """With layers, those of ``begin``, whose logits move by the backward passes of a step, see ``BackwardPass``.
 
         Args:
@@ -200,11 +203,12 @@ class StraightThrough(Estimator):
             ranks: over which slopes are summed.
             batches: how many passes this rank makes; others make as many.
             fisher: of layers whose curvature it tells, see ``FisherSquares``.
+            clock: of the step; None: its parts are not timed.
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
         sharded = any(updater.layer.shard is not None for updater in updaters)
-        backward_pass = (ShardedPass if sharded else BackwardPass)(self._updaters, ranks, batches)
+        backward_pass = (ShardedPass if sharded else BackwardPass)(self._updaters, ranks, batches, clock)
         try:
             for name, updater in self._updaters.items():
                 updater.layer.logits.grad = None
