@@ -187,13 +187,13 @@ class LearningRun:
             f"{report['flipped_groups']} of {report['groups']} groups differ from the {told_init(self.args.init)}; "
             f"{report['weights']}; written to {self.output}"
         )
+        parts = mean_parts(self.trainer.metrics)
+        if parts:
+            print(told_parts(parts))
         if report["parting"] is None:
             print("no text of another kind was looked at: name one by --other-data")
         else:
             print(told(report["parting"], self.args.other_data))
-        parts = mean_parts(self.trainer.metrics)
-        if parts:
-            print(told_parts(parts))
 
     def close(self) -> None:
         """Let another process have the folder."""
