@@ -18,6 +18,8 @@ HUES = ("#2f80d0", "#d9702b", "#3f9e5a", "#c74a72", "#8a68c9", "#a5832a", "#2a9d
 STYLES = ("-", "--", ":", "-.")
 # A longer curve of losses is drawn as means of so many stretches
 STRETCHES = 60
+# The largest perplexity over the least from which their axis is logarithmic: one bad run would flatten the others
+LOG_FROM = 5.0
 # Inches of a picture that a row takes in its legend
 LEGEND_ROW = 0.19
 
@@ -98,6 +100,9 @@ def _curves(table: Mapping, known: Mapping[str, Mapping], number: int) -> list[s
         for row in rows:
             draw(axes, row, [known[name]["curve"] for name in row["runs"]], "o")
         axes.set_ylabel("validation perplexity")
+        found = [y for run in known.values() for _, y in markup.finite_points(run.get("curve", ()))]
+        if max(found) > LOG_FROM * min(found):
+            axes.set_yscale("log")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
 
     def of_kind(kind: str):
@@ -124,7 +129,7 @@ def _curves(table: Mapping, known: Mapping[str, Mapping], number: int) -> list[s
             height,
         ),
         "<h3>Loss</h3>",
-        f'<p class="faint">Loss of the steps under the masks drawn, at most {STRETCHES} means of each run.</p>',
+        f'<p class="faint">Loss of the steps under the masks drawn, at most {STRETCHES} means of each run; lines are those above.</p>',
         svg.picture(f"loss-{number}", "loss of all runs over steps", list(map(of_kind, kinds)), "step"),
     ]
 
