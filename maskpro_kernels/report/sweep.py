@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import cycle, product
 from pathlib import Path
@@ -85,52 +85,41 @@ def _figure(figure: Mapping) -> str:
 
 
 def _curves(table: Mapping, known: Mapping[str, Mapping], number: int) -> list[str]:
-    rows = table["rows"]
-    kinds = sorted({known[name]["loss_kind"] for row in rows for name in row["runs"]})
-    looks = dict(zip((row["label"] for row in rows), cycle(product(STYLES, HUES)), strict=False))
+    looks = list(zip(table["rows"], cycle(product(STYLES, HUES)), strict=False))
+    runs = [known[name] for row in table["rows"] for name in row["runs"]]
 
-    def draw(axes, row: Mapping, curves: Sequence[Sequence], marker: str) -> None:
-        style, colour = looks[row["label"]]
-        for points, label in zip(curves, [row["label"], *(["_nolegend_"] * len(curves))], strict=False):
-            finite = markup.finite_points(points)
+    def draw(axes, name: str, marker: str, points_of: Callable[[Mapping], Sequence]) -> None:
+        for row, (style, colour) in looks:
             how = {"linestyle": style, "color": colour, "linewidth": 1, "marker": marker, "markersize": 3}
-            axes.plot([x for x, _ in finite], [y for _, y in finite], label=label, **how)
+            for place, run in enumerate(row["runs"]):
+                finite = markup.finite_points(points_of(known[run]))
+                label = "_nolegend_" if place else row["label"]
+                axes.plot([x for x, _ in finite], [y for _, y in finite], label=label, **how)
+        axes.set_ylabel(name)
 
     def draw_validation(axes) -> None:
-        for row in rows:
-            draw(axes, row, [known[name]["curve"] for name in row["runs"]], "o")
-        axes.set_ylabel("validation perplexity")
-        found = [y for run in known.values() for _, y in markup.finite_points(run.get("curve", ()))]
+        draw(axes, "validation perplexity", "o", lambda run: run["curve"])
+        found = [y for run in runs for _, y in markup.finite_points(run["curve"])]
         if max(found) > LOG_FROM * min(found):
             axes.set_yscale("log")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
 
-    def of_kind(kind: str):
-        def draw_loss(axes) -> None:
-            for row in rows:
-                draw(
-                    axes,
-                    row,
-                    [_means(known[name]["losses"]) for name in row["runs"] if known[name]["loss_kind"] == kind],
-                    "",
-                )
-            axes.set_ylabel(f"loss ({kind}), nats a token")
+    def drawing_losses(kind: str) -> Callable:
+        def points_of(run: Mapping) -> Sequence:
+            return _means(run["losses"]) if run["loss_kind"] == kind else ()
 
-        return draw_loss
+        return lambda axes: draw(axes, f"loss ({kind}), nats a token", "", points_of)
 
-    height = max(3.0, 0.6 + LEGEND_ROW * len(rows))
+    kinds = sorted({run["loss_kind"] for run in runs})
+    height = max(3.0, 0.6 + LEGEND_ROW * len(looks))
+    label, below = "validation perplexity of all runs", "tokens learned from"
     return [
         "<h3>Validation perplexity</h3>",
-        svg.picture(
-            f"validation-{number}",
-            "validation perplexity of all runs",
-            [draw_validation],
-            "tokens learned from",
-            height,
-        ),
+        svg.picture(f"validation-{number}", label, [draw_validation], below, height),
         "<h3>Loss</h3>",
-        f'<p class="faint">Loss of the steps under the masks drawn, at most {STRETCHES} means of each run; lines are those above.</p>',
-        svg.picture(f"loss-{number}", "loss of all runs over steps", list(map(of_kind, kinds)), "step"),
+        f'<p class="faint">Loss of the steps under the masks drawn, at most {STRETCHES} means of each run, in the lines '
+        "above.</p>",
+        svg.picture(f"loss-{number}", "loss of all runs over steps", list(map(drawing_losses, kinds)), "step"),
     ]
 
 
