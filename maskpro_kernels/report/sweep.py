@@ -93,7 +93,8 @@ def _curves(table: Mapping, known: Mapping[str, Mapping], number: int) -> list[s
             how = {"linestyle": style, "color": colour, "linewidth": 1, "marker": marker, "markersize": 3}
             for place, run in enumerate(row["runs"]):
                 finite = markup.finite_points(points_of(known[run]))
-                label = "_nolegend_" if place else row["label"]
+                # between two of these matplotlib reads a formula
+                label = "_nolegend_" if place else row["label"].replace("$", r"\$")
                 axes.plot([x for x, _ in finite], [y for _, y in finite], label=label, **how)
         axes.set_ylabel(name)
 
@@ -117,8 +118,8 @@ def _curves(table: Mapping, known: Mapping[str, Mapping], number: int) -> list[s
         "<h3>Validation perplexity</h3>",
         svg.picture(f"validation-{number}", label, [draw_validation], below, height),
         "<h3>Loss</h3>",
-        f'<p class="faint">Loss of the steps under the masks drawn, at most {STRETCHES} means of each run, in the lines '
-        "above.</p>",
+        f'<p class="faint">Loss of the steps under the masks drawn, at most {STRETCHES} means of each run, in the '
+        "lines above.</p>",
         svg.picture(f"loss-{number}", "loss of all runs over steps", list(map(drawing_losses, kinds)), "step"),
     ]
 
