@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/test_kills cli/test_mixed_data \
 	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks cli/test_datasets \
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
-	benchmarks/test_characters training/test_memory cli/test_plan sharding/test_shards_of_layers cli/test_start_mask)
+	benchmarks/test_characters training/test_memory cli/test_plan cli/test_sweep sharding/test_shards_of_layers cli/test_start_mask)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the machines for PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these

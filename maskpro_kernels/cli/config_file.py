@@ -66,20 +66,33 @@ def _read(path: Path, parser: argparse.ArgumentParser) -> dict[str, object]:
         if "flip_rate" in found:
             # computed from it
             found.pop("gap", None)
+    # a run writes null where it leaves an option out
+    return {name: value for name, value in checked_options(found, parser, repr(str(path))).items() if value is not None}
+
+
+def checked_options(found: Mapping[str, object], parser: argparse.ArgumentParser, where: str) -> dict[str, object]:
+    """Options by name, each of the type that the command line gives it; None where it is to have its default.
+
+    Args:
+        found: as a file has them.
+        parser: whose options they are.
+        where: they stand, for errors.
+
+    Raises:
+        ValueError: if one is unknown, of another kind, or beside one that it excludes.
+    """
     actions = {action.dest: action for action in parser._actions if action.dest not in NOT_IN_A_FILE}
     options = {}
     for name, value in found.items():
         if name not in actions:
             raise ValueError(
-                f"expected names of options of `{parser.prog}` in {str(path)!r}, such as batch_size, got {name!r}"
+                f"expected names of options of `{parser.prog}` in {where}, such as batch_size, got {name!r}"
                 + _meant(name, actions)
             )
-        # a run writes null where it leaves an option out
-        if value is not None:
-            options[name] = _checked(name, value, actions[name], path)
+        options[name] = None if value is None else _checked(name, value, actions[name], where)
     for name, other in (("gap", "flip_rate"), ("device", "device_map")):
-        if name in options and other in options:
-            raise ValueError(f"expected {name} or {other} in {str(path)!r}, got both; take one out")
+        if options.get(name) is not None and options.get(other) is not None:
+            raise ValueError(f"expected {name} or {other} in {where}, got both; take one out")
     return options
 
 
@@ -88,16 +101,17 @@ def _meant(name: str, actions: Mapping[str, argparse.Action]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _checked(name: str, value: object, action: argparse.Action, path: Path) -> object:
+def _checked(name: str, value: object, action: argparse.Action, where: str) -> object:
     """The value of an option, of the type that the command line gives it; ValueError if it is of another kind."""
 
     def refused(expected: str) -> ValueError:
-        return ValueError(f"{name} in {str(path)!r}: expected {expected}, got {json.dumps(value)}")
+        return ValueError(f"{name} in {where}: expected {expected}, got {json.dumps(value)}")
 
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise refused("true or false")
-        return value
+        # one that is there counts as given, whatever it holds
+        return None if not value and action.default is argparse.SUPPRESS else value
     if action.nargs == "+":
         given = [value] if isinstance(value, str) else value
         if not isinstance(given, list) or not given or not all(word in action.choices for word in given):
@@ -118,12 +132,17 @@ def _checked(name: str, value: object, action: argparse.Action, path: Path) -> o
     try:
         return action.type(value)
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f"{name} in {str(path)!r}: {error}") from error
+        raise ValueError(f"{name} in {where}: {error}") from error
 
 
 def options_given(argv: list[str]) -> frozenset[str]:
     """The options of a command line."""
     return frozenset(option.split("=")[0] for option in argv if option.startswith("--"))
+
+
+def option_of(name: str) -> str:
+    """An option as the command line has it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _given_names(args: argparse.Namespace) -> set[str]:
@@ -136,9 +155,15 @@ def take_config(args: argparse.Namespace) -> None:
 
     Of the file it leaves out what belongs to a value that the command line replaces, and tells so.
     """
-    if not hasattr(args, "config"):
-        return
-    config, given = dict(args.config), _given_names(args)
+    if hasattr(args, "config"):
+        told = merge(args, args.config)
+        if told is not None:
+            tell(f"config: {told}")
+
+
+def merge(args: argparse.Namespace, config: Mapping[str, object]) -> str | None:
+    """Put in options that those given go before; gives what of them was left out, and why, if anything was."""
+    given = _given_names(args)
     replaced = {name for name in given & vars(args).keys() if name in config and config[name] != getattr(args, name)}
     replaced |= given & {"gap", "flip_rate", "device", "device_map"}
     belonging = {other for name in replaced for other in BELONGING.get(name, ())}
@@ -146,10 +171,10 @@ def take_config(args: argparse.Namespace) -> None:
         belonging |= {*RunDefaults._fields, "flip_rate", "eval_every"}
         belonging |= {option.name for of in estimators().values() for option in of.options}
     left_out = sorted(belonging & config.keys() - given)
-    if left_out:
-        by = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(replaced))
-        tell(f"config: left out {', '.join(left_out)}, which go with what {by} replaces")
     vars(args).update({name: value for name, value in config.items() if name not in given | set(left_out)})
+    if not left_out:
+        return None
+    return f"left out {', '.join(left_out)}, which go with what {', '.join(map(option_of, sorted(replaced)))} replaces"
 
 
 def given_beside_resume(args: argparse.Namespace, settings: Mapping) -> dict:

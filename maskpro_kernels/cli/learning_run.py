@@ -16,6 +16,7 @@ from ..checked_json import sealed
 from ..files import discard, write_whole
 from ..ranks import MissingRanks, Ranks
 from ..report.parting import told
+from ..report.step_parts import mean_parts, told_parts
 from ..training.estimator import Estimator
 from ..training.snapshots import snapshots_in
 from ..training.step import LossFn, StepRecord
@@ -186,6 +187,9 @@ class LearningRun:
             f"{report['flipped_groups']} of {report['groups']} groups differ from the {told_init(self.args.init)}; "
             f"{report['weights']}; written to {self.output}"
         )
+        parts = mean_parts(self.trainer.metrics)
+        if parts:
+            print(told_parts(parts))
         if report["parting"] is None:
             print("no text of another kind was looked at: name one by --other-data")
         else:

@@ -28,6 +28,7 @@ from .plan import plan
 from .progress import log_told, tell, tell_as, wants_bars
 from .run_files import tell_missing
 from .speed import speed
+from .sweep import sweep
 
 # The optional packages that a command needs
 PACKAGES = {
@@ -37,6 +38,7 @@ PACKAGES = {
     apply: ("transformers",),
     import_: ("transformers",),
     speed: ("transformers",),
+    sweep: ("transformers", "matplotlib"),
     plan: ("transformers",),
 }
 
@@ -48,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0; 1 where `maskpro speed` finds that models with the same weights differ; 2 after a wrong argument, an
+        0; 1 where `maskpro speed` finds that models with the same weights differ, or a run of `maskpro sweep` has
+        failed; 2 after a wrong argument, an
         unreadable file, a loss that is not finite, too little memory of the device or a rank that has ended, told in
         one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
 

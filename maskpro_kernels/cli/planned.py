@@ -58,8 +58,8 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Choice:
-        offloaded = hasattr(args, "logits_device")
-        return cls(args.mesh, args.batch_size, args.accumulate, args.gradient_checkpointing, args.logits_dtype, offloaded)
+        batches = args.batch_size, args.accumulate
+        return cls(args.mesh, *batches, args.gradient_checkpointing, args.logits_dtype, hasattr(args, "logits_device"))
 
     def beside(self, given: Choice) -> list[str]:
         """The options in which it differs from what was given."""

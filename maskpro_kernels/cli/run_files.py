@@ -109,13 +109,19 @@ def check_free(output: Path) -> None:
             ) from None
 
 
-def read_report(path: Path) -> dict:
-    """What a run reported; ValueError unless it is one."""
+def read_report(path: Path, more: Sequence[str] = ()) -> dict:
+    """What a run reported; ValueError unless it is one.
+
+    Args:
+        path: of the report.
+        more: entries that are given besides.
+    """
     check_ended(path.parent, REPORT)
     try:
         report = read_own(path)
         settings = report["settings"]
-        read = {name: report[name] for name in REPORTED} | {name: settings[name] for name in REPORTED_SETTINGS}
+        read = {name: report[name] for name in (*REPORTED, *more)}
+        read |= {name: settings[name] for name in REPORTED_SETTINGS}
         _check_report(read)
         return read | {"other_data": settings.get("other_data")}
     except (ValueError, KeyError, TypeError) as error:

@@ -13,6 +13,12 @@ from ..text.losses import KINDS
 from ..text.records import COLUMNS
 from .arguments import DTYPE, DTYPES, whole
 
+SOURCE = (
+    "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or one of the hub as NAME or "
+    "NAME:CONFIG"
+)
+LIST = f"{SOURCE}; or several with a comma between them, each with its share behind a colon"
+
 
 def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(

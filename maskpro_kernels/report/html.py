@@ -10,12 +10,12 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
 from ..files import write_whole
 from . import FROZEN, markup, parting, svg
+from .step_parts import mean_parts
 
 NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
           "flipped_groups_by_layer", "logits", "memory", "skipped", "start", "steps", "weights"}  # fmt: skip
@@ -76,27 +76,18 @@ def _words(value: object) -> list[str]:
 
 
 def _page(report: Mapping) -> str:
-    style = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8").strip()
     title = f"{report['pattern']} mask of {report['model']}"
     body = [
         _headline(report, title),
-        _section("Test perplexity", _test_perplexity(report)),
-        _section("Validation perplexity", _validation_perplexity(report["validation"])),
-        _section("Loss", _losses(report["steps"]), _skipped_steps(report["steps"])),
-        _section("Groups that moved", _moved(report)),
-        _section("Flip rate", _flip_rates(report)),
-        _section("Run", _run(report)),
+        markup.section("Test perplexity", _test_perplexity(report)),
+        markup.section("Validation perplexity", _validation_perplexity(report["validation"])),
+        markup.section("Loss", _losses(report["steps"]), _skipped_steps(report["steps"])),
+        markup.section("Groups that moved", _moved(report)),
+        markup.section("Flip rate", _flip_rates(report)),
+        markup.section("Where the time goes", _step_parts(report["steps"])),
+        markup.section("Run", _run(report)),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n"
-        "</body>\n</html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return "\n".join([f"<section>\n<h2>{title}</h2>", *filter(None, parts), "</section>"])
+    return markup.page(title, body)
 
 
 def _headline(report: Mapping, title: str) -> str:
@@ -262,6 +253,24 @@ def _flip_rates(report: Mapping) -> str:
         f"shown is the mean of a layer's last {NEWEST_RATES}, or of as many as there are."
     )
     return f'<p class="faint">{text}</p>\n' + markup.by_layer(shares)
+
+
+def _step_parts(steps: Sequence[Mapping]) -> str:
+    parts, known = mean_parts(steps), [step for step in steps if step.get("parts")]
+    if not parts:
+        return "<p>How long the parts of the steps took is not known.</p>"
+    whole, seconds = sum(parts.values()), sum(step["seconds"] for step in known) / len(known)
+    rows = [*parts.items(), ("all parts", whole), ("a step by the wall clock", seconds)]
+    lines = [
+        (name, [markup.number_cell(f"{1000 * value:,.2f}"), markup.number_cell(markup.percent(value, whole))])
+        for name, value in rows
+    ]
+    text = (
+        f"Means over {markup.count_of_steps(len(known))}, evaluations apart. Masks that are not held are drawn within "
+        "forward and backward. Straight-through of one batch a step moves the logits of a layer along with its slopes: "
+        "both are in update."
+    )
+    return f'<p class="faint">{text}</p>\n' + markup.table(["part", "milliseconds a step", "share"], lines, "parts")
 
 
 def _memory(memory: Mapping) -> dict[str, str]:

@@ -6,11 +6,27 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib import resources
 
 # A block's number within a layer's name, what stands before it, and what behind
 BLOCK = re.compile(r"(?P<stack>.+?)\.(?P<block>\d+)\.(?P<projection>.+)")
 # How many groups, of how many
 Share = tuple[float, int]
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole page, which needs nothing beside it."""
+    style = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8").strip()
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n"
+        "</body>\n</html>\n"
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    return "\n".join([f"<section>\n<h2>{title}</h2>", *filter(None, parts), "</section>"])
 
 
 def by_layer(shares: Mapping[str, Share | None]) -> str:

@@ -18,7 +18,7 @@ COLOURS = {"#010101": "var(--ink)", "#020202": "var(--faint)", "#030303": "var(-
 INK, FAINT, FIRST, SECOND = COLOURS
 
 
-def picture(name: str, label: str, parts: Sequence[Callable], below: str) -> str:
+def picture(name: str, label: str, parts: Sequence[Callable], below: str, height: float = 2.6) -> str:
     """Axes one below another as an SVG element; each part draws into its own.
 
     Args:
@@ -26,6 +26,7 @@ def picture(name: str, label: str, parts: Sequence[Callable], below: str) -> str
         label: for readers who do not see it.
         parts: called with axes each.
         below: what the shared horizontal axis shows, whole numbers.
+        height: of each part, in inches.
     """
     require("maskpro_kernels.report", "matplotlib")
     import matplotlib
@@ -50,7 +51,7 @@ def picture(name: str, label: str, parts: Sequence[Callable], below: str) -> str
         "ytick.color": FAINT,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(9, 0.6 + 2.6 * len(parts)), layout="constrained")
+        figure = Figure(figsize=(9, 0.6 + height * len(parts)), layout="constrained")
         rows = figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
         for axes, draw in zip(rows, parts, strict=True):
             draw(axes)

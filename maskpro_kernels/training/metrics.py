@@ -10,7 +10,7 @@ from ..checked_json import rows_of, sealed_line
 from ..files import append_whole, sync, write_whole
 
 # Of a record what the line of its step alone tells: no journal knows it
-MEASURED = ("flip_rate", "seconds")
+MEASURED = ("flip_rate", "seconds", "parts")
 
 
 class Metrics:
@@ -73,7 +73,7 @@ class Metrics:
         beyond = max(lines, default=-1) - steps + 1
         told = []
         if damaged:
-            of = "left out" if known is None else "written again, but for flip rates and seconds"
+            of = "left out" if known is None else "written again, but for flip rates and times"
             told.append(f"of the lines in {self.path} {damaged} are damaged, cut short or another run's: they are {of}")
         if known is not None and beyond > torn:
             told.append(f"the journal lacks {beyond} steps that {self.path} tells of: they are taken again")

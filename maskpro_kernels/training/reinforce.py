@@ -12,6 +12,7 @@ from .journal import Draw, Entry
 from .number_checks import check_float, check_whole
 from .score_updates import replay
 from .step import Step
+from .step_clock import UPDATE
 
 # A normalized advantage beyond it is an outlier
 LARGEST_ADVANTAGE = 3.0
@@ -133,7 +134,8 @@ class Reinforce(Estimator):
         except BaseException:
             self.load_state(before)
             raise
-        replay(step.masks, step.seed, entry)
+        with step.clock.part(UPDATE):
+            replay(step.masks, step.seed, entry)
         return self._result(entry, advantages)
 
     def recall(self, entry: Entry) -> StepResult:

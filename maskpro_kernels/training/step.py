@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import groupby
 from numbers import Real
@@ -20,6 +20,7 @@ from .batches import count_tokens, weights_of
 from .journal import Entry
 from .model_masks import ModelMasks
 from .sharing import Sharing
+from .step_clock import CHECKS, DRAW, FORWARD, StepClock
 
 LossFn = Callable[[nn.Module, object], Tensor]
 
@@ -38,6 +39,8 @@ class StepRecord:
         flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
         tokens: elements of the batches' input ids.
         seconds: wall-clock time of the step.
+        parts: seconds of it by part, see ``step_clock``. On a GPU they are of its own clock, and what a step has left
+            to it is in those of the next one. Empty where they are not known.
     """
 
     step: int
@@ -48,6 +51,7 @@ class StepRecord:
     flip_rate: float
     tokens: int
     seconds: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Step:
@@ -68,6 +72,7 @@ class Step:
         masks: of all layers, see ``ModelMasks``.
         layers: the masked layers by name.
         sharing: which forwards this rank makes.
+        clock: takes the time of the parts of the step; ``with step.clock.part("update")`` where logits move.
     """
 
     def __init__(
@@ -80,16 +85,16 @@ class Step:
         *,
         seed: int,
         sharing: Sharing,
-        checkpointing: bool,
+        clock: StepClock,
         journaled: bool,
         initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
         begin_update: Callable[[Entry | None], None],
     ):
-        self.index, self.seed, self.batches, self.sharing = index, seed, batches, sharing
+        self.index, self.seed, self.batches, self.sharing, self.clock = index, seed, batches, sharing, clock
         self.masks, self.layers = masks, masks.layers
         self.weights = weights_of(batches)
         self.tokens = sum(map(count_tokens, batches))
-        self.model, self.loss_fn, self._checkpointing = model, loss_fn, checkpointing
+        self.model, self.loss_fn = model, loss_fn
         self._initial_loss, self._begin_update = initial_loss, begin_update
         self._own: list[float] = []
         self._flip_rate: float | None = None
@@ -99,12 +104,14 @@ class Step:
     def flip_rate(self) -> float:
         """Share of the groups whose draw leaves the top-N mask, in the layer whose turn it is."""
         if self._flip_rate is None:
-            self._flip_rate = self.masks.flip_rate(list(self.layers)[self.index % len(self.layers)])
+            with self.clock.part(CHECKS):
+                self._flip_rate = self.masks.flip_rate(list(self.layers)[self.index % len(self.layers)])
         return self._flip_rate
 
     def initial_loss(self) -> float:
         """The loss of the step's batches under the initial masks."""
-        return self._initial_loss(self.batches, self.weights)
+        with self.clock.part(CHECKS):
+            return self._initial_loss(self.batches, self.weights)
 
     def losses(self) -> list[float]:
         """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
@@ -123,11 +130,14 @@ class Step:
         The backward of a loss has to come within it as well, see ``Step``. Masks may be drawn once for all that is in
         it, so no logits move here but by that backward, behind which their layer is not used again.
         """
-        with modes_of_step(self.model, self.layers, drawing=True, checkpointing=self._checkpointing):
+        # without gradients no activation is kept
+        with modes_of_step(self.model, self.layers, drawing=True, checkpointing=torch.is_grad_enabled()):
             if draw:
                 # that of the first one, ahead of the others
                 _ = self.flip_rate
-            with self.masks.drawn_for(self._uses(draw), draw):
+            with ExitStack() as held:
+                with self.clock.part(DRAW):
+                    held.enter_context(self.masks.drawn_for(self._uses(draw), draw))
                 _ = self.flip_rate
                 yield
 
@@ -148,11 +158,13 @@ class Step:
         Raises:
             ValueError: if the loss is no number, or has no gradient where one is asked for.
         """
-        loss = self.loss_fn(self.model, self.batches[place])
-        if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
-            raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
-        self._own.append(value_of(loss))
-        return loss
+        with self.clock.part(FORWARD):
+            loss = self.loss_fn(self.model, self.batches[place])
+            if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
+            # a GPU ends the forward here
+            self._own.append(value_of(loss))
+            return loss
 
     def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
         """(loss of every draw, whether ``order`` is the same on all ranks), once this rank has made its forwards.
@@ -161,7 +173,8 @@ class Step:
             RuntimeError: if the ranks are not at the same step, or have not drawn the same.
         """
         own, self._own = self._own, []
-        return self.sharing.exchange(self.index, own, self.weights, self.flip_rate, order)
+        with self.clock.part(CHECKS):
+            return self.sharing.exchange(self.index, own, self.weights, self.flip_rate, order)
 
     def begin_update(self, entry: Entry | None = None) -> None:
         """What comes right before the first logit moves.
@@ -178,7 +191,8 @@ class Step:
         _ = self.flip_rate
         if self._journaled and entry is None:
             raise ValueError("entry: expected one from an estimator whose runs have a journal, got None")
-        self._begin_update(entry)
+        with self.clock.part(CHECKS):
+            self._begin_update(entry)
         self._entries += 1
 
     def check_entries(self) -> None:

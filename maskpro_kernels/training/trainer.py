@@ -34,6 +34,7 @@ from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards
 from .sharing import PARALLEL, Shares, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
 from .step_batches import batches_of_steps, check_batches
+from .step_clock import DATA, INITIAL_LOSSES, StepClock, timeline_of
 
 
 class MaskTrainer:
@@ -131,6 +132,7 @@ class MaskTrainer:
         self.snapshot_minutes, self.max_skipped = float(snapshot_minutes), max_skipped
         self.accumulate, self.parallel = accumulate, parallel
         self._masks = ModelMasks(self.layers)
+        self._clock = StepClock(timeline_of(self.layers))
         self.steps_done = 0
         self._initial_losses = InitialLosses(self._batches.sequence, self._sharing.shares, is_sharded(self.layers))
         # Of rank 0 alone
@@ -247,25 +249,18 @@ class MaskTrainer:
         for counter_state in counter_states(self.model):
             counter_state.step.fill_(self.steps_done)
         start = time.perf_counter()
-        with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.layers):
-            step = self._next_step()
-            with forwards_of(self.model, self.ranks):
-                result = self.estimator.step(step)
-        step.check_entries()
-        if result.refreshes:
-            # ahead of the next step: from a run that is killed in between it is the same one
-            self._initial_losses.losses = None
-        advance(self.model)
-        record = StepRecord(
-            step=self.steps_done,
-            loss=result.loss,
-            residual=result.residual,
-            advantage=result.advantage,
-            tracker=result.tracker,
-            flip_rate=step.flip_rate,
-            tokens=step.tokens,
-            seconds=time.perf_counter() - start,
-        )
+        with self._clock.step():
+            with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.layers):
+                with self._clock.part(DATA):
+                    step = self._next_step()
+                with forwards_of(self.model, self.ranks):
+                    result = self.estimator.step(step)
+            step.check_entries()
+            if result.refreshes:
+                # ahead of the next step: from a run that is killed in between it is the same one
+                self._initial_losses.losses = None
+            advance(self.model)
+        record = _record_of(step, result, time.perf_counter() - start, self._clock.take())
         self._skipped = self._skipped + 1 if result.bad_layers or not math.isfinite(result.loss) else 0
         self.steps_done += 1
         self._broken = False
@@ -336,7 +331,7 @@ class MaskTrainer:
             self.loss_fn,
             seed=self.seed,
             sharing=self._sharing,
-            checkpointing=self.estimator.needs_gradients,
+            clock=self._clock,
             journaled=self.estimator.journaled,
             initial_loss=self._initial_loss,
             begin_update=self._begin_update,
@@ -379,7 +374,8 @@ class MaskTrainer:
         initial = self._initial_losses
         if initial.losses is None:
             of = partial(loss_under_top_n_masks, self.model, self.layers, self.loss_fn)
-            losses = initial.computed(of, self.steps_done, progress)
+            with self._clock.part(INITIAL_LOSSES):
+                losses = initial.computed(of, self.steps_done, progress)
             if self.output_dir is not None and self.estimator.journaled and self.steps_done:
                 # ahead of the steps that are compared with them; those of the first stand in the journal's header
                 self.ranks.first(lambda: self._folder.add_initial_losses(self.steps_done, losses))
@@ -390,6 +386,20 @@ class MaskTrainer:
         """Loss under m_0 of the batches of this step."""
         self._losses_of_initial_masks(progress=False)
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
+
+
+def _record_of(step: Step, result: StepResult, seconds: float, parts: Mapping[str, float]) -> StepRecord:
+    return StepRecord(
+        step=step.index,
+        loss=result.loss,
+        residual=result.residual,
+        advantage=result.advantage,
+        tracker=result.tracker,
+        flip_rate=step.flip_rate,
+        tokens=step.tokens,
+        seconds=seconds,
+        parts=parts,
+    )
 
 
 def _check_skipped(record: StepRecord, result: StepResult, skipped: int, most: int, told: bool) -> None:

@@ -153,3 +153,8 @@ def test_a_value_out_of_its_range_is_refused_as_on_the_command_line(inputs, tmp_
 def test_a_file_stands_beside_no_resume(run, tmp_path, capsys, written):
     refuses(capsys, tmp_path, ["learn", "--resume", str(run), *written(seed=1)], "got --config")
     refuses(capsys, tmp_path, ["learn", "--config", str(tmp_path / "none.json")], "argument --config: ", "none.json")
+
+
+def test_false_leaves_an_option_out_that_is_switched_on(written):
+    assert not hasattr(parsed(*written(stream=False)), "stream")
+    assert parsed(*written(gradient_checkpointing=False)).gradient_checkpointing is False

@@ -66,7 +66,8 @@ def test_learn_prints_the_table(inputs, tmp_path, capsys):
     assert lines[0].split() == "method test perplexity on the other text seconds from dense".split()
     assert [line.split()[0] for line in lines[1:5]] == ["dense", "magnitude", "wanda", "reinforce"]
     assert "groups differ from the magnitude mask" in lines[5]
-    assert lines[6].startswith("perplexity over the dense model's: ") and "other text (pydoc)" in lines[6]
+    assert lines[6].startswith("a step took ") and "forward " in lines[6]
+    assert lines[7].startswith("perplexity over the dense model's: ") and "other text (pydoc)" in lines[7]
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") == 1).all()
     assert report(tmp_path)["settings"]["flip_rate"] == 0.05

@@ -104,7 +104,7 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
     table = capsys.readouterr().out
     two = OnRanks(tmp_path / "logs", learn(inputs, tmp_path / "two", *options))
     assert (two.code, two.out[1], two.err[1]) == (0, "", ""), two.err
-    assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 8
+    assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 9
     expected, found = report(tmp_path / "one"), report(tmp_path / "two")
     assert found["logits"] == expected["logits"] and found["weights"] == expected["weights"] == "weights refitted"
     learned = [load_learned(tmp_path / name / "logits.safetensors") for name in ("one", "two")]

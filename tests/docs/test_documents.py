@@ -3,6 +3,7 @@
 Fenced blocks run document by document, from the first block to the last, in a folder of the document's own:
 
 - Python blocks share one namespace. ``TINY_IN_PYTHON`` makes models, texts and numbers of steps in them small.
+- ``json`` blocks with a base are the file of a sweep, made small.
 - ``maskpro`` lines of ``sh`` blocks run in this process. Models and texts become the tiny ones; sizes and steps become
   the small ones of ``SMALL``, appended, so that the line's own are parsed as well. A folder that ``--output`` names
   is removed first. One that ``--resume`` names becomes a run that was interrupted after its first step.
@@ -34,6 +35,7 @@ from helpers.cases import cases
 from helpers.pictures import leave_blank
 from helpers.routes import route_to_the_eager_reference
 from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
+from helpers.sweeps import write_small_sweep
 from helpers.tiny_llama import tiny_text, tiny_tokenizer, write_inputs
 
 import maskpro_kernels
@@ -230,6 +232,8 @@ def run_block(block: Block, names: dict, document: Path) -> None:
         for large, tiny in TINY_IN_PYTHON.items():
             code = code.replace(large, tiny)
         exec(compile(code, document.name, "exec"), names)
+    elif block.language == "json" and '"base"' in block.code:
+        write_small_sweep(Path("ablation.json"), block.code, SMALL["learn"].split())
     elif block.language == "sh":
         for words in lines_of(block.code):
             if words[0] == "maskpro":
@@ -272,12 +276,9 @@ def check_line(words: list[str], document: Path) -> None:
         targets = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(arguments) <= {target for line in targets for target in line.split()}, told
     elif program == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
-        assert {
-            name for word in arguments for name in re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", word)))
-        } <= (extras.keys()), told
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        named = [name for word in arguments for part in re.findall(r"\[(.*)\]", word) for name in part.split(",")]
+        assert set(named) <= project["optional-dependencies"].keys(), told
     elif program in ("python", "pytest"):
         check_tests(arguments, told)
     elif program == "torchrun":

@@ -17,4 +17,4 @@ def learn_on_rank(rank: int, how: str, steps: int, folder=None, resume=False, **
         trainer.resume()
     records = trainer.run(steps - trainer.steps_done, progress=False)
     trainer.close()
-    return logits_of(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
+    return logits_of(trainer.model), [vars(record) | {"seconds": 0.0, "parts": {}} for record in records]

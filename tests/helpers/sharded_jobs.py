@@ -71,7 +71,7 @@ def learn_sharded(rank: int, mesh: Sequence[int] | None, how: str, steps: int, b
         trainer.resume()
     records = trainer.run(steps - trainer.steps_done, progress=False)
     trainer.close()
-    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
+    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0, "parts": {}} for record in records]
 
 
 def learn_each(rank: int, runs: Mapping[str, Mapping]) -> dict[str, tuple]:

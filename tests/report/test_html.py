@@ -399,3 +399,18 @@ def test_the_command_writes_a_page_and_its_line_runs_again(eager_reference, tmp_
     assert main.main(shlex.split(line)[1:]) == 0
     again = json.loads((tmp_path / "run-again" / "report.json").read_text(encoding="utf-8"))
     assert again["logits"] == values["logits"] and again["gap"] == values["gap"]
+
+
+def test_the_time_of_a_step_stands_by_part(tmp_path):
+    parts = {"data": 0.25, "forward": 1.0, "update": 0.75}
+    steps = [step_of(0), *(step_of(step, parts=parts, seconds=2.01) for step in (1, 2))]
+    (rows,) = page_of(report_of(steps, REINFORCE), tmp_path).table("part", "milliseconds a step", "share")
+    assert rows == [
+        ["forward", "1,000.00", "50.000%"],
+        ["update", "750.00", "37.500%"],
+        ["data", "250.00", "12.500%"],
+        ["all parts", "2,000.00", "100.000%"],
+        ["a step by the wall clock", "2,010.00", "100.500%"],
+    ]
+    unknown = page_of(report_of([step_of(0)], REINFORCE), tmp_path)
+    assert unknown.says("How long the parts of the steps took is not known")

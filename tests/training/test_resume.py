@@ -186,7 +186,7 @@ def test_lines_that_are_damaged_or_lost_are_told(tmp_path, how):
     if how == "reinforce":
         (line,) = told
         assert line.endswith(
-            "1 are damaged, cut short or another run's: they are written again, but for flip rates and seconds"
+            "1 are damaged, cut short or another run's: they are written again, but for flip rates and times"
         )
         assert [row["step"] for row in again.metrics] == [0, 1, 2, 3]
     else:
