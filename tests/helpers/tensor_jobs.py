@@ -97,7 +97,7 @@ def learn_split(rank: int, mesh: Sequence[int] | None, how: str, steps: int, gri
         trainer.resume()
     records = trainer.run(steps - trainer.steps_done, progress=False)
     trainer.close()
-    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0} for record in records]
+    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0, "parts": {}} for record in records]
 
 
 def learn_each_split(rank: int, runs: Mapping[str, Mapping]) -> dict[str, tuple]:

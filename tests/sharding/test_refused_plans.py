@@ -155,7 +155,7 @@ REFUSED = {
     "a plain input": (fed_by_hand, "input: expected a DTensor of DeviceMesh("),
     "calibration": (
         lambda: mk.convert(_split(), "2:4", init="wanda", calibration=[torch.zeros(2, 16)]),
-        'init: expected "magnitude" or group codes in a model that is cut over ranks',
+        'init: expected "magnitude", a mask file or group codes in a model that is cut over ranks',
     ),
     "logits elsewhere": (
         lambda: mk.convert(_split(), "2:4", logits_device="cpu"),
