@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import maskpro_kernels as mk
 from maskpro_kernels.digests import digest
+from maskpro_kernels.files import discard
 
 STEPS = 20
 
@@ -133,7 +134,7 @@ def test_plans_that_shard_too_learn_by_the_bits_of_one_process(tmp_path, eager_r
     for theirs in all_in_ranks(4, learn, path=path, how="reinforce", steps=STEPS, cut_by="both", folder=folder):
         assert theirs["losses"] == alone["losses"]
         assert theirs["digest"] == alone["digest"]
-    max(Path(folder).glob("snapshot-*")).unlink()
+    discard(max(Path(folder).glob("snapshot-*")))
     longer = learn(0, path, "reinforce", STEPS + 1, None)
     for theirs in all_in_ranks(2, learn, path=path, how="reinforce", steps=STEPS + 1, cut_by="plan", folder=folder):
         assert theirs["digest"] == longer["digest"]
@@ -159,7 +160,7 @@ def test_the_journal_of_a_plan_gives_its_bits_on_one_process(tmp_path, eager_ref
     first, second = all_in_ranks(2, learn, cut_by="plan", folder=str(folder), **of)
     assert first["digest"] == second["digest"]
     assert first["losses"] == pytest.approx(learn(0, cut_by=None, **of)["losses"], rel=1e-5)
-    max(folder.glob("snapshot-*")).unlink()
+    discard(max(folder.glob("snapshot-*")))
     model = loaded(path, None, 0)
     mk.convert(model, "2:4", gap=2.0)
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens()]
@@ -181,5 +182,5 @@ def test_runs_go_on_with_other_meshes(meshes, tmp_path, eager_reference):
         of = {"path": path, "how": "reinforce", "steps": steps, "cut_by": cut_by, "folder": folder}
         digests = [r["digest"] for r in (all_in_ranks(2, learn, **of) if cut_by else [learn(0, **of)])]
         newest = max(Path(folder).glob("snapshot-*"))
-        newest.unlink()
+        discard(newest)
     assert set(digests) == {learn(0, path, "reinforce", 6, None)["digest"]}
