@@ -151,8 +151,8 @@ class Planned:
         times = HELD + 1
         found = {"writing a snapshot": Amount(times * stored, f"{times} x ({stored.formula})")}
         if choice.logits_on_cpu:
-            own = [shard(weight, choice.mesh.shards).numel() for weight in self.weights]
-            sizes = Counter(1 << (count * DTYPES[choice.logits_dtype].itemsize - 1).bit_length() for count in own)
+            itemsize = DTYPES[choice.logits_dtype].itemsize
+            sizes = Counter(1 << (weight.numel() * itemsize - 1).bit_length() for weight in self.weights)
             told = " + ".join(f"{count:,} layers x {size:,} bytes" for size, count in sorted(sizes.items()))
             found["logits"] = Amount(sum(size * count for size, count in sizes.items()), told)
         return found
@@ -176,7 +176,8 @@ class Planned:
         Smaller batches come last, and more of them a step, which has as many windows as given or a few more.
         """
         checkpointing = [False, True] if self.can_checkpoint() and not given.checkpointing else [given.checkpointing]
-        offloaded = [given.logits_on_cpu] if given.logits_on_cpu else [False, True]
+        # sharded logits lie with their weights
+        offloaded = [given.logits_on_cpu] if given.logits_on_cpu or given.mesh.shards > 1 else [False, True]
         dtypes = [given.logits_dtype, "bfloat16"] if given.logits_dtype == "float32" else [given.logits_dtype]
         last = given
         for dtype in dtypes:
@@ -218,10 +219,15 @@ def check_mesh(args: argparse.Namespace) -> None:
 
 
 def refused_by_shards(args: argparse.Namespace) -> str | None:
-    """What of the options no model takes that FSDP2 has cut: weights that learn, a loss that asks the dense model."""
+    """What of the options no model takes that FSDP2 has cut.
+
+    That are weights that learn, a loss that asks the dense model, and logits elsewhere than their weights.
+    """
     # of an estimator that has the option, or given
     if getattr(args, "train_weights", None) is not None:
         return f"--train-weights {args.train_weights:g}"
+    if hasattr(args, "logits_device"):
+        return f"--logits-device {args.logits_device}"
     return f"--loss {args.loss}" if "kl" in args.loss else None
 
 

@@ -124,7 +124,6 @@ def _between_devices(planned: Planned, choice: Choice, rate: float) -> Duration:
 def _copies(planned: Planned, choice: Choice, rate: float) -> Duration:
     masked, _ = _counts(planned)
     # for each draw and for the update; what goes back takes the other direction
-    times, shards = planned.estimator.draws + 1, choice.mesh.shards
-    itemsize = DTYPES[choice.logits_dtype].itemsize
-    told = f"{times} x {masked:,} logits x {itemsize} bytes / {shards} shards / {rate:,.0f} of PCIe"
-    return Duration(times * masked * itemsize / shards / rate, told)
+    times, itemsize = planned.estimator.draws + 1, DTYPES[choice.logits_dtype].itemsize
+    told = f"{times} x {masked:,} logits x {itemsize} bytes / {rate:,.0f} of PCIe"
+    return Duration(times * masked * itemsize / rate, told)

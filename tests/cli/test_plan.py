@@ -310,6 +310,10 @@ def test_where_nothing_fits_it_says_so(planning, capsys):
     assert not any(way["fits"] for way in told["tried"])
     windows = ["--batch-size 1", f"--accumulate {ROWS}"]
     assert told["tried"][-1]["options"] == [*windows, "--logits-dtype bfloat16", "--logits-device cpu"]
+    # sharded logits lie with their weights
+    sharded = planning(LLAMA, f"{SIZES} --estimator reinforce --mesh 2", "1KB")["tried"]
+    assert [*windows, "--logits-dtype bfloat16"] in [way["options"] for way in sharded]
+    assert not any("--logits-device cpu" in way["options"] for way in sharded)
     # no forward is taken back by blocks that are computed anew
     assert not any("--gradient-checkpointing" in way["options"] for way in told["tried"])
     assert "nothing fits: take devices with more memory" in capsys.readouterr().out
@@ -394,6 +398,12 @@ UNFIT = {
         LLAMA,
         "--mesh 4 --loss kl",
         "mesh: expected no shards beside --loss kl",
+        "got 4; take",
+    ),
+    "shards beside logits elsewhere": (
+        LLAMA,
+        "--mesh 4 --logits-device cpu",
+        "mesh: expected no shards beside --logits-device cpu",
         "got 4; take",
     ),
     "no windows": (LLAMA, "--batch-size 0", "batch_size: expected at least 1", "got 0"),
