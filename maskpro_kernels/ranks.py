@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .in_time import begun, in_time
 from .signs_of_life import CONNECTION, REFUSES, SILENT, Address, Lives, SignOfLife, reachable, signs_of
 
 Result = TypeVar("Result")
@@ -136,7 +137,7 @@ class Ranks:
         if self.world == 1 or self._group is not None:
             return
         limit = timedelta(seconds=MEETING)
-        self._group = _in_time(MEETING + ANSWER, lambda: dist.new_group(backend="gloo", timeout=limit))
+        self._group = in_time(MEETING + ANSWER, lambda: dist.new_group(backend="gloo", timeout=limit))
         if self._group is None:
             self._failure = MissingRanks(f"ranks: the store that they share did not answer within {MEETING:g} s")
             raise self._failure
@@ -315,6 +316,23 @@ class Ranks:
                 seconds = timedelta(seconds=self.timeout + ANSWER)
                 dist.distributed_c10d._set_pg_timeout(seconds, mesh.get_group(dim))
 
+    def mesh(self, make: Callable[[], dist.DeviceMesh]) -> dist.DeviceMesh:
+        """A mesh of all ranks, which all make: torch itself would wait for one that is lost for half an hour."""
+        # who has ended before is named at once
+        self.gather([])
+        accelerator = torch.accelerator.is_available() and torch.accelerator.current_device_index()
+
+        def made() -> dist.DeviceMesh:
+            # a thread begins with the first device
+            if accelerator is not False:
+                torch.accelerator.set_device_index(accelerator)
+            return make()
+
+        mesh = in_time(self.timeout + ANSWER, made)
+        if mesh is None:
+            self._fail(late=True)
+        return mesh
+
     @contextmanager
     def naming_lost(self) -> Iterator[None]:
         """Collectives of others that fail inside, as those of a sharded model, raise MissingRanks too.
@@ -397,7 +415,7 @@ class Ranks:
                 return True
 
         if self._looking is None or not self._looking.is_alive():
-            self._looking, self._seen = _begun(look)
+            self._looking, self._seen = begun(look)
         return self._looking
 
     def _fail(self, late: bool = False, cause: RuntimeError | None = None) -> NoReturn:
@@ -423,7 +441,7 @@ class Ranks:
         look, limit = self._look(), time.monotonic() + CONNECTION
         signs = signs_of(self._addresses)
         look.join(max(limit - time.monotonic(), 0.0))
-        found = None if look.is_alive() else _in_time(ANSWER + CONNECTION, self._call_the_roll)
+        found = None if look.is_alive() else in_time(ANSWER + CONNECTION, self._call_the_roll)
         if found is None:
             # the store is in a process that is frozen
             found = tuple([rank for rank, sign in signs.items() if sign == told] for told in (REFUSES, SILENT))
@@ -471,30 +489,3 @@ def _told(error: Exception, rank: int) -> ValueError | FailedRank:
     if isinstance(error, ValueError):
         return ValueError(f"rank {rank}: {error}" if rank else str(error))
     return FailedRank(f"rank {rank}: {type(error).__name__}: {error}")
-
-
-def _begun(function: Callable[[], Result]) -> tuple[threading.Thread, list[Result]]:
-    """(a thread in which a function is called, what will hold its result); the end of the process waits for neither."""
-    found: list[Result] = []
-    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
-    thread.start()
-    return thread, found
-
-
-def _in_time(seconds: float, function: Callable[[], Result]) -> Result | None:
-    """What a function gives or raises; None where it takes longer, and is left alone."""
-
-    def told() -> tuple[Result | None, BaseException | None]:
-        try:
-            return function(), None
-        except Exception as error:
-            return None, error
-
-    thread, found = _begun(told)
-    thread.join(seconds)
-    if not found:
-        return None
-    ((result, error),) = found
-    if error is not None:
-        raise error
-    return result

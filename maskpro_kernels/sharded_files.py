@@ -30,13 +30,17 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
 
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    first = ranks.rank == 0
-    planner.set_up_planner(dict(tensors), writer.storage_meta(), first)
-    writer.set_up_storage_writer(first)
-    # without what has no elements, as of a rank that has no rows
-    own = planner.create_local_plan()
-    own.items[:] = [item for item in own.items if item.tensor_data.chunk.sizes.numel()]
-    plans, _ = planner.create_global_plan(ranks.gather_objects(writer.prepare_local_plan(own)))
+
+    def own_plan():
+        first = ranks.rank == 0
+        planner.set_up_planner(dict(tensors), writer.storage_meta(), first)
+        writer.set_up_storage_writer(first)
+        own = planner.create_local_plan()
+        # without what has no elements, as of a rank that has no rows
+        own.items[:] = [item for item in own.items if item.tensor_data.chunk.sizes.numel()]
+        return writer.prepare_local_plan(own)
+
+    plans, _ = planner.create_global_plan(ranks.gather_objects(ranks.all_of(own_plan)))
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[ranks.rank])
 
     def write() -> Path | None:

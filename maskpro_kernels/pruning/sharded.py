@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..digests import digest_of_named
 from ..functional.masks import top_n_mask
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
+from ..ranks import Ranks
 from ..shards import is_distributed, like_shards, local, part_of
 from .initial_masks import INITIAL_MASKS, Init, given
 from .reconstruction import Reconstruction
-from .stored_mask import stored_mask
+from .stored_mask import opened_mask_file, stored_mask
+
+# Of what is refused
+CUT = "in a model that is cut over ranks; convert it ahead of fully_shard, or give codes"
 
 
 def has_shards(layers: Mapping[str, nn.Module]) -> bool:
@@ -38,25 +44,38 @@ def masks_of_shards(
         refit, logits_device: as for ``convert``, of which sharded layers take the defaults alone.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above, or ranks have another ``init``.
+        OSError: if a mask file cannot be read.
     """
-    told = "in a model that is cut over ranks; convert it ahead of fully_shard, or give codes"
-    stored = not isinstance(init, Mapping) and init not in INITIAL_MASKS
-    if not isinstance(init, Mapping) and init != "magnitude" and not (stored and Path(init).is_file()):
-        raise ValueError(f'init: expected "magnitude", a mask file or group codes {told}, got {init!r}')
     if refit != "none":
-        raise ValueError(f'refit: expected "none" {told}, got {refit!r}')
+        raise ValueError(f'refit: expected "none" {CUT}, got {refit!r}')
     if logits_device is not None:
-        raise ValueError(f"logits_device: expected None {told}, got {logits_device}")
+        raise ValueError(f"logits_device: expected None {CUT}, got {logits_device}")
+    with closing(Ranks()) as ranks:
+        ranks.connect()
+        # ahead of what all ranks have to come to: one may not see the file
+        ranks.agree({"init": ranks.all_of(lambda: _known_by(init, layers, pattern))})
     if isinstance(init, Mapping):
         whole = given(layers, pattern, init)
         codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
-    elif stored:
+    elif init != "magnitude":
         codes = stored_mask(init, layers, pattern).codes
         codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
     else:
         codes = {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
     return Reconstruction(codes, {})
+
+
+def _known_by(init: Init, layers: Mapping[str, nn.Linear], pattern: NMPattern) -> str:
+    """What tells the initial mask that is given on this rank from others."""
+    if isinstance(init, Mapping):
+        return digest_of_named(given(layers, pattern, init))
+    if init == "magnitude":
+        return init
+    if init in INITIAL_MASKS or not Path(init).is_file():
+        raise ValueError(f'init: expected "magnitude", a mask file or group codes {CUT}, got {init!r}')
+    with opened_mask_file(init) as mask:
+        return mask.digest
 
 
 def masked_linear_of_shards(

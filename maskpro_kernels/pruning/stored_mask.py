@@ -106,10 +106,17 @@ def _telling(cure: str = "") -> Iterator[None]:
         raise (OSError if isinstance(error, OSError) else ValueError)(f"path: {told}{cure}") from error
 
 
-def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
+@contextmanager
+def opened_mask_file(path: str | Path) -> Iterator[MaskFile]:
+    """A mask file that needs no other one; raises as ``stored_mask``."""
     with _telling("; give a mask file that needs no other, or a folder"):
         mask = MaskFile(path)
     with closing(mask):
+        yield mask
+
+
+def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
+    with opened_mask_file(path) as mask:
         _check_pattern(mask.pattern, pattern, path)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         try:

@@ -28,6 +28,7 @@ from .snapshots import (
     MANIFEST,
     NAME,
     StoredTensors,
+    files_of,
     folder_aside,
     newest_snapshot,
     of_other_runs,
@@ -154,6 +155,7 @@ class RunFolder:
         self._lock_file: tuple[int, int] | None = None
         self._run: Mapping | None = None
         self._newest: Path | None = None
+        self._newest_files: list[Path] = []
         self._process: int | None = None
 
     @property
@@ -312,7 +314,7 @@ class RunFolder:
             write_whole(path, path.read_bytes())
         for path in saved.unusable:
             path.rename(path.with_suffix(".aside"))
-        self._newest = snapshots_in(self.path)[-1]
+        self._note_newest(snapshots_in(self.path)[-1])
         metrics.write(mended)
         self._run, self.metrics = run, metrics
         saved.warnings.extend(told)
@@ -357,7 +359,7 @@ class RunFolder:
     def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
         """Add a snapshot, with arguments as for ``save_snapshot``."""
         self._sync_metrics()
-        self._newest = save_snapshot(self.path, step, tensors, {**self._place(), **state})
+        self._note_newest(save_snapshot(self.path, step, tensors, {**self._place(), **state}))
 
     def folder_aside(self) -> Path:
         """Where ranks write what ``publish_snapshot`` makes a snapshot of."""
@@ -367,7 +369,7 @@ class RunFolder:
     def publish_snapshot(self, aside: Path, step: int, digests: Mapping[str, str], state: Mapping) -> None:
         """Add a snapshot of the files of ranks, with arguments as for the function of that name."""
         self._sync_metrics()
-        self._newest = publish_snapshot(aside, step, digests, {**self._place(), **state})
+        self._note_newest(publish_snapshot(aside, step, digests, {**self._place(), **state}))
 
     def _sync_metrics(self) -> None:
         self.check_process()
@@ -375,12 +377,15 @@ class RunFolder:
             # the steps before are not taken again, and nothing else knows what they saw
             self.metrics.sync()
 
-    def lacks_snapshot(self) -> bool:
-        """Whether another program has removed the newest snapshot, of which a warning tells; another one is due then.
+    def _note_newest(self, snapshot: Path) -> None:
+        self._newest, self._newest_files = snapshot, files_of(snapshot)
 
-        Without any the run could not be resumed.
+    def lacks_snapshot(self) -> bool:
+        """Whether another program has removed files of the newest snapshot, of which a warning tells.
+
+        Another one is due then. Without any the run could not be resumed.
         """
-        if self._newest.exists():
+        if all(file.exists() for file in self._newest_files):
             return False
         warnings.warn(
             f"{self._newest} was removed while the run went on: a snapshot of the present step takes its place",

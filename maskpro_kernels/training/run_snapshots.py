@@ -108,5 +108,7 @@ class RunSnapshots:
             ranks.first(lambda: self._folder.publish_snapshot(aside, step, digests, state))
         finally:
             if ranks.rank == 0 and aside.exists():
-                discard(aside)
+                # what is left is cleared away when the run is resumed; the error that came first is the one to be told
+                with suppress(OSError):
+                    discard(aside)
         self.time = time.monotonic()

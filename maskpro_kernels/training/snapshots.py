@@ -207,6 +207,11 @@ def _is_sound(path: Path) -> bool:
         return False
 
 
+def files_of(snapshot: Path) -> list[Path]:
+    """All files of a snapshot."""
+    return [snapshot / MANIFEST, *files_in(snapshot)] if snapshot.is_dir() else [snapshot]
+
+
 def files_in(snapshot: Path) -> list[Path]:
     """Those of a snapshot that is a folder."""
     return sorted(snapshot.glob("*.safetensors"))

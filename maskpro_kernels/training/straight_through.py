@@ -234,5 +234,5 @@ class StraightThrough(Estimator):
             return (BackwardPass if shard is None else ShardedPass)(*of)
         if self._copies is None and ranks.world > shard.mesh.size():
             # late: not before all ranks have told that they have the same layers
-            self._copies = shard.mesh_with_copies()
+            self._copies = ranks.mesh(shard.mesh_with_copies)
         return TensorPass(*of, copies=self._copies)

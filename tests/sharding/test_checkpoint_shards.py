@@ -200,3 +200,26 @@ def test_masks_of_files_are_taken_by_rows(tmp_path):
         saved = save_masks(files[others], masks_of(Blocks(WIDTH), others), "2:4", model="blocks", against=needs)
         assert saved.needs == needs
     all_in_ranks(2, take_masks, files=files)
+
+
+def take_other_masks(rank: int, files: list[Path]) -> str:
+    model = Blocks(WIDTH)
+    shard(model, [2])
+    with pytest.raises(ValueError) as error:
+        mk.convert(model, "2:4", targets=["blocks.*.1", "out"], init=files[rank])
+    assert not any(isinstance(module, mk.MaskedLinear) for module in model.modules())
+    return str(error.value)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["another file", "no file"])
+def test_ranks_have_one_mask_or_none(there, tmp_path):
+    """As where a path leads each rank to a disk of its own."""
+    files = [tmp_path / "of 0.safetensors", tmp_path / "of 1.safetensors"]
+    for others, path in list(enumerate(files, 1))[: 2 if there else 1]:
+        save_masks(path, masks_of(Blocks(WIDTH), others), "2:4", model="blocks")
+    told = all_in_ranks(2, take_other_masks, files=files)
+    if there:
+        assert told == ["ranks: expected what rank 0 has on all of them, got other init on rank 1"] * 2
+    else:
+        assert told[0] == f"rank 1: {told[1]}"
+        assert told[1].startswith('init: expected "magnitude", a mask file or group codes in a model that is cut')

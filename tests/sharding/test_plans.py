@@ -83,6 +83,22 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(how, ends, tmp_path, eager_ref
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def lose_a_copy(rank: int) -> None:
+    """Rank 3 ends before the first step, in which all ranks make a mesh of the copies of layers."""
+    of = {"model": a_split_model([2, 2]), "batches": batches_of_whole_numbers(), "loss_fn": a_loss}
+    trainer = rank_trainer("straight-through", **of, accumulate=2, timeout=10.0)
+    trainer.begin()
+    if rank == 3:
+        os._exit(1)
+    trainer.run(1, progress=False)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_before_the_first_step_is_named(eager_reference):
+    for error in in_ranks(4, lose_a_copy)[:3]:
+        assert isinstance(error, MissingRanks) and error.missing == [3], error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [[2, 2], [4, 1], [1, 4]], ids=str)
 def test_parts_that_fully_shard_cuts_again_learn_by_the_bits_of_one_process(mesh, eager_reference):
