@@ -130,7 +130,9 @@ def _masks(
 def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    check_initial_mask(init)
+    if not any(map(is_distributed, model.parameters())):
+        # else all ranks check it together, for one may not see a file
+        check_initial_mask(init)
     check_refit(refit)
     check_int("seed", seed, 1 << 63)
     check_no_flat_parameters("model", model)

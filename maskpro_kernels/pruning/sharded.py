@@ -72,7 +72,7 @@ def _known_by(init: Init, layers: Mapping[str, nn.Linear], pattern: NMPattern) -
         return digest_of_named(given(layers, pattern, init))
     if init == "magnitude":
         return init
-    if init in INITIAL_MASKS or not Path(init).is_file():
+    if init in INITIAL_MASKS or not isinstance(init, (str, Path)) or not Path(init).is_file():
         raise ValueError(f'init: expected "magnitude", a mask file or group codes {CUT}, got {init!r}')
     with opened_mask_file(init) as mask:
         return mask.digest
