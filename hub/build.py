@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "maskpro_kernels"
 # Functions, operations, layers, and what these import
 PARTS = (
-    *("functional", "ops"),
-    *("counter.py", "extras.py", "graph_break.py", "held_draw.py", "huge_pages.py", "modules.py", "packed.py"),
-    *("pattern.py", "shards.py"),
+    *("functional", "ops", "shards"),
+    *("counter.py", "dense_forward.py", "extras.py", "graph_break.py", "held_draw.py", "huge_pages.py", "modules.py"),
+    *("packed.py", "pattern.py"),
 )
 BACKENDS = ("cpu", "cuda", "rocm")
 # Raised with a change that asks callers of ``interface.py`` to change theirs

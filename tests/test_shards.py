@@ -332,7 +332,7 @@ def assert_distributed_weights_are_refused(rank: int) -> None:
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
     with pytest.raises(ValueError, match="^linear: expected plain tensors as weights, got a DTensor in weight"):
         mk.MaskedLinear.from_linear(linear, "2:4")
-    with pytest.raises(ValueError, match="^model: expected weights that fully_shard has sharded, got a DTensor of an"):
+    with pytest.raises(ValueError, match="^model: expected a bias that a tensor-parallel plan has cut as its wei"):
         mk.convert(nn.Sequential(linear), "2:4")
     assert_layers_over_ranks_are_refused()
 
