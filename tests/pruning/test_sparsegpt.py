@@ -130,6 +130,7 @@ def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was(monkeypatc
         handle.remove()
 
 
+@pytest.mark.slow
 def test_five_matrices_of_a_layer_are_held():
     """As docs/large-models.md tells; of few rows and inputs all else is small."""
     layer, x = nn.Linear(512, 4), torch.randn(8, 512, generator=torch.Generator().manual_seed(0))

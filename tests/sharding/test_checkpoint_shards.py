@@ -169,6 +169,7 @@ def load_llama(folder: Path, tied: bool) -> None:
         assert_same_bits(by_transformers.eval()(ids).logits, expected)
 
 
+@pytest.mark.slow
 def test_llamas_come_in_sharded(tmp_path):
     for tied in (True, False):
         tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path / str(tied))

@@ -119,6 +119,7 @@ def learn_with_an_unused_layer(rank: int, mesh: list[int] | None, how: str) -> l
     return whole_logits(model)
 
 
+@pytest.mark.slow
 def test_a_layer_that_some_ranks_do_not_use_keeps_none_waiting(eager_reference):
     for how in ("reinforce", "straight-through"):
         alone = learn_with_an_unused_layer(0, None, how)

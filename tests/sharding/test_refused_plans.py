@@ -224,6 +224,7 @@ def of_three_ranks_two(rank: int) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_ranks_that_no_mesh_of_all_has_are_refused():
     *told, _ = all_in_ranks(3, of_three_ranks_two)
     line = f"{PLAN}, over ranks of one and the same distance, as in a mesh of all ranks, got [0, 1] of 3 in {DOWN}"

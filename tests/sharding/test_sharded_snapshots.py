@@ -134,6 +134,7 @@ def fail_to_write(rank: int, folder: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_one_rank_leaves_nothing_in_part(tmp_path, eager_reference):
     told = all_in_ranks(2, fail_to_write, folder=tmp_path)
     assert told == ["rank 1: OSError: no space left", "no space left"]
@@ -167,6 +168,7 @@ def test_disks_that_ranks_do_not_share_are_refused(tmp_path):
         shutil.rmtree(tmp_path / "0" / "run")
 
 
+@pytest.mark.slow
 def test_commands_replay_a_sharded_run_or_refuse_it_in_a_line(tmp_path, capsys, eager_reference):
     model, _ = all_in_ranks(2, learn_in_progress, folder=tmp_path)
     assert main.main(["replay", str(tmp_path), "--device", "cpu"]) == 0
