@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 
 def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> Callable[[], Path | None]:
@@ -46,10 +50,52 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
     return write
 
 
-def kinds_of_parts(files: Iterable[Path]) -> dict[str, tuple[list[int], torch.dtype]]:
-    """(shape, dtype) of the tensors of which files hold parts or wholes, by name."""
-    found = _reader_of(files).read_metadata().state_dict_metadata
+def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[str, tuple[list[int], torch.dtype]]:
+    """(shape, dtype) of the tensors of which files hold parts or wholes, by name.
+
+    Files may lack the end of a tensor, which they do not tell: it is then of a smaller shape.
+
+    Args:
+        files: as for ``read_parts``; in one folder.
+        argument: what messages call them.
+
+    Raises:
+        ValueError: if they do not hold each element of a tensor once, or hold what torch does not read.
+        OSError, SafetensorError: if a file cannot be read.
+    """
+    try:
+        found = _reader_of(files).read_metadata().state_dict_metadata
+    except (KeyError, TypeError, ValueError) as error:
+        # a dtype that it does not know, or places of parts that are none
+        raise ValueError(
+            f"{argument}: expected safetensors that torch reads, got {error!r} in {str(files[0].parent)!r}"
+        ) from error
+    for name, of in found.items():
+        if not _fill(of.chunks, of.size):
+            raise ValueError(
+                f"{argument}: expected each element of {name} once, got parts that lack some or overlap in "
+                f"{str(files[0].parent)!r}"
+            )
     return {name: (list(of.size), of.properties.dtype) for name, of in found.items()}
+
+
+def _fill(parts: Iterable[ChunkStorageMetadata], size: torch.Size) -> bool:
+    """Whether parts hold each element of a tensor once: as many as it has, and no two of them the same."""
+    if sum(part.sizes.numel() for part in parts) != size.numel():
+        return False
+    near: list[ChunkStorageMetadata] = []
+    for part in sorted(parts, key=lambda part: part.offsets):
+        # by their first dimension: of rows none is left, so that ranks by the thousand take no square of their number
+        near = [other for other in near if other.offsets[0] + other.sizes[0] > part.offsets[0]]
+        if any(_overlap(part, other) for other in near):
+            return False
+        near.append(part)
+    return True
+
+
+def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(max(a, b) < min(a + size_a, b + size_b) for a, size_a, b, size_b in spans)
 
 
 @torch.no_grad()
