@@ -14,7 +14,7 @@ from helpers.held_bytes import counting_held
 from helpers.in_ranks import all_in_ranks
 from helpers.sharded_jobs import Blocks, a_mesh, shard, whole_logits
 from helpers.tiny_llama import tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -244,6 +244,34 @@ def test_a_shared_module_is_loaded_by_any_of_its_names(names, tmp_path):
         mk.load_checkpoint_shards(model, tmp_path)
     assert model.a is model.b
     assert_same_bits(model.b.weight, weight)
+
+
+INDEX = "model.safetensors.index.json"
+BAD_INDEX = {
+    "{bad": f"got a damaged {INDEX}: JSONDecodeError(",
+    "[" * 100_000: f"got a damaged {INDEX}: ValueError('JSON that is nested too deeply')",
+    "[]": f"got a damaged {INDEX}: TypeError(",
+    "{}": f"got a damaged {INDEX}: KeyError('weight_map')",
+    '{"weight_map": {"weight": 1}}': f"got a damaged {INDEX}: TypeError(",
+    '{"weight_map": ["weight"]}': f"got a damaged {INDEX}: AttributeError(",
+    '{"weight_map": {"weight": "gone.safetensors"}}': "got one that names gone.safetensors, which is not there",
+}
+
+
+def test_a_damaged_index_is_refused_in_a_line(tmp_path):
+    save_file({"weight": torch.ones(6, 8)}, tmp_path / "whole.safetensors")
+    for content, told in BAD_INDEX.items():
+        (tmp_path / INDEX).write_text(content)
+        with pytest.raises(ValueError) as error:
+            mk.load_checkpoint_shards(a_layer(), tmp_path)
+        start = f"checkpoint: expected an index of the files in {str(tmp_path)!r}, {told}"
+        assert str(error.value).startswith(start), error.value
+        assert str(error.value).endswith("; copy or download it again")
+        assert "\n" not in str(error.value)
+    (tmp_path / INDEX).write_text('{"weight_map": {"weight": "whole.safetensors"}}')
+    model = a_layer()
+    mk.load_checkpoint_shards(model, tmp_path)
+    assert_same_bits(model.weight, load_file(tmp_path / "whole.safetensors")["weight"])
 
 
 def load_llamas(rank: int, folder: Path) -> None:
