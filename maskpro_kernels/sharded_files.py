@@ -7,17 +7,17 @@ that is lost, and does not give up one that writes for long. A file is no pickle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .ranks import Ranks
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+# Of a tensor: where it begins in each dimension, and its sizes
+Part = tuple[torch.Size, torch.Size]
 
 
 def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> Callable[[], Path | None]:
@@ -71,7 +71,7 @@ def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[st
             f"{argument}: expected safetensors that torch reads, got {error!r} in {str(files[0].parent)!r}"
         ) from error
     for name, of in found.items():
-        if not _fill(of.chunks, of.size):
+        if not _fill([(part.offsets, part.sizes) for part in of.chunks], of.size):
             raise ValueError(
                 f"{argument}: expected each element of {name} once, got parts that lack some or overlap in "
                 f"{str(files[0].parent)!r}"
@@ -79,23 +79,23 @@ def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[st
     return {name: (list(of.size), of.properties.dtype) for name, of in found.items()}
 
 
-def _fill(parts: Iterable[ChunkStorageMetadata], size: torch.Size) -> bool:
+def _fill(parts: Iterable[Part], size: torch.Size) -> bool:
     """Whether parts hold each element of a tensor once: as many as it has, and no two of them the same."""
-    if sum(part.sizes.numel() for part in parts) != size.numel():
+    parts = sorted(parts)
+    if sum(math.prod(sizes) for _, sizes in parts) != size.numel():
         return False
-    near: list[ChunkStorageMetadata] = []
-    for part in sorted(parts, key=lambda part: part.offsets):
-        # by their first dimension: of rows none is left, so that ranks by the thousand take no square of their number
-        near = [other for other in near if other.offsets[0] + other.sizes[0] > part.offsets[0]]
-        if any(_overlap(part, other) for other in near):
+    near: list[Part] = []
+    for begin, sizes in parts:
+        # of rows only the last part is compared, so that many ranks do not take the square of their number
+        near = [other for other in near if other[0][0] + other[1][0] > begin[0]]
+        if any(_overlap((begin, sizes), other) for other in near):
             return False
-        near.append(part)
+        near.append((begin, sizes))
     return True
 
 
-def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
-    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    return all(max(a, b) < min(a + size_a, b + size_b) for a, size_a, b, size_b in spans)
+def _overlap(one: Part, other: Part) -> bool:
+    return all(max(a, b) < min(a + size_a, b + size_b) for a, size_a, b, size_b in zip(*one, *other, strict=True))
 
 
 @torch.no_grad()
