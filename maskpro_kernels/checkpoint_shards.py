@@ -17,6 +17,8 @@ from .shards import is_distributed, resharded
 
 # Names that one message tells
 NAMED = 3
+# Of which one may be stored and another loaded: no scale lies beside them
+PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class _Held(NamedTuple):
@@ -40,8 +42,9 @@ def load_checkpoint_shards(
 
     Each rank reads its own rows out of the files, by ``torch.distributed.checkpoint``: nothing is sent, and no rank
     holds more of a parameter than its shard. ``convert`` comes behind it. What is not on meta keeps its memory and gets
-    the values of the checkpoint. Parameters that are one, such as tied embeddings, stay one; the checkpoint may hold
-    them under any of their names. The dtypes are those of the model.
+    the values of the checkpoint. Parameters that are one, such as tied embeddings or those of a shared module, stay
+    one; the checkpoint may hold them under any of their names. The dtypes are those of the model: float64, float32,
+    bfloat16 and float16 are converted to each other, any other has to be that of the checkpoint.
 
     Transformers' own models have a loader that does the same and knows the older names of their weights, see
     docs/large-models.md.
@@ -50,15 +53,16 @@ def load_checkpoint_shards(
         model: its parameters and buffers are on meta, or in memory; DTensors or plain ones, of which each rank gets
             the whole.
         checkpoint: folder with ``model.safetensors``, or with an index and the files that it names; else one with other
-            safetensors files; or such a file.
+            safetensors files, wholes or the parts that torch's ``HuggingFaceStorageWriter`` writes; or such a file.
         device: of what is on meta. Default: the device of the meshes, of a model without any the CPU.
 
     Warns:
         UserWarning: if the checkpoint holds tensors that the model has not.
 
     Raises:
-        ValueError: if there are no such files, they are damaged, or they hold no values, or values of another shape,
-            for what the model would have in a checkpoint, or for what is on meta. The model is then as it was.
+        ValueError: if there are no such files, they are damaged, some of them are missing, two hold the same, or they
+            hold no values, or values of another shape or kind of dtype, for what the model would have in a checkpoint,
+            or for what is on meta. The model is then as it was.
         OSError: if a file cannot be read. What is on meta is then there still.
     """
     files = named_files(Path(checkpoint)) or weight_files(checkpoint)
@@ -82,7 +86,7 @@ def load_checkpoint_shards(
 def _held_by(model: nn.Module) -> Iterator[_Held]:
     """What the modules of a model hold: each tensor once."""
     found: dict[int, _Held] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         for place in (module._parameters, module._buffers):
             for key, tensor in place.items():
                 if tensor is not None:
@@ -97,10 +101,10 @@ def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Ma
     """What is to be read, by the name under which it is stored.
 
     Raises:
-        ValueError: if something lacks a value, or has one of another shape.
+        ValueError: if something lacks a value, or has one of another shape or kind of dtype.
     """
     try:
-        kinds = kinds_of_parts(files)
+        kinds = kinds_of_parts(files, "checkpoint")
     except SafetensorError as error:
         raise ValueError(f"checkpoint: expected whole safetensors files, got {str(checkpoint)!r}: {error}") from error
     stored, lacking = {}, []
@@ -116,7 +120,12 @@ def _checked(held: list[_Held], files: list[Path], checkpoint: str | Path) -> Ma
             f"{_told(lacking)} in {str(checkpoint)!r}; make in memory what is computed, or load by transformers"
         )
     for name, of in stored.items():
-        shape, own = kinds[name][0], list(of.tensor.shape)
+        (shape, dtype), own = kinds[name], list(of.tensor.shape)
+        if dtype != of.tensor.dtype and not {dtype, of.tensor.dtype} <= PLAIN:
+            raise ValueError(
+                f"checkpoint: expected {name} as {of.tensor.dtype}, got {dtype} in {str(checkpoint)!r}: what is "
+                "quantized has to be dequantized first"
+            )
         if shape != own:
             raise ValueError(f"checkpoint: expected {name} of shape {own}, got {shape} in {str(checkpoint)!r}")
     others = sorted(kinds.keys() - {name for of in held for name in of.names})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .checked_json import load_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,13 +36,25 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def named_files(folder: Path) -> list[Path]:
-    """The files that ``from_pretrained`` loads from a folder: the single one, else those that its index names."""
+    """The files that ``from_pretrained`` loads from a folder: the single one, else those that its index names.
+
+    Raises:
+        ValueError: if the index is damaged, or names files that are not there.
+    """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         return []
-    names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
-    return [folder / name for name in sorted(names)]
+    told = f"checkpoint: expected an index of the files in {str(folder)!r}"
+    try:
+        names = sorted(set(load_json((folder / INDEX).read_bytes())["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{told}, got a damaged {INDEX}: {error!r}; copy or download it again") from error
+    missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
+    if missing:
+        raise ValueError(f"{told}, got one that names {missing[0]}, which is not there; copy or download it again")
+    return files
 
 
 def tensor_files(files: Iterable[Path]) -> dict[str, Path]:

@@ -7,6 +7,7 @@ that is lost, and does not give up one that writes for long. A file is no pickle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from .ranks import Ranks
+
+# Of a tensor: where it begins in each dimension, and its sizes
+Part = tuple[torch.Size, torch.Size]
 
 
 def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> Callable[[], Path | None]:
@@ -50,10 +54,52 @@ def planned_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Tensor]) -> 
     return write
 
 
-def kinds_of_parts(files: Iterable[Path]) -> dict[str, tuple[list[int], torch.dtype]]:
-    """(shape, dtype) of the tensors of which files hold parts or wholes, by name."""
-    found = _reader_of(files).read_metadata().state_dict_metadata
+def kinds_of_parts(files: Sequence[Path], argument: str = "snapshot") -> dict[str, tuple[list[int], torch.dtype]]:
+    """(shape, dtype) of the tensors of which files hold parts or wholes, by name.
+
+    Files may lack the end of a tensor, which they do not tell: it is then of a smaller shape.
+
+    Args:
+        files: as for ``read_parts``; in one folder.
+        argument: what messages call them.
+
+    Raises:
+        ValueError: if they do not hold each element of a tensor once, or hold what torch does not read.
+        OSError, SafetensorError: if a file cannot be read.
+    """
+    try:
+        found = _reader_of(files).read_metadata().state_dict_metadata
+    except (KeyError, TypeError, ValueError) as error:
+        # a dtype that it does not know, or places of parts that are none
+        raise ValueError(
+            f"{argument}: expected safetensors that torch reads, got {error!r} in {str(files[0].parent)!r}"
+        ) from error
+    for name, of in found.items():
+        if not _fill([(part.offsets, part.sizes) for part in of.chunks], of.size):
+            raise ValueError(
+                f"{argument}: expected each element of {name} once, got parts that lack some or overlap in "
+                f"{str(files[0].parent)!r}"
+            )
     return {name: (list(of.size), of.properties.dtype) for name, of in found.items()}
+
+
+def _fill(parts: Iterable[Part], size: torch.Size) -> bool:
+    """Whether parts hold each element of a tensor once: as many as it has, and no two of them the same."""
+    parts = sorted(parts)
+    if sum(math.prod(sizes) for _, sizes in parts) != size.numel():
+        return False
+    near: list[Part] = []
+    for begin, sizes in parts:
+        # of rows only the last part is compared, so that many ranks do not take the square of their number
+        near = [other for other in near if other[0][0] + other[1][0] > begin[0]]
+        if any(_overlap((begin, sizes), other) for other in near):
+            return False
+        near.append((begin, sizes))
+    return True
+
+
+def _overlap(one: Part, other: Part) -> bool:
+    return all(max(a, b) < min(a + size_a, b + size_b) for a, size_a, b, size_b in zip(*one, *other, strict=True))
 
 
 @torch.no_grad()

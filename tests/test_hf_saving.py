@@ -14,6 +14,7 @@ from helpers.children import environment
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
@@ -114,6 +115,22 @@ def test_who_never_imports_hf_saves_what_can_be_loaded(kind, made, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "by-hand")
     assert type(loaded.get_submodule(LAYER)).__name__ in ("Sparse24Linear", "MaskedLinear")
     assert_same_bits(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("to", [None, "packed"])
+def test_files_of_ranks_are_refused_before_anything_is_written(to, tmp_path):
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    if to is not None:
+        mk.finalize(model, to=to)
+    model.config.distributed_config = DistributedConfig(fsdp_size=2)
+    with pytest.raises(ValueError) as error:
+        model.save_pretrained(tmp_path / "parts", distributed_checkpoint=True)
+    assert str(error.value) == (
+        "distributed_checkpoint: expected False for a model with masked or packed layers, got True, whose files "
+        "from_pretrained refuses beside a quantization_config; without it rank 0 writes whole layers"
+    )
+    assert not (tmp_path / "parts").exists()
 
 
 def test_packed_by_hand_beside_another_quantization_is_refused(tmp_path):

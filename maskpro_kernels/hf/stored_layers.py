@@ -167,6 +167,11 @@ def _preparing(save: Callable) -> Callable:
         prepare_for_saving(self)
         if not isinstance(getattr(self.config, "quantization_config", None), OWN):
             return save(*given.args, **given.kwargs)
+        if given.arguments.get("distributed_checkpoint"):
+            raise ValueError(
+                "distributed_checkpoint: expected False for a model with masked or packed layers, got True, whose "
+                "files from_pretrained refuses beside a quantization_config; without it rank 0 writes whole layers"
+            )
         # of several processes one writes the config, and beside an adapter alone there is none
         writes = given.arguments.get("is_main_process", True) and not (gathering and Ranks().rank)
         if not writes or adapter:

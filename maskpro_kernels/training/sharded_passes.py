@@ -1,9 +1,8 @@
 """Straight-through learning of layers that ranks share: each has the slopes of its own part of a layer.
 
 Where a tensor-parallel plan has cut a layer, its backward gives these. Where fully_shard has, no rank has the dense
-weight, and its slope takes that. So what ranks sum up is the loss's derivative in the
-masked weight, of which each gets its own rows. The second derivative is an outer product of two vectors, and ranks tell
-each other these.
+weight, and its slope takes that. So what ranks sum up is the loss's derivative in the masked weight, of which each gets
+its own rows. The second derivative is an outer product of two vectors, and ranks tell each other these.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from helpers.held_bytes import counting_held
 from helpers.in_ranks import all_in_ranks
 from helpers.sharded_jobs import Blocks, a_mesh, shard, whole_logits
 from helpers.tiny_llama import tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -138,6 +141,137 @@ def test_other_checkpoints_are_refused_and_the_model_stays_on_meta(tmp_path):
     with pytest.warns(UserWarning, match="it holds what the model has not, and is left out: another$"):
         mk.load_checkpoint_shards(model, tmp_path / "model.safetensors", device="cpu")
     assert_same_bits(dict(model.state_dict()), tensors_of(Blocks()))
+
+
+def a_layer() -> nn.Linear:
+    with torch.device("meta"):
+        return nn.Linear(8, 6, bias=False)
+
+
+def write_parts(folder: Path, weight: torch.Tensor, boxes: list[tuple[int, int, int, int]]) -> None:
+    """As ``HuggingFaceStorageWriter(save_distributed=True)``: of each rank a file, which tells where its part is."""
+    folder.mkdir()
+    for at, (top, bottom, left, right) in enumerate(boxes):
+        place = json.dumps({"weight": {"saved_offsets": [top, left]}})
+        file = folder / f"shard-{at + 1:05}-model-00001-of-00001.safetensors"
+        part = weight[top:bottom, left:right].contiguous()
+        save_file({"weight": part}, file, metadata={"DCP_SHARDING_INFO": place, "DCP_VERSION": "1.0"})
+
+
+# (top, bottom, left, right) of the parts of six rows by eight columns
+WHOLE = {
+    "rows": [(0, 2, 0, 8), (2, 4, 0, 8), (4, 6, 0, 8)],
+    "blocks": [(0, 3, 0, 4), (0, 3, 4, 8), (3, 6, 0, 4), (3, 6, 4, 8)],
+    "rows that one rank has not": [(0, 6, 0, 8), (6, 6, 0, 8)],
+}
+NOT_WHOLE = {
+    "no first rows": [(2, 4, 0, 8), (4, 6, 0, 8)],
+    "no rows between": [(0, 2, 0, 8), (4, 6, 0, 8)],
+    "a block less": [(0, 3, 0, 4), (0, 3, 4, 8), (3, 6, 4, 8)],
+    "rows twice": [(0, 2, 0, 8), (2, 4, 0, 8), (2, 4, 0, 8), (4, 6, 0, 8)],
+    # these have as many elements as the weight
+    "rows twice for others": [(0, 2, 0, 8), (0, 2, 0, 8), (4, 6, 0, 8)],
+    "rows of two saves": [(0, 3, 0, 8), (2, 4, 0, 8), (5, 6, 0, 8)],
+    "columns of two saves": [(0, 6, 0, 4), (0, 3, 2, 6), (3, 6, 4, 8)],
+}
+
+
+def test_parts_are_loaded_where_they_hold_each_element_once(tmp_path):
+    weight = torch.arange(48.0).view(6, 8)
+    for name, boxes in WHOLE.items():
+        write_parts(tmp_path / name, weight, boxes)
+        model = a_layer()
+        mk.load_checkpoint_shards(model, tmp_path / name)
+        assert_same_bits(model.weight, weight)
+    for name, boxes in NOT_WHOLE.items():
+        write_parts(tmp_path / name, weight, boxes)
+        with pytest.raises(ValueError, match="^checkpoint: expected each element of weight once, got parts that lack"):
+            mk.load_checkpoint_shards(a_layer(), tmp_path / name)
+    write_parts(tmp_path / "no last rows", weight, WHOLE["rows"][:-1])
+    with pytest.raises(ValueError, match=r"^checkpoint: expected weight of shape \[6, 8\], got \[4, 8\] in "):
+        mk.load_checkpoint_shards(a_layer(), tmp_path / "no last rows")
+
+
+def test_two_files_that_hold_the_same_are_refused(tmp_path):
+    for name in ("a", "b"):
+        save_file({"weight": torch.ones(6, 8)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="^checkpoint: expected each element of weight once, got parts that lack"):
+        mk.load_checkpoint_shards(a_layer(), tmp_path)
+    mk.load_checkpoint_shards(a_layer(), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_quantized_values_are_refused(dtype, tmp_path):
+    # four bits are packed: their shape would be another one as well
+    save_file({"weight": torch.ones(6, 4).to(dtype)}, tmp_path / "model.safetensors")
+    line = f"checkpoint: expected weight as torch.float32, got {dtype} in {str(tmp_path)!r}: what is quantized has to "
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}be dequantized first$"):
+        mk.load_checkpoint_shards(a_layer(), tmp_path)
+
+
+def test_dtypes_that_torch_does_not_read_are_refused(tmp_path):
+    scales = torch.zeros(6, 1, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    save_file({"weight": torch.ones(6, 8), "weight_scale": scales}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^checkpoint: expected safetensors that torch reads, got KeyError\('F8_E8M0"):
+        mk.load_checkpoint_shards(a_layer(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_floats_are_converted_and_counts_are_taken_as_they_are(dtype, tmp_path):
+    values = torch.arange(48).view(6, 8) / 7
+    save_file({"weight": values.to(dtype), "seen": torch.tensor(2**40 + 1)}, tmp_path / "model.safetensors")
+    model = a_layer()
+    model.register_buffer("seen", torch.tensor(0, device="meta"))
+    mk.load_checkpoint_shards(model, tmp_path)
+    assert_same_bits(model.weight, values.to(dtype).float())
+    assert model.seen == 2**40 + 1
+
+
+class Shared(nn.Module):
+    """Of one module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = a_layer()
+
+
+@pytest.mark.parametrize("names", [["a.weight"], ["b.weight"], ["a.weight", "b.weight"]])
+def test_a_shared_module_is_loaded_by_any_of_its_names(names, tmp_path):
+    weight = torch.arange(48.0).view(6, 8)
+    save_file({name: weight.clone() for name in names}, tmp_path / "model.safetensors")
+    model = Shared()
+    with warnings.catch_warnings(action="error"):
+        mk.load_checkpoint_shards(model, tmp_path)
+    assert model.a is model.b
+    assert_same_bits(model.b.weight, weight)
+
+
+INDEX = "model.safetensors.index.json"
+BAD_INDEX = {
+    "{bad": f"got a damaged {INDEX}: JSONDecodeError(",
+    "[" * 100_000: f"got a damaged {INDEX}: ValueError('JSON that is nested too deeply')",
+    "[]": f"got a damaged {INDEX}: TypeError(",
+    "{}": f"got a damaged {INDEX}: KeyError('weight_map')",
+    '{"weight_map": {"weight": 1}}': f"got a damaged {INDEX}: TypeError(",
+    '{"weight_map": ["weight"]}': f"got a damaged {INDEX}: AttributeError(",
+    '{"weight_map": {"weight": "gone.safetensors"}}': "got one that names gone.safetensors, which is not there",
+}
+
+
+def test_a_damaged_index_is_refused_in_a_line(tmp_path):
+    save_file({"weight": torch.ones(6, 8)}, tmp_path / "whole.safetensors")
+    for content, told in BAD_INDEX.items():
+        (tmp_path / INDEX).write_text(content)
+        with pytest.raises(ValueError) as error:
+            mk.load_checkpoint_shards(a_layer(), tmp_path)
+        start = f"checkpoint: expected an index of the files in {str(tmp_path)!r}, {told}"
+        assert str(error.value).startswith(start), error.value
+        assert str(error.value).endswith("; copy or download it again")
+        assert "\n" not in str(error.value)
+    (tmp_path / INDEX).write_text('{"weight_map": {"weight": "whole.safetensors"}}')
+    model = a_layer()
+    mk.load_checkpoint_shards(model, tmp_path)
+    assert_same_bits(model.weight, load_file(tmp_path / "whole.safetensors")["weight"])
 
 
 def load_llamas(rank: int, folder: Path) -> None:
