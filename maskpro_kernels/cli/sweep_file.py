@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..checked_json import load_json
+from ..checked_json import each_once, load_json
 from ..digests import digest_of_bytes
 from ..ranks import Ranks
 from .config_file import BESIDE_RESUME, TRUST, checked_options, merge, option_of
@@ -109,7 +109,7 @@ def read_sweep(path: Path, trust: Mapping[str, bool]) -> tuple[list[SweepRun], l
 def _read(path: Path, parser: argparse.ArgumentParser) -> tuple[dict, list[dict]]:
     """(the base, the sets of the list with each point of the grid); ValueError unless they are well formed."""
     try:
-        found = load_json(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"), each_once)
     except ValueError as error:
         raise ValueError(f"file: expected a JSON file, got {str(path)!r}: {error}") from error
     whole = f"file: expected a JSON object with {BASE}, and with {GRID}, {LIST} or both, in {str(path)!r}, got"
