@@ -17,6 +17,7 @@ from helpers.command import contents, refuses, report
 from helpers.routes import route_to_the_eager_reference
 from helpers.sweeps import base, without_wall_clock, write_sweep
 
+from maskpro_kernels.checked_json import each_once
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli import sweep as sweep_command
 from maskpro_kernels.cli.estimator_options import load_estimators
@@ -262,6 +263,8 @@ def test_names_are_safe_for_file_systems(inputs, tmp_path):
     ("content", "told"),
     [
         ("{", "expected a JSON file"),
+        ('{"grid": {"seed": [0]}, "grid": {"seed": [1]}}', "expected each name once, got 'grid' twice"),
+        ('{"grid": {"seed": [0], "seed": [1]}}', "expected each name once, got 'seed' twice"),
         ("[1]", "expected a JSON object with base, and with grid, list or both"),
         ('{"base": {}}', "got 'base'"),
         ('{"grids": {}, "list": [{}]}', "got 'grids'"),
@@ -287,7 +290,7 @@ def test_names_are_safe_for_file_systems(inputs, tmp_path):
 )
 def test_an_unfit_file_is_refused_before_anything_starts(inputs, tmp_path, capsys, content, told):
     with suppress(ValueError):
-        given = json.loads(content)
+        given = json.loads(content, object_pairs_hook=each_once)
         if isinstance(given, dict) and given.keys() & {"list", "grid"}:
             content = json.dumps(given | {"base": base(inputs) | given.get("base", {})})
     (tmp_path / "sweep.json").write_text(content)
@@ -321,6 +324,34 @@ def test_a_damaged_state_is_refused(copy, capsys):
     state = folder / "state.json"
     state.write_text(state.read_text().replace('"failed": {}', '"failed": {"a": "b"}'))
     arguments = ["sweep", str(file), "--output", str(folder)]
-    refuses(capsys, folder, arguments, "output: expected the state of a sweep in", "remove the file")
+    refuses(capsys, folder, arguments, "output: expected the state of a sweep in", "move it away")
     state.unlink()
     assert main.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("results.json", '{"tables": [], "runs": []}'), ("results.json", "[1]"), ("state.json", '{"failed": {}}')],
+)
+def test_a_folder_of_another_program_is_refused(inputs, tmp_path, capsys, name, content):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / name).write_text(content)
+    (foreign / "report.html").write_text("<p>theirs</p>")
+    file = write_sweep(tmp_path, inputs, grid={"seed": [0]})
+    refuses(capsys, tmp_path, ["sweep", str(file), "--output", str(foreign)], name, "; give another --output")
+
+
+def test_a_copy_of_a_run_takes_no_place(copy, capsys):
+    file, folder = copy
+    names = [run["name"] for run in results(folder)["runs"]]
+    shutil.copytree(folder / names[0], folder / f"a-copy-of_{names[0]}")
+    (folder / "notes").mkdir()
+    arguments = ["sweep", str(file), "--output", str(folder), "--dry-run"]
+    assert main.main(arguments) == 0
+    told = capsys.readouterr()
+    assert [line.split()[1] for line in told.out.splitlines()] == names
+    assert "a-copy-of" in told.err and "notes" not in told.err
+    # of two folders of other names neither is known to be the run's
+    (folder / names[0]).rename(folder / f"b_{names[0]}")
+    refuses(capsys, folder, arguments, f"expected one folder of the run {names[0]}", "move the copies out of it")
