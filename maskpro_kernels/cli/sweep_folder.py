@@ -62,8 +62,8 @@ class SweepFolder:
         of_it = [name for name in there if name.rpartition("_")[2] == run.digest]
         if len(of_it) > 1:
             raise ValueError(
-                f"output: expected one folder of the run {run.name} in {str(self.path)!r}, got {', '.join(of_it)}; move "
-                "the copies out of it"
+                f"output: expected one folder of the run {run.name} in {str(self.path)!r}, got {', '.join(of_it)}; "
+                "move the copies out of it"
             )
         return of_it[0] if of_it else run.name
 
@@ -77,6 +77,10 @@ class SweepFolder:
 
     def of(self, run: SweepRun) -> Path:
         return self.path / self.name(run)
+
+    def has_begun(self, run: SweepRun) -> bool:
+        """Whether a run has begun to learn, and perhaps ended: its folder then tells where things are."""
+        return _holds_a_run(self.of(run))
 
     def state(self, run: SweepRun) -> str:
         if (self.of(run) / REPORT).exists():
@@ -143,6 +147,4 @@ def _read(path: Path) -> dict[str, str]:
         # where no results of a sweep stand beside it, it may be another program's
         of_a_sweep = (path.parent / RESULTS).is_file()
         cure = "move it away: failed runs are then tried again" if of_a_sweep else "give another --output"
-        raise ValueError(
-            f"output: expected the state of a sweep in {str(path)!r}, got {error!r}; {cure}"
-        ) from error
+        raise ValueError(f"output: expected the state of a sweep in {str(path)!r}, got {error!r}; {cure}") from error

@@ -105,7 +105,8 @@ def test_the_best_run_is_named_by_the_validation_text(finished, tmp_path, monkey
     (table,) = found["tables"]
     row = min(table["rows"], key=lambda row: row["validation"]["mean"])
     perplexities = {run["name"]: run["validation"] for run in found["runs"]}
-    assert table["best"] == min(row["runs"], key=perplexities.get)
+    (best,) = table["best"]
+    assert best["run"] == min(row["runs"], key=perplexities.get)
     monkeypatch.chdir(folder.parent)
     assert sweep(file, folder.name) == 0
     told = capsys.readouterr().out
@@ -114,8 +115,8 @@ def test_the_best_run_is_named_by_the_validation_text(finished, tmp_path, monkey
     monkeypatch.chdir(shutil.copytree(folder.parent, tmp_path / "copy"))
     for line in (export, compare):
         assert main.main(shlex.split(line)[1:]) == 0, line
-    assert Path("all-best", "config.json").exists()
-    assert table["best"] in capsys.readouterr().out
+    assert Path(f"all-{best['run']}", "config.json").exists()
+    assert best["run"] in capsys.readouterr().out
 
 
 @pytest.mark.pictures
@@ -134,7 +135,7 @@ def test_the_page_has_the_curves_of_all_runs(copy):
 
 def test_finished_runs_are_not_repeated(copy, capsys, monkeypatch):
     file, folder = copy
-    monkeypatch.setattr(sweep_command, "learn", None)
+    monkeypatch.setattr(sweep_command, "take_run", None)
     # commands that come next name the folder as it was given
     assert sweep(file, folder) == 0
     before = (folder / "report.html").read_bytes(), (folder / "results.json").read_bytes()
@@ -235,6 +236,20 @@ def test_a_signal_stops_the_sweep_and_it_goes_on(finished, inputs, tmp_path, cap
     assert without_wall_clock(pages[0]) == without_wall_clock(pages[1])
 
 
+def test_a_signal_in_the_last_step_of_a_run_stops_the_sweep(inputs, tmp_path, capsys, monkeypatch):
+    step = MaskTrainer.step
+
+    def signalled(trainer):
+        if trainer.seed == 0 and trainer.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", signalled)
+    assert sweep(write_sweep(tmp_path, inputs, grid={"seed": [0, 1]}), tmp_path / "all") == 0
+    assert "sweep: stopped; the same command goes on with it" in capsys.readouterr().err
+    assert [run["state"] for run in results(tmp_path / "all")["runs"]] == ["finished", "new"]
+
+
 def test_what_the_machine_has_is_taken_as_it_is_now(inputs, tmp_path):
     file = write_sweep(tmp_path, inputs, grid={"seed": [0]})
     (run,) = runs_of(file)
@@ -249,6 +264,41 @@ def test_what_the_machine_has_is_taken_as_it_is_now(inputs, tmp_path):
         tmp_path, inputs, base={"estimator": "straight-through"}, grid={"gradient_checkpointing": [True, False]}
     )
     assert len({run.digest for run in runs_of(file)}) == 2
+    # code of a checkpoint may be run in a run that goes on as in one that begins
+    (trusted, _), _ = read_sweep(file, {"trust_remote_code": True})
+    assert "--trust-remote-code" in trusted.arguments(tmp_path, begun=True, bars=False).given
+
+
+def test_a_run_is_what_the_file_gives_whatever_is_there(inputs, tmp_path):
+    text, mask = shutil.copy(inputs / "text.txt", tmp_path / "text.txt"), tmp_path / "mask.safetensors"
+    mask.touch()
+    given = {"data": str(text), "other_data": str(text), "init": str(mask), "model": str(tmp_path / "model")}
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    file = write_sweep(tmp_path, inputs, base=given, grid={"seed": [3]})
+    (before,) = runs_of(file)
+    for name in (text, mask):
+        name.unlink()
+    shutil.rmtree(tmp_path / "model")
+    assert runs_of(file)[0].digest == before.digest
+    write_sweep(tmp_path, inputs, base=given | {"eval_every": 1, "pattern": "2:4"}, grid={"seed": [3]})
+    # an option at its default is none
+    assert runs_of(file)[0].digest == before.digest
+    write_sweep(tmp_path, inputs, base=given | {"eval_every": 2}, grid={"seed": [3]})
+    assert runs_of(file)[0].digest != before.digest
+
+
+def test_finished_runs_are_known_without_their_texts(inputs, tmp_path, capsys):
+    text = shutil.copy(inputs / "text.txt", tmp_path / "text.txt")
+    file = write_sweep(tmp_path, inputs, base={"data": str(text)}, grid={"seed": [0]})
+    assert sweep(file, tmp_path / "all") == 0
+    before = (tmp_path / "all" / "results.json").read_bytes()
+    text.unlink()
+    assert sweep(file, tmp_path / "all") == 0
+    assert "sweep: 1 runs: 1 finished" in capsys.readouterr().err
+    assert (tmp_path / "all" / "results.json").read_bytes() == before
+    write_sweep(tmp_path, inputs, base={"data": str(text)}, grid={"seed": [0, 1]})
+    arguments = ["sweep", str(file), "--output", str(tmp_path / "all"), "--dry-run"]
+    refuses(capsys, tmp_path, arguments, f"data: expected a text, got {str(text)!r}", 'the set {"seed": 1}')
 
 
 def test_names_are_safe_for_file_systems(inputs, tmp_path):
@@ -283,6 +333,9 @@ def test_names_are_safe_for_file_systems(inputs, tmp_path):
         ('{"list": [{}, {"seed": 0}]}', 'got {} and {"seed": 0}; take one out'),
         ('{"grid": {"seed": [0, -1]}}', 'seed: expected at least 0, got -1; it stands in the set {"seed": -1} of'),
         ('{"grid": {"init": ["wanda", "wonder"]}}', "init: expected one of magnitude"),
+        ('{"base": {"data": "./none.txt"}, "grid": {"seed": [0]}}', "data: expected a text, got './none.txt'"),
+        ('{"base": {"other_data": "none.txt"}, "grid": {"seed": [0]}}', "other_data: expected a text, got 'none.txt'"),
+        ('{"base": {"model": "./none"}, "grid": {"seed": [0]}}', "model: expected a folder, or a name on the hub"),
         ('{"grid": {"max_update": [1]}}', "max_update: expected none, for it is of straight-through alone"),
         ('{"grid": {"device": ["abacus"]}}', "device: expected a device of this machine"),
         ('{"base": {"model": null}, "list": [{}]}', "model: expected --model"),
