@@ -127,7 +127,8 @@ def _read(path: Path, parser: argparse.ArgumentParser) -> tuple[dict, list[dict]
         raise ValueError(f"{whole} {json.dumps(found)[:80]}")
     others = [name for name in found if name not in (BASE, GRID, LIST)]
     if others or not {GRID, LIST} & found.keys():
-        raise ValueError(f"{whole} {', '.join(map(repr, others or found)) or 'an empty one'}")
+        cure = f"; put them into {BASE}" if len(others) == len(found) > 0 else ""
+        raise ValueError(f"{whole} {', '.join(map(repr, others or found)) or 'an empty one'}{cure}")
 
     def checked(options: object, part: str) -> dict:
         where = f"{part} of {str(path)!r}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import write_whole
-from ..report.step_parts import mean_parts
+from ..report.step_parts import mean_parts, means
 from ..report.sweep import A_STEP, FROM_DENSE, SECONDS, WALL_CLOCK, write_sweep_html
 from ..text.mixture import texts_of
 from .run_files import PAGE, REPORT, read_report
@@ -133,8 +133,7 @@ class SweepResults:
             row["other"] = None
         times = [one[WALL_CLOCK] for one in found]
         row[WALL_CLOCK] = {name: statistics.fmean(time[name] for time in times) for name in SECONDS}
-        # each run as one step of its means
-        row[WALL_CLOCK]["parts"] = mean_parts(times)
+        row[WALL_CLOCK]["parts"] = means([time["parts"] for time in times if time["parts"]])
         return row
 
     def _best(self, rows: Sequence[Mapping]) -> list[dict]:
@@ -177,6 +176,8 @@ def _figures(report: Mapping) -> dict:
     initial = next(row for row in table if row["method"] == report["start"])
     # rebuilt from a journal, a step has no time
     seconds = [step["seconds"] for step in steps if step["seconds"] > 0]
+    # the first one compiles
+    seconds = seconds[1:] or seconds
     flips = report["flipped_groups_by_layer"]
     return {
         "validation": validation[-1]["perplexity"],

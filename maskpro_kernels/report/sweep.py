@@ -192,11 +192,12 @@ def _wall_clock(tables: Sequence[Mapping]) -> str:
     for row in rows:
         times, whole = row[WALL_CLOCK], sum(row[WALL_CLOCK]["parts"].values()) or 1
         cells = [f"{times[name]:,.3f}" for name in SECONDS]
-        cells += [markup.percent(times["parts"].get(name, 0.0), whole) for name in parts]
+        cells += [f"{times['parts'].get(name, 0.0) / whole:.1%}" for name in parts]
         lines.append((row["label"], list(map(markup.number_cell, cells))))
     text = (
         "Means over the steps and the seeds, on the machine that took each run, and the shares of the parts of a step. "
-        "What a run had done behind its last snapshot when it was broken off is not counted."
+        "The first of several steps, which compiles, is left out of seconds a step and of the shares. What a run had "
+        "done after its last snapshot when it was broken off is not counted."
     )
     titles = ["options", *SECONDS, *parts]
     return markup.section("Wall clock", f'<p class="faint">{text}</p>', markup.table(titles, lines, "rows"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers.children import ROOT
 from helpers.command import contents, refuses, report
 from helpers.routes import route_to_the_eager_reference
 from helpers.sweeps import base, without_wall_clock, write_sweep
@@ -175,6 +177,7 @@ def test_failed_runs_are_named_and_the_others_go_on(inputs, tmp_path, capsys):
     assert (
         failed["error"].startswith("data: source: expected ") and f"{failed['name']} failed: {failed['error']}" in told
     )
+    assert "waits" not in told
     assert failed["error"].split("'")[0] in (tmp_path / "all" / "report.html").read_text()
     # once no other is left they are tried again
     assert sweep(file, tmp_path / "all") == 1
@@ -301,6 +304,14 @@ def test_finished_runs_are_known_without_their_texts(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, f"data: expected a text, got {str(text)!r}", 'the set {"seed": 1}')
 
 
+def test_the_documented_name_is_one_of_the_documented_file(tmp_path):
+    document = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    (file,) = (code for code in re.findall(r"^```json\n(.*?)^```$", document, re.S | re.M) if '"base"' in code)
+    (tmp_path / "ablation.json").write_text(file)
+    names = [run.name for run in runs_of(tmp_path / "ablation.json")]
+    assert re.search(r"such as `(estimator=[^`]+)`, and ends", document)[1] in names
+
+
 def test_names_are_safe_for_file_systems(inputs, tmp_path):
     many = {"seed": [0], "init_batches": [3], "eval_windows": [6], "alpha": [0.123456789], "calibration_batches": [2]}
     path = {"model": [str(inputs / "model")], "data": [f"{inputs / 'text.txt'}:0.5,self:0.5"], "samples": [None]}
@@ -318,6 +329,7 @@ def test_names_are_safe_for_file_systems(inputs, tmp_path):
         ("[1]", "expected a JSON object with base, and with grid, list or both"),
         ('{"base": {}}', "got 'base'"),
         ('{"grids": {}, "list": [{}]}', "got 'grids'"),
+        ('{"lr": 0.1, "seed": 1}', "got 'lr', 'seed'; put them into base"),
         ('{"list": []}', "expected a list with at least one entry as list of"),
         ('{"list": [3]}', "expected an object of options by name as list of"),
         ('{"grid": [1]}', "expected an object of lists by option as grid of"),
@@ -380,6 +392,19 @@ def test_a_damaged_state_is_refused(copy, capsys):
     refuses(capsys, folder, arguments, "output: expected the state of a sweep in", "move it away")
     state.unlink()
     assert main.main(arguments) == 0
+
+
+def test_it_is_told_that_a_failed_run_waits(copy, capsys):
+    file, folder = copy
+    runs = runs_of(file)
+    for run in runs[:2]:
+        shutil.rmtree(folder / run.name)
+    state = SweepFolder(folder, runs)
+    with state.held():
+        state.keep({runs[0].name: "an error"})
+    assert sweep(file, folder) == 1
+    told = capsys.readouterr().err
+    assert "2 finished, 1 new, 1 failed" in told and "sweep: what failed waits for the next call" in told
 
 
 @pytest.mark.parametrize(

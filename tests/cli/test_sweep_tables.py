@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.routes import route_to_the_eager_reference
 from helpers.sweeps import write_sweep
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.report.sweep import write_sweep_html
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -127,3 +129,17 @@ def test_the_page_tells_what_was_run(told):
     assert found["options"]["steps"] == 3 and "seed" not in found["options"]
     for name in names:
         assert f'<a href="{name}/report.html">' in page and (folder / name / "report.html").is_file()
+
+
+@pytest.mark.pictures
+def test_long_labels_leave_room_for_the_curves(told, tmp_path):
+    found, _, folder, _ = told({})
+    (table,) = found["tables"]
+    for row in table["rows"]:
+        row["label"] = f"data={'/folder' * 40}/{row['label']}.txt"
+    write_sweep_html(found, tmp_path / "long.html")
+    page = (tmp_path / "long.html").read_text()
+    pictures = "".join(re.findall("<svg .*?</svg>", page, re.DOTALL))
+    # their ends tell them apart, and their places in the table
+    assert "1: …" in pictures and "alpha=0.5.txt" in pictures and "2: …" in pictures
+    assert "/folder" * 10 in page and "/folder" * 10 not in pictures
