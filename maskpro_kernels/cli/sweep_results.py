@@ -108,6 +108,7 @@ class SweepResults:
             notes.append(OTHER_TEXTS)
         return {
             "model": first["model"],
+            "dtype": first["dtype"],
             "texts": ", ".join(first["texts"]) or "samples of the model",
             "eval_tokens": first["eval_tokens"],
             "dense_test": first["dense_test"],
@@ -162,8 +163,6 @@ class SweepResults:
             f"{best} ({self._found[best]['validation']:.2f})"
         )
         commands = [f"maskpro export {_quoted(path)} {_quoted(Path(f'{self.folder.path}-{best}'))} --to packed"]
-        # `compare` takes one dtype alone
-        others = [row for row in others if self._found[row["runs"][0]]["dtype"] == self._found[best]["dtype"]]
         if others:
             other = min(others[0]["runs"], key=of_run)
             commands.append(f"maskpro compare {_quoted(path)} {_quoted(self.folder.path / other)}")
@@ -211,13 +210,13 @@ def _figures(report: Mapping) -> dict:
 def _comparable(found: Mapping) -> tuple:
     """What two runs have in common whose perplexities may be compared."""
     # other weights at the same path are told by the dense model's perplexity, but not another machine's rounding
-    names = ("model", "texts", "eval_digest", "eval_tokens", "eval_length")
-    return *(str(found[name]) for name in names), f"{found['dense_test']:.5g}"
+    names = ("model", "dtype", "texts", "eval_digest", "eval_tokens", "eval_length")
+    return *(str(found[name]) for name in names), f"{found['dense_test']:.6g}"
 
 
 def _other_text(found: Mapping) -> tuple:
     dense = found["dense_other"]
-    return found["other_data"], None if dense is None else f"{dense:.5g}"
+    return found["other_data"], None if dense is None else f"{dense:.6g}"
 
 
 def _spread(values: Sequence[float]) -> dict:
@@ -248,7 +247,7 @@ def _print_table(table: Mapping) -> None:
     width = max(len("options"), *(len(row["label"]) for row in rows))
     print(
         f"{table['texts']}: {table['eval_tokens']:,} tokens of the test text, dense model {table['dense_test']:.2f}, "
-        f"{table['model']}"
+        f"{table['model']} in {table['dtype']}"
     )
     for note in table["notes"]:
         print(note)

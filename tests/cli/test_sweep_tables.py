@@ -114,12 +114,13 @@ def test_the_best_run_of_each_pattern_is_named(told):
     assert "maskpro compare" not in out
 
 
-def test_runs_of_another_dtype_are_not_to_be_compared(told):
+def test_runs_of_another_dtype_have_a_table_of_their_own(told):
     def half(report):
         report["settings"]["dtype"] = "bfloat16"
 
     assert "maskpro compare" in told({})[1]
-    assert "maskpro compare" not in told({place: half for place in (0, 1)})[1]
+    found, out, *_ = told({place: half for place in (0, 1)})
+    assert seeds_of(found) == [[[0, 1]], [[0, 1]]] and "maskpro compare" not in out and "in bfloat16" in out
 
 
 def test_the_page_tells_what_was_run(told):
