@@ -67,9 +67,9 @@ def _table(table: Mapping, known: Mapping[str, Mapping]) -> list[str]:
         cells = [", ".join(map(str, row["seeds"])), steps, *figures, moved]
         rows.append((row["label"], list(map(markup.number_cell, cells))))
     text = (
-        f"Of {escape(table['model'])} in {table['dtype']}, over {table['eval_tokens']:,} tokens of the test "
-        f"text; the dense model has {markup.decimals(table['dense_test'])}. Runs that differ in their seed alone are one row: mean ± sample "
-        "standard deviation over the seeds."
+        f"Of {escape(table['model'])} in {table['dtype']}, over {table['eval_tokens']:,} tokens of the test text; the "
+        f"dense model has {markup.decimals(table['dense_test'])}. Runs that differ in their seed alone are one row: "
+        "mean ± sample standard deviation over the seeds."
     )
     if "other" in head:
         text += f" The other text is {escape(str(table['other_text']))}."
