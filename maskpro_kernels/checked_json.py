@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from .digests import digest_of_bytes
 
@@ -13,12 +13,26 @@ LINE = re.compile(rb'(\{.+), "digest": "([0-9a-f]{32})"\}')
 SEALS = "digests"
 
 
-def load_json(content: str | bytes) -> object:
-    """What JSON holds; ValueError if it is none, or nested deeper than Python reads."""
+def load_json(content: str | bytes, pairs: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
+    """What JSON holds; ValueError if it is none, or nested deeper than Python reads.
+
+    Args:
+        pairs: makes an object of its (name, value); by default a dict, in which the last of a name counts.
+    """
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+
+
+def each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Of ``load_json`` for what people write: a dict; ValueError where a name comes twice."""
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"expected each name once, got {name!r} twice")
+        found[name] = value
+    return found
 
 
 def sealed_line(row: Mapping, run: str) -> bytes:

@@ -30,6 +30,11 @@ def learn(args: argparse.Namespace) -> None:
 
     Several ranks do so together: rank 0 alone evaluates, writes and tells, and what is wrong on one ends all.
     """
+    take_run(args)
+
+
+def take_run(args: argparse.Namespace) -> bool:
+    """The same; gives whether a signal has come while steps were taken, also in the last one."""
     # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
     ranks = Ranks()
     ranks.connect()
@@ -44,6 +49,7 @@ def learn(args: argparse.Namespace) -> None:
         raise
     run.close()
     ranks.close()
+    return run.signalled
 
 
 def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:

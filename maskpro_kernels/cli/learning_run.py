@@ -61,6 +61,7 @@ class LearningRun:
 
     Attributes:
         seconds: from the dense model to where the run stands, without evaluations.
+        signalled: whether a signal has come to this rank while steps were taken.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class LearningRun:
         self.args, self.ranks, self.inputs, self.start = args, ranks, inputs, start
         self.output = Path(args.output)
         self.progress = self.output / PROGRESS
-        self.seconds = start["seconds"]
+        self.seconds, self.signalled = start["seconds"], False
         self.trainer = MaskTrainer(
             inputs.model,
             loss_fn,
@@ -153,6 +154,7 @@ class LearningRun:
                 return False
             if more:
                 self._run_and_tell(signals)
+        self.signalled = signals.came
         self.seconds += time.perf_counter() - began - (self.validation.seconds - evaluating)
         done, steps = self.trainer.steps_done, self.args.steps
         if done == steps:

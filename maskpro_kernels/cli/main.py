@@ -51,9 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0; 1 where `maskpro speed` finds that models with the same weights differ, or a run of `maskpro sweep` has
-        failed; 2 after a wrong argument, an
-        unreadable file, a loss that is not finite, too little memory of the device or a rank that has ended, told in
-        one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
+        failed; 2 after a wrong argument, an unreadable file, a loss that is not finite, too little memory of the device
+        or a rank that has ended, told in one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
 
     Raises:
         SystemExit: with 2 after arguments that cannot be parsed, or where a rank ends while steps are taken, told in

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from .config_file import TRUST
-from .learn import learn
+from .learn import take_run
 from .memory import forget_used_memory
 from .progress import tell
-from .run_files import REPORT
-from .sweep_file import SweepRun, read_sweep
+from .sweep_file import SweepRun, check_files, read_sweep
 from .sweep_folder import BEGUN, FAILED, FINISHED, NEW, SweepFolder
 from .sweep_results import SweepResults
 
@@ -28,6 +27,9 @@ def sweep(args: argparse.Namespace) -> int:
     runs, notes = read_sweep(file, trust)
     folder = SweepFolder(Path(args.output), runs)
     results = SweepResults(folder)
+    for run in runs:
+        if not folder.has_begun(run):
+            check_files(run, file)
     for note in notes:
         tell(f"sweep: {note}")
     for name in folder.others:
@@ -50,40 +52,41 @@ def _take_runs(folder: SweepFolder, results: SweepResults, bars: bool) -> bool:
     states = [folder.state(run) for run in folder.runs]
     told = ", ".join(f"{states.count(state)} {state}" for state in (FINISHED, BEGUN, NEW, FAILED) if state in states)
     tell(f"sweep: {count} runs: {told}")
+    if FAILED in states and FAILED not in map(folder.state, pending):
+        tell("sweep: what failed waits for the next call, behind all that has not")
     # those that are tried again: one that is killed meanwhile is to know which it has tried
     folder.keep({name: error for name, error in folder.errors.items() if name not in map(folder.name, pending)})
     results.write()
     for run in pending:
         place, name = folder.runs.index(run) + 1, folder.name(run)
         tell(f"sweep: run {place} of {count}: {name}")
-        error = _take_run(run, folder, bars)
+        error, signalled = _take_run(run, folder, bars)
         if error is not None:
             tell(f"sweep: {name} failed: {error}")
             folder.keep({**folder.errors, name: error})
-        elif not (folder.of(run) / REPORT).exists():
-            return True
         results.write()
+        if signalled:
+            return True
     return False
 
 
-def _take_run(run: SweepRun, folder: SweepFolder, bars: bool) -> str | None:
-    """Begin a run, or go on with it; gives in one line the error that has ended it, if one has."""
+def _take_run(run: SweepRun, folder: SweepFolder, bars: bool) -> tuple[str | None, bool]:
+    """Begin a run, or go on with it; gives (in one line the error that has ended it, whether a signal has come)."""
     begun = folder.state(run) == BEGUN
     try:
         forget_used_memory()
-        learn(run.arguments(folder.of(run), begun, bars))
+        return None, take_run(run.arguments(folder.of(run), begun, bars))
     except BrokenPipeError:
         # whoever reads stdout has gone, and would not see the other runs either
         raise
     except TOLD as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()), False
     # of one run, whatever it is: the others do not depend on it
     except Exception as error:
         traceback.print_exc()
-        return " ".join(repr(error).split())
+        return " ".join(repr(error).split()), False
     finally:
         # or the model of a run would be held beside that of the next one
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return None

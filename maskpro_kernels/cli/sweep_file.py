@@ -7,17 +7,22 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..checked_json import load_json
+from ..checked_json import each_once, load_json
 from ..digests import digest_of_bytes
 from ..ranks import Ranks
+from ..text.data import is_path
+from ..text.mixture import parse_sources
+from ..text.records import names_a_file
 from .config_file import BESIDE_RESUME, TRUST, checked_options, merge, option_of
 from .learn_options import add_learning
+from .models import hub_id, is_path_of_model
 from .one_line_parser import OneLineParser
-from .run_settings import check_process, complete, stored_settings
+from .run_settings import DATA, NO_SETTINGS, check_process, complete
 from .start_mask import StartMask
 
 BASE, GRID, LIST, SEED = "base", "grid", "list", "seed"
@@ -37,23 +42,26 @@ class SweepRun:
         varied: its options of the list and the grid, by name; None where one is to have its default.
         given: all its options, those of the base too.
         args: those of ``learn``, as a command line would give them, without ``output`` and ``bars``.
-        settings: all that its result follows from, complete.
+        own: of those given, all that its result follows from and that are not at their defaults. Paths are as the FILE
+            has them: what is there now, or is no more, makes it no other run.
+        seed: given or not.
     """
 
     varied: Mapping[str, object]
     given: Mapping[str, object]
     args: argparse.Namespace
-    settings: Mapping[str, object]
+    own: Mapping[str, object]
+    seed: int
 
     @cached_property
     def digest(self) -> str:
         """Tells it from all other runs, also of another FILE."""
-        return _digest(self.settings)
+        return _digest(self.own)
 
     @cached_property
     def row(self) -> str:
         """The same but for the seed: what runs have in common that are told as one row."""
-        return _digest({name: value for name, value in self.settings.items() if name != SEED})
+        return _digest({name: value for name, value in self.own.items() if name != SEED})
 
     @cached_property
     def name(self) -> str:
@@ -69,13 +77,13 @@ class SweepRun:
         if "device_map" not in placed:
             # of this machine, which may be another one
             placed["device"] = self.args.device
-        options = frozenset(map(option_of, placed))
         trust = {name: value for name, value in vars(self.args).items() if name == TRUST}
+        options = frozenset(map(option_of, [*placed, *trust]))
         return argparse.Namespace(resume=str(output), given=options, bars=bars, **placed, **trust)
 
 
 def read_sweep(path: Path, trust: Mapping[str, bool]) -> tuple[list[SweepRun], list[str]]:
-    """(the runs of a FILE, what is to be told of it); each is checked as ``learn`` would before it loads anything.
+    """(the runs of a FILE, what is to be told of it); each is checked as ``learn`` would, but for ``check_files``.
 
     Args:
         path: of the FILE.
@@ -92,9 +100,11 @@ def read_sweep(path: Path, trust: Mapping[str, bool]) -> tuple[list[SweepRun], l
     notes: list[str] = []
     for varied in sets:
         args, note = _arguments(parser, base, varied, trust)
-        settings = _settings(args, varied, path)
         given = {name: value for name, value in {**base, **varied}.items() if value is not None}
-        run = SweepRun(varied, given, args, settings)
+        # but for what the set replaces
+        given = {name: value for name, value in given.items() if getattr(args, name, None) == value}
+        seed = _check(args, varied, path)
+        run = SweepRun(varied, given, args, _own(parser, given, varied), seed)
         if run.digest in runs:
             raise ValueError(
                 f"file: expected sets of options in {str(path)!r} that give different runs, got "
@@ -109,7 +119,7 @@ def read_sweep(path: Path, trust: Mapping[str, bool]) -> tuple[list[SweepRun], l
 def _read(path: Path, parser: argparse.ArgumentParser) -> tuple[dict, list[dict]]:
     """(the base, the sets of the list with each point of the grid); ValueError unless they are well formed."""
     try:
-        found = load_json(path.read_text(encoding="utf-8"))
+        found = load_json(path.read_text(encoding="utf-8"), each_once)
     except ValueError as error:
         raise ValueError(f"file: expected a JSON file, got {str(path)!r}: {error}") from error
     whole = f"file: expected a JSON object with {BASE}, and with {GRID}, {LIST} or both, in {str(path)!r}, got"
@@ -117,7 +127,8 @@ def _read(path: Path, parser: argparse.ArgumentParser) -> tuple[dict, list[dict]
         raise ValueError(f"{whole} {json.dumps(found)[:80]}")
     others = [name for name in found if name not in (BASE, GRID, LIST)]
     if others or not {GRID, LIST} & found.keys():
-        raise ValueError(f"{whole} {', '.join(map(repr, others or found)) or 'an empty one'}")
+        cure = f"; put them into {BASE}" if len(others) == len(found) > 0 else ""
+        raise ValueError(f"{whole} {', '.join(map(repr, others or found)) or 'an empty one'}{cure}")
 
     def checked(options: object, part: str) -> dict:
         where = f"{part} of {str(path)!r}"
@@ -173,19 +184,63 @@ def _arguments(
     return args, note
 
 
-def _settings(args: argparse.Namespace, varied: Mapping, path: Path) -> dict:
-    """All that the result of a run follows from; ValueError or TypeError if ``learn`` would refuse its arguments."""
-    args = argparse.Namespace(**vars(args) | {"output": "", "bars": False})
+def check_files(run: SweepRun, path: Path) -> None:
+    """Raise ValueError where a run that is new names a model, a text or a mask by a path at which there is none."""
+    args = run.args
     try:
-        estimator = complete(args)
-        check_process(args, Ranks(), estimator.draws)
+        if hub_id(args.model) is None and not is_path_of_model(args.model):
+            raise ValueError(f"model: expected a folder, or a name on the hub, got {args.model!r}, which is not there")
+        texts = {"data": [name for name, _ in parse_sources(getattr(args, "data", DATA))]}
+        texts["other_data"] = [args.other_data] if hasattr(args, "other_data") else []
+        for option, names in texts.items():
+            for name in names:
+                if not is_path(name) and names_a_file(name):
+                    raise ValueError(f"{option}: expected a text, got {name!r}, and there is no such file or folder")
+        args = _without_output(args)
+        complete(args)
         StartMask(args)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_where(run.varied, path)}") from error
+
+
+def _check(args: argparse.Namespace, varied: Mapping, path: Path) -> int:
+    """The seed of a run; ValueError or TypeError if ``learn`` would refuse its arguments."""
+    args = _without_output(args)
+    try:
+        check_process(args, Ranks(), complete(args).draws)
     except (ValueError, TypeError) as error:
-        where = f"the set {json.dumps(varied)} of {str(path)!r}"
-        raise type(error)(f"{error}; it stands in {where}") from error
+        raise type(error)(f"{error}; {_where(varied, path)}") from error
+    return args.seed
+
+
+def _where(varied: Mapping, path: Path) -> str:
+    return f"it stands in the set {json.dumps(varied)} of {str(path)!r}"
+
+
+def _own(parser: argparse.ArgumentParser, given: Mapping, varied: Mapping) -> dict:
+    """See ``SweepRun``. An option at its default is one without which the settings are the same."""
     placed = {option.removeprefix("--").replace("-", "_") for option in BESIDE_RESUME}
     # what shapes no result tells runs apart only where it is what the sweep is about
-    return {name: value for name, value in stored_settings(args).items() if name in varied or name not in placed}
+    own = {name: value for name, value in given.items() if name in varied or name not in placed}
+    whole = _completed(parser, own)
+    for name in sorted(own.keys() - placed):
+        others = {other: value for other, value in own.items() if other != name}
+        # an option may need another one, whatever that holds
+        with suppress(ValueError, TypeError):
+            if _completed(parser, others) == whole:
+                own = others
+    return own
+
+
+def _completed(parser: argparse.ArgumentParser, options: Mapping) -> dict:
+    args = _without_output(parser.parse_args([]))
+    vars(args).update(options)
+    complete(args)
+    return {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
+
+
+def _without_output(args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | {"output": "", "bars": False})
 
 
 def _digest(settings: Mapping) -> str:

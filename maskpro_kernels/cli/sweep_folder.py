@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..checked_json import read_sealed, sealed
+from ..checked_json import load_json, read_sealed, sealed
 from ..files import check_output, make_folder, unfinished, write_whole
 from ..training.run_folder import LOCK
 from .run_files import PAGE, REPORT, goes_on
@@ -18,6 +18,8 @@ from .sweep_file import SweepRun
 
 # What tells that a folder is a sweep's: which runs have failed, and what all have found
 STATE, RESULTS = "state.json", "results.json"
+# Of the results
+ENTRIES = {"tables", "runs", "left_alone"}
 FINISHED, FAILED, BEGUN, NEW = "finished", "failed", "begun", "new"
 
 
@@ -39,15 +41,31 @@ class SweepFolder:
     def __init__(self, path: Path, runs: Sequence[SweepRun]):
         self.path, self.runs = path, runs
         self.errors: dict[str, str] = {}
+        if (path / RESULTS).is_file() and not _is_of_a_sweep(path / RESULTS):
+            raise ValueError(
+                f"output: expected the folder of a sweep, or a new or empty one, got {str(path)!r}, whose {RESULTS} no "
+                "sweep has written; give another --output"
+            )
         if (path / STATE).is_file():
             self.errors = _read(path / STATE)
         elif not (path / RESULTS).is_file() and not self._ended_unbegun():
             check_output(path)
-        there = [each.name for each in path.iterdir() if each.is_dir()] if path.is_dir() else []
-        by_digest = {name.rpartition("_")[2]: name for name in sorted(there)}
-        # a run keeps its folder where other options are varied since
-        self._names = {run.digest: by_digest.get(run.digest, run.name) for run in runs}
-        self.others = sorted(set(there) - set(self._names.values()))
+        there = sorted(each.name for each in path.iterdir() if each.is_dir()) if path.is_dir() else []
+        self._names = {run.digest: self._name_of(run, there) for run in runs}
+        names = set(self._names.values())
+        self.others = [name for name in there if name not in names and _holds_a_run(path / name)]
+
+    def _name_of(self, run: SweepRun, there: Sequence[str]) -> str:
+        """Of its folder: a run keeps its folder where other options are varied since."""
+        if run.name in there:
+            return run.name
+        of_it = [name for name in there if name.rpartition("_")[2] == run.digest]
+        if len(of_it) > 1:
+            raise ValueError(
+                f"output: expected one folder of the run {run.name} in {str(self.path)!r}, got {', '.join(of_it)}; "
+                "move the copies out of it"
+            )
+        return of_it[0] if of_it else run.name
 
     def _ended_unbegun(self) -> bool:
         """Whether nothing is there but what a process leaves that was killed before the state was written."""
@@ -59,6 +77,10 @@ class SweepFolder:
 
     def of(self, run: SweepRun) -> Path:
         return self.path / self.name(run)
+
+    def has_begun(self, run: SweepRun) -> bool:
+        """Whether a run has begun to learn, and perhaps ended: its folder then tells where things are."""
+        return _holds_a_run(self.of(run))
 
     def state(self, run: SweepRun) -> str:
         if (self.of(run) / REPORT).exists():
@@ -100,6 +122,19 @@ class SweepFolder:
         write_whole(self.path / STATE, json.dumps(sealed({"failed": errors}), indent=1).encode())
 
 
+def _is_of_a_sweep(results: Path) -> bool:
+    """Whether a file of that name is a sweep's: other programs write such too."""
+    try:
+        found = load_json(results.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.keys() >= ENTRIES
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return goes_on(folder) or (folder / REPORT).exists()
+
+
 def _read(path: Path) -> dict[str, str]:
     """The errors of runs in the state of a sweep."""
     try:
@@ -109,7 +144,7 @@ def _read(path: Path) -> dict[str, str]:
             raise ValueError("changed since it was written")
         return errors
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"output: expected the state of a sweep in {str(path)!r}, got {error!r}; remove the file: failed runs are "
-            "then tried again"
-        ) from error
+        # where no results of a sweep stand beside it, it may be another program's
+        of_a_sweep = (path.parent / RESULTS).is_file()
+        cure = "move it away: failed runs are then tried again" if of_a_sweep else "give another --output"
+        raise ValueError(f"output: expected the state of a sweep in {str(path)!r}, got {error!r}; {cure}") from error

@@ -10,17 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import write_whole
-from ..report.step_parts import mean_parts
+from ..report.step_parts import mean_parts, means
 from ..report.sweep import A_STEP, FROM_DENSE, SECONDS, WALL_CLOCK, write_sweep_html
 from ..text.mixture import texts_of
 from .run_files import PAGE, REPORT, read_report
-from .sweep_file import SEED, SweepRun
+from .sweep_file import BASE, SEED, SweepRun
 from .sweep_folder import FAILED, FINISHED, RESULTS, SweepFolder
 
 # What is read of the report of a run beside what others read
-READ = ("settings", "start", "steps", "groups", "flipped_groups", "flipped_groups_by_layer")
+READ = ("settings", "start", "initial_mask", "steps", "groups", "flipped_groups", "flipped_groups_by_layer")
 # Of a run: what is told of each row as a mean and a spread
 FIGURES = ("validation", "test", "other", "initial_test", "moved")
+# Of a table, where they hold
+OWN_WINDOWS = (
+    "The test windows are samples that each seed draws itself: runs of other seeds are in tables of their own, and no "
+    "spread is given."
+)
+OTHER_TEXTS = "These runs looked at several other texts, which do not compare: their column is left out."
 
 
 class SweepResults:
@@ -60,8 +66,9 @@ class SweepResults:
         """Print the tables, the best run of each, and the commands that come next."""
         for table in self._all()["tables"]:
             _print_table(table)
-            for line in (table["best_is"], *table["next"]):
-                print(line)
+            for best in table["best"]:
+                for line in (best["told"], *best["next"]):
+                    print(line)
 
     def _all(self) -> dict:
         runs = []
@@ -71,50 +78,76 @@ class SweepResults:
             if state == FAILED:
                 found["error"] = self.folder.errors[name]
             runs.append(found | self._found.get(name, {}))
-        by_texts: dict[tuple, list[SweepRun]] = {}
+        by_windows: dict[tuple, list[SweepRun]] = {}
         for run in self.folder.runs:
             if self.folder.name(run) in self._found:
-                by_texts.setdefault(_texts(run), []).append(run)
-        tables = [self._table(same) for same in by_texts.values()]
-        return {"tables": tables, "runs": runs, "left_alone": self.folder.others}
+                by_windows.setdefault(_comparable(self._of(run)), []).append(run)
+        tables = [self._table(same) for same in by_windows.values()]
+        return {"options": self._options(), "tables": tables, "runs": runs, "left_alone": self.folder.others}
+
+    def _options(self) -> dict:
+        """Those that all runs are given."""
+        first, *others = [run.given for run in self.folder.runs]
+        return {name: value for name, value in first.items() if all(given.get(name) == value for given in others)}
 
     def _table(self, runs: Sequence[SweepRun]) -> dict:
-        """The rows of runs whose perplexities are of the same texts."""
-        by_row: dict[str, list[SweepRun]] = {}
+        """The rows of runs whose perplexities are of the same windows and the same dense model."""
+        by_row: dict[tuple, list[SweepRun]] = {}
         for run in runs:
-            by_row.setdefault(run.row, []).append(run)
-        rows = [self._row(same) for same in by_row.values()]
-        first = self._of(runs[0])
-        table = {
-            "model": runs[0].settings["model"],
-            "texts": ", ".join(name for name, _ in texts_of(runs[0].settings["data"])) or "samples of the model",
+            by_row.setdefault((run.row, json.dumps(self._of(run)["initial_mask"])), []).append(run)
+        # the same source may be another text by now
+        others = {_other_text(self._of(run)) for run in runs}
+        rows = [self._row(same, len(others) == 1) for same in by_row.values()]
+        first, labels, notes = self._of(runs[0]), [row["label"] for row in rows], []
+        for row, same in zip(rows, by_row.values(), strict=True):
+            if labels.count(row["label"]) > 1:
+                row["label"] += f" (mask {self._of(same[0])['initial_mask']['digest'][:8]})"
+        if not first["texts"]:
+            notes.append(OWN_WINDOWS)
+        if len(others) > 1:
+            notes.append(OTHER_TEXTS)
+        return {
+            "model": first["model"],
+            "dtype": first["dtype"],
+            "texts": ", ".join(first["texts"]) or "samples of the model",
             "eval_tokens": first["eval_tokens"],
-            "same_windows": len({self._of(run)["eval_digest"] for run in runs}) == 1,
             "dense_test": first["dense_test"],
+            "other_text": first["other_data"] if len(others) == 1 else None,
+            "notes": notes,
             "rows": rows,
+            "best": self._best(rows),
         }
-        return table | self._best(rows, runs)
 
     def _of(self, run: SweepRun) -> dict:
         return self._found[self.folder.name(run)]
 
-    def _row(self, runs: Sequence[SweepRun]) -> dict:
+    def _row(self, runs: Sequence[SweepRun], one_other_text: bool) -> dict:
         """Runs that differ in their seed alone."""
         found = [self._of(run) for run in runs]
         label = ", ".join(f"{name}={_shown(value)}" for name, value in runs[0].varied.items() if name != SEED)
-        row = {"label": label or "all", "seeds": [run.settings[SEED] for run in runs]}
+        row = {"label": label or BASE, "seeds": [run.seed for run in runs]}
         row["runs"] = [self.folder.name(run) for run in runs]
         for name in FIGURES:
             values = [one[name] for one in found if one[name] is not None]
             row[name] = _spread(values) if len(values) == len(found) else None
+        if not one_other_text:
+            row["other"] = None
         times = [one[WALL_CLOCK] for one in found]
         row[WALL_CLOCK] = {name: statistics.fmean(time[name] for time in times) for name in SECONDS}
-        # each run as one step of its means
-        row[WALL_CLOCK]["parts"] = mean_parts(times)
+        row[WALL_CLOCK]["parts"] = means([time["parts"] for time in times if time["parts"]])
         return row
 
-    def _best(self, rows: Sequence[Mapping], runs: Sequence[SweepRun]) -> dict:
-        """The best row and run, by the validation text: the test text is to stay one that nothing was chosen by."""
+    def _best(self, rows: Sequence[Mapping]) -> list[dict]:
+        """The best row and run of each pattern, by the validation text: nothing is to be chosen by the test text."""
+        by_pattern: dict[str, list[Mapping]] = {}
+        for row in rows:
+            by_pattern.setdefault(self._found[row["runs"][0]]["pattern"], []).append(row)
+        return [
+            self._best_of(same, f" of {pattern}" if len(by_pattern) > 1 else "") for pattern, same in by_pattern.items()
+        ]
+
+    def _best_of(self, rows: Sequence[Mapping], which: str) -> dict:
+        """Of one pattern: the best run, and what to do with it."""
 
         def of_row(row: Mapping) -> float:
             return _last_if_nan(row["validation"]["mean"])
@@ -122,21 +155,18 @@ class SweepResults:
         def of_run(name: str) -> float:
             return _last_if_nan(self._found[name]["validation"])
 
-        ranked = sorted(rows, key=of_row)
-        best = min(ranked[0]["runs"], key=of_run)
-        patterns = {self.folder.name(run): run.settings["pattern"] for run in runs}
+        first, *others = sorted(rows, key=of_row)
+        best = min(first["runs"], key=of_run)
         path = self.folder.path / best
         told = (
-            f"best by validation perplexity: {ranked[0]['label']} ({ranked[0]['validation']['mean']:.2f}), of its runs "
+            f"best{which} by validation perplexity: {first['label']} ({first['validation']['mean']:.2f}), of its runs "
             f"{best} ({self._found[best]['validation']:.2f})"
         )
-        commands = [f"maskpro export {_quoted(path)} {_quoted(Path(f'{self.folder.path}-best'))} --to packed"]
-        # of one pattern alone runs compare
-        others = [row for row in ranked[1:] if patterns[row["runs"][0]] == patterns[best]]
+        commands = [f"maskpro export {_quoted(path)} {_quoted(Path(f'{self.folder.path}-{best}'))} --to packed"]
         if others:
             other = min(others[0]["runs"], key=of_run)
             commands.append(f"maskpro compare {_quoted(path)} {_quoted(self.folder.path / other)}")
-        return {"best": best, "best_is": told, "next": commands}
+        return {"run": best, "told": told, "next": commands}
 
 
 def _figures(report: Mapping) -> dict:
@@ -145,6 +175,8 @@ def _figures(report: Mapping) -> dict:
     initial = next(row for row in table if row["method"] == report["start"])
     # rebuilt from a journal, a step has no time
     seconds = [step["seconds"] for step in steps if step["seconds"] > 0]
+    # the first one compiles
+    seconds = seconds[1:] or seconds
     flips = report["flipped_groups_by_layer"]
     return {
         "validation": validation[-1]["perplexity"],
@@ -152,10 +184,18 @@ def _figures(report: Mapping) -> dict:
         "other": table[-1].get("other_perplexity"),
         "initial_test": initial["perplexity"],
         "dense_test": table[0]["perplexity"],
+        "dense_other": table[0].get("other_perplexity"),
+        "other_data": report["other_data"],
+        "model": report["model"],
+        "texts": [name for name, _ in texts_of(report["data"])],
+        "pattern": report["pattern"],
+        "dtype": report["dtype"],
+        "initial_mask": report["initial_mask"],
         "moved": report["flipped_groups"] / report["groups"] if flips else None,
         "steps_taken": validation[-1]["step"],
         "loss_kind": report["settings"]["loss"],
         "eval_tokens": report["eval_tokens"],
+        "eval_length": report["eval_length"],
         "eval_digest": report["eval_digest"],
         "curve": [[row["tokens"], row["perplexity"]] for row in validation],
         "losses": [[step["step"], step["loss"]] for step in steps],
@@ -167,10 +207,16 @@ def _figures(report: Mapping) -> dict:
     }
 
 
-def _texts(run: SweepRun) -> tuple:
-    """What the perplexities of two runs have in common that may be compared."""
-    settings = run.settings
-    return settings["model"], texts_of(settings["data"]), settings["eval_windows"], settings["eval_length"]
+def _comparable(found: Mapping) -> tuple:
+    """What two runs have in common whose perplexities may be compared."""
+    # other weights at the same path are told by the dense model's perplexity, but not another machine's rounding
+    names = ("model", "dtype", "texts", "eval_digest", "eval_tokens", "eval_length")
+    return *(str(found[name]) for name in names), f"{found['dense_test']:.6g}"
+
+
+def _other_text(found: Mapping) -> tuple:
+    dense = found["dense_other"]
+    return found["other_data"], None if dense is None else f"{dense:.6g}"
 
 
 def _spread(values: Sequence[float]) -> dict:
@@ -199,6 +245,12 @@ def _print_table(table: Mapping) -> None:
     columns = {"validation": "validation perplexity", "test": "test perplexity", "other": "on the other text"}
     columns = {name: title for name, title in columns.items() if all(row[name] is not None for row in rows)}
     width = max(len("options"), *(len(row["label"]) for row in rows))
+    print(
+        f"{table['texts']}: {table['eval_tokens']:,} tokens of the test text, dense model {table['dense_test']:.2f}, "
+        f"{table['model']} in {table['dtype']}"
+    )
+    for note in table["notes"]:
+        print(note)
     print(f"{'options':<{width}}  seeds" + "".join(f"  {title:>21}" for title in columns.values()))
     for row in rows:
         figures = [_told(row[name]) for name in columns]

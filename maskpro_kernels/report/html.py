@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..files import write_whole
 from . import FROZEN, markup, parting, svg
-from .step_parts import mean_parts
+from .step_parts import mean_parts, typical_steps
 
 NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
           "flipped_groups_by_layer", "logits", "memory", "skipped", "start", "steps", "weights"}  # fmt: skip
@@ -256,17 +256,18 @@ def _flip_rates(report: Mapping) -> str:
 
 
 def _step_parts(steps: Sequence[Mapping]) -> str:
-    parts, known = mean_parts(steps), [step for step in steps if step.get("parts")]
+    parts, typical = mean_parts(steps), typical_steps(steps)
     if not parts:
         return "<p>How long the parts of the steps took is not known.</p>"
-    whole, seconds = sum(parts.values()), sum(step["seconds"] for step in known) / len(known)
+    whole, seconds = sum(parts.values()), sum(step["seconds"] for step in typical) / len(typical)
     rows = [*parts.items(), ("all parts", whole), ("a step by the wall clock", seconds)]
     lines = [
-        (name, [markup.number_cell(f"{1000 * value:,.2f}"), markup.number_cell(markup.percent(value, whole))])
+        (name, [markup.number_cell(f"{1000 * value:,.2f}"), markup.number_cell(f"{value / (whole or 1):.1%}")])
         for name, value in rows
     ]
     text = (
-        f"Means over {markup.count_of_steps(len(known))}, evaluations apart. Masks that are not held are drawn within "
+        f"Means over {markup.count_of_steps(len(typical))}, evaluations apart, without the first of several, which "
+        "compiles. Masks that are not held are drawn within "
         "forward and backward. Straight-through of one batch a step moves the logits of a layer along with its slopes: "
         "both are in update."
     )

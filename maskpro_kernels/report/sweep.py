@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import cycle, product
 from pathlib import Path
+from urllib.parse import quote
 
 from ..files import write_whole
 from . import markup, svg
@@ -22,6 +24,8 @@ STRETCHES = 60
 LOG_FROM = 5.0
 # Inches of a picture that a row takes in its legend
 LEGEND_ROW = 0.19
+# Characters of a label in it
+LABEL_LENGTH = 40
 
 
 def write_sweep_html(results: Mapping, path: str | Path) -> None:
@@ -43,9 +47,10 @@ def write_sweep_html(results: Mapping, path: str | Path) -> None:
     finished = sum("curve" in run for run in runs)
     body = [f"<header>\n<h1>Sweep of {len(runs)} runs</h1>\n<p>{finished} of them have finished.</p>\n</header>"]
     for number, table in enumerate(tables, start=1):
-        title = table["texts"] if len(tables) > 1 else "Perplexity"
-        body.append(markup.section(escape(title), *_table(table, known), *_curves(table, known, number)))
-    body += [_runs(runs), _left_alone(results["left_alone"]), _wall_clock(tables)]
+        title = f"Perplexity of {escape(table['texts'])}"
+        body.append(markup.section(title, *_table(table, known), *_curves(table, known, number)))
+    body += [_finished(runs), _unfinished(runs), _options(results["options"]), _left_alone(results["left_alone"])]
+    body.append(_wall_clock(tables))
     write_whole(Path(path), markup.page(f"sweep of {len(runs)} runs", [part for part in body if part]).encode())
 
 
@@ -62,20 +67,21 @@ def _table(table: Mapping, known: Mapping[str, Mapping]) -> list[str]:
         cells = [", ".join(map(str, row["seeds"])), steps, *figures, moved]
         rows.append((row["label"], list(map(markup.number_cell, cells))))
     text = (
-        f"Of {escape(table['model'])}, over {table['eval_tokens']:,} tokens of the test text; the dense model has "
-        f"{markup.decimals(table['dense_test'])}. Runs that differ in their seed alone are one row: mean ± sample "
-        "standard deviation over the seeds."
+        f"Of {escape(table['model'])} in {table['dtype']}, over {table['eval_tokens']:,} tokens of the test text; the "
+        f"dense model has {markup.decimals(table['dense_test'])}. Runs that differ in their seed alone are one row: "
+        "mean ± sample standard deviation over the seeds."
     )
-    if not table["same_windows"]:
-        text += " The test windows are not the same ones in all runs: these perplexities do not compare strictly."
-    told = (
-        f"<p>{escape(table['best_is'][0].upper() + table['best_is'][1:])}. The test text has chosen nothing.</p>\n"
-        f"<pre>{chr(10).join(map(escape, table['next']))}</pre>"
-    )
+    if "other" in head:
+        text += f" The other text is {escape(str(table['other_text']))}."
+    told = [
+        f"<p>{escape(best['told'][0].upper() + best['told'][1:])}. The test text has chosen nothing.</p>\n"
+        f"<pre>{chr(10).join(map(escape, best['next']))}</pre>"
+        for best in table["best"]
+    ]
     return [
-        f'<p class="faint">{text}</p>',
+        f'<p class="faint">{" ".join([text, *table["notes"]])}</p>',
         markup.table(["options", "seeds", "steps", *head.values(), "moved"], rows, "rows"),
-        told,
+        *told,
     ]
 
 
@@ -84,17 +90,26 @@ def _figure(figure: Mapping) -> str:
     return markup.decimals(figure["mean"]) + spread
 
 
+def _in_legend(labels: Sequence[str]) -> list[str]:
+    """Labels that leave room for the axes: of a long one its end, behind its place in the table."""
+    return [
+        label if len(label) <= LABEL_LENGTH else f"{place}: …{label[-LABEL_LENGTH:]}"
+        for place, label in enumerate(labels, start=1)
+    ]
+
+
 def _curves(table: Mapping, known: Mapping[str, Mapping], number: int) -> list[str]:
-    looks = list(zip(table["rows"], cycle(product(STYLES, HUES)), strict=False))
+    labels = _in_legend([row["label"] for row in table["rows"]])
+    looks = list(zip(table["rows"], labels, cycle(product(STYLES, HUES)), strict=False))
     runs = [known[name] for row in table["rows"] for name in row["runs"]]
 
     def draw(axes, name: str, marker: str, points_of: Callable[[Mapping], Sequence]) -> None:
-        for row, (style, colour) in looks:
+        for row, told, (style, colour) in looks:
             how = {"linestyle": style, "color": colour, "linewidth": 1, "marker": marker, "markersize": 3}
             for place, run in enumerate(row["runs"]):
                 finite = markup.finite_points(points_of(known[run]))
                 # between two of these matplotlib reads a formula
-                label = "_nolegend_" if place else row["label"].replace("$", r"\$")
+                label = "_nolegend_" if place else told.replace("$", r"\$")
                 axes.plot([x for x, _ in finite], [y for _, y in finite], label=label, **how)
         axes.set_ylabel(name)
 
@@ -132,7 +147,27 @@ def _means(points: Sequence[Sequence]) -> list[tuple]:
     return [tuple(sum(values) / len(part) for values in zip(*part, strict=True)) for part in parts]
 
 
-def _runs(runs: Sequence[Mapping]) -> str:
+def _finished(runs: Sequence[Mapping]) -> str:
+    """Each run that has finished, with the way to its own page."""
+    rows = []
+    for run in runs:
+        if "curve" in run:
+            figures = [markup.number_cell(markup.decimals(run[name])) for name in ("validation", "test")]
+            # the page of a run stands in its folder, beside this one
+            rows.append(
+                (run["name"], [*figures, f'<td><a href="{quote(run["name"], safe="=+")}/report.html">report</a></td>'])
+            )
+    head = ["run", "validation perplexity", "test perplexity", "page"]
+    return markup.section("Runs", markup.table(head, rows, "rows")) if rows else ""
+
+
+def _options(options: Mapping) -> str:
+    rows = [(name, [f"<td>{escape(json.dumps(value))}</td>"]) for name, value in options.items()]
+    text = '<p class="faint">As the file has them. Options that it does not name are at their defaults.</p>'
+    return markup.section("Options of all runs", text, markup.table(["option", "value"], rows, "rows")) if rows else ""
+
+
+def _unfinished(runs: Sequence[Mapping]) -> str:
     """The runs that have not finished."""
     left = [run for run in runs if "curve" not in run]
     if not left:
@@ -157,11 +192,12 @@ def _wall_clock(tables: Sequence[Mapping]) -> str:
     for row in rows:
         times, whole = row[WALL_CLOCK], sum(row[WALL_CLOCK]["parts"].values()) or 1
         cells = [f"{times[name]:,.3f}" for name in SECONDS]
-        cells += [markup.percent(times["parts"].get(name, 0.0), whole) for name in parts]
+        cells += [f"{times['parts'].get(name, 0.0) / whole:.1%}" for name in parts]
         lines.append((row["label"], list(map(markup.number_cell, cells))))
     text = (
         "Means over the steps and the seeds, on the machine that took each run, and the shares of the parts of a step. "
-        "What a run had done behind its last snapshot when it was broken off is not counted."
+        "The first of several steps, which compiles, is left out of seconds a step and of the shares. What a run had "
+        "done after its last snapshot when it was broken off is not counted."
     )
     titles = ["options", *SECONDS, *parts]
     return markup.section("Wall clock", f'<p class="faint">{text}</p>', markup.table(titles, lines, "rows"))

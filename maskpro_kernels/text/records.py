@@ -57,7 +57,7 @@ def load_rows(source: str, path: Path | None, stream: bool = False) -> dict[str,
         OSError: if the source is not there, or its files cannot be read.
     """
     told = f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}'
-    if path is None and _names_a_file(source):
+    if path is None and names_a_file(source):
         raise ValueError(f"{told}: there is no such file or folder; check its name")
     lacking = missing("datasets")
     if lacking:
@@ -66,7 +66,7 @@ def load_rows(source: str, path: Path | None, stream: bool = False) -> dict[str,
         return _loaded(source, path, stream)
 
 
-def _names_a_file(source: str) -> bool:
+def names_a_file(source: str) -> bool:
     """Whether what is no path that exists can be nothing else; on the hub are "name" and "owner/name"."""
     known = (*READERS, *COMPRESSED, ".txt")
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in known

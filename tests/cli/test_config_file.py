@@ -132,6 +132,7 @@ def test_what_the_same_value_goes_with_stays(written, capsys):
         ('{"report_to": ["mlflow"]}', "expected one or several of tensorboard, wandb, none"),
         ('{"gap": 1, "flip_rate": 0.1}', "expected gap or flip_rate"),
         ('{"device_map": "{]"}', "device_map in "),
+        ('{"lr": 0.1, "lr": 0.2}', "expected each name once, got 'lr' twice"),
         ("[1]", "expected a JSON object of options by name"),
         ("{", "expected a JSON file"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers.children import ROOT
 from helpers.command import contents, refuses, report
 from helpers.routes import route_to_the_eager_reference
 from helpers.sweeps import base, without_wall_clock, write_sweep
 
+from maskpro_kernels.checked_json import each_once
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli import sweep as sweep_command
 from maskpro_kernels.cli.estimator_options import load_estimators
@@ -104,7 +107,8 @@ def test_the_best_run_is_named_by_the_validation_text(finished, tmp_path, monkey
     (table,) = found["tables"]
     row = min(table["rows"], key=lambda row: row["validation"]["mean"])
     perplexities = {run["name"]: run["validation"] for run in found["runs"]}
-    assert table["best"] == min(row["runs"], key=perplexities.get)
+    (best,) = table["best"]
+    assert best["run"] == min(row["runs"], key=perplexities.get)
     monkeypatch.chdir(folder.parent)
     assert sweep(file, folder.name) == 0
     told = capsys.readouterr().out
@@ -113,8 +117,8 @@ def test_the_best_run_is_named_by_the_validation_text(finished, tmp_path, monkey
     monkeypatch.chdir(shutil.copytree(folder.parent, tmp_path / "copy"))
     for line in (export, compare):
         assert main.main(shlex.split(line)[1:]) == 0, line
-    assert Path("all-best", "config.json").exists()
-    assert table["best"] in capsys.readouterr().out
+    assert Path(f"all-{best['run']}", "config.json").exists()
+    assert best["run"] in capsys.readouterr().out
 
 
 @pytest.mark.pictures
@@ -133,7 +137,7 @@ def test_the_page_has_the_curves_of_all_runs(copy):
 
 def test_finished_runs_are_not_repeated(copy, capsys, monkeypatch):
     file, folder = copy
-    monkeypatch.setattr(sweep_command, "learn", None)
+    monkeypatch.setattr(sweep_command, "take_run", None)
     # commands that come next name the folder as it was given
     assert sweep(file, folder) == 0
     before = (folder / "report.html").read_bytes(), (folder / "results.json").read_bytes()
@@ -173,6 +177,7 @@ def test_failed_runs_are_named_and_the_others_go_on(inputs, tmp_path, capsys):
     assert (
         failed["error"].startswith("data: source: expected ") and f"{failed['name']} failed: {failed['error']}" in told
     )
+    assert "waits" not in told
     assert failed["error"].split("'")[0] in (tmp_path / "all" / "report.html").read_text()
     # once no other is left they are tried again
     assert sweep(file, tmp_path / "all") == 1
@@ -234,6 +239,20 @@ def test_a_signal_stops_the_sweep_and_it_goes_on(finished, inputs, tmp_path, cap
     assert without_wall_clock(pages[0]) == without_wall_clock(pages[1])
 
 
+def test_a_signal_in_the_last_step_of_a_run_stops_the_sweep(inputs, tmp_path, capsys, monkeypatch):
+    step = MaskTrainer.step
+
+    def signalled(trainer):
+        if trainer.seed == 0 and trainer.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", signalled)
+    assert sweep(write_sweep(tmp_path, inputs, grid={"seed": [0, 1]}), tmp_path / "all") == 0
+    assert "sweep: stopped; the same command goes on with it" in capsys.readouterr().err
+    assert [run["state"] for run in results(tmp_path / "all")["runs"]] == ["finished", "new"]
+
+
 def test_what_the_machine_has_is_taken_as_it_is_now(inputs, tmp_path):
     file = write_sweep(tmp_path, inputs, grid={"seed": [0]})
     (run,) = runs_of(file)
@@ -248,6 +267,49 @@ def test_what_the_machine_has_is_taken_as_it_is_now(inputs, tmp_path):
         tmp_path, inputs, base={"estimator": "straight-through"}, grid={"gradient_checkpointing": [True, False]}
     )
     assert len({run.digest for run in runs_of(file)}) == 2
+    # code of a checkpoint may be run in a run that goes on as in one that begins
+    (trusted, _), _ = read_sweep(file, {"trust_remote_code": True})
+    assert "--trust-remote-code" in trusted.arguments(tmp_path, begun=True, bars=False).given
+
+
+def test_a_run_is_what_the_file_gives_whatever_is_there(inputs, tmp_path):
+    text, mask = shutil.copy(inputs / "text.txt", tmp_path / "text.txt"), tmp_path / "mask.safetensors"
+    mask.touch()
+    given = {"data": str(text), "other_data": str(text), "init": str(mask), "model": str(tmp_path / "model")}
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    file = write_sweep(tmp_path, inputs, base=given, grid={"seed": [3]})
+    (before,) = runs_of(file)
+    for name in (text, mask):
+        name.unlink()
+    shutil.rmtree(tmp_path / "model")
+    assert runs_of(file)[0].digest == before.digest
+    write_sweep(tmp_path, inputs, base=given | {"eval_every": 1, "pattern": "2:4"}, grid={"seed": [3]})
+    # an option at its default is none
+    assert runs_of(file)[0].digest == before.digest
+    write_sweep(tmp_path, inputs, base=given | {"eval_every": 2}, grid={"seed": [3]})
+    assert runs_of(file)[0].digest != before.digest
+
+
+def test_finished_runs_are_known_without_their_texts(inputs, tmp_path, capsys):
+    text = shutil.copy(inputs / "text.txt", tmp_path / "text.txt")
+    file = write_sweep(tmp_path, inputs, base={"data": str(text)}, grid={"seed": [0]})
+    assert sweep(file, tmp_path / "all") == 0
+    before = (tmp_path / "all" / "results.json").read_bytes()
+    text.unlink()
+    assert sweep(file, tmp_path / "all") == 0
+    assert "sweep: 1 runs: 1 finished" in capsys.readouterr().err
+    assert (tmp_path / "all" / "results.json").read_bytes() == before
+    write_sweep(tmp_path, inputs, base={"data": str(text)}, grid={"seed": [0, 1]})
+    arguments = ["sweep", str(file), "--output", str(tmp_path / "all"), "--dry-run"]
+    refuses(capsys, tmp_path, arguments, f"data: expected a text, got {str(text)!r}", 'the set {"seed": 1}')
+
+
+def test_the_documented_name_is_one_of_the_documented_file(tmp_path):
+    document = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    (file,) = (code for code in re.findall(r"^```json\n(.*?)^```$", document, re.S | re.M) if '"base"' in code)
+    (tmp_path / "ablation.json").write_text(file)
+    names = [run.name for run in runs_of(tmp_path / "ablation.json")]
+    assert re.search(r"such as `(estimator=[^`]+)`, and ends", document)[1] in names
 
 
 def test_names_are_safe_for_file_systems(inputs, tmp_path):
@@ -262,9 +324,12 @@ def test_names_are_safe_for_file_systems(inputs, tmp_path):
     ("content", "told"),
     [
         ("{", "expected a JSON file"),
+        ('{"grid": {"seed": [0]}, "grid": {"seed": [1]}}', "expected each name once, got 'grid' twice"),
+        ('{"grid": {"seed": [0], "seed": [1]}}', "expected each name once, got 'seed' twice"),
         ("[1]", "expected a JSON object with base, and with grid, list or both"),
         ('{"base": {}}', "got 'base'"),
         ('{"grids": {}, "list": [{}]}', "got 'grids'"),
+        ('{"lr": 0.1, "seed": 1}', "got 'lr', 'seed'; put them into base"),
         ('{"list": []}', "expected a list with at least one entry as list of"),
         ('{"list": [3]}', "expected an object of options by name as list of"),
         ('{"grid": [1]}', "expected an object of lists by option as grid of"),
@@ -280,6 +345,9 @@ def test_names_are_safe_for_file_systems(inputs, tmp_path):
         ('{"list": [{}, {"seed": 0}]}', 'got {} and {"seed": 0}; take one out'),
         ('{"grid": {"seed": [0, -1]}}', 'seed: expected at least 0, got -1; it stands in the set {"seed": -1} of'),
         ('{"grid": {"init": ["wanda", "wonder"]}}', "init: expected one of magnitude"),
+        ('{"base": {"data": "./none.txt"}, "grid": {"seed": [0]}}', "data: expected a text, got './none.txt'"),
+        ('{"base": {"other_data": "none.txt"}, "grid": {"seed": [0]}}', "other_data: expected a text, got 'none.txt'"),
+        ('{"base": {"model": "./none"}, "grid": {"seed": [0]}}', "model: expected a folder, or a name on the hub"),
         ('{"grid": {"max_update": [1]}}', "max_update: expected none, for it is of straight-through alone"),
         ('{"grid": {"device": ["abacus"]}}', "device: expected a device of this machine"),
         ('{"base": {"model": null}, "list": [{}]}', "model: expected --model"),
@@ -287,7 +355,7 @@ def test_names_are_safe_for_file_systems(inputs, tmp_path):
 )
 def test_an_unfit_file_is_refused_before_anything_starts(inputs, tmp_path, capsys, content, told):
     with suppress(ValueError):
-        given = json.loads(content)
+        given = json.loads(content, object_pairs_hook=each_once)
         if isinstance(given, dict) and given.keys() & {"list", "grid"}:
             content = json.dumps(given | {"base": base(inputs) | given.get("base", {})})
     (tmp_path / "sweep.json").write_text(content)
@@ -321,6 +389,47 @@ def test_a_damaged_state_is_refused(copy, capsys):
     state = folder / "state.json"
     state.write_text(state.read_text().replace('"failed": {}', '"failed": {"a": "b"}'))
     arguments = ["sweep", str(file), "--output", str(folder)]
-    refuses(capsys, folder, arguments, "output: expected the state of a sweep in", "remove the file")
+    refuses(capsys, folder, arguments, "output: expected the state of a sweep in", "move it away")
     state.unlink()
     assert main.main(arguments) == 0
+
+
+def test_it_is_told_that_a_failed_run_waits(copy, capsys):
+    file, folder = copy
+    runs = runs_of(file)
+    for run in runs[:2]:
+        shutil.rmtree(folder / run.name)
+    state = SweepFolder(folder, runs)
+    with state.held():
+        state.keep({runs[0].name: "an error"})
+    assert sweep(file, folder) == 1
+    told = capsys.readouterr().err
+    assert "2 finished, 1 new, 1 failed" in told and "sweep: what failed waits for the next call" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("results.json", '{"tables": [], "runs": []}'), ("results.json", "[1]"), ("state.json", '{"failed": {}}')],
+)
+def test_a_folder_of_another_program_is_refused(inputs, tmp_path, capsys, name, content):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / name).write_text(content)
+    (foreign / "report.html").write_text("<p>theirs</p>")
+    file = write_sweep(tmp_path, inputs, grid={"seed": [0]})
+    refuses(capsys, tmp_path, ["sweep", str(file), "--output", str(foreign)], name, "; give another --output")
+
+
+def test_a_copy_of_a_run_takes_no_place(copy, capsys):
+    file, folder = copy
+    names = [run["name"] for run in results(folder)["runs"]]
+    shutil.copytree(folder / names[0], folder / f"a-copy-of_{names[0]}")
+    (folder / "notes").mkdir()
+    arguments = ["sweep", str(file), "--output", str(folder), "--dry-run"]
+    assert main.main(arguments) == 0
+    told = capsys.readouterr()
+    assert [line.split()[1] for line in told.out.splitlines()] == names
+    assert "a-copy-of" in told.err and "notes" not in told.err
+    # of two folders of other names neither is known to be the run's
+    (folder / names[0]).rename(folder / f"b_{names[0]}")
+    refuses(capsys, folder, arguments, f"expected one folder of the run {names[0]}", "move the copies out of it")

@@ -406,11 +406,11 @@ def test_the_time_of_a_step_stands_by_part(tmp_path):
     steps = [step_of(0), *(step_of(step, parts=parts, seconds=2.01) for step in (1, 2))]
     (rows,) = page_of(report_of(steps, REINFORCE), tmp_path).table("part", "milliseconds a step", "share")
     assert rows == [
-        ["forward", "1,000.00", "50.000%"],
-        ["update", "750.00", "37.500%"],
-        ["data", "250.00", "12.500%"],
-        ["all parts", "2,000.00", "100.000%"],
-        ["a step by the wall clock", "2,010.00", "100.500%"],
+        ["forward", "1,000.00", "50.0%"],
+        ["update", "750.00", "37.5%"],
+        ["data", "250.00", "12.5%"],
+        ["all parts", "2,000.00", "100.0%"],
+        ["a step by the wall clock", "2,010.00", "100.5%"],
     ]
     unknown = page_of(report_of([step_of(0)], REINFORCE), tmp_path)
     assert unknown.says("How long the parts of the steps took is not known")

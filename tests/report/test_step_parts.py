@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from maskpro_kernels.report.step_parts import mean_parts, told_parts
+from maskpro_kernels.report.step_parts import mean_parts, told_parts, typical_steps
 
 
-def test_parts_are_means_over_the_steps_that_have_them():
+def test_parts_are_means_over_the_steps_that_have_them_but_the_first():
     steps = [
+        {"parts": {"forward": 100.0, "checks": 1.0}},
         {"parts": {"forward": 1.0, "update": 0.5}},
         {"parts": {}},
         {},
         {"parts": {"forward": 3.0, "backward": 6.0}},
     ]
     assert list(mean_parts(steps).items()) == [("backward", 3.0), ("forward", 2.0), ("update", 0.25)]
-    assert mean_parts(steps[1:3]) == {}
+    assert mean_parts(steps[2:4]) == {}
+    # of one alone there is no other
+    assert mean_parts(steps[:1]) == steps[0]["parts"]
+    assert typical_steps(steps) == [steps[1], steps[4]]
 
 
 @pytest.mark.parametrize(
