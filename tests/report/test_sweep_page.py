@@ -17,16 +17,17 @@ def results_of(labels, kinds=("ce",), last=30.0, steps=200):
             losses = [[step, float("nan") if step == 3 else 3.0] for step in range(steps)]
             kind = kinds[at % len(kinds)]
             run = {"name": name, "state": "finished", "curve": curve, "losses": losses, "loss_kind": kind}
-            runs.append(run | {"options": {}, "steps_taken": steps})
+            runs.append(run | {"options": {}, "steps_taken": steps, "validation": 31.0, "test": 32.0})
         figure = {"mean": 30.0, "spread": 0.5}
         row = {"label": label, "seeds": [0, 1], "runs": names, "moved": None, "other": None}
         row |= {name: figure for name in ("validation", "test", "initial_test")}
         times = {"seconds from the dense model": 9.0, "seconds a step": 0.25}
         rows.append(row | {"wall_clock": times | {"parts": {"forward": 0.1, ("draw" if at else "backward"): 0.1}}})
     runs.append({"name": "bad", "state": "failed", "error": "lr: expected <1>", "options": {}})
-    table = {"model": "m", "texts": "pydoc", "eval_tokens": 9, "same_windows": False, "dense_test": 14.0, "rows": rows}
-    table |= {"best": "0_seed=0", "best_is": "best by validation perplexity: it", "next": ["maskpro export a b"]}
-    return {"runs": runs, "tables": [table], "left_alone": ["an & old one"]}
+    best = {"told": "best by validation perplexity: it", "next": ["maskpro export a b"]}
+    table = {"model": "m", "dtype": "float32", "texts": "pydoc", "eval_tokens": 9, "dense_test": 14.0, "rows": rows}
+    table |= {"best": [best], "notes": ["The test windows are not the same ones."]}
+    return {"options": {"batch_size": 3}, "runs": runs, "tables": [table], "left_alone": ["an & old one"]}
 
 
 def page_of(results, folder):
@@ -40,7 +41,8 @@ def test_all_that_is_known_stands_on_the_page(tmp_path):
     assert "lr: expected &lt;1&gt;" in page and "an &amp; old one" in page and "<b>" not in page
     assert page.count("30.00 ± 0.50") == 6 and "loss (ce)" in page and "loss (kl)" in page
     # of parts that a row does not have
-    assert page.count(">0</td>") == 2 and page.count("50.000%") == 4
+    assert page.count(">0.0%</td>") == 2 and page.count("50.0%") == 4
+    assert page.count(">31.00</td>") == 4 and 'href="0_seed=0/report.html"' in page and "batch_size" in page
 
 
 def test_runs_that_are_far_apart_stand_on_a_logarithmic_axis(tmp_path, monkeypatch):
@@ -67,5 +69,5 @@ def test_many_rows_have_lines_of_their_own(tmp_path, monkeypatch):
 
 def test_nothing_is_known_at_first(tmp_path):
     waiting = {"name": "one", "state": "new", "options": {}}
-    page = page_of({"runs": [waiting], "tables": [], "left_alone": []}, tmp_path)
+    page = page_of({"options": {}, "runs": [waiting], "tables": [], "left_alone": []}, tmp_path)
     assert "0 of them have finished" in page and "<svg" not in page and "Wall clock" not in page
