@@ -61,7 +61,7 @@ class LearningRun:
 
     Attributes:
         seconds: from the dense model to where the run stands, without evaluations.
-        signalled: whether a signal has come to this rank while steps were taken.
+        signalled: whether a signal has come while steps were taken. Of rank 0 alone.
     """
 
     def __init__(

@@ -226,8 +226,8 @@ class LayerUpdater:
             self.weight_grad = weight_grad
             of = grad, x, weight, how.curvature
             # the parameter itself: what autograd has kept may be a copy
-            step = self.backward_pass
-            with step.clock.part(UPDATE), step.offloaded.moving(self.layer) as logits:
+            of_all = self.backward_pass
+            with of_all.clock.part(UPDATE), of_all.offloaded.moving(self.layer) as logits:
                 own = mask._replace(tensor=logits)
                 self._descend(
                     logits, mask.codes, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more)

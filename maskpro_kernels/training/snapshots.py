@@ -48,15 +48,12 @@ class StoredTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path):
         self.path = path
         if path.is_dir():
-            self.kinds = kinds_of_parts(self.files)
+            self.kinds = kinds_of_parts(tensor_files(path))
         else:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            self.kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-
-    @property
-    def files(self) -> list[Path]:
-        return files_in(self.path) if self.path.is_dir() else [self.path]
+                # one after the other: all of them are as much as the model's logits
+                tensors = ((name, file.get_tensor(name)) for name in file.keys())
+                self.kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors}
 
     def __getitem__(self, name: str) -> Tensor:
         shape, dtype = self.kinds[name]
@@ -74,7 +71,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill tensors by their names; of a DTensor only the part of this rank is read."""
         if self.path.is_dir() or any(map(is_distributed, tensors.values())):
-            read_parts(self.files, tensors)
+            read_parts(tensor_files(self.path), tensors)
             return
         with safe_open(self.path, framework="pt") as file:
             for name, tensor in tensors.items():
@@ -199,7 +196,7 @@ def _is_sound(path: Path) -> bool:
         if digest_of_bytes(manifest).hex() != named:
             return False
         digests = json.loads(manifest)["files"]
-        if {file.name for file in files_in(path)} != digests.keys():
+        if {file.name for file in tensor_files(path)} != digests.keys():
             return False
         with ThreadPoolExecutor() as threads:
             return list(threads.map(digest_of_file, (path / name for name in digests))) == list(digests.values())
@@ -209,12 +206,12 @@ def _is_sound(path: Path) -> bool:
 
 def files_of(snapshot: Path) -> list[Path]:
     """All files of a snapshot."""
-    return [snapshot / MANIFEST, *files_in(snapshot)] if snapshot.is_dir() else [snapshot]
+    return [*tensor_files(snapshot), *([snapshot / MANIFEST] if snapshot.is_dir() else [])]
 
 
-def files_in(snapshot: Path) -> list[Path]:
-    """Those of a snapshot that is a folder."""
-    return sorted(snapshot.glob("*.safetensors"))
+def tensor_files(snapshot: Path) -> list[Path]:
+    """Those that hold its tensors."""
+    return sorted(snapshot.glob("*.safetensors")) if snapshot.is_dir() else [snapshot]
 
 
 def digest_of_file(path: Path) -> str:

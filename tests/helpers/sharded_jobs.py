@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import maskpro_kernels as mk
-from helpers.rank_jobs import rank_trainer
+from helpers.rank_jobs import rank_trainer, records_of_run
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.shards import whole
 
@@ -66,12 +66,8 @@ def whole_logits(model: nn.Module) -> list[torch.Tensor]:
 def learn_sharded(rank: int, mesh: Sequence[int] | None, how: str, steps: int, behind: bool = False, **others):
     """(whole logits, records without their seconds) of a run, which goes on where ``output_dir`` holds one."""
     trainer = rank_trainer(how, model=a_sharded_model(mesh, behind), **others)
-    folder = trainer.output_dir
-    if folder is not None and any(folder.glob("snapshot-*")):
-        trainer.resume()
-    records = trainer.run(steps - trainer.steps_done, progress=False)
-    trainer.close()
-    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0, "parts": {}} for record in records]
+    records = records_of_run(trainer, steps)
+    return whole_logits(trainer.model), records
 
 
 def learn_each(rank: int, runs: Mapping[str, Mapping]) -> dict[str, tuple]:

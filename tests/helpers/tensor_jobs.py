@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import maskpro_kernels as mk
-from helpers.rank_jobs import rank_trainer
+from helpers.rank_jobs import rank_trainer, records_of_run
 from helpers.sharded_jobs import whole_logits
 
 NAMES = {1: ("tp",), 2: ("fsdp", "tp")}
@@ -92,12 +92,8 @@ def learn_split(rank: int, mesh: Sequence[int] | None, how: str, steps: int, gri
     """(whole logits, records without their seconds) of a run, which goes on where ``output_dir`` holds one."""
     of = {"model": a_split_model(mesh, grid=grid), "batches": batches_of_whole_numbers(), "loss_fn": a_loss}
     trainer = rank_trainer(how, **of | others)
-    folder = trainer.output_dir
-    if folder is not None and any(folder.glob("snapshot-*")):
-        trainer.resume()
-    records = trainer.run(steps - trainer.steps_done, progress=False)
-    trainer.close()
-    return whole_logits(trainer.model), [vars(record) | {"seconds": 0.0, "parts": {}} for record in records]
+    records = records_of_run(trainer, steps)
+    return whole_logits(trainer.model), records
 
 
 def learn_each_split(rank: int, runs: Mapping[str, Mapping]) -> dict[str, tuple]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import rank_trainer
+from helpers.refusals import assert_lines, lines_of
 from helpers.tensor_jobs import Exact, a_loss, a_mesh, a_split_model, batches_of_whole_numbers, split
 from helpers.tiny_llama import tiny_model
 from torch import nn
@@ -199,20 +200,12 @@ def _split() -> Exact:
 
 
 def refuse_all(rank: int) -> dict[str, str]:
-    """What each of them is refused with."""
-    told = {}
-    for name, (refused, _) in REFUSED.items():
-        with pytest.raises(ValueError) as error:
-            refused()
-        told[name] = str(error.value)
-    return told
+    return lines_of(REFUSED)
 
 
 def test_what_has_no_code_is_refused_by_name():
     for told in all_in_ranks(2, refuse_all):
-        for name, (_, line) in REFUSED.items():
-            assert told[name].startswith(line), (name, told[name])
-            assert "\n" not in told[name]
+        assert_lines(told, REFUSED)
 
 
 def of_three_ranks_two(rank: int) -> str:

@@ -135,7 +135,7 @@ def score_update_layers_kernel(
     for first in range(start, total, apart):
         x = load_columns(logits, first, total, M, BLOCK)
         if M == 32:
-            # no register is left to hold what all blocks share either
+            # no register is left to hold what all blocks share: it is loaded for each
             offset = tl.load(row + 4)
             key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)

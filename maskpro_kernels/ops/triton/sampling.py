@@ -328,7 +328,7 @@ def score_update_kernel(
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
         if M == 32:
-            # no register is left to hold what all blocks share either
+            # no register is left to hold what all blocks share: it is loaded for each
             key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
         delta = summed_terms(logits, x, first, total, group, inv_temperature, key, factor,

@@ -94,7 +94,7 @@ _CONFIGURATIONS |= {
     for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates")
     for m in (2, 4, 8, 16, 32)
 }
-# With one group a thread it puts 8 bytes of this one on the stack on sm_90 and sm_100
+# With one group a thread Triton 3.6's ptxas puts 8 bytes of it on the stack on sm_90 and sm_100
 _CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
 _CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
