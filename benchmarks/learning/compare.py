@@ -1,7 +1,8 @@
 """Methods that find N:M masks, under one harness: the same model, batches, initial mask and texts.
 
-Every learner takes its paper's settings, and others that its search tries with the fewest steps. The best of all, by
-the perplexity of validation text, then also takes the other numbers of steps. The test texts judge nothing.
+Every learner takes its paper's settings, and others that its search tries with the fewest steps. The paper's and the best
+of all, by the perplexity of validation text, take the next number of steps, and the better of the two all further ones.
+The test texts judge nothing.
 
 Rows are kept as they come, in ``rows.jsonl`` of the output folder; called again with the same arguments, the command
 goes on where it was. ``table.md`` shows them.
@@ -187,15 +188,14 @@ class Comparison:
         return masked_layers(self.model)
 
     def learner(self, name: str) -> None:
-        """The rows of a learner: all candidates with the fewest steps, defaults and the best one with the others."""
-        default, *others = self.learners[name].candidates()
-        fewest, *more = sorted(self.args.steps)
-        for settings in (default, *others):
-            self.learn(name, settings, fewest)
-        chosen = best([self.rows.found(name, settings, fewest) for settings in (default, *others)], name)["settings"]
-        for steps in more:
-            for settings in [default] if chosen == default else [default, chosen]:
+        """The rows of a learner: all candidates with the fewest steps, fewer of them with each greater number."""
+        candidates = self.learners[name].candidates()
+        for place, steps in enumerate(sorted(self.args.steps)):
+            for settings in candidates:
                 self.learn(name, settings, steps)
+            chosen = best([self.rows.found(name, settings, steps) for settings in candidates], name)["settings"]
+            default = candidates[0]
+            candidates = [default, chosen] if place == 0 and chosen != default else [chosen]
 
     def batches_of(self, name: str, steps: int) -> Sequence:
         """What a learner takes in that many steps, and no more: REINFORCE asks for the initial loss of each batch."""

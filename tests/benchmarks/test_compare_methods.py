@@ -102,10 +102,10 @@ def test_the_best_settings_by_validation_text_take_more_steps(arguments, tmp_pat
 
     monkeypatch.setattr(compare.Comparison, "row", row)
     output = tmp_path / "output"
-    compare.main([*arguments, "--output", str(output), "--steps", "1", "2", "--methods", "straight-through"])
+    compare.main([*arguments, "--output", str(output), "--steps", "1", "2", "3", "--methods", "straight-through"])
     taken = [(row["settings"]["lr"], row["steps"]) for row in lines(output)[2:]]
-    assert taken == [(0.3, 1), (0.1, 1), (0.5, 1), (0.3, 2), (0.1, 2)]
-    assert (output / rows.TABLE).read_text(encoding="utf-8").count("**lr 0.1") == 2
+    assert taken == [(0.3, 1), (0.1, 1), (0.5, 1), (0.3, 2), (0.1, 2), (0.1, 3)]
+    assert (output / rows.TABLE).read_text(encoding="utf-8").count("**lr 0.1") == 3
 
 
 def a_row(**others) -> dict:
