@@ -1,8 +1,8 @@
 """Methods that find N:M masks, under one harness: the same model, batches, initial mask and texts.
 
-Every learner takes its paper's settings, and others that its search tries with the fewest steps. The paper's and the best
-of all, by the perplexity of validation text, take the next number of steps, and the better of the two all further ones.
-The test texts judge nothing.
+Every learner takes its paper's settings, and others that its search tries with the fewest steps. The paper's and the
+best of all, by the perplexity of validation text, take the next number of steps, and the better of the two all further
+ones. The test texts judge nothing.
 
 Rows are kept as they come, in ``rows.jsonl`` of the output folder; called again with the same arguments, the command
 goes on where it was. ``table.md`` shows them.
