@@ -31,16 +31,16 @@ INSTALLED_OLDEST := $(OLDEST)/.installed
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
-LEARN := maskpro learn --model smollm2-135m --pattern 2:4 --batch-size 8 --seq-len 128
+LEARN := maskpro learn --model smollm2-135m --pattern 2:4 --batch-size 8 --seq-len 128 --eval-every 10 --eval-windows 8
 demo: $(INSTALLED)
 	rm -rf runs/demo
-	$(VENV)/bin/$(LEARN) --data pydoc --init wanda --estimator reinforce --steps 10 --eval-every 10 --output runs/demo/reinforce
+	$(VENV)/bin/$(LEARN) --data pydoc --init wanda --estimator reinforce --steps 10 --output runs/demo/reinforce
 	$(VENV)/bin/$(LEARN) --data pydoc:0.5,self:0.5 --init reconstruction --estimator straight-through --steps 30 \
-		--eval-every 10 --output runs/demo/straight-through
+		--output runs/demo/straight-through
 	$(VENV)/bin/maskpro compare runs/demo/reinforce runs/demo/straight-through --picture runs/demo/perplexity.png
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8
-	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 3 --output runs/demo/speed
+	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 2 --output runs/demo/speed
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(TESTS)

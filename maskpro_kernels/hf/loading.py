@@ -251,13 +251,16 @@ def _load_smollm2(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder, gguf = gguf_of_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-    _check_device_map(AutoConfig.from_pretrained(folder, gguf_file=gguf), device_map)
+    config = AutoConfig.from_pretrained(folder, gguf_file=gguf)
+    _check_device_map(config, device_map)
     # Recent transformers would keep the weights in GGUF blocks where it has kernels for them; older ones always unpack.
     unpack = {}
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # not by `model.to`: it would round the frequencies of the rotary embedding as well
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=dtype, device_map=device_map, **unpack)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf, config=config, dtype=dtype, device_map=device_map, **unpack
+    )
     # The weights are plain by now; a model or config that still calls them GGUF cannot be saved and loaded.
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
