@@ -74,7 +74,8 @@ def left(folder: Path) -> tuple[str, dict]:
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "sweep").iterdir())
+    sweep = folder / "sweep"
+    return sorted(str(path.relative_to(sweep)) for path in (*sweep.iterdir(), *(sweep / "shared").iterdir()))
 
 
 def no_wall_clock(entries: dict) -> dict:
