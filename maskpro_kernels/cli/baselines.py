@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
-from ..digests import digest, digest_of_named
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..pattern import NMPattern
 from ..pruning.convert import convert
-from ..pruning.initial_masks import INITIAL_MASKS, Init, refitted_masks
-from ..pruning.reconstruction import Reconstruction
+from ..pruning.initial_masks import INITIAL_MASKS
 from ..pruning.refit import put_weights
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
@@ -24,18 +20,14 @@ from .changed_weights import name_over, spread_weights, told_weights
 from .inputs import Inputs
 from .memory import tell_need
 from .perplexities import table_row
-from .progress import Progress, tell
+from .progress import tell
 from .run_files import digest_of_weights
 from .run_settings import logits_of
-from .shared_work import Found
+from .shared_masks import found_mask
 from .start_mask import StartMask, name_of_init
 
 # The initial masks that the table shows, whichever learning starts from
 BASELINES = ("magnitude", "wanda")
-# The built-in ones that take calibration batches, and those that take none. Of another the code is not known
-CALIBRATED, UNCALIBRATED = ("wanda", "reconstruction", "sparsegpt"), ("magnitude", "random")
-# What a mask is called that runs share, and what it has
-SHARED_MASK, PARTS = "mask", Reconstruction._fields
 
 
 def initial_masks(args: argparse.Namespace, inputs: Inputs, mask: StartMask, ranks: Ranks) -> dict:
@@ -87,7 +79,7 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs, mask: StartMask) -> dic
     found, seconds = {}, {}
     for name, init, refit in [*((init, init, "none") for init in BASELINES), (start, mask.init, args.refit)]:
         if name not in found:
-            found[name], seconds[name] = _mask(args, inputs, layers, name, init, refit)
+            found[name], seconds[name] = found_mask(args, inputs, layers, name, init, refit)
     conversion = convert(model, pattern, init=found[start].codes, **logits_of(args))
     masked = masked_layers(model)
     dense_weights = digest_of_weights(model)
@@ -107,54 +99,6 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs, mask: StartMask) -> dic
         "start_weights": digest_of_weights(model),
         "initial_mask": mask.known_by,
     }
-
-
-def _mask(
-    args: argparse.Namespace, inputs: Inputs, layers: Mapping[str, nn.Module], name: str, init: Init, refit: str
-) -> tuple[Reconstruction, float]:
-    """(an initial mask with what is refitted under it, the seconds that it took): of this run, or of an earlier one of
-    its sweep that began with the same."""
-    of = None if inputs.shared is None else _follows_from(args, inputs, init, refit)
-    known = None if of is None else inputs.shared.read(SHARED_MASK, of)
-    if known is not None:
-        tell(f"{name}: found by an earlier run of the sweep; the {known.seconds:.1f} seconds that it took are counted")
-        return _from_tensors(known.tensors, layers), known.seconds
-    began = time.perf_counter()
-    progress = Progress(name, "layer", args.bars)
-    found = refitted_masks(layers, args.pattern, init, refit, inputs.model, inputs.initial_batches, progress, args.seed)
-    seconds = time.perf_counter() - began
-    if of is not None:
-        inputs.shared.write(SHARED_MASK, of, Found(_as_tensors(found), seconds))
-    return found, seconds
-
-
-def _follows_from(args: argparse.Namespace, inputs: Inputs, init: Init, refit: str) -> dict | None:
-    """All that a mask follows from beside the model; None of one that takes no time, or whose code is not known."""
-    calibrated = init in CALIBRATED if isinstance(init, str) else False
-    known = calibrated or not isinstance(init, str) or init in UNCALIBRATED
-    if not known or not (calibrated or refit != "none"):
-        return None
-    return {
-        "pattern": str(args.pattern),
-        "init": init if isinstance(init, str) else digest_of_named(init),
-        "refit": refit,
-        "batches": digest(inputs.initial_batches),
-        "seed": args.seed,
-    }
-
-
-def _as_tensors(found: Reconstruction) -> dict[str, torch.Tensor]:
-    """By names that tell codes from weights."""
-    return {f"{part}/{name}": tensor for part in PARTS for name, tensor in getattr(found, part).items()}
-
-
-def _from_tensors(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module]) -> Reconstruction:
-    """What ``_as_tensors`` was given, on the devices of the layers' weights."""
-    parts = {part: {} for part in PARTS}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = tensor.to(layers[name].weight.device)
-    return Reconstruction(**parts)
 
 
 def top_n_codes(masked: Mapping[str, MaskedLinear], pattern: NMPattern) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..digests import digest
-from ..files import discard, make_folder, unfinished, unfinished_tensors, write_tensors
+from ..files import clear_unfinished, make_folder, write_tensors
 from ..text.samples import TOGETHER, sample_windows, start_token
 from ..training.run_folder import LOCK
 from .progress import Progress, tell
@@ -62,8 +62,7 @@ def _kept(
     args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict, shared: SharedWork | None
 ) -> torch.Tensor:
     """The samples of these settings: those in the file, and the others drawn and added to it."""
-    for half in (*unfinished(path.parent), *unfinished_tensors(path.parent)):
-        discard(half)
+    clear_unfinished(path.parent)
     known = _read(path, of) if path.exists() else torch.empty(0, of["length"], dtype=torch.int64)
 
     def keep(found: torch.Tensor) -> None:
@@ -72,7 +71,7 @@ def _kept(
     def keep_drawn(found: torch.Tensor) -> None:
         if shared is not None:
             begin = (len(found) - 1) // of["together"] * of["together"]
-            shared.write(SHARED_SAMPLES, _batch(of, begin), Found({"tokens": found[begin:]}, 0.0))
+            shared.write(SHARED_SAMPLES, _batch(of, begin), Found({"tokens": found[begin:]}))
         keep(found)
 
     if shared is not None:

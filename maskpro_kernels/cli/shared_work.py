@@ -6,7 +6,7 @@ A file is known by all that its content follows from. So a run finds there what 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..digests import digest, digest_of_bytes, digest_of_named
-from ..files import discard, make_folder, unfinished, unfinished_tensors, write_tensors
+from ..files import make_folder, write_tensors
 from .progress import tell
 from .versions import machine, versions
 
@@ -27,12 +27,14 @@ class Found(NamedTuple):
     """What a run has made.
 
     Attributes:
-        tensors: by name, on the CPU.
+        tensors: by name; of a file that was read, on the CPU.
         seconds: that it took.
+        warned: what was warned of meanwhile.
     """
 
     tensors: dict[str, Tensor]
-    seconds: float
+    seconds: float = 0.0
+    warned: Sequence[str] = ()
 
 
 def digest_of_parameters(model: torch.nn.Module) -> str:
@@ -53,7 +55,7 @@ class SharedWork:
 
     def __init__(self, folder: Path, model: torch.nn.Module):
         self.folder, self.parameters = folder, digest_of_parameters(model)
-        self._model = _digest(_computes(model) | {"parameters": self.parameters})
+        self._model = _digest(_computes(model) | {"values": self.parameters})
 
     def read(self, kind: str, of: Mapping[str, object]) -> Found | None:
         """What a run has made, if any; a damaged file is told, and counts as none.
@@ -72,7 +74,7 @@ class SharedWork:
             stored = metadata.pop("digest")
             if metadata["of"] != told or stored != digest_of_named(tensors, metadata):
                 raise ValueError("changed since it was written")
-            return Found(tensors, float(metadata["seconds"]))
+            return Found(tensors, float(metadata["seconds"]), json.loads(metadata["warned"]))
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             tell(f"{path} is damaged, and what it held is made anew: {error!r}")
             return None
@@ -81,7 +83,7 @@ class SharedWork:
         """Keep what this run has made, in place of a damaged file. A disk that refuses is told, and the run goes on."""
         path, told = self._place(kind, of)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in made.tensors.items()}
-        metadata = {"of": told, "seconds": str(made.seconds)}
+        metadata = {"of": told, "seconds": str(made.seconds), "warned": json.dumps(list(made.warned))}
         try:
             make_folder(self.folder)
             write_tensors(tensors, path, {**metadata, "digest": digest_of_named(tensors, metadata)})
@@ -95,28 +97,29 @@ class SharedWork:
         return self.folder / f"{kind}-{_digest(known_by)}.safetensors", told
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed had written a part of."""
-    for half in (*unfinished(folder), *unfinished_tensors(folder)):
-        discard(half)
-
-
 def _computes(model: torch.nn.Module) -> dict[str, object]:
     """All that a model's logits follow from beside its inputs and the values of its parameters."""
     config = model.config.to_dict()
     # where the weights are is not what they are
     config.pop("_name_or_path", None)
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    # of a device what decides the last bit of a sum
-    machines = {device: {**machine(device), "device": None, "system": None} for device in devices}
+    # what decides the last bit of a sum
+    devices = {device: _computes_by(device) for device in {parameter.device for parameter in model.parameters()}}
     return {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "config": json.dumps(config, sort_keys=True, default=str),
         "attention": model.config._attn_implementation,
-        "names": [(name, machines[parameter.device]) for name, parameter in sorted(model.named_parameters())],
+        "parameters": [(name, devices[parameter.device]) for name, parameter in sorted(model.named_parameters())],
         "buffers": digest_of_named(dict(model.named_buffers())),
+        "matmul": torch.get_float32_matmul_precision(),
         "versions": versions(),
     }
+
+
+def _computes_by(device: torch.device) -> list[object]:
+    """What a device is, whichever of several alike."""
+    found = machine(device)
+    told = [found[name] for name in ("device_name", "processor", "threads")]
+    return [device.type, torch.backends.cpu.get_cpu_capability(), *told]
 
 
 def _digest(of: Mapping[str, object]) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checked_json import load_json, read_sealed, sealed
-from ..files import check_output, make_folder, unfinished, write_whole
+from ..files import check_output, clear_unfinished, make_folder, unfinished, write_whole
 from ..training.run_folder import LOCK
 from .run_files import PAGE, REPORT, goes_on
-from .shared_work import SHARED, clear_unfinished
+from .shared_work import SHARED
 from .sweep_file import SweepRun
 
 # What tells that a folder is a sweep's: which runs have failed, and what all have found

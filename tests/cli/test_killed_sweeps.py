@@ -42,7 +42,9 @@ def test_a_killed_sweep_has_the_report_of_an_unbroken_one(child, inputs, tmp_pat
     """One run fails in both: its text is too short."""
     short = tmp_path / "short.txt"
     short.write_text("w1 w2")
-    learned = [{"data": str(inputs / "text.txt"), **how} for how in ({"alpha": 0.5}, {"draws": 2})]
+    # these share their samples as well as the mask
+    mixed = f"{inputs / 'text.txt'}:3,self:1"
+    learned = [{"data": mixed, **how} for how in ({"alpha": 0.5}, {"draws": 2})]
     straight = {
         "data": str(inputs / "text.txt"),
         "estimator": "straight-through",

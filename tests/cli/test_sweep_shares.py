@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from argparse import Namespace
 
 import pytest
@@ -17,11 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from maskpro_kernels.checkpoints.logits import load_learned
-from maskpro_kernels.cli import baselines, main, run_samples, shared_work
+from maskpro_kernels.cli import main, run_samples, shared_masks, shared_work
 from maskpro_kernels.cli import sweep as sweep_command
 from maskpro_kernels.cli.inputs import Inputs
 from maskpro_kernels.cli.shared_work import Found, SharedWork
+from maskpro_kernels.cli.versions import machine
 from maskpro_kernels.digests import digest
+from maskpro_kernels.pruning.reconstruction import Reconstruction
 from maskpro_kernels.pruning.selection import layers_to_convert
 from maskpro_kernels.text import samples
 from maskpro_kernels.training.trainer import MaskTrainer
@@ -44,7 +47,7 @@ def drawn_in_small_batches(monkeypatch):
 
 def watch(monkeypatch):
     """A list for each run that a sweep takes: the windows of each batch that is drawn, and the masks that are found."""
-    made, draw, find, take = [[]], samples._draw, baselines.refitted_masks, sweep_command.take_run
+    made, draw, find, take = [[]], samples._draw, shared_masks.refitted_masks, sweep_command.take_run
 
     def drawn(model, start, rows, *others):
         made[-1].append(rows)
@@ -60,7 +63,7 @@ def watch(monkeypatch):
         return take(*arguments)
 
     monkeypatch.setattr(samples, "_draw", drawn)
-    monkeypatch.setattr(baselines, "refitted_masks", found)
+    monkeypatch.setattr(shared_masks, "refitted_masks", found)
     monkeypatch.setattr(sweep_command, "take_run", taken)
     return made
 
@@ -198,16 +201,33 @@ def test_another_model_shares_nothing(work, tmp_path, monkeypatch):
     others["weights"].model.norm.weight.data[0] += 1
     for name, other in others.items():
         assert SharedWork(tmp_path / "shared", other).read("kind", {"seed": 0}) is None, name
-    for name, value in (("versions", {}), ("machine", {"threads": 99})):
+    here = machine(torch.device("cpu"))
+    for name, value in (("versions", {}), *(("machine", here | {part: 99}) for part in ("device_name", "threads"))):
         with monkeypatch.context() as patched:
             patched.setattr(shared_work, name, lambda *_, value=value: value)
             assert SharedWork(tmp_path / "shared", model).read("kind", {"seed": 0}) is None, name
 
 
+def test_what_was_warned_of_is_told_again(work, monkeypatch):
+    shared, model = work
+
+    def warning(*_):
+        warnings.warn("few tokens", stacklevel=1)
+        return Reconstruction({}, {})
+
+    monkeypatch.setattr(shared_masks, "refitted_masks", warning)
+    inputs = Inputs(model, None, {}, torch.empty(0), (), (), shared=shared)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="few tokens") as told:
+            shared_masks.found_mask(Namespace(pattern="2:4", seed=0, bars=False), inputs, {}, "wanda", "wanda", "none")
+        assert len(told) == 1
+        monkeypatch.setattr(shared_masks, "refitted_masks", None)
+
+
 def test_a_file_of_another_name_is_damaged(work, capsys):
     shared, _ = work
     for seed in (0, 1):
-        shared.write("kind", {"seed": seed}, Found({"tensor": torch.tensor([seed])}, 0.0))
+        shared.write("kind", {"seed": seed}, Found({"tensor": torch.tensor([seed])}))
     one, other = sorted(shared.folder.iterdir())
     shutil.copy(one, other)
     found = [shared.read("kind", {"seed": seed}) for seed in (0, 1)]
@@ -217,7 +237,7 @@ def test_a_file_of_another_name_is_damaged(work, capsys):
 def test_a_disk_that_refuses_ends_no_run(work, capsys):
     shared, _ = work
     shared.folder.touch()
-    shared.write("kind", {}, Found({"tensor": torch.zeros(1)}, 0.0))
+    shared.write("kind", {}, Found({"tensor": torch.zeros(1)}))
     assert "not kept for later runs, which make it anew" in capsys.readouterr().err
 
 
@@ -245,7 +265,7 @@ def test_a_mask_follows_from_all_that_shapes_it():
 
     def known(init="wanda", refit="none", pattern="2:4", seed=0, batches=batches):
         inputs = Inputs(None, None, {}, torch.empty(0), batches, batches)
-        return baselines._follows_from(Namespace(pattern=pattern, seed=seed), inputs, init, refit)
+        return shared_masks.follows_from(Namespace(pattern=pattern, seed=seed), inputs, init, refit)
 
     others = [
         {"init": "sparsegpt"},
@@ -271,7 +291,7 @@ def test_a_mask_is_found_again_bit_for_bit(work, init, capsys):
     batches = [torch.arange(24).view(2, 12)]
     inputs = Inputs(model, None, {}, torch.empty(0), batches, batches, shared=shared)
     args = Namespace(pattern="2:4", seed=0, bars=False)
-    made, again = (baselines._mask(args, inputs, layers, init, init, "weights") for _ in range(2))
+    made, again = (shared_masks.found_mask(args, inputs, layers, init, init, "weights") for _ in range(2))
     assert made[1] == again[1] and capsys.readouterr().err.count("found by an earlier run of the sweep") == 1
     for name in ("codes", "weights"):
         assert_same_bits(getattr(made[0], name), getattr(again[0], name))
