@@ -88,6 +88,12 @@ def unfinished_tensors(folder: Path) -> list[Path]:
     return _named(r"\.tmp[A-Za-z0-9]{6}", folder)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove all such parts in a folder, which need not be there."""
+    for half in (*unfinished(folder), *unfinished_tensors(folder)):
+        discard(half)
+
+
 def _named(name: str, folder: Path) -> list[Path]:
     return [path for path in folder.glob("*") if re.fullmatch(name, path.name)]
 

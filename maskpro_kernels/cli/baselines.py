@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +12,7 @@ from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..pattern import NMPattern
 from ..pruning.convert import convert
-from ..pruning.initial_masks import INITIAL_MASKS, refitted_masks
+from ..pruning.initial_masks import INITIAL_MASKS
 from ..pruning.refit import put_weights
 from ..pruning.selection import layers_to_convert
 from ..ranks import Ranks
@@ -21,9 +20,10 @@ from .changed_weights import name_over, spread_weights, told_weights
 from .inputs import Inputs
 from .memory import tell_need
 from .perplexities import table_row
-from .progress import Progress, tell
+from .progress import tell
 from .run_files import digest_of_weights
 from .run_settings import logits_of
+from .shared_masks import found_mask
 from .start_mask import StartMask, name_of_init
 
 # The initial masks that the table shows, whichever learning starts from
@@ -78,13 +78,8 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs, mask: StartMask) -> dic
     start = name_over(name_of_init(args.init), told_weights(args.refit))
     found, seconds = {}, {}
     for name, init, refit in [*((init, init, "none") for init in BASELINES), (start, mask.init, args.refit)]:
-        if name in found:
-            continue
-        began = time.perf_counter()
-        progress = Progress(name, "layer", args.bars)
-        batches = inputs.initial_batches
-        found[name] = refitted_masks(layers, pattern, init, refit, model, batches, progress, args.seed)
-        seconds[name] = time.perf_counter() - began
+        if name not in found:
+            found[name], seconds[name] = found_mask(args, inputs, layers, name, init, refit)
     conversion = convert(model, pattern, init=found[start].codes, **logits_of(args))
     masked = masked_layers(model)
     dense_weights = digest_of_weights(model)

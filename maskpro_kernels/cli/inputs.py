@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ from .changed_weights import changes_weights
 from .models import checkpoint_activations, device_of_inputs, load, load_spread, windows_of
 from .progress import tell
 from .run_samples import run_samples
+from .shared_work import SharedWork
 from .texts import Source, Texts, evaluation_parts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
@@ -30,7 +32,7 @@ Windows = torch.Tensor | StreamedWindows
 
 @dataclass
 class Inputs:
-    """A model, its tokenizer, windows of tokens by their use, and the memory that steps will take."""
+    """A model, its tokenizer, windows of tokens by their use, the memory that steps will take, and what runs share."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -39,6 +41,7 @@ class Inputs:
     initial_batches: Sequence[torch.Tensor]
     calibration: Sequence[torch.Tensor] | StreamedBatches
     memory: MemoryNeed | None = None
+    shared: SharedWork | None = None
 
 
 def read_inputs(
@@ -47,6 +50,7 @@ def read_inputs(
     estimator: Estimator,
     need_of: Callable[[torch.nn.Module], MemoryNeed],
     read_mask: Callable[[torch.nn.Module], None] | None = None,
+    shared: Path | None = None,
 ) -> Inputs:
     """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
 
@@ -55,6 +59,7 @@ def read_inputs(
         ranks: that learn together.
         need_of: gives the memory that a run on a model takes; rank 0 calls it as soon as the model is there.
         read_mask: reads a mask for the model; rank 0 calls it before anything takes long.
+        shared: folder of what runs of a sweep share, of which this is one.
 
     Raises:
         ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
@@ -63,10 +68,12 @@ def read_inputs(
     if read_mask is not None:
         ranks.first(lambda: read_mask(inputs.model))
     inputs.memory = ranks.first(lambda: need_of(inputs.model))
+    if shared is not None:
+        inputs.shared = SharedWork(shared, inputs.model)
     if SELF in dict(parse_sources(args.data)):
         held_out = 0 if windows else args.eval_windows
         wanted = _samples(args) + 2 * held_out
-        own = ranks.first(lambda: run_samples(args, inputs.model, inputs.tokenizer, wanted))
+        own = ranks.first(lambda: run_samples(args, inputs.model, inputs.tokenizer, wanted, inputs.shared))
         if held_out:
             # without a text to look at: the first samples are not learned from
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])

@@ -33,12 +33,16 @@ def learn(args: argparse.Namespace) -> None:
     take_run(args)
 
 
-def take_run(args: argparse.Namespace) -> bool:
-    """The same; gives whether a signal has come while steps were taken, also in the last one."""
+def take_run(args: argparse.Namespace, shared: Path | None = None) -> bool:
+    """The same; gives whether a signal has come while steps were taken, also in the last one.
+
+    Args:
+        shared: folder of what the runs of a sweep share.
+    """
     # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
     ranks = Ranks()
     ranks.connect()
-    run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks)
+    run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks, shared)
     try:
         if run.take_steps():
             run.end()
@@ -52,7 +56,7 @@ def take_run(args: argparse.Namespace) -> bool:
     return run.signalled
 
 
-def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
+def _new_run(args: argparse.Namespace, ranks: Ranks, shared: Path | None) -> LearningRun:
     """A run that has taken all that stands before its first step."""
 
     def check() -> Estimator:
@@ -63,7 +67,8 @@ def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
     estimator = ranks.all_of(check)
     mask = ranks.all_of(lambda: StartMask(args))
     ranks.first(lambda: _check_output(Path(args.output)))
-    inputs = read_inputs(args, ranks, estimator, partial(needed_memory, args, estimator, ranks.world), mask.read)
+    need_of = partial(needed_memory, args, estimator, ranks.world)
+    inputs = read_inputs(args, ranks, estimator, need_of, mask.read, shared)
     loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, mask, ranks)

@@ -13,6 +13,7 @@ from .config_file import TRUST
 from .learn import take_run
 from .memory import forget_used_memory
 from .progress import tell
+from .shared_work import SHARED
 from .sweep_file import SweepRun, check_files, read_sweep
 from .sweep_folder import BEGUN, FAILED, FINISHED, NEW, SweepFolder
 from .sweep_results import SweepResults
@@ -75,7 +76,9 @@ def _take_run(run: SweepRun, folder: SweepFolder, bars: bool) -> tuple[str | Non
     begun = folder.state(run) == BEGUN
     try:
         forget_used_memory()
-        return None, take_run(run.arguments(folder.of(run), begun, bars))
+        # of code that a model brings along nothing tells whether it is the same
+        shared = None if hasattr(run.args, TRUST) else folder.path / SHARED
+        return None, take_run(run.arguments(folder.of(run), begun, bars), shared)
     except BrokenPipeError:
         # whoever reads stdout has gone, and would not see the other runs either
         raise

@@ -11,9 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..checked_json import load_json, read_sealed, sealed
-from ..files import check_output, make_folder, unfinished, write_whole
+from ..files import check_output, clear_unfinished, make_folder, unfinished, write_whole
 from ..training.run_folder import LOCK
 from .run_files import PAGE, REPORT, goes_on
+from .shared_work import SHARED
 from .sweep_file import SweepRun
 
 # What tells that a folder is a sweep's: which runs have failed, and what all have found
@@ -108,6 +109,7 @@ class SweepFolder:
             with FileLock(self.path / LOCK, blocking=False):
                 for half in unfinished(self.path, "|".join(map(re.escape, (STATE, RESULTS, PAGE)))):
                     half.unlink()
+                clear_unfinished(self.path / SHARED)
                 self.keep(self.errors)
                 yield
         except Timeout:

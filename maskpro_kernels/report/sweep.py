@@ -196,8 +196,9 @@ def _wall_clock(tables: Sequence[Mapping]) -> str:
         lines.append((row["label"], list(map(markup.number_cell, cells))))
     text = (
         "Means over the steps and the seeds, on the machine that took each run, and the shares of the parts of a step. "
-        "The first of several steps, which compiles, is left out of seconds a step and of the shares. What a run had "
-        "done after its last snapshot when it was broken off is not counted."
+        "The first of several steps, which compiles, is left out of seconds a step and of the shares. A run that took "
+        "its initial mask from an earlier one counts the seconds that it took there; drawing samples is counted in "
+        "none. What a run had done after its last snapshot when it was broken off is not counted."
     )
     titles = ["options", *SECONDS, *parts]
     return markup.section("Wall clock", f'<p class="faint">{text}</p>', markup.table(titles, lines, "rows"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from helpers.command import learn
 from helpers.pictures import leave_blank
@@ -22,6 +24,14 @@ def blank_pictures(request, monkeypatch):
 def inputs(tmp_path_factory):
     """Folder with a tiny model, `model`, and a text, `text.txt`."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def frozen(inputs):
+    """What is there by now is passed over by the collection behind each run of a sweep, a quarter of a small one."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,9 @@ def test_a_killed_sweep_has_the_report_of_an_unbroken_one(child, inputs, tmp_pat
     """One run fails in both: its text is too short."""
     short = tmp_path / "short.txt"
     short.write_text("w1 w2")
-    learned = [{"data": str(inputs / "text.txt"), **how} for how in ({"alpha": 0.5}, {"draws": 2})]
+    # these share their samples as well as the mask
+    mixed = f"{inputs / 'text.txt'}:3,self:1"
+    learned = [{"data": mixed, **how} for how in ({"alpha": 0.5}, {"draws": 2})]
     straight = {
         "data": str(inputs / "text.txt"),
         "estimator": "straight-through",
@@ -74,7 +76,8 @@ def left(folder: Path) -> tuple[str, dict]:
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "sweep").iterdir())
+    sweep = folder / "sweep"
+    return sorted(str(path.relative_to(sweep)) for path in (*sweep.iterdir(), *(sweep / "shared").iterdir()))
 
 
 def no_wall_clock(entries: dict) -> dict:

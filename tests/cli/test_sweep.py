@@ -1,4 +1,4 @@
-"""`maskpro sweep`: the runs of a FILE, what they found together, failures, and a FILE that changes."""
+"""`maskpro sweep`: what runs found together, its tables, failures, and a FILE that changes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ import shlex
 import shutil
 import signal
 import statistics
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers.children import ROOT
-from helpers.command import contents, refuses, report
+from helpers.command import contents, refuses, report, reseal
 from helpers.routes import route_to_the_eager_reference
-from helpers.sweeps import base, without_wall_clock, write_sweep
+from helpers.sweeps import base, runs_of, without_wall_clock, write_sweep
 
-from maskpro_kernels.checked_json import each_once
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli import sweep as sweep_command
-from maskpro_kernels.cli.estimator_options import load_estimators
-from maskpro_kernels.cli.sweep_file import read_sweep
 from maskpro_kernels.cli.sweep_folder import SweepFolder
+from maskpro_kernels.report.sweep import write_sweep_html
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -37,7 +33,7 @@ def sweep(file, output, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(inputs, tmp_path_factory):
+def finished(inputs, frozen, tmp_path_factory):
     """(FILE, folder) of a sweep of four runs that has ended, as the command was given it from their folder."""
     folder = tmp_path_factory.mktemp("sweeps")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -58,11 +54,6 @@ def copy(finished, tmp_path):
 
 def results(folder):
     return json.loads((folder / "results.json").read_text())
-
-
-def runs_of(file):
-    load_estimators()
-    return read_sweep(file, {})[0]
 
 
 def test_each_run_is_one_of_learn(finished, inputs, tmp_path):
@@ -150,14 +141,14 @@ def test_a_changed_file_adds_runs_and_leaves_others_alone(copy, inputs, capsys):
     file, folder = copy
     before = {path: content for path, content in contents(folder).items() if path.parent != folder}
     names = [run["name"] for run in results(folder)["runs"]]
-    # the options of two runs are told in another way, that of one is new
-    write_sweep(file.parent, inputs, list=[{"alpha": 0.5, "seed": 1}, {"seed": 0}], grid={"gap": [10, 5]})
+    # of two runs the options of one are told in another way, and those of the other are new
+    write_sweep(file.parent, inputs, list=[{"alpha": 0.5, "seed": 1}, {"seed": 0}], grid={"gap": [10]})
     assert sweep(file, folder, "--dry-run") == 0
     listed = capsys.readouterr().out.splitlines()
     assert sweep(file, folder) == 0
     told = capsys.readouterr().err
     assert [line.split() for line in listed][0] == ["finished", names[1]]
-    assert "sweep: 4 runs: 1 finished, 3 new" in told
+    assert "sweep: 2 runs: 1 finished, 1 new" in told
     for name in (names[0], *names[2:]):
         assert f"sweep: {name} is no run of {file} any more: it is left alone" in told
         assert name in (folder / "report.html").read_text()
@@ -254,48 +245,13 @@ def test_a_signal_in_the_last_step_of_a_run_stops_the_sweep(inputs, tmp_path, ca
     assert [run["state"] for run in results(tmp_path / "all")["runs"]] == ["finished", "new"]
 
 
-def test_what_the_machine_has_is_taken_as_it_is_now(inputs, tmp_path):
-    file = write_sweep(tmp_path, inputs, grid={"seed": [0]})
-    (run,) = runs_of(file)
-    going_on = run.arguments(tmp_path, begun=True, bars=False)
-    assert (going_on.resume, going_on.device, going_on.given) == (str(tmp_path), "cpu", {"--device"})
-    write_sweep(tmp_path, inputs, base={"device": None, "device_map": {"": "cpu"}}, grid={"seed": [0]})
-    (spread,) = runs_of(file)
-    # where a run computes shapes no result
-    assert spread.digest == run.digest
-    assert spread.arguments(tmp_path, begun=True, bars=False).given == {"--device-map"}
-    write_sweep(
-        tmp_path, inputs, base={"estimator": "straight-through"}, grid={"gradient_checkpointing": [True, False]}
-    )
-    assert len({run.digest for run in runs_of(file)}) == 2
-    # code of a checkpoint may be run in a run that goes on as in one that begins
-    (trusted, _), _ = read_sweep(file, {"trust_remote_code": True})
-    assert "--trust-remote-code" in trusted.arguments(tmp_path, begun=True, bars=False).given
-
-
-def test_a_run_is_what_the_file_gives_whatever_is_there(inputs, tmp_path):
-    text, mask = shutil.copy(inputs / "text.txt", tmp_path / "text.txt"), tmp_path / "mask.safetensors"
-    mask.touch()
-    given = {"data": str(text), "other_data": str(text), "init": str(mask), "model": str(tmp_path / "model")}
-    shutil.copytree(inputs / "model", tmp_path / "model")
-    file = write_sweep(tmp_path, inputs, base=given, grid={"seed": [3]})
-    (before,) = runs_of(file)
-    for name in (text, mask):
-        name.unlink()
-    shutil.rmtree(tmp_path / "model")
-    assert runs_of(file)[0].digest == before.digest
-    write_sweep(tmp_path, inputs, base=given | {"eval_every": 1, "pattern": "2:4"}, grid={"seed": [3]})
-    # an option at its default is none
-    assert runs_of(file)[0].digest == before.digest
-    write_sweep(tmp_path, inputs, base=given | {"eval_every": 2}, grid={"seed": [3]})
-    assert runs_of(file)[0].digest != before.digest
-
-
 def test_finished_runs_are_known_without_their_texts(inputs, tmp_path, capsys):
     text = shutil.copy(inputs / "text.txt", tmp_path / "text.txt")
     file = write_sweep(tmp_path, inputs, base={"data": str(text)}, grid={"seed": [0]})
     assert sweep(file, tmp_path / "all") == 0
     before = (tmp_path / "all" / "results.json").read_bytes()
+    # a set without options but the seed is called as its folder is
+    assert results(tmp_path / "all")["tables"][0]["rows"][0]["label"] == "base"
     text.unlink()
     assert sweep(file, tmp_path / "all") == 0
     assert "sweep: 1 runs: 1 finished" in capsys.readouterr().err
@@ -303,75 +259,6 @@ def test_finished_runs_are_known_without_their_texts(inputs, tmp_path, capsys):
     write_sweep(tmp_path, inputs, base={"data": str(text)}, grid={"seed": [0, 1]})
     arguments = ["sweep", str(file), "--output", str(tmp_path / "all"), "--dry-run"]
     refuses(capsys, tmp_path, arguments, f"data: expected a text, got {str(text)!r}", 'the set {"seed": 1}')
-
-
-def test_the_documented_name_is_one_of_the_documented_file(tmp_path):
-    document = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    (file,) = (code for code in re.findall(r"^```json\n(.*?)^```$", document, re.S | re.M) if '"base"' in code)
-    (tmp_path / "ablation.json").write_text(file)
-    names = [run.name for run in runs_of(tmp_path / "ablation.json")]
-    assert re.search(r"such as `(estimator=[^`]+)`, and ends", document)[1] in names
-
-
-def test_names_are_safe_for_file_systems(inputs, tmp_path):
-    many = {"seed": [0], "init_batches": [3], "eval_windows": [6], "alpha": [0.123456789], "calibration_batches": [2]}
-    path = {"model": [str(inputs / "model")], "data": [f"{inputs / 'text.txt'}:0.5,self:0.5"], "samples": [None]}
-    (run,) = runs_of(write_sweep(tmp_path, inputs, grid={**path, **many}))
-    assert len(run.name) <= 109 and set(run.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.+=_-")
-    assert run.name.endswith(f"_{run.digest}") and "-0.5-self-0.5_samples=default" in run.name
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("{", "expected a JSON file"),
-        ('{"grid": {"seed": [0]}, "grid": {"seed": [1]}}', "expected each name once, got 'grid' twice"),
-        ('{"grid": {"seed": [0], "seed": [1]}}', "expected each name once, got 'seed' twice"),
-        ("[1]", "expected a JSON object with base, and with grid, list or both"),
-        ('{"base": {}}', "got 'base'"),
-        ('{"grids": {}, "list": [{}]}', "got 'grids'"),
-        ('{"lr": 0.1, "seed": 1}', "got 'lr', 'seed'; put them into base"),
-        ('{"list": []}', "expected a list with at least one entry as list of"),
-        ('{"list": [3]}', "expected an object of options by name as list of"),
-        ('{"grid": [1]}', "expected an object of lists by option as grid of"),
-        ('{"grid": {"seed": 1}}', "expected a list with at least one entry as seed in grid of"),
-        ('{"grid": {"seed": ["1"]}}', "seed in grid of"),
-        ('{"grid": {"sed": [1]}}', "got 'sed'; did you mean seed?"),
-        ('{"grid": {"resume": ["run"]}}', "got 'resume'"),
-        ('{"base": {"output": "x"}, "list": [{}]}', "expected no output in base of"),
-        ('{"base": {"lr": "x"}, "list": [{}]}', 'expected a number, got "x"'),
-        ('{"list": [{"seed": 1}], "grid": {"seed": [1]}}', "got seed in both; take it out of one"),
-        ('{"list": [{"gap": 1, "flip_rate": 0.1}]}', "expected gap or flip_rate in list of"),
-        ('{"grid": {"seed": [0, 0]}}', 'got {"seed": 0} and {"seed": 0}; take one out'),
-        ('{"list": [{}, {"seed": 0}]}', 'got {} and {"seed": 0}; take one out'),
-        ('{"grid": {"seed": [0, -1]}}', 'seed: expected at least 0, got -1; it stands in the set {"seed": -1} of'),
-        ('{"grid": {"init": ["wanda", "wonder"]}}', "init: expected one of magnitude"),
-        ('{"base": {"data": "./none.txt"}, "grid": {"seed": [0]}}', "data: expected a text, got './none.txt'"),
-        ('{"base": {"other_data": "none.txt"}, "grid": {"seed": [0]}}', "other_data: expected a text, got 'none.txt'"),
-        ('{"base": {"model": "./none"}, "grid": {"seed": [0]}}', "model: expected a folder, or a name on the hub"),
-        ('{"grid": {"max_update": [1]}}', "max_update: expected none, for it is of straight-through alone"),
-        ('{"grid": {"device": ["abacus"]}}', "device: expected a device of this machine"),
-        ('{"base": {"model": null}, "list": [{}]}', "model: expected --model"),
-    ],
-)
-def test_an_unfit_file_is_refused_before_anything_starts(inputs, tmp_path, capsys, content, told):
-    with suppress(ValueError):
-        given = json.loads(content, object_pairs_hook=each_once)
-        if isinstance(given, dict) and given.keys() & {"list", "grid"}:
-            content = json.dumps(given | {"base": base(inputs) | given.get("base", {})})
-    (tmp_path / "sweep.json").write_text(content)
-    refuses(capsys, tmp_path, ["sweep", str(tmp_path / "sweep.json"), "--output", str(tmp_path / "all")], told)
-
-
-def test_what_goes_with_a_replaced_value_is_left_out_and_told_once(inputs, tmp_path, capsys):
-    methods = [{}, {"estimator": "straight-through"}]
-    file = write_sweep(
-        tmp_path, inputs, base={"estimator": "reinforce", "lr": 50.0}, list=methods, grid={"seed": [0, 1]}
-    )
-    assert sweep(file, tmp_path / "all", "--dry-run") == 0
-    told = capsys.readouterr()
-    assert told.err.count("left out calibration_batches, init, lr, steps, which go with what --estimator replaces") == 1
-    assert len(told.out.splitlines()) == 4 and not (tmp_path / "all").exists()
 
 
 def test_another_folder_or_process_is_refused(finished, inputs, tmp_path, capsys):
@@ -395,7 +282,7 @@ def test_a_damaged_state_is_refused(copy, capsys):
     assert main.main(arguments) == 0
 
 
-def test_it_is_told_that_a_failed_run_waits(copy, capsys):
+def test_it_is_told_that_a_failed_run_waits(copy, capsys, monkeypatch):
     file, folder = copy
     runs = runs_of(file)
     for run in runs[:2]:
@@ -403,22 +290,12 @@ def test_it_is_told_that_a_failed_run_waits(copy, capsys):
     state = SweepFolder(folder, runs)
     with state.held():
         state.keep({runs[0].name: "an error"})
+    taken = []
+    monkeypatch.setattr(sweep_command, "take_run", lambda args, shared: bool(taken.append(args.output)))
     assert sweep(file, folder) == 1
+    assert taken == [str(folder / runs[1].name)]
     told = capsys.readouterr().err
     assert "2 finished, 1 new, 1 failed" in told and "sweep: what failed waits for the next call" in told
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("results.json", '{"tables": [], "runs": []}'), ("results.json", "[1]"), ("state.json", '{"failed": {}}')],
-)
-def test_a_folder_of_another_program_is_refused(inputs, tmp_path, capsys, name, content):
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / name).write_text(content)
-    (foreign / "report.html").write_text("<p>theirs</p>")
-    file = write_sweep(tmp_path, inputs, grid={"seed": [0]})
-    refuses(capsys, tmp_path, ["sweep", str(file), "--output", str(foreign)], name, "; give another --output")
 
 
 def test_a_copy_of_a_run_takes_no_place(copy, capsys):
@@ -434,3 +311,119 @@ def test_a_copy_of_a_run_takes_no_place(copy, capsys):
     # of two folders of other names neither is known to be the run's
     (folder / names[0]).rename(folder / f"b_{names[0]}")
     refuses(capsys, folder, arguments, f"expected one folder of the run {names[0]}", "move the copies out of it")
+
+
+@pytest.fixture
+def told(copy, capsys):
+    """What the command tells and writes where the reports of some runs are changed: called with a change of each."""
+    file, folder = copy
+    names = [run["name"] for run in results(folder)["runs"]]
+
+    def tell(changes):
+        for place, change in changes.items():
+            reseal(folder / names[place] / "report.json", change)
+        assert sweep(file, folder) == 0
+        return results(folder), capsys.readouterr().out, folder, names
+
+    return tell
+
+
+def seeds_of(found):
+    return [[row["seeds"] for row in table["rows"]] for table in found["tables"]]
+
+
+def test_runs_of_other_weights_or_windows_have_a_table_of_their_own(told):
+    def other_weights(report):
+        report["table"][0]["perplexity"] *= 1.01
+
+    def other_windows(report):
+        report["eval_digest"] = "another"
+
+    found, out, *_ = told({1: other_weights, 3: other_windows})
+    assert seeds_of(found) == [[[0], [0]], [[1]], [[1]]]
+    dense = [table["dense_test"] for table in found["tables"]]
+    titles = [line for line in out.splitlines() if ", dense model" in line]
+    assert len(titles) == 3 and all(f"{value:.2f}" in title for value, title in zip(dense, titles, strict=True))
+
+
+def test_rounding_of_another_machine_makes_no_table(told):
+    def rounded(report):
+        report["table"][0]["perplexity"] *= 1 + 1e-9
+
+    assert seeds_of(told({1: rounded})[0]) == [[[0, 1], [0, 1]]]
+
+
+def test_another_mask_to_begin_with_makes_a_row(told):
+    def begun(digest):
+        return lambda report: report.update(initial_mask={"kind": "run", "digest": digest})
+
+    found, *_ = told({0: begun("0123456789"), 1: begun("abcdefabcd")})
+    assert seeds_of(found) == [[[0], [1], [0, 1]]]
+    labels = [row["label"] for row in found["tables"][0]["rows"]]
+    assert labels == ["alpha=0.5 (mask 01234567)", "alpha=0.5 (mask abcdefab)", "draws=2, lr=20.0"]
+
+
+def test_samples_as_test_windows_have_no_spread_and_it_is_told(told):
+    def samples(seed):
+        return lambda report: report.update(eval_digest=str(seed), settings=report["settings"] | {"data": "self"})
+
+    found, out, folder, _ = told({place: samples(place % 2) for place in range(4)})
+    assert seeds_of(found) == [[[0], [0]], [[1], [1]]]
+    for text in (out, (folder / "report.html").read_text()):
+        assert text.count("samples that each seed draws itself: runs of other seeds are in tables of their own") == 2
+
+
+def test_several_other_texts_have_no_column(told):
+    def other(report):
+        report["settings"]["other_data"] = "another"
+
+    found, out, folder, _ = told({2: other})
+    assert "on the other text" not in out and "several other texts" in out
+    assert found["tables"][0]["rows"][0]["other"] is None
+    assert "several other texts" in (folder / "report.html").read_text()
+
+
+def test_the_best_run_of_each_pattern_is_named(told):
+    def dense_pattern(report):
+        report["pattern"] = "1:4"
+        report["settings"]["pattern"] = "1:4"
+
+    found, out, folder, names = told({place: dense_pattern for place in (2, 3)})
+    best = [best["run"] for best in found["tables"][0]["best"]]
+    assert [names.index(name) // 2 for name in best] == [0, 1]
+    assert "best of 2:4 by" in out and "best of 1:4 by" in out
+    # each into a folder of its own, and runs of two patterns do not compare
+    assert [line.split()[3] for line in out.splitlines() if "export" in line] == [f"{folder}-{name}" for name in best]
+    assert "maskpro compare" not in out
+
+
+def test_runs_of_another_dtype_have_a_table_of_their_own(told):
+    def half(report):
+        report["settings"]["dtype"] = "bfloat16"
+
+    assert "maskpro compare" in told({})[1]
+    found, out, *_ = told({place: half for place in (0, 1)})
+    assert seeds_of(found) == [[[0, 1]], [[0, 1]]] and "maskpro compare" not in out and "in bfloat16" in out
+
+
+def test_the_page_tells_what_was_run(told):
+    found, _, folder, names = told({})
+    page = (folder / "report.html").read_text()
+    assert "Perplexity of " in page and "text.txt" in page and "Options of all runs" in page
+    assert found["options"]["steps"] == 3 and "seed" not in found["options"]
+    for name in names:
+        assert f'<a href="{name}/report.html">' in page and (folder / name / "report.html").is_file()
+
+
+@pytest.mark.pictures
+def test_long_labels_leave_room_for_the_curves(told, tmp_path):
+    found, _, folder, _ = told({})
+    (table,) = found["tables"]
+    for row in table["rows"]:
+        row["label"] = f"data={'/folder' * 40}/{row['label']}.txt"
+    write_sweep_html(found, tmp_path / "long.html")
+    page = (tmp_path / "long.html").read_text()
+    pictures = "".join(re.findall("<svg .*?</svg>", page, re.DOTALL))
+    # their ends tell them apart, and their places in the table
+    assert "1: …" in pictures and "alpha=0.5.txt" in pictures and "2: …" in pictures
+    assert "/folder" * 10 in page and "/folder" * 10 not in pictures

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from helpers.tiny_llama import tiny_text
+from maskpro_kernels.cli.estimator_options import load_estimators
+from maskpro_kernels.cli.sweep_file import SweepRun, read_sweep
 
 
 def base(inputs: Path) -> dict:
@@ -26,7 +28,7 @@ def base(inputs: Path) -> dict:
         "batch_size": 4,
         "seq_len": 16,
         "calibration_batches": 2,
-        "eval_windows": 5,
+        "eval_windows": 2,
         "eval_length": 24,
     }
 
@@ -36,6 +38,11 @@ def write_sweep(folder: Path, inputs: Path, **parts) -> Path:
     file = folder / "sweep.json"
     file.write_text(json.dumps(parts | {"base": base(inputs) | parts.get("base", {})}))
     return file
+
+
+def runs_of(file: Path) -> list[SweepRun]:
+    load_estimators()
+    return read_sweep(file, {})[0]
 
 
 def write_small_sweep(path: Path, code: str, small: list[str]) -> None:
