@@ -12,14 +12,26 @@ from .dtensors import (
     part_of,
     whole,
 )
+from .fused import (
+    Fusion,
+    fused_of,
+    in_one_group,
+    layers_of_shards,
+    matrix_of,
+    parameter_of_shards,
+    plan_of,
+    reason_against_fused,
+)
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
-from .rows import RowShard, reset_iteration, resharded
+from .rows import Params, RowShard, reset_iteration, resharded
 from .tensor_parallel import TensorShard, attach, check_shard
 
 __all__ = [
     "DeviceMesh",
+    "Fusion",
     "LayerShard",
+    "Params",
     "Place",
     "RowShard",
     "TensorShard",
@@ -28,11 +40,18 @@ __all__ = [
     "check_no_flat_parameters",
     "check_not_sharded",
     "check_shard",
+    "fused_of",
+    "in_one_group",
     "is_distributed",
     "is_finite",
+    "layers_of_shards",
     "like_shards",
     "local",
+    "matrix_of",
+    "parameter_of_shards",
     "part_of",
+    "plan_of",
+    "reason_against_fused",
     "reset_iteration",
     "resharded",
     "whole",

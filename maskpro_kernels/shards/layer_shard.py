@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from ..parallel_plan import takes_parts
 from .dtensors import Place, like_shards, offset_of, part_of, sum_over_shards
 from .planned_part import PlannedPart
 
@@ -49,6 +52,12 @@ class LayerShard:
     def part_of(self, tensor: Tensor) -> Tensor:
         """What this rank has of a whole [out, K]."""
         return part_of(tensor, self._layer.logits)
+
+    def through(self, input: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output of an input, see ``PlannedPart.through``, or of the plain part of one, see ``takes_parts``."""
+        if self.part is None or takes_parts(self._layer):
+            return product(input)
+        return self.part.through(input, product)
 
     def outputs_of(self, vector: Tensor) -> Tensor:
         """The elements of a whole [out] that belong to outputs of this rank."""
