@@ -17,6 +17,7 @@ import maskpro_kernels as mk
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import whole_logits
 from maskpro_kernels.digests import digest
+from maskpro_kernels.pruning.convert import Conversion
 
 EXPERTS = "model.layers.0.mlp.experts"
 # Of the mesh that transformers makes, by how a model is cut; of the world as many as there are
@@ -47,7 +48,7 @@ def shard_blocks(model: torch.nn.Module, mesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def converted(path: str, cut_by: str | None, rank: int, pattern: str = "2:4") -> tuple[torch.nn.Module, mk.pruning]:
+def converted(path: str, cut_by: str | None, rank: int, pattern: str = "2:4") -> tuple[torch.nn.Module, Conversion]:
     """(A model with masks, what ``convert`` has told).
 
     Args:
