@@ -17,12 +17,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..parallel_plan import mark_as_taking_parts
+from ..parallel_plan import mark_as_taking_parts, takes_parts
 from ..shards import (
     Fusion,
     Params,
     fused_of,
-    in_one_group,
     is_distributed,
     layers_of_shards,
     local,
@@ -91,7 +90,7 @@ class ExpertWeight:
 
 
 def _output(layer: nn.Module, x: Tensor) -> Tensor:
-    if type(layer) is nn.Linear and is_distributed(layer.weight):
+    if type(layer) is nn.Linear and takes_parts(layer):
         # what a plan has put around the experts gives plain tensors
         return nn.functional.linear(x, local(layer.weight))
     return layer(x)
@@ -210,10 +209,6 @@ class ExpertsForm(Form):
     def parts(self, module: nn.Module) -> list[nn.Module] | None:
         lists = getattr(module, CHILD, None)
         return [layer for layers in lists.values() for layer in layers] if isinstance(lists, ExpertLinears) else None
-
-    def stays_apart(self, module: nn.Module, params: Params) -> bool:
-        linears = getattr(module, CHILD)
-        return not all(in_one_group([*chain(*linears.of(name))], params) for name in linears.sources)
 
     def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
         linears = self._remove_layers(module)

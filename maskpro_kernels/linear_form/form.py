@@ -77,10 +77,6 @@ class Form(ABC):
         """
         return None
 
-    def stays_apart(self, module: nn.Module, params: Params) -> bool:
-        """Whether a module that was taken apart cannot be put together, although all its layers are nn.Linear."""
-        return False
-
     @abstractmethod
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
         """What gives the matrices of a module that is built as views [..., K], by the names of its parameters."""

@@ -102,7 +102,7 @@ def as_built(model: nn.Module) -> None:
     """Build again what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
     held, back, joins = _held_by_encoders(model), {}, Joins(resharded(model))
     for _, form, module in list(_taken_apart(model)):
-        if _is_dense(form.parts(module)) and module not in held and not form.stays_apart(module, joins.params):
+        if _is_dense(form.parts(module)) and module not in held:
             built = form.put_together(module, joins)
             if built is not module:
                 back[id(module)] = built

@@ -171,11 +171,6 @@ def layers_of_shards(
     return layers, undo
 
 
-def in_one_group(layers: Sequence[nn.Module], params: Params) -> bool:
-    """Whether FSDP2 gathers all of these layers together, or none of them."""
-    return len({id(params[id(layer.weight)][1]) if id(layer.weight) in params else None for layer in layers}) == 1
-
-
 @torch.no_grad()
 def parameter_of_shards(layers: Sequence[nn.Linear], how: Fusion, params: Params) -> Callable[[nn.Module, str], None]:
     """What ``layers_of_shards`` has taken apart, or ``convert`` before fully_shard was called, as one parameter again.
@@ -183,7 +178,7 @@ def parameter_of_shards(layers: Sequence[nn.Linear], how: Fusion, params: Params
     All ranks have to come. Each has whole experts then.
 
     Args:
-        layers: in the order of ``Fusion.together``; ``in_one_group``.
+        layers: in the order of ``Fusion.together``, all of one group of FSDP2.
         params: of ``resharded``.
 
     Returns:
@@ -235,8 +230,6 @@ def _sharded(module: nn.Module, name: str, like: Tensor, own: Tensor, learns: bo
     param = FSDPParam(nn.Parameter(like, learns), ParamModuleInfo(module, name), beside.mesh_info, *of_group)
     module._parameters[name] = nn.Parameter(param.to_sharded_dtensor(own), learns)
     param.reset_sharded_param()
-    # the group may have run before, and would not do so again
-    param.init_dtype_attrs(group.mp_policy)
     return param
 
 
@@ -246,4 +239,7 @@ def _regroup(group, old: Sequence, new: Sequence) -> None:
     group.fsdp_params[:] = [param for param in group.fsdp_params if id(param) not in left] + list(new)
     for param in old:
         param._post_load_hook_handle.remove()
+    for param in new:
+        # the group may have run before, and would not do so again
+        param.init_dtype_attrs(group.mp_policy)
     hook_state_dicts(group)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 import maskpro_kernels as mk
 from maskpro_kernels.digests import digest
 from maskpro_kernels.files import discard
-from maskpro_kernels.linear_form import as_linears, taken_apart
+from maskpro_kernels.linear_form import taken_apart
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.shards import whole
 
@@ -47,7 +47,7 @@ def assert_as_one_process(theirs: dict, alone: dict) -> None:
         assert_same_bits(theirs["tokens"], alone["tokens"])
 
 
-def dense_outputs(model: torch.nn.Module) -> torch.Tensor:
+def outputs_of(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(2, 14)[None], use_cache=False).logits
 
@@ -55,7 +55,7 @@ def dense_outputs(model: torch.nn.Module) -> torch.Tensor:
 def unchanged_by_a_refusal(path: str, rank: int, cut_by: str, pattern: str, targets: list[str] | None = None) -> None:
     """``convert``, which raises, and leaves what it was given."""
     model = of_transformers(path, rank, **PLANS[cut_by])
-    before, parameters = dense_outputs(model), dict(model.named_parameters())
+    before, parameters = outputs_of(model), dict(model.named_parameters())
     try:
         mk.convert(model, pattern, targets=targets)
     finally:
@@ -63,7 +63,7 @@ def unchanged_by_a_refusal(path: str, rank: int, cut_by: str, pattern: str, targ
         assert after.keys() == parameters.keys() and not taken_apart(model)
         if cut_by == "plan":
             assert all(after[name] is parameters[name] for name in after)
-        assert_same_bits(dense_outputs(model), before)
+        assert_same_bits(outputs_of(model), before)
 
 
 def loaded_by_shards(path: str) -> torch.nn.Module:
@@ -225,23 +225,30 @@ def test_experts_that_are_cut_otherwise_are_left_out_by_name(checkpoint):
         }
 
 
-def in_groups_of_their_own(rank: int, path: str) -> list[str]:
-    model = AutoModelForCausalLM.from_pretrained(path)
-    as_linears(model)
-    before = dense_outputs(model)
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.get_submodule(f"{EXPERTS}.linears.up_proj"):
-        fully_shard(layer, mesh=mesh)
-    shard_blocks(model, mesh)
-    mk.convert(model, "2:4", targets=[f"{EXPERTS}.*"])
-    mk.finalize(model)
-    torch.testing.assert_close(before.shape, dense_outputs(model).shape)
-    return taken_apart(model)
+def of_a_few_layers(rank: int, path: str, cut_by: str | None) -> tuple[torch.Tensor | None, ...]:
+    """Outputs under masks of some matrices of experts, of the dense model meanwhile, and of the finished one."""
+    model = (
+        AutoModelForCausalLM.from_pretrained(path) if cut_by is None else of_transformers(path, rank, **PLANS[cut_by])
+    )
+    mk.convert(model, "2:4", targets=[f"{EXPERTS}.linears.up_proj.[12]", f"{EXPERTS}.linears.down_proj.0"])
+    masked = outputs_of(model.eval())
+    if cut_by in (None, "plan"):
+        with mk.dense(model):
+            dense = outputs_of(model)
+    else:
+        # ranks are sent kept values alone
+        dense = None
+    return masked, dense, outputs_of(mk.finalize(model))
 
 
 @pytest.mark.slow
-def test_layers_that_fsdp2_gathers_one_by_one_stay_apart(checkpoint):
-    assert all_in_ranks(2, in_groups_of_their_own, path=checkpoint) == [[EXPERTS], [EXPERTS]]
+@pytest.mark.parametrize("cut_by", ["plan", "fsdp", "fsdp and plan"])
+def test_a_part_of_the_matrices_may_be_masked(cut_by, checkpoint):
+    expected = of_a_few_layers(0, checkpoint, None)
+    for found in all_in_ranks(4 if "and" in cut_by else 2, of_a_few_layers, path=checkpoint, cut_by=cut_by):
+        for outputs, others in zip(found, expected, strict=True):
+            if outputs is not None:
+                torch.testing.assert_close(outputs, others, rtol=1e-4, atol=1e-5)
 
 
 def logits_of_shards(rank: int, path: str) -> str:
