@@ -72,8 +72,10 @@ class LayerShard:
 
     @torch.no_grad()
     def bake_into(self, linear: nn.Linear) -> None:
-        """Give a layer weight, with zeros where the N largest logits of a group drop it, and bias, and leave them."""
+        """Leave a layer weight, with zeros where the N largest logits of a group drop it, and bias."""
         layer = self._layer
         self.reshard()
         self.weight.copy_(layer.top_n_weight().to_local())
         linear.weight, linear.bias = layer.weight, layer.bias
+        # layer and shard hold each other, and would hold these beside the parameter that experts are put together in
+        layer.weight = layer.bias = None

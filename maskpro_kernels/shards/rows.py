@@ -124,9 +124,9 @@ class RowShard(LayerShard):
         self._group._to_sharded()
 
     def bake_into(self, linear: nn.Linear) -> None:
+        layer, own = self._layer, self.weight
         super().bake_into(linear)
-        layer = self._layer
-        del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather, self._param.reset_sharded_param
+        del own.fsdp_pre_all_gather, own.fsdp_post_all_gather, self._param.reset_sharded_param
         self._forget()
         for param in self._group.fsdp_params:
             if param._module_info.module is layer:

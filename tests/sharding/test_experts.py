@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from maskpro_kernels.digests import digest
 from maskpro_kernels.files import discard
 from maskpro_kernels.linear_form import taken_apart
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.shards import whole
+from maskpro_kernels.shards import local, whole
 
 STEPS = 20
 # Of four ranks those that have "and" in their names, else of two
@@ -203,6 +205,32 @@ def test_shares_of_experts_may_be_uneven_or_copied(mesh, checkpoint):
     world = torch.Size(mesh).numel()
     for theirs, parameters in all_in_ranks(world, of_uneven_shares, path=checkpoint, mesh=mesh):
         assert theirs == logits and sorted(parameters) == expected
+
+
+def still_held(rank: int, path: str, cut_by: str) -> list[str]:
+    """What experts had as weights before ``convert``, or before ``finalize``, and is there behind it."""
+    model = of_transformers(path, rank, **PLANS[cut_by])
+
+    def own_parts() -> dict[str, weakref.ref]:
+        named = model.named_parameters()
+        return {name: weakref.ref(local(x)) for name, x in named if "experts" in name and "logits" not in name}
+
+    gc.disable()
+    parts = own_parts()
+    mk.convert(model, "2:4")
+    assert len(parts) == 4
+    # what a plan has cut lies where it lay
+    held = [name for name, part in parts.items() if part() is not None]
+    parts = own_parts()
+    mk.finalize(model)
+    assert len(parts) == 24
+    return held + [name for name, part in parts.items() if part() is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut_by", ["plan", "fsdp"])
+def test_weights_are_held_once_behind_each_change(cut_by, checkpoint):
+    assert all_in_ranks(2, still_held, path=checkpoint, cut_by=cut_by) == [[], []]
 
 
 def left_out(rank: int, path: str) -> dict[str, str]:
