@@ -2,6 +2,9 @@
 
 torch's ``parallelize_module`` hooks to the layer. transformers puts a forward of its own in the place of the layer's.
 Neither has a public name by which it is known.
+
+Of experts the plan is around the module that holds them: it brings plain tensors in and sums up what comes out. Their
+layers take plain inputs, of columns the own features alone, and give what this rank has of outputs.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ OF_TRANSFORMERS = (
     "TensorParallelLayer.install_forward.<locals>.tp_forward",
 )
 
+# Attribute of such a layer
+PARTS = "takes_parts_of_plan"
+
 
 def is_hook_of_plan(hook: Callable) -> bool:
     """Whether ``parallelize_module`` has hooked it to a layer."""
@@ -29,12 +35,24 @@ def has_forward_of_plan(module: nn.Module) -> bool:
     return _name_of(forward) == OF_TRANSFORMERS and _held_by(forward)["original_forward"] == _own_forward(module)
 
 
+def mark_as_taking_parts(layer: nn.Module) -> None:
+    """Tell a layer that a plan is around the module that it stands in."""
+    setattr(layer, PARTS, True)
+
+
+def takes_parts(layer: nn.Module) -> bool:
+    """Whether ``mark_as_taking_parts`` was told to it, or to the layer that it stands for."""
+    return hasattr(layer, PARTS)
+
+
 def hand_on(module: nn.Module, replacement: nn.Module) -> None:
     """Put what a plan has put around a layer around another one, whose weight has the same placement."""
     for hook in filter(is_hook_of_plan, module._forward_pre_hooks.values()):
         replacement.register_forward_pre_hook(hook)
     for hook in filter(is_hook_of_plan, module._forward_hooks.values()):
         replacement.register_forward_hook(hook)
+    if takes_parts(module):
+        mark_as_taking_parts(replacement)
     if has_forward_of_plan(module):
         held = _held_by(module.forward)
         held["self"].install_forward(replacement, held["mesh"])

@@ -12,7 +12,7 @@ from helpers.cases import cases
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.hf.packed import replace_by_packed
+from maskpro_kernels.hf.packed import StoredAs, replace_by_packed
 from maskpro_kernels.linear_form import as_linears
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.pruning.coverage import coverage
@@ -103,7 +103,7 @@ def test_shares_of_default_configurations(name, kind):
     pattern = mk.NMPattern("2:4")
     as_linears(model)
     layers, skipped = select_layers(model, pattern)
-    replace_by_packed(model, {name: pattern for name in layers if not name.endswith(".dt_proj")})
+    replace_by_packed(model, {name: StoredAs(pattern) for name in layers if not name.endswith(".dt_proj")})
     assert round(100 * coverage(model, skipped).share, 1) == DEFAULTS[name, kind]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..shards import Params
 from .form import Form, Joins, Views, linear, nothing_to_undo
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -128,7 +129,7 @@ class AttentionForm(Form):
     def is_built(self, module: nn.Module) -> bool:
         return type(module) is nn.MultiheadAttention
 
-    def reason_against(self, module: nn.Module) -> str | None:
+    def reason_against(self, module: nn.Module, params: Params) -> str | None:
         if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
             return "nn.MultiheadAttention with bias_k, bias_v or add_zero_attn"
         if type(module.out_proj) not in (nn.Linear, NonDynamicallyQuantizableLinear):

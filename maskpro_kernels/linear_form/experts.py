@@ -2,38 +2,60 @@
 
 Their eager forward multiplies with one expert's matrix after the other, ``linear(x, self.gate_up_proj[expert])`` or, of
 parameters [experts, K, out], ``x @ self.gate_up_proj[expert]``. The parameter's place is taken by ``ExpertWeights``,
-and the product is then that of the expert's layer.
+and the product is then that of the expert's layers: one, or where gate's rows stand ahead of up's a layer of each.
+Tensor-parallel plans cut these two apart, so what a rank has of either is a run of its rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from ..parallel_plan import mark_as_taking_parts, takes_parts
+from ..shards import (
+    Fusion,
+    Params,
+    fused_of,
+    is_distributed,
+    layers_of_shards,
+    local,
+    matrix_of,
+    parameter_of_shards,
+    plan_of,
+    reason_against_fused,
+)
 from .form import Form, Joins, Views, linear
 
 # What transformers' decorator of experts gives them
 MARKS = ("is_transposed", "has_gate", "_apply_gate", "num_experts", "config")
 CHILD = "linears"
+# Of a parameter whose rows are those of two matrices, one behind the other: what these are called
+HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class ExpertLinears(nn.ModuleDict):
-    """The layers of all experts, [out, K] each, in a list by the name of the parameter that held them.
+    """The layers of all experts, [out, K] each, in a list by the name of what they multiply with.
 
     Args:
         lists: the layers.
+        sources: the names of the lists that a parameter has become, by its name.
         config: what the experts had as ``config`` before.
     """
 
-    def __init__(self, lists: dict[str, nn.ModuleList], config):
+    def __init__(self, lists: dict[str, nn.ModuleList], sources: dict[str, tuple[str, ...]], config):
         super().__init__(lists)
-        self.config = config
+        self.sources, self.config = sources, config
+
+    def of(self, parameter: str) -> list[nn.ModuleList]:
+        """The lists that a parameter has become."""
+        return [self[name] for name in self.sources[parameter]]
 
 
 class ExpertWeights:
@@ -42,58 +64,94 @@ class ExpertWeights:
     # transformers would give it random values
     _is_hf_initialized = True
 
-    def __init__(self, layers: nn.ModuleList):
-        self.layers = layers
+    def __init__(self, lists: list[nn.ModuleList]):
+        self.lists = lists
 
     def __getitem__(self, expert) -> ExpertWeight:
-        return ExpertWeight(self.layers[int(expert)])
+        return ExpertWeight([layers[int(expert)] for layers in self.lists])
 
 
 class ExpertWeight:
-    """Stands for the matrix of one expert in a product, which its layer makes."""
+    """Stands for the matrix of one expert in a product, which its layers make."""
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if len(args) >= 2 and isinstance(args[1], cls) and not kwargs:
             x, weight, *bias = args
-            # of a linear product [out, K], of another one [K, out]; the layer is one of the two
+            # of a linear product [out, K], of another one [K, out]; a layer is one of the two
             if func is nn.functional.linear or (func in PRODUCTS and not bias):
-                y = weight.layer(x)
+                parts = [_output(layer, x) for layer in weight.layers]
+                y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
                 return y + bias[0] if bias and bias[0] is not None else y
         raise TypeError(f"experts: expected a product with the matrix of one, got {getattr(func, '__name__', func)}")
+
+
+def _output(layer: nn.Module, x: Tensor) -> Tensor:
+    if type(layer) is nn.Linear and takes_parts(layer):
+        # what a plan has put around the experts gives plain tensors
+        return nn.functional.linear(x, local(layer.weight))
+    return layer(x)
+
+
+def _fusion(module: nn.Module, name: str) -> Fusion:
+    """How a parameter of experts holds their matrices."""
+    halves = name in HALVES and module.has_gate and getattr(module, "is_concatenated", False)
+    return Fusion(len(HALVES[name]) if halves else 1, module.is_transposed)
+
+
+@contextmanager
+def _local_parameters(module: nn.Module) -> Iterator[None]:
+    """What this rank has of the parameters, as plain tensors."""
+    before = dict(module._parameters)
+    for name, x in before.items():
+        if x is not None and is_distributed(x):
+            module._parameters[name] = nn.Parameter(local(x.detach()), requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters.update(before)
 
 
 class ExpertsForm(Form):
     """The experts stay in their place. Their child ``linears`` holds the layers, and they run eagerly."""
 
-    in_place = True
+    in_place = takes_shards = True
 
     def is_built(self, module: nn.Module) -> bool:
         return all(hasattr(module, mark) for mark in MARKS) and bool(self._fused(module))
 
     def _fused(self, module: nn.Module) -> dict[str, nn.Parameter]:
         own = module.named_parameters(recurse=False)
-        return {name: x for name, x in own if x.dim() == 3 and len(x) == module.num_experts}
+        # where they are spread over ranks, it counts those of one
+        spread = getattr(module, "_is_expert_parallel", False)
+        return {name: x for name, x in own if x.dim() == 3 and (spread or len(x) == module.num_experts)}
 
-    def reason_against(self, module: nn.Module) -> str | None:
+    def reason_against(self, module: nn.Module, params: Params) -> str | None:
         if getattr(module, "_is_expert_parallel", False):
             return "its experts are spread over devices"
+        for name, parameter in self._fused(module).items():
+            reason = reason_against_fused(parameter, _fusion(module, name), params)
+            if reason is not None:
+                return reason
         return None if self._multiplies_alone(module) else "its forward does more with the matrices than multiply"
 
     def _multiplies_alone(self, module: nn.Module) -> bool:
         """Whether one token through one expert comes out the same by ``ExpertWeights``."""
-        name, parameter = next(iter(self._fused(module).items()))
-        # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has
-        if parameter.is_meta:
+        fused = self._fused(module)
+        name, parameter = next(iter(fused.items()))
+        # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has; and
+        # of more ranks than experts some have none
+        if parameter.is_meta or not local(parameter).numel():
             return True
-        token = parameter.new_ones(1, parameter.shape[1 if module.is_transposed else 2])
-        call = token, torch.zeros(1, 1, dtype=torch.int64, device=token.device), token[:, :1]
-        with torch.no_grad(), suppress(Exception):
+        with torch.no_grad(), suppress(Exception), _local_parameters(module):
+            own = {name: getattr(module, name) for name in fused}
+            token = own[name].new_ones(1, parameter.shape[_fusion(module, name).columns])
+            call = token, torch.zeros(1, 1, dtype=torch.int64, device=token.device), token[:, :1]
             expected = type(module).forward.__wrapped__(module, *call)
-            _, undo = self.take_apart(module, Views())
+            undo = self._take_apart(module, own, Views({}))
             try:
                 return torch.allclose(type(module).forward(module, *call), expected, rtol=1e-2, atol=1e-2)
             finally:
@@ -107,51 +165,75 @@ class ExpertsForm(Form):
         return {name: partial(view, name) for name in self._fused(module)}
 
     def take_apart(self, module: nn.Module, views: Views):
-        fused, config, training = self._fused(module), module.config, module.training
-        before = dict(module._parameters)
-        transposed = (lambda weight: weight.T) if module.is_transposed else (lambda weight: weight)
-        lists = {
-            name: nn.ModuleList(
-                linear(views.of(parameter, e, lambda whole, e=e: transposed(whole[e])), None, training)
-                for e in range(len(parameter))
-            )
-            for name, parameter in fused.items()
-        }
-        for name, layers in lists.items():
+        return module, self._take_apart(module, self._fused(module), views)
+
+    def _take_apart(self, module: nn.Module, fused: dict[str, nn.Parameter], views: Views) -> Callable[[], None]:
+        config, training, before = module.config, module.training, dict(module._parameters)
+        lists, sources, undo_shards = {}, {}, []
+        for name, parameter in fused.items():
+            how = _fusion(module, name)
+            if id(parameter) in views.params:
+                parts, undo_one = layers_of_shards(module, name, how, views.params)
+                undo_shards.append(undo_one)
+            else:
+                parts = _layers_of(parameter, how, views, training)
+            if plan_of(parameter, views.params) is not None:
+                for layer in chain(*parts):
+                    mark_as_taking_parts(layer)
+            sources[name] = (name,) if how.parts == 1 else HALVES[name]
+            lists |= dict(zip(sources[name], map(nn.ModuleList, parts), strict=True))
+        linears = ExpertLinears(lists, sources, config).train(training)
+        for name in fused:
             del module._parameters[name]
-            setattr(module, name, ExpertWeights(layers))
-        setattr(module, CHILD, ExpertLinears(lists, config).train(training))
+            setattr(module, name, ExpertWeights(linears.of(name)))
+        setattr(module, CHILD, linears)
         # the other ways to run experts take the parameter as a whole
         module.config = copy.copy(config)
         module.config._experts_implementation_internal = "eager"
 
         def undo() -> None:
-            self._restore(module, fused)
+            self._remove_layers(module)
             module._parameters = before
+            for undo_one in undo_shards:
+                undo_one()
 
-        return module, undo
+        return undo
 
-    def _restore(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-        module.config = getattr(module, CHILD).config
-        delattr(module, CHILD)
-        for name, parameter in parameters.items():
+    def _remove_layers(self, module: nn.Module) -> ExpertLinears:
+        linears = getattr(module, CHILD)
+        module.config = linears.config
+        for name in (CHILD, *linears.sources):
             delattr(module, name)
-            module.register_parameter(name, parameter)
+        return linears
 
     def parts(self, module: nn.Module) -> list[nn.Module] | None:
         lists = getattr(module, CHILD, None)
         return [layer for layers in lists.values() for layer in layers] if isinstance(lists, ExpertLinears) else None
 
     def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
-        def stacked(weights: list[Tensor]) -> Tensor:
-            return torch.stack([weight.T for weight in weights] if module.is_transposed else weights)
-
-        lists = getattr(module, CHILD).items()
-        self._restore(module, {name: joins.of([layer.weight for layer in layers], stacked) for name, layers in lists})
+        linears = self._remove_layers(module)
+        for name in linears.sources:
+            how, layers = _fusion(module, name), [*chain(*linears.of(name))]
+            weights = [layer.weight for layer in layers]
+            if id(weights[0]) in joins.params:
+                parameter_of_shards(layers, how, joins.params)(module, name)
+            else:
+                module.register_parameter(name, joins.of(weights, partial(fused_of, how=how)))
         return module
 
 
-def expert_groups(model: nn.Module) -> dict[nn.Module, nn.ModuleList]:
+def _layers_of(parameter: nn.Parameter, how: Fusion, views: Views, training: bool) -> list[list[nn.Linear]]:
+    """Layers [parts][experts] that share the memory of a parameter, but where it is transposed and cut."""
+
+    def layer(part: int, expert: int) -> nn.Linear:
+        view = partial(matrix_of, how=how, part=part, expert=expert)
+        return linear(views.of(parameter, (how, part, expert), view), None, training)
+
+    return [[layer(part, expert) for expert in range(len(parameter))] for part in range(how.parts)]
+
+
+def expert_groups(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
     """For each layer of an expert, those of all experts of the same parameter: none of them feeds another."""
-    lists = (layers for module in model.modules() if isinstance(module, ExpertLinears) for layers in module.values())
-    return {layer: layers for layers in lists for layer in layers}
+    found = [module for module in model.modules() if isinstance(module, ExpertLinears)]
+    groups = (tuple(chain(*linears.of(name))) for linears in found for name in linears.sources)
+    return {layer: layers for layers in groups for layer in layers}

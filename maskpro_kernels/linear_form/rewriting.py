@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import base_layers
 from ..parallel_plan import has_forward_of_plan, is_hook_of_plan
 from ..replacement import replace_modules
+from ..shards import Params, is_distributed, resharded
 from .attention import AttentionForm, SplitAttention
 from .conv1d import Conv1DForm
 from .experts import ExpertsForm
@@ -50,7 +51,8 @@ Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
 def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
     found = {name: (form, module) for name, module in model.named_modules() if name for form in _built(module)}
     beside = set(base_layers(model))
-    reasons = {name: _reason_against(form, module, beside) for name, (form, module) in found.items()}
+    params = resharded(model)
+    reasons = {name: _reason_against(form, module, beside, params) for name, (form, module) in found.items()}
     against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
         if name not in found or name in against:
@@ -58,7 +60,7 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
                 f"names: expected modules that can be taken apart, got {name!r}: {against.get(name, 'it is none')}"
             )
     done: list[Done] = []
-    views = Views()
+    views = Views(params)
     try:
         for name, (form, module) in found.items():
             if name not in against and (names is None or name in names):
@@ -98,7 +100,7 @@ def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
 
 def as_built(model: nn.Module) -> None:
     """Build again what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
-    held, back, joins = _held_by_encoders(model), {}, Joins()
+    held, back, joins = _held_by_encoders(model), {}, Joins(resharded(model))
     for _, form, module in list(_taken_apart(model)):
         if _is_dense(form.parts(module)) and module not in held:
             built = form.put_together(module, joins)
@@ -147,15 +149,14 @@ def _built(module: nn.Module) -> Iterator[Form]:
     return (form for form in FORMS if form.is_built(module))
 
 
-def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module]) -> str | None:
+def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module], params: Params) -> str | None:
     if module in beside and not form.by_forward:
         return "an adapter of peft beside it reads its parameters"
-    lost = lost_with(module)
-    if lost and not (lost == HOOKS and form.in_place):
-        return lost
-    if any(hasattr(parameter, "to_local") for parameter in module.parameters(recurse=False)):
+    if not form.takes_shards and any(map(is_distributed, module.parameters(recurse=False))):
         return "its parameter is a DTensor"
-    return form.reason_against(module)
+    lost = lost_with(module)
+    stays = form.in_place and (lost == HOOKS or has_forward_of_plan(module))
+    return form.reason_against(module, params) or (None if stays else lost)
 
 
 def lost_with(module: nn.Module) -> str | None:

@@ -161,24 +161,21 @@ class _Order:
     """Stages as layers are seen for the first time.
 
     Attributes:
-        stages: groups of names; by the list of experts that they are of, else by a key of their own.
+        stages: groups of names; by the experts' layers that they are among, else by a key of their own.
     """
 
-    def __init__(self, experts: Mapping[nn.Module, nn.Module]):
+    def __init__(self, experts: Mapping[nn.Module, tuple[nn.Module, ...]]):
         self.experts = experts
         self.stages: dict[object, list[list[str]]] = {}
         self._input: Tensor | None = None
+        self._group: list[str] = []
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        siblings = self.experts.get(layer)
-        if siblings is not None:
-            self.stages.setdefault(siblings, []).append([name])
-            self._input = None
-        elif self._input is x:
-            self.stages[next(reversed(self.stages))][-1].append(name)
-        else:
-            self.stages[object()] = [[name]]
-            self._input = x
+        if self._input is x:
+            self._group.append(name)
+            return
+        self._input, self._group = x, [name]
+        self.stages.setdefault(self.experts.get(layer, object()), []).append(self._group)
 
     def end_forward(self) -> None:
         # the next forward's tensors may take the memory of this one's

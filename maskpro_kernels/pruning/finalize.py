@@ -12,7 +12,7 @@ from ..linear_form import in_linear_form
 from ..modules import masked_layers
 from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
-from ..shards import check_in_memory, check_not_sharded
+from ..shards import check_in_memory, check_not_sharded, check_not_wrapped
 from .convert import Conversion
 from .coverage import coverage, reasons_by_name
 from .replacement import check_replaceable, replace_layers
@@ -38,8 +38,8 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
 
     Raises:
         ValueError: if ``to`` or ``values`` is unknown, values of dense layers are to be int8, the model has no
-            MaskedLinear, a weight is not in memory, or one that is to become int8 is not finite. The model is then as
-            it was.
+            MaskedLinear, fully_shard was given one by itself, a weight is not in memory, or one that is to become int8
+            is not finite. The model is then as it was.
     """
     if to not in ("dense", "packed"):
         raise ValueError(f'to: expected "dense" or "packed", got {to!r}')
@@ -50,6 +50,7 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
     replacements, layers = {}, masked_layers(model)
     if to == "packed":
         check_not_sharded(layers, "pack the whole model that a checkpoint of the dense one gives")
+    check_not_wrapped(layers)
     for name, layer in layers.items():
         check_in_memory("model", layer, name, sharded=True)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from .dtensors import (
     check_in_memory,
     check_no_flat_parameters,
     check_not_sharded,
+    check_not_wrapped,
     is_distributed,
     is_finite,
     like_shards,
@@ -12,14 +13,25 @@ from .dtensors import (
     part_of,
     whole,
 )
+from .fused import (
+    Fusion,
+    fused_of,
+    layers_of_shards,
+    matrix_of,
+    parameter_of_shards,
+    plan_of,
+    reason_against_fused,
+)
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
-from .rows import RowShard, reset_iteration, resharded
+from .rows import Params, RowShard, reset_iteration, resharded
 from .tensor_parallel import TensorShard, attach, check_shard
 
 __all__ = [
     "DeviceMesh",
+    "Fusion",
     "LayerShard",
+    "Params",
     "Place",
     "RowShard",
     "TensorShard",
@@ -27,12 +39,19 @@ __all__ = [
     "check_in_memory",
     "check_no_flat_parameters",
     "check_not_sharded",
+    "check_not_wrapped",
     "check_shard",
+    "fused_of",
     "is_distributed",
     "is_finite",
+    "layers_of_shards",
     "like_shards",
     "local",
+    "matrix_of",
+    "parameter_of_shards",
     "part_of",
+    "plan_of",
+    "reason_against_fused",
     "reset_iteration",
     "resharded",
     "whole",

@@ -112,6 +112,15 @@ def check_no_flat_parameters(argument: str, model: nn.Module) -> None:
             )
 
 
+def check_not_wrapped(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if fully_shard was given a layer itself: another one in its place would not be gathered."""
+    for name, layer in layers.items():
+        if hasattr(layer, "reshard"):
+            raise ValueError(
+                f"model: expected fully_shard around what holds masked layers, got one around {name} itself"
+            )
+
+
 def check_logits(name: str, layer: nn.Module) -> None:
     """Raise ValueError unless the logits of a layer have the mesh and placements of its weight."""
     if not is_distributed(layer.weight) or not is_distributed(layer.logits):

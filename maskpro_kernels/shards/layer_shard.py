@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from ..parallel_plan import takes_parts
 from .dtensors import Place, like_shards, offset_of, part_of, sum_over_shards
 from .planned_part import PlannedPart
 
@@ -50,6 +53,12 @@ class LayerShard:
         """What this rank has of a whole [out, K]."""
         return part_of(tensor, self._layer.logits)
 
+    def through(self, input: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output of an input, see ``PlannedPart.through``, or of the plain part of one, see ``takes_parts``."""
+        if self.part is None or takes_parts(self._layer):
+            return product(input)
+        return self.part.through(input, product)
+
     def outputs_of(self, vector: Tensor) -> Tensor:
         """The elements of a whole [out] that belong to outputs of this rank."""
         return vector if self.part is None else self.part.outputs_of(vector)
@@ -63,8 +72,10 @@ class LayerShard:
 
     @torch.no_grad()
     def bake_into(self, linear: nn.Linear) -> None:
-        """Give a layer weight, with zeros where the N largest logits of a group drop it, and bias, and leave them."""
+        """Leave a layer weight, with zeros where the N largest logits of a group drop it, and bias."""
         layer = self._layer
         self.reshard()
         self.weight.copy_(layer.top_n_weight().to_local())
         linear.weight, linear.bias = layer.weight, layer.bias
+        # layer and shard hold each other, and would hold these beside the parameter that experts are put together in
+        layer.weight = layer.bias = None

@@ -108,10 +108,7 @@ class RowShard(LayerShard):
         if layer.training and layer.logits_backward is not None:
             check_takes_shards(layer.logits_backward)
 
-        def product(x: Tensor) -> Tensor:
-            return layer.gathered_product(x, self.gathered_weight(), self.stays_gathered())
-
-        return product(input) if self.part is None else self.part.through(input, product)
+        return self.through(input, lambda x: layer.gathered_product(x, self.gathered_weight(), self.stays_gathered()))
 
     def _hook(self) -> None:
         self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather = self._pre, self._post
@@ -127,9 +124,9 @@ class RowShard(LayerShard):
         self._group._to_sharded()
 
     def bake_into(self, linear: nn.Linear) -> None:
+        layer, own = self._layer, self.weight
         super().bake_into(linear)
-        layer = self._layer
-        del self.weight.fsdp_pre_all_gather, self.weight.fsdp_post_all_gather, self._param.reset_sharded_param
+        del own.fsdp_pre_all_gather, own.fsdp_post_all_gather, self._param.reset_sharded_param
         self._forget()
         for param in self._group.fsdp_params:
             if param._module_info.module is layer:
@@ -327,6 +324,11 @@ def _lead_to(layer: nn.Module, param, group) -> None:
         return
     param._post_load_hook_handle.remove()
     param._post_load_hook_handle = layer.register_load_state_dict_post_hook(lambda *_: param.reset_sharded_param())
+    hook_state_dicts(group)
+
+
+def hook_state_dicts(group) -> None:
+    """Have FSDP2's hooks of state_dicts on the modules whose parameters a group has now."""
     of_state_dicts = (
         group._module_to_pre_save_state_dict_hook_handle,
         group._module_to_pre_load_state_dict_hook_handle,

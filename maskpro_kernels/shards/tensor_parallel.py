@@ -98,5 +98,5 @@ class TensorShard(LayerShard):
         return DeviceMesh(self.mesh.device_type, ranks.reshape(-1, parts))
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output of an input, see ``PlannedPart.through``."""
-        return self.part.through(input, self._layer.product)
+        """The output of an input."""
+        return self.through(input, self._layer.product)

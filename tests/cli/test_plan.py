@@ -328,7 +328,7 @@ def test_the_example_model_is_read_from_its_package(capsys):
 def test_experts_count_one_by_one(planning):
     told = planning(MIXTURE, f"{SIZES} --dtype bfloat16")
     # the routers are no nn.Linear
-    assert told["masked_layers"] == 3 * (4 + 4 * 2)
+    assert told["masked_layers"] == 3 * (4 + 4 * 3)
     assert told["masked_weights"] == 3 * (64 * (64 + 32 + 32 + 64) + 4 * 3 * 64 * 256)
     check_formulas(told)
 

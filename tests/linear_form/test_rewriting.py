@@ -180,10 +180,10 @@ def test_a_refit_tells_of_experts_without_a_token():
     model, _ = tiny("Mixtral")
     mk.convert(model, "2:4")
     done = []
-    with pytest.warns(UserWarning, match="8 matrices of experts saw no token, such as .*, and keep their masks and"):
+    with pytest.warns(UserWarning, match="12 matrices of experts saw no token, such as .*, and keep their masks and"):
         shares = mk.refit(model, [torch.tensor([[7]])], progress=lambda *numbers: done.append(numbers))
-    assert len(shares) == 16 and done[-1] == (24, 24)
-    assert sum(not layer.weight_changed for layer in masked_layers(model).values()) == 8
+    assert len(shares) == 20 and done[-1] == (32, 32)
+    assert sum(not layer.weight_changed for layer in masked_layers(model).values()) == 12
 
 
 def test_names_have_to_be_of_what_can_be_taken_apart():
@@ -209,7 +209,7 @@ def test_experts_without_a_token_get_masks_by_magnitude(init):
     model, _ = tiny("Mixtral")
     # it goes to two experts of the four of each layer
     one_token = torch.tensor([[7]])
-    with pytest.warns(UserWarning, match="8 matrices of experts saw no token, such as model.layers.0.mlp.experts"):
+    with pytest.warns(UserWarning, match="12 matrices of experts saw no token, such as model.layers.0.mlp.experts"):
         mk.convert(
             model, "2:4", calibration=[one_token], init=init, refit="weights" if init == "reconstruction" else "none"
         )
@@ -217,9 +217,9 @@ def test_experts_without_a_token_get_masks_by_magnitude(init):
     for layer in expert_groups(model):
         by_magnitude = mk.top_n_mask(layer.weight.detach().abs(), "2:4")
         starving += torch.equal(mk.top_n_mask(layer.logits.detach(), "2:4"), by_magnitude)
-    assert starving == 8
+    assert starving == 12
     if init == "reconstruction":
-        assert sum(not layer.weight_changed for layer in expert_groups(model)) == 8
+        assert sum(not layer.weight_changed for layer in expert_groups(model)) == 12
 
 
 def test_experts_draw_noise_of_their_own_and_only_where_they_are_used():
@@ -229,6 +229,6 @@ def test_experts_draw_noise_of_their_own_and_only_where_they_are_used():
         experts[1] = experts[0]
     mk.convert(model, "2:4", gap=1.0)
     layers = list(expert_groups(model))
-    assert len({layer.layer for layer in layers}) == len(layers) == 16
+    assert len({layer.layer for layer in layers}) == len(layers) == 24
     first, second, *_ = layers
     assert torch.equal(first.logits, second.logits) and not torch.equal(first.drawn_codes(), second.drawn_codes())

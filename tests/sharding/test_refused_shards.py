@@ -89,6 +89,17 @@ def in_flat_parameters() -> mk.MaskTrainer:
     return trained(FullyShardedDataParallel(converted(), device_id=torch.device("cpu"), use_orig_params=True))
 
 
+def finished_around_a_layer_itself() -> None:
+    model = converted()
+    fully_shard(model.out, mesh=a_mesh([2]))
+    shard(model, [2])
+    before = dict(model.named_modules())
+    try:
+        mk.finalize(model)
+    finally:
+        assert dict(model.named_modules()) == before
+
+
 def sharded_by_an_older_torch() -> mk.MaskTrainer:
     model = a_sharded_model([2])
     vars(model._get_fsdp_state()).pop("_fsdp_param_groups")
@@ -166,6 +177,10 @@ REFUSED = {
     "dense forwards": (
         lambda: mk.dense(a_sharded_model([2])).__enter__(),
         f"model: expected whole layers, {CUT}: ranks are sent kept values alone",
+    ),
+    "a layer itself": (
+        finished_around_a_layer_itself,
+        "model: expected fully_shard around what holds masked layers, got one around out itself",
     ),
     "packing": (
         lambda: mk.finalize(a_sharded_model([2]), to="packed"),
