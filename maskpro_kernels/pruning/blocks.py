@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..linear_form import expert_groups
+from ..shards import reset_iteration
 from .calibration import Call, StopForward, check_all_reached, run_call, watching_inputs
 
 
@@ -65,6 +66,7 @@ def record_chain(
             if recorder.reached < len(chain):
                 return None
     except StopForward:
+        reset_iteration(model)
         return None
     finally:
         for handle in handles:

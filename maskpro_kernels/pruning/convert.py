@@ -14,7 +14,7 @@ from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear
 from ..pattern import NMPattern
-from ..shards import check_no_flat_parameters, is_distributed
+from ..shards import check_no_flat_parameters, is_distributed, resharded
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
@@ -78,11 +78,12 @@ def convert(
             those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
             path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
-            ``fully_shard`` or a tensor-parallel plan has cut the model, "magnitude", a mask file or codes, on all
-            ranks.
+            ``fully_shard`` or a tensor-parallel plan has cut the model all ranks give the same; not "sparsegpt", a run
+            or a sparse checkpoint.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
-        calibration: batches, each a tensor, a tuple or a mapping given to the model.
+        calibration: batches, each a tensor, a tuple or a mapping given to the model. Where the model is cut over ranks
+            all give the same.
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
         logits_device: where all logits live, such as "cpu" if the devices of the weights have no room for them. Each
             use then copies a layer's logits to its weight. Default: with the weights. ``model.to`` moves both.
@@ -122,8 +123,10 @@ def _masks(
     seed: int,
 ) -> Reconstruction:
     """Group codes, and weights that were refitted, by name: of whole layers, or of the part of this rank."""
+    # FSDP2 may have kept gathered what ran last
+    resharded(model)
     if has_shards(layers):
-        return masks_of_shards(layers, pattern, init, refit, logits_device)
+        return masks_of_shards(layers, pattern, init, refit, model, calibration, logits_device, seed)
     return refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
 
 

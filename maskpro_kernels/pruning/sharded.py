@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..digests import digest_of_named
-from ..functional.masks import top_n_mask
+from ..digests import digest, digest_of_named
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..ranks import Ranks
 from ..shards import is_distributed, like_shards, local, part_of
-from .initial_masks import INITIAL_MASKS, Init, given
+from ..training.batches import tensors_of
+from .initial_masks import INITIAL_MASKS, Init, check_given, given, initial_codes, refitted_masks
 from .reconstruction import Reconstruction
+from .refit import refit_layers
 from .stored_mask import opened_mask_file, stored_mask
 
 # Of what is refused
-CUT = "in a model that is cut over ranks; convert it ahead of fully_shard, or give codes"
+CUT = "in a model that is cut over ranks"
+# What ranks find without one that has whole layers
+FOUND_BY_RANKS = ("magnitude", "random", "wanda", "reconstruction")
 
 
 def has_shards(layers: Mapping[str, nn.Module]) -> bool:
@@ -33,47 +36,70 @@ def masks_of_shards(
     pattern: NMPattern,
     init: Init,
     refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
     logits_device: torch.device | None,
+    seed: int,
 ) -> Reconstruction:
-    """Group codes [rows, columns / M] of the initial masks of what this rank has, by name; weights stay as they are.
+    """Group codes [rows, columns / M] of the initial masks of what this rank has, and refitted weights, by name.
 
     Args:
         layers: by name.
-        init: "magnitude"; the path of a mask file, of which a rank holds the codes of one layer at a time and those of
-            its rows; or group codes [out, K / M] by name, for exactly these layers.
-        refit, logits_device: as for ``convert``, of which sharded layers take the defaults alone.
+        init: one of ``FOUND_BY_RANKS``; the path of a mask file, of which a rank holds the codes of one layer at a time
+            and those of its rows; or group codes [out, K / M] by name, for exactly these layers.
+        calibration: batches, the same ones on all ranks.
+        logits_device: as for ``convert``, of which sharded layers take the default alone.
+        The others: as for ``convert``.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or ranks have another ``init``.
+        TypeError, ValueError: an argument is not as above, or ranks have others.
         OSError: if a mask file cannot be read.
     """
-    if refit != "none":
-        raise ValueError(f'refit: expected "none" {CUT}, got {refit!r}')
     if logits_device is not None:
-        raise ValueError(f"logits_device: expected None {CUT}, got {logits_device}")
+        raise ValueError(f"logits_device: expected None {CUT}, got {logits_device}; convert it ahead of fully_shard")
+    batches = None
     with closing(Ranks()) as ranks:
         ranks.connect()
+
+        def given_here() -> dict:
+            nonlocal batches
+            known = {"init": _known_by(init, layers, pattern), "refit": refit, "seed": seed}
+            if calibration is not None:
+                batches = list(calibration)
+                known["calibration"] = digest(tensors_of(batches))
+            return known
+
         # ahead of what all ranks have to come to: one may not see the file
-        ranks.agree({"init": ranks.all_of(lambda: _known_by(init, layers, pattern))})
+        ranks.agree(ranks.all_of(given_here))
+    if refit != "none":
+        check_given(f'batches for refit="{refit}"', model, batches)
+    if init == "reconstruction":
+        return refitted_masks(layers, pattern, init, refit, model, batches)
     if isinstance(init, Mapping):
         whole = given(layers, pattern, init)
         codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
-    elif init != "magnitude":
+    elif init in FOUND_BY_RANKS:
+        codes = initial_codes(layers, pattern, init, model, batches, seed=seed)
+    else:
         codes = stored_mask(init, layers, pattern).codes
         codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
-    else:
-        codes = {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
-    return Reconstruction(codes, {})
+    if refit == "none":
+        return Reconstruction(codes, {})
+    weights, _ = refit_layers(model, layers, codes, dict.fromkeys(layers, pattern), batches, refit)
+    return Reconstruction(codes, weights)
 
 
 def _known_by(init: Init, layers: Mapping[str, nn.Linear], pattern: NMPattern) -> str:
     """What tells the initial mask that is given on this rank from others."""
     if isinstance(init, Mapping):
         return digest_of_named(given(layers, pattern, init))
-    if init == "magnitude":
+    if init in FOUND_BY_RANKS:
         return init
     if init in INITIAL_MASKS or not isinstance(init, (str, Path)) or not Path(init).is_file():
-        raise ValueError(f'init: expected "magnitude", a mask file or group codes {CUT}, got {init!r}')
+        raise ValueError(
+            f"init: expected one of {', '.join(FOUND_BY_RANKS)}, a mask file or group codes {CUT}, got {init!r}; convert "
+            "it ahead of fully_shard"
+        )
     with opened_mask_file(init) as mask:
         return mask.digest
 

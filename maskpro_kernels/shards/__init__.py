@@ -11,6 +11,7 @@ from .dtensors import (
     local,
     part_of,
     whole,
+    whole_input,
 )
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
@@ -36,4 +37,5 @@ __all__ = [
     "reset_iteration",
     "resharded",
     "whole",
+    "whole_input",
 ]

@@ -1,0 +1,116 @@
+"""Masks that ranks find together, of layers that fully_shard or a tensor-parallel plan has cut over them.
+
+All ranks run the same batches. Of one layer at a time they gather the dense weight, and each works on a share of its
+rows. While a block is worked on, its weights stand masked in the layers: so the model runs as it was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.masks import expand_mask
+from ..pattern import NMPattern
+from ..shards import like_shards, local, part_of, resharded, whole
+from .layer_masks import LayerMasks
+
+
+class ShardedMasks(LayerMasks):
+    """Masks of layers that ranks share. All ranks come to each call.
+
+    Args:
+        model: that holds the layers.
+        layers: as for ``LayerMasks``.
+        codes: group codes [rows, columns / M] of what this rank has.
+        patterns: of the codes.
+
+    Attributes:
+        codes, weights: of what this rank has.
+    """
+
+    # FSDP2 frees what it has gathered where a block ends
+    may_stop = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        codes: Mapping[str, Tensor],
+        patterns: Mapping[str, NMPattern],
+    ):
+        super().__init__(layers, codes, patterns)
+        self._model = model
+        # of the block that is worked on, dense
+        self._dense: dict[str, Tensor] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """With weights of which those of one block are masked; they are dense again behind it."""
+        try:
+            yield
+        finally:
+            self._leave_block()
+
+    def enter_block(self, block: nn.Module) -> None:
+        self._leave_block()
+        inside = set(block.modules())
+        for name, layer in self.layers.items():
+            if layer in inside:
+                self._dense[name] = local(layer.weight.detach()).clone()
+                self._mask(name)
+
+    def dense(self, name: str) -> Tensor:
+        resharded(self._model)
+        return whole(like_shards(self._dense[name], self.layers[name].weight))
+
+    def whole_codes(self, name: str) -> Tensor:
+        resharded(self._model)
+        return whole(like_shards(self.codes[name], self.layers[name].weight, self.patterns[name].m))
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        sizes = _rows_each(len(tensor))
+        return tensor.split(sizes)[torch.distributed.get_rank()] if sizes else tensor
+
+    def of_all(self, rows: Tensor, out: int) -> Tensor:
+        sizes = _rows_each(out)
+        if not sizes:
+            return rows
+        # as bytes: not every backend gathers every dtype
+        flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
+        padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded)
+        joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return joined.view(rows.dtype).view(out, *rows.shape[1:])
+
+    def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
+        resharded(self._model)
+        like = self.layers[name].weight
+        self.codes[name] = part_of(codes, like, self.patterns[name].m).clone()
+        if weight is not None:
+            self.weights[name] = part_of(weight, like).clone()
+        self._mask(name)
+
+    @torch.no_grad()
+    def _mask(self, name: str) -> None:
+        weight = self.weights.get(name, self._dense[name])
+        kept = expand_mask(self.codes[name], self.patterns[name])
+        local(self.layers[name].weight).copy_(torch.where(kept, weight, 0.0))
+
+    @torch.no_grad()
+    def _leave_block(self) -> None:
+        resharded(self._model)
+        for name, dense in self._dense.items():
+            local(self.layers[name].weight).copy_(dense)
+        self._dense.clear()
+
+
+def _rows_each(out: int) -> list[int]:
+    """How many of so many rows each rank works on; none where there are fewer than ranks, which then work on all."""
+    world = torch.distributed.get_world_size()
+    if out < world:
+        return []
+    return [out // world + (rank < out % world) for rank in range(world)]
