@@ -82,8 +82,7 @@ def convert(
             or a sparse checkpoint.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
-        calibration: batches, each a tensor, a tuple or a mapping given to the model. Where the model is cut over ranks
-            all give the same.
+        calibration: batches, each a tensor, a tuple or a mapping given to the model; the same ones on all ranks.
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
         logits_device: where all logits live, such as "cpu" if the devices of the weights have no room for them. Each
             use then copies a layer's logits to its weight. Default: with the weights. ``model.to`` moves both.

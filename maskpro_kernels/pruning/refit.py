@@ -126,8 +126,8 @@ def put_weights(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor
 
     Args:
         layers: by name.
-        weights: [out, K] by name, of some of the layers; of one that ranks share what this rank has. A layer takes them in its dtype, onto its device; else they
-            are not copied.
+        weights: [out, K] by name, of some of the layers; of one that ranks share what this rank has. A layer takes
+            them in its dtype, onto its device; else they are not copied.
 
     Raises:
         ValueError: if a layer is missing or of another shape. Nothing has changed then.

@@ -97,8 +97,8 @@ def _known_by(init: Init, layers: Mapping[str, nn.Linear], pattern: NMPattern) -
         return init
     if init in INITIAL_MASKS or not isinstance(init, (str, Path)) or not Path(init).is_file():
         raise ValueError(
-            f"init: expected one of {', '.join(FOUND_BY_RANKS)}, a mask file or group codes {CUT}, got {init!r}; convert "
-            "it ahead of fully_shard"
+            f"init: expected one of {', '.join(FOUND_BY_RANKS)}, a mask file or group codes {CUT}, got {init!r}; "
+            "convert it ahead of fully_shard"
         )
     with opened_mask_file(init) as mask:
         return mask.digest

@@ -18,8 +18,8 @@ from ..functional.masks import expand_mask, top_n_mask
 from ..modules import evaluating
 from ..pattern import NMPattern
 from .calibration import calls_of
-from .least_squares import check_damping
 from .layer_masks import LayerMasks
+from .least_squares import check_damping
 from .reconstruction import (
     DAMPING,
     Reconstruction,

@@ -8,7 +8,6 @@ from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
 from helpers.sharded_jobs import Blocks, shard, whole_logits
 from helpers.tensor_jobs import Exact, a_mesh, batches_of_whole_numbers, split
-from helpers.tiny_llama import tiny_model
 from sharding.test_plans_of_transformers import loaded, tokens, write_checkpoint
 from torch import nn
 from torch.distributed.fsdp import fully_shard

@@ -1,4 +1,4 @@
-"""What a rank holds while layers that are cut over ranks learn: its share of weights and logits, and what it gathers."""
+"""What a rank holds while cut layers learn: its share of weights and logits, and what it gathers."""
 
 from __future__ import annotations
 
