@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..linear_form import expert_groups
-from ..shards import reset_iteration
+from ..shards import gathers_within, resetting
 from .calibration import Call, StopForward, check_all_reached, run_call, watching_inputs
 
 
@@ -22,11 +22,11 @@ def calls_by_block(
 ) -> Iterator[tuple[nn.Module, list[Call]]]:
     """The blocks of a chain, each with the calls that the model makes of it, one a batch.
 
-    Where the layers stand in no chain, the model itself with its own calls. A block's calls follow from the masks that
-    the layers of the blocks before it have when it is asked for.
+    Where the layers stand in no chain, or FSDP2 gathers a block with others, the model itself with its own calls. A
+    block's calls follow from the masks that the layers of the blocks before it have when it is asked for.
     """
     chain = find_chain(model, layers)
-    recorded = record_chain(model, chain, calls) if chain else None
+    recorded = record_chain(model, chain, calls) if chain and gathers_within(model, chain) else None
     if recorded is None:
         yield model, calls
         return
@@ -57,16 +57,17 @@ def record_chain(
         if the output of some block is not the input of the next one.
     """
     recorder = _ChainRecorder(chain)
-    handles = [block.register_forward_pre_hook(recorder.before, with_kwargs=True) for block in chain]
+    # ahead of other hooks, which change the input of the block again when it runs by itself
+    handles = [block.register_forward_pre_hook(recorder.before, with_kwargs=True, prepend=True) for block in chain]
     handles += [block.register_forward_hook(recorder.after) for block in chain]
     try:
         for call in calls:
             recorder.reached, recorder.output = 0, None
-            run_call(model, call)
+            with resetting(model):
+                run_call(model, call)
             if recorder.reached < len(chain):
                 return None
     except StopForward:
-        reset_iteration(model)
         return None
     finally:
         for handle in handles:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..linear_form import expert_groups
 from ..modules import evaluating
-from ..shards import whole_input
+from ..shards import resetting, whole_input
 
 # The arguments and keywords by which a module is called
 Call = tuple[tuple, dict]
@@ -92,7 +92,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
     check_calibration(calibration)
     batches = 0
     with watching_inputs((layer, hook(name)) for name, layer in layers.items()):
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), resetting(model):
             for batch in calibration:
                 run_call(model, as_call(batch))
                 batches += 1
@@ -105,7 +105,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
             "magnitude; more batches reach more experts",
             stacklevel=2,
         )
-    return sums | {name: layers[name].weight.new_ones(layers[name].in_features).float() for name in unseen}
+    return sums | {name: torch.ones(layers[name].in_features, device=layers[name].weight.device) for name in unseen}
 
 
 def gram_matrices(

@@ -14,7 +14,7 @@ from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear
 from ..pattern import NMPattern
-from ..shards import check_no_flat_parameters, is_distributed, resharded
+from ..shards import check_no_flat_parameters, is_distributed
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
@@ -23,7 +23,7 @@ from .reconstruction import Reconstruction, check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
-from .sharded import has_shards, masked_linear_of_shards, masks_of_shards
+from .sharded import agreed_calibration, has_shards, is_cut, masked_linear_of_shards, masks_of_shards
 
 DEFAULT_GAP = 10.0
 
@@ -103,6 +103,8 @@ def convert(
     pattern = NMPattern(pattern)
     _check(model, init, refit, seed)
     how = _logits(gap, flip_rate, pattern, logits_dtype, logits_device)
+    if is_cut(model):
+        calibration = agreed_calibration(calibration)
     call, calibration = first_call(calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
@@ -122,9 +124,7 @@ def _masks(
     seed: int,
 ) -> Reconstruction:
     """Group codes, and weights that were refitted, by name: of whole layers, or of the part of this rank."""
-    # FSDP2 may have kept gathered what ran last
-    resharded(model)
-    if has_shards(layers):
+    if is_cut(model) and has_shards(layers):
         return masks_of_shards(layers, pattern, init, refit, model, calibration, logits_device, seed)
     return refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
 
@@ -132,7 +132,7 @@ def _masks(
 def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    if not any(map(is_distributed, model.parameters())):
+    if not is_cut(model):
         # else all ranks check it together, for one may not see a file
         check_initial_mask(init)
     check_refit(refit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -48,13 +48,9 @@ class LayerMasks:
         """The group codes [out, K / M]."""
         return self.codes[name]
 
-    def own_rows(self, tensor: Tensor) -> Tensor:
-        """The rows of a whole [out, ...] that this process works on."""
-        return tensor
-
-    def of_all(self, rows: Tensor, out: int) -> Tensor:
-        """The whole [out, ...] of which each process has worked on its rows."""
-        return rows
+    def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
+        """What a function gives of tensors [out, ...]: others, whose rows each follow from the same rows of these."""
+        return function(*tensors)
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
         """Give a layer group codes, and a refitted weight if there is one: whole ones."""

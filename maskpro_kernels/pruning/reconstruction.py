@@ -115,12 +115,14 @@ def reconstruct(
     told = Told(progress, len(layers) * visits)
     masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 
+    def swapped(ordered: tuple[Tensor, Tensor]):
+        return lambda weight, codes: descend_rows(weight, codes, *ordered, pattern, sweeps)
+
     def descend(names: Sequence[str], gram: Tensor) -> None:
         ordered = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
         for name in names:
-            weight, start = masks.dense(name), masks.whole_codes(name)
-            rows, _ = descend_rows(masks.own_rows(weight), masks.own_rows(start), *ordered, pattern, sweeps)
-            found, refitted = masks.of_all(rows, len(weight)), None
+            weight, refitted = masks.dense(name), None
+            found, _ = masks.by_rows(swapped(ordered), weight, masks.whole_codes(name))
             if refit != "none":
                 found, refitted = _refitted(weight, found, ordered[0], pattern, refit, masks)
             masks.put(name, found, refitted)
@@ -149,14 +151,18 @@ def _refitted(
     weight: Tensor, codes: Tensor, gram: Tensor, pattern: NMPattern, refit: str, masks: LayerMasks
 ) -> tuple[Tensor, Tensor]:
     """(group codes, weight) of a layer after its swaps; the Gram matrix is one of ``by_place``."""
-    out, own_weight, own_codes = len(weight), masks.own_rows(weight), masks.own_rows(codes)
     if refit == "weights":
         blocks = conditional_blocks(codes, gram, pattern)
-        own_codes, refitted, _ = swap_and_refit(own_weight, own_codes, gram, blocks, pattern)
-        return masks.of_all(own_codes, out), masks.of_all(refitted, out)
-    kept = kept_of(own_codes, pattern.m).view(own_weight.shape) > 0
-    refitted, _ = refit_rows(to_places(own_weight, pattern.m), kept, gram, FITS[refit])
-    return codes, masks.of_all(from_places(refitted, pattern.m), out)
+        codes, refitted, _ = masks.by_rows(
+            lambda weight, codes: swap_and_refit(weight, codes, gram, blocks, pattern), weight, codes
+        )
+        return codes, refitted
+
+    def fitted(weight: Tensor, codes: Tensor) -> list[Tensor]:
+        kept = kept_of(codes, pattern.m).view(weight.shape) > 0
+        return [from_places(refit_rows(to_places(weight, pattern.m), kept, gram, FITS[refit])[0], pattern.m)]
+
+    return codes, *masks.by_rows(fitted, weight, codes)
 
 
 def check_refit(refit: str) -> None:

@@ -83,7 +83,8 @@ def refit_layers(
 
     Args:
         layers: nn.Linear or alike, with their dense weights.
-        codes: their group codes [out, K / M], or of layers that ranks share those of this rank, as the weights are.
+        codes: their group codes [out, K / M]. Of layers that ranks share these are those of this rank's part, and the
+            weights that it gives as well.
         patterns: of the codes.
     """
     calls = calls_of(calibration)
@@ -92,15 +93,17 @@ def refit_layers(
 
     told = Told(progress, len(layers))
 
+    def fitted(gram: Tensor, pattern: NMPattern):
+        return lambda weight, codes: refit_rows(weight, expand_mask(codes, pattern), gram, FITS[to])
+
     def visit(names: Sequence[str], gram: Tensor) -> None:
         gram = gram.to(layers[names[0]].weight.device)
         gram.diagonal().add_(damping * gram.diagonal().mean())
         for name in names:
-            weight, whole_codes = masks.dense(name), masks.whole_codes(name)
-            kept = expand_mask(masks.own_rows(whole_codes), patterns[name])
-            refitted, errors = refit_rows(masks.own_rows(weight), kept, gram, FITS[to])
-            masks.put(name, whole_codes, masks.of_all(refitted, len(weight)))
-            before, after = masks.of_all(errors, len(weight)).double().sum(0).tolist()
+            found = masks.whole_codes(name)
+            refitted, errors = masks.by_rows(fitted(gram, patterns[name]), masks.dense(name), found)
+            masks.put(name, found, refitted)
+            before, after = errors.double().sum(0).tolist()
             shares[name] = after / before if before > 0 else 1.0
             told.one_more()
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..digests import digest, digest_of_named
+from ..digests import digest_of_named
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..shards import is_distributed, like_shards, local, part_of
-from ..training.batches import tensors_of
+from ..shards import is_distributed, like_shards, local, part_of, resharded
+from ..training.batches import content
+from .calibration import check_calibration
 from .initial_masks import INITIAL_MASKS, Init, check_given, given, initial_codes, refitted_masks
 from .reconstruction import Reconstruction
 from .refit import refit_layers
@@ -24,11 +25,39 @@ from .stored_mask import opened_mask_file, stored_mask
 CUT = "in a model that is cut over ranks"
 # What ranks find without one that has whole layers
 FOUND_BY_RANKS = ("magnitude", "random", "wanda", "reconstruction")
+# Of these, what runs the model
+CALIBRATED = ("wanda", "reconstruction")
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether a parameter is a DTensor. The model has its shards then: FSDP2 may have kept gathered what ran last."""
+    resharded(model)
+    return any(map(is_distributed, model.parameters()))
 
 
 def has_shards(layers: Mapping[str, nn.Module]) -> bool:
     """Whether the weight of a layer is a DTensor."""
     return any(is_distributed(layer.weight) for layer in layers.values())
+
+
+def agreed_calibration(calibration: Iterable | None) -> list | None:
+    """The batches, which all ranks have alike, ahead of any forward to which they all have to come.
+
+    Raises:
+        TypeError, ValueError: they are no batches, or ranks have others.
+    """
+
+    def batches() -> list | None:
+        if calibration is None:
+            return None
+        check_calibration(calibration)
+        return list(calibration)
+
+    with closing(Ranks()) as ranks:
+        ranks.connect()
+        found = ranks.all_of(batches)
+        ranks.agree({"calibration": found and [content(batch, index) for index, batch in enumerate(found)]})
+    return found
 
 
 def masks_of_shards(
@@ -47,8 +76,8 @@ def masks_of_shards(
         layers: by name.
         init: one of ``FOUND_BY_RANKS``; the path of a mask file, of which a rank holds the codes of one layer at a time
             and those of its rows; or group codes [out, K / M] by name, for exactly these layers.
-        calibration: batches, the same ones on all ranks.
-        logits_device: as for ``convert``, of which sharded layers take the default alone.
+        calibration: of ``agreed_calibration``.
+        logits_device: as for ``convert``; None, for logits lie with the weights that are cut.
         The others: as for ``convert``.
 
     Raises:
@@ -57,22 +86,29 @@ def masks_of_shards(
     """
     if logits_device is not None:
         raise ValueError(f"logits_device: expected None {CUT}, got {logits_device}; convert it ahead of fully_shard")
-    batches = None
     with closing(Ranks()) as ranks:
         ranks.connect()
-
-        def given_here() -> dict:
-            nonlocal batches
-            known = {"init": _known_by(init, layers, pattern), "refit": refit, "seed": seed}
-            if calibration is not None:
-                batches = list(calibration)
-                known["calibration"] = digest(tensors_of(batches))
-            return known
-
         # ahead of what all ranks have to come to: one may not see the file
-        ranks.agree(ranks.all_of(given_here))
+        known = ranks.all_of(lambda: _known_by(init, layers, pattern))
+        ranks.agree({"init": known, "refit": refit, "seed": seed})
+        with ranks.naming_lost():
+            return _found(layers, pattern, init, refit, model, calibration, seed)
+
+
+def _found(
+    layers: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    init: Init,
+    refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
+    seed: int,
+) -> Reconstruction:
+    batches = calibration and list(calibration)
     if refit != "none":
         check_given(f'batches for refit="{refit}"', model, batches)
+    if refit != "none" or init in CALIBRATED:
+        _check_all_cut(layers)
     if init == "reconstruction":
         return refitted_masks(layers, pattern, init, refit, model, batches)
     if isinstance(init, Mapping):
@@ -87,6 +123,23 @@ def masks_of_shards(
         return Reconstruction(codes, {})
     weights, _ = refit_layers(model, layers, codes, dict.fromkeys(layers, pattern), batches, refit)
     return Reconstruction(codes, weights)
+
+
+def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
+    """Raise ValueError if a layer is whole beside others that are cut, or two share a weight."""
+    cut = next(name for name, layer in layers.items() if is_distributed(layer.weight))
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if not is_distributed(layer.weight):
+            raise ValueError(
+                f"targets: expected layers that are all cut over ranks, or none, got {cut}, which is cut, and {name}, "
+                "which is not"
+            )
+        if owners.setdefault(id(layer.weight), name) != name:
+            raise ValueError(
+                f"targets: expected layers with a weight of their own {CUT}, got one weight in "
+                f"{owners[id(layer.weight)]} and {name}"
+            )
 
 
 def _known_by(init: Init, layers: Mapping[str, nn.Linear], pattern: NMPattern) -> str:

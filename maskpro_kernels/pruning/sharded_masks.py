@@ -1,20 +1,22 @@
 """Masks that ranks find together, of layers that fully_shard or a tensor-parallel plan has cut over them.
 
 All ranks run the same batches. Of one layer at a time they gather the dense weight, and each works on a share of its
-rows. While a block is worked on, its weights stand masked in the layers: so the model runs as it was cut.
+rows. A cut model runs with the weights that it holds: while a block is worked on, its weights are overwritten by masked
+ones, and put back behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..functional.masks import expand_mask
 from ..pattern import NMPattern
-from ..shards import like_shards, local, part_of, resharded, whole
+from ..ranks import Ranks
+from ..shards import like_shards, local, part_of, reset_iteration, resharded, whole
 from .layer_masks import LayerMasks
 
 
@@ -31,9 +33,6 @@ class ShardedMasks(LayerMasks):
         codes, weights: of what this rank has.
     """
 
-    # FSDP2 frees what it has gathered where a block ends
-    may_stop = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -43,16 +42,29 @@ class ShardedMasks(LayerMasks):
     ):
         super().__init__(layers, codes, patterns)
         self._model = model
+        # FSDP2 frees what it has gathered where a block ends
+        self.may_stop = not resharded(model)
+        self._ranks = Ranks()
         # of the block that is worked on, dense
         self._dense: dict[str, Tensor] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """With weights of which those of one block are masked; they are dense again behind it."""
-        try:
-            yield
-        finally:
-            self._leave_block()
+        """With weights of which those of one block are masked; they are dense again behind it.
+
+        Raises:
+            MissingRanks, FailedRank, ValueError: ranks are lost, or one of them has failed.
+        """
+        with closing(self._ranks):
+            self._ranks.connect()
+            try:
+                with self._ranks.naming_lost():
+                    yield
+            except BaseException:
+                reset_iteration(self._model)
+                raise
+            finally:
+                self._leave_block()
 
     def enter_block(self, block: nn.Module) -> None:
         self._leave_block()
@@ -70,21 +82,17 @@ class ShardedMasks(LayerMasks):
         resharded(self._model)
         return whole(like_shards(self.codes[name], self.layers[name].weight, self.patterns[name].m))
 
-    def own_rows(self, tensor: Tensor) -> Tensor:
-        sizes = _rows_each(len(tensor))
-        return tensor.split(sizes)[torch.distributed.get_rank()] if sizes else tensor
+    def by_rows(self, function: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> Sequence[Tensor]:
+        """As by one process; each rank works on a share of the rows, whatever its own part of the layer."""
+        sizes = self._rows_each(len(tensors[0]))
+        own = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors] if sizes else tensors
+        found = self._ranks.all_of(lambda: function(*own))
+        return [_joined(rows, sizes) for rows in found] if sizes else found
 
-    def of_all(self, rows: Tensor, out: int) -> Tensor:
-        sizes = _rows_each(out)
-        if not sizes:
-            return rows
-        # as bytes: not every backend gathers every dtype
-        flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
-        padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
-        parts = [torch.empty_like(padded) for _ in sizes]
-        torch.distributed.all_gather(parts, padded)
-        joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-        return joined.view(rows.dtype).view(out, *rows.shape[1:])
+    def _rows_each(self, out: int) -> list[int]:
+        """How many of so many rows each rank works on; none where they are fewer than ranks, which all work on all."""
+        world = self._ranks.world
+        return [out // world + (rank < out % world) for rank in range(world)] if out >= world else []
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
         resharded(self._model)
@@ -108,9 +116,12 @@ class ShardedMasks(LayerMasks):
         self._dense.clear()
 
 
-def _rows_each(out: int) -> list[int]:
-    """How many of so many rows each rank works on; none where there are fewer than ranks, which then work on all."""
-    world = torch.distributed.get_world_size()
-    if out < world:
-        return []
-    return [out // world + (rank < out % world) for rank in range(world)]
+def _joined(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[sum of sizes, ...], of which each rank has so many rows."""
+    # as bytes: not every backend gathers every dtype
+    flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
+    padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded)
+    joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return joined.view(rows.dtype).view(-1, *rows.shape[1:])

@@ -15,7 +15,7 @@ from .dtensors import (
 )
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
-from .rows import RowShard, reset_iteration, resharded
+from .rows import RowShard, gathers_within, reset_iteration, resetting, resharded
 from .tensor_parallel import TensorShard, attach, check_shard
 
 __all__ = [
@@ -29,12 +29,14 @@ __all__ = [
     "check_no_flat_parameters",
     "check_not_sharded",
     "check_shard",
+    "gathers_within",
     "is_distributed",
     "is_finite",
     "like_shards",
     "local",
     "part_of",
     "reset_iteration",
+    "resetting",
     "resharded",
     "whole",
     "whole_input",

@@ -87,7 +87,9 @@ def whole_input(input: Tensor, layer: nn.Module) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
     # transformers gives a layer that is cut into columns those of the input
-    return DTensor.from_local(input, weight.device_mesh, [Shard(input.dim() - 1)], run_check=False).full_tensor()
+    shape = torch.Size((*input.shape[:-1], weight.shape[1]))
+    how = {"run_check": False, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    return DTensor.from_local(input, weight.device_mesh, [Shard(input.dim() - 1)], **how).full_tensor()
 
 
 def sum_over_shards(part: Tensor, mesh, placements: Sequence) -> Tensor:
