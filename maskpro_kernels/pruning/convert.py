@@ -103,9 +103,7 @@ def convert(
     pattern = NMPattern(pattern)
     _check(model, init, refit, seed)
     how = _logits(gap, flip_rate, pattern, logits_dtype, logits_device)
-    if is_cut(model):
-        calibration = agreed_calibration(calibration)
-    call, calibration = first_call(calibration)
+    call, calibration = first_call(agreed_calibration(model, calibration))
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
         codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device, seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -115,16 +116,14 @@ def reconstruct(
     told = Told(progress, len(layers) * visits)
     masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 
-    def swapped(ordered: tuple[Tensor, Tensor]):
-        return lambda weight, codes: descend_rows(weight, codes, *ordered, pattern, sweeps)
-
     def descend(names: Sequence[str], gram: Tensor) -> None:
-        ordered = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
+        ordered, own = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
+        swapped = partial(descend_rows, gram=ordered, blocks=own, pattern=pattern, sweeps=sweeps)
         for name in names:
             weight, refitted = masks.dense(name), None
-            found, _ = masks.by_rows(swapped(ordered), weight, masks.whole_codes(name))
+            found, _ = masks.by_rows(swapped, weight, masks.whole_codes(name))
             if refit != "none":
-                found, refitted = _refitted(weight, found, ordered[0], pattern, refit, masks)
+                found, refitted = _refitted(weight, found, ordered, pattern, refit, masks)
             masks.put(name, found, refitted)
             told.one_more()
 

@@ -40,12 +40,15 @@ def has_shards(layers: Mapping[str, nn.Module]) -> bool:
     return any(is_distributed(layer.weight) for layer in layers.values())
 
 
-def agreed_calibration(calibration: Iterable | None) -> list | None:
-    """The batches, which all ranks have alike, ahead of any forward to which they all have to come.
+def agreed_calibration(model: nn.Module, calibration: Iterable | None) -> Iterable | None:
+    """The batches. Of a model that is cut all ranks have them alike, ahead of any forward to which they have to come.
 
     Raises:
         TypeError, ValueError: they are no batches, or ranks have others.
     """
+
+    if not is_cut(model):
+        return calibration
 
     def batches() -> list | None:
         if calibration is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import sharded_jobs
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
 from helpers.sharded_jobs import Blocks, shard, whole_logits
@@ -16,7 +17,26 @@ from torch.distributed.tensor import DTensor
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.pruning import reconstruction
+from maskpro_kernels.ranks import FailedRank
 from maskpro_kernels.shards import whole
+
+
+class Chain(nn.Module):
+    """Blocks of which each takes what the one before gives, and a layer of the model's own behind them."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
 
 FOUND = [
     {"init": "wanda"},
@@ -30,9 +50,14 @@ FOUND = [
 
 def a_model(kind: str, world: int | None, rank: int, path: str | None) -> tuple[nn.Module, list]:
     """(A model that nothing has converted, cut where there are ranks; its batches)."""
-    if kind == "rows":
-        model, batches = Blocks(), list(torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(1)))
-        if world is not None:
+    if kind in ("rows", "chain", "chain in one"):
+        model, batches = (
+            (Blocks if kind == "rows" else Chain)(),
+            list(torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(1))),
+        )
+        if world is not None and kind == "chain in one":
+            fully_shard(model, mesh=sharded_jobs.a_mesh([world]))
+        elif world is not None:
             shard(model, [world])
     elif kind == "language model":
         model, batches = loaded(path, None if world is None else "fully_shard", rank, world), list(tokens())
@@ -78,17 +103,18 @@ def assert_found_as_by_one_process(kind: str, world: int, ways: list[dict], path
         for how, one, other, of_first in zip(ways, theirs, alone, ranks[0], strict=True):
             assert_same_bits([*one[0], *one[1]], [*of_first[0], *of_first[1]])
             assert one[2] == pytest.approx(other[2], rel=0.03)
-            if how.get("refit") != "weights":
+            if how != {"init": "reconstruction", "refit": "weights"}:
                 assert_same_bits(one[0], other[0])
-            if "refit" not in how:
-                assert_same_bits(one[1], other[1])
+                for weight, expected in zip(one[1], other[1], strict=True):
+                    close = {"rtol": 1e-4, "atol": 1e-4} if "refit" in how else {"rtol": 0, "atol": 0}
+                    torch.testing.assert_close(weight, expected, **close)
 
 
 IN_SHORT = [{"init": "wanda"}, {"init": "reconstruction", "refit": "weights"}]
 
 
 def test_rows_of_ranks_get_the_masks_of_one_process(eager_reference):
-    assert_found_as_by_one_process("rows", 2, IN_SHORT)
+    assert_found_as_by_one_process("chain", 2, IN_SHORT)
 
 
 def test_parts_of_a_plan_get_the_masks_of_one_process(eager_reference):
@@ -96,7 +122,9 @@ def test_parts_of_a_plan_get_the_masks_of_one_process(eager_reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "world"), [("rows", 2), ("rows", 3), ("plan", 2), ("both", 4)])
+@pytest.mark.parametrize(
+    ("kind", "world"), [("rows", 2), ("rows", 3), ("chain", 2), ("chain in one", 2), ("plan", 2), ("both", 4)]
+)
 def test_all_ways_give_the_masks_of_one_process(kind, world, eager_reference):
     assert_found_as_by_one_process(kind, world, FOUND)
 
@@ -108,31 +136,66 @@ def test_language_models_get_the_masks_of_one_process(kind, eager_reference, tmp
 
 
 def fail(rank: int) -> None:
-    """An error amid the layers of the second block, and what the ranks don't have alike."""
-    model, batches = a_model("rows", 2, rank, None)
+    """Errors amid the layers of the second block, on all ranks and on one, and inside of a forward."""
+    model, batches = a_model("chain", 2, rank, None)
     before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
     descend_rows, calls = reconstruction.descend_rows, []
 
     def fails(*operands):
         calls.append(None)
-        if len(calls) == 4:
+        if len(calls) % 4 == 0 and (rank == 1 or len(calls) == 4):
             raise MemoryError("too large")
         return descend_rows(*operands)
+
+    def assert_as_it_was() -> None:
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert_same_bits([whole(parameter.detach()) for parameter in model.parameters()], before)
+        assert not any(isinstance(module, mk.MaskedLinear) for module in model.modules())
 
     reconstruction.descend_rows = fails
     with pytest.raises(MemoryError, match="too large"):
         mk.convert(model, "2:4", init="reconstruction", calibration=batches)
+    assert_as_it_was()
+    with pytest.raises(MemoryError if rank == 1 else (ValueError, FailedRank), match="too large"):
+        mk.convert(model, "2:4", init="reconstruction", calibration=batches)
+    assert_as_it_was()
     reconstruction.descend_rows = descend_rows
-    with pytest.raises(ValueError, match="^ranks: expected what rank 0 has on all of them, got other calibration on r"):
-        mk.convert(model, "2:4", init="wanda", calibration=batches[rank:])
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        mk.convert(model, "2:4", init="wanda", calibration=[*batches, torch.zeros(2, 3)])
+    assert_as_it_was()
+    mk.convert(model, "2:4", init="reconstruction", calibration=batches)
+
+
+def refuse(rank: int) -> None:
+    """What ranks do not have alike, and layers that have no code."""
+    model, batches = a_model("chain", 2, rank, None)
+    told = "^ranks: expected what rank 0 has on all of them, got other calibration on rank 1"
+    for theirs in (batches[rank:], None if rank else batches, [torch.zeros(2 + rank, 16)]):
+        with pytest.raises(ValueError, match=told):
+            mk.convert(model, "2:4", init="wanda", calibration=theirs)
+    with pytest.raises(TypeError if rank else (ValueError, FailedRank), match="^calibration|calibration: expected"):
+        mk.convert(model, "2:4", init="wanda", calibration=3 if rank else batches)
     for how in ({"init": "wanda"}, {"refit": "scales"}):
         with pytest.raises(ValueError, match="^calibration: expected batches for .*, got none"):
             mk.convert(model, "2:4", **how)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    assert_same_bits([whole(parameter.detach()) for parameter in model.parameters()], before)
-    assert not any(isinstance(module, mk.MaskedLinear) for module in model.modules())
-    mk.convert(model, "2:4", init="reconstruction", calibration=batches)
+    mixed = Chain()
+    fully_shard(mixed.blocks[0], mesh=sharded_jobs.a_mesh([2]))
+    with pytest.raises(
+        ValueError, match="^targets: expected layers that are all cut over ranks, or none, got blocks.0.0"
+    ):
+        mk.convert(mixed, "2:4", init="wanda", calibration=batches)
+    tied = Blocks()
+    tied.blocks[1][1].weight = tied.blocks[0][1].weight
+    fully_shard(tied, mesh=sharded_jobs.a_mesh([2]))
+    with pytest.raises(
+        ValueError, match="^targets: expected layers with a weight of their own .* blocks.0.1 and blocks.1"
+    ):
+        mk.convert(tied, "2:4", targets=["*"], init="wanda", calibration=batches)
 
 
 def test_errors_leave_the_model_as_it_was(eager_reference):
     all_in_ranks(2, fail)
+
+
+def test_what_ranks_have_not_alike_is_refused(eager_reference):
+    all_in_ranks(2, refuse)
