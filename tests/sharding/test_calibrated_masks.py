@@ -106,7 +106,7 @@ def assert_found_as_by_one_process(kind: str, world: int, ways: list[dict], path
             if how != {"init": "reconstruction", "refit": "weights"}:
                 assert_same_bits(one[0], other[0])
                 for weight, expected in zip(one[1], other[1], strict=True):
-                    close = {"rtol": 1e-4, "atol": 1e-4} if "refit" in how else {"rtol": 0, "atol": 0}
+                    close = {"rtol": 1e-3, "atol": 1e-3} if "refit" in how else {"rtol": 0, "atol": 0}
                     torch.testing.assert_close(weight, expected, **close)
 
 
@@ -141,11 +141,11 @@ def fail(rank: int) -> None:
     before = [whole(parameter.detach()).clone() for parameter in model.parameters()]
     descend_rows, calls = reconstruction.descend_rows, []
 
-    def fails(*operands):
+    def fails(*operands, **how):
         calls.append(None)
         if len(calls) % 4 == 0 and (rank == 1 or len(calls) == 4):
             raise MemoryError("too large")
-        return descend_rows(*operands)
+        return descend_rows(*operands, **how)
 
     def assert_as_it_was() -> None:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
