@@ -33,7 +33,7 @@ from maskpro_kernels import (
 )
 from maskpro_kernels.modules import initial_logits, masked_layers
 from maskpro_kernels.pruning.least_squares import FITS, refit_rows
-from maskpro_kernels.pruning.refitted_swaps import swap_and_refit
+from maskpro_kernels.pruning.refitted_swaps import conditional_blocks, swap_and_refit
 from maskpro_kernels.pruning.swap_descent import by_place
 from maskpro_kernels.text.losses import distillation_loss
 from maskpro_kernels.text.teacher import TeacherCache
@@ -188,7 +188,9 @@ def test_refits_lower_the_error_as_on_the_cpu(pattern, dtype):
     codes = pack_mask(kept, pattern)
     errors = {}
     for device in ("cpu", "cuda"):
-        operands = weight.to(device), codes.to(device), by_place(gram.to(device), m)[0], NMPattern(pattern)
+        ordered = by_place(gram.to(device), m)[0]
+        blocks = conditional_blocks(codes.to(device), ordered, NMPattern(pattern))
+        operands = weight.to(device), codes.to(device), ordered, blocks, NMPattern(pattern)
         found, refitted, swapped = swap_and_refit(*operands)
         assert found.device.type == refitted.device.type == device and refitted.dtype == dtype
         alone = [refit_rows(weight.to(device), kept.to(device), gram.to(device), FITS[to])[1] for to in FITS]

@@ -90,10 +90,14 @@ class ExpertWeight:
 
 
 def _output(layer: nn.Module, x: Tensor) -> Tensor:
-    if type(layer) is nn.Linear and takes_parts(layer):
-        # what a plan has put around the experts gives plain tensors
-        return nn.functional.linear(x, local(layer.weight))
-    return layer(x)
+    if type(layer) is not nn.Linear or not takes_parts(layer):
+        return layer(x)
+    # what a plan has put around the experts gives plain tensors; hooks see them as well
+    layer.forward = lambda x: nn.functional.linear(x, local(layer.weight))
+    try:
+        return layer(x)
+    finally:
+        del layer.forward
 
 
 def _fusion(module: nn.Module, name: str) -> Fusion:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..linear_form import expert_groups
+from ..shards import gathers_within, is_distributed, local, resetting
 from .calibration import Call, StopForward, check_all_reached, run_call, watching_inputs
 
 
@@ -21,11 +22,11 @@ def calls_by_block(
 ) -> Iterator[tuple[nn.Module, list[Call]]]:
     """The blocks of a chain, each with the calls that the model makes of it, one a batch.
 
-    Where the layers stand in no chain, the model itself with its own calls. A block's calls follow from the masks that
-    the layers of the blocks before it have when it is asked for.
+    Where the layers stand in no chain, or FSDP2 gathers a block with others, the model itself with its own calls. A
+    block's calls follow from the masks that the layers of the blocks before it have when it is asked for.
     """
     chain = find_chain(model, layers)
-    recorded = record_chain(model, chain, calls) if chain else None
+    recorded = record_chain(model, chain, calls) if chain and gathers_within(model, chain) else None
     if recorded is None:
         yield model, calls
         return
@@ -56,12 +57,14 @@ def record_chain(
         if the output of some block is not the input of the next one.
     """
     recorder = _ChainRecorder(chain)
-    handles = [block.register_forward_pre_hook(recorder.before, with_kwargs=True) for block in chain]
+    # ahead of other hooks, which change the input of the block again when it runs by itself
+    handles = [block.register_forward_pre_hook(recorder.before, with_kwargs=True, prepend=True) for block in chain]
     handles += [block.register_forward_hook(recorder.after) for block in chain]
     try:
         for call in calls:
             recorder.reached, recorder.output = 0, None
-            run_call(model, call)
+            with resetting(model):
+                run_call(model, call)
             if recorder.reached < len(chain):
                 return None
     except StopForward:
@@ -157,6 +160,19 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
     ]
 
 
+def _is_one(x: Tensor | None, y: Tensor) -> bool:
+    """Whether two inputs are the same; a tensor-parallel plan makes a DTensor of its own for each layer."""
+    if x is None or not (is_distributed(x) and is_distributed(y)):
+        return x is y
+    own, other = local(x), local(y)
+    # not where a collective is still under way
+    return type(own) is type(other) is Tensor and x.placements == y.placements and _place_of(own) == _place_of(other)
+
+
+def _place_of(x: Tensor) -> tuple:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
 class _Order:
     """Stages as layers are seen for the first time.
 
@@ -171,7 +187,7 @@ class _Order:
         self._group: list[str] = []
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        if self._input is x:
+        if _is_one(self._input, x):
             self._group.append(name)
             return
         self._input, self._group = x, [name]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..modules import evaluating
+from ..shards import resetting
 from .calibration import Call, as_call, check_calibration, run_call
 
 READ_ELSEWHERE = "other code reads its weight past the module"
@@ -62,10 +63,11 @@ def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Cal
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
         try:
             with torch.compiler.set_stance("force_eager"), reads.watching(model), reads:
-                run_call(model, call)
+                with resetting(model):
+                    run_call(model, call)
                 model.train()
                 # as a norm over a batch of one may, or a detector that asks for labels
-                with suppress(Exception):
+                with suppress(Exception), resetting(model):
                     run_call(model, call)
         finally:
             for buffer, before in buffers:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..linear_form import expert_groups
 from ..modules import evaluating
+from ..shards import resetting, whole_input
 
 # The arguments and keywords by which a module is called
 Call = tuple[tuple, dict]
@@ -81,6 +82,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
 
     def hook(name: str) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
+            x = whole_input(x, layers[name])
             x = x.reshape(-1, x.shape[-1])
             squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
             sums[name] = sums[name] + squares if name in sums else squares
@@ -90,7 +92,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
     check_calibration(calibration)
     batches = 0
     with watching_inputs((layer, hook(name)) for name, layer in layers.items()):
-        with torch.inference_mode(), evaluating(model):
+        with torch.no_grad(), evaluating(model), resetting(model):
             for batch in calibration:
                 run_call(model, as_call(batch))
                 batches += 1
@@ -103,7 +105,7 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
             "magnitude; more batches reach more experts",
             stacklevel=2,
         )
-    return sums | {name: layers[name].weight.new_ones(layers[name].in_features).float() for name in unseen}
+    return sums | {name: torch.ones(layers[name].in_features, device=layers[name].weight.device) for name in unseen}
 
 
 def gram_matrices(
@@ -124,6 +126,7 @@ def gram_matrices(
 
     def hook(index: int) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
+            x = whole_input(x, layers[index])
             x = x.reshape(-1, x.shape[-1]).float()
             if grams[index] is None:
                 grams[index] = x.new_zeros(x.shape[1], x.shape[1])

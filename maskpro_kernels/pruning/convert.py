@@ -23,7 +23,7 @@ from .reconstruction import Reconstruction, check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
 from .selection import layers_to_convert
-from .sharded import has_shards, masked_linear_of_shards, masks_of_shards
+from .sharded import agreed_calibration, has_shards, is_cut, masked_linear_of_shards, masks_of_shards
 
 DEFAULT_GAP = 10.0
 
@@ -78,11 +78,11 @@ def convert(
             those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
             path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
-            ``fully_shard`` or a tensor-parallel plan has cut the model, "magnitude", a mask file or codes, on all
-            ranks.
+            ``fully_shard`` or a tensor-parallel plan has cut the model all ranks give the same; not "sparsegpt", a run
+            or a sparse checkpoint.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
-        calibration: batches, each a tensor, a tuple or a mapping given to the model.
+        calibration: batches, each a tensor, a tuple or a mapping given to the model; the same ones on all ranks.
         logits_dtype: float32, bfloat16 or float16; in 16 bits updates are rounded stochastically.
         logits_device: where all logits live, such as "cpu" if the devices of the weights have no room for them. Each
             use then copies a layer's logits to its weight. Default: with the weights. ``model.to`` moves both.
@@ -103,7 +103,7 @@ def convert(
     pattern = NMPattern(pattern)
     _check(model, init, refit, seed)
     how = _logits(gap, flip_rate, pattern, logits_dtype, logits_device)
-    call, calibration = first_call(calibration)
+    call, calibration = first_call(agreed_calibration(model, calibration))
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
         codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device, seed)
@@ -122,15 +122,15 @@ def _masks(
     seed: int,
 ) -> Reconstruction:
     """Group codes, and weights that were refitted, by name: of whole layers, or of the part of this rank."""
-    if has_shards(layers):
-        return masks_of_shards(layers, pattern, init, refit, logits_device)
+    if is_cut(model) and has_shards(layers):
+        return masks_of_shards(layers, pattern, init, refit, model, calibration, logits_device, seed)
     return refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
 
 
 def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    if not any(map(is_distributed, model.parameters())):
+    if not is_cut(model):
         # else all ranks check it together, for one may not see a file
         check_initial_mask(init)
     check_refit(refit)

@@ -16,6 +16,7 @@ from ..functional.checks import check_codes, check_exactly_n, check_int
 from ..functional.masks import sample_mask, top_n_mask
 from ..ops.philox import MAX_STEPS
 from ..pattern import NMPattern
+from ..shards import local, part_of, resharded
 from .calibration import check_calibration, input_squares
 from .reconstruction import Reconstruction, check_refit, reconstruct
 from .refit import refit_layers
@@ -85,7 +86,7 @@ def magnitude(
     seed: int,
 ) -> dict[str, Tensor]:
     """The N largest |w| of each group; this needs the weights alone."""
-    return {name: top_n_mask(layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
+    return {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
 
 
 def wanda(
@@ -100,13 +101,17 @@ def wanda(
 
     ||x|| is the norm of the weight's input column over the calibration batches.
     """
-    _check_given('batches for init="wanda"', model, calibration)
+    check_given('batches for init="wanda"', model, calibration)
     squares = input_squares(model, layers, calibration)
-    return {
+    # FSDP2 may have kept gathered what ran last
+    resharded(model)
+    codes = {}
+    for name, layer in layers.items():
+        weight = local(layer.weight.detach())
         # a hook on the layer may yet bring its inputs to where the weight is
-        name: top_n_mask(layer.weight.detach().abs().float() * squares[name].sqrt().to(layer.weight.device), pattern)
-        for name, layer in layers.items()
-    }
+        norms = squares[name].sqrt().to(weight.device).expand(layer.weight.shape)
+        codes[name] = top_n_mask(weight.abs().float() * part_of(norms, layer.weight), pattern)
+    return codes
 
 
 def reconstruction(
@@ -130,7 +135,7 @@ def sparsegpt(
     seed: int,
 ) -> dict[str, Tensor]:
     """The masks of SparseGPT, without its weights, see ``pruning/sparsegpt.py``."""
-    _check_given('batches for init="sparsegpt"', model, calibration)
+    check_given('batches for init="sparsegpt"', model, calibration)
     return prune_by_sparsegpt(model, layers, pattern, calibration, progress=progress).codes
 
 
@@ -149,12 +154,12 @@ def random(
     million pairs have, the lower index goes before. Two calls with one seed have the same noise in layers of the same
     place.
     """
-    return {
-        name: sample_mask(
-            torch.zeros_like(layer.weight, dtype=torch.float32), pattern, seed=seed, step=MAX_STEPS - 1, layer=place
-        )
-        for place, (name, layer) in enumerate(layers.items())
-    }
+    codes = {}
+    for place, (name, layer) in enumerate(layers.items()):
+        logits = torch.zeros(layer.weight.shape, device=layer.weight.device)
+        drawn = sample_mask(logits, pattern, seed=seed, step=MAX_STEPS - 1, layer=place)
+        codes[name] = part_of(drawn, layer.weight, pattern.m)
+    return codes
 
 
 def _reconstruction(
@@ -165,7 +170,7 @@ def _reconstruction(
     progress: Progress | None,
     refit: str = "none",
 ) -> Reconstruction:
-    _check_given('batches for init="reconstruction"', model, calibration)
+    check_given('batches for init="reconstruction"', model, calibration)
     batches = list(calibration)
     codes = wanda(layers, pattern, model, batches, progress, 0)
     return reconstruct(model, layers, codes, pattern, batches, refit=refit, progress=progress)
@@ -197,7 +202,7 @@ def refitted_masks(
     check_refit(refit)
     if refit == "none":
         return Reconstruction(initial_codes(layers, pattern, init, model, calibration, progress, seed), {})
-    _check_given(f'batches for refit="{refit}"', model, calibration)
+    check_given(f'batches for refit="{refit}"', model, calibration)
     if init == "reconstruction":
         return _reconstruction(layers, pattern, model, calibration, progress, refit)
     batches = list(calibration)
@@ -229,7 +234,7 @@ INITIAL_MASKS = {
 }
 
 
-def _check_given(expected: str, model: nn.Module | None, calibration: Iterable | None) -> None:
+def check_given(expected: str, model: nn.Module | None, calibration: Iterable | None) -> None:
     """Raise unless there is a model with calibration batches."""
     if model is None or calibration is None:
         raise ValueError(f"calibration: expected {expected}, got none")

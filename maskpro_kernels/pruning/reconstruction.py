@@ -8,18 +8,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..functional.linear import codes_linear
 from ..modules import evaluating
 from ..pattern import NMPattern
+from ..shards import is_distributed
 from .blocks import calls_by_block, layers_in_order
 from .calibration import Call, calls_of, gram_matrices
+from .layer_masks import LayerMasks
 from .least_squares import FITS, check_damping, refit_rows
-from .refitted_swaps import swap_and_refit
+from .refitted_swaps import conditional_blocks, swap_and_refit
+from .sharded_masks import ShardedMasks
 from .swap_descent import SWEEPS, by_place, descend_rows, from_places, kept_of, to_places
 
 # In how many parts the online schedule takes the batches, and what a Gram matrix keeps of those before
@@ -106,37 +109,59 @@ def reconstruct(
     Raises:
         TypeError, ValueError: an argument is not as above, there is no batch, or another layer sees none of them.
     """
-    pattern, codes, weights = NMPattern(pattern), dict(codes), {}
+    pattern = NMPattern(pattern)
     _check_options(refit, schedule, damping)
     calls = calls_of(calibration)
     visits = min(ROUNDS, len(calls)) if schedule == "online" else 1
     told = Told(progress, len(layers) * visits)
+    masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 
     def descend(names: Sequence[str], gram: Tensor) -> None:
-        ordered = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
+        ordered, own = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
+        swapped = partial(descend_rows, gram=ordered, blocks=own, pattern=pattern, sweeps=sweeps)
         for name in names:
-            weight = layers[name].weight.detach()
-            codes[name], _ = descend_rows(weight, codes[name], *ordered, pattern, sweeps)
+            weight, refitted = masks.dense(name), None
+            found, _ = masks.by_rows(swapped, weight, masks.whole_codes(name))
             if refit != "none":
-                codes[name], weights[name] = _refitted(weight, codes[name], ordered[0], pattern, refit)
+                found, refitted = _refitted(weight, found, ordered, pattern, refit, masks)
+            masks.put(name, found, refitted)
             told.one_more()
 
-    patterns = dict.fromkeys(layers, pattern)
-    with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
-        unvisited = SCHEDULES[schedule](model, layers, calls, descend)
+    with evaluating(model), without_cache(model), masks.running():
+        unvisited = SCHEDULES[schedule](model, layers, calls, descend, masks)
     tell_unvisited(unvisited, "keep their masks and weights")
     told.all_done()
-    return Reconstruction(codes, weights)
+    return Reconstruction(masks.codes, masks.weights)
 
 
-def _refitted(weight: Tensor, codes: Tensor, gram: Tensor, pattern: NMPattern, refit: str) -> tuple[Tensor, Tensor]:
+def masks_of(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    codes: Mapping[str, Tensor],
+    patterns: Mapping[str, NMPattern],
+) -> LayerMasks:
+    """Those of layers that one process has, or of layers that ranks share, whose codes are those of this rank."""
+    if any(is_distributed(layer.weight) for layer in layers.values()):
+        return ShardedMasks(model, layers, codes, patterns)
+    return LayerMasks(layers, codes, patterns)
+
+
+def _refitted(
+    weight: Tensor, codes: Tensor, gram: Tensor, pattern: NMPattern, refit: str, masks: LayerMasks
+) -> tuple[Tensor, Tensor]:
     """(group codes, weight) of a layer after its swaps; the Gram matrix is one of ``by_place``."""
     if refit == "weights":
-        codes, refitted, _ = swap_and_refit(weight, codes, gram, pattern)
+        blocks = conditional_blocks(codes, gram, pattern)
+        codes, refitted, _ = masks.by_rows(
+            lambda weight, codes: swap_and_refit(weight, codes, gram, blocks, pattern), weight, codes
+        )
         return codes, refitted
-    kept = kept_of(codes, pattern.m).view(weight.shape) > 0
-    refitted, _ = refit_rows(to_places(weight, pattern.m), kept, gram, FITS[refit])
-    return codes, from_places(refitted, pattern.m)
+
+    def fitted(weight: Tensor, codes: Tensor) -> list[Tensor]:
+        kept = kept_of(codes, pattern.m).view(weight.shape) > 0
+        return [from_places(refit_rows(to_places(weight, pattern.m), kept, gram, FITS[refit])[0], pattern.m)]
+
+    return codes, *masks.by_rows(fitted, weight, codes)
 
 
 def check_refit(refit: str) -> None:
@@ -160,7 +185,7 @@ def layer_by_layer(
     layers: Mapping[str, nn.Module],
     calls: list[Call],
     visit: Visit,
-    enter_block: Callable[[], None] = lambda: None,
+    masks: LayerMasks,
 ) -> list[str]:
     """Visit the layers in the order in which they run, on all batches; those before have been visited.
 
@@ -168,18 +193,19 @@ def layer_by_layer(
     as fit into GRAM_BYTES. Else the whole model runs for every layer.
 
     Args:
-        enter_block: called before the layers of a block are visited. No block before it runs again.
+        masks: under which the model runs, told which block is entered.
 
     Returns:
         names of the experts that no token has reached.
     """
     visited: set[str] = set()
     for module, block_calls in calls_by_block(model, layers, calls):
-        enter_block()
+        masks.enter_block(module)
         for stage in layers_in_order(module, block_calls, layers):
             for groups in _held_together(stage.groups, layers):
                 # a layer that runs once needs nothing of the forward pass behind its input
-                grams = gram_matrices(module, block_calls, [layers[names[0]] for names in groups], stop=stage.once)
+                stop, first = stage.once and masks.may_stop, [layers[names[0]] for names in groups]
+                grams = gram_matrices(module, block_calls, first, stop)
                 for names, gram in zip(groups, grams, strict=True):
                     # masks before may have routed an expert's last token away from it
                     if gram is not None:
@@ -211,12 +237,15 @@ def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> 
     yield part
 
 
-def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit) -> list[str]:
+def all_together(
+    model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit, masks: LayerMasks
+) -> list[str]:
     """Visit all layers together, after every eighth of the batches, on Gram matrices that decay by half each time.
 
     A batch takes one forward pass. The Gram matrices of all layers are held. Returns the names of the experts that no
     token has reached.
     """
+    masks.enter_block(model)
     stages = [names for groups, _ in layers_in_order(model, calls, layers) for names in groups]
     grams: list[Tensor | None] = [None] * len(stages)
     for first in range(min(ROUNDS, len(calls))):
@@ -232,41 +261,6 @@ def all_together(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[
 
 
 SCHEDULES = {"sequential": layer_by_layer, "online": all_together}
-
-
-@contextmanager
-def masked_forwards(
-    layers: Mapping[str, nn.Module],
-    codes: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    patterns: Mapping[str, NMPattern],
-) -> Iterator[None]:
-    """With layers that multiply under the masks, and with the weights, that stand in ``codes`` and ``weights`` then.
-
-    A layer without one in ``weights`` has its own, and one without codes no mask.
-    """
-
-    def forward(name, layer):
-        def multiply(input: Tensor) -> Tensor:
-            # in place of a forward to which a hook might have brought its input
-            input = input.to(layer.weight.device)
-            weight = weights.get(name, layer.weight)
-            if name not in codes:
-                return nn.functional.linear(input, weight, layer.bias)
-            return codes_linear(input, weight, codes[name], layer.bias, pattern=patterns[name])
-
-        return multiply
-
-    before = {layer: layer.__dict__.get("forward") for layer in layers.values()}
-    try:
-        for name, layer in layers.items():
-            layer.forward = forward(name, layer)
-        yield
-    finally:
-        for layer, own in before.items():
-            del layer.forward
-            if own is not None:
-                layer.forward = own
 
 
 @contextmanager

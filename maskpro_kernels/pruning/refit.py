@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear, evaluating, masked_layers
 from ..pattern import NMPattern
-from ..shards import check_in_memory
+from ..shards import check_in_memory, is_distributed, local
 from .calibration import calls_of
 from .least_squares import FITS, check_damping, refit_rows
-from .reconstruction import DAMPING, Told, layer_by_layer, masked_forwards, tell_unvisited, without_cache
+from .reconstruction import DAMPING, Told, layer_by_layer, masks_of, tell_unvisited, without_cache
 
 
 def refit(
@@ -83,30 +83,35 @@ def refit_layers(
 
     Args:
         layers: nn.Linear or alike, with their dense weights.
-        codes: their group codes [out, K / M].
+        codes: their group codes [out, K / M]. Of layers that ranks share these are those of this rank's part, and the
+            weights that it gives as well.
         patterns: of the codes.
     """
     calls = calls_of(calibration)
-    weights: dict[str, Tensor] = {}
+    masks = masks_of(model, layers, codes, patterns)
     shares: dict[str, float] = {}
 
     told = Told(progress, len(layers))
+
+    def fitted(gram: Tensor, pattern: NMPattern):
+        return lambda weight, codes: refit_rows(weight, expand_mask(codes, pattern), gram, FITS[to])
 
     def visit(names: Sequence[str], gram: Tensor) -> None:
         gram = gram.to(layers[names[0]].weight.device)
         gram.diagonal().add_(damping * gram.diagonal().mean())
         for name in names:
-            kept = expand_mask(codes[name], patterns[name])
-            weights[name], errors = refit_rows(layers[name].weight.detach(), kept, gram, FITS[to])
+            found = masks.whole_codes(name)
+            refitted, errors = masks.by_rows(fitted(gram, patterns[name]), masks.dense(name), found)
+            masks.put(name, found, refitted)
             before, after = errors.double().sum(0).tolist()
             shares[name] = after / before if before > 0 else 1.0
             told.one_more()
 
-    with evaluating(model), without_cache(model), masked_forwards(layers, codes, weights, patterns):
-        unvisited = layer_by_layer(model, layers, calls, visit)
+    with evaluating(model), without_cache(model), masks.running():
+        unvisited = layer_by_layer(model, layers, calls, visit, masks)
     tell_unvisited(unvisited, "keep their masks and weights")
     told.all_done()
-    return weights, shares
+    return masks.weights, shares
 
 
 def _check_layers(layers: Mapping[str, MaskedLinear]) -> None:
@@ -124,20 +129,24 @@ def put_weights(layers: Mapping[str, MaskedLinear], weights: Mapping[str, Tensor
 
     Args:
         layers: by name.
-        weights: [out, K] by name, of some of the layers. A layer takes them in its dtype, onto its device; else they
-            are not copied.
+        weights: [out, K] by name, of some of the layers; of one that ranks share what this rank has. A layer takes
+            them in its dtype, onto its device; else they are not copied.
 
     Raises:
         ValueError: if a layer is missing or of another shape. Nothing has changed then.
     """
     for name, weight in weights.items():
-        shape = list(layers[name].weight.shape) if name in layers else None
+        shape = list(local(layers[name].weight).shape) if name in layers else None
         if shape != list(weight.shape):
             raise ValueError(
                 f"weights: expected those of the model's masked layers, got {list(weight.shape)} in {name}"
             )
     for name, weight in weights.items():
         layer = layers[name]
-        # in place of the tensor, not into it: it may be shared with a layer that has no mask
-        layer.weight.data = weight.to(layer.weight.device, layer.weight.dtype)
+        if is_distributed(layer.weight):
+            # FSDP2 knows it by this memory
+            local(layer.weight.detach()).copy_(weight)
+        else:
+            # in place of the tensor, not into it: it may be shared with a layer that has no mask
+            layer.weight.data = weight.to(layer.weight.device, layer.weight.dtype)
         layer.weight_changed = True

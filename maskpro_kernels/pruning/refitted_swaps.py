@@ -68,7 +68,7 @@ def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tenso
 
 
 def swap_and_refit(
-    weight: Tensor, codes: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int = SWEEPS
+    weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int = SWEEPS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Descend on the error after a refit by swaps within groups, then refit; the error of no row rises.
 
@@ -76,6 +76,7 @@ def swap_and_refit(
         weight: dense, float32, bfloat16 or float16 [out, K].
         codes: group codes [out, K / M] to start from.
         gram: symmetric positive definite float32 [K, K], in the order of ``by_place``.
+        blocks: of ``conditional_blocks``, of these or more rows.
         pattern: of the codes.
         sweeps: at most.
 
@@ -83,7 +84,6 @@ def swap_and_refit(
         (group codes [out, K / M]; weight [out, K] in its dtype with refitted kept values, dense where dropped; float32
         [out, 2], the error of each row before and after).
     """
-    blocks = conditional_blocks(codes, gram, pattern)
     rows = max(PIECE // weight.shape[1], 1)
     pieces = [
         _swap_and_refit(w, code, gram, blocks, pattern, sweeps)

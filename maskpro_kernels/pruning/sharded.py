@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -10,17 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from ..digests import digest_of_named
-from ..functional.masks import top_n_mask
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..shards import is_distributed, like_shards, local, part_of
-from .initial_masks import INITIAL_MASKS, Init, given
+from ..shards import is_distributed, like_shards, local, part_of, resharded
+from ..training.batches import content
+from .calibration import check_calibration
+from .initial_masks import INITIAL_MASKS, Init, check_given, given, initial_codes, refitted_masks
 from .reconstruction import Reconstruction
+from .refit import refit_layers
 from .stored_mask import opened_mask_file, stored_mask
 
 # Of what is refused
-CUT = "in a model that is cut over ranks; convert it ahead of fully_shard, or give codes"
+CUT = "in a model that is cut over ranks"
+# What ranks find without one that has whole layers
+FOUND_BY_RANKS = ("magnitude", "random", "wanda", "reconstruction")
+# Of these, what runs the model
+CALIBRATED = ("wanda", "reconstruction")
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether a parameter is a DTensor. The model has its shards then: FSDP2 may have kept gathered what ran last."""
+    resharded(model)
+    return any(map(is_distributed, model.parameters()))
 
 
 def has_shards(layers: Mapping[str, nn.Module]) -> bool:
@@ -28,52 +40,122 @@ def has_shards(layers: Mapping[str, nn.Module]) -> bool:
     return any(is_distributed(layer.weight) for layer in layers.values())
 
 
+def agreed_calibration(model: nn.Module, calibration: Iterable | None) -> Iterable | None:
+    """The batches. Of a model that is cut all ranks have them alike, ahead of any forward to which they have to come.
+
+    Raises:
+        TypeError, ValueError: they are no batches, or ranks have others.
+    """
+
+    if not is_cut(model):
+        return calibration
+
+    def batches() -> list | None:
+        if calibration is None:
+            return None
+        check_calibration(calibration)
+        return list(calibration)
+
+    with closing(Ranks()) as ranks:
+        ranks.connect()
+        found = ranks.all_of(batches)
+        ranks.agree({"calibration": found and [content(batch, index) for index, batch in enumerate(found)]})
+    return found
+
+
 def masks_of_shards(
     layers: Mapping[str, nn.Linear],
     pattern: NMPattern,
     init: Init,
     refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
     logits_device: torch.device | None,
+    seed: int,
 ) -> Reconstruction:
-    """Group codes [rows, columns / M] of the initial masks of what this rank has, by name; weights stay as they are.
+    """Group codes [rows, columns / M] of the initial masks of what this rank has, and refitted weights, by name.
 
     Args:
         layers: by name.
-        init: "magnitude"; the path of a mask file, of which a rank holds the codes of one layer at a time and those of
-            its rows; or group codes [out, K / M] by name, for exactly these layers.
-        refit, logits_device: as for ``convert``, of which sharded layers take the defaults alone.
+        init: one of ``FOUND_BY_RANKS``; the path of a mask file, of which a rank holds the codes of one layer at a time
+            and those of its rows; or group codes [out, K / M] by name, for exactly these layers.
+        calibration: of ``agreed_calibration``.
+        logits_device: as for ``convert``; None, for logits lie with the weights that are cut.
+        The others: as for ``convert``.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or ranks have another ``init``.
+        TypeError, ValueError: an argument is not as above, or ranks have others.
         OSError: if a mask file cannot be read.
     """
-    if refit != "none":
-        raise ValueError(f'refit: expected "none" {CUT}, got {refit!r}')
     if logits_device is not None:
-        raise ValueError(f"logits_device: expected None {CUT}, got {logits_device}")
+        raise ValueError(f"logits_device: expected None {CUT}, got {logits_device}; convert it ahead of fully_shard")
     with closing(Ranks()) as ranks:
         ranks.connect()
         # ahead of what all ranks have to come to: one may not see the file
-        ranks.agree({"init": ranks.all_of(lambda: _known_by(init, layers, pattern))})
+        known = ranks.all_of(lambda: _known_by(init, layers, pattern))
+        ranks.agree({"init": known, "refit": refit, "seed": seed})
+        with ranks.naming_lost():
+            return _found(layers, pattern, init, refit, model, calibration, seed)
+
+
+def _found(
+    layers: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    init: Init,
+    refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
+    seed: int,
+) -> Reconstruction:
+    batches = calibration and list(calibration)
+    if refit != "none":
+        check_given(f'batches for refit="{refit}"', model, batches)
+    if refit != "none" or init in CALIBRATED:
+        _check_all_cut(layers)
+    if init == "reconstruction":
+        return refitted_masks(layers, pattern, init, refit, model, batches)
     if isinstance(init, Mapping):
         whole = given(layers, pattern, init)
         codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
-    elif init != "magnitude":
+    elif init in FOUND_BY_RANKS:
+        codes = initial_codes(layers, pattern, init, model, batches, seed=seed)
+    else:
         codes = stored_mask(init, layers, pattern).codes
         codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
-    else:
-        codes = {name: top_n_mask(local(layer.weight.detach()).abs(), pattern) for name, layer in layers.items()}
-    return Reconstruction(codes, {})
+    if refit == "none":
+        return Reconstruction(codes, {})
+    weights, _ = refit_layers(model, layers, codes, dict.fromkeys(layers, pattern), batches, refit)
+    return Reconstruction(codes, weights)
+
+
+def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
+    """Raise ValueError if a layer is whole beside others that are cut, or two share a weight."""
+    cut = next(name for name, layer in layers.items() if is_distributed(layer.weight))
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if not is_distributed(layer.weight):
+            raise ValueError(
+                f"targets: expected layers that are all cut over ranks, or none, got {cut}, which is cut, and {name}, "
+                "which is not"
+            )
+        if owners.setdefault(id(layer.weight), name) != name:
+            raise ValueError(
+                f"targets: expected layers with a weight of their own {CUT}, got one weight in "
+                f"{owners[id(layer.weight)]} and {name}"
+            )
 
 
 def _known_by(init: Init, layers: Mapping[str, nn.Linear], pattern: NMPattern) -> str:
     """What tells the initial mask that is given on this rank from others."""
     if isinstance(init, Mapping):
         return digest_of_named(given(layers, pattern, init))
-    if init == "magnitude":
+    if init in FOUND_BY_RANKS:
         return init
     if init in INITIAL_MASKS or not isinstance(init, (str, Path)) or not Path(init).is_file():
-        raise ValueError(f'init: expected "magnitude", a mask file or group codes {CUT}, got {init!r}')
+        raise ValueError(
+            f"init: expected one of {', '.join(FOUND_BY_RANKS)}, a mask file or group codes {CUT}, got {init!r}; "
+            "convert it ahead of fully_shard"
+        )
     with opened_mask_file(init) as mask:
         return mask.digest
 

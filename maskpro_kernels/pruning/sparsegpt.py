@@ -18,18 +18,25 @@ from ..functional.masks import expand_mask, top_n_mask
 from ..modules import evaluating
 from ..pattern import NMPattern
 from .calibration import calls_of
+from .layer_masks import LayerMasks
 from .least_squares import check_damping
 from .reconstruction import (
     DAMPING,
     Reconstruction,
     Told,
     layer_by_layer,
-    masked_forwards,
     tell_unvisited,
     without_cache,
 )
 
 BLOCK = 128
+
+
+class WeightsOfBlock(LayerMasks):
+    """New weights of the layers of one block, which may run again; those before are forgotten."""
+
+    def enter_block(self, block: nn.Module) -> None:
+        self.weights.clear()
 
 
 def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
@@ -119,8 +126,7 @@ def sparsegpt(
     check_damping(damping)
     calls, told = calls_of(calibration), Told(progress, len(layers))
     codes: dict[str, Tensor] = {}
-    # of the blocks that may run again; and of all, where they are kept
-    weights: dict[str, Tensor] = {}
+    masks = (LayerMasks if keep_weights else WeightsOfBlock)(layers, {}, {})
 
     def visit(names: Sequence[str], gram: Tensor) -> None:
         gram = gram.to(layers[names[0]].weight.device)
@@ -131,16 +137,16 @@ def sparsegpt(
         for name in names:
             weight = layers[name].weight.detach()
             codes[name], pruned = prune_layer(weight, gram.diagonal() == 0, upper, pattern)
-            weights[name] = pruned.to(weight.dtype)
+            masks.weights[name] = pruned.to(weight.dtype)
             told.one_more()
 
-    with evaluating(model), without_cache(model), masked_forwards(layers, {}, weights, {}):
-        unvisited = layer_by_layer(model, layers, calls, visit, (lambda: None) if keep_weights else weights.clear)
+    with evaluating(model), without_cache(model), masks.running():
+        unvisited = layer_by_layer(model, layers, calls, visit, masks)
     tell_unvisited(unvisited, "get masks by magnitude")
     for name in unvisited:
         weight = layers[name].weight.detach()
         codes[name] = top_n_mask(weight.abs(), pattern)
         if keep_weights:
-            weights[name] = torch.where(expand_mask(codes[name], pattern), weight, 0.0)
+            masks.weights[name] = torch.where(expand_mask(codes[name], pattern), weight, 0.0)
     told.all_done()
-    return Reconstruction({name: codes[name] for name in layers}, weights if keep_weights else {})
+    return Reconstruction({name: codes[name] for name in layers}, masks.weights if keep_weights else {})

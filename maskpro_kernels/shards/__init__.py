@@ -12,6 +12,7 @@ from .dtensors import (
     local,
     part_of,
     whole,
+    whole_input,
 )
 from .fused import (
     Fusion,
@@ -24,7 +25,7 @@ from .fused import (
 )
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
-from .rows import Params, RowShard, reset_iteration, resharded
+from .rows import Params, RowShard, gathers_within, reset_iteration, resetting, resharded
 from .tensor_parallel import TensorShard, attach, check_shard
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "check_not_wrapped",
     "check_shard",
     "fused_of",
+    "gathers_within",
     "is_distributed",
     "is_finite",
     "layers_of_shards",
@@ -53,6 +55,8 @@ __all__ = [
     "plan_of",
     "reason_against_fused",
     "reset_iteration",
+    "resetting",
     "resharded",
     "whole",
+    "whole_input",
 ]

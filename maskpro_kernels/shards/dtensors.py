@@ -65,12 +65,31 @@ def part_of(whole: Tensor, like: Tensor, each: int = 1) -> Tensor:
     return whole[row : row + rows, column // each : (column + columns) // each]
 
 
-def like_shards(part: Tensor, like: Tensor) -> Tensor:
-    """The DTensor in the layout of another one, [out, K], of which this rank has this part."""
+def like_shards(part: Tensor, like: Tensor, each: int = 1) -> Tensor:
+    """The DTensor [out, K / each] in the layout of another one, [out, K], of which this rank has this part."""
     from torch.distributed.tensor import DTensor
 
-    how = {"shape": like.shape, "stride": (like.shape[1], 1), "run_check": False}
+    shape = torch.Size((like.shape[0], like.shape[1] // each))
+    how = {"shape": shape, "stride": (shape[1], 1), "run_check": False}
     return DTensor.from_local(part, like.device_mesh, like.placements, **how)
+
+
+def whole_input(input: Tensor, layer: nn.Module) -> Tensor:
+    """The input [..., K] of a layer of which a tensor-parallel plan may have given this rank a part.
+
+    All ranks that share the layer come to it.
+    """
+    if is_distributed(input):
+        return input.full_tensor()
+    weight = layer.weight
+    if not is_distributed(weight) or input.shape[-1] == weight.shape[1]:
+        return input
+    from torch.distributed.tensor import DTensor, Shard
+
+    # transformers gives a layer that is cut into columns those of the input
+    shape = torch.Size((*input.shape[:-1], weight.shape[1]))
+    how = {"run_check": False, "shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    return DTensor.from_local(input, weight.device_mesh, [Shard(input.dim() - 1)], **how).full_tensor()
 
 
 def sum_over_shards(part: Tensor, mesh, placements: Sequence) -> Tensor:

@@ -12,7 +12,8 @@ which torch has no public names.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -294,6 +295,27 @@ def reset_iteration(model: nn.Module) -> None:
             # one that has not run yet has nothing to be reset
             if isinstance(module, fsdp.FSDPModule) and module._get_fsdp_state()._is_root:
                 module.reset_iter_state()
+
+
+@contextmanager
+def resetting(model: nn.Module) -> Iterator[None]:
+    """With ``reset_iteration`` behind an error."""
+    try:
+        yield
+    except BaseException:
+        reset_iteration(model)
+        raise
+
+
+def gathers_within(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:
+    """Whether each block can run by itself: FSDP2 gathers nothing of it with modules outside of it."""
+    params = resharded(model)
+    for block in blocks:
+        inside = set(block.modules())
+        for parameter in block.parameters():
+            if id(parameter) in params and not inside.issuperset(params[id(parameter)][1].modules):
+                return False
+    return True
 
 
 def check_row_shard(argument: str, name: str, weight: Tensor, pattern: NMPattern, params: Params) -> None:

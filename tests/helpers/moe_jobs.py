@@ -48,16 +48,20 @@ def shard_blocks(model: torch.nn.Module, mesh) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def whole_or_cut(path: str, cut_by: str | None, rank: int) -> torch.nn.Module:
+    """The model, or what a rank has of it by one of ``PLANS``."""
+    return (
+        of_transformers(path, rank, **PLANS[cut_by]) if cut_by in PLANS else AutoModelForCausalLM.from_pretrained(path)
+    )
+
+
 def converted(path: str, cut_by: str | None, rank: int, pattern: str = "2:4") -> tuple[torch.nn.Module, Conversion]:
     """(A model with masks, what ``convert`` has told).
 
     Args:
         cut_by: one of ``PLANS``; "fully_shard" behind ``convert``; "data and plan" on a mesh of four; None: whole.
     """
-    if cut_by in PLANS:
-        model = of_transformers(path, rank, **PLANS[cut_by])
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path)
+    model = whole_or_cut(path, cut_by, rank)
     if cut_by == "data and plan":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))
         apply_tensor_parallelism(model, mesh["tp"], model._expand_parallel_plan(model.tp_plan))

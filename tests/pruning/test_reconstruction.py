@@ -18,6 +18,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.pruning import blocks, reconstruction
+from maskpro_kernels.pruning.calibration import run_call, watching_inputs
 from maskpro_kernels.pruning.initial_masks import initial_codes
 from maskpro_kernels.pruning.reconstruction import reconstruct
 from maskpro_kernels.pruning.swap_descent import swap_descent
@@ -297,6 +298,23 @@ def test_a_language_model_is_a_chain_of_blocks(eager_reference):
     assert model.config.use_cache
     found = reconstruct(model, layers, initial_codes(layers, "2:4", "magnitude"), "2:4", batches).codes
     assert found.keys() == layers.keys()
+
+
+def test_hooks_of_a_block_change_its_input_once():
+    """Also where the block runs by itself."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)))
+    for block in model:
+        block.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    calls = [((x,), {}) for x in torch.randn(2, 3, 8)]
+    layers, seen = layers_of(model), []
+    with torch.no_grad():
+        expected = [x for (x,) in (call[0] for call in calls)]
+        for block, block_calls in blocks.calls_by_block(model, layers, calls):
+            with watching_inputs([(block[0], seen.append)]):
+                for call in block_calls:
+                    run_call(block, call)
+            assert_same_bits(seen, [x + 1 for x in expected])
+            expected, seen[:] = [(block[0](x + 1)).relu() for x in expected], []
 
 
 def test_convert_takes_reconstruction_masks_from_any_iterable(eager_reference):

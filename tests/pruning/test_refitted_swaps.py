@@ -59,6 +59,10 @@ def test_conditional_blocks_are_schur_complements(pattern):
         torch.testing.assert_close(blocks[:, :, group].double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def swap_and_refit_rows(weight, codes, gram, pattern, **how):
+    return swap_and_refit(weight, codes, gram, conditional_blocks(codes, gram, pattern), pattern, **how)
+
+
 def test_the_blocks_tell_what_a_swap_costs_after_the_refit(monkeypatch):
     """Of one row with one weight kept in a group the blocks are exact: every swap of a group, refitted anew."""
     weight, kept, gram = problem("1:4", rows=1, k=16)
@@ -74,7 +78,7 @@ def test_the_blocks_tell_what_a_swap_costs_after_the_refit(monkeypatch):
     monkeypatch.setattr(refitted_swaps.ops, "best_swaps", spy)
     monkeypatch.setattr(refitted_swaps, "ITERATIONS", 100)
     monkeypatch.setattr(refitted_swaps, "conjugate_gradients", partial(conjugate_gradients, least_fall=0.0))
-    swap_and_refit(weight, codes, by_place(gram, 4)[0], pattern, sweeps=1)
+    swap_and_refit_rows(weight, codes, by_place(gram, 4)[0], pattern, sweeps=1)
     change, swap = asked[0]
     before = refitted_error(weight[0], kept[0], gram)
     for group in range(4):
@@ -103,7 +107,7 @@ def test_swaps_gain_over_a_refit_alone(pattern, dtype):
     weight, kept, gram = problem(pattern, rows=33, k=160, dtype=dtype)
     start, _ = swap_descent(weight, mk.pack_mask(kept, pattern), gram, pattern)
     _, alone = refit_rows(weight, mk.expand_mask(start, pattern), gram, FITS["weights"])
-    codes, refitted, errors = swap_and_refit(weight, start, by_place(gram, m)[0], NMPattern(pattern))
+    codes, refitted, errors = swap_and_refit_rows(weight, start, by_place(gram, m)[0], NMPattern(pattern))
     found = mk.expand_mask(codes, pattern)
     assert (found.view(-1, m).sum(1) == n).all() and (codes != start).any()
     assert refitted.dtype == dtype
@@ -118,7 +122,7 @@ def test_swaps_gain_over_a_refit_alone(pattern, dtype):
 def test_a_layer_without_inputs_stays_as_it_is():
     weight, kept, gram = problem("2:4")
     codes = mk.pack_mask(kept, "2:4")
-    found, refitted, errors = swap_and_refit(weight, codes, torch.zeros_like(gram), NMPattern("2:4"))
+    found, refitted, errors = swap_and_refit_rows(weight, codes, torch.zeros_like(gram), NMPattern("2:4"))
     assert_same_bits([found, refitted], [codes, weight])
     assert (errors == 0).all()
 
@@ -126,9 +130,9 @@ def test_a_layer_without_inputs_stays_as_it_is():
 def test_rows_do_not_depend_on_each_other(monkeypatch):
     weight, kept, gram = problem("2:4", rows=9)
     operands = weight, mk.pack_mask(kept, "2:4"), by_place(gram, 4)[0], NMPattern("2:4")
-    whole, _, errors = swap_and_refit(*operands)
+    whole, _, errors = swap_and_refit_rows(*operands)
     monkeypatch.setattr(refitted_swaps, "PIECE", 2 * 48)
-    pieces, _, in_pieces = swap_and_refit(*operands)
+    pieces, _, in_pieces = swap_and_refit_rows(*operands)
     assert_same_bits(whole, pieces)
     # a row may end an iteration sooner
     torch.testing.assert_close(errors, in_pieces, rtol=2e-3, atol=0)

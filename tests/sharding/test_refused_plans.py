@@ -154,9 +154,9 @@ REFUSED = {
         f"model: expected logits sharded as their weight is, got a sharded weight and plain logits in {UP}",
     ),
     "a plain input": (fed_by_hand, "input: expected a DTensor of DeviceMesh("),
-    "calibration": (
-        lambda: mk.convert(_split(), "2:4", init="wanda", calibration=[torch.zeros(2, 16)]),
-        'init: expected "magnitude", a mask file or group codes in a model that is cut over ranks',
+    "an initial mask": (
+        lambda: mk.convert(_split(), "2:4", init="sparsegpt", calibration=[torch.zeros(2, 16)]),
+        "init: expected one of magnitude, random, wanda, reconstruction, a mask file or group codes in a model that is",
     ),
     "logits elsewhere": (
         lambda: mk.convert(_split(), "2:4", logits_device="cpu"),

@@ -154,13 +154,18 @@ REFUSED = {
         lambda: sharded_by(offload_policy=CPUOffloadPolicy(pin_memory=False)),
         "model: expected shards that stay on their device, got a CPUOffloadPolicy in blocks.0.1",
     ),
+    "an initial mask": (
+        lambda: converted_behind(init="sparsegpt", calibration=[torch.randn(4, 16)]),
+        "init: expected one of magnitude, random, wanda, reconstruction, a mask file or group codes in a model that is "
+        "cut over ranks, got 'sparsegpt'; convert it ahead of fully_shard",
+    ),
     "calibration": (
-        lambda: converted_behind(init="wanda", calibration=[torch.randn(4, 16)]),
-        'init: expected "magnitude", a mask file or group codes in a model that is cut over ranks; convert it ahead of',
+        lambda: converted_behind(init="wanda"),
+        'calibration: expected batches for init="wanda", got none',
     ),
     "refit": (
-        lambda: converted_behind(refit="weights", calibration=[torch.randn(4, 16)]),
-        'refit: expected "none" in a model that is cut over ranks; convert it ahead of fully_shard, or give codes',
+        lambda: converted_behind(refit="weights"),
+        'calibration: expected batches for refit="weights", got none',
     ),
     "shared draws": (
         lambda: trained(a_sharded_model([2]), how="two draws", parallel="draws"),
