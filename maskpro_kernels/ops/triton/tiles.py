@@ -96,8 +96,8 @@ _CONFIGURATIONS |= {
 }
 # With one group a thread Triton 3.6's ptxas puts 8 bytes of it on the stack on sm_90 and sm_100
 _CONFIGURATIONS["descend", 16] = Configuration(block=256)
-# Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
-_CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
+# A thread that holds the sums of a whole group puts 24 bytes of them on the stack on sm_100: four threads share them
+_CONFIGURATIONS["mask_score", 32] = Configuration(block=32)
 
 # Of all layers of a model by one launch
 _CONFIGURATIONS |= {
