@@ -138,10 +138,14 @@ def test_layers_of_one_launch(target, kernel, pattern, dtype, shard, compiled_fo
     assert sum(launched.values()) == (2 if kernel == "by codes" else 1)
 
 
-@pytest.mark.parametrize("spread", ["certain", pytest.param("open", marks=pytest.mark.slow)])
-def test_flips_of_layers_of_one_launch(spread, compiled_for):
+@pytest.mark.parametrize(
+    ("spread", "pattern"),
+    cases(itertools.product(("certain", "open"), ((2, 4), (4, 32))), slow=lambda *case: case != ("certain", (2, 4))),
+    ids=str,
+)
+def test_flips_of_layers_of_one_launch(spread, pattern, compiled_for):
     """Programs count what leaves the N largest logits, of blocks with noise and without."""
     compiled_for("sm_80")
-    of = ManyLayers(2, 4, spread=spread)
+    of = ManyLayers(*pattern, spread=spread)
     found, expected = by_both(of.flip_rates)
     assert found == expected and (spread == "certain") == (max(found) == 0.0)

@@ -272,7 +272,8 @@ def summed_terms(
     BLOCK: tl.constexpr,
 ):
     """``update_terms`` of the first draw, whose key and factor are given, or where there are several the sum of all."""
-    if SEVERAL:
+    # of one draw at M = 32 by the loop too: outside of it ptxas orders the code so that it lacks four registers
+    if SEVERAL or M == 32:
         delta = ()
         for _ in tl.static_range(M):
             # to which a zero of either sign adds as itself

@@ -96,8 +96,8 @@ _CONFIGURATIONS |= {
 }
 # With one group a thread Triton 3.6's ptxas puts 8 bytes of it on the stack on sm_90 and sm_100
 _CONFIGURATIONS["descend", 16] = Configuration(block=256)
-# Left alone, ptxas aims at 168 registers here and puts up to 32 bytes on the stack
-_CONFIGURATIONS["score_update", 32] = Configuration(block=32, num_warps=1, steps=8, registers=255)
+# A thread that holds the sums of a whole group puts 24 bytes of them on the stack on sm_100: four threads share them
+_CONFIGURATIONS["mask_score", 32] = Configuration(block=32)
 
 # Of all layers of a model by one launch
 _CONFIGURATIONS |= {
@@ -109,6 +109,9 @@ _CONFIGURATIONS |= {
     )
     for m in (2, 4, 8, 16, 32)
 }
+
+# Left alone, Triton 3.6's ptxas aims at 128 registers on sm_80, and puts 8 bytes on the stack
+_CONFIGURATIONS["score_updates_of_layers", 8] = Configuration(block=32, num_warps=1, steps=8, registers=144)
 
 # How kernels over single elements are launched
 _ELEMENTS: dict[str, Configuration] = {"split_sum": Configuration(block=256), "metadata": Configuration(block=512)}
