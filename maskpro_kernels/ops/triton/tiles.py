@@ -99,6 +99,9 @@ _CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # A thread that holds the sums of a whole group puts 24 bytes of them on the stack on sm_100: four threads share them
 _CONFIGURATIONS["mask_score", 32] = Configuration(block=32)
 
+# One warp puts 32 bytes on the stack, under Triton 3.6 on sm_90
+_CONFIGURATIONS["score_updates", 32] = Configuration(block=32, num_warps=2, steps=8)
+
 # Of all layers of a model by one launch
 _CONFIGURATIONS |= {
     (of_layers, m): _CONFIGURATIONS[kernel, m]
