@@ -21,7 +21,6 @@ from ..digests import digest
 from ..files import make_folder, write_whole
 from ..functional.checks import describe
 from ..modules import MaskedLinear, evaluating
-from ..shards import is_shared
 
 # Logits that stand as float32 copies at a time: those of 128 tokens and a vocabulary of 65,536
 PIECE = 1 << 23
@@ -192,16 +191,7 @@ class TeacherCache:
             self._bound = teacher
 
     def _digest_of(self, model: nn.Module) -> str:
-        """Of all parameters but the logits of masks; anew where one may have been written to, or is another one.
-
-        Raises:
-            ValueError: if ranks share the model.
-        """
-        if is_shared(model):
-            raise ValueError(
-                "model: expected one that this process has as a whole, got one that ranks share: a cache knows its "
-                "teacher by all of its weights"
-            )
+        """Of all parameters but the logits of masks; anew where one may have been written to, or is another one."""
         learned = {id(layer.logits) for layer in masked_layers_of(model)}
         # a weight that two modules share is one parameter before a conversion, and two behind it
         every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]

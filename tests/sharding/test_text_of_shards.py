@@ -24,7 +24,9 @@ def tell(rank: int, cut_over: int | None) -> list[float]:
             fully_shard(block, mesh=a_mesh([cut_over]))
         fully_shard(model, mesh=a_mesh([cut_over]))
     windows = torch.randint(2, 32, (4, 12), generator=torch.Generator().manual_seed(3))
-    told = [perplexity(model, windows)]
+    told, cache = [perplexity(model, windows)], TeacherCache()
+    # of the dense model, for losses behind the conversion
+    distillation_loss("kl", cache=cache).fill(model, [windows])
     mk.convert(model, "2:4", init="wanda", calibration=[windows], gap=2.0)
     told.append(perplexity(model, windows))
     trainer = mk.MaskTrainer(model, causal_lm_loss, list(windows.split(2)), mk.Reinforce(lr=5.0), accumulate=2, seed=0)
@@ -33,14 +35,12 @@ def tell(rank: int, cut_over: int | None) -> list[float]:
     told.append(perplexity(model, windows))
     mk.finalize(model)
     told.append(perplexity(model, windows))
-    if cut_over is not None:
-        with pytest.raises(ValueError, match="^model: expected one that this process has as a whole"):
-            distillation_loss("kl", cache=TeacherCache()).fill(model, [windows])
-    return [*told, float(sample_windows(model, 1, 2, 8, seed=0).double().sum())]
+    return [*told, cache.teacher, float(sample_windows(model, 1, 2, 8, seed=0).double().sum())]
 
 
 def test_perplexities_and_samples_are_those_of_one_process(eager_reference):
     alone = tell(0, None)
     assert alone[0] != alone[1]
     for theirs in all_in_ranks(2, tell, cut_over=2):
-        assert theirs == pytest.approx(alone, rel=1e-5)
+        assert theirs.pop(4) == alone[4]
+        assert theirs == pytest.approx(alone[:4] + alone[5:], rel=1e-5)
