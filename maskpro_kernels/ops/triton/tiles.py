@@ -99,9 +99,6 @@ _CONFIGURATIONS["descend", 16] = Configuration(block=256)
 # A thread that holds the sums of a whole group puts 24 bytes of them on the stack on sm_100: four threads share them
 _CONFIGURATIONS["mask_score", 32] = Configuration(block=32)
 
-# One warp puts 32 bytes on the stack, under Triton 3.6 on sm_90
-_CONFIGURATIONS["score_updates", 32] = Configuration(block=32, num_warps=2, steps=8)
-
 # Of all layers of a model by one launch
 _CONFIGURATIONS |= {
     (of_layers, m): _CONFIGURATIONS[kernel, m]
@@ -111,6 +108,11 @@ _CONFIGURATIONS |= {
         ("score_updates_of_layers", "score_updates"),
     )
     for m in (2, 4, 8, 16, 32)
+}
+
+# Of one layer: one warp puts up to 32 bytes on the stack, of 1:32 under Triton 3.6 on sm_90
+_CONFIGURATIONS |= {
+    (kernel, 32): Configuration(block=32, num_warps=2, steps=8) for kernel in ("score_update", "score_updates")
 }
 
 # Left alone, Triton 3.6's ptxas aims at 128 registers on sm_80, and puts 8 bytes on the stack

@@ -31,7 +31,7 @@ def load_key(seed, step, layer, draw):
 @triton.jit
 def load_key_again(seed, step, layer, draw):
     """What ``load_key`` gives; the compiler does not know that the seed is the same, for its load names a cache."""
-    return tl.load(seed, cache_modifier=".cg"), nearest_word(tl.load(step)), tl.load(layer), tl.load(draw)
+    return tl.load(seed, cache_modifier=".ca"), nearest_word(tl.load(step)), tl.load(layer), tl.load(draw)
 
 
 @triton.jit
