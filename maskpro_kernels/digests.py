@@ -6,11 +6,11 @@ means to deceive: whoever can write a file can write its digest too.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 SIZE = 16
@@ -22,6 +22,14 @@ def digest_of_bytes(*parts: bytes) -> bytes:
     for part in parts:
         whole.update(part)
     return whole.digest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU where they lie, as long as the tensor lives.
+
+    Not by ``numpy``: FSDP2 could free no memory that has been given to it.
+    """
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -36,7 +44,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
             tensor = tensor.detach().full_tensor()
         whole.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
         # one pass over the bytes where they lie
-        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        plain = tensor.detach().cpu().contiguous()
+        whole.update(_bytes_of(plain))
     return whole.hexdigest()
 
 

@@ -193,7 +193,7 @@ def test_rank_0_alone_reads_and_writes(tmp_path, eager_reference):
     assert_same_bits(others, whole)
     # the folder holds a run by now
     for error in in_ranks(2, learn_on_rank, how="reinforce", steps=2, folder=tmp_path / "0", accumulate=2):
-        assert str(error).startswith("output_dir: expected a folder without a run, or resume, got ")
+        assert str(error).startswith("output_dir: expected a folder without a run, got ")
 
 
 def raise_on(raising: Sequence[int], kind: type[Exception], rank: int, first: bool) -> tuple[str, str] | int:

@@ -18,6 +18,7 @@ from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
     check_all_stored,
+    check_dense_parts_stored,
     check_digests,
     check_names,
     check_own_settings,
@@ -85,7 +86,8 @@ class MaskedQuantizer(SparseQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         layers = self.quantization_config.layers
-        check_all_stored(stored_dtypes(checkpoint_files), PARTS, layers)
+        stored = stored_dtypes(checkpoint_files)
+        check_all_stored(stored, PARTS, layers)
         self._check_digests(checkpoint_files)
         self._extra_states, dtype = _stored_states(checkpoint_files)
         if self._extra_states.keys() != {layer["layer"] for layer in layers.values()}:
@@ -102,6 +104,7 @@ class MaskedQuantizer(SparseQuantizer):
                 raise ValueError(f"quantization_config: {name}: {error}") from error
             replacements[id(linear)] = masked.train(linear.training)
         replace_modules(model, replacements)
+        check_dense_parts_stored(model, stored)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         states: dict[torch.device, CounterState] = {}

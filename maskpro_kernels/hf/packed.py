@@ -19,6 +19,7 @@ from .quantizer import SparseConfig, SparseQuantizer
 from .stored_files import (
     HOW_TO_LOAD,
     check_all_stored,
+    check_dense_parts_stored,
     check_digests,
     check_names,
     check_own_settings,
@@ -135,6 +136,8 @@ class PackedQuantizer(SparseQuantizer):
             stored = stored_dtypes(checkpoint_files)
             check_all_stored(stored, ("values", "bitmask"), layers)
             check_scales_stored(stored, [name for name, how in layers.items() if how.values == INT8])
+            if layers:
+                check_dense_parts_stored(model, stored)
         self._check_digests(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model, **kwargs):

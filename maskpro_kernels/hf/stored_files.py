@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..linear_form import as_linears
+from ..linear_form import as_linears, taken_apart
 
 HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
 
@@ -49,6 +49,21 @@ def check_all_stored(names: Iterable[str], parts: Iterable[str], layers: Collect
                 f"checkpoint: expected {part} of the {len(layers)} layers that its quantization_config names"
                 f"{_such_as(layers)}, got {len(found)}{_cure(found, layers, any(stored.values()))}"
             )
+
+
+def check_dense_parts_stored(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError unless the dense matrices of modules that are taken apart are stored.
+
+    transformers would give others random values, and a warning alone.
+    """
+    stored = {bare_name(name, model) for name in names}
+    for module in taken_apart(model):
+        for name, layer in model.get_submodule(module).named_modules(prefix=module):
+            if type(layer) is nn.Linear and bare_name(f"{name}.weight", model) not in stored:
+                raise ValueError(
+                    f"checkpoint: expected the matrices of {module}, which its quantization_config tells to be taken "
+                    f"apart, got none of {name}; write it again by save_pretrained"
+                )
 
 
 def _cure(found: Collection[str], layers: Collection[str], any_stored: bool) -> str:

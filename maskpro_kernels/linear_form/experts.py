@@ -21,6 +21,7 @@ from ..parallel_plan import mark_as_taking_parts, takes_parts
 from ..shards import (
     Fusion,
     Params,
+    all_ranks,
     fused_of,
     is_distributed,
     layers_of_shards,
@@ -102,8 +103,18 @@ def _output(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _fusion(module: nn.Module, name: str) -> Fusion:
     """How a parameter of experts holds their matrices."""
-    halves = name in HALVES and module.has_gate and getattr(module, "is_concatenated", False)
+    halves = name in HALVES and module.has_gate and _gate_stands_ahead(module)
     return Fusion(len(HALVES[name]) if halves else 1, module.is_transposed)
+
+
+@torch.no_grad()
+def _gate_stands_ahead(module: nn.Module) -> bool:
+    """Whether all outputs of the gate stand ahead of those of up; else they take turns.
+
+    Not every transformers tells it. Of four outputs the second one belongs to the first result where they take turns.
+    """
+    one, other = module._apply_gate(torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0]], device="cpu"))
+    return bool(one[0] == other[0])
 
 
 @contextmanager
@@ -140,7 +151,12 @@ class ExpertsForm(Form):
             reason = reason_against_fused(parameter, _fusion(module, name), params)
             if reason is not None:
                 return reason
-        return None if self._multiplies_alone(module) else "its forward does more with the matrices than multiply"
+        alone = self._multiplies_alone(module)
+        shared = [parameter for parameter in self._fused(module).values() if is_distributed(parameter)]
+        # each has looked at an expert of its own, and all have to come to what follows
+        if not (all_ranks(alone, shared[0].device) if shared else alone):
+            return "its forward does more with the matrices than multiply"
+        return None
 
     def _multiplies_alone(self, module: nn.Module) -> bool:
         """Whether one token through one expert comes out the same by ``ExpertWeights``."""
@@ -174,18 +190,23 @@ class ExpertsForm(Form):
     def _take_apart(self, module: nn.Module, fused: dict[str, nn.Parameter], views: Views) -> Callable[[], None]:
         config, training, before = module.config, module.training, dict(module._parameters)
         lists, sources, undo_shards = {}, {}, []
-        for name, parameter in fused.items():
-            how = _fusion(module, name)
-            if id(parameter) in views.params:
-                parts, undo_one = layers_of_shards(module, name, how, views.params)
-                undo_shards.append(undo_one)
-            else:
-                parts = _layers_of(parameter, how, views, training)
-            if plan_of(parameter, views.params) is not None:
-                for layer in chain(*parts):
-                    mark_as_taking_parts(layer)
-            sources[name] = (name,) if how.parts == 1 else HALVES[name]
-            lists |= dict(zip(sources[name], map(nn.ModuleList, parts), strict=True))
+        try:
+            for name, parameter in fused.items():
+                how = _fusion(module, name)
+                if id(parameter) in views.params:
+                    parts, undo_one = layers_of_shards(module, name, how, views.params)
+                    undo_shards.append(undo_one)
+                else:
+                    parts = _layers_of(parameter, how, views, training)
+                if plan_of(parameter, views.params) is not None:
+                    for layer in chain(*parts):
+                        mark_as_taking_parts(layer)
+                sources[name] = (name,) if how.parts == 1 else HALVES[name]
+                lists |= dict(zip(sources[name], map(nn.ModuleList, parts), strict=True))
+        except BaseException:
+            for undo_one in undo_shards:
+                undo_one()
+            raise
         linears = ExpertLinears(lists, sources, config).train(training)
         for name in fused:
             del module._parameters[name]

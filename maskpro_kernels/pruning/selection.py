@@ -18,6 +18,7 @@ from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
 from .coverage import HEAD, coverage, output_heads
 
+ITSELF_SHARDED = "fully_shard is around this layer itself: put it around a module that holds the layer"
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
 
 # (layers by name, the reason by name of the layers left out)
@@ -71,7 +72,7 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
         raise ValueError(f"model: expected a module that contains nn.Linear layers, got none{_why_none(model)}")
     # they compute something else than x @ w.T + b, or rely on their type
     subclasses = {
-        name: f"subclass of nn.Linear: {type(module).__name__}"
+        name: ITSELF_SHARDED if hasattr(module, "reshard") else f"subclass of nn.Linear: {type(module).__name__}"
         for name, module in everything.items()
         if name not in linears and name not in adapters
     }

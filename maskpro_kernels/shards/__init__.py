@@ -2,6 +2,7 @@
 
 from .dtensors import (
     Place,
+    all_ranks,
     check_in_memory,
     check_no_flat_parameters,
     check_not_sharded,
@@ -25,7 +26,7 @@ from .fused import (
 )
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
-from .rows import Params, RowShard, gathers_within, reset_iteration, resetting, resharded
+from .rows import Params, RowShard, gathers_within, is_shared, reset_iteration, resetting, resharded, without_gradients
 from .tensor_parallel import TensorShard, attach, check_shard
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Place",
     "RowShard",
     "TensorShard",
+    "all_ranks",
     "attach",
     "check_in_memory",
     "check_no_flat_parameters",
@@ -46,6 +48,7 @@ __all__ = [
     "gathers_within",
     "is_distributed",
     "is_finite",
+    "is_shared",
     "layers_of_shards",
     "like_shards",
     "local",
@@ -59,4 +62,5 @@ __all__ = [
     "resharded",
     "whole",
     "whole_input",
+    "without_gradients",
 ]

@@ -19,6 +19,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_distributed(tensor) else tensor
 
 
+def all_ranks(holds: bool, device: torch.device) -> bool:
+    """Whether something holds on all ranks, which all come to it; ``device`` is one that they can send from."""
+    told = torch.tensor(int(holds), device=device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN)
+    return bool(told)
+
+
 def check_in_memory(
     argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None, sharded: bool = False
 ) -> None:
@@ -33,7 +40,10 @@ def check_in_memory(
         cure = "accelerate offloads it, give it a device in device_map" if offloads else "load it first"
         raise ValueError(f"{argument}: expected weights in memory, got {name} on meta: {cure}")
     if is_distributed(weight) and not sharded:
-        raise ValueError(f"{argument}: expected plain tensors as weights, got a DTensor in {name}")
+        raise ValueError(
+            f"{argument}: expected plain tensors as weights, got a DTensor in {name}; of a model that ranks share "
+            "convert takes refit, and MaskTrainer learns"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -136,7 +146,8 @@ def check_not_wrapped(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if hasattr(layer, "reshard"):
             raise ValueError(
-                f"model: expected fully_shard around what holds masked layers, got one around {name} itself"
+                f"model: expected fully_shard around what holds masked layers, got one around "
+                f"{name or 'the only one'} itself"
             )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -305,6 +305,22 @@ def resetting(model: nn.Module) -> Iterator[None]:
     except BaseException:
         reset_iteration(model)
         raise
+
+
+def without_gradients(model: nn.Module) -> AbstractContextManager:
+    """Inference mode; of a model that ranks share no_grad alone.
+
+    What FSDP2 allocates in inference mode it could not write outside of it.
+    """
+    return torch.no_grad() if is_shared(model) else torch.inference_mode()
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether a parameter is a DTensor, or FSDP2 gathers parameters of it, which may stand gathered in it now."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return any(map(is_distributed, model.parameters())) or (
+        fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+    )
 
 
 def gathers_within(model: nn.Module, blocks: Iterable[nn.Module]) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..modules import evaluating
+from ..shards import without_gradients
 
 # Windows in a forward pass of an evaluation
 EVALUATED_TOGETHER = 4
@@ -71,7 +72,7 @@ def perplexity(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     device = next(model.parameters()).device
     total = 0.0
-    with torch.inference_mode(), evaluating(model):
+    with without_gradients(model), evaluating(model):
         for batch in tqdm(windows.split(batch_size), desc="perplexity", disable=not progress, leave=False):
             total += causal_lm_loss(model, batch.to(device)).item() * len(batch)
     try:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..digests import digest_of_bytes
 from ..modules import evaluating
+from ..shards import without_gradients
 from .data import (
     BUILT_IN,
     Text,
@@ -235,7 +236,7 @@ def _by_word(
     words = sum(len(re.split(r"\s+", document)) for document in found)
     size = sum(len(document.encode()) for document in found)
     nats, count = 0.0, sum(map(len, tokens))
-    with torch.inference_mode(), evaluating(model):
+    with without_gradients(model), evaluating(model):
         for inputs, targets in tqdm(windows, desc="perplexity", disable=not progress, leave=False):
             nats += _nats(model, inputs, targets)
     return Measured(_exp(nats / words), length, count, words, size, _exp(nats / count), nats / size / math.log(2))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..modules import evaluating
+from ..shards import without_gradients
 from .data import generator_of
 from .inverse_sampling import drawn_indices
 
@@ -68,7 +69,7 @@ def sample_windows(
     _check_known(found, windows, length, batch_size)
     begun = len(found) // batch_size
     batches = math.ceil(windows / batch_size)
-    with torch.inference_mode(), evaluating(model):
+    with without_gradients(model), evaluating(model):
         for batch in range(begun, batches) if len(found) < windows else ():
 
             def tell(done: int, before: int = batch - begun) -> None:

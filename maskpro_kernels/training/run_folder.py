@@ -198,7 +198,10 @@ class RunFolder:
         """Raise ValueError if the folder holds a run, or of one whose other files are lost what it has learned."""
         learned = any(step_of(path) > 0 for path in snapshots_in(self.path))
         if learned or (self.path / METRICS).exists() or (self.path / JOURNAL).exists():
-            raise ValueError(f"output_dir: expected a folder without a run, or resume, got {str(self.path)!r}")
+            raise ValueError(
+                f"output_dir: expected a folder without a run, got {str(self.path)!r}; trainer.resume() goes on with "
+                "its run, and another folder begins a new one"
+            )
 
     def _unfinished(self) -> list[Path]:
         """What a process that was killed had written or removed a part of."""

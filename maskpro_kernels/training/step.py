@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import groupby
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..functional.checks import describe
 from ..modules import MaskedLinear, evaluating
 from ..ops.mask_costs import Uses
+from ..shards import without_gradients
 from .batches import count_tokens, weights_of
 from .journal import Entry
 from .model_masks import ModelMasks
@@ -115,7 +116,7 @@ class Step:
 
     def losses(self) -> list[float]:
         """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
-        with without_gradients(self.layers):
+        with without_gradients(self.model):
             for draw, pairs in groupby(self.sharing.own, key=itemgetter(0)):
                 with self.drawing(draw):
                     for _, place in pairs:
@@ -204,17 +205,9 @@ class Step:
             )
 
 
-def without_gradients(layers: Mapping[str, MaskedLinear]) -> AbstractContextManager:
-    """Inference mode; in a model that FSDP2 has sharded no_grad alone.
-
-    What FSDP2 allocates in inference mode it could not write outside of it.
-    """
-    return torch.no_grad() if any(layer.shard is not None for layer in layers.values()) else torch.inference_mode()
-
-
 def loss_under_top_n_masks(model: nn.Module, layers: Mapping[str, MaskedLinear], loss_fn: LossFn, batch) -> float:
     """A forward under the masks that the logits have made likeliest."""
-    with without_gradients(layers), modes_of_step(model, layers, drawing=False):
+    with without_gradients(model), modes_of_step(model, layers, drawing=False):
         return value_of(loss_fn(model, batch))
 
 

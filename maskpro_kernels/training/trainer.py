@@ -19,7 +19,7 @@ from ..digests import digest
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
-from ..shards import check_no_flat_parameters
+from ..shards import check_no_flat_parameters, without_gradients
 from .batches import weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
@@ -32,7 +32,7 @@ from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
 from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards_of, is_sharded, spread_run
 from .sharing import PARALLEL, Shares, Sharing
-from .step import LossFn, Step, StepRecord, loss_under_top_n_masks, without_gradients
+from .step import LossFn, Step, StepRecord, loss_under_top_n_masks
 from .step_batches import batches_of_steps, check_batches
 from .step_clock import DATA, INITIAL_LOSSES, StepClock, timeline_of
 
@@ -250,7 +250,7 @@ class MaskTrainer:
             counter_state.step.fill_(self.steps_done)
         start = time.perf_counter()
         with self._clock.step():
-            with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.layers):
+            with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.model):
                 with self._clock.part(DATA):
                     step = self._next_step()
                 with forwards_of(self.model, self.ranks):

@@ -41,7 +41,8 @@ def test_the_script_learns_on_four_ranks_and_goes_on_with_two(tmp_path):
     run_script(4, tmp_path)
     written = (tmp_path / "run" / "model" / "model-00001-of-00001.safetensors").read_bytes()
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.bfloat16)
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert sparse.dtype == torch.bfloat16
     changed = 0
     for name, weight in sparse.named_parameters():
         own = dense.get_parameter(name)

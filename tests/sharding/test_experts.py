@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 import maskpro_kernels as mk
 from maskpro_kernels.digests import digest
 from maskpro_kernels.files import discard
-from maskpro_kernels.linear_form import taken_apart
+from maskpro_kernels.linear_form import experts, taken_apart
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.shards import local, whole
+from maskpro_kernels.shards import whole
 
 STEPS = 20
 # Of four ranks those that have "and" in their names, else of two
@@ -213,17 +214,20 @@ def still_held(rank: int, path: str, cut_by: str) -> list[str]:
 
     def own_parts() -> dict[str, weakref.ref]:
         named = model.named_parameters()
-        return {name: weakref.ref(local(x)) for name, x in named if "experts" in name and "logits" not in name}
+        own = {name: x._local_tensor for name, x in named if "experts" in name and "logits" not in name}
+        return {name: weakref.ref(part) for name, part in own.items()}
 
-    gc.disable()
     parts = own_parts()
+    assert len(parts) == 4 and all(part() is not None for part in parts.values())
     mk.convert(model, "2:4")
-    assert len(parts) == 4
+    # FSDP2's accounts of parameters refer to themselves
+    gc.collect()
     # what a plan has cut lies where it lay
     held = [name for name, part in parts.items() if part() is not None]
     parts = own_parts()
+    assert len(parts) == 24 and all(part() is not None for part in parts.values())
     mk.finalize(model)
-    assert len(parts) == 24
+    gc.collect()
     return held + [name for name, part in parts.items() if part() is not None]
 
 
@@ -231,6 +235,35 @@ def still_held(rank: int, path: str, cut_by: str) -> list[str]:
 @pytest.mark.parametrize("cut_by", ["plan", "fsdp"])
 def test_weights_are_held_once_behind_each_change(cut_by, checkpoint):
     assert all_in_ranks(2, still_held, path=checkpoint, cut_by=cut_by) == [[], []]
+
+
+def unfit(rank: int, path: str) -> list[str]:
+    """Experts of one rank that another rank cannot see, and an error once a parameter has been taken apart."""
+    model = of_transformers(path, rank, **PLANS["fsdp"])
+    before = outputs_of(model)
+    layers_of_shards, calls = experts.layers_of_shards, []
+
+    def fails(*of):
+        calls.append(None)
+        if len(calls) == 2:
+            raise MemoryError("too large")
+        return layers_of_shards(*of)
+
+    experts.layers_of_shards = fails
+    with pytest.raises(MemoryError, match="too large"):
+        mk.convert(model, "2:4")
+    experts.layers_of_shards = layers_of_shards
+    assert_same_bits(outputs_of(model), before)
+    parameter = model.get_submodule(EXPERTS).down_proj
+    if rank == 1:
+        with torch.no_grad():
+            parameter._local_tensor[0] = math.nan
+    return mk.convert(model, "2:4", targets=["*.self_attn.*"]).skipped[EXPERTS]
+
+
+def test_ranks_agree_on_what_is_taken_apart(checkpoint):
+    told = "its forward does more with the matrices than multiply"
+    assert all_in_ranks(2, unfit, path=checkpoint) == [told, told]
 
 
 def left_out(rank: int, path: str) -> dict[str, str]:

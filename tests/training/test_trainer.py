@@ -228,7 +228,7 @@ def test_no_step_is_taken_at_a_learning_rate_that_has_fallen_to_nothing():
 def test_metrics_of_two_trainers_are_not_mixed(tmp_path):
     a_trainer(a_model(), output_dir=tmp_path).step()
     written = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, or resume"):
+    with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, got .*resume"):
         a_trainer(a_model(), output_dir=tmp_path).step()
     assert (tmp_path / "metrics.jsonl").read_text() == written
 

@@ -100,10 +100,10 @@ def sample_masks_kernel(
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
         if M == 32:
             # no register is left to hold the columns beside the noise of a draw
-            code = d.drawn_code(x, group, inv_temperature, N, M, key)
+            code = d.drawn_code(x, group, inv_temperature, N, M, key, key)
             differs = d.flipped(columns_again(x, logits, first, total, M, BLOCK), d.decode(code, M), M)
         else:
-            code, differs = d.drawn_code_and_flips(x, group, inv_temperature, N, M, key)
+            code, differs = d.drawn_code_and_flips(x, group, inv_temperature, N, M, key, key)
         store_codes(codes, code, first, total, BLOCK)
         flipped += tl.where(first + tl.arange(0, BLOCK) < total, differs, 0)
     tl.store(flips + tl.program_id(0), tl.sum(flipped, 0))

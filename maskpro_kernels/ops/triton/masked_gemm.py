@@ -60,7 +60,8 @@ def tile_code(
     """int32 group codes of a tile; x are columns of logits or scores, unused where codes are given."""
     if KIND == "drawn":
         index = (offset + row * row_stride + group).to(tl.uint32)
-        code = d.drawn_code(x, index, inv_temperature, N, M, d.load_key(seed, step, layer, draw))
+        key = d.load_key(seed, step, layer, draw)
+        code = d.drawn_code(x, index, inv_temperature, N, M, key, key)
     elif KIND == "top_n":
         code = d.encode(d.top_n(x, N, M), M)
     else:

@@ -105,7 +105,7 @@ def drawn_code(
     """int32 group codes of a draw."""
     x = load_columns(logits, first, total, M, BLOCK)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-    return d.drawn_code(x, group, inv_temperature, N, M, key)
+    return d.drawn_code(x, group, inv_temperature, N, M, key, key)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -225,14 +225,14 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
+def update_terms(x, group, inv_temperature, key, again, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
     """Columns of scale * score(mask of a draw)."""
     if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
     else:
         z = d.scaled(x, inv_temperature, M)
         if N <= EXACT_SCORE_MAX_N:
-            code = d.drawn_code(x, group, inv_temperature, N, M, key)
+            code = d.drawn_code(x, group, inv_temperature, N, M, key, again)
             scores = d.exact_score(z, d.decode(code, M), N, M)
         else:
             keys = d.drawn_keys(z, group, M, key)
@@ -283,13 +283,14 @@ def summed_terms(
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
             x = columns_again(x, logits, first, total, M, BLOCK)
-            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
+            again = d.load_key_again(seed, step, layer, draws + k)
+            terms = update_terms(x, group, inv_temperature, other, again, scale, N, M, SHORT)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
             delta = total_terms
     else:
-        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
+        delta = update_terms(x, group, inv_temperature, key, key, factor, N, M, SHORT)
     return delta
 
 

@@ -225,7 +225,8 @@ if known and everything:
 def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
     """Registers, memory, programs a processor, times by pipe: `make aot-table` where more of them is on purpose."""
     rows = child(COSTS_CHILD, everything)
-    assert len(rows) >= 3 * (3 + 6 + 9)
+    # of three cards
+    assert len(rows) >= 3 * 17
     if not rows[0][0]:
         pytest.skip(f"no costs are kept for Triton {triton.__version__}")
     for _, key, cost, before, worse in rows:
