@@ -33,6 +33,8 @@ SHARED_MEMORY = {"sm_80": 99 << 10}
 # Most registers that ptxas may be held to, and those of a processor
 REGISTERS, ALL_REGISTERS = (96, 128, 168, 208, 255), 1 << 16
 MOST_WARPS, MOST_STAGES, MOST_STEPS, MOST_ROWS, LARGEST_SIDE = 8, 5, 32, 16, 256
+# Of the weights of a large group a thread has at least so many
+LEAST_OF_A_GROUP = 8
 LANES = 32
 # Of 2:4 that a thread can hold: a draw takes registers besides
 MOST_GROUPS, MOST_PACKED_GROUPS = 8, 32
@@ -148,7 +150,7 @@ def _registers_beside(registers: int | None) -> list[int | None]:
 
 def _fits(place: Place, entry) -> bool:
     """Whether every thread has work, and none so much that it cannot hold it."""
-    threads = LANES * entry.num_warps
+    threads, holders = LANES * entry.num_warps, 1
     if not 1 <= entry.num_warps <= MOST_WARPS or (entry.registers or 0) * threads > ALL_REGISTERS:
         return False
     if isinstance(entry, Tiles):
@@ -168,7 +170,9 @@ def _fits(place: Place, entry) -> bool:
         # a wave of AMD has 64 lanes
         least = 2 * LANES if place.target.startswith("gfx") else LANES
         sizes = 1 <= entry.steps <= MOST_STEPS and entry.block >= least
-    return sizes and threads <= entry.block <= 16 * threads
+        # of large groups several threads share one
+        holders = max((place.size or 0) // LEAST_OF_A_GROUP, 1)
+    return sizes and threads <= holders * entry.block and entry.block <= 16 * threads
 
 
 @contextmanager

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "maskpro_kernels"
 PARTS = (
     *("functional", "ops", "shards"),
     *("counter.py", "dense_forward.py", "extras.py", "graph_break.py", "held_draw.py", "huge_pages.py", "modules.py"),
-    *("packed.py", "pattern.py"),
+    *("packed.py", "parallel_plan.py", "pattern.py"),
 )
 BACKENDS = ("cpu", "cuda", "rocm")
 # Raised with a change that asks callers of ``interface.py`` to change theirs

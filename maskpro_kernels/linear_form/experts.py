@@ -21,7 +21,6 @@ from ..parallel_plan import mark_as_taking_parts, takes_parts
 from ..shards import (
     Fusion,
     Params,
-    all_ranks,
     fused_of,
     is_distributed,
     layers_of_shards,
@@ -151,12 +150,7 @@ class ExpertsForm(Form):
             reason = reason_against_fused(parameter, _fusion(module, name), params)
             if reason is not None:
                 return reason
-        alone = self._multiplies_alone(module)
-        shared = [parameter for parameter in self._fused(module).values() if is_distributed(parameter)]
-        # each has looked at an expert of its own, and all have to come to what follows
-        if not (all_ranks(alone, shared[0].device) if shared else alone):
-            return "its forward does more with the matrices than multiply"
-        return None
+        return None if self._multiplies_alone(module) else "its forward does more with the matrices than multiply"
 
     def _multiplies_alone(self, module: nn.Module) -> bool:
         """Whether one token through one expert comes out the same by ``ExpertWeights``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import base_layers
 from ..parallel_plan import has_forward_of_plan, is_hook_of_plan
+from ..ranks import Ranks
 from ..replacement import replace_modules
 from ..shards import Params, is_distributed, resharded
 from .attention import AttentionForm, SplitAttention
@@ -53,6 +54,8 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
     beside = set(base_layers(model))
     params = resharded(model)
     reasons = {name: _reason_against(form, module, beside, params) for name, (form, module) in found.items()}
+    if any(map(is_distributed, model.parameters())):
+        reasons = _agreed(reasons)
     against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
         if name not in found or name in against:
@@ -71,6 +74,14 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
         _undo(model, done)
         raise
     return against, done
+
+
+def _agreed(reasons: dict[str, str | None]) -> dict[str, str | None]:
+    """Those of any rank: each has looked at an expert of its own, and all have to come to what follows."""
+    with closing(Ranks()) as ranks:
+        ranks.connect()
+        of_ranks = ranks.gather_objects(reasons)
+    return {name: next((own[name] for own in of_ranks if own[name]), None) for name in reasons}
 
 
 def _undo(model: nn.Module, done: list[Done]) -> None:

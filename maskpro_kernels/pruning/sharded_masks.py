@@ -87,12 +87,21 @@ class ShardedMasks(LayerMasks):
         sizes = self._rows_each(len(tensors[0]))
         own = [tensor.split(sizes)[self._ranks.rank] for tensor in tensors] if sizes else tensors
         found = self._ranks.all_of(lambda: function(*own))
-        return [_joined(rows, sizes) for rows in found] if sizes else found
+        return [self._joined(rows, sizes) for rows in found] if sizes else found
 
     def _rows_each(self, out: int) -> list[int]:
         """How many of so many rows each rank works on; none where they are fewer than ranks, which all work on all."""
         world = self._ranks.world
         return [out // world + (rank < out % world) for rank in range(world)] if out >= world else []
+
+    def _joined(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """[sum of sizes, ...], of which each rank has so many rows."""
+        # as bytes: not every backend gathers every dtype
+        flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
+        padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
+        parts = self._ranks.gather_vectors(padded.flatten()).view(len(sizes), *padded.shape)
+        joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return joined.view(rows.dtype).view(-1, *rows.shape[1:])
 
     def put(self, name: str, codes: Tensor, weight: Tensor | None = None) -> None:
         resharded(self._model)
@@ -114,14 +123,3 @@ class ShardedMasks(LayerMasks):
         for name, dense in self._dense.items():
             local(self.layers[name].weight).copy_(dense)
         self._dense.clear()
-
-
-def _joined(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """[sum of sizes, ...], of which each rank has so many rows."""
-    # as bytes: not every backend gathers every dtype
-    flat = rows.contiguous().view(len(rows), -1).view(torch.uint8)
-    padded = nn.functional.pad(flat, (0, 0, 0, max(sizes) - len(rows)))
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded)
-    joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return joined.view(rows.dtype).view(-1, *rows.shape[1:])

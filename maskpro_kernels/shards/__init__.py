@@ -2,7 +2,6 @@
 
 from .dtensors import (
     Place,
-    all_ranks,
     check_in_memory,
     check_no_flat_parameters,
     check_not_sharded,
@@ -37,7 +36,6 @@ __all__ = [
     "Place",
     "RowShard",
     "TensorShard",
-    "all_ranks",
     "attach",
     "check_in_memory",
     "check_no_flat_parameters",

@@ -19,13 +19,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_distributed(tensor) else tensor
 
 
-def all_ranks(holds: bool, device: torch.device) -> bool:
-    """Whether something holds on all ranks, which all come to it; ``device`` is one that they can send from."""
-    told = torch.tensor(int(holds), device=device)
-    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN)
-    return bool(told)
-
-
 def check_in_memory(
     argument: str, layer: nn.Module, name: str = "weight", weight: Tensor | None = None, sharded: bool = False
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.utils.backend_registration
 from torch import Tensor
@@ -72,6 +74,13 @@ def _compute(op, *args, **kwargs):
     return tree_map(far, op(*tree_map(near, args), **tree_map(near, kwargs)))
 
 
+class _Stream:
+    """Of a device whose operations have ended when they return."""
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _Backend(torch.utils.backend_registration._DummyBackendModule):
     """What torch.far is: with the state of random numbers that torch's own tests ask each device for."""
 
@@ -80,6 +89,14 @@ class _Backend(torch.utils.backend_registration._DummyBackendModule):
 
     def set_rng_state(self, state: Tensor) -> None:
         torch.set_rng_state(state)
+
+    def current_stream(self) -> _Stream:
+        return self._stream
+
+    def stream(self, stream: _Stream) -> AbstractContextManager:
+        return nullcontext()
+
+    _stream = _Stream()
 
 
 def far_device() -> torch.library.Library:

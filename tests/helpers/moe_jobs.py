@@ -60,7 +60,8 @@ def converted(path: str, cut_by: str | None, rank: int, pattern: str = "2:4") ->
     """(A model with masks, what ``convert`` has told).
 
     Args:
-        cut_by: one of ``PLANS``; "fully_shard" behind ``convert``; "data and plan" on a mesh of four; None: whole.
+        cut_by: one of ``PLANS``; "fully_shard" behind ``convert``, on a mesh of four "copies and shards"; "data and
+            plan" on one of four; None: whole.
     """
     model = whole_or_cut(path, cut_by, rank)
     if cut_by == "data and plan":
@@ -69,6 +70,8 @@ def converted(path: str, cut_by: str | None, rank: int, pattern: str = "2:4") ->
     told = mk.convert(model, pattern, gap=2.0)
     if cut_by == "fully_shard":
         shard_blocks(model, init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    if cut_by == "copies and shards":
+        shard_blocks(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "fsdp")))
     return model, told
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import moe_jobs, sharded_jobs
 from helpers.bits import assert_same_bits
+from helpers.cut_models import loaded, tokens, write_checkpoint
 from helpers.in_ranks import all_in_ranks
 from helpers.sharded_jobs import Blocks, shard, whole_logits
 from helpers.tensor_jobs import Exact, a_mesh, batches_of_whole_numbers, split
-from sharding.test_plans_of_transformers import loaded, tokens, write_checkpoint
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

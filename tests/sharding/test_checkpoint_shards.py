@@ -357,4 +357,4 @@ def test_ranks_have_one_mask_or_none(there, tmp_path):
         assert told == ["ranks: expected what rank 0 has on all of them, got other init on rank 1"] * 2
     else:
         assert told[0] == f"rank 1: {told[1]}"
-        assert told[1].startswith('init: expected "magnitude", a mask file or group codes in a model that is cut')
+        assert told[1].startswith("init: expected one of magnitude, random, wanda, reconstruction, a mask file or")

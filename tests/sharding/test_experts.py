@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import cut_models
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks
 from helpers.moe_jobs import EXPERTS, PLANS, converted, learn, of_transformers, shard_blocks, write_checkpoint
@@ -28,7 +29,7 @@ from maskpro_kernels.shards import whole
 
 STEPS = 20
 # Of four ranks those that have "and" in their names, else of two
-CUTS = ["plan", "fsdp", "fully_shard", "fsdp and plan", "data and plan"]
+CUTS = ["plan", "fsdp", "fully_shard", "fsdp and plan", "data and plan", "copies and shards"]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,14 @@ def test_meshes_learn_by_the_bits_of_one_process(cut_by, checkpoint, eager_refer
     # they have moved from 2 where a weight is kept, and 0
     assert all((one % 2 != 0).any() for one in alone["logits"])
     for theirs in in_its_ranks(cut_by, path=checkpoint, steps=STEPS):
+        assert_as_one_process(theirs, alone)
+
+
+@pytest.mark.slow
+def test_copies_of_shards_of_a_llama_learn_by_the_bits_of_one_process(tmp_path, eager_reference):
+    path = cut_models.write_checkpoint("llama", tmp_path)
+    alone = learn(0, path, STEPS)
+    for theirs in in_its_ranks("copies and shards", path=path, steps=STEPS):
         assert_as_one_process(theirs, alone)
 
 
