@@ -13,7 +13,7 @@ from ..digests import digest_of_named
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..shards import is_distributed, like_shards, local, part_of, resharded
+from ..shards import check_meshes, is_distributed, like_shards, local, part_of, resharded
 from ..training.batches import content
 from .calibration import check_calibration
 from .initial_masks import INITIAL_MASKS, Init, check_given, given, initial_codes, refitted_masks
@@ -49,6 +49,7 @@ def agreed_calibration(model: nn.Module, calibration: Iterable | None) -> Iterab
 
     if not is_cut(model):
         return calibration
+    check_meshes(model)
 
     def batches() -> list | None:
         if calibration is None:

@@ -26,7 +26,7 @@ from .fused import (
 from .layer_shard import LayerShard
 from .planned_part import DeviceMesh
 from .rows import Params, RowShard, gathers_within, is_shared, reset_iteration, resetting, resharded, without_gradients
-from .tensor_parallel import TensorShard, attach, check_shard
+from .tensor_parallel import TensorShard, attach, check_meshes, check_shard
 
 __all__ = [
     "DeviceMesh",
@@ -38,6 +38,7 @@ __all__ = [
     "TensorShard",
     "attach",
     "check_in_memory",
+    "check_meshes",
     "check_no_flat_parameters",
     "check_not_sharded",
     "check_not_wrapped",

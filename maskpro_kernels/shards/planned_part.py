@@ -97,10 +97,16 @@ def check_part(
             f"{told}, got columns in {name}: {shape[1]} over {parts} ranks are {each} each, which cuts groups of "
             f"{pattern.m}"
         )
-    if not _tiles(mesh.mesh.tolist(), torch.distributed.get_world_size()):
+    check_mesh(argument, name, mesh)
+
+
+def check_mesh(argument: str, name: str, mesh: DeviceMesh) -> None:
+    """Raise ValueError unless the ranks over which a plan has cut a layer are a line of a mesh of all ranks."""
+    ranks, world = mesh.mesh.tolist(), torch.distributed.get_world_size()
+    if not _tiles(ranks, world):
         raise ValueError(
-            f"{told}, over ranks of one and the same distance, as in a mesh of all ranks, got {mesh.mesh.tolist()} of "
-            f"{torch.distributed.get_world_size()} in {name}"
+            f"{argument}: expected a weight that {CUT_BY} has cut into rows or columns, over ranks of one and the same "
+            f"distance, as in a mesh of all ranks, got {ranks} of {world} in {name}"
         )
 
 

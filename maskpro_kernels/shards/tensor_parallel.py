@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..pattern import NMPattern
 from .dtensors import check_logits, is_distributed
 from .layer_shard import LayerShard
-from .planned_part import CUT_BY, PlannedPart, check_part
+from .planned_part import CUT_BY, PlannedPart, check_mesh, check_part
 from .rows import Params, RowShard, attach_rows, check_row_shard, resharded
 
 
@@ -35,6 +35,22 @@ def check_shard(argument: str, name: str, layer: nn.Module, pattern: NMPattern, 
         if weight.placements[0].dim == 0 and not alike:
             got = bias.placements if is_distributed(bias) else "a plain tensor"
             raise ValueError(f"{argument}: expected a bias that {CUT_BY} has cut as its weight, got {got} in {name}")
+
+
+def check_meshes(model: nn.Module) -> None:
+    """Raise ValueError if ranks that have no part of a model would be waited for: by what all ranks come to."""
+    params, world = resharded(model), torch.distributed.get_world_size()
+    by_fsdp = {name: one.device_mesh for name, one in model.named_parameters() if id(one) in params}
+    # under a plan what it has not cut lies on a part of the mesh
+    if by_fsdp and all(mesh.size() != world for mesh in by_fsdp.values()):
+        name, mesh = next(iter(by_fsdp.items()))
+        raise ValueError(
+            f"model: expected a weight that fully_shard has cut into rows, over all ranks, got a mesh of {mesh.size()} "
+            f"of {world} in {name.rpartition('.')[0]}"
+        )
+    for name, one in model.named_parameters():
+        if id(one) not in params and is_distributed(one) and one.device_mesh.ndim == 1:
+            check_mesh("model", name.rpartition(".")[0], one.device_mesh)
 
 
 def attach(layers: Mapping[str, nn.Module], model: nn.Module) -> None:

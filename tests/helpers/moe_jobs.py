@@ -96,12 +96,13 @@ def learn(
     how: str = "reinforce",
     folder: str | None = None,
     save: str | None = None,
+    accumulate: int = 2,
 ) -> dict:
     """A run, which goes on where its folder holds one, and what the finished model gives."""
     model, told = converted(path, cut_by, rank)
     loss = rounded_loss if how == "reinforce" else language_loss
     batches = [{"input_ids": ids, "labels": ids} for ids in tokens()]
-    of = {"model": model, "batches": batches, "loss_fn": loss, "accumulate": 2, "output_dir": folder}
+    of = {"model": model, "batches": batches, "loss_fn": loss, "accumulate": accumulate, "output_dir": folder}
     trainer = rank_trainer(how, **of)
     if folder is not None and any(Path(folder).glob("snapshot-*")):
         trainer.resume()

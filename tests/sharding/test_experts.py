@@ -29,7 +29,8 @@ from maskpro_kernels.shards import whole
 
 STEPS = 20
 # Of four ranks those that have "and" in their names, else of two
-CUTS = ["plan", "fsdp", "fully_shard", "fsdp and plan", "data and plan", "copies and shards"]
+COPIES = "copies and shards"
+CUTS = ["plan", "fsdp", "fully_shard", "fsdp and plan", "data and plan", COPIES]
 
 
 @pytest.fixture(scope="module")
@@ -137,25 +138,27 @@ def test_each_matrix_has_the_counter_of_its_placement(checkpoint):
 @pytest.mark.slow
 @pytest.mark.parametrize("cut_by", CUTS)
 def test_meshes_learn_by_the_bits_of_one_process(cut_by, checkpoint, eager_reference):
-    alone = learn(0, checkpoint, STEPS)
+    of = {"path": checkpoint, "steps": STEPS, "accumulate": 4 if cut_by == COPIES else 2}
+    alone = learn(0, **of)
     # they have moved from 2 where a weight is kept, and 0
     assert all((one % 2 != 0).any() for one in alone["logits"])
-    for theirs in in_its_ranks(cut_by, path=checkpoint, steps=STEPS):
+    for theirs in in_its_ranks(cut_by, **of):
         assert_as_one_process(theirs, alone)
 
 
 @pytest.mark.slow
 def test_copies_of_shards_of_a_llama_learn_by_the_bits_of_one_process(tmp_path, eager_reference):
-    path = cut_models.write_checkpoint("llama", tmp_path)
-    alone = learn(0, path, STEPS)
-    for theirs in in_its_ranks("copies and shards", path=path, steps=STEPS):
+    of = {"path": cut_models.write_checkpoint("llama", tmp_path), "steps": STEPS, "accumulate": 4}
+    alone = learn(0, **of)
+    for theirs in in_its_ranks(COPIES, **of):
         assert_as_one_process(theirs, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut_by", CUTS)
 def test_straight_through_learns_the_masks_of_one_process(cut_by, checkpoint, eager_reference):
-    of = {"path": checkpoint, "steps": STEPS, "how": "straight-through"}
+    accumulate = 4 if cut_by == COPIES else 2
+    of = {"path": checkpoint, "steps": STEPS, "how": "straight-through", "accumulate": accumulate}
     alone = learn(0, **of)
     results = in_its_ranks(cut_by, **of)
     assert len({theirs["digest"] for theirs in results}) == 1

@@ -108,7 +108,7 @@ def test_a_rank_holds_its_share_and_two_blocks(how, dtype):
 def test_a_rank_under_a_plan_holds_its_share_alone(how, dtype):
     # whatever the depth: what a draw, a product and a gradient take of the part of one layer
     part = WIDTH * WIDTH // 2
-    for_a_while = 20 * part
+    for_a_while = 32 * part
     for blocks in (6, 12):
         whole = sum(layer.weight.nbytes for layer in masked_layers(converted(blocks, dtype)).values())
         for held in all_in_ranks(2, hold, mesh=[2], how=how, blocks=blocks, dtype=dtype, plan=True):
