@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import moe_jobs
 from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
 from helpers.children import environment
@@ -18,6 +19,7 @@ from transformers.distributed import DistributedConfig
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
+from maskpro_kernels.hf.stored_files import check_dense_parts_stored
 from maskpro_kernels.packed import SPARSE
 from maskpro_kernels.pruning.finalize import unpack
 
@@ -210,3 +212,16 @@ def test_dequantized_modules_are_put_together_again(tmp_path):
     assert {name: type(module).__name__ for name, module in dense.named_modules()} == built
     unpack(model)
     torch.testing.assert_close(dense(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_dense_matrices_of_what_is_taken_apart_have_to_be_stored(tmp_path):
+    """transformers would load a checkpoint that lacks them, with random values in their place."""
+    model = AutoModelForCausalLM.from_pretrained(moe_jobs.write_checkpoint(tmp_path))
+    mk.convert(model, "2:4", targets=["*.down_proj.*"])
+    names = list(model.state_dict())
+    check_dense_parts_stored(model, names)
+    lacking = f"{moe_jobs.EXPERTS}.linears.gate_proj.0"
+    with pytest.raises(
+        ValueError, match=f"^checkpoint: expected the matrices of {moe_jobs.EXPERTS}, .* of {lacking}; "
+    ):
+        check_dense_parts_stored(model, [name for name in names if not name.startswith(lacking)])

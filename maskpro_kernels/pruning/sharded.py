@@ -46,7 +46,6 @@ def agreed_calibration(model: nn.Module, calibration: Iterable | None) -> Iterab
     Raises:
         TypeError, ValueError: they are no batches, or ranks have others.
     """
-
     if not is_cut(model):
         return calibration
     check_meshes(model)
@@ -96,37 +95,25 @@ def masks_of_shards(
         known = ranks.all_of(lambda: _known_by(init, layers, pattern))
         ranks.agree({"init": known, "refit": refit, "seed": seed})
         with ranks.naming_lost():
-            return _found(layers, pattern, init, refit, model, calibration, seed)
-
-
-def _found(
-    layers: Mapping[str, nn.Linear],
-    pattern: NMPattern,
-    init: Init,
-    refit: str,
-    model: nn.Module,
-    calibration: Iterable | None,
-    seed: int,
-) -> Reconstruction:
-    batches = calibration and list(calibration)
-    if refit != "none":
-        check_given(f'batches for refit="{refit}"', model, batches)
-    if refit != "none" or init in CALIBRATED:
-        _check_all_cut(layers)
-    if init == "reconstruction":
-        return refitted_masks(layers, pattern, init, refit, model, batches)
-    if isinstance(init, Mapping):
-        whole = given(layers, pattern, init)
-        codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
-    elif init in FOUND_BY_RANKS:
-        codes = initial_codes(layers, pattern, init, model, batches, seed=seed)
-    else:
-        codes = stored_mask(init, layers, pattern).codes
-        codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
-    if refit == "none":
-        return Reconstruction(codes, {})
-    weights, _ = refit_layers(model, layers, codes, dict.fromkeys(layers, pattern), batches, refit)
-    return Reconstruction(codes, weights)
+            batches = calibration and list(calibration)
+            if refit != "none":
+                check_given(f'batches for refit="{refit}"', model, batches)
+            if refit != "none" or init in CALIBRATED:
+                _check_all_cut(layers)
+            if init == "reconstruction":
+                return refitted_masks(layers, pattern, init, refit, model, batches)
+            if isinstance(init, Mapping):
+                whole = given(layers, pattern, init)
+                codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
+            elif init in FOUND_BY_RANKS:
+                codes = initial_codes(layers, pattern, init, model, batches, seed=seed)
+            else:
+                codes = stored_mask(init, layers, pattern).codes
+                codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
+            if refit == "none":
+                return Reconstruction(codes, {})
+            weights, _ = refit_layers(model, layers, codes, dict.fromkeys(layers, pattern), batches, refit)
+            return Reconstruction(codes, weights)
 
 
 def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
