@@ -29,7 +29,7 @@ from .memory import used_memory
 from .models import save
 from .origins import origin_of_run
 from .perplexities import table_row
-from .progress import tell
+from .progress import tell, tell_as
 from .run_files import (
     LOGITS,
     PAGE,
@@ -72,6 +72,13 @@ def write_results(
     table = [*start["table"], table_row(learned, model, inputs.tests, seconds, args.bars)]
     logits_file = save_run_logits(args, model, start)
     groups = _groups_of(model, output / PROGRESS, pattern)
+    if records and groups["flipped_groups_by_layer"] and not groups["flipped_groups"]:
+        nearest = _nearest_flip(model, pattern)
+        tell_as(
+            "warning",
+            f"no group has left the initial mask: the nearest dropped logit is still {nearest:.3g} below a kept one, "
+            f"with a gap of {args.gap:g}; take more --steps, a higher --lr or a smaller --gap",
+        )
 
     save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
@@ -127,6 +134,15 @@ def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> di
         # What a replay prints
         "logits": digest(masked[name].logits for name in sorted(masked)),
     }
+
+
+def _nearest_flip(model: torch.nn.Module, pattern: NMPattern) -> float:
+    """By how much the lowest kept logit of a group lies above its highest dropped one; the least of all groups."""
+    least = []
+    for layer in masked_layers(model).values():
+        ordered = layer.logits.detach().float().view(-1, pattern.m).sort(dim=1, descending=True).values
+        least.append((ordered[:, pattern.n - 1] - ordered[:, pattern.n]).min().item())
+    return min(least)
 
 
 def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPattern) -> dict[str, int]:

@@ -59,6 +59,18 @@ def test_learn_writes_the_whole_record(run):
     assert written["groups"] == sum(tensor.numel() for tensor in logits.values()) // 4
 
 
+@pytest.mark.parametrize("estimator, gap, lr", [("reinforce", 10.0, 50.0), ("straight-through", 15.0, 0.3)])
+def test_learn_tells_of_a_run_that_was_too_short_for_any_group_to_move(inputs, tmp_path, capsys, estimator, gap, lr):
+    assert main.main(learn(inputs, tmp_path, "--estimator", estimator, "--gap", str(gap), "--lr", str(lr))) == 0
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "no group has left" in line]
+    assert report(tmp_path)["flipped_groups"] == 0
+    nearest = float(told.partition("still ")[2].split()[0])
+    assert told.startswith("maskpro: warning: ") and f"with a gap of {gap:g}; take more --steps" in told
+    logits = torch.cat([own.view(-1, 4) for own in load_logits(tmp_path / "logits.safetensors")[0].values()])
+    kept, dropped = logits.topk(3).values[:, 1:].unbind(1)
+    assert 0 < nearest <= gap and nearest == pytest.approx((kept - dropped).min().item(), rel=5e-3)
+
+
 def test_learn_prints_the_table(inputs, tmp_path, capsys):
     assert main.main(learn(inputs, tmp_path, "--pattern", "1:4", "--init", "magnitude", "--flip-rate", "0.05")) == 0
     captured = capsys.readouterr()
