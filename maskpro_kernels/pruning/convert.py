@@ -18,7 +18,7 @@ from ..shards import check_no_flat_parameters, is_distributed
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
 from .gap import gap_for_flip_rate
-from .initial_masks import Init, check_initial_mask, refitted_masks
+from .initial_masks import Init, Progress, check_initial_mask, refitted_masks
 from .reconstruction import Reconstruction, check_refit
 from .refit import put_weights
 from .replacement import check_replaceable, replace_layers
@@ -61,6 +61,7 @@ def convert(
     logits_device: torch.device | str | None = None,
     refit: str = "none",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
@@ -89,6 +90,8 @@ def convert(
         refit: "scales" or "weights" refit the weights under the initial mask, by the batches of ``calibration``, see
             ``refit``. With init="reconstruction" it is one pass, and the masks are chosen for the refit.
         seed: of init="random", in [0, 2**63). A second conversion of a model takes another one.
+        progress: called by initial masks and refits that take minutes, with how many layers are done, and of how many;
+            of a cut model on each rank that gives one.
 
     Returns:
         A Conversion: names converted, names left out with the reason, the gap, and how much of the model has a mask.
@@ -106,7 +109,7 @@ def convert(
     call, calibration = first_call(agreed_calibration(model, calibration))
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
-        codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device, seed)
+        codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device, seed, progress)
         replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
     return _conversion(model, list(layers), skipped | left_out, how["gap"], warn=targets is None)
 
@@ -120,11 +123,12 @@ def _masks(
     calibration: Iterable | None,
     logits_device: torch.device | str | None,
     seed: int,
+    progress: Progress | None,
 ) -> Reconstruction:
     """Group codes, and weights that were refitted, by name: of whole layers, or of the part of this rank."""
     if is_cut(model) and has_shards(layers):
-        return masks_of_shards(layers, pattern, init, refit, model, calibration, logits_device, seed)
-    return refitted_masks(layers, pattern, init, refit, model, calibration, seed=seed)
+        return masks_of_shards(layers, pattern, init, refit, model, calibration, logits_device, seed, progress)
+    return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
 
 
 def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:

@@ -16,7 +16,7 @@ from ..ranks import Ranks
 from ..shards import check_meshes, is_distributed, like_shards, local, part_of, resharded
 from ..training.batches import content
 from .calibration import check_calibration
-from .initial_masks import INITIAL_MASKS, Init, check_given, given, initial_codes, refitted_masks
+from .initial_masks import INITIAL_MASKS, Init, Progress, check_given, given, initial_codes, refitted_masks
 from .reconstruction import Reconstruction
 from .refit import refit_layers
 from .stored_mask import opened_mask_file, stored_mask
@@ -72,6 +72,7 @@ def masks_of_shards(
     calibration: Iterable | None,
     logits_device: torch.device | None,
     seed: int,
+    progress: Progress | None,
 ) -> Reconstruction:
     """Group codes [rows, columns / M] of the initial masks of what this rank has, and refitted weights, by name.
 
@@ -101,18 +102,19 @@ def masks_of_shards(
             if refit != "none" or init in CALIBRATED:
                 _check_all_cut(layers)
             if init == "reconstruction":
-                return refitted_masks(layers, pattern, init, refit, model, batches)
+                return refitted_masks(layers, pattern, init, refit, model, batches, progress)
             if isinstance(init, Mapping):
                 whole = given(layers, pattern, init)
                 codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
             elif init in FOUND_BY_RANKS:
-                codes = initial_codes(layers, pattern, init, model, batches, seed=seed)
+                codes = initial_codes(layers, pattern, init, model, batches, progress, seed)
             else:
                 codes = stored_mask(init, layers, pattern).codes
                 codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
             if refit == "none":
                 return Reconstruction(codes, {})
-            weights, _ = refit_layers(model, layers, codes, dict.fromkeys(layers, pattern), batches, refit)
+            patterns = dict.fromkeys(layers, pattern)
+            weights, _ = refit_layers(model, layers, codes, patterns, batches, refit, progress=progress)
             return Reconstruction(codes, weights)
 
 

@@ -274,3 +274,18 @@ def test_attention_with_biases_of_its_own_leaves_its_encoder_on_the_fast_path():
     assert conversion.unmasked["0.self_attn.in_proj_weight"] == conversion.skipped["0.self_attn"]
     with pytest.raises(ValueError, match="targets.*0.linear1"):
         mk.convert(nn.Sequential(layer), "2:4", targets=["*linear1"])
+
+
+@pytest.mark.parametrize(
+    ("how", "total"),
+    [
+        ({"init": "sparsegpt"}, 14),
+        ({"init": "reconstruction"}, 14),
+        ({"init": "magnitude", "refit": "scales"}, 14),
+        ({"init": "wanda"}, None),
+    ],
+)
+def test_progress_tells_how_many_layers_are_done(how, total, eager_reference):
+    told: list[tuple[int, int]] = []
+    mk.convert(tiny_model(), "2:4", calibration=token_batches(2), progress=lambda *counts: told.append(counts), **how)
+    assert told == ([] if total is None else [(done, total) for done in range(total + 1)])

@@ -95,8 +95,17 @@ def found(rank: int, kind: str, cut_over: int | None, ways: list[dict], path: st
     for how in ways:
         model, batches = a_model(kind, cut_over, rank, path)
         dense = outputs(model, batches)
-        mk.convert(model, "2:4", targets=None if path else ["*"], calibration=iter(batches), gap=2.0, **how)
+        told: list[tuple[int, int]] = []
+        how = how | {
+            "calibration": iter(batches),
+            "gap": 2.0,
+            "progress": lambda *counts, told=told: told.append(counts),
+        }
+        mk.convert(model, "2:4", targets=None if path else ["*"], **how)
         layers = masked_layers(model)
+        done = [count for count, _ in told]
+        assert done == list(range(len(done))) and all(total == done[-1] for _, total in told)
+        assert (len(done) > len(layers)) == ("refit" in how or how["init"] == "reconstruction")
         assert all(layer.weight_changed == ("refit" in how) for layer in layers.values())
         weights = [whole(layer.weight.detach()).clone() for layer in layers.values()]
         error = float((outputs(model, batches) - dense).square().sum())
