@@ -111,7 +111,9 @@ class RelaxedMask(Estimator):
                     total = torch.stack(
                         [part.float().reshape(()).to(loss.device) for part in (loss, *penalties.values())]
                     )
-                    (total.sum() * float(step.weights[place])).backward()
+                    # embeddings and norms learn nothing, and theirs would cost as much as any layer's
+                    wanted = list(self.learned.values())
+                    torch.autograd.backward(total.sum() * float(step.weights[place]), inputs=wanted)
             (value,), _ = step.exchange()
             if not math.isfinite(value):
                 return StepResult(value)
