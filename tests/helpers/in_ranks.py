@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ class Ended(Exception):
 def one_rank(pipe, job, rank: int, world: int, port: int, arguments: dict) -> None:
     """In a process of its own: the result of a job, or its error."""
     torch.set_num_threads(1)
+    # where it hangs, before it is killed
+    faulthandler.dump_traceback_later(0.9 * LONGEST)
     dispatch.interpreting = dispatch.compiler_available = lambda: False
     if world > 1:
         # as with torchrun the store is in none of the ranks
