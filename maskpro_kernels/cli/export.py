@@ -60,19 +60,20 @@ def export(args: argparse.Namespace) -> None:
             )
     dtype = getattr(args, "dtype", metadata["dtype"])
     name = getattr(args, "model", metadata["model"])
-    model, tokenizer = _base_model(name, dtype, args)
-    with telling("run", f"its logits are those of another model than {name!r}"):
-        convert(model, pattern, targets=list(codes), init=codes)
-    if dtype == metadata["dtype"] and metadata["dense_weights"] != digest_of_weights(model):
+    model, tokenizer = _with_masks(name, metadata["dtype"], args, codes, pattern)
+    if metadata["dense_weights"] != digest_of_weights(model):
         raise ValueError(
             f"run: expected the weights of {name!r} that its masks were learned on, got others; put back the base "
             "model as it was"
         )
-    if dtype != metadata["dtype"] and hasattr(args, "model"):
-        tell(f"whether {name} has the weights of the run is not known: only in {metadata['dtype']} are they compared")
     put_weights(masked_layers(model), learned.weights)
-    if dtype == metadata["dtype"] and metadata["weights"] != digest_of_weights(model):
+    if metadata["weights"] != digest_of_weights(model):
         raise ValueError(f"run: expected the weights that its masks belong to, {metadata['weights_are']}, got others")
+    if dtype != metadata["dtype"]:
+        # no rounding of these: the base may be stored in the other dtype
+        del model
+        model, tokenizer = _with_masks(name, dtype, args, codes, pattern)
+        put_weights(masked_layers(model), learned.weights)
     told = metadata | {"model": metadata["model"] if hub_id(metadata["model"]) else name}
     origin = origin_of_export(source.parent, told, dtype)
     if args.to == "mask":
@@ -85,6 +86,14 @@ def export(args: argparse.Namespace) -> None:
     if args.to == "packed":
         print(told_size(model))
         print("transformers loads it after `import maskpro_kernels.hf`, and would take random weights without")
+
+
+def _with_masks(name: str, dtype: str, args: argparse.Namespace, codes: Mapping[str, torch.Tensor], pattern: NMPattern):
+    """(Base model of a run with its masks, tokenizer)."""
+    model, tokenizer = _base_model(name, dtype, args)
+    with telling("run", f"its logits are those of another model than {name!r}"):
+        convert(model, pattern, targets=list(codes), init=codes)
+    return model, tokenizer
 
 
 def _base_model(name: str, dtype: str, args: argparse.Namespace):

@@ -153,6 +153,9 @@ class LearningRun:
                     self._run(progress=False, after_step=lambda _: signals.came)
                 return False
             if more:
+                with telling("output", how_to_go_on(self.output)):
+                    # of where the run was stopped: if it is killed now, they would pass for what it has learned
+                    (self.output / LOGITS).unlink(missing_ok=True)
                 self._run_and_tell(signals)
         self.signalled = signals.came
         self.seconds += time.perf_counter() - began - (self.validation.seconds - evaluating)

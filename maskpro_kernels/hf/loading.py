@@ -14,11 +14,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..extras import missing
 from .foreign_code import ForeignCode, files_of_code, is_refusal
@@ -150,7 +151,10 @@ def skeleton(name: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         with only_errors_told():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             config = AutoConfig.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-            return on_meta(config, trust_remote_code=False), tokenizer
+            model = on_meta(config, trust_remote_code=False)
+            if (Path(name) / GENERATION_CONFIG_NAME).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(name)
+            return model, tokenizer
     except Exception as error:
         raise _told(str(name), error) from error
 

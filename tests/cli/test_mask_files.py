@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -127,6 +128,17 @@ def test_a_base_in_several_files(inputs, exported, tmp_path):
     assert len(files) > 1 and files == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     models = map(AutoModelForCausalLM.from_pretrained, (tmp_path / "out", exported[1]))
     assert_same_bits(*(dict(model.state_dict()) for model in models))
+
+
+def test_how_the_base_generates_is_kept(inputs, exported, tmp_path):
+    """Ends of turns, for one, may stand in no other file."""
+    shutil.copytree(inputs / "model", tmp_path / "base")
+    told = {"eos_token_id": [3, 4], "do_sample": True, "temperature": 0.7, "max_new_tokens": 77}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(told))
+    for name, more in (("copied", []), ("loaded", ["--max-shard-size", "5GB"])):
+        assert main.main(["apply", str(exported[0]), str(tmp_path / "base"), str(tmp_path / name), *more]) == 0
+        written = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert {key: written[key] for key in told} == told
 
 
 def test_another_base_is_refused_with_both_fingerprints(inputs, exported, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import slow
-from helpers.command import learn, nonzeros, report
+from helpers.command import learn, nonzeros, refuses, report
 from helpers.full_disk import files_of_at_most
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -52,6 +52,31 @@ def test_a_run_that_stops_early_keeps_what_it_learned(inputs, tmp_path, capsys, 
     assert main.main(["export", str(tmp_path / "run"), str(tmp_path / "checkpoint")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert (nonzeros(model, "model.layers.1.mlp.down_proj") <= 2).all()
+
+
+def test_a_run_that_goes_on_and_is_killed_leaves_no_logits_of_where_it_was_stopped(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    step = MaskTrainer.step
+
+    def failing(trainer):
+        if trainer.steps_done == stops_at:
+            raise error
+        return step(trainer)
+
+    monkeypatch.setattr(MaskTrainer, "step", failing)
+    stops_at, error = 1, KeyboardInterrupt()
+    assert main.main(learn(inputs, tmp_path / "run")) == 130
+    assert (tmp_path / "run" / "logits.safetensors").exists()
+    stops_at, error = 2, Killed()
+    with pytest.raises(Killed):
+        main.main(["learn", "--resume", str(tmp_path / "run")])
+    refuses(capsys, tmp_path, ["export", str(tmp_path / "run"), str(tmp_path / "out")], "run has not ended, continue")
+    other = learn(inputs, tmp_path / "other", "--init", str(tmp_path / "run"))
+    refuses(capsys, tmp_path, other, "init: ", f"continue with: maskpro learn --resume {tmp_path / 'run'}")
 
 
 def test_the_command_runs_in_a_thread_whose_process_is_interrupted(inputs, run, tmp_path, monkeypatch):
