@@ -178,10 +178,15 @@ class Ranks:
         self._group = None
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of every rank, in float64, by rank. All ranks give as many."""
+        """The numbers of every rank, in float64, by rank. All ranks give as many, and at least one."""
         if self.world == 1:
             return [list(numbers)]
         return [row.tolist() for row in self._gather(torch.tensor(numbers, dtype=torch.float64, device="cpu"))]
+
+    def meet(self) -> None:
+        """Wait for all ranks."""
+        # of no numbers nothing would be sent, and nobody waited for
+        self.gather([0.0])
 
     def on_any(self, function: Callable[[], object] | None) -> bool:
         """Whether a function gives what is true on any rank; a rank without one takes that of others as it comes.
@@ -319,7 +324,7 @@ class Ranks:
     def mesh(self, make: Callable[[], dist.DeviceMesh]) -> dist.DeviceMesh:
         """A mesh of all ranks, which all make: torch itself would wait for one that is lost for half an hour."""
         # who has ended before is named at once
-        self.gather([])
+        self.meet()
         accelerator = torch.accelerator.is_available() and torch.accelerator.current_device_index()
 
         def made() -> dist.DeviceMesh:

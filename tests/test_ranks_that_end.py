@@ -273,6 +273,22 @@ def meet_without_an_answer(rank: int):
     return type(caught.value).__name__
 
 
+def meet_late(rank: int) -> tuple[float, float]:
+    """(When rank 1 came to meet, when this rank was through), of a clock that all processes share."""
+    own = ranks.Ranks()
+    own.connect()
+    if rank == 1:
+        time.sleep(0.5)
+    came = time.monotonic()
+    own.meet()
+    return came, time.monotonic()
+
+
+def test_ranks_that_meet_wait_for_the_last():
+    (_, through), (came, _) = all_in_ranks(2, meet_late)
+    assert through >= came
+
+
 def test_a_meeting_has_a_limit_too():
     began = time.monotonic()
     assert all(in_ranks(2, meet_without_an_answer))

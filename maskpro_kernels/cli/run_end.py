@@ -21,6 +21,7 @@ from ..pruning.finalize import finalize
 from ..report.html import write_html
 from ..report.parting import parting
 from ..report.plots import draw_perplexity, draw_residual
+from ..training.reach import margin
 from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
@@ -72,13 +73,8 @@ def write_results(
     table = [*start["table"], table_row(learned, model, inputs.tests, seconds, args.bars)]
     logits_file = save_run_logits(args, model, start)
     groups = _groups_of(model, output / PROGRESS, pattern)
-    if records and groups["flipped_groups_by_layer"] and not groups["flipped_groups"]:
-        nearest = _nearest_flip(model, pattern)
-        tell_as(
-            "warning",
-            f"no group has left the initial mask: the nearest dropped logit is still {nearest:.3g} below a kept one, "
-            f"with a gap of {args.gap:g}; take more --steps, a higher --lr or a smaller --gap",
-        )
+    if records:
+        _warn_of_no_move(args, model, groups)
 
     save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
@@ -136,13 +132,16 @@ def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> di
     }
 
 
-def _nearest_flip(model: torch.nn.Module, pattern: NMPattern) -> float:
-    """By how much the lowest kept logit of a group lies above its highest dropped one; the least of all groups."""
-    least = []
-    for layer in masked_layers(model).values():
-        ordered = layer.logits.detach().float().view(-1, pattern.m).sort(dim=1, descending=True).values
-        least.append((ordered[:, pattern.n - 1] - ordered[:, pattern.n]).min().item())
-    return min(least)
+def _warn_of_no_move(args: argparse.Namespace, model: torch.nn.Module, groups: Mapping) -> None:
+    """Tell of a run that has changed no mask how near it came."""
+    if groups["flipped_groups"] or not groups["flipped_groups_by_layer"]:
+        return
+    nearest = min(margin(layer.logits, layer.pattern) for layer in masked_layers(model).values())
+    tell_as(
+        "warning",
+        f"no group has left the initial mask: the nearest dropped logit is still {nearest:.3g} below a kept one, with "
+        f"a gap of {args.gap:g}; take more --steps, a higher --lr or a smaller --gap",
+    )
 
 
 def _flips(progress: Path, learned: Mapping[str, torch.Tensor], pattern: NMPattern) -> dict[str, int]:

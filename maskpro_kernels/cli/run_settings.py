@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from ..functional.checks import LARGEST_GAP
 from ..pattern import NMPattern
-from ..pruning.gap import LARGEST_GAP, gap_for_flip_rate
+from ..pruning.gap import gap_for_flip_rate
 from ..ranks import Ranks
 from ..text.data import is_path
 from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of

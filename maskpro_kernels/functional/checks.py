@@ -17,6 +17,8 @@ from ..pattern import NMPattern
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Between a kept and a dropped logit, as far as noise of 32 bits reaches
+LARGEST_GAP = 26.0
 
 Scalar = int | Tensor
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..functional.checks import LARGEST_GAP
 from ..pattern import NMPattern
-
-# As far as noise of 32 bits reaches
-LARGEST_GAP = 26.0
 
 
 def flip_rate(gap: float, pattern: str | NMPattern) -> float:

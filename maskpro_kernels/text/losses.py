@@ -24,7 +24,7 @@ Teacher = Callable[[Tensor, int, slice], Tensor]
 
 
 def distillation_loss(
-    kind: str = "kl", temperature: float = 1.0, *, ce_weight: float = 0.5, cache: TeacherCache | None = None
+    kind: str = "kl", temperature: float = 1.0, *, ce_weight: float | None = None, cache: TeacherCache | None = None
 ) -> Callable[[nn.Module, Tensor], Tensor]:
     """A ``loss_fn`` of ``MaskTrainer`` for a converted causal language model.
 
@@ -36,14 +36,17 @@ def distillation_loss(
     Args:
         kind: "ce", "kl" or "ce+kl".
         temperature: of "kl", above 0.
-        ce_weight: of the cross-entropy in "ce+kl", within (0, 1).
+        ce_weight: of the cross-entropy in "ce+kl", within (0, 1). Default: 0.5.
         cache: of the teacher's logits; None: the teacher makes a forward in each call.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or "ce" is given one of another kind.
+        TypeError, ValueError: an argument is not as above, or is one of another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if ce_weight is not None and kind != "ce+kl":
+        raise ValueError(f'ce_weight: expected none but with "ce+kl", got {ce_weight}')
+    ce_weight = 0.5 if ce_weight is None else ce_weight
     for name, value in (("temperature", temperature), ("ce_weight", ce_weight)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a float, got {describe(value)}")

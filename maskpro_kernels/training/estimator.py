@@ -8,6 +8,7 @@ other packages offer by an entry point in the group ``maskpro_kernels.estimators
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from ..functional.checks import LARGEST_GAP
 from ..modules import MaskedLinear
 from .journal import Entry
 from .step import Step
@@ -182,6 +184,11 @@ class Estimator(ABC):
         It calls ``step.begin_update`` right before the first logit moves. What it raises before that leaves logits and
         state as they were.
         """
+
+    @property
+    def reach(self) -> float:
+        """The widest gap between a kept and a dropped logit across which its steps, all together, change a mask."""
+        return LARGEST_GAP if self.needs_flips else math.inf
 
     @abstractmethod
     def settings(self) -> dict:

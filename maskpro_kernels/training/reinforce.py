@@ -78,6 +78,8 @@ class Reinforce(Estimator):
             raise TypeError(f"refresh: expected a bool, got {refresh!r}")
         if refresh and draws > 1:
             raise ValueError(f"refresh: expected False with several draws, which need no initial losses, got {refresh}")
+        if tracker != "after" and draws > 1:
+            raise ValueError(f'tracker: expected "after" with several draws, which need none, got {tracker!r}')
         if steps is not None:
             check_whole("steps", steps, 1)
         self.draws, self.steps = draws, steps

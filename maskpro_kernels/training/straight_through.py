@@ -117,6 +117,11 @@ class StraightThrough(Estimator):
         self._copies: DeviceMesh | None = None
         self._fisher = FisherSquares(layers, self.decay)
 
+    @property
+    def reach(self) -> float:
+        """Each step moves the two logits towards each other, by at most ``max_update``."""
+        return math.inf if self.steps is None else 2 * self.max_update * self.steps
+
     def settings(self) -> dict:
         of_weights = ("train_weights", "weight_decay") if self.train_weights is not None else ()
         names = ("lr", "steps", "curvature", "max_update", "decay", "fisher_every", *of_weights)

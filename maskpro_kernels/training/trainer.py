@@ -27,6 +27,7 @@ from .journal import Entry
 from .model_masks import ModelMasks
 from .number_checks import check_float, check_whole
 from .rank_agreement import check_alike
+from .reach import check_reach
 from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
@@ -86,8 +87,12 @@ class MaskTrainer:
             masks are refreshed, for what rank 0 reads and writes and for settings that are compared.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or logits are not finite. The model is then
-            as it was. Of rows that ranks share ``begin`` raises it, on all of them.
+        TypeError, ValueError: an argument is not as above, or logits are not finite, or with ``Reinforce`` all too far
+            apart for a draw to change a mask. The model is then as it was. Of rows that ranks share ``begin`` raises
+            what is not finite, on all of them.
+
+    Warns:
+        UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask.
 
     ``begin``, ``step``, ``run`` and ``resume`` raise ``ranks.MissingRanks``, a RuntimeError, which names the ranks that
     have ended or did not come in time, and ValueError on all ranks where one has another model, batches or settings.
@@ -125,6 +130,7 @@ class MaskTrainer:
         if not is_sharded(self.layers) or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
             check_finite(self.layers)
+            check_reach(self.layers, estimator)
         self._batches = batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self.estimator, self.seed = estimator, seed

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -69,18 +70,28 @@ def _in_ranks(context, world: int, job, arguments: dict) -> list:
             processes[-1].start()
             theirs.close()
             pipes.append(ours)
-        results = []
-        for pipe in pipes:
-            assert pipe.poll(LONGEST), "a rank does not end"
-            try:
-                results.append(pipe.recv())
-            except EOFError:
-                results.append(Ended())
-        return results
+        return _answers(pipes)
     finally:
         for process in processes:
             process.kill()
             process.join()
+
+
+def _answers(pipes: list) -> list:
+    """What each rank sends. One that fails alone may leave the others waiting: its error is the one that is told."""
+    results: dict = {}
+    while len(results) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in results], LONGEST)
+        if not ready:
+            failed = (result for result in results.values() if isinstance(result, Exception))
+            waiting = [rank for rank, pipe in enumerate(pipes) if pipe not in results]
+            raise AssertionError(f"ranks {waiting} do not end") from next(failed, None)
+        for pipe in ready:
+            try:
+                results[pipe] = pipe.recv()
+            except EOFError:
+                results[pipe] = Ended()
+    return [results[pipe] for pipe in pipes]
 
 
 def all_in_ranks(world: int, job, **arguments) -> list:

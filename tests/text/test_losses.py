@@ -92,7 +92,8 @@ def test_loss_and_gradient_are_those_of_the_formula(kind, temperature, dtype, si
         monkeypatch.setattr(teacher, "PIECE", size)
     model, ids = given(dtype=dtype)
     weight = 0.25 if kind == "ce+kl" else 0.0
-    found = distillation_loss(kind, temperature, ce_weight=0.25)(model, ids)
+    loss = distillation_loss(kind, temperature, ce_weight=weight or None)
+    found = loss(model, ids)
     assert found.shape == () and found.dtype == torch.float32
     leaf = model.student.detach().clone().requires_grad_()
     expected = (1 - weight) * divergence(leaf[:, :-1], model.teacher[:, :-1], temperature)
@@ -103,7 +104,7 @@ def test_loss_and_gradient_are_those_of_the_formula(kind, temperature, dtype, si
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(model.student.grad, leaf.grad, rtol=3 * eps + 1e-5, atol=1e-7 if eps < 1e-4 else 1e-4)
     with torch.inference_mode():
-        assert float(distillation_loss(kind, temperature, ce_weight=0.25)(model, ids)) == float(found.detach())
+        assert float(loss(model, ids)) == float(found.detach())
 
 
 def test_cross_entropy_is_that_of_the_text():
@@ -256,6 +257,8 @@ def test_caches_of_other_models_and_damaged_ones_are_refused(tmp_path):
         ({"temperature": math.inf}, "temperature: expected a finite float"),
         ({"temperature": "1"}, "temperature: expected a float, got str"),
         ({"kind": "ce+kl", "ce_weight": 1.0}, r"ce_weight: expected a float within \(0, 1\), got 1.0"),
+        ({"ce_weight": 0.5}, r'ce_weight: expected none but with "ce\+kl", got 0.5'),
+        ({"kind": "ce", "ce_weight": 0.5}, "ce_weight: expected none but with"),
         ({"cache": 64}, "cache: expected a TeacherCache or None, got int"),
         ({"kind": "ce", "temperature": 2.0}, 'temperature: expected none with "ce"'),
         ({"kind": "ce", "cache": TeacherCache()}, 'cache: expected none with "ce"'),
@@ -294,8 +297,8 @@ def test_sampled_labels_have_the_curvature_of_the_loss(kind, temperature):
     model, ids = given(vocabulary=6, batch=500, length=2)
     with torch.no_grad():
         model.student.copy_(model.student[:1, :1].clone().expand_as(model.student))
-    loss = distillation_loss(kind, temperature, ce_weight=0.25)
     weight = 0.25 if kind == "ce+kl" else 0.0
+    loss = distillation_loss(kind, temperature, ce_weight=weight or None)
 
     def of_logits(z):
         ours = (1 - weight) * divergence(z[None, None], model.teacher[:1, :1], temperature)

@@ -115,7 +115,7 @@ def test_initial_losses_are_found_by_what_is_in_a_batch(accumulate):
     # no mask flips, so that a residual is 0 where both losses are of the same batch
     one, two, three = some_batches(3)
     batches = [one, two, one.clone(), three]
-    trainer = a_trainer(a_model(gap=60.0), batches=batches, accumulate=accumulate)
+    trainer = a_trainer(a_model(gap=26.0), batches=batches, accumulate=accumulate)
     seen = counting(trainer)
     records = trainer.run(3, progress=False)
     batches[:] = [three.clone(), one, one, two]
@@ -159,7 +159,7 @@ def test_batches_that_are_not_tensors_alone_are_told_apart(batches):
     def loss_fn(model, batch):
         return model(torch.ones(16)).square().mean() * scaled(batch)
 
-    trainer = a_trainer(a_model(gap=60.0), batches=batches, loss_fn=loss_fn)
+    trainer = a_trainer(a_model(gap=26.0), batches=batches, loss_fn=loss_fn)
     seen = counting(trainer)
     records = trainer.run(6, progress=False)
     assert len(seen) == 3 and len({record.loss for record in records}) == 3

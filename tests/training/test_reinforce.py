@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("eager_reference")
         ({"tracker": None}, ValueError, "tracker"),
         ({"refresh": 1}, TypeError, "refresh"),
         ({"refresh": True, "draws": 2}, ValueError, "refresh"),
+        ({"tracker": "before", "draws": 2}, ValueError, "tracker"),
     ],
 )
 def test_estimator_refuses(arguments, error, name):
@@ -100,7 +101,7 @@ def test_steps_are_the_updates_worked_by_hand(tracker):
 
 
 def test_residual_is_zero_when_no_group_flips():
-    model = a_model(gap=60.0)
+    model = a_model(gap=26.0)
     before = logits_of(model)
     for record in a_trainer(model).run(4, progress=False):
         assert record.residual == record.advantage == record.tracker == record.flip_rate == 0.0

@@ -1,0 +1,62 @@
+"""Runs whose steps cannot change a mask: told, or refused."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers.small_trainer import a_model, a_trainer
+
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.training.reach import margin
+from maskpro_kernels.training.reinforce import Reinforce
+from maskpro_kernels.training.straight_through import StraightThrough
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def spread(gap: float, but: float | None = None):
+    """A model with that gap between kept and dropped logits; in one group, the last of all, with another."""
+    model = a_model()
+    with torch.no_grad():
+        for layer in masked_layers(model).values():
+            layer.logits.copy_((layer.logits > 0) * gap)
+        if but is not None:
+            layer.logits.view(-1, 4)[-1] *= but / gap
+    return model
+
+
+@pytest.mark.parametrize(("n", "least"), [(1, 3.0), (2, 0.5), (3, 2.0)])
+def test_the_margin_is_that_of_the_nearest_group(n, least):
+    logits = torch.tensor([[9.0, 4.0, 3.5, 0.5], [8.0, 5.0, 1.0, -1.0], [1.0, 7.0, -2.0, 4.0]]).bfloat16()
+    assert margin(logits, NMPattern(f"{n}:4")) == least
+
+
+def test_straight_through_tells_that_its_steps_are_too_few():
+    """Both logits move by 2 a step at most: 3 steps cross a gap of 12."""
+    with pytest.warns(UserWarning, match="all steps together can cross a gap of 12, .* 12.5 apart; give more steps"):
+        a_trainer(spread(12.5), estimator=StraightThrough(steps=3))
+
+
+@pytest.mark.parametrize(
+    ("model", "estimator"),
+    [
+        (spread(12.5), StraightThrough(steps=4)),
+        (spread(12.5), StraightThrough()),
+        (spread(12.5, but=11.0), StraightThrough(steps=3)),
+        (spread(40.0, but=25.0), Reinforce()),
+    ],
+)
+def test_runs_in_which_a_mask_may_change_are_not_told_of(model, estimator):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        a_trainer(model, estimator=estimator)
+
+
+def test_reinforce_refuses_a_gap_that_no_draw_crosses():
+    with pytest.raises(
+        ValueError, match="^model: expected .* at most 26 apart, got none nearer than 40: noise reaches"
+    ):
+        a_trainer(spread(40.0), estimator=Reinforce())
