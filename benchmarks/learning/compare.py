@@ -100,12 +100,16 @@ class Comparison:
 
     def _samples(self, start: int | None) -> Tensor:
         """int64 [--samples, --seq-len], of the dense model, drawn once."""
-        path = self.args.output / "samples.safetensors"
-        if not path.exists():
-            of = start, self.args.samples, self.args.seq_len
-            write_tensors({SELF: sample_windows(self.model, *of, seed=self.args.seed)}, path, {})
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(SELF)
+        path, of = self.args.output / "samples.safetensors", (start, self.args.samples, self.args.seq_len)
+        told = {"of": json.dumps([*of, self.args.seed, self.rows.shared["weights"]])}
+        if path.exists():
+            with safe_open(path, framework="pt") as file:
+                # a call that ended before it had a row may have been of another model or seed
+                if file.metadata() == told:
+                    return file.get_tensor(SELF)
+        drawn = sample_windows(self.model, *of, seed=self.args.seed)
+        write_tensors({SELF: drawn}, path, told)
+        return drawn
 
     def row(
         self,
@@ -263,6 +267,8 @@ def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str])
     args = parser.parse_args(argv)
     if min(args.steps) < 1:
         parser.error(f"--steps: expected at least 1, got {min(args.steps)}")
+    if len({Path(name).name for name in args.test}) < len(args.test):
+        parser.error(f"--test: expected texts whose files have different names, got {', '.join(args.test)}")
     if not texts_of(args.data):
         parser.error(f"--data: expected a text, by which settings are chosen, got {args.data}")
     return args

@@ -27,7 +27,7 @@ class Rows:
     def __init__(self, folder: Path, shared: Mapping):
         self.path = folder / ROWS
         # as it comes back from the file
-        shared = json.loads(json.dumps(shared))
+        self.shared = shared = json.loads(json.dumps(shared))
         folder.mkdir(parents=True, exist_ok=True)
         lines = _read(self.path) if self.path.exists() else []
         if not lines:

@@ -73,9 +73,7 @@ def write_results(
     table = [*start["table"], table_row(learned, model, inputs.tests, seconds, args.bars)]
     logits_file = save_run_logits(args, model, start)
     groups = _groups_of(model, output / PROGRESS, pattern)
-    if records:
-        _warn_of_no_move(args, model, groups)
-
+    _warn_of_no_move(args, model, groups)
     save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
     if any(record["residual"] is not None for record in records):

@@ -66,10 +66,8 @@ def convert(
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
     Transformers' Conv1D and mixtures of experts, and nn.MultiheadAttention, are taken apart into layers first, see
-    ``linear_form``. Weights that they hold transposed are copied.
-
-    A model may be spread over several devices: logits, seed and step live with each weight. Hooks by which accelerate's
-    ``dispatch_model`` brings inputs to a layer are hooked to its replacement.
+    ``linear_form``. Weights that they hold transposed are copied. Logits, seed and step live with each weight, be it on
+    several devices. Hooks by which accelerate's ``dispatch_model`` brings inputs to a layer go to its replacement.
 
     Args:
         model: any module that contains nn.Linear layers, or what can be taken apart into such.
@@ -90,18 +88,17 @@ def convert(
         refit: "scales" or "weights" refit the weights under the initial mask, by the batches of ``calibration``, see
             ``refit``. With init="reconstruction" it is one pass, and the masks are chosen for the refit.
         seed: of init="random", in [0, 2**63). A second conversion of a model takes another one.
-        progress: called by initial masks and refits that take minutes, with how many layers are done, and of how many;
-            of a cut model on each rank that gives one.
+        progress: called by masks and refits that take minutes, with how many layers are done, and of how many.
 
     Returns:
-        A Conversion: names converted, names left out with the reason, the gap, and how much of the model has a mask.
+        What has a mask now, and what was left out.
 
     Warns:
         UserWarning: without ``targets``, if under 90% of the matrix weights have a mask; if experts saw no token.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, a weight is not finite or in memory, or nothing is left to
-            convert. The model is then as it was.
+        TypeError, ValueError: an argument is not as above, a weight not finite or not in memory, or nothing is left;
+            the model is then as it was.
     """
     pattern = NMPattern(pattern)
     _check(model, init, refit, seed)

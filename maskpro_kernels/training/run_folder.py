@@ -61,7 +61,10 @@ def settings_of(
     Of a batch with objects that ``content`` cannot compare, the tensors alone; of batches that are no sequence, None,
     nothing: snapshots tell which were taken; of a loss what its ``settings()`` tell if it has them.
     """
-    known = None if batches is None else list(batches)
+    known = None
+    if batches is not None:
+        # one after the other: a sequence may read them from disk
+        known = [(digest(tensors_of(batch)), content(batch, index)) for index, batch in enumerate(batches)]
     return {
         "seed": seed,
         "estimator": _identity(type(estimator)),
@@ -69,8 +72,8 @@ def settings_of(
         "layers": {name: _settings_of_layer(layer) for name, layer in layers.items()},
         "device": sorted({layer.weight.device.type for layer in layers.values()}),
         "weights": digest(layer.weight for layer in layers.values()),
-        "batches": known and [digest(tensors_of(batch)) for batch in known],
-        "batch_contents": known and [content(batch, index) for index, batch in enumerate(known)],
+        "batches": known and [tensors for tensors, _ in known],
+        "batch_contents": known and [contents for _, contents in known],
         "accumulate": accumulate,
         "loss": loss_fn.settings() if hasattr(loss_fn, "settings") else None,
     }

@@ -159,6 +159,16 @@ def test_a_call_that_ended_before_it_had_a_row_binds_nothing(tmp_path):
         rows.Rows(tmp_path, {"seed": 0})
 
 
+def test_samples_of_a_call_that_ended_before_it_had_a_row_are_of_its_seed_alone(arguments, tmp_path):
+    def samples(seed: int) -> bytes:
+        given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1", "--seed", str(seed)]
+        compare.Comparison(compare.parsed(given, "", METHODS))
+        return (tmp_path / "output" / "samples.safetensors").read_bytes()
+
+    first = samples(0)
+    assert samples(1) != first and samples(0) == first
+
+
 def test_settings_that_fail_are_not_the_best():
     found = [a_row(settings={"lr": lr}, validation=value) for lr, value in ((1.0, math.nan), (2.0, 10.0))]
     assert rows.best(found, "m")["settings"] == {"lr": 2.0}
@@ -188,6 +198,7 @@ def test_weights_are_put_back():
     [
         ("--steps 0", "expected at least 1"),
         ("--methods x", "invalid choice"),
+        ("--test a/text.txt b/text.txt", "expected texts whose files have different names, got a/text.txt, b/text"),
         ("--data self", "expected a text, by which settings are chosen, got self"),
     ],
 )
