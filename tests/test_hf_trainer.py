@@ -178,6 +178,24 @@ def test_mask_callback_learns_the_masks_alone(tmp_path):
     assert trainer.optimizer.state.keys() == {"masks"}
 
 
+def test_mask_callback_lets_go_of_a_model_whose_training_broke_off(tmp_path):
+    class Fail(TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            raise InterruptedError
+
+        on_step_end = on_substep_end
+
+    model, callback = masked(), MaskCallback()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with pytest.raises(InterruptedError):
+        trained(model, tmp_path, 2, [callback, Fail()], None, learning_rate=0.3, weight_decay=0.0)
+    assert not model.get_input_embeddings().weight.requires_grad
+    for _ in range(2):
+        callback.release()
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert all(layer.logits_backward is None for layer in masked_layers(model).values())
+
+
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_mask_callback_takes_the_steps_of_mask_trainer(accumulate, tmp_path):
     """With batches in the order of the texts, without clipping, at the rate that falls in the same way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,10 @@ from .inputs import Inputs
 from .mask_files import save_initial_mask
 from .memory import tell_need
 from .perplexities import ValidationPerplexities, print_table
-from .progress import StepLines, tell
+from .progress import StepLines, tell, tell_as
 from .run_end import save_run_logits, write_results
 from .run_files import (
+    INITIAL_MASK,
     LOGITS,
     PROGRESS,
     SETTINGS,
@@ -187,6 +189,7 @@ class LearningRun:
         shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
         if not journaled:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)
+        self._tell_of_a_rise()
         print_table(report["table"])
         print(
             f"{report['flipped_groups']} of {report['groups']} groups differ from the {told_init(self.args.init)}; "
@@ -199,6 +202,15 @@ class LearningRun:
             print("no text of another kind was looked at: name one by --other-data")
         else:
             print(told(report["parting"], self.args.other_data))
+
+    def _tell_of_a_rise(self) -> None:
+        """Where the learned mask is worse than the initial one, tell where that is, if it is a mask of base weights."""
+        initial = self.progress / INITIAL_MASK
+        if self.validation.risen() and initial.exists():
+            model, mask = shlex.quote(self.args.model), shlex.quote(str(initial))
+            tell_as(
+                "warning", f"the mask is worse than the initial one; for that run: maskpro apply {mask} {model} OUT"
+            )
 
     def close(self) -> None:
         """Let another process have the folder."""

@@ -21,7 +21,7 @@ from ..pruning.finalize import finalize
 from ..report.html import write_html
 from ..report.parting import parting
 from ..report.plots import draw_perplexity, draw_residual
-from ..training.reach import margin
+from ..training.reach import margins
 from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
@@ -134,7 +134,7 @@ def _warn_of_no_move(args: argparse.Namespace, model: torch.nn.Module, groups: M
     """Tell of a run that has changed no mask how near it came."""
     if groups["flipped_groups"] or not groups["flipped_groups_by_layer"]:
         return
-    nearest = min(margin(layer.logits, layer.pattern) for layer in masked_layers(model).values())
+    nearest = min(float(margins(layer.logits, layer.pattern).min()) for layer in masked_layers(model).values())
     tell_as(
         "warning",
         f"no group has left the initial mask: the nearest dropped logit is still {nearest:.3g} below a kept one, with "

@@ -14,6 +14,7 @@ from ..modules import MaskedLinear, counter_states, masked_layers
 from ..pattern import NMPattern
 from ..training.mask_optimizer import MaskOptimizer
 from ..training.normalized_steps import check_slope_settings
+from ..training.reach import margins
 
 # Slopes of so many root mean squares are rare
 LARGE_SLOPE = 30
@@ -26,8 +27,8 @@ class MaskCallback(TrainerCallback):
 
     ``learning_rate`` is that of the logits, 0.3 say, and follows the Trainer's schedule. The Trainer's own optimizer
     moves nothing: once slopes have been accumulated, averaged over processes, unscaled and clipped, the logits move by
-    them in its place. All other parameters are frozen while training runs. The masks of a step are drawn with the
-    Trainer's ``seed``.
+    them in its place. All other parameters are frozen while training runs; where an error ends it, until ``release``.
+    The masks of a step are drawn with the Trainer's ``seed``.
 
     What is logged beside the loss, and stands in ``state.log_history``: ``mask_moved``, the share of groups whose mask
     is no longer that of the first step, and ``mask_flip_rate``, the share of groups whose draw leaves the N largest
@@ -109,8 +110,17 @@ class MaskCallback(TrainerCallback):
             state.log_history[-1].update(found)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._hook.remove()
-        self._masks.detach()
+        self.release()
+
+    def release(self) -> None:
+        """Let the model go: the parameters that were frozen require gradients again. Training that ends does it.
+
+        The Trainer does not tell its callbacks of an error.
+        """
+        if self._hook is not None:
+            self._hook.remove()
+            self._masks.detach()
+            self._hook = None
         for parameter in self._frozen:
             parameter.requires_grad_()
         self._frozen.clear()
@@ -132,20 +142,12 @@ def _check_rate(layers: dict[str, MaskedLinear], optimizer: torch.optim.Optimize
     group = optimizer.param_groups[0]
     # a schedule may begin at 0
     rate = float(group.get("initial_lr", group["lr"]))
-    gap = min(float(_gaps(layer).median()) for layer in layers.values())
+    gap = min(float(margins(layer.logits[:ROWS], layer.pattern).median()) for layer in layers.values())
     if LARGE_SLOPE * rate * max(steps, 1000) < gap or rate <= 0:
         raise ValueError(
             f"learning_rate: expected one of logits, such as 0.3, got {rate:g}: in {steps} steps a logit would move by "
             f"about {rate * steps:.2g}, and those of kept weights stand {gap:.2g} above those of dropped ones"
         )
-
-
-@torch.no_grad()
-def _gaps(layer: MaskedLinear) -> torch.Tensor:
-    """Of each group of some rows the least kept logit less the largest dropped one."""
-    n, m = layer.pattern.n, layer.pattern.m
-    ordered = layer.logits[:ROWS].float().reshape(-1, m).sort(-1, descending=True).values
-    return ordered[:, n - 1] - ordered[:, n]
 
 
 class KeepMask(TrainerCallback):

@@ -16,15 +16,15 @@ from .estimator import Estimator
 ROWS = 1024
 
 
-def margin(logits: Tensor, pattern: NMPattern) -> float:
-    """By how much the lowest kept logit of a group lies above its highest dropped one; the least of all groups.
+def margins(logits: Tensor, pattern: NMPattern) -> Tensor:
+    """By how much the lowest kept logit of each group lies above its highest dropped one, float32 [groups].
 
     Args:
         logits: [rows, columns], finite.
         pattern: of their groups.
     """
-    ordered = logits.detach().float().view(-1, pattern.m).topk(pattern.n + 1, dim=1).values
-    return (ordered[:, pattern.n - 1] - ordered[:, pattern.n]).min().item()
+    ordered = logits.detach().float().reshape(-1, pattern.m).topk(pattern.n + 1, dim=1).values
+    return ordered[:, pattern.n - 1] - ordered[:, pattern.n]
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def check_reach(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> Non
         return
     for layer in layers.values():
         for logits in layer.own_logits.split(ROWS):
-            nearest = min(nearest, margin(logits, layer.pattern))
+            nearest = min(nearest, float(margins(logits, layer.pattern).min()))
             if nearest <= reach:
                 return
     told = f"a kept and a dropped logit at most {reach:g} apart, got none nearer than {nearest:.4g}"

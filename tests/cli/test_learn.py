@@ -107,8 +107,16 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
     values = iter([10.0] * 6 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
     monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
-    assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in told
     written = report(tmp_path / "run")
+    command = told.partition("worse than the initial one; for that run: maskpro ")[2].splitlines()[0]
+    assert main.main(command.replace("OUT", str(tmp_path / "initial")).split()) == 0
+    wanda = tmp_path / "one"
+    monkeypatch.undo()
+    assert main.main(learn(inputs, wanda, "--steps", "1", "--gap", "26")) == 0
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "initial", wanda)]
+    assert_same_bits(*(dict(model.state_dict()) for model in models))
     assert [row["perplexity"] for row in written["validation"]] == [10.0, 12.0, 10.5, 11.5, 11.2]
     assert len(written["steps"]) == 4
 

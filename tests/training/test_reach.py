@@ -10,7 +10,7 @@ from helpers.small_trainer import a_model, a_trainer
 
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.training.reach import margin
+from maskpro_kernels.training.reach import margins
 from maskpro_kernels.training.reinforce import Reinforce
 from maskpro_kernels.training.straight_through import StraightThrough
 
@@ -28,10 +28,10 @@ def spread(gap: float, but: float | None = None):
     return model
 
 
-@pytest.mark.parametrize(("n", "least"), [(1, 3.0), (2, 0.5), (3, 2.0)])
-def test_the_margin_is_that_of_the_nearest_group(n, least):
+@pytest.mark.parametrize(("n", "expected"), [(1, [5.0, 3.0, 3.0]), (2, [0.5, 4.0, 3.0]), (3, [3.0, 2.0, 3.0])])
+def test_margins_of_groups(n, expected):
     logits = torch.tensor([[9.0, 4.0, 3.5, 0.5], [8.0, 5.0, 1.0, -1.0], [1.0, 7.0, -2.0, 4.0]]).bfloat16()
-    assert margin(logits, NMPattern(f"{n}:4")) == least
+    assert margins(logits, NMPattern(f"{n}:4")).tolist() == expected
 
 
 def test_straight_through_tells_that_its_steps_are_too_few():
