@@ -21,6 +21,11 @@ from safetensors.torch import save_file
 UNSYNCED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EROFS}
 
 
+def can_only_be_a_path(name: str) -> bool:
+    """Whether a name is none of the hub, whose ids are "name" and "owner/name"."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is seen as a whole or not at all, also after a crash; of several writers the last one's."""
     with writing_whole(path) as file:
@@ -129,6 +134,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_takes_files(folder: Path) -> None:
+    """Raise OSError unless a file can be made in a folder; leaves nothing behind."""
+    # Permission bits alone do not tell: root, read-only and virtual file systems pass them. A file without a name is
+    # gone whenever the process is killed.
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def check_output(folder: str | Path) -> None:
     """Refuses an output folder that cannot be written or would mix with what is already there; leaves nothing behind.
 
@@ -142,9 +154,8 @@ def check_output(folder: str | Path) -> None:
     if not there.is_dir():
         raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file; give another name")
     try:
-        # Permission bits alone do not tell: root, read-only and virtual file systems pass them. A file without a name
-        # leaves nothing behind, whenever the process is killed; and an empty folder of that name may be given again.
-        tempfile.TemporaryFile(dir=there).close()
+        check_takes_files(there)
+        # an empty folder of that name may be given again
         if missing:
             os.mkdir(missing[-1])
             os.rmdir(missing[-1])

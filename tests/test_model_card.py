@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.bits import assert_same_bits
+from helpers.checkpoints import LAYER
 from helpers.command import learn, report
 from helpers.tiny_llama import tiny_model, tiny_tokenizer, write_inputs
 from huggingface_hub import HfApi, ModelCard
@@ -18,7 +19,9 @@ from transformers import LlamaForCausalLM
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
+from maskpro_kernels.checkpoints.mask_file import save_masks
 from maskpro_kernels.cli import main
+from maskpro_kernels.cli.origins import origin_of_run
 from maskpro_kernels.hf import saving
 from maskpro_kernels.hf.model_card import CARD, is_own
 
@@ -77,6 +80,39 @@ def test_a_card_tells_what_the_model_is_and_how_to_load_it(by_form, tmp_path, fo
     tokens = torch.arange(8).view(1, 8)
     torch.testing.assert_close(names["model"](tokens).logits, by_form(form).eval()(tokens).logits)
     assert names["tokenizer"]("w1 w2")["input_ids"] == tiny_tokenizer()("w1 w2")["input_ids"]
+
+
+def with_a_head_of_its_own(mask: bool, form: str = "dense"):
+    """A model whose output head shares no weight, with a mask on it or on other layers."""
+    model = tiny_model(tie_word_embeddings=False)
+    mk.convert(model, "2:4", targets=["lm_head"] if mask else None)
+    return model if form == "masked" else mk.finalize(model, to=form)
+
+
+@pytest.mark.parametrize("form", ["dense", "masked", "packed"])
+def test_a_card_calls_the_output_head_dense_where_it_is(tmp_path, form):
+    for mask, told in ((False, "Embeddings and the output head are dense."), (True, "zero. Embeddings are dense.")):
+        hf.save_model(with_a_head_of_its_own(mask, form), tiny_tokenizer(), tmp_path / str(mask), origin=ORIGIN)
+        assert told in (tmp_path / str(mask) / CARD).read_text()
+
+
+@pytest.mark.parametrize("how", [[], ["--max-shard-size", "5GB"]], ids=["copied", "loaded"])
+def test_a_card_of_a_mask_on_the_output_head(tmp_path, how):
+    base = tiny_model(tie_word_embeddings=False)
+    hf.save_model(base, tiny_tokenizer(), tmp_path / "base")
+    for name, told in (("lm_head", "Embeddings are dense."), (LAYER, "Embeddings and the output head are dense.")):
+        weight = base.get_submodule(name).weight.detach()
+        triples = [(name, mk.top_n_mask(weight.abs(), "2:4"), weight)]
+        save_masks(tmp_path / f"{name}.mask", triples, "2:4", model="base").close()
+        arguments = ["apply", str(tmp_path / f"{name}.mask"), str(tmp_path / "base"), str(tmp_path / name), *how]
+        assert main.main(arguments) == 0
+        assert f"are zero. {told}" in (tmp_path / name / CARD).read_text()
+
+
+def test_the_column_of_a_card_is_named_by_its_test_texts(inputs, tmp_path):
+    for data, told in ((f"{inputs / 'text.txt'}:0.5,pydoc:0.5", "text.txt, pydoc"), ("self", "samples of the model")):
+        origin = origin_of_run({"model": "model", "pattern": "2:4", "data": data}, "weights frozen", [], {})
+        assert origin.texts == (told, "another text")
 
 
 @pytest.mark.parametrize("values", ["keep", "int8"])
@@ -255,7 +291,7 @@ def test_the_card_of_a_run_and_of_its_export(inputs, tmp_path, options, pushed, 
         assert str(tmp_path) not in text and str(inputs) not in text
         assert "`model` with 2:4 sparsity" in text and ("import maskpro_kernels.hf" in text) == (folder == "packed")
         assert ("(weights refitted)" in text) == bool(options) == (hf.MASK_ALONE not in text)
-        assert "| mask | text.txt:0.5,self:0.5 | pydoc |" in text and "| estimator | reinforce |" in text
+        assert "| mask | text.txt | pydoc |" in text and "| data | text.txt:0.5,self:0.5 |" in text and "| estimator | reinforce |" in text
         for row in report(run)["table"][1:]:
             assert f"| {row['method']} | {row['perplexity']:.2f} | {row['other_perplexity']:.2f} |" in text
 

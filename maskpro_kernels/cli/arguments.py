@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checked_json import load_json
+from ..files import check_takes_files
 from ..packed import KEEP
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -114,7 +115,7 @@ def values_kind(args: argparse.Namespace) -> str:
 
 
 def new_file(args: argparse.Namespace, name: str) -> Path | None:
-    """The path that an argument gives, if any; ValueError unless a new file can stand there."""
+    """The path that an argument gives, if any; ValueError unless a new file can be written there."""
     if not hasattr(args, name):
         return None
     path = Path(getattr(args, name))
@@ -123,4 +124,8 @@ def new_file(args: argparse.Namespace, name: str) -> Path | None:
         raise ValueError(f"{expected}, which exists: give another name")
     if not path.parent.is_dir():
         raise ValueError(f"{expected}, whose folder does not: make it first")
+    try:
+        check_takes_files(path.parent)
+    except OSError as error:
+        raise ValueError(f"{name}: expected a new file in a writable folder, got {str(path)!r}: {error}") from error
     return path

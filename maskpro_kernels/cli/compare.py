@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..report.plots import check_picture, draw_perplexity
 from ..text.mixture import texts_of
-from .arguments import new_file
+from .arguments import new_file, telling
 from .compared_results import compare_results
 from .perplexities import print_table
 from .run_files import REPORT, read_report
@@ -60,4 +60,5 @@ def compare(args: argparse.Namespace) -> None:
         curves[run] = report["validation"]
     print_table([*initial.values(), *learned])
     if picture is not None:
-        draw_perplexity(curves, picture)
+        with telling("picture"):
+            draw_perplexity(curves, picture)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..checked_json import load_json
 from ..report.plots import check_picture, draw_results
 from ..text.protocols import WORD
+from .arguments import telling
 from .progress import tell
 from .tasks import task_figures
 
@@ -50,7 +51,8 @@ def compare_results(files: Sequence[str], picture: Path | None) -> None:
         table.append([file, results[file]["dtype"], *figures])
     _print(table)
     if picture is not None:
-        draw_results(rows, {name: column.title for name, (_, column) in columns.items()}, picture)
+        with telling("picture"):
+            draw_results(rows, {name: column.title for name, (_, column) in columns.items()}, picture)
 
 
 def _read(path: Path) -> dict:

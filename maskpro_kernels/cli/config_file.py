@@ -52,6 +52,11 @@ class ConfigFile(argparse.Action):
             raise argparse.ArgumentError(self, str(error)) from error
 
 
+def eval_every_of(steps: int) -> int:
+    """How many steps lie between two evaluations of a run with that many, where ``--eval-every`` is not given."""
+    return max(steps // 5, 1)
+
+
 def _read(path: Path, parser: argparse.ArgumentParser) -> dict[str, object]:
     """Options by name; ValueError unless each is one of the parser's, with a value of its kind."""
     try:
@@ -63,9 +68,11 @@ def _read(path: Path, parser: argparse.ArgumentParser) -> dict[str, object]:
     of_a_run = isinstance(found.get("settings"), dict) and all(name in found for name in START)
     if of_a_run:
         found = dict(found["settings"])
+        # computed from others, which the command line may replace
         if "flip_rate" in found:
-            # computed from it
             found.pop("gap", None)
+        if isinstance(found.get("steps"), int) and found.get("eval_every") == eval_every_of(found["steps"]):
+            found.pop("eval_every")
     # a run writes null where it leaves an option out
     return {name: value for name, value in checked_options(found, parser, repr(str(path))).items() if value is not None}
 

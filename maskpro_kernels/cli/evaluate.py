@@ -9,20 +9,20 @@ from pathlib import Path
 
 import torch
 
-from ..files import disk_errors, write_whole
+from ..files import write_whole
 from ..linear_form import in_linear_form
 from ..pattern import NMPattern
 from ..report import FROZEN
-from .arguments import DTYPE, check_least, device_of, new_file
+from .arguments import DTYPE, check_least, device_of, new_file, telling
 from .models import load
 from .protocols import HeldOutText, ProtocolText, result_lines
 from .run_files import REPORT, check_not_going_on, read_report, stored_data
+from .shared_options import EVALUATION
 from .tasks import Tasks, check_beside_tasks, task_lines
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Print the perplexity of a run or a model, and the results of tasks; of a run also what follows its pattern."""
-    check_least(args, eval_windows=1, eval_length=2)
     device, output = device_of(args.device), new_file(args, "output")
     folder = Path(args.model)
     check_not_going_on(args.model)
@@ -43,10 +43,13 @@ def evaluate(args: argparse.Namespace) -> None:
     if tasks is not None:
         found["tasks"] = tasks.evaluate(model, tokenizer, args.bars)
         lines += task_lines(found["tasks"])
-    if output is not None:
-        with disk_errors(output):
-            write_whole(output, json.dumps(found, indent=2, default=str).encode())
-    print("\n".join(lines))
+    try:
+        if output is not None:
+            with telling("output"):
+                write_whole(output, json.dumps(found, indent=2, default=str).encode())
+    finally:
+        # also where the file could not be written: hours may be behind it
+        print("\n".join(lines))
 
 
 def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOutText | ProtocolText | None:
@@ -60,6 +63,7 @@ def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOu
     if not hasattr(args, "data"):
         if run is None:
             if hasattr(args, "tasks"):
+                _check_without_text(args)
                 return None
             found = "no run that has begun to learn" if folder.exists() else "no such folder"
             raise ValueError(
@@ -67,7 +71,20 @@ def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOu
                 f"{args.model!r} there is {found}"
             )
         vars(args).update(stored_data(folder) | vars(args))
+    own = EVALUATION if run is None else {name: run[name] for name in EVALUATION}
+    vars(args).update(own | vars(args))
+    check_least(args, eval_windows=1, eval_length=2)
     return HeldOutText(args)
+
+
+def _check_without_text(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option of texts stands beside tasks alone."""
+    for name in (*EVALUATION, "stream", "text_column"):
+        if hasattr(args, name):
+            raise ValueError(
+                f"{name}: expected none with --tasks alone, which take no text, got {getattr(args, name)}; leave it "
+                "out, or name a text by --data"
+            )
 
 
 def _follows(model: torch.nn.Module, run: Mapping) -> str:

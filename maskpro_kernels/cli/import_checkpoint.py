@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..checked_json import load_json
 from ..checkpoints.importers.compressed_tensors import write_plain
 from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
@@ -58,8 +57,7 @@ def _source(args: argparse.Namespace) -> Path:
 
 def _import_masks(args: argparse.Namespace, source: Path, pattern: NMPattern) -> None:
     """Write a model under masks that another program has learned."""
-    dtype = getattr(args, "dtype", None) or _stored_dtype(args.model)
-    model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
+    model, tokenizer = _load(args, args.model, args.model)
     with in_linear_form(model):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         masks = read_masks(source, layers, pattern)
@@ -78,12 +76,12 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
     """Write a checkpoint whose weights hold zeros in the pattern."""
     if not source.is_dir():
         raise ValueError(f"model: expected the model that the masks in {args.source!r} are of, got none; add --model")
-    dtype = getattr(args, "dtype", None) or _stored_dtype(str(source))
     above = Path(args.output).absolute().parent
     with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as tmp:
         plain = Path(tmp) if write_plain(source, tmp) else source
-        model, tokenizer = load(str(plain), dtype, torch.device("cpu"), args)
+        model, tokenizer = _load(args, str(plain), str(source))
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    _check_pattern(args, pattern, layers)
     patterns = " and ".join(sorted({str(layer.pattern) for layer in layers})) or str(pattern)
     kinds = {layer.kind for layer in layers}
     if layers and args.to == "packed":
@@ -103,6 +101,16 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
     _tell_size(args, model)
 
 
+def _check_pattern(args: argparse.Namespace, pattern: NMPattern, layers: list[NMLinear]) -> None:
+    """Raise ValueError if a pattern is given that is not the one of packed layers."""
+    others = sorted({str(layer.pattern) for layer in layers if layer.pattern != pattern})
+    if others and "--pattern" in args.given:
+        raise ValueError(
+            f"pattern: expected that of the packed layers in {args.source!r}, {' and '.join(others)}, got {pattern}; "
+            "leave it out"
+        )
+
+
 def _repack(model: torch.nn.Module, args: argparse.Namespace, kinds: set[str]) -> None:
     """Store the values of a model that is packed already as ``--values`` says; ValueError unless that changes some."""
     if not hasattr(args, "values") or kinds == {args.values}:
@@ -118,12 +126,20 @@ def _tell_size(args: argparse.Namespace, model: torch.nn.Module) -> None:
         print(told_size(model))
 
 
-def _stored_dtype(folder: str) -> str:
-    """The dtype that a checkpoint's config tells, else DTYPE."""
-    config = Path(folder) / "config.json"
-    try:
-        settings = load_json(config.read_text(encoding="utf-8"))
-        stored = str(settings.get("dtype", settings.get("torch_dtype", DTYPE))).removeprefix("torch.")
-    except (OSError, ValueError, AttributeError):
-        return DTYPE
-    return stored if stored in DTYPES else DTYPE
+def _load(args: argparse.Namespace, name: str, source: str):
+    """(model, tokenizer) in the dtype that is given, else in that of its source; where nothing tells that, in DTYPE.
+
+    Args:
+        name: of the model.
+        source: folder or id whose files tell the dtype.
+    """
+    from ..hf import stored_dtype
+
+    known = getattr(args, "dtype", None) or stored_dtype(source)
+    found = load(name, known or DTYPE, torch.device("cpu"), args)
+    if known is None:
+        tell(
+            f"neither a config nor safetensors files tell that weights of {source!r} are in one of "
+            f"{', '.join(DTYPES)}: they are taken in {DTYPE}; --dtype names another"
+        )
+    return found

@@ -21,7 +21,7 @@ from ..training.estimator import Estimator
 from ..training.memory import MemoryNeed
 from .arguments import device_of, telling
 from .changed_weights import changes_weights
-from .models import checkpoint_activations, device_of_inputs, load, load_spread, windows_of
+from .models import check_positions, checkpoint_activations, device_of_inputs, load, load_spread, windows_of
 from .progress import tell
 from .run_samples import run_samples
 from .shared_work import SharedWork
@@ -98,6 +98,8 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
         with telling("other_data"):
             other = loaded.source(args.other_data)
     model, tokenizer = _model(args)
+    # samples are drawn in windows too, which no text checks
+    check_positions(model, seq_len=args.seq_len, eval_length=args.eval_length)
     tests, validation = {}, torch.empty(0)
     if texts:
         held_out = {split: evaluation_parts(args, texts, split, tokenizer) for split in ("test", "validation")}

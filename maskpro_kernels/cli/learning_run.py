@@ -191,10 +191,11 @@ class LearningRun:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)
         self._tell_of_a_rise()
         print_table(report["table"])
-        print(
-            f"{report['flipped_groups']} of {report['groups']} groups differ from the {told_init(self.args.init)}; "
-            f"{report['weights']}; written to {self.output}"
-        )
+        flipped, differ = report["flipped_groups"], f"differ from the {told_init(self.args.init)}"
+        moved = f"{flipped} of {report['groups']} groups {differ}"
+        if flipped is None:
+            moved = f"how many of {report['groups']} groups {differ} is not known"
+        print(f"{moved}; {report['weights']}; written to {self.output}")
         parts = mean_parts(self.trainer.metrics)
         if parts:
             print(told_parts(parts))

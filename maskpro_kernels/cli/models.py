@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..files import can_only_be_a_path
 from ..packed import INT8, NMLinear, bits_a_weight
 from ..stored_digests import without_digests
 from ..text.data import Text, check_vocabulary, cut, tokens_of
@@ -73,7 +74,7 @@ def hub_id(name: str) -> str | None:
 
     if name == SMOLLM2:
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return None if is_path_of_model(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+    return None if is_path_of_model(name) or can_only_be_a_path(name) else name
 
 
 def check_saving(args: argparse.Namespace) -> None:
@@ -127,8 +128,16 @@ def learned_positions(model: torch.nn.Module) -> int | None:
     return most if most is not None and any(most <= count <= most + 2 for count in tables) else None
 
 
+def check_positions(model: torch.nn.Module, **lengths: int) -> None:
+    """Raise ValueError unless a model has positions for windows of these lengths, each by the name of its option."""
+    positions = learned_positions(model)
+    for name, length in lengths.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"{name}: expected at most {positions}, which the model has positions for, got {length}")
+
+
 def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
-    """``data.windows`` for a model.
+    """``data.windows`` for a model that has positions for that length.
 
     Args:
         data: the argument that the text comes from, for errors.
@@ -136,14 +145,8 @@ def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data:
 
     Raises:
         ValueError: if the text is too short, it is chats and the tokenizer has no template for them, the tokenizer
-            makes no tokens of it, or the model does not know one of its tokens, or has fewer positions.
+            makes no tokens of it, or the model does not know one of its tokens.
     """
-    positions = learned_positions(model)
-    if positions is not None and length > positions:
-        raise ValueError(
-            f"{data}: expected windows of at most {positions} tokens, which the model has positions for, got "
-            f"{length}; give a smaller {option}"
-        )
     with telling(data):
         tokens = tokens_of(text, tokenizer)
     if text and not len(tokens):

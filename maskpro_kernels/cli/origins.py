@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..report import FROZEN
 from ..text.data import is_path
-from ..text.mixture import parse_sources
+from ..text.mixture import parse_sources, texts_of
 from .models import hub_id
 from .progress import tell
 from .run_files import REPORT, SETTINGS, read_own
@@ -48,7 +48,7 @@ def origin_of_run(settings: Mapping, weights: str, table: Sequence[Mapping], ver
         pattern=settings["pattern"],
         changed=changed,
         table=table,
-        texts=(told.get("data", "test text"), told.get("other_data", "another text")),
+        texts=(_test_texts(settings), told.get("other_data", "another text")),
         settings=told,
         versions=versions,
     )
@@ -154,6 +154,13 @@ def _base(model: str) -> dict:
 
 def _name(source: str) -> str:
     return Path(source).name if source.startswith("/") or is_path(source) else source
+
+
+def _test_texts(settings: Mapping) -> str:
+    """Of what text a run's perplexities are."""
+    if "data" not in settings:
+        return "test text"
+    return ", ".join(_name(name) for name, _ in texts_of(settings["data"])) or "samples of the model"
 
 
 def _without_folders(data: str) -> str:

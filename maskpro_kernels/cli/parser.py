@@ -122,7 +122,7 @@ def _add_eval(commands) -> None:
         help="evaluate a whole text as others do: wikitext2@2048 or another length, as Wanda, SparseGPT and MaskLLM; "
         "word, as lm-eval's wikitext. Without --data the text is WikiText-2 (default: test parts, held out from runs)",
     )
-    add_evaluation(parser)
+    add_evaluation(parser, of_a_run=True)
     add_device(parser)
     _add_tasks(parser)
     parser.add_argument(

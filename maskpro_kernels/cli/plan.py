@@ -12,7 +12,7 @@ from ..files import write_whole
 from ..pattern import NMPattern
 from ..training.amounts import Amount, formula_of
 from ..training.memory import MemoryNeed
-from .arguments import check_least, new_file
+from .arguments import check_least, new_file, telling
 from .estimator_options import class_of, complete_options
 from .memory import GB
 from .planned import Choice, Planned, check_mesh
@@ -44,7 +44,8 @@ def plan(args: argparse.Namespace) -> None:
         _print_seconds(args, durations)
     if output is not None:
         found = _figures(planned, given, need, tried, durations)
-        write_whole(output, (json.dumps(found, indent=2) + "\n").encode())
+        with telling("output"):
+            write_whole(output, (json.dumps(found, indent=2) + "\n").encode())
 
 
 def _tried(planned: Planned, given: Choice) -> list[tuple[Choice, int]]:

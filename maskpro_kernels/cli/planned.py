@@ -20,7 +20,7 @@ from ..training.memory import FEW, MemoryNeed, gathered_bytes, memory_need, shar
 from ..training.snapshots import HELD, KEPT
 from .arguments import DTYPES, telling
 from .memory import OfBatches, needed_by_batches
-from .models import learned_positions, trusts
+from .models import check_positions, trusts
 
 # The most devices that are looked at
 MOST_DEVICES = 1 << 12
@@ -96,7 +96,7 @@ class Planned:
         self.args, self.estimator = args, estimator
         self._config = read_config(args.model, DTYPES[args.dtype], trust_remote_code=trusts(args))
         self.model = model_on_meta(self._config, trust_remote_code=trusts(args))
-        _check_positions(args, self.model)
+        check_positions(self.model, seq_len=args.seq_len, eval_length=args.eval_length)
         # as a run does, before it looks for layers
         self.skipped = as_linears(self.model)
         with telling("model", "take another --pattern or model"):
@@ -229,15 +229,6 @@ def refused_by_shards(args: argparse.Namespace) -> str | None:
     if hasattr(args, "logits_device"):
         return f"--logits-device {args.logits_device}"
     return f"--loss {args.loss}" if "kl" in args.loss else None
-
-
-def _check_positions(args: argparse.Namespace, model: torch.nn.Module) -> None:
-    positions = learned_positions(model)
-    for name in ("seq_len", "eval_length"):
-        if positions is not None and getattr(args, name) > positions:
-            raise ValueError(
-                f"{name}: expected at most {positions}, which the model has positions for, got {getattr(args, name)}"
-            )
 
 
 def _behind(model: torch.nn.Module, names: Iterable[str]) -> list[torch.nn.Parameter]:

@@ -27,21 +27,20 @@ from ..text.protocols import (
 )
 from ..text.records import COLUMNS, show_bars
 from .arguments import telling
-from .models import learned_positions
+from .models import check_positions, learned_positions
 from .progress import tell
+from .shared_options import EVALUATION
 from .texts import Texts, check_sources, evaluation_parts, evaluation_windows
 
 # What is evaluated where no protocol is named: windows of the parts of texts that runs do not learn from
 HELD_OUT = "held-out"
-# Of that one alone
-OF_HELD_OUT = ("eval_windows", "eval_length")
 
 
 class HeldOutText:
     """The texts that are evaluated where no protocol is named: the test parts of those of ``--data``, or of the run.
 
     Args:
-        args: of `maskpro eval`, with ``data``.
+        args: of `maskpro eval`, with ``data`` and what EVALUATION names.
 
     Raises:
         ValueError, OSError: if there is no text among them, or one cannot be read.
@@ -62,6 +61,7 @@ class HeldOutText:
     def measure(self, model: torch.nn.Module, tokenizer) -> dict:
         """The result, see ``_result``; ValueError if the texts and the model do not go together."""
         args = self._args
+        check_positions(model, eval_length=args.eval_length)
         parts = evaluation_parts(args, self._texts, "test", tokenizer)
         windows = evaluation_windows(args, parts, "test", model, tokenizer)
         self._loaded.tell_notes()
@@ -86,8 +86,8 @@ class ProtocolText:
 
     def __init__(self, args: argparse.Namespace, learned_from: str | None):
         self.protocol = parse_protocol(args.protocol)
-        for name in OF_HELD_OUT:
-            if f"--{name.replace('_', '-')}" in args.given:
+        for name in EVALUATION:
+            if hasattr(args, name):
                 raise ValueError(
                     f"{name}: expected none with --protocol {self.protocol}, which takes its whole text in windows of "
                     f"its own, got {getattr(args, name)}; leave it out"

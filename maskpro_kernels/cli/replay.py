@@ -60,10 +60,14 @@ def replay(args: argparse.Namespace) -> None:
     for entry in followed(entries[:steps], "replaying", args.bars):
         replay_step(masks, run["seed"], entry)
     logits = {name: layer.logits.cpu() for name, layer in layers.items()}
-    if output is not None:
-        write_learned(Learned(logits, weights, metadata), output)
     found = digest(logits[name] for name in sorted(logits))
-    print(f"{steps} steps of {len(entries)}, logits {found}")
+    try:
+        if output is not None:
+            with telling("output"):
+                write_learned(Learned(logits, weights, metadata), output)
+    finally:
+        # also where the file could not be written
+        print(f"{steps} steps of {len(entries)}, logits {found}")
     if steps == len(entries):
         _tell_difference(Path(args.source), found)
     if (progress / START_WEIGHTS).exists():

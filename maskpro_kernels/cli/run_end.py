@@ -116,14 +116,17 @@ def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Map
 
 
 def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> dict:
-    """What a report tells of the groups: how many there are, how many have changed, and a digest of their logits."""
+    """What a report tells of the groups: how many there are, how many have changed, and a digest of their logits.
+
+    Where it is not known which have changed, their number is None, and that by layer empty.
+    """
     masked = masked_layers(model)
     learned = top_n_codes(masked, pattern)
     flips = _flips(progress, learned, pattern)
     return {
         "groups": sum(code.numel() for code in learned.values()),
         "groups_by_layer": {name: code.numel() for name, code in learned.items()},
-        "flipped_groups": sum(flips.values()),
+        "flipped_groups": sum(flips.values()) if flips else None,
         "flipped_groups_by_layer": flips,
         # What a replay prints
         "logits": digest(masked[name].logits for name in sorted(masked)),

@@ -36,7 +36,7 @@ INITIAL_MASK = "initial-mask.safetensors"
 TEACHER = "teacher"
 # What is read of a report, and of the settings in it
 REPORTED = ("model", "pattern", "eval_tokens", "eval_digest", "table", "validation", "converted", "weights")
-REPORTED_SETTINGS = ("data", "dtype", "eval_length")
+REPORTED_SETTINGS = ("data", "dtype", "eval_windows", "eval_length")
 # What a run goes on by: its settings, and what was known before its first step
 RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "logits_dtype", "gradient_checkpointing", "estimator",
                     "steps", "gap", "seed")  # fmt: skip

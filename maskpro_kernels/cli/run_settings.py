@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..functional.checks import LARGEST_GAP
+from ..functional.checks import LARGEST_GAP, check_gap
 from ..pattern import NMPattern
 from ..pruning.gap import gap_for_flip_rate
 from ..ranks import Ranks
@@ -18,7 +18,7 @@ from ..training.estimator import Estimator
 from ..training.sharing import PARALLEL, check_shares
 from .arguments import DTYPES, check_device_map, check_least, device_of, telling
 from .changed_weights import REFITTED
-from .config_file import TRUST
+from .config_file import TRUST, eval_every_of
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
@@ -49,7 +49,7 @@ def complete(args: argparse.Namespace) -> Estimator:
         raise ValueError(f"refit: expected one of {', '.join(REFITTED)}, got {args.refit!r}")
     for name, value in class_of(args).run_defaults._asdict().items():
         setattr(args, name, getattr(args, name, value))
-    args.eval_every = getattr(args, "eval_every", max(args.steps // 5, 1))
+    args.eval_every = getattr(args, "eval_every", eval_every_of(args.steps))
     check_least(args, steps=1, batch_size=1, accumulate=1, seq_len=2, init_batches=1)
     check_least(args, eval_windows=1, eval_length=2, eval_every=1, seed=0)
     if args.calibration_batches is not None:
@@ -130,6 +130,7 @@ def _complete_gap(args: argparse.Namespace, pattern: NMPattern) -> None:
         raise ValueError(f"gap: expected a positive number, got {args.gap}")
     if hasattr(args, "flip_rate"):
         args.gap = gap_for_flip_rate(args.flip_rate, pattern)
+    check_gap(args.gap, DTYPES[args.logits_dtype])
     if class_of(args).needs_flips and args.gap > LARGEST_GAP:
         raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
 

@@ -17,6 +17,8 @@ SOURCE = (
     "pydoc, stdlib, a UTF-8 text file, a dataset in a file (.jsonl, .parquet) or folder, or one of the hub as NAME or "
     "NAME:CONFIG"
 )
+# How much of a test text is evaluated, where nothing else is said
+EVALUATION = MappingProxyType({"eval_windows": 24, "eval_length": 512})
 LIST = f"{SOURCE}; or several with a comma between them, each with its share behind a colon"
 
 
@@ -114,9 +116,18 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--eval-windows", type=whole, default=24, metavar="W", help="test windows to evaluate, at most")
-    parser.add_argument("--eval-length", type=whole, default=512, metavar="T", help="tokens in a test window")
+def add_evaluation(parser: argparse.ArgumentParser, of_a_run: bool = False) -> None:
+    """The options that EVALUATION names.
+
+    Args:
+        of_a_run: whether the defaults are those of a run where one is evaluated; what is not given is left out then.
+    """
+    told = {"eval_windows": ("W", "test windows to evaluate, at most"), "eval_length": ("T", "tokens in a test window")}
+    for name, (metavar, help) in told.items():
+        default = EVALUATION[name]
+        if of_a_run:
+            default, help = argparse.SUPPRESS, f"{help} (default: that of the run, else {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=whole, default=default, metavar=metavar, help=help)
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

@@ -29,6 +29,7 @@ from .process_memory import PeakMemory, peak_memory
 from .saving import check_login, check_repo_id, check_shard_size, save_model
 from .shapes import model_of_fake_tensors, model_on_meta, read_config
 from .speed import ModelSpeed, SpeedReport, Spread, measure_speed
+from .stored_dtype import stored_dtype
 from .stored_layers import check_no_other_quantization, tell_config
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "save_model",
     "show_bars",
     "skeleton",
+    "stored_dtype",
     "tell_config",
     "without_digests",
     "write_card",

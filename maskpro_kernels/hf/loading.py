@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..extras import missing
+from ..files import can_only_be_a_path
 from .foreign_code import ForeignCode, files_of_code, is_refusal
 from .hub import why_not_on_hub
 
@@ -124,8 +125,7 @@ def check_model(name: str) -> None:
         )
     if name == SMOLLM2 or folder.is_dir():
         return
-    # A hub id is "name" or "owner/name"; anything deeper, absolute or dotted can only be a folder.
-    only_folder = name.startswith((".", "/", "~")) or name.count("/") > 1
+    only_folder = can_only_be_a_path(name)
     reason = None if only_folder else why_not_on_hub(name)
     if only_folder or reason:
         told = "no such folder" if only_folder else f"there is no folder of that name, and {reason}"

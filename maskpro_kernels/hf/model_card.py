@@ -17,6 +17,7 @@ from ..files import write_whole
 from ..modules import MaskedLinear
 from ..ops.reference import SCALED
 from ..packed import INT8, NMLinear, bits_a_weight
+from .output_head import has_dense_head
 
 CARD = "README.md"
 OWN = re.compile(r"\n<!-- written by maskpro_kernels, ([0-9a-f]{16}): a card that was changed is kept -->\n\Z")
@@ -78,7 +79,7 @@ def write_card(model: PreTrainedModel, folder: str | Path, name: str, origin: Or
             stacklevel=3,
         )
         return False
-    text = card_text(model, name, origin)
+    text = card_text(model, Path(folder), name, origin)
     mark = f"\n<!-- written by maskpro_kernels, {_digest(text)}: a card that was changed is kept -->\n"
     write_whole(path, (text + mark).encode())
     return True
@@ -94,7 +95,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def card_text(model: PreTrainedModel, name: str, origin: Origin) -> str:
+def card_text(model: PreTrainedModel, folder: Path, name: str, origin: Origin) -> str:
     """The card, with its metadata in front."""
     patterns = _patterns(model) or ([origin.pattern] if origin.pattern else [])
     causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -105,7 +106,7 @@ def card_text(model: PreTrainedModel, name: str, origin: Origin) -> str:
         tags=["maskpro", "sparse", "semi-structured-sparsity", *patterns],
     )
     sections = [
-        _headline(model, name, origin, patterns),
+        _headline(model, folder, name, origin, patterns),
         _perplexities(model, origin),
         _loading(model, name, "AutoModelForCausalLM" if causal else type(model).__name__),
         _listed("Settings", origin.settings),
@@ -122,16 +123,17 @@ def _patterns(model: PreTrainedModel) -> list[str]:
     return sorted({str(layer.pattern) for layer in _layers(model, (MaskedLinear, NMLinear))})
 
 
-def _headline(model: PreTrainedModel, name: str, origin: Origin, patterns: Sequence[str]) -> str:
+def _headline(model: PreTrainedModel, folder: Path, name: str, origin: Origin, patterns: Sequence[str]) -> str:
     of = f"`{origin.base_model}`" if origin.base_model else "a dense model"
     if origin.base_model and origin.on_hub:
         of = f"[{origin.base_model}](https://huggingface.co/{origin.base_model})"
     lines = [f"# {name}"]
     if patterns:
         kept = " and ".join("{} of every {}".format(*pattern.split(":")) for pattern in patterns)
+        dense = "Embeddings and the output head" if has_dense_head(model, patterns, folder) else "Embeddings"
         lines.append(
             f"This is {of} with {' and '.join(patterns)} sparsity: of consecutive weights along a layer's input, "
-            f"{kept} are kept, and the others are zero. Embeddings and the output head are dense."
+            f"{kept} are kept, and the others are zero. {dense} are dense."
         )
     else:
         lines.append(f"This is {of}, saved by `maskpro_kernels`.")

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..extras import missing
+from ..files import can_only_be_a_path
 
 Chat = list[dict]
 Document = str | Chat
@@ -69,7 +70,7 @@ def load_rows(source: str, path: Path | None, stream: bool = False) -> dict[str,
 def names_a_file(source: str) -> bool:
     """Whether what is no path that exists can be nothing else; on the hub are "name" and "owner/name"."""
     known = (*READERS, *COMPRESSED, ".txt")
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in known
+    return can_only_be_a_path(source) or Path(source).suffix in known
 
 
 def _loaded(source: str, path: Path | None, stream: bool) -> dict:

@@ -24,6 +24,7 @@ from .estimator import Estimator
 from .journal import Entry, Journal, Records
 from .journal import read as read_journal
 from .metrics import Metrics
+from .settings_difference import told_difference
 from .snapshots import (
     MANIFEST,
     NAME,
@@ -262,8 +263,7 @@ class RunFolder:
         """Raise ValueError unless a run has these settings."""
         for name, own in settings.items():
             if run.get(name) != own:
-                short = isinstance(own, (int, str))
-                told = f"{own!r}, got {run.get(name)!r}" if short else "of this trainer, got others"
+                told = told_difference(own, run.get(name))
                 raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.path)!r}")
 
     def _check_one_run(self, run: Mapping) -> None:

@@ -58,7 +58,11 @@ def test_import_of_a_compressed_checkpoint(to, tmp_path, capsys):
     if to == "packed":
         # and back
         again = ["import", str(tmp_path / "out"), "--output", str(tmp_path / "dense"), "--to", "dense"]
-        assert main.main(again) == 0
+        capsys.readouterr()
+        assert main.main([*again, "--pattern", "4:8"]) == 2
+        told = f"pattern: expected that of the packed layers in {str(tmp_path / 'out')!r}, 2:4, got 4:8; leave it out"
+        assert told in capsys.readouterr().err and not (tmp_path / "dense").exists()
+        assert main.main([*again, "--pattern", "2:4"]) == 0
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
         assert type(loaded.get_submodule(LAYER)) is nn.Linear
         assert_same_bits(loaded(tokens).logits, model(tokens).logits)

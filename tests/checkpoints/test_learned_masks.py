@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import warnings
 import zipfile
@@ -199,6 +200,33 @@ def test_import_of_a_dense_checkpoint_with_zeros(tmp_path, capsys):
     assert type(loaded.get_submodule("model.layers.1.mlp.down_proj")) is mk.NMLinear
     tokens = torch.arange(12).view(1, 12)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("stored", "named", "expected"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float16, None, torch.float16),
+        (torch.float32, "bfloat16", torch.bfloat16),
+        (torch.float64, None, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("of", ["checkpoint", "masks"])
+def test_an_import_has_the_dtype_of_its_source(tmp_path, capsys, stored, named, expected, of):
+    """What the config names goes before what the files hold; where neither can be kept, that is told."""
+    masks = random_masks(tiny_model())
+    hf.save_model(masked(tiny_model(), masks).to(stored), tiny_tokenizer(), tmp_path / "in")
+    config = tmp_path / "in" / "config.json"
+    settings = {name: value for name, value in json.loads(config.read_text()).items() if name != "dtype"}
+    config.write_text(json.dumps(settings | ({} if named is None else {"dtype": named})))
+    source = [str(tmp_path / "in")]
+    if of == "masks":
+        source = [str(store(masks, tmp_path / "m.npz", "maskllm")), "--model", *source]
+    assert main.main(["import", *source, "--output", str(tmp_path / "out"), "--to", "dense"]) == 0
+    found, given = (load_file(tmp_path / name / "model.safetensors")[f"{LAYER}.weight"] for name in ("out", "in"))
+    assert_same_bits(found, given.to(expected))
+    told = f"neither a config nor safetensors files tell that weights of {str(tmp_path / 'in')!r} are in one of"
+    assert (told in capsys.readouterr().err) == (stored == torch.float64)
 
 
 def test_bad_imports_are_refused(folder, tmp_path, capsys):

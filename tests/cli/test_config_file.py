@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from helpers.bits import assert_same_bits
 from helpers.command import learn, refuses, report
+from helpers.damage import edit
 from safetensors.torch import load_file
 
 from maskpro_kernels.cli import main
@@ -44,6 +46,19 @@ def test_the_settings_of_a_run_learn_the_same_again(run, tmp_path, capsys):
     first, second = report(run)["settings"], report(again)["settings"]
     assert first | {"output": str(again)} == second
     assert (again / "settings.json").exists() and "config: left out" not in capsys.readouterr().err
+
+
+def test_with_more_steps_it_is_evaluated_as_often(run, tmp_path):
+    """What a run took a fifth of is not what was given."""
+    again = ["learn", "--config", str(run / "settings.json"), "--steps", "10", "--output", str(tmp_path / "again")]
+    assert main.main(again) == 0
+    assert report(run)["settings"]["eval_every"] == 1 and report(tmp_path / "again")["settings"]["eval_every"] == 2
+    assert [row["step"] for row in report(tmp_path / "again")["validation"]] == [0, 2, 4, 6, 8, 10]
+
+
+def test_steps_between_evaluations_that_were_given_stay(run, tmp_path):
+    edit(shutil.copytree(run, tmp_path / "run") / "settings.json", settings={"eval_every": 2})
+    assert parsed("--config", str(tmp_path / "run" / "settings.json"), "--steps", "20").eval_every == 2
 
 
 def test_a_file_of_options(inputs, tmp_path, written):

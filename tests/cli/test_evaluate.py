@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from helpers.damage import edit
 from helpers.tiny_llama import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from maskpro_kernels.cli import main
+from maskpro_kernels.cli import evaluate, main, replay
 from maskpro_kernels.hf import save_model
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -87,6 +89,50 @@ def test_windows_longer_than_a_model_has_positions_for_are_refused(inputs, tmp_p
     save_model(model, tiny_tokenizer(), tmp_path / "gpt2")
     text = ["--data", str(inputs / "text.txt"), "--device", "cpu", "--dtype", "float32", "--eval-windows", "2"]
     long = [*text, "--eval-length", "17"]
-    told = "data: expected windows of at most 16 tokens, which the model has positions for, got 17"
+    told = "eval_length: expected at most 16, which the model has positions for, got 17"
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "gpt2"), *long], told)
     assert main.main(["eval", str(tmp_path / "gpt2"), *text, "--eval-length", "16"]) == 0
+
+
+def test_eval_of_a_run_takes_the_windows_of_its_table(run, tmp_path, capsys):
+    assert main.main(["eval", str(run), "--device", "cpu"]) == 0
+    figure = f"{report(run)['table'][-1]['perplexity']:.2f} over {report(run)['eval_tokens']} tokens"
+    assert f"test perplexity {figure}\n" in capsys.readouterr().out
+    # and given ones go before, each by itself
+    assert main.main(["eval", str(run), "--device", "cpu", "--eval-windows", "2"]) == 0
+    assert "over 48 tokens\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--eval-windows 5", "--eval-length 24", "--stream", "--text-column text"])
+def test_options_of_texts_are_refused_beside_tasks_alone(inputs, capsys, option):
+    name = option.split()[0][2:].replace("-", "_")
+    arguments = ["eval", str(inputs / "model"), "--tasks", "arc_easy", *option.split()]
+    refuses(capsys, inputs, arguments, f"{name}: expected none with --tasks alone, which take no text, got")
+
+
+@pytest.mark.parametrize("command", ["eval", "compare", "plan", "replay", "export"])
+def test_a_folder_that_takes_no_files_is_refused_first(inputs, run, tmp_path, capsys, command):
+    arguments = {
+        "eval": ["eval", str(tmp_path / "no model"), "--data", str(inputs / "text.txt"), "--output", "/proc/new"],
+        "compare": ["compare", str(run), "--picture", "/proc/new"],
+        "plan": ["plan", "--model", str(inputs / "model"), "--device-memory", "24GB", "--output", "/proc/new"],
+        "replay": ["replay", str(run), "--output", "/proc/new"],
+        "export": ["export", str(run), "/proc/new", "--to", "mask"],
+    }
+    name = "picture" if command == "compare" else "output"
+    told = f"{name}: expected a new file in a writable folder, got '/proc/new': "
+    refuses(capsys, tmp_path, arguments[command], told)
+
+
+@pytest.mark.parametrize("command", ["eval", "replay"])
+def test_what_was_found_is_printed_where_it_cannot_be_written(run, tmp_path, capsys, monkeypatch, command):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluate, "write_whole", full)
+    monkeypatch.setattr(replay, "write_learned", full)
+    assert main.main([command, str(run), "--device", "cpu", "--output", str(tmp_path / "new")]) == 2
+    found = {"eval": f"{report(run)['table'][-1]['perplexity']:.2f} over", "replay": report(run)["logits"]}
+    captured = capsys.readouterr()
+    assert found[command] in captured.out
+    assert captured.err.endswith("maskpro: error: output: [Errno 28] No space left on device\n")

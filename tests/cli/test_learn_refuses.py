@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers.command import learn, refuses
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.hf import save_model
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -55,6 +56,22 @@ def test_learn_refuses_bad_input(inputs, tmp_path, capsys, option, value, messag
     (tmp_path / "full" / "file").touch()
     places = {"EMPTY": tmp_path / "empty.txt", "FULL": tmp_path / "full"}
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output", option, str(places.get(value, value))), message)
+
+
+def test_a_gap_that_logits_cannot_hold_is_refused_before_a_model_is_read(inputs, tmp_path, capsys):
+    options = ["--estimator", "straight-through", "--gap", "1e5", "--logits-dtype", "float16", "--model", "/no/such"]
+    told = "gap: expected a finite float of at least 0, got 100000.0 for logits in torch.float16"
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output", *options), told)
+
+
+@pytest.mark.parametrize("data", ["self", "TEXT"])
+@pytest.mark.parametrize("option", ["--seq-len", "--eval-length"])
+def test_windows_longer_than_a_model_has_positions_for_are_refused(inputs, tmp_path, capsys, data, option):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2, n_positions=30))
+    save_model(model, tiny_tokenizer(), tmp_path / "gpt2")
+    options = ["--model", str(tmp_path / "gpt2"), "--data", data.replace("TEXT", str(inputs / "text.txt"))]
+    told = f"{option[2:].replace('-', '_')}: expected at most 30, which the model has positions for, got 31"
+    refuses(capsys, tmp_path, learn(inputs, tmp_path / "output", *options, option, "31"), told)
 
 
 def test_learn_refuses_a_model_without_linears(inputs, tmp_path, capsys, monkeypatch):

@@ -116,7 +116,10 @@ def test_the_dtype_of_the_logits_is_the_run_s_own(inputs, tmp_path, monkeypatch,
     refuses(capsys, run, ["learn", "--resume", str(run), "--logits-dtype", "bfloat16"], "got --logits-dtype")
     edit(run / "settings.json", settings={"logits_dtype": "bfloat16"})
     assert main.main(["learn", "--resume", str(run)]) == 2
-    assert "expected a run with layers of this trainer, got others" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "expected a run with layers model.layers.0.self_attn.q_proj [0, '2:4', [32, 8, 4], 'torch.bfloat16'], " in told
+    assert ", got model.layers.0.self_attn.q_proj [0, '2:4', [32, 8, 4], 'torch.float32'], " in told
+    assert "; 11 more differ in " in told
 
 
 def test_logits_on_another_device(inputs, run, tmp_path, monkeypatch):

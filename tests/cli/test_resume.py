@@ -112,6 +112,20 @@ def test_replay_rebuilds_the_logits(run, inputs, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 steps of 3, logits ")
 
 
+def test_a_count_that_is_not_known_is_told_as_such(inputs, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    assert broken_off(inputs, run, monkeypatch, 1, [], lambda: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    first = sorted(run.glob("progress/snapshot-*"))[0]
+    first.write_bytes(first.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main.main(["learn", "--resume", str(run)]) == 0
+    written = report(run)
+    assert written["flipped_groups"] is None and written["flipped_groups_by_layer"] == {}
+    told = f"how many of {written['groups']} groups differ from the wanda mask is not known; weights frozen; written to"
+    assert told in capsys.readouterr().out
+    assert "groups differ from the initial mask is not known" in (run / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_a_damaged_first_snapshot_does_not_keep_a_run_from_its_end(inputs, tmp_path, capsys, monkeypatch):
     options = ["--steps", "6", "--eval-every", "3"]

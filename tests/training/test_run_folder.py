@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,27 @@ def test_the_run_of_another_is_refused(tmp_path, name):
         other.resume()
     assert_same_bits(logits_of(other.model), before)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"estimator": mk.Reinforce(lr=3.0, alpha=0.75)}, "settings lr 3.0, got lr 2.0 in "),
+        ({"estimator": mk.Reinforce(lr=3.0)}, "settings lr 3.0, alpha 0.99, got lr 2.0, alpha 0.75 in "),
+        ({"batches": some_batches(2)}, "batches of this trainer, got 3 in place of 2 in "),
+        ({"batches": [*some_batches()[:2], torch.ones(5, 16)]}, "batches of this trainer, got others from index 2 on "),
+        (
+            {"model": a_model().append(mk.MaskedLinear.from_linear(torch.nn.Linear(4, 4), "2:4", layer=7))},
+            "layers 3 [7, '2:4', [4, 1, 4], 'torch.float32'], got no 3 in ",
+        ),
+    ],
+)
+def test_what_differs_is_told_with_both_values(tmp_path, arguments, told):
+    trainer = a_trainer_in(tmp_path)
+    trainer.step()
+    trainer.close()
+    with pytest.raises(ValueError, match=re.escape(f"output_dir: expected a run with {told}")):
+        a_trainer_in(tmp_path, **arguments).resume()
 
 
 # Batches without a tensor, and others that differ in one thing
