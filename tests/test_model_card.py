@@ -291,7 +291,11 @@ def test_the_card_of_a_run_and_of_its_export(inputs, tmp_path, options, pushed, 
         assert str(tmp_path) not in text and str(inputs) not in text
         assert "`model` with 2:4 sparsity" in text and ("import maskpro_kernels.hf" in text) == (folder == "packed")
         assert ("(weights refitted)" in text) == bool(options) == (hf.MASK_ALONE not in text)
-        assert "| mask | text.txt | pydoc |" in text and "| data | text.txt:0.5,self:0.5 |" in text and "| estimator | reinforce |" in text
+        assert (
+            "| mask | text.txt | pydoc |" in text
+            and "| data | text.txt:0.5,self:0.5 |" in text
+            and "| estimator | reinforce |" in text
+        )
         for row in report(run)["table"][1:]:
             assert f"| {row['method']} | {row['perplexity']:.2f} | {row['other_perplexity']:.2f} |" in text
 

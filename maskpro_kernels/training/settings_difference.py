@@ -5,12 +5,12 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 
-# Entries of a mapping that are told, and the longest value that is told as it is
-MOST_ENTRIES, LONGEST = 3, 120
+# Entries of a mapping that are told, and the longest list that is told as it is: digests of batches tell nothing
+MOST_ENTRIES, LONGEST = 3, 32
 
 _shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = _shown.maxlong = LONGEST
-_shown.maxlist = _shown.maxtuple = 8
+_shown.maxstring = _shown.maxother = _shown.maxlong = 120
+_shown.maxlist = 8
 
 
 def told_difference(own: object, found: object) -> str:

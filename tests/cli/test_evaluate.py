@@ -115,7 +115,7 @@ def test_a_folder_that_takes_no_files_is_refused_first(inputs, run, tmp_path, ca
     arguments = {
         "eval": ["eval", str(tmp_path / "no model"), "--data", str(inputs / "text.txt"), "--output", "/proc/new"],
         "compare": ["compare", str(run), "--picture", "/proc/new"],
-        "plan": ["plan", "--model", str(inputs / "model"), "--device-memory", "24GB", "--output", "/proc/new"],
+        "plan": ["plan", str(inputs / "model"), "--device-memory", "24GB", "--output", "/proc/new"],
         "replay": ["replay", str(run), "--output", "/proc/new"],
         "export": ["export", str(run), "/proc/new", "--to", "mask"],
     }

@@ -117,8 +117,8 @@ def test_the_dtype_of_the_logits_is_the_run_s_own(inputs, tmp_path, monkeypatch,
     edit(run / "settings.json", settings={"logits_dtype": "bfloat16"})
     assert main.main(["learn", "--resume", str(run)]) == 2
     told = capsys.readouterr().err
-    assert "expected a run with layers model.layers.0.self_attn.q_proj [0, '2:4', [32, 8, 4], 'torch.bfloat16'], " in told
-    assert ", got model.layers.0.self_attn.q_proj [0, '2:4', [32, 8, 4], 'torch.float32'], " in told
+    assert "expected a run with layers model.layers.0.self_attn.q_proj [0, '2:4', [32, 32], 'torch.bfloat16'], " in told
+    assert ", got model.layers.0.self_attn.q_proj [0, '2:4', [32, 32], 'torch.float32'], " in told
     assert "; 11 more differ in " in told
 
 

@@ -66,7 +66,7 @@ def test_the_run_of_another_is_refused(tmp_path, name):
         ({"batches": [*some_batches()[:2], torch.ones(5, 16)]}, "batches of this trainer, got others from index 2 on "),
         (
             {"model": a_model().append(mk.MaskedLinear.from_linear(torch.nn.Linear(4, 4), "2:4", layer=7))},
-            "layers 3 [7, '2:4', [4, 1, 4], 'torch.float32'], got no 3 in ",
+            "layers 3 [7, '2:4', [4, 4], 'torch.float32'], got no 3 in ",
         ),
     ],
 )
