@@ -85,15 +85,18 @@ class MaskLLM(RelaxedMask):
         alike = kept @ masks.T - pattern.n**2 / pattern.m
         seed = int(layer.counter_state.seed)
         noise = torch.empty_like(alike).normal_(0.0, SIGMA, generator=generator(layer, seed, -1))
-        return noise.add_(alike, alpha=self.strength * SIGMA)
+        return noise.add_(alike, alpha=self.strength * SIGMA).movedim(-1, 0).contiguous()
 
     def probabilities(
         self, learned: Tensor, step: int, noise: Tensor | float = 0.0, temperature: float = 1.0
     ) -> Tensor:
-        """softmax((kappa pi + noise) / temperature), of the shape of ``learned`` [out, K / M, C(M, N)]."""
+        """softmax((kappa pi + noise) / temperature), of the shape of ``learned`` [C(M, N), out, K / M].
+
+        The masks of a group come first, as a CPU takes a softmax over a short last dimension one by one.
+        """
         first, last = SCALES
         scale = first + (last - first) * self.progress(step)
-        return ((learned * scale + noise) / temperature).softmax(-1)
+        return ((learned * scale + noise) / temperature).softmax(0)
 
     def temperature(self, step: int) -> float:
         first, last = TEMPERATURES
@@ -104,12 +107,12 @@ class MaskLLM(RelaxedMask):
 
     def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
         y = self.probabilities(learned, step, gumbel(learned.shape, noise), self.temperature(step))
-        relaxed = y @ masks_of(layer.pattern, layer.weight.device)
-        return relaxed.flatten(1) * layer.weight
+        relaxed = masks_of(layer.pattern, layer.weight.device).T @ y.flatten(1)
+        return relaxed.T.reshape(layer.weight.shape) * layer.weight
 
     def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor) -> Tensor | None:
         return -self.regularization * weight.square().sum() if self.regularization else None
 
     def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
         own = pack_mask(masks_of(layer.pattern, layer.weight.device).bool(), layer.pattern)
-        return own.flatten()[learned.argmax(-1)]
+        return own.flatten()[learned.argmax(0)]

@@ -186,8 +186,10 @@ def generator(layer: MaskedLinear, seed: int, step: int) -> torch.Generator:
 
 
 def gumbel(shape: tuple[int, ...], noise: torch.Generator) -> Tensor:
-    """Standard Gumbel noise, float32: -ln of an exponential."""
-    return torch.empty(shape, device=noise.device).exponential_(generator=noise).log_().neg_()
+    """Standard Gumbel noise, float32: -ln(-ln(u)) of uniform u."""
+    # a CPU draws uniform numbers many at a time, and exponential ones one by one
+    uniform = torch.rand(shape, device=noise.device, generator=noise)
+    return uniform.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_().log_().neg_()
 
 
 def adamw_(

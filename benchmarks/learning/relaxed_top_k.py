@@ -18,11 +18,14 @@ from maskpro_kernels.training.number_checks import check_float
 
 
 def relaxed_top_k(keys: Tensor, n: int, temperature: float) -> Tensor:
-    """The relaxed masks [..., M] of keys [..., M]: in [0, 1], N in sum."""
+    """The relaxed masks [M, ...] of keys [M, ...]: in [0, 1], N in sum.
+
+    The weights of a group come first, as a CPU takes a softmax over a short last dimension one by one.
+    """
     tiny = torch.finfo(keys.dtype).tiny
     taken = torch.zeros_like(keys)
     for turn in range(n):
-        p = (keys / temperature).softmax(-1)
+        p = (keys / temperature).softmax(0)
         taken = taken + p
         if turn + 1 < n:
             keys = keys + (1.0 - p).clamp_min(tiny).log()
@@ -69,8 +72,9 @@ class RelaxedTopK(RelaxedMask):
         return self.warmest + (self.coldest - self.warmest) * self.progress(step)
 
     def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
-        keys = (learned + gumbel(learned.shape, noise)).view(layer.out_features, -1, layer.pattern.m)
-        return relaxed_top_k(keys, layer.pattern.n, self.temperature(step)).flatten(1) * layer.weight
+        keys = (learned + gumbel(learned.shape, noise)).view(-1, layer.pattern.m).T.contiguous()
+        relaxed = relaxed_top_k(keys, layer.pattern.n, self.temperature(step))
+        return relaxed.T.reshape(learned.shape) * layer.weight
 
     def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
         return top_n_mask(learned, layer.pattern)

@@ -187,14 +187,13 @@ def test_maskllm_has_a_distribution_over_all_masks(pattern):
     learned = estimator.learned["0"].detach()
     for step in (0, 9):
         p = estimator.probabilities(learned, step)
-        torch.testing.assert_close(p.sum(-1), torch.ones(p.shape[:-1]))
-        assert (p > 0).any(-1).all()
+        torch.testing.assert_close(p.sum(0), torch.ones(p.shape[1:]))
+        assert (p > 0).any(0).all()
     # pi_i - pi_j is the prior's, but for noise: here that of the initial mask over the farthest one
     kept = (layer.logits.detach() > 0).float().view(16, -1, layer.pattern.m)
-    alike = kept @ masks.T
-    prior = (learned * (alike == n)).sum(-1) - (learned * (alike == alike.amin(-1, keepdim=True))).sum(-1) / (
-        alike == alike.amin(-1, keepdim=True)
-    ).sum(-1)
+    alike = (kept @ masks.T).movedim(-1, 0)
+    farthest = alike == alike.amin(0)
+    prior = (learned * (alike == n)).sum(0) - (learned * farthest).sum(0) / farthest.sum(0)
     expected = 3.0 * maskllm.SIGMA * (n - float(alike.min()))
     assert abs(prior.mean() - expected) < 4 * 1.5 * maskllm.SIGMA / math.sqrt(prior.numel())
 
@@ -208,7 +207,7 @@ def test_maskllm_draws_by_its_probabilities():
     layer = mk.MaskedLinear.from_linear(nn.Linear(4, 20_000), "2:4")
     estimator = MaskLLM(2)
     pi = torch.tensor([0.01, 0.0, -0.01, 0.02, 0.0, 0.005])
-    learned = pi.expand(20_000, 1, 6)
+    learned = pi[:, None, None].expand(6, 20_000, 1)
     with torch.no_grad():
         layer.weight.fill_(1.0)
         weight = estimator.weight(layer, learned, 1, relaxed.generator(layer, 0, 1))
@@ -255,18 +254,18 @@ def test_adamw_is_that_of_torch():
 def test_relaxed_top_k(n):
     keys = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature in (0.05, 1.0):
-        taken = relaxed_top_k(keys, n, temperature)
-        torch.testing.assert_close(taken.sum(-1), torch.full((50,), float(n), dtype=torch.float64))
+        taken = relaxed_top_k(keys.T, n, temperature)
+        torch.testing.assert_close(taken.sum(0), torch.full((50,), float(n), dtype=torch.float64))
         assert (taken >= 0).all()
-    cold = relaxed_top_k(keys, n, 1e-3)
+    cold = relaxed_top_k(keys.T, n, 1e-3).T
     clear = keys.sort(descending=True).values.diff().abs().amin(1) > 0.02
     expected = torch.zeros_like(keys).scatter_(1, keys.topk(n).indices, 1.0)
     torch.testing.assert_close(cold[clear], expected[clear], atol=1e-6, rtol=0)
-    torch.autograd.gradcheck(lambda x: relaxed_top_k(x, n, 0.7), keys[:3].requires_grad_())
+    torch.autograd.gradcheck(lambda x: relaxed_top_k(x, n, 0.7), keys[:3].T.requires_grad_())
 
 
 def test_relaxed_top_k_has_finite_gradients_where_one_key_is_far_above():
-    keys = torch.tensor([[90.0, 0.0, 1.0, -90.0]], requires_grad=True)
+    keys = torch.tensor([[90.0], [0.0], [1.0], [-90.0]], requires_grad=True)
     relaxed_top_k(keys, 2, 0.1).square().sum().backward()
     assert keys.grad.isfinite().all()
 
