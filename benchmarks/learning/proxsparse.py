@@ -54,18 +54,24 @@ def proximal(v: Tensor, strength: float, n: int) -> Tensor:
 
 def _descended(y: Tensor, start: Tensor, strength: float, n: int) -> Tensor:
     """Minima along one weight after the other, until all rest; weights at 0 in ``start`` stay."""
-    columns, free = list(start.unbind(1)), [column > 0 for column in start.unbind(1)]
-    at_rest = REST * y.amax(1)
+    found = start.T.contiguous()
+    x, y = found.clone(), y.T.contiguous()
+    free, at_rest = x > 0, REST * y.amax(0)
+    # few groups take many sweeps: those at rest are left out
+    groups = torch.arange(x.shape[1], device=x.device)
     for _ in range(MOST_SWEEPS):
-        before = columns[:]
-        for i in range(len(columns)):
-            others = columns[:i] + columns[i + 1 :]
-            moved = (y[:, i] - strength * symmetric_polynomials(others, n)[n]).clamp_min(0.0)
-            columns[i] = torch.where(free[i], moved, 0.0)
-        moved = torch.stack([(new - old).abs() for new, old in zip(columns, before, strict=True)]).amax(0)
-        if not (moved > at_rest).any():
+        before = x.clone()
+        for i in range(len(x)):
+            others = [*x[:i], *x[i + 1 :]]
+            moved = (y[i] - strength * symmetric_polynomials(others, n)[n]).clamp_min(0.0)
+            x[i] = torch.where(free[i], moved, 0.0)
+        moving = (x - before).abs().amax(0) > at_rest
+        found[:, groups] = x
+        if not moving.any():
             break
-    return torch.stack(columns, 1)
+        groups, at_rest = groups[moving], at_rest[moving]
+        x, y, free = x[:, moving], y[:, moving], free[:, moving]
+    return found.T.contiguous()
 
 
 def _enumerated(y: Tensor, strength: float, n: int) -> Tensor:
