@@ -40,7 +40,9 @@ LEARNERS = {
         Learner(StraightThrough, ({"lr": 0.1}, {"lr": 0.5})),
         Learner(MaskLLM, ({"lr": 2e-3}, {"lr": 1e-2})),
         Learner(RelaxedTopK, ({"lr": 0.03}, {"lr": 0.3})),
-        Learner(ProxSparse, ({"strength": 1.0}, {"strength": 1.0, "lr": 3e-4})),
+        # for weights ten times as large as those of LLaMA-2-7B, which its settings are for: SmolLM2's have a root mean
+        # square of 0.19
+        Learner(ProxSparse, ({"strength": 0.025}, {"strength": 0.025, "lr": 1e-3})),
         Learner(Reinforce, ({"lr": 5.0}, {"lr": 500.0})),
     )
 }
