@@ -222,13 +222,16 @@ def report_packed(targets: list[str], patterns: list[tuple[int, int]]) -> None:
 
 
 def report_straight_through(targets: list[str], patterns: list[tuple[int, int]]) -> None:
-    """The step of float32 logits by a gradient of many tokens: the library's product, and the kernel behind it."""
+    """The step of float32 logits by a gradient of many tokens: the library's product, and the kernel behind it.
+
+    By codes, as in the steps of a trainer, which draws its masks once.
+    """
     print(f"\n{'us, straight-through':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {'library':>8} {HEADINGS}")
     tokens = TOKENS[-1]
     for target, (n, m) in itertools.product(targets, patterns):
         products = whole = 0.0
         for (rows, k), count in LAYERS.items():
-            library, step = straight_through_launches(target, n, m, GAPS[0], rows, k, tokens)
+            library, step = straight_through_launches(target, n, m, GAPS[0], rows, k, tokens, "codes")
             products += count * library
             whole += count * (library + step.bound[0])
             times = f"{1e6 * library:>8.2f} {step.line(1e6)}"
@@ -238,14 +241,20 @@ def report_straight_through(targets: list[str], patterns: list[tuple[int, int]])
 
 
 def report_ways(targets: list[str], patterns: list[tuple[int, int]]) -> None:
-    """Microseconds by either way where there are two, which ``tiles.py`` chooses between by the number of tokens."""
-    forward, step = "drawn inside, before", "fused, library's"
-    print(f"\n{'us by either way':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {forward:>21} {step:>19}")
+    """Microseconds by either way where there are two, which ``tiles.py`` chooses between by the number of tokens.
+
+    Of a forward whose mask is drawn, and of a straight-through step by codes, and drawn in its kernel.
+    """
+    ways = "drawn inside, before", "fused, library's", "drawn: fused, library's"
+    print(f"\n{'us by either way':<20} {'N:M':>5} {'on':>16} {'tokens':>6} {ways[0]:>21} {ways[1]:>19} {ways[2]:>25}")
     for target, (n, m), (rows, k), tokens in itertools.product(targets, patterns, [*SHAPES, FEW_ROWS], WAYS_TOKENS):
         of = target, n, m, GAPS[0], rows, k, tokens
-        inside, before, fused = product_launch(*of).bound[0], drawn_before_seconds(*of), fused_launch(*of).bound[0]
-        behind = library_seconds(target, rows, k, tokens) + step_launch(*of).bound[0]
-        times = f"{1e6 * inside:>10.1f} {1e6 * before:>10.1f} {1e6 * fused:>9.1f} {1e6 * behind:>9.1f}"
+        inside, before = product_launch(*of).bound[0], drawn_before_seconds(*of)
+        times = f"{1e6 * inside:>10.1f} {1e6 * before:>10.1f}"
+        for kind, width in (("codes", 9), ("drawn", 12)):
+            fused = fused_launch(*of, kind).bound[0]
+            behind = library_seconds(target, rows, k, tokens) + step_launch(*of, kind).bound[0]
+            times += f" {1e6 * fused:>{width}.1f} {1e6 * behind:>{width}.1f}"
         print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times}")
 
 

@@ -23,7 +23,7 @@ from .masked_gemm import (
     weight_grad_tile,
 )
 from .sampling import counter_arguments, group_index, load_columns, store_columns
-from .tiles import FUSED_TOKENS, architecture, configuration, tiles_for
+from .tiles import architecture, configuration, fused_tokens, tiles_for
 
 # Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory
 SHARING = tl.constexpr(16)
@@ -270,9 +270,9 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     return _mean_square(partial, logits)
 
 
-def fused(tokens: int, device: torch.device) -> bool:
-    """Whether one kernel multiplies and steps, rather than that torch multiplies."""
-    return tokens <= FUSED_TOKENS[architecture(device)]
+def fused(tokens: int, kind: str, device: torch.device) -> bool:
+    """Whether one kernel multiplies and steps under a mask of that kind, rather than that torch multiplies."""
+    return tokens <= fused_tokens(kind, architecture(device))
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -288,17 +288,17 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | Non
 def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, rate=None, max_update=0.0):
     """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
     (rows, k), tokens, target = weight.shape, len(grad), architecture(weight.device)
+    codes = mask.tensor if mask.kind == "codes" else mask.codes
+    kind = mask.kind if codes is None else "codes"
     name, kernel = "straight_through", straight_through_kernel
     operands, constants, written = (grad, x), operand_constants(grad.dtype), (out, weight_grad)
-    if rows and not fused(tokens, weight.device):
+    if rows and not fused(tokens, kind, weight.device):
         name, kernel = "straight_through_step", straight_through_step_kernel
         operands, constants, written = (weight_gradient(grad, x, weight_grad),), {}, (out,)
     tile = tiles_for(name, mask.m, grad.dtype, tokens, rows, k, target)
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
     if rows:
-        codes = mask.tensor if mask.kind == "codes" else mask.codes
-        kind = mask.kind if codes is None else "codes"
         launch_tiles(kernel, name, mask.m, grid, tile, weight.device,
                      *operands, weight, grad_squares, x_squares, mask.tensor, codes, *written, partial, rate,
                      max_update, *mask_arguments(mask, tokens, weight), KIND=kind, N=mask.n,

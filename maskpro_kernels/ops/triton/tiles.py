@@ -171,10 +171,13 @@ ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 # product lengthens. docs/kernels.md has the figures; the model knows nothing of gfx942.
 DRAWN_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 32, "gfx942": 128}
 
-# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's
-# product is faster by more than it takes to write and read its result, by the cost model: docs/kernels.md has the
-# figures. torch for ROCm has no product of 16 bits with a result in float32.
-FUSED_TOKENS = {"sm_80": 1024, "sm_90": 256, "sm_100": 32, "gfx942": sys.maxsize}
+# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits, with a mask that is
+# known, as in a step that draws its masks once. Beyond, torch's product is faster by more than it takes to write and
+# read its result, by the cost model: docs/kernels.md has the figures. torch for ROCm has no product of 16 bits with a
+# result in float32.
+FUSED_TOKENS = {"sm_80": 1024, "sm_90": 256, "sm_100": 96, "gfx942": sys.maxsize}
+# With a mask that the kernel draws: on a B200 the draw bounds both ways, and behind torch's product it is the faster one
+FUSED_DRAWN_TOKENS = FUSED_TOKENS | {"sm_100": 32}
 
 # Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
 PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
@@ -279,6 +282,11 @@ RESULT_SIDE = {
 INTERPRETER_BLOCK = 1 << 16
 INTERPRETER_ROWS = 64
 INTERPRETER_TILES = Tiles(out=512, tokens=128, k=512)
+
+
+def fused_tokens(kind: str, target: str) -> int:
+    """Most tokens for which one kernel multiplies and takes what follows, under a mask of that kind."""
+    return (FUSED_DRAWN_TOKENS if kind == "drawn" else FUSED_TOKENS)[target]
 
 
 @functools.cache

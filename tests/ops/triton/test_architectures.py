@@ -101,6 +101,7 @@ def test_every_row_that_an_architecture_takes_is_in_every_table():
         tiles.ONE_PASS_TOKENS,
         tiles.DRAWN_TOKENS,
         tiles.FUSED_TOKENS,
+        tiles.FUSED_DRAWN_TOKENS,
         tiles.PACKED_TOKENS,
     ):
         assert table.keys() == rows
