@@ -47,9 +47,11 @@ def each(counts: Counter, weights: float) -> dict[str, float]:
 
 
 @functools.cache
-def group_kernel(kernel: str, target: str, n: int, m: int, logits: str = "fp32") -> tuple[Built, dict, dict]:
+def group_kernel(
+    kernel: str, target: str, n: int, m: int, logits: str = "fp32", kind: str = "drawn"
+) -> tuple[Built, dict, dict]:
     """(the compiled kernel, fewest and most instructions a weight by pipe)."""
-    built, config = build(kernel, target, n, m, logits), CONFIGURATIONS[kernel, target, m]
+    built, config = build(kernel, target, n, m, logits, KIND=kind), CONFIGURATIONS[kernel, target, m]
     weights = weights_a_thread(config.block, m, config.num_warps)
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping=True)
     return built, each(fewest, weights), each(most, weights)
@@ -57,10 +59,13 @@ def group_kernel(kernel: str, target: str, n: int, m: int, logits: str = "fp32")
 
 @functools.cache
 def product_kernel(
-    product: str, target: str, n: int, m: int, tile: Tiles, kind: str = "drawn"
+    product: str, target: str, n: int, m: int, tile: Tiles, kind: str = "drawn", log_prob: bool = False
 ) -> tuple[Built, dict, dict]:
-    """(the compiled product, fewest and most instructions a weight by pipe) for a mask of that kind."""
-    built = build_product(product, target, n, m, tile, KIND=kind)
+    """(the compiled product, fewest and most instructions a weight by pipe) for a mask of that kind.
+
+    With the log-probability of the draw the fewest may be those of a block that leaves this out, not the noise.
+    """
+    built = build_product(product, target, n, m, tile, KIND=kind, LOG_PROB=log_prob)
     weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
     # those with a tile of the weight's gradient draw once, behind their loop over the tokens
     looping = product not in ("masked_linear_weight_grad", "straight_through", "straight_through_step")
@@ -163,19 +168,25 @@ def code_bytes(m: int) -> float:
     return (1 if m <= 8 else 4) / m
 
 
-def group_bytes(kernel: str, m: int, logits: str) -> float:
+def group_bytes(kernel: str, m: int, logits: str, kind: str) -> float:
     """Bytes a weight that a kernel over groups reads and writes: logits, weights of 16 bits, codes."""
-    codes, weights = code_bytes(m), 2 * BYTES["bf16"]
-    return BYTES[logits] + {"sample_mask": codes, "masked_weight": weights, "score_update": BYTES[logits]}[kernel]
+    if kernel.startswith("sample_mask"):
+        return BYTES[logits] + code_bytes(m)
+    if kernel == "masked_weight":
+        return BYTES[logits] + 2 * BYTES["bf16"]
+    return 2 * BYTES[logits] + (code_bytes(m) if kind == "codes" else 0)
 
 
 def group_launch(
-    kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int, logits: str = "fp32"
+    kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int, logits: str = "fp32", kind: str = "drawn"
 ) -> Launch:
-    """A kernel over groups on a layer [rows, k] whose mask has that gap."""
+    """A kernel over groups on a layer [rows, k] whose mask has that gap, or one over layers on this one alone.
+
+    By codes a block takes the longer way where a group has left its N largest logits: at most as many as are open.
+    """
     chip, config = CHIPS[target], CONFIGURATIONS[kernel, target, m]
-    built, fewest, most = group_kernel(kernel, target, n, m, logits)
-    moved = rows * k * group_bytes(kernel, m, logits)
+    built, fewest, most = group_kernel(kernel, target, n, m, logits, kind)
+    moved = rows * k * group_bytes(kernel, m, logits, kind)
     return Launch(
         target,
         _pipes(expected(fewest, most, config.block, gap, n, m), rows * k, target),
@@ -250,9 +261,7 @@ def step_bytes(m: int, kind: str) -> float:
     return 2 * BYTES["fp32"] + BYTES["bf16"] + (code_bytes(m) if kind == "codes" else 0)
 
 
-def step_launch(
-    target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, kind: str
-) -> Launch:
+def step_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, kind: str) -> Launch:
     """The kernel behind the library's product."""
     chip = CHIPS[target]
     tile = tiles_for("straight_through_step", m, torch.bfloat16, tokens, rows, k, target)
@@ -268,9 +277,7 @@ def step_launch(
     )
 
 
-def fused_launch(
-    target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, kind: str
-) -> Launch:
+def fused_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, kind: str) -> Launch:
     """The kernel that multiplies as well."""
     chip = CHIPS[target]
     tile = tiles_for("straight_through", m, torch.bfloat16, tokens, rows, k, target)
