@@ -4,7 +4,7 @@ A model, which ``cost_model`` explains: nothing in it is measured.
 
 For each kernel and launch configuration: registers a thread, bytes spilled, shared memory, programs that a processor
 holds, and for a block whose draws are determined by its logits alone and for one that computes noise, issue slots and
-picoseconds a weight; of the first also the slots of the half-rate pipe, and the pipe that bounds the time. Then what the
+picoseconds a weight; of the first also the slots of the half-rate pipe, and the pipe that bounds it. Then what the
 log-probability adds to a forward. Then, for the layers of LLaMA-2-7B, times of the kernels over groups by gap, of the
 forward product and of a straight-through step; and for those of LLaMA-2-7B and 70B, of products with packed weights,
 beside the dense layer's. NVIDIA targets only.

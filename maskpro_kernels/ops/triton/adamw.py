@@ -25,8 +25,14 @@ def adamw_kernel(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A step of ``master`` and moments, all float32 [rows, K], by the gradient; the weight is rounded from ``master``.
+
+    ``scalars`` are those of ``reference.adamw_scalars``, ``total`` the number of weights, BLOCK those of a program.
+    """
+    usable, remaining = tl.load(scalars), tl.load(scalars + 1)
+    rate, correction = tl.load(scalars + 2), tl.load(scalars + 3)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.where(tl.load(scalars) > 0.0, total, 0)
+    inside = at < tl.where(usable > 0.0, total, 0)
     code = tl.load(codes + at // M, mask=inside, other=0).to(tl.int32)
     # what is dropped is neither read nor written
     kept = inside & ((code >> (at % M).to(tl.int32) & 1) != 0)
@@ -35,9 +41,8 @@ def adamw_kernel(
     old_second = tl.load(second + at, mask=kept, other=0.0)
     new_first = old_first + (g - old_first) * PART_OF_FIRST
     new_second = old_second + (g * g - old_second) * PART_OF_SECOND
-    spread = tl.sqrt_rn(tl.maximum(new_second, 0.0)) * tl.load(scalars + 3) + SMALLEST_SPREAD
-    remaining = tl.load(master + at, mask=kept, other=0.0) * tl.load(scalars + 1)
-    moved = remaining - tl.load(scalars + 2) * tl.div_rn(new_first, spread)
+    spread = tl.sqrt_rn(tl.maximum(new_second, 0.0)) * correction + SMALLEST_SPREAD
+    moved = tl.load(master + at, mask=kept, other=0.0) * remaining - rate * tl.div_rn(new_first, spread)
     tl.store(first + at, new_first, mask=kept)
     tl.store(second + at, new_second, mask=kept)
     tl.store(master + at, moved, mask=kept)

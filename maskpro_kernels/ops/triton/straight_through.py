@@ -4,6 +4,10 @@ G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and
 few tokens one kernel multiplies and steps: a program owns a tile of G and loops over all tokens, so that sums have a
 fixed order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory
 that the next layer's G takes again, and the second kernel here reads it.
+
+Constants of the kernels, beside those in ``masked_gemm``: UPDATE, whether they step the logits ``source`` and write
+``partial``, each program's sum of squares of the slope, or write the slope to ``out``. By KIND "codes" they take the
+mask from ``codes``, a draw that has been made already.
 """
 
 import torch
@@ -13,7 +17,7 @@ import triton.language as tl
 from . import device_functions as d
 from .launch import launch, launch_tiles
 from .masked_gemm import (
-    UNSPECIALIZED,
+    UNSPECIALIZED_OF_TILES,
     load_groups,
     mask_arguments,
     operand_constants,
@@ -22,7 +26,7 @@ from .masked_gemm import (
     tile_logits,
     weight_grad_tile,
 )
-from .sampling import counter_arguments, group_index, load_columns, store_columns
+from .sampling import UNSPECIALIZED, counter_arguments, group_index, load_columns, store_columns
 from .tiles import architecture, configuration, fused_tokens, tiles_for
 
 # Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory
@@ -112,6 +116,7 @@ def finish_tile(
     code = tile_code(codes if KIND == "codes" else source, logits, inv_temperature, row, group, inside, groups,
                      seed, step, layer, draw, offset, row_stride, KIND, N, M)  # fmt: skip
     w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
+    # one row [K] for all
     squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
     squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
     grads = d.split_columns(gradient, M)
@@ -131,7 +136,7 @@ def finish_tile(
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_kernel(
     grad,
     x,
@@ -177,7 +182,7 @@ def straight_through_kernel(
                 rows, groups, row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_step_kernel(
     gradient,
     weight,
@@ -207,7 +212,10 @@ def straight_through_step_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What follows a product that is in memory, G."""
+    """What follows a product that is in memory, G.
+
+    It is launched with what the other kernel takes too: ``tokens`` and BLOCK_T count for nothing here.
+    """
     GROUPS: tl.constexpr = BLOCK_K // M
     row_tile, group_tile, group_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
@@ -217,7 +225,7 @@ def straight_through_step_kernel(
                 row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["offset", "row_stride", "columns", "total"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def descend_kernel(
     logits,
     gradient,
@@ -236,6 +244,7 @@ def descend_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """Logits [rows, K] step against a gradient float32 [rows, K]; ``partial`` as of the others, of the gradient."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_columns(logits, first, total, M, BLOCK)
     g = load_columns(gradient, first, total, M, BLOCK)

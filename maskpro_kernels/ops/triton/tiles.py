@@ -57,7 +57,7 @@ class Configuration(_CompileOptions):
 # Twice the 32 programs of one warp that a processor holds at a time: the last ones to start leave few processors idle
 PROGRAMS_A_PROCESSOR = 64
 
-# By kernel and M. A thread holds the M columns of one group in registers, of two where M is small. The quadrature of the
+# By kernel and M. A thread holds the M columns of one group in registers, of two where M is small. The quadrature of a
 # log-probability runs NODES passes over them, so it too takes a group a thread.
 _CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
     (kernel, m): Configuration(block=256 if m <= 4 else 128)
@@ -128,9 +128,9 @@ class Tiles(_CompileOptions):
     k: int
 
 
-# The target whose entries an architecture takes. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction mma.sync, as
-# those of 8.0 do: 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block, into which all
-# tiles of sm_80 fit.
+# The target whose entries an architecture takes. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction mma.sync,
+# as those of 8.0 do: 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block, into which
+# all tiles of sm_80 fit.
 TARGET_OF = {
     "sm_80": "sm_80",
     "sm_86": "sm_80",
