@@ -245,7 +245,7 @@ def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
 
 def test_a_cost_is_worse_where_one_figure_is():
     figures = {"registers": 100, "stack": 0, "shared": 1000, "determined": 50.0, "drawn": 90.0}
-    before = figures | {"resident": 20, "determined_ps": 2.0, "drawn_ps": 4.0, "pipe": "half"}
+    before = figures | {"resident": 20, "half": 20.0, "determined_ps": 2.0, "drawn_ps": 4.0, "pipe": "half"}
     where = {"kernel": "k", "pattern": "2:4", "target": "sm_90"}
     assert aot_report.Cost(**where, **before).worse_than(before) == []
     within = {"registers": 105, "shared": 1050, "resident": 19, "determined": 52.5, "drawn_ps": 4.2}
