@@ -47,8 +47,8 @@ FUNCTIONS = {
     "descend": straight_through.descend_kernel,
     "score_updates": sampling.score_update_kernel,
     "sample_masks": grouped.sample_masks_kernel,
-    "score_update_of_layers": grouped.score_update_layers_kernel,
-    "score_updates_of_layers": grouped.score_update_layers_kernel,
+    "score_update_of_layers": grouped.score_update_of_layers_kernel,
+    "score_updates_of_layers": grouped.score_update_of_layers_kernel,
 }
 # Arguments of several kernels
 TYPES = {
@@ -129,7 +129,7 @@ def build(
         "SHORT": scores_in_short(target),
         "ELEMENT": ELEMENTS[logits],
         "CODE": tl.uint8 if m <= 8 else tl.int32,
-        "BYTES": grouped.ALIGNED,
+        "BYTES": grouped.VECTOR_BYTES,
     } | constants
     constants = {name: known[name] for name in function.arg_names if name in known}
     return _compile(function, target, types, constants, config.options(target))

@@ -24,10 +24,10 @@ from maskpro_kernels.ops.data_sheets import LIBRARY_SHARE
 from maskpro_kernels.ops.triton.packed import chunk_length
 from maskpro_kernels.ops.triton.tiles import (
     CONFIGURATIONS,
-    FUSED_TOKENS,
     PROCESSORS,
     Rows,
     Tiles,
+    fused_tokens,
     parts_for,
     rows_for,
     tiles_for,
@@ -47,22 +47,32 @@ def each(counts: Counter, weights: float) -> dict[str, float]:
 
 
 @functools.cache
-def group_kernel(kernel: str, target: str, n: int, m: int, logits: str = "fp32") -> tuple[Built, dict, dict]:
+def group_kernel(
+    kernel: str, target: str, n: int, m: int, logits: str = "fp32", kind: str = "drawn"
+) -> tuple[Built, dict, dict]:
     """(the compiled kernel, fewest and most instructions a weight by pipe)."""
-    built, config = build(kernel, target, n, m, logits), CONFIGURATIONS[kernel, target, m]
+    built, config = build(kernel, target, n, m, logits, KIND=kind), CONFIGURATIONS[kernel, target, m]
     weights = weights_a_thread(config.block, m, config.num_warps)
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping=True)
     return built, each(fewest, weights), each(most, weights)
 
 
 @functools.cache
-def product_kernel(product: str, target: str, n: int, m: int, tile: Tiles) -> tuple[Built, dict, dict]:
-    """(the compiled product, fewest and most instructions a weight by pipe)."""
-    built = build_product(product, target, n, m, tile)
+def product_kernel(
+    product: str, target: str, n: int, m: int, tile: Tiles, kind: str = "drawn", log_prob: bool = False
+) -> tuple[Built, dict, dict]:
+    """(the compiled product, fewest and most instructions a weight by pipe) for a mask of that kind.
+
+    With the log-probability of the draw the fewest may be those of a block that leaves this out, not the noise.
+    """
+    built = build_product(product, target, n, m, tile, KIND=kind, LOG_PROB=log_prob)
     weights = tile.out * max(tile.k, m) / (32 * tile.num_warps)
     # those with a tile of the weight's gradient draw once, behind their loop over the tokens
     looping = product not in ("masked_linear_weight_grad", "straight_through", "straight_through_step")
     fewest, most = instructions(disassembled(built.asm["cubin"]), looping)
+    if kind != "drawn":
+        # no noise to skip: the branch that saves the most is that around the loop
+        fewest = most
     return built, each(fewest, weights), each(most, weights)
 
 
@@ -153,19 +163,30 @@ def _pipes(counts: dict[str, float], weights: int, target: str) -> dict[str, flo
     return {pipe: weights * time for pipe, time in seconds_by_pipe(target, counts).items()}
 
 
-def group_bytes(kernel: str, m: int, logits: str) -> float:
+def code_bytes(m: int) -> float:
+    """Bytes of codes a weight."""
+    return (1 if m <= 8 else 4) / m
+
+
+def group_bytes(kernel: str, m: int, logits: str, kind: str) -> float:
     """Bytes a weight that a kernel over groups reads and writes: logits, weights of 16 bits, codes."""
-    codes, weights = (1 if m <= 8 else 4) / m, 2 * BYTES["bf16"]
-    return BYTES[logits] + {"sample_mask": codes, "masked_weight": weights, "score_update": BYTES[logits]}[kernel]
+    if kernel.startswith("sample_mask"):
+        return BYTES[logits] + code_bytes(m)
+    if kernel == "masked_weight":
+        return BYTES[logits] + 2 * BYTES["bf16"]
+    return 2 * BYTES[logits] + (code_bytes(m) if kind == "codes" else 0)
 
 
 def group_launch(
-    kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int, logits: str = "fp32"
+    kernel: str, target: str, n: int, m: int, gap: float, rows: int, k: int, logits: str = "fp32", kind: str = "drawn"
 ) -> Launch:
-    """A kernel over groups on a layer [rows, k] whose mask has that gap."""
+    """A kernel over groups on a layer [rows, k] whose mask has that gap, or one over layers on this one alone.
+
+    By codes a block takes the longer way where a group has left its N largest logits: at most as many as are open.
+    """
     chip, config = CHIPS[target], CONFIGURATIONS[kernel, target, m]
-    built, fewest, most = group_kernel(kernel, target, n, m, logits)
-    moved = rows * k * group_bytes(kernel, m, logits)
+    built, fewest, most = group_kernel(kernel, target, n, m, logits, kind)
+    moved = rows * k * group_bytes(kernel, m, logits, kind)
     return Launch(
         target,
         _pipes(expected(fewest, most, config.block, gap, n, m), rows * k, target),
@@ -214,15 +235,16 @@ def drawn_before_seconds(target: str, n: int, m: int, gap: float, rows: int, k: 
 
 
 def straight_through_launches(
-    target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int
+    target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, kind: str
 ) -> tuple[float, Launch]:
     """(seconds of the library's product, the kernel that steps logits [rows, k] of float32) for operands of 16 bits.
 
-    Up to ``FUSED_TOKENS`` the kernel multiplies as well, and the library does nothing.
+    ``kind`` is "codes", where the step has drawn its masks before, or "drawn", where the kernel draws. Up to so many
+    tokens as ``tiles.fused_tokens`` tells the kernel multiplies as well, and the library does nothing.
     """
-    if tokens <= FUSED_TOKENS[target]:
-        return 0.0, fused_launch(target, n, m, gap, rows, k, tokens)
-    return library_seconds(target, rows, k, tokens), step_launch(target, n, m, gap, rows, k, tokens)
+    if tokens <= fused_tokens(kind, target):
+        return 0.0, fused_launch(target, n, m, gap, rows, k, tokens, kind)
+    return library_seconds(target, rows, k, tokens), step_launch(target, n, m, gap, rows, k, tokens, kind)
 
 
 def library_seconds(target: str, rows: int, k: int, tokens: int) -> float:
@@ -234,13 +256,18 @@ def library_seconds(target: str, rows: int, k: int, tokens: int) -> float:
     )
 
 
-def step_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+def step_bytes(m: int, kind: str) -> float:
+    """Bytes a weight of a straight-through step without its product: logits in and out, the weight, codes."""
+    return 2 * BYTES["fp32"] + BYTES["bf16"] + (code_bytes(m) if kind == "codes" else 0)
+
+
+def step_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, kind: str) -> Launch:
     """The kernel behind the library's product."""
     chip = CHIPS[target]
     tile = tiles_for("straight_through_step", m, torch.bfloat16, tokens, rows, k, target)
-    built, *once = product_kernel("straight_through_step", target, n, m, tile)
-    # the product of float32 and the weight in, logits in and out
-    moved = 14 * rows * k
+    built, *once = product_kernel("straight_through_step", target, n, m, tile, kind)
+    # the product of float32 too
+    moved = (BYTES["fp32"] + step_bytes(m, kind)) * rows * k
     return Launch(
         target,
         _pipes(expected(*once, tile.out * max(tile.k, m) / m, gap, n, m), rows * k, target),
@@ -250,11 +277,11 @@ def step_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, toke
     )
 
 
-def fused_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int) -> Launch:
+def fused_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tokens: int, kind: str) -> Launch:
     """The kernel that multiplies as well."""
     chip = CHIPS[target]
     tile = tiles_for("straight_through", m, torch.bfloat16, tokens, rows, k, target)
-    built, *once = product_kernel("straight_through", target, n, m, tile)
+    built, *once = product_kernel("straight_through", target, n, m, tile, kind)
     resident = chip.resident(built.registers, built.shared, tile.num_warps)
     programs = math.ceil(rows / tile.out) * math.ceil(k / tile.k)
     _, turn = instructions(disassembled(built.asm["cubin"]), looping=True)
@@ -262,8 +289,8 @@ def fused_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tok
     loop = Counter({pipe: math.ceil(tokens / tile.tokens) * count for pipe, count in turn.items()})
     rest = Counter(expected(*once, tile.out * tile.k / m, gap, n, m)) - Counter(turn)
     matmul = 2 * rows * k * tokens / chip.flops_16_bit
-    # logits in and out, the weight; each program reads its columns of both operands
-    moved, operands = 10 * rows * k, 2 * tokens * programs * (tile.out + tile.k)
+    # each program reads its columns of both operands
+    moved, operands = step_bytes(m, kind) * rows * k, 2 * tokens * programs * (tile.out + tile.k)
     slow = {
         "memory": (moved + 2 * tokens * (rows + k)) / chip.bytes_per_second,
         "second cache": (moved + operands) / chip.l2_bytes_per_second,

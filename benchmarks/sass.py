@@ -55,7 +55,9 @@ def _branches(lines: tuple[str, ...]) -> list[tuple[int, int, bool]]:
     """(where it stands, where it leads, whether on a condition) of every branch."""
     where = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     targets = ((i, line, re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)) for i, line in enumerate(lines))
-    return [(i, where[target[1]], line.startswith("@")) for i, line, target in targets if target]
+    # a condition may stand in the name, or a uniform predicate behind it: BRA.U !UP0
+    condition = re.compile(r"@|BRA\.DIV|BRA\S*\s+!?U?P\d")
+    return [(i, where[target[1]], condition.match(line) is not None) for i, line, target in targets if target]
 
 
 def largest_loop(lines: tuple[str, ...]) -> tuple[int, int]:
@@ -100,7 +102,9 @@ def _longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int,
     ``taken`` tells of some conditional branches whether they are. No way goes back, nor into a call: what is called is
     the slow way of a division, of numbers that no kernel divides by but at the edge of what float32 holds.
     """
-    leads_to = {i: j for i, j, _ in _branches(lines)}
+    branches = _branches(lines)
+    leads_to = {i: j for i, j, _ in branches}
+    always = {i for i, _, conditional in branches if not conditional}
     most, came_from, ends = {first: 0}, {}, []
     for i in range(first, last + 1):
         if i not in most or lines[i].startswith("CALL"):
@@ -108,7 +112,7 @@ def _longest_way(lines: tuple[str, ...], first: int, last: int, taken: dict[int,
         ends_here = i == last or re.match(r"EXIT|RET", lines[i]) is not None
         if ends_here:
             ends.append(i)
-        following = [] if ends_here or lines[i].startswith("BRA") else [i + 1]
+        following = [] if ends_here or i in always else [i + 1]
         following += [leads_to[i]] if i in leads_to else []
         if i in taken:
             following = [leads_to[i] if taken[i] else i + 1]

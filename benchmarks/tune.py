@@ -41,7 +41,7 @@ class OutOfTime(Exception):
 
 
 def places(target: str, kernels: Sequence[str] = ORDER) -> list[Place]:
-    """Where the entries of a row of the tables stand: 2:4 and operands of 16 bits first, there by ORDER."""
+    """Where the entries of a target stand: 2:4 and operands of 16 bits first, there by ORDER."""
     found = [
         Place(key[0], key[2] if len(key) > 2 else None, target, table, i)
         for table in tiles.TABLES
@@ -149,7 +149,7 @@ def time_limit(text: str) -> float:
 
 
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
-    """(arguments, the row of the tables), or the end of the program in one line."""
+    """(arguments, the target), or the end of the program in one line."""
     parser.add_argument("--kernels", nargs="+", metavar="NAME", choices=ORDER, help=f"of {', '.join(ORDER)}")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: the package's own file for this GPU")
     parser.add_argument("--within", metavar="SECONDS", type=time_limit, help="end after that time")
@@ -163,7 +163,7 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
     if arguments.output is None:
         if name != target:
             parser.error(
-                f"this GPU, {name}, takes the row of {target}, which others depend on: expected a row of its own in "
+                f"this GPU, {name}, takes the entries of {target}, which others depend on: expected its own in "
                 f"{tiles.__file__}, or --output FILE"
             )
         arguments.output = tuned.path_of(target)
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = places(target, arguments.kernels or ORDER)
     if arguments.kernels is None:
         todo = [place for place in todo if not record.has(place)]
-    print(f"{record.run.device}, row {target}: {len(todo)} entries to measure, into {record.path}", flush=True)
+    print(f"{record.run.device}, target {target}: {len(todo)} entries to measure, into {record.path}", flush=True)
     try:
         with tqdm(todo, unit="entry", disable=None) as progress:
             tune(progress, record, "cuda", ends=ends, say=say)

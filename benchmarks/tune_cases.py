@@ -61,15 +61,19 @@ def kinds_of(kernel: str, tokens: int, target: str) -> tuple[str, ...]:
     """Kinds of masks with which a kernel is launched on so many tokens."""
     if kernel.startswith("packed"):
         return ("keep", "int8")
-    drawn_within = kernel in ("masked_linear", "masked_linear_input_grad")
-    return ("codes",) if drawn_within and tokens > tiles.DRAWN_TOKENS[target] else ("drawn", "codes")
+    most = sys.maxsize
+    if kernel in ("masked_linear", "masked_linear_input_grad"):
+        most = tiles.DRAWN_TOKENS[target]
+    elif kernel == "straight_through":
+        most = tiles.fused_tokens("drawn", target)
+    return ("drawn", "codes") if tokens <= most else ("codes",)
 
 
 def tokens_of(kernel: str, entry, target: str) -> list[int]:
     """Numbers of tokens on which a product is timed: none with which it is never launched."""
     if kernel == "packed_vector":
         return [1]
-    most = tiles.FUSED_TOKENS[target] if kernel == "straight_through" else sys.maxsize
+    most = tiles.fused_tokens("codes", target) if kernel == "straight_through" else sys.maxsize
     return sorted({min(tokens, most) for tokens in TOKENS.get(kernel, (entry.tokens,))})
 
 

@@ -26,7 +26,7 @@ def pytest_configure(config):
     if target is not None:
         from maskpro_kernels.ops.triton import tiles
 
-        tiles.ON_CPU = tiles.TABLE_ROW[target]
+        tiles.ON_CPU = tiles.TARGET_OF[target]
 
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -1,4 +1,4 @@
-"""The operations, each on every route with the same bits."""
+"""The operations; all but products and what follows from them have the same bits on every route."""
 
 from .direct import direct_nm_linear
 from .gradient_updates import (

@@ -1,10 +1,13 @@
-"""The one rule of dispatch: which code runs an operation, by device. All routes give the same bits.
+"""The one rule of dispatch: which code runs an operation, by device.
+
+All routes give the same bits of what draws, scores and steps. Products and the slopes of straight-through, whose sums
+each route takes in its own order, are within an error budget of each other.
 
 CUDA tensors go to the kernels. CPU tensors go to the kernels under Triton's interpreter (``TRITON_INTERPRET=1``), else
 to the reference: as machine code where LLVM compiles for the machine, else eager.
 
 A new device, neither CUDA nor ROCm, is added here. If Triton compiles for it: accept its tensors in ``uses_kernels``,
-name its type in ``quick_op``, and give it a row in ``triton.tiles`` and its current-device context in
+name its type in ``quick_op``, and give it a target in ``triton.tiles`` and its current-device context in
 ``triton.launch``. If not: write the functions of ``reference`` in a folder beside ``cpu``, and choose it in
 ``run_reference``.
 """

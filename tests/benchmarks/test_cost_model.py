@@ -97,6 +97,22 @@ EXIT
     assert most == {"fp32": 3, "other": 3, "issue": 6}
 
 
+def test_a_branch_by_a_uniform_predicate_is_one_of_two_ways():
+    text = """
+BRA.U UP0, `(.L_x_0)
+FADD R8, R8, 1
+FADD R8, R8, 1
+.L_x_0:
+BRA `(.L_x_1)
+MUFU.RCP R8, R8
+.L_x_1:
+EXIT
+"""
+    fewest, most = sass.instructions(tuple(text.split("\n")[1:-1]), looping=False)
+    assert fewest == {"other": 3, "issue": 3}
+    assert most == {"fp32": 2, "other": 3, "issue": 5}
+
+
 def test_the_loop_of_a_product_multiplies_and_does_not_wait_behind_the_end():
     text = """
 .L_x_0:

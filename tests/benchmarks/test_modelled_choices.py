@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from chips import CHIPS
 from helpers.children import Child
 
 pytestmark = pytest.mark.slow
@@ -23,15 +24,16 @@ for target in model.CHIPS:
     def fused(*of):
         return model.fused_launch(*of).bound[0]
     def behind(target, *of):
-        return model.library_seconds(target, *of[3:]) + model.step_launch(target, *of).bound[0]
-    for most, ways, tokens in (
-        (tiles.DRAWN_TOKENS, (model.drawn_before_seconds, inside), (32, 64, 128)),
-        (tiles.FUSED_TOKENS, (behind, fused), (32, 256, 512, 1024, 2048)),
+        return model.library_seconds(target, *of[3:-1]) + model.step_launch(target, *of).bound[0]
+    steps = (behind, fused), (32, 64, 96, 128, 256, 512, 1024, 2048)
+    for most, ways, tokens, kind in (
+        (tiles.DRAWN_TOKENS[target], (model.drawn_before_seconds, inside), (32, 64, 128), ()),
+        *((tiles.fused_tokens(kind, target), *steps, (kind,)) for kind in ("drawn", "codes")),
     ):
         for t in tokens:
-            of = lambda rows, k: (target, 2, 4, gap, rows, k, t)
+            of = lambda rows, k: (target, 2, 4, gap, rows, k, t, *kind)
             ratio = mean(lambda rows, k: ways[0](*of(rows, k)) / ways[1](*of(rows, k)))
-            tell([target, t, most[target], ratio])
+            tell([target, t, most, ratio])
     tell([target, None, list(modelled(target)), list(COSTS[target])])
 """
 
@@ -42,7 +44,7 @@ def test_thresholds_and_costs_are_those_of_the_model():
         rows = child(CHILD)
     costs = [row for row in rows if row[1] is None]
     ways = [row for row in rows if row[1] is not None]
-    assert len(costs) == 3 and len(ways) == 3 * 8
+    assert len(costs) == len(CHIPS) and len(ways) == len(CHIPS) * (3 + 2 * 8)
     for target, tokens, most, ratio in ways:
         assert ratio > 0.97 if tokens <= most else ratio < 1.1, (target, tokens, most, ratio)
     for target, _, *pair in costs:

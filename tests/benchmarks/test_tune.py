@@ -358,18 +358,18 @@ def card(monkeypatch):
     tiles.architecture.cache_clear()
 
 
-def test_a_card_that_borrows_its_row_does_not_change_it_by_default(card, tmp_path, capsys, monkeypatch):
+def test_a_card_that_borrows_entries_does_not_change_them_by_default(card, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     card("sm_86")
     with pytest.raises(SystemExit):
         tune.main([])
-    assert "this GPU, sm_86, takes the row of sm_80" in capsys.readouterr().err
+    assert "this GPU, sm_86, takes the entries of sm_80" in capsys.readouterr().err
     assert not (tmp_path / "tuned").exists()
     tune.main(["--output", str(tmp_path / "sm_86.json")])
-    assert f"row sm_80: {len(tune.places('sm_80'))} entries to measure" in capsys.readouterr().out
+    assert f"target sm_80: {len(tune.places('sm_80'))} entries to measure" in capsys.readouterr().out
 
 
-def test_a_card_with_a_row_writes_the_file_of_the_package(card, tmp_path, capsys, monkeypatch):
+def test_a_card_with_entries_of_its_own_writes_the_file_of_the_package(card, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     card(TARGET)
     tune.main(["--kernels", "adamw"])

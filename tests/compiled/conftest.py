@@ -7,12 +7,12 @@ import pytest
 
 @pytest.fixture
 def compiled_for(machine, monkeypatch):
-    """compiled_for(target): kernels are compiled for that GPU, and launched with its rows of the tile tables."""
+    """compiled_for(target): kernels are compiled for that GPU, and launched with its entries of the launch tables."""
     from maskpro_kernels.ops.triton import tiles
 
     def aim(target):
         machine.aim(target)
-        monkeypatch.setattr(tiles, "ON_CPU", tiles.TABLE_ROW[target])
+        monkeypatch.setattr(tiles, "ON_CPU", tiles.TARGET_OF[target])
         tiles.architecture.cache_clear()
 
     yield aim

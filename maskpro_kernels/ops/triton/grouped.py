@@ -3,6 +3,9 @@
 A row of the table, int64, is a layer: addresses of logits and codes, groups, groups in a row, offset and row stride of
 their index in the whole layer, and the layer's id. A layer has programs by its size. A list beside the table tells for
 each few programs in turn whose they are.
+
+Constants of the kernels, beside those in ``sampling``: ELEMENT and CODE, the dtypes of logits and codes; BYTES, of
+which all addresses are multiples. KIND "codes": the mask that ``sample_masks`` has left; "drawn": it is drawn again.
 """
 
 import itertools
@@ -28,8 +31,8 @@ from .tiles import INTERPRETED, architecture, configuration, scores_in_short
 
 FIELDS = tl.constexpr(7)
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Vectors of 16 bytes are loaded where all addresses are multiples of it, as Triton finds by itself for an argument
-ALIGNED = 16
+# Vectors of so many bytes are loaded where all addresses are multiples of it, as Triton finds by itself for an argument
+VECTOR_BYTES = 16
 # Programs that an entry of the list stands for, of one layer; the last ones of a layer may find no group. In the
 # interpreter each program takes time
 SHARE = tl.constexpr(1 if INTERPRETED else 64)
@@ -89,6 +92,7 @@ def sample_masks_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """Codes of a draw of each layer; ``flips`` gets how many of each program's groups left their N largest logits."""
     row, start, apart = layer_of(table, owners, BLOCK)
     logits, codes = pointer(row, 0, ELEMENT, BYTES), pointer(row, 1, CODE, BYTES)
     total, columns = tl.load(row + 2), tl.load(row + 3)
@@ -100,17 +104,17 @@ def sample_masks_kernel(
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
         if M == 32:
             # no register is left to hold the columns beside the noise of a draw
-            code = d.drawn_code(x, group, inv_temperature, N, M, key, key)
+            code = d.drawn_code(x, group, inv_temperature, N, M, key)
             differs = d.flipped(columns_again(x, logits, first, total, M, BLOCK), d.decode(code, M), M)
         else:
-            code, differs = d.drawn_code_and_flips(x, group, inv_temperature, N, M, key, key)
+            code, differs = d.drawn_code_and_flips(x, group, inv_temperature, N, M, key)
         store_codes(codes, code, first, total, BLOCK)
         flipped += tl.where(first + tl.arange(0, BLOCK) < total, differs, 0)
     tl.store(flips + tl.program_id(0), tl.sum(flipped, 0))
 
 
 @triton.jit(do_not_specialize=["count"])
-def score_update_layers_kernel(
+def score_update_of_layers_kernel(
     table,
     owners,
     coef,
@@ -130,6 +134,7 @@ def score_update_layers_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """``score_update_kernel`` of each layer; by codes of a single draw."""
     row, start, apart = layer_of(table, owners, BLOCK)
     logits = pointer(row, 0, ELEMENT, BYTES)
     total, columns = tl.load(row + 2), tl.load(row + 3)
@@ -209,14 +214,14 @@ def update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes):
     name = "score_updates_of_layers" if count > 1 else "score_update_of_layers"
     how = {"count": count, "SEVERAL": count > 1, "KIND": "codes" if by_codes else "drawn"}
     how["SHORT"] = scores_in_short(architecture(group.device))
-    _launch(score_update_layers_kernel, name, group, coef, inv_temperature, seed, step, draws, **how)
+    _launch(score_update_of_layers_kernel, name, group, coef, inv_temperature, seed, step, draws, **how)
 
 
 def _launch(kernel, name, group, *args, **how):
     constants = {
         "ELEMENT": ELEMENTS[group.dtype],
         "CODE": tl.uint8 if group.m <= 8 else tl.int32,
-        "BYTES": ALIGNED if group.aligned else group.dtype.itemsize,
+        "BYTES": VECTOR_BYTES if group.aligned else group.dtype.itemsize,
         "N": group.n,
         "WHOLE": group.whole,
     }

@@ -5,6 +5,10 @@ Weight and bias may be of another dtype than x, in which the product runs. Neith
 reaches memory. The weight is the row operand of every product, so that few tokens still fill the matrix
 units. A tile's groups are held as [groups, M], row by row. Of y and the gradient of x, programs along the grid's last
 axis share the sum; see ``split_k``.
+
+Constants of the kernels: N and M of the pattern; KIND of the mask, as of a ``MaskSource``, by which ``source`` holds
+logits, scores or codes; OPERAND and PRECISION, in what the matrix units multiply; BLOCK_OUT, BLOCK_T and BLOCK_K, the
+weight rows, tokens and columns of a tile.
 """
 
 import torch
@@ -19,7 +23,8 @@ from .launch import launch_tiles
 from .split_k import SplitResult, own_part, own_sums, result_dtype
 from .tiles import ALIGNED, DRAWN_TOKENS, INTERPRETED, ONE_PASS_TOKENS, architecture, tiles_for
 
-UNSPECIALIZED = ["offset", "row_stride", "tokens"]
+# Sizes and places of layers, for which nothing is compiled anew
+UNSPECIALIZED_OF_TILES = ["offset", "row_stride", "tokens"]
 
 
 @triton.jit
@@ -61,7 +66,7 @@ def tile_code(
     if KIND == "drawn":
         index = (offset + row * row_stride + group).to(tl.uint32)
         key = d.load_key(seed, step, layer, draw)
-        code = d.drawn_code(x, index, inv_temperature, N, M, key, key)
+        code = d.drawn_code(x, index, inv_temperature, N, M, key)
     elif KIND == "top_n":
         code = d.encode(d.top_n(x, N, M), M)
     else:
@@ -90,7 +95,7 @@ def masked_groups(tile, code, M: tl.constexpr):
     return d.join_columns(masked, M)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def masked_linear_kernel(
     x,
     weight,
@@ -118,6 +123,7 @@ def masked_linear_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """y, or its parts, and with LOG_PROB ``partial``, each program's sum of the log-probabilities of its groups."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_row = tl.program_id(0) * BLOCK_OUT
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -152,7 +158,7 @@ def masked_linear_kernel(
             tl.store(partial + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0), tl.sum(log_probs, 0))
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def masked_linear_input_grad_kernel(
     grad,
     weight,
@@ -177,6 +183,7 @@ def masked_linear_input_grad_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """The gradient of x, or its parts."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_group = tl.program_id(0) * GROUPS
     token = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -234,7 +241,7 @@ def weight_grad_tile(
     return total
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def masked_linear_weight_grad_kernel(
     grad,
     x,
@@ -259,6 +266,7 @@ def masked_linear_weight_grad_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """The gradient of the weight, zeros where the mask drops."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_row = tl.program_id(0) * BLOCK_OUT
     first_group = tl.program_id(1) * GROUPS

@@ -3,6 +3,10 @@
 Tensors are contiguous. ``total`` is the number of groups, ``columns`` those in a row of the tensor.
 The group with flat index p has the index offset + p in the whole layer, or, where rows of a shard lie
 further apart (WHOLE false), offset + p // columns * row_stride + p % columns.
+
+Constants of the kernels: N and M of the pattern; BLOCK, the groups that a program takes at a time; KIND of the mask, as
+of a ``MaskSource``; SHORT, whether determined groups of 2:4 take the shorter way to their score; SEVERAL, whether there
+are several draws. NODES and STEP are those of ``quadrature_grid``.
 """
 
 import torch
@@ -17,6 +21,7 @@ from .device_functions.constants import EXACT_SCORE_MAX_N
 from .launch import launch
 from .tiles import INTERPRETED, architecture, scores_in_short
 
+# Sizes and places of layers, for which nothing is compiled anew
 UNSPECIALIZED = ["offset", "row_stride", "columns", "total"]
 
 
@@ -88,7 +93,7 @@ def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def drawn_code(
+def codes_of_run(
     logits,
     inv_temperature,
     key,
@@ -102,10 +107,10 @@ def drawn_code(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """int32 group codes of a draw."""
+    """int32 group codes of a draw of a run of groups."""
     x = load_columns(logits, first, total, M, BLOCK)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-    return d.drawn_code(x, group, inv_temperature, N, M, key, key)
+    return d.drawn_code(x, group, inv_temperature, N, M, key)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -126,14 +131,16 @@ def sample_mask_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """Group codes [rows, K / M] of a draw from logits [rows, K]."""
     key = d.load_key(seed, step, layer, draw)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
-        code = drawn_code(logits, inv_temperature, key, offset, row_stride, columns, total, first, N, M, BLOCK, WHOLE)
+        code = codes_of_run(logits, inv_temperature, key, offset, row_stride, columns, total, first, N, M, BLOCK, WHOLE)
         store_codes(codes, code, first, total, BLOCK)
 
 
 @triton.jit(do_not_specialize=["total"])
 def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    """Group codes [rows, K / M] of the N largest scores [rows, K]."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     kept = d.top_n(load_columns(scores, first, total, M, BLOCK), N, M)
     store_codes(codes, d.encode(kept, M), first, total, BLOCK)
@@ -159,12 +166,16 @@ def masked_weight_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """out [rows, K] is the weight where the mask of ``source`` keeps it, exact zeros elsewhere.
+
+    ``source`` holds logits or scores [rows, K], or codes [rows, K / M], by KIND.
+    """
     if KIND == "drawn":
         key = d.load_key(seed, step, layer, draw)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         if KIND == "drawn":
-            code = drawn_code(source, inv_temperature, key, offset, row_stride, columns, total, first,
-                              N, M, BLOCK, WHOLE)  # fmt: skip
+            code = codes_of_run(source, inv_temperature, key, offset, row_stride, columns, total, first,
+                                N, M, BLOCK, WHOLE)  # fmt: skip
         elif KIND == "top_n":
             code = d.encode(d.top_n(load_columns(source, first, total, M, BLOCK), N, M), M)
         else:
@@ -185,6 +196,7 @@ def mask_log_prob_kernel(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Log-probability of each group's code, float32 [rows, K / M]: exact, or above some N by a quadrature."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
     code = load_codes(codes, first, total, N, BLOCK)
@@ -209,6 +221,7 @@ def mask_score_kernel(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Gradient of ``mask_log_prob`` in the logits, float32 [rows, K], times that in each group's log-probability."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
     code = load_codes(codes, first, total, N, BLOCK)
@@ -225,8 +238,10 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(x, group, inv_temperature, key, again, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
-    """Columns of scale * score(mask of a draw)."""
+def update_terms(
+    x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr, again=None
+):
+    """Columns of scale * score(mask of a draw); ``again`` as of ``drawn_code``."""
     if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
     else:
@@ -284,13 +299,13 @@ def summed_terms(
             other = d.load_key(seed, step, layer, draws + k)
             x = columns_again(x, logits, first, total, M, BLOCK)
             again = d.load_key_again(seed, step, layer, draws + k)
-            terms = update_terms(x, group, inv_temperature, other, again, scale, N, M, SHORT)
+            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT, again)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
             delta = total_terms
     else:
-        delta = update_terms(x, group, inv_temperature, key, key, factor, N, M, SHORT)
+        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
     return delta
 
 
@@ -305,7 +320,7 @@ def store_less(logits, x, delta, group, key, first, total, M: tl.constexpr, BLOC
     store_columns(logits, new, first, total, M, BLOCK)
 
 
-@triton.jit(do_not_specialize=["offset", "row_stride", "columns", "total", "count"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "count"])
 def score_update_kernel(
     logits,
     coef,
@@ -326,6 +341,7 @@ def score_update_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """Logits [rows, K] less the sum of coef * score over the masks of ``count`` draws, whose ids are ``draws``."""
     key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)

@@ -26,7 +26,11 @@ LOWEST = tl.constexpr(0x1111)
 
 @triton.jit
 def indices_of_codes(codes):
-    """Four codes of 2:4 as four pairs of places, two bits each, the lower place in the lower bits: words of int32."""
+    """Four codes of 2:4 as four pairs of places, two bits each, the lower place in the lower bits: words of int32.
+
+    The lower place is 1 where weight 1 is kept without weight 0, and 2 where neither is. The upper one is 1 where both
+    are, 3 where weight 3 is kept, and else 2: its lower bit is set for 1 and 3, its upper bit for all but 1.
+    """
     kept = ()
     for i in tl.static_range(4):
         kept = kept + ((codes >> i) & LOWEST,)

@@ -4,6 +4,10 @@ G = grad^T x is the derivative in the masked weight, for grad [tokens, rows] and
 few tokens one kernel multiplies and steps: a program owns a tile of G and loops over all tokens, so that sums have a
 fixed order, and G reaches memory only where a ``weight_grad`` asks for it. With many, torch multiplies, into memory
 that the next layer's G takes again, and the second kernel here reads it.
+
+Constants of the kernels, beside those in ``masked_gemm``: UPDATE, whether they step the logits ``source`` and write
+``partial``, each program's sum of squares of the slope, or write the slope to ``out``. By KIND "codes" they take the
+mask from ``codes``, a draw that has been made already.
 """
 
 import torch
@@ -13,7 +17,7 @@ import triton.language as tl
 from . import device_functions as d
 from .launch import launch, launch_tiles
 from .masked_gemm import (
-    UNSPECIALIZED,
+    UNSPECIALIZED_OF_TILES,
     load_groups,
     mask_arguments,
     operand_constants,
@@ -22,8 +26,8 @@ from .masked_gemm import (
     tile_logits,
     weight_grad_tile,
 )
-from .sampling import counter_arguments, group_index, load_columns, store_columns
-from .tiles import FUSED_TOKENS, architecture, configuration, tiles_for
+from .sampling import UNSPECIALIZED, counter_arguments, group_index, load_columns, store_columns
+from .tiles import architecture, configuration, fused_tokens, tiles_for
 
 # Tiles of columns that are taken together, row by row of tiles: grad is then read a sixteenth as often from memory
 SHARING = tl.constexpr(16)
@@ -112,6 +116,7 @@ def finish_tile(
     code = tile_code(codes if KIND == "codes" else source, logits, inv_temperature, row, group, inside, groups,
                      seed, step, layer, draw, offset, row_stride, KIND, N, M)  # fmt: skip
     w = d.split_columns(load_groups(weight, row, group, inside, groups, M).to(tl.float32), M)
+    # one row [K] for all
     squares = load_groups(x_squares, 0 * row, group, group < groups, groups, M)
     squares *= tl.load(grad_squares + row, mask=row < rows, other=0.0)[:, None]
     grads = d.split_columns(gradient, M)
@@ -120,6 +125,8 @@ def finish_tile(
     if weight_grad is not None:
         tl.store(weight_grad + offsets, d.join_columns(grads, M), mask=inside[:, None])
     if UPDATE:
+        # of drawn masks for the second time: the compiler takes both loads for one, but where ``weight_grad`` is stored
+        # in between. To hold the columns over that takes registers: 12 more of 8:16 on gfx942
         logits = d.split_columns(load_groups(source, row, group, inside, groups, M).to(tl.float32), M)
         index = (offset + row * row_stride + group).to(tl.uint32)
         dtype: tl.constexpr = source.dtype.element_ty
@@ -131,7 +138,7 @@ def finish_tile(
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_kernel(
     grad,
     x,
@@ -177,7 +184,7 @@ def straight_through_kernel(
                 rows, groups, row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_step_kernel(
     gradient,
     weight,
@@ -207,7 +214,10 @@ def straight_through_step_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What follows a product that is in memory, G."""
+    """What follows a product that is in memory, G.
+
+    It is launched with what the other kernel takes too: ``tokens`` and BLOCK_T count for nothing here.
+    """
     GROUPS: tl.constexpr = BLOCK_K // M
     row_tile, group_tile, group_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
@@ -217,7 +227,7 @@ def straight_through_step_kernel(
                 row_tile, group_tile, group_tiles, KIND, N, M, UPDATE, BLOCK_OUT, GROUPS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["offset", "row_stride", "columns", "total"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def descend_kernel(
     logits,
     gradient,
@@ -236,6 +246,7 @@ def descend_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    """Logits [rows, K] step against a gradient float32 [rows, K]; ``partial`` as of the others, of the gradient."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_columns(logits, first, total, M, BLOCK)
     g = load_columns(gradient, first, total, M, BLOCK)
@@ -270,9 +281,9 @@ def descend_(logits, gradient, rate, max_update, m, counter):
     return _mean_square(partial, logits)
 
 
-def fused(tokens: int, device: torch.device) -> bool:
-    """Whether one kernel multiplies and steps, rather than that torch multiplies."""
-    return tokens <= FUSED_TOKENS[architecture(device)]
+def fused(tokens: int, kind: str, device: torch.device) -> bool:
+    """Whether one kernel multiplies and steps under a mask of that kind, rather than that torch multiplies."""
+    return tokens <= fused_tokens(kind, architecture(device))
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -288,17 +299,17 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | Non
 def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, rate=None, max_update=0.0):
     """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
     (rows, k), tokens, target = weight.shape, len(grad), architecture(weight.device)
+    codes = mask.tensor if mask.kind == "codes" else mask.codes
+    kind = mask.kind if codes is None else "codes"
     name, kernel = "straight_through", straight_through_kernel
     operands, constants, written = (grad, x), operand_constants(grad.dtype), (out, weight_grad)
-    if rows and not fused(tokens, weight.device):
+    if rows and not fused(tokens, kind, weight.device):
         name, kernel = "straight_through_step", straight_through_step_kernel
         operands, constants, written = (weight_gradient(grad, x, weight_grad),), {}, (out,)
     tile = tiles_for(name, mask.m, grad.dtype, tokens, rows, k, target)
     grid = (triton.cdiv(rows, tile.out), triton.cdiv(k, tile.k))
     partial = torch.empty(grid, dtype=torch.float32, device=weight.device) if out is None else None
     if rows:
-        codes = mask.tensor if mask.kind == "codes" else mask.codes
-        kind = mask.kind if codes is None else "codes"
         launch_tiles(kernel, name, mask.m, grid, tile, weight.device,
                      *operands, weight, grad_squares, x_squares, mask.tensor, codes, *written, partial, rate,
                      max_update, *mask_arguments(mask, tokens, weight), KIND=kind, N=mask.n,

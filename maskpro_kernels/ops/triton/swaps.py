@@ -33,6 +33,10 @@ def best_swaps_kernel(
     M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """``reference.best_swaps``: weight and product [rows, M, columns], blocks [M, M, columns], columns = K / M.
+
+    ``change`` and ``swap`` [rows, columns], ``total`` elements each, of which a program computes BLOCK.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     group = first + tl.arange(0, BLOCK)
     inside = group < total

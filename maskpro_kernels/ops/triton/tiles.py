@@ -1,15 +1,8 @@
-"""Tile tables: how each kernel is launched on each GPU architecture, and how a row is chosen.
+"""Launch tables: how each kernel is launched on each GPU architecture, and how an entry of a table is chosen.
 
-To add an architecture:
-
-1. Give it an entry in ``TABLE_ROW``: the architecture whose row it can take, or itself.
-2. If it has a row of its own, add it to ``PROCESSORS`` and to the tables of tokens below it, and replace in
-   ``TILES`` and ``PACKED_TILES`` the tiles that do not fit it.
-3. Add it to ``TARGETS`` in ``benchmarks/aot.py``, to ``CHIPS`` in ``benchmarks/chips.py`` and to the limits in the
-   tests that compile every kernel ahead of time.
-4. On such a GPU run ``make tune``. It looks for faster entries, and writes what it has measured to a file of the
-   folder ``tuned``, to be committed. Those entries take the place of the ones here when this module is imported;
-   nothing is tuned at run time.
+A target is an architecture with entries of its own. Every other architecture takes those of a target. CONTRIBUTING.md
+tells how to add a tile, and how to add an architecture. Entries that ``make tune`` has measured, files of the folder
+``tuned``, take the place of the ones here when this module is imported. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -27,7 +20,7 @@ from . import tuned
 # As triton reads it when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-# The architecture whose row CPU tensors take on their way to the kernels: in Triton's interpreter, or by a driver of
+# The target whose entries CPU tensors take on their way to the kernels: in Triton's interpreter, or by a driver of
 # Triton's that executes on a CPU what is compiled, and sets its target here. None: they go to no kernel.
 ON_CPU: str | None = "sm_90" if INTERPRETED else None
 
@@ -61,21 +54,17 @@ class Configuration(_CompileOptions):
         return min(blocks, max(-(-blocks // self.steps), PROGRAMS_A_PROCESSOR * processors))
 
 
-# Twice as many of one warp as are resident at a time: the last ones to start leave few processors idle
+# Twice the 32 programs of one warp that a processor holds at a time: the last ones to start leave few processors idle
 PROGRAMS_A_PROCESSOR = 64
 
-# By kernel and M. A thread holds one group of M keys and noise words in registers, two where M is small.
-# The log-probability's quadrature runs NODES passes over M columns, so it too takes a group a thread.
+# By kernel and M. A thread holds the M columns of one group in registers, of two where M is small. The quadrature of a
+# log-probability runs NODES passes over them, so it too takes a group a thread.
 _CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
     (kernel, m): Configuration(block=256 if m <= 4 else 128)
     for kernel in (
-        "sample_mask",
-        "masked_weight",
         "top_n_mask",
         "mask_log_prob",
         "mask_score",
-        "score_update",
-        "score_updates",
         "best_swaps",
         "descend",
         "unpack",
@@ -86,9 +75,9 @@ _CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
 # Of single weights, not of groups
 _CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 16, 32)}
 
-# What draws: one warp. A block with a single draw that is not determined computes the noise of all of its groups, and
-# several warps would wait for each other to know. So short a program is not worth its launch, nor what it computes for
-# all groups alike: it takes several blocks.
+# What draws: one warp, whose threads hold random words beside the columns. A block with a single draw that is not
+# determined computes the noise of all of its groups, and several warps would wait for each other to know. So short a
+# program is not worth its launch, nor what it computes for all groups alike: it takes several blocks.
 _CONFIGURATIONS |= {
     (kernel, m): Configuration(block=64 if m <= 4 else 32, num_warps=1, steps=8)
     for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates")
@@ -139,10 +128,10 @@ class Tiles(_CompileOptions):
     k: int
 
 
-# The architecture whose row of the tables each one takes. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction
-# mma.sync, as those of 8.0 do: 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block,
-# into which all tiles of sm_80 fit.
-TABLE_ROW = {
+# The target whose entries an architecture takes. Cards of 8.6, 8.7, 8.9 and 12.x multiply by the instruction mma.sync,
+# as those of 8.0 do: 12.x has neither wgmma nor tcgen05. They have at least 99 KiB of shared memory a block, into which
+# all tiles of sm_80 fit.
+TARGET_OF = {
     "sm_80": "sm_80",
     "sm_86": "sm_80",
     "sm_87": "sm_80",
@@ -154,33 +143,38 @@ TABLE_ROW = {
     "sm_121": "sm_80",
     "gfx942": "gfx942",
 }
-# What an unknown architecture takes: of its maker's rows the one that asks for the least shared memory
-NVIDIA_ROW, AMD_ROW = "sm_80", "gfx942"
+# What an unknown architecture takes: of its maker's targets the one whose tiles ask for the least shared memory
+NVIDIA_TARGET, AMD_TARGET = "sm_80", "gfx942"
 
 # What an integer argument is a multiple of where Triton compiles a kernel for aligned rows
 ALIGNED = 16
 
-# Streaming multiprocessors or compute units: as many programs leave none idle
+# Streaming multiprocessors or compute units: as many programs leave none idle. They are the target's on whatever card
+# takes its entries, and so are the numbers of tokens below. For they decide into how many parts a sum is split, and who
+# adds it up, and with these its bits: cards of one target agree.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # Most tokens for which a mask is applied inside the product, rather than to a transient masked weight: one block of
-# them, for a second one would find every mask again. The gradient of the weight finds it once either way, but its small
-# tiles lose to torch's beyond a few hundred.
+# them, for a second one would find every mask again. The gradient of the weight finds it once either way, and takes the
+# same limit: its small tiles lose to torch's beyond a few hundred.
 ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 # Of those that are drawn there, by the cost model: a B200's memory is so fast that the draw bounds the time, which the
 # product lengthens. docs/kernels.md has the figures; the model knows nothing of gfx942.
 DRAWN_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 32, "gfx942": 128}
 
-# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits. Beyond, torch's
-# product is faster by more than it takes to write and read its result, by the cost model: docs/kernels.md has the
-# figures. torch for ROCm has no product of 16 bits with a result in float32.
-FUSED_TOKENS = {"sm_80": 1024, "sm_90": 256, "sm_100": 32, "gfx942": sys.maxsize}
+# Most tokens for which one kernel computes the gradient of a masked weight and steps the logits, with a mask that is
+# known, as in a step that draws its masks once. Beyond, torch's product is faster by more than it takes to write and
+# read its result, by the cost model: docs/kernels.md has the figures. torch for ROCm has no product of 16 bits with a
+# result in float32.
+FUSED_TOKENS = {"sm_80": 1024, "sm_90": 256, "sm_100": 96, "gfx942": sys.maxsize}
+# With a mask that the kernel draws: on a B200 that bounds either way, and takes less behind torch's product.
+FUSED_DRAWN_TOKENS = FUSED_TOKENS | {"sm_100": 32}
 
 # Most tokens for which a packed weight is unpacked inside the product. Beyond, tensor cores bound the time, not bytes
 PACKED_TOKENS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
 
-# By kernel, short rows before long ones. A thread holds one chunk of each of its rows, so that many loads are under way
-# at once; a chunk of the activations is loaded once for all of them.
+# By kernel, entries for short weight rows before those for long ones. A thread holds one chunk of each of its rows, so
+# that many loads are under way at once; a chunk of the activations is loaded once for all of them.
 _ROWS: dict[str, tuple[Rows, ...]] = {
     "packed_vector": (
         Rows(rows=4, block=32, num_warps=1),
@@ -189,10 +183,11 @@ _ROWS: dict[str, tuple[Rows, ...]] = {
     )
 }
 
-# By product, architecture and bytes of an operand, narrow before wide. With few tokens the draw bounds the time: small
-# tiles then, so that no processor idles and a thread holds two groups of 4. With many, larger ones, so that x is not
-# read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05. Where ptxas, left alone, aims at a number
-# of registers that puts a value on the stack for some pattern, the row names the most it may take.
+# By product and bytes of an operand; of as many tokens, smaller tiles before larger ones, see ``_from_table``. With few
+# tokens the draw bounds the time: small tiles then, so that no processor idles and a thread holds two groups of 4. With
+# many, larger ones, so that x is not read too often; in 16 bits those of 64 weight rows reach wgmma and tcgen05. Where
+# ptxas, left alone, aims at a number of registers that puts a value on the stack for some pattern, the tile names the
+# most that it may take.
 _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         Tiles(out=16, tokens=16, k=64),
@@ -232,15 +227,15 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear_weight_grad", 4): (Tiles(out=32, tokens=32, k=64),),
     ("straight_through", 2): (Tiles(out=64, tokens=32, k=64, num_warps=8, registers=192),),
     ("straight_through", 4): (Tiles(out=32, tokens=32, k=64, registers=168),),
-    # no product: the tokens of a tile are none
+    # torch has multiplied: no tokens are left, and a tile's count for nothing
     ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
-# Of packed weights, all of 16 bits. Rows enough for wgmma and tcgen05, which read shared memory by themselves: by
-# mma.sync each warp loads the tile of x, and that takes longer than the weight's bytes. From 32 tokens on the second
-# cache bounds the time, which gives x to each block of rows: more rows then.
+# Of packed weights, all of 16 bits. Weight rows enough for wgmma and tcgen05, which read shared memory by themselves:
+# by mma.sync each warp loads the tile of x, and that takes longer than to load the weight. From 32 tokens on the L2
+# cache bounds the time, which gives x to each block of weight rows: more of these then.
 _PACKED_TILES = (
     Tiles(out=64, tokens=16, k=128),
     Tiles(out=128, tokens=32, k=64, num_warps=8),
@@ -248,17 +243,23 @@ _PACKED_TILES = (
 )
 PACKED_TILES = {("packed_linear", target, 2): _PACKED_TILES for target in PROCESSORS}
 
-# The others by row of the tables as well
+# The others by target as well
 CONFIGURATIONS = {
-    # a wave of AMD has 64 lanes, all of which should have a group
-    (kernel, target, m): replace(config, block=max(config.block, 64)) if target.startswith("gfx") else config
-    for (kernel, m), config in _CONFIGURATIONS.items()
-    for target in PROCESSORS
+    (kernel, target, m): config for (kernel, m), config in _CONFIGURATIONS.items() for target in PROCESSORS
 }
 ELEMENTS = {(kernel, target): config for kernel, config in _ELEMENTS.items() for target in PROCESSORS}
 ROWS = {(kernel, target): rows for kernel, rows in _ROWS.items() for target in PROCESSORS}
 
 TABLES = (CONFIGURATIONS, ELEMENTS, ROWS, TILES, PACKED_TILES)
+# Entries that differ from those of the other targets, by the keys of the tables
+_OWN: dict[tuple, Configuration | tuple[Rows, ...] | tuple[Tiles, ...]] = {
+    # a wave of AMD has 64 lanes, all of which should have a group
+    (kernel, "gfx942", m): replace(config, block=64)
+    for (kernel, m), config in _CONFIGURATIONS.items()
+    if config.block < 64
+}
+for _key, _entry in _OWN.items():
+    next(table for table in TABLES if _key in table)[_key] = _entry
 tuned.lay_files_over(TABLES, tuple(PROCESSORS))
 
 # Of products that are split. Warps of a processor: three a scheduler hide what one waits for, and sums of more parts
@@ -281,16 +282,21 @@ INTERPRETER_ROWS = 64
 INTERPRETER_TILES = Tiles(out=512, tokens=128, k=512)
 
 
+def fused_tokens(kind: str, target: str) -> int:
+    """Most tokens for which one kernel multiplies and takes what follows, under a mask of that kind."""
+    return (FUSED_DRAWN_TOKENS if kind == "drawn" else FUSED_TOKENS)[target]
+
+
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The row of the tables for a device.
+    """The target whose entries of the tables a device takes.
 
-    Warns once of each architecture that has no entry in ``TABLE_ROW``, and names the row that is taken instead.
+    Warns once of each architecture that ``TARGET_OF`` does not have, and names the target that is taken instead.
     """
     if device.type == "cpu":
         return ON_CPU
     name = own_architecture(device)
-    return _table_row(name, AMD_ROW if name.startswith("gfx") else NVIDIA_ROW)
+    return _target_of(name, AMD_TARGET if name.startswith("gfx") else NVIDIA_TARGET)
 
 
 def own_architecture(device: torch.device) -> str:
@@ -303,14 +309,14 @@ def own_architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def _table_row(name: str, otherwise: str) -> str:
-    if name not in TABLE_ROW:
+def _target_of(name: str, otherwise: str) -> str:
+    if name not in TARGET_OF:
         warnings.warn(
-            f"GPU architecture {name}: expected one of {', '.join(TABLE_ROW)}; its kernels are launched with the tiles "
+            f"GPU architecture {name}: expected one of {', '.join(TARGET_OF)}; its kernels are launched with the tiles "
             f"of {otherwise}, which may be slow or not fit; maskpro_kernels/ops/triton/tiles.py tells how to add it",
             stacklevel=2,
         )
-    return TABLE_ROW.get(name, otherwise)
+    return TARGET_OF.get(name, otherwise)
 
 
 def scores_in_short(target: str) -> bool:
@@ -323,7 +329,7 @@ def scores_in_short(target: str) -> bool:
 
 
 def configuration(kernel: str, m: int, groups: int, target: str) -> Configuration:
-    """The configuration of a kernel for groups of ``m``, by the table's row ``target``."""
+    """The configuration of a kernel for groups of ``m`` on a target."""
     if INTERPRETED:
         # as many steps as there are programs with several
         steps = min(CONFIGURATIONS[kernel, target, m].steps, 2)
@@ -367,7 +373,7 @@ def rows_for(kernel: str, rows: int, chunks: int, target: str) -> Rows:
 
 
 def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int, k: int, target: str) -> Tiles:
-    """The tiles of a masked product of that many tokens with a weight [rows, k], by the table's row ``target``."""
+    """The tiles of a masked product of that many tokens with a weight [rows, k] on a target."""
     if INTERPRETED:
         most = INTERPRETER_TILES
         out, columns = min(most.out, power_above(rows)), min(most.k, power_above(k))
@@ -377,8 +383,8 @@ def tiles_for(product: str, m: int, operand: torch.dtype, tokens: int, rows: int
 
 @functools.lru_cache(maxsize=1 << 12)
 def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, rows: int, k: int) -> Tiles:
-    """Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of those
-    the largest that still gives every processor a program, or else the smallest.
+    """Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of these the last
+    that still gives every processor a program, or else the first.
     """
     candidates = (TILES | PACKED_TILES)[product, target, itemsize]
     padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]

@@ -1,6 +1,6 @@
-"""Measured entries of the launch tables: one JSON file for each row of these, which ``benchmarks/tune.py`` writes.
+"""Measured entries of the launch tables: one JSON file for each target, which ``benchmarks/tune.py`` writes.
 
-``tuned/sm_90.json`` is a list of runs of the tuner, on a GPU whose row is sm_90. A run says when, where and of what
+``tuned/sm_90.json`` is a list of runs of the tuner, on a GPU whose target is sm_90. A run says when, where and of what
 code it was, and holds a ``Measured`` for each entry of a table that it has timed. ``tiles.py`` lays them over its own
 entries when it is imported, in their order.
 """
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).with_name("tuned")
 # Fields of entries that need not be powers of two
 COUNTS = ("num_stages", "registers", "steps")
 
-# Entries by (kernel, row of the tables) and, where it has several, the size: one, or a tuple of those to choose among
+# Entries by (kernel, target) and, where it has several, the size: one, or a tuple of those to choose among
 Table = dict[tuple, Any]
 
 
@@ -67,7 +67,7 @@ class Run:
 
 
 def path_of(target: str) -> Path:
-    """The package's file for a row of the tables."""
+    """The package's file for a target."""
     return FOLDER / f"{target}.json"
 
 
@@ -95,19 +95,19 @@ def text_of(runs: Sequence[Run]) -> str:
 
 
 def lay_files_over(tables: Sequence[Table], targets: Sequence[str]) -> None:
-    """Put the entries of all files of the folder into the tables, whose rows are ``targets``.
+    """Put the entries of all files of the folder into the tables, which have these ``targets``.
 
     Raises:
-        ValueError: if a file is malformed, or names a row, kernel, field or entry that the tables do not have.
+        ValueError: if a file is malformed, or names a target, kernel, field or entry that the tables do not have.
     """
     for path in sorted(FOLDER.glob("*.json")):
         if path.stem not in targets:
-            raise ValueError(f"{path}: expected the name of a row of the tables, one of {', '.join(targets)}")
+            raise ValueError(f"{path}: expected the name of a target of the tables, one of {', '.join(targets)}")
         lay_over(tables, path.stem, path)
 
 
 def lay_over(tables: Sequence[Table], target: str, path: Path) -> None:
-    """Put the entries of one file into the tables, as those of the row ``target``; raises as ``lay_files_over``."""
+    """Put the entries of one file into the tables, as those of ``target``; raises as ``lay_files_over``."""
     for i, run in enumerate(read(path), 1):
         for j, measured in enumerate(run.entries, 1):
             where = f"{path}, run {i}, entry {j}"

@@ -9,8 +9,12 @@ from __future__ import annotations
 import aot_report
 import pytest
 import triton
+from aot import TARGETS
+from chips import CHIPS
 from helpers.cases import cases
 from helpers.children import Child
+
+from maskpro_kernels.ops.triton.tiles import PROCESSORS
 
 KERNELS = [
     "sample_mask",
@@ -46,11 +50,11 @@ for (product, target, itemsize), tiles in TILES.items():
     for tile in {tiles[0], tiles[-1]} if widest_and_narrowest else tiles:
         for n, m in patterns:
             given = dict(options)
-            # only logits can be stepped
             # such layers take the transient weight
             if product == "masked_linear_input_grad" and "rows" not in given.get("multiples", ["rows"]):
                 continue
-            if product.startswith("straight_through") and given.get("KIND", "drawn") != "drawn":
+            # no logits are there to be stepped
+            if product.startswith("straight_through") and given.get("KIND") == "top_n":
                 given["UPDATE"] = False
             if product != "masked_linear":
                 given.pop("LOG_PROB", None)
@@ -79,7 +83,7 @@ def child():
 
 def check(child, cases):
     rows = child(CHILD, FORBIDDEN, cases)
-    assert len(rows) == 4 * len(cases)
+    assert len(rows) == len(TARGETS) * len(cases)
     for target, registers, spills, used_stack, forbidden, size in rows:
         assert size > 0 and registers <= MOST_REGISTERS[target]
         assert spills == used_stack == 0, (target, registers, spills, used_stack)
@@ -194,6 +198,11 @@ def check_products(child, operand, patterns, targets, ends=False, **options):
             assert units == [MATRIX_UNITS[target]], case
 
 
+def test_the_limits_of_each_target_are_known():
+    assert TARGETS.keys() == set(PROCESSORS) == SHARED_LIMITS.keys() == MOST_REGISTERS.keys()
+    assert CHIPS.keys() == TARGETS.keys() - {"gfx942"}
+
+
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_products_compile_for_every_target(child, target):
     check_products(child, "bf16", [(2, 4)], [target], ends=True, LOG_PROB=True)
@@ -225,8 +234,8 @@ if known and everything:
 def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
     """Registers, memory, programs a processor, times by pipe: `make aot-table` where more of them is on purpose."""
     rows = child(COSTS_CHILD, everything)
-    # of three cards
-    assert len(rows) >= 3 * 17
+    # of 2:4, kernels over groups and the first and last tiles of products
+    assert len(rows) >= len(CHIPS) * (8 + 15)
     if not rows[0][0]:
         pytest.skip(f"no costs are kept for Triton {triton.__version__}")
     for _, key, cost, before, worse in rows:
@@ -236,7 +245,7 @@ def test_no_kernel_costs_more_than_its_row_of_the_table(child, everything):
 
 def test_a_cost_is_worse_where_one_figure_is():
     figures = {"registers": 100, "stack": 0, "shared": 1000, "determined": 50.0, "drawn": 90.0}
-    before = figures | {"resident": 20, "determined_ps": 2.0, "drawn_ps": 4.0, "pipe": "half"}
+    before = figures | {"resident": 20, "half": 20.0, "determined_ps": 2.0, "drawn_ps": 4.0, "pipe": "half"}
     where = {"kernel": "k", "pattern": "2:4", "target": "sm_90"}
     assert aot_report.Cost(**where, **before).worse_than(before) == []
     within = {"registers": 105, "shared": 1050, "resident": 19, "determined": 52.5, "drawn_ps": 4.2}
@@ -250,14 +259,15 @@ SLOPES_CHILD = """
 from aot import TARGETS, build_product
 from maskpro_kernels.ops.triton.tiles import TILES
 (patterns,) = arguments
+kinds = {}, {"KIND": "codes"}
 for target in TARGETS:
     for n, m in patterns:
         for operand, itemsize in (("bf16", 2), ("fp32", 4)):
             tiles = TILES["straight_through", target, itemsize]
             step = TILES["straight_through_step", target, itemsize][0]
-            cases = [("straight_through", tile, {"UPDATE": False}) for tile in tiles]
+            cases = [("straight_through", tile, {"UPDATE": False, **kind}) for tile in tiles for kind in kinds]
             cases += [("straight_through", tiles[-1], {"WEIGHT_GRAD": True})]
-            cases += [("straight_through_step", step, {"UPDATE": False, **kind}) for kind in ({}, {"KIND": "codes"})]
+            cases += [("straight_through_step", step, {"UPDATE": False, **kind}) for kind in kinds]
             for kernel, tile, written in cases:
                 built = build_product(kernel, target, n, m, tile, operand=operand, **written)
                 tell([target, n, m, operand, built.registers, built.spills, built.stack])
@@ -312,7 +322,7 @@ def test_products_of_odd_sizes_compile_for_every_target(child, multiples, operan
 
 @pytest.mark.slow
 def test_products_in_tf32_compile_for_every_target(child):
-    check_products(child, "fp32", [(2, 4)], ["sm_80", "sm_90", "sm_100"], PRECISION="tf32", LOG_PROB=True)
+    check_products(child, "fp32", [(2, 4)], list(CHIPS), PRECISION="tf32", LOG_PROB=True)
 
 
 PACKED_CHILD = """
@@ -360,7 +370,7 @@ def test_packed_kernels_compile_for_every_target(child, n, m, element):
     the last product.
     """
     rows = child(PACKED_CHILD, n, m, element)
-    assert len(rows) == 4 * (5 + 2 * 6 + 2 + 1)
+    assert len(rows) == len(TARGETS) * (5 + 2 * 6 + 2 + 1)
     for kernel, target, unit, owned, out, registers, spills, stack, shared, loop, matrix_unit in rows:
         case = (kernel, target, unit, owned, out, registers, spills, stack, shared, loop, matrix_unit)
         assert registers <= MOST_REGISTERS[target] and spills == 0 and shared <= SHARED_LIMITS[target], case
@@ -391,7 +401,7 @@ for target in TARGETS:
 @pytest.mark.slow
 def test_kernels_over_single_elements_compile_for_every_target(child):
     rows = child(ELEMENTS_CHILD)
-    assert len(rows) == 4 * (1 + 8)
+    assert len(rows) == len(TARGETS) * (1 + 8)
     for *case, registers, spills, stack in rows:
         assert registers <= 64 and spills == stack == 0, (case, registers, spills, stack)
 

@@ -1,8 +1,9 @@
-"""Which row of the tile tables a GPU takes, by faked capabilities, and the warning of an unknown one."""
+"""Which entries of the launch tables a GPU takes, by faked capabilities, and the warning of an unknown one."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ def device(monkeypatch):
 
     def clear():
         tiles.architecture.cache_clear()
-        tiles._table_row.cache_clear()
+        tiles._target_of.cache_clear()
 
     def make(what, index=0):
         known[torch.device("cuda", index)] = what
@@ -45,20 +46,20 @@ def device(monkeypatch):
     clear()
 
 
-@pytest.mark.parametrize(("capability", "row"), NVIDIA.items(), ids=str)
-def test_known_cards_of_nvidia_take_their_row_without_a_word(device, capability, row):
+@pytest.mark.parametrize(("capability", "target"), NVIDIA.items(), ids=str)
+def test_known_cards_of_nvidia_take_their_target_without_a_word(device, capability, target):
     with warnings.catch_warnings(action="error"):
-        assert tiles.architecture(device(capability)) == row
+        assert tiles.architecture(device(capability)) == target
 
 
 @pytest.mark.parametrize("name", ["gfx942", "gfx942:sramecc+:xnack-"])
-def test_known_cards_of_amd_take_their_row_without_a_word(device, name):
+def test_known_cards_of_amd_take_their_target_without_a_word(device, name):
     with warnings.catch_warnings(action="error"):
         assert tiles.architecture(device(name)) == "gfx942"
 
 
 @pytest.mark.parametrize(
-    ("what", "name", "row"),
+    ("what", "name", "target"),
     [
         ((7, 5), "sm_75", "sm_80"),
         ((9, 9), "sm_99", "sm_80"),
@@ -71,17 +72,17 @@ def test_known_cards_of_amd_take_their_row_without_a_word(device, name):
     ],
     ids=str,
 )
-def test_an_unknown_card_is_a_warning_once_that_names_what_is_used(device, what, name, row):
+def test_an_unknown_card_is_a_warning_once_that_names_what_is_used(device, what, name, target):
     with pytest.warns(UserWarning) as told:
-        assert tiles.architecture(device(what)) == row
+        assert tiles.architecture(device(what)) == target
     (warning,) = told
     message = str(warning.message)
     assert message.startswith(f"GPU architecture {name}: expected one of sm_80, ")
-    assert f"with the tiles of {row}," in message and "ops/triton/tiles.py tells how to add it" in message
+    assert f"with the tiles of {target}," in message and "ops/triton/tiles.py tells how to add it" in message
     with warnings.catch_warnings(action="error"):
-        assert tiles.architecture(device(what)) == row
+        assert tiles.architecture(device(what)) == target
         # another card of the same kind
-        assert tiles.architecture(device(what, index=1)) == row
+        assert tiles.architecture(device(what, index=1)) == target
 
 
 def test_each_unknown_architecture_has_a_warning_of_its_own(device):
@@ -94,14 +95,22 @@ def test_each_unknown_architecture_has_a_warning_of_its_own(device):
     ]
 
 
-def test_every_row_that_an_architecture_takes_is_in_every_table():
-    rows = {*tiles.TABLE_ROW.values(), tiles.NVIDIA_ROW, tiles.AMD_ROW}
+def test_every_target_that_an_architecture_takes_is_in_every_table():
+    targets = {*tiles.TARGET_OF.values(), tiles.NVIDIA_TARGET, tiles.AMD_TARGET}
     for table in (
         tiles.PROCESSORS,
         tiles.ONE_PASS_TOKENS,
         tiles.DRAWN_TOKENS,
         tiles.FUSED_TOKENS,
+        tiles.FUSED_DRAWN_TOKENS,
         tiles.PACKED_TOKENS,
     ):
-        assert table.keys() == rows
-    assert {target for _, target, _ in tiles.TILES} == {target for _, target, _ in tiles.PACKED_TILES} == rows
+        assert table.keys() == targets
+    assert {target for _, target, _ in tiles.TILES} == {target for _, target, _ in tiles.PACKED_TILES} == targets
+
+
+def test_a_target_has_entries_of_its_own_where_those_of_all_do_not_fit():
+    """A wave of AMD's has 64 lanes, a warp 32."""
+    of_each = {target: tiles.CONFIGURATIONS["sample_mask", target, 8] for target in tiles.PROCESSORS}
+    assert {target: config.block for target, config in of_each.items()} == dict.fromkeys(of_each, 32) | {"gfx942": 64}
+    assert len({replace(config, block=0) for config in of_each.values()}) == 1

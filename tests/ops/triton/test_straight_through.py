@@ -62,7 +62,7 @@ def test_the_gradient_of_a_weight_is_summed_in_float32(dtype):
 @pytest.fixture
 def by_torch(monkeypatch):
     """The product is torch's, whatever the tokens, and a kernel takes what follows in many tiles."""
-    monkeypatch.setattr(straight_through, "FUSED_TOKENS", dict.fromkeys(tiles.FUSED_TOKENS, 0))
+    monkeypatch.setattr(straight_through, "fused_tokens", lambda *_: 0)
     monkeypatch.setattr(straight_through, "tiles_for", small_tiles)
 
 
@@ -103,12 +103,20 @@ def test_updates_by_torchs_product_step_by_the_slope(dtype, by_torch, launched):
     assert launched["straight_through_step"] == 2 and not launched["descend"]
 
 
-@pytest.mark.parametrize(("tokens", "kernel"), [(256, "straight_through"), (257, "straight_through_step")])
-def test_who_multiplies_goes_by_tokens(tokens, kernel, launched):
+@pytest.mark.parametrize(
+    ("target", "kind", "most"), [("sm_90", "drawn", 256), ("sm_100", "drawn", 32), ("sm_100", "codes", 96)]
+)
+def test_who_multiplies_goes_by_tokens_and_by_the_kind_of_mask(target, kind, most, launched, monkeypatch):
+    """A draw that has been made already is known by its codes."""
+    monkeypatch.setattr(straight_through, "architecture", lambda device: target)
     pattern = NMPattern("2:4")
-    grad, x, weight, logits = slope_operands(pattern, tokens=tokens, rows=4, k=16)
-    ops.straight_through_grad(grad, x, weight, CURVATURE, source_of(logits, pattern))
-    assert {name for name in launched if name.startswith("straight_through")} == {kernel}
+    for tokens, kernel in ((most, "straight_through"), (most + 1, "straight_through_step")):
+        grad, x, weight, logits = slope_operands(pattern, tokens=tokens, rows=4, k=16)
+        codes, _ = mask_of("drawn", logits, pattern)
+        source = source_of(logits, pattern)._replace(codes=codes if kind == "codes" else None)
+        launched.clear()
+        ops.straight_through_grad(grad, x, weight, CURVATURE, source)
+        assert {name for name in launched if name.startswith("straight_through")} == {kernel}
 
 
 @pytest.mark.slow

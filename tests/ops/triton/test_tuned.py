@@ -120,7 +120,7 @@ def test_a_file_that_is_none_is_refused(folder, tables):
     for name, content, message in (
         ("sm_90.json", b"[", "sm_90.json: expected JSON"),
         ("sm_90.json", b"\xff", "sm_90.json: expected JSON"),
-        ("sm_86.json", b"[]", "sm_86.json: expected the name of a row of the tables, one of sm_80"),
+        ("sm_86.json", b"[]", "sm_86.json: expected the name of a target of the tables, one of sm_80"),
     ):
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):

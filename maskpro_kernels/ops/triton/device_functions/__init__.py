@@ -1,4 +1,4 @@
-"""Device functions, which kernels are built of."""
+"""Device functions, which kernels are built of: those that are used outside of this folder."""
 
 from .arithmetic import (
     exp,
@@ -6,12 +6,9 @@ from .arithmetic import (
 )
 from .byte_permutations import (
     chosen_pairs,
-    permuted_bytes,
     placed_pairs,
 )
 from .exponential_race import (
-    arrival_ratio,
-    dropped_softmax,
     exponential_race_score,
 )
 from .groups import (
@@ -27,7 +24,6 @@ from .gumbel_top_k import (
     drawn_code_and_flips,
     drawn_keys,
     drawn_score_2_of_4,
-    expected,
     flipped,
     gumbel,
     scaled,
@@ -40,26 +36,11 @@ from .philox import (
     philox4x32,
 )
 from .plackett_luce import (
-    add_term,
-    dropped_total,
     exact_log_prob,
     exact_score,
-    gather_slots,
-    kept_positions,
-    largest_dropped,
-    order_sum,
-    plackett_luce_terms,
-    scatter_slots,
     score_of_largest_2_of_4,
-    slot_score,
-    smallest_kept,
 )
 from .quadrature import (
-    log_arrivals,
-    node_exponent,
-    node_weight,
-    one_minus_exp_ratio,
-    peak_exponent,
     quadrature_log_prob,
     quadrature_score,
 )

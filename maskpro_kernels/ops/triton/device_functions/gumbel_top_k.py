@@ -34,13 +34,18 @@ def scaled(x, inv_temperature, M: tl.constexpr):
 
 
 @triton.jit
-def drawn_keys(z, group, M: tl.constexpr, key):
-    """Scaled logits plus Gumbel noise."""
-    words = group_words(group, M, STREAM_DRAW, key)
+def keys_of(z, words, M: tl.constexpr):
+    """Scaled logits plus the Gumbel noise of these words."""
     keys = ()
     for i in tl.static_range(M):
         keys = keys + (z[i] + gumbel(words[i]),)
     return keys
+
+
+@triton.jit
+def drawn_keys(z, group, M: tl.constexpr, key):
+    """Scaled logits plus Gumbel noise."""
+    return keys_of(z, group_words(group, M, STREAM_DRAW, key), M)
 
 
 @triton.jit
@@ -187,26 +192,23 @@ def flipped(x, kept, M: tl.constexpr):
 @triton.jit
 def noisy_code(x, words, inv_temperature, N: tl.constexpr, M: tl.constexpr):
     """int32 group codes of a draw with these words."""
-    z = scaled(x, inv_temperature, M)
-    keys = ()
-    for i in tl.static_range(M):
-        keys = keys + (z[i] + gumbel(words[i]),)
+    keys = keys_of(scaled(x, inv_temperature, M), words, M)
     return encode(top_n(keys, N, M), M)
 
 
 @triton.jit
-def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key, again):
+def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key, again=None):
     """int32 group codes of a draw from columns of float32 logits.
 
-    A block whose draws are all determined computes no noise. ``again`` is the key, or of ``load_key_again`` where it is
-    not to be held.
+    A block whose draws are all determined computes no noise. A caller with no registers left gives the key twice: as
+    ``again`` it is loaded by ``load_key_again``, and random words are made anew from it rather than held.
     """
     code, _ = drawn_code_and_flips(x, group, inv_temperature, N, M, key, again)
     return code
 
 
 @triton.jit
-def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key, again):
+def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key, again=None):
     """``drawn_code``, and int32 1 where it is not that of the N largest logits."""
     words = group_words(group, M, STREAM_DRAW, key)
     kept, determined = expected(x, descending(x, M), inv_temperature, words, N, M)
@@ -215,7 +217,7 @@ def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.const
     if tl.min(determined.to(tl.int32), 0) == 0:
         if N == 1 and M == 32:
             # Triton 3.6's ptxas has no registers to hold them beside the sums of several draws
-            words = group_words(group, M, STREAM_DRAW, again)
+            words = group_words(group, M, STREAM_DRAW, key if again is None else again)
         code = noisy_code(x, words, inv_temperature, N, M)
         flips = flipped(x, decode(code, M), M)
     return code, flips

@@ -1,4 +1,4 @@
-"""Architectures that take the row of another one: its kernels compile for them, and its tiles fit into their memory."""
+"""Architectures that take the entries of another one: kernels compile for them, and tiles fit into their memory."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ import sys
 import pytest
 from helpers.children import environment
 
-from maskpro_kernels.ops.triton.tiles import TABLE_ROW
+from maskpro_kernels.ops.triton.tiles import TARGET_OF
 
 # Bytes of shared memory a block may have: CUDA C++ programming guide, technical specifications per compute capability
 SHARED_LIMITS = {"sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_103": 227, "sm_120": 99, "sm_121": 99}
-BORROWERS = [name for name, row in TABLE_ROW.items() if name != row]
+BORROWERS = [name for name, target in TARGET_OF.items() if name != target]
 
 CHILD = """
 import json, sys
 import aot
 from triton.backends.compiler import GPUTarget
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TABLE_ROW, TILES
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TARGET_OF, TILES
 name, = json.load(sys.stdin)
-row = TABLE_ROW[name]
-aot.TARGETS[row] = GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+target = TARGET_OF[name]
+aot.TARGETS[target] = GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 def tell(what, built):
     units = [unit for unit in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if unit in built.asm["ptx"]]
     print(json.dumps([what, built.registers, built.spills, built.stack, built.shared, units]), flush=True)
 
 for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "adamw", "best_swaps"):
-    tell(kernel, aot.build(kernel, row, 2, 4))
-for (product, target, size), tiles in TILES.items():
-    if target == row and size == 2:
+    tell(kernel, aot.build(kernel, target, 2, 4))
+for (product, of, size), tiles in TILES.items():
+    if of == target and size == 2:
         for tile in dict.fromkeys((tiles[0], tiles[-1])):
-            tell(f"{product} {tile.out}", aot.build_product(product, row, 2, 4, tile))
+            tell(f"{product} {tile.out}", aot.build_product(product, target, 2, 4, tile))
 # operands in 16 bits and the weight in 32, as under autocast, take the most shared memory
-tile = TILES["masked_linear", row, 2][-1]
-tell(f"masked_linear {tile.out}", aot.build_product("masked_linear", row, 2, 4, tile, weight="fp32"))
-tell("packed_vector", aot.build_packed("packed_vector", row, 2, 4, ROWS["packed_vector", row][-1]))
-tile = PACKED_TILES["packed_linear", row, 2][-1]
-tell(f"packed_linear {tile.out}", aot.build_packed("packed_linear", row, 2, 4, tile))
+tile = TILES["masked_linear", target, 2][-1]
+tell(f"masked_linear {tile.out}", aot.build_product("masked_linear", target, 2, 4, tile, weight="fp32"))
+tell("packed_vector", aot.build_packed("packed_vector", target, 2, 4, ROWS["packed_vector", target][-1]))
+tile = PACKED_TILES["packed_linear", target, 2][-1]
+tell(f"packed_linear {tile.out}", aot.build_packed("packed_linear", target, 2, 4, tile))
 """
 
 
@@ -63,6 +63,6 @@ def test_kernels_compile_and_tiles_fit(name):
     for what, registers, spills, stack, shared, units in rows:
         case = (what, registers, spills, stack, shared, units)
         assert registers <= 255 and spills == stack == 0 and shared <= SHARED_LIMITS[name] << 10, case
-        # what the row was chosen for: wide tiles reach tcgen05, which consumer cards do not have
+        # what the entries were chosen for: wide tiles reach tcgen05, which consumer cards do not have
         if what in ("masked_linear 64", "packed_linear 64"):
-            assert units == (["tcgen05.mma"] if TABLE_ROW[name] == "sm_100" else ["mma.sync"]), case
+            assert units == (["tcgen05.mma"] if TARGET_OF[name] == "sm_100" else ["mma.sync"]), case
