@@ -12,12 +12,12 @@ LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/t
 	benchmarks/test_characters training/test_memory cli/test_plan cli/test_sweep sharding/test_shards_of_layers cli/test_start_mask)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
-# Compiled kernels on the machines for PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
+# Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
 # run apart
 COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $(patsubst %,tests/compiled/test_%.py, \
 	compiled_products compiled_packed compiled_odd_addresses compiled_sampling planted_faults \
 	removed_synchronisation compiled_far_launches coverage)
-# Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own on the machine
+# Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own there
 TARGET ?= sm_80
 WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through test_packed
 KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
@@ -50,7 +50,7 @@ test-slow: $(INSTALLED) test-compiled
 	$(VENV)/bin/python -m pytest tests -m slow
 	$(VENV)/bin/python -m pytest $(COMPILED_TESTS) -m "compiled and slow"
 
-# Any test that launches kernels, on a machine: make test-compiled TARGET=sm_90 KERNEL_TESTS=tests/ops/test_bits.py
+# Any test that launches kernels, on an emulator: make test-compiled TARGET=sm_90 KERNEL_TESTS=tests/ops/test_bits.py
 test-compiled: $(INSTALLED)
 	$(VENV)/bin/python -m pytest --compiled $(TARGET) -n 2 --dist loadfile $(KERNEL_TESTS)
 

@@ -21,7 +21,7 @@ class Chip(DataSheet):
 
     Attributes:
         clock: Hz, at which it multiplies matrices at the rate of its data sheet, or a lower one that it holds.
-        l2_bytes_per_second: that its processors read from the second cache.
+        l2_bytes_per_second: that its processors read from the L2 cache.
         shared_bytes: of shared memory a processor; a block takes 1 KiB more than it asks for. Guide.
         lanes: by pipe, see ``sass.PIPES``. "fp32" takes integer multiplications as well.
         registers, warps, blocks: that are resident on a processor. Guide; the same for all three.

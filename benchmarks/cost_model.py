@@ -2,7 +2,7 @@
 
 A model, and nothing in it is measured. Instructions are counted by the pipe of a processor that takes them, and each
 pipe has its own rate on each architecture; see ``sass`` and ``chips``. A kernel takes as long as the busiest of its
-resources: a pipe, issue slots, matrix units, memory, the second cache; where programs don't divide by the processors,
+resources: a pipe, issue slots, matrix units, memory, the L2 cache; where programs don't divide by the processors,
 as long as the one with the most. Latencies are left out, so a kernel of few programs a processor may take longer.
 NVIDIA targets only.
 """
@@ -106,7 +106,7 @@ class Launch:
     Attributes:
         target: such as "sm_90".
         pipes: seconds by pipe, "issue" and "matrix units", with the work spread evenly over all processors.
-        memories: seconds by "memory" and "second cache".
+        memories: seconds by "memory" and "L2 cache".
         programs: of the grid.
         resident: how many of them a processor holds at a time.
     """
@@ -138,7 +138,7 @@ class Launch:
     def line(self, unit: float) -> str:
         """Times by each memory, by the busiest pipe and of the whole, what bounds it, programs, and waves of them."""
         whole, resource = self.bound
-        seconds = self.memories["memory"], self.memories["second cache"], busiest(self.pipes)[0], whole
+        seconds = self.memories["memory"], self.memories["L2 cache"], busiest(self.pipes)[0], whole
         times = " ".join(f"{unit * each:>8.2f}" for each in seconds)
         return f"{times}  {resource:<12} {self.programs:>8} {self.waves:>7.2f}"
 
@@ -190,7 +190,7 @@ def group_launch(
     return Launch(
         target,
         _pipes(expected(fewest, most, config.block, gap, n, m), rows * k, target),
-        {"memory": moved / chip.bytes_per_second, "second cache": moved / chip.l2_bytes_per_second},
+        {"memory": moved / chip.bytes_per_second, "L2 cache": moved / chip.l2_bytes_per_second},
         config.programs(rows * k // m, PROCESSORS[target]),
         chip.resident(built.registers, built.shared, config.num_warps),
     )
@@ -221,7 +221,7 @@ def product_launch(
         _pipes(counts, rows * k * again, target) | {"matrix units": 2 * rows * k * tokens / chip.flops_16_bit},
         {
             "memory": (6 * rows * k + 2 * tokens * (rows + k)) / chip.bytes_per_second,
-            "second cache": cached / chip.l2_bytes_per_second,
+            "L2 cache": cached / chip.l2_bytes_per_second,
         },
         blocks * again * parts,
         chip.resident(built.registers, built.shared, tile.num_warps),
@@ -271,7 +271,7 @@ def step_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, toke
     return Launch(
         target,
         _pipes(expected(*once, tile.out * max(tile.k, m) / m, gap, n, m), rows * k, target),
-        {"memory": moved / chip.bytes_per_second, "second cache": moved / chip.l2_bytes_per_second},
+        {"memory": moved / chip.bytes_per_second, "L2 cache": moved / chip.l2_bytes_per_second},
         math.ceil(rows / tile.out) * math.ceil(k / max(tile.k, m)),
         chip.resident(built.registers, built.shared, tile.num_warps),
     )
@@ -293,7 +293,7 @@ def fused_launch(target: str, n: int, m: int, gap: float, rows: int, k: int, tok
     moved, operands = step_bytes(m, kind) * rows * k, 2 * tokens * programs * (tile.out + tile.k)
     slow = {
         "memory": (moved + 2 * tokens * (rows + k)) / chip.bytes_per_second,
-        "second cache": (moved + operands) / chip.l2_bytes_per_second,
+        "L2 cache": (moved + operands) / chip.l2_bytes_per_second,
     }
     if resident == 1:
         # nothing runs beside what stands behind the loop
@@ -321,7 +321,7 @@ def packed_launch(target: str, n: int, m: int, rows: int, k: int, tokens: int) -
         _pipes(counts, rows * k * again, target) | {"matrix units": matmul},
         {
             "memory": (weight + 2 * tokens * (rows + k)) / chip.bytes_per_second,
-            "second cache": cached / chip.l2_bytes_per_second,
+            "L2 cache": cached / chip.l2_bytes_per_second,
         },
         blocks * again * parts,
         chip.resident(built.registers, built.shared, config.num_warps),

@@ -187,7 +187,7 @@ def test_a_warp_that_draws_waits_for_no_other(kernel, compiled_for, machine):
 
 @pytest.mark.slow
 def test_most_that_are_taken_away_are_found(compiled_for, machine):
-    """Of all kernels for NVIDIA, by the numbers that the test above holds; docs/proofs.md states both ratios."""
+    """Of all kernels for NVIDIA, by the numbers that the test above holds; docs/verification.md states both ratios."""
     total, reasons = 0, []
     for target, kernel in OF_NVIDIA:
         compiled_for(target)
