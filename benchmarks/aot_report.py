@@ -122,7 +122,7 @@ class Cost:
 
     def worse_than(self, before: dict) -> list[str]:
         """The figures that are worse than those ``before`` by more than TOLERANCE."""
-        names = ("registers", "stack", "shared", "determined", "drawn", "determined_ps", "drawn_ps")
+        names = ("registers", "stack", "shared", "determined", "drawn", "half", "determined_ps", "drawn_ps")
         worse = [name for name in names if getattr(self, name) > (1 + TOLERANCE) * before[name]]
         return worse + ["resident"] * (self.resident < (1 - TOLERANCE) * before["resident"])
 

@@ -70,7 +70,7 @@ def export(args: argparse.Namespace) -> None:
     if metadata["weights"] != digest_of_weights(model):
         raise ValueError(f"run: expected the weights that its masks belong to, {metadata['weights_are']}, got others")
     if dtype != metadata["dtype"]:
-        # no rounding of these: the base may be stored in the other dtype
+        # from the files again: they may hold more than the dtype of the run does
         del model
         model, tokenizer = _with_masks(name, dtype, args, codes, pattern)
         put_weights(masked_layers(model), learned.weights)

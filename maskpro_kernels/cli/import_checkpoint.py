@@ -103,10 +103,10 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
 
 def _check_pattern(args: argparse.Namespace, pattern: NMPattern, layers: list[NMLinear]) -> None:
     """Raise ValueError if a pattern is given that is not the one of packed layers."""
-    others = sorted({str(layer.pattern) for layer in layers if layer.pattern != pattern})
-    if others and "--pattern" in args.given:
+    found = sorted({str(layer.pattern) for layer in layers})
+    if found not in ([], [str(pattern)]) and "--pattern" in args.given:
         raise ValueError(
-            f"pattern: expected that of the packed layers in {args.source!r}, {' and '.join(others)}, got {pattern}; "
+            f"pattern: expected that of the packed layers in {args.source!r}, {' and '.join(found)}, got {pattern}; "
             "leave it out"
         )
 
@@ -133,11 +133,11 @@ def _load(args: argparse.Namespace, name: str, source: str):
         name: of the model.
         source: folder or id whose files tell the dtype.
     """
-    from ..hf import stored_dtype
+    from ..hf import SMOLLM2, stored_dtype
 
     known = getattr(args, "dtype", None) or stored_dtype(source)
     found = load(name, known or DTYPE, torch.device("cpu"), args)
-    if known is None:
+    if known is None and source != SMOLLM2:
         tell(
             f"neither a config nor safetensors files tell that weights of {source!r} are in one of "
             f"{', '.join(DTYPES)}: they are taken in {DTYPE}; --dtype names another"

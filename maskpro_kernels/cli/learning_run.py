@@ -27,6 +27,7 @@ from .changed_weights import save_start_weights
 from .inputs import Inputs
 from .mask_files import save_initial_mask
 from .memory import tell_need
+from .models import trusts
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell, tell_as
 from .run_end import save_run_logits, write_results
@@ -155,9 +156,6 @@ class LearningRun:
                     self._run(progress=False, after_step=lambda _: signals.came)
                 return False
             if more:
-                with telling("output", how_to_go_on(self.output)):
-                    # of where the run was stopped: if it is killed now, they would pass for what it has learned
-                    (self.output / LOGITS).unlink(missing_ok=True)
                 self._run_and_tell(signals)
         self.signalled = signals.came
         self.seconds += time.perf_counter() - began - (self.validation.seconds - evaluating)
@@ -208,10 +206,9 @@ class LearningRun:
         """Where the learned mask is worse than the initial one, tell where that is, if it is a mask of base weights."""
         initial = self.progress / INITIAL_MASK
         if self.validation.risen() and initial.exists():
-            model, mask = shlex.quote(self.args.model), shlex.quote(str(initial))
-            tell_as(
-                "warning", f"the mask is worse than the initial one; for that run: maskpro apply {mask} {model} OUT"
-            )
+            trusted = ["--trust-remote-code"] if trusts(self.args) else []
+            command = shlex.join(["maskpro", "apply", str(initial), self.args.model, "OUT", *trusted])
+            tell_as("warning", f"the mask is worse than the initial one, which this command writes: {command}")
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -242,6 +239,10 @@ class LearningRun:
             settings = stored_settings(self.args) | {"output": str(self.output)}
             with telling("report_to", f"{how_to_go_on(self.output)} --report-to none"):
                 trackers = open_trackers(self.args, settings, done, self.validation.rows, stack)
+
+            with telling("output", how_to_go_on(self.output)):
+                # of where the run was stopped: if it is killed now, they would pass for what it has learned
+                (self.output / LOGITS).unlink(missing_ok=True)
 
             def after_step(record: StepRecord) -> bool:
                 step = record.step + 1

@@ -21,10 +21,11 @@ from ..pruning.finalize import finalize
 from ..report.html import write_html
 from ..report.parting import parting
 from ..report.plots import draw_perplexity, draw_residual
-from ..training.reach import margins
+from ..training.reach import nearest_margin
 from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
+from .estimator_options import class_of
 from .inputs import Inputs
 from .memory import used_memory
 from .models import save
@@ -73,7 +74,7 @@ def write_results(
     table = [*start["table"], table_row(learned, model, inputs.tests, seconds, args.bars)]
     logits_file = save_run_logits(args, model, start)
     groups = _groups_of(model, output / PROGRESS, pattern)
-    _warn_of_no_move(args, model, groups)
+    _warn_of_no_move(args, model, groups, ended=len(records) == args.steps)
     save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
     if any(record["residual"] is not None for record in records):
@@ -133,15 +134,16 @@ def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> di
     }
 
 
-def _warn_of_no_move(args: argparse.Namespace, model: torch.nn.Module, groups: Mapping) -> None:
-    """Tell of a run that has changed no mask how near it came."""
-    if groups["flipped_groups"] or not groups["flipped_groups_by_layer"]:
+def _warn_of_no_move(args: argparse.Namespace, model: torch.nn.Module, groups: Mapping, ended: bool) -> None:
+    """Tell of a run that has changed no mask, and has taken all of its steps, how near it came."""
+    if not ended or groups["flipped_groups"] or not groups["flipped_groups_by_layer"]:
         return
-    nearest = min(float(margins(layer.logits, layer.pattern).min()) for layer in masked_layers(model).values())
+    nearest = nearest_margin(masked_layers(model))
+    faster = "a higher --lr or " if any(option.name == "lr" for option in class_of(args).options) else ""
     tell_as(
         "warning",
         f"no group has left the initial mask: the nearest dropped logit is still {nearest:.3g} below a kept one, with "
-        f"a gap of {args.gap:g}; take more --steps, a higher --lr or a smaller --gap",
+        f"a gap of {args.gap:g}; take more --steps, {faster}a smaller --gap",
     )
 
 

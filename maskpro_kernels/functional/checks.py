@@ -85,7 +85,8 @@ def check_gap(gap: float, dtype: torch.dtype = torch.float32) -> None:
     if isinstance(gap, bool) or not isinstance(gap, (int, float)):
         raise TypeError(f"gap: expected a float, got {type(gap).__name__}")
     if not 0 <= gap <= torch.finfo(dtype).max:
-        raise ValueError(f"gap: expected a finite float of at least 0, got {gap} for logits in {dtype}")
+        largest = torch.finfo(dtype).max
+        raise ValueError(f"gap: expected a float within [0, {largest:g}], for logits in {dtype}, got {gap}")
 
 
 _SHORT = reprlib.Repr()

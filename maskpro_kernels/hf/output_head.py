@@ -39,7 +39,7 @@ def _follows(model: PreTrainedModel, head: torch.nn.Linear, pattern: NMPattern, 
         return False
     rows = _stored_rows(model, head, folder) if head.weight.is_meta else head.weight.detach().split(ROWS)
     # most heads are known to be dense by their first rows
-    return all(int((part != 0).view(-1, pattern.m).sum(1).max()) <= pattern.n for part in rows)
+    return all(int((part != 0).reshape(-1, pattern.m).sum(1).max()) <= pattern.n for part in rows)
 
 
 def _stored_rows(model: PreTrainedModel, head: torch.nn.Linear, folder: Path) -> Iterator[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
 from ..checked_json import load_json
 from ..safetensors_files import named_files
@@ -20,7 +20,7 @@ def stored_dtype(name: str) -> str | None:
     """ "float32", "bfloat16" or "float16": what the config names, else what holds all weights of safetensors files.
 
     Args:
-        name: a folder, or an id on the hub, of which the config is fetched.
+        name: a folder, or an id on the hub, of which the config and the heads of safetensors files are fetched.
 
     Returns:
         None where the config names none of the three, and the files tell none; also where there are no such files.
@@ -38,7 +38,11 @@ def stored_dtype(name: str) -> str | None:
         if named in KNOWN.values():
             return named
         files = named_files(config.parent) or sorted(config.parent.glob("*.safetensors"))
-        found = set(stored_dtypes(files).values())
+        if files or Path(name).is_dir():
+            found = set(stored_dtypes(files).values())
+        else:
+            # the weights have not been fetched yet
+            found = set(get_safetensors_metadata(name).parameter_count)
     except Exception:
         # whatever the hub raises: loading the model tells what is wrong
         return None

@@ -1,7 +1,7 @@
 """The one rule of dispatch: which code runs an operation, by device.
 
-All routes give the same bits of what draws, scores and steps. Products and the slopes of straight-through, whose sums
-each route takes in its own order, are within an error budget of each other.
+All routes give the same bits of draws, scores and updates by a given score or slope. Products, and the slopes that
+straight-through takes from them, are within an error budget of each other: each route sums in its own order.
 
 CUDA tensors go to the kernels. CPU tensors go to the kernels under Triton's interpreter (``TRITON_INTERPRET=1``), else
 to the reference: as machine code where LLVM compiles for the machine, else eager.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..functional.checks import check_gap, check_int
+from ..functional.checks import check_gap, check_int, describe
 from ..functional.logits_device import device_of_logits
 from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear
@@ -91,17 +91,17 @@ def convert(
         progress: called by masks and refits that take minutes, with how many layers are done, and of how many.
 
     Returns:
-        What has a mask now, and what was left out.
+        What has a mask now, what was left out and why, and the gap.
 
     Warns:
         UserWarning: without ``targets``, if under 90% of the matrix weights have a mask; if experts saw no token.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, a weight not finite or not in memory, or nothing is left;
-            the model is then as it was.
+        TypeError, ValueError: an argument is not as above, a weight is not finite or in memory, or there is nothing
+            to convert; the model is then as it was.
     """
     pattern = NMPattern(pattern)
-    _check(model, init, refit, seed)
+    _check(model, init, refit, seed, progress)
     how = _logits(gap, flip_rate, pattern, logits_dtype, logits_device)
     call, calibration = first_call(agreed_calibration(model, calibration))
     with in_linear_form(model) as left_out:
@@ -128,7 +128,7 @@ def _masks(
     return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
 
 
-def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
+def _check(model: nn.Module, init: Init, refit: str, seed: int, progress: Progress | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
     if not is_cut(model):
@@ -136,6 +136,8 @@ def _check(model: nn.Module, init: Init, refit: str, seed: int) -> None:
         check_initial_mask(init)
     check_refit(refit)
     check_int("seed", seed, 1 << 63)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function of two counts, got {describe(progress)}")
     check_no_flat_parameters("model", model)
     check_replaceable(model)
 

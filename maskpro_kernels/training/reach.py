@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..modules import MaskedLinear
 from ..pattern import NMPattern
+from ..ranks import Ranks
 from .estimator import Estimator
+from .sharded_run import is_sharded
 
 # Of logits looked at together: most runs are through with the first
 ROWS = 1024
@@ -27,9 +29,23 @@ def margins(logits: Tensor, pattern: NMPattern) -> Tensor:
     return ordered[:, pattern.n - 1] - ordered[:, pattern.n]
 
 
-@torch.no_grad()
-def check_reach(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:
+def nearest_margin(layers: Mapping[str, MaskedLinear], enough: float = -math.inf) -> float:
+    """The least of ``margins`` of the logits that this rank has; the first one found that is ``enough`` or less."""
+    nearest = math.inf
+    for layer in layers.values():
+        for logits in layer.own_logits.detach().split(ROWS):
+            nearest = min(nearest, float(margins(logits, layer.pattern).min()) if len(logits) else math.inf)
+            if nearest <= enough:
+                return nearest
+    return nearest
+
+
+def check_reach(estimator: Estimator, nearest: float, tell: bool = True) -> None:
     """See that a group lies within ``reach`` of an estimator.
+
+    Args:
+        nearest: ``nearest_margin`` of all logits.
+        tell: whether this is the rank that warns.
 
     Warns:
         UserWarning: if there is none, and it learns without draws that change masks.
@@ -37,22 +53,26 @@ def check_reach(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> Non
     Raises:
         ValueError: if there is none, and it learns from such draws alone.
     """
-    reach, nearest = estimator.reach, float("inf")
-    if reach == float("inf"):
+    reach = estimator.reach
+    if nearest <= reach:
         return
-    for layer in layers.values():
-        for logits in layer.own_logits.split(ROWS):
-            nearest = min(nearest, float(margins(logits, layer.pattern).min()))
-            if nearest <= reach:
-                return
-    told = f"a kept and a dropped logit at most {reach:g} apart, got none nearer than {nearest:.4g}"
     if estimator.needs_flips:
         raise ValueError(
-            f"model: expected {told}: noise reaches no further, and {type(estimator).__name__} learns from draws that "
-            "change a mask alone; give convert a smaller gap"
+            f"model: expected a kept and a dropped logit at most {reach:g} apart, got none nearer than {nearest:.4g}: "
+            f"noise reaches no further, and {type(estimator).__name__} learns from draws that change a mask alone; "
+            "give convert a smaller gap"
         )
-    warnings.warn(
-        f"no mask will change: all steps together can cross a gap of {reach:g}, and the nearest two logits are "
-        f"{nearest:.4g} apart; give more steps, a greater max_update or a smaller gap",
-        stacklevel=3,
-    )
+    if tell:
+        warnings.warn(
+            f"no mask will change: all steps together can cross a gap of {reach:g}, and the nearest two logits are "
+            f"{nearest:.4g} apart; give more steps, a greater max_update or a smaller gap",
+            stacklevel=3,
+        )
+
+
+def agree_on_reach(ranks: Ranks, layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:
+    """``check_reach`` of rows that ranks share, on all of them."""
+    if not is_sharded(layers) or ranks.world == 1:
+        return
+    nearest = min(of_rank for (of_rank,) in ranks.gather([nearest_margin(layers, estimator.reach)]))
+    check_reach(estimator, nearest, tell=ranks.rank == 0)

@@ -79,7 +79,7 @@ class Reinforce(Estimator):
         if refresh and draws > 1:
             raise ValueError(f"refresh: expected False with several draws, which need no initial losses, got {refresh}")
         if tracker != "after" and draws > 1:
-            raise ValueError(f'tracker: expected "after" with several draws, which need none, got {tracker!r}')
+            raise ValueError(f'tracker: expected "after" with several draws, which have no tracker, got {tracker!r}')
         if steps is not None:
             check_whole("steps", steps, 1)
         self.draws, self.steps = draws, steps

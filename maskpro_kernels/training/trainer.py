@@ -27,7 +27,7 @@ from .journal import Entry
 from .model_masks import ModelMasks
 from .number_checks import check_float, check_whole
 from .rank_agreement import check_alike
-from .reach import check_reach
+from .reach import agree_on_reach, check_reach, nearest_margin
 from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
@@ -88,8 +88,7 @@ class MaskTrainer:
 
     Raises:
         TypeError, ValueError: an argument is not as above, or logits are not finite, or with ``Reinforce`` all too far
-            apart for a draw to change a mask. The model is then as it was. Of rows that ranks share ``begin`` raises
-            what is not finite, on all of them.
+            apart for a draw to change a mask. The model is then as it was. Of rows that ranks share ``begin`` tells it.
 
     Warns:
         UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask.
@@ -130,7 +129,7 @@ class MaskTrainer:
         if not is_sharded(self.layers) or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
             check_finite(self.layers)
-            check_reach(self.layers, estimator)
+            check_reach(estimator, nearest_margin(self.layers, estimator.reach), self.ranks.rank == 0)
         self._batches = batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self.estimator, self.seed = estimator, seed
@@ -190,6 +189,7 @@ class MaskTrainer:
         self.estimator.begin(self.layers)
         if self.output_dir is not None or self.ranks.world > 1:
             run = self._agreed_settings(with_logits=True)
+        agree_on_reach(self.ranks, self.layers, self.estimator)
         if self.output_dir is not None:
             self._snapshots.start(run)
         with forwards_of(self.model, self.ranks):

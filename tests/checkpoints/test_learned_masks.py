@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,6 +229,20 @@ def test_an_import_has_the_dtype_of_its_source(tmp_path, capsys, stored, named, 
     assert_same_bits(found, given.to(expected))
     told = f"neither a config nor safetensors files tell that weights of {str(tmp_path / 'in')!r} are in one of"
     assert (told in capsys.readouterr().err) == (stored == torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"), [({"F32": 3}, "float32"), ({"BF16": 3, "I8": 1}, "bfloat16"), ({}, None)]
+)
+def test_weights_on_the_hub_tell_their_dtype_before_they_are_fetched(tmp_path, monkeypatch, held, expected):
+    # a function of the package has the name of this module
+    of_stored = sys.modules["maskpro_kernels.hf.stored_dtype"]
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(of_stored, "check_model", lambda name: None)
+    monkeypatch.setattr(of_stored, "hf_hub_download", lambda name, file: tmp_path / file)
+    metadata = SimpleNamespace(parameter_count=held)
+    monkeypatch.setattr(of_stored, "get_safetensors_metadata", lambda name: metadata)
+    assert hf.stored_dtype("owner/name") == expected
 
 
 def test_bad_imports_are_refused(folder, tmp_path, capsys):

@@ -110,7 +110,7 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
     told = capsys.readouterr().err
     assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in told
     written = report(tmp_path / "run")
-    command = told.partition("worse than the initial one; for that run: maskpro ")[2].splitlines()[0]
+    command = told.partition("worse than the initial one, which this command writes: maskpro ")[2].splitlines()[0]
     assert main.main(command.replace("OUT", str(tmp_path / "initial")).split()) == 0
     wanda = tmp_path / "one"
     monkeypatch.undo()

@@ -60,7 +60,7 @@ def test_learn_refuses_bad_input(inputs, tmp_path, capsys, option, value, messag
 
 def test_a_gap_that_logits_cannot_hold_is_refused_before_a_model_is_read(inputs, tmp_path, capsys):
     options = ["--estimator", "straight-through", "--gap", "1e5", "--logits-dtype", "float16", "--model", "/no/such"]
-    told = "gap: expected a finite float of at least 0, got 100000.0 for logits in torch.float16"
+    told = "gap: expected a float within [0, 65504], for logits in torch.float16, got 100000.0"
     refuses(capsys, tmp_path, learn(inputs, tmp_path / "output", *options), told)
 
 

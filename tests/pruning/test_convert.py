@@ -132,6 +132,7 @@ def test_targets_by_projection_in_a_language_model():
         ({"init": "random", "seed": -1}, ValueError, "^seed: "),
         ({"init": "random", "seed": 1.0}, TypeError, "^seed: "),
         ({"init": None}, (TypeError, ValueError), "^init: "),
+        ({"progress": True}, TypeError, "^progress: expected a function of two counts, got bool True"),
         ({"init": "wanda"}, ValueError, "^calibration: "),
         ({"init": "wanda", "calibration": []}, ValueError, "^calibration: expected at least one batch"),
         ({"init": "wanda", "calibration": 3}, TypeError, "^calibration: "),

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.bits import assert_same_bits
 from helpers.in_ranks import all_in_ranks, in_ranks
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import a_sharded_model, learn_sharded
 
+import maskpro_kernels as mk
+from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import MissingRanks
+from maskpro_kernels.shards import local
 from maskpro_kernels.training import journal
 
 STEPS = 4
@@ -83,3 +88,32 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(how, ends, tmp_path, eager_ref
     resumed, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2, output_dir=tmp_path)
     logits, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2)
     assert (resumed[0] - logits[0]).abs().max() < 1e-5
+
+
+def begin_where_no_mask_changes(rank: int) -> list[str]:
+    """What `begin` raises or warns on this rank, of rows of which one group of rank 1 may be near."""
+    told = []
+    for near, estimator in ((False, mk.Reinforce()), (False, mk.StraightThrough(steps=3)), (True, mk.Reinforce())):
+        model = a_sharded_model([2])
+        with torch.no_grad():
+            for layer in masked_layers(model).values():
+                own = local(layer.logits)
+                own.copy_((own > 0) * 40.0)
+            if near and rank == 1:
+                own.view(-1, 4)[-1] *= 0.5
+        trainer = rank_trainer(model=model, estimator=estimator, accumulate=2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                trainer.begin()
+                told.append(" ".join(str(warning.message) for warning in caught if "no mask" in str(warning.message)))
+            except ValueError as error:
+                told.append(str(error))
+    return told
+
+
+def test_ranks_see_together_that_no_mask_can_change(eager_reference):
+    first, second = all_in_ranks(2, begin_where_no_mask_changes)
+    assert first[0] == second[0] and "at most 26 apart, got none nearer than 40" in first[0]
+    assert first[1].startswith("no mask will change: ") and second[1] == ""
+    assert first[2] == second[2] == ""

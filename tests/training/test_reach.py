@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import small_trainer
 from helpers.small_trainer import a_model, a_trainer
 
 from maskpro_kernels.modules import masked_layers
@@ -36,8 +37,11 @@ def test_margins_of_groups(n, expected):
 
 def test_straight_through_tells_that_its_steps_are_too_few():
     """Both logits move by 2 a step at most: 3 steps cross a gap of 12."""
-    with pytest.warns(UserWarning, match="all steps together can cross a gap of 12, .* 12.5 apart; give more steps"):
+    told = "all steps together can cross a gap of 12, .* 12.5 apart; give more steps"
+    with pytest.warns(UserWarning, match=told) as caught:
         a_trainer(spread(12.5), estimator=StraightThrough(steps=3))
+    # where the trainer is made
+    assert caught[0].filename == small_trainer.__file__
 
 
 @pytest.mark.parametrize(

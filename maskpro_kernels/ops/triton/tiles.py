@@ -259,7 +259,8 @@ _OWN: dict[tuple, Configuration | tuple[Rows, ...] | tuple[Tiles, ...]] = {
     if config.block < 64
 }
 for _key, _entry in _OWN.items():
-    next(table for table in TABLES if _key in table)[_key] = _entry
+    (_table,) = (table for table in TABLES if _key in table)
+    _table[_key] = _entry
 tuned.lay_files_over(TABLES, tuple(PROCESSORS))
 
 # Of products that are split. Warps of a processor: three a scheduler hide what one waits for, and sums of more parts

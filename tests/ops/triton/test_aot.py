@@ -250,7 +250,15 @@ def test_a_cost_is_worse_where_one_figure_is():
     assert aot_report.Cost(**where, **before).worse_than(before) == []
     within = {"registers": 105, "shared": 1050, "resident": 19, "determined": 52.5, "drawn_ps": 4.2}
     assert aot_report.Cost(**where, **before | within).worse_than(before) == []
-    beyond = {"registers": 106, "stack": 8, "shared": 1051, "resident": 18, "determined": 52.6, "drawn": 94.6}
+    beyond = {
+        "registers": 106,
+        "stack": 8,
+        "shared": 1051,
+        "resident": 18,
+        "determined": 52.6,
+        "drawn": 94.6,
+        "half": 21.1,
+    }
     for name, value in (beyond | {"determined_ps": 2.11, "drawn_ps": 4.21}).items():
         assert aot_report.Cost(**where, **before | {name: value}).worse_than(before) == [name]
 
