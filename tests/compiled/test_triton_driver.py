@@ -153,7 +153,7 @@ def test_a_phase_without_findings_passes(phase):
 def test_what_is_found_fails_the_test_that_caused_it(phase):
     machine, running, _ = phase()
     machine.findings.note("shared race", "some_kernel")
-    with pytest.raises(pytest.fail.Exception, match="the machine has found:\nshared race: some_kernel"):
+    with pytest.raises(pytest.fail.Exception, match="the emulator has found:\nshared race: some_kernel"):
         running.send("result")
     # and no other one
     assert not machine.findings

@@ -75,7 +75,7 @@ def _watched(item) -> Generator:
             raise
     if faults := machine.faults(findings):
         told = "\n".join(map(str, faults))
-        pytest.fail(f"the machine has found:\n{told}", pytrace=False)
+        pytest.fail(f"the emulator has found:\n{told}", pytrace=False)
     return result
 
 
@@ -88,4 +88,4 @@ def pytest_terminal_summary(terminalreporter, config):
         seconds[launch.kernel] += launch.seconds
         counts[launch.kernel] += 1
     for kernel in sorted(counts):
-        terminalreporter.write_line(f"{kernel}: {counts[kernel]} launches, {seconds[kernel]:.1f} s in the machine")
+        terminalreporter.write_line(f"{kernel}: {counts[kernel]} launches, {seconds[kernel]:.1f} s in the emulator")
