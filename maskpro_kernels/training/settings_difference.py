@@ -37,7 +37,9 @@ def told_difference(own: object, found: object) -> str:
             return f"of this trainer, got {len(found)} in place of {len(own)}"
         first = next(index for index, pair in enumerate(zip(own, found, strict=True)) if pair[0] != pair[1])
         return f"of this trainer, got others from index {first} on"
-    return f"{_shown.repr(own)}, got {_shown.repr(found)}"
+    if isinstance(own, Mapping) or isinstance(found, Mapping):
+        return f"{_shown.repr(own)}, got {_shown.repr(found)}"
+    return "of this trainer, got others"
 
 
 def _entry(settings: Mapping, name: str) -> str:

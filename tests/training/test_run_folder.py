@@ -17,6 +17,7 @@ from helpers.small_trainer import a_model, a_trainer_in, logits_of, some_batches
 import maskpro_kernels as mk
 from maskpro_kernels.training import run_folder, snapshots
 from maskpro_kernels.training.journal import Entry
+from maskpro_kernels.training.settings_difference import told_difference
 from maskpro_kernels.training.snapshots import save_snapshot
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -105,6 +106,11 @@ def test_the_run_of_other_batches_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="^output_dir: expected a run with batch(es|_contents) of this trainer"):
         of(others).resume()
     assert of(copy.deepcopy(batches)).resume() == 2
+
+
+def test_a_loss_with_settings_and_one_without_are_told():
+    assert told_difference(None, {"temperature": 2.0, "teacher": "a"}).startswith("None, got {")
+    assert told_difference({"k": 64}, None) == "{'k': 64}, got None"
 
 
 def test_one_trainer_at_a_time(tmp_path):
