@@ -14,7 +14,7 @@ from helpers.checkpoints import LAYER
 from helpers.command import learn, report
 from helpers.tiny_llama import tiny_model, tiny_tokenizer, write_inputs
 from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import maskpro_kernels as mk
@@ -24,6 +24,7 @@ from maskpro_kernels.cli import main
 from maskpro_kernels.cli.origins import origin_of_run
 from maskpro_kernels.hf import saving
 from maskpro_kernels.hf.model_card import CARD, is_own
+from maskpro_kernels.hf.output_head import has_dense_head
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -94,6 +95,15 @@ def test_a_card_calls_the_output_head_dense_where_it_is(tmp_path, form):
     for mask, told in ((False, "Embeddings and the output head are dense."), (True, "zero. Embeddings are dense.")):
         hf.save_model(with_a_head_of_its_own(mask, form), tiny_tokenizer(), tmp_path / str(mask), origin=ORIGIN)
         assert told in (tmp_path / str(mask) / CARD).read_text()
+
+
+def test_a_card_does_not_call_a_head_dense_that_it_cannot_find(tmp_path):
+    """In a checkpoint whose tensors have other names than the model's."""
+    model = tiny_model(tie_word_embeddings=False)
+    tensors = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    for prefix, known in (("", True), ("other.", False)):
+        save_file({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+        assert has_dense_head(model.to("meta"), ["2:4"], tmp_path) == known
 
 
 @pytest.mark.parametrize("how", [[], ["--max-shard-size", "5GB"]], ids=["copied", "loaded"])

@@ -19,7 +19,7 @@ ROWS = 4096
 
 
 def has_dense_head(model: PreTrainedModel, patterns: Sequence[str], folder: Path) -> bool:
-    """Whether a model has an output head whose weights follow none of its patterns.
+    """Whether a model is known to have an output head whose weights follow none of its patterns.
 
     Args:
         model: its weights may be on the meta device.
@@ -38,14 +38,18 @@ def _follows(model: PreTrainedModel, head: torch.nn.Linear, pattern: NMPattern, 
     if head.in_features % pattern.m:
         return False
     rows = _stored_rows(model, head, folder) if head.weight.is_meta else head.weight.detach().split(ROWS)
+    # of none it is not known
     # most heads are known to be dense by their first rows
     return all(int((part != 0).reshape(-1, pattern.m).sum(1).max()) <= pattern.n for part in rows)
 
 
 def _stored_rows(model: PreTrainedModel, head: torch.nn.Linear, folder: Path) -> Iterator[torch.Tensor]:
-    """The rows of a head in a checkpoint whose tensors have the names of the model's."""
+    """The rows of a head in a checkpoint; none where its tensors have other names than the model's."""
     name = next(f"{name}.weight" for name, module in model.named_modules() if module is head)
-    with safe_open(tensor_files(named_files(folder))[name], framework="pt") as opened:
+    file = tensor_files(named_files(folder)).get(name)
+    if file is None:
+        return
+    with safe_open(file, framework="pt") as opened:
         rows = opened.get_slice(name)
         for first in range(0, head.out_features, ROWS):
             yield rows[first : first + ROWS]

@@ -314,7 +314,7 @@ def _target_of(name: str, otherwise: str) -> str:
     if name not in TARGET_OF:
         warnings.warn(
             f"GPU architecture {name}: expected one of {', '.join(TARGET_OF)}; its kernels are launched with the tiles "
-            f"of {otherwise}, which may be slow or not fit; maskpro_kernels/ops/triton/tiles.py tells how to add it",
+            f"of {otherwise}, which may be slow or not fit; CONTRIBUTING.md tells how to add it",
             stacklevel=2,
         )
     return TARGET_OF.get(name, otherwise)
