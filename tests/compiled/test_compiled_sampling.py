@@ -6,11 +6,14 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers.cases import cases, slow
 from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
 from helpers.layers import OVER_LAYERS, ManyLayers
 
 from maskpro_kernels.ops.triton import tiles
+from maskpro_kernels.ops.triton.device_functions.arithmetic import scaled_reciprocal
 
 pytestmark = pytest.mark.compiled
 
@@ -158,3 +161,27 @@ def test_flips_of_layers_of_one_launch(spread, pattern, compiled_for):
     of = ManyLayers(*pattern, spread=spread)
     found, expected = by_both(of.flip_rates)
     assert found == expected and (spread == "certain") == (max(found) == 0.0)
+
+
+# Significands whose reciprocals lie nearest to the middle between two numbers
+HARD = [0x186799, 0x20DDD1, 0x2B8BE1, 0x50AC19, 0x50DD0D, 0x5C23DD, 0x605475, 0x700FF1]
+
+
+@triton.jit
+def reciprocal_kernel(x, out, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + offsets, scaled_reciprocal(tl.load(x + offsets), SCALE))
+
+
+@pytest.mark.parametrize("every", [1 << 7, slow(1)], ids="every {}".format)
+@pytest.mark.parametrize("scale", [4096.0, 1 / 4096])
+def test_reciprocals_are_rounded_to_the_nearest(scale, every, compiled_for):
+    """Of all significands, at both ends of the range and in its middle, from approximations that are off either way."""
+    compiled_for("sm_80")
+    significands = torch.arange((1 << 23) - 1, -1, -every, dtype=torch.int32)
+    significands = torch.cat([significands, torch.tensor(HARD, dtype=torch.int32).repeat(128)])
+    for exponent in (-60, -1, 0, 1, 60):
+        x = (significands | 127 + exponent << 23).view(torch.float32)
+        out = torch.empty_like(x)
+        reciprocal_kernel[(len(x) // 1024,)](x, out, SCALE=scale, BLOCK=1024, enable_fp_fusion=False)
+        assert torch.equal(out, scale / x)

@@ -142,6 +142,23 @@ def test_quotients():
     assert np.array_equal(found, [math.nan, math.inf, -math.inf, 0, math.nan, 0, math.inf], equal_nan=True)
 
 
+def test_approximate_reciprocals_are_less_than_one_unit_in_the_last_place_off_either_way():
+    a = operands("f32", 1)
+    values = a.view(np.float32)
+    values = values[np.isfinite(values) & (abs(values) >= 2.0**-126) & (abs(values) <= 2.0**126)]
+    found = compute("rcp.approx.ftz.f32 $d, $a;", values, out=np.float32)
+    off = [Fraction(float(each)) - 1 / Fraction(float(value)) for each, value in zip(found, values, strict=True)]
+    assert all(abs(by) < Fraction(float(np.spacing(abs(each)))) for by, each in zip(off, found, strict=True))
+    assert sum(by > 0 for by in off) > len(off) // 4 and sum(by < 0 for by in off) > len(off) // 4
+
+
+def test_approximate_reciprocals_of_what_has_none():
+    special = np.array([0, -0.0, math.inf, -math.inf, math.nan, 2.0**-127, -(2.0**-149), 2.0**127], np.float32)
+    found = compute("rcp.approx.ftz.f32 $d, $a;", special, out=np.float32)
+    assert np.array_equal(found, [math.inf, -math.inf, 0, 0, math.nan, math.inf, -math.inf, 0], equal_nan=True)
+    assert np.signbit(found[3]) and not np.signbit(found[2])
+
+
 def test_square_roots():
     a = operands("f32", 1)
     found = compute("sqrt.rn.f32 $d, $a;", a, out=np.float32)

@@ -237,6 +237,7 @@ def test_two_kernels_are_refused():
         "div.approx.f32 %r1, %r70, %r70;",
         "sqrt.approx.f32 %r1, %r70;",
         "rcp.rn.f32 %r1, %r70;",
+        "rcp.approx.f32 %r1, %r70;",
         "min.xorsign.abs.f32 %r1, %r70, %r70;",
         "setp.lt.b32 %p1, %r70, %r70;",
         "setp.lo.s32 %p1, %r70, %r70;",

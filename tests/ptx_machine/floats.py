@@ -1,6 +1,6 @@
 """Floating-point instructions (PTX ISA 9.7.3 float32 and float64, 9.7.4 16 bits, 9.7.5 mixed precision).
 
-Rounding to the nearest alone; approximations, .ftz and .sat are refused.
+Rounding to the nearest alone, .ftz and .sat are refused; of approximations the reciprocal is known.
 """
 
 from __future__ import annotations
@@ -80,6 +80,16 @@ def divide(ins: Instruction, kernel: Kernel):
     """PTX ISA 9.7.3.8, div.rn."""
     modifiers(ins, "rn", "f32")
     return elementwise(ins, kernel, np.float32, 2, lambda a, b: canonical(a / b))
+
+
+@instruction("rcp.approx")
+def approximate_reciprocal(ins: Instruction, kernel: Kernel):
+    """PTX ISA 9.7.3.13, rcp.approx.ftz: less than one unit in the last place from the exact one.
+
+    Of the two such numbers that lie about it the operand's bits choose one, as if at random.
+    """
+    modifiers(ins, "approx", "ftz", "f32")
+    return elementwise(ins, kernel, np.float32, 1, formats.near_reciprocal)
 
 
 @instruction("sqrt")

@@ -131,7 +131,7 @@ def finish_tile(
         index = (offset + row * row_stride + group).to(tl.uint32)
         dtype: tl.constexpr = source.dtype.element_ty
         new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
-        tl.store(source + offsets, d.join_columns(new, M).to(dtype), mask=inside[:, None])
+        tl.store(source + offsets, d.join_columns(new, M), mask=inside[:, None])
         # weights outside of the matrix are read as zeros: no slope
         tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
     else:

@@ -1,11 +1,43 @@
-"""Logarithm and exponential, with the bits of the reference."""
+"""Logarithm, exponential and reciprocal, with the bits of the reference."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from ..tiles import INTERPRETED as _INTERPRETED
 from .constants import EXP, EXP_UNDERFLOW, LN, LN2, LN2_HIGH, LN2_LOW, LOG2_E, LOWEST_FLOAT32, SQRT_HALF_BITS
+
+INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
+# y = 1 / x within one unit in the last place (PTX ISA, rcp), y += y e where e = 1 - x y, q = scale y, q += y r where
+# r = scale - x q. Markstein (2000), IA-64 and Elementary Functions, chapter 8: q is rounded correctly, but perhaps for
+# an x all of whose bits are ones. There the first y += y e is a tie, which the last bit of the factor y decides.
+SCALED_RECIPROCAL: tl.constexpr = tl.constexpr("""{
+.reg .b32 y, e, q, r, minus, odd;
+rcp.approx.ftz.f32 y, $1;
+neg.f32 minus, $1;
+fma.rn.f32 e, minus, y, 0f3F800000;
+or.b32 odd, y, 1;
+fma.rn.f32 y, odd, e, y;
+mul.rn.f32 q, y, $2;
+fma.rn.f32 r, minus, q, $2;
+fma.rn.f32 $0, y, r, q;
+}""")
+
+
+@triton.jit
+def scaled_reciprocal(x, SCALE: tl.constexpr):
+    """SCALE / x, rounded to the nearest, of float32 between 2^-60 and 2^60, on an NVIDIA GPU.
+
+    SCALE is a power of two between 2^-30 and 2^30. A division asks first whether its result might be subnormal.
+    """
+    scale = tl.full(x.shape, SCALE, tl.float32)
+    if INTERPRETED:
+        return tl.div_rn(scale, x)
+    else:
+        return tl.inline_asm_elementwise(
+            SCALED_RECIPROCAL, "=f,f,f", [x, scale], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

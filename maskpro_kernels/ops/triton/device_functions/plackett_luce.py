@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import exp, exp_in_range, ln, saturated, saturated_columns
+from .arithmetic import exp, exp_in_range, ln, saturated, saturated_columns, scaled_reciprocal
 from .constants import EXPONENT_CLAMP, INVERSE_RECIPROCAL_SCALE, NEAR_CERTAIN, RECIPROCAL_SCALE, SMALLEST_NORMAL
 
 
@@ -184,10 +184,10 @@ def score_of_largest_2_of_4(x, ordered, inv_temperature):
     first_leads = (x[0] >= ordered[0]) | (x[1] >= ordered[0]) & (x[0] < ordered[1])
     first_leads |= (x[2] >= ordered[0]) & (x[3] >= ordered[1])
     with_both = tl.where(first_leads, with_first + 1.0, with_second + first)
-    scale = tl.full(first.shape, RECIPROCAL_SCALE, tl.float32)
-    inverse_first, inverse_second = tl.div_rn(scale, with_first), tl.div_rn(scale, with_second)
-    inverse_both = tl.div_rn(scale, with_both)
-    inverse_h = tl.div_rn(tl.full(first.shape, INVERSE_RECIPROCAL_SCALE, tl.float32), inverse_first + inverse_second)
+    inverse_first = scaled_reciprocal(with_first, RECIPROCAL_SCALE)
+    inverse_second = scaled_reciprocal(with_second, RECIPROCAL_SCALE)
+    inverse_both = scaled_reciprocal(with_both, RECIPROCAL_SCALE)
+    inverse_h = scaled_reciprocal(inverse_first + inverse_second, INVERSE_RECIPROCAL_SCALE)
     d_first, d_second = dropped_sum * inverse_first, dropped_sum * inverse_second
     score_first = (d_first * inverse_both + d_first * inverse_first) * inverse_h
     score_second = (d_second * inverse_both + d_second * inverse_second) * inverse_h

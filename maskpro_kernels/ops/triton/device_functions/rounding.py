@@ -14,14 +14,16 @@ CUTS_OFF = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def round_stochastically(x, r, dtype: tl.constexpr):
-    """float32 rounded up or down to a 16-bit dtype's grid with probability by distance; r uint32 words.
+    """float32 rounded up or down to a 16-bit dtype with probability by distance; r uint32 words.
 
     Finite values stay finite, others pass through.
     """
     if dtype == tl.bfloat16:
         # zeros stay by themselves; what has no number above is cut off, which leaves the largest number and infinities
         r = tl.where(tl.abs(x) < BFLOAT16_MAX, r, 0)
-        rounded = ((x.to(tl.int32, bitcast=True) + (r >> 16).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
+        bits = x.to(tl.uint32, bitcast=True) + (r >> 16)
+        # by its bits: a conversion would first clear those below
+        rounded = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
         magnitude = tl.abs(x)
         normal = magnitude >= FLOAT16_SMALLEST_NORMAL
@@ -34,7 +36,7 @@ def round_stochastically(x, r, dtype: tl.constexpr):
         rounded = tl.where(normal, grid, tl.where(x < 0.0, 0.0 - small, small))
         rounded = tl.minimum(tl.maximum(rounded, 0.0 - FLOAT16_MAX), FLOAT16_MAX)
         finite = tl.abs(x) < float("inf")
-        rounded = tl.where(finite & (x != 0.0), rounded, x)
+        rounded = tl.where(finite & (x != 0.0), rounded, x).to(dtype)
     return rounded
 
 
