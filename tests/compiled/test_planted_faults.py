@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from helpers.compiled import Matrix, adamw, assert_bits_of_reference, mask_score, sample_mask, score_update, top_n_mask
 from helpers.compiled_products import PackedProduct, Product
 from helpers.planted import contracted, mutant_of, replaced, what_is_found
@@ -49,6 +50,14 @@ def product(target: str, row: int = 0, **options):
 def groups(call, **options):
     of = Matrix(2, 4, rows=3, groups=171, **options)
     return lambda: assert_bits_of_reference(lambda: call(of))
+
+
+def determined() -> None:
+    """An update of groups whose draws all are, where every bit of a score shows: the dropped logits are 0."""
+    of = Matrix(2, 4, rows=3, groups=171, spread="open")
+    kept = torch.arange(of.logits.shape[1]) % 4 < 2
+    of.logits.copy_(torch.where(kept, 12.0 + of.logits / 100.0, 0.0))
+    assert_bits_of_reference(lambda: score_update(of))
 
 
 # By fault: what is launched for which target, the text's rewrite, and a kind of finding
@@ -125,6 +134,12 @@ PLANTED = {
         "read of an unwritten register",
     ),
     "AMD: a product and a sum that are rounded once": ("gfx942", groups(adamw), contracted_on_amd, "wrong result"),
+    "an approximate reciprocal that is not corrected": (
+        "sm_80",
+        determined,
+        replaced(r"fma\.rn\.f32 (%r\d+), e, y, y;", r"mov.b32 \1, y;", count=0),
+        "wrong result",
+    ),
     "AMD: a division by an approximate reciprocal": (
         "gfx942",
         groups(mask_score),

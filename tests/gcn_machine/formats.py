@@ -7,7 +7,7 @@ bit set; one that comes of numbers has the bits 0x7fc00000.
 from __future__ import annotations
 
 import numpy as np
-from machines.rounding import fused, odd_sum
+from machines.rounding import faithful, fused, odd_sum, without_subnormal
 
 QUIET = np.uint32(1 << 22)
 NAN = np.uint32(0x7FC00000)
@@ -77,26 +77,6 @@ def median(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.where(odd, minimum(minimum(a, b), c), between) if odd.any() else between
 
 
-def faithful(exact: np.ndarray, operand: np.ndarray) -> np.ndarray:
-    """float64 as an approximation gives it in float32: one of the two neighbours of the exact value.
-
-    The ISA states an error of one unit in the last place for the reciprocal and for roots, and no bits. Here the
-    operand's bits say which neighbour it is, so that a kernel is seen to be wrong whose results depend on it. What
-    would be subnormal is 0: the instructions have no such results.
-    """
-    nearest = np.asarray(exact).astype(np.float32)
-    below = nearest.astype(np.float64) < exact
-    other = np.nextafter(nearest, np.where(below, np.float32(np.inf), np.float32(-np.inf)))
-    nearer = operand.view(np.uint32) * np.uint32(2654435761) >> np.uint32(31) == 0
-    exactly = nearest.astype(np.float64) == exact
-    chosen = np.where(nearer | exactly | ~np.isfinite(nearest), nearest, other)
-    return with_nan(without_subnormal(chosen), operand)
-
-
-def without_subnormal(a: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(a) < np.float32(2.0**-126), np.copysign(np.float32(0), a), a)
-
-
 def reciprocal(a: np.ndarray) -> np.ndarray:
     """CDNA3 ISA, V_RCP_F32, V_RCP_IFLAG_F32.
 
@@ -106,17 +86,17 @@ def reciprocal(a: np.ndarray) -> np.ndarray:
     """
     exact = 1 / without_subnormal(a).astype(np.float64)
     all_ones = a.view(np.uint32) & ONES == ONES
-    return np.where(all_ones, with_nan(without_subnormal(exact.astype(np.float32)), a), faithful(exact, a))
+    return with_nan(np.where(all_ones, without_subnormal(exact.astype(np.float32)), faithful(exact, a)), a)
 
 
 def root(a: np.ndarray) -> np.ndarray:
     """CDNA3 ISA, V_SQRT_F32."""
-    return faithful(np.sqrt(without_subnormal(a).astype(np.float64)), a)
+    return with_nan(faithful(np.sqrt(without_subnormal(a).astype(np.float64)), a), a)
 
 
 def reciprocal_root(a: np.ndarray) -> np.ndarray:
     """CDNA3 ISA, V_RSQ_F32."""
-    return faithful(1 / np.sqrt(without_subnormal(a).astype(np.float64)), a)
+    return with_nan(faithful(1 / np.sqrt(without_subnormal(a).astype(np.float64)), a), a)
 
 
 # -- division

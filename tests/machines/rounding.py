@@ -1,4 +1,4 @@
-"""Results that are rounded once, by way of float64."""
+"""Results that are rounded once, by way of float64, and approximations."""
 
 from __future__ import annotations
 
@@ -27,6 +27,35 @@ def odd_float32(values: np.ndarray) -> np.ndarray:
     bits = rounded.view(np.int32)
     even = (back != values) & (bits & 1 == 0) & np.isfinite(values)
     return np.where(even, bits + np.where(np.abs(back) < np.abs(values), 1, -1), bits).astype(np.int32).view(np.float32)
+
+
+def fused_up(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float32, rounded once, towards plus infinity; NaN of any bits."""
+    nearest = np.asarray(fused(a, b, c))
+    exact = odd_sum(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
+    # rounded to odd it lies on the same side of every float32 as the exact sum
+    below = np.isfinite(exact) & (nearest.astype(np.float64) < exact)
+    return np.where(below, np.nextafter(nearest, np.float32(np.inf)), nearest)[()]
+
+
+def faithful(exact: np.ndarray, operand: np.ndarray) -> np.ndarray:
+    """float64 as an approximation may give it in float32: one of the two neighbours of the exact value.
+
+    Instruction sets state an error of one unit in the last place, and no bits. Here the operand's bits say which
+    neighbour it is, as if at random, so that a kernel is seen to be wrong whose results depend on it. What would be
+    subnormal is 0.
+    """
+    nearest = np.asarray(exact).astype(np.float32)
+    below = nearest.astype(np.float64) < exact
+    other = np.nextafter(nearest, np.where(below, np.float32(np.inf), np.float32(-np.inf)))
+    nearer = operand.view(np.uint32) * np.uint32(2654435761) >> np.uint32(31) == 0
+    exactly = nearest.astype(np.float64) == exact
+    return without_subnormal(np.where(nearer | exactly | ~np.isfinite(nearest), nearest, other))
+
+
+def without_subnormal(a: np.ndarray) -> np.ndarray:
+    """float32 with zeros of the same sign in place of subnormal numbers."""
+    return np.where(np.abs(a) < np.float32(2.0**-126), np.copysign(np.float32(0), a), a)
 
 
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -72,6 +72,19 @@ def test_logits_that_lie_far_apart_move_as_in_each_layer(pattern, on, odd, monke
         assert_same_bits(of.updated(by_codes=by_codes), expected, m=pattern[1])
 
 
+def test_scores_of_codes_that_keep_the_largest_of_logits_far_apart(route, monkeypatch):
+    """2:4, a group a block: the second largest lies further below the largest than float32 reaches."""
+    monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 1)
+    of = ManyLayers(2, 4, sizes=[(6, 12)])
+    far = [(3e38, -3e38, -3.1e38, -3.2e38), (3.4e38, -3.4e38, -3.4e38, -3.4e38), (3e38, 2e38, -3e38, -3e38)]
+    orders = [order for group in far for order in itertools.permutations(group)]
+    of.layers[0].logits.copy_(torch.tensor(orders).view(of.layers[0].logits.shape))
+    expected = of.updated_alone()
+    assert expected[0].isfinite().all()
+    assert_same_bits(of.drawn(), of.drawn_alone())
+    assert_same_bits(of.updated(by_codes=True), expected)
+
+
 def test_an_update_of_another_draw_leaves_codes_that_are_held(route):
     of = ManyLayers(2, 4)
     group = of.group()

@@ -105,6 +105,25 @@ def test_fma_rounds_once(kind):
     )
 
 
+def test_fma_rounds_up():
+    a, b, c = (operands("f32", seed).view(np.float32) for seed in (1, 2, 3))
+    # sums that are exact, and such that lie barely above or below one of float32
+    parts = [(a, b, c), (a, b, -(a * b)), [one.view(np.float32) for one in halfway(300)]]
+    a, b, c = (np.concatenate(part) for part in zip(*parts, strict=True))
+    found = compute("fma.rp.f32 $d, $a, $b, $c;", a, b, c, out=np.float32)
+    seen = set()
+    for *each, result in zip(a, b, c, found, strict=True):
+        if not all(map(math.isfinite, each)):
+            continue
+        x, y, z = (Fraction(float(one)) for one in each)
+        below = np.nextafter(result, np.float32(-np.inf))
+        # the smallest number that is not below; beyond the largest ones as IEEE 754 says
+        assert result == math.inf or Fraction(float(result)) >= x * y + z, each
+        assert below == -math.inf or Fraction(float(below)) < x * y + z, each
+        seen.add(result == nearest(x * y + z, "f32"))
+    assert seen == {True, False}
+
+
 def test_two_float32_in_a_register():
     for name, letters in (("add", "ab"), ("sub", "ab"), ("mul", "ab"), ("fma", "abc")):
         given = [operands("f32", seed) for seed in range(len(letters))]
@@ -142,7 +161,7 @@ def test_quotients():
     assert np.array_equal(found, [math.nan, math.inf, -math.inf, 0, math.nan, 0, math.inf], equal_nan=True)
 
 
-def test_approximate_reciprocals_are_less_than_one_unit_in_the_last_place_off_either_way():
+def test_approximate_reciprocals_lie_beside_the_exact_ones_on_either_side():
     a = operands("f32", 1)
     values = a.view(np.float32)
     values = values[np.isfinite(values) & (abs(values) >= 2.0**-126) & (abs(values) <= 2.0**126)]

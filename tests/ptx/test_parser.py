@@ -232,6 +232,8 @@ def test_two_kernels_are_refused():
         "mad.lo.s32 %r1, %r70, %r70;",
         "mad.lo.cc.s32 %r1, %r70, %r70, %r70;",
         "fma.f32 %r1, %r70, %r70, %r70;",
+        "fma.rz.f32 %r1, %r70, %r70, %r70;",
+        "fma.rp.f16 %rs1, %rs1, %rs1, %rs1;",
         "fma.rn.relu.f16 %rs1, %rs1, %rs1, %rs1;",
         "div.full.f32 %r1, %r70, %r70;",
         "div.approx.f32 %r1, %r70, %r70;",

@@ -1,6 +1,7 @@
 """Floating-point instructions (PTX ISA 9.7.3 float32 and float64, 9.7.4 16 bits, 9.7.5 mixed precision).
 
-Rounding to the nearest alone, .ftz and .sat are refused; of approximations the reciprocal is known.
+Rounding is to the nearest, that of fma.f32 also towards plus infinity. Of approximations rcp.approx.ftz is known; .ftz
+elsewhere, and .sat, are refused.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def fused(ins: Instruction, kernel: Kernel):
     """PTX ISA 9.7.3.6 and 9.7.4.4, fma."""
     if ins.opcode[-1] in HALVES and ins.opcode[-2] == "f32":
         return _mixed(ins, kernel)
-    _, kind = modifiers(ins, "rn", ("f32", "f32x2", *HALVES, *PAIRS))
+    rounding, kind = modifiers(ins, ("rn", "rp"), ("f32", "f32x2", *HALVES, *PAIRS))
+    if rounding == "rp":
+        if kind != "f32":
+            raise refusal(ins, "no such instruction")
+        return elementwise(ins, kernel, np.float32, 3, formats.fma32_up)
     return _compute(ins, kernel, kind, 3)
 
 
@@ -84,10 +89,7 @@ def divide(ins: Instruction, kernel: Kernel):
 
 @instruction("rcp.approx")
 def approximate_reciprocal(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.3.13, rcp.approx.ftz: less than one unit in the last place from the exact one.
-
-    Of the two such numbers that lie about it the operand's bits choose one, as if at random.
-    """
+    """PTX ISA 9.7.3.13, rcp.approx.ftz."""
     modifiers(ins, "approx", "ftz", "f32")
     return elementwise(ins, kernel, np.float32, 1, formats.near_reciprocal)
 

@@ -6,12 +6,11 @@ Values of 16 bits travel as their bits, uint16. Results are rounded once, to the
 from __future__ import annotations
 
 import numpy as np
-from machines.rounding import fused, odd_float32, odd_sum
+from machines.rounding import faithful, fused, fused_up, odd_float32, odd_sum, without_subnormal
 
 # the one pattern of results that are no number
 NAN16, NAN32 = np.uint16(0x7FFF), np.uint32(0x7FFFFFFF).view(np.float32)
 HALVES = ("f16", "bf16")
-SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 def canonical(values: np.ndarray) -> np.ndarray:
@@ -49,20 +48,14 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return canonical(fused(a, b, c))
 
 
+def fma32_up(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """The same, rounded towards plus infinity."""
+    return canonical(fused_up(a, b, c))
+
+
 def near_reciprocal(a: np.ndarray) -> np.ndarray:
-    """One of the two float32 numbers about 1 / a, by the bits of a; subnormal operands and results are zeros."""
-    flushed = without_subnormals(a)
-    exact = 1.0 / flushed.astype(np.float64)
-    nearest = exact.astype(np.float32)
-    beyond = np.nextafter(nearest, np.where(nearest < exact, np.float32(np.inf), np.float32(-np.inf)))
-    odd = (a.view(np.uint32) * np.uint32(0x9E3779B1) >> np.uint32(31)).astype(bool)
-    between = np.isfinite(nearest) & (nearest != exact)
-    return canonical(without_subnormals(np.where(between & odd, beyond, nearest)))
-
-
-def without_subnormals(a: np.ndarray) -> np.ndarray:
-    """float32, zeros of the same sign in place of subnormal numbers."""
-    return np.where(np.abs(a) < SMALLEST_NORMAL, np.copysign(np.float32(0.0), a), a)
+    """One of the two float32 numbers about 1 / a; subnormal operands and results are zeros."""
+    return canonical(faithful(1.0 / without_subnormal(a).astype(np.float64), a))
 
 
 def fma16(a: np.ndarray, b: np.ndarray, c: np.ndarray, kind: str) -> np.ndarray:

@@ -253,16 +253,18 @@ ROWS = {(kernel, target): rows for kernel, rows in _ROWS.items() for target in P
 TABLES = (CONFIGURATIONS, ELEMENTS, ROWS, TILES, PACKED_TILES)
 # Entries that differ from those of the other targets, by the keys of the tables
 _OWN: dict[tuple, Configuration | tuple[Rows, ...] | tuple[Tiles, ...]] = {
+    # With 3 stages Triton 3.9's ptxas aims at 56 registers by codes, and puts 8 bytes on the stack. A cap would do as
+    # well, but ptxas then takes more registers wherever masks are drawn.
+    ("masked_linear", "sm_100", 2): tuple(
+        replace(tile, num_stages=4) if tile.tokens == 16 else tile for tile in _TILES["masked_linear", 2]
+    ),
     # a wave of AMD has 64 lanes, all of which should have a group
-    (kernel, "gfx942", m): replace(config, block=64)
-    for (kernel, m), config in _CONFIGURATIONS.items()
-    if config.block < 64
+    **{
+        (kernel, "gfx942", m): replace(config, block=64)
+        for (kernel, m), config in _CONFIGURATIONS.items()
+        if config.block < 64
+    },
 }
-# With 3 stages Triton 3.9's ptxas aims at 56 registers by codes, and puts 8 bytes on the stack. A cap would do as well,
-# but ptxas then takes more registers wherever masks are drawn.
-_OWN["masked_linear", "sm_100", 2] = tuple(
-    replace(tile, num_stages=4) if tile.tokens == 16 else tile for tile in _TILES["masked_linear", 2]
-)
 for _key, _entry in _OWN.items():
     (_table,) = (table for table in TABLES if _key in table)
     _table[_key] = _entry

@@ -9,27 +9,27 @@ from ..tiles import INTERPRETED as _INTERPRETED
 from .constants import EXP, EXP_UNDERFLOW, LN, LN2, LN2_HIGH, LN2_LOW, LOG2_E, LOWEST_FLOAT32, SQRT_HALF_BITS
 
 INTERPRETED: tl.constexpr = tl.constexpr(_INTERPRETED)
-# y = 1 / x within one unit in the last place (PTX ISA, rcp), y += y e where e = 1 - x y, q = scale y, q += y r where
-# r = scale - x q. Markstein (2000), IA-64 and Elementary Functions, chapter 8: q is rounded correctly, but perhaps for
-# an x all of whose bits are ones. There the first y += y e is a tie, which the last bit of the factor y decides.
+# y is 1 / x within one unit in the last place (PTX ISA 9.7.3.13, rcp), and e = 1 - x y is exact, so 1 / x is
+# y (1 + e + e^2) but for e^3. The sum e + e^2 is rounded up: rounded to the nearest it would leave a tie behind where
+# the significand of x is all ones, the one x that Newton's step may round wrongly (Markstein 2000, IA-64 and Elementary
+# Functions, chapter 8).
 SCALED_RECIPROCAL: tl.constexpr = tl.constexpr("""{
-.reg .b32 y, e, q, r, minus, odd;
+.reg .b32 y, e, minus;
 rcp.approx.ftz.f32 y, $1;
 neg.f32 minus, $1;
 fma.rn.f32 e, minus, y, 0f3F800000;
-or.b32 odd, y, 1;
-fma.rn.f32 y, odd, e, y;
-mul.rn.f32 q, y, $2;
-fma.rn.f32 r, minus, q, $2;
-fma.rn.f32 $0, y, r, q;
+fma.rp.f32 e, e, e, e;
+mul.rn.f32 y, y, $2;
+fma.rn.f32 $0, e, y, y;
 }""")
 
 
 @triton.jit
 def scaled_reciprocal(x, SCALE: tl.constexpr):
-    """SCALE / x, rounded to the nearest, of float32 between 2^-60 and 2^60, on an NVIDIA GPU.
+    """SCALE / x, rounded to the nearest, of float32 whose magnitude is between 2^-60 and 2^60. Not for AMD's GPUs.
 
-    SCALE is a power of two between 2^-30 and 2^30. A division asks first whether its result might be subnormal.
+    SCALE is a power of two between 2^-30 and 2^30. Within these ranges nothing is subnormal. So there is no branch to a
+    slower way, as ``div_rn`` has it.
     """
     scale = tl.full(x.shape, SCALE, tl.float32)
     if INTERPRETED:

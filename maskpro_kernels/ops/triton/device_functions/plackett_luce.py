@@ -174,7 +174,7 @@ def score_of_largest_2_of_4(x, ordered, inv_temperature):
     Void of equal second and third ones. What a column gets depends on its logit and on which of the two kept ones comes
     first. So the arithmetic is done once for each place in the order; the second one is the centre, and its e is 1.
     """
-    centre = (ordered[1] - ordered[0]) * inv_temperature
+    centre = saturated((ordered[1] - ordered[0]) * inv_temperature)
     first = exp_in_range(tl.minimum(0.0 - centre, EXPONENT_CLAMP))
     third = exp(saturated((ordered[2] - ordered[0]) * inv_temperature) - centre)
     fourth = exp(saturated((ordered[3] - ordered[0]) * inv_temperature) - centre)

@@ -22,7 +22,7 @@ def round_stochastically(x, r, dtype: tl.constexpr):
         # zeros stay by themselves; what has no number above is cut off, which leaves the largest number and infinities
         r = tl.where(tl.abs(x) < BFLOAT16_MAX, r, 0)
         bits = x.to(tl.uint32, bitcast=True) + (r >> 16)
-        # by its bits: a conversion would first clear those below
+        # as bits: a conversion rounds to the nearest, so that the bits below would have to be cleared first
         rounded = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
         magnitude = tl.abs(x)
