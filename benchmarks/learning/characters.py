@@ -108,15 +108,15 @@ class Problem:
     Args:
         text: of the model.
         model: dense; it stays so, each run has a copy.
-        seed: of the batches.
+        seed: of the batches. Held-out text is always the same.
         batches: how many there are.
     """
 
     def __init__(self, text: Text, model: CharacterModel, seed: int = 0, batches: int = BATCHES):
         self.text, self.model = text, model
-        generator = torch.Generator().manual_seed(seed)
+        generator, apart = (torch.Generator().manual_seed(at) for at in (seed, 0))
         self.batches = [text.batch("calibration", LEARNED, generator) for _ in range(batches)]
-        self.held_out = {split: text.batch(split, HELD_OUT, generator) for split in ("validation", "test")}
+        self.held_out = {split: text.batch(split, HELD_OUT, apart) for split in ("validation", "test")}
         self.groups = sum(model.get_submodule(name).weight.numel() // 4 for name in MASKED)
 
     @torch.no_grad()
@@ -146,13 +146,11 @@ class Problem:
         model = CharacterModel(self.text.characters, self.model.first.out_features)
         model.load_state_dict(self.model.state_dict())
         contexts = [context for context, _ in self.batches]
-        how = {"calibration": contexts} if init in ("wanda", "reconstruction", "sparsegpt") else {}
-        convert(model, pattern, targets=list(MASKED), init=init, flip_rate=flip_rate, seed=seed, **how)
+        convert(model, pattern, targets=list(MASKED), init=init, flip_rate=flip_rate, calibration=contexts, seed=seed)
         yield self.losses(model)
         estimator = Reinforce(lr=lr, **settings)
         trainer = MaskTrainer(model, loss_of, self.batches, estimator, seed=seed)
-        # several draws are compared with each other, not with the initial mask
-        ahead = len(self.batches) if estimator.draws == 1 else 0
+        ahead = len(self.batches) if estimator.needs_initial_losses else 0
         for count in counts:
             trainer.run((count - ahead) // estimator.draws - trainer.steps_done, progress=False)
             yield self.losses(model)
