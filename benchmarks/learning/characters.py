@@ -108,14 +108,15 @@ class Problem:
     Args:
         text: of the model.
         model: dense; it stays so, each run has a copy.
-        seed: of the batches.
+        seed: of the batches. Held-out text is always the same.
+        batches: how many there are.
     """
 
-    def __init__(self, text: Text, model: CharacterModel, seed: int = 0):
+    def __init__(self, text: Text, model: CharacterModel, seed: int = 0, batches: int = BATCHES):
         self.text, self.model = text, model
-        generator = torch.Generator().manual_seed(seed)
-        self.batches = [text.batch("calibration", LEARNED, generator) for _ in range(BATCHES)]
-        self.held_out = {split: text.batch(split, HELD_OUT, generator) for split in ("validation", "test")}
+        generator, apart = (torch.Generator().manual_seed(at) for at in (seed, 0))
+        self.batches = [text.batch("calibration", LEARNED, generator) for _ in range(batches)]
+        self.held_out = {split: text.batch(split, HELD_OUT, apart) for split in ("validation", "test")}
         self.groups = sum(model.get_submodule(name).weight.numel() // 4 for name in MASKED)
 
     @torch.no_grad()
@@ -123,23 +124,35 @@ class Problem:
         """Of held-out text, in nats a character."""
         return {split: loss_of(model.eval(), batch).item() for split, batch in self.held_out.items()}
 
-    def learned(self, lr: float, flip_rate: float, counts: Sequence[int], seed: int = 0) -> Iterator[dict[str, float]]:
-        """Losses under Wanda's mask, and then behind each number of forwards, by the paper's update.
+    def learned(
+        self,
+        lr: float,
+        flip_rate: float,
+        counts: Sequence[int],
+        seed: int = 0,
+        init: str = "wanda",
+        pattern: str = PATTERN,
+        **settings,
+    ) -> Iterator[dict[str, float]]:
+        """Losses under the initial mask, and then behind each number of forwards, by the paper's update.
 
         Args:
-            lr: of ``Reinforce``.
+            lr: of ``Reinforce``, as are ``settings``.
             flip_rate: share of the groups that leave the initial mask in the first draw.
             counts: of forwards, ascending, each above the number of batches.
-            seed: of the draws.
+            seed: of the draws, and of a random initial mask.
+            init, pattern: as for ``convert``.
         """
         model = CharacterModel(self.text.characters, self.model.first.out_features)
         model.load_state_dict(self.model.state_dict())
         contexts = [context for context, _ in self.batches]
-        convert(model, PATTERN, targets=list(MASKED), init="wanda", flip_rate=flip_rate, calibration=contexts)
+        convert(model, pattern, targets=list(MASKED), init=init, flip_rate=flip_rate, calibration=contexts, seed=seed)
         yield self.losses(model)
-        trainer = MaskTrainer(model, loss_of, self.batches, Reinforce(lr=lr), seed=seed)
+        estimator = Reinforce(lr=lr, **settings)
+        trainer = MaskTrainer(model, loss_of, self.batches, estimator, seed=seed)
+        ahead = len(self.batches) if estimator.needs_initial_losses else 0
         for count in counts:
-            trainer.run(count - BATCHES - trainer.steps_done, progress=False)
+            trainer.run((count - ahead) // estimator.draws - trainer.steps_done, progress=False)
             yield self.losses(model)
 
 

@@ -43,13 +43,16 @@ def test_the_papers_update_regains_a_part_of_what_wanda_lost(request, size, forw
     assert problem.losses(problem.model) == dense
 
 
-def test_forwards_are_all_that_learning_makes(problem, monkeypatch):
+# several draws need no losses under the initial mask; 6 and 11 forwards are 1 and 2 steps of four
+@pytest.mark.parametrize(
+    ("draws", "counts", "made"), [(1, [BATCHES + 2, BATCHES + 5], [BATCHES + 2, BATCHES + 5]), (4, [6, 11], [4, 8])]
+)
+def test_forwards_are_all_that_learning_makes(problem, monkeypatch, draws, counts, made):
     forward, rows = CharacterModel.forward, []
     monkeypatch.setattr(CharacterModel, "forward", lambda model, x: rows.append(len(x)) or forward(model, x))
-    counts = [BATCHES + 2, BATCHES + 5]
-    for at, _ in enumerate(problem.learned(6.0, 0.02, counts)):
+    for at, _ in enumerate(problem.learned(6.0, 0.02, counts, draws=draws)):
         # Wanda has looked at the batches before, and at the first one twice more for what reads weights past modules
-        assert rows.count(characters.LEARNED) == BATCHES + 2 + (counts[at - 1] if at else 0)
+        assert rows.count(characters.LEARNED) == BATCHES + 2 + (made[at - 1] if at else 0)
 
 
 def test_losses_are_means_over_characters(problem):

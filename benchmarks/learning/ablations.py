@@ -1,0 +1,142 @@
+"""What each choice of the paper's update does where scalars are enough: one changed at a time, on a character model.
+
+    python benchmarks/learning/ablations.py
+
+The model, its text and its batches are those of ``characters.py``, as are the settings that a row does not name. Each
+row has the learning rate at which, with the first seed, validation text ends with the lowest loss; a star marks one
+that is the first or the last of those tried. The test text judges nothing. Seeds are those of batches, draws and random
+initial masks. The dense model is one and the same, and so is held-out text.
+
+A row shows the loss of test text under the initial mask and under the learned one, and the share of what the initial
+mask has cost that is regained: means over the seeds, with the sample standard deviation. All rows make as many forwards
+to learn, those under the initial mask included. What calibrates the initial mask comes on top, and is less text where
+there are fewer batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from characters import BATCHES, PATTERN, CharacterModel, Problem, Text, trained
+from rows import finite
+
+# Of the rows that do not name another
+BASE = {"flip_rate": 0.01, "init": "wanda", "pattern": PATTERN, "alpha": 0.99, "draws": 1, "batches": BATCHES}
+# By heading, the option and its values. At the paper's gap of 10 a share of 1.4e-4 of the groups leaves the mask.
+ABLATIONS: dict[str, tuple[str, Sequence]] = {
+    "flip rate": ("flip_rate", (1.4e-4, 1e-3, 1e-2, 1e-1)),
+    "decay of the tracker": ("alpha", (0.0, 0.9, 0.99, 1.0)),
+    "draws a step": ("draws", (1, 4)),
+    "batches": ("batches", (1, 8, 64, 512)),
+    "initial mask": ("init", ("wanda", "reconstruction", "magnitude", "random")),
+    "pattern": ("pattern", ("2:4", "1:4", "4:8", "8:16")),
+}
+
+
+class Row(NamedTuple):
+    """What runs that differ in their seed alone have found.
+
+    Attributes:
+        lr: learning rate.
+        at_an_end: whether it is the first or the last of those tried.
+        initial, learned: losses of test text in nats a character, by seed.
+        dense: likewise, without a mask.
+    """
+
+    lr: float
+    at_an_end: bool
+    initial: list[float]
+    learned: list[float]
+    dense: list[float]
+
+    @property
+    def regained(self) -> list[float]:
+        """Share of what the initial mask has cost, by seed."""
+        losses = zip(self.initial, self.learned, self.dense, strict=True)
+        return [(initial - learned) / (initial - dense) for initial, learned, dense in losses]
+
+
+class Ablations:
+    """The runs on one model.
+
+    Args:
+        text: of the model.
+        model: dense; it stays so.
+        forwards: of each run.
+        lrs: learning rates to choose from.
+        seeds: how many, from 0 on.
+    """
+
+    def __init__(self, text: Text, model: CharacterModel, forwards: int, lrs: Sequence[float], seeds: int):
+        self.text, self.model, self.forwards, self.lrs, self.seeds = text, model, forwards, lrs, seeds
+        # rows that change nothing are the same
+        self._runs = cache(self._run)
+
+    def row(self, changed: Mapping) -> Row:
+        """Of the settings ``BASE`` with those that are changed."""
+        settings = tuple((BASE | dict(changed)).items())
+        lr = min(self.lrs, key=lambda lr: finite(self._runs(settings, lr, 0)[1]["validation"]))
+        runs = [self._runs(settings, lr, seed) for seed in range(self.seeds)]
+        return Row(
+            lr, lr in (min(self.lrs), max(self.lrs)), *([losses[at]["test"] for losses in runs] for at in range(3))
+        )
+
+    def _run(self, settings: tuple, lr: float, seed: int) -> tuple[dict, dict, dict]:
+        """Losses under the initial mask, under the learned one, and of the dense model."""
+        given = dict(settings)
+        problem = Problem(self.text, self.model, seed, given.pop("batches"))
+        initial, learned = problem.learned(lr, counts=[self.forwards], seed=seed, **given)
+        return initial, learned, problem.losses(self.model)
+
+
+def line(heading: str, value: object, row: Row) -> str:
+    """Markdown."""
+    cells = [heading, f"{value}", f"{row.lr:g}{'*' * row.at_an_end}", *map(_spread, (row.initial, row.learned))]
+    return f"| {' | '.join([*cells, _spread([100 * share for share in row.regained], 0, '%')])} |"
+
+
+def _spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}{unit}"
+    if len(values) == 1 or not all(map(math.isfinite, values)):
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="choices of REINFORCE, on a character model", allow_abbrev=False)
+    parser.add_argument("--width", type=int, default=16, help="of the hidden layers (default: %(default)s)")
+    parser.add_argument("--forwards", type=int, default=8000, help="of each run (default: %(default)s)")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.6, 2.0, 6.0, 20.0, 60.0], help="to try")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--train-steps", type=int, default=3000, help="of the dense model (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS), metavar="HEADING")
+    args = parser.parse_args(argv)
+    if min(args.lrs) <= 0:
+        parser.error(f"--lrs: expected learning rates above 0, got {min(args.lrs):g}")
+    most = max(ABLATIONS["batches"][1]) if "batches" in args.only else BATCHES
+    if args.forwards <= most:
+        parser.error(f"--forwards: expected more than {most}, one a batch, got {args.forwards}")
+    if args.seeds < 1:
+        parser.error(f"--seeds: expected at least 1, got {args.seeds}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, text = parsed(argv), Text.of("pydoc")
+    model = trained(text, args.width, args.train_steps)
+    ablations = Ablations(text, model, args.forwards, args.lrs, args.seeds)
+    print(f"test loss of the dense model: {Problem(text, model).losses(model)['test']:.3f}\n")
+    print("| choice | value | lr | initial loss | learned | regained |\n|---|---|---:|---:|---:|---:|")
+    for heading in args.only:
+        option, values = ABLATIONS[heading]
+        for value in values:
+            print(line(heading, value, ablations.row({option: value})), flush=True)
+
+
+if __name__ == "__main__":
+    main()
