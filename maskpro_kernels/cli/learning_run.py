@@ -25,14 +25,14 @@ from ..training.trainer import MaskTrainer
 from .arguments import Told, telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
-from .mask_files import save_initial_mask
+from .mask_files import keep_mask, kept_mask
 from .memory import tell_need
 from .models import trusts
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell, tell_as
 from .run_end import save_run_logits, write_results
 from .run_files import (
-    INITIAL_MASK,
+    BEST_MASK,
     LOGITS,
     PROGRESS,
     SETTINGS,
@@ -105,7 +105,6 @@ class LearningRun:
             self.start = {**self.start, "run": self.trainer.run_id}
             self.validation.run = self.trainer.run_id
             self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
-            self.trainer.ranks.first(lambda: save_initial_mask(self.args, self.inputs.model, self.progress))
             self.trainer.ranks.first(self._evaluate)
             # After the first snapshot: from here on the run can be resumed.
             settings = json.dumps(sealed({"settings": stored_settings(self.args), **self.start}), indent=1).encode()
@@ -187,7 +186,7 @@ class LearningRun:
         shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
         if not journaled:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)
-        self._tell_of_a_rise()
+        self._tell_of_a_better_mask()
         print_table(report["table"])
         flipped, differ = report["flipped_groups"], f"differ from the {told_init(self.args.init)}"
         moved = f"{flipped} of {report['groups']} groups {differ}"
@@ -202,13 +201,23 @@ class LearningRun:
         else:
             print(told(report["parting"], self.args.other_data))
 
-    def _tell_of_a_rise(self) -> None:
-        """Where the learned mask is worse than the initial one, tell where that is, if it is a mask of base weights."""
-        initial = self.progress / INITIAL_MASK
-        if self.validation.risen() and initial.exists():
+    def _tell_of_a_better_mask(self) -> None:
+        """Where validation text was better at an earlier step, tell which, and how to have its mask if it was kept."""
+        lowest, last = self.validation.lowest, self.validation.rows[-1]
+        if not self.validation.ends_higher():
+            # that of a step before differs by nothing that counts
+            (self.progress / BEST_MASK).unlink(missing_ok=True)
+            return
+        told = (
+            f"the validation perplexity was lowest at step {lowest['step']}, {lowest['perplexity']:.2f}, and is "
+            f"{last['perplexity']:.2f} at the end; fewer --steps, more text or a lower --lr may end lower"
+        )
+        kept = kept_mask(self.args, self.progress, lowest["step"])
+        if kept is not None:
             trusted = ["--trust-remote-code"] if trusts(self.args) else []
-            command = shlex.join(["maskpro", "apply", str(initial), self.args.model, "OUT", *trusted])
-            tell_as("warning", f"the mask is worse than the initial one, which this command writes: {command}")
+            command = shlex.join(["maskpro", "apply", str(kept), self.args.model, "OUT", *trusted])
+            told += f"; this command writes the mask of then: {command}"
+        tell_as("warning", told)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -216,9 +225,16 @@ class LearningRun:
 
     def _evaluate(self) -> None:
         """Find the validation perplexity where the run stands, and tell it."""
-        found = self.validation.add(self.trainer.steps_done, self._tokens_done())
+        found = self._look(self.trainer.steps_done)
         if not self.args.bars:
             tell(f"step {self.trainer.steps_done} of {self.args.steps}: validation perplexity {found:.2f}")
+
+    def _look(self, step: int) -> float:
+        """The validation perplexity behind a step, whose mask is kept if it is the first or the lowest."""
+        found = self.validation.add(step, self._tokens_done())
+        if self.validation.lowest["step"] == step:
+            keep_mask(self.args, self.inputs.model, self.progress, step)
+        return found
 
     def _tokens_done(self) -> int:
         return sum(record["tokens"] for record in self.trainer.metrics)
@@ -246,7 +262,7 @@ class LearningRun:
 
             def after_step(record: StepRecord) -> bool:
                 step = record.step + 1
-                found = self.validation.add(step, self._tokens_done()) if self.validation.due(step) else None
+                found = self._look(step) if self.validation.due(step) else None
                 if not self.args.bars:
                     lines.add(record, found)
                 for tracker in trackers:

@@ -1,10 +1,11 @@
-"""Mask files on the command line: `maskpro export --to mask`, `maskpro apply`, and the initial mask of a run."""
+"""Mask files on the command line: `maskpro export --to mask`, `maskpro apply`, and those that a run keeps."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from .changed_weights import changes_weights
 from .models import check_saving, is_path_of_model, load, save, trusts
 from .origins import base_name, origin_of_mask_file
 from .progress import tell
-from .run_files import INITIAL_MASK
+from .run_files import BEST_MASK, INITIAL_MASK
 from .start_mask import told_init
 
 if TYPE_CHECKING:
@@ -58,21 +59,40 @@ def initial_mask(name: str) -> MaskFile | str:
         raise type(error)(f"against: {told}; give a mask file that needs no other") from error
 
 
-def save_initial_mask(args: argparse.Namespace, model: nn.Module, progress: Path) -> None:
-    """Keep the mask that a run begins with, unless weights change: no base would be there to put it on."""
+def keep_mask(args: argparse.Namespace, model: nn.Module, progress: Path, step: int) -> None:
+    """Keep the mask of a run behind a step, unless weights change: no base would be there to put it on."""
     layers = masked_layers(model)
     if changes_weights(args):
         return
     if len({layer.weight.dtype for layer in layers.values()}) > 1:
-        tell(f"weights with masks have several dtypes: {INITIAL_MASK} is left out")
+        if step == 0:
+            tell("weights with masks have several dtypes: no mask of the run is kept as a file")
         return
     triples = (
         (name, top_n_mask(layer.logits_on_device().detach(), layer.pattern), layer.weight.detach())
         for name, layer in layers.items()
     )
-    told = {"of": f"the {told_init(args.init)} that a run began with"}
+    path, told = progress / _name_of_kept(step), {"of": _told_of_kept(args, step)}
     with telling("output"):
-        save_masks(progress / INITIAL_MASK, triples, args.pattern, model=base_name(args.model), provenance=told).close()
+        save_masks(path, triples, args.pattern, model=base_name(args.model), provenance=told).close()
+
+
+def kept_mask(args: argparse.Namespace, progress: Path, step: int) -> Path | None:
+    """The file of the mask that ``keep_mask`` has kept behind a step; None if it was not, or one behind another was."""
+    path = progress / _name_of_kept(step)
+    try:
+        with closing(MaskFile(path)) as mask:
+            return path if mask.provenance["of"] == _told_of_kept(args, step) else None
+    except (ValueError, OSError):
+        return None
+
+
+def _name_of_kept(step: int) -> str:
+    return BEST_MASK if step else INITIAL_MASK
+
+
+def _told_of_kept(args: argparse.Namespace, step: int) -> str:
+    return f"the mask after {step} steps of a run" if step else f"the {told_init(args.init)} that a run began with"
 
 
 def write_mask(

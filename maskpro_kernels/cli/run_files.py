@@ -32,6 +32,8 @@ SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"
 START_WEIGHTS = "start-weights.safetensors"
 # In it too, of a run whose weights stay: the mask that it begins with, against which its mask takes few bytes
 INITIAL_MASK = "initial-mask.safetensors"
+# And the one behind the step with the lowest validation perplexity so far
+BEST_MASK = "best-mask.safetensors"
 # And in it, the dense model's logits, where its weights change
 TEACHER = "teacher"
 # What is read of a report, and of the settings in it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main, perplexities
+from maskpro_kernels.cli.mask_files import kept_mask
+from maskpro_kernels.cli.run_files import BEST_MASK
 from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.perplexity import perplexity
 
@@ -102,16 +105,68 @@ def test_learn_by_straight_through_from_reconstruction_masks(inputs, tmp_path, c
     assert written["flipped_groups"] > 0
 
 
-def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
-    # of both texts, but for the validation text
-    values = iter([10.0] * 6 + [10.0, 12.0, 10.5, 11.5, 11.2] + [9.0] * 2)
+def applied(told: str, output: Path) -> list[str]:
+    """The command that a run tells, by which its better mask is had."""
+    command = told.partition("this command writes the mask of then: maskpro ")[2].splitlines()[0]
+    return command.replace("OUT", str(output)).split()
+
+
+def looked_at(monkeypatch, *validation: float) -> None:
+    """These are the perplexities of the validation text, step by step; those of both test texts are others."""
+    values = iter([10.0] * 6 + [*validation] + [9.0] * 2)
     monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
+
+
+def test_a_run_that_ends_higher_tells_how_to_have_the_best_mask(inputs, tmp_path, capsys, monkeypatch):
+    options = ["--eval-every", "1", "--flip-rate", "0.3", "--lr", "500"]
+    looked_at(monkeypatch, 10.0, 9.0, 8.0, 8.5, 8.1)
+    assert main.main(learn(inputs, tmp_path / "run", "--steps", "4", *options)) == 0
+    told = capsys.readouterr().err
+    assert "warning: the validation perplexity was lowest at step 2, 8.00, and is 8.10 at the end; fewer" in told
+    monkeypatch.undo()
+    assert main.main(applied(told, tmp_path / "best")) == 0
+    assert main.main(learn(inputs, tmp_path / "two", "--steps", "2", *options)) == 0
+    best, two, last = (
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()) for name in ("best", "two", "run")
+    )
+    assert_same_bits(best, two)
+    assert any(not torch.equal(last[name], weight) for name, weight in best.items())
+
+
+def test_a_run_that_ends_lowest_keeps_no_other_mask(inputs, tmp_path, capsys, monkeypatch):
+    looked_at(monkeypatch, 10.0, 8.0, 8.07)
+    assert main.main(learn(inputs, tmp_path / "run", "--steps", "2", "--eval-every", "1")) == 0
+    assert "was lowest" not in capsys.readouterr().err
+    assert not (tmp_path / "run" / "progress" / BEST_MASK).exists()
+
+
+def test_a_mask_over_weights_that_learn_is_not_offered(inputs, tmp_path, capsys, monkeypatch):
+    looked_at(monkeypatch, 10.0, 8.0, 9.0)
+    options = "--steps 2 --eval-every 1 --estimator straight-through --init wanda --train-weights 1e-4".split()
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    told = capsys.readouterr().err
+    assert "the validation perplexity was lowest at step 1, 8.00, and is 9.00 at the end" in told
+    assert "this command writes" not in told and not (tmp_path / "run" / "progress" / BEST_MASK).exists()
+
+
+def test_a_mask_of_another_step_is_not_taken_for_the_best(inputs, tmp_path, monkeypatch):
+    """As after a kill between the perplexity and its mask."""
+    looked_at(monkeypatch, 10.0, 8.0, 9.0)
+    assert main.main(learn(inputs, tmp_path / "run", "--steps", "2", "--eval-every", "1")) == 0
+    args, progress = Namespace(init="wanda"), tmp_path / "run" / "progress"
+    assert kept_mask(args, progress, 1) == progress / BEST_MASK and kept_mask(args, progress, 2) is None
+    (progress / BEST_MASK).write_bytes(b"half of one")
+    assert kept_mask(args, progress, 1) is None
+
+
+def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
+    looked_at(monkeypatch, 10.0, 12.0, 10.5, 11.5, 11.2)
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     told = capsys.readouterr().err
     assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in told
     written = report(tmp_path / "run")
-    command = told.partition("worse than the initial one, which this command writes: maskpro ")[2].splitlines()[0]
-    assert main.main(command.replace("OUT", str(tmp_path / "initial")).split()) == 0
+    assert "the validation perplexity was lowest at step 0, 10.00, and is 11.20 at the end; " in told
+    assert main.main(applied(told, tmp_path / "initial")) == 0
     wanda = tmp_path / "one"
     monkeypatch.undo()
     assert main.main(learn(inputs, wanda, "--steps", "1", "--gap", "26")) == 0
@@ -122,16 +177,14 @@ def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, 
 
 
 def test_learning_stops_where_the_validation_perplexity_is_no_number(inputs, tmp_path, capsys, monkeypatch):
-    values = iter([10.0] * 6 + [10.0, float("nan"), 10.5, float("nan"), float("nan")] + [9.0] * 2)
-    monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
+    looked_at(monkeypatch, 10.0, float("nan"), 10.5, float("nan"), float("nan"))
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "9", "--eval-every", "1")) == 0
     assert "stopped after 4 steps: the validation perplexity was NaN, or over 10% above" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("found", [float("nan"), float("inf")])
 def test_an_initial_mask_without_a_validation_perplexity_is_refused(inputs, tmp_path, capsys, monkeypatch, found):
-    values = iter([10.0] * 6 + [found])
-    monkeypatch.setattr(perplexities, "perplexity", lambda *args, **options: next(values))
+    looked_at(monkeypatch, found)
     assert main.main(learn(inputs, tmp_path / "deep" / "run")) == 2
     told = f"validation perplexity at step 0: expected a finite number, got {found}; take another --dtype"
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"maskpro: error: {told}")
