@@ -28,6 +28,9 @@ from .shared_work import SharedWork
 from .texts import Source, Texts, evaluation_parts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
+# It is told where a window is learned from as often as this, or more often: of gradients by few windows a mask learns
+# these by heart
+OFTEN = 3
 
 
 @dataclass
@@ -79,6 +82,9 @@ def read_inputs(
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
             inputs.tests = {"perplexity": test, **inputs.tests}
         windows[SELF] = own.to(device_of_inputs(inputs.model))
+    # single losses, which others learn from, tell too little of a window
+    if not estimator.journaled:
+        _tell_of_repeats(args, windows)
     if any(isinstance(found, StreamedWindows) for found in windows.values()):
         device = device_of_inputs(inputs.model)
         inputs.initial_batches, inputs.calibration = ranks.all_of(
@@ -123,6 +129,23 @@ def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> 
         for streamed in windows.values():
             if isinstance(streamed, StreamedWindows):
                 next(iter(streamed))
+
+
+def _tell_of_repeats(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:
+    """Tell of each source that is held whose windows come round often."""
+    for name, share in parse_sources(args.data):
+        found = windows[name]
+        if isinstance(found, StreamedWindows):
+            continue
+        in_all = float(share * args.batch_size * args.steps * args.accumulate)
+        distinct = min(len(found), in_a_batch(share, args.batch_size * _learned_from(args)))
+        times = in_all / distinct
+        if times >= OFTEN:
+            more = "a higher --samples" if name == SELF else "more text"
+            tell(
+                f"{distinct} windows of {args.seq_len} tokens of {name!r} are learned from about {times:.0f} times "
+                f"each, and a mask may learn them by heart: give {more}, or take fewer --steps"
+            )
 
 
 def _windows(args: argparse.Namespace, text: Source, model: torch.nn.Module, tokenizer) -> Windows:

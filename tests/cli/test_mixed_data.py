@@ -427,3 +427,23 @@ def test_report_and_page_say_how_far_the_texts_part(inputs, run):
     assert written["parting"] == found and json.loads(json.dumps(found)) == found
     page = (run / "report.html").read_text(encoding="utf-8")
     assert told(found, "pydoc")[1:].replace("'", "&#x27;") in page
+
+
+def test_windows_that_come_round_often_are_told_where_gradients_are_learned_from(inputs, tmp_path, capsys):
+    few = ["--samples", "4", "--steps", "12", "--calibration-batches", "12"]
+    by_gradients = ["--estimator", "straight-through", "--init", "magnitude"]
+    assert main.main(mixed(inputs, tmp_path / "often", *few, *by_gradients)) == 0
+    # of each batch of 4 windows one is drawn, and three are of a text that has 6
+    own, text = (line for line in sorted(capsys.readouterr().err.splitlines()) if "by heart" in line)
+    assert own.startswith("4 windows of 16 tokens of 'self' are learned from about 3 times each, and a mask may")
+    assert own.endswith("give a higher --samples, or take fewer --steps")
+    assert text.startswith("6 windows of 16 tokens of '") and "about 6 times each" in text and "more text" in text
+    assert main.main(mixed(inputs, tmp_path / "rarely", *few, "--steps", "5", *by_gradients)) == 0
+    assert main.main(mixed(inputs, tmp_path / "by losses", *few, "--estimator", "reinforce")) == 0
+    assert "by heart" not in capsys.readouterr().err
+
+
+def test_batches_that_come_round_often_are_told_too(inputs, tmp_path, capsys):
+    options = "--estimator straight-through --init magnitude --steps 6 --calibration-batches 2".split()
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    assert "8 windows of 16 tokens of '" in capsys.readouterr().err
