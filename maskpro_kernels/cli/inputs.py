@@ -28,8 +28,7 @@ from .shared_work import SharedWork
 from .texts import Source, Texts, evaluation_parts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
-# It is told where a window is learned from as often as this, or more often: of gradients by few windows a mask learns
-# these by heart
+# From so many times on it is told that a window is learned from again and again
 OFTEN = 3
 
 
@@ -82,7 +81,7 @@ def read_inputs(
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])
             inputs.tests = {"perplexity": test, **inputs.tests}
         windows[SELF] = own.to(device_of_inputs(inputs.model))
-    # single losses, which others learn from, tell too little of a window
+    # a loss for each draw tells too little to learn a text by heart
     if not estimator.journaled:
         _tell_of_repeats(args, windows)
     if any(isinstance(found, StreamedWindows) for found in windows.values()):
@@ -132,19 +131,23 @@ def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> 
 
 
 def _tell_of_repeats(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:
-    """Tell of each source that is held whose windows come round often."""
-    for name, share in parse_sources(args.data):
-        found = windows[name]
-        if isinstance(found, StreamedWindows):
-            continue
-        in_all = float(share * args.batch_size * args.steps * args.accumulate)
-        distinct = min(len(found), in_a_batch(share, args.batch_size * _learned_from(args)))
-        times = in_all / distinct
-        if times >= OFTEN:
-            more = "a higher --samples" if name == SELF else "more text"
+    """Tell of each source whose windows come round often, on average, and what is too short."""
+    batches_taken, sources = _learned_from(args), parse_sources(args.data)
+    whose = turns([source.share for source in sources], args.batch_size * batches_taken)
+    for index, (name, _) in enumerate(sources):
+        found, taken = windows[name], whose.count(index)
+        held = taken if isinstance(found, StreamedWindows) else len(found)
+        if _one_text(args):
+            # what does not fill a batch is left out
+            held = held // args.batch_size * args.batch_size
+        distinct = min(held, taken)
+        times = taken * args.steps * args.accumulate / batches_taken / max(distinct, 1)
+        if times >= OFTEN and taken:
+            more = "--calibration-batches" if distinct == taken else "--samples" if name == SELF else ""
             tell(
-                f"{distinct} windows of {args.seq_len} tokens of {name!r} are learned from about {times:.0f} times "
-                f"each, and a mask may learn them by heart: give {more}, or take fewer --steps"
+                f"{name!r}: {distinct} windows of {args.seq_len} tokens are learned from about {times:.0f} times each, "
+                f"and a mask may learn them by heart; give {f'a higher {more}' if more else 'more text'}, or take "
+                "fewer --steps"
             )
 
 

@@ -25,7 +25,7 @@ from ..training.trainer import MaskTrainer
 from .arguments import Told, telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
-from .mask_files import keep_mask, kept_mask
+from .mask_files import mask_of_step, save_mask_of_step
 from .memory import tell_need
 from .models import trusts
 from .perplexities import ValidationPerplexities, print_table
@@ -205,19 +205,27 @@ class LearningRun:
         """Where validation text was better at an earlier step, tell which, and how to have its mask if it was kept."""
         lowest, last = self.validation.lowest, self.validation.rows[-1]
         if not self.validation.ends_higher():
-            # that of a step before differs by nothing that counts
+            # an earlier mask is no better that is worth its bytes
             (self.progress / BEST_MASK).unlink(missing_ok=True)
             return
-        told = (
-            f"the validation perplexity was lowest at step {lowest['step']}, {lowest['perplexity']:.2f}, and is "
-            f"{last['perplexity']:.2f} at the end; fewer --steps, more text or a lower --lr may end lower"
-        )
-        kept = kept_mask(self.args, self.progress, lowest["step"])
-        if kept is not None:
+        if lowest["step"]:
+            line = (
+                f"the validation perplexity was lowest at step {lowest['step']}, {lowest['perplexity']:.2f}, and is "
+                f"{last['perplexity']:.2f} at the end; fewer --steps, more text or a lower --lr may end lower"
+            )
+        else:
+            line = (
+                f"the mask is worse than the initial one: its validation perplexity is {last['perplexity']:.2f}, that "
+                f"of the initial one {lowest['perplexity']:.2f}; more text or a lower --lr may help"
+            )
+        kept = mask_of_step(self.args, self.progress, lowest["step"], lowest["perplexity"], self.validation.run)
+        if kept is None:
+            line += "; the better mask was not kept"
+        else:
             trusted = ["--trust-remote-code"] if trusts(self.args) else []
             command = shlex.join(["maskpro", "apply", str(kept), self.args.model, "OUT", *trusted])
-            told += f"; this command writes the mask of then: {command}"
-        tell_as("warning", told)
+            line += f"; this command makes a checkpoint of the better mask: {command}"
+        tell_as("warning", line)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -231,9 +239,13 @@ class LearningRun:
 
     def _look(self, step: int) -> float:
         """The validation perplexity behind a step, whose mask is kept if it is the first or the lowest."""
-        found = self.validation.add(step, self._tokens_done())
-        if self.validation.lowest["step"] == step:
-            keep_mask(self.args, self.inputs.model, self.progress, step)
+        began = time.perf_counter()
+        found = self.validation.find(step)
+        # ahead of the perplexity: a run that goes on without it finds it again, and keeps the mask again
+        if not self.validation.rows or found < self.validation.lowest["perplexity"]:
+            save_mask_of_step(self.args, self.inputs.model, self.progress, step, found, self.validation.run)
+        self.validation.add(step, self._tokens_done(), found)
+        self.validation.seconds += time.perf_counter() - began
         return found
 
     def _tokens_done(self) -> int:

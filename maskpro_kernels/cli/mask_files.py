@@ -59,11 +59,18 @@ def initial_mask(name: str) -> MaskFile | str:
         raise type(error)(f"against: {told}; give a mask file that needs no other") from error
 
 
-def keep_mask(args: argparse.Namespace, model: nn.Module, progress: Path, step: int) -> None:
-    """Keep the mask of a run behind a step, unless weights change: no base would be there to put it on."""
-    layers = masked_layers(model)
+def save_mask_of_step(
+    args: argparse.Namespace, model: nn.Module, progress: Path, step: int, perplexity: float, run: str
+) -> None:
+    """Keep the mask of a run behind a step, unless weights change: no base would be there to put it on.
+
+    Args:
+        perplexity: of the validation text behind that step.
+        run: its id.
+    """
     if changes_weights(args):
         return
+    layers = masked_layers(model)
     if len({layer.weight.dtype for layer in layers.values()}) > 1:
         if step == 0:
             tell("weights with masks have several dtypes: no mask of the run is kept as a file")
@@ -72,27 +79,30 @@ def keep_mask(args: argparse.Namespace, model: nn.Module, progress: Path, step: 
         (name, top_n_mask(layer.logits_on_device().detach(), layer.pattern), layer.weight.detach())
         for name, layer in layers.items()
     )
-    path, told = progress / _name_of_kept(step), {"of": _told_of_kept(args, step)}
+    told = _told_of_step(args, step, perplexity, run)
     with telling("output"):
+        path = progress / _file_of_step(step)
         save_masks(path, triples, args.pattern, model=base_name(args.model), provenance=told).close()
 
 
-def kept_mask(args: argparse.Namespace, progress: Path, step: int) -> Path | None:
-    """The file of the mask that ``keep_mask`` has kept behind a step; None if it was not, or one behind another was."""
-    path = progress / _name_of_kept(step)
+def mask_of_step(args: argparse.Namespace, progress: Path, step: int, perplexity: float, run: str) -> Path | None:
+    """The file that ``save_mask_of_step`` has left; None where it did not, or where it is damaged."""
+    path = progress / _file_of_step(step)
     try:
         with closing(MaskFile(path)) as mask:
-            return path if mask.provenance["of"] == _told_of_kept(args, step) else None
+            return path if mask.provenance == _told_of_step(args, step, perplexity, run) else None
     except (ValueError, OSError):
         return None
 
 
-def _name_of_kept(step: int) -> str:
+def _file_of_step(step: int) -> str:
     return BEST_MASK if step else INITIAL_MASK
 
 
-def _told_of_kept(args: argparse.Namespace, step: int) -> str:
-    return f"the mask after {step} steps of a run" if step else f"the {told_init(args.init)} that a run began with"
+def _told_of_step(args: argparse.Namespace, step: int, perplexity: float, run: str) -> dict[str, str]:
+    if step == 0:
+        return {"of": f"the {told_init(args.init)} that a run began with"}
+    return {"of": f"the mask behind step {step} of the run {run}, validation perplexity {perplexity!r}"}
 
 
 def write_mask(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +45,7 @@ class ValidationPerplexities:
 
     Attributes:
         run: the id of the run, known once it has begun or goes on.
+        seconds: that evaluations have taken.
     """
 
     def __init__(
@@ -77,23 +77,24 @@ class ValidationPerplexities:
         known = bool(self.rows) and self.rows[-1]["step"] == step
         return not known and (step % self.every == 0 or step >= self.steps)
 
-    def add(self, step: int, tokens: int) -> float:
-        """Find the validation perplexity behind a step.
+    def find(self, step: int) -> float:
+        """The validation perplexity behind a step.
 
         Raises:
             FloatingPointError: if the first one, by which the others are judged, is not finite.
         """
-        began = time.perf_counter()
         value = perplexity(self.model, self.validation, progress=self.bars)
         if not self.rows and not math.isfinite(value):
             raise FloatingPointError(
                 f"validation perplexity at step {step}: expected a finite number, got {value}; take "
                 "another --dtype, --init or --data"
             )
+        return value
+
+    def add(self, step: int, tokens: int, value: float) -> None:
+        """Write down the perplexity behind a step."""
         self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
         write_whole(self.path, b"".join(sealed_line(row, self.run) for row in self.rows))
-        self.seconds += time.perf_counter() - began
-        return value
 
     @property
     def lowest(self) -> dict:

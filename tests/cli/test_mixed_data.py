@@ -435,7 +435,7 @@ def test_windows_that_come_round_often_are_told_where_gradients_are_learned_from
     assert main.main(mixed(inputs, tmp_path / "often", *few, *by_gradients)) == 0
     # of each batch of 4 windows one is drawn; the text has enough for the others
     (told,) = (line for line in capsys.readouterr().err.splitlines() if "by heart" in line)
-    assert told.startswith("4 windows of 16 tokens of 'self' are learned from about 3 times each, and a mask may")
+    assert told.startswith("'self': 4 windows of 16 tokens are learned from about 3 times each, and a mask may")
     assert told.endswith("give a higher --samples, or take fewer --steps")
     assert main.main(mixed(inputs, tmp_path / "rarely", *few, "--steps", "5", *by_gradients)) == 0
     assert main.main(mixed(inputs, tmp_path / "by losses", *few, "--estimator", "reinforce")) == 0
@@ -446,4 +446,11 @@ def test_batches_that_come_round_often_are_told_too(inputs, tmp_path, capsys):
     options = "--estimator straight-through --init magnitude --steps 6 --calibration-batches 2".split()
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     (told,) = (line for line in capsys.readouterr().err.splitlines() if "by heart" in line)
-    assert told.startswith("8 windows of 16 tokens of '") and "about 3 times each" in told and "more text" in told
+    assert "text.txt': 8 windows of 16 tokens are learned from about 3 times each" in told
+    assert "give a higher --calibration-batches, or" in told
+    # all of a text but what does not fill a batch
+    options[-2:] = ["--steps", "60", "--calibration-batches", "99"]
+    assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if "by heart" in line)
+    windows = int(told.partition("text.txt': ")[2].split()[0])
+    assert windows % 4 == 0 and f"about {240 / windows:.0f} times each" in told and "give more text, or" in told
