@@ -16,6 +16,8 @@ import torch
 from ..checked_json import sealed
 from ..files import discard, write_whole
 from ..ranks import MissingRanks, Ranks
+from ..report.better_mask import better_mask, lowest
+from ..report.better_mask import told as told_of_better
 from ..report.parting import told
 from ..report.step_parts import mean_parts, told_parts
 from ..training.estimator import Estimator
@@ -175,9 +177,10 @@ class LearningRun:
 
     def end(self) -> None:
         """Write what a run leaves at its end, and print its table."""
+        better = self._better_mask()
         with telling("output", how_to_go_on(self.output)):
             report = write_results(
-                self.args, self.inputs, self.start, self.trainer.metrics, self.validation.rows, self.seconds
+                self.args, self.inputs, self.start, self.trainer.metrics, self.validation.rows, better, self.seconds
             )
         # What is learned is in the logits; what a replay starts from stays
         journaled = self.trainer.estimator.journaled
@@ -186,7 +189,7 @@ class LearningRun:
         shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
         if not journaled:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)
-        self._tell_of_a_better_mask()
+        self._tell_of_a_better_mask(better)
         print_table(report["table"])
         flipped, differ = report["flipped_groups"], f"differ from the {told_init(self.args.init)}"
         moved = f"{flipped} of {report['groups']} groups {differ}"
@@ -201,29 +204,27 @@ class LearningRun:
         else:
             print(told(report["parting"], self.args.other_data))
 
-    def _tell_of_a_better_mask(self) -> None:
-        """Where validation text was better at an earlier step, tell which, and how to have its mask if it was kept."""
-        lowest, last = self.validation.lowest, self.validation.rows[-1]
-        if not self.validation.ends_higher():
+    def _better_mask(self) -> dict | None:
+        """What ``better_mask`` finds, with the mask's file from the folder of the run on, None if it was not kept."""
+        found = better_mask(self.validation.rows)
+        if found is None:
             # an earlier mask is no better that is worth its bytes
             (self.progress / BEST_MASK).unlink(missing_ok=True)
+            return None
+        kept = mask_of_step(self.args, self.progress, found["step"], found["perplexity"], self.validation.run)
+        return found | {"file": None if kept is None else kept.relative_to(self.output).as_posix()}
+
+    def _tell_of_a_better_mask(self, better: Mapping | None) -> None:
+        """Where validation text was better at an earlier step, tell how to have that step's mask if it was kept."""
+        if better is None:
             return
-        if lowest["step"]:
-            line = (
-                f"the validation perplexity was lowest at step {lowest['step']}, {lowest['perplexity']:.2f}, and is "
-                f"{last['perplexity']:.2f} at the end; fewer --steps, more text or a lower --lr may end lower"
-            )
-        else:
-            line = (
-                f"the mask is worse than the initial one: its validation perplexity is {last['perplexity']:.2f}, that "
-                f"of the initial one {lowest['perplexity']:.2f}; more text or a lower --lr may help"
-            )
-        kept = mask_of_step(self.args, self.progress, lowest["step"], lowest["perplexity"], self.validation.run)
-        if kept is None:
+        line = told_of_better(better)
+        if better["file"] is None:
             line += "; the better mask was not kept"
         else:
             trusted = ["--trust-remote-code"] if trusts(self.args) else []
-            command = shlex.join(["maskpro", "apply", str(kept), self.args.model, "OUT", *trusted])
+            mask = str(self.output / better["file"])
+            command = shlex.join(["maskpro", "apply", mask, self.args.model, "OUT", *trusted])
             line += f"; this command makes a checkpoint of the better mask: {command}"
         tell_as("warning", line)
 
@@ -242,7 +243,7 @@ class LearningRun:
         began = time.perf_counter()
         found = self.validation.find(step)
         # ahead of the perplexity: a run that goes on without it finds it again, and keeps the mask again
-        if not self.validation.rows or found < self.validation.lowest["perplexity"]:
+        if not self.validation.rows or found < lowest(self.validation.rows)["perplexity"]:
             save_mask_of_step(self.args, self.inputs.model, self.progress, step, found, self.validation.run)
         self.validation.add(step, self._tokens_done(), found)
         self.validation.seconds += time.perf_counter() - began

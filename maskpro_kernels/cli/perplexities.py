@@ -15,8 +15,6 @@ from .arguments import Told
 
 # Training stops where the validation perplexity is above the initial mask's by this factor at two evaluations in a row
 DIVERGED = 1.1
-# An end that is higher than the lowest one by less than this factor is not told
-HIGHER = 1.01
 
 
 def table_row(
@@ -95,15 +93,6 @@ class ValidationPerplexities:
         """Write down the perplexity behind a step."""
         self.rows.append({"step": step, "tokens": tokens, "perplexity": value})
         write_whole(self.path, b"".join(sealed_line(row, self.run) for row in self.rows))
-
-    @property
-    def lowest(self) -> dict:
-        """The row with the lowest perplexity, the first of several."""
-        return min(self.rows, key=lambda row: row["perplexity"] if math.isfinite(row["perplexity"]) else math.inf)
-
-    def ends_higher(self) -> bool:
-        """Whether the last perplexity is NaN or over 1% above the lowest."""
-        return not self.rows[-1]["perplexity"] <= HIGHER * self.lowest["perplexity"]
 
     def risen(self) -> bool:
         """Whether the last two validation perplexities are NaN or over 10% above the initial mask's."""

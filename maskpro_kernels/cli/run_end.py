@@ -53,6 +53,7 @@ def write_results(
     start: Mapping,
     records: Sequence[Mapping],
     validation: Sequence[Mapping],
+    better: Mapping | None,
     seconds: float,
 ) -> dict:
     """Write what a run leaves that has taken its last step; gives its report.
@@ -63,6 +64,7 @@ def write_results(
         start: what was known before the first step.
         records: metrics of each step.
         validation: validation perplexities by step.
+        better: an earlier mask, where the last one is worse on the validation text.
         seconds: from the dense model to the learned mask.
 
     Raises:
@@ -93,6 +95,7 @@ def write_results(
         "table": table,
         "parting": parting(table),
         "validation": validation,
+        "better_mask": better,
         **groups,
         "logits_file": logits_file,
         "converted": start["converted"],

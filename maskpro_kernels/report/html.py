@@ -14,11 +14,12 @@ from itertools import groupby
 from pathlib import Path
 
 from ..files import write_whole
-from . import FROZEN, markup, parting, svg
+from . import FROZEN, better_mask, markup, parting, svg
 from .step_parts import mean_parts, typical_steps
 
-NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "groups_by_layer",
-          "flipped_groups_by_layer", "logits", "memory", "skipped", "start", "steps", "weights"}  # fmt: skip
+NEEDED = {"model", "pattern", "settings", "gap", "versions", "eval_tokens", "table", "validation", "better_mask",
+          "groups_by_layer", "flipped_groups_by_layer", "logits", "memory", "skipped", "start", "steps",
+          "weights"}  # fmt: skip
 # How many of the newest flip rates of a layer are averaged
 NEWEST_RATES = 5
 # How many stretches of skipped steps are listed
@@ -80,7 +81,7 @@ def _page(report: Mapping) -> str:
     body = [
         _headline(report, title),
         markup.section("Test perplexity", _test_perplexity(report)),
-        markup.section("Validation perplexity", _validation_perplexity(report["validation"])),
+        markup.section("Validation perplexity", _validation_perplexity(report["validation"], report["better_mask"])),
         markup.section("Loss", _losses(report["steps"]), _skipped_steps(report["steps"])),
         markup.section("Groups that moved", _moved(report)),
         markup.section("Flip rate", _flip_rates(report)),
@@ -162,7 +163,7 @@ def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
 
 
-def _validation_perplexity(rows: Sequence[Mapping]) -> str:
+def _validation_perplexity(rows: Sequence[Mapping], better: Mapping | None) -> str:
     points = [(row["tokens"], row["perplexity"]) for row in rows]
 
     def draw(axes) -> None:
@@ -176,7 +177,14 @@ def _validation_perplexity(rows: Sequence[Mapping]) -> str:
     )
     told = f"{first}, {last}" if len(rows) > 1 else first
     picture = svg.picture("validation", f"validation perplexity: {told}", [draw], "tokens learned from")
-    return f'<p class="faint">{told}.</p>\n{picture}'
+    return f'<p class="faint">{told}.</p>\n{_better(better)}{picture}'
+
+
+def _better(better: Mapping | None) -> str:
+    if better is None:
+        return ""
+    kept = "" if better["file"] is None else f" <code>{escape(better['file'])}</code> holds the better mask."
+    return f"<p>{escape(_sentence(better_mask.told(better)))}{kept}</p>\n"
 
 
 def _losses(steps: Sequence[Mapping]) -> str:

@@ -129,6 +129,10 @@ def test_a_run_that_ends_higher_tells_how_to_have_the_best_mask(inputs, tmp_path
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "4", *options)) == 0
     told = capsys.readouterr().err
     assert "warning: the validation perplexity was lowest at step 2, 8.00, and is 8.10 at the end; fewer" in told
+    better = {"step": 2, "perplexity": 8.0, "last": 8.1, "file": f"progress/{BEST_MASK}"}
+    assert report(tmp_path / "run")["better_mask"] == better
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "was lowest at step 2, 8.00, and is 8.10 at the end" in page and f"<code>progress/{BEST_MASK}</code>" in page
     monkeypatch.undo()
     assert main.main(applied(told, tmp_path / "best")) == 0
     assert main.main(learn(inputs, tmp_path / "two", "--steps", "2", *options)) == 0
@@ -146,6 +150,8 @@ def test_a_run_that_ends_within_one_percent_of_its_lowest_keeps_no_other_mask(
     looked_at(monkeypatch, 10.0, 8.0, last)
     assert main.main(learn(inputs, tmp_path / "run", "--steps", "2", "--eval-every", "1")) == 0
     assert ("was lowest" in capsys.readouterr().err) == kept
+    assert (report(tmp_path / "run")["better_mask"] is not None) == kept
+    assert ("was lowest" in (tmp_path / "run" / "report.html").read_text()) == kept
     assert (tmp_path / "run" / "progress" / BEST_MASK).exists() == kept
 
 
@@ -156,6 +162,8 @@ def test_a_mask_over_weights_that_learn_is_not_offered(inputs, tmp_path, capsys,
     told = capsys.readouterr().err
     assert "the validation perplexity was lowest at step 1, 8.00, and is 9.00 at the end" in told
     assert told.rstrip().endswith("the better mask was not kept")
+    assert report(tmp_path / "run")["better_mask"]["file"] is None
+    assert "holds the better mask" not in (tmp_path / "run" / "report.html").read_text()
     assert not (tmp_path / "run" / "progress" / BEST_MASK).exists()
 
 

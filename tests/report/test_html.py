@@ -117,6 +117,7 @@ def report_of(steps, settings, layers=LLAMA, **changed):
             {"method": settings["estimator"], "perplexity": 26.16, "seconds": 286.0},
         ],
         "validation": [{"step": step, "tokens": 1024 * step, "perplexity": 40 / (step + 1)} for step in (0, count)],
+        "better_mask": None,
         "groups": sum(layers.values()),
         "groups_by_layer": layers,
         "flipped_groups": sum(layers.values()) // 100,
