@@ -30,7 +30,7 @@ from maskpro_kernels.ops.triton import (
     swaps,
     tiles,
 )
-from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles, configuration, scores_in_short
+from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles, configuration, of_groups, scores_in_short
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -153,6 +153,7 @@ def build_product(
     multiple of 16. The straight-through kernels step the logits, or with ``UPDATE=False`` write their slope; with
     ``WEIGHT_GRAD=True`` the first also writes the gradient of the weight.
     """
+    tile = of_groups(tile, m)
     weight_grad, stepping = constants.pop("WEIGHT_GRAD", False), product.startswith("straight_through")
     known = {
         "N": n,
@@ -164,7 +165,7 @@ def build_product(
         "PRECISION": "ieee",
         "BLOCK_OUT": tile.out,
         "BLOCK_T": tile.tokens,
-        "BLOCK_K": max(tile.k, m),
+        "BLOCK_K": tile.k,
     } | constants
     function = getattr(straight_through if stepping else masked_gemm, f"{product}_kernel")
     code = "*u8" if m <= 8 else "*i32"

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from methods import LEARNERS, METHODS, ONE_SHOT, Learner, state_bytes
 from proxsparse import ProxSparse
-from rows import TABLE, Rows, best, score
+from rows import TABLE, WITH_WEIGHTS, Rows, best, score
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -48,9 +48,6 @@ from maskpro_kernels.training.trainer import MaskTrainer
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from harness import environment  # noqa: E402
 
-# How the rows of learned or refitted weights are called beside those of the mask on the dense ones
-WITH_WEIGHTS = "{}, its weights"
-
 
 class Comparison:
     """A model, its texts, and the rows that there are.
@@ -61,10 +58,18 @@ class Comparison:
         args: of the command.
         learners: by name.
         split: of the texts that rows are scored on.
+        chosen_by: the figure by which settings take more steps, see ``best``.
     """
 
-    def __init__(self, args: argparse.Namespace, learners: Mapping[str, Learner] = LEARNERS, split: str = "test"):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        learners: Mapping[str, Learner] = LEARNERS,
+        split: str = "test",
+        chosen_by: str = "validation",
+    ):
         self.args, self.learners, self.pattern = args, learners, NMPattern(args.pattern)
+        self.chosen_by = chosen_by
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
         self.model = model.to(device_of(args.device))
         # other work on the machine lengthens a run, and not its processor time
@@ -73,7 +78,7 @@ class Comparison:
         self.weights = sum(layer.weight.numel() for layer in self.layers.values())
         learned = [name for name, _ in texts_of(args.data)]
         texts = {name: load_text(name) for name in dict.fromkeys((*learned, *args.test))}
-        self.rows = Rows(args.output, self._shared(texts))
+        self.weights_digest = digest(parameter for _, parameter in sorted(self.model.named_parameters()))
 
         def cut(names: Sequence[str], split: str, length: int) -> dict[str, Tensor]:
             return {name: windows(texts[name][split], tokenizer, length) for name in names}
@@ -81,6 +86,7 @@ class Comparison:
         sources, learning = parse_sources(args.data), cut(learned, "calibration", args.seq_len)
         if SELF in dict(sources):
             learning[SELF] = self._samples(start_token(tokenizer))
+        self.rows = Rows(args.output, self._shared(texts, learning.get(SELF), split), chosen_by)
         learning = {name: own.to(self.model.device) for name, own in learning.items()}
         count = max(*args.steps, args.init_batches)
         self.batches = MixedBatches(learning, sources, args.batch_size, count, args.seed)
@@ -89,24 +95,27 @@ class Comparison:
         tests = cut(args.test, split, args.eval_length)
         self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
 
-    def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
+    def _shared(self, texts: Mapping[str, Mapping[str, str]], samples: Tensor | None, split: str) -> dict:
         """What all rows have in common: the options, and what stands behind the names of model and texts."""
         options = {name: value for name, value in vars(self.args).items() if name not in ("output", "steps", "methods")}
         content = json.dumps(texts, sort_keys=True).encode()
         return options | {
-            "weights": digest(parameter for _, parameter in sorted(self.model.named_parameters())),
+            "weights": self.weights_digest,
             "texts": hashlib.blake2b(content, digest_size=16).hexdigest(),
+            "self": None if samples is None else digest([samples]),
+            "split": split,
         }
 
     def _samples(self, start: int | None) -> Tensor:
         """int64 [--samples, --seq-len], of the dense model, drawn once."""
         path, of = self.args.output / "samples.safetensors", (start, self.args.samples, self.args.seq_len)
-        told = {"of": json.dumps([*of, self.args.seed, self.rows.shared["weights"]])}
+        told = {"of": json.dumps([*of, self.args.seed, self.weights_digest])}
         if path.exists():
             with safe_open(path, framework="pt") as file:
                 # a call that ended before it had a row may have been of another model or seed
                 if file.metadata() == told:
                     return file.get_tensor(SELF)
+        self.args.output.mkdir(parents=True, exist_ok=True)
         drawn = sample_windows(self.model, *of, seed=self.args.seed)
         write_tensors({SELF: drawn}, path, told)
         return drawn
@@ -119,13 +128,9 @@ class Comparison:
         seconds: float,
         state: int = 0,
         weights: str = "dense",
-        moved: int = 0,
+        **of_learner: object,
     ) -> dict:
-        """A row of the model as it is.
-
-        ``weights`` tells whether the kept ones are the dense ones, or its own, and ``moved`` how many groups a learner
-        has taken to another mask.
-        """
+        """A row of the model as it is; ``weights`` tells whether the kept ones are the dense ones, or its own."""
         found = {name: perplexity(self.model, test) for name, test in self.tests.items()}
         dense = found if method == "dense" else self.dense["perplexity"]
         row = {
@@ -137,9 +142,10 @@ class Comparison:
             "validation": perplexity(self.model, self.validation),
             "perplexity": found,
             "score": score(found, dense),
-            "moved_groups": moved,
+            "changed_groups": 0,
             "state_bytes_per_weight": state / self.weights,
             "seconds": seconds,
+            **of_learner,
             **environment(),
         }
         print(f"{method}, {steps} steps, {settings}: score {row['score']:.3f}, {seconds:.0f} seconds", flush=True)
@@ -154,14 +160,15 @@ class Comparison:
 
     def initial(self, name: str) -> tuple[dict[str, Tensor], float]:
         """(group codes by layer, seconds that they took) of an initial mask of the package, found once."""
-        path = self.args.output / f"{name}.safetensors"
-        if not path.exists():
+        path, of = self.args.output / f"{name}.safetensors", json.dumps(self.rows.shared, sort_keys=True)
+        if not path.exists() or _metadata(path)["of"] != of:
             began = self.clock()
             calibration = self.batches[: self.args.init_batches]
             codes = initial_codes(self.layers, self.pattern, name, self.model, calibration)
-            write_tensors(codes, path, {"seconds": repr(self.clock() - began)})
+            write_tensors(codes, path, {"of": of, "seconds": repr(self.clock() - began)})
         with safe_open(path, framework="pt", device=str(self.model.device)) as file:
-            return {layer: file.get_tensor(layer) for layer in file.keys()}, float(file.metadata()["seconds"])
+            codes = {layer: file.get_tensor(layer) for layer in file.keys()}
+        return codes, float(_metadata(path)["seconds"])
 
     def one_shot(self, name: str) -> None:
         """The rows of a mask that takes no training steps."""
@@ -181,7 +188,7 @@ class Comparison:
         rows = []
         if weights is not None:
             with weights_in_place(self.layers, weights):
-                rows.append(self.row(WITH_WEIGHTS.format(name), {}, 0, seconds, weights="own"))
+                rows.append(self.row(name + WITH_WEIGHTS, {}, 0, seconds, weights="own"))
         with weights_in_place(self.layers, masked):
             self.rows.add([*rows, self.row(name, {}, 0, seconds)])
 
@@ -197,7 +204,8 @@ class Comparison:
         for place, steps in enumerate(sorted(self.args.steps)):
             for settings in candidates:
                 self.learn(name, settings, steps)
-            chosen = best([self.rows.found(name, settings, steps) for settings in candidates], name)["settings"]
+            found = [self.rows.found(name, settings, steps) for settings in candidates]
+            chosen = best(found, name, steps, self.chosen_by)["settings"]
             default = candidates[0]
             candidates = [default, chosen] if place == 0 and chosen != default else [chosen]
 
@@ -210,25 +218,45 @@ class Comparison:
         if self.rows.found(name, settings, steps) is not None:
             return
         codes, _ = self.initial(self.args.init)
+        initial_mask = digest([codes[layer] for layer in sorted(codes)])
+        others = {row.get("initial_mask", initial_mask) for row in self.rows.rows} - {initial_mask}
+        if others:
+            raise SystemExit(
+                f"error: output: expected rows that began with the initial mask {initial_mask}, got those of "
+                f"{others.pop()}: another machine has rounded otherwise; give another folder"
+            )
         batches, layers = self.batches_of(name, steps), self.masked
         estimator = self.learners[name].kind.for_run(len(batches), settings)
         with torch.no_grad():
             for layer, module in layers.items():
                 module.logits.copy_(initial_logits(codes[layer], self.pattern, estimator.run_defaults.gap))
         trainer = MaskTrainer(self.model, causal_lm_loss, batches, estimator, seed=self.args.seed)
+
+        def changed() -> int:
+            masks = (
+                (top_n_mask(module.logits.detach(), self.pattern), codes[layer]) for layer, module in layers.items()
+            )
+            return sum(int((mask != initial).sum()) for mask, initial in masks)
+
+        began = self.clock()
+        trainer.begin()
+        seconds = self.clock() - began
+        of_learner = {"initial_mask": initial_mask, "changed_groups_at_start": changed()}
         began = self.clock()
         trainer.run(len(batches))
-        seconds = self.clock() - began
+        seconds += self.clock() - began
         trainer.close()
         rows, state = [], state_bytes(estimator, layers)
-        moved = sum(
-            int((top_n_mask(module.logits.detach(), self.pattern) != codes[layer]).sum())
-            for layer, module in layers.items()
-        )
+        of_learner["changed_groups"] = changed()
         if isinstance(estimator, ProxSparse):
             with weights_in_place(layers, estimator.sparse_weights(layers)):
-                rows.append(self.row(WITH_WEIGHTS.format(name), settings, steps, seconds, state, "own", moved))
-        self.rows.add([*rows, self.row(name, settings, steps, seconds, state, moved=moved)])
+                rows.append(self.row(name + WITH_WEIGHTS, settings, steps, seconds, state, "own", **of_learner))
+        self.rows.add([*rows, self.row(name, settings, steps, seconds, state, **of_learner)])
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return {"of": ""} | (file.metadata() or {})
 
 
 @contextmanager

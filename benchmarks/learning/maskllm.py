@@ -1,10 +1,11 @@
 """MaskLLM: a distribution over all masks of a group, by Gumbel-softmax (Fang et al. 2024, arXiv 2409.17481).
 
 A group has a logit pi_i for each of its C(M, N) masks M_i, of probability p = softmax(kappa pi). A forward sees the
-relaxed mask sum_i y_i M_i with y = softmax((kappa pi + g) / tau) and Gumbel noise g. The loss is that of the text less
-``regularization`` times the squared norm of the relaxed weight, which keeps gradients alive. Temperature tau falls and
-scale kappa rises linearly over the steps. pi starts as noise of standard deviation sigma, plus a prior:
-pi_i += strength * sigma * (<M_0, M_i> - N^2 / M) for the initial mask M_0.
+relaxed mask sum_i y_i M_i with y = softmax((kappa pi + g) / tau) and Gumbel noise g. The loss is that of the text
+less ``regularization`` times the squared norm of the relaxed weight, which keeps gradients alive. That factor falls
+linearly to 0, as in the authors' scripts. Temperature tau falls and scale kappa rises linearly over the steps. pi
+starts as noise of standard deviation sigma, plus a prior: pi_i += strength * sigma * (<M_0, M_i> - N^2 / M) for the
+initial mask M_0.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class MaskLLM(RelaxedMask):
         steps: how many there will be.
         lr: of AdamW; falls to a tenth of it by a cosine.
         strength: of the prior.
-        regularization: factor of the squared norm of the relaxed weights.
+        regularization: factor of the squared norm of the relaxed weights, at the first step.
 
     Raises:
         TypeError, ValueError: an argument is not as above; or by ``begin``, if a group has too many masks.
@@ -110,8 +111,9 @@ class MaskLLM(RelaxedMask):
         relaxed = masks_of(layer.pattern, layer.weight.device).T @ y.flatten(1)
         return relaxed.T.reshape(layer.weight.shape) * layer.weight
 
-    def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor) -> Tensor | None:
-        return -self.regularization * weight.square().sum() if self.regularization else None
+    def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor, step: int) -> Tensor | None:
+        factor = self.regularization * (1.0 - step / self.steps)
+        return -factor * weight.square().sum() if factor else None
 
     def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
         own = pack_mask(masks_of(layer.pattern, layer.weight.device).bool(), layer.pattern)

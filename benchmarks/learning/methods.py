@@ -27,7 +27,7 @@ class Learner:
     """
 
     kind: type[Estimator]
-    search: tuple[Mapping[str, float], ...] = field(default=())
+    search: tuple[Mapping[str, float | str], ...] = field(default=())
 
     def candidates(self) -> list[dict[str, object]]:
         """All settings in full, the defaults first."""
@@ -37,13 +37,14 @@ class Learner:
 LEARNERS = {
     learner.kind.name: learner
     for learner in (
-        Learner(StraightThrough, ({"lr": 0.1}, {"lr": 0.5})),
-        Learner(MaskLLM, ({"lr": 2e-3}, {"lr": 1e-2})),
-        Learner(RelaxedTopK, ({"lr": 0.03}, {"lr": 0.3})),
+        Learner(StraightThrough, ({"lr": 0.1}, {"lr": 0.5}, {"lr": 0.8})),
+        # the squared weights of SmolLM2 are 90 times as large as those of LLaMA-2-7B
+        Learner(MaskLLM, ({"lr": 1.5e-4}, {"lr": 2e-3}, {"lr": 1e-2}, {"regularization": 1e-7})),
+        Learner(RelaxedTopK, ({"lr": 0.03}, {"lr": 0.17}, {"lr": 0.3})),
         # for weights ten times as large as those of LLaMA-2-7B, which its settings are for: SmolLM2's have a root mean
         # square of 0.19
-        Learner(ProxSparse, ({"strength": 0.025}, {"strength": 0.025, "lr": 1e-3})),
-        Learner(Reinforce, ({"lr": 5.0}, {"lr": 500.0})),
+        Learner(ProxSparse, ({"strength": 0.025}, {"strength": 0.025, "lr": 1e-3}, {"strength": 0.025, "lr": 3e-3})),
+        Learner(Reinforce, ({"lr": 5.0}, {"lr": 500.0}, {"lr": 5000.0})),
     )
 }
 # Masks in one pass, of the package; of SparseGPT the weights are shown as well

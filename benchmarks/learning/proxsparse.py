@@ -90,7 +90,10 @@ def _enumerated(y: Tensor, strength: float, n: int) -> Tensor:
 
 
 class ProxSparse(RelaxedMask):
-    """Proximal AdamW on float32 copies of the weights; the defaults are those of the authors' LLaMA-2-7B script.
+    """Proximal AdamW on float32 copies of the masked layers' weights; options are at those of the authors' script.
+
+    That script is for LLaMA-2-7B. It trains all parameters, in bfloat16. It also clips the norm of the gradient at 1;
+    AdamW divides out what is common to all steps.
 
     Args:
         steps: how many there will be.
@@ -126,7 +129,7 @@ class ProxSparse(RelaxedMask):
     def weight(self, layer: MaskedLinear, learned: Tensor, step: int, noise: torch.Generator) -> Tensor:
         return learned
 
-    def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor) -> Tensor | None:
+    def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor, step: int) -> Tensor | None:
         if not self.frozen:
             return None
         dense = layer.weight.float()

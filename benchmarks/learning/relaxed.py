@@ -1,8 +1,8 @@
 """What learners with a relaxed mask share: own tensors, weights for the forwards, AdamW, and the mask written down.
 
 A forward sees a weight that is a differentiable function of what is learned. Each layer's is made for its own product
-and anew in backward, so that no relaxed mask outlives its layer. After each step the mask that is likeliest by then
-stands in the layers' logits: evaluation, ``finalize`` and snapshots need to know nothing else.
+and anew in backward, so that no relaxed mask outlives its layer. Before the first step and after each one the mask that
+is likeliest by then stands in the layers' logits: evaluation, ``finalize`` and snapshots need to know nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -71,7 +71,7 @@ class RelaxedMask(Estimator):
     def codes(self, layer: MaskedLinear, learned: Tensor) -> Tensor:
         """Group codes [out, K / M] of the mask that has been learned."""
 
-    def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor) -> Tensor | None:
+    def penalty(self, layer: MaskedLinear, learned: Tensor, weight: Tensor, step: int) -> Tensor | None:
         """What the loss has beside that of the text, 0-dim; None: nothing."""
 
     def behind_update(self, layer: MaskedLinear, learned: Tensor) -> None:  # noqa: B027
@@ -93,6 +93,7 @@ class RelaxedMask(Estimator):
             self.learned = {name: self.start(layer).requires_grad_() for name, layer in layers.items()}
             self._means = {name: torch.zeros_like(value) for name, value in self.learned.items()}
             self._squares = {name: torch.zeros_like(value) for name, value in self.learned.items()}
+            self._write_down(layers, self.learned)
 
     def tensors(self) -> dict[str, Tensor]:
         kinds = {"learned": self.learned, "mean": self._means, "square": self._squares}
@@ -140,9 +141,14 @@ class RelaxedMask(Estimator):
             lr, decay = self.lr_at(step.index), self.weight_decay
             adamw_(learned, learned.grad.mul_(scale), *moments, step.index + 1, lr, self.betas, self.eps, decay)
             self.behind_update(layer, learned)
-            with layer.moving_logits() as logits:
-                logits.copy_(initial_logits(self.codes(layer, learned), layer.pattern, WRITTEN_GAP))
+        self._write_down(step.layers, good)
         return tuple(name for name in norms if name not in good)
+
+    def _write_down(self, layers: Mapping[str, MaskedLinear], names: Iterable[str]) -> None:
+        for name in names:
+            layer = layers[name]
+            with layer.moving_logits() as logits:
+                logits.copy_(initial_logits(self.codes(layer, self.learned[name]), layer.pattern, WRITTEN_GAP))
 
     @contextmanager
     def _relaxed(self, step: Step) -> Iterator[dict[str, Tensor]]:
@@ -155,7 +161,7 @@ class RelaxedMask(Estimator):
             def product(x: Tensor) -> tuple[Tensor, Tensor | None]:
                 weight = self.weight(layer, learned, step.index, generator(layer, step.seed, step.index))
                 y = F.linear(x, weight.to(layer.weight.dtype), layer.bias)
-                return y, self.penalty(layer, learned, weight)
+                return y, self.penalty(layer, learned, weight, step.index)
 
             def multiply(input: Tensor) -> Tensor:
                 # in place of a forward to which a hook might have brought its input

@@ -18,7 +18,7 @@ from maskpro_kernels.training.number_checks import check_float
 
 
 def relaxed_top_k(keys: Tensor, n: int, temperature: float) -> Tensor:
-    """The relaxed masks [M, ...] of keys [M, ...]: in [0, 1], N in sum.
+    """The relaxed masks [M, ...] of keys [M, ...]: not below 0, N in sum. Warm ones may take a weight more than once.
 
     The weights of a group come first, as a CPU takes a softmax over a short last dimension one by one.
     """

@@ -11,6 +11,8 @@ from pathlib import Path
 from maskpro_kernels.files import write_whole
 
 ROWS, TABLE = "rows.jsonl", "table.md"
+# How a row with learned or refitted weights is called behind the name of its method
+WITH_WEIGHTS = ", its weights"
 
 
 class Rows:
@@ -19,13 +21,14 @@ class Rows:
     Args:
         folder: made if missing.
         shared: what the rows share.
+        chosen_by: the figure by which settings are chosen, see ``best``.
 
     Raises:
         ValueError: if the folder holds rows of a comparison that shares something else, or a line is damaged.
     """
 
-    def __init__(self, folder: Path, shared: Mapping):
-        self.path = folder / ROWS
+    def __init__(self, folder: Path, shared: Mapping, chosen_by: str = "validation"):
+        self.path, self.chosen_by = folder / ROWS, chosen_by
         # as it comes back from the file
         self.shared = shared = json.loads(json.dumps(shared))
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ class Rows:
         """
         self._append(rows)
         self.rows = _newest([*self.rows, *map(dict, rows)])
-        write_whole(self.path.parent / TABLE, table(self.rows).encode())
+        write_whole(self.path.parent / TABLE, table(self.rows, self.chosen_by).encode())
 
     def _append(self, rows: Sequence[Mapping]) -> None:
         with open(self.path, "ab") as file:
@@ -100,11 +103,10 @@ def score(perplexities: Mapping[str, float], dense: Mapping[str, float]) -> floa
     return math.exp(math.fsum(logs) / len(logs))
 
 
-def best(rows: Sequence[Mapping], method: str) -> Mapping:
-    """The row of a method with the lowest perplexity of validation text, of those with the fewest steps."""
-    own = [row for row in rows if row["method"] == method]
-    steps = min(row["steps"] for row in own)
-    return min((row for row in own if row["steps"] == steps), key=lambda row: finite(row["validation"]))
+def best(rows: Sequence[Mapping], method: str, steps: int, chosen_by: str = "validation") -> Mapping:
+    """The row of a method with as many steps whose figure is lowest: "validation", a perplexity, or "score"."""
+    own = (row for row in rows if (row["method"], row["steps"]) == (method, steps))
+    return min(own, key=lambda row: finite(row[chosen_by]))
 
 
 def finite(value: float) -> float:
@@ -112,10 +114,10 @@ def finite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def table(rows: Sequence[Mapping]) -> str:
-    """Markdown, by steps and then by score; settings that validation text has chosen are bold."""
+def table(rows: Sequence[Mapping], chosen_by: str = "validation") -> str:
+    """Markdown, by steps and then by score; of each method and number of steps the settings that are best are bold."""
     texts = list(rows[0]["perplexity"])
-    costs = ["score", "groups moved", "state, bytes a weight", "seconds"]
+    costs = ["score", "groups off the initial mask", "state, bytes a weight", "seconds"]
     heads = ["method", "settings", "steps", "kept weights", "validation", *texts, *costs]
     lines = [heads, ["---", "---", "---:", "---", *["---:"] * (len(texts) + 1 + len(costs))]]
     for row in sorted(rows, key=lambda row: (row["steps"], row["score"])):
@@ -123,11 +125,13 @@ def table(rows: Sequence[Mapping]) -> str:
         settings = ", ".join(
             f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in given.items()
         )
-        if settings and row["settings"] == best(rows, row["method"])["settings"]:
+        # with its own weights a method is judged by its mask
+        learner = row["method"].removesuffix(WITH_WEIGHTS)
+        if settings and row["settings"] == best(rows, learner, row["steps"], chosen_by)["settings"]:
             settings = f"**{settings}**"
         figures = [row["validation"], *(row["perplexity"][text] for text in texts)]
-        moved, state = f"{row['moved_groups']:,}", f"{row['state_bytes_per_weight']:.1f}"
-        cost = [f"{row['score']:.3f}", moved, state, f"{row['seconds']:.0f}"]
+        changed, state = f"{row['changed_groups']:,}", f"{row['state_bytes_per_weight']:.1f}"
+        cost = [f"{row['score']:.3f}", changed, state, f"{row['seconds']:.0f}"]
         lines.append(
             [row["method"], settings, str(row["steps"]), row["weights"], *(f"{x:.2f}" for x in figures), *cost]
         )

@@ -14,12 +14,13 @@ from maskpro_kernels.training.estimator import Option, StepResult
 from maskpro_kernels.training.step import Step, value_of
 from maskpro_kernels.training.straight_through import StraightThrough
 
+# By the share of the steps that is done. Their mean is that of the line to 0, so that they differ in their shape alone.
 SCHEDULES = {
-    "constant": lambda done: 1.0,
+    "constant": lambda done: 0.5,
     "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2.0,
     # a tenth of the steps up, the others down
     "warm-up": lambda done: min(done / 0.1, (1.0 - done) / 0.9),
-    "square root": lambda done: math.sqrt(1.0 - done),
+    "square root": lambda done: 0.75 * math.sqrt(1.0 - done),
 }
 
 
@@ -34,7 +35,8 @@ class Scheduled(StraightThrough):
         self.schedule = schedule
 
     def _falling(self, rate: float, step: int) -> float:
-        return rate * SCHEDULES[self.schedule](step / self.steps)
+        # in the middle of the step: a rate that rises from 0 would lose the first one
+        return rate * SCHEDULES[self.schedule]((step + 0.5) / self.steps)
 
     def settings(self) -> dict:
         return super().settings() | {"schedule": self.schedule}
@@ -46,10 +48,10 @@ class Spread(StraightThrough):
     name = "spread"
     options = (
         *StraightThrough.options,
-        Option("apart", float, 15.0, "initial logit of a kept weight over a dropped one", "L"),
+        Option("apart", float, 8.0, "initial logit of a kept weight over a dropped one", "L"),
     )
 
-    def __init__(self, *args, apart: float = 15.0, **settings):
+    def __init__(self, *args, apart: float = 8.0, **settings):
         super().__init__(*args, **settings)
         self.apart, self.run_defaults = apart, self.run_defaults._replace(gap=apart)
 
@@ -58,16 +60,27 @@ class Spread(StraightThrough):
 
 
 class LateBatches(StraightThrough):
-    """``movement.py`` gives it half of its windows in batches of half the size, the others in some of double size."""
+    """The first half of its windows comes in half batches, the second half in double ones; ``movement.py`` makes them.
+
+    The learning rate falls with the windows that were seen, and goes with the size of a batch. So its sum is that of
+    equal batches.
+    """
 
     name = "late-batches"
+
+    def _falling(self, rate: float, step: int) -> float:
+        # half batches are four times as many as double ones of as many windows
+        early = self.steps * 4 // 5
+        late = step - early
+        size, seen = (0.5, 0.5 * step) if late < 0 else (2.0, 0.5 * early + 2.0 * late)
+        return rate * size * (1.0 - seen / (0.5 * early + 2.0 * (self.steps - early)))
 
 
 class Annealed(StraightThrough):
     """Draws are ``heat`` times as hot at first, and as hot as ever at the end.
 
     A draw by logits over a temperature T is one by logits that lie 1 / T as far apart. So logits begin at 1 / ``heat``
-    of their places, steps are as much shorter, and both grow evenly.
+    of their places. Steps, and the most that one may be, are as much shorter, and all grow evenly.
     """
 
     name = "annealed"
@@ -91,7 +104,11 @@ class Annealed(StraightThrough):
         self._stretch(layers, self._scale(0))
 
     def step(self, step: Step) -> StepResult:
-        result = super().step(step)
+        given, self.max_update = self.max_update, self.max_update * self._scale(step.index)
+        try:
+            result = super().step(step)
+        finally:
+            self.max_update = given
         if step.index + 1 < self.steps:
             self._stretch(step.layers, self._scale(step.index + 1) / self._scale(step.index))
         return result
@@ -103,8 +120,12 @@ class Annealed(StraightThrough):
                 logits.mul_(factor)
 
 
+# A loss within that share of what it was has neither fallen nor risen: rounding alone moves it by as much
+UNCHANGED = 1e-3
+
+
 class TrustRegion(StraightThrough):
-    """Steps grow while they lower the loss of their own batch, and are halved where one does not.
+    """Steps grow while they lower the loss of their own batch, shrink where one raises it, and else stay.
 
     It takes a second forward of each batch.
     """
@@ -125,7 +146,8 @@ class TrustRegion(StraightThrough):
                 float(weight) * value_of(step.loss_fn(step.model, batch))
                 for weight, batch in zip(step.weights, step.batches, strict=True)
             )
-        self.radius = min(self.radius * 1.1, 4.0) if behind < result.loss else max(self.radius * 0.5, 0.1)
+        if abs(behind - result.loss) > UNCHANGED * abs(result.loss):
+            self.radius = min(self.radius * 1.1, 4.0) if behind < result.loss else max(self.radius / 1.1, 0.25)
         return result
 
 
@@ -136,10 +158,12 @@ class Consistent(StraightThrough):
     """
 
     name = "consistent"
+    # weights learn by gradients that it does not hold
+    options = tuple(option for option in StraightThrough.options if option.name != "train_weights")
 
     def begin(self, layers: Mapping[str, MaskedLinear]) -> None:
         super().begin(layers)
-        self._updaters = {name: ConsistentUpdater(layer, self, None) for name, layer in layers.items()}
+        self._updaters = {name: ConsistentUpdater(layer, self) for name, layer in layers.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         kinds = ("mean", "square")
@@ -153,14 +177,12 @@ class ConsistentUpdater(LayerUpdater):
     decays = 0.9, 0.99
     eps = 1e-12
 
-    def __init__(self, layer: MaskedLinear, how: StraightThrough, learner: None):
-        super().__init__(layer, how, learner)
+    def __init__(self, layer: MaskedLinear, how: StraightThrough):
+        super().__init__(layer, how, None)
         self.mean = torch.zeros_like(layer.weight, dtype=torch.float32)
         self.square, self.steps = torch.zeros_like(self.mean), 0
 
     def finish(self) -> None:
-        groups = self.slopes.unflatten(1, (-1, self.layer.pattern.m))
-        groups -= groups.mean(-1, keepdim=True)
         first, second = self.decays
         self.steps += 1
         self.mean.lerp_(self.slopes, 1.0 - first)

@@ -27,7 +27,7 @@ from .texts import check_sources
 from .trackers import check_trackers
 
 # What a run learns from, and how many windows the model draws at most, where nothing is said
-DATA, SAMPLES = "pydoc:0.5,self:0.5", 2048
+DATA, SAMPLES = "stdlib:0.5,self:0.5", 2048
 # Of this process, not of the run
 NO_SETTINGS = ("run", "given", "config", "parallel", "quiet", "bars", TRUST)
 

@@ -399,10 +399,10 @@ def test_without_data_a_run_learns_from_half_its_own_samples(inputs, tmp_path, b
     at = arguments.index("--data")
     assert main.main(arguments[:at] + arguments[at + 4 :]) == 0
     settings = report(tmp_path / "run")["settings"]
-    assert (settings["data"], settings["other_data"]) == ("pydoc:0.5,self:0.5", "stdlib")
+    assert (settings["data"], settings["other_data"]) == ("stdlib:0.5,self:0.5", "pydoc")
     own = {tuple(row) for row in samples_of(tmp_path / "run").tolist()}
     assert [sum(tuple(row) in own for row in batch.tolist()) for batch in batches[0]] == [2, 2]
-    assert "other text (stdlib)" in capsys.readouterr().out.splitlines()[-1]
+    assert "other text (pydoc)" in capsys.readouterr().out.splitlines()[-1]
 
 
 def rows(*perplexities):

@@ -400,5 +400,11 @@ def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, r
     side = RESULT_SIDE[product]
     width = rows if side == "out" else k
     busy = [tile for tile in fitting if width >= PROCESSORS[target] * getattr(tile, side)]
-    chosen = busy[-1] if busy else fitting[0]
-    return replace(chosen, k=max(chosen.k, m))
+    return of_groups(busy[-1] if busy else fitting[0], m)
+
+
+def of_groups(tile: Tiles, m: int) -> Tiles:
+    """A tile of the table as products of groups of ``m`` take it: whole groups, and the registers that these need."""
+    # left alone, ptxas aims at fewer than a group of 32 takes, and puts up to 24 bytes on the stack on sm_80
+    registers = 255 if m == 32 else tile.registers
+    return replace(tile, k=max(tile.k, m), registers=registers)

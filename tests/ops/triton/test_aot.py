@@ -320,6 +320,12 @@ def test_products_of_other_groups_compile_for_every_target(child, n, m):
     check_products(child, "bf16", [(n, m)], list(SHARED_LIMITS), ends=True, LOG_PROB=n <= 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("operand", "kind"), [("bf16", "codes"), ("fp32", "codes"), ("fp32", "drawn")])
+def test_products_of_groups_of_32_compile_for_every_target(child, operand, kind):
+    check_products(child, operand, [(16, 32)], list(SHARED_LIMITS), KIND=kind)
+
+
 def test_products_by_codes_compile_for_every_target(child):
     """As a trainer launches them, which draws its masks once a step."""
     check_products(child, "bf16", [(2, 4)], list(SHARED_LIMITS), ends=True, KIND="codes")
