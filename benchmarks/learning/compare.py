@@ -28,7 +28,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from maskpro_kernels.cli.arguments import DTYPES, device_of
-from maskpro_kernels.cli.run_settings import DATA
 from maskpro_kernels.digests import digest
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
@@ -47,6 +46,9 @@ from maskpro_kernels.training.trainer import MaskTrainer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from harness import environment  # noqa: E402
+
+# What the rows in ``measured`` have learned from
+DATA = "pydoc:0.5,self:0.5"
 
 
 class Comparison:
@@ -279,7 +281,7 @@ def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tens
 def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--model", default="smollm2-135m", help="as for maskpro learn (default: %(default)s)")
-    parser.add_argument("--data", default=DATA, help="as for maskpro learn; its texts' validation parts choose")
+    parser.add_argument("--data", default=DATA, help="what to learn from (default: %(default)s)")
     parser.add_argument("--test", nargs="+", default=["pydoc", "stdlib"], help="texts that rows are scored on")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), metavar="METHOD")

@@ -174,6 +174,48 @@ def test_settings_that_fail_are_not_the_best():
     assert rows.best(found, "m", 0)["settings"] == {"lr": 2.0}
 
 
+def test_settings_are_chosen_among_rows_of_as_many_steps():
+    at = {(1.0, 60): (3.0, 5.0), (2.0, 60): (2.0, 6.0), (1.0, 200): (1.0, 9.0), (2.0, 200): (4.0, 8.0)}
+    found = [
+        a_row(settings={"lr": lr}, steps=steps, validation=validation, score=score)
+        for (lr, steps), (validation, score) in at.items()
+    ]
+    chosen = {steps: rows.best(found, "m", steps)["settings"]["lr"] for steps in (60, 200)}
+    assert chosen == {60: 2.0, 200: 1.0}
+    assert rows.best(found, "m", 60, "score")["settings"]["lr"] == 1.0
+    weights = [row | {"method": "m" + rows.WITH_WEIGHTS, "validation": -row["validation"]} for row in found]
+    lines = rows.table([a_row(method="dense"), *found, *weights]).splitlines()
+    bold = sorted(line.split(" | ")[0].strip("| ") for line in lines if "**" in line)
+    assert bold == ["m", "m", "m, its weights", "m, its weights"]
+    assert all("**lr 2**" in line for line in lines if "| 60 |" in line and "**" in line)
+
+
+def test_rows_of_another_split_of_the_texts_are_others(arguments, tmp_path):
+    given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1"]
+    compare.main([*given, "--methods", "wanda"])
+    with pytest.raises(ValueError, match="^output: expected the rows of a comparison with the same split, got others"):
+        movement.Movement(movement.parsed(given, "", list(movement.LEARNERS)))
+
+
+def test_rows_of_another_initial_mask_are_others(arguments, tmp_path):
+    given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1"]
+    comparison = compare.Comparison(compare.parsed(given, "", METHODS))
+    comparison.rows.add([comparison.row("dense", {}, 0, 0.0, initial_mask="of another machine")])
+    (default, *_) = comparison.learners["straight-through"].candidates()
+    with pytest.raises(SystemExit, match="^error: output: expected rows that began with the initial mask .* another"):
+        comparison.learn("straight-through", default, 1)
+    assert len(comparison.rows.rows) == 1
+
+
+def test_an_initial_mask_of_something_else_is_found_anew(arguments, tmp_path, monkeypatch):
+    found, of = [], compare.initial_codes
+    monkeypatch.setattr(compare, "initial_codes", lambda *args: found.append(args[2]) or of(*args))
+    for seed, count in ((0, 1), (0, 1), (1, 2)):
+        given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1", "--seed", str(seed)]
+        compare.Comparison(compare.parsed(given, "", METHODS)).initial("magnitude")
+        assert len(found) == count
+
+
 @pytest.mark.parametrize(
     "content", [b"nothing\n", b"[1]\n", b'{"method": "m"}\n', b'{"shared": {}}\n{"method": "m"}\n']
 )

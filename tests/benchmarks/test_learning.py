@@ -236,6 +236,8 @@ def test_the_norm_of_the_masked_weights_is_rewarded():
     torch.optim.AdamW([learned], lr=5e-4, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1).step()
     assert trainer.step().loss == pytest.approx(float(loss.detach()), rel=1e-6)
     torch.testing.assert_close(estimator.learned["0"].detach(), learned.detach(), rtol=1e-5, atol=1e-7)
+    factors = [-float(estimator.penalty(model[0], learned, torch.ones(2), step)) / 2 for step in range(3)]
+    assert factors == pytest.approx([0.5, 1 / 3, 1 / 6])
 
 
 def test_adamw_is_that_of_torch():
