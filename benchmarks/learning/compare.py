@@ -220,40 +220,43 @@ class Comparison:
         if self.rows.found(name, settings, steps) is not None:
             return
         codes, _ = self.initial(self.args.init)
-        initial_mask = digest([codes[layer] for layer in sorted(codes)])
-        others = {row.get("initial_mask", initial_mask) for row in self.rows.rows} - {initial_mask}
-        if others:
-            raise SystemExit(
-                f"error: output: expected rows that began with the initial mask {initial_mask}, got those of "
-                f"{others.pop()}: another machine has rounded otherwise; give another folder"
-            )
+        initial_mask = self._digest_of(codes)
         batches, layers = self.batches_of(name, steps), self.masked
         estimator = self.learners[name].kind.for_run(len(batches), settings)
         with torch.no_grad():
             for layer, module in layers.items():
                 module.logits.copy_(initial_logits(codes[layer], self.pattern, estimator.run_defaults.gap))
         trainer = MaskTrainer(self.model, causal_lm_loss, batches, estimator, seed=self.args.seed)
-
-        def changed() -> int:
-            masks = (
-                (top_n_mask(module.logits.detach(), self.pattern), codes[layer]) for layer, module in layers.items()
-            )
-            return sum(int((mask != initial).sum()) for mask, initial in masks)
-
         began = self.clock()
         trainer.begin()
         seconds = self.clock() - began
-        of_learner = {"initial_mask": initial_mask, "changed_groups_at_start": changed()}
+        of_learner = {"initial_mask": initial_mask, "changed_groups_at_start": self._changed(codes)}
         began = self.clock()
         trainer.run(len(batches))
         seconds += self.clock() - began
         trainer.close()
         rows, state = [], state_bytes(estimator, layers)
-        of_learner["changed_groups"] = changed()
+        of_learner["changed_groups"] = self._changed(codes)
         if isinstance(estimator, ProxSparse):
             with weights_in_place(layers, estimator.sparse_weights(layers)):
                 rows.append(self.row(name + WITH_WEIGHTS, settings, steps, seconds, state, "own", **of_learner))
         self.rows.add([*rows, self.row(name, settings, steps, seconds, state, **of_learner)])
+
+    def _digest_of(self, codes: Mapping[str, Tensor]) -> str:
+        """Of an initial mask; the command ends if rows that are there began with another one."""
+        found = digest([codes[layer] for layer in sorted(codes)])
+        others = {row.get("initial_mask", found) for row in self.rows.rows} - {found}
+        if others:
+            raise SystemExit(
+                f"error: output: expected rows that began with the initial mask {found}, got those of {others.pop()}: "
+                "another machine has rounded otherwise; give another folder"
+            )
+        return found
+
+    def _changed(self, codes: Mapping[str, Tensor]) -> int:
+        """How many groups have another mask than these, by their logits."""
+        learned = ((top_n_mask(self.masked[name].logits.detach(), self.pattern), codes[name]) for name in codes)
+        return sum(int((mask != initial).sum()) for mask, initial in learned)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -82,11 +82,7 @@ def write_results(
     if any(record["residual"] is not None for record in records):
         draw_residual(records, output / RESIDUAL_PICTURE)
     report = {
-        "model": stored_settings(args)["model"],
-        "pattern": str(pattern),
-        "settings": reported_settings(args),
-        "gap": args.gap,
-        "start": name_over(name_of_init(args.init), told_weights(args.refit)),
+        **_settings_of(args),
         "initial_mask": start.get("initial_mask"),
         "weights": weights,
         "versions": versions(),
@@ -109,6 +105,17 @@ def write_results(
         sync(written)
     write_whole(output / REPORT, (json.dumps(sealed(report), indent=1) + "\n").encode())
     return report
+
+
+def _settings_of(args: argparse.Namespace) -> dict:
+    """What a report tells of how the run was asked for."""
+    return {
+        "model": stored_settings(args)["model"],
+        "pattern": str(NMPattern(args.pattern)),
+        "settings": reported_settings(args),
+        "gap": args.gap,
+        "start": name_over(name_of_init(args.init), told_weights(args.refit)),
+    }
 
 
 def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Mapping) -> str:

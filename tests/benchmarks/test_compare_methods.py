@@ -79,7 +79,7 @@ def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys
     assert len(runs) == told and capsys.readouterr().out == before
     assert before.count("\n") == len(found) + 2 and "**lr" in before
     with pytest.raises(
-        SystemExit, match="^error: output: expected the rows of a comparison with the same seed, got others"
+        SystemExit, match="^error: output: expected the rows of a comparison with the same seed, self, got others"
     ):
         compare.main([*arguments, "--seed", "1"])
     text = Path(arguments[arguments.index("--data") + 1].partition(":")[0])
