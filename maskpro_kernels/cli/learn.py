@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from .inputs import read_inputs
 from .learning_run import LearningRun
 from .losses import fill_teacher, loss_of
 from .memory import needed_memory
+from .progress import tell, tell_as
 from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
 from .run_settings import check_process, complete, logits_of
 from .start_mask import StartMask
@@ -42,7 +44,10 @@ def take_run(args: argparse.Namespace, shared: Path | None = None) -> bool:
     # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
     ranks = Ranks()
     ranks.connect()
-    run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks, shared)
+    with warnings.catch_warnings():
+        # told by options, and before anything takes long
+        warnings.filterwarnings("ignore", "no mask will change")
+        run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks, shared)
     try:
         if run.take_steps():
             run.end()
@@ -65,6 +70,7 @@ def _new_run(args: argparse.Namespace, ranks: Ranks, shared: Path | None) -> Lea
         return estimator
 
     estimator = ranks.all_of(check)
+    _tell_ahead(args, estimator)
     mask = ranks.all_of(lambda: StartMask(args))
     ranks.first(lambda: _check_output(Path(args.output)))
     need_of = partial(needed_memory, args, estimator, ranks.world)
@@ -75,6 +81,20 @@ def _new_run(args: argparse.Namespace, ranks: Ranks, shared: Path | None) -> Lea
     run = LearningRun(args, ranks, inputs, estimator, loss_fn, start)
     run.begin()
     return run
+
+
+def _tell_ahead(args: argparse.Namespace, estimator: Estimator) -> None:
+    """Tell, before anything takes long, what the options leave out."""
+    if args.gap > estimator.reach:
+        names = {option.name for option in estimator.options}
+        other = " or a greater --max-update" if "max_update" in names else ""
+        tell_as(
+            "warning",
+            f"no mask will change: kept and dropped logits begin {args.gap:g} apart, and all steps together bring them "
+            f"at most {estimator.reach:g} nearer; give more --steps, a smaller --gap{other}",
+        )
+    if not hasattr(args, "other_data"):
+        tell("no text of another kind will be looked at: name one by --other-data")
 
 
 def _check_output(output: Path) -> None:

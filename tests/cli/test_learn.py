@@ -17,6 +17,7 @@ from helpers.tiny_llama import tiny_model, tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels.checkpoints.logits import load_logits
+from maskpro_kernels.cli import learn as learn_module
 from maskpro_kernels.cli import main, perplexities
 from maskpro_kernels.cli.mask_files import mask_of_step
 from maskpro_kernels.cli.perplexities import ValidationPerplexities
@@ -200,6 +201,28 @@ def test_a_best_mask_of_another_evaluation_or_a_damaged_one_is_not_offered(input
         assert mask_of_step(args, progress, *other) is None
     (progress / BEST_MASK).write_bytes(b"half of one")
     assert mask_of_step(args, progress, 1, 8.0, run) is None
+
+
+def test_what_options_leave_out_is_told_before_anything_takes_long(inputs, tmp_path, capsys, monkeypatch):
+    def stop(*args):
+        raise Killed
+
+    monkeypatch.setattr(learn_module, "read_inputs", stop)
+    given = [*learn(inputs, tmp_path / "run", "--estimator", "straight-through", "--steps", "2")]
+    given[given.index("--data") : given.index("--other-data") + 2] = ["--data", "pydoc,stdlib"]
+    pytest.raises(Killed, main.main, given)
+    far, other = capsys.readouterr().err.splitlines()
+    assert far == (
+        "maskpro: warning: no mask will change: kept and dropped logits begin 15 apart, and all steps together bring "
+        "them at most 8 nearer; give more --steps, a smaller --gap or a greater --max-update"
+    )
+    assert other == "no text of another kind will be looked at: name one by --other-data"
+
+
+def test_steps_that_reach_no_mask_are_told_once(inputs, tmp_path, capsys):
+    options = "--estimator straight-through --steps 1 --eval-every 1 --init magnitude".split()
+    assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
+    assert capsys.readouterr().err.count("no mask will change") == 1
 
 
 def test_learning_stops_where_the_validation_perplexity_rises(inputs, tmp_path, capsys, monkeypatch):
