@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from methods import LEARNERS, METHODS, ONE_SHOT, Learner, state_bytes
 from proxsparse import ProxSparse
-from rows import TABLE, WITH_WEIGHTS, Rows, best, score
+from rows import WITH_WEIGHTS, Rows, best, score, table
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -80,7 +80,8 @@ class Comparison:
         self.weights = sum(layer.weight.numel() for layer in self.layers.values())
         learned = [name for name, _ in texts_of(args.data)]
         texts = {name: load_text(name) for name in dict.fromkeys((*learned, *args.test))}
-        self.weights_digest = digest(parameter for _, parameter in sorted(self.model.named_parameters()))
+        # ahead of the samples: those of other rows are not to be drawn over
+        self.rows = Rows(args.output, self._shared(texts, split), chosen_by)
 
         def cut(names: Sequence[str], split: str, length: int) -> dict[str, Tensor]:
             return {name: windows(texts[name][split], tokenizer, length) for name in names}
@@ -88,7 +89,7 @@ class Comparison:
         sources, learning = parse_sources(args.data), cut(learned, "calibration", args.seq_len)
         if SELF in dict(sources):
             learning[SELF] = self._samples(start_token(tokenizer))
-        self.rows = Rows(args.output, self._shared(texts, learning.get(SELF), split), chosen_by)
+        self.samples = digest([learning[SELF]]) if SELF in learning else None
         learning = {name: own.to(self.model.device) for name, own in learning.items()}
         count = max(*args.steps, args.init_batches)
         self.batches = MixedBatches(learning, sources, args.batch_size, count, args.seed)
@@ -97,27 +98,25 @@ class Comparison:
         tests = cut(args.test, split, args.eval_length)
         self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
 
-    def _shared(self, texts: Mapping[str, Mapping[str, str]], samples: Tensor | None, split: str) -> dict:
+    def _shared(self, texts: Mapping[str, Mapping[str, str]], split: str) -> dict:
         """What all rows have in common: the options, and what stands behind the names of model and texts."""
         options = {name: value for name, value in vars(self.args).items() if name not in ("output", "steps", "methods")}
         content = json.dumps(texts, sort_keys=True).encode()
         return options | {
-            "weights": self.weights_digest,
+            "weights": digest(parameter for _, parameter in sorted(self.model.named_parameters())),
             "texts": hashlib.blake2b(content, digest_size=16).hexdigest(),
-            "self": None if samples is None else digest([samples]),
             "split": split,
         }
 
     def _samples(self, start: int | None) -> Tensor:
         """int64 [--samples, --seq-len], of the dense model, drawn once."""
         path, of = self.args.output / "samples.safetensors", (start, self.args.samples, self.args.seq_len)
-        told = {"of": json.dumps([*of, self.args.seed, self.weights_digest])}
+        told = {"of": json.dumps([*of, self.args.seed, self.rows.shared["weights"]])}
         if path.exists():
             with safe_open(path, framework="pt") as file:
                 # a call that ended before it had a row may have been of another model or seed
                 if file.metadata() == told:
                     return file.get_tensor(SELF)
-        self.args.output.mkdir(parents=True, exist_ok=True)
         drawn = sample_windows(self.model, *of, seed=self.args.seed)
         write_tensors({SELF: drawn}, path, told)
         return drawn
@@ -220,7 +219,7 @@ class Comparison:
         if self.rows.found(name, settings, steps) is not None:
             return
         codes, _ = self.initial(self.args.init)
-        initial_mask = self._digest_of(codes)
+        began_with = self._began_with(codes)
         batches, layers = self.batches_of(name, steps), self.masked
         estimator = self.learners[name].kind.for_run(len(batches), settings)
         with torch.no_grad():
@@ -230,7 +229,7 @@ class Comparison:
         began = self.clock()
         trainer.begin()
         seconds = self.clock() - began
-        of_learner = {"initial_mask": initial_mask, "changed_groups_at_start": self._changed(codes)}
+        of_learner = {**began_with, "changed_groups_at_start": self._changed(codes)}
         began = self.clock()
         trainer.run(len(batches))
         seconds += self.clock() - began
@@ -242,15 +241,16 @@ class Comparison:
                 rows.append(self.row(name + WITH_WEIGHTS, settings, steps, seconds, state, "own", **of_learner))
         self.rows.add([*rows, self.row(name, settings, steps, seconds, state, **of_learner)])
 
-    def _digest_of(self, codes: Mapping[str, Tensor]) -> str:
-        """Of an initial mask; the command ends if rows that are there began with another one."""
-        found = digest([codes[layer] for layer in sorted(codes)])
-        others = {row.get("initial_mask", found) for row in self.rows.rows} - {found}
-        if others:
-            raise SystemExit(
-                f"error: output: expected rows that began with the initial mask {found}, got those of {others.pop()}: "
-                "another machine has rounded otherwise; give another folder"
-            )
+    def _began_with(self, codes: Mapping[str, Tensor]) -> dict[str, str]:
+        """Digests of the samples and of an initial mask; ValueError if rows that are there began with others."""
+        found = {"samples": self.samples, "initial_mask": digest([codes[layer] for layer in sorted(codes)])}
+        for name, own in found.items():
+            others = {row[name] for row in self.rows.rows if name in row} - {own}
+            if others:
+                raise ValueError(
+                    f"output: expected rows that began with the {name} {own}, got those of {others.pop()}: another "
+                    "machine has rounded otherwise; give another folder"
+                )
         return found
 
     def _changed(self, codes: Mapping[str, Tensor]) -> int:
@@ -315,14 +315,14 @@ def run(kind: Callable[[argparse.Namespace], Comparison], args: argparse.Namespa
     """Fill in the rows of the methods that the command asks for, and print the table."""
     try:
         comparison = kind(args)
+        # ahead of any conversion
+        comparison.dense  # noqa: B018
+        for name in (*ONE_SHOT, *comparison.learners):
+            if name in args.methods:
+                (comparison.one_shot if name in ONE_SHOT else comparison.learner)(name)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    # ahead of any conversion
-    comparison.dense  # noqa: B018
-    for name in (*ONE_SHOT, *comparison.learners):
-        if name in args.methods:
-            (comparison.one_shot if name in ONE_SHOT else comparison.learner)(name)
-    print((args.output / TABLE).read_text(encoding="utf-8"), end="")
+    print(table(comparison.rows.rows, comparison.chosen_by), end="")
 
 
 if __name__ == "__main__":

@@ -41,10 +41,12 @@ class Movement(Comparison):
         batches = self.batches[:steps]
         if name != LateBatches.name:
             return batches
+        if self.args.batch_size % 2:
+            raise ValueError(f"batch_size: expected an even number, which can be halved, got {self.args.batch_size}")
         windows = torch.cat(list(batches))
         early, late = windows.split([len(windows) // 2, len(windows) - len(windows) // 2])
         size = self.args.batch_size
-        return [*early.split(max(size // 2, 1)), *late.split(2 * size)]
+        return [*early.split(size // 2), *late.split(2 * size)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -103,10 +103,13 @@ def score(perplexities: Mapping[str, float], dense: Mapping[str, float]) -> floa
     return math.exp(math.fsum(logs) / len(logs))
 
 
-def best(rows: Sequence[Mapping], method: str, steps: int, chosen_by: str = "validation") -> Mapping:
-    """The row of a method with as many steps whose figure is lowest: "validation", a perplexity, or "score"."""
+def best(rows: Sequence[Mapping], method: str, steps: int, chosen_by: str = "validation") -> Mapping | None:
+    """The row of a method with as many steps whose figure is lowest: "validation", a perplexity, or "score".
+
+    None where there is none.
+    """
     own = (row for row in rows if (row["method"], row["steps"]) == (method, steps))
-    return min(own, key=lambda row: finite(row[chosen_by]))
+    return min(own, key=lambda row: finite(row[chosen_by]), default=None)
 
 
 def finite(value: float) -> float:
@@ -126,8 +129,8 @@ def table(rows: Sequence[Mapping], chosen_by: str = "validation") -> str:
             f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in given.items()
         )
         # with its own weights a method is judged by its mask
-        learner = row["method"].removesuffix(WITH_WEIGHTS)
-        if settings and row["settings"] == best(rows, learner, row["steps"], chosen_by)["settings"]:
+        chosen = best(rows, row["method"].removesuffix(WITH_WEIGHTS), row["steps"], chosen_by)
+        if settings and chosen is not None and row["settings"] == chosen["settings"]:
             settings = f"**{settings}**"
         figures = [row["validation"], *(row["perplexity"][text] for text in texts)]
         changed, state = f"{row['changed_groups']:,}", f"{row['state_bytes_per_weight']:.1f}"

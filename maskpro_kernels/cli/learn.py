@@ -8,11 +8,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ..files import check_output
 from ..pruning.convert import convert
 from ..ranks import Ranks
 from ..training.estimator import Estimator
-from .arguments import telling
+from .arguments import DTYPES, telling
 from .baselines import initial_masks
 from .changed_weights import put_back_start_weights
 from .config_file import given_beside_resume
@@ -44,10 +46,7 @@ def take_run(args: argparse.Namespace, shared: Path | None = None) -> bool:
     # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
     ranks = Ranks()
     ranks.connect()
-    with warnings.catch_warnings():
-        # told by options, and before anything takes long
-        warnings.filterwarnings("ignore", "no mask will change")
-        run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks, shared)
+    run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks, shared)
     try:
         if run.take_steps():
             run.end()
@@ -78,19 +77,24 @@ def _new_run(args: argparse.Namespace, ranks: Ranks, shared: Path | None) -> Lea
     loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, mask, ranks)
-    run = LearningRun(args, ranks, inputs, estimator, loss_fn, start)
+    with warnings.catch_warnings():
+        # told ahead
+        warnings.filterwarnings("ignore", "no mask will change")
+        run = LearningRun(args, ranks, inputs, estimator, loss_fn, start)
     run.begin()
     return run
 
 
 def _tell_ahead(args: argparse.Namespace, estimator: Estimator) -> None:
     """Tell, before anything takes long, what the options leave out."""
-    if args.gap > estimator.reach:
+    # as the logits hold it
+    gap = float(torch.tensor(args.gap, dtype=DTYPES[args.logits_dtype]))
+    if gap > estimator.reach:
         names = {option.name for option in estimator.options}
         other = " or a greater --max-update" if "max_update" in names else ""
         tell_as(
             "warning",
-            f"no mask will change: kept and dropped logits begin {args.gap:g} apart, and all steps together bring them "
+            f"no mask will change: kept and dropped logits begin {gap:g} apart, and all steps together bring them "
             f"at most {estimator.reach:g} nearer; give more --steps, a smaller --gap{other}",
         )
     if not hasattr(args, "other_data"):

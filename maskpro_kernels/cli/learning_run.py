@@ -186,6 +186,9 @@ class LearningRun:
         journaled = self.trainer.estimator.journaled
         for old in snapshots_in(self.progress)[1 if journaled else 0 :]:
             discard(old)
+        if better is None:
+            # no earlier mask is so much better that it is worth its bytes
+            (self.progress / BEST_MASK).unlink(missing_ok=True)
         shutil.rmtree(self.progress / TEACHER, ignore_errors=True)
         if not journaled:
             (self.progress / START_WEIGHTS).unlink(missing_ok=True)
@@ -208,8 +211,6 @@ class LearningRun:
         """What ``better_mask`` finds, with the mask's file from the folder of the run on, None if it was not kept."""
         found = better_mask(self.validation.rows)
         if found is None:
-            # an earlier mask is no better that is worth its bytes
-            (self.progress / BEST_MASK).unlink(missing_ok=True)
             return None
         kept = mask_of_step(self.args, self.progress, found["step"], found["perplexity"], self.validation.run)
         return found | {"file": None if kept is None else kept.relative_to(self.output).as_posix()}

@@ -36,7 +36,8 @@ def write_html(report: Mapping, path: str | Path) -> None:
         report: what `maskpro learn` writes as report.json. Losses that are not finite are steps that were skipped;
             residual, advantage and tracker may be None, flip rates NaN, and ``flipped_groups_by_layer`` empty where the
             initial mask is not known. The layers of ``groups_by_layer`` stand in the order in which flip rates are
-            taken: step i looks at layer i modulo their number.
+            taken: step i looks at layer i modulo their number. ``better_mask`` is None where no earlier mask was better
+            on the validation text; its file is None where that mask was not kept.
         path: the file, overwritten.
 
     Raises:

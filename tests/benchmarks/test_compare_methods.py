@@ -79,7 +79,7 @@ def test_every_method_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys
     assert len(runs) == told and capsys.readouterr().out == before
     assert before.count("\n") == len(found) + 2 and "**lr" in before
     with pytest.raises(
-        SystemExit, match="^error: output: expected the rows of a comparison with the same seed, self, got others"
+        SystemExit, match="^error: output: expected the rows of a comparison with the same seed, got others"
     ):
         compare.main([*arguments, "--seed", "1"])
     text = Path(arguments[arguments.index("--data") + 1].partition(":")[0])
@@ -202,9 +202,40 @@ def test_rows_of_another_initial_mask_are_others(arguments, tmp_path):
     comparison = compare.Comparison(compare.parsed(given, "", METHODS))
     comparison.rows.add([comparison.row("dense", {}, 0, 0.0, initial_mask="of another machine")])
     (default, *_) = comparison.learners["straight-through"].candidates()
-    with pytest.raises(SystemExit, match="^error: output: expected rows that began with the initial mask .* another"):
+    with pytest.raises(
+        ValueError, match="^output: expected rows that began with the initial_mask .* of another machine"
+    ):
         comparison.learn("straight-through", default, 1)
     assert len(comparison.rows.rows) == 1
+
+
+def test_a_refused_call_leaves_the_samples(arguments, tmp_path):
+    output = tmp_path / "output"
+    given = [*arguments, "--output", str(output), "--steps", "1"]
+    compare.main([*given, "--methods", "wanda"])
+    before = (output / "samples.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="^error: output: expected the rows of a comparison with the same seed, got"):
+        compare.main([*given, "--methods", "wanda", "--seed", "1"])
+    assert (output / "samples.safetensors").read_bytes() == before
+
+
+def test_a_table_is_made_where_a_process_was_killed_between_two_rows(arguments, tmp_path, capsys):
+    given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1", "--methods", "wanda"]
+    compare.main(given)
+    path = tmp_path / "output" / rows.ROWS
+    alone = lines(tmp_path / "output")[1] | {"method": "m" + rows.WITH_WEIGHTS, "settings": {"lr": 1.0}, "steps": 1}
+    path.write_bytes(path.read_bytes() + json.dumps(alone).encode() + b"\n")
+    (tmp_path / "output" / rows.TABLE).unlink()
+    capsys.readouterr()
+    compare.main(given)
+    assert "| m, its weights | lr 1 | 1 |" in capsys.readouterr().out
+
+
+def test_late_batches_refuse_a_batch_that_has_no_half(arguments, tmp_path):
+    given = [*arguments, "--output", str(tmp_path), "--batch-size", "3"]
+    study = movement.Movement(movement.parsed(given, "", list(movement.LEARNERS)))
+    with pytest.raises(ValueError, match="^batch_size: expected an even number, which can be halved, got 3$"):
+        study.batches_of("late-batches", 4)
 
 
 def test_an_initial_mask_of_something_else_is_found_anew(arguments, tmp_path, monkeypatch):

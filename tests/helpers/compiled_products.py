@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import masked_gemm, packed, split_k, straight_through
-from maskpro_kernels.ops.triton.tiles import Rows, Tiles
+from maskpro_kernels.ops.triton.tiles import Rows, Tiles, of_groups
 from maskpro_kernels.packed import quantized
 from maskpro_kernels.pattern import bitmask_of
 
@@ -57,7 +57,7 @@ class Product:
 
     @property
     def own_tile(self) -> Tiles:
-        return replace(self.tile, k=max(self.tile.k, self.m))
+        return of_groups(self.tile, self.m)
 
     @property
     def sizes(self) -> tuple[int, int, int]:

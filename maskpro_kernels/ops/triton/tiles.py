@@ -405,6 +405,6 @@ def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, r
 
 def of_groups(tile: Tiles, m: int) -> Tiles:
     """A tile of the table as products of groups of ``m`` take it: whole groups, and the registers that these need."""
-    # left alone, ptxas aims at fewer than a group of 32 takes, and puts up to 24 bytes on the stack on sm_80
-    registers = 255 if m == 32 else tile.registers
+    # all that there are: with fewer than a group of 32 takes ptxas puts up to 24 bytes on the stack on sm_80
+    registers = min(255, 65536 // (32 * tile.num_warps)) if m == 32 else tile.registers
     return replace(tile, k=max(tile.k, m), registers=registers)

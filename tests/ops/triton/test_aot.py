@@ -288,7 +288,7 @@ for target in TARGETS:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [(2, 4), (8, 16)], ids=str)
+@pytest.mark.parametrize("pattern", [(2, 4), (8, 16), (16, 32)], ids=str)
 def test_slopes_and_gradients_that_are_written_compile_for_every_target(child, pattern):
     rows = child(SLOPES_CHILD, [pattern])
     assert len(rows) >= 2 * len(SHARED_LIMITS)
@@ -321,7 +321,9 @@ def test_products_of_other_groups_compile_for_every_target(child, n, m):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("operand", "kind"), [("bf16", "codes"), ("fp32", "codes"), ("fp32", "drawn")])
+@pytest.mark.parametrize(
+    ("operand", "kind"), [("bf16", "codes"), ("bf16", "drawn"), ("fp32", "codes"), ("fp32", "drawn")]
+)
 def test_products_of_groups_of_32_compile_for_every_target(child, operand, kind):
     check_products(child, operand, [(16, 32)], list(SHARED_LIMITS), KIND=kind)
 
