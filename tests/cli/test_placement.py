@@ -177,5 +177,5 @@ def test_a_model_whose_blocks_cannot_be_checkpointed(inputs, tmp_path, monkeypat
         raise ValueError("not compatible with gradient checkpointing")
 
     monkeypatch.setattr("transformers.PreTrainedModel._set_gradient_checkpointing", none)
-    arguments = learn(inputs, tmp_path / "run", *STRAIGHT, "--gradient-checkpointing")
+    arguments = learn(inputs, tmp_path / "run", *STRAIGHT, "--gradient-checkpointing", "--gap", "1")
     refuses(capsys, tmp_path, arguments, "expected a model whose blocks transformers can checkpoint", "leave it out")
