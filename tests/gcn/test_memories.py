@@ -44,6 +44,31 @@ def test_sizes_and_signs():
     assert result.tolist() == [0x80, 0xFFFFFF80, 0x81FF, 0xFFFF81FF, 0x81FF00FF]
 
 
+def test_stores_of_the_upper_half():
+    """Of a byte from bit 16 on: global memory, a buffer and LDS."""
+    result = np.zeros(3, np.uint32)
+    body = (
+        BUFFER.format(12)
+        + """s_mov_b64 exec, 1
+        v_mov_b32_e32 v2, 0
+        v_mov_b32_e32 v12, 0x12345678
+        global_store_short_d16_hi v2, v12, s[4:5]
+        global_store_byte_d16_hi v2, v12, s[4:5] offset:2
+        global_store_byte v2, v12, s[4:5] offset:3
+        buffer_store_byte_d16_hi v12, v2, s[8:11], 0 offen offset:4
+        buffer_store_byte v12, v2, s[8:11], 0 offen offset:5
+        buffer_store_short_d16_hi v12, v2, s[8:11], 0 offen offset:6
+        ds_write_b16_d16_hi v2, v12
+        ds_write_b8_d16_hi v2, v12 offset:2
+        ds_write_b8 v2, v12 offset:3
+        ds_read_b32 v13, v2
+        s_waitcnt lgkmcnt(0)
+        global_store_dword v2, v13, s[4:5] offset:8"""
+    )
+    assert not Run(body, result, lds=16).findings
+    assert result.tolist() == [0x78341234, 0x12347834, 0x78341234]
+
+
 def test_an_address_of_each_lane():
     data, result = words(), np.zeros(64, np.uint32)
     body = """v_lshlrev_b32_e32 v2, 2, v1
