@@ -76,7 +76,7 @@ def poisoned(machine, monkeypatch):
     for module in (grouped, sampling, masked_gemm, packed, semi_structured, split_k, straight_through, swaps):
         monkeypatch.setattr(module, "torch", machine.torch if machine else poisoned_torch)
     if machine:
-        monkeypatch.setattr(grouped, "_launch", machine.knowing(grouped._launch))
+        monkeypatch.setattr(grouped, "launch_on_group", machine.knowing(grouped.launch_on_group))
     yield poisoned_torch
     poisoned_torch.check_margins()
 

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from helpers.cases import cases, slow
-from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
+from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
 from helpers.layers import OVER_LAYERS, ManyLayers
 
+from maskpro_kernels import ops
 from maskpro_kernels.ops.triton import tiles
 from maskpro_kernels.ops.triton.device_functions.arithmetic import scaled_reciprocal
 
@@ -72,6 +73,24 @@ def test_zeros_keep_their_signs(target, kernel, compiled_for):
     generator = torch.Generator().manual_seed(0)
     of.logits.copy_(values[torch.randint(len(values), of.logits.shape, generator=generator)])
     assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
+
+
+@pytest.mark.parametrize("target", [TARGETS[0], *map(slow, TARGETS[1:])])
+@pytest.mark.parametrize(("pattern", "draws"), [((2, 4), 2), slow((1, 32), 1)], ids=str)
+def test_sums_of_negative_zeros_are_negative(target, pattern, draws, compiled_for):
+    """Where masks are certain each term is a zero, of the coefficient's sign; 0.0 as a sum's start would change it."""
+    compiled_for(target)
+    of = Matrix(*pattern)
+    of.logits.fill_(-200.0).view(of.rows, -1, of.m)[..., : of.n] = -0.0
+    before = of.logits.clone()
+
+    def update():
+        logits = of.logits.clone()
+        ops.score_update_(logits, torch.full((draws,), -0.5), of.n, of.m, INVERSE, of.draws(draws))
+        return [logits]
+
+    assert_bits_of_reference(update)
+    assert not update()[0].signbit()[before == 0].any()
 
 
 @pytest.mark.slow

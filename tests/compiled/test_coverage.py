@@ -6,25 +6,43 @@ import itertools
 
 import pytest
 import torch
-from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
+from helpers.bits import assert_same_bits
+from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, masked_weight
 from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
-from helpers.layers import OVER_LAYERS, ManyLayers
+from helpers.layers import DRAWS, OVER_LAYERS, ManyLayers, numbers
 from helpers.loops_without_a_step import replaces_a_loop
 
 from maskpro_kernels import ops
-from maskpro_kernels.ops.triton import semi_structured
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+from maskpro_kernels.ops.triton import grouped, sampling, semi_structured
+from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES, architecture, scores_in_short
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 
 # By which LLVM begins a division of 64 bits for AMD, and the last of what stands before a wave's start
 LONG_DIVISION, TO_THE_START = "0x5f7ffffc", "s_branch .LBB0_0"
 FEWER_GROUPS = "indices of groups beyond 2^32, which no matrix has; smaller ones are divided in 32 bits"
+# Kernels over groups whose code depends on the dtype by more than a conversion
+BY_DTYPE = ("sample_mask", "score_update", "score_updates", "descend", "unpack", "adamw")
+OF_A_SPLIT = "results of more than 2^32 elements, which are not split: they have programs enough without"
+
+
+def divides_in_64_bits(block) -> bool:
+    return any(LONG_DIVISION in ins.text for ins in block)
+
+
+def is_left_to_lanes_that_did(blocks, number) -> bool:
+    """Whether a block runs where no lane of a wave has divided in 32 bits: it stands behind the branch of those."""
+    if number < 2 or blocks[number - 1][0].opcode != "s_andn2_saveexec_b64":
+        return False
+    to_long, to_short = blocks[number - 2][-1], blocks[number - 1][-1]
+    if {to_long.opcode, to_short.opcode} != {"s_cbranch_execnz"}:
+        return False
+    return divides_in_64_bits(blocks[to_long.operands[0].block])
 
 
 def reason_on_amd(kernel, number) -> str | None:
     block = kernel.blocks[number]
-    if any(LONG_DIVISION in ins.text for ins in block):
+    if divides_in_64_bits(block) or is_left_to_lanes_that_did(kernel.blocks, number):
         return FEWER_GROUPS
     if block[-1].text == TO_THE_START:
         return "a wave begins behind it, as its first arguments are in registers"
@@ -35,9 +53,35 @@ def reason(kernel, number) -> str | None:
     """Why no launch reaches a block: LLVM makes two ways where a kernel needs one."""
     if kernel.blocks[number][0].opcode[:2] == ["div", "s64"]:
         return FEWER_GROUPS
+    if kernel.name == "split_sum_kernel" and kernel.blocks[number][0].opcode[:2] == ["rem", "s64"]:
+        return OF_A_SPLIT
     if replaces_a_loop(kernel, number):
         return "sums of a loop without a step: kernels are not launched on matrices without rows or columns"
     return None
+
+
+def update_by_no_draw(of):
+    """The sum over no draw, which callers do not ask for but the compiler reckons with. It changes no logit."""
+    logits = of.logits.clone()
+    arguments, whole = sampling.counter_arguments(of.draws(2), logits, of.m)
+    sampling.launch(sampling.score_update_kernel, "score_updates", of.m, arguments[-1], logits.device,
+                    logits, torch.ones(1), INVERSE, *arguments, 0,
+                    N=of.n, WHOLE=whole, **of_several(logits))  # fmt: skip
+    assert_same_bits(logits, of.logits)
+
+
+def update_layers_by_no_draw(of):
+    """``update_by_no_draw`` of many layers by one launch."""
+    group = of.group()
+    grouped.launch_on_group(grouped.score_update_of_layers_kernel, "score_updates_of_layers", group,
+                            torch.ones(1), INVERSE, *numbers(), torch.tensor(DRAWS[:1]),
+                            count=0, KIND="drawn", **of_several(group))  # fmt: skip
+    for new, old in zip(group.layers, of.layers, strict=True):
+        assert_same_bits(new.logits, old.logits)
+
+
+def of_several(where):
+    return {"SEVERAL": True, "SHORT": scores_in_short(architecture(where.device))}
 
 
 def run_over_groups():
@@ -45,14 +89,16 @@ def run_over_groups():
     for (n, m), dtype, spread in itertools.product(((1, 2), (2, 4), (4, 8), (8, 16)), DTYPES, ("certain", "open")):
         of = Matrix(n, m, dtype, rows=3, groups=171, spread=spread)
         for kernel in OVER_GROUPS:
-            if dtype == torch.float32 or kernel in ("sample_mask", "score_update", "descend", "unpack", "adamw"):
+            if dtype == torch.float32 or kernel in BY_DTYPE:
                 OVER_GROUPS[kernel](of)
         for kind in ("top_n", "codes"):
             masked_weight(of, kind=kind)
+        update_by_no_draw(of)
         if m == 4:
             shard = Matrix(n, m, dtype, rows=3, groups=171, spread=spread, shard=True)
             for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates", "descend"):
                 OVER_GROUPS[kernel](shard)
+            update_by_no_draw(shard)
 
 
 def run_over_layers():
@@ -62,6 +108,7 @@ def run_over_layers():
         of = ManyLayers(n, m, dtype, shard, spread=spread)
         for kernel in OVER_LAYERS:
             assert_bits_of_reference(lambda kernel=kernel, of=of: of.call(kernel))
+        update_layers_by_no_draw(of)
 
 
 def run_products(target):

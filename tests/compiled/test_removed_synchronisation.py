@@ -34,11 +34,10 @@ AFTER_LOADS = "a barrier stands behind the loads of tensor memory, ahead of this
 FOR_EACH_OTHER = "another barrier stands between the same accesses"
 BEFORE_THE_START = "a wave begins behind it, as its first arguments are in registers"
 OWN_WAVE = "the wave that reads there has written it itself, in the order of its code"
-NO_LOAD_UNDER_WAY = "on each way to it the loads have been waited for, or were left out"
 # By (kernel, target), in the oldest release of Triton and in later ones: numbers that nothing depends on, and why
 IS_OLDEST = tuple(map(int, triton.__version__.split(".")[:2])) == (3, 6)
 REDUNDANT_IN_OLDEST = (
-    {("masked_linear", target): {0: BEFORE_COPIES, 2: OWN_COPY} for target in TARGETS}
+    {("masked_linear", target): {0: BEFORE_COPIES, 2: OWN_COPY} for target in TARGETS[:2]}
     | {("masked_linear_input_grad", target): {0: BEFORE_COPIES, 6: OWN_COPY} for target in TARGETS}
     | {
         (kernel, target): {0: BEFORE_COPIES}
@@ -66,6 +65,7 @@ REDUNDANT = (
     }
 )
 REDUNDANT_IN_OLDEST |= {
+    ("masked_linear", "sm_100"): {0: BEFORE_COPIES, 1: BEFORE_COPIES, 3: OWN_COPY},
     ("masked_linear, wide", "sm_90"): {1: OWN_COPY}
     | dict.fromkeys((9, 11, 13), NOT_WRITTEN)
     | dict.fromkeys((8, 10, 12, 14), LET_PASS),
@@ -106,8 +106,6 @@ OF_LAYERS = [kernel for kernel in OVER_LAYERS if kernel != "by codes"]
 for of_release in (REDUNDANT, REDUNDANT_IN_OLDEST):
     of_release |= {(kernel, "gfx942"): {0: BEFORE_THE_START} for kernel in (*OVER_GROUPS, *OF_LAYERS)}
 REDUNDANT_IN_OLDEST["descend", "gfx942"] |= dict.fromkeys((9, 10), OWN_WAVE)
-REDUNDANT_IN_OLDEST["score_updates", "gfx942"] |= {5: NO_LOAD_UNDER_WAY}
-REDUNDANT_IN_OLDEST["score_updates_of_layers", "gfx942"] |= {7: NO_LOAD_UNDER_WAY}
 OF_NVIDIA = [*itertools.product(TARGETS, KERNELS), *itertools.product(UNIT, (name + WIDE for name in OF_WIDE))]
 CASES = [*OF_NVIDIA, *(("gfx942", kernel) for kernel in (*OVER_GROUPS, *OF_LAYERS))]
 QUICK = ("sm_80", "masked_linear"), ("gfx942", "descend")

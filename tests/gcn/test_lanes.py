@@ -190,6 +190,17 @@ def test_the_upper_word_of_a_constant_is_poison():
     assert (pair == 0).all()
 
 
+@pytest.mark.parametrize("body", ["v_pk_mul_f32 v[10:11], v[12:13], {}", "v_pk_mov_b32 v[10:11], {}, {} op_sel:[0,1]"])
+@pytest.mark.parametrize("partner", ["v[14:15]", "s[20:21]"])
+def test_half_of_a_pair_is_undefined(body, partner):
+    """Nothing comes of it but where that half of the result is used."""
+    write = "v_mov_b32_e32 v12, 2.0\nv_mov_b32_e32 v13, 2.0\nv_mov_b32_e32 v14, 2.0\ns_mov_b32 s20, 2.0\n"
+    body = write + body.format(partner, partner) + "\nv_mov_b32_e32 v16, v{}"
+    assert kinds(body.format(10)) == set()
+    assert kinds(body.format(11)) == {"read of an unwritten register"}
+    assert kinds(body.format(11).replace("v_mov_b32_e32 v16", "v_mov_b32_e32 v11, 0\nv_mov_b32_e32 v16")) == set()
+
+
 @pytest.mark.parametrize(
     "text",
     [

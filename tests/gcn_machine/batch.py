@@ -115,25 +115,47 @@ class Batch:
 
     def vector(self, index: int, ins: Instruction) -> np.ndarray:
         """uint32 [waves, 64], read by the lanes that are on."""
-        if index in self.unwritten:
-            missing = self.unwritten[index] if self.mask is None else self.unwritten[index] & self.mask
-            if missing.any():
-                self.find("read of an unwritten register", ins, vector_name(index))
+        if self.undefined_lanes(index) is not None:
+            self.find("read of an unwritten register", ins, vector_name(index))
+        return self.vector_or_poison(index, ins)
+
+    def vector_or_poison(self, index: int, ins: Instruction) -> np.ndarray:
+        """``vector``, where undefined lanes may be read too."""
         if index in self.outstanding.vectors:
             self.outstanding.read(self.outstanding.vectors, index, vector_name(index), ins)
         return self.vectors[index]
 
     def scalar(self, index: int, ins: Instruction) -> np.ndarray:
         """uint32 [waves], read by the waves that run."""
+        if self.undefined_waves(index) is not None:
+            self.find("read of an unwritten register", ins, scalar_name(index))
+        return self.scalar_or_poison(index, ins)
+
+    def scalar_or_poison(self, index: int, ins: Instruction) -> np.ndarray:
+        """``scalar``, where undefined waves may be read too."""
         if index >= EXEC:
             return lane_bits(self.exec)[:, index - EXEC]
-        if index in self.unwritten_scalars:
-            missing = self.unwritten_scalars[index]
-            if (missing if self.rows is None else missing & self.rows).any():
-                self.find("read of an unwritten register", ins, scalar_name(index))
         if index in self.outstanding.scalars:
             self.outstanding.read(self.outstanding.scalars, index, scalar_name(index), ins)
         return self.scalars[index]
+
+    def undefined_lanes(self, index: int) -> np.ndarray | None:
+        """bool [waves, 64]: lanes that are on in which a vector register holds nothing defined; None: no such lane."""
+        missing = self.unwritten.get(index)
+        if missing is not None and self.mask is not None:
+            missing = missing & self.mask
+        return None if missing is None or not missing.any() else missing
+
+    def undefined_waves(self, index: int) -> np.ndarray | None:
+        """bool [waves]: waves that run in which a scalar register holds nothing defined; None: no such wave."""
+        missing = self.unwritten_scalars.get(index)
+        if missing is not None and self.rows is not None:
+            missing = missing & self.rows
+        return None if missing is None or not missing.any() else missing
+
+    def leave_undefined(self, index: int, lanes: np.ndarray) -> None:
+        """A vector register that has just been written holds nothing defined in those lanes, bool [waves, 64]."""
+        self.unwritten[index] = self.unwritten.get(index, False) | lanes
 
     def write_vector(
         self, index: int, values: np.ndarray, ins: Instruction | None = None, mask: np.ndarray | None = None

@@ -18,7 +18,6 @@ from .registry import (
     vector_register,
     wave_result,
     wave_source,
-    word_of_lanes,
 )
 
 
@@ -84,16 +83,37 @@ def _halves(ins: Instruction, name: str, count: int, default: int) -> tuple[int,
 
 
 def _half(operand, which: int, ins: Instruction) -> Read:
-    """(batch) -> uint32 of one of the two words of a pair of registers.
+    """(batch) -> (uint32 of one of the two words of a pair of registers, the lanes that have it undefined or None).
 
     What stands in the upper word of a constant other than 0 is not documented: it is read as poison.
     """
     if isinstance(operand, Literal):
         value = POISON if which and operand.value != 0 else constant(operand, "f32", ins)
-        return lambda batch: value
+        return lambda batch: (value, None)
     if not isinstance(operand, (Vector, Scalar)) or operand.count != 2:
         raise refusal(ins, f"operand {operand} as a pair")
-    return word_of_lanes(type(operand)(operand.index + which), ins)
+    index = operand.index + which
+    if isinstance(operand, Vector):
+        return lambda batch: (batch.vector_or_poison(index, ins), batch.undefined_lanes(index))
+
+    def read(batch):
+        waves = batch.undefined_waves(index)
+        lanes = None if waves is None else np.broadcast_to(waves[:, None], batch.shape)
+        return batch.scalar_or_poison(index, ins)[:, None], lanes
+
+    return read
+
+
+def _write_halves(batch, index: int, halves: list[tuple[np.ndarray, list]], ins: Instruction) -> None:
+    """Write two words, each given with the lanes that have its operands undefined: there it is undefined too.
+
+    LLVM packs a register that it never writes beside one that it does, and throws that half of the result away.
+    """
+    for k, (value, undefined) in enumerate(halves):
+        batch.write_vector(index + k, value, ins)
+        for lanes in undefined:
+            if lanes is not None:
+                batch.leave_undefined(index + k, lanes)
 
 
 @instruction(*PACKED)
@@ -113,16 +133,13 @@ def packed(ins: Instruction, kernel: Kernel):
         reads = [_half(one, which, ins) for one, which in zip(given, words, strict=True)]
         sides.append([(read, formats.SIGN * np.uint32(sign)) for read, sign in zip(reads, signs, strict=True)])
 
-    def run(batch):
-        # both are computed before either is written: they may read what is written
-        results = [
-            compute(*[(read(batch) ^ sign if sign else read(batch)).view(np.float32) for read, sign in side])
-            for side in sides
-        ]
-        for k, result in enumerate(results):
-            batch.write_vector(index + k, result.view(np.uint32), ins)
+    def half(batch, side):
+        words, undefined = zip(*(read(batch) for read, _ in side), strict=True)
+        signed = [word ^ sign if sign else word for word, (_, sign) in zip(words, side, strict=True)]
+        return compute(*(word.view(np.float32) for word in signed)).view(np.uint32), undefined
 
-    return run
+    # both are computed before either is written: they may read what is written
+    return lambda batch: _write_halves(batch, index, [half(batch, side) for side in sides], ins)
 
 
 @instruction("v_pk_mov_b32")
@@ -131,11 +148,10 @@ def packed_move(ins: Instruction, kernel: Kernel):
     no_modifiers(ins, ("op_sel",))
     to, *given = operands(ins, 3)
     index, words = vector_register(to, 2, ins), _halves(ins, "op_sel", 2, 0)
-    first, second = (_half(one, which, ins) for one, which in zip(given, words, strict=True))
+    reads = [_half(one, which, ins) for one, which in zip(given, words, strict=True)]
 
     def run(batch):
-        values = first(batch), second(batch)
-        for k, value in enumerate(values):
-            batch.write_vector(index + k, value, ins)
+        halves = [read(batch) for read in reads]
+        _write_halves(batch, index, [(value, [undefined]) for value, undefined in halves], ins)
 
     return run

@@ -204,7 +204,7 @@ def spread_of(group, name):
 def draw_layers_(group, inv_temperature, seed, step, draw):
     """``layer_groups.draw_layers_`` by one launch; gives the flips that programs have seen, by layer."""
     spread = spread_of(group, "sample_masks")
-    _launch(sample_masks_kernel, "sample_masks", group, spread.memory, inv_temperature, seed, step, draw)
+    launch_on_group(sample_masks_kernel, "sample_masks", group, spread.memory, inv_temperature, seed, step, draw)
     return spread.flips
 
 
@@ -214,10 +214,10 @@ def update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes):
     name = "score_updates_of_layers" if count > 1 else "score_update_of_layers"
     how = {"count": count, "SEVERAL": count > 1, "KIND": "codes" if by_codes else "drawn"}
     how["SHORT"] = scores_in_short(architecture(group.device))
-    _launch(score_update_of_layers_kernel, name, group, coef, inv_temperature, seed, step, draws, **how)
+    launch_on_group(score_update_of_layers_kernel, name, group, coef, inv_temperature, seed, step, draws, **how)
 
 
-def _launch(kernel, name, group, *args, **how):
+def launch_on_group(kernel, name, group, *args, **how):
     constants = {
         "ELEMENT": ELEMENTS[group.dtype],
         "CODE": tl.uint8 if group.m <= 8 else tl.int32,
