@@ -95,6 +95,24 @@ def test_parts_of_16_bits():
     assert found(f"{both} mov.b64 {{_, %rs5, _, _}}, %rd6;\n mov.b16 %rs6, %rs5;") == {UNWRITTEN}
 
 
+@pytest.mark.parametrize("logic", ["and", "or", "xor"])
+def test_logic_of_parts(logic):
+    pair = f"mov.b16 %rs1, 3;\n mov.b32 %r3, {{%rs2, %rs1}};\n {logic}.b32 %r4, %r3, %r70;\n"
+    assert found(f"{pair} mov.b32 {{_, %rs3}}, %r4;\n mov.b16 %rs5, %rs3;") == NOTHING
+    assert found(f"{pair} mov.b32 {{%rs3, _}}, %r4;\n mov.b16 %rs5, %rs3;") == {UNWRITTEN}
+    assert found(f"{pair} add.s32 %r5, %r4, 1;") == {UNWRITTEN}
+
+
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_comparisons_of_parts(kind):
+    """The predicate of what is undefined is so itself."""
+    pair = f"mov.b16 %rs1, 3;\n mov.b32 %r3, {{%rs2, %rs1}};\n setp.le.{kind} %p1|%p2, %r3, %r3;\n"
+    assert found(f"{pair} selp.b32 %r4, 1, 0, %p2;\n @%p2 mov.b32 %r5, 0;") == NOTHING
+    for use in ("selp.b32 %r4, 1, 0, %p1;", "@%p1 mov.b32 %r5, 0;", "and.pred %p3, %p1, %p2;"):
+        assert found(f"{pair} {use}") == {UNWRITTEN}
+    assert found(f"{pair} setp.eq.s32 %p1, %r70, 0;\n @%p1 mov.b32 %r5, 0;") == NOTHING
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_halves_are_followed_by_thread(way):
     unpacked = f"{OF_FIVE} {way} mov.b64 {{_, %r3}}, %rd5;"

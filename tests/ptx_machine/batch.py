@@ -138,7 +138,7 @@ class Batch:
             bits = self.full(self.undefined[index])[self.lanes(mask)[0]]
             if bits.any():
                 whose = "an unwritten register" if bits.all() else "a register that some threads have not written"
-                detail = f"bits {np.bitwise_or.reduce(bits):#x} of {self.kernel.names[index]}"
+                detail = f"bits {int(np.bitwise_or.reduce(bits)):#x} of {self.kernel.names[index]}"
                 self.find(f"read of {whose}", ins, detail)
 
     def undefined_bits(self, index: int, mask: np.ndarray | None, ins: Instruction) -> np.ndarray:

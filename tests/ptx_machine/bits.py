@@ -7,7 +7,7 @@ from machines.findings import refusal
 
 from .arithmetic import elementwise
 from .parser import Immediate, Instruction, Kernel
-from .registry import destination, instruction, modifiers, numpy_type, operands, reader
+from .registry import destination, instruction, modifiers, numpy_type, operands, passing_on, reader
 
 LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
@@ -16,7 +16,13 @@ LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 def logic(ins: Instruction, kernel: Kernel):
     """PTX ISA 9.7.8.1 to 9.7.8.3, and, or, xor."""
     (kind,) = modifiers(ins, ("pred", "b16", "b32", "b64"))
-    return elementwise(ins, kernel, numpy_type(kind), 2, LOGIC[ins.opcode[0]])
+    dtype, compute = numpy_type(kind), LOGIC[ins.opcode[0]]
+    if kind == "pred":
+        return elementwise(ins, kernel, dtype, 2, compute)
+    to, *given = operands(ins, 3)
+    index = destination(to, dtype, ins, kernel)
+    # a bit of the result is of the same bits of both, and of no other
+    return passing_on(index, given, dtype, ins, kernel, compute, np.bitwise_or)
 
 
 @instruction("not")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 from machines.findings import refusal
 
 from .bits import LOGIC
 from .formats import HALVES, decode
 from .parser import UNSIGNED, Instruction, Kernel, Pair, Sink
-from .registry import destination, instruction, modifiers, numpy_type, operands, reader
+from .registry import destination, instruction, modifiers, numpy_type, operands, passing_on, reader
 
 # PTX ISA 9.3.1.1, integers; lo, ls, hi, hs are of unsigned ones
 INTEGERS = {
@@ -76,19 +78,26 @@ def compare(ins: Instruction, kernel: Kernel):
 
 
 def _compare_pairs(ins: Instruction, kernel: Kernel):
-    """PTX ISA 9.7.7.2, setp of two values of 16 bits: p|q, one for each."""
+    """PTX ISA 9.7.7.2, setp of two values of 16 bits: p|q, one for each, undefined where its values are."""
     name, kind = modifiers(ins, tuple(FLOATS), tuple(f"{half}x2" for half in HALVES))
     to, *given = operands(ins, 3)
     if not isinstance(to, Pair):
         raise refusal(ins, "two predicates are expected")
-    indices = [destination(one, np.bool_, ins, kernel) for one in (to.first, to.second)]
-    a, b = (reader(operand, np.uint32, ins, kernel) for operand in given)
+    halves = []
+    for one, shift in (to.first, np.uint32(0)), (to.second, np.uint32(16)):
+
+        def compare(*values, shift=shift):
+            return FLOATS[name](*[decode((value >> shift).astype(np.uint16), kind[:-2]) for value in values])
+
+        def spread(*undefined, shift=shift):
+            return (reduce(np.bitwise_or, undefined) >> shift).astype(np.uint16) != 0
+
+        index = destination(one, np.bool_, ins, kernel)
+        halves.append(passing_on(index, given, np.uint32, ins, kernel, compare, spread))
 
     def run(batch, mask):
-        values = a(batch, mask), b(batch, mask)
-        for shift, index in zip((0, 16), indices, strict=True):
-            halves = [decode((value >> np.uint32(shift)).astype(np.uint16), kind[:-2]) for value in values]
-            batch.write(index, FLOATS[name](*halves), mask)
+        for half in halves:
+            half(batch, mask)
 
     return run
 
