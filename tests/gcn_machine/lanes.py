@@ -7,6 +7,7 @@ from machines.findings import refusal
 
 from . import formats
 from .batch import POISON
+from .conversions import from_half
 from .parser import WAVE, Instruction, Kernel, Literal, Scalar, Vector
 from .registry import (
     Read,
@@ -15,6 +16,7 @@ from .registry import (
     no_modifiers,
     operands,
     plain,
+    source,
     vector_register,
     wave_result,
     wave_source,
@@ -140,6 +142,31 @@ def packed(ins: Instruction, kernel: Kernel):
 
     # both are computed before either is written: they may read what is written
     return lambda batch: _write_halves(batch, index, [half(batch, side) for side in sides], ins)
+
+
+@instruction("v_fma_mix_f32")
+def mixed_fma(ins: Instruction, kernel: Kernel):
+    """VOP3P: V_FMA_MIX_F32, of float32 or, where op_sel_hi says so, of a half of a register, which op_sel chooses."""
+    no_modifiers(ins, ("op_sel", "op_sel_hi"))
+    to, *given = operands(ins, 4)
+    index = vector_register(to, 1, ins)
+    chosen = zip(given, _halves(ins, "op_sel_hi", 3, 0), _halves(ins, "op_sel", 3, 0), strict=True)
+    reads = [_mixed(operand, half, upper, ins) for operand, half, upper in chosen]
+    return lambda batch: batch.write_vector(index, formats.fma(*(read(batch) for read in reads)).view(np.uint32), ins)
+
+
+def _mixed(operand, half: int, upper: int, ins: Instruction) -> Read:
+    """(batch) -> float32 of an operand."""
+    if not half:
+        if upper:
+            raise refusal(ins, "the upper half of a float32")
+        return source(operand, "f32", ins)
+    read = source(operand, "f16", ins, _upper_half if upper else None)
+    return lambda batch: from_half(read(batch))
+
+
+def _upper_half(read: Read) -> Read:
+    return lambda batch: read(batch) >> np.uint32(16)
 
 
 @instruction("v_pk_mov_b32")
