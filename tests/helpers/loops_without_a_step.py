@@ -56,7 +56,7 @@ def zeros(block: list[Instruction]) -> set[int]:
 
 
 def replaces_a_loop(kernel: Kernel, number: int) -> bool:
-    """Whether a block sets all sums of a loop to zero, and goes on behind that loop.
+    """Whether a block sets all sums of a loop to zero, and goes on behind that loop; or only goes to such a block.
 
     A loop's sums are the registers that it sets, or the block by which it is left, and that this block sets too.
     """
@@ -65,6 +65,8 @@ def replaces_a_loop(kernel: Kernel, number: int) -> bool:
     if not {ins.opcode[0] for ins in block} <= WITHOUT_A_STEP or len(next_ones) != 1:
         return False
     (behind,) = next_ones
+    if len(block) == 1 and block[0].opcode[0] == "bra":
+        return behind > number and replaces_a_loop(kernel, behind)
     reached = [reached_from(blocks, other) for other in range(len(blocks))]
     after = reached[behind] | {behind}
     loop = {other for other, those in enumerate(reached) if other in those and behind in those} - after

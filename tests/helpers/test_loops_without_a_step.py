@@ -40,6 +40,15 @@ def test_sums_of_zero_in_place_of_a_loop():
     assert replaces(SUMS, ELSEWHERE, COPIES)
 
 
+def test_a_way_to_them():
+    """As older compilers have it: the block of zeros stands behind the loop."""
+    behind = LOOP.replace("{instead}\n    bra.uni $L__BB0_4;", "bra.uni $L__BB0_1;").replace(
+        "$L__BB0_4:\n", "bra.uni $L__BB0_4;\n$L__BB0_1:\n    {instead}\n$L__BB0_4:\n"
+    )
+    assert replaces(SUMS, text=behind)
+    assert not replaces(SUMS.replace("0;", "1;"), text=behind)
+
+
 @pytest.mark.parametrize(
     "instead",
     [
