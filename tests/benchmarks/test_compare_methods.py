@@ -13,7 +13,6 @@ import rows
 import torch
 import variants
 from helpers.bits import assert_same_bits
-from helpers.tiny_llama import tiny_text, write_inputs
 from methods import LEARNERS, METHODS, ONE_SHOT
 from torch import nn
 
@@ -22,19 +21,6 @@ from maskpro_kernels.training.straight_through import StraightThrough
 from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
-
-
-@pytest.fixture
-def arguments(tmp_path) -> list[str]:
-    folder = write_inputs(tmp_path / "inputs")
-    (folder / "text.txt").write_text(tiny_text(paragraphs=200), encoding="utf-8")
-    (folder / "other.txt").write_text(tiny_text(paragraphs=60, seed=1), encoding="utf-8")
-    text, other = str(folder / "text.txt"), str(folder / "other.txt")
-    sizes = (
-        "--batch-size 4 --seq-len 16 --init-batches 2 --eval-windows 2 --eval-length 24 --dtype float32 --device cpu"
-    )
-    data = f"{text}:0.5,self:0.5"
-    return ["--model", str(folder / "model"), "--data", data, "--samples", "6", "--test", text, other, *sizes.split()]
 
 
 def lines(folder) -> list[dict]:

@@ -78,7 +78,7 @@ def test_zeros_keep_their_signs(target, kernel, compiled_for):
 @pytest.mark.parametrize("target", [TARGETS[0], *map(slow, TARGETS[1:])])
 @pytest.mark.parametrize(("pattern", "draws"), [((2, 4), 2), slow((1, 32), 1)], ids=str)
 def test_sums_of_negative_zeros_are_negative(target, pattern, draws, compiled_for):
-    """Where masks are certain each term is a zero, of the coefficient's sign; 0.0 as a sum's start would change it."""
+    """Where masks are certain each term is -0.0. A logit of -0.0 less their sum is 0.0; less 0.0 it would stay -0.0."""
     compiled_for(target)
     of = Matrix(*pattern)
     of.logits.fill_(-200.0).view(of.rows, -1, of.m)[..., : of.n] = -0.0

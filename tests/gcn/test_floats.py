@@ -104,14 +104,16 @@ def test_fma_rounds_once(text, near):
 def test_fma_of_halves_and_floats():
     """op_sel_hi says which operands are halves, op_sel which half of the register."""
     a, c = numbers(6, near=True), numbers(7, near=True)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         halves = np.stack([numbers(8, near=True), numbers(9, near=True)], 1).astype(np.float16)
     words, (low, high) = halves.view(np.uint32)[:, 0], halves.astype(np.float32).T
     for modifiers, b in ((" op_sel_hi:[0,1,0]", low), (" op_sel:[0,1,0] op_sel_hi:[0,1,0]", high)):
         found = compute(f"v_fma_mix_f32 $d, -$a, $b, $c{modifiers}", a, words, c, out=np.float32)
         assert_same(found, compute("v_fma_f32 $d, -$a, $b, $c", a, b, c, out=np.float32))
-    found = compute("v_fma_mix_f32 $d, -$a, 1.0, |$b| op_sel_hi:[0,1,1]", a, words, out=np.float32)
-    assert_same(found, abs(low) - a)
+    for modifiers, b in ((" op_sel_hi:[0,1,1]", low), (" op_sel:[0,0,1] op_sel_hi:[0,1,1]", high)):
+        found = compute(f"v_fma_mix_f32 $d, -$a, 1.0, -|$b|{modifiers}", a, words, out=np.float32)
+        with np.errstate(all="ignore"):
+            assert_same(found, -abs(b) - a)
     floats = compute("v_fma_mix_f32 $d, $a, $b, $c", a, low, c, out=np.float32)
     assert_same(floats, compute("v_fma_f32 $d, $a, $b, $c", a, low, c, out=np.float32))
 

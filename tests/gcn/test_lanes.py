@@ -177,17 +177,16 @@ def test_a_lane_is_waited_for():
     assert kinds(body.format("s_waitcnt lgkmcnt(0)\n")) == set()
 
 
-def test_the_upper_word_of_a_constant_is_poison():
+def test_the_upper_word_of_a_constant_is_undefined():
     body = "v_pk_add_f32 v[10:11], v[12:13], 1.0"
-    pair = np.zeros(64, np.float32)
+    pair = np.ones(64, np.float32)
     write = "v_mov_b32_e32 v12, 0\nv_mov_b32_e32 v13, 0\n"
     store = "\nv_lshlrev_b32_e32 v2, 2, v1\nglobal_store_dword v2, v{}, s[4:5]"
-    Run(write + body + store.format(10), pair)
-    assert (pair == 1).all()
-    Run(write + body + store.format(11), pair)
-    assert np.isnan(pair).all()
-    Run(write + body.replace("1.0", "0") + store.format(11), pair)
+    assert kinds(f"{write}{body}\nv_max_f32_e32 v14, v11, v13") == {"read of an unwritten register"}
+    assert not Run(write + body.replace("1.0", "0") + store.format(11), pair).findings
     assert (pair == 0).all()
+    assert not Run(write + body + store.format(10), pair).findings
+    assert (pair == 1).all()
 
 
 @pytest.mark.parametrize("body", ["v_pk_mul_f32 v[10:11], v[12:13], {}", "v_pk_mov_b32 v[10:11], {}, {} op_sel:[0,1]"])
@@ -199,6 +198,16 @@ def test_half_of_a_pair_is_undefined(body, partner):
     assert kinds(body.format(10)) == set()
     assert kinds(body.format(11)) == {"read of an unwritten register"}
     assert kinds(body.format(11).replace("v_mov_b32_e32 v16", "v_mov_b32_e32 v11, 0\nv_mov_b32_e32 v16")) == set()
+
+
+@pytest.mark.parametrize("partner", ["v[14:15]", "s[20:21]"])
+def test_lanes_that_are_off_keep_what_they_have(partner):
+    write = "v_mov_b32_e32 v11, 2.0\nv_mov_b32_e32 v12, 2.0\nv_mov_b32_e32 v13, 2.0\n"
+    write += "v_mov_b32_e32 v14, 2.0\ns_mov_b32 s20, 2.0\n"
+    body = f"{write}s_mov_b64 exec, 1\nv_pk_mul_f32 v[10:11], v[12:13], {partner}\ns_mov_b64 exec, {{}}"
+    body += "\nv_mov_b32_e32 v16, v11"
+    assert kinds(body.format(6)) == set()
+    assert kinds(body.format(3)) == {"read of an unwritten register"}
 
 
 @pytest.mark.parametrize(

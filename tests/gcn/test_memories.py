@@ -69,6 +69,17 @@ def test_stores_of_the_upper_half():
     assert result.tolist() == [0x78341234, 0x12347834, 0x78341234]
 
 
+def test_halves_that_race():
+    """Of a kernel whose narrow accesses are of upper halves alone."""
+    body = "v_and_b32_e32 v3, 62, v0\nv_lshlrev_b32_e32 v4, 16, v0\nds_write_b16_d16_hi v3, v4"
+    assert kinds(body, threads=128, lds=512) == {
+        RACE + "write after another wave's write",
+        "lanes of one store write different values to LDS",
+    }
+    body = "v_lshlrev_b32_e32 v2, 1, v0\nv_lshlrev_b32_e32 v4, 16, v1\nglobal_store_short_d16_hi v2, v4, s[4:5]"
+    assert kinds(body, words(), ctas=2) == {"threads of one store write different values to global memory"}
+
+
 def test_an_address_of_each_lane():
     data, result = words(), np.zeros(64, np.uint32)
     body = """v_lshlrev_b32_e32 v2, 2, v1

@@ -148,7 +148,7 @@ def test_arguments_are_counted():
         "v_pk_mov_b32 v[2:3], v[4:5], v[6:7] neg_lo:[1,0]",
         "v_fma_mix_f32 v1, v2, v3, v4 op_sel:[1,0,0]",
         "v_fma_mix_f32 v1, v2, 1.0, v4 op_sel:[0,1,0] op_sel_hi:[0,1,0]",
-        "v_fma_mix_f32 v1, v2, v3, v4 clamp:1",
+        "v_fma_mix_f32 v1, v2, v3, v4 clamp",
         "v_readlane_b32 v1, v2, 3",
         "global_atomic_add_f32 v0, v1, s[4:5]",
         "v_mfma_f32_16x16x16_bf16 a[0:3], v[0:1], v[2:3], a[0:3]",

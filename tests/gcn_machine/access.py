@@ -30,8 +30,8 @@ from .waits import Access
 WORDS = {"": 1, "x2": 2, "x3": 3, "x4": 4, "x8": 8, "x16": 16}
 # What a load of less than a word gives: bytes, and whether the sign fills the register
 NARROW = {"ubyte": (1, False), "sbyte": (1, True), "ushort": (2, False), "sshort": (2, True)}
-# What ends the name of a store of less than a word that takes it from bit 16 of its register on
-UPPER = "_d16_hi"
+# Ends the names of stores that take the bits of a register from 16 on
+UPPER_HALF = "_d16_hi"
 # The fourth word of a buffer's descriptor on gfx942, of bytes without a structure, and what masks an access in it
 RAW_BUFFER, MASKED = 0x27000, 1 << 31
 CACHE = ("sc0", "sc1", "nt")
@@ -55,7 +55,7 @@ class Width:
 
 def width_of(ins: Instruction) -> Width:
     """By the end of an opcode: dword, dwordx2, ubyte, short and so on."""
-    name = ins.opcode.removesuffix(UPPER).split("_")[-1]
+    name = ins.opcode.removesuffix(UPPER_HALF).split("_")[-1]
     if name in NARROW:
         size, signed = NARROW[name]
         return Width(size, 1, signed)
@@ -65,9 +65,9 @@ def width_of(ins: Instruction) -> Width:
     return Width(4 * words, words)
 
 
-def stored(ins: Instruction, first: int, words: int):
+def words_to_store(ins: Instruction, first: int, words: int):
     """(batch) -> the words that a store takes, of registers from ``first`` on."""
-    if ins.opcode.endswith(UPPER):
+    if ins.opcode.endswith(UPPER_HALF):
         return lambda batch: [batch.vector(first, ins) >> np.uint32(16)]
     return lambda batch: [batch.vector(first + k, ins) for k in range(words)]
 
@@ -149,7 +149,7 @@ def _load(ins: Instruction, first: int, width: Width):
 
 def _store(ins: Instruction, first: int, width: Width):
     """(batch, addresses, in_range): stores of the lanes that are on; none out of a buffer's range."""
-    values, bits = stored(ins, first, width.words), 8 * min(width.size, 4)
+    values, bits = words_to_store(ins, first, width.words), 8 * min(width.size, 4)
 
     def run(batch, addresses, in_range=None):
         words = values(batch)
@@ -171,7 +171,7 @@ def _address(vector, base, ins: Instruction) -> Read:
 
 
 DWORDS = ("dword", "dwordx2", "dwordx3", "dwordx4")
-LOADS, STORES = (*NARROW, *DWORDS), ("byte", "short", f"byte{UPPER}", f"short{UPPER}", *DWORDS)
+LOADS, STORES = (*NARROW, *DWORDS), ("byte", "short", f"byte{UPPER_HALF}", f"short{UPPER_HALF}", *DWORDS)
 
 
 @instruction(*(f"global_load_{name}" for name in LOADS))
@@ -250,7 +250,7 @@ def buffer_store(ins: Instruction, kernel: Kernel):
 
 LDS_READS = {"b32": (4, 1), "b64": (8, 2), "b96": (12, 3), "b128": (16, 4)}
 LDS_NARROW = {"u8": Width(1), "i8": Width(1, signed=True), "u16": Width(2), "i16": Width(2, signed=True)}
-LDS_STORES = LDS_READS | {"b8": (1, 1), "b16": (2, 1), f"b8{UPPER}": (1, 1), f"b16{UPPER}": (2, 1)}
+LDS_STORES = LDS_READS | {"b8": (1, 1), "b16": (2, 1), f"b8{UPPER_HALF}": (1, 1), f"b16{UPPER_HALF}": (2, 1)}
 LDS_PAIR = re.compile(r"ds_(?:read|write)2(st64)?_b(32|64)")
 
 
@@ -303,7 +303,7 @@ def lds_write(ins: Instruction, kernel: Kernel):
     size, words = LDS_STORES[ins.opcode.removeprefix("ds_write_")]
     first, address = vector_register(what, words, ins), word_of_lanes(where, ins)
     vector_register(where, 1, ins)
-    offset, values = np.int64(_lds_offset("offset", 1 << 16, ins)), stored(ins, first, words)
+    offset, values = np.int64(_lds_offset("offset", 1 << 16, ins)), words_to_store(ins, first, words)
     return lambda batch: _lds_write(batch, [(address(batch).astype(np.int64) + offset, values(batch))], size, ins)
 
 

@@ -117,10 +117,10 @@ class Batch:
         """uint32 [waves, 64], read by the lanes that are on."""
         if self.undefined_lanes(index) is not None:
             self.find("read of an unwritten register", ins, vector_name(index))
-        return self.vector_or_poison(index, ins)
+        return self.unchecked_vector(index, ins)
 
-    def vector_or_poison(self, index: int, ins: Instruction) -> np.ndarray:
-        """``vector``, where undefined lanes may be read too."""
+    def unchecked_vector(self, index: int, ins: Instruction) -> np.ndarray:
+        """``vector`` whose lanes may be undefined; a load that has not been waited for is found."""
         if index in self.outstanding.vectors:
             self.outstanding.read(self.outstanding.vectors, index, vector_name(index), ins)
         return self.vectors[index]
@@ -129,10 +129,10 @@ class Batch:
         """uint32 [waves], read by the waves that run."""
         if self.undefined_waves(index) is not None:
             self.find("read of an unwritten register", ins, scalar_name(index))
-        return self.scalar_or_poison(index, ins)
+        return self.unchecked_scalar(index, ins)
 
-    def scalar_or_poison(self, index: int, ins: Instruction) -> np.ndarray:
-        """``scalar``, where undefined waves may be read too."""
+    def unchecked_scalar(self, index: int, ins: Instruction) -> np.ndarray:
+        """``scalar`` that waves may have undefined; a load that has not been waited for is found."""
         if index >= EXEC:
             return lane_bits(self.exec)[:, index - EXEC]
         if index in self.outstanding.scalars:
@@ -154,8 +154,10 @@ class Batch:
         return None if missing is None or not missing.any() else missing
 
     def leave_undefined(self, index: int, lanes: np.ndarray) -> None:
-        """A vector register that has just been written holds nothing defined in those lanes, bool [waves, 64]."""
-        self.unwritten[index] = self.unwritten.get(index, False) | lanes
+        """Of lanes that have just written a vector register, those of bool [waves, 64] hold nothing defined there."""
+        lanes = lanes if self.mask is None else lanes & self.mask
+        if lanes.any():
+            self.unwritten[index] = self.unwritten.get(index, False) | lanes
 
     def write_vector(
         self, index: int, values: np.ndarray, ins: Instruction | None = None, mask: np.ndarray | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 from machines.findings import refusal
 
@@ -21,6 +24,9 @@ from .registry import (
     wave_result,
     wave_source,
 )
+
+if TYPE_CHECKING:
+    from .batch import Batch
 
 
 def _lane(operand, ins: Instruction):
@@ -84,29 +90,35 @@ def _halves(ins: Instruction, name: str, count: int, default: int) -> tuple[int,
     return given
 
 
-def _half(operand, which: int, ins: Instruction) -> Read:
-    """(batch) -> (uint32 of one of the two words of a pair of registers, the lanes that have it undefined or None).
+# (batch) -> (uint32 values, the lanes in which they are undefined, or None where they are defined in all)
+ReadHalf = Callable[["Batch"], tuple[np.ndarray, np.ndarray | None]]
 
-    What stands in the upper word of a constant other than 0 is not documented: it is read as poison.
+
+def _half(operand, which: int, ins: Instruction) -> ReadHalf:
+    """One of the two words of a pair of registers.
+
+    What stands in the upper word of a constant other than 0 is not documented: it is undefined.
     """
     if isinstance(operand, Literal):
-        value = POISON if which and operand.value != 0 else constant(operand, "f32", ins)
+        if which and operand.value != 0:
+            return lambda batch: (POISON, np.ones(batch.shape, bool))
+        value = constant(operand, "f32", ins)
         return lambda batch: (value, None)
     if not isinstance(operand, (Vector, Scalar)) or operand.count != 2:
         raise refusal(ins, f"operand {operand} as a pair")
     index = operand.index + which
     if isinstance(operand, Vector):
-        return lambda batch: (batch.vector_or_poison(index, ins), batch.undefined_lanes(index))
+        return lambda batch: (batch.unchecked_vector(index, ins), batch.undefined_lanes(index))
 
     def read(batch):
         waves = batch.undefined_waves(index)
         lanes = None if waves is None else np.broadcast_to(waves[:, None], batch.shape)
-        return batch.scalar_or_poison(index, ins)[:, None], lanes
+        return batch.unchecked_scalar(index, ins)[:, None], lanes
 
     return read
 
 
-def _write_halves(batch, index: int, halves: list[tuple[np.ndarray, list]], ins: Instruction) -> None:
+def _write_halves(batch, index: int, halves: Sequence[tuple[np.ndarray, Sequence]], ins: Instruction) -> None:
     """Write two words, each given with the lanes that have its operands undefined: there it is undefined too.
 
     LLVM packs a register that it never writes beside one that it does, and throws that half of the result away.

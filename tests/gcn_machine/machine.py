@@ -8,7 +8,7 @@ import numpy as np
 from machines.findings import Findings
 from machines.global_memory import GlobalMemory
 
-from .access import UPPER
+from .access import UPPER_HALF
 from .batch import Batch
 from .control import Control, translate_blocks
 from .lds import LDS
@@ -120,6 +120,6 @@ def _hidden(threads: int, grid: tuple[int, int, int]) -> dict[str, int]:
 
 def _granule(kernel: Kernel, space: str) -> int:
     """Bytes of the narrowest access to a memory, at most a word, of which each other access is a multiple."""
-    access = re.compile(rf"(?:{space})_(?:load|store|read|write)\w*?_([^\W_]+)(?:{UPPER})?")
+    access = re.compile(rf"(?:{space})_(?:load|store|read|write)\w*?_([^\W_]+)(?:{UPPER_HALF})?")
     widths = [found[1] for ins in kernel.instructions() if (found := access.fullmatch(ins.opcode))]
     return min((SIZES.get(width, WORD) for width in widths), default=WORD)

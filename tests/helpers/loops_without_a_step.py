@@ -55,8 +55,14 @@ def zeros(block: list[Instruction]) -> set[int]:
     return found
 
 
+def only_goes_to(kernel: Kernel, number: int) -> int | None:
+    """The block to which another one branches without doing anything else; None where it does more."""
+    (first, *rest), next_ones = kernel.blocks[number], successors(kernel.blocks, number)
+    return next(iter(next_ones)) if not rest and first.opcode[0] == "bra" and len(next_ones) == 1 else None
+
+
 def replaces_a_loop(kernel: Kernel, number: int) -> bool:
-    """Whether a block sets all sums of a loop to zero, and goes on behind that loop; or only goes to such a block.
+    """Whether a block sets all sums of a loop to zero, and goes on behind that loop.
 
     A loop's sums are the registers that it sets, or the block by which it is left, and that this block sets too.
     """
@@ -65,8 +71,6 @@ def replaces_a_loop(kernel: Kernel, number: int) -> bool:
     if not {ins.opcode[0] for ins in block} <= WITHOUT_A_STEP or len(next_ones) != 1:
         return False
     (behind,) = next_ones
-    if len(block) == 1 and block[0].opcode[0] == "bra":
-        return behind > number and replaces_a_loop(kernel, behind)
     reached = [reached_from(blocks, other) for other in range(len(blocks))]
     after = reached[behind] | {behind}
     loop = {other for other, those in enumerate(reached) if other in those and behind in those} - after

@@ -6,7 +6,7 @@ import pytest
 from ptx_machine.parser import parse
 
 from helpers.hand_written_ptx import kernel
-from helpers.loops_without_a_step import replaces_a_loop
+from helpers.loops_without_a_step import only_goes_to, replaces_a_loop
 
 SUMS = "mov.b32 %r1, 0; mov.b32 %r2, %r1;"
 STEP = "add.s32 %r1, %r1, %r70; add.s32 %r2, %r2, 3;"
@@ -40,13 +40,18 @@ def test_sums_of_zero_in_place_of_a_loop():
     assert replaces(SUMS, ELSEWHERE, COPIES)
 
 
-def test_a_way_to_them():
-    """As older compilers have it: the block of zeros stands behind the loop."""
-    behind = LOOP.replace("{instead}\n    bra.uni $L__BB0_4;", "bra.uni $L__BB0_1;").replace(
+def test_zeros_that_stand_behind_the_loop():
+    """As older compilers have it, with a block that only goes there."""
+    text = LOOP.replace("{instead}\n    bra.uni $L__BB0_4;", "bra.uni $L__BB0_1;").replace(
         "$L__BB0_4:\n", "bra.uni $L__BB0_4;\n$L__BB0_1:\n    {instead}\n$L__BB0_4:\n"
     )
-    assert replaces(SUMS, text=behind)
-    assert not replaces(SUMS.replace("0;", "1;"), text=behind)
+    of = parse(kernel(text.format(instead=SUMS, step=STEP, left="")))
+    zeros = only_goes_to(of, 1)
+    assert replaces_a_loop(of, zeros) and not replaces_a_loop(of, 1)
+    assert [only_goes_to(of, number) for number in range(len(of.blocks)) if number != 1].count(None) == len(
+        of.blocks
+    ) - 2
+    assert only_goes_to(parse(kernel(text.format(instead=SUMS, step=STEP, left="mov.b32 %r9, 0;"))), 4) is None
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,11 @@ class RecordingTorch:
     def empty_like(self, tensor: torch.Tensor, **options) -> torch.Tensor:
         return self.record(torch.empty_like(tensor, **options))
 
+    def mm(self, *operands: torch.Tensor, out: torch.Tensor, **options) -> torch.Tensor:
+        """Torch's product, which writes all of ``out``."""
+        self.written(out.data_ptr())
+        return torch.mm(*operands, out=out, **options)
+
     def record(self, tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and 0 < tensor.nbytes <= MOST_FILLED:
             tensor.view(torch.uint8).fill_(0xFF)

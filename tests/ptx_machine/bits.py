@@ -21,7 +21,7 @@ def logic(ins: Instruction, kernel: Kernel):
         return elementwise(ins, kernel, dtype, 2, compute)
     to, *given = operands(ins, 3)
     index = destination(to, dtype, ins, kernel)
-    # a bit of the result is of the same bits of both, and of no other
+    # a bit is undefined where that bit of either is, though the other one may decide it: LLVM's poison stays poison
     return passing_on(index, given, dtype, ins, kernel, compute, np.bitwise_or)
 
 

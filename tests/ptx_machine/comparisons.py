@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
@@ -10,7 +11,7 @@ from machines.findings import refusal
 from .bits import LOGIC
 from .formats import HALVES, decode
 from .parser import UNSIGNED, Instruction, Kernel, Pair, Sink
-from .registry import destination, instruction, modifiers, numpy_type, operands, passing_on, reader
+from .registry import Run, destination, instruction, modifiers, numpy_type, operands, passing_on, reader
 
 # PTX ISA 9.3.1.1, integers; lo, ls, hi, hs are of unsigned ones
 INTEGERS = {
@@ -80,26 +81,30 @@ def compare(ins: Instruction, kernel: Kernel):
 def _compare_pairs(ins: Instruction, kernel: Kernel):
     """PTX ISA 9.7.7.2, setp of two values of 16 bits: p|q, one for each, undefined where its values are."""
     name, kind = modifiers(ins, tuple(FLOATS), tuple(f"{half}x2" for half in HALVES))
-    to, *given = operands(ins, 3)
+    to = operands(ins, 3)[0]
     if not isinstance(to, Pair):
         raise refusal(ins, "two predicates are expected")
-    halves = []
-    for one, shift in (to.first, np.uint32(0)), (to.second, np.uint32(16)):
-
-        def compare(*values, shift=shift):
-            return FLOATS[name](*[decode((value >> shift).astype(np.uint16), kind[:-2]) for value in values])
-
-        def spread(*undefined, shift=shift):
-            return (reduce(np.bitwise_or, undefined) >> shift).astype(np.uint16) != 0
-
-        index = destination(one, np.bool_, ins, kernel)
-        halves.append(passing_on(index, given, np.uint32, ins, kernel, compare, spread))
+    low = _compare_half(to.first, np.uint32(0), FLOATS[name], kind[:-2], ins, kernel)
+    high = _compare_half(to.second, np.uint32(16), FLOATS[name], kind[:-2], ins, kernel)
 
     def run(batch, mask):
-        for half in halves:
-            half(batch, mask)
+        low(batch, mask)
+        high(batch, mask)
 
     return run
+
+
+def _compare_half(to, shift: np.uint32, test: Callable, kind: str, ins: Instruction, kernel: Kernel) -> Run:
+    """The predicate of the values from bit ``shift`` on."""
+
+    def result(*words):
+        return test(*(decode((word >> shift).astype(np.uint16), kind) for word in words))
+
+    def is_undefined(*undefined):
+        return (reduce(np.bitwise_or, undefined) >> shift).astype(np.uint16) != 0
+
+    index = destination(to, np.bool_, ins, kernel)
+    return passing_on(index, ins.operands[1:], np.uint32, ins, kernel, result, is_undefined)
 
 
 @instruction("selp")

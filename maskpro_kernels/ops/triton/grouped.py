@@ -218,6 +218,7 @@ def update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes):
 
 
 def launch_on_group(kernel, name, group, *args, **how):
+    """Launch a kernel over all layers of a ``LayerGroup``, which it finds in the group's table."""
     constants = {
         "ELEMENT": ELEMENTS[group.dtype],
         "CODE": tl.uint8 if group.m <= 8 else tl.int32,

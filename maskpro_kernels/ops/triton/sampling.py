@@ -291,7 +291,7 @@ def summed_terms(
     if SEVERAL or M == 32:
         delta = ()
         for _ in tl.static_range(M):
-            # -0.0, to which a zero of either sign adds as itself; by its bits, for Triton 3.6 makes 0.0 of a literal
+            # -0.0: a zero added to it keeps its own sign. By its bits, as Triton 3.6 turns the literal into 0.0
             delta = delta + (tl.full(x[0].shape, -(1 << 31), tl.int32).to(tl.float32, bitcast=True),)
         # the first one in the loop too: twice the code takes twice as long to compile
         for k in range(count):
