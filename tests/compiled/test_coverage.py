@@ -75,7 +75,7 @@ def of_several(where):
 
 
 def run_over_groups():
-    """Each kernel where all draws of a block are certain, where none are, and over shards; updates by no draw as well."""
+    """Each kernel where all draws of a block are certain, where none are, and over shards; also updates by no draw."""
     for (n, m), dtype, spread in itertools.product(((1, 2), (2, 4), (4, 8), (8, 16)), DTYPES, ("certain", "open")):
         of = Matrix(n, m, dtype, rows=3, groups=171, spread=spread)
         for kernel in OVER_GROUPS:
