@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers.hand_written_gcn import Run, compute, kinds
+from machines.findings import Refused
 
 WORD, LONG = (1 << 32) - 1, (1 << 64) - 1
 EDGES = [0, 1, 2, 3, 31, 32, 63, 64, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
@@ -251,6 +252,15 @@ def test_scalar_carries_and_bits_of_pairs():
     assert not Run(body, result).findings
     long = ((8 << 32) - 1) << 4
     assert result.tolist() == [0, 8, WORD, 7, long & WORD, long >> 32, WORD, 5, 5, 35, 4]
+
+
+def test_a_literal_fills_a_pair():
+    body = "s_mov_b64 s[10:11], 0x7f800000\nv_mov_b32_e32 v10, s10\nv_mov_b32_e32 v11, s11\nv_mov_b32_e32 v2, 0"
+    result = np.ones(2, np.uint32)
+    assert not Run(f"{body}\ns_mov_b64 exec, 1\nglobal_store_dwordx2 v2, v[10:11], s[4:5]", result).findings
+    assert result.tolist() == [0x7F800000, 0]
+    with pytest.raises(Refused, match="as a constant of 64 bits"):
+        kinds("s_mov_b64 s[10:11], 0x80000000")
 
 
 def test_a_condition_that_nothing_has_set_is_found():

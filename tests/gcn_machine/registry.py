@@ -180,7 +180,9 @@ def wave_source(operand, kind: str, ins: Instruction) -> Read:
     """(batch) -> values of an operand of a scalar instruction, [waves] or one for all."""
     dtype = KINDS[kind]
     if isinstance(operand, Literal):
-        value = constant(operand, kind, ins).view(dtype)
+        # of 32 bits, which fill 64 by zeros or by a sign: below 2^31 either gives the same
+        fills = kind.endswith("64") and isinstance(operand.value, int) and 0 <= operand.value < 1 << 31
+        value = dtype(operand.value) if fills else constant(operand, kind, ins).view(dtype)
         return lambda batch: value
     if not isinstance(operand, Scalar) or operand.count != words_of(kind):
         raise refusal(ins, f"operand {operand} as {kind}")
