@@ -20,7 +20,8 @@ COMPILED_TESTS := --compiled sm_80 -n 2 --dist loadfile --no-loadscope-reorder $
 # Tests that launch kernels, each of which is compiled first; wrong kernels have tests of their own there
 TARGET ?= sm_80
 WITH_PRODUCTS := ops/triton/test_masked_gemm ops/triton/test_straight_through functional/test_straight_through test_packed
-KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
+KERNEL_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/test_bits ops/reference/test_gumbel_top_k \
+	ops/reference/test_rounding $(if $(filter gfx%,$(TARGET)),,$(WITH_PRODUCTS)))
 test test-triton36 test-oldest test-slow test-slow-triton36 test-compiled: export OMP_NUM_THREADS = 1
 INSTALLED := $(VENV)/.installed
 INSTALLED36 := $(VENV36)/.installed

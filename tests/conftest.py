@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import pkgutil
 
 import hypothesis
 import pytest
@@ -57,25 +59,20 @@ def poisoned(machine, monkeypatch):
     """
     from helpers.poison import PoisonedTorch
 
+    from maskpro_kernels.ops import triton as kernel_files
     from maskpro_kernels.ops.cpu import kernels
     from maskpro_kernels.ops.cpu.packed import products, unpacking
-    from maskpro_kernels.ops.triton import (
-        grouped,
-        masked_gemm,
-        packed,
-        sampling,
-        semi_structured,
-        split_k,
-        straight_through,
-        swaps,
-    )
 
     poisoned_torch = PoisonedTorch()
     for module in (kernels, products, unpacking):
         monkeypatch.setattr(module, "torch", poisoned_torch)
-    for module in (grouped, sampling, masked_gemm, packed, semi_structured, split_k, straight_through, swaps):
-        monkeypatch.setattr(module, "torch", machine.torch if machine else poisoned_torch)
+    for file in pkgutil.iter_modules(kernel_files.__path__):
+        module = importlib.import_module(f"{kernel_files.__name__}.{file.name}")
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", machine.torch if machine else poisoned_torch)
     if machine:
+        from maskpro_kernels.ops.triton import grouped
+
         monkeypatch.setattr(grouped, "launch_on_group", machine.knowing(grouped.launch_on_group))
     yield poisoned_torch
     poisoned_torch.check_margins()

@@ -8,11 +8,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers.bits import assert_same_bits
 from helpers.cases import cases, slow
 from helpers.compiled import DTYPES, INVERSE, OVER_GROUPS, Matrix, assert_bits_of_reference, by_both, masked_weight
 from helpers.layers import OVER_LAYERS, ManyLayers
+from helpers.noise import exp_kernel, gumbel_kernel, in_kernel, ln_kernel
 
 from maskpro_kernels import ops
+from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import tiles
 from maskpro_kernels.ops.triton.device_functions.arithmetic import scaled_reciprocal
 
@@ -186,6 +189,20 @@ def test_flips_of_layers_of_one_launch(spread, pattern, compiled_for):
 # Newton's, with a factor that is one unit in the last place too large, goes to the wrong side
 HARD = [0x7FFFFF, 0x186799, 0x20DDD1, 0x2B8BE1, 0x50AC19, 0x50DD0D, 0x525D25, 0x5C23DD, 0x5E86A9, 0x605475, 0x6E4BC5,
         0x700FF1]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bits_of_the_noise(target, compiled_for):
+    """Of a draw its codes alone leave the kernel, which the last bits of the noise seldom change."""
+    compiled_for(target)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 1 << 32, (100_000,), generator=generator)
+    words = torch.cat([words, torch.arange(1 << 12), (1 << 32) - 1 - torch.arange(1 << 12)])
+    assert_same_bits(in_kernel(gumbel_kernel, words), reference.gumbel(words))
+    x = torch.exp(torch.empty(50_000).uniform_(-85, 85, generator=generator))
+    assert_same_bits(in_kernel(ln_kernel, x, x - 1.0), reference.ln(x, x - 1.0))
+    y = torch.empty(50_000).uniform_(-100, 88, generator=generator)
+    assert_same_bits(in_kernel(exp_kernel, y), reference.exp(y))
 
 
 @triton.jit

@@ -25,7 +25,7 @@ class Refused(NotImplementedError):
 
 
 def refusal(ins: Instruction, why: str) -> Refused:
-    return Refused(f"line {ins.line}, {ins.text}: {why}")
+    return Refused(f"line {ins.line}, {ins.text} [{ins.where}]: {why}")
 
 
 @dataclass(frozen=True)

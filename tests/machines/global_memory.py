@@ -161,13 +161,19 @@ class GlobalMemory:
             inside = addresses[chosen]
             region = self.regions[index] if index >= 0 else None
             if region is None or int(inside.max()) + size > region.end:
-                self._out_of_bounds(region, int(inside.max()), size, ins)
+                self._out_of_bounds(index, int(inside.max()), size, ins)
             found.append((region, chosen, (inside - np.uint64(region.start)).astype(np.int64)))
         return found
 
-    def _out_of_bounds(self, region: Region | None, worst: int, size: int, ins: Instruction) -> None:
-        beyond = f", {worst + size - region.end} bytes beyond {region.name}" if region else ""
-        raise Fault(f"out of bounds of global memory, {size} bytes at {worst:#x}{beyond}: {self.batch.place(ins)}")
+    def _out_of_bounds(self, index: int, worst: int, size: int, ins: Instruction) -> None:
+        """Tell of which region, the one with that index or the next one, an access is the nearest."""
+        near = [
+            (worst + size - region.end, f"beyond {region.name}") for region in self.regions[max(index, 0) : index + 1]
+        ]
+        near += [(region.start - worst, f"before {region.name}") for region in self.regions[index + 1 : index + 2]]
+        apart, where = min(near)
+        place = self.batch.place(ins)
+        raise Fault(f"out of bounds of global memory, {size} bytes at {worst:#x}, {apart} bytes {where}: {place}")
 
     # -- accesses
 

@@ -5,45 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from helpers.bits import assert_same_bits
-from helpers.enumerated import KERNEL_DEVICE
+from helpers.noise import exp_kernel, gumbel_kernel, in_kernel, ln_kernel
 
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import device_functions as device
 
 GOLDEN_WORDS = [0, 1, 255, 1 << 16, 1 << 31, (1 << 32) - 1]
-BLOCK = 1 << 16
-
-
-@triton.jit
-def gumbel_kernel(words, out, total, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    r = tl.load(words + i, mask=i < total, other=0).to(tl.uint32)
-    tl.store(out + i, device.gumbel(r), mask=i < total)
-
-
-@triton.jit
-def ln_kernel(x, near_one, out, total, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < total
-    y = device.ln(tl.load(x + i, mask=inside, other=1.0), tl.load(near_one + i, mask=inside, other=0.0))
-    tl.store(out + i, y, mask=inside)
-
-
-@triton.jit
-def exp_kernel(x, out, total, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + i, device.exp(tl.load(x + i, mask=i < total, other=0.0)), mask=i < total)
-
-
-def in_kernel(kernel, *tensors):
-    out = torch.full(tensors[0].shape, torch.nan, dtype=torch.float32, device=KERNEL_DEVICE)
-    tensors = [t.to(KERNEL_DEVICE) for t in tensors]
-    fusion = {} if KERNEL_DEVICE == "cpu" else {"enable_fp_fusion": False}
-    kernel[(triton.cdiv(out.numel(), BLOCK),)](*tensors, out, out.numel(), BLOCK=BLOCK, **fusion)
-    return out.cpu()
 
 
 def float64_gumbel(words):

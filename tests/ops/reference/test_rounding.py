@@ -9,6 +9,7 @@ import triton.language as tl
 from helpers.bits import assert_same_bits
 from helpers.cases import cases, slow
 from helpers.enumerated import KERNEL_DEVICE
+from helpers.noise import BLOCK, without_contraction
 
 from maskpro_kernels import functional
 from maskpro_kernels.functional.checks import counter_of
@@ -32,10 +33,8 @@ def kernel_round(x, words, dtype):
     x, words = torch.broadcast_tensors(x, words)
     x, words = x.contiguous().to(KERNEL_DEVICE), words.contiguous().to(KERNEL_DEVICE)
     out = torch.full_like(x, 12345.0)
-    block = 1 << 16
-    fusion = {} if KERNEL_DEVICE == "cpu" else {"enable_fp_fusion": False}
-    grid = (triton.cdiv(out.numel(), block),)
-    round_kernel[grid](x, words, out, out.numel(), DTYPE=TRITON_DTYPE[dtype], BLOCK=block, **fusion)
+    grid, constants = (triton.cdiv(out.numel(), BLOCK),), {"DTYPE": TRITON_DTYPE[dtype], "BLOCK": BLOCK}
+    round_kernel[grid](x, words, out, out.numel(), **constants, **without_contraction())
     return out.cpu()
 
 
