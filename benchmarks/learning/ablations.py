@@ -16,14 +16,12 @@ there are fewer batches.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 from characters import BATCHES, PATTERN, CharacterModel, Problem, Text, trained
-from rows import finite
+from rows import finite, spread
 
 # Of the rows that do not name another
 BASE = {"flip_rate": 0.01, "init": "wanda", "pattern": PATTERN, "alpha": 0.99, "draws": 1, "batches": BATCHES}
@@ -96,15 +94,8 @@ class Ablations:
 
 def line(heading: str, value: object, row: Row) -> str:
     """Markdown."""
-    cells = [heading, f"{value}", f"{row.lr:g}{'*' * row.at_an_end}", *map(_spread, (row.initial, row.learned))]
-    return f"| {' | '.join([*cells, _spread([100 * share for share in row.regained], 0, '%')])} |"
-
-
-def _spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
-    mean = f"{statistics.fmean(values):.{digits}f}{unit}"
-    if len(values) == 1 or not all(map(math.isfinite, values)):
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    cells = [heading, f"{value}", f"{row.lr:g}{'*' * row.at_an_end}", *map(spread, (row.initial, row.learned))]
+    return f"| {' | '.join([*cells, spread([100 * share for share in row.regained], 0, '%')])} |"
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:

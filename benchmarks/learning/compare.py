@@ -42,6 +42,7 @@ from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.mixture import SELF, MixedBatches, parse_sources, texts_of
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
 from maskpro_kernels.text.samples import sample_windows, start_token
+from maskpro_kernels.training.estimator import Estimator
 from maskpro_kernels.training.trainer import MaskTrainer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -214,6 +215,10 @@ class Comparison:
         """What a learner takes in that many steps, and no more: REINFORCE asks for the initial loss of each batch."""
         return self.batches[:steps]
 
+    def gap_of(self, estimator: Estimator) -> float:
+        """Initial logit of a kept weight over a dropped one."""
+        return estimator.run_defaults.gap
+
     def learn(self, name: str, settings: Mapping, steps: int) -> None:
         """The rows of a learner with these settings and as many steps, if there are none yet."""
         if self.rows.found(name, settings, steps) is not None:
@@ -224,7 +229,7 @@ class Comparison:
         estimator = self.learners[name].kind.for_run(len(batches), settings)
         with torch.no_grad():
             for layer, module in layers.items():
-                module.logits.copy_(initial_logits(codes[layer], self.pattern, estimator.run_defaults.gap))
+                module.logits.copy_(initial_logits(codes[layer], self.pattern, self.gap_of(estimator)))
         trainer = MaskTrainer(self.model, causal_lm_loss, batches, estimator, seed=self.args.seed)
         began = self.clock()
         trainer.begin()
@@ -281,13 +286,13 @@ def weights_in_place(layers: Mapping[str, nn.Module], weights: Mapping[str, Tens
         put(before)
 
 
-def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str]) -> argparse.Namespace:
+def options(description: str) -> argparse.ArgumentParser:
+    """The options of comparisons."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--model", default="smollm2-135m", help="as for maskpro learn (default: %(default)s)")
     parser.add_argument("--data", default=DATA, help="what to learn from (default: %(default)s)")
     parser.add_argument("--test", nargs="+", default=["pydoc", "stdlib"], help="texts that rows are scored on")
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), metavar="METHOD")
     parser.add_argument("--steps", nargs="+", type=int, default=[60, 200], help="the search takes the fewest")
     parser.add_argument("--init", choices=ONE_SHOT, default="reconstruction")
     for name, value in {"batch-size": 8, "seq-len": 128, "samples": 800, "init-batches": 16, "seed": 0}.items():
@@ -297,6 +302,18 @@ def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="folder of the rows and the table")
+    return parser
+
+
+def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str]) -> argparse.Namespace:
+    """The options of a comparison that may leave methods out."""
+    parser = options(description)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), metavar="METHOD")
+    return checked(parser, argv)
+
+
+def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options that a parser takes, beside those of ``options`` its own; what is unfit ends the process."""
     args = parser.parse_args(argv)
     if min(args.steps) < 1:
         parser.error(f"--steps: expected at least 1, got {min(args.steps)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def finite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+def settings_text(settings: Mapping) -> str:
+    given = ((name, value) for name, value in settings.items() if value is not None)
+    return ", ".join(f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in given)
+
+
+def spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
+    """The mean and, of several finite values, their sample standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}{unit}"
+    if len(values) == 1 or not all(map(math.isfinite, values)):
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
 def table(rows: Sequence[Mapping], chosen_by: str = "validation") -> str:
     """Markdown, by steps and then by score; of each method and number of steps the settings that are best are bold."""
     texts = list(rows[0]["perplexity"])
@@ -124,10 +138,7 @@ def table(rows: Sequence[Mapping], chosen_by: str = "validation") -> str:
     heads = ["method", "settings", "steps", "kept weights", "validation", *texts, *costs]
     lines = [heads, ["---", "---", "---:", "---", *["---:"] * (len(texts) + 1 + len(costs))]]
     for row in sorted(rows, key=lambda row: (row["steps"], row["score"])):
-        given = {name: value for name, value in row["settings"].items() if value is not None}
-        settings = ", ".join(
-            f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in given.items()
-        )
+        settings = settings_text(row["settings"])
         # with its own weights a method is judged by its mask
         chosen = best(rows, row["method"].removesuffix(WITH_WEIGHTS), row["steps"], chosen_by)
         if settings and chosen is not None and row["settings"] == chosen["settings"]:

@@ -1,0 +1,118 @@
+"""The paper's claim at a scale that runs here: REINFORCE, straight-through and initial masks, over several seeds.
+
+    python benchmarks/learning/claims.py --data pydoc:0.5,self:0.5 --test pydoc stdlib book.txt --output runs/claims
+
+All learners take the same batches, each once, from the same initial mask. A batch is one forward of straight-through,
+and two of REINFORCE, whose residual needs the loss under the initial mask as well. REINFORCE takes its authors'
+settings, and those that of some flip rates and learning rates end lowest on validation text. They are chosen by the
+first seed alone, after fewer steps; the test texts judge nothing.
+
+Each seed has a folder of its own, with rows as ``compare.py`` keeps them, and so the command goes on where it was. What
+it prints are means over the seeds, with the sample standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+
+from compare import Comparison, checked, options
+from methods import ONE_SHOT, Learner
+from rows import best, settings_text, spread
+
+from maskpro_kernels.pruning.gap import gap_for_flip_rate
+from maskpro_kernels.training.estimator import Estimator, Option
+from maskpro_kernels.training.reinforce import Reinforce
+from maskpro_kernels.training.straight_through import StraightThrough
+
+
+class FlipRate(Reinforce):
+    """REINFORCE whose first draws leave the initial mask in a share ``flips`` of the groups."""
+
+    name = "reinforce, tuned"
+    options = (*Reinforce.options, Option("flips", float, 1e-2, "share of the groups that a first draw flips", "R"))
+
+    def __init__(self, *args, flips: float = 1e-2, **settings):
+        super().__init__(*args, **settings)
+        self.flips = flips
+
+    def settings(self) -> dict:
+        return super().settings() | {"flips": self.flips}
+
+
+# What the first seed tries
+SEARCH = [{"flips": flips, "lr": lr} for flips, lr in itertools.product((1e-3, 1e-2), (5.0, 50.0, 500.0))]
+LEARNERS = {kind.name: Learner(kind) for kind in (StraightThrough, Reinforce, FlipRate)}
+
+
+class Claims(Comparison):
+    """The rows of one seed."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args, LEARNERS)
+
+    def gap_of(self, estimator: Estimator) -> float:
+        if isinstance(estimator, FlipRate):
+            return gap_for_flip_rate(estimator.flips, self.pattern)
+        return super().gap_of(estimator)
+
+    def without_steps(self) -> None:
+        """The rows of the dense model and of masks that take no steps, ahead of any conversion."""
+        self.dense  # noqa: B018
+        for name in ONE_SHOT:
+            self.one_shot(name)
+
+    def tuned(self, steps: int) -> Mapping:
+        """The settings of ``FlipRate`` that end lowest on validation text after so many steps."""
+        candidates = [FlipRate.complete(given) for given in SEARCH]
+        rows = self.rows_of([(FlipRate.name, settings, steps) for settings in candidates])
+        return best(rows, FlipRate.name, steps)["settings"]
+
+    def rows_of(self, asked_for: Sequence[tuple[str, Mapping, int]]) -> list[dict]:
+        """One for each method, settings and steps; learned where it is missing."""
+        for row in asked_for:
+            self.learn(*row)
+        return [self.rows.found(*row) for row in asked_for]
+
+
+def summary(by_seed: Sequence[Sequence[Mapping]]) -> str:
+    """Markdown: each row over the seeds, of which all have the same."""
+    texts = list(by_seed[0][0]["perplexity"])
+    lines = [["method", "settings", "steps", *texts, "score", "groups that moved", "seconds"]]
+    lines.append(["---", "---", "---:", *["---:"] * (len(texts) + 3)])
+    for row in zip(*by_seed, strict=True):
+        first = row[0]
+        figures = [spread([one["perplexity"][text] for one in row], 2) for text in texts]
+        moved, seconds = (round(statistics.fmean(one[name] for one in row)) for name in ("changed_groups", "seconds"))
+        figures += [spread([one["score"] for one in row], 2), f"{moved:,}", f"{seconds:,}"]
+        lines.append([first["method"], settings_text(first["settings"]), str(first["steps"]), *figures])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options("compare REINFORCE, straight-through and initial masks over several seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on (default: %(default)s)")
+    args = vars(checked(parser, argv))
+    seeds = args.pop("seeds")
+    if seeds < 1:
+        parser.error(f"--seeds: expected at least 1, got {seeds}")
+    search_steps, steps = min(args["steps"]), max(args["steps"])
+    asked_for, by_seed = [("dense", {}, 0), *((name, {}, 0) for name in ONE_SHOT)], []
+    try:
+        for seed in range(args["seed"], args["seed"] + seeds):
+            claims = Claims(argparse.Namespace(**args | {"seed": seed, "output": args["output"] / f"seed-{seed}"}))
+            claims.without_steps()
+            if not by_seed:
+                tuned = claims.tuned(search_steps)
+                learners = {kind: kind.complete({}) for kind in (StraightThrough, Reinforce)} | {FlipRate: tuned}
+                asked_for += [(kind.name, settings, steps) for kind, settings in learners.items()]
+            by_seed.append(claims.rows_of(asked_for))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(summary(by_seed), end="")
+
+
+if __name__ == "__main__":
+    main()
