@@ -145,8 +145,13 @@ def test_single_lanes():
 
 def test_lanes_in_a_register_that_is_not_wholly_written():
     written = "v_writelane_b32 v5, s2, 3\n"
-    assert kinds(f"{written}v_readlane_b32 s10, v5, 3") == set()
-    assert kinds(f"{written}v_readlane_b32 s10, v5, 4") == {"read of an unwritten register"}
+    assert kinds(f"{written}v_readlane_b32 s10, v5, 3\ns_add_u32 s11, s10, 1") == set()
+    assert kinds(f"{written}v_readlane_b32 s10, v5, 4\ns_add_u32 s11, s10, 1") == {"read of an unwritten register"}
+    # what nobody has written is kept in a lane, and taken out again
+    kept = "v_writelane_b32 v5, s20, 3\nv_readlane_b32 s10, v5, 3"
+    assert kinds(kept) == set()
+    assert kinds(f"{kept}\ns_add_u32 s11, s10, 1") == {"read of an unwritten register"}
+    assert kinds(f"{kept}\nv_writelane_b32 v5, s2, 3\nv_readlane_b32 s10, v5, 3\ns_add_u32 s11, s10, 1") == set()
     assert kinds(f"{written}v_mov_b32_e32 v6, v5") == {"read of an unwritten register"}
 
 

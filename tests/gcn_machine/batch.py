@@ -153,9 +153,19 @@ class Batch:
             missing = missing & self.rows
         return None if missing is None or not missing.any() else missing
 
-    def leave_undefined(self, index: int, lanes: np.ndarray) -> None:
-        """Of lanes that have just written a vector register, those of bool [waves, 64] hold nothing defined there."""
-        lanes = lanes if self.mask is None else lanes & self.mask
+    def leave_undefined_scalar(self, index: int, waves: np.ndarray) -> None:
+        """Of waves that have just written a scalar register, those of bool [waves] hold nothing defined there."""
+        waves = waves if self.rows is None else waves & self.rows
+        if waves.any():
+            self.unwritten_scalars[index] = self.unwritten_scalars.get(index, False) | waves
+
+    def leave_undefined(self, index: int, lanes: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Of lanes that have just written a vector register, those of bool [waves, 64] hold nothing defined there.
+
+        Which have written it is told as for ``write_vector``.
+        """
+        mask = self.mask if mask is None else mask
+        lanes = lanes if mask is None else lanes & mask
         if lanes.any():
             self.unwritten[index] = self.unwritten.get(index, False) | lanes
 

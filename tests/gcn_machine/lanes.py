@@ -19,9 +19,9 @@ from .registry import (
     no_modifiers,
     operands,
     plain,
+    scalar_register,
     source,
     vector_register,
-    wave_result,
     wave_source,
 )
 
@@ -40,8 +40,8 @@ def read_first_lane(ins: Instruction, kernel: Kernel):
     """VOP1: V_READFIRSTLANE_B32, of the first lane that is on, of lane 0 where none is."""
     plain(ins, "e32")
     to, what = operands(ins, 2)
-    write, index = wave_result(to, "u32", ins), vector_register(what, 1, ins)
-    return lambda batch: write(batch, _of_lane(batch, index, batch.exec.argmax(1), ins))
+    index, of = scalar_register(to, 1, ins), vector_register(what, 1, ins)
+    return lambda batch: _take_lane(batch, index, of, batch.exec.argmax(1), ins)
 
 
 @instruction("v_readlane_b32")
@@ -49,20 +49,22 @@ def read_lane(ins: Instruction, kernel: Kernel):
     """VOP3: V_READLANE_B32, of any lane, be it on or off."""
     plain(ins, "e64")
     to, what, which = operands(ins, 3)
-    write, index, lane = wave_result(to, "u32", ins), vector_register(what, 1, ins), _lane(which, ins)
-    return lambda batch: write(batch, _of_lane(batch, index, lane(batch), ins))
+    index, of, lane = scalar_register(to, 1, ins), vector_register(what, 1, ins), _lane(which, ins)
+    return lambda batch: _take_lane(batch, index, of, lane(batch), ins)
 
 
-def _of_lane(batch, index: int, lane: np.ndarray, ins: Instruction) -> np.ndarray:
-    """uint32 [waves]: what a register holds in a lane of each wave that runs."""
+def _take_lane(batch, index: int, of: int, lane: np.ndarray, ins: Instruction) -> None:
+    """Write a scalar register by one lane of a vector register, be it on or off; undefined where the lane is."""
     mask, chosen = batch.mask, np.zeros(batch.shape, bool)
     waves = np.arange(batch.waves)
     chosen[waves, lane] = True if batch.rows is None else batch.rows
-    # that lane alone is read, whether it is on or off
+    # that lane alone is read
     batch.mask = chosen
-    values = batch.vector(index, ins)[waves, lane]
+    values, undefined = batch.unchecked_vector(of, ins)[waves, lane], batch.undefined_lanes(of)
     batch.mask = mask
-    return values
+    batch.write_scalar(index, values, ins)
+    if undefined is not None:
+        batch.leave_undefined_scalar(index, undefined.any(1))
 
 
 @instruction("v_writelane_b32")
@@ -70,12 +72,18 @@ def write_lane(ins: Instruction, kernel: Kernel):
     """VOP3: V_WRITELANE_B32, to any lane, be it on or off."""
     plain(ins, "e64")
     to, what, which = operands(ins, 3)
-    index, read, lane = vector_register(to, 1, ins), wave_source(what, "u32", ins), _lane(which, ins)
+    index, lane = vector_register(to, 1, ins), _lane(which, ins)
+    of = scalar_register(what, 1, ins) if isinstance(what, Scalar) else None
+    read = wave_source(what, "u32", ins) if of is None else lambda batch: batch.unchecked_scalar(of, ins)
 
     def run(batch):
         chosen = np.zeros(batch.shape, bool)
         chosen[np.arange(batch.waves), lane(batch)] = True if batch.rows is None else batch.rows
+        # LLVM also keeps what it never writes there, a half of a pair
+        undefined = None if of is None else batch.undefined_waves(of)
         batch.write_vector(index, np.broadcast_to(read(batch), batch.waves)[:, None], ins, chosen)
+        if undefined is not None:
+            batch.leave_undefined(index, np.broadcast_to(undefined[:, None], batch.shape), chosen)
 
     return run
 

@@ -37,6 +37,7 @@ def found(body):
         ("sub.rn.f32x2 %rd6, %rd4, %rd5;\n add.rn.f32x2 %rd6, %rd5, %rd6;\n mov.b64 {%r3, _}, %rd6;", 1),
         ("fma.rn.f32x2 %rd6, %rd4, 0, %rd5;\n mov.b64 {%r3, _}, %rd6;", 1),
         ("mul.rn.f32x2 %rd6, %rd5, 0x4000000040000000;\n mov.b64 {%r3, _}, %rd6;", 2),
+        ("cvt.u32.u64 %r3, %rd5;", 1),
         # written again as a whole, and as a half
         ("mov.b64 %rd5, %rd4;\n add.s64 %rd6, %rd5, 0;\n mov.b64 {_, %r3}, %rd6;", 1),
         ("mov.b64 {%r3, %r4}, %rd5;\n mov.b32 %r4, %r2;\n add.rn.f32 %r3, %r3, %r4;", 2),
@@ -57,6 +58,7 @@ USES = [
     "setp.lt.f32 %p2, %r3, %r4;",
     "shfl.sync.idx.b32 %r5, %r4, 0, 31, -1;",
     "mov.b64 %rd7, {%r3, %r4};\n st.global.b64 [%rd2], %rd7;",
+    "mov.b64 %rd7, {%r4, %r3};\n cvt.u32.u64 %r5, %rd7;\n add.s32 %r6, %r5, 1;",
 ]
 
 
@@ -76,7 +78,7 @@ def test_a_half_that_is_used(way, use):
         "mov.b64 %rd6, %rd5;",
         "add.s64 %rd6, %rd5, 1;",
         "setp.eq.s64 %p2, %rd5, 1;",
-        "cvt.u32.u64 %r3, %rd5;",
+        "cvt.rn.f32.u64 %r3, %rd5;",
     ],
 )
 def test_a_register_that_is_used_whole(use):

@@ -7,8 +7,8 @@ from machines.findings import refusal
 from machines.rounding import odd_float32, odd_sum
 
 from .formats import HALVES, canonical, decode, encode
-from .parser import UNSIGNED, Instruction, Kernel
-from .registry import destination, filled_register, instruction, modifiers, numpy_type, operands, reader
+from .parser import UNSIGNED, Instruction, Kernel, Register
+from .registry import destination, filled_register, instruction, modifiers, numpy_type, operands, passing_on, reader
 
 INTEGERS = tuple(f"{letter}{bits}" for letter in "us" for bits in (8, 16, 32, 64))
 WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
@@ -29,10 +29,27 @@ def convert(ins: Instruction, kernel: Kernel):
     if compute is None:
         raise refusal(ins, f"rounding .{rounding or 'none'}")
     if target in INTEGERS:
-        index, _, filled = filled_register(to, target, ins, kernel)
+        index, part, filled = filled_register(to, target, ins, kernel)
+        if source in INTEGERS and part.itemsize == filled.itemsize < numpy_type(source)().itemsize == _width(
+            of, kernel
+        ):
+            return _low_bits(index, of, filled.itemsize, ins, kernel)
         return lambda batch, mask: batch.write(index, compute(read(batch, mask)).astype(filled), mask)
     index = destination(to, np.uint16 if target in HALVES else numpy_type(target), ins, kernel)
     return lambda batch, mask: batch.write(index, compute(read(batch, mask)), mask)
+
+
+def _width(operand, kernel: Kernel) -> int | None:
+    """Bytes of a register."""
+    return np.dtype(kernel.dtypes[operand.index]).itemsize if isinstance(operand, Register) else None
+
+
+def _low_bits(index: int, of: Register, size: int, ins: Instruction, kernel: Kernel):
+    """So many bytes of a wider register, whatever is undefined above them."""
+    narrow, wide = UNSIGNED[8 * size], UNSIGNED[8 * _width(of, kernel)]
+    return passing_on(
+        index, [of], wide, ins, kernel, lambda bits: bits.astype(narrow), lambda bits: bits.astype(narrow)
+    )
 
 
 def _conversion(rounding: str, target: str, source: str):
