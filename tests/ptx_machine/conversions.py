@@ -30,9 +30,8 @@ def convert(ins: Instruction, kernel: Kernel):
         raise refusal(ins, f"rounding .{rounding or 'none'}")
     if target in INTEGERS:
         index, part, filled = filled_register(to, target, ins, kernel)
-        if source in INTEGERS and part.itemsize == filled.itemsize < numpy_type(source)().itemsize == _width(
-            of, kernel
-        ):
+        wide = int(source[1:]) // 8 if source in INTEGERS else 0
+        if part.itemsize == filled.itemsize < wide == _width(of, kernel):
             return _low_bits(index, of, filled.itemsize, ins, kernel)
         return lambda batch, mask: batch.write(index, compute(read(batch, mask)).astype(filled), mask)
     index = destination(to, np.uint16 if target in HALVES else numpy_type(target), ins, kernel)
@@ -47,9 +46,11 @@ def _width(operand, kernel: Kernel) -> int | None:
 def _low_bits(index: int, of: Register, size: int, ins: Instruction, kernel: Kernel):
     """So many bytes of a wider register, whatever is undefined above them."""
     narrow, wide = UNSIGNED[8 * size], UNSIGNED[8 * _width(of, kernel)]
-    return passing_on(
-        index, [of], wide, ins, kernel, lambda bits: bits.astype(narrow), lambda bits: bits.astype(narrow)
-    )
+
+    def low(bits):
+        return bits.astype(narrow)
+
+    return passing_on(index, [of], wide, ins, kernel, low, low)
 
 
 def _conversion(rounding: str, target: str, source: str):
