@@ -51,7 +51,6 @@ def test_the_first_seed_chooses_by_validation_text(arguments, tmp_path, monkeypa
     assert len(told) == 2 + 1 + len(ONE_SHOT) + 3
 
 
-@pytest.mark.slow
 def test_every_seed_has_its_rows_once(arguments, tmp_path, monkeypatch, capsys):
     output, gaps, run = tmp_path / "output", [], MaskTrainer.run
 
