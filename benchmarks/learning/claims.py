@@ -43,7 +43,7 @@ class FlipRate(Reinforce):
 
 
 # What the first seed tries
-SEARCH = [{"flips": flips, "lr": lr} for flips, lr in itertools.product((1e-3, 1e-2), (5.0, 50.0, 500.0))]
+SEARCH = [{"flips": flips, "lr": lr} for flips, lr in itertools.product((1e-3, 1e-2), (50.0, 150.0, 500.0))]
 LEARNERS = {kind.name: Learner(kind) for kind in (StraightThrough, Reinforce, FlipRate)}
 
 
