@@ -14,7 +14,6 @@ it prints are means over the seeds, with the sample standard deviation.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -42,8 +41,12 @@ class FlipRate(Reinforce):
         return super().settings() | {"flips": self.flips}
 
 
-# What the first seed tries
-SEARCH = [{"flips": flips, "lr": lr} for flips, lr in itertools.product((1e-3, 1e-2), (50.0, 150.0, 500.0))]
+# What the first seed tries. The more groups flip, the more a loss differs, and the further one rate moves the logits.
+SEARCH = [
+    {"flips": flips, "lr": lr}
+    for flips, rates in {2e-4: (150, 500), 1e-3: (30, 100), 1e-2: (3, 10)}.items()
+    for lr in rates
+]
 LEARNERS = {kind.name: Learner(kind) for kind in (StraightThrough, Reinforce, FlipRate)}
 
 
