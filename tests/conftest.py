@@ -21,7 +21,6 @@ def pytest_configure(config):
     """Set before triton or a kernel is imported anywhere."""
     target = config.getoption("compiled")
     if target is None and not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
         from helpers.interpreter import widen_bfloat16_exactly
 
         widen_bfloat16_exactly()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ from tune_search import Place, Search
 from maskpro_kernels.ops.triton import launch, tiles, tuned
 
 TARGET = "sm_90"
+WORKER = "PYTEST_XDIST_WORKER"
 # Kernels whose cases at all patterns take the interpreter no second, and others of which the first case does
 QUICK = ("adamw", "descend", "metadata", "split_sum", "unpack")
 FIRST_QUICK = ("masked_linear", "sample_masks", "score_update_of_layers", "straight_through_step")
@@ -389,3 +393,12 @@ def test_a_package_that_cannot_be_written_is_refused_before_anything_is_timed(ca
     with pytest.raises(SystemExit) as end:
         tune.main([])
     assert end.value.code == 2 and "--output: expected a file that can be written" in capsys.readouterr().err
+
+
+def test_a_file_in_a_folder_with_a_conftest_runs_alone():
+    """Triton interprets its own functions too, though that conftest.py imports it before pytest is configured."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", WORKER)}
+    test = f"{__file__}::{test_what_is_in_place_is_timed_on_tensors_that_stay.__name__}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

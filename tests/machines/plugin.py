@@ -10,14 +10,20 @@ from collections import Counter
 from collections.abc import Generator
 
 import pytest
+import torch
 
 MACHINE = pytest.StashKey()
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser, pluginmanager):
     parser.getgroup("compiled").addoption(
         "--compiled", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on a CPU"
     )
+    # Ahead of any conftest.py further down that imports triton, and so of the options. Workers inherit it.
+    given = pluginmanager.get_plugin("pytestconfig").invocation_params.args
+    compiled = parser.parse_known_args(given).compiled
+    if compiled is None and "PYTEST_XDIST_WORKER" not in os.environ and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
