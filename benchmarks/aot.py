@@ -153,7 +153,7 @@ def build_product(
     multiple of 16. The straight-through kernels step the logits, or with ``UPDATE=False`` write their slope; with
     ``WEIGHT_GRAD=True`` the first also writes the gradient of the weight.
     """
-    tile = of_groups(tile, m)
+    tile = of_groups(tile, m, target)
     weight_grad, stepping = constants.pop("WEIGHT_GRAD", False), product.startswith("straight_through")
     known = {
         "N": n,

@@ -13,7 +13,7 @@ from helpers.compiled import INVERSE, Matrix, as_it_is, by_both
 from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import masked_gemm, packed, split_k, straight_through
+from maskpro_kernels.ops.triton import masked_gemm, packed, split_k, straight_through, tiles
 from maskpro_kernels.ops.triton.tiles import Rows, Tiles, of_groups
 from maskpro_kernels.packed import quantized
 from maskpro_kernels.pattern import bitmask_of
@@ -57,7 +57,7 @@ class Product:
 
     @property
     def own_tile(self) -> Tiles:
-        return of_groups(self.tile, self.m)
+        return of_groups(self.tile, self.m, tiles.ON_CPU)
 
     @property
     def sizes(self) -> tuple[int, int, int]:

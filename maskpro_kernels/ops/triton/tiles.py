@@ -231,6 +231,17 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
+# What products of groups of 32 take in their place: some of the others put up to 48 bytes on the stack on sm_90 and
+# sm_100, by codes or under drawn masks
+_TILES_OF_32: dict[tuple[str, int], tuple[Tiles, ...]] = {
+    ("masked_linear", 4): _TILES["masked_linear", 4][:4],
+    ("masked_linear_input_grad", 4): (
+        Tiles(out=64, tokens=16, k=16, num_warps=8),
+        Tiles(out=32, tokens=32, k=32, num_warps=8),
+        Tiles(out=32, tokens=64, k=32, num_warps=8),
+        Tiles(out=16, tokens=128, k=32, num_warps=8),
+    ),
+}
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
 # Of packed weights, all of 16 bits. Weight rows enough for wgmma and tcgen05, which read shared memory by themselves:
@@ -394,17 +405,30 @@ def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, r
     """Of the table's tiles those that hold the tokens in the fewest blocks, with the least padding; of these the last
     that still gives every processor a program, or else the first.
     """
-    candidates = (TILES | PACKED_TILES)[product, target, itemsize]
+    candidates = tiles_of(product, target, itemsize, m)
     padded = [(-(-tokens // tile.tokens), tile.tokens) for tile in candidates]
     fitting = [tile for tile, size in zip(candidates, padded, strict=True) if size == min(padded)]
     side = RESULT_SIDE[product]
     width = rows if side == "out" else k
     busy = [tile for tile in fitting if width >= PROCESSORS[target] * getattr(tile, side)]
-    return of_groups(busy[-1] if busy else fitting[0], m)
+    return busy[-1] if busy else fitting[0]
 
 
-def of_groups(tile: Tiles, m: int) -> Tiles:
+def tiles_of(product: str, target: str, itemsize: int, m: int) -> tuple[Tiles, ...]:
+    """What a product of operands of ``itemsize`` bytes has to choose from for groups of ``m``."""
+    entries = (TILES | PACKED_TILES)[product, target, itemsize]
+    if m == 32:
+        entries = _TILES_OF_32.get((product, itemsize), entries)
+    return tuple(of_groups(tile, m, target) for tile in entries)
+
+
+def of_groups(tile: Tiles, m: int, target: str) -> Tiles:
     """A tile of the table as products of groups of ``m`` take it: whole groups, and the registers that these need."""
+    tile = replace(tile, k=max(tile.k, m))
+    if m < 32:
+        return tile
+    if target.startswith("gfx"):
+        # of twice as many warps a thread has half of the registers, and spills up to 180 of a group's values
+        return replace(tile, num_warps=min(tile.num_warps, 4))
     # all that there are: with fewer than a group of 32 takes ptxas puts up to 24 bytes on the stack on sm_80
-    registers = min(255, 65536 // (32 * tile.num_warps)) if m == 32 else tile.registers
-    return replace(tile, k=max(tile.k, m), registers=registers)
+    return replace(tile, registers=min(255, 65536 // (32 * tile.num_warps)))

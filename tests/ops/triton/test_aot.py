@@ -45,32 +45,33 @@ for kernel, n, m, logits, constants in cases:
 """
 
 PRODUCTS_CHILD = """
+import itertools
 from aot import build_product
-from maskpro_kernels.ops.triton.tiles import TILES
+from maskpro_kernels.ops.triton.tiles import TILES, tiles_of
 forbidden, operand, patterns, targets, options, widest_and_narrowest = arguments
 size = {"bf16": 2, "fp16": 2, "fp32": 4}[operand]
-for (product, target, itemsize), tiles in TILES.items():
+for (product, target, itemsize), (n, m) in itertools.product(TILES, patterns):
     if itemsize != size or target not in targets:
         continue
+    tiles = tiles_of(product, target, itemsize, m)
     for tile in {tiles[0], tiles[-1]} if widest_and_narrowest else tiles:
-        for n, m in patterns:
-            given = dict(options)
-            # such layers take the transient weight
-            if product == "masked_linear_input_grad" and "rows" not in given.get("multiples", ["rows"]):
-                continue
-            # no logits are there to be stepped
-            if product.startswith("straight_through") and given.get("KIND") == "top_n":
-                given["UPDATE"] = False
-            if product != "masked_linear":
-                given.pop("LOG_PROB", None)
-            if product == "masked_linear_weight_grad":
-                given.pop("weight", None)
-            built = build_product(product, target, n, m, tile, operand=operand, **given)
-            side = max(tile.k, m) if product == "masked_linear_input_grad" else tile.out
-            ptx = built.asm.get("ptx", "")
-            unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in ptx]
-            found = [name for name in forbidden if name in ptx]
-            tell([product, target, n, m, side, built.registers, built.spills, built.stack, built.shared, unit, found])
+        given = dict(options)
+        # such layers take the transient weight
+        if product == "masked_linear_input_grad" and "rows" not in given.get("multiples", ["rows"]):
+            continue
+        # no logits are there to be stepped
+        if product.startswith("straight_through") and given.get("KIND") == "top_n":
+            given["UPDATE"] = False
+        if product != "masked_linear":
+            given.pop("LOG_PROB", None)
+        if product == "masked_linear_weight_grad":
+            given.pop("weight", None)
+        built = build_product(product, target, n, m, tile, operand=operand, **given)
+        side = tile.k if product == "masked_linear_input_grad" else tile.out
+        ptx = built.asm.get("ptx", "")
+        unit = [name for name in ("wgmma.mma_async", "tcgen05.mma") if name in ptx]
+        found = [name for name in forbidden if name in ptx]
+        tell([product, target, n, m, side, built.registers, built.spills, built.stack, built.shared, unit, found])
 """
 
 # Bytes of shared memory a block may have; cards of 8.6 and 8.9 take the row of sm_80
