@@ -133,7 +133,12 @@ def finish_tile(
         new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
         tl.store(source + offsets, d.join_columns(new, M), mask=inside[:, None])
         # weights outside of the matrix are read as zeros: no slope
-        tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(sum_of_squares(slope, M), 0))
+        squares_of_slope = sum_of_squares(slope, M)
+        if M == 2:
+            # On sm_100 Triton 3.6 looks from the product's tile for users of its layout, and fails at a sum over a
+            # tensor of one dimension, if it comes that far. It does not go past a new dimension.
+            squares_of_slope = tl.sum(squares_of_slope[None, :], 1)
+        tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(squares_of_slope, 0))
     else:
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
 
