@@ -10,7 +10,7 @@ from helpers.cases import cases
 from helpers.compiled import DTYPES
 from helpers.compiled_products import PRODUCTS, STEP, Product
 
-from maskpro_kernels.ops.triton.tiles import TILES
+from maskpro_kernels.ops.triton.tiles import TILES, tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -90,6 +90,22 @@ def test_a_log_probability_counts_every_group_once_beside_several_blocks_of_toke
 def test_products_under_given_masks(target, kernel, kind, compiled_for):
     compiled_for(target)
     Product(kernel, tile_of(kernel, target, 0, torch.bfloat16), kind=kind, one_hot=True).assert_right()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kernel", "target"),
+    cases(
+        itertools.product(("codes", "drawn"), (torch.bfloat16, torch.float32), PRODUCTS, ALL_TARGETS),
+        slow=lambda *case: case != ("codes", torch.bfloat16, LINEAR, "sm_80"),
+    ),
+    ids=str,
+)
+def test_products_of_groups_of_32(kind, dtype, kernel, target, compiled_for):
+    """On the narrowest and the widest of the tiles that they take."""
+    compiled_for(target)
+    tiles = tiles_of(kernel, target, dtype.itemsize, 32)
+    for tile in dict.fromkeys((tiles[0], tiles[-1])):
+        Product(kernel, tile, 16, 32, dtype, kind=kind, one_hot=True).assert_right()
 
 
 @pytest.mark.slow
