@@ -232,8 +232,16 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
 # What products of groups of 32 take in their place: some of the others put up to 48 bytes on the stack on sm_90 and
-# sm_100, by codes or under drawn masks
+# sm_100, by codes or under drawn masks, or those of 1:32 with Triton 3.6
 _TILES_OF_32: dict[tuple[str, int], tuple[Tiles, ...]] = {
+    ("masked_linear", 2): (
+        *_TILES["masked_linear", 2][:3],
+        Tiles(out=64, tokens=128, k=32, num_warps=8, num_stages=2),
+    ),
+    ("masked_linear_input_grad", 2): (
+        *_TILES["masked_linear_input_grad", 2][:3],
+        Tiles(out=32, tokens=128, k=64, num_warps=8, num_stages=2),
+    ),
     ("masked_linear", 4): _TILES["masked_linear", 4][:4],
     ("masked_linear_input_grad", 4): (
         Tiles(out=64, tokens=16, k=16, num_warps=8),
