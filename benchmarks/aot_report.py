@@ -41,7 +41,7 @@ from cost_model import (
 
 from maskpro_kernels.ops.reference import EXACT_SCORE_MAX_N
 from maskpro_kernels.ops.triton.packed import MULTIPLIED
-from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, DRAWN_TOKENS, PACKED_TILES, ROWS, TILES, Tiles
+from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, DRAWN_TOKENS, PACKED_TILES, ROWS, TILES, Tiles, tiles_of
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 # Kernels over groups, the dtypes of their logits, and the kinds of masks
@@ -152,9 +152,10 @@ def product_costs(target: str, n: int, m: int, ends: bool = False) -> Iterator[C
 
     Under drawn masks; those of a straight-through step also by codes, as in a step that draws its masks once.
     """
-    for (product, where, itemsize), tiles in TILES.items():
+    for product, where, itemsize in TILES:
         if where != target or itemsize != 2:
             continue
+        tiles = tiles_of(product, target, itemsize, m)
         for tile in dict.fromkeys((tiles[0], tiles[-1])) if ends else tiles:
             for kind in ("drawn", "codes") if product.startswith("straight_through") else ("drawn",):
                 name = size_of(named(product, "fp32", kind), tile, m)
@@ -225,7 +226,7 @@ def report_log_prob(targets: list[str], patterns: list[tuple[int, int]]) -> None
     print(f"\n{'log-probability':<47} {'N:M':>5} {'target':>6} {columns}")
     exact = [(n, m) for n, m in patterns if n <= EXACT_SCORE_MAX_N]
     for target, (n, m) in itertools.product(targets, exact):
-        for tile in TILES["masked_linear", target, 2]:
+        for tile in tiles_of("masked_linear", target, 2, m):
             ways = [product_kernel("masked_linear", target, n, m, tile, "drawn", asked) for asked in (False, True)]
             registers = " ".join(f"{built.registers:>5}" for built, *_ in ways)
             slots = [most["issue"] for *_, most in ways]

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...counter import NO_COUNTER
+from ...counter import NO_COUNTER, MaskSource
 from ...pattern import code_dtype
 from ..reference.quadrature import quadrature_grid
 from . import device_functions as d
@@ -370,6 +370,16 @@ def sample_mask(logits, n, m, inv_temperature, counter):
     return codes
 
 
+def as_kernels_take_it(mask):
+    """The same mask, by codes where no other kernel finds it.
+
+    The largest of 32 take more registers than a thread has beside a weight or a product.
+    """
+    if mask.kind == "top_n" and mask.m == 32:
+        return MaskSource(top_n_mask(mask.tensor, mask.n, mask.m), "codes", mask.n, mask.m)
+    return mask
+
+
 def masked_weight(weight, mask, dtype=None):
     """``reference.sample_masked_weight`` and its kin as one kernel; ``mask`` a MaskSource.
 
@@ -379,6 +389,7 @@ def masked_weight(weight, mask, dtype=None):
         # the interpreter truncates where hardware rounds
         weight = weight.to(dtype)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    mask = as_kernels_take_it(mask)
     arguments, whole = counter_arguments(mask.counter or NO_COUNTER, weight, mask.m)
     launch(masked_weight_kernel, "masked_weight", mask.m, arguments[-1], weight.device,
            mask.tensor, weight, out, mask.inv_temperature, *arguments,

@@ -161,6 +161,8 @@ ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 # Of those that are drawn there, by the cost model: a B200's memory is so fast that the draw bounds the time, which the
 # product lengthens. docs/kernels.md has the figures; the model knows nothing of gfx942.
 DRAWN_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 32, "gfx942": 128}
+# Of groups of 32 and operands of 4 bytes: none of their tiles holds more
+WIDE_GROUP_TOKENS = 64
 
 # Most tokens for which one kernel computes the gradient of a masked weight and steps the logits, with a mask that is
 # known, as in a step that draws its masks once. Beyond, torch's product is faster by more than it takes to write and
@@ -231,8 +233,9 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
-# What products of groups of 32 take in their place: some of the others put up to 48 bytes on the stack on sm_90 and
-# sm_100, by codes or under drawn masks, or those of 1:32 with Triton 3.6
+# What products of groups of 32 take in place of these entries, on every target, whatever entries of its own it has. Of
+# the tiles that are missing here each puts up to 48 bytes on the stack on sm_90 or sm_100: by codes, under drawn masks,
+# or of 1:32 with Triton 3.6.
 _TILES_OF_32: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
         *_TILES["masked_linear", 2][:3],
@@ -438,5 +441,5 @@ def of_groups(tile: Tiles, m: int, target: str) -> Tiles:
     if target.startswith("gfx"):
         # of twice as many warps a thread has half of the registers, and spills up to 180 of a group's values
         return replace(tile, num_warps=min(tile.num_warps, 4))
-    # all that there are: with fewer than a group of 32 takes ptxas puts up to 24 bytes on the stack on sm_80
+    # All there are: with a lower cap ptxas puts up to 24 bytes of a group of 32 on the stack of sm_80
     return replace(tile, registers=min(255, 65536 // (32 * tile.num_warps)))

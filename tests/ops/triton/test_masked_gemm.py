@@ -30,8 +30,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskpro_kernels as mk
+from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import masked_gemm, tiles
+from maskpro_kernels.ops.triton import masked_gemm, sampling, tiles
 from maskpro_kernels.pattern import NMPattern
 
 
@@ -119,6 +120,43 @@ def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched)
     y = product(kind, identity, weight, logits, codes, None, pattern)
     assert_same_bits(y.T != 0, mask)
     assert launched["masked_linear"] == 1
+
+
+@pytest.mark.parametrize(("pattern", "kernels"), [("8:16", 0), ("16:32", 1)])
+def test_the_largest_of_32_are_found_once_and_read_as_codes(pattern, kernels, launched):
+    """Beside a weight or a product they take more registers than a thread has."""
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    scores, x, grad, weight = normal(16, 64), normal(5, 64, seed=1), normal(5, 16, seed=2), normal(16, 64, seed=3)
+    named, codes = (
+        MaskSource(tensor, kind, n, m)
+        for kind, tensor in (("top_n", scores), ("codes", mk.top_n_mask(scores, pattern)))
+    )
+    products = (
+        lambda mask: sampling.masked_weight(weight, mask),
+        lambda mask: masked_gemm.masked_linear(x, weight, None, mask, False)[0],
+        lambda mask: masked_gemm.masked_linear_input_grad(grad, weight, mask),
+        lambda mask: masked_gemm.masked_linear_weight_grad(grad, x, mask),
+    )
+    for product in products:
+        expected = product(codes)
+        launched.clear()
+        assert_same_bits(product(named), expected)
+        assert launched["top_n_mask"] == kernels
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "one_pass"),
+    [("16:32", torch.float32, 64), ("16:32", torch.bfloat16, 128), ("8:16", torch.float32, 128)],
+    ids=str,
+)
+def test_no_mask_is_drawn_for_a_second_block_of_tokens(pattern, dtype, one_pass, launched):
+    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+    for tokens in (one_pass, one_pass + 1):
+        launched.clear()
+        x, weight, scores = normal(tokens, 64, dtype=dtype), normal(4, 64, dtype=dtype), normal(4, 64)
+        mask = MaskSource(mk.top_n_mask(scores, pattern), "codes", n, m)
+        masked_gemm.masked_linear(x, weight, None, mask, False)
+        assert launched["masked_linear"] == (tokens <= one_pass)
 
 
 def log_probs_in_float64(logits, mask, pattern):
