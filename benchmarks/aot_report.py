@@ -41,7 +41,17 @@ from cost_model import (
 
 from maskpro_kernels.ops.reference import EXACT_SCORE_MAX_N
 from maskpro_kernels.ops.triton.packed import MULTIPLIED
-from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, DRAWN_TOKENS, PACKED_TILES, ROWS, TILES, Tiles, tiles_of
+from maskpro_kernels.ops.triton.tiles import (
+    CONFIGURATIONS,
+    DRAWN_TOKENS,
+    INTERPRETED,
+    PACKED_TILES,
+    ROWS,
+    TILES,
+    Tiles,
+    tiles_of,
+)
+from maskpro_kernels.pattern import NMPattern
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
 # Kernels over groups, the dtypes of their logits, and the kinds of masks
@@ -305,10 +315,12 @@ def report_ways(targets: list[str], patterns: list[tuple[int, int]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--patterns", nargs="+", default=["2:4"], metavar="N:M")
+    parser.add_argument("--patterns", nargs="+", type=NMPattern, default=[NMPattern("2:4")], metavar="N:M")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} instead, which the tests hold to")
     arguments = parser.parse_args()
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET: expected to be unset, for what is interpreted is not compiled")
     if arguments.write:
         write_table()
     else:
-        report(arguments.targets, [tuple(map(int, pattern.split(":"))) for pattern in arguments.patterns])
+        report(arguments.targets, [(pattern.n, pattern.m) for pattern in arguments.patterns])

@@ -17,6 +17,7 @@ from torch import nn
 from maskpro_kernels import MaskedLinear, ModelMasks
 from maskpro_kernels.modules import CounterState
 from maskpro_kernels.ops.mask_costs import COSTS, Costs
+from maskpro_kernels.ops.triton.tiles import INTERPRETED
 
 GAP, ROUNDS = 10.0, 10
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -104,7 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = [row for row in COSTS if not row.startswith("gfx")]
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows)
-    for row in parser.parse_args().rows:
+    rows = parser.parse_args().rows
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET: expected to be unset, for what is interpreted is not compiled")
+    for row in rows:
         found = measured() if row == "cpu" else modelled(row)
         rounded = {
             name: tuple(round(x, 1) for x in cost) if isinstance(cost, tuple) else round(cost, 1)
