@@ -73,6 +73,17 @@ def sum_of_squares(columns, M: tl.constexpr):
 
 
 @triton.jit
+def sum_over_tile(slope, M: tl.constexpr):
+    """The sum of squares of all columns of a slope that follows from a product's tile."""
+    squares = sum_of_squares(slope, M)
+    if M == 2:
+        # On sm_100 Triton 3.6 looks from the product's tile for users of its layout, and fails at a sum over a tensor
+        # of one dimension, if it comes that far. It does not go past a new dimension.
+        squares = tl.sum(squares[None, :], 1)
+    return tl.sum(squares, 0)
+
+
+@triton.jit
 def descended(x, gradient, rate, max_update, group, key, M: tl.constexpr, dtype: tl.constexpr):
     """Columns of logits less the bounded step, rounded to 16 bits where ``dtype`` is."""
     rate = tl.where(rate < float("inf"), rate, 0.0)
@@ -140,12 +151,7 @@ def finish_tile(
         new = descended(logits, slope, tl.load(rate), max_update, index, d.load_key(seed, step, layer, draw), M, dtype)
         tl.store(source + offsets, d.join_columns(new, M), mask=inside[:, None])
         # weights outside of the matrix are read as zeros: no slope
-        squares_of_slope = sum_of_squares(slope, M)
-        if M == 2:
-            # On sm_100 Triton 3.6 looks from the product's tile for users of its layout, and fails at a sum over a
-            # tensor of one dimension, if it comes that far. It does not go past a new dimension.
-            squares_of_slope = tl.sum(squares_of_slope[None, :], 1)
-        tl.store(partial + row_tile * group_tiles + group_tile, tl.sum(squares_of_slope, 0))
+        tl.store(partial + row_tile * group_tiles + group_tile, sum_over_tile(slope, M))
     else:
         tl.store(out + offsets, d.join_columns(slope, M), mask=inside[:, None])
 
