@@ -12,7 +12,7 @@ import torch
 
 from ..digests import digest_of_bytes
 from ..extras import missing
-from ..text.data import BUILT_IN, SELF, Text, has_rows
+from ..text.data import BUILT_IN, SELF, Text, TooFewTokens, has_rows
 from ..text.mixture import parse_sources, shared_out, texts_of
 from ..text.perplexity import perplexity
 from ..text.protocols import (
@@ -126,7 +126,7 @@ class ProtocolText:
                 f"protocol: expected windows of at most {positions} tokens, which the model has positions for, got "
                 f"{self.protocol}"
             )
-        with telling("data", "give a longer text, or another --protocol"):
+        with telling("data", "give a longer text, or another --protocol", TooFewTokens):
             found = measure(model, tokenizer, self.documents, self.protocol, self._bars)
         self._tell_learned()
         known = {name: value for name, value in asdict(found).items() if value is not None}

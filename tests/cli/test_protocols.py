@@ -89,13 +89,27 @@ def test_a_text_file_is_evaluated_as_a_whole(inputs, run, tmp_path, capsys):
         ("--protocol word --data ROWS --text-column b", ["data: source: expected a column 'b' in", "['page']"]),
         ("--protocol word --data none.txt", ["data: source: expected", "there is no such file or folder"]),
         ("--protocol wikitext2@1001 --data TEXT", ["data: text: expected at least 1001 tokens", "another --protocol"]),
-        ("--protocol word --data TEXT", ["data: tokenizer: expected one with a token that text begins or ends with"]),
     ],
 )
 def test_what_does_not_go_with_a_protocol(inputs, tmp_path, capsys, options, messages):
     rows = write_pages(tmp_path / "pages.jsonl")
     options = options.replace("TEXT", str(inputs / "text.txt")).replace("ROWS", str(rows))
     refuses(capsys, tmp_path, evaluated(inputs / "model", *options.split()), *messages)
+
+
+def test_a_tokenizer_without_a_token_at_an_end_is_no_fault_of_the_text(inputs, tmp_path, capsys):
+    arguments = evaluated(inputs / "model", "--protocol", "word", "--data", inputs / "text.txt")
+    capsys.readouterr()
+    assert main.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("maskpro: error: tokenizer: expected one with a token that text begins or ends with, as `wo")
+    assert line.endswith(" without; set its eos_token, or take another protocol\n")
+    # the same of a model that does not know its tokenizer's tokens
+    save_model(tiny_model(vocab_size=8), tiny_tokenizer(), tmp_path / "small")
+    arguments = evaluated(tmp_path / "small", "--protocol", "wikitext2@32", "--data", inputs / "text.txt")
+    assert main.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("maskpro: error: model: expected tokens below 8, ") and "longer text" not in line
 
 
 def test_windows_beyond_the_positions_of_a_model(inputs, tmp_path, capsys):
