@@ -15,6 +15,7 @@ from ..packed import INT8, NMLinear, bits_a_weight
 from ..stored_digests import without_digests
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
+from .progress import tell_as
 
 if TYPE_CHECKING:
     from ..hf import Origin
@@ -134,6 +135,22 @@ def check_positions(model: torch.nn.Module, **lengths: int) -> None:
     for name, length in lengths.items():
         if positions is not None and length > positions:
             raise ValueError(f"{name}: expected at most {positions}, which the model has positions for, got {length}")
+
+
+def tell_beyond_context(model: torch.nn.Module, name: str, length: int) -> None:
+    """Warn of windows that are longer than a model's context, where its positions are computed.
+
+    Args:
+        name: the argument that the length comes from.
+    """
+    config = getattr(model.config, "text_config", None) or model.config
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        tell_as(
+            "warning",
+            f"{name}: expected windows of at most {most} tokens, the model's context (max_position_embeddings), got "
+            f"{length}; it may not have learned the positions beyond, and the figure tells of that too",
+        )
 
 
 def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:

@@ -331,7 +331,7 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     sizes = "--eval-windows 5 --eval-length 24 --device cpu".split()
     assert main.main(["eval", str(tmp_path / "run"), *sizes]) == 0
     learned = report(tmp_path / "run")["table"][-1]["perplexity"]
-    assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 120 tokens"
+    assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 5 windows of 24 tokens"
     told = "data: expected --data, --protocol or --tasks, since only a run has a text of"
     refuses(capsys, tmp_path, ["eval", str(inputs / "model")], told)
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "lost")], "there is no such folder")

@@ -59,7 +59,8 @@ def test_the_protocols_have_a_text_of_their_own(model, tmp_path, monkeypatch, ca
         assert found["data"].endswith(":wikitext-2-raw-v1") and found["text_digest"] == digest_of_texts(texts)
         assert found["tokenizer"]["tokens"] == 32 and found.get("words") == expected.words
         line, named = capsys.readouterr().out.splitlines()
-        assert f"perplexity {expected.perplexity:.2f} over" in line
+        windows = "" if name.startswith("word") else f" {expected.tokens // 32} windows of 32 tokens"
+        assert f"perplexity {expected.perplexity:.2f} over{windows}" in line
         for part in (f"protocol {name}, windows of {expected.window} tokens, float32", found["text_digest"]):
             assert part in named
     assert called == [
@@ -75,6 +76,14 @@ def test_a_text_file_is_evaluated_as_a_whole(inputs, run, tmp_path, capsys):
     told = capsys.readouterr()
     assert f"'{text}' is evaluated as a whole, and the run has learned from parts of it" in told.err
     assert told.out.splitlines()[2].startswith("2:4 100.00%")
+    copy, other = tmp_path / "copy.txt", tmp_path / "other.txt"
+    copy.write_text(tiny_text(), encoding="utf-8")
+    other.write_text(tiny_text(seed=1), encoding="utf-8")
+    result(run, tmp_path / "copy.json", "--protocol", "wikitext2@32", "--data", copy)
+    line = f"'{copy}' has the same bytes as '{text}', and the run has learned from parts of it\n"
+    assert capsys.readouterr().err == line
+    result(run, tmp_path / "other.json", "--protocol", "wikitext2@32", "--data", other)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
