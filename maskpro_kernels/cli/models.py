@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checkpoints.mask_file import is_mask_file
 from ..files import can_only_be_a_path
 from ..packed import INT8, NMLinear, bits_a_weight
 from ..stored_digests import without_digests
@@ -41,6 +43,11 @@ def load_spread(name: str, dtype: str, device_map: str | Mapping | None, args: a
     """The same, spread over devices by the ``device_map`` of ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
+    if is_mask_file(name):
+        raise ValueError(
+            f"model: expected a model, got {name!r}, a mask file; put it on its model first, by `maskpro apply "
+            f"{shlex.quote(name)} MODEL OUTPUT`, and give OUTPUT"
+        )
     show_bars(args.bars)
     return load_model(name, DTYPES[dtype], device_map, trust_remote_code=trusts(args))
 

@@ -72,8 +72,8 @@ class HeldOutText:
         if self._expected not in (None, own):
             tell_as(
                 "warning",
-                f"data: expected the test windows of the run's table, got others of {args.data!r}: the text has changed "
-                "since the run, or the tokenizer has, and the figure is not that of the table",
+                f"data: expected the test windows of the run's table, got others of {args.data!r}: the text has "
+                "changed since the run, or the tokenizer has, and the figure is not that of the table",
             )
         found = {
             "perplexity": perplexity(model, windows, progress=args.bars),
@@ -175,8 +175,8 @@ def result_lines(result: Mapping) -> list[str]:
             f"{result['tokens']} tokens, {result['bits_per_byte']:.4f} bits a byte"
         )
     else:
-        windows = result["tokens"] // result["window"]
-        told = f"{'test' if kind == HELD_OUT else kind} perplexity {figure} {windows} windows of {result['window']} tokens"
+        windows = f"{result['tokens'] // result['window']} windows of {result['window']} tokens"
+        told = f"{'test' if kind == HELD_OUT else kind} perplexity {figure} {windows}"
     return [
         told,
         f"protocol {result['protocol']}, windows of {result['window']} tokens, {result['dtype']}; tokenizer "

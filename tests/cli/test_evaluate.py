@@ -51,6 +51,18 @@ def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, "no such folder")
 
 
+def test_eval_of_a_mask_file_tells_what_makes_a_model_of_it(inputs, run, tmp_path, capsys):
+    mask, text = tmp_path / "mine.mask", str(inputs / "text.txt")
+    assert main.main(["export", str(run), str(mask), "--to", "mask"]) == 0
+    told = f"model: expected a model, got '{mask}', a mask file; put it on its model first, by `maskpro apply {mask} "
+    refuses(capsys, tmp_path, ["eval", str(mask), "--data", text], told)
+    # any other file lies in a folder of a model, if anywhere
+    told = f"model: expected a folder, got the file '{text}'; give the folder that it lies in"
+    refuses(capsys, tmp_path, ["eval", text, "--data", text], told)
+    weights = inputs / "model" / "model.safetensors"
+    refuses(capsys, tmp_path, ["eval", str(weights), "--data", text], "give the folder that it lies in")
+
+
 def test_eval_refuses_a_folder_without_a_model(inputs, run, tmp_path, capsys):
     arguments = ["eval", str(inputs / "runs"), "--data", str(inputs / "text.txt")]
     refuses(capsys, tmp_path, arguments, "model: expected a folder with a config.json")
