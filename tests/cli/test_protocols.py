@@ -217,6 +217,10 @@ def test_other_windows_of_a_text_are_not_put_into_one_column(results, model, cap
     refuses(capsys, results, ["compare", few, more], told, "evaluate both with the same --eval-windows")
     told = f"run: expected the same windows in a column, got others in '{uneven}' than in '{even}'"
     refuses(capsys, results, ["compare", even, uneven], told, "shares of --data")
+    without = json.loads((results / "few.json").read_text(encoding="utf-8"))
+    del without["windows_digest"]
+    (results / "without.json").write_text(json.dumps(without), encoding="utf-8")
+    refuses(capsys, results, ["compare", str(results / "without.json")], "or a file of `maskpro eval", "windows_digest")
     # another tokenizer has other tokens, and the table tells how many
     other = edit(results / "more.json", tokenizer={"class": "Other", "tokens": 9, "digest": "0"})
     capsys.readouterr()

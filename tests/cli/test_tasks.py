@@ -118,10 +118,11 @@ def test_perplexities_are_written_too(inputs, tmp_path, capsys):
     assert main.main([*arguments, "--dtype", "float32", "--output", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found.keys() == {
-        "model", "dtype", "protocol", "data", "perplexity", "window", "tokens", "tokenizer", "text_digest"
+        "model", "dtype", "protocol", "data", "perplexity", "window", "tokens", "windows_digest", "tokenizer",
+        "text_digest",
     }  # fmt: skip
     assert (found["protocol"], found["window"], found["dtype"]) == ("held-out", 24, "float32")
-    assert f"perplexity {found['perplexity']:.2f} over {found['tokens']}" in capsys.readouterr().out
+    assert f"perplexity {found['perplexity']:.2f} over {found['tokens'] // 24} windows" in capsys.readouterr().out
 
 
 def test_without_lm_eval_its_extra_is_told(inputs, monkeypatch, capsys):
