@@ -156,7 +156,7 @@ def tell_beyond_context(model: torch.nn.Module, name: str, length: int) -> None:
         tell_as(
             "warning",
             f"{name}: expected windows of at most {most} tokens, the model's context (max_position_embeddings), got "
-            f"{length}; it may not have learned the positions beyond, and the figure tells of that too",
+            f"{length}; it may not have learned the positions beyond, and do worse there",
         )
 
 

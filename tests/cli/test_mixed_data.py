@@ -314,7 +314,7 @@ def test_a_text_that_has_fewer_windows_than_its_share_is_told(inputs, tmp_path, 
     assert line.startswith(f"the test text of '{tmp_path / 'few.txt'}' has ")
     assert line.endswith(" windows of 24 tokens, fewer than the 23 of its share")
     # and the other one has its window, though its share is less
-    assert f"over {24 * (int(line.split(' has ')[1].split()[0]) + 1)} tokens" in captured.out
+    assert f"over {int(line.split(' has ')[1].split()[0]) + 1} windows of 24 tokens" in captured.out
     refuses(capsys, tmp_path, [*options, "--eval-windows", "1"], "eval_windows: expected at least 2, one for each text")
     refuses(
         capsys, tmp_path, learn(inputs, tmp_path / "run", "--data", data, "--eval-windows", "1"),
