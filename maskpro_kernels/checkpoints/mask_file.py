@@ -139,6 +139,17 @@ class MaskFile:
         self._file = None
 
 
+def is_mask_file(path: str | Path) -> bool:
+    """Whether there is a file at a path that tells that it is one; what else is in it is not looked at."""
+    if not Path(path).is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
 def _opened(path: Path):
     try:
         if path.is_dir():

@@ -67,8 +67,13 @@ class Told(ValueError):
 
 
 @contextmanager
-def telling(argument: str, cure: str | None = None) -> Iterator[None]:
+def telling(argument: str, cure: str | None = None, of: type[ValueError] | None = None) -> Iterator[None]:
     """Errors of what is made of an argument begin with its name, and end with what to do.
+
+    Args:
+        argument: its name.
+        cure: what to do.
+        of: the only errors that are the argument's, where others have names of their own.
 
     Raises:
         ValueError, OSError: what came, as told.
@@ -78,6 +83,8 @@ def telling(argument: str, cure: str | None = None) -> Iterator[None]:
     except Told:
         raise
     except (ValueError, OSError) as error:
+        if of is not None and not isinstance(error, of):
+            raise
         told = str(error).removeprefix(f"{argument}: ")
         told = f"{argument}: {told}" + (f"; {cure}" if cure else "")
         raise (OSError if isinstance(error, OSError) else ValueError)(told) from error

@@ -12,9 +12,10 @@ from ..report.plots import check_picture, draw_results
 from ..text.protocols import WORD
 from .arguments import telling
 from .progress import tell
+from .protocols import HELD_OUT
 from .tasks import task_figures
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, TOKENS, WINDOWS = "perplexity", "tokens", "windows_digest"
 NO_TASKS: Mapping = {"results": {}}
 
 
@@ -34,7 +35,8 @@ def compare_results(files: Sequence[str], picture: Path | None) -> None:
     """Print the figures of several results, and draw them where asked for.
 
     Raises:
-        ValueError: if one is no result, or figures of one column were found by two protocols, or on two texts.
+        ValueError: if one is no result, or figures of one column were found by two protocols, on two texts, or in other
+            windows of one.
     """
     results = {file: _read(Path(file)) for file in files}
     if picture is not None:
@@ -43,13 +45,16 @@ def compare_results(files: Sequence[str], picture: Path | None) -> None:
     rows = {file: _row(file, result, columns) for file, result in results.items()}
     if not columns:
         raise ValueError(f"run: expected results with figures, got none in {', '.join(files)}")
+    _check_windows(results)
     _tell_tokenizers(results)
-    titles = [column.title for _, column in columns.values()]
-    table = [["result", "dtype", *titles]]
+    of_text = [TOKENS] if PERPLEXITY in columns else []
+    table = [["result", "dtype", *of_text, *(column.title for _, column in columns.values())]]
     for file, row in rows.items():
+        tokens = [str(results[file][TOKENS]) if PERPLEXITY in row else "-" for _ in of_text]
         figures = [f"{row[name]:.{_digits(name)}f}" if name in row else "-" for name in columns]
-        table.append([file, results[file]["dtype"], *figures])
+        table.append([file, results[file]["dtype"], *tokens, *figures])
     _print(table)
+    _print_dtypes(results, rows)
     if picture is not None:
         with telling("picture"):
             draw_results(rows, {name: column.title for name, (_, column) in columns.items()}, picture)
@@ -63,13 +68,18 @@ def _read(path: Path) -> dict:
         if PERPLEXITY in found:
             _common(found), found["tokenizer"]["digest"]
             _check_number(found[PERPLEXITY])
+            _check_number(found[TOKENS])
+            if found["protocol"] == HELD_OUT:
+                found[WINDOWS]
         for figure in task_figures(found.get("tasks", NO_TASKS)):
             _check_number(figure.value)
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # whose own words hold the whole file
+        reason = "no text in UTF-8" if isinstance(error, UnicodeDecodeError) else repr(error)
         raise ValueError(
             f"run: expected a folder written by `maskpro learn`, or a file of `maskpro eval --output`, got "
-            f"{str(path)!r}: {error!r}"
+            f"{str(path)!r}: {reason}"
         ) from error
 
 
@@ -110,6 +120,28 @@ def _row(file: str, result: Mapping, columns: dict[str, tuple[str, Column]]) -> 
     return row
 
 
+def _check_windows(results: Mapping[str, Mapping]) -> None:
+    """Raise ValueError where perplexities by token of one tokenizer are of different windows of a text."""
+    firsts: dict[str, str] = {}
+    for file, result in results.items():
+        if PERPLEXITY not in result or str(result["protocol"]).startswith(WORD):
+            continue
+        # another tokenizer has other tokens of the same text, and of that it is told
+        first = firsts.setdefault(result["tokenizer"]["digest"], file)
+        known, came = results[first][TOKENS], result[TOKENS]
+        if known != came:
+            again = "evaluate both with the same --eval-windows, or " if result["protocol"] == HELD_OUT else ""
+            raise ValueError(
+                f"run: expected the same number of tokens in a column, got {known} in windows of {result['window']} in "
+                f"{first!r} and {came} in {file!r}; {again}compare them apart"
+            )
+        if results[first].get(WINDOWS) != result.get(WINDOWS):
+            raise ValueError(
+                f"run: expected the same windows in a column, got others in {file!r} than in {first!r}, as by other "
+                "shares of --data; compare them apart"
+            )
+
+
 def _tell_tokenizers(results: Mapping[str, Mapping]) -> None:
     """Tell where perplexities by token are of several tokenizers: their tokens are not the same ones."""
     known: dict[str, str] = {}
@@ -122,6 +154,20 @@ def _tell_tokenizers(results: Mapping[str, Mapping]) -> None:
             f"{first} and {other} have different tokenizers, and perplexities by token do not compare then; "
             f"--protocol {WORD} does"
         )
+
+
+def _print_dtypes(results: Mapping[str, Mapping], rows: Mapping[str, Mapping]) -> None:
+    """Print which dtypes there are, where figures of one column are of several."""
+    columns: dict[str, set[str]] = {}
+    files: dict[str, list[str]] = {}
+    for file, row in rows.items():
+        dtype = results[file]["dtype"]
+        files.setdefault(dtype, []).append(file)
+        for name in row:
+            columns.setdefault(name, set()).add(dtype)
+    if any(len(dtypes) > 1 for dtypes in columns.values()):
+        told = "; ".join(f"{dtype} in {', '.join(names)}" for dtype, names in files.items())
+        print(f"the dtypes differ, {told}: --dtype of `maskpro eval` sets one")
 
 
 def _digits(name: str) -> int:

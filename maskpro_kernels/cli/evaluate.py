@@ -58,6 +58,7 @@ def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOu
     Raises:
         ValueError, OSError: if there is no text, or it cannot be read.
     """
+    as_run = run is not None and not vars(args).keys() & {"data", "text_column", "stream"}
     if hasattr(args, "protocol"):
         return ProtocolText(args, None if run is None else run["data"])
     if not hasattr(args, "data"):
@@ -74,7 +75,8 @@ def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOu
     own = EVALUATION if run is None else {name: run[name] for name in EVALUATION}
     vars(args).update(own | vars(args))
     check_least(args, eval_windows=1, eval_length=2)
-    return HeldOutText(args)
+    of_table = as_run and all(getattr(args, name) == run[name] for name in EVALUATION)
+    return HeldOutText(args, run["eval_digest"] if of_table else None)
 
 
 def _check_without_text(args: argparse.Namespace) -> None:

@@ -21,7 +21,15 @@ from ..training.estimator import Estimator
 from ..training.memory import MemoryNeed
 from .arguments import device_of, telling
 from .changed_weights import changes_weights
-from .models import check_positions, checkpoint_activations, device_of_inputs, load, load_spread, windows_of
+from .models import (
+    check_positions,
+    checkpoint_activations,
+    device_of_inputs,
+    load,
+    load_spread,
+    tell_beyond_context,
+    windows_of,
+)
 from .progress import tell
 from .run_samples import run_samples
 from .shared_work import SharedWork
@@ -116,6 +124,8 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     windows = {name: _windows(args, text, model, tokenizer) for name, text in texts.items()}
     _check_windows(args, windows)
     loaded.tell_notes()
+    for name in ("seq_len", "eval_length"):
+        tell_beyond_context(model, name, getattr(args, name))
     return Inputs(model, tokenizer, tests, validation, (), ()), windows
 
 

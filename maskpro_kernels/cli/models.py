@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checkpoints.mask_file import is_mask_file
 from ..files import can_only_be_a_path
 from ..packed import INT8, NMLinear, bits_a_weight
 from ..stored_digests import without_digests
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
+from .progress import tell_as
 
 if TYPE_CHECKING:
     from ..hf import Origin
@@ -40,6 +43,11 @@ def load_spread(name: str, dtype: str, device_map: str | Mapping | None, args: a
     """The same, spread over devices by the ``device_map`` of ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
+    if is_mask_file(name):
+        raise ValueError(
+            f"model: expected a model, got {name!r}, a mask file; put it on its model first, by `maskpro apply "
+            f"{shlex.quote(name)} MODEL OUTPUT`, and give OUTPUT"
+        )
     show_bars(args.bars)
     return load_model(name, DTYPES[dtype], device_map, trust_remote_code=trusts(args))
 
@@ -134,6 +142,22 @@ def check_positions(model: torch.nn.Module, **lengths: int) -> None:
     for name, length in lengths.items():
         if positions is not None and length > positions:
             raise ValueError(f"{name}: expected at most {positions}, which the model has positions for, got {length}")
+
+
+def tell_beyond_context(model: torch.nn.Module, name: str, length: int) -> None:
+    """Warn of windows that are longer than a model's context, where its positions are computed.
+
+    Args:
+        name: the argument that the length comes from.
+    """
+    config = getattr(model.config, "text_config", None) or model.config
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        tell_as(
+            "warning",
+            f"{name}: expected windows of at most {most} tokens, the model's context (max_position_embeddings), got "
+            f"{length}; it may not have learned the positions beyond, and do worse there",
+        )
 
 
 def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:

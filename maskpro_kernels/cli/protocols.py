@@ -6,13 +6,14 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from filecmp import cmp
 from pathlib import Path
 
 import torch
 
-from ..digests import digest_of_bytes
+from ..digests import digest, digest_of_bytes
 from ..extras import missing
-from ..text.data import BUILT_IN, SELF, Text, has_rows
+from ..text.data import BUILT_IN, SELF, Text, TooFewTokens, has_rows
 from ..text.mixture import parse_sources, shared_out, texts_of
 from ..text.perplexity import perplexity
 from ..text.protocols import (
@@ -27,8 +28,8 @@ from ..text.protocols import (
 )
 from ..text.records import COLUMNS, show_bars
 from .arguments import telling
-from .models import check_positions, learned_positions
-from .progress import tell
+from .models import check_positions, learned_positions, tell_beyond_context
+from .progress import tell, tell_as
 from .shared_options import EVALUATION
 from .texts import Texts, check_sources, evaluation_parts, evaluation_windows
 
@@ -41,13 +42,14 @@ class HeldOutText:
 
     Args:
         args: of `maskpro eval`, with ``data`` and what EVALUATION names.
+        expected: where the windows have to be those of the table of a run, their digest there.
 
     Raises:
         ValueError, OSError: if there is no text among them, or one cannot be read.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
+    def __init__(self, args: argparse.Namespace, expected: str | None = None):
+        self._args, self._expected = args, expected
         with telling("eval_windows"):
             shared_out(texts_of(args.data), args.eval_windows)
         check_sources(args, [name for name, _ in parse_sources(args.data)])
@@ -65,10 +67,19 @@ class HeldOutText:
         parts = evaluation_parts(args, self._texts, "test", tokenizer)
         windows = evaluation_windows(args, parts, "test", model, tokenizer)
         self._loaded.tell_notes()
+        tell_beyond_context(model, "eval_length", args.eval_length)
+        own = digest([windows])
+        if self._expected not in (None, own):
+            tell_as(
+                "warning",
+                f"data: expected the test windows of the run's table, got others of {args.data!r}: the text has "
+                "changed since the run, or the tokenizer has, and the figure is not that of the table",
+            )
         found = {
             "perplexity": perplexity(model, windows, progress=args.bars),
             "window": args.eval_length,
             "tokens": windows.numel(),
+            "windows_digest": own,
         }
         return _result(HELD_OUT, args.data, found, tokenizer, [part for part, _ in parts.values()])
 
@@ -111,12 +122,16 @@ class ProtocolText:
         self._learned_from, self._bars = learned_from, args.bars
 
     def _tell_learned(self) -> None:
-        """Tell where a run has learned from what is evaluated."""
+        """Tell where a run has learned from what is evaluated, or from a file with the same bytes."""
         if self.data in BUILT_IN or self._learned_from is None:
             return
-        known = [Path(name).resolve() for name, _ in parse_sources(self._learned_from)]
-        if Path(self.data).resolve() in known:
-            tell(f"{self.data!r} is evaluated as a whole, and the run has learned from parts of it")
+        own = Path(self.data).resolve()
+        names = [name for name, _ in parse_sources(self._learned_from) if name not in (*BUILT_IN, SELF)]
+        for known in (Path(name).resolve() for name in names):
+            if own == known:
+                tell(f"{self.data!r} is evaluated as a whole, and the run has learned from parts of it")
+            elif own.is_file() and known.is_file() and cmp(own, known, shallow=False):
+                tell(f"{self.data!r} has the same bytes as {str(known)!r}, and the run has learned from parts of it")
 
     def measure(self, model: torch.nn.Module, tokenizer) -> dict:
         """The result, see ``_result``; ValueError if the text and the model do not go together."""
@@ -126,8 +141,9 @@ class ProtocolText:
                 f"protocol: expected windows of at most {positions} tokens, which the model has positions for, got "
                 f"{self.protocol}"
             )
-        with telling("data", "give a longer text, or another --protocol"):
+        with telling("data", "give a longer text, or another --protocol", TooFewTokens):
             found = measure(model, tokenizer, self.documents, self.protocol, self._bars)
+        tell_beyond_context(model, "protocol", found.window)
         self._tell_learned()
         known = {name: value for name, value in asdict(found).items() if value is not None}
         return _result(str(self.protocol), self.data, known, tokenizer, self.documents)
@@ -159,7 +175,8 @@ def result_lines(result: Mapping) -> list[str]:
             f"{result['tokens']} tokens, {result['bits_per_byte']:.4f} bits a byte"
         )
     else:
-        told = f"{'test' if kind == HELD_OUT else kind} perplexity {figure} {result['tokens']} tokens"
+        windows = f"{result['tokens'] // result['window']} windows of {result['window']} tokens"
+        told = f"{'test' if kind == HELD_OUT else kind} perplexity {figure} {windows}"
     return [
         told,
         f"protocol {result['protocol']}, windows of {result['window']} tokens, {result['dtype']}; tokenizer "

@@ -37,6 +37,8 @@ def told_parts(parts: Mapping[str, float]) -> str:
     large = {name: seconds for name, seconds in parts.items() if seconds >= SMALL * whole}
     told = [f"{name} {seconds / whole:.0%}" for name, seconds in large.items()]
     small = [name for name in parts if name not in large]
-    if small:
+    if len(small) == 1:
+        told.append(f"{small[0]} under {SMALL:.1%}")
+    elif small:
         told.append(f"under {SMALL:.1%} each {', '.join(small)}")
     return f"a step took {whole:.3g} seconds on average: {', '.join(told)}"

@@ -25,6 +25,10 @@ BLANK_LINES = re.compile(r"\n\s*\n")
 SELF = "self"
 
 
+class TooFewTokens(ValueError):
+    """A text that is too short for what is wanted of it."""
+
+
 def is_path(source: str) -> bool:
     """Whether a source is a path that exists; a name with a meaning of its own is none, whatever files there are."""
     if source in (*BUILT_IN, SELF):
@@ -139,9 +143,9 @@ def tokens_of(text: Text, tokenizer: Callable) -> torch.Tensor:
 
 
 def cut(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """int64 [windows, length] of tokens, without the remainder; ValueError if there are too few for one window."""
+    """int64 [windows, length] of tokens, without the remainder; TooFewTokens, a ValueError, without one window."""
     if len(tokens) < length:
-        raise ValueError(f"text: expected at least {length} tokens for one window, got {len(tokens)}")
+        raise TooFewTokens(f"text: expected at least {length} tokens for one window, got {len(tokens)}")
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 

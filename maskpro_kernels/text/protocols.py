@@ -30,6 +30,7 @@ from ..shards import without_gradients
 from .data import (
     BUILT_IN,
     Text,
+    TooFewTokens,
     check_source,
     check_vocabulary,
     cut,
@@ -190,8 +191,9 @@ def measure(
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: if the text is too short for a window, the model does not know one of its tokens, or "word" is given
-            a tokenizer without a token that text begins or ends with.
+        TooFewTokens: a ValueError, if the text is too short for a window.
+        ValueError: if the model does not know one of its tokens, or "word" is given a tokenizer without a token that
+            text begins or ends with.
     """
     if protocol.kind == WORD:
         return _by_word(model, tokenizer, found, protocol.length or context_length(model, tokenizer), progress)
@@ -225,12 +227,12 @@ def _by_word(
     if first is None:
         raise ValueError(
             f"tokenizer: expected one with a token that text begins or ends with, as `word` needs it, got "
-            f"{type(tokenizer).__name__} without; set its eos_token"
+            f"{type(tokenizer).__name__} without; set its eos_token, or take another protocol"
         )
     tokens = [_tokens_to_predict(detokenized(document), tokenizer, first) for document in found]
     windows = [window for own in tokens for window in rolling_windows(own, first, length)]
     if not windows:
-        raise ValueError("text: expected at least 1 token, got none")
+        raise TooFewTokens("text: expected at least 1 token, got none")
     every = torch.tensor([first, *chain.from_iterable(tokens)])
     check_vocabulary(every, model.get_input_embeddings().num_embeddings)
     words = sum(len(re.split(r"\s+", document)) for document in found)

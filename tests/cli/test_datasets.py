@@ -102,7 +102,7 @@ def test_a_stream_gives_each_step_batches_of_its_own(inputs, tmp_path, folder, t
     )
     # the same windows of the test text
     table = report(tmp_path / "run")["table"]
-    assert f"test perplexity {table[-1]['perplexity']:.2f} over 120 tokens" in capsys.readouterr().out
+    assert f"test perplexity {table[-1]['perplexity']:.2f} over 5 windows of 24 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.slow

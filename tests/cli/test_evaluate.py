@@ -9,7 +9,7 @@ import shutil
 import pytest
 from helpers.command import learn, refuses, report
 from helpers.damage import edit
-from helpers.tiny_llama import tiny_tokenizer
+from helpers.tiny_llama import tiny_text, tiny_tokenizer, write_inputs
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from maskpro_kernels.cli import evaluate, main, replay
@@ -23,11 +23,11 @@ def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
     table = {row["method"]: row["perplexity"] for row in report(run)["table"]}
     assert main.main(["eval", str(run), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"test perplexity {table['reinforce']:.2f} over 120 tokens"
+    assert lines[0] == f"test perplexity {table['reinforce']:.2f} over 5 windows of 24 tokens"
     assert lines[2] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
     assert main.main(["eval", str(inputs / "model"), *options, "--dtype", "float32"]) == 0
     line, named = capsys.readouterr().out.splitlines()
-    assert line == f"test perplexity {table['dense']:.2f} over 120 tokens"
+    assert line == f"test perplexity {table['dense']:.2f} over 5 windows of 24 tokens"
     assert named.startswith("protocol held-out, windows of 24 tokens, float32; tokenizer ")
 
 
@@ -49,6 +49,18 @@ def test_eval_refuses_bad_input(inputs, tmp_path, capsys, change, message):
 def test_eval_refuses_a_missing_model(inputs, tmp_path, capsys):
     arguments = ["eval", str(tmp_path / "missing"), "--data", str(inputs / "text.txt")]
     refuses(capsys, tmp_path, arguments, "no such folder")
+
+
+def test_eval_of_a_mask_file_tells_what_makes_a_model_of_it(inputs, run, tmp_path, capsys):
+    mask, text = tmp_path / "mine.mask", str(inputs / "text.txt")
+    assert main.main(["export", str(run), str(mask), "--to", "mask"]) == 0
+    told = f"model: expected a model, got '{mask}', a mask file; put it on its model first, by `maskpro apply {mask} "
+    refuses(capsys, tmp_path, ["eval", str(mask), "--data", text], told)
+    # any other file lies in a folder of a model, if anywhere
+    told = f"model: expected a folder, got the file '{text}'; give the folder that it lies in"
+    refuses(capsys, tmp_path, ["eval", text, "--data", text], told)
+    weights = inputs / "model" / "model.safetensors"
+    refuses(capsys, tmp_path, ["eval", str(weights), "--data", text], "give the folder that it lies in")
 
 
 def test_eval_refuses_a_folder_without_a_model(inputs, run, tmp_path, capsys):
@@ -96,11 +108,49 @@ def test_windows_longer_than_a_model_has_positions_for_are_refused(inputs, tmp_p
 
 def test_eval_of_a_run_takes_the_windows_of_its_table(run, tmp_path, capsys):
     assert main.main(["eval", str(run), "--device", "cpu"]) == 0
-    figure = f"{report(run)['table'][-1]['perplexity']:.2f} over {report(run)['eval_tokens']} tokens"
+    windows = report(run)["eval_tokens"] // 24
+    figure = f"{report(run)['table'][-1]['perplexity']:.2f} over {windows} windows of 24 tokens"
     assert f"test perplexity {figure}\n" in capsys.readouterr().out
     # and given ones go before, each by itself
     assert main.main(["eval", str(run), "--device", "cpu", "--eval-windows", "2"]) == 0
-    assert "over 48 tokens\n" in capsys.readouterr().out
+    assert "over 2 windows of 24 tokens\n" in capsys.readouterr().out
+
+
+def test_a_text_that_has_changed_since_the_run_is_told(inputs, tmp_path, capsys):
+    own = write_inputs(tmp_path)
+    assert main.main(learn(own, tmp_path / "run")) == 0
+    arguments = ["eval", str(tmp_path / "run"), "--device", "cpu"]
+    changed = f"maskpro: warning: data: expected the test windows of the run's table, got others of '{own / 'text.txt'}"
+    capsys.readouterr()
+    assert main.main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    # behind the test text of five windows
+    text = tiny_text()
+    (own / "text.txt").write_text(f"{text}\n\nw1 w2 w3", encoding="utf-8")
+    assert main.main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    (own / "text.txt").write_text(f"w1 w2 w3\n\n{text}", encoding="utf-8")
+    assert main.main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith(changed) and told.err.count("\n") == 1
+    assert f"{report(tmp_path / 'run')['table'][-1]['perplexity']:.2f} over" not in told.out
+    # the table has no figure of other windows, or of a text that is named
+    for others in ("--eval-windows 2", f"--data {own / 'text.txt'}"):
+        assert main.main([*arguments, *others.split()]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_windows_beyond_the_context_of_a_model_are_told(inputs, tmp_path, capsys):
+    text = f"--data {inputs / 'text.txt'} --device cpu --dtype float32".split()
+    told = "expected windows of at most 64 tokens, the model's context (max_position_embeddings), got 65;"
+    for options, name in (("--eval-length 6{}", "eval_length"), ("--protocol wikitext2@6{}", "protocol")):
+        for last in (4, 5):
+            capsys.readouterr()
+            assert main.main(["eval", str(inputs / "model"), *text, *options.format(last).split()]) == 0
+            line = capsys.readouterr().err
+            assert line.startswith(f"maskpro: warning: {name}: {told}") if last == 5 else line == ""
+    assert main.main(learn(inputs, tmp_path / "run", "--eval-length", "65", "--steps", "1")) == 0
+    assert f"maskpro: warning: eval_length: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--eval-windows 5", "--eval-length 24", "--stream", "--text-column text"])

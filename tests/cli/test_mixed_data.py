@@ -314,7 +314,7 @@ def test_a_text_that_has_fewer_windows_than_its_share_is_told(inputs, tmp_path, 
     assert line.startswith(f"the test text of '{tmp_path / 'few.txt'}' has ")
     assert line.endswith(" windows of 24 tokens, fewer than the 23 of its share")
     # and the other one has its window, though its share is less
-    assert f"over {24 * (int(line.split(' has ')[1].split()[0]) + 1)} tokens" in captured.out
+    assert f"over {int(line.split(' has ')[1].split()[0]) + 1} windows of 24 tokens" in captured.out
     refuses(capsys, tmp_path, [*options, "--eval-windows", "1"], "eval_windows: expected at least 2, one for each text")
     refuses(
         capsys, tmp_path, learn(inputs, tmp_path / "run", "--data", data, "--eval-windows", "1"),
@@ -331,7 +331,7 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     sizes = "--eval-windows 5 --eval-length 24 --device cpu".split()
     assert main.main(["eval", str(tmp_path / "run"), *sizes]) == 0
     learned = report(tmp_path / "run")["table"][-1]["perplexity"]
-    assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 120 tokens"
+    assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 5 windows of 24 tokens"
     told = "data: expected --data, --protocol or --tasks, since only a run has a text of"
     refuses(capsys, tmp_path, ["eval", str(inputs / "model")], told)
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "lost")], "there is no such folder")

@@ -59,7 +59,8 @@ def test_the_protocols_have_a_text_of_their_own(model, tmp_path, monkeypatch, ca
         assert found["data"].endswith(":wikitext-2-raw-v1") and found["text_digest"] == digest_of_texts(texts)
         assert found["tokenizer"]["tokens"] == 32 and found.get("words") == expected.words
         line, named = capsys.readouterr().out.splitlines()
-        assert f"perplexity {expected.perplexity:.2f} over" in line
+        windows = "" if name.startswith("word") else f" {expected.tokens // 32} windows of 32 tokens"
+        assert f"perplexity {expected.perplexity:.2f} over{windows}" in line
         for part in (f"protocol {name}, windows of {expected.window} tokens, float32", found["text_digest"]):
             assert part in named
     assert called == [
@@ -75,6 +76,14 @@ def test_a_text_file_is_evaluated_as_a_whole(inputs, run, tmp_path, capsys):
     told = capsys.readouterr()
     assert f"'{text}' is evaluated as a whole, and the run has learned from parts of it" in told.err
     assert told.out.splitlines()[2].startswith("2:4 100.00%")
+    copy, other = tmp_path / "copy.txt", tmp_path / "other.txt"
+    copy.write_text(tiny_text(), encoding="utf-8")
+    other.write_text(tiny_text(seed=1), encoding="utf-8")
+    result(run, tmp_path / "copy.json", "--protocol", "wikitext2@32", "--data", copy)
+    line = f"'{copy}' has the same bytes as '{text}', and the run has learned from parts of it\n"
+    assert capsys.readouterr().err == line
+    result(run, tmp_path / "other.json", "--protocol", "wikitext2@32", "--data", other)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -89,13 +98,27 @@ def test_a_text_file_is_evaluated_as_a_whole(inputs, run, tmp_path, capsys):
         ("--protocol word --data ROWS --text-column b", ["data: source: expected a column 'b' in", "['page']"]),
         ("--protocol word --data none.txt", ["data: source: expected", "there is no such file or folder"]),
         ("--protocol wikitext2@1001 --data TEXT", ["data: text: expected at least 1001 tokens", "another --protocol"]),
-        ("--protocol word --data TEXT", ["data: tokenizer: expected one with a token that text begins or ends with"]),
     ],
 )
 def test_what_does_not_go_with_a_protocol(inputs, tmp_path, capsys, options, messages):
     rows = write_pages(tmp_path / "pages.jsonl")
     options = options.replace("TEXT", str(inputs / "text.txt")).replace("ROWS", str(rows))
     refuses(capsys, tmp_path, evaluated(inputs / "model", *options.split()), *messages)
+
+
+def test_a_tokenizer_without_a_token_at_an_end_is_no_fault_of_the_text(inputs, tmp_path, capsys):
+    arguments = evaluated(inputs / "model", "--protocol", "word", "--data", inputs / "text.txt")
+    capsys.readouterr()
+    assert main.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("maskpro: error: tokenizer: expected one with a token that text begins or ends with, as `wo")
+    assert line.endswith(" without; set its eos_token, or take another protocol\n")
+    # the same of a model that does not know its tokenizer's tokens
+    save_model(tiny_model(vocab_size=8), tiny_tokenizer(), tmp_path / "small")
+    arguments = evaluated(tmp_path / "small", "--protocol", "wikitext2@32", "--data", inputs / "text.txt")
+    assert main.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("maskpro: error: model: expected tokens below 8, ") and "longer text" not in line
 
 
 def test_windows_beyond_the_positions_of_a_model(inputs, tmp_path, capsys):
@@ -145,11 +168,11 @@ def test_results_of_one_protocol_and_text_stand_in_one_table(results, capsys):
     assert main.main(["compare", one, two, "--picture", str(picture)]) == 0
     told = capsys.readouterr()
     head, *rows = told.out.splitlines()
-    assert head.split() == "result dtype wikitext2@32 perplexity piqa acc".split() and told.err == ""
+    assert head.split() == "result dtype tokens wikitext2@32 perplexity piqa acc".split() and told.err == ""
     found = json.loads((results / "one.json").read_text(encoding="utf-8"))["perplexity"]
     assert [row.split() for row in rows] == [
-        [one, "float32", f"{found:.2f}", "-"],
-        [two, "float32", f"{found:.2f}", "0.5000"],
+        [one, "float32", "160", f"{found:.2f}", "-"],
+        [two, "float32", "160", f"{found:.2f}", "0.5000"],
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -167,8 +190,68 @@ def test_two_protocols_or_texts_are_not_put_into_one_column(results, inputs, run
     refuses(capsys, results, ["compare", *tasks], "run: expected the same n-shot of piqa in a column, got 0 in", "5 in")
     refuses(capsys, results, ["compare", one, str(run)], "run: expected folders of runs alone, or files of `maskpro ev")
     refuses(capsys, results, ["compare", str(results / "a.txt")], "run: expected a folder written by", "a.txt")
-    for wrong in ({"perplexity": "3"}, {"protocol": 3, "window": None, "text_digest": 0, "tasks": []}, {"dtype": 1}):
+    for wrong in (
+        {"perplexity": "3"},
+        {"protocol": 3, "window": None, "text_digest": 0, "tasks": []},
+        {"dtype": 1},
+        {"tokens": "3"},
+    ):
         refuses(capsys, results, ["compare", edit(results / "one.json", **wrong)], "or a file of `maskpro eval")
+
+
+def test_other_windows_of_a_text_are_not_put_into_one_column(results, model, capsys):
+    a, b = results / "a.txt", results / "b.txt"
+    for output, data, windows, length in (
+        ("few", a, 2, 8),
+        ("more", a, 3, 8),
+        ("named", results / "same.txt", 2, 8),
+        ("even", f"{a}:0.5,{b}:0.5", 4, 8),
+        ("uneven", f"{a}:0.75,{b}:0.25", 4, 8),
+    ):
+        options = ("--data", data, "--eval-windows", windows, "--eval-length", length)
+        result(model, results / f"{output}.json", *options)
+    few, more, named, even, uneven = (
+        str(results / f"{name}.json") for name in ("few", "more", "named", "even", "uneven")
+    )
+    told = f"run: expected the same number of tokens in a column, got 16 in windows of 8 in '{few}' and 24 in '{more}';"
+    refuses(capsys, results, ["compare", few, more], told, "evaluate both with the same --eval-windows")
+    told = f"run: expected the same windows in a column, got others in '{uneven}' than in '{even}'"
+    refuses(capsys, results, ["compare", even, uneven], told, "shares of --data")
+    without = json.loads((results / "few.json").read_text(encoding="utf-8"))
+    del without["windows_digest"]
+    (results / "without.json").write_text(json.dumps(without), encoding="utf-8")
+    refuses(capsys, results, ["compare", str(results / "without.json")], "or a file of `maskpro eval", "windows_digest")
+    # another tokenizer has other tokens, and the table tells how many
+    other = edit(results / "more.json", tokenizer={"class": "Other", "tokens": 9, "digest": "0"})
+    capsys.readouterr()
+    for second, tokens in ((named, "16"), (other, "24")):
+        assert main.main(["compare", few, second]) == 0
+        assert [row.split()[2] for row in capsys.readouterr().out.splitlines()] == ["tokens", "16", tokens]
+
+
+def test_figures_in_two_dtypes_are_told_below_the_table(results, capsys):
+    one, two = str(results / "one.json"), edit(results / "two.json", dtype="bfloat16")
+    capsys.readouterr()
+    assert main.main(["compare", one, two, str(results / "two.json")]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line == (
+        f"the dtypes differ, float32 in {one}, {results / 'two.json'}; bfloat16 in {two}: --dtype of `maskpro eval` "
+        "sets one"
+    )
+    # one has the tasks alone, the other a perplexity alone: nothing stands beside another dtype
+    tasks = results / "tasks.json"
+    tasks.write_text(json.dumps({"dtype": "bfloat16", "tasks": accuracy(0.5)}), encoding="utf-8")
+    assert main.main(["compare", one, str(tasks)]) == 0
+    assert "the dtypes differ" not in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_text_is_refused_in_a_short_line(results, capsys):
+    binary = results / "few.mask"
+    binary.write_bytes(b"\xff\x00" * 9999)
+    told = f"or a file of `maskpro eval --output`, got '{binary}': no text in UTF-8"
+    refuses(capsys, results, ["compare", str(binary), str(results / "one.json")], told)
+    assert main.main(["compare", str(binary)]) == 2
+    assert len(capsys.readouterr().err) < 300 + len(str(binary))
 
 
 def test_perplexities_by_token_of_two_tokenizers_are_told(results, capsys):

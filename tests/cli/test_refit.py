@@ -66,7 +66,7 @@ def test_table_and_report_tell_it(refitted, inputs, capsys):
     assert f"The weights are not those of the dense model: {told}." in page
     assert main.main(["eval", str(run), "--data", str(inputs / "text.txt"), *EVALUATED]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"test perplexity {written['table'][-1]['perplexity']:.2f} over 120 tokens"
+    assert lines[0] == f"test perplexity {written['table'][-1]['perplexity']:.2f} over 5 windows of 24 tokens"
     assert lines[3:] == [f"not the dense model's weights under a mask: {told}"]
 
 

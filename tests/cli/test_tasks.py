@@ -61,7 +61,8 @@ def test_the_limit_and_a_text_beside_the_tasks(place, own_tasks_alone, tmp_path,
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["tasks"]["n-samples"][NAME]["effective"] == found["tasks"]["limit"] == 5
     line, _, *table = capsys.readouterr().out.splitlines()
-    assert line == f"test perplexity {found['perplexity']:.2f} over {found['tokens']} tokens" and len(table) == 2
+    windows = f"{found['tokens'] // 24} windows of 24 tokens"
+    assert line == f"test perplexity {found['perplexity']:.2f} over {windows}" and len(table) == 2
 
 
 @pytest.mark.ecosystem
@@ -118,10 +119,11 @@ def test_perplexities_are_written_too(inputs, tmp_path, capsys):
     assert main.main([*arguments, "--dtype", "float32", "--output", str(tmp_path / "out.json")]) == 0
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found.keys() == {
-        "model", "dtype", "protocol", "data", "perplexity", "window", "tokens", "tokenizer", "text_digest"
+        "model", "dtype", "protocol", "data", "perplexity", "window", "tokens", "windows_digest", "tokenizer",
+        "text_digest",
     }  # fmt: skip
     assert (found["protocol"], found["window"], found["dtype"]) == ("held-out", 24, "float32")
-    assert f"perplexity {found['perplexity']:.2f} over {found['tokens']}" in capsys.readouterr().out
+    assert f"perplexity {found['perplexity']:.2f} over {found['tokens'] // 24} windows" in capsys.readouterr().out
 
 
 def test_without_lm_eval_its_extra_is_told(inputs, monkeypatch, capsys):

@@ -29,6 +29,10 @@ def test_parts_are_means_over_the_steps_that_have_them_but_the_first():
             {"forward": 0.3, "backward": 0.1, "data": 0.0001, "other": 0.0},
             "a step took 0.4 seconds on average: forward 75%, backward 25%, under 0.5% each data, other",
         ),
+        (
+            {"forward": 0.3, "backward": 0.1, "data": 0.0001},
+            "a step took 0.4 seconds on average: forward 75%, backward 25%, data under 0.5%",
+        ),
         ({"forward": 2.0}, "a step took 2 seconds on average: forward 100%"),
     ],
 )
