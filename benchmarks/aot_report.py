@@ -312,10 +312,17 @@ def report_ways(targets: list[str], patterns: list[tuple[int, int]]) -> None:
         print(f"{f'{rows}x{k}':<20} {f'{n}:{m}':>5} {CHIPS[target].name:>16} {tokens:>6} {times}")
 
 
+def pattern_of(text: str) -> NMPattern:
+    try:
+        return NMPattern(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--patterns", nargs="+", type=NMPattern, default=[NMPattern("2:4")], metavar="N:M")
+    parser.add_argument("--patterns", nargs="+", type=pattern_of, default=[NMPattern("2:4")], metavar="N:M")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} instead, which the tests hold to")
     arguments = parser.parse_args()
     if INTERPRETED:

@@ -9,7 +9,6 @@ import pkgutil
 
 import hypothesis
 import pytest
-import torch
 
 # helpers are imported below that alone
 pytest.register_assert_rewrite("helpers")
@@ -18,15 +17,15 @@ pytest_plugins = ["machines.plugin"]
 
 
 def pytest_configure(config):
-    """Set before triton or a kernel is imported anywhere."""
+    """What follows from whether triton interprets, compiles for a GPU, or compiles for an emulator."""
+    from maskpro_kernels.ops.triton import tiles
+
     target = config.getoption("compiled")
-    if target is None and not torch.cuda.is_available():
+    if tiles.INTERPRETED:
         from helpers.interpreter import widen_bfloat16_exactly
 
         widen_bfloat16_exactly()
     if target is not None:
-        from maskpro_kernels.ops.triton import tiles
-
         tiles.ON_CPU = tiles.TARGET_OF[target]
 
 

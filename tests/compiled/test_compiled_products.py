@@ -100,12 +100,14 @@ def test_products_under_given_masks(target, kernel, kind, compiled_for):
     ),
     ids=str,
 )
-def test_products_of_groups_of_32(kind, dtype, kernel, target, compiled_for):
+def test_products_of_groups_of_32(kind, dtype, kernel, target, compiled_for, launched):
     """On the narrowest and the widest of the tiles that they take."""
     compiled_for(target)
     tiles = tiles_of(kernel, target, dtype.itemsize, 32)
-    for tile in dict.fromkeys((tiles[0], tiles[-1])):
+    ends = dict.fromkeys((tiles[0], tiles[-1]))
+    for tile in ends:
         Product(kernel, tile, 16, 32, dtype, kind=kind, one_hot=True).assert_right()
+    assert launched[kernel] == len(ends)
 
 
 @pytest.mark.slow

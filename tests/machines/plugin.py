@@ -6,6 +6,7 @@ What the machine finds fails the test that caused it. Tests marked ``compiled`` 
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Generator
 
@@ -20,9 +21,13 @@ def pytest_addoption(parser, pluginmanager):
         "--compiled", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on a CPU"
     )
     # Ahead of any conftest.py further down that imports triton, and so of the options. Workers inherit it.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     given = pluginmanager.get_plugin("pytestconfig").invocation_params.args
-    compiled = parser.parse_known_args(given).compiled
-    if compiled is None and "PYTEST_XDIST_WORKER" not in os.environ and not torch.cuda.is_available():
+    options = parser.parse_known_args([*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *given])
+    if options.compiled is not None:
+        os.environ.pop("TRITON_INTERPRET", None)
+    elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -233,24 +233,32 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
-# What products of groups of 32 take in place of these entries, on every target, whatever entries of its own it has. Of
-# the tiles that are missing here each puts up to 48 bytes on the stack on sm_90 or sm_100: by codes, under drawn masks,
-# or of 1:32 with Triton 3.6.
+# What products of groups of 32 take in place of these entries, on every target, whatever entries of its own it has.
+# Tiles that are missing or have other warps here put up to 48 bytes on the stack on sm_90 or sm_100: by codes, under
+# drawn masks, or of 1:32 with its log-probability or with Triton 3.6.
 _TILES_OF_32: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 2): (
-        *_TILES["masked_linear", 2][:3],
+        Tiles(out=16, tokens=16, k=64),
+        Tiles(out=32, tokens=32, k=64),
+        Tiles(out=32, tokens=64, k=64, num_warps=8),
         Tiles(out=64, tokens=128, k=32, num_warps=8, num_stages=2),
     ),
+    ("masked_linear", 4): (
+        Tiles(out=16, tokens=16, k=64, num_warps=8),
+        Tiles(out=16, tokens=32, k=64, num_warps=8),
+        Tiles(out=16, tokens=64, k=32, num_warps=8),
+        Tiles(out=32, tokens=64, k=32, num_warps=8),
+    ),
     ("masked_linear_input_grad", 2): (
-        *_TILES["masked_linear_input_grad", 2][:3],
+        Tiles(out=32, tokens=16, k=32),
+        Tiles(out=32, tokens=32, k=32),
+        Tiles(out=32, tokens=64, k=32),
         Tiles(out=32, tokens=128, k=64, num_warps=8, num_stages=2),
     ),
-    ("masked_linear", 4): _TILES["masked_linear", 4][:4],
     ("masked_linear_input_grad", 4): (
-        Tiles(out=64, tokens=16, k=16, num_warps=8),
+        Tiles(out=64, tokens=16, k=32, num_warps=8),
         Tiles(out=32, tokens=32, k=32, num_warps=8),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
-        Tiles(out=16, tokens=128, k=32, num_warps=8),
     ),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
@@ -434,9 +442,12 @@ def tiles_of(product: str, target: str, itemsize: int, m: int) -> tuple[Tiles, .
 
 
 def of_groups(tile: Tiles, m: int, target: str) -> Tiles:
-    """A tile of the table as products of groups of ``m`` take it: whole groups, and the registers that these need."""
+    """A tile of the table as products of groups of ``m`` take it: whole groups, and registers enough for these.
+
+    On gfx942 registers are given by fewer warps.
+    """
     tile = replace(tile, k=max(tile.k, m))
-    if m < 32:
+    if m != 32:
         return tile
     if target.startswith("gfx"):
         # of twice as many warps a thread has half of the registers, and spills up to 180 of a group's values

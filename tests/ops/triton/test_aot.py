@@ -138,6 +138,12 @@ def test_every_kernel_compiles_for_every_target(child, n, m):
     check(child, [(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 16, 31])
+def test_the_largest_of_32_compile_for_every_target(child, n):
+    check(child, [("top_n_mask", n, 32, logits, {}) for logits in ("bf16", "fp16")])
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (16, 32)))])
 def test_swaps_compile_for_every_target(child, n, m):
     check(child, [("best_swaps", n, m, "fp32", {})])
@@ -328,6 +334,11 @@ def test_products_of_other_groups_compile_for_every_target(child, n, m):
 )
 def test_products_of_groups_of_32_compile_for_every_target(child, operand, kind):
     check_products(child, operand, [(16, 32)], list(SHARED_LIMITS), KIND=kind)
+
+
+@pytest.mark.slow
+def test_products_of_1_of_32_in_float32_with_their_log_probability_compile_for_every_target(child):
+    check_products(child, "fp32", [(1, 32)], list(SHARED_LIMITS), LOG_PROB=True)
 
 
 def test_products_by_codes_compile_for_every_target(child):

@@ -32,7 +32,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import maskpro_kernels as mk
 from maskpro_kernels.counter import MaskSource
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import masked_gemm, sampling, tiles
+from maskpro_kernels.ops.triton import masked_gemm, sampling, straight_through, tiles
 from maskpro_kernels.pattern import NMPattern
 
 
@@ -113,7 +113,7 @@ def route(request, monkeypatch):
 def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tiles.Tiles(out=16, tokens=64, k=64))
     monkeypatch.setattr(masked_gemm, "DRAWN_TOKENS", tiles.ONE_PASS_TOKENS)
-    k = 40 if pattern.m <= 8 else 3 * pattern.m
+    k = {16: 48, 32: 64}.get(pattern.m, 40)
     logits, weight = 3 * normal(19, k), torch.ones(19, k, device=KERNEL_DEVICE)
     codes, mask = mask_of(kind, logits, pattern)
     identity = torch.eye(k, device=KERNEL_DEVICE)
@@ -123,10 +123,11 @@ def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched)
 
 
 @pytest.mark.parametrize(("pattern", "kernels"), [("8:16", 0), ("16:32", 1)])
-def test_the_largest_of_32_are_found_once_and_read_as_codes(pattern, kernels, launched):
+def test_the_largest_of_32_are_found_by_a_kernel_of_their_own(pattern, kernels, launched):
     """Beside a weight or a product they take more registers than a thread has."""
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     scores, x, grad, weight = normal(16, 64), normal(5, 64, seed=1), normal(5, 16, seed=2), normal(16, 64, seed=3)
+    squares = normal(16, seed=5) ** 2, normal(64, seed=6) ** 2
     named, codes = (
         MaskSource(tensor, kind, n, m)
         for kind, tensor in (("top_n", scores), ("codes", mk.top_n_mask(scores, pattern)))
@@ -136,6 +137,7 @@ def test_the_largest_of_32_are_found_once_and_read_as_codes(pattern, kernels, la
         lambda mask: masked_gemm.masked_linear(x, weight, None, mask, False)[0],
         lambda mask: masked_gemm.masked_linear_input_grad(grad, weight, mask),
         lambda mask: masked_gemm.masked_linear_weight_grad(grad, x, mask),
+        lambda mask: straight_through.straight_through_grad(grad, x, weight, *squares, mask, None),
     )
     for product in products:
         expected = product(codes)
@@ -149,14 +151,20 @@ def test_the_largest_of_32_are_found_once_and_read_as_codes(pattern, kernels, la
     [("16:32", torch.float32, 64), ("16:32", torch.bfloat16, 128), ("8:16", torch.float32, 128)],
     ids=str,
 )
-def test_no_mask_is_drawn_for_a_second_block_of_tokens(pattern, dtype, one_pass, launched):
+def test_one_pass_takes_one_block_of_tokens(pattern, dtype, one_pass, launched):
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     for tokens in (one_pass, one_pass + 1):
         launched.clear()
-        x, weight, scores = normal(tokens, 64, dtype=dtype), normal(4, 64, dtype=dtype), normal(4, 64)
+        x, weight, scores = normal(tokens, 64, dtype=dtype), normal(16, 64, dtype=dtype), normal(16, 64)
         mask = MaskSource(mk.top_n_mask(scores, pattern), "codes", n, m)
-        masked_gemm.masked_linear(x, weight, None, mask, False)
-        assert launched["masked_linear"] == (tokens <= one_pass)
+        y, _ = masked_gemm.masked_linear(x, weight, None, mask, False)
+        masked_gemm.masked_linear_input_grad(y, weight, mask)
+        inside = tokens <= one_pass
+        assert launched["masked_linear"] == launched["masked_linear_input_grad"] == inside
+        assert launched["masked_weight"] == 2 * (not inside)
+    for product, target in itertools.product(("masked_linear", "masked_linear_input_grad"), tiles.PROCESSORS):
+        of_product = tiles.tiles_of(product, target, dtype.itemsize, m)
+        assert max(tile.tokens for tile in of_product) == one_pass
 
 
 def log_probs_in_float64(logits, mask, pattern):
@@ -464,7 +472,9 @@ def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
     assert tile(64, 32 * 131, dtype=torch.float32) == (16, 64, 32)
     assert tile(64, 32 * 133, dtype=torch.float32) == (32, 64, 16)
     assert tile(16, 8, product="masked_linear_input_grad") == (32, 16, 32)
-    assert tile(16, 8, product="masked_linear_input_grad", m=64) == (32, 16, 64)
+    assert tile(16, 8, product="straight_through_step", m=16) == (16, 1, 64)
+    # a group is wider than the tile of the table
+    assert tiles.of_groups(tiles.Tiles(out=64, tokens=16, k=16), 32, "sm_90").k == 32
 
 
 def test_groups_of_32_take_tiles_that_leave_their_threads_the_registers():
@@ -472,10 +482,7 @@ def test_groups_of_32_take_tiles_that_leave_their_threads_the_registers():
     sizes = {(product, size) for product, _, size in tiles.TILES}
     for (product, size), target in itertools.product(sizes, tiles.PROCESSORS):
         taken = tiles.tiles_of(product, target, size, 32)
-        assert all(tile.k >= 32 for tile in taken)
-        assert all(tile == tiles.of_groups(tile, 32, target) for tile in taken)
-        assert not target.startswith("gfx") or all(tile.num_warps <= 4 for tile in taken)
+        assert all(tile.num_warps <= 4 if target.startswith("gfx") else tile.registers == 255 for tile in taken)
         # as of other groups, but for those
         others = tuple(tiles.of_groups(tile, 32, target) for tile in tiles.TILES[product, target, size])
         assert (taken != others) == (product in ("masked_linear", "masked_linear_input_grad"))
-    assert all(tile.tokens <= 64 for tile in tiles.tiles_of("masked_linear", "sm_90", 4, 32))
