@@ -25,7 +25,7 @@ from .models import check_positions, checkpoint_activations, device_of_inputs, l
 from .progress import tell
 from .run_samples import run_samples
 from .shared_work import SharedWork
-from .texts import Source, Texts, evaluation_parts, evaluation_windows, windows_of_part
+from .texts import Source, Texts, digest_to_learn, evaluation_parts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
 # From so many times on it is told that a window is learned from again and again
@@ -34,7 +34,10 @@ OFTEN = 3
 
 @dataclass
 class Inputs:
-    """A model, its tokenizer, windows of tokens by their use, the memory that steps will take, and what runs share."""
+    """A model, its tokenizer, windows of tokens by their use, the memory that steps will take, and what runs share.
+
+    ``learned_texts`` has the digest of each text of ``--data``, in their order, see ``digest_to_learn``.
+    """
 
     model: torch.nn.Module
     tokenizer: object
@@ -42,6 +45,7 @@ class Inputs:
     validation: torch.Tensor
     initial_batches: Sequence[torch.Tensor]
     calibration: Sequence[torch.Tensor] | StreamedBatches
+    learned_texts: Sequence[str | None] = ()
     memory: MemoryNeed | None = None
     shared: SharedWork | None = None
 
@@ -116,7 +120,8 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     windows = {name: _windows(args, text, model, tokenizer) for name, text in texts.items()}
     _check_windows(args, windows)
     loaded.tell_notes()
-    return Inputs(model, tokenizer, tests, validation, (), ()), windows
+    learned_texts = list(map(digest_to_learn, texts.values()))
+    return Inputs(model, tokenizer, tests, validation, (), (), learned_texts), windows
 
 
 def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:

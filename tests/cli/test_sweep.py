@@ -261,6 +261,64 @@ def test_finished_runs_are_known_without_their_texts(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, f"data: expected a text, got {str(text)!r}", 'the set {"seed": 1}')
 
 
+def changed(text, parts):
+    """The text with other words in the paragraphs of some parts, by their places modulo 5."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each[::-1].replace(" ", " w") if i % 5 in parts else each for i, each in enumerate(paragraphs))
+
+
+@pytest.fixture
+def began(inputs, tmp_path, capsys):
+    """(FILE, folder, text) of a sweep whose first run has learned from a text, before others are added."""
+    text = tmp_path / "text.txt"
+    shutil.copy(inputs / "text.txt", text)
+    options = {"data": str(text), "steps": 1}
+    file = write_sweep(tmp_path, inputs, base=options, grid={"seed": [0]})
+    assert sweep(file, tmp_path / "all") == 0
+    assert "changed" not in "".join(capsys.readouterr())
+    write_sweep(tmp_path, inputs, base=options, grid={"seed": [0, 1]})
+    return file, tmp_path / "all", text
+
+
+def test_runs_that_learned_from_other_text_are_rows_of_their_own(began, capsys):
+    file, folder, text = began
+    name = results(folder)["runs"][0]["name"]
+    text.write_text(changed(text.read_text(), (2, 3, 4)))
+    assert sweep(file, folder, "--dry-run") == 0
+    told = f"{str(text)!r} has changed since 1 of the finished runs learned from it, such as {name}"
+    assert told in capsys.readouterr().err
+    assert sweep(file, folder) == 0
+    captured, found = capsys.readouterr(), results(folder)
+    assert told in captured.err
+    assert seeds_of(found) == [[[0], [1]]]
+    digests = [report(folder / run["name"])["learned_texts"][0][:8] for run in found["runs"]]
+    assert [row["label"] for row in found["tables"][0]["rows"]] == [f"base (text {digest})" for digest in digests]
+    assert digests[0] != digests[1]
+    for told in (captured.out, (folder / "report.html").read_text()):
+        assert "The text that is learned from has changed between these runs" in told and digests[0] in told
+
+
+def test_a_text_that_is_put_back_counts_as_the_same(began, capsys):
+    file, folder, text = began
+    before = text.read_text()
+    text.write_text(changed(before, (2, 3, 4)))
+    text.write_text(before)
+    assert sweep(file, folder) == 0
+    assert "changed" not in "".join(capsys.readouterr())
+    assert seeds_of(results(folder)) == [[[0, 1]]]
+
+
+@pytest.mark.parametrize(("part", "which"), [(0, "test"), (1, "validation")])
+def test_other_windows_of_the_same_text_are_told(began, capsys, part, which):
+    file, folder, text = began
+    text.write_text(changed(text.read_text(), (part,)))
+    assert sweep(file, folder) == 0
+    out, found = capsys.readouterr().out, results(folder)
+    assert seeds_of(found) == [[[0]], [[1]]]
+    for told in (out, (folder / "report.html").read_text()):
+        assert told.count(f"The {which} text has changed between these runs and those of another table") == 2
+
+
 def test_another_folder_or_process_is_refused(finished, inputs, tmp_path, capsys):
     file, folder = finished
     run = next(path for path in folder.iterdir() if path.is_dir())
@@ -365,12 +423,26 @@ def test_another_mask_to_begin_with_makes_a_row(told):
 
 def test_samples_as_test_windows_have_no_spread_and_it_is_told(told):
     def samples(seed):
-        return lambda report: report.update(eval_digest=str(seed), settings=report["settings"] | {"data": "self"})
+        settings = {"data": "self"}
+        return lambda report: report.update(
+            eval_digest=str(seed), learned_texts=[], settings=report["settings"] | settings
+        )
 
     found, out, folder, _ = told({place: samples(place % 2) for place in range(4)})
     assert seeds_of(found) == [[[0], [0]], [[1], [1]]]
     for text in (out, (folder / "report.html").read_text()):
         assert text.count("samples that each seed draws itself: runs of other seeds are in tables of their own") == 2
+
+
+def test_of_streamed_texts_no_change_is_known_and_it_is_told(told):
+    def streamed(report):
+        report["learned_texts"] = [None]
+        report["settings"]["stream"] = True
+
+    found, out, folder, _ = told({place: streamed for place in range(4)})
+    assert seeds_of(found) == [[[0, 1], [0, 1]]]
+    for text in (out, (folder / "report.html").read_text()):
+        assert "whether it has changed between these runs is not known" in text
 
 
 def test_several_other_texts_have_no_column(told):
