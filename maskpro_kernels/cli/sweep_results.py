@@ -310,6 +310,7 @@ def _print_table(table: Mapping) -> None:
     """Rows with means and spreads, to stdout."""
     rows = table["rows"]
     columns = {"validation": "validation perplexity", "test": "test perplexity", "other": "on the other text"}
+    columns["initial_test"] = "test, initial mask"
     columns = {name: title for name, title in columns.items() if all(row[name] is not None for row in rows)}
     width = max(len("options"), *(len(row["label"]) for row in rows))
     print(

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from helpers.command import contents, refuses, report, reseal
 from helpers.routes import route_to_the_eager_reference
-from helpers.sweeps import base, runs_of, without_wall_clock, write_sweep
+from helpers.sweeps import base, results, runs_of, seeds_of, sweep, without_wall_clock, write_sweep
 
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli import sweep as sweep_command
@@ -26,10 +26,6 @@ from maskpro_kernels.training.trainer import MaskTrainer
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 GRID = {"grid": {"seed": [0, 1]}, "list": [{"alpha": 0.5}, {"draws": 2, "lr": 20.0}]}
-
-
-def sweep(file, output, *more):
-    return main.main(["sweep", str(file), "--output", str(output), *more])
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +46,6 @@ def copy(finished, tmp_path):
     shutil.copy(file, tmp_path / "sweep.json")
     shutil.copytree(folder, tmp_path / "all")
     return tmp_path / "sweep.json", tmp_path / "all"
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 def test_each_run_is_one_of_learn(finished, inputs, tmp_path):
@@ -261,64 +253,6 @@ def test_finished_runs_are_known_without_their_texts(inputs, tmp_path, capsys):
     refuses(capsys, tmp_path, arguments, f"data: expected a text, got {str(text)!r}", 'the set {"seed": 1}')
 
 
-def changed(text, parts):
-    """The text with other words in the paragraphs of some parts, by their places modulo 5."""
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(each[::-1].replace(" ", " w") if i % 5 in parts else each for i, each in enumerate(paragraphs))
-
-
-@pytest.fixture
-def began(inputs, tmp_path, capsys):
-    """(FILE, folder, text) of a sweep whose first run has learned from a text, before others are added."""
-    text = tmp_path / "text.txt"
-    shutil.copy(inputs / "text.txt", text)
-    options = {"data": str(text), "steps": 1}
-    file = write_sweep(tmp_path, inputs, base=options, grid={"seed": [0]})
-    assert sweep(file, tmp_path / "all") == 0
-    assert "changed" not in "".join(capsys.readouterr())
-    write_sweep(tmp_path, inputs, base=options, grid={"seed": [0, 1]})
-    return file, tmp_path / "all", text
-
-
-def test_runs_that_learned_from_other_text_are_rows_of_their_own(began, capsys):
-    file, folder, text = began
-    name = results(folder)["runs"][0]["name"]
-    text.write_text(changed(text.read_text(), (2, 3, 4)))
-    assert sweep(file, folder, "--dry-run") == 0
-    told = f"{str(text)!r} has changed since 1 of the finished runs learned from it, such as {name}"
-    assert told in capsys.readouterr().err
-    assert sweep(file, folder) == 0
-    captured, found = capsys.readouterr(), results(folder)
-    assert told in captured.err
-    assert seeds_of(found) == [[[0], [1]]]
-    digests = [report(folder / run["name"])["learned_texts"][0][:8] for run in found["runs"]]
-    assert [row["label"] for row in found["tables"][0]["rows"]] == [f"base (text {digest})" for digest in digests]
-    assert digests[0] != digests[1]
-    for told in (captured.out, (folder / "report.html").read_text()):
-        assert "The text that is learned from has changed between these runs" in told and digests[0] in told
-
-
-def test_a_text_that_is_put_back_counts_as_the_same(began, capsys):
-    file, folder, text = began
-    before = text.read_text()
-    text.write_text(changed(before, (2, 3, 4)))
-    text.write_text(before)
-    assert sweep(file, folder) == 0
-    assert "changed" not in "".join(capsys.readouterr())
-    assert seeds_of(results(folder)) == [[[0, 1]]]
-
-
-@pytest.mark.parametrize(("part", "which"), [(0, "test"), (1, "validation")])
-def test_other_windows_of_the_same_text_are_told(began, capsys, part, which):
-    file, folder, text = began
-    text.write_text(changed(text.read_text(), (part,)))
-    assert sweep(file, folder) == 0
-    out, found = capsys.readouterr().out, results(folder)
-    assert seeds_of(found) == [[[0]], [[1]]]
-    for told in (out, (folder / "report.html").read_text()):
-        assert told.count(f"The {which} text has changed between these runs and those of another table") == 2
-
-
 def test_another_folder_or_process_is_refused(finished, inputs, tmp_path, capsys):
     file, folder = finished
     run = next(path for path in folder.iterdir() if path.is_dir())
@@ -386,10 +320,6 @@ def told(copy, capsys):
     return tell
 
 
-def seeds_of(found):
-    return [[row["seeds"] for row in table["rows"]] for table in found["tables"]]
-
-
 def test_runs_of_other_weights_or_windows_have_a_table_of_their_own(told):
     def other_weights(report):
         report["table"][0]["perplexity"] *= 1.01
@@ -401,6 +331,9 @@ def test_runs_of_other_weights_or_windows_have_a_table_of_their_own(told):
     assert seeds_of(found) == [[[0], [0]], [[1]], [[1]]]
     dense = [table["dense_test"] for table in found["tables"]]
     titles = [line for line in out.splitlines() if ", dense model" in line]
+    initial = found["tables"][1]["rows"][0]["initial_test"]["mean"]
+    head, row = out.splitlines()[out.splitlines().index(titles[1]) + 2 :][:2]
+    assert head.endswith("  test, initial mask") and row.endswith(f" {initial:.2f}")
     assert len(titles) == 3 and all(f"{value:.2f}" in title for value, title in zip(dense, titles, strict=True))
 
 
