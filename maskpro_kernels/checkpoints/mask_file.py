@@ -11,8 +11,9 @@ each layer's base weight: on another base it is refused. A digest of everything 
 from __future__ import annotations
 
 import json
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ MAGNITUDE = "magnitude"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
+class InitialMaskNeededError(ValueError):
+    """A mask file was written against an initial mask that was not given."""
+
+
 class BaseLayer(NamedTuple):
     """A layer of the base model.
 
@@ -49,12 +54,11 @@ class BaseLayer(NamedTuple):
     digest: str
 
 
-class MaskFile:
-    """A mask file, read a layer at a time.
+class MaskHeader:
+    """What a mask file tells of its masks, also where an initial mask is needed to read them.
 
     Args:
         path: of the file.
-        against: the initial mask that it was written against, where it needs one.
 
     Attributes:
         path: of the file.
@@ -65,13 +69,14 @@ class MaskFile:
         layers: by name.
         provenance: what the file tells of where its masks come from; JSON can hold it.
         needs: None where the file tells its masks alone; MAGNITUDE; or the digest of the file of an initial mask.
+        mask_bytes: what the masks take of the file, or what has changed in them; the rest tells what they are.
 
     Raises:
-        ValueError: if it is no mask file, was damaged or changed, or needs an initial mask that was not given.
+        ValueError: if it is no mask file, or was damaged or changed.
         OSError: if it cannot be read.
     """
 
-    def __init__(self, path: str | Path, against: MaskFile | None = None):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self._file = _opened(self.path)
         metadata = dict(self._file.metadata() or {})
@@ -79,7 +84,7 @@ class MaskFile:
         # ahead of the digest: another file may be large
         if metadata.keys() != set(NAMES) or metadata["format"] != FORMAT:
             raise ValueError(f"mask: expected a file that save_masks wrote, {FORMAT}, got {str(path)!r}")
-        self.digest = digest_of_named(_Tensors(self._file), metadata)
+        self.digest = digest_of_named(_ByName(self._file.keys(), self._file.get_tensor), metadata)
         if digests_are_checked() and stored != self.digest:
             raise ValueError(f"mask: expected what was written, got {str(path)!r}, damaged or changed since")
         try:
@@ -87,18 +92,52 @@ class MaskFile:
             layers = json.loads(metadata["layers"])
             self.layers = {name: BaseLayer((rows, k), found) for name, (rows, k, found) in layers.items()}
             self.provenance = json.loads(metadata["provenance"])
+            if not self.layers:
+                raise ValueError("no layers")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"mask: expected a file that save_masks wrote, got {str(path)!r}: {error!r}") from error
         self.model, self.needs = metadata["model"], metadata[AGAINST] or None
+        self.mask_bytes = sum(math.prod(self._file.get_slice(name).get_shape()) for name in self._file.keys())
+
+    @property
+    def base(self) -> str:
+        """The fingerprint of the base model: of names, shapes and digests of the layers that have masks."""
+        return fingerprint(self.layers)
+
+    @property
+    def groups(self) -> int:
+        """How many there are in all layers."""
+        return sum(rows * k // self.pattern.m for (rows, k), _ in self.layers.values())
+
+    def close(self) -> None:
+        """Let the file be closed; nothing can be read from then on."""
+        self._file = None
+
+
+class MaskFile(MaskHeader):
+    """A mask file, read a layer at a time.
+
+    Args:
+        path: of the file.
+        against: the initial mask that it was written against, where it needs the file of one. Else it is left aside.
+
+    Raises:
+        ValueError: as ``MaskHeader``; ``InitialMaskNeededError`` if it needs an initial mask that was not given.
+        OSError: if it cannot be read.
+    """
+
+    def __init__(self, path: str | Path, against: MaskFile | str | None = None):
+        super().__init__(path)
         self._against = self._checked_against(against)
 
-    def _checked_against(self, against: MaskFile | None) -> MaskFile | None:
+    def _checked_against(self, against: MaskFile | str | None) -> MaskFile | None:
         if self.needs in (None, MAGNITUDE):
             return None
-        if against is None:
-            raise ValueError(
+        if not isinstance(against, MaskFile):
+            got = "no file" if against is None else f"{against!r}, which is no file"
+            raise InitialMaskNeededError(
                 f"against: expected the initial mask that {str(self.path)!r} was written against, the file of digest "
-                f"{self.needs}, got no file"
+                f"{self.needs}, got {got}"
             )
         if against.digest != self.needs:
             raise ValueError(
@@ -106,11 +145,6 @@ class MaskFile:
                 f"{self.needs}, got {str(against.path)!r} of digest {against.digest}"
             )
         return against
-
-    @property
-    def base(self) -> str:
-        """The fingerprint of the base model: of names, shapes and digests of the layers that have masks."""
-        return fingerprint(self.layers)
 
     def codes(self, name: str, weight: Tensor | None = None) -> Tensor:
         """Group codes [out, K / M] of a layer, on the CPU.
@@ -134,9 +168,13 @@ class MaskFile:
             ranks = (before + _decompressed(stored, shape, count)) % count
         return codes_of_ranks(ranks, self.pattern)
 
-    def close(self) -> None:
-        """Let the file be closed; no codes can be read from then on."""
-        self._file = None
+    def digest_of_codes(self) -> str:
+        """Of the masks: the same for equal ones, however they are stored.
+
+        Raises:
+            ValueError: as ``codes``; also where the file ``needs`` MAGNITUDE, since no base is at hand.
+        """
+        return digest_of_named(_ByName(self.layers, self.codes))
 
 
 def is_mask_file(path: str | Path) -> bool:
@@ -163,20 +201,20 @@ def _opened(path: Path):
         raise OSError(f"mask: expected a mask file, got {str(path)!r}: {error}") from error
 
 
-class _Tensors(Mapping):
-    """The tensors of an open safetensors file, each read when it is asked for."""
+class _ByName(Mapping):
+    """Tensors of an open file, each read when it is asked for."""
 
-    def __init__(self, file):
-        self._file = file
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]):
+        self._names, self._read = list(names), read
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file.keys())
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._file.keys())
+        return len(self._names)
 
 
 def save_masks(

@@ -33,7 +33,7 @@ from .models import (
 from .progress import tell
 from .run_samples import run_samples
 from .shared_work import SharedWork
-from .texts import Source, Texts, evaluation_parts, evaluation_windows, windows_of_part
+from .texts import Source, Texts, digest_to_learn, evaluation_parts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
 # From so many times on it is told that a window is learned from again and again
@@ -42,7 +42,10 @@ OFTEN = 3
 
 @dataclass
 class Inputs:
-    """A model, its tokenizer, windows of tokens by their use, the memory that steps will take, and what runs share."""
+    """A model, its tokenizer, windows of tokens by their use, the memory that steps will take, and what runs share.
+
+    ``learned_texts`` has the digest of each text of ``--data``, in their order, see ``digest_to_learn``.
+    """
 
     model: torch.nn.Module
     tokenizer: object
@@ -50,6 +53,7 @@ class Inputs:
     validation: torch.Tensor
     initial_batches: Sequence[torch.Tensor]
     calibration: Sequence[torch.Tensor] | StreamedBatches
+    learned_texts: Sequence[str | None] = ()
     memory: MemoryNeed | None = None
     shared: SharedWork | None = None
 
@@ -126,7 +130,8 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     loaded.tell_notes()
     for name in ("seq_len", "eval_length"):
         tell_beyond_context(model, name, getattr(args, name))
-    return Inputs(model, tokenizer, tests, validation, (), ()), windows
+    learned_texts = list(map(digest_to_learn, texts.values()))
+    return Inputs(model, tokenizer, tests, validation, (), (), learned_texts), windows
 
 
 def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:

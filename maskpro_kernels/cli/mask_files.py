@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.mask_file import MAGNITUDE, MaskFile, base_layers, check_fingerprint, save_masks
+from ..checkpoints.mask_file import MAGNITUDE, MaskFile, MaskHeader, base_layers, check_fingerprint, save_masks
 from ..checkpoints.masked_copy import can_be_copied, copy_masked
+from ..digests import digest_of_named
 from ..files import check_output, make_folder
 from ..functional.masks import top_n_mask
 from ..linear_form import in_linear_form
@@ -128,13 +129,19 @@ def write_mask(
         mask = save_masks(output, layers, pattern, model=name, against=against, provenance=provenance)
     except OSError as error:
         raise OSError(f"output: {error}") from error
-    groups = sum(found.numel() for found in codes.values())
     size = output.stat().st_size
     how = {None: "alone", MAGNITUDE: "against the mask by magnitude"}.get(mask.needs, f"against {mask.needs}")
-    print(f"{pattern} mask of {name}, {how}, written to {output}: {size / 1e6:.2f} MB, {8 * size / groups:.3f} bits a "
-          f"group; base {mask.base}, mask {mask.digest}")  # fmt: skip
+    # those of the file are others where it is written against an initial mask
+    print(f"{pattern} mask of {name}, {how}, written to {output}: {told_mask_size(size, mask)}; base {mask.base}, "
+          f"masks {digest_of_named(codes)}, file digest {mask.digest}")  # fmt: skip
     if against is not None and mask.needs is None:
         tell("the initial mask differs in so many groups that the file is smaller without it: it is not needed")
+
+
+def told_mask_size(size: int, mask: MaskHeader) -> str:
+    """What a mask file of that many bytes takes, and the masks in it: most of a small file tells what they are."""
+    bits = 8 * mask.mask_bytes / mask.groups
+    return f"{size / 1e6:.2f} MB, of which {mask.mask_bytes:,} bytes are masks, {bits:.3f} bits a group"
 
 
 def apply(args: argparse.Namespace) -> None:
@@ -143,7 +150,7 @@ def apply(args: argparse.Namespace) -> None:
     check_output(output)
     check_saving(args)
     against = initial_mask(args.against) if hasattr(args, "against") else None
-    mask = MaskFile(args.mask, against if isinstance(against, MaskFile) else None)
+    mask = MaskFile(args.mask, against)
     if against is not None and mask.needs in (None, MAGNITUDE):
         raise ValueError(f"against: expected none, since {args.mask!r} needs no other mask, got {args.against!r}")
     dtype = str(mask.dtype).removeprefix("torch.")
@@ -156,7 +163,10 @@ def apply(args: argparse.Namespace) -> None:
         model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
         put_masks(mask, model)
         save(model, tokenizer, args, origin)
-    print(f"dense {mask.pattern} checkpoint of {args.model} under the mask {mask.digest} written to {output}")
+    print(
+        f"dense {mask.pattern} checkpoint of {args.model} under the masks of the file of digest {mask.digest} written "
+        f"to {output}"
+    )
 
 
 def _copy(mask: MaskFile, folder: Path, output: Path, origin: Origin) -> None:

@@ -281,13 +281,16 @@ def _add_import(commands) -> None:
 def _add_validate(commands) -> None:
     parser = commands.add_parser(
         "validate",
-        help="which N:M patterns a checkpoint holds",
+        help="which N:M patterns a checkpoint holds, or what a mask file does",
         description="Print for every matrix of a checkpoint the N:M patterns that it follows, the share of values that "
-        "are not zero, how many are -0.0, and the largest power of two that divides its rows.",
+        "are not zero, how many are -0.0, and the largest power of two that divides its rows. Of a mask file, print "
+        "its pattern, its base model, the initial mask that it needs, and where it comes from.",
         formatter_class=SHOW,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="DIR|FILE", help="folder with safetensors files, or one such file")
+    parser.add_argument(
+        "checkpoint", metavar="DIR|FILE", help="folder with safetensors files, one such file, or a mask file"
+    )
     add_digests(parser)
     parser.set_defaults(run=validate)
 

@@ -88,6 +88,8 @@ def write_results(
         "versions": versions(),
         "eval_tokens": inputs.tests["perplexity"].numel(),
         "eval_digest": digest([inputs.tests["perplexity"]]),
+        "validation_digest": digest([inputs.validation]),
+        "learned_texts": inputs.learned_texts,
         "table": table,
         "parting": parting(table),
         "validation": validation,

@@ -17,6 +17,7 @@ from .shared_work import SHARED
 from .sweep_file import SweepRun, check_files, read_sweep
 from .sweep_folder import BEGUN, FAILED, FINISHED, NEW, SweepFolder
 from .sweep_results import SweepResults
+from .sweep_texts import told_changes
 
 # Of these the message says what is wrong; others are faults, whose traceback is told as well
 TOLD = (ValueError, TypeError, OSError, FloatingPointError, torch.OutOfMemoryError)
@@ -33,6 +34,8 @@ def sweep(args: argparse.Namespace) -> int:
             check_files(run, file)
     for note in notes:
         tell(f"sweep: {note}")
+    for told in told_changes(results.finished):
+        tell(f"sweep: {told}")
     for name in folder.others:
         tell(f"sweep: {name} is no run of {file} any more: it is left alone")
     if args.dry_run:

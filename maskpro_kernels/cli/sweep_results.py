@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..digests import digest_of_bytes
 from ..files import write_whole
 from ..report.step_parts import mean_parts, means
 from ..report.sweep import A_STEP, FROM_DENSE, SECONDS, WALL_CLOCK, write_sweep_html
@@ -18,7 +19,8 @@ from .sweep_file import BASE, SEED, SweepRun
 from .sweep_folder import FAILED, FINISHED, RESULTS, SweepFolder
 
 # What is read of the report of a run beside what others read
-READ = ("settings", "start", "initial_mask", "steps", "groups", "flipped_groups", "flipped_groups_by_layer")
+READ = ("settings", "start", "initial_mask", "validation_digest", "learned_texts", "steps", "groups", "flipped_groups",
+        "flipped_groups_by_layer")  # fmt: skip
 # Of a run: what is told of each row as a mean and a spread
 FIGURES = ("validation", "test", "other", "initial_test", "moved")
 # Of a table, where they hold
@@ -27,6 +29,15 @@ OWN_WINDOWS = (
     "spread is given."
 )
 OTHER_TEXTS = "These runs looked at several other texts, which do not compare: their column is left out."
+LEARNED_TEXTS = (
+    "The text that is learned from has changed between these runs: those that learned from another one are rows of "
+    "their own, which end in the digest of their text."
+)
+STREAMED_TEXTS = "A streamed text is not read as a whole: whether it has changed between these runs is not known."
+WINDOWS = (
+    "The {} text has changed between these runs and those of another table, or the tokenizer has: perplexities of the "
+    "two do not compare."
+)
 
 
 class SweepResults:
@@ -35,20 +46,23 @@ class SweepResults:
     Args:
         folder: of the sweep.
 
+    Attributes:
+        finished: the figures of each run that has finished, by its name.
+
     Raises:
         ValueError: if the report of a finished run is damaged.
     """
 
     def __init__(self, folder: SweepFolder):
         self.folder = folder
-        self._found: dict[str, dict] = {}
+        self.finished: dict[str, dict] = {}
         self._read()
 
     def _read(self) -> None:
         for run in self.folder.runs:
             name = self.folder.name(run)
-            if name not in self._found and self.folder.state(run) == FINISHED:
-                self._found[name] = _figures(read_report(self.folder.of(run) / REPORT, READ))
+            if name not in self.finished and self.folder.state(run) == FINISHED:
+                self.finished[name] = _figures(read_report(self.folder.of(run) / REPORT, READ))
 
     def write(self) -> None:
         """Write what is known into the folder, as JSON and as a page.
@@ -77,12 +91,16 @@ class SweepResults:
             found = {"name": name, "options": dict(run.varied), "state": state}
             if state == FAILED:
                 found["error"] = self.folder.errors[name]
-            runs.append(found | self._found.get(name, {}))
+            runs.append(found | self.finished.get(name, {}))
         by_windows: dict[tuple, list[SweepRun]] = {}
         for run in self.folder.runs:
-            if self.folder.name(run) in self._found:
+            if self.folder.name(run) in self.finished:
                 by_windows.setdefault(_comparable(self._of(run)), []).append(run)
         tables = [self._table(same) for same in by_windows.values()]
+        for table, note in zip(
+            tables, _changed_windows([self._of(runs[0]) for runs in by_windows.values()]), strict=True
+        ):
+            table["notes"] += note
         return {"options": self._options(), "tables": tables, "runs": runs, "left_alone": self.folder.others}
 
     def _options(self) -> dict:
@@ -94,18 +112,16 @@ class SweepResults:
         """The rows of runs whose perplexities are of the same windows and the same dense model."""
         by_row: dict[tuple, list[SweepRun]] = {}
         for run in runs:
-            by_row.setdefault((run.row, json.dumps(self._of(run)["initial_mask"])), []).append(run)
+            own = [json.dumps(self._of(run)[name]) for name in ("initial_mask", "learned_texts")]
+            by_row.setdefault((run.row, *own), []).append(run)
         # the same source may be another text by now
         others = {_other_text(self._of(run)) for run in runs}
         rows = [self._row(same, len(others) == 1) for same in by_row.values()]
-        first, labels, notes = self._of(runs[0]), [row["label"] for row in rows], []
-        for row, same in zip(rows, by_row.values(), strict=True):
-            if labels.count(row["label"]) > 1:
-                row["label"] += f" (mask {self._of(same[0])['initial_mask']['digest'][:8]})"
-        if not first["texts"]:
-            notes.append(OWN_WINDOWS)
+        first, of_rows = self._of(runs[0]), [self._of(same[0]) for same in by_row.values()]
+        notes = [OWN_WINDOWS] if not first["texts"] else []
         if len(others) > 1:
             notes.append(OTHER_TEXTS)
+        notes += _label(rows, of_rows)
         return {
             "model": first["model"],
             "dtype": first["dtype"],
@@ -119,7 +135,7 @@ class SweepResults:
         }
 
     def _of(self, run: SweepRun) -> dict:
-        return self._found[self.folder.name(run)]
+        return self.finished[self.folder.name(run)]
 
     def _row(self, runs: Sequence[SweepRun], one_other_text: bool) -> dict:
         """Runs that differ in their seed alone."""
@@ -141,7 +157,7 @@ class SweepResults:
         """The best row and run of each pattern, by the validation text: nothing is to be chosen by the test text."""
         by_pattern: dict[str, list[Mapping]] = {}
         for row in rows:
-            by_pattern.setdefault(self._found[row["runs"][0]]["pattern"], []).append(row)
+            by_pattern.setdefault(self.finished[row["runs"][0]]["pattern"], []).append(row)
         return [
             self._best_of(same, f" of {pattern}" if len(by_pattern) > 1 else "") for pattern, same in by_pattern.items()
         ]
@@ -153,14 +169,14 @@ class SweepResults:
             return _last_if_nan(row["validation"]["mean"])
 
         def of_run(name: str) -> float:
-            return _last_if_nan(self._found[name]["validation"])
+            return _last_if_nan(self.finished[name]["validation"])
 
         first, *others = sorted(rows, key=of_row)
         best = min(first["runs"], key=of_run)
         path = self.folder.path / best
         told = (
             f"best{which} by validation perplexity: {first['label']} ({first['validation']['mean']:.2f}), of its runs "
-            f"{best} ({self._found[best]['validation']:.2f})"
+            f"{best} ({self.finished[best]['validation']:.2f})"
         )
         commands = [f"maskpro export {_quoted(path)} {_quoted(Path(f'{self.folder.path}-{best}'))} --to packed"]
         if others:
@@ -196,7 +212,11 @@ def _figures(report: Mapping) -> dict:
         "loss_kind": report["settings"]["loss"],
         "eval_tokens": report["eval_tokens"],
         "eval_length": report["eval_length"],
+        "eval_windows": report["eval_windows"],
         "eval_digest": report["eval_digest"],
+        "validation_digest": report["validation_digest"],
+        "learned_texts": report["learned_texts"],
+        "read_as": [report["settings"].get(name) for name in ("text_column", "stream")],
         "curve": [[row["tokens"], row["perplexity"]] for row in validation],
         "losses": [[step["step"], step["loss"]] for step in steps],
         WALL_CLOCK: {
@@ -210,8 +230,55 @@ def _figures(report: Mapping) -> dict:
 def _comparable(found: Mapping) -> tuple:
     """What two runs have in common whose perplexities may be compared."""
     # other weights at the same path are told by the dense model's perplexity, but not another machine's rounding
-    names = ("model", "dtype", "texts", "eval_digest", "eval_tokens", "eval_length")
+    names = ("model", "dtype", "texts", "eval_digest", "validation_digest", "eval_tokens", "eval_length")
     return *(str(found[name]) for name in names), f"{found['dense_test']:.6g}"
+
+
+def _label(rows: Sequence[dict], of_rows: Sequence[Mapping]) -> list[str]:
+    """Have labels tell apart rows of the same options; gives what is to be told of the texts learned from.
+
+    Args:
+        of_rows: the figures of a run of each row.
+    """
+    by_source: dict[str, set[str]] = {}
+    for found in of_rows:
+        by_source.setdefault(str(found["read_as"]), set()).add(json.dumps(found["learned_texts"]))
+    for row, found in zip(rows, of_rows, strict=True):
+        if len(by_source[str(found["read_as"])]) > 1:
+            row["label"] += f" (text {_digest_of_texts(found)})"
+    labels = [row["label"] for row in rows]
+    for row, found in zip(rows, of_rows, strict=True):
+        if labels.count(row["label"]) > 1:
+            row["label"] += f" (mask {found['initial_mask']['digest'][:8]})"
+    notes = [LEARNED_TEXTS] if any(len(texts) > 1 for texts in by_source.values()) else []
+    if any(None in found["learned_texts"] for found in of_rows):
+        notes.append(STREAMED_TEXTS)
+    return notes
+
+
+def _digest_of_texts(found: Mapping) -> str:
+    """Of one text its own, short."""
+    digests = found["learned_texts"]
+    return (digests[0] if len(digests) == 1 else digest_of_bytes(json.dumps(digests).encode()).hex())[:8]
+
+
+def _changed_windows(tables: Sequence[Mapping]) -> list[list[str]]:
+    """By table what is to be told of windows that other tables of the same texts have otherwise.
+
+    Args:
+        tables: the figures of a run of each.
+    """
+    asked = [
+        str([found[name] for name in ("model", "texts", "read_as", "eval_windows", "eval_length")]) for found in tables
+    ]
+    notes = []
+    for found, key in zip(tables, asked, strict=True):
+        alike = [other for other, its in zip(tables, asked, strict=True) if its == key]
+        names = {"test": "eval_digest", "validation": "validation_digest"}
+        which = [kind for kind, name in names.items() if len({other[name] for other in alike}) > 1]
+        # samples of the model are others with each seed
+        notes.append([WINDOWS.format(" and the ".join(which))] if which and found["texts"] else [])
+    return notes
 
 
 def _other_text(found: Mapping) -> tuple:
@@ -243,6 +310,7 @@ def _print_table(table: Mapping) -> None:
     """Rows with means and spreads, to stdout."""
     rows = table["rows"]
     columns = {"validation": "validation perplexity", "test": "test perplexity", "other": "on the other text"}
+    columns["initial_test"] = "test, initial mask"
     columns = {name: title for name, title in columns.items() if all(row[name] is not None for row in rows)}
     width = max(len("options"), *(len(row["label"]) for row in rows))
     print(

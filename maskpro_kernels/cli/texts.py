@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Mapping
 
 import torch
 
+from ..digests import digest_of_bytes
 from ..extras import missing
 from ..text.data import Text, has_rows, load_text
 from ..text.mixture import shared_out, texts_of
@@ -75,6 +77,13 @@ class Texts:
     def tell_notes(self) -> None:
         for note in self.notes:
             tell(note)
+
+
+def digest_to_learn(text: Source) -> str | None:
+    """Of what a run may learn from, whatever its seed and its windows; None of a streamed text, never read whole."""
+    if isinstance(text, StreamedText):
+        return None
+    return digest_of_bytes(json.dumps(text["calibration"], sort_keys=True, default=str).encode()).hex()
 
 
 def evaluation_parts(

@@ -13,10 +13,14 @@ from ..checkpoints.survey import survey
 from ..safetensors_files import tensor_files, weight_files
 from ..stored_digests import CONFIG, check_checkpoint, digests_are_checked, has_digests, stored_digests
 from .run_files import LOGITS
+from .told_mask import print_mask_file, taken_for_a_mask_file
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Print which patterns the matrices of a checkpoint follow."""
+    """Print which patterns the matrices of a checkpoint follow, or what a mask file holds."""
+    if taken_for_a_mask_file(Path(args.checkpoint)):
+        print_mask_file(Path(args.checkpoint))
+        return
     files = weight_files(args.checkpoint)
     # in the folder of a run the logits stand beside the checkpoint
     files = [file for file in files if file.name != LOGITS] or files

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.logits import LOGITS_FILE, load_learned
-from ..checkpoints.mask_file import DTYPES, MAGNITUDE, MaskFile, base_layers, check_fingerprint
+from ..checkpoints.mask_file import DTYPES, MAGNITUDE, InitialMaskNeededError, MaskFile, base_layers, check_fingerprint
 from ..digests import digest, digest_of_named
 from ..functional.masks import expand_mask, top_n_mask
 from ..linear_form import in_linear_form
@@ -23,6 +23,8 @@ from ..shards import part_of, whole
 
 # Of another base, as far as weights tell
 ANOTHER = "another model, or this one in another dtype"
+# Of a file that tells changes alone
+APPLIED = "; make a checkpoint of it by `maskpro apply MASK MODEL OUT --against FILE`, and give that"
 
 
 class StoredMask(NamedTuple):
@@ -103,6 +105,8 @@ def _telling(cure: str = "") -> Iterator[None]:
         told = str(error)
         for argument in ("mask: ", "against: ", "path: ", "model: "):
             told = told.removeprefix(argument)
+        if isinstance(error, InitialMaskNeededError):
+            cure = APPLIED
         raise (OSError if isinstance(error, OSError) else ValueError)(f"path: {told}{cure}") from error
 
 

@@ -47,7 +47,9 @@ def write_sweep_html(results: Mapping, path: str | Path) -> None:
     finished = sum("curve" in run for run in runs)
     body = [f"<header>\n<h1>Sweep of {len(runs)} runs</h1>\n<p>{finished} of them have finished.</p>\n</header>"]
     for number, table in enumerate(tables, start=1):
-        title = f"Perplexity of {escape(table['texts'])}"
+        # by which the wall clock names it
+        which = f"Table {number}: perplexity" if len(tables) > 1 else "Perplexity"
+        title = f"{which} of {escape(table['texts'])}"
         body.append(markup.section(title, *_table(table, known), *_curves(table, known, number)))
     body += [_finished(runs), _unfinished(runs), _options(results["options"]), _left_alone(results["left_alone"])]
     body.append(_wall_clock(tables))
@@ -184,16 +186,17 @@ def _left_alone(names: Sequence[str]) -> str:
 
 
 def _wall_clock(tables: Sequence[Mapping]) -> str:
-    rows = [row for table in tables for row in table["rows"]]
+    rows = [(number, row) for number, table in enumerate(tables, start=1) for row in table["rows"]]
     if not rows:
         return ""
-    parts = list(dict.fromkeys(name for row in rows for name in row[WALL_CLOCK]["parts"]))
+    parts = list(dict.fromkeys(name for _, row in rows for name in row[WALL_CLOCK]["parts"]))
     lines = []
-    for row in rows:
+    for number, row in rows:
         times, whole = row[WALL_CLOCK], sum(row[WALL_CLOCK]["parts"].values()) or 1
         cells = [f"{times[name]:,.3f}" for name in SECONDS]
         cells += [f"{times['parts'].get(name, 0.0) / whole:.1%}" for name in parts]
-        lines.append((row["label"], list(map(markup.number_cell, cells))))
+        label = f"table {number}: {row['label']}" if len(tables) > 1 else row["label"]
+        lines.append((label, list(map(markup.number_cell, cells))))
     text = (
         "Means over the steps and the seeds, on the machine that took each run, and the shares of the parts of a step. "
         "The first of several steps, which compiles, is left out of seconds a step and of the shares. A run that took "

@@ -88,6 +88,21 @@ def test_validate_reads_compressed_tensors():
     assert rows["dense.layers.0.down"].negative_zeros > 0
 
 
+def test_of_a_dense_checkpoint_the_zeros_alone_tell_damage(tmp_path, capsys):
+    """As docs/reproducibility.md says: nothing holds a digest of its kept weights."""
+    weight = torch.tensor([[0.0, 1, 0, 2, 0, 0, 3, 4]])
+
+    def told(place, bit):
+        changed = weight.clone()
+        changed.view(torch.int32)[0, place] ^= 1 << bit
+        save_file({"a.weight": changed}, tmp_path / "model.safetensors")
+        assert main.main(["validate", str(tmp_path)]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert told(1, 5) == told(7, 22) == "1 of 1 follow 2:4, 4:8"
+    assert told(0, 5) == "1 of 1 follow 5:8, 3:4"
+
+
 def test_validate_refuses_what_is_no_checkpoint(tmp_path, capsys):
     refuses(capsys, tmp_path, ["validate", str(tmp_path)], "checkpoint: expected a folder with safetensors files")
     (tmp_path / "broken.safetensors").write_text("nothing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -40,7 +41,8 @@ def test_the_checkpoint_comes_back_byte_for_byte(inputs, exported, tmp_path, cap
     for name, more in (("copied", []), ("loaded", ["--max-shard-size", "5GB"])):
         assert main.main(["apply", str(mask), str(inputs / "model"), str(tmp_path / name), *more]) == 0
         told = capsys.readouterr().out
-        assert f"dense 2:4 checkpoint of {inputs / 'model'} under the mask {MaskFile(mask).digest} written to" in told
+        of = f"under the masks of the file of digest {MaskFile(mask).digest} written to"
+        assert f"dense 2:4 checkpoint of {inputs / 'model'} {of}" in told
         written = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         assert written.keys() == expected.keys()
         for file in written.keys() - {"README.md"}:
@@ -112,11 +114,74 @@ def test_against_the_initial_mask_it_is_smaller(inputs, run, exported, tmp_path,
     assert (tmp_path / "mask").stat().st_size < exported[0].stat().st_size
     apply = ["apply", str(tmp_path / "mask"), str(inputs / "model"), str(tmp_path / "out")]
     refuses(capsys, tmp_path, apply, "against: expected the initial mask that", "got no file")
+    refuses(capsys, tmp_path, [*apply, "--against", "magnitude"], "got 'magnitude', which is no file")
     assert main.main([*apply, "--against", str(initial)]) == 0
     assert_same_bits(*(load_file(folder / "model.safetensors") for folder in (tmp_path / "out", exported[1])))
     out = str(tmp_path / "more")
     needless = ["apply", str(exported[0]), str(inputs / "model"), out, "--against", str(initial)]
     refuses(capsys, tmp_path, needless, "against: expected none, since")
+
+
+def test_equal_masks_are_known_by_their_digest(run, exported, tmp_path, capsys):
+    """Alone and against an initial mask they lie in different files."""
+    initial, told = run / "progress" / INITIAL_MASK, {}
+    for name, more in (("alone", []), ("changes", ["--against", str(initial)])):
+        assert main.main(["export", str(run), str(tmp_path / name), "--to", "mask", *more]) == 0
+        out = capsys.readouterr().out
+        told[name] = re.search(r"masks (\w{32}), file digest (\w{32})$", out.strip()).groups()
+        mask = MaskFile(tmp_path / name, MaskFile(initial))
+        assert told[name] == (mask.digest_of_codes(), mask.digest)
+        stored = sum(tensor.numel() for tensor in load_file(tmp_path / name).values())
+        groups = sum(mask.codes(layer).numel() for layer in mask.layers)
+        assert f"of which {stored:,} bytes are masks, {8 * stored / groups:.3f} bits a group" in out
+    assert told["alone"][0] == told["changes"][0] and told["alone"][1] != told["changes"][1]
+    assert "2.6" in f"{8 * MaskFile(tmp_path / 'alone').mask_bytes / groups:.3f}"
+
+
+def test_validate_tells_what_a_mask_file_holds(inputs, run, exported, tmp_path, capsys, monkeypatch):
+    initial, weights = run / "progress" / INITIAL_MASK, load_file(inputs / "model" / "model.safetensors")
+    layers = [(name, weights[f"{name}.weight"]) for name in MaskFile(initial).layers]
+    triples = [(name, top_n_mask(weight.abs(), "2:4"), weight) for name, weight in layers]
+    for name, against in (("changes", MaskFile(initial)), ("magnitude", "magnitude")):
+        save_masks(tmp_path / name, triples, "2:4", model="a name\n", against=against).close()
+    monkeypatch.chdir(tmp_path)
+    needs = {
+        str(exported[0]): "none needed",
+        str(initial): "none needed",
+        "changes": f"needed, the file of digest {MaskFile(initial).digest}: name it by `maskpro apply --against`",
+        "magnitude": "that by magnitude, which the base tells: no file is needed",
+    }
+    for path, needed in needs.items():
+        assert main.main(["validate", path]) == 0
+        found = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        mask = MaskFile(path, MaskFile(initial))
+        assert found["mask file"] == f"2:4, 14 layers, {mask.groups:,} groups"
+        assert found["base model"] == f"{mask.model!r}, weights in float32, fingerprint {mask.base}"
+        assert found["initial mask"] == needed
+        assert found["file digest"] == f"{mask.digest}, what is in the file has it"
+        assert ("masks" in found) == (needed == "none needed")
+        if "masks" in found:
+            assert found["masks"] == mask.digest_of_codes()
+        if path == str(exported[0]):
+            assert found["run"] == f'"{mask.provenance["run"]}"' and 'estimator="reinforce"' in found["settings"]
+        else:
+            assert found["run"] == "not told"
+
+
+def test_validate_refuses_a_damaged_mask_file(exported, tmp_path, capsys):
+    content = exported[0].read_bytes()
+    for name in ("mine.mask", "mine.safetensors"):
+        path = tmp_path / name
+        # a header, then the masks
+        for place in (9, 40, len(content) // 2, len(content) - 1):
+            flipped = bytearray(content)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            refuses(capsys, tmp_path, ["validate", str(path)], "checkpoint: expected", str(path))
+        path.write_bytes(content[:-1])
+        refuses(capsys, tmp_path, ["validate", str(path)], "checkpoint: expected", str(path))
+        path.write_bytes(content)
+        assert main.main(["validate", str(path)]) == 0
 
 
 def test_a_base_in_several_files(inputs, exported, tmp_path):

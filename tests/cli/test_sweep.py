@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from helpers.command import contents, refuses, report, reseal
 from helpers.routes import route_to_the_eager_reference
-from helpers.sweeps import base, runs_of, without_wall_clock, write_sweep
+from helpers.sweeps import base, results, runs_of, seeds_of, sweep, without_wall_clock, write_sweep
 
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli import sweep as sweep_command
@@ -26,10 +26,6 @@ from maskpro_kernels.training.trainer import MaskTrainer
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 GRID = {"grid": {"seed": [0, 1]}, "list": [{"alpha": 0.5}, {"draws": 2, "lr": 20.0}]}
-
-
-def sweep(file, output, *more):
-    return main.main(["sweep", str(file), "--output", str(output), *more])
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +46,6 @@ def copy(finished, tmp_path):
     shutil.copy(file, tmp_path / "sweep.json")
     shutil.copytree(folder, tmp_path / "all")
     return tmp_path / "sweep.json", tmp_path / "all"
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 def test_each_run_is_one_of_learn(finished, inputs, tmp_path):
@@ -328,10 +320,6 @@ def told(copy, capsys):
     return tell
 
 
-def seeds_of(found):
-    return [[row["seeds"] for row in table["rows"]] for table in found["tables"]]
-
-
 def test_runs_of_other_weights_or_windows_have_a_table_of_their_own(told):
     def other_weights(report):
         report["table"][0]["perplexity"] *= 1.01
@@ -343,6 +331,9 @@ def test_runs_of_other_weights_or_windows_have_a_table_of_their_own(told):
     assert seeds_of(found) == [[[0], [0]], [[1]], [[1]]]
     dense = [table["dense_test"] for table in found["tables"]]
     titles = [line for line in out.splitlines() if ", dense model" in line]
+    initial = found["tables"][1]["rows"][0]["initial_test"]["mean"]
+    head, row = out.splitlines()[out.splitlines().index(titles[1]) + 2 :][:2]
+    assert head.endswith("  test, initial mask") and row.endswith(f" {initial:.2f}")
     assert len(titles) == 3 and all(f"{value:.2f}" in title for value, title in zip(dense, titles, strict=True))
 
 
@@ -365,12 +356,26 @@ def test_another_mask_to_begin_with_makes_a_row(told):
 
 def test_samples_as_test_windows_have_no_spread_and_it_is_told(told):
     def samples(seed):
-        return lambda report: report.update(eval_digest=str(seed), settings=report["settings"] | {"data": "self"})
+        settings = {"data": "self"}
+        return lambda report: report.update(
+            eval_digest=str(seed), learned_texts=[], settings=report["settings"] | settings
+        )
 
     found, out, folder, _ = told({place: samples(place % 2) for place in range(4)})
     assert seeds_of(found) == [[[0], [0]], [[1], [1]]]
     for text in (out, (folder / "report.html").read_text()):
         assert text.count("samples that each seed draws itself: runs of other seeds are in tables of their own") == 2
+
+
+def test_of_streamed_texts_no_change_is_known_and_it_is_told(told):
+    def streamed(report):
+        report["learned_texts"] = [None]
+        report["settings"]["stream"] = True
+
+    found, out, folder, _ = told({place: streamed for place in range(4)})
+    assert seeds_of(found) == [[[0, 1], [0, 1]]]
+    for text in (out, (folder / "report.html").read_text()):
+        assert "whether it has changed between these runs is not known" in text
 
 
 def test_several_other_texts_have_no_column(told):

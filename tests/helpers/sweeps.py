@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from helpers.tiny_llama import tiny_text
+from maskpro_kernels.cli import main
 from maskpro_kernels.cli.estimator_options import load_estimators
 from maskpro_kernels.cli.sweep_file import SweepRun, read_sweep
 
@@ -38,6 +39,21 @@ def write_sweep(folder: Path, inputs: Path, **parts) -> Path:
     file = folder / "sweep.json"
     file.write_text(json.dumps(parts | {"base": base(inputs) | parts.get("base", {})}))
     return file
+
+
+def sweep(file: Path, output: Path | str, *more: str) -> int:
+    """The exit code of `maskpro sweep`."""
+    return main.main(["sweep", str(file), "--output", str(output), *more])
+
+
+def results(folder: Path) -> dict:
+    """What a sweep has found."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def seeds_of(found: dict) -> list[list[list[int]]]:
+    """Of each row of each table of results."""
+    return [[row["seeds"] for row in table["rows"]] for table in found["tables"]]
 
 
 def runs_of(file: Path) -> list[SweepRun]:

@@ -198,7 +198,7 @@ def test_a_mask_file_against_another(tmp_path):
     assert_same_bits(stored_mask(tmp_path / "magnitude", own, "2:4").codes, magnitude)
     whole = save_masks(tmp_path / "whole", triples, "2:4", model="tiny")
     save_masks(tmp_path / "changes", triples, "2:4", model="tiny", against=whole).close()
-    told = "^path: expected the initial mask that .* was written against.*; give a mask file that needs no other"
+    told = "^path: expected the initial mask that .* was written against.*; make a checkpoint of it by `maskpro apply"
     with pytest.raises(ValueError, match=told):
         stored_mask(tmp_path / "changes", own, "2:4")
 

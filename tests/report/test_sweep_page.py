@@ -45,6 +45,18 @@ def test_all_that_is_known_stands_on_the_page(tmp_path):
     assert page.count(">31.00</td>") == 4 and 'href="0_seed=0/report.html"' in page and "batch_size" in page
 
 
+def test_the_wall_clock_names_the_table_of_each_row(tmp_path):
+    results = results_of(["init=magnitude", "init=wanda"])
+    assert "table 1" not in page_of(results, tmp_path).lower()
+    results["tables"] *= 2
+    page = page_of(results, tmp_path)
+    sections, clock = page.split("<h2>Wall clock</h2>")
+    for number in (1, 2):
+        assert sections.count(f"<h2>Table {number}: perplexity of pydoc</h2>") == 1
+        for label in ("init=magnitude", "init=wanda"):
+            assert clock.count(f"table {number}: {label}<") == 1
+
+
 def test_runs_that_are_far_apart_stand_on_a_logarithmic_axis(tmp_path, monkeypatch):
     scales = []
     monkeypatch.setattr(Axes, "set_yscale", lambda axes, scale: scales.append(scale))
