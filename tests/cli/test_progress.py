@@ -70,7 +70,10 @@ def test_a_log_has_a_line_for_each_mask_and_each_part_of_the_steps(inputs, tmp_p
     assert told == ["dense", "memory that a step needs, estimated", "left dense", "magnitude", "wanda"]
     assert re.fullmatch(r"wanda: test perplexity \d+\.\d\d, \d+\.\d seconds from the dense model", lines[4])
     assert re.fullmatch(r"step 0 of 100: validation perplexity \d+\.\d\d", lines[5])
-    found = [LINE.fullmatch(line) for line in lines[6:]]
+    # that no group has moved
+    *steps, warning = lines[6:]
+    assert warning.startswith("maskpro: warning: no group has left the initial mask")
+    found = [LINE.fullmatch(line) for line in steps]
     assert all(found), lines
     # a fiftieth of the steps is 2
     assert [int(match[1]) for match in found] == sorted({*range(2, 101, 2), 33, 66, 99})

@@ -201,6 +201,7 @@ def test_failed_runs_wait_for_the_others(copy):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_a_signal_stops_the_sweep_and_it_goes_on(finished, inputs, tmp_path, capsys, monkeypatch):
     _, whole = finished
     step = MaskTrainer.step
