@@ -182,11 +182,9 @@ def test_findings_apart_are_none_of_the_others():
     assert findings.kinds == {"shared race"} and not machine.findings
 
 
-def test_targets_are_checked(monkeypatch):
+def test_targets_are_checked():
     with pytest.raises(ValueError, match="^target: expected one of sm_80, .*, got sm_70"):
         MachineDriver("sm_70")
-    # put back once the plugin has taken it away
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     config = SimpleNamespace(addinivalue_line=lambda *line: None, stash={}, getoption=lambda name: "sm_70")
     with pytest.raises(pytest.UsageError, match="^--compiled: expected one of sm_80, .*, got sm_70"):
         plugin.pytest_configure(config)

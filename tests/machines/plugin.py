@@ -20,7 +20,7 @@ def pytest_addoption(parser, pluginmanager):
     parser.getgroup("compiled").addoption(
         "--compiled", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on a CPU"
     )
-    # Ahead of any conftest.py further down that imports triton, and so of the options. Workers inherit it.
+    # Triton reads it when it is imported, which a conftest.py further down may do before options are. Workers inherit it.
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     given = pluginmanager.get_plugin("pytestconfig").invocation_params.args
@@ -36,8 +36,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "compiled: runs compiled kernels on a CPU; run by `pytest --compiled TARGET`")
     config.stash[MACHINE] = None
     if target := config.getoption("compiled"):
-        # as triton reads it when kernels are defined
-        os.environ.pop("TRITON_INTERPRET", None)
         from .triton_driver import TARGETS, install
 
         if target not in TARGETS:
