@@ -20,7 +20,7 @@ def pytest_addoption(parser, pluginmanager):
     parser.getgroup("compiled").addoption(
         "--compiled", metavar="TARGET", help="execute kernels compiled for this GPU, such as sm_80, on a CPU"
     )
-    # Triton reads it when it is imported, which a conftest.py further down may do before options are. Workers inherit it.
+    # Triton reads it at its import, which a conftest.py further down may do ahead of the options. Workers inherit it.
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     given = pluginmanager.get_plugin("pytestconfig").invocation_params.args
