@@ -99,11 +99,6 @@ _CONFIGURATIONS |= {
     for m in (2, 4, 8, 16, 32)
 }
 
-# Of one layer: one warp puts up to 32 bytes on the stack, of 1:32 under Triton 3.6 on sm_90
-_CONFIGURATIONS |= {
-    (kernel, 32): Configuration(block=32, num_warps=2, steps=8) for kernel in ("score_update", "score_updates")
-}
-
 # Left alone, Triton 3.6's ptxas aims at 128 registers on sm_80, and puts 8 bytes on the stack
 _CONFIGURATIONS["score_updates_of_layers", 8] = Configuration(block=32, num_warps=1, steps=8, registers=144)
 

@@ -118,7 +118,7 @@ def test_draw_and_update_compile_for_every_target(child, n, m, logits):
     cases(
         [
             (n, m, logits)
-            for n, m in ((1, 2), (1, 4), (2, 4), (4, 8), (4, 16), (8, 16), (4, 32), (16, 32))
+            for n, m in ((1, 2), (1, 4), (2, 4), (4, 8), (4, 16), (8, 16), (1, 32), (4, 32), (16, 32))
             for logits in ("fp32", "bf16", "fp16")
         ],
         slow=lambda n, m, logits: (n, m, logits) != (2, 4, "fp32"),
@@ -409,7 +409,7 @@ def test_packed_kernels_compile_for_every_target(child, n, m, element):
     the last product.
     """
     rows = child(PACKED_CHILD, n, m, element)
-    assert len(rows) == len(TARGETS) * (5 + 2 * 6 + 2 + 1)
+    assert len(rows) == len(TARGETS) * (5 + 2 * len(_PACKED_TILES) + 2 + 1)
     for kernel, target, unit, owned, out, registers, spills, stack, shared, loop, matrix_unit in rows:
         case = (kernel, target, unit, owned, out, registers, spills, stack, shared, loop, matrix_unit)
         assert registers <= MOST_REGISTERS[target] and spills == 0 and shared <= SHARED_LIMITS[target], case

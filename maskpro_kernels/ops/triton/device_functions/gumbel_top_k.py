@@ -74,18 +74,21 @@ def top_n_of_4(keys, N: tl.constexpr):
 @triton.jit
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
-    if M == 4:
+    if M == 2:
+        kept = (keys[0] >= keys[1], keys[0] < keys[1])
+    elif M == 4:
         kept = top_n_of_4(keys, N)
     else:
-        kept = ()
-        # one column's count after the other: of all at once sm_100 holds the comparisons, for which it lacks registers
+        # a sorting network has far fewer comparisons than there are pairs, and ptxas holds fewer outcomes of them
+        threshold = descending(keys, M)[N - 1]
+        ahead = tl.zeros_like(keys[0]).to(tl.int32)
         for i in tl.static_range(M):
-            ahead = tl.zeros_like(keys[0]).to(tl.int32)
-            for j in tl.static_range(i):
-                ahead += (keys[j] >= keys[i]).to(tl.int32)
-            for j in tl.static_range(i + 1, M):
-                ahead += (keys[j] > keys[i]).to(tl.int32)
-            kept = kept + (ahead < N,)
+            ahead += (keys[i] > threshold).to(tl.int32)
+        kept = ()
+        for i in tl.static_range(M):
+            tied = keys[i] == threshold
+            kept = kept + ((keys[i] > threshold) | (tied & (ahead < N)),)
+            ahead += tied.to(tl.int32)
     return kept
 
 
