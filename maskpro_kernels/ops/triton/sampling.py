@@ -238,16 +238,14 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(
-    x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr, again=None
-):
-    """Columns of scale * score(mask of a draw); ``again`` as of ``drawn_code``."""
+def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
+    """Columns of scale * score(mask of a draw)."""
     if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
     else:
         z = d.scaled(x, inv_temperature, M)
         if N <= EXACT_SCORE_MAX_N:
-            code = d.drawn_code(x, group, inv_temperature, N, M, key, again)
+            code = d.drawn_code(x, group, inv_temperature, N, M, key)
             scores = d.exact_score(z, d.decode(code, M), N, M)
         else:
             keys = d.drawn_keys(z, group, M, key)
@@ -287,8 +285,7 @@ def summed_terms(
     BLOCK: tl.constexpr,
 ):
     """``update_terms`` of the first draw, whose key and factor are given, or where there are several the sum of all."""
-    # of one draw at M = 32 by the loop too: outside of it ptxas orders the code so that it lacks four registers
-    if SEVERAL or M == 32:
+    if SEVERAL:
         delta = ()
         for _ in tl.static_range(M):
             # -0.0: a zero added to it keeps its own sign. By its bits, as Triton 3.6 turns the literal into 0.0
@@ -298,8 +295,7 @@ def summed_terms(
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
             x = columns_again(x, logits, first, total, M, BLOCK)
-            again = d.load_key_again(seed, step, layer, draws + k)
-            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT, again)
+            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)

@@ -32,7 +32,6 @@ from .gumbel_top_k import (
 from .philox import (
     group_words,
     load_key,
-    load_key_again,
     philox4x32,
 )
 from .plackett_luce import (

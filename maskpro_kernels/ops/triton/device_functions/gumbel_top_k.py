@@ -200,27 +200,23 @@ def noisy_code(x, words, inv_temperature, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key, again=None):
+def drawn_code(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
     """int32 group codes of a draw from columns of float32 logits.
 
-    A block whose draws are all determined computes no noise. A caller with no registers left gives the key twice: as
-    ``again`` it is loaded by ``load_key_again``, and random words are made anew from it rather than held.
+    A block whose draws are all determined computes no noise.
     """
-    code, _ = drawn_code_and_flips(x, group, inv_temperature, N, M, key, again)
+    code, _ = drawn_code_and_flips(x, group, inv_temperature, N, M, key)
     return code
 
 
 @triton.jit
-def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key, again=None):
+def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.constexpr, key):
     """``drawn_code``, and int32 1 where it is not that of the N largest logits."""
     words = group_words(group, M, STREAM_DRAW, key)
     kept, determined = expected(x, descending(x, M), inv_temperature, words, N, M)
     code = encode(kept, M)
     flips = tl.zeros_like(code)
     if tl.min(determined.to(tl.int32), 0) == 0:
-        if N == 1 and M == 32:
-            # Triton 3.6's ptxas has no registers to hold them beside the sums of several draws
-            words = group_words(group, M, STREAM_DRAW, key if again is None else again)
         code = noisy_code(x, words, inv_temperature, N, M)
         flips = flipped(x, decode(code, M), M)
     return code, flips

@@ -29,12 +29,6 @@ def load_key(seed, step, layer, draw):
 
 
 @triton.jit
-def load_key_again(seed, step, layer, draw):
-    """What ``load_key`` gives; the compiler does not know that the seed is the same, for its load names a cache."""
-    return tl.load(seed, cache_modifier=".ca"), nearest_word(tl.load(step)), tl.load(layer), tl.load(draw)
-
-
-@triton.jit
 def nearest_word(value):
     """The uint32 nearest to an int64."""
     high = (value >> 32).to(tl.int32)
