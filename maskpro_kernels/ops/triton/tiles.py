@@ -229,26 +229,14 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
 # What products of groups of 32 take in place of these entries, on every target, whatever entries of its own it has.
-# Tiles that are missing or have other warps here put up to 48 bytes on the stack on sm_90 or sm_100: by codes, under
-# drawn masks, or of 1:32 with its log-probability or with Triton 3.6.
+# Tiles that are missing or have other warps here put up to 32 bytes on the stack on sm_90 or sm_100: by codes, under
+# drawn masks, or of 1:32 with its log-probability with Triton 3.6.
 _TILES_OF_32: dict[tuple[str, int], tuple[Tiles, ...]] = {
-    ("masked_linear", 2): (
-        Tiles(out=16, tokens=16, k=64),
-        Tiles(out=32, tokens=32, k=64),
-        Tiles(out=32, tokens=64, k=64, num_warps=8),
-        Tiles(out=64, tokens=128, k=32, num_warps=8, num_stages=2),
-    ),
     ("masked_linear", 4): (
         Tiles(out=16, tokens=16, k=64, num_warps=8),
         Tiles(out=16, tokens=32, k=64, num_warps=8),
         Tiles(out=16, tokens=64, k=32, num_warps=8),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
-    ),
-    ("masked_linear_input_grad", 2): (
-        Tiles(out=32, tokens=16, k=32),
-        Tiles(out=32, tokens=32, k=32),
-        Tiles(out=32, tokens=64, k=32),
-        Tiles(out=32, tokens=128, k=64, num_warps=8, num_stages=2),
     ),
     ("masked_linear_input_grad", 4): (
         Tiles(out=64, tokens=16, k=32, num_warps=8),

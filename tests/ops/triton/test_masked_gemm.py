@@ -478,11 +478,12 @@ def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
 
 
 def test_groups_of_32_take_tiles_that_leave_their_threads_the_registers():
-    """On gfx942 none of more than 4 warps; of two products, none that puts a value on the stack of another target."""
+    """On gfx942 none of more than 4 warps; of two products in float32, none that puts one on the stack of another."""
     sizes = {(product, size) for product, _, size in tiles.TILES}
     for (product, size), target in itertools.product(sizes, tiles.PROCESSORS):
         taken = tiles.tiles_of(product, target, size, 32)
         assert all(tile.num_warps <= 4 if target.startswith("gfx") else tile.registers == 255 for tile in taken)
         # as of other groups, but for those
         others = tuple(tiles.of_groups(tile, 32, target) for tile in tiles.TILES[product, target, size])
-        assert (taken != others) == (product in ("masked_linear", "masked_linear_input_grad"))
+        own = size == 4 and product in ("masked_linear", "masked_linear_input_grad")
+        assert (taken != others) == own
