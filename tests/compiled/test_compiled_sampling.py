@@ -58,12 +58,13 @@ def test_bits_are_those_of_the_reference(target, kernel, pattern, dtype, shard, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["top_n_mask", "sample_mask", "score_update", "score_updates"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_one_in_32_computes_the_words_of_several_draws_again(target, compiled_for, launched):
+def test_bits_of_1_of_32(target, kernel, compiled_for, launched):
     compiled_for(target)
     of = Matrix(1, 32, dtype=torch.bfloat16)
-    assert_bits_of_reference(lambda: OVER_GROUPS["score_updates"](of))
-    assert launched["score_updates"] == 1
+    assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
+    assert launched[kernel] == 1
 
 
 @pytest.mark.parametrize("kernel", ["score_update", slow("score_updates")])
