@@ -124,7 +124,7 @@ def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched)
 
 @pytest.mark.parametrize(("pattern", "kernels"), [("8:16", 0), ("16:32", 1)])
 def test_the_largest_of_32_are_found_by_a_kernel_of_their_own(pattern, kernels, launched):
-    """Beside a weight or a product they take more registers than a thread has."""
+    """Beside a weight they may take more registers than a thread has."""
     n, m = NMPattern(pattern).n, NMPattern(pattern).m
     scores, x, grad, weight = normal(16, 64), normal(5, 64, seed=1), normal(5, 16, seed=2), normal(16, 64, seed=3)
     squares = normal(16, seed=5) ** 2, normal(64, seed=6) ** 2
