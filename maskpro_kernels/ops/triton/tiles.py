@@ -99,8 +99,10 @@ _CONFIGURATIONS |= {
     for m in (2, 4, 8, 16, 32)
 }
 
-# Left alone, Triton 3.6's ptxas aims at 128 registers on sm_80, and puts 8 bytes on the stack
+# Left alone, ptxas aims at 128 registers of M = 8 on sm_80 with Triton 3.6, and at 168 of M = 16 and 16 bits on sm_90
+# with 3.9, and puts 8 bytes on the stack
 _CONFIGURATIONS["score_updates_of_layers", 8] = Configuration(block=32, num_warps=1, steps=8, registers=144)
+_CONFIGURATIONS["score_updates_of_layers", 16] = Configuration(block=32, num_warps=1, steps=8, registers=192)
 
 # How kernels over single elements are launched
 _ELEMENTS: dict[str, Configuration] = {"split_sum": Configuration(block=256), "metadata": Configuration(block=512)}
@@ -228,9 +230,9 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
-# What products of groups of 32 take in place of these entries, on every target, whatever entries of its own it has.
-# Tiles that are missing or have other warps here put up to 32 bytes on the stack on sm_90 or sm_100: by codes, under
-# drawn masks, or of 1:32 with its log-probability with Triton 3.6.
+# What products of groups of 32 in float32 take in place of these entries, on every target, whatever entries of its own
+# it has. Tiles that are missing or have other warps here put up to 32 bytes on the stack on sm_90 or sm_100: by codes,
+# under drawn masks, or of 1:32 with its log-probability with Triton 3.6.
 _TILES_OF_32: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("masked_linear", 4): (
         Tiles(out=16, tokens=16, k=64, num_warps=8),

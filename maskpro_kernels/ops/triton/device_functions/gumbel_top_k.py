@@ -75,19 +75,24 @@ def top_n_of_4(keys, N: tl.constexpr):
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
     if M == 2:
-        kept = (keys[0] >= keys[1], keys[0] < keys[1])
+        first = keys[0] >= keys[1]
+        kept = (first, ~first)
     elif M == 4:
         kept = top_n_of_4(keys, N)
     else:
-        # a sorting network has far fewer comparisons than there are pairs, and ptxas holds fewer outcomes of them
+        # of all pairs ptxas would hold more outcomes than it has registers for
         threshold = descending(keys, M)[N - 1]
+        above = ()
         ahead = tl.zeros_like(keys[0]).to(tl.int32)
         for i in tl.static_range(M):
-            ahead += (keys[i] > threshold).to(tl.int32)
+            above = above + (keys[i] > threshold,)
+            if N > 1:
+                ahead += above[i].to(tl.int32)
         kept = ()
         for i in tl.static_range(M):
-            tied = keys[i] == threshold
-            kept = kept + ((keys[i] > threshold) | (tied & (ahead < N)),)
+            # where one is NaN, as of infinite logits, all are tied: N are kept even then
+            tied = ~(above[i] | (keys[i] < threshold))
+            kept = kept + (above[i] | (tied & (ahead < N)),)
             ahead += tied.to(tl.int32)
     return kept
 
