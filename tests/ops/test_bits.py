@@ -69,6 +69,20 @@ def test_top_n_of_ties_goes_to_the_lower_index(n, m):
     assert_same_bits(reference.top_n_mask(scores.view(1, -1), n=n, m=m), codes)
 
 
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 8, 16, 32) for n in sorted({1, m // 2, m - 1})])
+def test_n_are_kept_of_a_group_with_nan(n, m):
+    """Which ones is not promised; but a code keeps N, and no group of a weight turns into zeros."""
+    generator = torch.Generator().manual_seed(m)
+    scores = torch.randint(-2, 3, (200, m), generator=generator).float()
+    scores[torch.rand(200, m, generator=generator) < 0.3] = torch.nan
+    for i, column in enumerate((0, m // 2, m - 1)):
+        scores[i, column] = torch.nan
+    scores[3] = torch.nan
+    codes = sampling.top_n_mask(scores.view(1, -1), n, m).flatten().long()
+    kept = sum(codes >> i & 1 for i in range(m))
+    assert (kept == n).all()
+
+
 def scalar(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float32)
 

@@ -369,7 +369,8 @@ def sample_mask(logits, n, m, inv_temperature, counter):
 def as_kernels_take_it(mask):
     """The same mask, by codes where no other kernel finds it.
 
-    The largest of 32 take more registers than a thread has beside a weight of float32, with Triton 3.6.
+    The largest of 32 take more registers than a thread has beside a weight of float32, with Triton 3.6. The products,
+    of which some make that weight, follow the same rule.
     """
     if mask.kind == "top_n" and mask.m == 32:
         return MaskSource(top_n_mask(mask.tensor, mask.n, mask.m), "codes", mask.n, mask.m)
