@@ -238,8 +238,10 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
-    """Columns of scale * score(mask of a draw)."""
+def update_terms(
+    x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr, SEVERAL: tl.constexpr
+):
+    """Columns of scale * score(mask of a draw), which may be one of several."""
     if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
     else:
@@ -249,7 +251,15 @@ def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.c
             scores = d.exact_score(z, d.decode(code, M), N, M)
         else:
             keys = d.drawn_keys(z, group, M, key)
-            scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
+            if M != 32:
+                kept = d.top_n(keys, N, M)
+            elif SEVERAL:
+                # beside their sums a network puts up to 120 bytes on the stack on sm_90 and sm_100 with Triton 3.9
+                kept = d.top_n_by_pairs(keys, N, M)
+            else:
+                # packed for a while: as 32 columns it puts up to 56 bytes on the stack there
+                kept = d.decode(d.encode(d.top_n(keys, N, M), M), M)
+            scores = d.exponential_race_score(z, keys, kept, M)
     terms = ()
     for i in tl.static_range(M):
         terms = terms + (scores[i] * scale,)
@@ -295,13 +305,13 @@ def summed_terms(
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
             x = columns_again(x, logits, first, total, M, BLOCK)
-            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
+            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT, SEVERAL)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
             delta = total_terms
     else:
-        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
+        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT, SEVERAL)
     return delta
 
 

@@ -28,6 +28,7 @@ from .gumbel_top_k import (
     gumbel,
     scaled,
     top_n,
+    top_n_by_pairs,
 )
 from .philox import (
     group_words,
