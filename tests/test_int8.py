@@ -52,6 +52,8 @@ class TestRounding:
         exponent=st.integers(-24, 12),
         seed=st.integers(0, 2**32 - 1),
     )
+    # a value just beyond the middle between two integers, but for the rounding of its quotient
+    @hypothesis.example(pattern="31:32", dtype=torch.float32, groups=33, exponent=0, seed=702685876)
     @hypothesis.settings(max_examples=60)
     def test_each_value_is_off_by_half_a_scale_at_most(self, pattern, dtype, groups, exponent, seed):
         pattern = mk.NMPattern(pattern)
@@ -60,7 +62,8 @@ class TestRounding:
         packed = mk.pack_nm(weight, pattern, "int8").check()
         assert packed.dtype == dtype and packed.scales.dtype == dtype and packed.values.dtype == torch.int8
         for before, values, scale in blocks_of(packed, kept):
-            assert ((values * scale - before).abs() <= scale / 2 * (1 + 1e-6)).all()
+            # quotients up to 127 are rounded to float32, by 2^-18 at most
+            assert ((values * scale - before).abs() <= scale * (0.5 + 2.0**-18)).all()
             assert values.abs().max() <= 127
             # the scale is the least number of its dtype that reaches the largest
             largest = before.abs().amax(1, keepdim=True)
