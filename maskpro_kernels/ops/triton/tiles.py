@@ -273,8 +273,9 @@ _OWN: dict[tuple, Configuration | tuple[Rows, ...] | tuple[Tiles, ...]] = {
     ("masked_linear", "sm_100", 2): tuple(
         replace(tile, num_stages=4) if tile.tokens == 16 else tile for tile in _TILES["masked_linear", 2]
     ),
-    # With 3 stages, or with 2 and left alone, ptxas puts 8 bytes on the stack at 4:8 in int8
+    # With 3 stages ptxas puts 8 bytes on the stack at 4:8 or 8:16 in int8; left alone, with 2 on sm_80 as well
     ("packed_linear", "sm_80", 2): (*_PACKED_TILES[:2], replace(_PACKED_TILES[2], num_stages=2, registers=160)),
+    ("packed_linear", "sm_100", 2): (*_PACKED_TILES[:2], replace(_PACKED_TILES[2], num_stages=2)),
     # a wave of AMD has 64 lanes, all of which should have a group
     **{
         (kernel, "gfx942", m): replace(config, block=64)
