@@ -478,7 +478,7 @@ def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
 
 
 def test_groups_of_32_take_tiles_that_leave_their_threads_the_registers():
-    """On gfx942 of 4 warps at most. In float32 two products have tiles of their own, on the stack of no target."""
+    """On gfx942 of 4 warps at most. In float32 two products have tiles of their own."""
     sizes = {(product, size) for product, _, size in tiles.TILES}
     for (product, size), target in itertools.product(sizes, tiles.PROCESSORS):
         taken = tiles.tiles_of(product, target, size, 32)
