@@ -39,6 +39,9 @@ def evaluate(args: argparse.Namespace) -> None:
             lines.append(f"not the dense model's weights under a mask: {run['weights']}")
     if text is not None:
         found |= text.measure(model, tokenizer)
+        if run is not None and (dtype, found.get("windows_digest")) == (run["dtype"], run["eval_digest"]):
+            found["dense_perplexity"] = run["table"][0]["perplexity"]
+            lines.insert(0, f"the dense model there: {found['dense_perplexity']:.2f}, by the run's table")
         lines = [*result_lines(found), *lines]
     if tasks is not None:
         found["tasks"] = tasks.evaluate(model, tokenizer, args.bars)

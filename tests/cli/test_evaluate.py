@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 
@@ -24,7 +25,8 @@ def test_eval_of_a_run_and_of_a_model(inputs, run, capsys):
     assert main.main(["eval", str(run), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"test perplexity {table['reinforce']:.2f} over 5 windows of 24 tokens"
-    assert lines[2] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
+    assert lines[2] == f"the dense model there: {table['dense']:.2f}, by the run's table"
+    assert lines[3] == f"2:4 100.00% of {report(run)['groups']} groups have at most 2 nonzeros"
     assert main.main(["eval", str(inputs / "model"), *options, "--dtype", "float32"]) == 0
     line, named = capsys.readouterr().out.splitlines()
     assert line == f"test perplexity {table['dense']:.2f} over 5 windows of 24 tokens"
@@ -107,13 +109,17 @@ def test_windows_longer_than_a_model_has_positions_for_are_refused(inputs, tmp_p
 
 
 def test_eval_of_a_run_takes_the_windows_of_its_table(run, tmp_path, capsys):
-    assert main.main(["eval", str(run), "--device", "cpu"]) == 0
+    output = tmp_path / "found.json"
+    assert main.main(["eval", str(run), "--device", "cpu", "--output", str(output)]) == 0
     windows = report(run)["eval_tokens"] // 24
     figure = f"{report(run)['table'][-1]['perplexity']:.2f} over {windows} windows of 24 tokens"
     assert f"test perplexity {figure}\n" in capsys.readouterr().out
-    # and given ones go before, each by itself
-    assert main.main(["eval", str(run), "--device", "cpu", "--eval-windows", "2"]) == 0
-    assert "over 2 windows of 24 tokens\n" in capsys.readouterr().out
+    assert json.loads(output.read_bytes())["dense_perplexity"] == report(run)["table"][0]["perplexity"]
+    # and given ones go before, each by itself; the table tells nothing of the dense model there
+    for other, told in (("--eval-windows 2", "over 2 windows of 24 tokens\n"), ("--dtype bfloat16", figure[-22:])):
+        assert main.main(["eval", str(run), "--device", "cpu", *other.split()]) == 0
+        out = capsys.readouterr().out
+        assert told in out and "dense model" not in out
 
 
 def test_a_text_that_has_changed_since_the_run_is_told(inputs, tmp_path, capsys):
