@@ -230,21 +230,32 @@ _TILES: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ("straight_through_step", 2): (Tiles(out=16, tokens=1, k=64),),
     ("straight_through_step", 4): (Tiles(out=16, tokens=1, k=64),),
 }
-# What products of groups of 32 in float32 take in place of these entries, on every target, whatever entries of its own
-# it has. Tiles that are missing or have other warps here put up to 32 bytes on the stack on sm_90 or sm_100: by codes,
-# under drawn masks, or of 1:32 with its log-probability with Triton 3.6.
-_TILES_OF_32: dict[tuple[str, int], tuple[Tiles, ...]] = {
-    ("masked_linear", 4): (
+# What gradients of the input take of large groups in float32. More warps than those above, for registers.
+_WIDE_INPUT_GRAD = (
+    Tiles(out=64, tokens=16, k=32, num_warps=8, registers=168),
+    Tiles(out=32, tokens=32, k=32, num_warps=8, registers=168),
+    Tiles(out=32, tokens=64, k=32, num_warps=8, registers=168),
+)
+# What products of large groups take in place of the entries of ``_TILES``, by M as well, on every target, whatever
+# entries of its own it has. Tiles that are missing, have other warps or name no registers here put up to 32 bytes on
+# the stack: by codes, under drawn masks, of logits in bfloat16, or of 1:32 with its log-probability with Triton 3.6.
+_TILES_OF_LARGE_GROUPS: dict[tuple[str, int, int], tuple[Tiles, ...]] = {
+    ("masked_linear_input_grad", 2, 16): tuple(
+        replace(tile, registers=tile.registers or 168) for tile in _TILES["masked_linear_input_grad", 2]
+    ),
+    ("masked_linear_input_grad", 4, 16): (
+        *_WIDE_INPUT_GRAD,
+        Tiles(out=16, tokens=128, k=32, num_warps=8, registers=255),
+    ),
+    ("masked_linear_input_grad", 4, 32): _WIDE_INPUT_GRAD,
+    ("masked_linear", 4, 32): (
         Tiles(out=16, tokens=16, k=64, num_warps=8),
         Tiles(out=16, tokens=32, k=64, num_warps=8),
         Tiles(out=16, tokens=64, k=32, num_warps=8),
         Tiles(out=32, tokens=64, k=32, num_warps=8),
     ),
-    ("masked_linear_input_grad", 4): (
-        Tiles(out=64, tokens=16, k=32, num_warps=8),
-        Tiles(out=32, tokens=32, k=32, num_warps=8),
-        Tiles(out=32, tokens=64, k=32, num_warps=8),
-    ),
+    ("straight_through_step", 2, 16): (Tiles(out=16, tokens=1, k=64, registers=128),),
+    ("straight_through_step", 4, 16): (Tiles(out=16, tokens=1, k=64, registers=128),),
 }
 TILES = {(product, target, size): tiles for (product, size), tiles in _TILES.items() for target in PROCESSORS}
 
@@ -424,8 +435,7 @@ def _from_table(product: str, target: str, m: int, itemsize: int, tokens: int, r
 def tiles_of(product: str, target: str, itemsize: int, m: int) -> tuple[Tiles, ...]:
     """What a product of operands of ``itemsize`` bytes has to choose from for groups of ``m``."""
     entries = (TILES | PACKED_TILES)[product, target, itemsize]
-    if m == 32:
-        entries = _TILES_OF_32.get((product, itemsize), entries)
+    entries = _TILES_OF_LARGE_GROUPS.get((product, itemsize, m), entries)
     return tuple(of_groups(tile, m, target) for tile in entries)
 
 

@@ -279,14 +279,14 @@ def test_a_cost_is_worse_where_one_figure_is():
 
 SLOPES_CHILD = """
 from aot import TARGETS, build_product
-from maskpro_kernels.ops.triton.tiles import TILES
+from maskpro_kernels.ops.triton.tiles import tiles_of
 (patterns,) = arguments
 kinds = {}, {"KIND": "codes"}
 for target in TARGETS:
     for n, m in patterns:
         for operand, itemsize in (("bf16", 2), ("fp32", 4)):
-            tiles = TILES["straight_through", target, itemsize]
-            step = TILES["straight_through_step", target, itemsize][0]
+            tiles = tiles_of("straight_through", target, itemsize, m)
+            step = tiles_of("straight_through_step", target, itemsize, m)[0]
             cases = [("straight_through", tile, {"UPDATE": False, **kind}) for tile in tiles for kind in kinds]
             cases += [("straight_through", tiles[-1], {"WEIGHT_GRAD": True})]
             cases += [("straight_through_step", step, {"UPDATE": False, **kind}) for kind in kinds]
@@ -348,9 +348,10 @@ def test_products_by_codes_compile_for_every_target(child):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("operand", ["bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["top_n", "codes"])
-def test_products_under_given_masks_compile_for_every_target(child, kind):
-    check_products(child, "bf16", [(2, 4), (8, 16)], list(SHARED_LIMITS), KIND=kind)
+def test_products_under_given_masks_compile_for_every_target(child, kind, operand):
+    check_products(child, operand, [(2, 4), (4, 8), (8, 16)], list(SHARED_LIMITS), KIND=kind)
 
 
 @pytest.mark.slow

@@ -477,13 +477,23 @@ def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
     assert tiles.of_groups(tiles.Tiles(out=64, tokens=16, k=16), 32, "sm_90").k == 32
 
 
-def test_groups_of_32_take_tiles_that_leave_their_threads_the_registers():
-    """On gfx942 of 4 warps at most. In float32 two products have tiles of their own."""
+@pytest.mark.parametrize(
+    ("m", "own"),
+    [
+        (16, {("masked_linear_input_grad", 2), ("masked_linear_input_grad", 4),
+              ("straight_through_step", 2), ("straight_through_step", 4)}),
+        (32, {("masked_linear", 4), ("masked_linear_input_grad", 4)}),
+    ],
+)  # fmt: skip
+def test_some_products_of_large_groups_have_tiles_of_their_own(m, own):
+    """Those that they would share leave some pattern's threads too few registers."""
     sizes = {(product, size) for product, _, size in tiles.TILES}
     for (product, size), target in itertools.product(sizes, tiles.PROCESSORS):
+        shared = tuple(tiles.of_groups(tile, m, target) for tile in tiles.TILES[product, target, size])
+        assert (tiles.tiles_of(product, target, size, m) != shared) == ((product, size) in own)
+
+
+def test_groups_of_32_take_all_registers_and_on_gfx942_few_warps():
+    for product, target, size in tiles.TILES:
         taken = tiles.tiles_of(product, target, size, 32)
         assert all(tile.num_warps <= 4 if target.startswith("gfx") else tile.registers == 255 for tile in taken)
-        # as of other groups, but for those
-        others = tuple(tiles.of_groups(tile, 32, target) for tile in tiles.TILES[product, target, size])
-        own = size == 4 and product in ("masked_linear", "masked_linear_input_grad")
-        assert (taken != others) == own
