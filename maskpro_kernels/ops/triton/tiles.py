@@ -238,7 +238,7 @@ _WIDE_INPUT_GRAD = (
 )
 # What products of large groups take in place of the entries of ``_TILES``, by M as well, on every target, whatever
 # entries of its own it has. Tiles that are missing, have other warps or name no registers here put up to 32 bytes on
-# the stack: by codes, under drawn masks, of logits in bfloat16, or of 1:32 with its log-probability with Triton 3.6.
+# the stack: by codes, under drawn masks, of logits in bfloat16, or of 1:32 with its log-probability.
 _TILES_OF_LARGE_GROUPS: dict[tuple[str, int, int], tuple[Tiles, ...]] = {
     ("masked_linear_input_grad", 2, 16): tuple(
         replace(tile, registers=tile.registers or 168) for tile in _TILES["masked_linear_input_grad", 2]
@@ -250,9 +250,8 @@ _TILES_OF_LARGE_GROUPS: dict[tuple[str, int, int], tuple[Tiles, ...]] = {
     ("masked_linear_input_grad", 4, 32): _WIDE_INPUT_GRAD,
     ("masked_linear", 4, 32): (
         Tiles(out=16, tokens=16, k=64, num_warps=8),
-        Tiles(out=16, tokens=32, k=64, num_warps=8),
+        Tiles(out=16, tokens=32, k=32, num_warps=8),
         Tiles(out=16, tokens=64, k=32, num_warps=8),
-        Tiles(out=32, tokens=64, k=32, num_warps=8),
     ),
     ("straight_through_step", 2, 16): (Tiles(out=16, tokens=1, k=64, registers=128),),
     ("straight_through_step", 4, 16): (Tiles(out=16, tokens=1, k=64, registers=128),),
