@@ -93,20 +93,22 @@ def test_products_under_given_masks(target, kernel, kind, compiled_for):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "kernel", "target"),
+    ("pattern", "kind", "dtype", "kernel", "target"),
     cases(
-        itertools.product(("codes", "drawn"), (torch.bfloat16, torch.float32), PRODUCTS, ALL_TARGETS),
-        slow=lambda *case: case != ("codes", torch.bfloat16, LINEAR, "sm_80"),
+        itertools.product(
+            ((8, 16), (16, 32)), ("codes", "drawn"), (torch.bfloat16, torch.float32), PRODUCTS, ALL_TARGETS
+        ),
+        slow=lambda *case: case != ((16, 32), "codes", torch.bfloat16, LINEAR, "sm_80"),
     ),
     ids=str,
 )
-def test_products_of_groups_of_32(kind, dtype, kernel, target, compiled_for, launched):
+def test_products_of_large_groups(pattern, kind, dtype, kernel, target, compiled_for, launched):
     """On the narrowest and the widest of the tiles that they take."""
     compiled_for(target)
-    tiles = tiles_of(kernel, target, dtype.itemsize, 32)
+    tiles = tiles_of(kernel, target, dtype.itemsize, pattern[1])
     ends = dict.fromkeys((tiles[0], tiles[-1]))
     for tile in ends:
-        Product(kernel, tile, 16, 32, dtype, kind=kind, one_hot=True).assert_right()
+        Product(kernel, tile, *pattern, dtype, kind=kind, one_hot=True).assert_right()
     assert launched[kernel] == len(ends)
 
 
