@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/test_kills cli/test_mixed_data \
 	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks cli/test_datasets \
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
-	benchmarks/test_characters training/test_memory cli/test_plan cli/test_sweep sharding/test_shards_of_layers cli/test_start_mask)
+	benchmarks/test_characters learn/test_memory cli/test_plan cli/test_sweep sharding/test_shards_of_layers cli/test_start_mask)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
@@ -95,8 +95,8 @@ bench: $(INSTALLED)
 # does not stop the others, and the benchmarks stand in the order of their importance.
 ROWS ?= gpu-check.jsonl
 GPU_TESTS := $(patsubst %,tests/%.py,ops/test_adamw ops/triton/test_masked_gemm ops/triton/test_mutants \
-	ops/triton/test_straight_through functional/test_straight_through training/test_straight_through \
-	training/test_slopes_refused pruning/test_reconstruction)
+	ops/triton/test_straight_through functional/test_straight_through learn/test_straight_through \
+	learn/test_slopes_refused prune/test_reconstruction)
 GPU_BENCHMARKS := $(patsubst %,benchmarks/test_bench_%.py,linear packed step straight_through model startup)
 gpu-check:
 	failed=0; \

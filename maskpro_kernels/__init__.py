@@ -19,18 +19,18 @@ from .functional.masks import (
     shard_counter,
     top_n_mask,
 )
+from .learn.mask_optimizer import MaskOptimizer
+from .learn.model_masks import ModelMasks
+from .learn.reinforce import Reinforce
+from .learn.step import StepRecord
+from .learn.straight_through import StraightThrough
+from .learn.trainer import MaskTrainer
 from .modules import MaskedLinear, advance, log_prob
 from .packed import NMLinear, PackedNM, Sparse24Linear, nm_linear, pack_24, pack_nm, sparse24_linear
 from .pattern import NMPattern
-from .pruning.convert import Conversion, convert
-from .pruning.finalize import finalize
-from .pruning.refit import refit
-from .training.mask_optimizer import MaskOptimizer
-from .training.model_masks import ModelMasks
-from .training.reinforce import Reinforce
-from .training.step import StepRecord
-from .training.straight_through import StraightThrough
-from .training.trainer import MaskTrainer
+from .prune.convert import Conversion, convert
+from .prune.finalize import finalize
+from .prune.refit import refit
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from .adapters import adapter_modules
 from .functional.masks import expand_mask, top_n_mask
-from .linear_form import Matrix, matrices
 from .pattern import NMPattern
 from .shards import check_in_memory
+from .unfuse import Matrix, matrices
 
 
 class KeptZeros:

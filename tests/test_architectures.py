@@ -13,10 +13,10 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.hf.packed import StoredAs, replace_by_packed
-from maskpro_kernels.linear_form import as_linears
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.pruning.coverage import coverage
-from maskpro_kernels.pruning.selection import select_layers
+from maskpro_kernels.prune.coverage import coverage
+from maskpro_kernels.prune.selection import select_layers
+from maskpro_kernels.unfuse import as_linears
 
 pytestmark = [
     pytest.mark.usefixtures("eager_reference"),

@@ -15,7 +15,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.modules import CounterState, counter_states, masked_layers
-from maskpro_kernels.pruning.finalize import pack
+from maskpro_kernels.prune.finalize import pack
 from maskpro_kernels.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")

@@ -32,9 +32,9 @@ from maskpro_kernels import (
     top_n_mask,
 )
 from maskpro_kernels.modules import initial_logits, masked_layers
-from maskpro_kernels.pruning.least_squares import FITS, refit_rows
-from maskpro_kernels.pruning.refitted_swaps import conditional_blocks, swap_and_refit
-from maskpro_kernels.pruning.swap_descent import by_place
+from maskpro_kernels.prune.least_squares import FITS, refit_rows
+from maskpro_kernels.prune.refitted_swaps import conditional_blocks, swap_and_refit
+from maskpro_kernels.prune.swap_descent import by_place
 from maskpro_kernels.text.losses import distillation_loss
 from maskpro_kernels.text.teacher import TeacherCache
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.cli import main
-from maskpro_kernels.pruning.finalize import pack, unpack
+from maskpro_kernels.prune.finalize import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -20,7 +20,7 @@ from maskpro_kernels import hf
 from maskpro_kernels.hf.packed import StoredAs, replace_by_packed
 from maskpro_kernels.hf.stored_files import HOW_TO_LOAD
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.pruning.finalize import unpack
+from maskpro_kernels.prune.finalize import unpack
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
 pytestmark = pytest.mark.usefixtures("eager_reference")

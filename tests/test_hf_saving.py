@@ -21,7 +21,7 @@ import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.hf.stored_files import check_dense_parts_stored
 from maskpro_kernels.packed import SPARSE
-from maskpro_kernels.pruning.finalize import unpack
+from maskpro_kernels.prune.finalize import unpack
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -17,7 +17,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.kept_zeros import KeptZeros
 from maskpro_kernels.ops.reference import SCALED, dequantized
 from maskpro_kernels.packed import bits_a_weight
-from maskpro_kernels.pruning.finalize import pack, repack, unpack
+from maskpro_kernels.prune.finalize import pack, repack, unpack
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -324,7 +324,7 @@ def test_the_card_of_an_imported_run_tells_what_its_report_does(inputs, tmp_path
 
 
 def test_a_run_keeps_a_card_that_came_while_it_learned(inputs, tmp_path, monkeypatch, capsys):
-    from maskpro_kernels.training.trainer import MaskTrainer
+    from maskpro_kernels.learn.trainer import MaskTrainer
 
     step, run = MaskTrainer.step, tmp_path / "run"
 

@@ -12,8 +12,8 @@ from helpers.in_ranks import all_in_ranks
 from helpers.rank_jobs import learn_on_rank, rank_trainer
 from helpers.small_trainer import a_model, logits_of
 
-from maskpro_kernels.training import journal, snapshots
-from maskpro_kernels.training.sharing import PARALLEL
+from maskpro_kernels.learn import journal, snapshots
+from maskpro_kernels.learn.sharing import PARALLEL
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels import ranks
-from maskpro_kernels.training.sharing import PARALLEL
+from maskpro_kernels.learn.sharing import PARALLEL
 
 
 def differ(rank: int, folder) -> dict[str, str]:

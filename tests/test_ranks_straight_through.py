@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import maskpro_kernels as mk
-from maskpro_kernels.training import backward_pass as backward_pass_file
+from maskpro_kernels.learn import backward_pass as backward_pass_file
 
 
 class TwoWays(nn.Module):

@@ -25,7 +25,7 @@ from helpers.rank_jobs import learn_on_rank, rank_trainer
 import maskpro_kernels as mk
 from maskpro_kernels import ranks
 from maskpro_kernels.digests import digest
-from maskpro_kernels.training import journal
+from maskpro_kernels.learn import journal
 
 
 def killed_in(step: int, victim: int, rank: int, trainer_of: list):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from maskpro_kernels import convert, finalize
 from maskpro_kernels.hf import load_model, save_model
-from maskpro_kernels.pruning.finalize import pack, repack
+from maskpro_kernels.prune.finalize import pack, repack
 
 folder = Path(sys.argv[1])
 model, tokenizer = load_model("smollm2-135m", torch.bfloat16)

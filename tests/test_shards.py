@@ -16,13 +16,13 @@ import maskpro_kernels as mk
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.run_files import PROGRESS
 from maskpro_kernels.digests import digest
+from maskpro_kernels.learn import journal
+from maskpro_kernels.learn.journal import Draw, Entry
+from maskpro_kernels.learn.model_masks import ModelMasks
+from maskpro_kernels.learn.run_folder import JOURNAL, settings_of
+from maskpro_kernels.learn.score_updates import replay
 from maskpro_kernels.modules import CounterState, masked_layers
 from maskpro_kernels.ranks import Ranks
-from maskpro_kernels.training import journal
-from maskpro_kernels.training.journal import Draw, Entry
-from maskpro_kernels.training.model_masks import ModelMasks
-from maskpro_kernels.training.run_folder import JOURNAL, settings_of
-from maskpro_kernels.training.score_updates import replay
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

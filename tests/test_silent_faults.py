@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import maskpro_kernels as mk
 from maskpro_kernels import hf
-from maskpro_kernels.linear_form import as_linears
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.packed import packed_linear
 from maskpro_kernels.peft import beside_masks
+from maskpro_kernels.unfuse import as_linears
 
 SCALES = "model.layers.0.mlp.down_proj.scales"
 
@@ -254,13 +254,13 @@ FAULTS = [
     Fault("hf.stored_layers.tell_config", nothing, converted_by_hand_comes_back),
     Fault("hf.tell_config", nothing, finalized_it_is_no_longer_called_quantized),
     Fault("hf.packed.take_apart", nothing, taken_apart_comes_back),
-    Fault("pruning.selection.read_elsewhere", lambda *_: set(), every_mask_matters),
-    Fault("linear_form.rewriting._held_by_encoders", lambda _: set(), encoders_are_masked),
-    Fault("pruning.convert.in_linear_form", lambda _: nullcontext({}), mixtures_are_masked),
-    Fault("pruning.convert.MOST_OF_A_MODEL", 0.0, little_is_told),
-    Fault("pruning.selection.adapter_modules", lambda _: set(), adapters_get_no_mask),
+    Fault("prune.selection.read_elsewhere", lambda *_: set(), every_mask_matters),
+    Fault("unfuse.rewriting._held_by_encoders", lambda _: set(), encoders_are_masked),
+    Fault("prune.convert.in_linear_form", lambda _: nullcontext({}), mixtures_are_masked),
+    Fault("prune.convert.MOST_OF_A_MODEL", 0.0, little_is_told),
+    Fault("prune.selection.adapter_modules", lambda _: set(), adapters_get_no_mask),
     Fault("adapters._refuse", nothing, merged_computes_the_same),
-    Fault("pruning.replacement.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
+    Fault("prune.replacement.fit_adapters", nothing, finalized_it_merges_as_it_is_stored),
     Fault("packed.packed_linear", of_detached_values, values_learn),
     Fault("packed.quantized", with_scales_rounded_down, values_are_off_by_half_a_scale),
     Fault("hf.packed.check_content", nothing, damaged_scales_are_seen),

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from rows import finite
 from torch import Tensor, nn
 
-from maskpro_kernels.pruning.convert import convert
+from maskpro_kernels.learn.reinforce import Reinforce
+from maskpro_kernels.learn.trainer import MaskTrainer
+from maskpro_kernels.prune.convert import convert
 from maskpro_kernels.text.data import SPLITS, load_text
-from maskpro_kernels.training.reinforce import Reinforce
-from maskpro_kernels.training.trainer import MaskTrainer
 
 CONTEXT, EMBEDDING = 16, 16
 MASKED = ("first", "second")

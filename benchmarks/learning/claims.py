@@ -21,10 +21,10 @@ from compare import Comparison, checked, options
 from methods import ONE_SHOT, Learner
 from rows import best, settings_text, spread
 
-from maskpro_kernels.pruning.gap import gap_for_flip_rate
-from maskpro_kernels.training.estimator import Estimator, Option
-from maskpro_kernels.training.reinforce import Reinforce
-from maskpro_kernels.training.straight_through import StraightThrough
+from maskpro_kernels.learn.estimator import Estimator, Option
+from maskpro_kernels.learn.reinforce import Reinforce
+from maskpro_kernels.learn.straight_through import StraightThrough
+from maskpro_kernels.prune.gap import gap_for_flip_rate
 
 
 class FlipRate(Reinforce):

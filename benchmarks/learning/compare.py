@@ -32,18 +32,18 @@ from maskpro_kernels.digests import digest
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 from maskpro_kernels.hf import load_model
+from maskpro_kernels.learn.estimator import Estimator
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.modules import MaskedLinear, initial_logits, masked_layers
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.pruning.convert import convert
-from maskpro_kernels.pruning.initial_masks import initial_codes
-from maskpro_kernels.pruning.selection import layers_to_convert
-from maskpro_kernels.pruning.sparsegpt import sparsegpt
+from maskpro_kernels.prune.convert import convert
+from maskpro_kernels.prune.initial_masks import initial_codes
+from maskpro_kernels.prune.selection import layers_to_convert
+from maskpro_kernels.prune.sparsegpt import sparsegpt
 from maskpro_kernels.text.data import load_text, windows
 from maskpro_kernels.text.mixture import SELF, MixedBatches, parse_sources, texts_of
 from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
 from maskpro_kernels.text.samples import sample_windows, start_token
-from maskpro_kernels.training.estimator import Estimator
-from maskpro_kernels.training.trainer import MaskTrainer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from harness import environment  # noqa: E402

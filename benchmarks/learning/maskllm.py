@@ -18,10 +18,10 @@ from relaxed import RelaxedMask, generator, gumbel
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, pack_mask, top_n_mask
+from maskpro_kernels.learn.estimator import Option
+from maskpro_kernels.learn.number_checks import check_float
 from maskpro_kernels.modules import MaskedLinear
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.training.estimator import Option
-from maskpro_kernels.training.number_checks import check_float
 
 # A group of 4:8 has 70; one of 8:16 has 12,870, each with a logit and two moments
 MOST_MASKS = 128

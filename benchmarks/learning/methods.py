@@ -10,10 +10,10 @@ from proxsparse import ProxSparse
 from relaxed import RelaxedMask
 from relaxed_top_k import RelaxedTopK
 
+from maskpro_kernels.learn.estimator import Estimator
+from maskpro_kernels.learn.reinforce import Reinforce
+from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.modules import MaskedLinear
-from maskpro_kernels.training.estimator import Estimator
-from maskpro_kernels.training.reinforce import Reinforce
-from maskpro_kernels.training.straight_through import StraightThrough
 
 
 @dataclass(frozen=True)

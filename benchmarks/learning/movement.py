@@ -15,7 +15,7 @@ from compare import Comparison, parsed, run
 from methods import Learner
 from variants import Annealed, Consistent, LateBatches, Scheduled, Spread, TrustRegion
 
-from maskpro_kernels.training.straight_through import StraightThrough
+from maskpro_kernels.learn.straight_through import StraightThrough
 
 LEARNERS = {
     learner.kind.name: learner

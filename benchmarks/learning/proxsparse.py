@@ -14,9 +14,9 @@ from relaxed import RelaxedMask
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
+from maskpro_kernels.learn.estimator import Option
+from maskpro_kernels.learn.number_checks import check_float
 from maskpro_kernels.modules import MaskedLinear
-from maskpro_kernels.training.estimator import Option
-from maskpro_kernels.training.number_checks import check_float
 
 EPSILON = 0.1
 # Share of the steps over which the learning rate rises

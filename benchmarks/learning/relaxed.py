@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from maskpro_kernels.learn.estimator import Estimator, StepResult
+from maskpro_kernels.learn.number_checks import check_float, check_whole
+from maskpro_kernels.learn.step import Step
 from maskpro_kernels.modules import MaskedLinear, initial_logits
-from maskpro_kernels.training.estimator import Estimator, StepResult
-from maskpro_kernels.training.number_checks import check_float, check_whole
-from maskpro_kernels.training.step import Step
 
 # Of a kept logit over a dropped one, where the mask is written down: no draw crosses it
 WRITTEN_GAP = 30.0

@@ -12,9 +12,9 @@ from relaxed import RelaxedMask, gumbel
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
+from maskpro_kernels.learn.estimator import Option
+from maskpro_kernels.learn.number_checks import check_float
 from maskpro_kernels.modules import MaskedLinear
-from maskpro_kernels.training.estimator import Option
-from maskpro_kernels.training.number_checks import check_float
 
 
 def relaxed_top_k(keys: Tensor, n: int, temperature: float) -> Tensor:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from maskpro_kernels.learn.backward_pass import LayerUpdater
+from maskpro_kernels.learn.estimator import Option, StepResult
+from maskpro_kernels.learn.step import Step, value_of
+from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.modules import MaskedLinear
-from maskpro_kernels.training.backward_pass import LayerUpdater
-from maskpro_kernels.training.estimator import Option, StepResult
-from maskpro_kernels.training.step import Step, value_of
-from maskpro_kernels.training.straight_through import StraightThrough
 
 # By the share of the steps that is done. Their mean is that of the line to 0, so that they differ in their shape alone.
 SCHEDULES = {

@@ -115,7 +115,7 @@ def load_logits(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, st
 def load_learned(path: str | Path) -> Learned:
     """Reads what ``save_logits`` wrote, with the weights where these have changed.
 
-    ``pruning.refit.put_weights`` gives them to the layers of a converted model.
+    ``prune.refit.put_weights`` gives them to the layers of a converted model.
 
     Raises:
         ValueError: if the file is not a safetensors file, or was changed or damaged.

@@ -11,10 +11,10 @@ import torch
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..pattern import NMPattern
-from ..pruning.convert import convert
-from ..pruning.initial_masks import INITIAL_MASKS
-from ..pruning.refit import put_weights
-from ..pruning.selection import layers_to_convert
+from ..prune.convert import convert
+from ..prune.initial_masks import INITIAL_MASKS
+from ..prune.refit import put_weights
+from ..prune.selection import layers_to_convert
 from ..ranks import Ranks
 from .changed_weights import name_over, spread_weights, told_weights
 from .inputs import Inputs

@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoints.logits import changed_weights, load_weights, save_weights
 from ..modules import MaskedLinear, masked_layers
-from ..pruning.refit import put_weights
+from ..prune.refit import put_weights
 from ..ranks import Ranks
 from ..report import FROZEN
 from .run_files import START_WEIGHTS, digest_of_weights

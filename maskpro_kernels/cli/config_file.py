@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..checked_json import each_once, load_json
-from ..training.estimator import RunDefaults, estimators
+from ..learn.estimator import RunDefaults, estimators
 from .arguments import number, whole
 from .progress import tell
 

@@ -1,6 +1,6 @@
 """The estimators on the command line: those that packages offer, their options, and an estimator made of its options.
 
-What the command knows of them stands in ``training.estimator`` and in the classes themselves.
+What the command knows of them stands in ``learn.estimator`` and in the classes themselves.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
-from .. import training
-from ..training.estimator import Estimator, Option, estimators
+from .. import learn as learn_package
+from ..learn.estimator import Estimator, Option, estimators
 from .arguments import number, whole
 from .progress import tell_as
 
@@ -22,8 +22,8 @@ DEFAULT = "straight-through"
 
 def load_estimators() -> None:
     """Import those of this package, and those that other packages offer; one of these that fails is left out."""
-    for file in iter_modules(training.__path__):
-        import_module(f"{training.__name__}.{file.name}")
+    for file in iter_modules(learn_package.__path__):
+        import_module(f"{learn_package.__name__}.{file.name}")
     for entry in entry_points(group=GROUP):
         try:
             entry.load()

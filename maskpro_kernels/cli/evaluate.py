@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from ..files import write_whole
-from ..linear_form import in_linear_form
 from ..pattern import NMPattern
 from ..report import FROZEN
+from ..unfuse import in_linear_form
 from .arguments import DTYPE, check_least, device_of, new_file, telling
 from .models import load
 from .protocols import HeldOutText, ProtocolText, result_lines

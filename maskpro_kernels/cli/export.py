@@ -16,13 +16,13 @@ from ..checkpoints.mask_file import file_of
 from ..digests import digest
 from ..files import check_output
 from ..functional.masks import top_n_mask
+from ..learn.run_folder import JOURNAL
 from ..modules import masked_layers
 from ..pattern import NMPattern
-from ..pruning.convert import convert
-from ..pruning.finalize import finalize
-from ..pruning.refit import put_weights
+from ..prune.convert import convert
+from ..prune.finalize import finalize
+from ..prune.refit import put_weights
 from ..report import FROZEN
-from ..training.run_folder import JOURNAL
 from .arguments import DTYPES, new_file, telling, values_kind
 from .mask_files import check_mask_options, initial_mask, write_mask
 from .models import check_saving, hub_id, load, save, told_size

@@ -12,11 +12,11 @@ from ..checkpoints.importers.compressed_tensors import write_plain
 from ..checkpoints.importers.learned_masks import read_masks
 from ..files import check_output
 from ..functional.masks import top_n_mask
-from ..linear_form import in_linear_form
 from ..packed import INT8, KEEP, NMLinear
 from ..pattern import NMPattern
-from ..pruning.convert import convert
-from ..pruning.finalize import finalize, pack, repack, unpack
+from ..prune.convert import convert
+from ..prune.finalize import finalize, pack, repack, unpack
+from ..unfuse import in_linear_form
 from .arguments import DTYPE, DTYPES, telling, values_kind
 from .models import check_saving, hub_id, load, save, told_size, trusts
 from .origins import origin_of_checkpoint, origin_of_masks

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ..linear_form import as_linears
-from ..pruning.selection import layers_to_convert
+from ..learn.estimator import Estimator
+from ..learn.memory import MemoryNeed
+from ..prune.selection import layers_to_convert
 from ..ranks import Ranks
 from ..text.data import batches
 from ..text.mixture import SELF, MixedBatches, check_windows, in_a_batch, parse_sources, turns
 from ..text.stream import StreamedBatches, StreamedText, StreamedWindows
-from ..training.estimator import Estimator
-from ..training.memory import MemoryNeed
+from ..unfuse import as_linears
 from .arguments import device_of, telling
 from .changed_weights import changes_weights
 from .models import (

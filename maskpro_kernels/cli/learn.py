@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ..files import check_output
-from ..pruning.convert import convert
+from ..learn.estimator import Estimator
+from ..prune.convert import convert
 from ..ranks import Ranks
-from ..training.estimator import Estimator
 from .arguments import DTYPES, telling
 from .baselines import initial_masks
 from .changed_weights import put_back_start_weights

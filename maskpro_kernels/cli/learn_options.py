@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..training.sharing import PARALLEL
+from ..learn.sharing import PARALLEL
 from .arguments import DEVICE_MAPS, device_map, number, whole
 from .changed_weights import REFITTED
 from .config_file import BESIDE_RESUME, ConfigFile

@@ -15,15 +15,15 @@ import torch
 
 from ..checked_json import sealed
 from ..files import discard, write_whole
+from ..learn.estimator import Estimator
+from ..learn.snapshots import snapshots_in
+from ..learn.step import LossFn, StepRecord
+from ..learn.trainer import MaskTrainer
 from ..ranks import MissingRanks, Ranks
 from ..report.better_mask import better_mask, lowest
 from ..report.better_mask import told as told_of_better
 from ..report.parting import told
 from ..report.step_parts import mean_parts, told_parts
-from ..training.estimator import Estimator
-from ..training.snapshots import snapshots_in
-from ..training.step import LossFn, StepRecord
-from ..training.trainer import MaskTrainer
 from .arguments import Told, telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs

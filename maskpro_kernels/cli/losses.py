@@ -6,10 +6,10 @@ import argparse
 import math
 from pathlib import Path
 
+from ..learn.step import LossFn
 from ..ranks import Ranks
 from ..text.losses import KINDS, DistillationLoss, distillation_loss
 from ..text.teacher import TeacherCache
-from ..training.step import LossFn
 from .arguments import telling
 from .changed_weights import changes_weights
 from .inputs import Inputs

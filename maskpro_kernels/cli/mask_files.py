@@ -17,11 +17,11 @@ from ..checkpoints.masked_copy import can_be_copied, copy_masked
 from ..digests import digest_of_named
 from ..files import check_output, make_folder
 from ..functional.masks import top_n_mask
-from ..linear_form import in_linear_form
 from ..modules import masked_layers
 from ..pattern import NMPattern
-from ..pruning.convert import convert
-from ..pruning.finalize import finalize
+from ..prune.convert import convert
+from ..prune.finalize import finalize
+from ..unfuse import in_linear_form
 from .arguments import telling
 from .changed_weights import changes_weights
 from .models import check_saving, is_path_of_model, load, save, trusts

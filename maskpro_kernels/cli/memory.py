@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..pruning.selection import layers_to_convert
+from ..learn.amounts import NOTHING, Amount
+from ..learn.estimator import Estimator
+from ..learn.memory import Activations, MemoryNeed, activation_bytes, memory_need
+from ..prune.selection import layers_to_convert
 from ..safetensors_files import weight_files
 from ..text.losses import distillation_loss
 from ..text.perplexity import EVALUATED_TOGETHER, causal_lm_loss
 from ..text.teacher import bytes_a_token
-from ..training.amounts import NOTHING, Amount
-from ..training.estimator import Estimator
-from ..training.memory import Activations, MemoryNeed, activation_bytes, memory_need
 from .arguments import DTYPES, device_of
 from .changed_weights import changes_weights
 from .models import device_of_inputs

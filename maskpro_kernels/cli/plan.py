@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from ..files import write_whole
+from ..learn.amounts import Amount, formula_of
+from ..learn.memory import MemoryNeed
 from ..pattern import NMPattern
-from ..training.amounts import Amount, formula_of
-from ..training.memory import MemoryNeed
 from .arguments import check_least, new_file, telling
 from .estimator_options import class_of, complete_options
 from .memory import GB

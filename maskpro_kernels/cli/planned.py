@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..linear_form import as_linears
+from ..learn.amounts import NOTHING, Amount
+from ..learn.estimator import Estimator
+from ..learn.memory import FEW, MemoryNeed, gathered_bytes, memory_need, shard, snapshot_bytes
+from ..learn.snapshots import HELD, KEPT
 from ..pattern import NMPattern
-from ..pruning.blocks import find_chain
-from ..pruning.selection import select_layers
-from ..training.amounts import NOTHING, Amount
-from ..training.estimator import Estimator
-from ..training.memory import FEW, MemoryNeed, gathered_bytes, memory_need, shard, snapshot_bytes
-from ..training.snapshots import HELD, KEPT
+from ..prune.blocks import find_chain
+from ..prune.selection import select_layers
+from ..unfuse import as_linears
 from .arguments import DTYPES, telling
 from .memory import OfBatches, needed_by_batches
 from .models import check_positions, trusts

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from ..learn.step import StepRecord
 from ..ranks import rank_of_torchrun
-from ..training.step import StepRecord
 
 # How many there are of what takes long, besides those of validation perplexities
 LINES = 50

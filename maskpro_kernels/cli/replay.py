@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..checkpoints.logits import Learned, load_weights, write_learned
 from ..digests import digest
+from ..learn.journal import read as read_journal
+from ..learn.model_masks import ModelMasks, ReplayedLayer
+from ..learn.run_folder import JOURNAL
+from ..learn.score_updates import replay as replay_step
+from ..learn.snapshots import newest_snapshot
 from ..pattern import NMPattern
 from ..report import FROZEN
-from ..training.journal import read as read_journal
-from ..training.model_masks import ModelMasks, ReplayedLayer
-from ..training.run_folder import JOURNAL
-from ..training.score_updates import replay as replay_step
-from ..training.snapshots import newest_snapshot
 from .arguments import device_of, new_file, telling
 from .changed_weights import told_weights
 from .progress import followed, tell

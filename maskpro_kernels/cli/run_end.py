@@ -15,14 +15,14 @@ from ..checkpoints.logits import save_logits
 from ..digests import digest
 from ..files import sync, write_whole
 from ..functional.masks import top_n_mask
+from ..learn.reach import nearest_margin
+from ..learn.snapshots import newest_snapshot
 from ..modules import masked_layers
 from ..pattern import NMPattern
-from ..pruning.finalize import finalize
+from ..prune.finalize import finalize
 from ..report.html import write_html
 from ..report.parting import parting
 from ..report.plots import draw_perplexity, draw_residual
-from ..training.reach import nearest_margin
-from ..training.snapshots import newest_snapshot
 from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
 from .estimator_options import class_of

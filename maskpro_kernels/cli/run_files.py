@@ -14,12 +14,12 @@ from filelock import FileLock, Timeout
 from ..checked_json import read_sealed
 from ..checkpoints.logits import LOGITS_FILE
 from ..digests import digest
+from ..learn.run_folder import LOCK
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
 from ..text.data import has_rows
 from ..text.mixture import texts_of
-from ..training.run_folder import LOCK
 from .arguments import DTYPES
 from .progress import tell_as
 

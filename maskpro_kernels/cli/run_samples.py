@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..digests import digest
 from ..files import clear_unfinished, make_folder, write_tensors
+from ..learn.run_folder import LOCK
 from ..text.samples import TOGETHER, sample_windows, start_token
-from ..training.run_folder import LOCK
 from .progress import Progress, tell
 from .run_files import PROGRESS
 from .shared_work import Found, SharedWork, digest_of_parameters

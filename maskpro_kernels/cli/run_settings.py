@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from ..functional.checks import LARGEST_GAP, check_gap
+from ..learn.estimator import Estimator
+from ..learn.sharing import PARALLEL, check_shares
 from ..pattern import NMPattern
-from ..pruning.gap import gap_for_flip_rate
+from ..prune.gap import gap_for_flip_rate
 from ..ranks import Ranks
 from ..text.data import is_path
 from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
-from ..training.estimator import Estimator
-from ..training.sharing import PARALLEL, check_shares
 from .arguments import DTYPES, check_device_map, check_least, device_of, telling
 from .changed_weights import REFITTED
 from .config_file import TRUST, eval_every_of

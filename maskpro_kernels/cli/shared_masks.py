@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..digests import digest, digest_of_named
-from ..pruning.initial_masks import Init, refitted_masks
-from ..pruning.reconstruction import Reconstruction
+from ..prune.initial_masks import Init, refitted_masks
+from ..prune.reconstruction import Reconstruction
 from .inputs import Inputs
 from .progress import Progress, tell
 from .shared_work import Found

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pruning.initial_masks import INITIAL_MASKS
-from ..pruning.selection import layers_to_convert
-from ..pruning.stored_mask import is_there, stored_mask
+from ..prune.initial_masks import INITIAL_MASKS
+from ..prune.selection import layers_to_convert
+from ..prune.stored_mask import is_there, stored_mask
 from .models import trusts
 from .progress import tell
 from .run_files import LOGITS, goes_on, how_to_go_on

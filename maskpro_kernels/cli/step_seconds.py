@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..linear_form import expert_groups
 from ..ops.data_sheets import LIBRARY_SHARE, SHEETS
 from ..ops.mask_costs import COSTS, Uses, picoseconds
 from ..pattern import NMPattern
+from ..unfuse import expert_groups
 from .arguments import DTYPES
 from .changed_weights import changes_weights
 from .planned import Choice, Planned

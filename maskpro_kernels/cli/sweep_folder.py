@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from ..checked_json import load_json, read_sealed, sealed
 from ..files import check_output, clear_unfinished, make_folder, unfinished, write_whole
-from ..training.run_folder import LOCK
+from ..learn.run_folder import LOCK
 from .run_files import PAGE, REPORT, goes_on
 from .shared_work import SHARED
 from .sweep_file import SweepRun

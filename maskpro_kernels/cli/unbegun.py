@@ -8,9 +8,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..files import discard, unfinished, unfinished_tensors
-from ..training.journal import read as read_journal
-from ..training.run_folder import JOURNAL, LOCK, METRICS
-from ..training.snapshots import snapshots_in, step_of
+from ..learn.journal import read as read_journal
+from ..learn.run_folder import JOURNAL, LOCK, METRICS
+from ..learn.snapshots import snapshots_in, step_of
 from .run_files import INITIAL_MASK, PROGRESS, SETTINGS, START_WEIGHTS, TEACHER, VALIDATION
 from .run_samples import SAMPLES
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
-from ..linear_form import in_linear_form
 from ..modules import CounterState, MaskedLinear
 from ..packed import NMLinear
+from ..unfuse import in_linear_form
 
 # Units in the last place of the largest logit, by the dtype that a model computes in, see ``rounding_of``
 UNITS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 64}

@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 
 from ..adapters import adapter_modules
 from ..kept_zeros import KeptZeros
+from ..learn.mask_optimizer import MaskOptimizer
+from ..learn.normalized_steps import check_slope_settings
+from ..learn.reach import margins
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..pattern import NMPattern
-from ..training.mask_optimizer import MaskOptimizer
-from ..training.normalized_steps import check_slope_settings
-from ..training.reach import margins
 
 # Slopes of so many root mean squares are rare
 LARGE_SLOPE = 30

@@ -39,7 +39,7 @@ class MaskedConfig(SparseConfig):
 
     Args:
         layers: ``pattern`` and ``layer``, the id in the counter, of each MaskedLinear by name.
-        taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
+        taken_apart: names of the modules that hold some of them and were built otherwise, see ``unfuse``.
         digests: of what is stored, see ``stored_digests``.
         format, version: of what is stored.
         loading: for who reads the checkpoint without this package: what transformers needs to load it.

@@ -47,7 +47,7 @@ class PackedConfig(SparseConfig):
         patterns: names of the packed nn.Linear modules, by "N:M".
         values: how the values of all these are stored, "keep" or "int8" as in ``pack_nm``; or names of the modules by
             such kinds, where what is not named is kept.
-        taken_apart: names of the modules that hold some of them and were built otherwise, see ``linear_form``.
+        taken_apart: names of the modules that hold some of them and were built otherwise, see ``unfuse``.
         digests: of what is stored, see ``stored_digests``.
         format, version: of what is stored.
         loading: for who reads the checkpoint without this package: what transformers needs to load it.

@@ -11,19 +11,19 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import fit_adapters, refuse_merging
-from ..linear_form import as_built
 from ..modules import MaskedLinear
 from ..packed import SPARSE, dense_layer
 from ..replacement import replace_modules
 from ..shards import check_in_memory
 from ..stored_digests import DIGESTS, check_checkpoint, digests_are_checked
+from ..unfuse import as_built
 
 
 class SparseConfig(QuantizationConfigMixin):
     """A ``quantization_config`` of layers with masks or packed weights.
 
     Attributes:
-        taken_apart: names of modules which were taken apart, see ``linear_form``.
+        taken_apart: names of modules which were taken apart, see ``unfuse``.
         digests: of what is stored, see ``stored_digests``. They are those of files: a loaded model has none, and
             ``save_pretrained`` writes new ones.
     """

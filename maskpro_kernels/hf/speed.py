@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..functional.checks import describe
+from ..learn.memory import bytes_of
 from ..modules import MaskedLinear, evaluating
 from ..packed import NMLinear
-from ..training.memory import bytes_of
 from .agreement import Agreement, Written, compare, first_difference, greedy, plain_generation
 
 # Rounds that are not counted: caches fill, clocks rise. Kernels are compiled before, while outputs are compared

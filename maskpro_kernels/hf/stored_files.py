@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..linear_form import as_linears, taken_apart
+from ..unfuse import as_linears, taken_apart
 
 HOW_TO_LOAD = "import maskpro_kernels.hf, of the package maskpro-kernels[hf], before from_pretrained"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from ..training.step import StepRecord
+from ..learn.step import StepRecord
 
 
 def scalars_of(record: StepRecord) -> dict[str, float]:

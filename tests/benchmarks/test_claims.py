@@ -10,8 +10,8 @@ import rows
 from compare import Comparison
 from methods import ONE_SHOT
 
-from maskpro_kernels.pruning.gap import gap_for_flip_rate
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.trainer import MaskTrainer
+from maskpro_kernels.prune.gap import gap_for_flip_rate
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -16,9 +16,9 @@ from helpers.bits import assert_same_bits
 from methods import LEARNERS, METHODS, ONE_SHOT
 from torch import nn
 
-from maskpro_kernels.pruning.convert import convert
-from maskpro_kernels.training.straight_through import StraightThrough
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.straight_through import StraightThrough
+from maskpro_kernels.learn.trainer import MaskTrainer
+from maskpro_kernels.prune.convert import convert
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -14,7 +14,7 @@ import maskpro_kernels as mk
 from maskpro_kernels import safetensors_files
 from maskpro_kernels.checkpoints import survey
 from maskpro_kernels.cli import main
-from maskpro_kernels.pruning.finalize import pack, unpack
+from maskpro_kernels.prune.finalize import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -17,7 +17,7 @@ from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from maskpro_kernels.cli import main
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

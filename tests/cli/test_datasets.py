@@ -15,8 +15,8 @@ from helpers.tiny_llama import tiny_tokenizer, write_inputs
 
 from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.text.data import load_text, windows
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference", "datasets_cache")
 

@@ -8,13 +8,13 @@ import pytest
 from helpers.command import SIZES, report
 from helpers.tiny_llama import write_inputs
 
-from maskpro_kernels import training
+from maskpro_kernels import learn as learn_package
 from maskpro_kernels.cli import main, parser
 from maskpro_kernels.cli.run_settings import complete
-from maskpro_kernels.training import estimator as protocol
-from maskpro_kernels.training.estimator import Estimator, Option
-from maskpro_kernels.training.reinforce import Reinforce
-from maskpro_kernels.training.straight_through import StraightThrough
+from maskpro_kernels.learn import estimator as protocol
+from maskpro_kernels.learn.estimator import Estimator, Option
+from maskpro_kernels.learn.reinforce import Reinforce
+from maskpro_kernels.learn.straight_through import StraightThrough
 
 REQUIRED = ["--model", "m", "--data", "d", "--output", "o"]
 
@@ -138,7 +138,7 @@ def test_a_file_beside_the_others_is_enough(tmp_path, capsys, monkeypatch):
     (tmp_path / "one_more.py").write_text(
         "from .reinforce import Reinforce\nclass OneMore(Reinforce):\n    name = 'one-more'\n"
     )
-    monkeypatch.setattr(training, "__path__", [*training.__path__, str(tmp_path)])
+    monkeypatch.setattr(learn_package, "__path__", [*learn_package.__path__, str(tmp_path)])
     with pytest.raises(SystemExit):
         main.main(["learn", "--help"])
     assert "{reinforce,straight-through,one-more}" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from maskpro_kernels.checkpoints.logits import save_logits
 from maskpro_kernels.cli.export import _learned
 from maskpro_kernels.cli.perplexities import ValidationPerplexities
 from maskpro_kernels.cli.run_files import read_report, read_settings
-from maskpro_kernels.training.metrics import MEASURED
+from maskpro_kernels.learn.metrics import MEASURED
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -133,7 +133,7 @@ def test_a_model_in_the_metadata_of_a_run_is_no_permission(foreign, run, tmp_pat
 def test_a_run_on_a_model_with_code_needs_the_option_each_time(foreign, tmp_path, marker, capsys, monkeypatch):
     run, text = tmp_path / "run", str(foreign / "text.txt")
     with monkeypatch.context() as patched:
-        patched.setattr("maskpro_kernels.training.trainer.MaskTrainer.step", lambda _: 1 / 0)
+        patched.setattr("maskpro_kernels.learn.trainer.MaskTrainer.step", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main.main(learn(foreign, run, TRUST))
     assert marker.exists()

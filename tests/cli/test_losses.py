@@ -17,11 +17,11 @@ from helpers.straight_through import batches_of_tokens, masked_llama
 from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.losses import fill_teacher, loss_of
+from maskpro_kernels.learn.initial_losses import InitialLosses
+from maskpro_kernels.learn.sharing import Shares
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.text import teacher
-from maskpro_kernels.training.initial_losses import InitialLosses
-from maskpro_kernels.training.sharing import Shares
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

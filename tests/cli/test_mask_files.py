@@ -19,8 +19,8 @@ from maskpro_kernels.checkpoints.mask_file import MaskFile, save_masks
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.mask_files import put_masks
 from maskpro_kernels.cli.run_files import INITIAL_MASK
-from maskpro_kernels.linear_form import in_linear_form
-from maskpro_kernels.pruning.initial_masks import top_n_mask
+from maskpro_kernels.prune.initial_masks import top_n_mask
+from maskpro_kernels.unfuse import in_linear_form
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

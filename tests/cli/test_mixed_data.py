@@ -19,9 +19,9 @@ from maskpro_kernels.cli import learning_run, main, run_samples, unbegun
 from maskpro_kernels.cli.learning_run import LearningRun
 from maskpro_kernels.cli.perplexities import ValidationPerplexities
 from maskpro_kernels.cli.run_settings import stored_settings
+from maskpro_kernels.learn.run_folder import RunFolder
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.report.parting import parting, told
-from maskpro_kernels.training.run_folder import RunFolder
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

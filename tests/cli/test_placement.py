@@ -20,8 +20,8 @@ from torch.utils import checkpoint
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.parser import build_parser
 from maskpro_kernels.cli.run_settings import check_process, complete
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

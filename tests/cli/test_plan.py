@@ -20,13 +20,13 @@ from maskpro_kernels.cli.parser import build_parser
 from maskpro_kernels.cli.planned import Mesh
 from maskpro_kernels.cli.run_settings import complete
 from maskpro_kernels.hf import checkpoint_activations
-from maskpro_kernels.linear_form import as_linears
+from maskpro_kernels.learn.amounts import NOTHING, Amount
+from maskpro_kernels.learn.memory import Activations
+from maskpro_kernels.learn.snapshots import save_snapshot
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ops.cpu import kernels
 from maskpro_kernels.text.losses import distillation_loss
-from maskpro_kernels.training.amounts import NOTHING, Amount
-from maskpro_kernels.training.memory import Activations
-from maskpro_kernels.training.snapshots import save_snapshot
+from maskpro_kernels.unfuse import as_linears
 
 LLAMA = {
     "model_type": "llama",

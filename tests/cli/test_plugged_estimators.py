@@ -11,9 +11,9 @@ from helpers.command import learn, report
 from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import estimator_options, main, parser
 from maskpro_kernels.cli.run_settings import NO_SETTINGS
-from maskpro_kernels.training import estimator as protocol
-from maskpro_kernels.training.estimator import RUN_OPTIONS, Estimator, Option, StepResult, estimators
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn import estimator as protocol
+from maskpro_kernels.learn.estimator import RUN_OPTIONS, Estimator, Option, StepResult, estimators
+from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -98,7 +98,7 @@ def test_an_option_of_another_kind_or_twice_is_refused():
 
 def test_a_package_with_such_an_option_is_left_out(tmp_path, monkeypatch, capsys):
     (tmp_path / "breaks_gap.py").write_text(
-        "from maskpro_kernels.training.estimator import Option\n"
+        "from maskpro_kernels.learn.estimator import Option\n"
         "from maskpro_kernels import Reinforce\n"
         "class Offered(Reinforce):\n"
         "    name, options = 'breaks-gap', (Option('gap', float, 1.0, 'of its own', 'G'),)\n"

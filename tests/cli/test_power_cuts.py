@@ -16,7 +16,7 @@ from helpers.watched_runs import thinned, told
 
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.learning_run import LearningRun
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

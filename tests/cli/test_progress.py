@@ -14,7 +14,7 @@ from helpers.command import learn
 
 from maskpro_kernels.cli import main, progress
 from maskpro_kernels.cli.progress import StepLines, followed
-from maskpro_kernels.training.trainer import StepRecord
+from maskpro_kernels.learn.trainer import StepRecord
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -22,8 +22,8 @@ from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
 from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main, parser, run_settings
+from maskpro_kernels.learn.run_folder import RunFolder
 from maskpro_kernels.ranks import FailedRank, MissingRanks
-from maskpro_kernels.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -34,7 +34,7 @@ SETTINGS = f"--estimator reinforce {SIZES} --steps 4 --eval-every 2 --dtype floa
 BROKEN_OFF = """
 import os, sys
 from maskpro_kernels.cli import main
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.trainer import MaskTrainer
 take, number, ranks, at = MaskTrainer.step, int(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
 def step(trainer):
     if trainer.steps_done == at and str(trainer.ranks.rank) in ranks:

@@ -21,7 +21,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.checkpoints.logits import load_learned, load_logits, write_learned
 from maskpro_kernels.cli import main
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.pruning.refit import put_weights
+from maskpro_kernels.prune.refit import put_weights
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -17,7 +17,7 @@ from maskpro_kernels.checkpoints.mask_file import MaskFile
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.run_files import INITIAL_MASK
 from maskpro_kernels.hf import save_model
-from maskpro_kernels.pruning.initial_masks import initial_codes
+from maskpro_kernels.prune.initial_masks import initial_codes
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

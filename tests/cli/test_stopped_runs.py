@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from maskpro_kernels.cli import learn as learn_command
 from maskpro_kernels.cli import main, run_end
+from maskpro_kernels.learn import model_masks
+from maskpro_kernels.learn.offloaded_logits import OffloadedLogits
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.ops.layer_groups import LayerGroup
 from maskpro_kernels.text.perplexity import causal_lm_loss
-from maskpro_kernels.training import model_masks
-from maskpro_kernels.training.offloaded_logits import OffloadedLogits
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -20,8 +20,8 @@ from helpers.sweeps import base, results, runs_of, seeds_of, sweep, without_wall
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli import sweep as sweep_command
 from maskpro_kernels.cli.sweep_folder import SweepFolder
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.report.sweep import write_sweep_html
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -24,10 +24,10 @@ from maskpro_kernels.cli.inputs import Inputs
 from maskpro_kernels.cli.shared_work import Found, SharedWork
 from maskpro_kernels.cli.versions import machine
 from maskpro_kernels.digests import digest
-from maskpro_kernels.pruning.reconstruction import Reconstruction
-from maskpro_kernels.pruning.selection import layers_to_convert
+from maskpro_kernels.learn.trainer import MaskTrainer
+from maskpro_kernels.prune.reconstruction import Reconstruction
+from maskpro_kernels.prune.selection import layers_to_convert
 from maskpro_kernels.text import samples
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -11,8 +11,8 @@ from helpers.sweeps import results, seeds_of, sweep, write_sweep
 
 from maskpro_kernels.checkpoints.mask_file import save_masks
 from maskpro_kernels.hf import load_model
-from maskpro_kernels.pruning.initial_masks import initial_codes
-from maskpro_kernels.pruning.selection import layers_to_convert
+from maskpro_kernels.prune.initial_masks import initial_codes
+from maskpro_kernels.prune.selection import layers_to_convert
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

@@ -17,7 +17,7 @@ from helpers.noise import exp_kernel, gumbel_kernel, in_kernel, ln_kernel
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import tiles
-from maskpro_kernels.ops.triton.device_functions.arithmetic import scaled_reciprocal
+from maskpro_kernels.ops.triton.device.arithmetic import scaled_reciprocal
 
 pytestmark = pytest.mark.compiled
 

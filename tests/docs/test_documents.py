@@ -44,9 +44,9 @@ from maskpro_kernels.cli import main
 from maskpro_kernels.cli.parser import build_parser
 from maskpro_kernels.files import write_tensors
 from maskpro_kernels.hf.process_memory import resident
+from maskpro_kernels.learn import estimator
+from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.packed import pack_24
-from maskpro_kernels.training import estimator
-from maskpro_kernels.training.trainer import MaskTrainer
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

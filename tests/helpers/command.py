@@ -7,7 +7,7 @@ import signal
 
 from maskpro_kernels.checked_json import SEALS, sealed
 from maskpro_kernels.cli import main
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.trainer import MaskTrainer
 
 SIZES = "--steps 3 --batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 5 --eval-length 24"
 SETTINGS = f"--estimator reinforce --init wanda {SIZES}".split()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from helpers.in_ranks import LONGEST
 from maskpro_kernels import ranks
 from maskpro_kernels.cli import main
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.trainer import MaskTrainer
 
 # Seconds that ranks have to see by themselves that another one was killed; torchrun waits for 30
 GRACE = 5.0

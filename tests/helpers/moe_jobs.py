@@ -17,7 +17,7 @@ import maskpro_kernels as mk
 from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import whole_logits
 from maskpro_kernels.digests import digest
-from maskpro_kernels.pruning.convert import Conversion
+from maskpro_kernels.prune.convert import Conversion
 
 EXPERTS = "model.layers.0.mlp.experts"
 # Of the mesh that transformers makes, by how a model is cut; of the world as many as there are

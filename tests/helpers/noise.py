@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from helpers.enumerated import KERNEL_DEVICE
-from maskpro_kernels.ops.triton import device_functions as device
+from maskpro_kernels.ops.triton import device as device
 from maskpro_kernels.ops.triton.tiles import INTERPRETED
 
 # The interpreter takes as long for a small block as for a large one; compiled, large ones do not fit into registers

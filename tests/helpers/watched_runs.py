@@ -13,9 +13,9 @@ from helpers.disk_model import put
 from helpers.power_cuts import NOTHING, State, Watched
 from helpers.small_trainer import a_trainer_in, logits_of
 from maskpro_kernels.digests import digest
-from maskpro_kernels.training.journal import Journal
-from maskpro_kernels.training.run_folder import METRICS, RunFolder
-from maskpro_kernels.training.trainer import MaskTrainer
+from maskpro_kernels.learn.journal import Journal
+from maskpro_kernels.learn.run_folder import METRICS, RunFolder
+from maskpro_kernels.learn.trainer import MaskTrainer
 
 STEPS, BETWEEN_SNAPSHOTS = 40, 5
 # Of metrics.jsonl, what does not depend on time, and what the journal knows too

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.digests import SIZE
-from maskpro_kernels.training import journal
+from maskpro_kernels.learn import journal
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 ROWS, SEED = 33, 12345678901234

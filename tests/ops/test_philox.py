@@ -16,7 +16,7 @@ from maskpro_kernels import functional
 from maskpro_kernels.counter import Counter
 from maskpro_kernels.ops import philox, reference
 from maskpro_kernels.ops.cpu import kernels
-from maskpro_kernels.ops.triton import device_functions as device
+from maskpro_kernels.ops.triton import device as device
 from maskpro_kernels.pattern import NMPattern
 
 KNOWN_ANSWERS = [

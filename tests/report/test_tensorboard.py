@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import RecordWriter
 
 from maskpro_kernels.cli import main
+from maskpro_kernels.learn.trainer import MaskTrainer, StepRecord
 from maskpro_kernels.report.tensorboard import TensorBoard
-from maskpro_kernels.training.trainer import MaskTrainer, StepRecord
 
 
 def read(folder):

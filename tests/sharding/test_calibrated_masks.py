@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.pruning import reconstruction
-from maskpro_kernels.pruning.blocks import layers_in_order
+from maskpro_kernels.prune import reconstruction
+from maskpro_kernels.prune.blocks import layers_in_order
 from maskpro_kernels.ranks import FailedRank
 from maskpro_kernels.shards import whole
 

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 import maskpro_kernels as mk
 from maskpro_kernels.digests import digest
 from maskpro_kernels.files import discard
-from maskpro_kernels.linear_form import experts, taken_apart
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.shards import whole
+from maskpro_kernels.unfuse import experts, taken_apart
 
 STEPS = 20
 # Of four ranks those that have "and" in their names, else of two

@@ -19,8 +19,8 @@ from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import a_sharded_model, whole_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskpro_kernels.learn.snapshots import snapshots_in, step_of
 from maskpro_kernels.ranks import MissingRanks
-from maskpro_kernels.training.snapshots import snapshots_in, step_of
 
 WORLD, STEPS, KILLS = 3, 24, 10
 # Seconds: what the ranks wait, and what they may take beyond to find out who is gone

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import maskpro_kernels as mk
+from maskpro_kernels.learn.model_masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.shards import whole
-from maskpro_kernels.training.model_masks import ModelMasks
 
 
 @torch.no_grad()

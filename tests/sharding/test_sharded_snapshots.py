@@ -21,10 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from maskpro_kernels.cli import main
 from maskpro_kernels.digests import digest
-from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ranks import FailedRank, Ranks
-from maskpro_kernels.sharded_files import planned_parts, read_parts
-from maskpro_kernels.training.snapshots import (
+from maskpro_kernels.learn.snapshots import (
     MANIFEST,
     digest_of_file,
     folder_aside,
@@ -33,6 +30,9 @@ from maskpro_kernels.training.snapshots import (
     save_snapshot,
     snapshots_in,
 )
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.ranks import FailedRank, Ranks
+from maskpro_kernels.sharded_files import planned_parts, read_parts
 
 STEPS = 4
 

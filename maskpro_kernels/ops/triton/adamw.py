@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..reference.adamw import BETA, BETA_OF_SQUARES, EPSILON
-from . import device_functions as d
+from . import device as d
 from .launch import launch
 
 PART_OF_FIRST = tl.constexpr(1.0 - BETA)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import device_functions as d
+from . import device as d
 from .launch import launch_layers, programs_of_layers
 from .sampling import (
     columns_again,

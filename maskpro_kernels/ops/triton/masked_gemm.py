@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ...counter import NO_COUNTER, MaskSource
 from ..reference.plackett_luce import EXACT_SCORE_MAX_N
-from . import device_functions as d
+from . import device as d
 from . import sampling
 from .launch import launch_tiles
 from .split_k import SplitResult, own_part, own_sums, result_dtype

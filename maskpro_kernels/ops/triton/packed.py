@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .. import reference
-from . import device_functions as d
+from . import device as d
 from . import semi_structured, tiles
 from .launch import launch, launch_rows, launch_tiles
 from .masked_gemm import operand_constants

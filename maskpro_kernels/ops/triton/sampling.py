@@ -16,8 +16,8 @@ import triton.language as tl
 from ...counter import NO_COUNTER, MaskSource
 from ...pattern import code_dtype
 from ..reference.quadrature import quadrature_grid
-from . import device_functions as d
-from .device_functions.constants import EXACT_SCORE_MAX_N
+from . import device as d
+from .device.constants import EXACT_SCORE_MAX_N
 from .launch import launch
 from .tiles import INTERPRETED, architecture, scores_in_short
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import device_functions as d
+from . import device as d
 from .launch import launch, launch_tiles
 from .masked_gemm import (
     UNSPECIALIZED_OF_TILES,

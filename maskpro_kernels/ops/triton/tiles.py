@@ -356,7 +356,7 @@ def _target_of(name: str, otherwise: str) -> str:
 
 
 def scores_in_short(target: str) -> bool:
-    """Whether the update of 2:4 takes ``device_functions.score_of_largest_2_of_4``.
+    """Whether the update of 2:4 takes ``device.score_of_largest_2_of_4``.
 
     On gfx942 LLVM then multiplies two scaled logits at a time by 1 (``v_pk_mul_f32`` with the constant 1.0), and no
     document defines that constant's upper half.

@@ -14,7 +14,7 @@ from helpers.noise import BLOCK, without_contraction
 from maskpro_kernels import functional
 from maskpro_kernels.functional.checks import counter_of
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import device_functions as device
+from maskpro_kernels.ops.triton import device as device
 from maskpro_kernels.pattern import NMPattern
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -30,7 +30,7 @@ FORBIDDEN = ["fma.", "lg2.", "ex2.", "div.full", "div.approx", "sqrt.approx", "r
 CHILD = r"""
 import re
 from aot import TARGETS, build
-from maskpro_kernels.ops.triton.device_functions.arithmetic import SCALED_RECIPROCAL
+from maskpro_kernels.ops.triton.device.arithmetic import SCALED_RECIPROCAL
 forbidden, cases = arguments
 corrected = re.sub(r"\\\$\d", r"%r\\d+", re.escape(SCALED_RECIPROCAL.value))
 for kernel, n, m, logits, constants in cases:

@@ -20,7 +20,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import device_functions, masked_gemm, packed
+from maskpro_kernels.ops.triton import device, masked_gemm, packed
 from maskpro_kernels.ops.triton.tiles import INTERPRETED
 from maskpro_kernels.pattern import NMPattern
 
@@ -99,13 +99,13 @@ def wrote_beyond(poisoned):
 
 def counting(monkeypatch, name):
     """A list that grows by one at each call of a device function, which the interpreter calls as Python does."""
-    calls, function = [], getattr(device_functions, name)
+    calls, function = [], getattr(device, name)
 
     def counted(*args):
         calls.append(name)
         return function(*args)
 
-    monkeypatch.setattr(device_functions, name, counted)
+    monkeypatch.setattr(device, name, counted)
     return calls
 
 

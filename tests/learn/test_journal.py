@@ -1,0 +1,202 @@
+"""The journal: what is written is read, and every damage is found."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from maskpro_kernels.learn import journal
+from maskpro_kernels.learn.journal import Draw, Entry, Journal
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def entry(step: int, draws: int = 1) -> Entry:
+    return Entry(step, 640, 1.5 + step, tuple(Draw(i, 0.1 * step + i, -0.5 * i) for i in range(draws)), step == 3)
+
+
+HEADER = {"seed": 3, "name": "ünï", "id": "a run"}
+# Bytes of a record with one draw
+RECORD = len(entry(0).packed(b""))
+
+
+def a_journal(path: Path, steps: int = 40, draws: int = 1, header=HEADER) -> list[Entry]:
+    entries = [entry(step, draws) for step in range(steps)]
+    writer = Journal.create(path, header, draws)
+    for one in entries:
+        writer.append(one)
+    writer.close()
+    return entries
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_what_is_written_is_read(tmp_path, draws):
+    entries = a_journal(tmp_path / "journal", 7, draws)
+    found = journal.read(tmp_path / "journal")
+    assert found[:4] == (HEADER, entries, 0, draws)
+    writer, before = Journal.resume(tmp_path / "journal", found), found.chain
+    assert writer.steps == 7 and writer.chain == found.chain[7]
+    writer.append(entry(7, draws))
+    found = journal.read(tmp_path / "journal")
+    assert found.entries == [*entries, entry(7, draws)] and found.chain == [*before, writer.chain]
+    for wrong in (entry(7, draws), entry(8, draws + 1)):
+        with pytest.raises(ValueError, match=f"entry: expected step 8 with {draws} draws"):
+            writer.append(wrong)
+
+
+def test_ten_thousand_records_take_less_than_a_mebibyte(tmp_path):
+    Journal.create(tmp_path / "journal", {}).close()
+    assert (tmp_path / "journal").stat().st_size + 10_000 * RECORD < 1 << 20
+
+
+def test_every_byte_flipped_is_found(tmp_path):
+    path = tmp_path / "journal"
+    entries = a_journal(path, 12)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        if at >= len(whole) - RECORD:
+            # as one that was cut short
+            assert journal.read(path)[1:3] == (entries[:-1], RECORD)
+        else:
+            with pytest.raises(ValueError, match="journal: expected"):
+                journal.read(path)
+
+
+def test_a_record_cut_short_is_cut_off(tmp_path):
+    path = tmp_path / "journal"
+    entries = a_journal(path, 5)
+    whole = path.read_bytes()
+    for cut in range(1, RECORD):
+        path.write_bytes(whole[:-cut])
+        found = journal.read(path)
+        writer = Journal.resume(path, found)
+        assert found.entries == entries[:-1] and found.torn == RECORD - cut
+        writer.append(entries[-1])
+        writer.close()
+        assert path.read_bytes() == whole
+
+
+def test_journals_of_others_are_refused(tmp_path):
+    path = tmp_path / "journal"
+    a_journal(path, 3)
+    with pytest.raises(ValueError, match="path: expected a new file"):
+        Journal.create(path, {})
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + b"\x01" + content[9:])
+    with pytest.raises(ValueError, match="journal: expected version 2, got 1"):
+        journal.read(path)
+    path.write_text("nothing")
+    with pytest.raises(ValueError, match="journal: expected a journal of maskpro_kernels"):
+        journal.read(path)
+
+
+def test_records_count_in_their_own_run_and_place_alone(tmp_path):
+    """Each of them is sound by itself."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    a_journal(own, 8)
+    a_journal(other, 8, header=HEADER | {"id": "b run"})
+    content, foreign = own.read_bytes(), other.read_bytes()
+    start = len(content) - 8 * RECORD
+
+    def record(of: bytes, step: int) -> bytes:
+        return of[start + step * RECORD :][:RECORD]
+
+    records = [record(content, step) for step in range(8)]
+    mixed = {
+        "of another run": [*records[:3], record(foreign, 3), *records[4:]],
+        "all of another run": [record(foreign, step) for step in range(8)],
+        "missing": [*records[:3], *records[4:]],
+        "twice": [*records[:4], *records[3:]],
+        "in another order": [*records[:3], records[4], records[3], *records[5:]],
+    }
+    for name, chosen in mixed.items():
+        own.write_bytes(content[:start] + b"".join(chosen))
+        with pytest.raises(ValueError, match=r"journal: expected the record of step \d of this run at byte"):
+            pytest.fail(f"{name}: {len(journal.read(own).entries)} steps")
+    # the header of the other with these records
+    own.write_bytes(foreign[:start] + content[start:])
+    with pytest.raises(ValueError, match="journal: expected the record of step 0 of this run"):
+        journal.read(own)
+
+
+class FullDisk:
+    """An open file that takes a part of a record, then no more."""
+
+    def __init__(self, file):
+        self.file, self.fileno, self.close = file, file.fileno, file.close
+
+    def write(self, content: bytes):
+        self.file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_journal_whole(tmp_path):
+    entries = a_journal(tmp_path / "journal", 3)
+    before = journal.read(tmp_path / "journal")
+    writer = Journal.resume(tmp_path / "journal", before)
+    file, writer._file = writer._file, FullDisk(writer._file)
+    with pytest.raises(OSError, match="No space left"):
+        writer.append(entry(3))
+    assert journal.read(tmp_path / "journal") == before
+    writer._file = file
+    writer.append(entry(3))
+    assert journal.read(tmp_path / "journal").entries == [*entries, entry(3)]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "ftruncate"])
+def test_behind_an_error_that_leaves_the_disk_unknown_no_record_is_taken(tmp_path, monkeypatch, failing):
+    """A sync that is asked for again would succeed without a write; behind a half no record would be found."""
+    path = tmp_path / "journal"
+    entries = a_journal(path, 3)
+    writer = Journal.resume(path, journal.read(path))
+    file = writer._file
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, failing, fail)
+        if failing == "ftruncate":
+            writer._file = FullDisk(file)
+        # the first error is told
+        with pytest.raises(OSError, match="Input/output error" if failing == "fsync" else "No space left"):
+            writer.append(entry(3))
+    writer._file = file
+    size = path.stat().st_size
+    with pytest.raises(OSError, match="the disk has failed before, and what it holds is not known: go on by a resume"):
+        writer.append(entry(3))
+    assert path.stat().st_size == size
+    writer.close()
+    found = journal.read(path)
+    again = Journal.resume(path, found)
+    assert found.entries == entries
+    again.append(entry(3))
+    again.close()
+    assert journal.read(path).entries == [*entries, entry(3)]
+
+
+def test_what_is_read_is_on_disk(tmp_path, monkeypatch):
+    """A record of a process that was killed may be in memory alone, and counts from here on."""
+    path = tmp_path / "journal"
+    a_journal(path, 3)
+    before, synced, sync = path.stat().st_ino, [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), sync(file)))
+    writer = Journal.resume(path, journal.read(path))
+    assert path.stat().st_ino != before and path.stat().st_ino in synced
+    writer.close()
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:-RECORD], lambda content: content + b"more"])
+def test_a_journal_that_changed_since_it_was_read_is_refused(tmp_path, change):
+    path = tmp_path / "journal"
+    a_journal(path, 3)
+    found = journal.read(path)
+    changed = change(path.read_bytes())
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=f"^journal: expected {found.end} bytes, .* got {len(changed)} in"):
+        Journal.resume(path, found)
+    assert path.read_bytes() == changed

@@ -1,0 +1,194 @@
+"""Logits that live elsewhere: their copies come, are used, and go back at any time that the waits allow."""
+
+from __future__ import annotations
+
+import collections
+import weakref
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.small_trainer import a_trainer, logits_of
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.learn import model_masks, offloaded_logits
+from maskpro_kernels.learn.offloaded_logits import Fetched, OffloadedLogits, Transfers
+from maskpro_kernels.modules import masked_layers
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+class LateTransfers(Transfers):
+    """A device whose copies start as late as they may: where something waits for them."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.incoming, self.outgoing = collections.deque(), collections.deque()
+        self.copies, self.most = weakref.WeakSet(), 0
+        self.told, self.numbers = [], {}
+
+    def tell(self, what, logits):
+        """With the layer's number, in the order in which they came."""
+        self.told.append((what, self.numbers.setdefault(logits.data_ptr(), len(self.numbers))))
+
+    @staticmethod
+    def until(queue, action):
+        while action in queue:
+            queue.popleft()()
+
+    def fetch(self, source):
+        logits = torch.full_like(source, torch.nan)
+        self.copies.add(logits)
+        self.most = max(self.most, len(self.copies))
+        self.tell("fetch", source)
+
+        def copy():
+            logits.copy_(source)
+
+        self.incoming.append(copy)
+        return Fetched(logits, lambda: self.until(self.incoming, copy))
+
+    def used(self, logits):
+        self.told.append("used")
+        # what is read later than its end is told
+        return lambda: logits.fill_(torch.nan)
+
+    def put_back(self, logits, target):
+        self.tell("put back", target)
+
+        def copy():
+            target.copy_(logits)
+
+        self.outgoing.append(copy)
+        return lambda: self.until(self.outgoing, copy)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """All logits are taken for those of another device."""
+    transfers = LateTransfers()
+    monkeypatch.setattr(offloaded_logits, "transfers_of", lambda device: transfers)
+    for module in (offloaded_logits, model_masks):
+        monkeypatch.setattr(module, "offloaded", lambda layer: isinstance(layer, mk.MaskedLinear))
+    yield transfers
+    assert not transfers.outgoing
+    assert transfers.most <= 3
+
+
+def some_layers(count: int) -> list[mk.MaskedLinear]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 4) for _ in range(count)))
+    mk.convert(model, "2:4", gap=1.0)
+    return list(masked_layers(model).values())
+
+
+def test_the_next_copy_is_on_its_way_while_a_layer_computes(late):
+    layers = some_layers(5)
+    expected = [layer.logits.detach() + i for i, layer in enumerate(layers)]
+    with OffloadedLogits(layers) as copies:
+        for i, layer in enumerate(layers):
+            with copies.moving(layer) as logits:
+                logits += i
+    ahead = [told for i in range(1, 5) for told in (("fetch", i), ("put back", i - 1))]
+    assert late.told == [("fetch", 0), *ahead, ("put back", 4)]
+    assert_same_bits([layer.logits.detach() for layer in layers], expected)
+
+
+def test_copies_that_are_read_are_not_written_back(late):
+    layers = some_layers(4)
+    expected = [layer.logits.detach().clone() for layer in layers]
+    with OffloadedLogits(layers) as copies:
+        for layer, own in zip(layers, expected, strict=True):
+            with copies.reading(layer) as logits:
+                assert_same_bits(logits, own)
+    ahead = [told for i in range(1, 4) for told in (("fetch", i), "used")]
+    assert late.told == [("fetch", 0), *ahead, "used"]
+    assert late.most == 3
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 3, 0, 2), (0, 0, 1, 0, 3, 3, 2)], ids=str)
+def test_layers_may_come_in_another_order_and_again(late, order):
+    layers = some_layers(4)
+    expected = [layer.logits.detach() + order.count(i) for i, layer in enumerate(layers)]
+    with OffloadedLogits(layers) as copies:
+        for i in order:
+            with copies.moving(layers[i]) as logits:
+                logits += 1
+    assert_same_bits([layer.logits.detach() for layer in layers], expected)
+
+
+def test_layers_that_do_not_come_stop_nothing(late):
+    """As experts that no token takes."""
+    layers = some_layers(7)
+    with OffloadedLogits(layers) as copies:
+        for i in (0, 1, 3, 4, 6):
+            with copies.moving(layers[i]):
+                pass
+    fetched = [number for what, number in late.told if what == "fetch"]
+    # 2 and 5 are awaited in vain
+    assert [late.numbers[layer.logits.data_ptr()] for layer in layers] == fetched[:7]
+    assert len(fetched) == 7
+    at = {told: i for i, told in enumerate(late.told)}
+    for before, behind in ((0, 1), (3, 4)):
+        one, other = (late.numbers[layers[i].logits.data_ptr()] for i in (before, behind))
+        assert at["fetch", other] < at["put back", one]
+
+
+def test_an_error_loses_no_layer_that_has_moved(late):
+    layers = some_layers(4)
+    expected = [layer.logits.detach() + (i < 2) for i, layer in enumerate(layers)]
+    with pytest.raises(KeyboardInterrupt), OffloadedLogits(layers) as copies:
+        for i, layer in enumerate(layers):
+            with copies.moving(layer) as logits:
+                if i == 2:
+                    raise KeyboardInterrupt
+                logits += 1
+    assert_same_bits([layer.logits.detach() for layer in layers], expected)
+
+
+def test_layers_on_one_device_move_in_place():
+    (layer,) = some_layers(1)
+    with OffloadedLogits([layer]) as copies, copies.moving(layer) as logits:
+        assert logits.data_ptr() == layer.logits.data_ptr()
+
+
+ESTIMATORS = {
+    "reinforce": lambda: mk.Reinforce(lr=2.0, draws=2),
+    "straight-through": lambda: mk.StraightThrough(lr=0.3),
+    "trained weights": lambda: mk.StraightThrough(lr=0.3, train_weights=0.01),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("how", ESTIMATORS)
+def test_a_trainer_learns_the_same(how, accumulate, request):
+    plain = a_trainer(estimator=ESTIMATORS[how](), accumulate=accumulate)
+    plain.run(4, progress=False)
+    late = request.getfixturevalue("late")
+    trainer = a_trainer(estimator=ESTIMATORS[how](), accumulate=accumulate)
+    trainer.run(4, progress=False)
+    # of both layers, that of the second one comes while the first computes
+    kinds = [told if isinstance(told, str) else told[0] for told in late.told]
+    walks = {tuple(kinds[i : i + 4]) for i in range(0, len(kinds), 4)}
+    assert walks == {("fetch", "fetch", "used", "used"), ("fetch", "fetch", "put back", "put back")}
+    assert_same_bits(logits_of(trainer.model), logits_of(plain.model))
+
+
+def test_an_optimizer_moves_the_same(request):
+    moved = []
+    for late in (False, True):
+        if late:
+            request.getfixturevalue("late")
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4))
+        mk.convert(model, "2:4", gap=1.0)
+        model.train()
+        optimizer = mk.MaskOptimizer(model, lr=0.5)
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(logits_of(model))
+    assert_same_bits(*moved)

@@ -1,0 +1,211 @@
+"""Processes beside a run: forked ones, workers that load batches, another writer; and signals in other threads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.in_ranks import LONGEST, forking
+from helpers.small_trainer import a_model, a_trainer, a_trainer_in, logits_of, loss_fn, some_batches
+from torch.utils.data import DataLoader, Dataset
+
+import maskpro_kernels as mk
+from maskpro_kernels.learn import journal
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def in_a_fork(call: Callable[[], object]) -> str:
+    """What a forked process gives, as text, or the error that it raises."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            told = str(call())
+        except BaseException as error:
+            told = f"{type(error).__name__}: {error}"
+        os.write(write, told.encode())
+        # as multiprocessing ends a child
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    return told
+
+
+def whole_run(how: str, steps: int) -> list[torch.Tensor]:
+    trainer = a_trainer(how=how)
+    trainer.run(steps, progress=False)
+    return logits_of(trainer.model)
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_a_forked_process_takes_no_step_of_its_parents_run(how, tmp_path):
+    trainer = a_trainer_in(tmp_path, how)
+    trainer.run(2, progress=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for call in (trainer.step, lambda: trainer.run(2, progress=False)):
+        told = in_a_fork(call)
+        assert told.startswith(f"RuntimeError: output_dir: expected process {os.getpid()}, whose run is in"), told
+    assert in_a_fork(trainer.close) == "None"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    # it has not let go of what its parent holds
+    with pytest.raises(ValueError, match="a folder that no other trainer holds"):
+        a_trainer_in(tmp_path, how).resume()
+    trainer.run(2, progress=False)
+    trainer.close()
+    resumed = a_trainer_in(tmp_path, how)
+    assert resumed.resume() == 4
+    resumed.run(1, progress=False)
+    assert_same_bits(logits_of(resumed.model), whole_run(how, 5))
+
+
+def test_a_journal_is_of_the_process_that_has_opened_it(tmp_path):
+    made = journal.Journal.create(tmp_path / "journal", {"id": "0" * 32})
+    first, second = (journal.Entry(step, 1, 0.0, (journal.Draw(0, 1.0, 0.5),)) for step in range(2))
+    made.append(first)
+    before = (tmp_path / "journal").read_bytes()
+    told = in_a_fork(lambda: made.append(second))
+    assert told.startswith(f"RuntimeError: journal: expected process {os.getpid()}, which has opened it, got ")
+    assert (tmp_path / "journal").read_bytes() == before
+    made.append(second)
+    assert made.steps == 2
+
+
+def test_a_journal_that_something_else_writes_to_is_not_written_on(tmp_path):
+    trainer = a_trainer_in(tmp_path)
+    trainer.run(2, progress=False)
+    with open(tmp_path / "journal", "ab") as file:
+        file.write(b"half")
+    before, logits = (tmp_path / "journal").read_bytes(), logits_of(trainer.model)
+    with pytest.raises(
+        ValueError, match=rf"journal: expected .* to end at byte {len(before) - 4}, .* got {len(before)}"
+    ):
+        trainer.step()
+    assert (tmp_path / "journal").read_bytes() == before
+    assert_same_bits(logits_of(trainer.model), logits)
+
+
+def test_a_trainer_that_has_not_begun_may_go_to_a_forked_process(tmp_path):
+    trainer = a_trainer_in(tmp_path)
+    assert in_a_fork(lambda: len(trainer.run(2, progress=False))) == "2"
+    resumed = a_trainer_in(tmp_path)
+    assert resumed.resume() == 2
+    assert_same_bits(logits_of(resumed.model), whole_run("reinforce", 2))
+
+
+class Batches(Dataset):
+    """Some batches, by their index."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return some_batches(5)[index]
+
+
+def loaded(**how) -> DataLoader:
+    return DataLoader(Batches(), batch_size=None, **how)
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_that_load_batches_change_nothing(context, tmp_path):
+    loader = loaded(num_workers=2, multiprocessing_context=context, persistent_workers=True)
+    trainer = a_trainer_in(tmp_path, "straight-through", batches=loader)
+    trainer.run(7, progress=False)
+    trainer.close()
+    alone = a_trainer(how="straight-through", batches=loaded())
+    alone.run(7, progress=False)
+    assert_same_bits(logits_of(trainer.model), logits_of(alone.model))
+    resumed = a_trainer_in(tmp_path, "straight-through", batches=loaded())
+    assert resumed.resume() == 7
+
+
+def learn_with_workers_until_killed(folder: Path) -> None:
+    """The process is killed while a worker that it has forked lives on for some seconds."""
+
+    def killed_at_the_end(model, batch):
+        if trainer.steps_done == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss_fn(model, batch)
+
+    torch.set_num_threads(1)
+    loader = loaded(num_workers=1, multiprocessing_context="fork", persistent_workers=True)
+    estimator = mk.StraightThrough(lr=0.3)
+    # a snapshot after each step
+    how = {"output_dir": folder, "snapshot_minutes": 0.0}
+    trainer = mk.MaskTrainer(a_model(), killed_at_the_end, loader, estimator, seed=11, **how)
+    trainer.begin()
+    next(iter(loader))
+    trainer.run(5, progress=False)
+
+
+def test_workers_of_a_process_that_was_killed_do_not_hold_its_folder(tmp_path):
+    with forking() as context:
+        process = context.Process(target=learn_with_workers_until_killed, args=(tmp_path,))
+        process.start()
+        process.join(LONGEST)
+    assert process.exitcode == -signal.SIGKILL
+    began, resumed = time.monotonic(), a_trainer_in(tmp_path, "straight-through", batches=loaded())
+    assert resumed.resume() == 3
+    assert time.monotonic() - began < LONGEST / 4
+    resumed.close()
+
+
+def test_an_interrupt_of_the_main_thread_breaks_no_run_in_another(tmp_path):
+    """Python raises it in the main thread, wherever the signal came."""
+
+    def interrupting(model, batch):
+        if trainer.steps_done == 2 and not interrupted:
+            interrupted.append(trainer.steps_done)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return loss_fn(model, batch)
+
+    interrupted, caught = [], []
+    trainer = a_trainer_in(tmp_path, loss_fn=interrupting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            trainer.run(6, progress=False)
+        finally:
+            ended.set()
+
+    try:
+        threading.Thread(target=run).start()
+        while not ended.is_set():
+            try:
+                ended.wait()
+            except KeyboardInterrupt as error:
+                caught.append(error)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(caught) == 1 and trainer.steps_done == 6
+    trainer.close()
+    resumed = a_trainer_in(tmp_path)
+    assert resumed.resume() == 6
+    assert_same_bits(logits_of(resumed.model), whole_run("reinforce", 6))
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_a_clock_that_goes_back_leads_to_no_older_snapshot(how, tmp_path, monkeypatch):
+    clock = iter(range(10**9, 0, -86_400))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    trainer = a_trainer_in(tmp_path, how, snapshot_minutes=0.0)
+    for _ in range(4):
+        trainer.step()
+        for path in tmp_path.glob("*.safetensors"):
+            os.utime(path, (then := time.time(), then))
+    trainer.close()
+    resumed = a_trainer_in(tmp_path, how)
+    assert resumed.resume() == 4
+    assert_same_bits(logits_of(resumed.model), whole_run(how, 4))

@@ -1,0 +1,292 @@
+"""Masked layers into a model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.nets import Net, codes_of, refused, token_batches
+from helpers.tiny_llama import tiny_model
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.unfuse import taken_apart
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def test_language_model_keeps_its_head():
+    model = tiny_model()
+    conversion = mk.convert(model, "2:4")
+    layers = [name for name, module in model.named_modules() if isinstance(module, mk.MaskedLinear)]
+    assert conversion.converted == layers
+    assert len(layers) == 2 * 7
+    assert conversion.skipped == {"lm_head": "output head"}
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert conversion.gap == 10.0
+    assert model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_default_leaves_out_what_does_not_fit_with_the_reason():
+    model = Net()
+    conversion = mk.convert(model, "2:4")
+    assert conversion.converted == ["first", "second"]
+    assert conversion.skipped == {
+        "odd": "in_features 6 not divisible by 4",
+        "tied": "weight tied to an embedding",
+        "quantizable": "subclass of nn.Linear: NonDynamicallyQuantizableLinear",
+    }
+    assert type(model.quantizable) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    assert [model.first.layer, model.second.layer] == [0, 1]
+    assert model.first.counter_state is model.second.counter_state
+    assert model.second.bias is None and model.first.bias is not None
+
+
+def test_a_second_conversion_takes_other_ids_and_the_same_counter_state():
+    model = Net()
+    mk.convert(model, "2:4", ["first"])
+    mk.advance(model)
+    conversion = mk.convert(model, "4:8", ["second"])
+    assert conversion.converted == ["second"]
+    assert [model.first.layer, model.second.layer] == [0, 1]
+    assert model.first.counter_state is model.second.counter_state
+    assert [str(model.first.pattern), str(model.second.pattern)] == ["2:4", "4:8"]
+
+
+def test_layers_that_share_a_weight_or_have_hooks_are_left_out():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model[1].weight = model[0].weight
+    model[2].register_forward_hook(lambda module, args, output: output + 1)
+    conversion = mk.convert(model, "2:4")
+    assert conversion.converted == ["3"]
+    assert conversion.skipped == {
+        "0": "weight tied to another layer",
+        "1": "weight tied to another layer",
+        "2": "has hooks, which its replacement would lose",
+    }
+
+
+def test_weights_are_shared_not_copied():
+    model = Net()
+    addresses = {name: getattr(model, name).weight.data_ptr() for name in ("first", "second")}
+    mk.convert(model, "2:4")
+    assert addresses == {name: getattr(model, name).weight.data_ptr() for name in addresses}
+
+
+@pytest.mark.parametrize(
+    ("targets", "converted"),
+    [
+        (["first"], ["first"]),
+        (["*s*"], ["first", "second"]),
+        (("second", "first"), ["first", "second"]),
+        (["f[a-z]rst", "?ied"], ["first", "tied"]),
+    ],
+)
+def test_targets_are_patterns_on_names(targets, converted):
+    model = Net()
+    conversion = mk.convert(model, "2:4", targets)
+    assert conversion.converted == converted
+    left = [name for name in ("first", "second", "odd", "tied") if name not in converted]
+    assert conversion.skipped.pop("quantizable").startswith("subclass of nn.Linear")
+    assert conversion.skipped == dict.fromkeys(left, "matches no target")
+    assert [getattr(model, name).layer for name in converted] == list(range(len(converted)))
+
+
+def test_targets_by_projection_in_a_language_model():
+    model = tiny_model()
+    conversion = mk.convert(model, "2:4", [f"*.{name}" for name in PROJECTIONS])
+    assert len(conversion.converted) == 2 * len(PROJECTIONS)
+    assert {name.rsplit(".")[-1] for name in conversion.converted} == set(PROJECTIONS)
+    assert len({module.layer for module in model.modules() if isinstance(module, mk.MaskedLinear)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"targets": "first"}, TypeError, "^targets: expected a sequence .*got the str 'first'"),
+        ({"targets": 3}, TypeError, "^targets: "),
+        ({"targets": [3]}, TypeError, "^targets: "),
+        ({"targets": []}, ValueError, "^targets: "),
+        ({"targets": ["first", "third"]}, ValueError, "^targets: .*'third' matches none"),
+        ({"targets": ["embedding"]}, ValueError, "^targets: .*'embedding' matches none"),
+        ({"targets": ["first", "odd"]}, ValueError, "^targets: .*divisible by 4, got 6 in odd"),
+        ({"pattern": "4:2"}, ValueError, "^pattern: "),
+        ({"pattern": "2:5"}, ValueError, "^pattern: "),
+        ({"pattern": 24}, TypeError, "^pattern: "),
+        ({"pattern": "2:32"}, ValueError, "^model: .*2:32 fits"),
+        ({"gap": -1.0}, ValueError, "^gap: "),
+        ({"gap": math.nan}, ValueError, "^gap: "),
+        ({"gap": None}, TypeError, "^gap: "),
+        ({"flip_rate": 0.0}, ValueError, "^flip_rate: "),
+        ({"flip_rate": 0.99}, ValueError, "^flip_rate: "),
+        ({"flip_rate": math.nan}, ValueError, "^flip_rate: "),
+        ({"flip_rate": "0.1"}, (TypeError, ValueError), "^flip_rate: "),
+        ({"flip_rate": 0.01, "gap": 9.0}, ValueError, "^flip_rate: expected gap or flip_rate, not both"),
+        ({"init": "sparse"}, ValueError, "^init: "),
+        ({"init": "random", "seed": -1}, ValueError, "^seed: "),
+        ({"init": "random", "seed": 1.0}, TypeError, "^seed: "),
+        ({"init": None}, (TypeError, ValueError), "^init: "),
+        ({"progress": True}, TypeError, "^progress: expected a function of two counts, got bool True"),
+        ({"init": "wanda"}, ValueError, "^calibration: "),
+        ({"init": "wanda", "calibration": []}, ValueError, "^calibration: expected at least one batch"),
+        ({"init": "wanda", "calibration": 3}, TypeError, "^calibration: "),
+        ({"init": "wanda", "calibration": torch.ones(3, 8)}, TypeError, "^calibration: .*got Tensor"),
+        ({"init": "reconstruction", "calibration": {"x": torch.ones(3, 8)}}, TypeError, "^calibration: .*got dict"),
+    ],
+)
+def test_bad_argument_leaves_the_model_as_it_was(arguments, error, message):
+    refused(Net(), error, message, **arguments)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Embedding(4, 4))])
+def test_model_without_linears_is_refused(model):
+    refused(model, ValueError, "^model: expected a module that contains nn.Linear")
+    refused(nn.Linear(8, 8), ValueError, "got none; a single layer is converted by MaskedLinear.from_linear$")
+    model = nn.Sequential(nn.Linear(8, 8))
+    mk.convert(model, "2:4")
+    refused(model, ValueError, "got none; it has MaskedLinear layers: finalize it before it is converted again$")
+
+
+@pytest.mark.parametrize("model", [None, "smollm2-135m", {}])
+def test_model_must_be_a_module(model):
+    with pytest.raises(TypeError, match="^model: expected nn.Module"):
+        mk.convert(model, "2:4")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("init", ["magnitude", "wanda"])
+def test_weights_that_are_not_finite_are_named(init, value):
+    model = Net()
+    with torch.no_grad():
+        model.second.weight[1, 2] = value
+    refused(model, ValueError, "^model: expected finite weights.* in second$", init=init, calibration=token_batches())
+
+
+def test_weights_in_float64_are_refused():
+    refused(Net().double(), TypeError, "^model: .*float64 in first")
+
+
+def given_codes() -> dict[str, torch.Tensor]:
+    return {
+        "first": torch.full((16, 2), 0b1010, dtype=torch.uint8),
+        "second": torch.full((6, 4), 0b0110, dtype=torch.uint8),
+    }
+
+
+def test_codes_are_taken_as_given():
+    model, codes = Net(), given_codes()
+    mk.convert(model, "2:4", init=codes, gap=3.0)
+    assert_same_bits(codes_of(model.first), codes["first"])
+    assert_same_bits(model.second.logits, torch.tensor([0.0, 3.0, 3.0, 0.0]).repeat(6, 4))
+    assert codes.keys() == {"first", "second"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"second": None}, TypeError, r"^init\['second'\]: "),
+        ({"third": torch.zeros(1, dtype=torch.uint8)}, ValueError, r"^init: .*unknown \['third'\]"),
+        ({"first": torch.full((16, 3), 3, dtype=torch.uint8)}, ValueError, r"^init\['first'\]: .*shape \(16, 2\)"),
+        ({"first": torch.full((2, 16), 3, dtype=torch.uint8)}, ValueError, r"^init\['first'\]: .*shape \(16, 2\)"),
+        ({"second": torch.full((6, 4), 3)}, TypeError, r"^init\['second'\]: .*uint8.*int64"),
+        (
+            {"second": torch.full((6, 4), 7, dtype=torch.uint8)},
+            ValueError,
+            r"^init\['second'\]: .*exactly 2 of every 4",
+        ),
+        (
+            {"second": torch.full((6, 4), 0, dtype=torch.uint8)},
+            ValueError,
+            r"^init\['second'\]: .*exactly 2 of every 4",
+        ),
+        ({"second": torch.full((6, 4), 0b10011, dtype=torch.uint8)}, ValueError, r"^init\['second'\]: .*exactly 2"),
+    ],
+)
+def test_wrong_codes_are_refused(changes, error, message):
+    refused(Net(), error, message, init=given_codes() | changes)
+
+
+def test_missing_codes_are_refused():
+    refused(Net(), ValueError, r"^init: .*missing \['second'\]", init={"first": given_codes()["first"]})
+
+
+def test_a_linear_under_two_names_stays_one_module():
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+    conversion = mk.convert(model, "2:4")
+    assert conversion.converted == ["0"]
+    assert isinstance(model[0], mk.MaskedLinear)
+    assert model[2][0] is model[0]
+    mk.finalize(model)
+    assert type(model[0]) is nn.Linear
+    assert model[2][0] is model[0]
+
+
+def test_a_linear_under_two_names_answers_to_both():
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+    mk.convert(model, "2:4", targets=["2.0"])
+    assert isinstance(model[2][0], mk.MaskedLinear)
+    assert model[2][0] is model[0]
+
+
+def test_converting_twice_finds_nothing_left():
+    model = nn.Sequential(nn.Linear(8, 8))
+    mk.convert(model, "2:4")
+    refused(model, ValueError, "^model: ")
+
+
+@pytest.mark.parametrize("targets", [None, ["*linear1"], ["layers.1.*"]])
+def test_an_encoder_leaves_the_fast_path_that_reads_past_masks(targets, eager_reference):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    # of that, the fast path works on tensors of another kind
+    model = nn.TransformerEncoder(layer, 2).eval()
+    conversion = mk.convert(model, "2:4", targets=targets)
+    assert len(conversion.converted) == {None: 12, "*linear1": 2, "layers.1.*": 6}[targets and targets[0]]
+    x, padding = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [4], [2]])
+    with torch.no_grad():
+        before = model(x, src_key_padding_mask=padding)
+        for layer in masked_layers(model).values():
+            layer.logits.copy_(torch.randn_like(layer.logits))
+        after = model(x, src_key_padding_mask=padding)
+        mk.finalize(model)
+        finalized = model(x, src_key_padding_mask=padding)
+    assert not taken_apart(model)
+    assert (before - after).abs().max() > 1e-3
+    # what is padded is zero on the fast path
+    torch.testing.assert_close(finalized[~padding], after[~padding])
+
+
+def test_attention_with_biases_of_its_own_leaves_its_encoder_on_the_fast_path():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    layer.self_attn = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
+    model = nn.Sequential(layer, nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="of its matrix weights"):
+        conversion = mk.convert(model, "2:4")
+    assert conversion.converted == ["1"]
+    assert "fast path" in conversion.skipped["0.linear1"] and "fast path" in conversion.skipped["0.linear2"]
+    assert "bias_k" in conversion.skipped["0.self_attn"]
+    assert conversion.unmasked["0.self_attn.in_proj_weight"] == conversion.skipped["0.self_attn"]
+    with pytest.raises(ValueError, match="targets.*0.linear1"):
+        mk.convert(nn.Sequential(layer), "2:4", targets=["*linear1"])
+
+
+@pytest.mark.parametrize(
+    ("how", "total"),
+    [
+        ({"init": "sparsegpt"}, 14),
+        ({"init": "reconstruction"}, 14),
+        ({"init": "magnitude", "refit": "scales"}, 14),
+        ({"init": "wanda"}, None),
+    ],
+)
+def test_progress_tells_how_many_layers_are_done(how, total, eager_reference):
+    told: list[tuple[int, int]] = []
+    mk.convert(tiny_model(), "2:4", calibration=token_batches(2), progress=lambda *counts: told.append(counts), **how)
+    assert told == ([] if total is None else [(done, total) for done in range(total + 1)])

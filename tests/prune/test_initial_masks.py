@@ -1,0 +1,104 @@
+"""Initial masks by name, and the calibration batches that they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.bits import assert_same_bits
+from helpers.command import learn, report
+from helpers.tiny_llama import write_inputs
+from torch import nn
+
+import maskpro_kernels as mk
+from maskpro_kernels.cli import main
+from maskpro_kernels.prune import initial_masks
+from maskpro_kernels.prune.calibration import calls_of, gram_matrices, input_squares
+from maskpro_kernels.prune.initial_masks import initial_codes
+from maskpro_kernels.prune.reconstruction import reconstruct
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def layers_of(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def smallest(layers, pattern, model, calibration, progress, seed):
+    """An initial mask of no use."""
+    return {name: mk.top_n_mask(-layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
+
+
+def test_a_new_initial_mask_is_one_function_and_one_entry(monkeypatch):
+    monkeypatch.setitem(initial_masks.INITIAL_MASKS, "smallest", smallest)
+    model = two_layers()
+    expected = initial_codes(layers_of(model), "2:4", "smallest")
+    mk.convert(model, "2:4", init="smallest")
+    for name in ("0", "2"):
+        assert_same_bits(mk.top_n_mask(model.get_submodule(name).logits.detach(), "2:4"), expected[name])
+
+
+@pytest.mark.parametrize("init", ["randm", None, 3, ["magnitude"]])
+def test_an_unknown_initial_mask_is_refused_before_the_model_runs(init):
+    with pytest.raises(ValueError, match="init: expected one of magnitude, wanda, reconstruction, sparsegpt, random, "):
+        initial_codes({}, "2:4", init)
+
+
+@pytest.mark.parametrize("init", ["wanda", "reconstruction", "sparsegpt"])
+@pytest.mark.parametrize("calibration", [None, torch.ones(3, 8), {"input": torch.ones(3, 8)}, 3, []], ids=str)
+def test_masks_of_what_layers_see_need_batches(init, calibration):
+    model = two_layers()
+    with pytest.raises((TypeError, ValueError), match="^calibration: expected"):
+        initial_codes(layers_of(model), "2:4", init, model, calibration)
+
+
+@pytest.mark.parametrize("batches", [torch.ones(3, 8), {"input": torch.ones(3, 8)}], ids=["tensor", "mapping"])
+def test_reconstruction_takes_one_batch_for_no_list_of_batches(batches):
+    model = two_layers()
+    codes = initial_codes(layers_of(model), "2:4", "magnitude")
+    with pytest.raises(TypeError, match="calibration: expected an iterable of batches, got"):
+        reconstruct(model, layers_of(model), codes, "2:4", batches)
+
+
+def test_a_model_takes_tensors_tuples_and_mappings():
+    x, y = torch.ones(1), torch.zeros(1)
+    assert calls_of([x, (x, y), [x], {"input": x}]) == [((x,), {}), ((x, y), {}), ((x,), {}), ((), {"input": x})]
+
+
+def test_what_layers_see_is_summed_over_batches_and_hooks_are_removed():
+    model = two_layers()
+    batches = [torch.randn(2, 3, 8), torch.randn(5, 8)]
+    flat = torch.cat([batch.view(-1, 8) for batch in batches])
+    with torch.no_grad():
+        inputs = {"0": flat, "2": model[1](model[0](flat))}
+    squares = input_squares(model, layers_of(model), iter(batches))
+    grams = gram_matrices(model, calls_of(batches), [model[0], nn.Linear(2, 2), model[2]])
+    assert grams[1] is None
+    for name, gram in zip(("0", "2"), (grams[0], grams[2]), strict=True):
+        torch.testing.assert_close(squares[name], inputs[name].square().sum(0))
+        torch.testing.assert_close(gram.detach(), inputs[name].T @ inputs[name])
+    with pytest.raises(RuntimeError):
+        input_squares(model, layers_of(model), [torch.ones(2, 3)])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_forward_pass_ends_where_nothing_behind_it_is_wanted():
+    model = two_layers()
+    reached = []
+    model[2].register_forward_pre_hook(lambda *_: reached.append(True))
+    gram_matrices(model, calls_of([torch.ones(2, 8)] * 3), [model[0]], stop=True)
+    assert not reached
+    gram_matrices(model, calls_of([torch.ones(2, 8)] * 3), [model[0]])
+    assert len(reached) == 3
+
+
+def test_the_command_starts_from_a_new_initial_mask(tmp_path, monkeypatch):
+    monkeypatch.setitem(initial_masks.INITIAL_MASKS, "smallest", smallest)
+    arguments = learn(write_inputs(tmp_path), tmp_path / "run", "--init", "smallest", "--estimator", "straight-through")
+    assert main.main(arguments) == 0
+    table = report(tmp_path / "run")["table"]
+    assert [row["method"] for row in table] == ["dense", "magnitude", "wanda", "smallest", "straight-through"]

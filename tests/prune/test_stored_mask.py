@@ -1,0 +1,255 @@
+"""Masks to begin with, out of each kind of what is stored; another base, pattern or set of layers is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from helpers.architectures import tiny
+from helpers.bits import assert_same_bits
+from helpers.checkpoints import layers, masked, random_masks
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
+
+import maskpro_kernels as mk
+from maskpro_kernels import hf
+from maskpro_kernels.checkpoints.logits import LOGITS_FILE, save_logits
+from maskpro_kernels.checkpoints.mask_file import MaskFile, save_masks
+from maskpro_kernels.cli.run_files import digest_of_weights
+from maskpro_kernels.modules import masked_layers
+from maskpro_kernels.prune.finalize import finalize
+from maskpro_kernels.prune.initial_masks import initial_codes
+from maskpro_kernels.prune.stored_mask import stored_mask
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
+
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def dense_layers(model=None):
+    return {name: layer for name, layer in layers(model or tiny_model()).items() if name != "lm_head"}
+
+
+def random_codes(pattern="2:4"):
+    return {name: mk.pack_mask(mask, pattern) for name, mask in random_masks(tiny_model(), pattern).items()}
+
+
+def converted(pattern="2:4"):
+    model = tiny_model()
+    mk.convert(model, pattern, init=random_codes(pattern))
+    return model
+
+
+def save(model, folder):
+    hf.save_model(model, tiny_tokenizer(), folder)
+    return folder
+
+
+def mask_file(folder, pattern="2:4", model=None, dtype=torch.float32, against=None):
+    codes, path = random_codes(pattern), folder / "mine.mask"
+    triples = [(name, codes[name], layer.weight.detach().to(dtype)) for name, layer in dense_layers(model).items()]
+    save_masks(path, triples, pattern, model="tiny", against=against).close()
+    return path
+
+
+def run(folder, pattern="2:4", model=None, **more):
+    model = model or converted(pattern)
+    weights = digest_of_weights(model)
+    told = {"pattern": pattern, "dtype": "float32", "dense_weights": weights, "weights": weights}
+    folder.mkdir()
+    save_logits(model, folder / LOGITS_FILE, told | more)
+    return folder
+
+
+STORED = {
+    "mask file": mask_file,
+    "run": lambda folder, pattern="2:4": run(folder / "run", pattern),
+    "zeros": lambda folder, pattern="2:4": save(
+        masked(tiny_model(), random_masks(tiny_model(), pattern)), folder / "m"
+    ),
+    "packed": lambda folder, pattern="2:4": save(finalize(converted(pattern), to="packed"), folder / "m"),
+    "masked": lambda folder, pattern="2:4": save(converted(pattern), folder / "m"),
+}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("kind", STORED)
+@pytest.mark.filterwarnings("error")
+def test_each_kind_gives_its_mask(tmp_path, kind, pattern):
+    path = STORED[kind](tmp_path, pattern)
+    expected = random_codes(pattern)
+    found = stored_mask(path, dense_layers(), pattern)
+    assert_same_bits(found.codes, expected)
+    assert found.kind == {"mask file": "mask file", "run": "run"}.get(kind, "checkpoint")
+    assert len(found.digest) == 32 and (kind != "mask file" or found.digest == MaskFile(path).digest)
+    # by its path, too
+    model = tiny_model()
+    mk.convert(model, pattern, init=str(path))
+    for name, layer in masked_layers(model).items():
+        assert_same_bits(mk.top_n_mask(layer.logits.detach(), pattern), expected[name])
+    assert_same_bits(initial_codes(dense_layers(), pattern, path), expected)
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_another_pattern_is_refused(tmp_path, kind):
+    path = STORED[kind](tmp_path, "4:8")
+    told = "path: expected weights that follow 2:4, got more in" if kind == "zeros" else "of 2:4, got one of 4:8 in"
+    with pytest.raises(ValueError, match=told) as refusal:
+        stored_mask(path, dense_layers(), "2:4")
+    assert str(refusal.value).startswith("path: ")
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_another_set_of_layers_is_refused(tmp_path, kind):
+    path, own = STORED[kind](tmp_path), dense_layers()
+    fewer = {name: layer for name, layer in own.items() if name != FIRST}
+    other = fewer | {FIRST: torch.nn.Linear(64, 32)}
+    more = own | {"model.more": torch.nn.Linear(32, 32)}
+    for wanted, named in ((fewer, FIRST), (other, FIRST), (more, "model.more")):
+        if kind == "zeros" and wanted is fewer:
+            # others may have zeros as well
+            continue
+        with pytest.raises(
+            ValueError, match=f"14 layers differ, such as {named}|15 layers .*{named}|get one .*{named}"
+        ):
+            stored_mask(path, wanted, "2:4")
+
+
+@pytest.mark.parametrize("kind", ["mask file", "run", "masked"])
+def test_another_base_is_refused(tmp_path, kind):
+    model = tiny_model()
+    model.get_submodule(FIRST).weight.data[3, 5] += 1
+    told = {
+        "mask file": "of fingerprint .*, got one of fingerprint .*; 1 of 14 layers differ, such as model.layers.0",
+        "run": "whose weights have the digest .*, got weights of digest [0-9a-f]{32}$",
+        "masked": f"got other weights in {FIRST}: another model, or this one in another dtype$",
+    }[kind]
+    with pytest.raises(ValueError, match=f"^model: expected the base .*{told}"):
+        stored_mask(STORED[kind](tmp_path), dense_layers(model), "2:4")
+
+
+@pytest.mark.parametrize("kind", ["zeros", "packed"])
+def test_other_kept_weights_are_told(tmp_path, kind):
+    """As of a checkpoint that SparseGPT has pruned, whose mask alone is of use here."""
+    model = tiny_model()
+    model.get_submodule(FIRST).weight.data *= 2
+    with pytest.warns(UserWarning, match=f"kept weights of 1 layers, such as {FIRST}, are not those of the model"):
+        found = stored_mask(STORED[kind](tmp_path), dense_layers(model), "2:4")
+    assert_same_bits(found.codes, random_codes())
+
+
+@pytest.mark.parametrize("kind", ["masked", "run"])
+def test_masks_over_changed_weights_are_told(tmp_path, kind):
+    model, codes = converted(), random_codes()
+    dense = digest_of_weights(model)
+    layer = model.get_submodule(FIRST)
+    layer.weight.data = layer.weight.data * 2
+    layer.weight_changed = True
+    told = "not those of the model" if kind == "masked" else "learned over changed weights, and is taken alone"
+    path = save(model, tmp_path / "m") if kind == "masked" else run(tmp_path / "run", model=model, dense_weights=dense)
+    with pytest.warns(UserWarning, match=told):
+        assert_same_bits(stored_mask(path, dense_layers(), "2:4").codes, codes)
+
+
+def test_packed_layers_are_unpacked_one_by_one(tmp_path, monkeypatch):
+    """Each once, to compare it; of all together there may be no room."""
+    path, unpack, unpacked = STORED["packed"](tmp_path), mk.NMLinear.weight.fget, []
+    monkeypatch.setattr(mk.NMLinear, "weight", property(lambda layer: unpacked.append(layer) or unpack(layer)))
+    assert_same_bits(stored_mask(path, dense_layers(), "2:4").codes, random_codes())
+    assert len(unpacked) == len({id(layer) for layer in unpacked}) == 14
+
+
+def test_values_rounded_to_int8_are_told(tmp_path):
+    path = save(finalize(converted(), to="packed", values="int8"), tmp_path / "m")
+    with pytest.warns(UserWarning, match="is not known: values of 14 layers are rounded to int8"):
+        assert_same_bits(stored_mask(path, dense_layers(), "2:4").codes, random_codes())
+
+
+def test_zeros_of_the_model_count_as_kept_and_what_is_filled_up_is_told(tmp_path):
+    model, sparse = tiny_model(), tiny_model()
+    weight = torch.tensor([0.0, 4.0, -3.0, 2.0, 1.0, 4.0, -3.0, 2.0])
+    for each in (model, sparse):
+        each.get_submodule(FIRST).weight.data[0, :8] = weight
+    masked(sparse, random_masks(tiny_model()))
+    sparse.get_submodule(FIRST).weight.data[0, :8] = torch.tensor([0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0])
+    path = save(sparse, tmp_path / "m")
+    with pytest.warns(UserWarning, match="1 groups have fewer weights than 2:4 keeps, and were filled up") as told:
+        codes = stored_mask(path, dense_layers(model), "2:4").codes[FIRST]
+    assert [one.filename for one in told] == [__file__] and codes[0, :2].tolist() == [0b0011, 0b1010]
+
+
+def test_in_the_dtype_of_the_masks_alone(tmp_path):
+    """A mask file of bfloat16 fits a model in float32 that was made of it, and not the other way round."""
+    rounded = tiny_model().bfloat16()
+    path = mask_file(tmp_path, model=rounded, dtype=torch.bfloat16)
+    assert_same_bits(stored_mask(path, dense_layers(rounded.float()), "2:4").codes, random_codes())
+    told = "belong to weights in float32, and these are in bfloat16: load the model in that dtype$"
+    for path in (mask_file(tmp_path), run(tmp_path / "run")):
+        with pytest.raises(ValueError, match=told):
+            stored_mask(path, dense_layers(tiny_model().bfloat16()), "2:4")
+
+
+def test_a_mask_file_against_another(tmp_path):
+    """Against the mask by magnitude it is complete with the model; against another file it is refused."""
+    own = dense_layers()
+    magnitude = {name: mk.top_n_mask(layer.weight.detach().abs(), "2:4") for name, layer in own.items()}
+    triples = [(name, magnitude[name], layer.weight.detach()) for name, layer in own.items()]
+    save_masks(tmp_path / "magnitude", triples, "2:4", model="tiny", against="magnitude").close()
+    assert_same_bits(stored_mask(tmp_path / "magnitude", own, "2:4").codes, magnitude)
+    whole = save_masks(tmp_path / "whole", triples, "2:4", model="tiny")
+    save_masks(tmp_path / "changes", triples, "2:4", model="tiny", against=whole).close()
+    told = "^path: expected the initial mask that .* was written against.*; make a checkpoint of it by `maskpro apply"
+    with pytest.raises(ValueError, match=told):
+        stored_mask(tmp_path / "changes", own, "2:4")
+
+
+@pytest.mark.parametrize("architecture", ["GPT-2", "Mixtral"])
+@pytest.mark.parametrize("to", ["dense", "packed", None])
+@pytest.mark.filterwarnings("error:.*kept weights of")
+def test_weights_that_are_stored_otherwise_than_as_layers(tmp_path, architecture, to):
+    """Transposed ones, and those of all experts in one: a name is that of the layer that they are taken apart into."""
+    (model, _), (other, _) = tiny(architecture), tiny(architecture)
+    other.load_state_dict(model.state_dict())
+    mk.convert(model, "2:4", init="random", seed=2)
+    expected = {name: mk.top_n_mask(layer.logits.detach(), "2:4") for name, layer in masked_layers(model).items()}
+    path = save(model if to is None else finalize(model, to=to), tmp_path / "m")
+    mk.convert(other, "2:4", init=path)
+    found = {name: mk.top_n_mask(layer.logits.detach(), "2:4") for name, layer in masked_layers(other).items()}
+    assert len(found) > 4
+    assert_same_bits(found, expected)
+
+
+def test_what_is_no_mask_is_refused(tmp_path):
+    (tmp_path / "text").write_text("no mask")
+    (tmp_path / "empty").mkdir()
+    cut = mask_file(tmp_path)
+    cut.write_bytes(cut.read_bytes()[:-3])
+    foreign = run(tmp_path / "foreign")
+    save_logits(converted(), foreign / LOGITS_FILE, {})
+    infinite = converted()
+    infinite.get_submodule(FIRST).logits.data[0, 0] = torch.inf
+    dense = save(tiny_model(), tmp_path / "dense")
+    broken = masked(tiny_model(), random_masks(tiny_model()))
+    broken.get_submodule(FIRST).weight.data[0, 0] = torch.nan
+    for path, told in {
+        tmp_path / "text": "expected a mask file, got",
+        cut: "expected a mask file, got",
+        tmp_path / "empty": "expected a folder with a config.json, got",
+        foreign: "expected the logits of a run in",
+        run(tmp_path / "infinite", model=infinite): f"expected finite logits in .* got others in {FIRST}",
+        save(infinite, tmp_path / "masked"): f"expected finite logits in .* got others in {FIRST}",
+        save(broken, tmp_path / "broken"): f"expected finite weights in .* got others in {FIRST}",
+        dense: "expected weights that follow 2:4, got more in 100.0% of the groups of",
+    }.items():
+        with pytest.raises(ValueError, match=f"^path: {told}"):
+            stored_mask(path, dense_layers(), "2:4")
+    shutil.rmtree(tmp_path / "empty")
+    for nothing in (tmp_path / "empty", "", "randm", "x" * 5000):
+        with pytest.raises(ValueError, match="^init: expected one of magnitude, wanda, .*, the path of a mask file"):
+            mk.convert(tiny_model(), "2:4", init=nothing)
+        with pytest.raises(FileNotFoundError, match="^path: expected a mask file, a run or a sparse checkpoint, got '"):
+            stored_mask(nothing, dense_layers(), "2:4")
+    with pytest.raises(TypeError, match="^path: expected a str or a Path, got int$"):
+        stored_mask(3, dense_layers(), "2:4")
+    with pytest.raises(ValueError, match="^layers: expected at least one, got none$"):
+        stored_mask(dense, {}, "2:4")
