@@ -80,15 +80,6 @@ def every_mask_matters(folder: Path) -> None:
             layer.logits.neg_()
 
 
-def encoders_are_masked(folder: Path) -> None:
-    model, batch = tiny("torch TransformerEncoder")
-    mk.convert(model, "2:4", targets=["*.linear1"])
-    with torch.no_grad():
-        before = loss_of(model, batch)
-        masked_layers(model)["encoder.layers.0.linear1"].logits.neg_()
-        assert not torch.equal(loss_of(model, batch), before)
-
-
 def mixtures_are_masked(folder: Path) -> None:
     assert mk.convert(tiny("Mixtral").model, "2:4").masked_share > 0.9
 
@@ -255,7 +246,6 @@ FAULTS = [
     Fault("hf.tell_config", nothing, finalized_it_is_no_longer_called_quantized),
     Fault("hf.packed.take_apart", nothing, taken_apart_comes_back),
     Fault("prune.selection.read_elsewhere", lambda *_: set(), every_mask_matters),
-    Fault("unfuse.rewriting._held_by_encoders", lambda _: set(), encoders_are_masked),
     Fault("prune.convert.in_linear_form", lambda _: nullcontext({}), mixtures_are_masked),
     Fault("prune.convert.MOST_OF_A_MODEL", 0.0, little_is_told),
     Fault("prune.selection.adapter_modules", lambda _: set(), adapters_get_no_mask),

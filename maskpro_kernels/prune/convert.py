@@ -65,8 +65,8 @@ def convert(
 ) -> Conversion:
     """Replace the nn.Linear layers of a model by MaskedLinear, in place; weights that are not refitted are shared.
 
-    Transformers' Conv1D and mixtures of experts, and nn.MultiheadAttention, are taken apart into layers first, see
-    ``unfuse``. Weights that they hold transposed are copied. Logits, seed and step live with each weight, be it on
+    Transformers' Conv1D and mixtures of experts are taken apart into layers first, see ``unfuse``. Weights that they
+    hold transposed are copied. nn.MultiheadAttention is left out. Logits, seed and step live with each weight, be it on
     several devices. Hooks by which accelerate's ``dispatch_model`` brings inputs to a layer go to its replacement.
 
     Args:

@@ -13,13 +13,14 @@ from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..pattern import NMPattern
 from ..shards import check_in_memory, check_shard, is_finite, resharded
-from ..unfuse import SplitAttention, lost_with
+from ..unfuse import lost_with
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
 from .coverage import HEAD, coverage, output_heads
 
 ITSELF_SHARDED = "fully_shard is around this layer itself: put it around a module that holds the layer"
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
+ATTENTION = "nn.MultiheadAttention multiplies with it past its module"
 
 # (layers by name, the reason by name of the layers left out)
 Selection = tuple[dict[str, nn.Linear], dict[str, str]]
@@ -81,7 +82,8 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
     else:
         _check_targets(targets)
         layers, skipped = _by_targets(model, linears, pattern, targets)
-    return layers, skipped | subclasses | adapters
+    attention = {name: reason for name, reason in _bypassed(model).items() if reason == ATTENTION}
+    return layers, skipped | subclasses | attention | adapters
 
 
 def _why_none(model: nn.Module) -> str:
@@ -97,7 +99,7 @@ def _why_none(model: nn.Module) -> str:
 def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMPattern) -> Selection:
     bypassed, heads, owners = _bypassed(model), output_heads(model), _owners(model)
     reasons = {
-        name: BYPASSED if name in bypassed else HEAD if module in heads else _reason_against(module, pattern, owners)
+        name: bypassed.get(name) or (HEAD if module in heads else _reason_against(module, pattern, owners))
         for name, module in linears.items()
     }
     skipped = {name: reason for name, reason in reasons.items() if reason}
@@ -135,7 +137,7 @@ def _by_targets(
     bypassed = _bypassed(model)
     for name, module in chosen.items():
         if name in bypassed:
-            raise ValueError(f"targets: expected layers that run as modules, got {name}: {BYPASSED}")
+            raise ValueError(f"targets: expected layers that run as modules, got {name}: {bypassed[name]}")
         if module.in_features % pattern.m:
             raise ValueError(
                 f"targets: expected in_features divisible by {pattern.m}, got {module.in_features} in {name}"
@@ -154,17 +156,16 @@ def _check_targets(targets: Sequence[str]) -> None:
             raise TypeError(f"targets: expected a sequence of str, got {type(target).__name__} {target!r} in it")
 
 
-def _bypassed(model: nn.Module) -> set[str]:
-    """Names of layers whose weights a parent reads past the module, on a path that ``read_elsewhere`` switches off.
-
-    Attention that is taken apart keeps the parent from that path.
-    """
-    return {
-        f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
-        if isinstance(module, nn.TransformerEncoderLayer) and not isinstance(module.self_attn, SplitAttention)
-        for child in ("linear1", "linear2")
-    }
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    """Modules of torch's transformer whose weights a parent reads past them, in ways ``read_elsewhere`` may not see."""
+    reasons = {}
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.TransformerEncoderLayer):
+            reasons |= {f"{prefix}linear1": BYPASSED, f"{prefix}linear2": BYPASSED}
+        elif isinstance(module, nn.MultiheadAttention):
+            reasons |= {name: ATTENTION, f"{prefix}out_proj": ATTENTION}
+    return reasons
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:

@@ -1,14 +1,13 @@
 """Modules that multiply with matrices of their own, written as nn.Linear layers, and back again.
 
-Masks are learned on nn.Linear layers. Some modules hold such matrices in another way: transposed (``conv1d.py``), all
-experts of a mixture in one parameter (``experts.py``), or three projections in one (``attention.py``). Here they are
-taken apart, so that everything that knows nn.Linear knows them, and put together again for a dense checkpoint, whose
-names and shapes are then those that the model's authors gave it.
+Masks are learned on nn.Linear layers. Some modules hold such matrices in another way: transposed (``conv1d.py``), or
+all experts of a mixture in one parameter (``experts.py``). Here they are taken apart, so that everything that knows
+nn.Linear knows them, and put together again for a dense checkpoint, whose names and shapes are then those that the
+model's authors gave it.
 
 A new form is a class like those, and an entry in ``FORMS`` of ``rewriting.py``.
 """
 
-from .attention import SplitAttention
 from .experts import expert_groups
 from .rewriting import (
     Matrix,
@@ -22,7 +21,6 @@ from .rewriting import (
 
 __all__ = [
     "Matrix",
-    "SplitAttention",
     "as_built",
     "as_linears",
     "expert_groups",

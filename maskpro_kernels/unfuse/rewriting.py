@@ -14,7 +14,6 @@ from ..parallel_plan import has_forward_of_plan, is_hook_of_plan
 from ..ranks import Ranks
 from ..replacement import replace_modules
 from ..shards import Params, is_distributed, resharded
-from .attention import AttentionForm, SplitAttention
 from .conv1d import Conv1DForm
 from .experts import ExpertsForm
 from .form import Form, Joins, Views
@@ -22,7 +21,7 @@ from .form import Form, Joins, Views
 HOOKS = "has hooks, which its replacement would lose"
 OWN_FORWARD = "has a forward of its own, which its replacement would lose"
 
-FORMS: tuple[Form, ...] = (Conv1DForm(), ExpertsForm(), AttentionForm())
+FORMS: tuple[Form, ...] = (Conv1DForm(), ExpertsForm())
 
 
 def as_linears(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
@@ -86,9 +85,9 @@ def _agreed(reasons: dict[str, str | None]) -> dict[str, str | None]:
 
 def _undo(model: nn.Module, done: list[Done]) -> None:
     """Put back the very modules and parameters that were there, but where a layer is no nn.Linear any more."""
-    held, back = _held_by_encoders(model), {}
+    back = {}
     for form, before, after, undo in done:
-        if _is_dense(form.parts(after)) and after not in held:
+        if _is_dense(form.parts(after)):
             undo()
             if after is not before:
                 back[id(after)] = before
@@ -111,9 +110,9 @@ def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
 
 def as_built(model: nn.Module) -> None:
     """Build again what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
-    held, back, joins = _held_by_encoders(model), {}, Joins(resharded(model))
+    back, joins = {}, Joins(resharded(model))
     for _, form, module in list(_taken_apart(model)):
-        if _is_dense(form.parts(module)) and module not in held:
+        if _is_dense(form.parts(module)):
             built = form.put_together(module, joins)
             if built is not module:
                 back[id(module)] = built
@@ -187,24 +186,3 @@ def lost_with(module: nn.Module) -> str | None:
 
 def _is_dense(parts: list[nn.Module]) -> bool:
     return all(type(part) is nn.Linear for part in parts)
-
-
-def _held_by_encoders(model: nn.Module) -> set[nn.Module]:
-    """Attention that has to stay apart, although it is dense.
-
-    Else torch's encoder reads the weights of the sparse layers around it, or, by what its first layer is like, gives
-    nested tensors to layers that take none.
-    """
-    held = {
-        module.self_attn
-        for module in model.modules()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        and isinstance(module.self_attn, SplitAttention)
-        and not _is_dense([module.linear1, module.linear2])
-    }
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder):
-            apart = [layer.self_attn for layer in encoder.layers if isinstance(layer.self_attn, SplitAttention)]
-            if any(attention in held or not _is_dense(list(attention.children())) for attention in apart):
-                held |= {attention for attention in apart if attention is encoder.layers[0].self_attn}
-    return held

@@ -116,18 +116,6 @@ def deepseek_v3() -> Tiny:
     return of_text(tf.DeepseekV3ForCausalLM, config)
 
 
-class Encoder(nn.Module):
-    """torch's encoder under a head, with the loss of transformers' models."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(32, 8)
-
-    def forward(self, x, labels):
-        return nn.functional.cross_entropy(self.head(self.encoder(x)).flatten(0, 1), labels.flatten())
-
-
 class Convolutions(nn.Module):
     """A small net as timm builds them, whose convolutions hold most of its weights."""
 
@@ -140,11 +128,6 @@ class Convolutions(nn.Module):
     def forward(self, pixel_values, labels):
         features = self.blocks(self.stem(pixel_values)).mean((2, 3))
         return nn.functional.cross_entropy(self.head(features), labels)
-
-
-def encoder() -> Tiny:
-    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
-    return Tiny(Encoder(), {"x": x, "labels": torch.arange(12).view(2, 6) % 8})
 
 
 def convolutions() -> Tiny:
@@ -185,7 +168,6 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
             vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=8, pad_token_id=0
         ),
     ),
-    "torch TransformerEncoder": encoder,
     "convolutions": convolutions,
 }
 

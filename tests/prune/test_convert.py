@@ -12,8 +12,6 @@ from helpers.tiny_llama import tiny_model
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.unfuse import taken_apart
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -242,39 +240,20 @@ def test_converting_twice_finds_nothing_left():
     refused(model, ValueError, "^model: ")
 
 
-@pytest.mark.parametrize("targets", [None, ["*linear1"], ["layers.1.*"]])
-def test_an_encoder_leaves_the_fast_path_that_reads_past_masks(targets, eager_reference):
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    # of that, the fast path works on tensors of another kind
-    model = nn.TransformerEncoder(layer, 2).eval()
-    conversion = mk.convert(model, "2:4", targets=targets)
-    assert len(conversion.converted) == {None: 12, "*linear1": 2, "layers.1.*": 6}[targets and targets[0]]
-    x, padding = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [4], [2]])
-    with torch.no_grad():
-        before = model(x, src_key_padding_mask=padding)
-        for layer in masked_layers(model).values():
-            layer.logits.copy_(torch.randn_like(layer.logits))
-        after = model(x, src_key_padding_mask=padding)
-        mk.finalize(model)
-        finalized = model(x, src_key_padding_mask=padding)
-    assert not taken_apart(model)
-    assert (before - after).abs().max() > 1e-3
-    # what is padded is zero on the fast path
-    torch.testing.assert_close(finalized[~padding], after[~padding])
-
-
-def test_attention_with_biases_of_its_own_leaves_its_encoder_on_the_fast_path():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    layer.self_attn = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
-    model = nn.Sequential(layer, nn.Linear(8, 8))
+def test_attention_of_torch_and_its_encoder_are_left_out_with_the_reason():
+    """They multiply with weights past the modules that hold them, where a mask would do nothing."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8))
+    model[0].self_attn.out_proj = nn.Linear(8, 8)
     with pytest.warns(UserWarning, match="of its matrix weights"):
         conversion = mk.convert(model, "2:4")
     assert conversion.converted == ["1"]
     assert "fast path" in conversion.skipped["0.linear1"] and "fast path" in conversion.skipped["0.linear2"]
-    assert "bias_k" in conversion.skipped["0.self_attn"]
-    assert conversion.unmasked["0.self_attn.in_proj_weight"] == conversion.skipped["0.self_attn"]
-    with pytest.raises(ValueError, match="targets.*0.linear1"):
-        mk.convert(nn.Sequential(layer), "2:4", targets=["*linear1"])
+    for name, matrix in (("0.self_attn", "in_proj_weight"), ("0.self_attn.out_proj", "weight")):
+        assert "nn.MultiheadAttention" in conversion.skipped[name]
+        assert conversion.unmasked[f"{name}.{matrix}"] == conversion.skipped[name]
+    for target in ("*linear1", "*out_proj"):
+        with pytest.raises(ValueError, match="targets.*0.(linear1|self_attn.out_proj)"):
+            mk.convert(model, "2:4", targets=[target])
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.finalize import pack, unpack
 from maskpro_kernels.unfuse import as_built, as_linears, expert_groups, in_linear_form, taken_apart
-from maskpro_kernels.unfuse.attention import AttentionForm
+from maskpro_kernels.unfuse.conv1d import Conv1DForm
 
-FORMS = ["GPT-2", "Mixtral", "gpt-oss", "torch TransformerEncoder"]
+FORMS = ["GPT-2", "Mixtral", "gpt-oss"]
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
 
@@ -114,9 +114,10 @@ def test_what_its_replacement_would_lose_is_left_out(change, told):
     change(model.get_submodule(name))
     conversion = mk.convert(model, "2:4")
     assert told in conversion.skipped[name] and conversion.unmasked[f"{name}.weight"] == conversion.skipped[name]
-    encoder = tiny("torch TransformerEncoder").model
-    change(encoder.encoder.layers[0].linear1)
-    assert told in mk.convert(encoder, "2:4").skipped["encoder.layers.0.linear1"]
+    model, _ = tiny("LLaMA")
+    name = "model.layers.0.mlp.up_proj"
+    change(model.get_submodule(name))
+    assert told in mk.convert(model, "2:4").skipped[name]
     # these stay where they are
     model, _ = tiny("Mixtral")
     change(model.model.layers[0].mlp.experts)
@@ -124,33 +125,23 @@ def test_what_its_replacement_would_lose_is_left_out(change, told):
 
 
 def test_a_module_that_cannot_be_taken_apart_leaves_all_as_they_were(monkeypatch):
-    model, _ = tiny("GPT-2")
-    printed, parameters = repr(model), list(model.parameters())
-    attention = nn.MultiheadAttention(8, 2)
-    model.extra = attention
-    printed = repr(model)
+    model, _ = tiny("Mixtral")
+    model.extra = tiny("GPT-2").model.transformer.h[0].mlp
+    printed, parameters = repr(model), dict(model.named_parameters())
 
     def fails(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(AttentionForm, "take_apart", fails)
+    monkeypatch.setattr(Conv1DForm, "take_apart", fails)
     with pytest.raises(RuntimeError, match="no"):
         mk.convert(model, "2:4")
     assert repr(model) == printed
-    assert all(old is new for old, new in zip(parameters, model.parameters(), strict=False))
-
-
-def test_attention_whose_projection_is_another_layer_is_left_out():
-    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
-    model[0].out_proj = nn.utils.parametrizations.weight_norm(model[0].out_proj)
-    with pytest.warns(UserWarning, match="of its matrix weights"):
-        conversion = mk.convert(model, "2:4")
-    assert conversion.converted == ["1"] and "as out_proj" in conversion.skipped["0"]
+    assert all(parameters[name] is x for name, x in model.named_parameters())
 
 
 def test_weights_of_experts_learn_one_by_one():
     """Views of one parameter, which a step changes while others are still to have their gradients."""
-    for name in ("Mixtral", "torch TransformerEncoder", "GPT-2"):
+    for name in ("Mixtral", "GPT-2"):
         model, batch = tiny(name)
         mk.convert(model, "2:4", gap=1.0)
         before = [layer.weight.clone() for layer in masked_layers(model).values()]
