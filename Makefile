@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 LONGEST := $(patsubst %,tests/%.py,test_ranks_that_end docs/test_documents cli/test_kills cli/test_mixed_data \
 	ops/reference/test_distribution test_hf_trainer cli/test_bad_input benchmarks/test_benchmarks cli/test_datasets \
 	cli/test_resume ops/test_bits test_packed ops/triton/test_straight_through ops/triton/test_masked_gemm \
-	benchmarks/test_characters learn/test_memory cli/test_plan cli/test_sweep sharding/test_shards_of_layers cli/test_start_mask)
+	benchmarks/test_characters learn/test_memory sharding/test_shards_of_layers cli/test_start_mask)
 FILES := $(sort $(shell find tests -name 'test_*.py' -not -path 'tests/ecosystem/*'))
 TESTS := -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(FILES))
 # Compiled kernels on the emulators of PTX and AMDGCN; Triton reads when it is imported whether to interpret, so these
@@ -38,7 +38,6 @@ demo: $(INSTALLED)
 	$(VENV)/bin/$(LEARN) --data pydoc --init wanda --estimator reinforce --steps 10 --output runs/demo/reinforce
 	$(VENV)/bin/$(LEARN) --data pydoc:0.5,self:0.5 --init reconstruction --estimator straight-through --steps 30 \
 		--output runs/demo/straight-through
-	$(VENV)/bin/maskpro compare runs/demo/reinforce runs/demo/straight-through --picture runs/demo/perplexity.png
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/packed --to packed
 	$(VENV)/bin/maskpro export runs/demo/straight-through runs/demo/int8 --to packed --values int8
 	$(VENV)/bin/maskpro speed runs/demo/straight-through runs/demo/packed runs/demo/int8 --rounds 2 --output runs/demo/speed
@@ -57,7 +56,7 @@ test-compiled: $(INSTALLED)
 
 # With other libraries, which the package does not need
 test-ecosystem: $(VENV)/.ecosystem
-	$(VENV)/bin/python -m pytest tests/ecosystem tests/cli/test_tasks.py -m ecosystem
+	$(VENV)/bin/python -m pytest tests/ecosystem -m ecosystem
 
 test-triton36: $(INSTALLED36)
 	$(VENV36)/bin/python -m pytest $(TESTS)

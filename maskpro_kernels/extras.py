@@ -13,7 +13,6 @@ EXTRAS = {
     "cli": ("transformers", "matplotlib"),
     "demo": ("transformers", "matplotlib", "gguf", "accelerate"),
     "data": ("datasets",),
-    "eval": ("transformers", "lm_eval", "accelerate", "datasets"),
     "peft": ("peft",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Mapping
 
 import torch
@@ -12,18 +13,16 @@ from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, initial_logits, masked_layers
 from ..pattern import NMPattern
 from ..prune.convert import convert
-from ..prune.initial_masks import INITIAL_MASKS
+from ..prune.initial_masks import INITIAL_MASKS, refitted_masks
 from ..prune.refit import put_weights
 from ..prune.selection import layers_to_convert
 from ..ranks import Ranks
 from .changed_weights import name_over, spread_weights, told_weights
 from .inputs import Inputs
-from .memory import tell_need
 from .perplexities import table_row
-from .progress import tell
+from .progress import Progress, tell
 from .run_files import digest_of_weights
 from .run_settings import logits_of
-from .shared_masks import found_mask
 from .start_mask import StartMask, name_of_init
 
 # The initial masks that the table shows, whichever learning starts from
@@ -70,8 +69,6 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs, mask: StartMask) -> dic
         return found
 
     table = [row("dense", 0.0)]
-    # ahead of what takes long, behind what may be refused
-    tell_need(args, model, inputs.memory)
     layers, skipped = layers_to_convert(model, pattern)
     for name, reason in skipped.items():
         tell(f"left dense: {name} ({reason})")
@@ -79,7 +76,11 @@ def _evaluated(args: argparse.Namespace, inputs: Inputs, mask: StartMask) -> dic
     found, seconds = {}, {}
     for name, init, refit in [*((init, init, "none") for init in BASELINES), (start, mask.init, args.refit)]:
         if name not in found:
-            found[name], seconds[name] = found_mask(args, inputs, layers, name, init, refit)
+            began, progress = time.perf_counter(), Progress(name, "layer", args.bars)
+            found[name] = refitted_masks(
+                layers, pattern, init, refit, model, inputs.initial_batches, progress, args.seed
+            )
+            seconds[name] = time.perf_counter() - began
     conversion = convert(model, pattern, init=found[start].codes, **logits_of(args))
     masked = masked_layers(model)
     dense_weights = digest_of_weights(model)

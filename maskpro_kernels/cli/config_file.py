@@ -15,10 +15,8 @@ from .progress import tell
 
 # Of a run's settings.json, beside the settings
 START = ("table", "dense_weights")
-# Whether code of a checkpoint may be run: who starts a command says so each time, never a file of unknown origin
-TRUST = "trust_remote_code"
 # Options that no file holds
-NOT_IN_A_FILE = ("help", "config", "resume", TRUST)
+NOT_IN_A_FILE = ("help", "config", "resume")
 # Options that shape no result: a run may go on with others
 BESIDE_RESUME = (
     "--device",
@@ -26,9 +24,7 @@ BESIDE_RESUME = (
     "--logits-device",
     "--gradient-checkpointing",
     "--no-gradient-checkpointing",
-    "--parallel",
     "--report-to",
-    "--trust-remote-code",
     "--quiet",
 )
 # Where the command line gives one with another value, these of the file no longer hold
@@ -186,7 +182,6 @@ def merge(args: argparse.Namespace, config: Mapping[str, object]) -> str | None:
 
 def given_beside_resume(args: argparse.Namespace, settings: Mapping) -> dict:
     """The settings of a run with what the command line gives beside ``--resume``."""
-    settings = {name: value for name, value in settings.items() if name != TRUST}
     given = {name: getattr(args, name) for name in _given_names(args) - {"resume", "quiet"}}
     for name, other in (("device", "device_map"), ("device_map", "device")):
         if name in given:

@@ -7,29 +7,19 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
-from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
 from .. import learn as learn_package
 from ..learn.estimator import Estimator, Option, estimators
 from .arguments import number, whole
-from .progress import tell_as
 
-# Entry points of this group name the classes of estimators in other packages
-GROUP = "maskpro_kernels.estimators"
 DEFAULT = "straight-through"
 
 
 def load_estimators() -> None:
-    """Import those of this package, and those that other packages offer; one of these that fails is left out."""
+    """Import those of this package."""
     for file in iter_modules(learn_package.__path__):
         import_module(f"{learn_package.__name__}.{file.name}")
-    for entry in entry_points(group=GROUP):
-        try:
-            entry.load()
-        # whatever another package raises, the command does not depend on it
-        except Exception as error:
-            tell_as("warning", f"the estimator {entry.name!r} is left out: {entry.value} raises {error!r}")
 
 
 def add_estimators(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +60,6 @@ def run_default(name: str) -> str:
     """For --help: the default that each estimator has of an option that all runs have."""
     told = [f"{_shown(getattr(of.run_defaults, name))} for {estimator}" for estimator, of in estimators().items()]
     return _escaped(f"(default: {', '.join(told)})")
-
-
-def journaled() -> str:
-    """For --help: the estimators whose runs have a journal."""
-    return _escaped(", ".join(name for name, of in estimators().items() if of.journaled))
 
 
 def _shown(value: object) -> str:

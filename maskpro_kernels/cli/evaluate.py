@@ -18,11 +18,10 @@ from .models import load
 from .protocols import HeldOutText, ProtocolText, result_lines
 from .run_files import REPORT, check_not_going_on, read_report, stored_data
 from .shared_options import EVALUATION
-from .tasks import Tasks, check_beside_tasks, task_lines
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the perplexity of a run or a model, and the results of tasks; of a run also what follows its pattern."""
+    """Print the perplexity of a run or a model; of a run also what follows its pattern."""
     device, output = device_of(args.device), new_file(args, "output")
     folder = Path(args.model)
     check_not_going_on(args.model)
@@ -30,22 +29,17 @@ def evaluate(args: argparse.Namespace) -> None:
     run = read_report(report) if report.is_file() else None
     dtype = getattr(args, "dtype", DTYPE if run is None else run["dtype"])
     text = _text(args, folder, run)
-    tasks = Tasks(args) if hasattr(args, "tasks") else check_beside_tasks(args)
     model, tokenizer = load(args.model, dtype, device, args)
     found, lines = {"model": args.model, "dtype": dtype}, []
     if run is not None:
         lines.append(_follows(model, run))
         if run["weights"] != FROZEN:
             lines.append(f"not the dense model's weights under a mask: {run['weights']}")
-    if text is not None:
-        found |= text.measure(model, tokenizer)
-        if run is not None and (dtype, found.get("windows_digest")) == (run["dtype"], run["eval_digest"]):
-            found["dense_perplexity"] = run["table"][0]["perplexity"]
-            lines.insert(0, f"the dense model there: {found['dense_perplexity']:.2f}, by the run's table")
-        lines = [*result_lines(found), *lines]
-    if tasks is not None:
-        found["tasks"] = tasks.evaluate(model, tokenizer, args.bars)
-        lines += task_lines(found["tasks"])
+    found |= text.measure(model, tokenizer)
+    if run is not None and (dtype, found.get("windows_digest")) == (run["dtype"], run["eval_digest"]):
+        found["dense_perplexity"] = run["table"][0]["perplexity"]
+        lines.insert(0, f"the dense model there: {found['dense_perplexity']:.2f}, by the run's table")
+    lines = [*result_lines(found), *lines]
     try:
         if output is not None:
             with telling("output"):
@@ -55,8 +49,8 @@ def evaluate(args: argparse.Namespace) -> None:
         print("\n".join(lines))
 
 
-def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOutText | ProtocolText | None:
-    """What is evaluated: by a protocol that is named, else of ``--data`` or of the run; None where tasks stand alone.
+def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOutText | ProtocolText:
+    """What is evaluated: by a protocol that is named, else of ``--data`` or of the run.
 
     Raises:
         ValueError, OSError: if there is no text, or it cannot be read.
@@ -66,12 +60,9 @@ def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOu
         return ProtocolText(args, None if run is None else run["data"])
     if not hasattr(args, "data"):
         if run is None:
-            if hasattr(args, "tasks"):
-                _check_without_text(args)
-                return None
             found = "no run that has begun to learn" if folder.exists() else "no such folder"
             raise ValueError(
-                f"data: expected --data, --protocol or --tasks, since only a run has a text of its own, got none; at "
+                f"data: expected --data or --protocol, since only a run has a text of its own, got none; at "
                 f"{args.model!r} there is {found}"
             )
         vars(args).update(stored_data(folder) | vars(args))
@@ -80,16 +71,6 @@ def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOu
     check_least(args, eval_windows=1, eval_length=2)
     of_table = as_run and all(getattr(args, name) == run[name] for name in EVALUATION)
     return HeldOutText(args, run["eval_digest"] if of_table else None)
-
-
-def _check_without_text(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option of texts stands beside tasks alone."""
-    for name in (*EVALUATION, "stream", "text_column"):
-        if hasattr(args, name):
-            raise ValueError(
-                f"{name}: expected none with --tasks alone, which take no text, got {getattr(args, name)}; leave it "
-                "out, or name a text by --data"
-            )
 
 
 def _follows(model: torch.nn.Module, run: Mapping) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.logits import Learned, load_learned
-from ..checkpoints.mask_file import file_of
 from ..digests import digest
 from ..files import check_output
 from ..functional.masks import top_n_mask
@@ -24,7 +22,7 @@ from ..prune.finalize import finalize
 from ..prune.refit import put_weights
 from ..report import FROZEN
 from .arguments import DTYPES, new_file, telling, values_kind
-from .mask_files import check_mask_options, initial_mask, write_mask
+from .mask_files import check_mask_options, write_mask
 from .models import check_saving, hub_id, load, save, told_size
 from .origins import origin_of_export
 from .progress import tell
@@ -37,7 +35,6 @@ def export(args: argparse.Namespace) -> None:
     output, values = Path(args.output), values_kind(args)
     if args.to == "mask":
         new_file(args, "output")
-        against = initial_mask(args.against) if hasattr(args, "against") else None
     else:
         check_output(output)
         check_saving(args)
@@ -51,8 +48,6 @@ def export(args: argparse.Namespace) -> None:
         codes = {name: top_n_mask(tensor, pattern) for name, tensor in learned.logits.items()}
     metadata = learned.metadata
     if args.to == "mask":
-        # told before the model is loaded
-        file_of(against, pattern)
         if learned.weights:
             raise ValueError(
                 f"run: expected a mask of the weights of the base model, got {metadata['weights_are']}, which a mask "
@@ -78,7 +73,7 @@ def export(args: argparse.Namespace) -> None:
     origin = origin_of_export(source.parent, told, dtype)
     if args.to == "mask":
         provenance = {"origin": asdict(origin), "run": told.get("run")}
-        write_mask(output, model, codes, pattern, origin.base_model, against, provenance)
+        write_mask(output, model, codes, pattern, origin.base_model, provenance)
         return
     save(finalize(model, to=args.to, values=values), tokenizer, args, origin)
     of = name + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
@@ -98,27 +93,16 @@ def _with_masks(name: str, dtype: str, args: argparse.Namespace, codes: Mapping[
 
 def _base_model(name: str, dtype: str, args: argparse.Namespace):
     """(model, tokenizer) that a run has learned the masks of, which the command or whoever wrote the run has named."""
-    from ..hf import ForeignCode
-
     if hasattr(args, "model"):
         return load(name, dtype, torch.device("cpu"), args)
-    try:
-        with telling("run", "put back the base model of the run, or name its new place by --model"):
-            return load(name, dtype, torch.device("cpu"), args)
-    except ValueError as error:
-        if isinstance(error.__cause__, ForeignCode):
-            # the model is where it was: its own error says what to do
-            raise error.__cause__ from None
-        raise
+    with telling("run", "put back the base model of the run, or name its new place by --model"):
+        return load(name, dtype, torch.device("cpu"), args)
 
 
 def _cure(logits: Path) -> str:
     """How to have the logits of a run again, which are lost or damaged."""
-    run, cure = logits.parent, f"restore {LOGITS} from a copy"
-    if not (run / PROGRESS / JOURNAL).is_file():
-        return cure
-    first = "move it away and " if logits.exists() else ""
-    return f"{cure}, or {first}run: {shlex.join(['maskpro', 'replay', str(run), '--output', str(logits)])}"
+    replay = ", or rebuild it by replay_run" if (logits.parent / PROGRESS / JOURNAL).is_file() else ""
+    return f"restore {LOGITS} from a copy{replay}"
 
 
 def _learned(path: Path) -> tuple[Learned, NMPattern]:

@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoints.importers.compressed_tensors import write_plain
 from ..checkpoints.importers.learned_masks import read_masks
+from ..checkpoints.mask_file import is_mask_file
 from ..files import check_output
 from ..functional.masks import top_n_mask
 from ..packed import INT8, KEEP, NMLinear
@@ -18,7 +19,8 @@ from ..prune.convert import convert
 from ..prune.finalize import finalize, pack, repack, unpack
 from ..unfuse import in_linear_form
 from .arguments import DTYPE, DTYPES, telling, values_kind
-from .models import check_saving, hub_id, load, save, told_size, trusts
+from .mask_files import apply
+from .models import check_saving, hub_id, load, save, told_size
 from .origins import origin_of_checkpoint, origin_of_masks
 from .progress import tell
 
@@ -32,7 +34,9 @@ def import_(args: argparse.Namespace) -> None:
     check_output(args.output)
     check_saving(args)
     source = _source(args)
-    if hasattr(args, "model"):
+    if hasattr(args, "model") and is_mask_file(source):
+        apply(args, source)
+    elif hasattr(args, "model"):
         _import_masks(args, source, pattern)
     else:
         _import_checkpoint(args, source, pattern)
@@ -52,7 +56,7 @@ def _source(args: argparse.Namespace) -> Path:
 
     show_bars(args.bars)
     with telling("source", "there is no file or folder of that name; of an id on the hub check the name and the login"):
-        return fetch_masks(args.source) if hasattr(args, "model") else fetch_checkpoint(args.source, code=trusts(args))
+        return fetch_masks(args.source) if hasattr(args, "model") else fetch_checkpoint(args.source)
 
 
 def _import_masks(args: argparse.Namespace, source: Path, pattern: NMPattern) -> None:
@@ -88,7 +92,7 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
         _repack(model, args, kinds)
     sparse = len(layers)
     if not layers:
-        with telling("pattern", "`maskpro validate` tells which they follow"):
+        with telling("pattern", "give the one that its zeros follow"):
             conversion = pack(model, pattern, values_kind(args))
         sparse = len(conversion.converted)
         for name, reason in conversion.skipped.items():

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from ..learn.estimator import Estimator
-from ..learn.memory import MemoryNeed
 from ..prune.selection import layers_to_convert
 from ..ranks import Ranks
 from ..text.data import batches
@@ -32,7 +30,6 @@ from .models import (
 )
 from .progress import tell
 from .run_samples import run_samples
-from .shared_work import SharedWork
 from .texts import Source, Texts, digest_to_learn, evaluation_parts, evaluation_windows, windows_of_part
 
 Windows = torch.Tensor | StreamedWindows
@@ -42,7 +39,7 @@ OFTEN = 3
 
 @dataclass
 class Inputs:
-    """A model, its tokenizer, windows of tokens by their use, the memory that steps will take, and what runs share.
+    """A model, its tokenizer, windows of tokens by their use.
 
     ``learned_texts`` has the digest of each text of ``--data``, in their order, see ``digest_to_learn``.
     """
@@ -54,26 +51,20 @@ class Inputs:
     initial_batches: Sequence[torch.Tensor]
     calibration: Sequence[torch.Tensor] | StreamedBatches
     learned_texts: Sequence[str | None] = ()
-    memory: MemoryNeed | None = None
-    shared: SharedWork | None = None
 
 
 def read_inputs(
     args: argparse.Namespace,
     ranks: Ranks,
     estimator: Estimator,
-    need_of: Callable[[torch.nn.Module], MemoryNeed],
     read_mask: Callable[[torch.nn.Module], None] | None = None,
-    shared: Path | None = None,
 ) -> Inputs:
     """Load the texts and the model that the arguments of ``learn`` name, and draw samples of the model where asked for.
 
     Args:
         args: of ``learn``, complete.
         ranks: that learn together.
-        need_of: gives the memory that a run on a model takes; rank 0 calls it as soon as the model is there.
         read_mask: reads a mask for the model; rank 0 calls it before anything takes long.
-        shared: folder of what runs of a sweep share, of which this is one.
 
     Raises:
         ValueError, OSError, TypeError: if one is missing or unfit, or the texts are too short.
@@ -81,13 +72,10 @@ def read_inputs(
     inputs, windows = ranks.all_of(lambda: _read(args))
     if read_mask is not None:
         ranks.first(lambda: read_mask(inputs.model))
-    inputs.memory = ranks.first(lambda: need_of(inputs.model))
-    if shared is not None:
-        inputs.shared = SharedWork(shared, inputs.model)
     if SELF in dict(parse_sources(args.data)):
         held_out = 0 if windows else args.eval_windows
         wanted = _samples(args) + 2 * held_out
-        own = ranks.first(lambda: run_samples(args, inputs.model, inputs.tokenizer, wanted, inputs.shared))
+        own = ranks.first(lambda: run_samples(args, inputs.model, inputs.tokenizer, wanted))
         if held_out:
             # without a text to look at: the first samples are not learned from
             test, inputs.validation, own = own.split([held_out, held_out, wanted - 2 * held_out])

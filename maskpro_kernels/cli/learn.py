@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +20,10 @@ from .config_file import given_beside_resume
 from .inputs import read_inputs
 from .learning_run import LearningRun
 from .losses import fill_teacher, loss_of
-from .memory import needed_memory
 from .progress import tell, tell_as
 from .run_files import PROGRESS, SETTINGS, check_free, goes_on, how_to_go_on, read_start
 from .run_settings import check_process, complete, logits_of
 from .start_mask import StartMask
-from .unbegun import ended_unbegun
 
 
 def learn(args: argparse.Namespace) -> None:
@@ -34,19 +31,10 @@ def learn(args: argparse.Namespace) -> None:
 
     Several ranks do so together: rank 0 alone evaluates, writes and tells, and what is wrong on one ends all.
     """
-    take_run(args)
-
-
-def take_run(args: argparse.Namespace, shared: Path | None = None) -> bool:
-    """The same; gives whether a signal has come while steps were taken, also in the last one.
-
-    Args:
-        shared: folder of what the runs of a sweep share.
-    """
     # the trainer's own are there only behind the evaluation of the initial masks, for which these wait
     ranks = Ranks()
     ranks.connect()
-    run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks, shared)
+    run = _resumed_run(args, ranks) if hasattr(args, "resume") else _new_run(args, ranks)
     try:
         if run.take_steps():
             run.end()
@@ -57,23 +45,21 @@ def take_run(args: argparse.Namespace, shared: Path | None = None) -> bool:
         raise
     run.close()
     ranks.close()
-    return run.signalled
 
 
-def _new_run(args: argparse.Namespace, ranks: Ranks, shared: Path | None) -> LearningRun:
+def _new_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
     """A run that has taken all that stands before its first step."""
 
     def check() -> Estimator:
         estimator = complete(args)
-        check_process(args, ranks, estimator.draws)
+        check_process(args, ranks)
         return estimator
 
     estimator = ranks.all_of(check)
     _tell_ahead(args, estimator)
     mask = ranks.all_of(lambda: StartMask(args))
     ranks.first(lambda: _check_output(Path(args.output)))
-    need_of = partial(needed_memory, args, estimator, ranks.world)
-    inputs = read_inputs(args, ranks, estimator, need_of, mask.read, shared)
+    inputs = read_inputs(args, ranks, estimator, mask.read)
     loss_fn = loss_of(args)
     fill_teacher(args, inputs, loss_fn, ranks)
     start = initial_masks(args, inputs, mask, ranks)
@@ -107,9 +93,7 @@ def _check_output(output: Path) -> None:
             f"output: expected a new or empty folder, got {str(output)!r}, which holds a run that has not ended; "
             f"{how_to_go_on(output)}"
         )
-    # drawn samples are gone on with, or told to be of other settings; what else there is makes room
-    if not ended_unbegun(output):
-        check_output(output)
+    check_output(output)
 
 
 def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
@@ -133,11 +117,11 @@ def _resumed_run(args: argparse.Namespace, ranks: Ranks) -> LearningRun:
                 f"resume: expected the settings of a run, got others in {str(output / SETTINGS)!r}: {error}; restore "
                 "the file from a copy"
             ) from error
-        check_process(args, ranks, estimator.draws)
+        check_process(args, ranks)
         return estimator
 
     estimator = ranks.all_of(prepare)
-    inputs = read_inputs(args, ranks, estimator, partial(needed_memory, args, estimator, ranks.world))
+    inputs = read_inputs(args, ranks, estimator)
     # the masks come from a snapshot
     ranks.all_of(lambda: convert(inputs.model, args.pattern, init="magnitude", **logits_of(args)))
     if args.refit != "none":

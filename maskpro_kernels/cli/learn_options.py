@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ..learn.sharing import PARALLEL
 from .arguments import DEVICE_MAPS, device_map, number, whole
 from .changed_weights import REFITTED
 from .config_file import BESIDE_RESUME, ConfigFile
@@ -25,7 +24,6 @@ from .shared_options import (
     add_model,
     add_pattern,
     add_quiet,
-    add_trust,
 )
 from .trackers import NONE, TRACKERS
 
@@ -66,7 +64,6 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     _add_watching(parser)
     add_evaluation(parser)
     _add_placement(parser)
-    add_trust(parser)
     add_quiet(parser)
 
 
@@ -137,13 +134,6 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
         help="distinct batches to cycle through, at most " + run_default("calibration_batches"),
     )
     add_accumulate(parser)
-    parser.add_argument(
-        "--parallel",
-        choices=PARALLEL,
-        default=argparse.SUPPRESS,
-        help="under torchrun: what the ranks share, the batches of a step (data) or its draws (draws) (default: "
-        f"{PARALLEL[0]})",
-    )
     parser.add_argument("--seed", type=whole, default=0, help="seed of the batches and of all draws")
 
 

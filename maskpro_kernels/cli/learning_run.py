@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,13 +23,10 @@ from ..ranks import MissingRanks, Ranks
 from ..report.better_mask import better_mask, lowest
 from ..report.better_mask import told as told_of_better
 from ..report.parting import told
-from ..report.step_parts import mean_parts, told_parts
 from .arguments import Told, telling
 from .changed_weights import save_start_weights
 from .inputs import Inputs
 from .mask_files import mask_of_step, save_mask_of_step
-from .memory import tell_need
-from .models import trusts
 from .perplexities import ValidationPerplexities, print_table
 from .progress import StepLines, tell, tell_as
 from .run_end import save_run_logits, write_results
@@ -44,11 +41,10 @@ from .run_files import (
     how_to_go_on,
     tell_missing,
 )
-from .run_settings import parallel_of, stored_settings
+from .run_settings import stored_settings
 from .signals import Signals
 from .start_mask import told_init
 from .trackers import open_trackers
-from .unbegun import clear_unbegun
 
 # Steps in a row whose loss or gradient may not be finite
 MAX_SKIPPED = 9
@@ -91,18 +87,14 @@ class LearningRun:
             output_dir=self.progress,
             max_skipped=MAX_SKIPPED,
             accumulate=args.accumulate,
-            parallel=parallel_of(args),
         )
         self.validation = ValidationPerplexities(
             self.progress / VALIDATION, inputs.model, inputs.validation, args.eval_every, args.steps, args.bars
         )
 
     def begin(self) -> None:
-        """Take what stands before the first step; where it fails, the folder is as it was and may be given again."""
-        made = [folder for folder in (self.progress, self.output, *self.output.parents) if not folder.exists()]
+        """Take what stands before the first step."""
         try:
-            # of a process that was killed here
-            self.ranks.first(lambda: clear_unbegun(self.output))
             self.trainer.begin(progress=self.args.bars)
             self.start = {**self.start, "run": self.trainer.run_id}
             self.validation.run = self.trainer.run_id
@@ -113,17 +105,7 @@ class LearningRun:
             self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))
         except BaseException:
             self.trainer.close()
-            if self.trainer.ranks.rank == 0:
-                self._take_back(made)
             raise
-
-    def _take_back(self, made: list[Path]) -> None:
-        """Remove what ``begin`` has left, and folders that it has made; the error that ended it is the one told."""
-        # a folder that holds anything else stays, such as samples or what the dense model has said
-        with suppress(OSError):
-            clear_unbegun(self.output)
-            for folder in made:
-                folder.rmdir()
 
     def go_on(self) -> None:
         """Go on where the folder stands."""
@@ -135,7 +117,6 @@ class LearningRun:
             "" if isinstance(self.inputs.calibration, Sequence) else "; their batches were read again, and passed over"
         )
         tell(f"{self.trainer.steps_done} steps were taken before{again}")
-        tell_need(self.args, self.inputs.model, self.inputs.memory)
 
     def _check_run(self, run_id: str) -> None:
         """Take up the perplexities of the run with this id; ``Told`` if the settings are not its own, or damage."""
@@ -199,9 +180,6 @@ class LearningRun:
         if flipped is None:
             moved = f"how many of {report['groups']} groups {differ} is not known"
         print(f"{moved}; {report['weights']}; written to {self.output}")
-        parts = mean_parts(self.trainer.metrics)
-        if parts:
-            print(told_parts(parts))
         if report["parting"] is None:
             print("no text of another kind was looked at: name one by --other-data")
         else:
@@ -223,9 +201,8 @@ class LearningRun:
         if better["file"] is None:
             line += "; the better mask was not kept"
         else:
-            trusted = ["--trust-remote-code"] if trusts(self.args) else []
             mask = str(self.output / better["file"])
-            command = shlex.join(["maskpro", "apply", mask, self.args.model, "OUT", *trusted])
+            command = shlex.join(["maskpro", "import", mask, "--model", self.args.model, "--output", "OUT"])
             line += f"; this command makes a checkpoint of the better mask: {command}"
         tell_as("warning", line)
 

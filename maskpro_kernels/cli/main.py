@@ -21,25 +21,18 @@ from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
-from .mask_files import apply
-from .models import checking_digests
 from .parser import build_parser
-from .plan import plan
 from .progress import log_told, tell, tell_as, wants_bars
 from .run_files import tell_missing
 from .speed import speed
-from .sweep import sweep
 
 # The optional packages that a command needs
 PACKAGES = {
     learn: ("transformers", "matplotlib"),
     evaluate: ("transformers",),
     export: ("transformers",),
-    apply: ("transformers",),
     import_: ("transformers",),
     speed: ("transformers",),
-    sweep: ("transformers", "matplotlib"),
-    plan: ("transformers",),
 }
 
 
@@ -50,9 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        0; 1 where `maskpro speed` finds that models with the same weights differ, or a run of `maskpro sweep` has
-        failed; 2 after a wrong argument, an unreadable file, a loss that is not finite, too little memory of the device
-        or a rank that has ended, told in one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
+        0; 1 where `maskpro speed` finds that models with the same weights differ; 2 after a wrong argument, an
+        unreadable file, a loss that is not finite, too little memory of the device or a rank that has ended, told in
+        one line on stderr; 130 after SIGINT; 141 where nobody reads what it prints.
 
     Raises:
         SystemExit: with 2 after arguments that cannot be parsed, or where a rank ends while steps are taken, told in
@@ -70,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             _check_resume(args)
             take_config(args)
             _check_torchrun(args, argv)
-            with under_torchrun(), checking_digests(args):
+            with under_torchrun():
                 code = args.run(args)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -138,10 +131,6 @@ def _check_resume(args: argparse.Namespace) -> None:
 def _check_torchrun(args: argparse.Namespace, argv: list[str]) -> None:
     """Several processes can share one command, and one process has nothing to share."""
     if not of_torchrun():
-        if hasattr(args, "parallel"):
-            raise ValueError(
-                f"parallel: expected none without torchrun, since one process makes all forwards, got "
-                f"{args.parallel!r}; leave it out"
-            )
-    elif os.environ["WORLD_SIZE"] != "1" and args.run is not learn:
+        return
+    if os.environ["WORLD_SIZE"] != "1" and args.run is not learn:
         raise ValueError(f"torchrun: expected `learn`, the one command for several ranks, got {argv[0]!r}")

@@ -1,37 +1,30 @@
-"""Mask files on the command line: `maskpro export --to mask`, `maskpro apply`, and those that a run keeps."""
+"""Mask files on the command line: `maskpro export --to mask`, `maskpro import`, and those that a run keeps."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.mask_file import MAGNITUDE, MaskFile, MaskHeader, base_layers, check_fingerprint, save_masks
-from ..checkpoints.masked_copy import can_be_copied, copy_masked
+from ..checkpoints.mask_file import MaskFile, MaskHeader, base_layers, check_fingerprint, save_masks
 from ..digests import digest_of_named
-from ..files import check_output, make_folder
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..prune.convert import convert
 from ..prune.finalize import finalize
 from ..unfuse import in_linear_form
-from .arguments import telling
+from .arguments import telling, values_kind
 from .changed_weights import changes_weights
-from .models import check_saving, is_path_of_model, load, save, trusts
+from .models import load, save
 from .origins import base_name, origin_of_mask_file
 from .progress import tell
 from .run_files import BEST_MASK, INITIAL_MASK
 from .start_mask import told_init
-
-if TYPE_CHECKING:
-    from ..hf import Origin
 
 # Of `maskpro export`, without effect on a mask file
 OF_CHECKPOINTS = ("values", "dtype", "max_shard_size", "push_to_hub", "private")
@@ -40,24 +33,11 @@ OF_CHECKPOINTS = ("values", "dtype", "max_shard_size", "push_to_hub", "private")
 def check_mask_options(args: argparse.Namespace) -> None:
     """Raise ValueError where options of `maskpro export` do not go with what is written."""
     if args.to != "mask":
-        if hasattr(args, "against"):
-            raise ValueError(f"against: expected none without --to mask, got {args.against!r}; leave it out")
         return
     for name in OF_CHECKPOINTS:
         if hasattr(args, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{name}: expected none with --to mask, which holds no weights; leave {option} out")
-
-
-def initial_mask(name: str) -> MaskFile | str:
-    """What ``--against`` names."""
-    if name == MAGNITUDE:
-        return name
-    try:
-        return MaskFile(name)
-    except (ValueError, OSError) as error:
-        told = str(error).removeprefix("mask: ").removeprefix("against: ")
-        raise type(error)(f"against: {told}; give a mask file that needs no other") from error
 
 
 def save_mask_of_step(
@@ -112,7 +92,6 @@ def write_mask(
     codes: Mapping[str, Tensor],
     pattern: NMPattern,
     name: str,
-    against: MaskFile | str | None,
     provenance: Mapping[str, object],
 ) -> None:
     """Write the mask file of a run, and tell its size.
@@ -121,21 +100,16 @@ def write_mask(
         model: the base, converted.
         codes: by name of the layer.
         name: of the base model.
-        against: what ``--against`` names, opened.
     """
     weights = {key: layer.weight.detach() for key, layer in masked_layers(model).items()}
     layers = ((key, found, weights[key]) for key, found in codes.items())
     try:
-        mask = save_masks(output, layers, pattern, model=name, against=against, provenance=provenance)
+        mask = save_masks(output, layers, pattern, model=name, provenance=provenance)
     except OSError as error:
         raise OSError(f"output: {error}") from error
     size = output.stat().st_size
-    how = {None: "alone", MAGNITUDE: "against the mask by magnitude"}.get(mask.needs, f"against {mask.needs}")
-    # those of the file are others where it is written against an initial mask
-    print(f"{pattern} mask of {name}, {how}, written to {output}: {told_mask_size(size, mask)}; base {mask.base}, "
+    print(f"{pattern} mask of {name} written to {output}: {told_mask_size(size, mask)}; base {mask.base}, "
           f"masks {digest_of_named(codes)}, file digest {mask.digest}")  # fmt: skip
-    if against is not None and mask.needs is None:
-        tell("the initial mask differs in so many groups that the file is smaller without it: it is not needed")
 
 
 def told_mask_size(size: int, mask: MaskHeader) -> str:
@@ -144,56 +118,23 @@ def told_mask_size(size: int, mask: MaskHeader) -> str:
     return f"{size / 1e6:.2f} MB, of which {mask.mask_bytes:,} bytes are masks, {bits:.3f} bits a group"
 
 
-def apply(args: argparse.Namespace) -> None:
+def apply(args: argparse.Namespace, source: Path) -> None:
     """Write the checkpoint that a mask file makes of its base model."""
-    output = Path(args.output)
-    check_output(output)
-    check_saving(args)
-    against = initial_mask(args.against) if hasattr(args, "against") else None
-    mask = MaskFile(args.mask, against)
-    if against is not None and mask.needs in (None, MAGNITUDE):
-        raise ValueError(f"against: expected none, since {args.mask!r} needs no other mask, got {args.against!r}")
+    output, mask = Path(args.output), MaskFile(source)
     dtype = str(mask.dtype).removeprefix("torch.")
     origin = origin_of_mask_file(mask.provenance, args.model, str(mask.pattern))
-    folder = Path(args.model)
-    saved_otherwise = any(hasattr(args, name) for name in ("max_shard_size", "push_to_hub")) or trusts(args)
-    if not saved_otherwise and is_path_of_model(args.model) and can_be_copied(mask, folder):
-        _copy(mask, folder, output, origin)
-    else:
-        model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
-        put_masks(mask, model)
-        save(model, tokenizer, args, origin)
+    model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
+    put_masks(mask, model)
+    finalize(model, to=args.to, values=values_kind(args))
+    save(model, tokenizer, args, origin)
     print(
-        f"dense {mask.pattern} checkpoint of {args.model} under the masks of the file of digest {mask.digest} written "
-        f"to {output}"
+        f"{args.to} {mask.pattern} checkpoint of {args.model} under the masks of the file of digest {mask.digest} "
+        f"written to {output}"
     )
 
 
-def _copy(mask: MaskFile, folder: Path, output: Path, origin: Origin) -> None:
-    """Write a checkpoint from the files of its base; where that fails, nothing is left."""
-    from ..hf import skeleton, write_card
-
-    model, tokenizer = skeleton(folder, mask.dtype)
-    made = [path for path in (output, *output.absolute().parents) if not path.exists()]
-    try:
-        with telling("output"):
-            make_folder(output)
-            copy_masked(mask, folder, output)
-            model.config.save_pretrained(output)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(output)
-            tokenizer.save_pretrained(output)
-            write_card(model, output, output.resolve().name, origin)
-    except BaseException:
-        for path in output.glob("*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in filter(Path.exists, made):
-            path.rmdir()
-        raise
-
-
 def put_masks(mask: MaskFile, model: nn.Module) -> None:
-    """Bake the masks of a file into its base model, in place.
+    """Convert the base model of a mask file, in place.
 
     Raises:
         ValueError: if the model has other weights than the masks were learned on. It is then as it was.
@@ -206,4 +147,3 @@ def put_masks(mask: MaskFile, model: nn.Module) -> None:
         check_fingerprint(mask, base_layers(found, mask.dtype))
         codes = {name: mask.codes(name, weights[name]) for name in mask.layers}
     convert(model, mask.pattern, targets=list(codes), init=codes)
-    finalize(model)

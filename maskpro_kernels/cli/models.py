@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ import torch
 from ..checkpoints.mask_file import is_mask_file
 from ..files import can_only_be_a_path
 from ..packed import INT8, NMLinear, bits_a_weight
-from ..stored_digests import without_digests
 from ..text.data import Text, check_vocabulary, cut, tokens_of
 from .arguments import DTYPES, telling
 from .progress import tell_as
@@ -23,17 +21,11 @@ if TYPE_CHECKING:
     from ..hf import Origin
 
 
-def checking_digests(args: argparse.Namespace) -> AbstractContextManager:
-    """Within it checkpoints are loaded as ``--no-digests`` says."""
-    return without_digests() if hasattr(args, "no_digests") else nullcontext()
-
-
 def load(name: str, dtype: str, device: torch.device, args: argparse.Namespace):
     """(model, tokenizer) on a device, see ``hf.load_model``.
 
     Args:
-        args: tell whether transformers draws its bars, here and when the model is saved, and whether it may run code
-            that a checkpoint brings along.
+        args: tell whether transformers draws its bars, here and when the model is saved.
     """
     model, tokenizer = load_spread(name, dtype, None, args)
     return model.to(device), tokenizer
@@ -45,16 +37,11 @@ def load_spread(name: str, dtype: str, device_map: str | Mapping | None, args: a
 
     if is_mask_file(name):
         raise ValueError(
-            f"model: expected a model, got {name!r}, a mask file; put it on its model first, by `maskpro apply "
-            f"{shlex.quote(name)} MODEL OUTPUT`, and give OUTPUT"
+            f"model: expected a model, got {name!r}, a mask file; put it on its model first, by `maskpro import "
+            f"{shlex.quote(name)} --model MODEL --output OUTPUT`, and give OUTPUT"
         )
     show_bars(args.bars)
-    return load_model(name, DTYPES[dtype], device_map, trust_remote_code=trusts(args))
-
-
-def trusts(args: argparse.Namespace) -> bool:
-    """Whether ``--trust-remote-code`` was given."""
-    return getattr(args, "trust_remote_code", False)
+    return load_model(name, DTYPES[dtype], device_map)
 
 
 def device_of_inputs(model: torch.nn.Module) -> torch.device:

@@ -122,9 +122,9 @@ def origin_of_checkpoint(source: str, folder: Path, pattern: str, was_int8: bool
         pattern: of its zeros, or patterns.
         was_int8, is_int8: whether its values were rounded to int8 there, and are stored so now.
     """
-    from ..hf import Origin, known_origin
+    from ..hf import Origin
 
-    known = known_origin(folder) or _reported(folder)
+    known = _reported(folder)
     of = "that checkpoint" if known is None else f"the checkpoint `{_name(source)}`"
     told = f"Zeros and weights are those of {of}"
     if was_int8:

@@ -5,34 +5,23 @@ from __future__ import annotations
 import argparse
 
 from .arguments import DTYPE, whole
-from .compare import compare
-from .estimator_options import journaled
 from .evaluate import evaluate
 from .export import export
 from .import_checkpoint import import_
 from .learn import learn
 from .learn_options import add_learning
-from .mask_files import apply
 from .one_line_parser import OneLineParser, PrintVersions
-from .plan_options import add_plan
-from .replay import replay
 from .shared_options import (
     LIST,
-    add_against,
     add_data,
     add_device,
-    add_digests,
     add_dtype,
     add_evaluation,
     add_form,
     add_quiet,
     add_saving,
-    add_trust,
 )
 from .speed import FIGURES, PICTURE, speed
-from .sweep import sweep
-from .tasks import BATCH_SIZE, PAPER, PAPERS_TASKS
-from .validate import validate
 
 SHOW = argparse.ArgumentDefaultsHelpFormatter
 
@@ -49,16 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_learn(commands)
-    _add_sweep(commands)
     _add_eval(commands)
-    _add_compare(commands)
     _add_export(commands)
-    _add_apply(commands)
-    _add_replay(commands)
     _add_import(commands)
-    _add_validate(commands)
     _add_speed(commands)
-    add_plan(commands, SHOW)
     return parser
 
 
@@ -75,30 +58,6 @@ def _add_learn(commands) -> None:
     )
     add_learning(parser)
     parser.set_defaults(run=learn)
-
-
-def _add_sweep(commands) -> None:
-    parser = commands.add_parser(
-        "sweep",
-        help="learn many masks over sets of options, and tell them side by side",
-        description="Take runs of `maskpro learn` over a grid or a list of options, one after the other, and write one "
-        "report of all. The same command goes on with what was broken off; finished runs are not repeated. The exit "
-        "code is 1 where a run has failed.",
-        formatter_class=SHOW,
-        allow_abbrev=False,
-    )
-    parser.add_argument("file", metavar="FILE", help="JSON file with options by name: a base, a grid, a list")
-    parser.add_argument(
-        "--output",
-        required=True,
-        default=argparse.SUPPRESS,
-        metavar="DIR",
-        help="folder of the runs' folders; new, empty, or that of a sweep",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check all runs, and list them with their states")
-    add_trust(parser)
-    add_quiet(parser)
-    parser.set_defaults(run=sweep)
 
 
 def _add_eval(commands) -> None:
@@ -124,62 +83,12 @@ def _add_eval(commands) -> None:
     )
     add_evaluation(parser, of_a_run=True)
     add_device(parser)
-    _add_tasks(parser)
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, metavar="FILE", help="JSON file of all figures to write; must not exist"
     )
     add_dtype(parser, "dtype of the weights and activations", f"that of the run, else {DTYPE}")
-    add_digests(parser)
-    add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=evaluate)
-
-
-def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    """What lm-eval is asked for."""
-    parser.add_argument(
-        "--tasks",
-        default=argparse.SUPPRESS,
-        metavar="TASK[,TASK]",
-        help=f"tasks, groups or patterns of lm-eval, such as arc_easy,hellaswag; {PAPER}: the paper's zero-shot set, "
-        f"{', '.join(PAPERS_TASKS)}; needs the extra eval",
-    )
-    parser.add_argument(
-        "--include-path",
-        default=argparse.SUPPRESS,
-        metavar="DIR",
-        help="folder with YAML files of more tasks, as lm-eval takes them",
-    )
-    parser.add_argument(
-        "--limit", type=whole, default=argparse.SUPPRESS, metavar="D", help="documents of each task (default: all)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole,
-        default=argparse.SUPPRESS,
-        metavar="B",
-        help=f"requests of tasks that go through the model at once (default: {BATCH_SIZE})",
-    )
-
-
-def _add_compare(commands) -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="one table and picture of several runs, or of results of eval",
-        description="Print the table of several runs of the same model, pattern and texts, and draw their validation "
-        "perplexity over the tokens they learned from. Or print the figures of several files of `maskpro eval "
-        "--output`, and draw them; those of two protocols or two texts are refused.",
-        formatter_class=SHOW,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN|FILE",
-        help="folder written by `maskpro learn`, or file by `maskpro eval --output`",
-    )
-    parser.add_argument("--picture", default=argparse.SUPPRESS, metavar="FILE", help="picture to write; must not exist")
-    parser.set_defaults(run=compare)
 
 
 def _add_export(commands) -> None:
@@ -199,55 +108,11 @@ def _add_export(commands) -> None:
         default=argparse.SUPPRESS,
         help="the base model where it is now: a local folder, or a model id on the hub (default: that of the run)",
     )
-    add_form(parser, "dense", {"mask": "the mask alone, as a small file that `maskpro apply` puts on the base model"})
-    add_against(parser, "with --to mask: an initial mask, for a smaller file: magnitude, or a mask file")
+    add_form(parser, "dense", {"mask": "the mask alone, as a small file that `maskpro import` puts on the base model"})
     add_dtype(parser, "dtype of the weights", "that of the run")
     add_saving(parser)
-    add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=export)
-
-
-def _add_apply(commands) -> None:
-    parser = commands.add_parser(
-        "apply",
-        help="checkpoint from a mask file and its base model",
-        description="Write the Hugging Face checkpoint, with exact zeros, that a mask file makes of its base model. "
-        "Another base is refused.",
-        formatter_class=SHOW,
-        allow_abbrev=False,
-    )
-    parser.add_argument("mask", metavar="MASK", help="file written by `maskpro export --to mask`")
-    parser.add_argument(
-        "model", metavar="MODEL", help="the base: a local folder, a model id on the hub, or smollm2-135m"
-    )
-    parser.add_argument("output", metavar="OUTPUT", help="folder to write; must be new or empty")
-    add_against(parser, "the file of the initial mask that MASK was written against, where it was")
-    add_saving(parser)
-    add_trust(parser)
-    add_quiet(parser)
-    parser.set_defaults(run=apply)
-
-
-def _add_replay(commands) -> None:
-    parser = commands.add_parser(
-        "replay",
-        help="rebuild a run's logits from its journal",
-        description="Rebuild the logits of a run from its first snapshot and its journal, without a model, and print "
-        "their digest. Runs have a journal by these estimators: " + journaled() + ".",
-        formatter_class=SHOW,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="RUN", help="folder written by `maskpro learn`, with a journal")
-    parser.add_argument(
-        "--steps", type=whole, default=argparse.SUPPRESS, metavar="S", help="steps to replay (default: all)"
-    )
-    parser.add_argument(
-        "--output", default=argparse.SUPPRESS, metavar="FILE", help="safetensors file to write; must not exist"
-    )
-    add_device(parser)
-    add_quiet(parser)
-    parser.set_defaults(run=replay)
 
 
 def _add_import(commands) -> None:
@@ -272,27 +137,8 @@ def _add_import(commands) -> None:
     add_form(parser, "packed")
     add_dtype(parser, "dtype of the weights", f"that of the source or the model, else {DTYPE}")
     add_saving(parser)
-    add_digests(parser)
-    add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=import_)
-
-
-def _add_validate(commands) -> None:
-    parser = commands.add_parser(
-        "validate",
-        help="which N:M patterns a checkpoint holds, or what a mask file does",
-        description="Print for every matrix of a checkpoint the N:M patterns that it follows, the share of values that "
-        "are not zero, how many are -0.0, and the largest power of two that divides its rows. Of a mask file, print "
-        "its pattern, its base model, the initial mask that it needs, and where it comes from.",
-        formatter_class=SHOW,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "checkpoint", metavar="DIR|FILE", help="folder with safetensors files, one such file, or a mask file"
-    )
-    add_digests(parser)
-    parser.set_defaults(run=validate)
 
 
 def _add_speed(commands) -> None:
@@ -325,7 +171,5 @@ def _add_speed(commands) -> None:
     )
     add_device(parser)
     add_dtype(parser, "dtype of the weights and activations, of all models", DTYPE)
-    add_digests(parser)
-    add_trust(parser)
     add_quiet(parser)
     parser.set_defaults(run=speed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,21 +19,18 @@ from ..learn.snapshots import newest_snapshot
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..prune.finalize import finalize
-from ..report.html import write_html
 from ..report.parting import parting
 from ..report.plots import draw_perplexity, draw_residual
 from .baselines import top_n_codes
 from .changed_weights import name_over, told_weights, told_weights_of
 from .estimator_options import class_of
 from .inputs import Inputs
-from .memory import used_memory
 from .models import save
 from .origins import origin_of_run
 from .perplexities import table_row
 from .progress import tell, tell_as
 from .run_files import (
     LOGITS,
-    PAGE,
     PERPLEXITY_PICTURE,
     PROGRESS,
     REPORT,
@@ -98,10 +94,8 @@ def write_results(
         "logits_file": logits_file,
         "converted": start["converted"],
         "skipped": start["skipped"],
-        "memory": {"needed": asdict(inputs.memory), "used": used_memory()},
         "steps": records,
     }
-    write_html(report, output / PAGE)
     # Last, and behind all else on the disk too: a folder with a report is a run that ended.
     for written in (*filter(Path.is_file, output.iterdir()), output):
         sync(written)

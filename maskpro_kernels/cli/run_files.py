@@ -24,7 +24,7 @@ from .arguments import DTYPES
 from .progress import tell_as
 
 # What a run leaves at its end
-LOGITS, REPORT, PAGE = LOGITS_FILE, "report.json", "report.html"
+LOGITS, REPORT = LOGITS_FILE, "report.json"
 PERPLEXITY_PICTURE, RESIDUAL_PICTURE = "perplexity.png", "residual.png"
 # And while it goes on
 SETTINGS, PROGRESS, VALIDATION = "settings.json", "progress", "validation.jsonl"

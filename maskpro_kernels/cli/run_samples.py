@@ -16,20 +16,14 @@ from ..learn.run_folder import LOCK
 from ..text.samples import TOGETHER, sample_windows, start_token
 from .progress import Progress, tell
 from .run_files import PROGRESS
-from .shared_work import Found, SharedWork, digest_of_parameters
 
 SAMPLES = "samples.safetensors"
-# What the batches are called that runs share
-SHARED_SAMPLES = "samples"
 
 
-def run_samples(
-    args: argparse.Namespace, model: torch.nn.Module, tokenizer, windows: int, shared: SharedWork | None
-) -> torch.Tensor:
+def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, windows: int) -> torch.Tensor:
     """int64 [windows, --seq-len], of a model that is not converted yet; those in the run's folder are not drawn again.
 
-    Each batch is written as soon as it is drawn: whoever was ended goes on behind the last one. Batches that another
-    run has drawn are taken from ``shared``, and those drawn here are given to it.
+    Each batch is written as soon as it is drawn: whoever was ended goes on behind the last one.
 
     Raises:
         ValueError: if the samples in the folder are damaged or of other settings, another process is at it, or the
@@ -42,13 +36,13 @@ def run_samples(
         "length": args.seq_len,
         "together": TOGETHER,
         "seed": args.seed,
-        "weights": digest_of_parameters(model) if shared is None else shared.parameters,
+        "weights": digest(parameter for _, parameter in sorted(model.named_parameters())),
     }
     progress = Path(args.output) / PROGRESS
     make_folder(progress)
     try:
         with FileLock(progress / LOCK, blocking=False):
-            return _kept(args, model, progress / SAMPLES, of, shared)
+            return _kept(args, model, progress / SAMPLES, of)
     except KeyboardInterrupt:
         tell(f"the same command goes on with the samples that are kept, whole batches of {TOGETHER} windows")
         raise
@@ -58,9 +52,7 @@ def run_samples(
         ) from None
 
 
-def _kept(
-    args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict, shared: SharedWork | None
-) -> torch.Tensor:
+def _kept(args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict) -> torch.Tensor:
     """The samples of these settings: those in the file, and the others drawn and added to it."""
     clear_unfinished(path.parent)
     known = _read(path, of) if path.exists() else torch.empty(0, of["length"], dtype=torch.int64)
@@ -68,18 +60,6 @@ def _kept(
     def keep(found: torch.Tensor) -> None:
         write_tensors({"tokens": found}, path, {"of": json.dumps(of), "digest": digest([found])})
 
-    def keep_drawn(found: torch.Tensor) -> None:
-        if shared is not None:
-            begin = (len(found) - 1) // of["together"] * of["together"]
-            shared.write(SHARED_SAMPLES, _batch(of, begin), Found({"tokens": found[begin:]}))
-        keep(found)
-
-    if shared is not None:
-        drawn = _drawn_by_others(shared, of, known)
-        if len(drawn) > len(known):
-            tell(f"{len(drawn) - len(known)} windows were drawn by an earlier run of the sweep")
-            keep(drawn)
-        known = drawn
     if len(known) == of["windows"]:
         return known
     tell(f"drawing {of['windows']} windows of {of['length']} tokens from the dense model; they are kept in {path}")
@@ -91,25 +71,9 @@ def _kept(
         batch_size=of["together"],
         seed=of["seed"],
         known=known,
-        keep=keep_drawn,
+        keep=keep,
         progress=Progress("samples", "step", args.bars),
     )
-
-
-def _drawn_by_others(shared: SharedWork, of: dict, known: torch.Tensor) -> torch.Tensor:
-    """Samples with all batches behind them that another run has drawn."""
-    while len(known) < of["windows"]:
-        found = shared.read(SHARED_SAMPLES, _batch(of, len(known)))
-        if found is None:
-            break
-        known = torch.cat([known, found.tensors["tokens"]])
-    return known
-
-
-def _batch(of: dict, begin: int) -> dict:
-    """What a batch follows from, by its first window: not from how many there are behind it."""
-    rows = min(of["together"], of["windows"] - begin)
-    return {name: value for name, value in of.items() if name != "windows"} | {"begin": begin, "rows": rows}
 
 
 def _read(path: Path, of: dict) -> torch.Tensor:

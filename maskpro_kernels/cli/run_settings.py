@@ -10,7 +10,6 @@ import torch
 
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..learn.estimator import Estimator
-from ..learn.sharing import PARALLEL, check_shares
 from ..pattern import NMPattern
 from ..prune.gap import gap_for_flip_rate
 from ..ranks import Ranks
@@ -18,7 +17,7 @@ from ..text.data import is_path
 from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
 from .arguments import DTYPES, check_device_map, check_least, device_of, telling
 from .changed_weights import REFITTED
-from .config_file import TRUST, eval_every_of
+from .config_file import eval_every_of
 from .estimator_options import class_of, complete_options
 from .losses import complete_loss
 from .models import is_path_of_model
@@ -29,7 +28,7 @@ from .trackers import check_trackers
 # What a run learns from, and how many windows the model draws at most, where nothing is said
 DATA, SAMPLES = "stdlib:0.5,self:0.5", 2048
 # Of this process, not of the run
-NO_SETTINGS = ("run", "given", "config", "parallel", "quiet", "bars", TRUST)
+NO_SETTINGS = ("run", "given", "config", "quiet", "bars")
 
 
 def complete(args: argparse.Namespace) -> Estimator:
@@ -81,7 +80,7 @@ def _complete_texts(args: argparse.Namespace) -> None:
         )
 
 
-def check_process(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
+def check_process(args: argparse.Namespace, ranks: Ranks) -> None:
     """Check how a run computes and where it reports, which may be another way each time it goes on.
 
     Of a model that is spread over devices there is no ``device`` then.
@@ -100,7 +99,7 @@ def check_process(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
     if hasattr(args, "logits_device"):
         device_of(args.logits_device, "logits_device")
     check_checkpointing(args)
-    check_ranks(args, ranks, draws)
+    check_ranks(args, ranks)
     check_trackers(args)
 
 
@@ -135,16 +134,12 @@ def _complete_gap(args: argparse.Namespace, pattern: NMPattern) -> None:
         raise ValueError(f"gap: expected at most {LARGEST_GAP:g}, which is as far as noise reaches, got {args.gap}")
 
 
-def parallel_of(args: argparse.Namespace) -> str:
-    """How the ranks share the forwards of a step."""
-    return getattr(args, "parallel", PARALLEL[0])
-
-
-def check_ranks(args: argparse.Namespace, ranks: Ranks, draws: int) -> None:
+def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     """Raise ValueError unless the ranks can share the work, and each can take a device of its own."""
-    check_shares(ranks.world, parallel_of(args), args.accumulate, draws)
     if ranks.world == 1:
         return
+    if args.accumulate % ranks.world:
+        raise ValueError(f"accumulate: expected a multiple of the {ranks.world} ranks, got {args.accumulate}")
     if hasattr(args, "device_map"):
         raise ValueError(
             f"device_map: expected none under torchrun, where each rank has a model on a device of its own, got "

@@ -31,25 +31,6 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-def add_digests(parser: argparse.ArgumentParser) -> None:
-    """The option of commands that load checkpoints, see ``models.checking_digests``."""
-    parser.add_argument(
-        "--no-digests",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="load packed weights and masks that were changed since they were saved, whatever their digests say",
-    )
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="run the Python code that a model's folder or repository brings along; without it such a model is refused",
-    )
-
-
 def add_data(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--data", default=argparse.SUPPRESS, metavar="DATA", help=help)
     parser.add_argument(
@@ -86,10 +67,6 @@ def add_form(parser: argparse.ArgumentParser, default: str, others: Mapping[str,
         help=f"with --to packed: keep the values as they are, or round them to int8, about half the size (default: "
         f"{KEEP})",
     )
-
-
-def add_against(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--against", default=argparse.SUPPRESS, metavar="FILE", help=help)
 
 
 def add_saving(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,7 @@ from ..files import check_output, disk_errors, make_folder, write_whole
 from ..report.plots import check_picture, draw_speed
 from ..text.data import batches, load_text
 from .arguments import DTYPE, DTYPES, check_least, device_of
-from .memory import check_fit
-from .models import learned_positions, load, trusts, windows_of
+from .models import learned_positions, load, windows_of
 from .progress import Progress, tell_as
 from .run_files import check_not_going_on
 from .versions import machine, versions
@@ -85,7 +84,6 @@ def _measured(args: argparse.Namespace, dtype: str, device: torch.device) -> tup
 
     for name in args.models:
         check_model(name)
-    check_fit(args.models, DTYPES[dtype], device)
     models, vocabulary = {}, None
     for name in args.models:
         model, tokenizer = load(name, dtype, device, args)
@@ -124,7 +122,7 @@ def _peaks(args: argparse.Namespace, dtype: str, prompt: torch.Tensor) -> dict[s
     peaks, progress = {}, Progress("memory", "model", args.bars)
     for done, name in enumerate(args.models, start=1):
         try:
-            peaks[name] = peak_memory(name, DTYPES[dtype], prompt, args.new_tokens, trust_remote_code=trusts(args))
+            peaks[name] = peak_memory(name, DTYPES[dtype], prompt, args.new_tokens)
         except ValueError as error:
             tell_as("warning", error)
             peaks[name] = None

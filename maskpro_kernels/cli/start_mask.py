@@ -15,7 +15,6 @@ from torch import Tensor
 from ..prune.initial_masks import INITIAL_MASKS
 from ..prune.selection import layers_to_convert
 from ..prune.stored_mask import is_there, stored_mask
-from .models import trusts
 from .progress import tell
 from .run_files import LOGITS, goes_on, how_to_go_on
 
@@ -66,7 +65,7 @@ class StartMask:
             return
         layers, _ = layers_to_convert(model, self.args.pattern)
         try:
-            found = stored_mask(self.args.init, layers, self.args.pattern, trust_remote_code=trusts(self.args))
+            found = stored_mask(self.args.init, layers, self.args.pattern)
         except (ValueError, OSError) as error:
             told = str(error)
             if told.startswith("path: "):

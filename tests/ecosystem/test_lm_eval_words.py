@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.lm_eval_task import leave_own_tasks_aside, write_models
 from helpers.pages import write_pages
+from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
+from maskpro_kernels import convert, finalize
 from maskpro_kernels.cli import main
+from maskpro_kernels.hf import save_model
 
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = [pytest.mark.ecosystem, pytest.mark.usefixtures("eager_reference", "datasets_cache")]
@@ -35,17 +37,28 @@ def write_task(folder: Path, pages: Path) -> Path:
     return folder
 
 
+def write_model(kind: str, folder: Path) -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    tokenizer.eos_token = "[PAD]"
+    convert(model, "2:4")
+    save_model(model if kind == "masked" else finalize(model, to=kind), tokenizer, folder)
+
+
 @pytest.mark.parametrize("kind", ["dense", "masked", "packed"])
-def test_word_is_what_lm_eval_finds(tmp_path, monkeypatch, kind):
-    leave_own_tasks_aside(monkeypatch)
-    write_models(tmp_path)
-    pages = write_pages(tmp_path / "pages.jsonl")
-    tasks = ["--tasks", "local_wikitext", "--include-path", str(write_task(tmp_path / "tasks", pages))]
-    arguments = ["eval", str(tmp_path / kind), "--protocol", "word", "--data", str(pages), *tasks]
-    output = tmp_path / "out.json"
-    assert main.main([*arguments, "--device", "cpu", "--dtype", "float32", "--output", str(output)]) == 0
+def test_word_is_what_lm_eval_finds(tmp_path, kind):
+    write_model(kind, tmp_path / kind)
+    pages, output = write_pages(tmp_path / "pages.jsonl"), tmp_path / "out.json"
+    arguments = ["eval", str(tmp_path / kind), "--protocol", "word", "--data", str(pages), "--output", str(output)]
+    assert main.main([*arguments, "--device", "cpu", "--dtype", "float32"]) == 0
     ours = json.loads(output.read_text(encoding="utf-8"))
-    theirs = ours["tasks"]["results"]["local_wikitext"]
+    tasks = lm_eval.tasks.TaskManager(include_path=str(write_task(tmp_path / "tasks", pages)), include_defaults=False)
+    theirs = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / kind), "dtype": "float32"},
+        tasks=["local_wikitext"],
+        task_manager=tasks,
+        device="cpu",
+    )["results"]["local_wikitext"]
     # several windows a document, by the model's 64 positions
     assert ours["window"] == 64 and ours["tokens"] > 64 * 12
     assert ours["perplexity"] == pytest.approx(theirs["word_perplexity,none"], rel=1e-5)
