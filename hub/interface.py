@@ -1,7 +1,7 @@
 """Kernels that draw N:M masks, multiply under them, and multiply with packed N:M weights."""
 
 from .dense_forward import dense
-from .functional.linear import codes_linear, masked_linear, straight_through_linear, top_n_linear
+from .functional.linear import codes_linear, masked_linear, straight_through_linear
 from .functional.masks import (
     expand_mask,
     mask_log_prob,

@@ -7,7 +7,6 @@ from .functional.linear import (
     masked_linear,
     straight_through_gradient,
     straight_through_linear,
-    top_n_linear,
 )
 from .functional.masks import (
     expand_mask,
@@ -69,6 +68,5 @@ __all__ = [
     "sparse24_linear",
     "straight_through_gradient",
     "straight_through_linear",
-    "top_n_linear",
     "top_n_mask",
 ]

@@ -70,8 +70,8 @@ class MaskSource(NamedTuple):
 
     Attributes:
         tensor: by ``kind``.
-        kind: "drawn": drawn from the logits ``tensor`` [rows, K] at ``counter``. "top_n": the N largest of the scores
-            ``tensor`` [rows, K] in every group. "codes": the group codes ``tensor`` [rows, K / M].
+        kind: "drawn": drawn from the logits ``tensor`` [rows, K] at ``counter``. "codes": the group codes ``tensor``
+            [rows, K / M].
         n, m: of the pattern.
         inv_temperature: of a draw.
         counter: of a draw.

@@ -30,6 +30,7 @@ from .functional.linear import LogitsBackward, linear_under, straight_through_un
 from .functional.logits_device import device_of_logits, page_locked
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
 from .held_draw import HeldDraw
+from .ops.onnx_graph import in_onnx_export, top_n_weight
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
 from .shards import LayerShard, Place, attach, check_in_memory
@@ -208,6 +209,10 @@ class MaskedLinear(nn.Module):
             y, _ = linear_under(input, self.own_weight, self.own_bias, self._mask(logits, self.training).known)
             return y
 
+        if not self.training and in_onnx_export():
+            weight = top_n_weight(self.own_weight, self.own_logits, self.pattern.n, self.pattern.m)
+            return nn.functional.linear(input, weight, self.own_bias)
+
         y = self._with_logits(product, drawn=self.training)
         return telling_of_lost_slopes(y) if self.training and self.logits.requires_grad else y
 
@@ -235,7 +240,7 @@ class MaskedLinear(nn.Module):
             check_like("logits", logits, "weight", self.own_weight)
         matrix, n, m = matrix_of("logits", logits, self.pattern), self.pattern.n, self.pattern.m
         if not drawn:
-            return MaskSource(matrix, "top_n", n, m)
+            return MaskSource(ops.top_n_mask(matrix.detach(), n, m), "codes", n, m)
         return MaskSource(matrix, "drawn", n, m, counter=self.counter(), codes=held)
 
     def _with_logits(self, function: Callable[[Tensor], Result], drawn: bool) -> Result:

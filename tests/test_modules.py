@@ -291,7 +291,7 @@ def test_forward_runs_on_the_kernels(monkeypatch, launched):
     monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     layer.train()(torch.randn(3, 16))
     layer.eval()(torch.randn(3, 16))
-    assert launched == {"masked_linear": 2}
+    assert launched == {"masked_linear": 2, "top_n_mask": 1}
 
 
 def on_meta() -> mk.MaskedLinear:

@@ -5,7 +5,6 @@ from .linear import (
     masked_linear,
     straight_through_gradient,
     straight_through_linear,
-    top_n_linear,
 )
 from .masks import (
     expand_mask,

@@ -12,9 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..counter import Counter, MaskSource
-from ..ops.onnx_graph import in_onnx_export, top_n_weight
 from ..pattern import NMPattern
-from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_operands, matrix_of
+from .checks import CounterKeywords, check_codes, check_like, check_weight, drawn_from, linear_operands
 
 # (gradient of y [tokens, out], x [tokens, K], weight [out, K], the mask's source) -> gradient of the logits, if any
 LogitsBackward = Callable[[Tensor, Tensor, Tensor, MaskSource], Tensor | None]
@@ -64,8 +63,6 @@ def linear_under(
     Raises:
         TypeError, ValueError: x, weight or bias are not as for ``masked_linear``.
     """
-    if mask.kind == "top_n" and in_onnx_export():
-        return torch.nn.functional.linear(x, top_n_weight(weight, mask.tensor, mask.n, mask.m), bias), None
     tokens, matrix, vector = linear_operands(x, weight, bias)
     if not log_prob:
         mask = mask._replace(tensor=mask.tensor.detach())
@@ -187,29 +184,6 @@ class _StraightThroughLinear(torch.autograd.Function):
             # they may live elsewhere, where their mask was drawn before
             logits_grad = logits_grad.to(logits.device)
         return x_grad, weight_grad, bias_grad, None, logits_grad, None
-
-
-def top_n_linear(
-    x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None = None, *, pattern: str | NMPattern
-) -> Tensor:
-    """Linear layer under the mask of the N largest logits of every group: x @ (weight * mask).T + bias.
-
-    Args:
-        x, weight, logits, bias: as for ``masked_linear``. Gradients flow to x, weight and bias.
-        pattern: "N:M" or NMPattern.
-
-    Returns:
-        y [..., out].
-
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-    """
-    pattern = NMPattern(pattern)
-    check_weight(weight, pattern)
-    check_like("logits", logits, "weight", weight)
-    mask = MaskSource(matrix_of("logits", logits.detach(), pattern), "top_n", pattern.n, pattern.m)
-    y, _ = linear_under(x, weight, bias, mask)
-    return y
 
 
 def codes_linear(

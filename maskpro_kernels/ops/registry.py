@@ -76,10 +76,10 @@ def codes_under(mask: MaskSource) -> Tensor:
     mask = mask.known
     if mask.kind == "drawn":
         return sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
-    return top_n_mask(mask.tensor, mask.n, mask.m) if mask.kind == "top_n" else mask.tensor
+    return mask.tensor
 
 
-MASKED_WEIGHT = {"drawn": "sample_masked_weight", "top_n": "top_n_masked_weight", "codes": "code_masked_weight"}
+MASKED_WEIGHT = {"drawn": "sample_masked_weight", "codes": "code_masked_weight"}
 
 
 def _reference_masked_weight(weight: Tensor, mask: MaskSource) -> Tensor:

@@ -112,13 +112,12 @@ for _function in LINEAR:
         (_function, "weight"): [None, torch.zeros(8), torch.zeros(1, 2, 8), torch.zeros(2, 8, dtype=torch.float64)],
         (_function, "bias"): ["b", torch.zeros(3), torch.zeros(2, dtype=torch.float64)],
     }
-for _function in LINEAR[:2]:
-    BAD_OWN[_function, "logits"] = [
-        None,
-        torch.zeros(2, 4),
-        torch.zeros(2, 8, dtype=torch.float64),
-        torch.zeros(2, 8, dtype=torch.int32),
-    ]
+BAD_OWN["masked_linear", "logits"] = [
+    None,
+    torch.zeros(2, 4),
+    torch.zeros(2, 8, dtype=torch.float64),
+    torch.zeros(2, 8, dtype=torch.int32),
+]
 BAD_ARGUMENTS = [
     *((function, "pattern", value) for function in FUNCTIONS for value in BAD_PATTERNS),
     *((function, name, v) for function in DRAWING for name, values in BAD_COUNTERS.items() for v in values),

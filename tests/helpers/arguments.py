@@ -8,7 +8,7 @@ import torch
 
 import maskpro_kernels as mk
 
-LINEAR = ["masked_linear", "top_n_linear", "codes_linear"]
+LINEAR = ["masked_linear", "codes_linear"]
 DRAWING = ["sample_mask", "sample_masked_weight", "score_update_", "masked_linear"]
 
 
@@ -40,12 +40,11 @@ def good_arguments(function: str) -> dict:
             "pattern": "2:4",
             "seed": 0,
         },
-        "top_n_linear": {"x": cpu_normal(3, 8, seed=3), "weight": weight, "logits": logits, "pattern": "2:4"},
         "codes_linear": {"x": cpu_normal(3, 8, seed=3), "weight": weight, "codes": some_codes(2, 2), "pattern": "2:4"},
     }[function]
 
 
-FUNCTIONS = [*DRAWING, "top_n_linear", "codes_linear", "top_n_mask", "pack_mask", "expand_mask", "mask_log_prob"]
+FUNCTIONS = [*DRAWING, "codes_linear", "top_n_mask", "pack_mask", "expand_mask", "mask_log_prob"]
 
 
 def linear_arguments(shape: tuple[int, ...] = (2, 3, 8)) -> dict[str, torch.Tensor]:

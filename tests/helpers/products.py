@@ -16,7 +16,7 @@ from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import tiles
 from maskpro_kernels.pattern import NMPattern
 
-KINDS = ["drawn", "top_n", "codes"]
+KINDS = ["drawn", "codes"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DRAW = {"seed": 0x123456789ABCDEF, "step": 5, "layer": 3, "draw": 1}
 TEMPERATURE = 0.8

@@ -39,8 +39,6 @@ from maskpro_kernels.pattern import NMPattern
 def product(kind, x, weight, logits, codes, bias, pattern):
     if kind == "drawn":
         return mk.masked_linear(x, weight, logits, bias, pattern=pattern, log_prob=False, **COUNTER)[0]
-    if kind == "top_n":
-        return mk.top_n_linear(x, weight, logits, bias, pattern=pattern)
     return mk.codes_linear(x, weight, codes, bias, pattern=pattern)
 
 
@@ -214,12 +212,11 @@ def test_gradients_are_within_the_error_budget(tiles, pattern, dtype, route, lau
     assert logits.grad is None
 
 
-@pytest.mark.parametrize("kind", ["top_n", "codes"])
-def test_gradients_under_a_given_mask(kind, route):
+def test_gradients_under_a_given_mask(route):
     pattern = NMPattern("2:4")
     x, weight, logits, bias = operands(pattern)
-    codes, mask = mask_of(kind, logits, pattern)
-    y = product(kind, x, weight, logits, codes, bias, pattern)
+    codes, mask = mask_of("codes", logits, pattern)
+    y = product("codes", x, weight, logits, codes, bias, pattern)
     upstream = normal(*y.shape, seed=4)
     y.backward(upstream)
     torch.testing.assert_close(x.grad, upstream @ torch.where(mask, weight, 0))
