@@ -17,7 +17,6 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels import ranks
-from maskpro_kernels.learn.sharing import PARALLEL
 
 
 def differ(rank: int, folder) -> dict[str, str]:
@@ -49,7 +48,6 @@ def differ(rank: int, folder) -> dict[str, str]:
         "logits": rank_trainer(model=other, accumulate=2),
         "accumulate": rank_trainer(accumulate=2 + 2 * rank),
         "settings": rank_trainer("two draws" if rank else "reinforce", accumulate=2),
-        "parallel": rank_trainer("two draws", accumulate=2, parallel=PARALLEL[rank]),
         # with a folder: nothing is written there
         "layers, weights": rank_trainer(model=mk_model(8 + 4 * rank), accumulate=2, output_dir=folder),
     }
@@ -94,7 +92,7 @@ def mk_model(width: int) -> nn.Module:
 
 def test_ranks_that_differ_are_named_on_all(tmp_path):
     one, other = all_in_ranks(2, differ, folder=tmp_path / "run")
-    assert one == other and len(one) == 14
+    assert one == other and len(one) == 13
     for name, message in one.items():
         name = name.strip()
         assert message.startswith("ranks: expected what rank 0 has on all of them, got other ")
@@ -121,8 +119,6 @@ def refuse(rank: int) -> list[str]:
     for how, arguments in (
         ("reinforce", {}),
         ("reinforce", {"accumulate": 3}),
-        ("reinforce", {"parallel": "draws", "accumulate": 2}),
-        ("straight-through", {"parallel": "draws"}),
     ):
         with pytest.raises(ValueError) as caught:
             rank_trainer(how, **arguments)
@@ -133,10 +129,8 @@ def refuse(rank: int) -> list[str]:
 def test_work_that_cannot_be_shared_is_refused():
     for told in all_in_ranks(2, refuse):
         assert told == [
-            'accumulate: expected a multiple of the 2 ranks with parallel="data", got 1',
-            'accumulate: expected a multiple of the 2 ranks with parallel="data", got 3',
-            'draws: expected a multiple of the 2 ranks with parallel="draws", got 1',
-            'draws: expected a multiple of the 2 ranks with parallel="draws", got 1',
+            "accumulate: expected a multiple of the 2 ranks, got 1",
+            "accumulate: expected a multiple of the 2 ranks, got 3",
         ]
 
 

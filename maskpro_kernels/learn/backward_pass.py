@@ -18,7 +18,6 @@ from ..modules import MaskedLinear
 from ..ranks import Ranks
 from .normalized_steps import descend_by_rms, folded
 from .offloaded_logits import OffloadedLogits
-from .step_clock import BACKWARD, UPDATE, HostTimeline, StepClock
 from .weight_learning import WeightLearner
 
 
@@ -42,8 +41,7 @@ class BackwardPass:
         in_turn: whether a layer that is finished now has been used at most once, on each rank.
     """
 
-    def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int, clock: StepClock | None):
-        self.clock = StepClock(HostTimeline()) if clock is None else clock
+    def __init__(self, updaters: Mapping[str, LayerUpdater], ranks: Ranks, batches: int):
         self.updaters, self.ranks, self.batches, self.left = updaters, ranks, batches, batches
         self.hooks: list = []
         self.in_turn = True
@@ -107,14 +105,12 @@ class BackwardPass:
         for updater in self.updaters.values():
             updater.weight = weight
             updater.at_once = self.ranks.world == 1 and self.batches == 1 and updater.uses <= 1
-        with self.clock.part(BACKWARD):
-            torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
-        with self.clock.part(UPDATE):
-            self._end_pass()
-            if self.left:
-                self.watch()
-                return []
-            bad = _folded(self.updaters)
+        torch.autograd.backward(loss, inputs=[updater.layer.logits for updater in self.updaters.values()])
+        self._end_pass()
+        if self.left:
+            self.watch()
+            return []
+        bad = _folded(self.updaters)
         elsewhere = [name for name, updater in self.updaters.items() if updater.layer.logits.grad is not None]
         if elsewhere:
             raise ValueError(f"loss_fn: expected a loss that logits reach by their masks alone, not so {elsewhere}")
@@ -122,7 +118,7 @@ class BackwardPass:
 
     def take_turns(self) -> None:
         """Move the layers whose turn has come."""
-        with self.lock, self.clock.part(UPDATE):
+        with self.lock:
             while self.turns and self.turns[0].slopes is not None:
                 self.turns.popleft().finish()
 
@@ -226,8 +222,7 @@ class LayerUpdater:
             self.weight_grad = weight_grad
             of = grad, x, weight, how.curvature
             # the parameter itself: what autograd has kept may be a copy
-            of_all = self.backward_pass
-            with of_all.clock.part(UPDATE), of_all.offloaded.moving(self.layer) as logits:
+            with self.backward_pass.offloaded.moving(self.layer) as logits:
                 own = mask._replace(tensor=logits)
                 self._descend(
                     logits, mask.codes, lambda rate: ops.straight_through_update_(*of, rate, how.max_update, own, *more)

@@ -15,7 +15,6 @@ from ..counter import MaskSource
 from ..functional.checks import describe
 from ..modules import MaskedLinear
 from .step import Step
-from .step_clock import BACKWARD, FORWARD
 
 
 class FisherSquares:
@@ -110,12 +109,10 @@ class FisherSquares:
     def _squares_of(self, step: Step, place: int) -> dict[str, Tensor]:
         """Of one batch, of the layers that backward reaches."""
         with self._attached() as collectors:
-            with step.clock.part(FORWARD):
-                loss = step.loss_fn.fisher_loss(step.model, step.batches[place], _seed_of(step, place))
+            loss = step.loss_fn.fisher_loss(step.model, step.batches[place], _seed_of(step, place))
             if not (isinstance(loss, Tensor) and loss.requires_grad):
                 raise ValueError(f"loss_fn: expected a fisher_loss with a gradient, got {describe(loss)}")
-            with step.clock.part(BACKWARD):
-                torch.autograd.backward(loss, inputs=[layer.logits for layer in self.layers.values()])
+            torch.autograd.backward(loss, inputs=[layer.logits for layer in self.layers.values()])
         return {name: c.total / c.uses for name, c in collectors.items() if c.uses}
 
     @contextmanager

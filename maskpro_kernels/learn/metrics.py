@@ -10,7 +10,7 @@ from ..checked_json import rows_of, sealed_line
 from ..files import append_whole, sync, write_whole
 
 # Of a record what the line of its step alone tells: no journal knows it
-MEASURED = ("flip_rate", "seconds", "parts")
+MEASURED = ("flip_rate", "seconds")
 
 
 class Metrics:

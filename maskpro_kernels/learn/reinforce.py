@@ -12,7 +12,6 @@ from .journal import Draw, Entry
 from .number_checks import check_float, check_whole
 from .score_updates import replay
 from .step import Step
-from .step_clock import UPDATE
 
 # A normalized advantage beyond it is an outlier
 LARGEST_ADVANTAGE = 3.0
@@ -136,8 +135,7 @@ class Reinforce(Estimator):
         except BaseException:
             self.load_state(before)
             raise
-        with step.clock.part(UPDATE):
-            replay(step.masks, step.seed, entry)
+        replay(step.masks, step.seed, entry)
         return self._result(entry, advantages)
 
     def recall(self, entry: Entry) -> StepResult:

@@ -24,7 +24,6 @@ from .estimator import Estimator
 from .journal import Entry, Journal, Records
 from .journal import read as read_journal
 from .metrics import Metrics
-from .settings_difference import told_difference
 from .snapshots import (
     MANIFEST,
     NAME,
@@ -263,8 +262,14 @@ class RunFolder:
         """Raise ValueError unless a run has these settings."""
         for name, own in settings.items():
             if run.get(name) != own:
-                told = told_difference(own, run.get(name))
-                raise ValueError(f"output_dir: expected a run with {name} {told} in {str(self.path)!r}")
+                other = run.get(name)
+                if isinstance(own, dict) and isinstance(other, dict):
+                    # the first entry that differs
+                    key = next(key for key in {**own, **other} if own.get(key) != other.get(key))
+                    name, own, other = f"{name} {key}", own.get(key), other.get(key)
+                # the digests of batches say nothing
+                values = "of this trainer, got others" if name.startswith("batch") else f"{own!r}, got {other!r}"
+                raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
 
     def _check_one_run(self, run: Mapping) -> None:
         """Raise ValueError unless a run has an id, and without a journal all sound snapshots are of it.

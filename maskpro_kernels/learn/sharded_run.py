@@ -11,7 +11,7 @@ from torch import nn
 
 from ..modules import MaskedLinear
 from ..ranks import FailedRank, MissingRanks, Ranks
-from ..shards import RowShard, reset_iteration
+from ..shards import reset_iteration
 from .estimator import Estimator
 from .model_masks import ModelMasks
 from .run_folder import SavedRun
@@ -23,7 +23,7 @@ def is_sharded(layers: Mapping[str, MaskedLinear]) -> bool:
     return any(layer.shard is not None for layer in layers.values())
 
 
-def check_sharding(layers: Mapping[str, MaskedLinear], parallel: str) -> None:
+def check_sharding(layers: Mapping[str, MaskedLinear]) -> None:
     """Raise ValueError unless ranks that share layers can learn their masks together."""
     if not is_sharded(layers):
         return
@@ -41,11 +41,6 @@ def check_sharding(layers: Mapping[str, MaskedLinear], parallel: str) -> None:
                 f"model: expected one mesh for all masked layers, got {layers[first].shard.mesh} in {first} and "
                 f"{layer.shard.mesh} in {name}"
             )
-    if parallel != "data" and isinstance(layers[first].shard, RowShard):
-        raise ValueError(
-            f'parallel: expected "data" in a model that fully_shard has cut, got {parallel!r}: all ranks gather rows '
-            "of one draw"
-        )
 
 
 def check_finite(layers: Mapping[str, MaskedLinear]) -> None:

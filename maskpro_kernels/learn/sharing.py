@@ -1,4 +1,4 @@
-"""Which forwards of a step each rank makes, and what the ranks tell each other of them."""
+"""Which batches of a step each rank takes, and what the ranks send each other of their losses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ from ..ranks import Ranks
 from .batches import weighted_mean
 
 Result = TypeVar("Result")
-
-PARALLEL = ("data", "draws")
-
-
-def check_shares(world: int, parallel: str, accumulate: int, draws: int) -> None:
-    """Raise ValueError unless that many ranks can share the forwards of a step, as ``parallel`` says, alike."""
-    shared, parts = ("accumulate", accumulate) if parallel == "data" else ("draws", draws)
-    if parts % world:
-        raise ValueError(f'{shared}: expected a multiple of the {world} ranks with parallel="{parallel}", got {parts}')
 
 
 class Shares:
@@ -50,31 +41,29 @@ class Shares:
 
 
 class Sharing:
-    """The forwards of a step, one for each draw and batch, shared out over the ranks.
+    """The forwards of a step, one for each draw and batch. Each rank makes all draws, for its share of the batches.
 
     Args:
-        shares: of the forwards, over all ranks that take the step.
-        parallel: "data": each rank makes all draws, for its share of the batches; "draws": its share of the draws, for
-            all batches.
+        shares: of the batches, over all ranks that take the step.
         accumulate: batches a step.
         draws: masks drawn in a step.
 
     Attributes:
         own: the forwards that this rank makes, as (draw, which of the step's batches).
-        shares: of the forwards.
-        draws: masks drawn in a step, by all ranks.
+        shares: of the batches.
+        draws: masks drawn in a step.
 
     Raises:
-        ValueError: see ``check_shares``.
+        ValueError: if ``accumulate`` is no multiple of the shares.
     """
 
-    def __init__(self, shares: Shares, parallel: str, accumulate: int, draws: int):
-        check_shares(shares.count, parallel, accumulate, draws)
+    def __init__(self, shares: Shares, accumulate: int, draws: int):
+        if accumulate % shares.count:
+            raise ValueError(f"accumulate: expected a multiple of the {shares.count} ranks, got {accumulate}")
         self.ranks, self.draws, self.shares = shares.ranks, draws, shares
-        pairs = [(draw, place) for draw in range(draws) for place in range(accumulate)]
-        owners = [(place if parallel == "data" else draw) % shares.count for draw, place in pairs]
         self._by_share = [
-            [pair for pair, owner in zip(pairs, owners, strict=True) if owner == share] for share in range(shares.count)
+            [(draw, place) for draw in range(draws) for place in range(share, accumulate, shares.count)]
+            for share in range(shares.count)
         ]
         self.own = self._by_share[shares.own]
 

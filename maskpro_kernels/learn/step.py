@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 from numbers import Real
@@ -21,7 +21,6 @@ from .batches import count_tokens, weights_of
 from .journal import Entry
 from .model_masks import ModelMasks
 from .sharing import Sharing
-from .step_clock import CHECKS, DRAW, FORWARD, StepClock
 
 LossFn = Callable[[nn.Module, object], Tensor]
 
@@ -40,8 +39,6 @@ class StepRecord:
         flip_rate: share of the groups of one layer, another at each step, whose draw left the top-N mask.
         tokens: elements of the batches' input ids.
         seconds: wall-clock time of the step.
-        parts: seconds of it by part, see ``step_clock``. On a GPU they are of its own clock, and what a step has left
-            to it is in those of the next one. Empty where they are not known.
     """
 
     step: int
@@ -52,7 +49,6 @@ class StepRecord:
     flip_rate: float
     tokens: int
     seconds: float
-    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Step:
@@ -73,7 +69,6 @@ class Step:
         masks: of all layers, see ``ModelMasks``.
         layers: the masked layers by name.
         sharing: which forwards this rank makes.
-        clock: takes the time of the parts of the step; ``with step.clock.part("update")`` where logits move.
     """
 
     def __init__(
@@ -86,12 +81,11 @@ class Step:
         *,
         seed: int,
         sharing: Sharing,
-        clock: StepClock,
         journaled: bool,
         initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
         begin_update: Callable[[Entry | None], None],
     ):
-        self.index, self.seed, self.batches, self.sharing, self.clock = index, seed, batches, sharing, clock
+        self.index, self.seed, self.batches, self.sharing = index, seed, batches, sharing
         self.masks, self.layers = masks, masks.layers
         self.weights = weights_of(batches)
         self.tokens = sum(map(count_tokens, batches))
@@ -105,14 +99,12 @@ class Step:
     def flip_rate(self) -> float:
         """Share of the groups whose draw leaves the top-N mask, in the layer whose turn it is."""
         if self._flip_rate is None:
-            with self.clock.part(CHECKS):
-                self._flip_rate = self.masks.flip_rate(list(self.layers)[self.index % len(self.layers)])
+            self._flip_rate = self.masks.flip_rate(list(self.layers)[self.index % len(self.layers)])
         return self._flip_rate
 
     def initial_loss(self) -> float:
         """The loss of the step's batches under the initial masks."""
-        with self.clock.part(CHECKS):
-            return self._initial_loss(self.batches, self.weights)
+        return self._initial_loss(self.batches, self.weights)
 
     def losses(self) -> list[float]:
         """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
@@ -136,9 +128,7 @@ class Step:
             if draw:
                 # that of the first one, ahead of the others
                 _ = self.flip_rate
-            with ExitStack() as held:
-                with self.clock.part(DRAW):
-                    held.enter_context(self.masks.drawn_for(self._uses(draw), draw))
+            with self.masks.drawn_for(self._uses(draw), draw):
                 _ = self.flip_rate
                 yield
 
@@ -159,13 +149,11 @@ class Step:
         Raises:
             ValueError: if the loss is no number, or has no gradient where one is asked for.
         """
-        with self.clock.part(FORWARD):
-            loss = self.loss_fn(self.model, self.batches[place])
-            if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
-                raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
-            # a GPU ends the forward here
-            self._own.append(value_of(loss))
-            return loss
+        loss = self.loss_fn(self.model, self.batches[place])
+        if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
+            raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
+        self._own.append(value_of(loss))
+        return loss
 
     def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
         """(loss of every draw, whether ``order`` is the same on all ranks), once this rank has made its forwards.
@@ -174,8 +162,7 @@ class Step:
             RuntimeError: if the ranks are not at the same step, or have not drawn the same.
         """
         own, self._own = self._own, []
-        with self.clock.part(CHECKS):
-            return self.sharing.exchange(self.index, own, self.weights, self.flip_rate, order)
+        return self.sharing.exchange(self.index, own, self.weights, self.flip_rate, order)
 
     def begin_update(self, entry: Entry | None = None) -> None:
         """What comes right before the first logit moves.
@@ -192,8 +179,7 @@ class Step:
         _ = self.flip_rate
         if self._journaled and entry is None:
             raise ValueError("entry: expected one from an estimator whose runs have a journal, got None")
-        with self.clock.part(CHECKS):
-            self._begin_update(entry)
+        self._begin_update(entry)
         self._entries += 1
 
     def check_entries(self) -> None:

@@ -20,7 +20,6 @@ from .normalized_steps import check_slope_settings
 from .number_checks import check_float, check_whole
 from .sharded_passes import ShardedPass, ShardUpdater, TensorPass, TensorUpdater
 from .step import Step
-from .step_clock import StepClock
 from .weight_learning import WeightLearner, check_weights
 
 
@@ -171,7 +170,7 @@ class StraightThrough(Estimator):
         *others, last = places = [place for _, place in step.sharing.own]
         with step.drawing():
             fisher = self._fisher_squares(step)
-            with self.attached(step.index, step.sharing.ranks, len(places), fisher, step.clock) as backward_pass:
+            with self.attached(step.index, step.sharing.ranks, len(places), fisher) as backward_pass:
                 for place in others:
                     one = step.forward(place)
                     backward_pass.backward(one, float(step.weights[place]), backward_pass.alike(one))
@@ -200,9 +199,7 @@ class StraightThrough(Estimator):
         return rate if self.steps is None else rate * max(1.0 - step / self.steps, 0.0)
 
     @contextmanager
-    def attached(
-        self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor], clock: StepClock | None = None
-    ) -> Iterator[BackwardPass]:
+    def attached(self, step: int, ranks: Ranks, batches: int, fisher: Mapping[str, Tensor]) -> Iterator[BackwardPass]:
         """With layers, those of ``begin``, whose logits move by the backward passes of a step, see ``BackwardPass``.
 
         Args:
@@ -210,11 +207,10 @@ class StraightThrough(Estimator):
             ranks: over which slopes are summed.
             batches: how many passes this rank makes; others make as many.
             fisher: of layers whose curvature it tells, see ``FisherSquares``.
-            clock: of the step; None: its parts are not timed.
         """
         updaters = self._updaters.values()
         before = {updater.layer: updater.layer.logits_backward for updater in updaters}
-        backward_pass = self._pass(ranks, batches, clock)
+        backward_pass = self._pass(ranks, batches)
         try:
             for name, updater in self._updaters.items():
                 updater.layer.logits.grad = None
@@ -232,9 +228,9 @@ class StraightThrough(Estimator):
             for updater in updaters:
                 updater.end()
 
-    def _pass(self, ranks: Ranks, batches: int, clock: StepClock | None) -> BackwardPass:
+    def _pass(self, ranks: Ranks, batches: int) -> BackwardPass:
         shard = next(iter(self._updaters.values())).layer.shard
-        of = self._updaters, ranks, batches, clock
+        of = self._updaters, ranks, batches
         if not isinstance(shard, TensorShard):
             return (BackwardPass if shard is None else ShardedPass)(*of)
         if self._copies is None and ranks.world > shard.mesh.size():

@@ -32,10 +32,9 @@ from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
 from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards_of, is_sharded, spread_run
-from .sharing import PARALLEL, Shares, Sharing
+from .sharing import Shares, Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks
 from .step_batches import batches_of_steps, check_batches
-from .step_clock import DATA, INITIAL_LOSSES, StepClock, timeline_of
 
 
 class MaskTrainer:
@@ -50,13 +49,13 @@ class MaskTrainer:
     which the estimator ``refreshes``, m_0 becomes the top-N masks of the logits that this step has left.
 
     Where torch.distributed is initialized, all its processes, the ranks, make a trainer of the same model, batches and
-    settings and call the same methods. They share the forwards of a step, as ``parallel`` says, tell each other the
-    losses, and each does the same update of all logits. With ``Reinforce`` nothing but numbers moves between them, and
-    the logits get the bits of one process with the same draws and batches a step, if it computes the same losses. With
-    ``StraightThrough`` the slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one
-    process but for the order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another
-    number of ranks. Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows
-    alone, all ranks make each forward together, and each writes its rows of a snapshot: they share the disk.
+    settings and call the same methods. They share the batches of a step and exchange their losses, and each does the
+    same update of all logits. With ``Reinforce`` nothing but numbers moves between them, and the logits get the bits of
+    one process with the same draws and batches a step, if it computes the same losses. With ``StraightThrough`` the
+    slopes are summed up as well, a layer at a time: all ranks have the same bits, those of one process but for the
+    order of the sum. Rank 0 alone reads and writes ``output_dir``, and a run may go on with another number of ranks.
+    Where ``fully_shard`` of torch has cut the layers into rows, each rank holds logits of its own rows alone, all ranks
+    make each forward together, and each writes its rows of a snapshot: they share the disk.
 
     Args:
         model: a model with MaskedLinear layers, see ``convert``.
@@ -77,11 +76,8 @@ class MaskTrainer:
             gradient. They count as done. Such a loss moves nothing; such a gradient leaves the logits of its weights,
             and a warning names the layer. One more ends the run; one that is resumed counts on.
         accumulate: batches a step. The loss of a draw is the mean of theirs, weighted by their tokens: of a mapping the
-            "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids.
-        parallel: without effect on one process. "data": every rank makes all draws of a step, for its own share of the
-            batches; ``accumulate`` has to be a multiple of the ranks. "draws": every rank makes its own share of the
-            draws, for all batches; ``draws`` of ``Reinforce`` has to be a multiple of the ranks. Ranks that share
-            layers by a plan count as one.
+            "labels" that are not -100, else what is in the "attention_mask", else the elements of the input ids. Every
+            rank takes its own share of the batches, so it has to be a multiple of the ranks.
         timeout: seconds that a rank waits for the others in a step, and for each of their losses of the initial masks.
             Without a limit it waits for ``after_step`` of ``run``, and, before the first step and where initial
             masks are refreshed, for what rank 0 reads and writes and for settings that are compared.
@@ -109,7 +105,6 @@ class MaskTrainer:
         snapshot_minutes: float = 10.0,
         max_skipped: int = 0,
         accumulate: int = 1,
-        parallel: str = "data",
         timeout: float = 600.0,
     ):
         check_no_flat_parameters("model", model)
@@ -119,12 +114,10 @@ class MaskTrainer:
         check_float("snapshot_minutes", snapshot_minutes, 0.0, math.inf)
         check_whole("max_skipped", max_skipped, 0)
         check_whole("accumulate", accumulate, 1)
-        if parallel not in PARALLEL:
-            raise ValueError(f'parallel: expected "data" or "draws", got {parallel!r}')
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
-        check_sharding(self.layers, parallel)
-        self._sharing = Sharing(Shares(self.ranks, self.layers), parallel, accumulate, estimator.draws)
+        check_sharding(self.layers)
+        self._sharing = Sharing(Shares(self.ranks, self.layers), accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
         if not is_sharded(self.layers) or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
@@ -135,9 +128,8 @@ class MaskTrainer:
         self.estimator, self.seed = estimator, seed
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.snapshot_minutes, self.max_skipped = float(snapshot_minutes), max_skipped
-        self.accumulate, self.parallel = accumulate, parallel
+        self.accumulate = accumulate
         self._masks = ModelMasks(self.layers)
-        self._clock = StepClock(timeline_of(self.layers))
         self.steps_done = 0
         self._initial_losses = InitialLosses(self._batches.sequence, self._sharing.shares, is_sharded(self.layers))
         # Of rank 0 alone
@@ -255,18 +247,16 @@ class MaskTrainer:
         for counter_state in counter_states(self.model):
             counter_state.step.fill_(self.steps_done)
         start = time.perf_counter()
-        with self._clock.step():
-            with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.model):
-                with self._clock.part(DATA):
-                    step = self._next_step()
-                with forwards_of(self.model, self.ranks):
-                    result = self.estimator.step(step)
-            step.check_entries()
-            if result.refreshes:
-                # ahead of the next step: from a run that is killed in between it is the same one
-                self._initial_losses.losses = None
-            advance(self.model)
-        record = _record_of(step, result, time.perf_counter() - start, self._clock.take())
+        with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.model):
+            step = self._next_step()
+            with forwards_of(self.model, self.ranks):
+                result = self.estimator.step(step)
+        step.check_entries()
+        if result.refreshes:
+            # ahead of the next step: from a run that is killed in between it is the same one
+            self._initial_losses.losses = None
+        advance(self.model)
+        record = _record_of(step, result, time.perf_counter() - start)
         self._skipped = self._skipped + 1 if result.bad_layers or not math.isfinite(result.loss) else 0
         self.steps_done += 1
         self._broken = False
@@ -337,7 +327,6 @@ class MaskTrainer:
             self.loss_fn,
             seed=self.seed,
             sharing=self._sharing,
-            clock=self._clock,
             journaled=self.estimator.journaled,
             initial_loss=self._initial_loss,
             begin_update=self._begin_update,
@@ -358,7 +347,7 @@ class MaskTrainer:
             settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how)
             if with_logits:
                 settings["logits"] = digest(layer.logits for layer in self.layers.values())
-            check_alike(self.ranks, settings | {"parallel": self.parallel}, self.model, self.layers, self.loss_fn)
+            check_alike(self.ranks, settings, self.model, self.layers, self.loss_fn)
         return settings
 
     def _restore(self, settings: Mapping, progress: bool, check: Callable | None, into: list) -> tuple:
@@ -380,8 +369,7 @@ class MaskTrainer:
         initial = self._initial_losses
         if initial.losses is None:
             of = partial(loss_under_top_n_masks, self.model, self.layers, self.loss_fn)
-            with self._clock.part(INITIAL_LOSSES):
-                losses = initial.computed(of, self.steps_done, progress)
+            losses = initial.computed(of, self.steps_done, progress)
             if self.output_dir is not None and self.estimator.journaled and self.steps_done:
                 # ahead of the steps that are compared with them; those of the first stand in the journal's header
                 self.ranks.first(lambda: self._folder.add_initial_losses(self.steps_done, losses))
@@ -394,7 +382,7 @@ class MaskTrainer:
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
 
 
-def _record_of(step: Step, result: StepResult, seconds: float, parts: Mapping[str, float]) -> StepRecord:
+def _record_of(step: Step, result: StepResult, seconds: float) -> StepRecord:
     return StepRecord(
         step=step.index,
         loss=result.loss,
@@ -404,7 +392,6 @@ def _record_of(step: Step, result: StepResult, seconds: float, parts: Mapping[st
         flip_rate=step.flip_rate,
         tokens=step.tokens,
         seconds=seconds,
-        parts=parts,
     )
 
 

@@ -117,9 +117,10 @@ def test_the_dtype_of_the_logits_is_the_run_s_own(inputs, tmp_path, monkeypatch,
     edit(run / "settings.json", settings={"logits_dtype": "bfloat16"})
     assert main.main(["learn", "--resume", str(run)]) == 2
     told = capsys.readouterr().err
-    assert "expected a run with layers model.layers.0.self_attn.q_proj [0, '2:4', [32, 32], 'torch.bfloat16'], " in told
-    assert ", got model.layers.0.self_attn.q_proj [0, '2:4', [32, 32], 'torch.float32'], " in told
-    assert "; 11 more differ in " in told
+    assert (
+        "expected a run with layers model.layers.0.self_attn.q_proj [0, '2:4', [32, 32], 'torch.bfloat16'], got "
+        in told
+    )
 
 
 def test_logits_on_another_device(inputs, run, tmp_path, monkeypatch):
@@ -154,7 +155,8 @@ def test_ranks_take_no_device_map(inputs):
     args.device_map = "auto"
     two = types.SimpleNamespace(world=2, rank=0)
     with pytest.raises(ValueError, match="device_map: expected none under torchrun, .*got 'auto'; give --device"):
-        check_process(args, two, complete(args).draws)
+        complete(args)
+        check_process(args, two)
 
 
 def test_weights_that_are_offloaded_are_refused(inputs, tmp_path, monkeypatch, capsys):

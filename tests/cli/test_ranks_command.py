@@ -110,7 +110,7 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
     learned = [load_learned(tmp_path / name / "logits.safetensors") for name in ("one", "two")]
     assert_same_bits(learned[1].weights, learned[0].weights)
     assert found["settings"] | {"output": ""} == expected["settings"] | {"output": ""}
-    assert found["settings"]["accumulate"] == 2 and "parallel" not in found["settings"]
+    assert found["settings"]["accumulate"] == 2
     for name in ("validation", "flipped_groups", "converted", "skipped"):
         assert found[name] == expected[name], name
     assert [step["loss"] for step in found["steps"]] == [step["loss"] for step in expected["steps"]]
@@ -143,17 +143,16 @@ def test_two_ranks_begin_with_the_mask_of_a_file(inputs, run, tmp_path):
 @pytest.mark.parametrize("victim", ["1", "0"])
 def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs, tmp_path, capsys, victim):
     """On two ranks each time; in one process at the end."""
-    run, options = tmp_path / "run", ["--draws", "2", "--steps", "6", "--refit", "scales"]
+    run, options = tmp_path / "run", ["--accumulate", "2", "--steps", "6", "--refit", "scales"]
     assert main.main(learn(inputs, tmp_path / "whole", *options)) == 0
     how = f"continue with: maskpro learn --resume {run}"
-    own = ["--parallel", "draws"]
-    stopped = OnRanks(tmp_path / "stopped", learn(inputs, run, *options, *own), (signal.SIGTERM, "0,1", 1))
+    stopped = OnRanks(tmp_path / "stopped", learn(inputs, run, *options), (signal.SIGTERM, "0,1", 1))
     assert (stopped.code, stopped.out[1], stopped.err[1]) == (0, "", ""), stopped.err
     told = stopped.err[0].splitlines()
     assert "SIGTERM: the run stops after this step" in told and told[-1] == f"stopped after 2 steps; {how}"
     assert not (run / "report.json").exists()
 
-    broken = OnRanks(tmp_path / "broken", ["learn", "--resume", str(run), *own], (signal.SIGKILL, victim, 4))
+    broken = OnRanks(tmp_path / "broken", ["learn", "--resume", str(run)], (signal.SIGKILL, victim, 4))
     assert broken.code != 0
     survivor = 1 - int(victim)
     line = f"maskpro: error: ranks: rank {victim} of 2 ended; this is rank {survivor}; {how}"
@@ -165,7 +164,6 @@ def test_a_run_that_is_stopped_and_then_loses_a_rank_ends_as_a_whole_one(inputs,
     assert "4 steps were taken before" in capsys.readouterr().err
     assert report(run)["logits"] == report(tmp_path / "whole")["logits"]
     assert report(run)["validation"] == report(tmp_path / "whole")["validation"]
-    assert "parallel" not in report(run)["settings"]
 
 
 def refused(rank: int, cases: list) -> list[tuple[int, str, str]]:
@@ -200,9 +198,7 @@ def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp
     nothing = [*sound, "--data", str(inputs / "none.txt")]
     cases = {
         "accumulate: expected a multiple of the 2 ranks": of_both("--accumulate", "3"),
-        'draws: expected a multiple of the 2 ranks with parallel="draws", got 1': of_both("--parallel", "draws"),
         "accumulate: expected at least 1, got 0": of_both("--accumulate", "0"),
-        "argument --parallel: invalid choice: 'none'": of_both("--parallel", "none"),
         "data: text: expected at least 9999 tokens": of_both("--seq-len", "9999"),
         "output: expected a new or empty folder": of_both("--output", str(tmp_path / "full")),
         "resume: expected a folder in which": [["learn", "--resume", str(tmp_path / "full")]] * 2,
@@ -225,21 +221,6 @@ def test_what_is_wrong_on_any_rank_is_told_by_the_first_and_ends_all(inputs, tmp
     assert before.items() <= contents(tmp_path).items()
 
 
-def test_masks_are_shared_under_torchrun_alone(inputs, tmp_path, capsys):
-    refuses(
-        capsys,
-        tmp_path,
-        learn(inputs, tmp_path / "new", "--parallel", "draws"),
-        "parallel: expected none without torchrun",
-    )
-    refuses(
-        capsys,
-        tmp_path,
-        ["learn", "--resume", "none", "--parallel", "data"],
-        "parallel: expected none without torchrun",
-    )
-
-
 def test_each_rank_needs_a_gpu_of_its_own(inputs, tmp_path, capsys, monkeypatch):
     names = {"TORCHELASTIC_RUN_ID": "tests", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in names.items():
@@ -257,10 +238,10 @@ def test_each_rank_needs_a_gpu_of_its_own(inputs, tmp_path, capsys, monkeypatch)
 def test_a_device_with_a_number_is_not_for_several_ranks(monkeypatch):
     monkeypatch.setattr(run_settings, "device_of", torch.device)
     arguments = SimpleNamespace(device="cuda", accumulate=2)
-    run_settings.check_ranks(arguments, SimpleNamespace(world=2), draws=1)
+    run_settings.check_ranks(arguments, SimpleNamespace(world=2))
     arguments.device = "cuda:1"
     with pytest.raises(ValueError, match="device: expected one without a number, .*, got 'cuda:1'"):
-        run_settings.check_ranks(arguments, SimpleNamespace(world=2), draws=1)
+        run_settings.check_ranks(arguments, SimpleNamespace(world=2))
 
 
 @pytest.mark.parametrize(

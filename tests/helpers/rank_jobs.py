@@ -14,7 +14,7 @@ def records_until(trainer: mk.MaskTrainer, steps: int) -> list[dict]:
     """Take the steps that are left, and close the trainer; the records without what they tell of time."""
     records = trainer.run(steps - trainer.steps_done, progress=False)
     trainer.close()
-    return [vars(record) | {"seconds": 0.0, "parts": {}} for record in records]
+    return [vars(record) | {"seconds": 0.0} for record in records]
 
 
 def records_of_run(trainer: mk.MaskTrainer, steps: int) -> list[dict]:

@@ -193,7 +193,6 @@ def test_accumulation_belongs_to_a_run(tmp_path):
     [
         ("accumulate", ValueError, 0),
         *(("accumulate", TypeError, value) for value in (1.0, True, None)),
-        *(("parallel", ValueError, value) for value in ("both", None)),
         *(("timeout", ValueError, value) for value in (0, -1.0, math.inf, math.nan)),
         *(("timeout", TypeError, value) for value in (True, "1")),
     ],

@@ -173,9 +173,7 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(tmp_path, dtype):
     assert_same_bits(everything(second), everything(whole))
     second.close()
     third.estimator.train_weights = 0.02
-    with pytest.raises(
-        ValueError, match="output_dir: expected a run with settings train_weights 0.02, got train_weights 0.01 in"
-    ):
+    with pytest.raises(ValueError, match="output_dir: expected a run with settings train_weights 0.02, got 0.01 in"):
         third.resume()
     assert_same_bits(held_by(third.model), held_by(a_model().to(dtype)))
 

@@ -167,10 +167,6 @@ REFUSED = {
         lambda: converted_behind(refit="weights"),
         'calibration: expected batches for refit="weights", got none',
     ),
-    "shared draws": (
-        lambda: trained(a_sharded_model([2]), how="two draws", parallel="draws"),
-        "parallel: expected \"data\" in a model that fully_shard has cut, got 'draws'",
-    ),
     "weights that learn": (
         lambda: trained(a_sharded_model([2]), how="trained weights").begin(),
         f"model: expected whole layers, {CUT}: weights learn as wholes alone",

@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_the_same_teacher_alone(tmp_path):
     first.run(2, progress=False)
     first.close()
     for loss in (filled(other, tmp_path / "two"), distillation_loss("kl", cache=TeacherCache(8, tmp_path / "none"))):
-        with pytest.raises(ValueError, match="^output_dir: expected a run with loss teacher .*, got teacher "):
+        with pytest.raises(ValueError, match="^output_dir: expected a run with loss teacher .*, got '"):
             trainer_with(loss, tmp_path / "run").resume()
     second = trainer_with(distillation_loss("kl", cache=TeacherCache(8, tmp_path / "one")), tmp_path / "run")
     assert second.resume() == 2
