@@ -64,13 +64,7 @@ class StartMask:
         if not is_path_of_mask(self.args.init):
             return
         layers, _ = layers_to_convert(model, self.args.pattern)
-        try:
-            found = stored_mask(self.args.init, layers, self.args.pattern)
-        except (ValueError, OSError) as error:
-            told = str(error)
-            if told.startswith("path: "):
-                told = f"init: {told.removeprefix('path: ')}"
-            raise (OSError if isinstance(error, OSError) else ValueError)(told) from error
+        found = stored_mask(self.args.init, layers, self.args.pattern)
         self.init, self.known_by = found.codes, {"kind": found.kind, "digest": found.digest}
         tell(f"the run begins with the mask of the {found.kind} {self.args.init}, {found.digest}")
 

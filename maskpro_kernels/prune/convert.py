@@ -77,8 +77,8 @@ def convert(
             those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
             path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
-            ``fully_shard`` or a tensor-parallel plan has cut the model all ranks give the same; not "sparsegpt", a run
-            or a sparse checkpoint.
+            ``fully_shard`` or a tensor-parallel plan has cut the model all ranks give the same; neither "sparsegpt"
+            nor a path.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model; the same ones on all ranks.

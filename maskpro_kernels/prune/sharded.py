@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,11 @@ from ..learn.batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..shards import check_meshes, is_distributed, like_shards, local, part_of, resharded
+from ..shards import check_meshes, is_distributed, like_shards, part_of, resharded
 from .calibration import check_calibration
-from .initial_masks import INITIAL_MASKS, Init, Progress, check_given, given, initial_codes, refitted_masks
+from .initial_masks import Init, Progress, check_given, given, initial_codes, refitted_masks
 from .reconstruction import Reconstruction
 from .refit import refit_layers
-from .stored_mask import opened_mask_file, stored_mask
 
 # Of what is refused
 CUT = "in a model that is cut over ranks"
@@ -78,15 +76,13 @@ def masks_of_shards(
 
     Args:
         layers: by name.
-        init: one of ``FOUND_BY_RANKS``; the path of a mask file, of which a rank holds the codes of one layer at a time
-            and those of its rows; or group codes [out, K / M] by name, for exactly these layers.
+        init: one of ``FOUND_BY_RANKS``; or group codes [out, K / M] by name, for exactly these layers.
         calibration: of ``agreed_calibration``.
         logits_device: as for ``convert``; None, for logits lie with the weights that are cut.
         The others: as for ``convert``.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or ranks have others.
-        OSError: if a mask file cannot be read.
     """
     if logits_device is not None:
         raise ValueError(f"logits_device: expected None {CUT}, got {logits_device}; convert it ahead of fully_shard")
@@ -106,11 +102,8 @@ def masks_of_shards(
             if isinstance(init, Mapping):
                 whole = given(layers, pattern, init)
                 codes = {name: part_of(whole[name], layer.weight, pattern.m) for name, layer in layers.items()}
-            elif init in FOUND_BY_RANKS:
-                codes = initial_codes(layers, pattern, init, model, batches, progress, seed)
             else:
-                codes = stored_mask(init, layers, pattern).codes
-                codes = {name: codes[name].to(local(layer.weight).device) for name, layer in layers.items()}
+                codes = initial_codes(layers, pattern, init, model, batches, progress, seed)
             if refit == "none":
                 return Reconstruction(codes, {})
             patterns = dict.fromkeys(layers, pattern)
@@ -141,13 +134,10 @@ def _known_by(init: Init, layers: Mapping[str, nn.Linear], pattern: NMPattern) -
         return digest_of_named(given(layers, pattern, init))
     if init in FOUND_BY_RANKS:
         return init
-    if init in INITIAL_MASKS or not isinstance(init, (str, Path)) or not Path(init).is_file():
-        raise ValueError(
-            f"init: expected one of {', '.join(FOUND_BY_RANKS)}, a mask file or group codes {CUT}, got {init!r}; "
-            "convert it ahead of fully_shard"
-        )
-    with opened_mask_file(init) as mask:
-        return mask.digest
+    raise ValueError(
+        f"init: expected one of {', '.join(FOUND_BY_RANKS)}, or group codes {CUT}, got {init!r}; convert it ahead of "
+        "fully_shard"
+    )
 
 
 def masked_linear_of_shards(

@@ -1,7 +1,8 @@
-"""Masks to begin with, out of what is stored: mask files, runs, and sparse checkpoints of any kind."""
+"""Initial masks out of mask files, runs, and sparse checkpoints of any program."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -12,19 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.logits import LOGITS_FILE, load_learned
-from ..checkpoints.mask_file import DTYPES, MAGNITUDE, InitialMaskNeededError, MaskFile, base_layers, check_fingerprint
+from ..checkpoints.mask_file import DTYPES, MAGNITUDE, MaskFile, base_layers, check_fingerprint
 from ..digests import digest, digest_of_named
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear
 from ..packed import INT8, SPARSE, NMLinear
 from ..pattern import NMPattern, codes_of
-from ..shards import part_of, whole
 from ..unfuse import in_linear_form
-
-# Of another base, as far as weights tell
-ANOTHER = "another model, or this one in another dtype"
-# Of a file that tells changes alone
-APPLIED = "; make a checkpoint of it by `maskpro apply MASK MODEL OUT --against FILE`, and give that"
 
 
 class StoredMask(NamedTuple):
@@ -32,9 +27,8 @@ class StoredMask(NamedTuple):
 
     Attributes:
         codes: group codes [out, K / M] by name of the layer, on the CPU.
-        kind: what it was read from: "mask file", "run" or "checkpoint".
-        digest: of the mask file, or of the logits of the run, by which other files name them; of a checkpoint that of
-            its masks.
+        kind: "mask file", "run" or "checkpoint".
+        digest: of the mask file, or of the logits of the run; of a checkpoint that of its masks.
     """
 
     codes: dict[str, Tensor]
@@ -53,243 +47,167 @@ def is_there(path: str | Path) -> bool:
 
 
 @torch.no_grad()
-def stored_mask(
-    path: str | Path,
-    layers: Mapping[str, nn.Module],
-    pattern: str | NMPattern,
-    *,
-    trust_remote_code: bool = False,
-) -> StoredMask:
-    """The mask of every layer out of what is stored; ``convert`` takes its codes, or the path itself, as ``init``.
-
-    Of a mask file, layers that are cut over ranks get the codes of what this rank has. All ranks come to it.
+def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str | NMPattern) -> StoredMask:
+    """The mask of every layer, out of a file or folder.
 
     Args:
-        path: a mask file; the folder of a run, whose most likely masks count; or that of a causal language model, with
-            zeros in its weights, packed, or with its masks as ``save_pretrained`` writes them. Such a model is loaded
-            on the CPU, in the dtype of the layers. Where a group has fewer weights that are not zero than the pattern
-            keeps, the first weights that are zero in the layer as well count as kept, then its largest ones.
+        path: a mask file; the folder of a run, whose most likely masks are taken; or that of a causal language model,
+            with zeros in its weights, packed, or with masks. Such a model is loaded on the CPU, in the dtype of the
+            layers. Where a group has fewer weights that are not zero than the pattern keeps, the first weights that are
+            zero in the layer as well count as kept, then its largest ones.
         layers: dense ones with a ``weight`` [out, K], by name.
         pattern: "N:M" or NMPattern; that of the masks.
-        trust_remote_code: as for ``hf.load_model``.
 
     Warns:
-        UserWarning: if the masks belong to other weights than those of the layers: refitted or trained ones, or such
-            that cannot be compared; or if groups of a checkpoint were filled up.
+        UserWarning: if kept weights of a run or a checkpoint are not those of the layers, as after SparseGPT or a
+            refit, or are rounded to int8; or if groups of a checkpoint were filled up.
 
     Raises:
-        TypeError, ValueError: the masks are of another base model, pattern or set of layers, or there are none; an
-            argument is not as above.
+        ValueError: the masks are of another base model, pattern or set of layers, or there are none.
         OSError: there is nothing, or it cannot be read.
     """
-    if not isinstance(path, (str, Path)):
-        raise TypeError(f"path: expected a str or a Path, got {type(path).__name__}")
-    if not is_there(path):
-        raise FileNotFoundError(f"path: expected a mask file, a run or a sparse checkpoint, got {str(path)!r}: none")
-    if not layers:
-        raise ValueError("layers: expected at least one, got none")
     pattern, path = NMPattern(pattern), Path(path)
     if path.is_file():
         return _of_mask_file(path, layers, pattern)
     if (path / LOGITS_FILE).is_file():
         return _of_run(path, layers, pattern)
-    return _of_checkpoint(path, layers, pattern, trust_remote_code)
-
-
-@contextmanager
-def _telling(cure: str = "") -> Iterator[None]:
-    """Errors of what is read begin with ``path``."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        told = str(error)
-        for argument in ("mask: ", "against: ", "path: ", "model: "):
-            told = told.removeprefix(argument)
-        if isinstance(error, InitialMaskNeededError):
-            cure = APPLIED
-        raise (OSError if isinstance(error, OSError) else ValueError)(f"path: {told}{cure}") from error
-
-
-@contextmanager
-def opened_mask_file(path: str | Path) -> Iterator[MaskFile]:
-    """A mask file that needs no other one; raises as ``stored_mask``."""
-    with _telling("; give a mask file that needs no other, or a folder"):
-        mask = MaskFile(path)
-    with closing(mask):
-        yield mask
+    return _of_checkpoint(path, layers, pattern)
 
 
 def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
-    with opened_mask_file(path) as mask:
+    with _naming_init():
+        mask = MaskFile(path)
+    with closing(mask):
         _check_pattern(mask.pattern, pattern, path)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        try:
-            check_fingerprint(mask, base_layers(weights.items(), mask.dtype))
-        except ValueError as error:
-            raise ValueError(f"{error}{_other_dtype(mask.dtype, layers)}") from None
-        with _telling():
-            # of DTensors what this rank has, one layer after the other
-            base = whole if mask.needs == MAGNITUDE else lambda weight: None
-            codes = {name: part_of(mask.codes(name, base(of)), of, pattern.m).clone() for name, of in weights.items()}
-    return StoredMask(codes, "mask file", mask.digest)
+        check_fingerprint(mask, base_layers(weights.items(), mask.dtype))
+        codes = {name: mask.codes(name, of if mask.needs == MAGNITUDE else None) for name, of in weights.items()}
+        return StoredMask(codes, "mask file", mask.digest)
 
 
 def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
-    with _telling():
+    with _naming_init():
         learned = load_learned(path / LOGITS_FILE)
-    told = learned.metadata
-    if not {"pattern", "dtype", "dense_weights"} <= told.keys() or told["dtype"] not in DTYPES:
-        raise ValueError(
-            f"path: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others; remove that file"
-        )
-    _check_pattern(NMPattern(told["pattern"]), pattern, path)
+    metadata = learned.metadata
+    if not {"pattern", "dtype", "dense_weights"} <= metadata.keys() or metadata["dtype"] not in DTYPES:
+        raise ValueError(f"init: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others")
+    _check_pattern(NMPattern(metadata["pattern"]), pattern, path)
     _check_layers({name: logits.shape for name, logits in learned.logits.items()}, layers, path)
-    dtype = DTYPES[told["dtype"]]
-    found = digest(layer.weight.detach().to(dtype) for layer in layers.values())
-    if found != told["dense_weights"]:
+    own = digest(layer.weight.detach().to(DTYPES[metadata["dtype"]]) for layer in layers.values())
+    if own != metadata["dense_weights"]:
         raise ValueError(
             f"model: expected the base of the run in {str(path)!r}, whose weights have the digest "
-            f"{told['dense_weights']}, got weights of digest {found}{_other_dtype(dtype, layers)}"
+            f"{metadata['dense_weights']} in {metadata['dtype']}, got weights of digest {own}"
         )
     if learned.weights:
         _warn(path, "the mask of this run was learned over changed weights, and is taken alone")
     for name, logits in learned.logits.items():
-        _check_finite("logits", logits, name, path / LOGITS_FILE)
-    codes = {name: top_n_mask(learned.logits[name], pattern) for name in layers}
-    return StoredMask(codes, "run", learned.digest)
+        _check_finite("logits", logits, name, path)
+    return StoredMask({name: top_n_mask(learned.logits[name], pattern) for name in layers}, "run", learned.digest)
 
 
-def _of_checkpoint(
-    path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern, trust_remote_code: bool
-) -> StoredMask:
+def _of_checkpoint(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
     # transformers takes seconds to import
     from ..hf import load_model
 
     dtype = next(iter(layers.values())).weight.dtype
-    with _telling():
-        sparse, _ = load_model(str(path.absolute()), dtype, trust_remote_code=trust_remote_code)
-    read = _Reading(path, pattern)
+    with _naming_init():
+        sparse, _ = load_model(str(path.absolute()), dtype)
+    codes: dict[str, Tensor] = {}
+    changed, rounded, filled = [], 0, 0
     with in_linear_form(sparse):
         modules = dict(sparse.named_modules())
-        stored = {
+        shapes = {
             name: torch.Size((module.out_features, module.in_features))
             for name, module in modules.items()
             if isinstance(module, SPARSE) or (name in layers and isinstance(module, nn.Linear))
         }
-        _check_layers(stored, layers, path)
-        codes = {name: read.codes(name, modules[name], layer.weight.detach().cpu()) for name, layer in layers.items()}
-    for told in read.told():
-        _warn(path, told)
+        _check_layers(shapes, layers, path)
+        for name, layer in layers.items():
+            module, weight = modules[name], layer.weight.detach().cpu()
+            if isinstance(module, SPARSE):
+                _check_pattern(module.pattern, pattern, path)
+            if isinstance(module, MaskedLinear):
+                _check_finite("logits", module.logits, name, path)
+                codes[name] = top_n_mask(module.logits, pattern)
+                # dropped weights have moved the logits as well
+                kept = torch.ones_like(weight, dtype=torch.bool)
+            elif isinstance(module, NMLinear):
+                codes[name] = codes_of(module.bitmask, weight.shape[1], pattern.m)
+                kept = expand_mask(codes[name], pattern)
+            else:
+                kept = module.weight != 0
+                codes[name], more = _codes_of_zeros(name, module.weight, weight, pattern, path)
+                filled += more
+            if isinstance(module, NMLinear) and module.kind == INT8:
+                rounded += 1
+            elif not torch.equal(module.weight[kept], weight[kept]):
+                if isinstance(module, MaskedLinear) and not module.weight_changed:
+                    raise ValueError(
+                        f"model: expected the base that the masks in {str(path)!r} belong to, got other weights in "
+                        f"{name}: another model, or this one in another dtype"
+                    )
+                changed.append(name)
+    if changed:
+        _warn(
+            path,
+            f"kept weights of {len(changed)} layers, such as {changed[0]}, are not those of the model, and the mask is "
+            "taken alone: they were changed, or are of another model, or of this one in another dtype",
+        )
+    if rounded:
+        _warn(path, f"values of {rounded} layers are rounded to int8: whether they are of this model is not known")
+    if filled:
+        _warn(path, f"{filled} groups keep fewer weights than {pattern}, and were filled up with the largest ones")
     return StoredMask(codes, "checkpoint", digest_of_named(codes))
 
 
-class _Reading:
-    """Masks out of the layers of a checkpoint, and what is to be told of them.
-
-    Attributes:
-        changed: names of layers whose kept weights are not those of the model.
-        rounded: names of layers whose weights cannot be compared.
-        filled: groups in which weights count as kept that the checkpoint has dropped.
-    """
-
-    def __init__(self, path: Path, pattern: NMPattern):
-        self.path, self.pattern = path, pattern
-        self.changed, self.rounded, self.filled = [], [], 0
-
-    def codes(self, name: str, layer: nn.Module, weight: Tensor) -> Tensor:
-        """Group codes of a layer, beside its weight in the base; ValueError if it has none of the pattern."""
-        if isinstance(layer, MaskedLinear):
-            return self._of_masked(name, layer, weight)
-        if isinstance(layer, NMLinear):
-            return self._of_packed(name, layer, weight)
-        return self._of_zeros(name, layer.weight, weight)
-
-    def _of_masked(self, name: str, layer: MaskedLinear, weight: Tensor) -> Tensor:
-        _check_pattern(layer.pattern, self.pattern, self.path)
-        _check_finite("logits", layer.logits, name, self.path)
-        if not torch.equal(layer.weight, weight):
-            if not layer.weight_changed:
-                raise ValueError(
-                    f"model: expected the base that the masks in {str(self.path)!r} belong to, got other weights in "
-                    f"{name}: {ANOTHER}"
-                )
-            self.changed.append(name)
-        return top_n_mask(layer.logits, self.pattern)
-
-    def _of_packed(self, name: str, layer: NMLinear, weight: Tensor) -> Tensor:
-        _check_pattern(layer.pattern, self.pattern, self.path)
-        codes = codes_of(layer.bitmask, weight.shape[1], self.pattern.m)
-        if layer.kind == INT8:
-            self.rounded.append(name)
-        elif not torch.equal(layer.weight, torch.where(expand_mask(codes, self.pattern), weight, 0.0)):
-            self.changed.append(name)
-        return codes
-
-    def _of_zeros(self, name: str, sparse: Tensor, weight: Tensor) -> Tensor:
-        _check_finite("weights", sparse, name, self.path)
-        kept = sparse != 0
-        many = kept.view(len(kept), -1, self.pattern.m).sum(-1) > self.pattern.n
-        if many.any():
-            share = float(many.float().mean())
-            raise ValueError(
-                f"path: expected weights that follow {self.pattern}, got more in {share:.1%} of the groups of {name} "
-                f"in {str(self.path)!r}; `maskpro validate` tells which pattern they follow"
-            )
-        size = weight.abs().float()
-        # what is zero in both changes nothing, and is what was kept, or may as well have been
-        size.masked_fill_(weight == 0, torch.finfo(torch.float32).max).masked_fill_(kept, torch.inf)
-        codes = top_n_mask(size, self.pattern)
-        more = expand_mask(codes, self.pattern) & ~kept & (weight != 0)
-        self.filled += int(more.view(len(kept), -1, self.pattern.m).any(-1).sum())
-        if not torch.equal(sparse[kept], weight[kept]):
-            self.changed.append(name)
-        return codes
-
-    def told(self) -> Iterator[str]:
-        """What is to be told, in sentences."""
-        if self.changed:
-            yield (
-                f"kept weights of {len(self.changed)} layers, such as {self.changed[0]}, are not those of the model: "
-                f"they were changed, or are of {ANOTHER}; the mask is taken alone"
-            )
-        if self.rounded:
-            yield f"whether it is of this model is not known: values of {len(self.rounded)} layers are rounded to int8"
-        if self.filled:
-            yield (
-                f"{self.filled} groups have fewer weights than {self.pattern} keeps, and were filled up with the "
-                "largest ones of the model"
-            )
+def _codes_of_zeros(name: str, sparse: Tensor, weight: Tensor, pattern: NMPattern, path: Path) -> tuple[Tensor, int]:
+    """(group codes of a weight with zeros; how many groups were filled up by weights of the base)."""
+    _check_finite("weights", sparse, name, path)
+    kept = sparse != 0
+    many = kept.view(len(kept), -1, pattern.m).sum(-1) > pattern.n
+    if many.any():
+        raise ValueError(
+            f"init: expected weights that follow {pattern}, got more in {float(many.float().mean()):.1%} of the groups "
+            f"of {name} in {str(path)!r}"
+        )
+    size = weight.abs().float()
+    # what is zero in both changes nothing, and is what was kept, or may as well have been
+    size.masked_fill_(weight == 0, torch.finfo(torch.float32).max).masked_fill_(kept, torch.inf)
+    codes = top_n_mask(size, pattern)
+    more = expand_mask(codes, pattern) & ~kept & (weight != 0)
+    return codes, int(more.view(len(kept), -1, pattern.m).any(-1).sum())
 
 
-def _check_pattern(found: NMPattern, pattern: NMPattern, path: Path) -> None:
-    if found != pattern:
-        raise ValueError(f"path: expected a mask of {pattern}, got one of {found} in {str(path)!r}")
+@contextmanager
+def _naming_init() -> Iterator[None]:
+    """Let errors of what is read name the argument ``init``."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"init: {re.sub('^(mask|path|model): ', '', str(error))}") from error
+
+
+def _check_pattern(stored: NMPattern, pattern: NMPattern, path: Path) -> None:
+    if stored != pattern:
+        raise ValueError(f"init: expected a mask of {pattern}, got one of {stored} in {str(path)!r}")
 
 
 def _check_finite(what: str, values: Tensor, name: str, path: Path) -> None:
     if not values.isfinite().all():
-        raise ValueError(f"path: expected finite {what} in {str(path)!r}, got others in {name}")
+        raise ValueError(f"init: expected finite {what} in {str(path)!r}, got others in {name}")
 
 
-def _check_layers(stored: Mapping[str, torch.Size], layers: Mapping[str, nn.Module], path: Path) -> None:
-    """Raise ValueError unless what is stored, by its shapes, are matrices of just these layers."""
-    lacking = [name for name in layers if name not in stored]
-    others = [name for name in stored if name not in layers]
-    others += [name for name in layers if name in stored and stored[name] != layers[name].weight.shape]
-    if lacking or others:
-        told = f"none for {lacking[0]}" if lacking else f"one for {others[0]}, of shape {list(stored[others[0]])}"
+def _check_layers(shapes: Mapping[str, torch.Size], layers: Mapping[str, nn.Module], path: Path) -> None:
+    """Raise ValueError unless what is stored are matrices of just these layers."""
+    names = sorted(shapes.keys() | layers.keys())
+    others = [n for n in names if n not in layers or shapes.get(n) != layers[n].weight.shape]
+    if others:
         raise ValueError(
-            f"path: expected masks of the {len(layers)} layers that get one in this model, got {told} in {str(path)!r}"
+            f"init: expected masks of the {len(layers)} layers that get one in this model, got others in "
+            f"{str(path)!r}: {len(others)} differ, such as {others[0]}"
         )
-
-
-def _other_dtype(dtype: torch.dtype, layers: Mapping[str, nn.Module]) -> str:
-    """What to do where weights differ, and it may be their dtype."""
-    found = next(iter(layers.values())).weight.dtype
-    if found == dtype:
-        return ""
-    told = (str(name).removeprefix("torch.") for name in (dtype, found))
-    return "; the masks belong to weights in {}, and these are in {}: load the model in that dtype".format(*told)
 
 
 def _warn(path: Path, what: str) -> None:

@@ -148,7 +148,7 @@ def test_masks_that_do_not_belong_here_are_refused(inputs, run, mine, tmp_path, 
     refused(inputs, inputs / "text.txt", "init: expected a mask file, got")
     initial, changes = run / "progress" / INITIAL_MASK, tmp_path / "changes.mask"
     assert main.main(["export", str(run), str(changes), "--to", "mask", "--against", str(initial)]) == 0
-    refused(inputs, changes, "got no file; make a checkpoint of it by `maskpro apply MASK MODEL OUT --against FILE`")
+    refused(inputs, changes, "init: against: expected the initial mask that")
     refused(inputs, tmp_path / "empty", "init: expected a folder with a config.json, got")
     told = "init: expected one of magnitude, wanda, reconstruction, sparsegpt, random, or the path of a mask file"
     refused(inputs, "randm", told)

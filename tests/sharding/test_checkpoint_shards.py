@@ -20,8 +20,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
-from maskpro_kernels.checkpoints.mask_file import save_masks
-from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.shards import whole
 
 WIDTH = 128
@@ -310,51 +308,17 @@ def test_llamas_come_in_sharded(tmp_path):
     all_in_ranks(2, load_llamas, folder=tmp_path)
 
 
-def masks_of(model: Blocks, others: int) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, group codes, weight): by magnitude, but for the first rows, which keep the smallest weights."""
-    layers = {name: model.get_submodule(name).weight.detach() for name in ("blocks.0.1", "blocks.1.1", "out")}
-    sizes = {name: torch.cat([-weight[:others].abs(), weight[others:].abs()]) for name, weight in layers.items()}
-    return [(name, mk.top_n_mask(sizes[name], "2:4"), weight) for name, weight in layers.items()]
-
-
-def take_masks(rank: int, files: dict[int, Path]) -> None:
-    for others, path in files.items():
-        model = Blocks(WIDTH)
-        shard(model, [2])
-        mk.convert(model, "2:4", targets=["blocks.*.1", "out"], gap=2.0, init=path)
-        logits = dict(zip(masked_layers(model), whole_logits(model), strict=True))
-        for name, codes, _ in masks_of(Blocks(WIDTH), others):
-            assert_same_bits(mk.top_n_mask(logits[name], "2:4"), codes)
-
-
-def test_masks_of_files_are_taken_by_rows(tmp_path):
-    """Also of a file that holds what differs from magnitudes, which takes the weights of all rows."""
-    files = {}
-    for others, needs in {10_000: None, 1: "magnitude"}.items():
-        files[others] = tmp_path / f"{others}.safetensors"
-        saved = save_masks(files[others], masks_of(Blocks(WIDTH), others), "2:4", model="blocks", against=needs)
-        assert saved.needs == needs
-    all_in_ranks(2, take_masks, files=files)
-
-
-def take_other_masks(rank: int, files: list[Path]) -> str:
+def take_other_masks(rank: int) -> str:
     model = Blocks(WIDTH)
+    layers = {name: model.get_submodule(name).weight.detach() for name in ("blocks.0.1", "blocks.1.1", "out")}
+    codes = {name: mk.top_n_mask(weight if rank else -weight, "2:4") for name, weight in layers.items()}
     shard(model, [2])
     with pytest.raises(ValueError) as error:
-        mk.convert(model, "2:4", targets=["blocks.*.1", "out"], init=files[rank])
+        mk.convert(model, "2:4", targets=["blocks.*.1", "out"], init=codes)
     assert not any(isinstance(module, mk.MaskedLinear) for module in model.modules())
     return str(error.value)
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["another file", "no file"])
-def test_ranks_have_one_mask_or_none(there, tmp_path):
-    """As where a path leads each rank to a disk of its own."""
-    files = [tmp_path / "of 0.safetensors", tmp_path / "of 1.safetensors"]
-    for others, path in list(enumerate(files, 1))[: 2 if there else 1]:
-        save_masks(path, masks_of(Blocks(WIDTH), others), "2:4", model="blocks")
-    told = all_in_ranks(2, take_other_masks, files=files)
-    if there:
-        assert told == ["ranks: expected what rank 0 has on all of them, got other init on rank 1"] * 2
-    else:
-        assert told[0] == f"rank 1: {told[1]}"
-        assert told[1].startswith("init: expected one of magnitude, random, wanda, reconstruction, a mask file or")
+def test_ranks_have_one_mask():
+    told = all_in_ranks(2, take_other_masks)
+    assert told == ["ranks: expected what rank 0 has on all of them, got other init on rank 1"] * 2
