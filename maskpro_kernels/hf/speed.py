@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..functional.checks import describe
-from ..learn.memory import bytes_of
 from ..modules import MaskedLinear, evaluating
 from ..packed import NMLinear
 from .agreement import Agreement, Written, compare, first_difference, greedy, plain_generation
@@ -217,7 +216,9 @@ class _Timer:
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor, new_tokens: int):
         self._model, self._prompt, self._new_tokens = model, prompt, new_tokens
-        self._weight_bytes = bytes_of(chain(model.parameters(), model.buffers()))
+        tensors = chain(model.parameters(), model.buffers())
+        # each storage once
+        self._weight_bytes = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
         self._prefill_seconds: list[float] = []
         self._step_seconds: list[float] = []
         self._device_bytes: int | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
@@ -22,7 +22,7 @@ from ..modules import MaskedLinear
 from .journal import Entry
 from .step import Step
 
-# What `maskpro learn` holds of every run beside the options of its estimator, and `maskpro plan` of what it plans
+# What `maskpro learn` holds of every run beside the options of its estimator
 RUN_OPTIONS = frozenset(
     "accumulate bars batch_size calibration_batches config data device device_map device_memory dtype estimator "
     "eval_every eval_length eval_windows flip_rate gap given gpu gradient_checkpointing help init init_batches "
@@ -64,20 +64,6 @@ class RunDefaults(NamedTuple):
     gap: float = 15.0
     calibration_batches: int | None = None
     steps: int = 200
-
-
-class HeldBytes(NamedTuple):
-    """Bytes that an estimator holds beside weights and logits; each may be an ``Amount``, which tells its formula.
-
-    Attributes:
-        optimizer: from step to step.
-        gradients: at most within one.
-        stored: in a snapshot beside the logits, that is ``tensors``.
-    """
-
-    optimizer: int = 0
-    gradients: int = 0
-    stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,15 +194,6 @@ class Estimator(ABC):
         and dtypes that they keep. An estimator with a journal has none: it goes on by logits and ``state`` alone.
         """
         return {}
-
-    def memory(self, weights: Sequence[Tensor], alone: bool) -> HeldBytes:
-        """What it will hold.
-
-        Args:
-            weights: of the layers that will have masks, [out, K].
-            alone: whether a step takes a single batch on a single rank.
-        """
-        return HeldBytes()
 
     def recall(self, entry: Entry) -> StepResult:
         """What a step found, by its record in the journal; moves the ``state`` as the step did, and no logits."""

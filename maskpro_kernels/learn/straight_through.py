@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from ..modules import MaskedLinear
 from ..ranks import Ranks
 from ..shards import DeviceMesh, TensorShard, check_not_sharded
-from .amounts import Amount
 from .backward_pass import BackwardPass, LayerUpdater
-from .estimator import Estimator, HeldBytes, Option, StepResult
+from .estimator import Estimator, Option, StepResult
 from .fisher import FisherSquares
 from .normalized_steps import check_slope_settings
 from .number_checks import check_float, check_whole
@@ -125,22 +123,6 @@ class StraightThrough(Estimator):
         of_weights = ("train_weights", "weight_decay") if self.train_weights is not None else ()
         names = ("lr", "steps", "curvature", "max_update", "decay", "fisher_every", *of_weights)
         return {name: getattr(self, name) for name in names}
-
-    def memory(self, weights: Sequence[Tensor], alone: bool) -> HeldBytes:
-        trained = self.train_weights is not None
-        count, largest = sum(map(Tensor.numel, weights)), max(weights, key=Tensor.numel)
-        optimizer = stored = Amount.of(sum(map(len, weights)), "rows", 4)
-        if trained:
-            # moments in float32, and what 16 bits are rounded from; squares of Fisher passes
-            apart = [weight.numel() for weight in weights if weight.dtype != torch.float32]
-            optimizer += Amount.of(count, "weights that learn", 8) + Amount.of(sum(apart), "weights that learn", 4)
-            stored += Amount.of(count, "weights that learn", 12)
-        # float32 slopes, and as much of the gradients of weights that learn
-        slopes = 8 if trained else 4
-        gradients = Amount.of(largest.numel(), "weights of the largest layer", slopes + largest.itemsize)
-        if not alone:
-            gradients += Amount.of(count, "slopes", slopes)
-        return HeldBytes(optimizer, gradients, stored)
 
     def state(self) -> dict:
         """The running mean square of the slopes of each layer that has had one above 0, and its Fisher passes."""
