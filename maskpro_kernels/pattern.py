@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-GROUP_SIZES = (2, 4, 8, 16, 32)
+GROUP_SIZES = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True, init=False)
@@ -16,7 +16,7 @@ class NMPattern:
     """N of every M consecutive weights along the input dimension are kept.
 
     Args:
-        pattern: "N:M" with M in {2, 4, 8, 16, 32} and 1 <= N < M, or another NMPattern.
+        pattern: "N:M" with M in {2, 4, 8, 16} and 1 <= N < M, or another NMPattern.
 
     Raises:
         TypeError: if ``pattern`` is neither a str nor an NMPattern.

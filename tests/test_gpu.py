@@ -40,7 +40,7 @@ from maskpro_kernels.text.teacher import TeacherCache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("eager_reference")]
 
-PATTERNS = ["1:4", "2:4", "4:8", "8:16", "16:32"]
+PATTERNS = ["1:4", "2:4", "4:8", "8:16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COUNTER = {"temperature": 0.7, "seed": 0x123456789ABCDEF, "step": 77, "layer": 5, "group_offset": 11}
 
@@ -155,7 +155,7 @@ def test_straight_through_learning_repeats_itself_and_follows_the_cpu(pattern, t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16", "3:4", "16:32"])
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16", "3:4"])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 64, 65])
 @pytest.mark.parametrize("values", ["keep", "int8"])
 def test_packed_weights_unpack_and_multiply_as_on_the_cpu(values, tokens, pattern, dtype):

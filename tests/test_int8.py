@@ -45,7 +45,7 @@ def blocks_of(packed: mk.PackedNM, kept: torch.Tensor) -> list[tuple[torch.Tenso
 
 class TestRounding:
     @hypothesis.given(
-        pattern=st.sampled_from(["2:4", "1:4", "4:8", "3:4", "31:32"]),
+        pattern=st.sampled_from(["2:4", "1:4", "4:8", "3:4", "15:16"]),
         dtype=st.sampled_from(DTYPES),
         groups=st.integers(1, 70),
         # float16 weights whose scales are subnormal, and some so small that no scale is small enough
@@ -53,7 +53,7 @@ class TestRounding:
         seed=st.integers(0, 2**32 - 1),
     )
     # a value just beyond the middle between two integers, but for the rounding of its quotient
-    @hypothesis.example(pattern="31:32", dtype=torch.float32, groups=33, exponent=0, seed=702685876)
+    @hypothesis.example(pattern="15:16", dtype=torch.float32, groups=33, exponent=0, seed=702685876)
     @hypothesis.settings(max_examples=60)
     def test_each_value_is_off_by_half_a_scale_at_most(self, pattern, dtype, groups, exponent, seed):
         pattern = mk.NMPattern(pattern)

@@ -31,14 +31,6 @@ def test_pack_and_expand_are_inverse(pattern):
     assert_same_bits(codes.to(torch.int64) % (1 << m), unsigned)
 
 
-def test_bit_31_makes_a_code_negative():
-    mask = torch.zeros(32, dtype=torch.bool)
-    mask[[0, 31]] = True
-    codes = mk.pack_mask(mask, "2:32")
-    assert codes.tolist() == [-(1 << 31) + 1]
-    assert_same_bits(mk.expand_mask(codes, "2:32"), mask)
-
-
 def test_pack_names_the_first_wrong_group():
     mask = torch.tensor([[True, True, False, False] * 2, [True, False, True, False, True, True, True, False]])
     with pytest.raises(ValueError, match=r"2 of every 4 kept, got code 0x7 in group \(1, 1\) \(1 groups differ\)"):

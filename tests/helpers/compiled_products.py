@@ -98,7 +98,6 @@ class Product:
             patched.setattr(straight_through, "fused", lambda *_: self.kernel != STEP)
             # on a B200 tiles of many tokens take given masks alone, and draw where a test is about them
             patched.setattr(masked_gemm, "DRAWN_TOKENS", masked_gemm.ONE_PASS_TOKENS)
-            patched.setattr(masked_gemm, "WIDE_GROUP_TOKENS", max(masked_gemm.ONE_PASS_TOKENS.values()))
             CHECKS[self.kernel](self, moved)
 
 

@@ -17,7 +17,7 @@ from maskpro_kernels.ops.reference import adamw_scalars
 from maskpro_kernels.ops.reference.adamw import BETA, BETA_OF_SQUARES, EPSILON
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PATTERNS = ["1:2", "1:4", "2:4", "4:8", "8:16", "16:32"]
+PATTERNS = ["1:2", "1:4", "2:4", "4:8", "8:16"]
 
 
 def state(pattern, dtype, rows=37, groups=13):

@@ -18,7 +18,7 @@ from maskpro_kernels.ops.triton import sampling, tiles
 from maskpro_kernels.pattern import NMPattern
 
 PATTERNS = [(1, 4), (2, 4), (4, 8), (8, 16)]
-OTHERS = [(n, m) for m in (2, 4, 8, 16, 32) for n in range(1, m) if (n, m) not in PATTERNS]
+OTHERS = [(n, m) for m in (2, 4, 8, 16) for n in range(1, m) if (n, m) not in PATTERNS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # No block or row divides them; the interpreter takes seconds for a million
 # The larger the groups the slower the interpreter
@@ -49,9 +49,7 @@ def problem(m: int, dtype: torch.dtype, groups: int):
     return logits.to(dtype).view(1, -1)
 
 
-@pytest.mark.parametrize(
-    ("n", "m"), [(n, m) for m in (2, 4, 8, 16, 32) for n in sorted({1, -(-m // 8), m // 2, m - 1})]
-)
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 4, 8, 16) for n in sorted({1, -(-m // 8), m // 2, m - 1})])
 def test_top_n_of_ties_goes_to_the_lower_index(n, m):
     """Few distinct scores, zeros of either sign, and infinities that fill a group or part of it."""
     generator = torch.Generator().manual_seed(m)
@@ -69,7 +67,7 @@ def test_top_n_of_ties_goes_to_the_lower_index(n, m):
     assert_same_bits(reference.top_n_mask(scores.view(1, -1), n=n, m=m), codes)
 
 
-@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 8, 16, 32) for n in sorted({1, m // 2, m - 1})])
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (2, 8, 16) for n in sorted({1, m // 2, m - 1})])
 def test_n_are_kept_of_a_group_with_nan(n, m):
     """Which ones is not promised; but a code keeps N, and no group of a weight turns into zeros."""
     generator = torch.Generator().manual_seed(m)
@@ -155,7 +153,7 @@ def test_all_routes_update_by_several_draws_of_a_shard_to_the_same_bits(n, m, dt
 
 
 @pytest.mark.parametrize("gap", [4.0, 10.0, 30.0])
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), *(slow(*p) for p in ((4, 8), (8, 16), (20, 32)))])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), *(slow(*p) for p in ((4, 8), (8, 16), (10, 16)))])
 def test_kernel_and_reference_draw_the_same_where_blocks_are_determined(n, m, gap, monkeypatch):
     """Blocks as small as on a GPU, two a program: bounds determine the draws of most of them, not of others."""
     monkeypatch.setattr(tiles, "INTERPRETER_BLOCK", 64)

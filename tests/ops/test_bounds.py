@@ -136,7 +136,7 @@ def test_determined_draws_are_the_drawn_ones(n, m, gap):
     assert low <= share <= high, share
 
 
-@pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("m", [2, 4, 8, 16])
 def test_groups_are_sorted_from_the_largest_on(m):
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(5_003, m, generator=generator).round(decimals=1)
@@ -199,8 +199,7 @@ def test_the_compiled_route_gives_the_bits_of_the_eager_one(gap, dtype):
 
 @pytest.mark.parametrize(
     ("n", "m"),
-    [(1, 2), (3, 4), (4, 8)]
-    + [pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((4, 16), (8, 16), (4, 32), (16, 32), (31, 32))],
+    [(1, 2), (3, 4), (4, 8)] + [pytest.param(n, m, marks=pytest.mark.slow) for n, m in ((4, 16), (8, 16), (15, 16))],
 )
 def test_other_patterns_are_determined_as_well(n, m):
     """In part, and their codes have bits up to the sign."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from helpers.architectures import tiny
+import transformers as tf
+from helpers.architectures import GROUPED, tiny
 from torch import nn
 
 import maskpro_kernels as mk
@@ -32,15 +33,16 @@ def test_experts_are_counted_and_what_is_not_masked_of_a_mixture_is_named():
 
 
 def test_matrices_of_experts_that_the_pattern_does_not_fit_are_named():
-    # 32 inputs of one, 48 of the other
-    model = tiny("Mixtral").model
+    # 32 inputs of one, 40 of the other
+    sizes = {**GROUPED, "intermediate_size": 40}
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2))
     with pytest.warns(UserWarning, match="of its matrix weights"):
-        conversion = mk.convert(model, "16:32")
-    attention, gates = 2 * 3072, 2 * 4 * 96 * 32
-    assert conversion.masked_share == (attention + gates) / (attention + gates + 2 * 4 * (32 * 48 + 32))
+        conversion = mk.convert(model, "8:16")
+    attention, gates = 2 * 3072, 2 * 4 * 80 * 32
+    assert conversion.masked_share == (attention + gates) / (attention + gates + 2 * 4 * (32 * 40 + 32))
     left = {f"model.layers.{i}.mlp.experts.linears.down_proj.{e}" for i in range(2) for e in range(4)}
     assert left <= conversion.skipped.keys()
-    assert {conversion.unmasked[f"{name}.weight"] for name in left} == {"in_features 48 not divisible by 32"}
+    assert {conversion.unmasked[f"{name}.weight"] for name in left} == {"in_features 40 not divisible by 16"}
 
 
 def test_what_was_put_together_again_is_named_as_it_was_built():

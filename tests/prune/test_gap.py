@@ -26,7 +26,7 @@ def test_flip_rate_of_a_gap_is_that_of_the_enumerated_sets(pattern, gap):
     assert flip_rate(gap, pattern) == pytest.approx(others, rel=1e-10)
 
 
-@pytest.mark.parametrize("pattern", ["1:2", "2:4", "8:16", "16:32"])
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "8:16"])
 @pytest.mark.parametrize("gap", [0.0, 0.5, 10.0, 25.9])
 def test_gap_for_flip_rate_is_the_inverse(pattern, gap):
     assert gap_for_flip_rate(flip_rate(gap, pattern), pattern) == pytest.approx(gap, abs=1e-6)

@@ -23,7 +23,7 @@ from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.prune.reconstruction import reconstruct
 from maskpro_kernels.prune.swap_descent import swap_descent
 
-PATTERNS = ["1:4", "2:4", "4:8", "8:16", "16:32"]
+PATTERNS = ["1:4", "2:4", "4:8", "8:16"]
 
 
 def problem(rows, k, seed=0, tokens=200):
@@ -47,7 +47,7 @@ def by_place(weight, product, codes, gram, m):
 
 
 @pytest.mark.parametrize(
-    "pattern", cases(((pattern,) for pattern in (*PATTERNS, "1:2", "31:32")), slow=lambda p: p.endswith(":32"))
+    "pattern", cases(((pattern,) for pattern in (*PATTERNS, "1:2", "15:16")), slow=lambda p: p == "15:16")
 )
 def test_kernel_and_reference_find_the_same_swaps(pattern, launched):
     m = NMPattern(pattern).m

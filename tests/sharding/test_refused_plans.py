@@ -51,12 +51,6 @@ def with_a_bias_of_its_own() -> None:
     mk.convert(model, "2:4")
 
 
-def with_columns_that_cut_groups() -> None:
-    model = Exact()
-    split(model, a_mesh([2]))
-    mk.convert(model, "16:32", targets=["blocks.*.down"])
-
-
 def with_a_part_of_the_layers() -> None:
     model = Exact()
     parallelize_module(model, a_mesh([2]), {UP: ColwiseParallel(), DOWN: RowwiseParallel()})
@@ -109,10 +103,6 @@ def saved_by_transformers(finalized: bool) -> None:
 
 # what is refused, and how the line begins
 REFUSED = {
-    "columns that cut groups": (
-        with_columns_that_cut_groups,
-        f"{PLAN}, got columns in {DOWN}: 32 over 2 ranks are 16 each, which cuts groups of 32",
-    ),
     "parts of a sum": (with_parts_of_a_sum, f"{PLAN}, got (Partial(sum),) in {UP}: parts of a sum have no mask"),
     "copies": (
         lambda: placed_by_hand(a_mesh([2]), Replicate()),

@@ -126,5 +126,4 @@ from .straight_through import (
 )
 from .swaps import (
     best_swaps,
-    pair_code,
 )

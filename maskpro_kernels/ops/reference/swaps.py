@@ -36,11 +36,5 @@ def best_swaps(weight, product, codes, blocks, *, m):
             change = costs[i] + costs[j] - 2.0 * (w[i] * w[j]) * blocks[i, j]
             better = (kept[i] != kept[j]) & (change < best)
             best = torch.where(better, change, best)
-            swap = torch.where(better, pair_code(i, j, m), swap)
+            swap = torch.where(better, 1 << i | 1 << j, swap)
     return best, swap
-
-
-def pair_code(i, j, m):
-    """Group code of two weights, as a signed integer where M = 32."""
-    code = 1 << i | 1 << j
-    return code - (1 << 32) if m == 32 and j == 31 else code

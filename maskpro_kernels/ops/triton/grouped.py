@@ -18,7 +18,6 @@ import triton.language as tl
 from . import device as d
 from .launch import launch_layers, programs_of_layers
 from .sampling import (
-    columns_again,
     first_draw,
     group_index,
     load_codes,
@@ -102,12 +101,7 @@ def sample_masks_kernel(
     for first in range(start, total, apart):
         x = load_columns(logits, first, total, M, BLOCK)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-        if M == 32:
-            # no register is left to hold the columns beside the noise of a draw
-            code = d.drawn_code(x, group, inv_temperature, N, M, key)
-            differs = d.flipped(columns_again(x, logits, first, total, M, BLOCK), d.decode(code, M), M)
-        else:
-            code, differs = d.drawn_code_and_flips(x, group, inv_temperature, N, M, key)
+        code, differs = d.drawn_code_and_flips(x, group, inv_temperature, N, M, key)
         store_codes(codes, code, first, total, BLOCK)
         flipped += tl.where(first + tl.arange(0, BLOCK) < total, differs, 0)
     tl.store(flips + tl.program_id(0), tl.sum(flipped, 0))
@@ -144,10 +138,6 @@ def score_update_of_layers_kernel(
         codes = pointer(row, 1, CODE, BYTES)
     for first in range(start, total, apart):
         x = load_columns(logits, first, total, M, BLOCK)
-        if M == 32:
-            # no register is left to hold what all blocks share: it is loaded for each
-            offset = tl.load(row + 4)
-            key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
         if KIND == "codes":
             scores = score_of_code(x, load_codes(codes, first, total, N, BLOCK), inv_temperature, SHORT, N, M)
@@ -155,9 +145,8 @@ def score_update_of_layers_kernel(
             for i in tl.static_range(M):
                 delta = delta + (scores[i] * factor,)
         else:
-            delta = summed_terms(logits, x, first, total, group, inv_temperature, key, factor,
-                                 coef, count, seed, step, layer, draws, SEVERAL, SHORT, N, M, BLOCK)  # fmt: skip
-        x = columns_again(x, logits, first, total, M, BLOCK)
+            delta = summed_terms(x, group, inv_temperature, key, factor,
+                                 coef, count, seed, step, layer, draws, SEVERAL, SHORT, N, M)  # fmt: skip
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 
 

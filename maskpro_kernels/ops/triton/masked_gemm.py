@@ -26,7 +26,6 @@ from .tiles import (
     DRAWN_TOKENS,
     INTERPRETED,
     ONE_PASS_TOKENS,
-    WIDE_GROUP_TOKENS,
     architecture,
     tiles_for,
 )
@@ -308,15 +307,12 @@ def mask_arguments(mask, tokens, matrix):
 def one_pass(tensor: torch.Tensor, mask: MaskSource) -> bool:
     """Whether a mask is applied inside its product with ``tensor`` [tokens, ...], not to a transient masked weight."""
     most = (DRAWN_TOKENS if mask.kind == "drawn" else ONE_PASS_TOKENS)[architecture(tensor.device)]
-    if mask.m == 32 and tensor.dtype.itemsize == 4:
-        most = min(most, WIDE_GROUP_TOKENS)
     return 0 < tensor.shape[0] <= most
 
 
 def masked_linear(x, weight, bias, mask, log_prob):
     """(x @ (weight * mask).T + bias, log-probability of the drawn mask summed over the layer or None)."""
     tokens, rows = x.shape[0], weight.shape[0]
-    mask = sampling.as_kernels_take_it(mask)
     if rows == 0 or not one_pass(x, mask):
         total = None
         if log_prob:
@@ -350,7 +346,6 @@ def _drawn_with_log_prob(mask):
 def masked_linear_input_grad(grad, weight, mask):
     """grad [tokens, rows] @ (weight * mask): [tokens, K] in the dtype of grad."""
     tokens, (rows, k) = grad.shape[0], weight.shape
-    mask = sampling.as_kernels_take_it(mask)
     # tiles of grad whose rows start anywhere are loaded value by value, and the addresses alone fill the registers
     if rows == 0 or rows % ALIGNED or not one_pass(grad, mask):
         return grad @ sampling.masked_weight(weight, mask, grad.dtype)
@@ -365,7 +360,6 @@ def masked_linear_input_grad(grad, weight, mask):
 def masked_linear_weight_grad(grad, x, mask):
     """(grad.T @ x) * mask: [rows, K] for grad [tokens, rows] and x [tokens, K]."""
     tokens, rows, k = grad.shape[0], grad.shape[1], x.shape[1]
-    mask = sampling.as_kernels_take_it(mask)
     if rows == 0 or not 0 < tokens <= ONE_PASS_TOKENS[architecture(grad.device)]:
         return sampling.masked_weight(grad.t() @ x, mask)
     out = torch.empty(rows, k, dtype=result_dtype(grad.dtype), device=grad.device)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...counter import NO_COUNTER, MaskSource
+from ...counter import NO_COUNTER
 from ...pattern import code_dtype
 from ..reference.quadrature import quadrature_grid
 from . import device as d
@@ -50,17 +50,6 @@ def load_columns(pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
     """The M columns of a run of groups, float32."""
     offsets, inside = tile_offsets(first, total, M, BLOCK)
     return d.split_columns(tl.load(pointer + first * M + offsets, mask=inside, other=0.0).to(tl.float32), M)
-
-
-@triton.jit
-def columns_again(x, pointer, first, total, M: tl.constexpr, BLOCK: tl.constexpr):
-    """The columns that ``load_columns`` gave. Of 32 no register is left to hold them, and they are loaded anew."""
-    if M == 32:
-        offsets, inside = tile_offsets(first, total, M, BLOCK)
-        # the compiler takes two equal loads for one: this one names the cache that it would go to anyway
-        tile = tl.load(pointer + first * M + offsets, mask=inside, other=0.0, cache_modifier=".ca")
-        x = d.split_columns(tile.to(tl.float32), M)
-    return x
 
 
 @triton.jit
@@ -238,10 +227,8 @@ def mask_score_kernel(
 
 
 @triton.jit
-def update_terms(
-    x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr, SEVERAL: tl.constexpr
-):
-    """Columns of scale * score(mask of a draw), which may be one of several."""
+def update_terms(x, group, inv_temperature, key, scale, N: tl.constexpr, M: tl.constexpr, SHORT: tl.constexpr):
+    """Columns of scale * score(mask of a draw)."""
     if SHORT and N == 2 and M == 4:
         scores = d.drawn_score_2_of_4(x, group, inv_temperature, key)
     else:
@@ -251,15 +238,7 @@ def update_terms(
             scores = d.exact_score(z, d.decode(code, M), N, M)
         else:
             keys = d.drawn_keys(z, group, M, key)
-            if M != 32:
-                kept = d.top_n(keys, N, M)
-            elif SEVERAL:
-                # beside their sums a network puts up to 120 bytes on the stack on sm_90 and sm_100 with Triton 3.9
-                kept = d.top_n_by_pairs(keys, N, M)
-            else:
-                # packed for a while: as 32 columns it puts up to 56 bytes on the stack there
-                kept = d.decode(d.encode(d.top_n(keys, N, M), M), M)
-            scores = d.exponential_race_score(z, keys, kept, M)
+            scores = d.exponential_race_score(z, keys, d.top_n(keys, N, M), M)
     terms = ()
     for i in tl.static_range(M):
         terms = terms + (scores[i] * scale,)
@@ -274,10 +253,7 @@ def first_draw(coef, inv_temperature, seed, step, layer, draws):
 
 @triton.jit
 def summed_terms(
-    logits,
     x,
-    first,
-    total,
     group,
     inv_temperature,
     key,
@@ -292,7 +268,6 @@ def summed_terms(
     SHORT: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """``update_terms`` of the first draw, whose key and factor are given, or where there are several the sum of all."""
     if SEVERAL:
@@ -304,14 +279,13 @@ def summed_terms(
         for k in range(count):
             scale = tl.load(coef + k) * inv_temperature
             other = d.load_key(seed, step, layer, draws + k)
-            x = columns_again(x, logits, first, total, M, BLOCK)
-            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT, SEVERAL)
+            terms = update_terms(x, group, inv_temperature, other, scale, N, M, SHORT)
             total_terms = ()
             for i in tl.static_range(M):
                 total_terms = total_terms + (delta[i] + terms[i],)
             delta = total_terms
     else:
-        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT, SEVERAL)
+        delta = update_terms(x, group, inv_temperature, key, factor, N, M, SHORT)
     return delta
 
 
@@ -351,13 +325,9 @@ def score_update_kernel(
     key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
         x = load_columns(logits, first, total, M, BLOCK)
-        if M == 32:
-            # no register is left to hold what all blocks share: it is loaded for each
-            key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
         group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
-        delta = summed_terms(logits, x, first, total, group, inv_temperature, key, factor,
-                             coef, count, seed, step, layer, draws, SEVERAL, SHORT, N, M, BLOCK)  # fmt: skip
-        x = columns_again(x, logits, first, total, M, BLOCK)
+        delta = summed_terms(x, group, inv_temperature, key, factor,
+                             coef, count, seed, step, layer, draws, SEVERAL, SHORT, N, M)  # fmt: skip
         store_less(logits, x, delta, group, key, first, total, M, BLOCK)
 
 
@@ -376,17 +346,6 @@ def sample_mask(logits, n, m, inv_temperature, counter):
     return codes
 
 
-def as_kernels_take_it(mask):
-    """The same mask, by codes where no other kernel finds it.
-
-    The largest of 32 take more registers than a thread has beside a weight of float32, with Triton 3.6. The products,
-    of which some make that weight, follow the same rule.
-    """
-    if mask.kind == "top_n" and mask.m == 32:
-        return MaskSource(top_n_mask(mask.tensor, mask.n, mask.m), "codes", mask.n, mask.m)
-    return mask
-
-
 def masked_weight(weight, mask, dtype=None):
     """``reference.sample_masked_weight`` and its kin as one kernel; ``mask`` a MaskSource.
 
@@ -396,7 +355,6 @@ def masked_weight(weight, mask, dtype=None):
         # the interpreter truncates where hardware rounds
         weight = weight.to(dtype)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    mask = as_kernels_take_it(mask)
     arguments, whole = counter_arguments(mask.counter or NO_COUNTER, weight, mask.m)
     launch(masked_weight_kernel, "masked_weight", mask.m, arguments[-1], weight.device,
            mask.tensor, weight, out, mask.inv_temperature, *arguments,

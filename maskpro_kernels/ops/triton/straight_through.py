@@ -28,7 +28,6 @@ from .masked_gemm import (
 )
 from .sampling import (
     UNSPECIALIZED,
-    as_kernels_take_it,
     counter_arguments,
     group_index,
     load_columns,
@@ -317,7 +316,6 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor | Non
 def _launch(grad, x, weight, grad_squares, x_squares, mask, out, weight_grad, rate=None, max_update=0.0):
     """Write the slope to ``out``, or step the logits and return each program's sum of squares of the slope."""
     (rows, k), tokens, target = weight.shape, len(grad), architecture(weight.device)
-    mask = as_kernels_take_it(mask)
     codes = mask.tensor if mask.kind == "codes" else mask.codes
     kind = mask.kind if codes is None else "codes"
     name, kernel = "straight_through", straight_through_kernel

@@ -48,7 +48,7 @@ def best_swaps_kernel(
     best = tl.full((BLOCK,), float("inf"), tl.float32)
     pair = tl.zeros((BLOCK,), tl.int32)
     one = tl.full((BLOCK,), 1, tl.int32)
-    # Not unrolled: of 32 weights there are 496 pairs. What is loaded again lies in the cache.
+    # Not unrolled: of 16 weights there are 120 pairs. What is loaded again lies in the cache.
     for i in range(M - 1):
         w_i, kept_i, cost_i = weight_and_cost(weight, product, blocks, code, i, columns, inside, M)
         for j in range(i + 1, M):

@@ -69,11 +69,11 @@ _CONFIGURATIONS: dict[tuple[str, int], Configuration] = {
         "descend",
         "unpack",
     )
-    for m in (2, 4, 8, 16, 32)
+    for m in (2, 4, 8, 16)
 }
 
 # Of single weights, not of groups
-_CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 16, 32)}
+_CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 16)}
 
 # What draws: one warp, whose threads hold random words beside the columns. A block with a single draw that is not
 # determined computes the noise of all of its groups, and several warps would wait for each other to know. So short a
@@ -81,12 +81,10 @@ _CONFIGURATIONS |= {("adamw", m): Configuration(block=1024) for m in (2, 4, 8, 1
 _CONFIGURATIONS |= {
     (kernel, m): Configuration(block=64 if m <= 4 else 32, num_warps=1, steps=8)
     for kernel in ("sample_mask", "masked_weight", "score_update", "score_updates")
-    for m in (2, 4, 8, 16, 32)
+    for m in (2, 4, 8, 16)
 }
 # With one group a thread Triton 3.6's ptxas puts 8 bytes of it on the stack on sm_90 and sm_100
 _CONFIGURATIONS["descend", 16] = Configuration(block=256)
-# A thread that holds the sums of a whole group puts 24 bytes of them on the stack on sm_100: four threads share them
-_CONFIGURATIONS["mask_score", 32] = Configuration(block=32)
 
 # Of all layers of a model by one launch
 _CONFIGURATIONS |= {
@@ -96,7 +94,7 @@ _CONFIGURATIONS |= {
         ("score_update_of_layers", "score_update"),
         ("score_updates_of_layers", "score_updates"),
     )
-    for m in (2, 4, 8, 16, 32)
+    for m in (2, 4, 8, 16)
 }
 
 # Left alone, ptxas aims at 128 registers of M = 8 on sm_80 with Triton 3.6, and at 168 of M = 16 and 16 bits on sm_90
@@ -158,8 +156,6 @@ ONE_PASS_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "gfx942": 128}
 # Of those that are drawn there, by the cost model: a B200's memory is so fast that the draw bounds the time, which the
 # product lengthens. docs/kernels.md has the figures; the model knows nothing of gfx942.
 DRAWN_TOKENS = {"sm_80": 128, "sm_90": 128, "sm_100": 32, "gfx942": 128}
-# Of groups of 32 and operands of 4 bytes: none of their tiles holds more
-WIDE_GROUP_TOKENS = 64
 
 # Most tokens for which one kernel computes the gradient of a masked weight and steps the logits, with a mask that is
 # known, as in a step that draws its masks once. Beyond, torch's product is faster by more than it takes to write and
@@ -246,12 +242,6 @@ _TILES_OF_LARGE_GROUPS: dict[tuple[str, int, int], tuple[Tiles, ...]] = {
     ("masked_linear_input_grad", 4, 16): (
         *_WIDE_INPUT_GRAD,
         Tiles(out=16, tokens=128, k=32, num_warps=8, registers=255),
-    ),
-    ("masked_linear_input_grad", 4, 32): _WIDE_INPUT_GRAD,
-    ("masked_linear", 4, 32): (
-        Tiles(out=16, tokens=16, k=64, num_warps=8),
-        Tiles(out=16, tokens=32, k=32, num_warps=8),
-        Tiles(out=16, tokens=64, k=32, num_warps=8),
     ),
     ("straight_through_step", 2, 16): (Tiles(out=16, tokens=1, k=64, registers=128),),
     ("straight_through_step", 4, 16): (Tiles(out=16, tokens=1, k=64, registers=128),),

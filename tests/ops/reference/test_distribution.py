@@ -148,8 +148,8 @@ def kept_counts(codes, pattern):
 @pytest.mark.parametrize(
     "pattern, dtype",
     cases(
-        itertools.product(["1:4", "2:4", "4:8", "8:16", "31:32"], [torch.float32, torch.float16]),
-        slow=lambda pattern, _: pattern == "31:32",
+        itertools.product(["1:4", "2:4", "4:8", "8:16", "15:16"], [torch.float32, torch.float16]),
+        slow=lambda pattern, _: pattern == "15:16",
     ),
 )
 def test_an_integer_shift_of_a_group_gives_the_same_bits(pattern, dtype):
@@ -177,8 +177,8 @@ def extreme_logits(m):
 @pytest.mark.parametrize(
     "pattern, temperature",
     cases(
-        itertools.product(["1:2", "1:4", "2:4", "3:4", "4:8", "8:16", "1:32", "31:32"], [1.0, 1e-3, 1e3]),
-        slow=lambda pattern, temperature: pattern.endswith(":32") and (pattern, temperature) != ("31:32", 1e3),
+        itertools.product(["1:2", "1:4", "2:4", "3:4", "4:8", "8:16", "1:16", "15:16"], [1.0, 1e-3, 1e3]),
+        slow=lambda pattern, temperature: pattern in ("1:16", "15:16") and (pattern, temperature) != ("15:16", 1e3),
     ),
 )
 def test_extreme_and_equal_logits_draw_exactly_n(pattern, temperature):

@@ -251,8 +251,8 @@ def exact_huge_log_probs(pattern):
 
 @pytest.mark.slow
 @LOG_PROBS
-@pytest.mark.parametrize("pattern", ["5:8", "16:32", "31:32"])
-def test_log_prob_is_exact_up_to_31_of_32(log_prob, pattern):
+@pytest.mark.parametrize("pattern", ["5:8", "8:16", "15:16"])
+def test_log_prob_is_exact_up_to_15_of_16(log_prob, pattern):
     exact = exact_huge_log_probs(pattern)
     error = (log_prob(*huge_cases(pattern), pattern).double() - exact).abs()
     assert (error <= 2e-6 * exact.abs().clamp(min=1.0)).all()

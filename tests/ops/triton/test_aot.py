@@ -118,7 +118,7 @@ def test_draw_and_update_compile_for_every_target(child, n, m, logits):
     cases(
         [
             (n, m, logits)
-            for n, m in ((1, 2), (1, 4), (2, 4), (4, 8), (4, 16), (8, 16), (1, 32), (4, 32), (16, 32))
+            for n, m in ((1, 2), (1, 4), (2, 4), (4, 8), (4, 16), (8, 16))
             for logits in ("fp32", "bf16", "fp16")
         ],
         slow=lambda n, m, logits: (n, m, logits) != (2, 4, "fp32"),
@@ -138,23 +138,17 @@ def test_every_kernel_compiles_for_every_target(child, n, m):
     check(child, [(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 16, 31])
-def test_the_largest_of_32_compile_for_every_target(child, n):
-    check(child, [("top_n_mask", n, 32, logits, {}) for logits in ("bf16", "fp16")])
-
-
-@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (16, 32)))])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16),))])
 def test_swaps_compile_for_every_target(child, n, m):
     check(child, [("best_swaps", n, m, "fp32", {})])
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (16, 32)))])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16),))])
 def test_descent_compiles_for_every_target(child, n, m):
     check(child, [("descend", n, m, logits, {}) for logits in ("fp32", "bf16", "fp16")])
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (16, 32)))])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16),))])
 def test_adamw_compiles_for_every_target(child, n, m):
     check(child, [("adamw", n, m, "fp32", {"weight": weight}) for weight in ("fp32", "bf16", "fp16")])
 
@@ -169,31 +163,28 @@ def test_layers_that_are_shards_or_lie_at_odd_addresses_compile_for_every_target
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (16, 32)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16)])
 def test_shards_compile_for_every_target(child, n, m):
     kernels = ("sample_mask", "masked_weight", "score_update", "score_updates", "descend")
     check(child, [(kernel, n, m, "fp32", {"WHOLE": False}) for kernel in kernels])
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16), (16, 32)))])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((8, 16),))])
 def test_weights_under_given_masks_and_of_another_dtype_compile_for_every_target(child, n, m):
-    """The largest of 32 are found by a kernel of their own."""
-    cases = [{"KIND": "codes"}, {"weight": "fp32", "out": "bf16"}, *([{"KIND": "top_n"}] if m < 32 else [])]
+    cases = [{"KIND": "codes"}, {"weight": "fp32", "out": "bf16"}, {"KIND": "top_n"}]
     check(child, [("masked_weight", n, m, "fp32", case) for case in cases])
 
 
 @pytest.mark.parametrize(
     ("n", "m"),
-    [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 4), (1, 32), (4, 32), (4, 8), (8, 16)))],
+    [(2, 4), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((1, 4), (4, 8), (8, 16)))],
 )
 def test_several_draws_compile_for_every_target(child, n, m):
     check(child, [("score_updates", n, m, "bf16", {})])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n", "m"), [(1, 32), (2, 32), (4, 32), (16, 32), (31, 32), (1, 16), (4, 16), (15, 16), (1, 8)]
-)
+@pytest.mark.parametrize(("n", "m"), [(1, 16), (4, 16), (15, 16), (1, 8)])
 def test_large_groups_compile_for_every_target(child, n, m):
     check(child, [(kernel, n, m, "fp32", {}) for kernel in KERNELS])
 
@@ -297,7 +288,7 @@ for target in TARGETS:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [(2, 4), (8, 16), (16, 32)], ids=str)
+@pytest.mark.parametrize("pattern", [(2, 4), (8, 16)], ids=str)
 def test_slopes_and_gradients_that_are_written_compile_for_every_target(child, pattern):
     rows = child(SLOPES_CHILD, [pattern])
     assert len(rows) >= 2 * len(SHARED_LIMITS)
@@ -319,27 +310,14 @@ def test_all_tiles_of_products_compile_for_every_target(child, n, m, operand):
     ids=["logits in bf16", "logits in fp16", "weight in fp32, as under autocast"],
 )
 def test_products_of_mixed_dtypes_compile_for_every_target(child, options):
-    patterns = [(2, 4), (8, 16), (16, 32)] if "LOG_PROB" not in options else [(2, 4)]
+    patterns = [(2, 4), (8, 16)] if "LOG_PROB" not in options else [(2, 4)]
     check_products(child, "bf16", patterns, list(SHARED_LIMITS), **options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 8), (1, 32), (4, 16), (2, 32), (4, 32), (16, 32)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 8), (4, 16)])
 def test_products_of_other_groups_compile_for_every_target(child, n, m):
-    check_products(child, "bf16", [(n, m)], list(SHARED_LIMITS), ends=m < 32, LOG_PROB=n <= 4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("operand", "kind"), [("bf16", "codes"), ("bf16", "drawn"), ("fp32", "codes"), ("fp32", "drawn")]
-)
-def test_products_of_groups_of_32_compile_for_every_target(child, operand, kind):
-    check_products(child, operand, [(16, 32)], list(SHARED_LIMITS), KIND=kind)
-
-
-@pytest.mark.slow
-def test_products_of_1_of_32_in_float32_with_their_log_probability_compile_for_every_target(child):
-    check_products(child, "fp32", [(1, 32)], list(SHARED_LIMITS), LOG_PROB=True)
+    check_products(child, "bf16", [(n, m)], list(SHARED_LIMITS), ends=True, LOG_PROB=n <= 4)
 
 
 def test_products_by_codes_compile_for_every_target(child):
@@ -453,7 +431,7 @@ def test_kernels_over_single_elements_compile_for_every_target(child):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (3, 4), (7, 8), (15, 16), (31, 32)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (3, 4), (7, 8), (15, 16)])
 def test_the_kernel_that_unpacks_compiles_for_every_pattern(child, n, m):
     rows = child(UNPACK_CHILD, n, m)
     for target, registers, spills, stack in rows:

@@ -24,11 +24,9 @@ from .gumbel_top_k import (
     drawn_code_and_flips,
     drawn_keys,
     drawn_score_2_of_4,
-    flipped,
     gumbel,
     scaled,
     top_n,
-    top_n_by_pairs,
 )
 from .philox import (
     group_words,

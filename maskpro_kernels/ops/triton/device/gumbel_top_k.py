@@ -72,20 +72,6 @@ def top_n_of_4(keys, N: tl.constexpr):
 
 
 @triton.jit
-def top_n_by_pairs(keys, N: tl.constexpr, M: tl.constexpr):
-    """``top_n`` of finite keys, with fewer registers and more instructions: every pair is compared."""
-    kept = ()
-    for i in tl.static_range(M):
-        ahead = tl.zeros_like(keys[0]).to(tl.int32)
-        for j in tl.static_range(i):
-            ahead += (keys[j] >= keys[i]).to(tl.int32)
-        for j in tl.static_range(i + 1, M):
-            ahead += (keys[j] > keys[i]).to(tl.int32)
-        kept = kept + (ahead < N,)
-    return kept
-
-
-@triton.jit
 def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     """Which columns hold the N largest keys, ties to the lower index: int1 columns."""
     if M == 2:
@@ -94,7 +80,7 @@ def top_n(keys, N: tl.constexpr, M: tl.constexpr):
     elif M == 4:
         kept = top_n_of_4(keys, N)
     else:
-        # at M = 16 half of the instructions that all pairs take, and a quarter at M = 32
+        # at M = 16 half of the instructions that all pairs take
         threshold = descending(keys, M)[N - 1]
         above = ()
         ahead = tl.zeros_like(keys[0]).to(tl.int32)
