@@ -13,8 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from maskpro_kernels import hf
-from maskpro_kernels.text.data import load_text, windows
+from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.perplexity import perplexity
+from maskpro_kernels.text.sources import load_text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

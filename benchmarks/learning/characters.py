@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from maskpro_kernels.learn.reinforce import Reinforce
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.prune.convert import convert
-from maskpro_kernels.text.data import SPLITS, load_text
+from maskpro_kernels.text.sources import SPLITS, load_text
 
 CONTEXT, EMBEDDING = 16, 16
 MASKED = ("first", "second")

@@ -55,7 +55,7 @@ def _text(args: argparse.Namespace, folder: Path, run: Mapping | None) -> HeldOu
     Raises:
         ValueError, OSError: if there is no text, or it cannot be read.
     """
-    as_run = run is not None and not vars(args).keys() & {"data", "text_column", "stream"}
+    as_run = run is not None and not vars(args).keys() & {"data", "text_column", "documents"}
     if hasattr(args, "protocol"):
         return ProtocolText(args, None if run is None else run["data"])
     if not hasattr(args, "data"):

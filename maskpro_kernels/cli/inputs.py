@@ -6,19 +6,16 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
 from ..learn.estimator import Estimator
 from ..prune.selection import layers_to_convert
 from ..ranks import Ranks
-from ..text.data import batches
-from ..text.mixture import SELF, MixedBatches, check_windows, in_a_batch, parse_sources, turns
-from ..text.stream import StreamedBatches, StreamedText, StreamedWindows
+from ..text.batches import MixedBatches, batches, check_windows, in_a_batch, parse_sources, turns
+from ..text.sources import SELF
 from ..unfuse import as_linears
 from .arguments import device_of, telling
-from .changed_weights import changes_weights
 from .models import (
     check_positions,
     checkpoint_activations,
@@ -30,9 +27,8 @@ from .models import (
 )
 from .progress import tell
 from .run_samples import run_samples
-from .texts import Source, Texts, digest_to_learn, evaluation_parts, evaluation_windows, windows_of_part
+from .texts import Texts, digest_to_learn, evaluation_parts, evaluation_windows
 
-Windows = torch.Tensor | StreamedWindows
 # From so many times on it is told that a window is learned from again and again
 OFTEN = 3
 
@@ -49,8 +45,8 @@ class Inputs:
     tests: dict[str, torch.Tensor]
     validation: torch.Tensor
     initial_batches: Sequence[torch.Tensor]
-    calibration: Sequence[torch.Tensor] | StreamedBatches
-    learned_texts: Sequence[str | None] = ()
+    calibration: Sequence[torch.Tensor]
+    learned_texts: Sequence[str] = ()
 
 
 def read_inputs(
@@ -84,18 +80,12 @@ def read_inputs(
     # a loss for each draw tells too little to learn a text by heart
     if not estimator.journaled:
         _tell_of_repeats(args, windows)
-    if any(isinstance(found, StreamedWindows) for found in windows.values()):
-        device = device_of_inputs(inputs.model)
-        inputs.initial_batches, inputs.calibration = ranks.all_of(
-            lambda: _streamed_batches(args, windows, estimator, device)
-        )
-    else:
-        found = _batches(args, windows)
-        inputs.initial_batches, inputs.calibration = found[: args.init_batches], found[: _learned_from(args)]
+    found = _batches(args, windows)
+    inputs.initial_batches, inputs.calibration = found[: args.init_batches], found[: _learned_from(args)]
     return inputs
 
 
-def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
+def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, torch.Tensor]]:
     """Inputs without batches, and the windows of each text that these are made of."""
     loaded = Texts(args)
     texts, other = loaded.of(args.data), None
@@ -107,39 +97,32 @@ def _read(args: argparse.Namespace) -> tuple[Inputs, dict[str, Windows]]:
     check_positions(model, seq_len=args.seq_len, eval_length=args.eval_length)
     tests, validation = {}, torch.empty(0)
     if texts:
-        held_out = {split: evaluation_parts(args, texts, split, tokenizer) for split in ("test", "validation")}
+        held_out = {split: evaluation_parts(args, texts, split) for split in ("test", "validation")}
         tests["perplexity"] = evaluation_windows(args, held_out["test"], "test", model, tokenizer)
         validation = evaluation_windows(args, held_out["validation"], "validation", model, tokenizer)
     if other is not None:
-        found = windows_of_part(args, other, "test", args.eval_windows, model, tokenizer, "other_data")
-        tests["other_perplexity"] = found
-    windows = {name: _windows(args, text, model, tokenizer) for name, text in texts.items()}
-    _check_windows(args, windows)
-    loaded.tell_notes()
+        found = windows_of(other["test"], model, tokenizer, args.eval_length, "other_data", "--eval-length")
+        tests["other_perplexity"] = found[: args.eval_windows]
+    device = device_of_inputs(model)
+    windows = {
+        name: windows_of(text["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len").to(device)
+        for name, text in texts.items()
+    }
+    with _telling_windows():
+        # before minutes of drawing samples
+        check_windows(parse_sources(args.data), windows, args.batch_size)
     for name in ("seq_len", "eval_length"):
         tell_beyond_context(model, name, getattr(args, name))
     learned_texts = list(map(digest_to_learn, texts.values()))
     return Inputs(model, tokenizer, tests, validation, (), (), learned_texts), windows
 
 
-def _check_windows(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:
-    """Raise ValueError or OSError, before minutes of drawing samples, if there are too few windows for a batch."""
-    held = {name: found for name, found in windows.items() if isinstance(found, torch.Tensor)}
-    with _telling_windows():
-        check_windows(parse_sources(args.data), held, args.batch_size)
-    with telling("data"):
-        for streamed in windows.values():
-            if isinstance(streamed, StreamedWindows):
-                next(iter(streamed))
-
-
-def _tell_of_repeats(args: argparse.Namespace, windows: Mapping[str, Windows]) -> None:
+def _tell_of_repeats(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> None:
     """Tell of each source whose windows come round often, on average, and what is too short."""
     batches_taken, sources = _learned_from(args), parse_sources(args.data)
     whose = turns([source.share for source in sources], args.batch_size * batches_taken)
     for index, (name, _) in enumerate(sources):
-        found, taken = windows[name], whose.count(index)
-        held = taken if isinstance(found, StreamedWindows) else len(found)
+        held, taken = len(windows[name]), whose.count(index)
         if _one_text(args):
             # what does not fill a batch is left out
             held = held // args.batch_size * args.batch_size
@@ -152,14 +135,6 @@ def _tell_of_repeats(args: argparse.Namespace, windows: Mapping[str, Windows]) -
                 f"and a mask may learn them by heart; give {f'a higher {more}' if more else 'more text'}, or take "
                 "fewer --steps"
             )
-
-
-def _windows(args: argparse.Namespace, text: Source, model: torch.nn.Module, tokenizer) -> Windows:
-    """What batches are made of: on the device, or streamed."""
-    if isinstance(text, StreamedText):
-        return StreamedWindows(text, tokenizer, args.seq_len, args.seed, model.get_input_embeddings().num_embeddings)
-    found = windows_of(text["calibration"], model, tokenizer, args.seq_len, "data", "--seq-len")
-    return found.to(device_of_inputs(model))
 
 
 def _model(args: argparse.Namespace):
@@ -197,29 +172,6 @@ def _batches(args: argparse.Namespace, windows: Mapping[str, torch.Tensor]) -> S
             if not count:
                 tell(f"no window of {name!r} is learned from: its share of so few batches is less than one")
         return MixedBatches(windows, sources, args.batch_size, _taken(args), args.seed)
-
-
-def _streamed_batches(
-    args: argparse.Namespace, windows: Mapping[str, Windows], estimator: Estimator, device: torch.device
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor] | StreamedBatches]:
-    """(those of the initial mask, those of the steps), where texts are streamed.
-
-    The latter are in memory where they come again or are needed before the first step; else a step takes them as they
-    come.
-    """
-    stream = StreamedBatches(windows, parse_sources(args.data), args.batch_size, args.seed, device)
-    of_teacher = args.loss != "ce" and changes_weights(args)
-    beforehand = estimator.journaled or estimator.needs_initial_losses or of_teacher
-    held = beforehand or _learned_from(args) < args.steps * args.accumulate
-    with telling("data"):
-        found = list(islice(stream, _taken(args) if held else args.init_batches))
-    for name, streamed in windows.items():
-        if isinstance(streamed, StreamedWindows):
-            tell(
-                f"{streamed.read} documents of {name!r} were read for the first {len(found)} batches; {streamed.short} "
-                f"of them have fewer than {args.seq_len} tokens and are left out"
-            )
-    return found[: args.init_batches], found[: _learned_from(args)] if held else stream
 
 
 def _one_text(args: argparse.Namespace) -> bool:

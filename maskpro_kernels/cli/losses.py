@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..learn.step import LossFn
 from ..ranks import Ranks
-from ..text.losses import KINDS, DistillationLoss, distillation_loss
-from ..text.teacher import TeacherCache
+from ..text.losses import KINDS, DistillationLoss, TeacherCache, distillation_loss
 from .arguments import telling
 from .changed_weights import changes_weights
 from .inputs import Inputs
@@ -60,13 +59,4 @@ def fill_teacher(args: argparse.Namespace, inputs: Inputs, loss_fn: LossFn, rank
         with telling("cache", f"it is in {folder!r}: give another --output, or remove that folder"):
             loss_fn.fill(inputs.model, batches[ranks.rank :: ranks.world], progress=args.bars)
 
-    def check() -> None:
-        lacking = loss_fn.lacking(batches)
-        if lacking:
-            raise ValueError(
-                f"output: expected a folder that all ranks see, got {folder!r}, in which this one lacks {len(lacking)} "
-                f"of {len(batches)} batches; give another"
-            )
-
     ranks.all_of(fill)
-    ranks.all_of(check)

@@ -13,7 +13,7 @@ import torch
 from ..checkpoints.mask_file import is_mask_file
 from ..files import can_only_be_a_path
 from ..packed import INT8, NMLinear, bits_a_weight
-from ..text.data import Text, check_vocabulary, cut, tokens_of
+from ..text.batches import check_vocabulary, windows
 from .arguments import DTYPES, telling
 from .progress import tell_as
 
@@ -147,25 +147,17 @@ def tell_beyond_context(model: torch.nn.Module, name: str, length: int) -> None:
         )
 
 
-def windows_of(text: Text, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
-    """``data.windows`` for a model that has positions for that length.
+def windows_of(text: str, model: torch.nn.Module, tokenizer, length: int, data: str, option: str) -> torch.Tensor:
+    """``batches.windows`` for a model that has positions for that length.
 
     Args:
         data: the argument that the text comes from, for errors.
         option: that of the length.
 
     Raises:
-        ValueError: if the text is too short, it is chats and the tokenizer has no template for them, the tokenizer
-            makes no tokens of it, or the model does not know one of its tokens.
+        ValueError: if the text is too short, or the model does not have one of its tokens.
     """
-    with telling(data):
-        tokens = tokens_of(text, tokenizer)
-    if text and not len(tokens):
-        raise ValueError(
-            f"{data}: expected a tokenizer that makes tokens of the text, got none by {type(tokenizer).__name__}; save "
-            "that of the model beside its weights"
-        )
     with telling(data, f"give a longer text, or a smaller {option}"):
-        found = cut(tokens, length)
+        found = windows(text, tokenizer, length)
     check_vocabulary(found, model.get_input_embeddings().num_embeddings)
     return found

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..report import FROZEN
-from ..text.data import is_path
-from ..text.mixture import parse_sources, texts_of
+from ..text.batches import parse_sources, texts_of
+from ..text.sources import is_path
 from .models import hub_id
 from .progress import tell
 from .run_files import REPORT, SETTINGS, read_own

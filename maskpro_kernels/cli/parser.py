@@ -78,7 +78,7 @@ def _add_eval(commands) -> None:
         "--protocol",
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help="evaluate a whole text as others do: wikitext2@2048 or another length, as Wanda, SparseGPT and MaskLLM; "
+        help="evaluate a whole text as others do: tokens@2048 or another length, as Wanda, SparseGPT and MaskLLM; "
         "word, as lm-eval's wikitext. Without --data the text is WikiText-2 (default: test parts, held out from runs)",
     )
     add_evaluation(parser, of_a_run=True)

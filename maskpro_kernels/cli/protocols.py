@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from filecmp import cmp
 from pathlib import Path
 
 import torch
 
 from ..digests import digest, digest_of_bytes
-from ..extras import missing
-from ..text.data import BUILT_IN, SELF, Text, TooFewTokens, has_rows
-from ..text.mixture import parse_sources, shared_out, texts_of
-from ..text.perplexity import perplexity
-from ..text.protocols import (
-    PAGES,
-    TEXTS,
-    WORD,
-    digest_of_texts,
-    joined_by_blank_lines,
-    load_documents,
-    measure,
-    parse_protocol,
-)
-from ..text.records import COLUMNS, show_bars
+from ..text.batches import parse_sources, shared_out, texts_of
+from ..text.perplexity import perplexity, word_perplexity
+from ..text.sources import BUILT_IN, SELF, is_dataset, load_documents
 from .arguments import telling
-from .models import check_positions, learned_positions, tell_beyond_context
+from .models import check_positions, tell_beyond_context, windows_of
 from .progress import tell, tell_as
 from .shared_options import EVALUATION
-from .texts import Texts, check_sources, evaluation_parts, evaluation_windows
+from .texts import Texts, check_sources, evaluation_parts, evaluation_windows, show_bars
 
 # What is evaluated where no protocol is named: windows of the parts of texts that runs do not learn from
 HELD_OUT = "held-out"
+# Named protocols, each with its text and the column of its documents where nothing else is said: by tokens in windows
+# of all documents joined by blank lines, as SparseGPT, Wanda and MaskLLM evaluate; and by words, as lm-eval does
+TOKENS, WORD = "tokens", "word"
+TEXTS = {
+    TOKENS: ("Salesforce/wikitext:wikitext-2-raw-v1", "text"),
+    WORD: ("EleutherAI/wikitext_document_level:wikitext-2-raw-v1", "page"),
+}
 
 
 class HeldOutText:
@@ -53,8 +47,7 @@ class HeldOutText:
         with telling("eval_windows"):
             shared_out(texts_of(args.data), args.eval_windows)
         check_sources(args, [name for name, _ in parse_sources(args.data)])
-        self._loaded = Texts(args)
-        self._texts = self._loaded.of(args.data)
+        self._texts = Texts(args).of(args.data)
         if not self._texts:
             raise ValueError(
                 f"data: expected a text, got {args.data!r}, and samples are no test of a mask; name a text by --data"
@@ -64,9 +57,8 @@ class HeldOutText:
         """The result, see ``_result``; ValueError if the texts and the model do not go together."""
         args = self._args
         check_positions(model, eval_length=args.eval_length)
-        parts = evaluation_parts(args, self._texts, "test", tokenizer)
+        parts = evaluation_parts(args, self._texts, "test")
         windows = evaluation_windows(args, parts, "test", model, tokenizer)
-        self._loaded.tell_notes()
         tell_beyond_context(model, "eval_length", args.eval_length)
         own = digest([windows])
         if self._expected not in (None, own):
@@ -81,7 +73,7 @@ class HeldOutText:
             "tokens": windows.numel(),
             "windows_digest": own,
         }
-        return _result(HELD_OUT, args.data, found, tokenizer, [part for part, _ in parts.values()])
+        return _result(HELD_OUT, args.data, found, tokenizer)
 
 
 class ProtocolText:
@@ -96,29 +88,31 @@ class ProtocolText:
     """
 
     def __init__(self, args: argparse.Namespace, learned_from: str | None):
-        self.protocol = parse_protocol(args.protocol)
+        self.protocol = args.protocol
+        self.kind, self.length = _parsed(args.protocol)
         for name in EVALUATION:
             if hasattr(args, name):
                 raise ValueError(
                     f"{name}: expected none with --protocol {self.protocol}, which takes its whole text in windows of "
                     f"its own, got {getattr(args, name)}; leave it out"
                 )
-        if hasattr(args, "stream"):
+        if hasattr(args, "documents"):
             raise ValueError(
-                f"stream: expected none with --protocol {self.protocol}, which takes its whole text; leave it out"
+                f"documents: expected none with --protocol {self.protocol}, which takes its whole text; leave it out"
             )
-        given = getattr(args, "data", TEXTS[self.protocol.kind])
+        own, column = TEXTS[self.kind]
+        given = getattr(args, "data", own)
         sources = parse_sources(given)
         if len(sources) > 1 or sources[0].name == SELF:
             raise ValueError(f"data: expected one text with --protocol {self.protocol}, got {given!r}")
         self.data = sources[0].name
         check_sources(args, [self.data])
-        if has_rows(self.data) and not missing("datasets"):
+        if is_dataset(self.data):
             show_bars(args.bars)
-        columns = getattr(args, "text_column", PAGES if self.protocol.kind == WORD else COLUMNS)
         with telling("data"):
-            found = load_documents(self.data, columns)
-        self.documents = found if self.protocol.kind == WORD else [joined_by_blank_lines(found)]
+            self.documents = load_documents(
+                self.data, getattr(args, "text_column", column if self.data == own else "text")
+            )
         self._learned_from, self._bars = learned_from, args.bars
 
     def _tell_learned(self) -> None:
@@ -135,22 +129,34 @@ class ProtocolText:
 
     def measure(self, model: torch.nn.Module, tokenizer) -> dict:
         """The result, see ``_result``; ValueError if the text and the model do not go together."""
-        positions, length = learned_positions(model), self.protocol.length
-        if positions is not None and length is not None and length > positions:
-            raise ValueError(
-                f"protocol: expected windows of at most {positions} tokens, which the model has positions for, got "
-                f"{self.protocol}"
-            )
-        with telling("data", "give a longer text, or another --protocol", TooFewTokens):
-            found = measure(model, tokenizer, self.documents, self.protocol, self._bars)
-        tell_beyond_context(model, "protocol", found.window)
+        if self.length is not None:
+            check_positions(model, protocol=self.length)
+        if self.kind == WORD:
+            with telling("data", "give a longer text, or another --protocol"):
+                found = word_perplexity(model, tokenizer, self.documents, self.length, self._bars)._asdict()
+        else:
+            windows = windows_of("\n\n".join(self.documents), model, tokenizer, self.length, "data", "--protocol")
+            figure = perplexity(model, windows, batch_size=1, progress=self._bars)
+            found = {"perplexity": figure, "window": self.length, "tokens": windows.numel()}
+        tell_beyond_context(model, "protocol", found["window"])
         self._tell_learned()
-        known = {name: value for name, value in asdict(found).items() if value is not None}
-        return _result(str(self.protocol), self.data, known, tokenizer, self.documents)
+        return _result(self.protocol, self.data, found, tokenizer)
 
 
-def _result(protocol: str, data: str, found: Mapping, tokenizer, texts: Sequence[Text]) -> dict:
-    """What a result holds of a text: by which protocol what was found, and by what the text is known again."""
+def _parsed(protocol: str) -> tuple[str, int | None]:
+    """(kind, tokens of a window); ValueError unless it is "tokens@LENGTH", "word" or "word@LENGTH"."""
+    kind, at, length = protocol.partition("@")
+    whole = length.isascii() and length.isdigit() and int(length) > 1
+    if kind not in TEXTS or (at and not whole) or (kind == TOKENS and not at):
+        raise ValueError(
+            f"protocol: expected {TOKENS}@LENGTH such as {TOKENS}@2048, {WORD} or {WORD}@LENGTH, with a length of at "
+            f"least 2 tokens, got {protocol!r}"
+        )
+    return kind, int(length) if at else None
+
+
+def _result(protocol: str, data: str, found: Mapping, tokenizer) -> dict:
+    """What a result holds of a text: by which protocol what was found."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {
         "protocol": protocol,
@@ -161,7 +167,6 @@ def _result(protocol: str, data: str, found: Mapping, tokenizer, texts: Sequence
             "tokens": len(tokenizer),
             "digest": digest_of_bytes(vocabulary).hex(),
         },
-        "text_digest": digest_of_texts(texts),
     }
 
 
@@ -180,6 +185,5 @@ def result_lines(result: Mapping) -> list[str]:
     return [
         told,
         f"protocol {result['protocol']}, windows of {result['window']} tokens, {result['dtype']}; tokenizer "
-        f"{tokenizer['class']} of {tokenizer['tokens']} tokens, {tokenizer['digest']}; text {result['data']}, "
-        f"{result['text_digest']}",
+        f"{tokenizer['class']} of {tokenizer['tokens']} tokens, {tokenizer['digest']}; text {result['data']}",
     ]

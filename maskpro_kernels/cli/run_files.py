@@ -18,8 +18,8 @@ from ..learn.run_folder import LOCK
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks
-from ..text.data import has_rows
-from ..text.mixture import texts_of
+from ..text.batches import texts_of
+from ..text.sources import is_dataset
 from .arguments import DTYPES
 from .progress import tell_as
 
@@ -217,8 +217,8 @@ def stored_data(output: Path) -> dict:
         if not isinstance(settings["data"], str):
             raise TypeError(f"{settings['data']!r} for the data")
         data = {"data": settings["data"]}
-        if any(has_rows(name) for name, _ in texts_of(settings["data"])):
-            data |= {name: settings[name] for name in ("text_column", "stream") if name in settings}
+        if any(is_dataset(name) for name, _ in texts_of(settings["data"])):
+            data |= {name: settings[name] for name in ("text_column", "documents") if name in settings}
         return data
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

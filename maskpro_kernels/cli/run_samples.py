@@ -23,8 +23,6 @@ SAMPLES = "samples.safetensors"
 def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, windows: int) -> torch.Tensor:
     """int64 [windows, --seq-len], of a model that is not converted yet; those in the run's folder are not drawn again.
 
-    Each batch is written as soon as it is drawn: whoever was ended goes on behind the last one.
-
     Raises:
         ValueError: if the samples in the folder are damaged or of other settings, another process is at it, or the
             model's logits are not finite.
@@ -43,9 +41,6 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
     try:
         with FileLock(progress / LOCK, blocking=False):
             return _kept(args, model, progress / SAMPLES, of)
-    except KeyboardInterrupt:
-        tell(f"the same command goes on with the samples that are kept, whole batches of {TOGETHER} windows")
-        raise
     except Timeout:
         raise ValueError(
             f"output: expected a folder that no other process is at, got {args.output!r}; wait for it, or give another"
@@ -53,27 +48,22 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
 
 
 def _kept(args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict) -> torch.Tensor:
-    """The samples of these settings: those in the file, and the others drawn and added to it."""
+    """The samples of these settings: those in the file, or else drawn and written to it."""
     clear_unfinished(path.parent)
-    known = _read(path, of) if path.exists() else torch.empty(0, of["length"], dtype=torch.int64)
-
-    def keep(found: torch.Tensor) -> None:
-        write_tensors({"tokens": found}, path, {"of": json.dumps(of), "digest": digest([found])})
-
-    if len(known) == of["windows"]:
-        return known
+    if path.exists():
+        return _read(path, of)
     tell(f"drawing {of['windows']} windows of {of['length']} tokens from the dense model; they are kept in {path}")
-    return sample_windows(
+    found = sample_windows(
         model,
         of["start"],
         of["windows"],
         of["length"],
         batch_size=of["together"],
         seed=of["seed"],
-        known=known,
-        keep=keep,
         progress=Progress("samples", "step", args.bars),
     )
+    write_tensors({"tokens": found}, path, {"of": json.dumps(of), "digest": digest([found])})
+    return found
 
 
 def _read(path: Path, of: dict) -> torch.Tensor:

@@ -13,8 +13,8 @@ from ..learn.estimator import Estimator
 from ..pattern import NMPattern
 from ..prune.gap import gap_for_flip_rate
 from ..ranks import Ranks
-from ..text.data import is_path
-from ..text.mixture import SELF, in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
+from ..text.batches import in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
+from ..text.sources import SELF, is_path
 from .arguments import DTYPES, check_device_map, check_least, device_of, telling
 from .changed_weights import REFITTED
 from .config_file import eval_every_of

@@ -10,7 +10,6 @@ import torch
 
 from ..packed import KEEP, VALUE_KINDS
 from ..text.losses import KINDS
-from ..text.records import COLUMNS
 from .arguments import DTYPE, DTYPES, whole
 
 SOURCE = (
@@ -36,15 +35,15 @@ def add_data(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "--text-column",
         default=argparse.SUPPRESS,
-        metavar="NAMES",
-        help="of a dataset: column of its texts or chats; of several with commas between them the first that there is "
-        f"(default: {COLUMNS})",
+        metavar="NAME",
+        help="of a dataset: column of its documents (default: text)",
     )
     parser.add_argument(
-        "--stream",
-        action="store_true",
+        "--documents",
+        type=whole,
         default=argparse.SUPPRESS,
-        help="read datasets as they are needed, never as a whole: a window at a random place of each shuffled document",
+        metavar="D",
+        help="read the first D documents of each split of a dataset, as a stream (default: all)",
     )
 
 

@@ -16,7 +16,8 @@ import torch
 
 from ..files import check_output, disk_errors, make_folder, write_whole
 from ..report.plots import check_picture, draw_speed
-from ..text.data import batches, load_text
+from ..text.batches import batches
+from ..text.sources import load_text
 from .arguments import DTYPE, DTYPES, check_least, device_of
 from .models import learned_positions, load, windows_of
 from .progress import Progress, tell_as

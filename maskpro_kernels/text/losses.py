@@ -1,26 +1,41 @@
-"""What a masked language model learns by: cross-entropy with the text, or the divergence from its dense self."""
+"""Losses of a masked language model: cross-entropy with the text, and divergence from its dense self, the teacher."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
+from ..dense_forward import dense
+from ..digests import digest
+from ..files import make_folder, write_whole
 from ..functional.checks import describe
-from .inverse_sampling import drawn_indices
+from ..modules import MaskedLinear, evaluating
 from .perplexity import causal_lm_loss, check_input_ids
-from .teacher import TeacherCache, TopLogProbs, pieces, teacher_logits
+from .samples import drawn_indices
 
 KINDS = ("ce", "kl", "ce+kl")
+# Logits that stand as float32 copies at a time: those of 128 tokens and a vocabulary of 65,536
+PIECE = 1 << 23
+# The file in a cache's folder that has the digest of its teacher
+TEACHER = "teacher.json"
+# Next tokens of which a cache holds the logits by default
+LIKELIEST = 64
 
 # (logits of a piece [tokens, vocabulary] in float32, its row, its tokens) -> (sum of the losses, its gradient)
 OfPiece = Callable[[Tensor, int, slice], tuple[Tensor, Callable[[], Tensor]]]
-# (log-probabilities of the student [tokens, vocabulary], row, tokens) -> those of the teacher
-Teacher = Callable[[Tensor, int, slice], Tensor]
 
 
 def distillation_loss(
@@ -68,9 +83,9 @@ class DistillationLoss:
     """``loss(model, input_ids)``: how far a masked language model is from its dense self, see ``distillation_loss``.
 
     The teacher is the model itself under ``dense``, in a forward without a graph. No float32 copy of all logits is
-    made: their gradient is found with the loss, piece by piece, and kept in the dtype of the logits.
+    made: their gradient is computed with the loss, piece by piece, and kept in the dtype of the logits.
 
-    With a cache the teacher's tokens but the k likeliest count as one. That is a lower bound of the divergence (by the
+    With a cache all tokens but the teacher's k likeliest count as one. That is a lower bound of the divergence (by the
     log sum inequality), and its gradient is that of the divergence from a teacher that shares out the rest as the
     student does.
     """
@@ -79,7 +94,7 @@ class DistillationLoss:
         self.ce_weight, self.temperature, self.cache = ce_weight, temperature, cache
 
     def settings(self) -> dict:
-        """What tells runs with this loss from others, as JSON gives it back; of a filled cache the teacher as well."""
+        """What distinguishes runs with this loss, as JSON gives it back; of a filled cache the teacher as well."""
         k, teacher = (None, None) if self.cache is None else (self.cache.k, self.cache.teacher)
         return {"ce_weight": self.ce_weight, "temperature": self.temperature, "k": k, "teacher": teacher}
 
@@ -94,12 +109,42 @@ class DistillationLoss:
             ValueError: if ``input_ids`` are not as above, or kept weights have changed and no cache has the batch.
         """
         check_input_ids(input_ids)
-        teacher = self._teacher(model, input_ids)
+        ce_weight, temperature = self.ce_weight, self.temperature
+        if self.cache is None:
+            theirs, top = teacher_logits(model, input_ids), None
+        else:
+            theirs, top = None, self.cache.top(model, input_ids, temperature)
         logits = model(input_ids, use_cache=False).logits
+        # a finite floor: tokens that both exclude by -inf are no difference
+        lowest = torch.finfo(torch.float32).min
 
         def of_piece(values: Tensor, row: int, tokens: slice) -> tuple[Tensor, Callable[[], Tensor]]:
-            labels = input_ids[row, 1:][tokens]
-            return _distance(values, labels, teacher, (row, tokens), self.ce_weight, self.temperature)
+            labels = input_ids[row, 1:][tokens][:, None]
+            student = torch.log_softmax(values / temperature, -1)
+            if top is None:
+                target = torch.log_softmax(theirs[row, tokens].float() / temperature, -1)
+            else:
+                # the rest is shared out as the student does
+                ids = top.ids[row, tokens].long()
+                rest = student.scatter(-1, ids, -math.inf).logsumexp(-1)
+                target = student + (top.rest[row, tokens] - rest)[:, None]
+                target = target.scatter_(-1, ids, top.log_probs[row, tokens])
+            target, student = target.clamp_(min=lowest), student.clamp_(min=lowest)
+            probabilities = target.exp()
+            kl_weight = (1.0 - ce_weight) * temperature
+            loss = kl_weight * temperature * (target.sub_(student).mul_(probabilities)).sum()
+            if ce_weight:
+                text = student if temperature == 1.0 else torch.log_softmax(values, -1)
+                loss = loss - ce_weight * text.gather(1, labels).sum()
+
+            def gradient() -> Tensor:
+                result = student.exp().sub_(probabilities).mul_(kl_weight)
+                if ce_weight:
+                    of_text = text.exp().scatter_add_(1, labels, -torch.ones_like(labels, dtype=text.dtype))
+                    result.add_(of_text, alpha=ce_weight)
+                return result
+
+            return loss, gradient
 
         return _MeanWithGradient.apply(logits, of_piece)
 
@@ -108,7 +153,7 @@ class DistillationLoss:
 
         KL times temperature^2 has in the logits z, with q = softmax(z / temperature), the gradient temperature (q - p)
         and, whatever the teacher p, the second derivative diag(q) - q q^T. The gradient vanishes at the teacher, its
-        square tells nothing there. temperature times the cross-entropy with a label y drawn from q has the gradient
+        square says nothing there. temperature times the cross-entropy with a label y drawn from q has the gradient
         q - e_y, whose square has the mean diag(q) - q q^T: the Fisher information of the student itself (Martens 2014,
         arXiv 1412.1193). So does the cross-entropy with the text under its own model, at temperature 1: in "ce+kl" each
         token is of one of the two, drawn by their weights.
@@ -140,7 +185,7 @@ class DistillationLoss:
         return _MeanWithGradient.apply(logits, of_piece)
 
     def fill(self, model: nn.Module, batches: Sequence[Tensor], progress: bool = False) -> None:
-        """Have the teacher say what it has to, ahead of a change of the weights.
+        """Fill the cache with the teacher's logits of batches, ahead of a change of the weights.
 
         Args:
             model: converted or not yet.
@@ -157,63 +202,24 @@ class DistillationLoss:
             check_input_ids(batch)
             self.cache.top(model, batch, self.temperature)
 
-    def lacking(self, batches: Sequence[Tensor]) -> list[int]:
-        """Indices of the batches about which a cache would have to ask the teacher."""
-        return [at for at, batch in enumerate(batches) if not self.cache.holds(batch, self.temperature)]
 
-    def _teacher(self, model: nn.Module, input_ids: Tensor) -> Teacher:
-        if self.cache is not None:
-            top = self.cache.top(model, input_ids, self.temperature)
-            return lambda student, row, tokens: _filled_up(top, student, row, tokens)
-        logits = teacher_logits(model, input_ids)
-
-        def whole(_: Tensor, row: int, tokens: slice) -> Tensor:
-            return torch.log_softmax(logits[row, tokens].float() / self.temperature, -1)
-
-        return whole
-
-
-def _filled_up(top: TopLogProbs, student: Tensor, row: int, tokens: slice) -> Tensor:
-    """The teacher's log-probabilities, the rest of which is shared out as the student does."""
-    ids = top.ids[row, tokens].long()
-    rest = student.scatter(-1, ids, -math.inf).logsumexp(-1)
-    return (student + (top.rest[row, tokens] - rest)[:, None]).scatter_(-1, ids, top.log_probs[row, tokens])
-
-
-def _distance(
-    values: Tensor, labels: Tensor, teacher: Teacher, place: tuple[int, slice], ce_weight: float, temperature: float
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """(sum of the losses of logits [tokens, vocabulary], what gives its gradient)."""
-    student = torch.log_softmax(values / temperature, -1)
-    # a finite floor: tokens that both exclude by -inf are no difference
-    lowest = torch.finfo(torch.float32).min
-    target = teacher(student, *place).clamp_(min=lowest)
-    student = student.clamp_(min=lowest)
-    probabilities = target.exp()
-    kl_weight = (1.0 - ce_weight) * temperature
-    loss = kl_weight * temperature * (target.sub_(student).mul_(probabilities)).sum()
-    if ce_weight:
-        text = student if temperature == 1.0 else torch.log_softmax(values, -1)
-        loss = loss - ce_weight * text.gather(1, labels[:, None]).sum()
-
-    def gradient() -> Tensor:
-        found = student.exp().sub_(probabilities).mul_(kl_weight)
-        if ce_weight:
-            of_text = text.exp().scatter_add_(1, labels[:, None], -torch.ones_like(labels[:, None], dtype=text.dtype))
-            found.add_(of_text, alpha=ce_weight)
-        return found
-
-    return loss, gradient
+def _pieces(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    """(row, tokens) of logits [batch, length, vocabulary], in pieces; the last token of a row predicts none."""
+    batch, length, vocabulary = logits.shape
+    size = max(PIECE // vocabulary, 1)
+    for row in range(batch):
+        for start in range(0, length - 1, size):
+            yield row, slice(start, min(start + size, length - 1))
 
 
 class _MeanWithGradient(torch.autograd.Function):
-    """The mean over next tokens of losses of logits [batch, length, vocabulary], whose gradient is found with it."""
+    """The mean over next tokens of losses of logits [batch, length, vocabulary], whose gradient is computed with it."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, of_piece: OfPiece) -> Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         sums = []
-        for row, tokens in pieces(logits):
+        for row, tokens in _pieces(logits):
             loss, its_gradient = of_piece(logits[row, tokens].float(), row, tokens)
             sums.append(loss)
             if gradient is not None:
@@ -229,3 +235,201 @@ class _MeanWithGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * (grad / ctx.count), None
+
+
+def _masked_layers(model: nn.Module) -> list[MaskedLinear]:
+    return [module for module in model.modules() if isinstance(module, MaskedLinear)]
+
+
+@torch.no_grad()
+def teacher_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of the dense model, in eval mode; ValueError if kept weights have changed."""
+    with evaluating(model), dense(model) if _masked_layers(model) else nullcontext():
+        return model(input_ids, use_cache=False).logits
+
+
+class TopLogProbs(NamedTuple):
+    """The teacher's distributions of the next tokens, cut to the k likeliest.
+
+    Attributes:
+        ids: int32 [batch, length - 1, k], of the likeliest tokens.
+        log_probs: float32 [batch, length - 1, k], in nats.
+        rest: float32 [batch, length - 1], log of what all other tokens have together.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+
+class TeacherCache:
+    """The dense model's k likeliest next tokens and the mass of the rest, for batches that come again.
+
+    It costs a teacher's forward once a batch, and 8 k + 4 bytes a token. Once ``bind`` was given the model, what the
+    cache holds outlives a change of the weights, behind which there is no dense model. A batch is recognised by its
+    tokens.
+
+    Args:
+        k: tokens, at least 1; of a vocabulary that has no more, all but one.
+        folder: where a safetensors file a batch is kept, made if missing; on several ranks one that all of them see.
+            None: in memory, on the CPU.
+
+    Raises:
+        TypeError, ValueError: ``k`` is no int of at least 1.
+    """
+
+    def __init__(self, k: int = LIKELIEST, folder: str | Path | None = None):
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k: expected an int, got {describe(k)}")
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        self.k = k
+        self.folder = None if folder is None else Path(folder)
+        self._held: dict[str, TopLogProbs] = {}
+        self._bound: str | None = None
+        self._used: str | None = None
+        # of each model its parameters, which are held for a new one could have the place of one that is gone, what
+        # changes where one is written to, and their digest
+        self._digests: WeakKeyDictionary[nn.Module, tuple[list[Tensor], list | None, str]] = WeakKeyDictionary()
+
+    def top(self, model: nn.Module, input_ids: Tensor, temperature: float) -> TopLogProbs:
+        """The teacher's distributions for a batch, on its device; those of a new batch are computed and kept.
+
+        Args:
+            model: the student, or the dense model before it is converted.
+            input_ids: int64 [batch, length].
+            temperature: by which the logits are divided.
+
+        Raises:
+            ValueError: if a batch is new and kept weights have changed, or what is held is damaged or of another
+                model.
+            OSError: if a file cannot be read or written.
+        """
+        changed = any(layer.weight_changed for layer in _masked_layers(model))
+        teacher = self.teacher if changed else self._teacher_of(model)
+        name = self._name(input_ids, temperature, teacher)
+        top = None if teacher is None else self._read(name)
+        if top is None:
+            if changed:
+                raise ValueError(self._lacking("of every batch, got none of this one"))
+            top = _top_of(teacher_logits(model, input_ids), self.k, temperature)
+            self._write(name, top)
+        return TopLogProbs(*(tensor.to(input_ids.device) for tensor in top))
+
+    @property
+    def teacher(self) -> str | None:
+        """The digest of the weights that ``bind`` was given, also once they are gone; None before.
+
+        Raises:
+            ValueError: if its file is damaged.
+        """
+        if self._bound is None and self.folder is not None and (path := self.folder / TEACHER).exists():
+            try:
+                self._bound = str(json.loads(path.read_bytes())["teacher"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(_damaged(path)) from None
+        return self._bound
+
+    def bind(self, model: nn.Module) -> None:
+        """Write down whose logits these are: once the weights have changed, it cannot be computed any more.
+
+        Raises:
+            ValueError: if kept weights have changed before, or the cache is of another model.
+            OSError: if that cannot be written.
+        """
+        if any(layer.weight_changed for layer in _masked_layers(model)):
+            if self.teacher is None:
+                raise ValueError(self._lacking("to be filled in, got none"))
+            return
+        teacher = self._teacher_of(model)
+        if self.teacher is None:
+            if self.folder is not None:
+                make_folder(self.folder)
+                write_whole(self.folder / TEACHER, json.dumps({"teacher": teacher}).encode())
+            self._bound = teacher
+
+    def _teacher_of(self, model: nn.Module) -> str:
+        """The digest of all parameters but the logits of masks; ValueError if the cache has served another model."""
+        learned = {id(layer.logits) for layer in _masked_layers(model)}
+        # a weight that two modules share is one parameter before a conversion, and two behind it
+        every = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+        own = [parameter for parameter in every if id(parameter) not in learned and not parameter.is_meta]
+        # torch does not count the writes to tensors of inference
+        counted = not any(parameter.is_inference() for parameter in own)
+        writes = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in own] if counted else None
+        _, before, teacher = self._digests.get(model, (own, None, ""))
+        if writes is None or before != writes:
+            teacher = digest(own)
+            self._digests[model] = own, writes, teacher
+        if {self._used, self.teacher} - {None, teacher}:
+            raise ValueError(
+                "cache: expected logits of this model alone, got some of a model with other weights, or from before "
+                "this one's were written to; give each a cache of its own"
+            )
+        self._used = teacher
+        return teacher
+
+    def _lacking(self, what: str) -> str:
+        where = "" if self.folder is None else f" in {str(self.folder)!r}, a folder that all ranks have to see"
+        return (
+            f"cache: expected the dense model's logits {what}{where}, and the weights have changed since; fill it "
+            "before they do"
+        )
+
+    def _name(self, input_ids: Tensor, temperature: float, teacher: str | None) -> str:
+        key = f"{digest([input_ids])} {temperature!r} {self.k} {teacher}"
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _write(self, name: str, top: TopLogProbs) -> None:
+        tensors = {field: tensor.cpu().contiguous() for field, tensor in top._asdict().items()}
+        if self.folder is None:
+            self._held[name] = TopLogProbs(**tensors)
+        else:
+            make_folder(self.folder)
+            write_whole(self._path(name), save(tensors))
+
+    def _read(self, name: str) -> TopLogProbs | None:
+        if self.folder is None:
+            return self._held.get(name)
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            return TopLogProbs(**load(path.read_bytes()))
+        except (SafetensorError, TypeError):
+            raise ValueError(_damaged(path)) from None
+
+
+def _damaged(path: Path) -> str:
+    return f"cache: expected a file as it was written, got a damaged one, {str(path)!r}: remove it"
+
+
+def _top_of(logits: Tensor, k: int, temperature: float) -> TopLogProbs:
+    batch, length, vocabulary = logits.shape
+    k = min(k, vocabulary - 1)
+    at = {"device": logits.device}
+    top = TopLogProbs(
+        torch.empty(batch, length - 1, k, dtype=torch.int32, **at),
+        torch.empty(batch, length - 1, k, dtype=torch.float32, **at),
+        torch.empty(batch, length - 1, dtype=torch.float32, **at),
+    )
+    for row, tokens in _pieces(logits):
+        values = logits[row, tokens].float()
+        ids = _largest(values, k)
+        log_probs = torch.log_softmax(values / temperature, -1)
+        top.ids[row, tokens] = ids.int()
+        top.log_probs[row, tokens] = log_probs.gather(-1, ids)
+        # not 1 less the others' sum, of which few digits would be left
+        top.rest[row, tokens] = log_probs.scatter_(-1, ids, -math.inf).logsumexp(-1)
+    return top
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Indices [..., k] of the k largest float32 values, ties to the lower index: those of 16 bits have many."""
+    bits = values.contiguous().view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    index = torch.arange(values.shape[-1], device=values.device)
+    return (ordered.mul_(1 << 32).sub_(index)).topk(k).indices

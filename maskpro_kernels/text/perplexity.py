@@ -1,8 +1,12 @@
-"""Loss and perplexity of causal language models."""
+"""Loss and perplexity of causal language models: by token over windows, and by word as lm-eval finds it."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +14,41 @@ from tqdm import tqdm
 
 from ..modules import evaluating
 from ..shards import without_gradients
+from .batches import check_vocabulary
 
 # Windows in a forward pass of an evaluation
 EVALUATED_TOGETHER = 4
+# The context of a model whose config and tokenizer give none, as lm-eval takes it
+CONTEXT = 2048
+# Positions whose logits are cast to float32 together
+POSITIONS = 1024
+# Patterns of re and what lm-eval's wikitext_detokenizer puts for them, in its order
+DETOKENIZED = (
+    (re.escape("s '"), "s'"),
+    (r"/' [0-9]/", r"/'[0-9]/"),
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (re.escape(" @.@ "), "."),
+    (" : ", ": "),
+    (" ; ", "; "),
+    (re.escape(" . "), ". "),
+    (" ! ", "! "),
+    (re.escape(" ? "), "? "),
+    (" , ", ", "),
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"{\s*([^}]*?)\s*}", r"{\1}"),
+    (r"\"\s*([^\"]*?)\s*\"", r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    ("= = = =", "===="),
+    ("= = =", "==="),
+    ("= =", "=="),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
 
 
 def check_input_ids(input_ids: torch.Tensor) -> None:
@@ -50,8 +86,9 @@ def perplexity(
 ) -> float:
     """exp of the mean next-token cross-entropy over windows; every token counts alike.
 
-    The model is evaluated in eval() mode, where masked layers take their top-N masks; every module is then put
-    back into the mode it came in.
+    Over windows of 2048 tokens of all documents of WikiText-2's test split, joined by blank lines, this is the figure
+    of SparseGPT, Wanda and MaskLLM. The model is evaluated in eval() mode, where masked layers take their top-N masks;
+    every module is then put back into the mode it came in.
 
     Args:
         model: a Hugging Face causal language model.
@@ -75,7 +112,127 @@ def perplexity(
     with without_gradients(model), evaluating(model):
         for batch in tqdm(windows.split(batch_size), desc="perplexity", disable=not progress, leave=False):
             total += causal_lm_loss(model, batch.to(device)).item() * len(batch)
+    return _exp(total / len(windows))
+
+
+class WordPerplexity(NamedTuple):
+    """Perplexity by word, and other figures of the same sum of log-likelihoods.
+
+    Attributes:
+        perplexity: by word; inf where it exceeds the range of a float, and so is that by token.
+        window: tokens that the model sees at once, at most.
+        tokens: how many were predicted.
+        words: in the documents as they were.
+        bytes: of these documents in UTF-8.
+        token_perplexity: by token.
+        bits_per_byte: by byte.
+    """
+
+    perplexity: float
+    window: int
+    tokens: int
+    words: int
+    bytes: int
+    token_perplexity: float
+    bits_per_byte: float
+
+
+def word_perplexity(
+    model: torch.nn.Module,
+    tokenizer: Callable,
+    documents: Sequence[str],
+    length: int | None = None,
+    progress: bool = False,
+) -> WordPerplexity:
+    """Perplexity by word, as the task wikitext of lm-eval finds it (EleutherAI/lm-evaluation-harness 0.4).
+
+    Each document is detokenized and made into tokens on its own, every token is predicted, and the sum is divided by
+    the words of the documents as they were. Any text will do; that of lm-eval is WikiText-2 (Merity et al. 2016,
+    arXiv 1609.07843), "EleutherAI/wikitext_document_level:wikitext-2-raw-v1" with the column "page". The model is
+    evaluated in eval() mode; every module is then put back into the mode it came in.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        documents: as they are, see ``load_documents``.
+        length: the most tokens that the model sees, at least 2. None: by lm-eval's rule what the model's config gives,
+            or its tokenizer, or 2048.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: if there is no token to predict, the model does not have one of the tokens, the tokenizer has none
+            that text begins or ends with, or ``length`` is below 2.
+    """
+    if length is not None and length < 2:
+        raise ValueError(f"length: expected at least 2 tokens, got {length}")
+    length = length or context_length(model, tokenizer)
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise ValueError(
+            f"tokenizer: expected one with a token that text begins or ends with, got {type(tokenizer).__name__} "
+            "without; set its eos_token"
+        )
+    tokens = [_tokens_to_predict(detokenized(document), tokenizer, first) for document in documents]
+    windows = [window for own in tokens for window in rolling_windows(own, first, length)]
+    if not windows:
+        raise ValueError("text: expected at least 1 token, got none")
+    check_vocabulary(torch.tensor([first, *chain.from_iterable(tokens)]), model.get_input_embeddings().num_embeddings)
+    words = sum(len(re.split(r"\s+", document)) for document in documents)
+    size = sum(len(document.encode()) for document in documents)
+    nats, count = 0.0, sum(map(len, tokens))
+    device = next(model.parameters()).device
+    with without_gradients(model), evaluating(model):
+        for inputs, targets in tqdm(windows, desc="perplexity", disable=not progress, leave=False):
+            logits = model(torch.tensor([inputs], device=device), use_cache=False).logits[0, -len(targets) :]
+            labels = torch.tensor(targets, device=logits.device)
+            nats += sum(
+                F.cross_entropy(part.float(), own, reduction="sum").item()
+                for part, own in zip(logits.split(POSITIONS), labels.split(POSITIONS), strict=True)
+            )
+    bits = nats / size / math.log(2)
+    return WordPerplexity(_exp(nats / words), length, count, words, size, _exp(nats / count), bits)
+
+
+def context_length(model: torch.nn.Module, tokenizer: Callable) -> int:
+    """How many tokens a model sees at once, by lm-eval's rule: its config's number, its tokenizer's, or CONTEXT."""
+    config = getattr(model.config, "text_config", None) or model.config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    length = getattr(tokenizer, "model_max_length", None)
+    # transformers puts 10**30 where a tokenizer gives none
+    return int(length) if length is not None and length < 1e29 else CONTEXT
+
+
+def detokenized(document: str) -> str:
+    """A document of WikiText as text, by lm-eval's ``wikitext_detokenizer``."""
+    for pattern, text in DETOKENIZED:
+        document = re.sub(pattern, text, document)
+    return document
+
+
+def _tokens_to_predict(text: str, tokenizer: Callable, first: int) -> list[int]:
+    """With the special tokens of the tokenizer, unless the text begins with what would be the first one."""
+    special = {"add_special_tokens": False} if text.startswith(tokenizer.decode(first)) else {}
+    # verbose=False silences the warning that the text is longer than the model's context
+    return tokenizer(text, verbose=False, **special)["input_ids"]
+
+
+def rolling_windows(tokens: Sequence[int], first: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(inputs, targets) by which each token of a document is predicted once; targets are those of the last inputs.
+
+    A window has at most ``length`` inputs and as many targets. The last one has the targets that are left, behind as
+    many inputs of the window before as there is room for: ``get_rolling_token_windows`` of lm-eval with a context of
+    one. ``first`` is the token in front of the document.
+    """
+    inputs = [first, *tokens]
+    for begin in range(0, len(tokens), length):
+        end = min(begin + length, len(tokens))
+        yield inputs[max(end - length, 0) : end], list(tokens[begin:end])
+
+
+def _exp(nats: float) -> float:
     try:
-        return math.exp(total / len(windows))
+        return math.exp(nats)
     except OverflowError:
         return math.inf

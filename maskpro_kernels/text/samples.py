@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..modules import evaluating
 from ..shards import without_gradients
-from .data import generator_of
-from .inverse_sampling import drawn_indices
+from .batches import generator_of
 
-# Windows that are drawn together where nothing else is said
+# Windows that are drawn together by default
 TOGETHER = 128
+# Probabilities that are summed first
+BLOCK = 256
+BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 def start_token(tokenizer) -> int | None:
@@ -31,16 +34,13 @@ def sample_windows(
     *,
     batch_size: int = TOGETHER,
     seed: int = 0,
-    known: Tensor | None = None,
-    keep: Callable[[Tensor], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """Windows of tokens that a model draws from its own next-token probabilities, at temperature 1.
+    """Draw windows of tokens from a model's own next-token probabilities, at temperature 1.
 
     A window begins with ``start`` and goes on behind an end of text, as text does that is cut into windows. Tokens are
     drawn by the inverse of the cumulative distribution, of float32 probabilities and a float64 number from a generator
-    on the CPU. Batch i, of ``batch_size`` windows, has a generator of its own, seeded by ``seed`` and
-    i. So whoever goes on behind whole batches draws the tokens of a call that was never broken off.
+    on the CPU. Batch i, of ``batch_size`` windows, has a generator of its own, seeded by ``seed`` and i.
 
     Draw before the model is converted: a masked model writes other text.
 
@@ -51,9 +51,7 @@ def sample_windows(
         length: tokens in a window with the first one, at least 2.
         batch_size: windows that are drawn together. Their keys and values stay in memory meanwhile.
         seed: at least 0.
-        known: int64 [whole batches * batch_size, length], what an earlier call with these arguments gave to ``keep``.
-        keep: called behind each batch with all windows so far.
-        progress: called behind each token of a batch with how many have been drawn in this call, and of how many.
+        progress: called behind each token of a batch with how many have been drawn, and of how many.
 
     Returns:
         int64 [windows, length], on the CPU.
@@ -62,25 +60,27 @@ def sample_windows(
         ValueError: if an argument is out of its range, or the model's logits are not finite.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
-    _check(windows=(windows, 1), length=(length, 2), batch_size=(batch_size, 1), seed=(seed, 0))
+    for name, value, low in (
+        ("windows", windows, 1),
+        ("length", length, 2),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if not isinstance(value, int) or value < low:
+            raise ValueError(f"{name}: expected an int of at least {low}, got {value!r}")
     if start is not None and not 0 <= start < vocabulary:
         raise ValueError(f"start: expected a token below {vocabulary}, the size of the vocabulary, got {start}")
-    found = torch.empty(0, length, dtype=torch.int64) if known is None else known
-    _check_known(found, windows, length, batch_size)
-    begun = len(found) // batch_size
-    batches = math.ceil(windows / batch_size)
+    batches, drawn = math.ceil(windows / batch_size), []
     with without_gradients(model), evaluating(model):
-        for batch in range(begun, batches) if len(found) < windows else ():
+        for batch in range(batches):
 
-            def tell(done: int, before: int = batch - begun) -> None:
+            def report(tokens: int, done: int = batch) -> None:
                 if progress is not None:
-                    progress(before * (length - 1) + done, (batches - begun) * (length - 1))
+                    progress(done * (length - 1) + tokens, batches * (length - 1))
 
             rows = min(batch_size, windows - batch * batch_size)
-            found = torch.cat([found, _draw(model, start, rows, length, generator_of("samples", seed, batch), tell)])
-            if keep is not None:
-                keep(found)
-    return found
+            drawn.append(_draw(model, start, rows, length, generator_of("samples", seed, batch), report))
+    return torch.cat(drawn)
 
 
 def _draw(
@@ -89,9 +89,9 @@ def _draw(
     rows: int,
     length: int,
     generator: torch.Generator,
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> Tensor:
-    """int64 [rows, length], drawn together; ``tell`` is called with the tokens of a window that have been drawn."""
+    """int64 [rows, length]; ``report`` is called with how many tokens of each window have been drawn."""
     # it imports transformers
     from ..hf import next_logits, preallocated_cache
 
@@ -106,22 +106,48 @@ def _draw(
         probabilities = next_logits(model, tokens[:, at - 1 : at], cache).softmax(-1, dtype=torch.float32)
         finite &= probabilities.sum(-1).isfinite().all()
         tokens[:, at] = drawn_indices(probabilities, uniform[:, at])
-        tell(at)
+        report(at)
     if not finite:
         raise ValueError("model: expected finite logits, got NaN or infinity; take another --dtype or model")
     return tokens.cpu()
 
 
-def _check_known(known: Tensor, windows: int, length: int, batch_size: int) -> None:
-    whole = len(known) == windows or len(known) < windows and len(known) % batch_size == 0
-    if known.dim() != 2 or known.shape[1] != length or not whole:
-        raise ValueError(
-            f"known: expected whole batches of {batch_size} windows of {length} tokens, {windows} at most, got "
-            f"{list(known.shape)}"
-        )
+def drawn_indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """For each row the index at which the sum of the probabilities up to it passes a uniform number.
+
+    That draws by the inverse of the cumulative distribution (Devroye 1986, Non-Uniform Random Variate Generation,
+    chapter III.2). First the block of probabilities, then the one in it: a sum over a vocabulary one by one takes
+    longer than a small model's forward takes for its widest layer. Sums are cumulated in float64 on the CPU, since
+    float32 ones would lose rare indices, and those of a GPU have no fixed order.
+
+    Args:
+        probabilities: float32 [rows, n]. A row need not sum to 1. One that holds NaN gives some index.
+        uniform: float64 [rows], in [0, 1).
+
+    Returns:
+        int64 [rows], on the device of the probabilities.
+    """
+    rows, count = probabilities.shape
+    lacking = -count % BLOCK
+    blocks = (F.pad(probabilities, (0, lacking)) if lacking else probabilities).unflatten(1, (-1, BLOCK))
+    block, rest = _passed(blocks.sum(-1), uniform.cpu()[:, None])
+    row = torch.arange(rows, device=blocks.device)
+    inside, _ = _passed(blocks[row, block.to(blocks.device)], rest)
+    return (block * BLOCK + inside).clamp(max=count - 1).to(probabilities.device)
 
 
-def _check(**least: tuple[int, int]) -> None:
-    for name, (value, low) in least.items():
-        if not isinstance(value, int) or value < low:
-            raise ValueError(f"{name}: expected an int of at least {low}, got {value!r}")
+def _passed(weights: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+    """(index [rows] at which a part of the sum of weights is passed, the fraction of its weight before that [rows, 1]).
+
+    Args:
+        weights: [rows, columns], not negative.
+        part: float64 [rows, 1], in [0, 1), on the CPU.
+    """
+    weights = weights.cpu().double()
+    sums = weights.cumsum(-1)
+    sought = part * sums[:, -1:]
+    # right: a weight of 0 has no place between two sums
+    index = torch.searchsorted(sums, sought, right=True).clamp(max=weights.shape[1] - 1)
+    own = weights.gather(-1, index)
+    rest = (sought - (sums.gather(-1, index) - own)) / own
+    return index[:, 0], rest.clamp(0.0, BELOW_ONE)

@@ -149,7 +149,7 @@ def test_a_text_that_has_changed_since_the_run_is_told(inputs, tmp_path, capsys)
 def test_windows_beyond_the_context_of_a_model_are_told(inputs, tmp_path, capsys):
     text = f"--data {inputs / 'text.txt'} --device cpu --dtype float32".split()
     told = "expected windows of at most 64 tokens, the model's context (max_position_embeddings), got 65;"
-    for options, name in (("--eval-length 6{}", "eval_length"), ("--protocol wikitext2@6{}", "protocol")):
+    for options, name in (("--eval-length 6{}", "eval_length"), ("--protocol tokens@6{}", "protocol")):
         for last in (4, 5):
             capsys.readouterr()
             assert main.main(["eval", str(inputs / "model"), *text, *options.format(last).split()]) == 0

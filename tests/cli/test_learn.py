@@ -22,8 +22,9 @@ from maskpro_kernels.cli import main, perplexities
 from maskpro_kernels.cli.mask_files import mask_of_step
 from maskpro_kernels.cli.perplexities import ValidationPerplexities
 from maskpro_kernels.cli.run_files import BEST_MASK
-from maskpro_kernels.text.data import load_text, windows
+from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.perplexity import perplexity
+from maskpro_kernels.text.sources import load_text
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

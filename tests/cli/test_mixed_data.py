@@ -7,19 +7,15 @@ from argparse import Namespace
 
 import pytest
 import torch
-from filelock import FileLock
 from helpers.bits import assert_same_bits
-from helpers.cases import cases, slow
-from helpers.command import broken_off, contents, learn, refuses, report
+from helpers.cases import slow
+from helpers.command import broken_off, learn, refuses, report
 from helpers.tiny_llama import tiny_text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from maskpro_kernels.checkpoints.logits import load_logits
-from maskpro_kernels.cli import learning_run, main, run_samples, unbegun
-from maskpro_kernels.cli.learning_run import LearningRun
-from maskpro_kernels.cli.perplexities import ValidationPerplexities
+from maskpro_kernels.cli import main, run_samples
 from maskpro_kernels.cli.run_settings import stored_settings
-from maskpro_kernels.learn.run_folder import RunFolder
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.report.parting import parting, told
 
@@ -60,22 +56,6 @@ def mixed(inputs, output, *more):
 
 def samples_of(run):
     return load_file(run / SAMPLES)["tokens"]
-
-
-def kill_at(monkeypatch, count):
-    """The process ends in the batch of samples behind so many."""
-    draw, drawn = run_samples.sample_windows, []
-
-    def killed(*args, keep, **options):
-        def kept(found):
-            keep(found)
-            drawn.append(found)
-            if len(drawn) == count:
-                raise Killed
-
-        return draw(*args, keep=kept, **options)
-
-    monkeypatch.setattr(run_samples, "sample_windows", killed)
 
 
 def test_batches_hold_text_and_samples_by_their_shares(inputs, tmp_path, batches, capsys):
@@ -123,108 +103,6 @@ def test_samples_are_of_the_dense_model_whatever_mask_is_learned(inputs, tmp_pat
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("count", [1, slow(3)])
-def test_a_run_that_is_killed_while_it_draws_goes_on_by_the_same_command(inputs, tmp_path, monkeypatch, count):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert main.main(mixed(inputs, whole, "--init-batches", "6")) == 0
-    with monkeypatch.context() as patched:
-        kill_at(patched, count)
-        with pytest.raises(Killed):
-            main.main(mixed(inputs, run, "--init-batches", "6"))
-    assert len(samples_of(run)) == 2 * count
-    # as a process leaves it that is killed while it writes
-    half = run / f"{SAMPLES}.{15:016x}.tmp"
-    half.write_bytes(b"half")
-    assert main.main(mixed(inputs, run, "--init-batches", "6")) == 0
-    assert_same_bits(samples_of(run), samples_of(whole))
-    assert report(run)["logits"] == report(whole)["logits"]
-    assert not half.exists()
-
-
-KL = "--refit weights --loss kl".split()
-BEFORE_THE_FIRST_STEP = [
-    (RunFolder, "start_journal"),
-    (learning_run, "save_start_weights"),
-    (ValidationPerplexities, "add"),
-    (learning_run, "write_whole"),
-]
-
-
-@pytest.mark.parametrize(("place", "name"), cases(BEFORE_THE_FIRST_STEP, slow=lambda place, name: name != "add"))
-def test_a_run_that_is_killed_before_its_first_step_goes_on_by_the_same_command(
-    inputs, tmp_path, monkeypatch, place, name
-):
-    run, did = tmp_path / "run", getattr(place, name)
-
-    def killed(*args):
-        if name != "write_whole":
-            did(*args)
-        raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(place, name, killed)
-        # a process that is killed takes nothing back
-        patched.setattr(LearningRun, "_take_back", lambda *_: None)
-        main.main(mixed(inputs, run, *KL, "--init-batches", "2"))
-    drawn = samples_of(run)
-    for half in (
-        "settings.json",
-        "progress/validation.jsonl",
-        f"progress/snapshot-{0:010}-{0:032x}.safetensors",
-    ):
-        (run / f"{half}.{15:016x}.tmp").write_bytes(b"half")
-    monkeypatch.setattr(run_samples, "sample_windows", None)
-    # what was of the other options is gone
-    assert main.main(mixed(inputs, run, "--init-batches", "2")) == 0
-    assert_same_bits(samples_of(run), drawn)
-    assert {path.name for path in (run / "progress").iterdir() if not path.name.startswith("snapshot-0000000000-")} == {
-        ".lock", "initial-mask.safetensors", "journal", "metrics.jsonl", "samples.safetensors", "validation.jsonl"
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("place", "name"), cases(BEFORE_THE_FIRST_STEP, slow=lambda place, name: name != "write_whole")
-)
-@pytest.mark.parametrize("error", [ValueError("cache: damaged"), slow(Killed())])
-def test_an_error_before_the_first_step_leaves_the_samples_alone(inputs, tmp_path, monkeypatch, place, name, error):
-    def failing(*args):
-        raise error
-
-    with monkeypatch.context() as patched:
-        patched.setattr(place, name, failing)
-        try:
-            assert main.main(mixed(inputs, tmp_path / "run", *KL, "--init-batches", "2")) == 2
-        except Killed:
-            assert isinstance(error, Killed)
-    left = {path.relative_to(tmp_path / "run").as_posix() for path in contents(tmp_path / "run")}
-    # what the dense model has said as well
-    assert {name for name in left if not name.startswith("progress/teacher/")} == {
-        "progress", SAMPLES, "progress/teacher"
-    }  # fmt: skip
-    assert main.main(mixed(inputs, tmp_path / "run", *KL, "--init-batches", "2")) == 0
-
-
-def test_what_has_learned_makes_no_room(inputs, tmp_path, monkeypatch, capsys):
-    """Though its settings are lost; nor does what a process holds that begins at the same time."""
-    run = tmp_path / "run"
-    with pytest.raises(Killed):
-        broken_off(inputs, run, monkeypatch, 2, ["--init-batches", "2"], kill)
-    for lost in ("settings.json", "progress/metrics.jsonl"):
-        (run / lost).unlink()
-        refuses(capsys, tmp_path, learn(inputs, run), "output: expected a new or empty folder")
-    before = contents(run)
-    unbegun.clear_unbegun(run)
-    assert contents(run) == before
-    journal = run / "progress" / "journal"
-    journal.write_bytes(journal.read_bytes()[:20])
-    refuses(capsys, tmp_path, learn(inputs, run), "output: expected a new or empty folder")
-    journal.unlink()
-    with FileLock(run / "progress" / ".lock"):
-        before = contents(run)
-        unbegun.clear_unbegun(run)
-        assert contents(run) == before
-
-
 def test_a_run_goes_on_with_the_samples_in_its_folder(inputs, tmp_path, capsys, monkeypatch):
     run, step = tmp_path / "run", MaskTrainer.step
 
@@ -244,30 +122,6 @@ def test_a_run_goes_on_with_the_samples_in_its_folder(inputs, tmp_path, capsys, 
     assert "drawing" not in capsys.readouterr().err
     ours, theirs = (load_logits(folder / "logits.safetensors")[0] for folder in (run, tmp_path / "whole"))
     assert_same_bits(ours, theirs)
-
-
-def test_samples_that_are_damaged_or_of_another_run_are_refused(inputs, tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        kill_at(patched, 1)
-        main.main(mixed(inputs, run))
-    capsys.readouterr()
-    refuses(capsys, tmp_path, mixed(inputs, run, "--seed", "1"), "samples: expected those of this run in", "other seed")
-    file, metadata = run / SAMPLES, run_samples.json.dumps({})
-    sound = file.read_bytes()
-    for damage, message in (
-        (lambda: file.write_bytes(sound[:-1]), "samples: expected whole ones in"),
-        (lambda: file.write_bytes(sound[:-1] + b"\1"), "samples: expected those of their digest in"),
-        (lambda: save_file({"tokens": torch.zeros(2, 16)}, file, {"of": metadata}), "samples: expected whole ones in"),
-    ):
-        damage()
-        refuses(capsys, tmp_path, mixed(inputs, run), message, "or remove the file to draw them anew")
-    file.unlink()
-    with FileLock(run / "progress" / ".lock"):
-        assert main.main(mixed(inputs, run)) == 2
-        assert "output: expected a folder that no other process is at" in capsys.readouterr().err
-    (run / "of mine").touch()
-    refuses(capsys, tmp_path, mixed(inputs, run), "output: expected a new or empty folder")
 
 
 def test_a_model_whose_logits_are_not_finite_writes_nothing(inputs, tmp_path, capsys, monkeypatch):
@@ -332,7 +186,7 @@ def test_a_run_is_evaluated_on_its_own_text_from_any_folder(inputs, tmp_path, ca
     assert main.main(["eval", str(tmp_path / "run"), *sizes]) == 0
     learned = report(tmp_path / "run")["table"][-1]["perplexity"]
     assert capsys.readouterr().out.splitlines()[0] == f"test perplexity {learned:.2f} over 5 windows of 24 tokens"
-    told = "data: expected --data, --protocol or --tasks, since only a run has a text of"
+    told = "data: expected --data or --protocol, since only a run has a text of"
     refuses(capsys, tmp_path, ["eval", str(inputs / "model")], told)
     refuses(capsys, tmp_path, ["eval", str(tmp_path / "lost")], "there is no such folder")
     (tmp_path / "run" / "settings.json").unlink()
@@ -354,44 +208,12 @@ def test_a_run_beside_files_that_are_called_like_its_sources_goes_on(inputs, tmp
 
 
 @pytest.mark.slow
-def test_runs_that_learn_from_more_are_compared_on_the_same_text(inputs, run, tmp_path, capsys):
-    assert main.main(mixed(inputs, tmp_path / "mixed", "--init-batches", "1")) == 0
-    capsys.readouterr()
-    assert main.main(["compare", str(run), str(tmp_path / "mixed")]) == 0
-    assert f"reinforce: {tmp_path / 'mixed'}" in capsys.readouterr().out
-    both = f"{inputs / 'text.txt'},pydoc,self"
-    assert main.main(learn(inputs, tmp_path / "both", "--data", both, "--init-batches", "1")) == 0
-    capsys.readouterr()
-    refuses(capsys, tmp_path, ["compare", str(run), str(tmp_path / "both")], "expected the same data in all")
-
-
-@pytest.mark.slow
-def test_runs_on_samples_alone_are_compared_on_the_same_samples(inputs, tmp_path, capsys):
-    for name, options in (("one", []), ("longer", ["--steps", "4"]), ("other", ["--seed", "1"])):
-        options = ["--data", "self", "--init-batches", "1", *options]
-        assert main.main(learn(inputs, tmp_path / name, *options)) == 0
-    capsys.readouterr()
-    assert main.main(["compare", str(tmp_path / "one"), str(tmp_path / "longer")]) == 0
-    compared = ["compare", str(tmp_path / "one"), str(tmp_path / "other")]
-    refuses(capsys, tmp_path, compared, "run: expected the same test windows in all, got others in", "--seed")
-
-
-@pytest.mark.slow
 def test_a_text_that_is_named_from_its_folder_is_told_by_its_path(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(inputs)
     assert main.main(learn(inputs, tmp_path / "run", "--data", "text.txt", "--other-data", "text.txt")) == 0
     settings, path = report(tmp_path / "run")["settings"], str(inputs / "text.txt")
     assert (settings["data"], settings["other_data"]) == (path, path)
     assert settings["output"] == str(tmp_path / "run")
-
-
-def test_who_ends_the_drawing_is_told_how_it_goes_on(inputs, tmp_path, monkeypatch, capsys):
-    def interrupted(*args, **more):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_samples, "sample_windows", interrupted)
-    assert main.main(mixed(inputs, tmp_path / "run")) == 130
-    assert "the same command goes on with the samples that are kept" in capsys.readouterr().err
 
 
 def test_without_data_a_run_learns_from_half_its_own_samples(inputs, tmp_path, batches, capsys):
@@ -419,14 +241,6 @@ def test_texts_part_where_the_mask_is_farther_from_dense_on_the_other():
     assert "holds less" not in told(found | {"parted": False}, "stdlib")
     assert parting(rows((10, 20), (10, float("inf"))))["parted"]
     assert parting([{"perplexity": 1.0}, *rows((2, 2))]) is None
-
-
-def test_report_and_page_say_how_far_the_texts_part(inputs, run):
-    written = report(run)
-    found = parting(written["table"])
-    assert written["parting"] == found and json.loads(json.dumps(found)) == found
-    page = (run / "report.html").read_text(encoding="utf-8")
-    assert told(found, "pydoc")[1:].replace("'", "&#x27;") in page
 
 
 def test_windows_that_come_round_often_are_told_where_gradients_are_learned_from(inputs, tmp_path, capsys):

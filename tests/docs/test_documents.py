@@ -34,9 +34,9 @@ import torch
 from helpers.cases import cases
 from helpers.pictures import leave_blank
 from helpers.routes import route_to_the_eager_reference
-from helpers.rows import CHAT_TEMPLATE, chats, texts, write_jsonl
+from helpers.rows import texts, write_jsonl
 from helpers.sweeps import write_small_sweep
-from helpers.tiny_llama import tiny_text, tiny_tokenizer, write_inputs
+from helpers.tiny_llama import tiny_text, write_inputs
 
 import maskpro_kernels
 from maskpro_kernels import hf
@@ -82,7 +82,7 @@ TINY_IN_PYTHON = {
     "batches_of_both[:16]": "batches_of_both[:2]",
 }
 TINY = {"--model": "model", "--data": "text.txt", "--other-data": "other.txt"}
-TINY_DATASETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl", "chats.jsonl", "articles.jsonl")}
+TINY_DATASETS = {"allenai/c4:en": "rows"} | {name: name for name in ("mine.jsonl", "articles.jsonl")}
 
 
 class Block(NamedTuple):
@@ -159,14 +159,10 @@ def prepared(tmp_path_factory) -> Path:
 
 
 def write_datasets(folder: Path) -> None:
-    """Files of rows, and the chat template that those with chats take."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder / "model")
+    """Files of rows."""
     write_jsonl(folder / "rows" / "train.jsonl", texts(200))
     write_jsonl(folder / "mine.jsonl", texts(200))
     write_jsonl(folder / "articles.jsonl", texts(200, column="content"))
-    write_jsonl(folder / "chats.jsonl", chats(200))
 
 
 def write_foreign_files(folder: Path) -> None:

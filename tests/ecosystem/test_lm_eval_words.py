@@ -49,7 +49,7 @@ def test_word_is_what_lm_eval_finds(tmp_path, kind):
     write_model(kind, tmp_path / kind)
     pages, output = write_pages(tmp_path / "pages.jsonl"), tmp_path / "out.json"
     arguments = ["eval", str(tmp_path / kind), "--protocol", "word", "--data", str(pages), "--output", str(output)]
-    assert main.main([*arguments, "--device", "cpu", "--dtype", "float32"]) == 0
+    assert main.main([*arguments, "--text-column", "page", "--device", "cpu", "--dtype", "float32"]) == 0
     ours = json.loads(output.read_text(encoding="utf-8"))
     tasks = lm_eval.tasks.TaskManager(include_path=str(write_task(tmp_path / "tasks", pages)), include_defaults=False)
     theirs = lm_eval.simple_evaluate(

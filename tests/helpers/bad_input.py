@@ -420,7 +420,7 @@ CASES = {
     "eval by an unknown protocol": (
         f"{EVAL} --protocol c4@2048",
         None,
-        "protocol: expected wikitext2@LENGTH such as wikitext2@2048, word or word@LENGTH",
+        "protocol: expected tokens@LENGTH such as tokens@2048, word or word@LENGTH",
         "got 'c4@2048'",
     ),
     "torn report": (

@@ -11,14 +11,13 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.cases import slow
 from helpers.straight_through import batches_of_tokens, masked_llama
-from safetensors.torch import load, save
+from helpers.tiny_llama import tiny_model
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.text import teacher
-from maskpro_kernels.text.losses import distillation_loss
+from maskpro_kernels.text import losses
+from maskpro_kernels.text.losses import TeacherCache, distillation_loss
 from maskpro_kernels.text.perplexity import causal_lm_loss
-from maskpro_kernels.text.teacher import TeacherCache
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -89,7 +88,7 @@ def given(vocabulary: int = 40, dtype: torch.dtype = torch.float32, batch: int =
 def test_loss_and_gradient_are_those_of_the_formula(kind, temperature, dtype, size, monkeypatch):
     if size is not None:
         # of two tokens, and one that is left
-        monkeypatch.setattr(teacher, "PIECE", size)
+        monkeypatch.setattr(losses, "PIECE", size)
     model, ids = given(dtype=dtype)
     weight = 0.25 if kind == "ce+kl" else 0.0
     loss = distillation_loss(kind, temperature, ce_weight=weight or None)
@@ -168,8 +167,8 @@ def test_the_likeliest_tokens_give_a_lower_bound(temperature):
 
 def test_the_likeliest_of_equal_logits_are_the_first():
     values = torch.tensor([[0.0, 2.0, -1.0, 2.0, 2.0, -3.0], [-1.0, -2.0, -2.0, -0.5, -2.0, -math.inf]])
-    assert sorted(teacher._largest(values, 2)[0].tolist()) == [1, 3]
-    assert sorted(teacher._largest(values, 3)[1].tolist()) == [0, 1, 3]
+    assert sorted(losses._largest(values, 2)[0].tolist()) == [1, 3]
+    assert sorted(losses._largest(values, 3)[1].tolist()) == [0, 1, 3]
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
@@ -179,8 +178,8 @@ def test_a_batch_that_is_seen_again_needs_no_teacher(place, tmp_path, monkeypatc
     loss = distillation_loss("kl", cache=cache)
     first = [float(loss(model, ids)) for ids in batches]
     calls = []
-    plain = teacher.teacher_logits
-    monkeypatch.setattr(teacher, "teacher_logits", lambda *args: (calls.append(1), plain(*args))[1])
+    plain = losses.teacher_logits
+    monkeypatch.setattr(losses, "teacher_logits", lambda *args: (calls.append(1), plain(*args))[1])
     assert [float(loss(model, ids)) for ids in reversed(batches)] == first[::-1]
     assert not calls
     # another temperature is another batch
@@ -226,27 +225,161 @@ def test_a_teacher_that_is_not_converted_yet_fills_a_cache():
         distillation_loss("kl").fill(model, batches)
 
 
-def test_caches_of_other_models_and_damaged_ones_are_refused(tmp_path):
-    ids = batches_of_tokens()[0]
-    loss = distillation_loss("kl", cache=TeacherCache(8, tmp_path))
-    loss(masked_table(), ids)
-    other = masked_table()
+# Whose logits a cache holds: it answers for one dense model alone, whatever becomes of the weights
+
+OTHER = "^cache: expected logits of this model alone, got some of a model with other weights"
+
+
+def scale_(model, name: str) -> None:
     with torch.no_grad():
-        other.table.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="^cache: expected logits of this model alone"):
-        loss(other, ids)
-    with pytest.raises(ValueError, match="^cache: expected logits of this model alone"):
-        distillation_loss("kl", cache=TeacherCache(8, tmp_path))(other, ids)
-    (file,) = tmp_path.iterdir()
-    sound = file.read_bytes()
-    for damage in (sound[:100], sound[:-1] + bytes([sound[-1] ^ 1]), b""):
-        file.write_bytes(damage)
+        model.get_parameter(name).mul_(1.25)
+
+
+def replace(model, name: str) -> None:
+    module, _, own = name.rpartition(".")
+    setattr(model.get_submodule(module), own, torch.nn.Parameter(1.25 * model.get_parameter(name).detach()))
+
+
+@pytest.mark.parametrize("change", [scale_, replace])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_weights_that_have_changed_since_are_another_teacher(place, name, change, tmp_path):
+    model, batches = masked_llama(gap=2.0), batches_of_tokens()
+    loss = distillation_loss("kl", cache=TeacherCache(8, tmp_path if place == "disk" else None))
+    before = float(loss(model, batches[0]).detach())
+    plain = copy.deepcopy(model)
+    change(model, name)
+    # of a batch that is held, and of a new one
+    for batch in batches[:2]:
+        with pytest.raises(ValueError, match=OTHER):
+            loss(model, batch)
+    assert float(loss(plain, batches[0]).detach()) == before
+
+
+def test_weights_are_read_again_only_where_they_may_have_changed(monkeypatch):
+    model, batches = masked_llama(gap=2.0), batches_of_tokens()
+    loss, digests, plain = distillation_loss("kl", cache=TeacherCache(8)), [], losses.digest
+    monkeypatch.setattr(losses, "digest", lambda tensors: (digests.append(1), plain(tensors))[1])
+    mk.MaskTrainer(model, loss, batches, mk.StraightThrough(lr=1.0), seed=0).run(3, progress=False)
+    # one of the weights, and one of each batch
+    assert len(digests) == 4
+
+
+def test_weights_without_a_count_of_writes_are_read_each_time():
+    with torch.inference_mode():
+        model, batch = tiny_model(), batches_of_tokens()[0]
+        loss = distillation_loss("kl", cache=TeacherCache(8))
+        loss.fill(model, [batch])
+        loss.fill(model, [batch])
+        scale_(model, "model.norm.weight")
+        with pytest.raises(ValueError, match=OTHER):
+            loss.fill(model, [batch])
+
+
+def test_a_model_with_a_tied_head_is_the_same_teacher_once_it_is_converted(tmp_path):
+    model, batches = tiny_model(), batches_of_tokens()
+    distillation_loss("kl", cache=TeacherCache(8, tmp_path)).fill(model, batches)
+    mk.convert(model, "2:4", targets=["*_proj", "lm_head"])
+    again = distillation_loss("kl", cache=TeacherCache(8, tmp_path))
+    assert float(again(model, batches[0]).detach()) > 0
+
+
+def filled(model, folder):
+    """A loss whose cache in a folder has been filled, as the next process finds it."""
+    distillation_loss("kl", cache=TeacherCache(8, folder)).fill(model, batches_of_tokens())
+    return distillation_loss("kl", cache=TeacherCache(8, folder))
+
+
+def trainer_with(loss, folder) -> mk.MaskTrainer:
+    estimator = mk.StraightThrough(lr=1.0, train_weights=1e-3)
+    return mk.MaskTrainer(masked_llama(gap=2.0), loss, batches_of_tokens(), estimator, seed=0, output_dir=folder)
+
+
+def test_a_run_goes_on_with_the_same_teacher_alone(tmp_path):
+    model, other = masked_llama(gap=2.0), masked_llama(gap=2.0)
+    # the weights of masked layers are those of the run
+    scale_(other, "model.norm.weight")
+    first = trainer_with(filled(model, tmp_path / "one"), tmp_path / "run")
+    first.run(2, progress=False)
+    first.close()
+    for loss in (filled(other, tmp_path / "two"), distillation_loss("kl", cache=TeacherCache(8, tmp_path / "none"))):
+        with pytest.raises(ValueError, match="^output_dir: expected a run with loss teacher .*, got '"):
+            trainer_with(loss, tmp_path / "run").resume()
+    second = trainer_with(distillation_loss("kl", cache=TeacherCache(8, tmp_path / "one")), tmp_path / "run")
+    assert second.resume() == 2
+    second.run(1, progress=False)
+
+
+def test_a_run_that_fills_its_cache_as_it_goes_goes_on(tmp_path):
+    def trainer():
+        loss = distillation_loss("kl", cache=TeacherCache(8, tmp_path / "teacher"))
+        return mk.MaskTrainer(
+            masked_llama(gap=2.0), loss, batches_of_tokens(), mk.StraightThrough(lr=1.0), seed=0, output_dir=tmp_path
+        )
+
+    first = trainer()
+    first.run(2, progress=False)
+    first.close()
+    second = trainer()
+    assert second.resume() == 2
+    second.run(1, progress=False)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_what_was_held_without_a_fill_does_not_outlive_the_weights(place, tmp_path):
+    model, batches = masked_llama(gap=2.0), batches_of_tokens()
+    loss = distillation_loss("kl", cache=TeacherCache(8, tmp_path if place == "disk" else None))
+    loss(model, batches[0])
+    model.model.layers[0].mlp.up_proj.weight_changed = True
+    lacking = (
+        "^cache: expected the dense model's logits (of every batch|to be filled in), got none.*weights have changed"
+    )
+    for act in (lambda: loss(model, batches[0]), lambda: loss.fill(model, batches)):
+        with pytest.raises(ValueError, match=lacking) as error:
+            act()
+        assert ("a folder that all ranks have to see" in str(error.value)) == (place == "disk")
+
+
+def test_a_folder_that_was_filled_for_a_model_takes_no_other_and_no_damage(tmp_path):
+    other, batches = masked_llama(gap=2.0), batches_of_tokens()
+    scale_(other, "model.norm.weight")
+    loss, files = filled(masked_llama(gap=2.0), tmp_path), sorted(tmp_path.iterdir())
+    for act in (lambda: loss.fill(other, batches), lambda: loss(other, batches[0])):
+        with pytest.raises(ValueError, match=OTHER):
+            act()
+    assert sorted(tmp_path.iterdir()) == files
+    held = next(file for file in files if file.suffix == ".safetensors")
+    sound = held.read_bytes()
+    for damage in (sound[:100], b""):
+        for file in files:
+            if file.suffix == ".safetensors":
+                file.write_bytes(damage)
         with pytest.raises(ValueError, match="^cache: .*a damaged one"):
-            loss(masked_table(), ids)
-    # without its digest
-    file.write_bytes(save(load(sound)))
-    with pytest.raises(ValueError, match="^cache: .*a damaged one"):
-        loss(masked_table(), ids)
+            loss(masked_llama(gap=2.0), batches[0])
+    for damage in (b"", b"[]", b"{}"):
+        (tmp_path / losses.TEACHER).write_bytes(damage)
+        with pytest.raises(ValueError, match="^cache: .*a damaged one"):
+            distillation_loss("kl", cache=TeacherCache(8, tmp_path)).settings()
+
+
+def test_a_fill_that_is_broken_off_goes_on_behind_the_last_batch(tmp_path, monkeypatch):
+    model, batches, asked, plain = masked_llama(gap=2.0), batches_of_tokens(), [], losses.teacher_logits
+    whole = filled(model, tmp_path / "whole")
+
+    def asks(_, batch):
+        asked.append(batch)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return plain(model, batch)
+
+    monkeypatch.setattr(losses, "teacher_logits", asks)
+    with pytest.raises(KeyboardInterrupt):
+        filled(model, tmp_path / "broken")
+    again = filled(model, tmp_path / "broken")
+    assert len(asked) == 4
+    assert [float(again(model, batch).detach()) for batch in batches] == [
+        float(whole(model, batch).detach()) for batch in batches
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,27 @@
+"""Loss and perplexity against computations that follow their definitions token by token."""
+
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny_llama import WORDS, tiny_model
+from helpers.pages import pages
+from helpers.tiny_llama import WORDS, tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from maskpro_kernels.text.perplexity import causal_lm_loss, perplexity
+from maskpro_kernels.text.perplexity import (
+    causal_lm_loss,
+    context_length,
+    detokenized,
+    perplexity,
+    rolling_windows,
+    word_perplexity,
+)
+
+pytestmark = pytest.mark.usefixtures("eager_reference")
 
 
 def ids(rows, length, seed=0):
@@ -78,3 +92,89 @@ def test_bad_shapes(shape):
 def test_bad_batch_size():
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         perplexity(tiny_model(), ids(2, 5), batch_size=0)
+
+
+def log_probability(model, context: list[int], token: int) -> float:
+    with torch.no_grad():
+        return model(torch.tensor([context])).logits[0, -1].double().log_softmax(-1)[token].item()
+
+
+def ending_tokenizer(begins: bool = False):
+    """With a token that text ends with; or with one that the tokenizer puts in front of each text as well."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[PAD]"
+    if begins:
+        tokenizer.bos_token = "[UNK]"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="[UNK] $A", special_tokens=[("[UNK]", tokenizer.bos_token_id)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("begins", "length"), [(False, 9), (True, 9), (False, None)])
+def test_word_predicts_every_token_once_and_counts_the_words_as_they_were(begins, length):
+    model, tokenizer, found = tiny_model(), ending_tokenizer(begins), pages(2)
+    limit, nats, count, words, size = length or 64, 0.0, 0, 0, 0
+    for document in found:
+        ids = tokenizer(detokenized(document))["input_ids"]
+        inputs = [tokenizer.bos_token_id if begins else tokenizer.eos_token_id, *ids]
+        for index in range(len(ids)):
+            begin = index // limit * limit
+            # the last window reaches back as far as the model sees
+            begin = max(min(begin, len(ids) - limit), 0)
+            nats -= log_probability(model, inputs[begin : index + 1], ids[index])
+        count += len(ids)
+        words += len(re.split(r"\s+", document))
+        size += len(document.encode())
+    measured = word_perplexity(model.train(), tokenizer, found, length)
+    assert model.training and measured == (
+        pytest.approx(math.exp(nats / words), rel=1e-5),
+        limit,
+        count,
+        words,
+        size,
+        pytest.approx(math.exp(nats / count), rel=1e-5),
+        pytest.approx(nats / size / math.log(2), rel=1e-5),
+    )
+
+
+def test_a_text_that_begins_with_the_token_in_front_gets_no_other():
+    model, tokenizer = tiny_model(), ending_tokenizer(begins=True)
+    for text in ("[UNK] w1 w2", "w1 w2"):
+        assert word_perplexity(model, tokenizer, [text]).tokens == 3
+
+
+def test_windows_roll():
+    assert list(rolling_windows([1, 2, 3, 4, 5], 0, 2)) == [([0, 1], [1, 2]), ([2, 3], [3, 4]), ([3, 4], [5])]
+    assert list(rolling_windows([1, 2], 0, 4)) == [([0, 1], [1, 2])]
+    assert list(rolling_windows([], 0, 4)) == []
+
+
+def test_marks_of_wikitext_become_text():
+    before = ' = = Bob = = \n 1 @,@ 000 @.@ 5 ( well @-@ known ) , he " says " : Bob \'s N 20 ° C ; what ? no ! \n'
+    after = ' == Bob ==\n1,000.5 (well-known), he "says": Bob\'s 1 20°C; what? no!\n'
+    assert detokenized(before) == after
+
+
+def test_how_far_a_model_sees():
+    assert context_length(tiny_model(), tiny_tokenizer()) == 64
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.config = SimpleNamespace(max_position_embeddings=None, text_config=None)
+    assert context_length(model, tokenizer) == 2048
+    tokenizer.model_max_length = 99
+    assert context_length(model, tokenizer) == 99
+    model.config.text_config = SimpleNamespace(n_positions=7)
+    assert context_length(model, tokenizer) == 7
+
+
+def test_what_word_does_not_take():
+    with pytest.raises(ValueError, match="tokenizer: expected one with a token that text begins or ends with"):
+        word_perplexity(tiny_model(), tiny_tokenizer(), ["w1 w2"])
+    for model, documents, message in (
+        (tiny_model(), ["", ""], "text: expected at least 1 token, got none"),
+        (tiny_model(vocab_size=8), ["w1 w29"], "model: expected tokens below 8, the size of its vocabulary, got 31"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            word_perplexity(model, ending_tokenizer(), documents)
+    with pytest.raises(ValueError, match="length: expected at least 2 tokens, got 1"):
+        word_perplexity(tiny_model(), ending_tokenizer(), ["w1"], 1)

@@ -7,11 +7,7 @@ from helpers.tiny_llama import tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from maskpro_kernels.hf import next_logits, preallocated_cache
-from maskpro_kernels.text.samples import sample_windows, start_token
-
-
-class Broken(Exception):
-    pass
+from maskpro_kernels.text.samples import BLOCK, drawn_indices, sample_windows, start_token
 
 
 def test_a_window_begins_with_the_start_and_is_in_the_vocabulary():
@@ -70,25 +66,14 @@ def test_second_tokens_follow_the_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_whoever_goes_on_draws_the_same_tokens(dtype):
-    model, kept = tiny_model().to(dtype), []
-    whole = sample_windows(model, 1, 11, 6, batch_size=4, seed=3)
-
-    def keep(found):
-        kept.append(found)
-        if len(kept) == 2:
-            raise Broken
-
-    with pytest.raises(Broken):
-        sample_windows(model, 1, 11, 6, batch_size=4, seed=3, keep=keep)
-    assert [len(found) for found in kept] == [4, 8]
-    seen = []
-    again = sample_windows(
-        model, 1, 11, 6, batch_size=4, seed=3, known=kept[-1], progress=lambda done, total: seen.append((done, total))
+def test_samples_are_those_of_their_seed(dtype):
+    model, seen = tiny_model().to(dtype), []
+    whole = sample_windows(
+        model, 1, 11, 6, batch_size=4, seed=3, progress=lambda done, total: seen.append((done, total))
     )
-    assert_same_bits(again, whole)
-    assert seen == [(done, 5) for done in range(1, 6)]
-    assert_same_bits(sample_windows(model, 1, 11, 6, batch_size=4, seed=3, known=whole), whole)
+    assert seen == [(done, 15) for done in range(1, 16)]
+    # each batch by itself: of fewer windows the first are the same
+    assert_same_bits(sample_windows(model, 1, 8, 6, batch_size=4, seed=3), whole[:8])
     assert not torch.equal(sample_windows(model, 1, 11, 6, batch_size=4, seed=4), whole)
     assert len(whole.unique(dim=0)) > 9
 
@@ -115,8 +100,6 @@ def test_logits_that_are_not_finite():
         ({"length": 1}, "length: expected an int of at least 2, got 1"),
         ({"batch_size": 0}, "batch_size: expected an int of at least 1, got 0"),
         ({"seed": -1}, "seed: expected an int of at least 0, got -1"),
-        ({"known": torch.zeros(3, 4, dtype=torch.int64)}, r"known: expected whole batches of 2 .*got \[3, 4\]"),
-        ({"known": torch.zeros(2, 5, dtype=torch.int64)}, r"known: expected whole batches .*got \[2, 5\]"),
     ],
 )
 def test_arguments_that_are_refused(change, message):
@@ -132,3 +115,28 @@ def test_the_start_is_the_beginning_of_text_else_its_end():
     assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids("w3")
     tokenizer.bos_token = "w0"
     assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids("w0")
+
+
+@pytest.mark.parametrize("count", [7, BLOCK, BLOCK + 44])
+def test_indices_come_as_often_as_they_are_likely(count):
+    """Whether they are a part of a block of sums, one, or more than one."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(1, count, generator=generator)
+    logits[0, count // 2] = -torch.inf
+    probabilities = logits.softmax(-1)
+    uniform = torch.rand(1 << 17, generator=generator, dtype=torch.float64)
+    uniform[0], uniform[1] = 0.0, 1 - 2**-53
+    drawn = torch.cat([drawn_indices(probabilities.expand(len(part), -1), part) for part in uniform.split(1 << 14)])
+    assert drawn[:2].tolist() == [0, count - 1]
+    expected = probabilities[0].double() * len(drawn)
+    counts = torch.bincount(drawn, minlength=count)
+    assert counts[count // 2] == 0
+    assert ((counts - expected).abs() < 6 * expected.sqrt() + 6).all()
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1e-9))[expected > 0].sum()
+    assert chi_square < count + 6 * (2 * count) ** 0.5
+
+
+def test_weights_need_not_sum_to_one():
+    weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0]]).expand(4, -1)
+    uniform = torch.tensor([0.0, 0.74, 0.75, 0.99], dtype=torch.float64)
+    assert drawn_indices(weights, uniform).tolist() == [1, 1, 3, 3]
