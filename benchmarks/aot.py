@@ -18,19 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskpro_kernels.ops.reference.quadrature import quadrature_grid
-from maskpro_kernels.ops.triton import (
-    adamw,
-    grouped,
-    masked_gemm,
-    packed,
-    sampling,
-    semi_structured,
-    split_k,
-    straight_through,
-    swaps,
-    tiles,
-)
-from maskpro_kernels.ops.triton.tiles import CONFIGURATIONS, Rows, Tiles, configuration, of_groups, scores_in_short
+from maskpro_kernels.ops.triton import adamw_and_swaps, grouped, masked_gemm, packed, sampling, straight_through
+from maskpro_kernels.ops.triton.tiles import Rows, Tiles, configuration, scores_in_short
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,8 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ELEMENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # By the names of launches, where these are not those of a kernel in ``sampling``
 FUNCTIONS = {
-    "adamw": adamw.adamw_kernel,
-    "best_swaps": swaps.best_swaps_kernel,
+    "adamw": adamw_and_swaps.adamw_kernel,
+    "best_swaps": adamw_and_swaps.best_swaps_kernel,
     "descend": straight_through.descend_kernel,
     "score_updates": sampling.score_update_kernel,
     "sample_masks": grouped.sample_masks_kernel,
@@ -69,10 +58,7 @@ FLOATS = ("grad", "coef", "product", "gradient", "master", "first", "second", "s
 
 @dataclass(frozen=True)
 class Built:
-    """What a compiled kernel costs: registers a thread, spilled registers, bytes of stack and of shared memory.
-
-    Stack that no instruction reads or writes counts as none.
-    """
+    """What a compiled kernel costs: registers a thread, spilled registers, bytes of stack and of shared memory."""
 
     asm: dict
     registers: int
@@ -132,7 +118,7 @@ def build(
         "BYTES": grouped.VECTOR_BYTES,
     } | constants
     constants = {name: known[name] for name in function.arg_names if name in known}
-    return _compile(function, target, types, constants, config.options(target))
+    return _compile(function, target, types, constants, config.options)
 
 
 def build_product(
@@ -153,7 +139,6 @@ def build_product(
     multiple of 16. The straight-through kernels step the logits, or with ``UPDATE=False`` write their slope; with
     ``WEIGHT_GRAD=True`` the first also writes the gradient of the weight.
     """
-    tile = of_groups(tile, m, target)
     weight_grad, stepping = constants.pop("WEIGHT_GRAD", False), product.startswith("straight_through")
     known = {
         "N": n,
@@ -186,7 +171,7 @@ def build_product(
     elif not known["LOG_PROB"]:
         known["partial"] = None
     constants = {name: known[name] for name in function.arg_names if name in known}
-    return _compile(function, target, types, constants, tile.options(target), multiples)
+    return _compile(function, target, types, constants, tile.options, multiples)
 
 
 def build_packed(
@@ -219,7 +204,7 @@ def build_packed(
     if kernel != "unpack" and not quantized:
         known["scales"] = None
     if kernel == "unpack":
-        config = CONFIGURATIONS["unpack", target, m]
+        config = configuration("unpack", m, 0, target)
         types |= dict.fromkeys(("values", "out"), {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32"}[element])
         known |= {"BLOCK": config.block}
     elif isinstance(config, Rows):
@@ -227,20 +212,20 @@ def build_packed(
     else:
         known |= {"OPERAND": ELEMENTS[element], "PRECISION": "ieee"}
         known |= {"BLOCK_OUT": config.out, "BLOCK_T": config.tokens, "BLOCK_K": config.k}
-    return _compile(function, target, types, known, config.options(target), multiples)
+    return _compile(function, target, types, known, config.options, multiples)
 
 
 def build_elements(kernel: str, target: str, element: str = "bf16", **constants) -> Built:
     """Compile ``<kernel>_kernel`` over single elements as ``launch_elements`` would."""
-    function = getattr({"split_sum": split_k, "metadata": semi_structured}[kernel], f"{kernel}_kernel")
+    function = masked_gemm.split_sum_kernel if kernel == "split_sum" else packed.metadata_kernel
     types = (
         {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | {"partial": "*fp32", "bias": f"*{element}", "out": f"*{element}", "columns": "i32"}
         | ({"bitmask": "*i16", "out": "*i16", "rows": "i32", "count": "i32"} if kernel == "metadata" else {})
     )
-    config = tiles.ELEMENTS[kernel, target]
+    config = configuration(kernel, 1, 0, target)
     known = {"BLOCK": config.block} | constants
-    return _compile(function, target, types, known, config.options(target), ("columns", "rows"))
+    return _compile(function, target, types, known, config.options, ("columns", "rows"))
 
 
 def _compile(function, target, types, constants, options, multiples=()) -> Built:
@@ -259,19 +244,14 @@ def _compile(function, target, types, constants, options, multiples=()) -> Built
 
 
 def _nvidia(asm, shared) -> Built:
-    def dump(what):
-        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
-
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        fields = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", dump("--dump-resource-usage")))
-        stack = int(fields["STACK"])
-        # LLVM may reserve a slot and then not need it: Triton 3.6's does for 16 columns of 16 bits
-        if stack and not re.search(r"\b(LDL|STL)\b", dump("--dump-sass")):
-            stack = 0
-    return Built(asm, int(fields["REG"]), int(fields["LOCAL"]), stack, shared)
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text))
+    return Built(asm, int(fields["REG"]), int(fields["LOCAL"]), int(fields["STACK"]), shared)
 
 
 def _amd(asm, shared) -> Built:

@@ -14,8 +14,7 @@ from ..functional.masks import score_update_, top_n_mask
 from ..held_draw import HeldDraw, version_of
 from ..modules import MaskedLinear, masked_layers
 from ..ops import sample_mask
-from ..ops.layer_groups import GroupedLayer, LayerGroup, draw_layers_, kind_of, update_layers_
-from ..ops.mask_costs import Uses, draws_once
+from ..ops.layer_groups import GroupedLayer, LayerGroup, Uses, draw_layers_, draws_once, kind_of, update_layers_
 from ..ops.philox import MAX_DRAWS, MAX_STEPS
 from ..pattern import NMPattern
 from ..shards import Place, RowShard
@@ -102,7 +101,7 @@ class ModelMasks:
         """``drawn``, but where each use of a mask costs less by a draw of its own it draws by itself.
 
         Args:
-            uses: of each mask inside, see ``ops.mask_costs``.
+            uses: of each mask inside, see ``ops.layer_groups``.
         """
         return self._drawing(draw, uses)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..functional.checks import describe
 from ..modules import MaskedLinear, evaluating
-from ..ops.mask_costs import Uses
+from ..ops.layer_groups import Uses
 from ..shards import without_gradients
 from .batches import count_tokens, weights_of
 from .journal import Entry

@@ -169,7 +169,7 @@ def adamw_(
     master. ``scalars`` are those of ``reference.adamw_scalars``.
     """
     if uses_kernels(master):
-        kernels("adamw").adamw_(weight, master, first, second, gradient, codes, scalars, m)
+        kernels("adamw_and_swaps").adamw_(weight, master, first, second, gradient, codes, scalars, m)
     else:
         run_reference("adamw_", weight, master, first, second, gradient, codes, scalars, m=m)
 

@@ -2,6 +2,8 @@
 
 Bits are those of ``sample_mask`` and ``score_update_`` of each layer by itself. Numbers that change from step to step
 are read from tensors on the device, so that a captured CUDA graph goes on with those that it finds there.
+
+``draws_once`` is the rule by which a step draws its masks once, into codes, or at each use.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from ..pattern import code_dtype
 from . import reference
 from .dispatch import kernels, machine_code, run_reference, scalar, uses_kernels, uses_machine_code
 from .registry import top_n_mask
+from .triton import tiles
 
 # What vectors of 16 bytes are loaded from
 ALIGNED = 16
@@ -175,3 +178,66 @@ def _update_each_(group: LayerGroup, coef, inv_temperature, seed, step, draws) -
     for layer in group.layers:
         where = group.counter_of(layer, seed, step, draws)
         run_reference("score_update_", layer.logits, coef, where, scalar(inv_temperature, seed), n=group.n, m=group.m)
+
+
+class Uses(NamedTuple):
+    """Uses of a layer's mask in a step.
+
+    Attributes:
+        tokens: most that a product has.
+        products: of a weight under the mask, forwards and gradients of inputs.
+        slopes: of straight-through, or updates by them.
+        updates: by the score of this draw alone.
+    """
+
+    tokens: int
+    products: int
+    slopes: int = 0
+    updates: int = 0
+
+
+class Costs(NamedTuple):
+    """Picoseconds a weight: of a draw into codes, and of each use (where it draws, where it reads codes).
+
+    Attributes:
+        draw: into codes.
+        one_pass: a product that takes the mask while it runs.
+        weight: a masked weight, which is written for a product.
+        slope: the part of a slope, or an update by it, that takes the mask.
+        update: by a score that is exact.
+    """
+
+    draw: float
+    one_pass: tuple[float, float]
+    weight: tuple[float, float]
+    slope: tuple[float, float]
+    update: tuple[float, float]
+
+
+# At 2:4, with logits of float32 and weights of 16 bits at a gap of 10: of GPUs by the model that
+# benchmarks/modelled_costs.py prints, on a CPU measured on one core of an Intel Xeon. The model does not cover gfx942,
+# which takes the costs of an H100: the ratios alone matter, and bytes bound most of these.
+COSTS = {
+    "sm_80": Costs(draw=2.1, one_pass=(2.9, 1.2), weight=(3.9, 2.1), slope=(2.1, 0.1), update=(3.9, 4.0)),
+    "sm_90": Costs(draw=1.4, one_pass=(1.8, 0.8), weight=(2.4, 1.3), slope=(1.4, 0.1), update=(2.4, 2.5)),
+    "sm_100": Costs(draw=1.1, one_pass=(1.2, 0.7), weight=(1.1, 0.5), slope=(1.1, 0.0), update=(1.8, 1.6)),
+    "cpu": Costs(draw=1200, one_pass=(1630, 580), weight=(1630, 580), slope=(1200, 0), update=(2440, 1250)),
+}
+COSTS["gfx942"] = COSTS["sm_90"]
+
+
+def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
+    """Whether a step with these uses of each mask costs less if it draws the masks into codes, N of a group kept."""
+    row = tiles.architecture(device) if uses_kernels(torch.empty(0, device=device)) else "cpu"
+    costs = COSTS[row]
+    of_product = costs.weight
+    if row != "cpu":
+        of_product = tuple(
+            (costs.one_pass if 0 < uses.tokens <= tiles.one_pass_tokens(kind, row) else costs.weight)[way]
+            for way, kind in enumerate(("drawn", "codes"))
+        )
+    # by an N above, the score takes the noise of the draw
+    of_update = costs.update if n <= reference.EXACT_SCORE_MAX_N else (0.0, 0.0)
+    each = (uses.products, of_product), (uses.slopes, costs.slope), (uses.updates, of_update)
+    drawn, by_codes = (sum(count * cost[way] for count, cost in each) for way in (0, 1))
+    return costs.draw + by_codes < drawn

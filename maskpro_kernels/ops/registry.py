@@ -320,7 +320,7 @@ def best_swaps(weight: Tensor, product: Tensor, codes: Tensor, blocks: Tensor, n
     weight and product are [rows, M, K / M], see ``reference.best_swaps``.
     """
     if uses_kernels(weight):
-        return kernels("swaps").best_swaps(weight, product, codes, blocks, n, m)
+        return kernels("adamw_and_swaps").best_swaps(weight, product, codes, blocks, n, m)
     return reference.best_swaps(weight, product, codes, blocks, m=m)
 
 

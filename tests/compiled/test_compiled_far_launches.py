@@ -14,7 +14,7 @@ from helpers.routes import take_route
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
 from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through, tiles
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
 from maskpro_kernels.pattern import bitmask_of
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
@@ -62,7 +62,7 @@ def test_kernels_over_groups(target, kernel, compiled_for, machine, monkeypatch)
 def test_products_of_many_rows(target, compiled_for, machine, monkeypatch):
     """Of the last tile of rows, three of them."""
     compiled_for(target)
-    tile = TILES["masked_linear", target, 2][0]
+    tile = tiles_of("masked_linear", target, 2)[0]
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tile)
     edge, k = ALL_ROWS % tile.out, GROUPS * NEAR.m
     weight, x = normal(LAST, k, dtype=torch.bfloat16), one_hot(16, k)
@@ -76,7 +76,7 @@ def test_products_of_many_rows(target, compiled_for, machine, monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeypatch):
     compiled_for(target)
-    tile = TILES["straight_through", target, 2][0]
+    tile = tiles_of("straight_through", target, 2)[0]
     for module in (masked_gemm, straight_through):
         monkeypatch.setattr(module, "tiles_for", lambda *_: tile)
     edge, k = ALL_ROWS % tile.out, GROUPS * NEAR.m
@@ -106,7 +106,7 @@ def test_steps_and_gradients_of_many_rows(target, compiled_for, machine, monkeyp
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradients_of_many_columns(target, compiled_for, machine, monkeypatch):
     compiled_for(target)
-    tile = TILES["masked_linear_input_grad", target, 2][0]
+    tile = tiles_of("masked_linear_input_grad", target, 2)[0]
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tile)
     rows, tokens, width = 64, 8, 272
     of = Matrix(2, 4, torch.bfloat16, rows, width // 4, spread="open")
@@ -134,7 +134,7 @@ def test_gradients_of_many_columns(target, compiled_for, machine, monkeypatch):
 @pytest.mark.parametrize("target", TARGETS)
 def test_packed_products_of_many_rows(target, tokens, compiled_for, machine, monkeypatch):
     compiled_for(target)
-    config = ROWS["packed_vector", target][0] if tokens == 1 else PACKED_TILES["packed_linear", target, 2][0]
+    config = PACKED_ROWS[0] if tokens == 1 else tiles_of("packed_linear", target, 2)[0]
     monkeypatch.setattr(packed, "rows_for" if tokens == 1 else "tiles_for", lambda *_: config)
     edge = ALL_ROWS % (config.rows if tokens == 1 else config.out)
     values = normal(LAST, GROUPS * 2, seed=7, dtype=torch.bfloat16)

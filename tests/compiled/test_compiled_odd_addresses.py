@@ -12,7 +12,7 @@ from helpers.compiled import DTYPES, OVER_GROUPS, Matrix, assert_bits_of_referen
 from helpers.compiled_products import PRODUCTS, PackedProduct, Product
 from helpers.layers import OVER_LAYERS, ManyLayers
 
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -63,7 +63,7 @@ def test_kernels_over_layers(target, kernel, pattern, dtype, by, compiled_for):
 )
 def test_products(target, kernel, by, compiled_for, launched):
     compiled_for(target)
-    tile = TILES[kernel, target, 2][0]
+    tile = tiles_of(kernel, target, 2)[0]
     for one_hot in (True, False):
         product = Product(kernel, tile, aligned=True, one_hot=one_hot, update=one_hot)
         product.assert_right(functools.partial(misaligned, by=by))
@@ -71,9 +71,7 @@ def test_products(target, kernel, by, compiled_for, launched):
 
 
 @pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "config", [ROWS["packed_vector", "sm_80"][0], PACKED_TILES["packed_linear", "sm_80", 2][0]], ids=str
-)
+@pytest.mark.parametrize("config", [PACKED_ROWS[0], tiles_of("packed_linear", "sm_80", 2)[0]], ids=str)
 def test_activations_of_packed_products(target, config, compiled_for):
     compiled_for(target)
     PackedProduct(config, aligned=True, one_hot=True).assert_right(functools.partial(misaligned, by=1))

@@ -10,7 +10,7 @@ from helpers.cases import cases
 from helpers.compiled_products import PackedProduct
 from helpers.packed_codes import assert_every_code_is_placed
 
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
 from maskpro_kernels.packed import VALUE_KINDS
 
 pytestmark = pytest.mark.compiled
@@ -19,11 +19,11 @@ TARGETS = ["sm_80", "sm_90", "sm_100"]
 PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]
 DTYPES = [torch.bfloat16, torch.float16]
 # of one token, as many on each target
-VECTORS = len(ROWS["packed_vector", TARGETS[0]])
+VECTORS = len(PACKED_ROWS])
 
 
 def configs_of(target):
-    return *ROWS["packed_vector", target], *PACKED_TILES["packed_linear", target, 2]
+    return *PACKED_ROWS, *tiles_of("packed_linear", target, 2)
 
 
 # (target, row of the tables, pattern, dtype, values): every row at 2:4, the narrowest and widest at others

@@ -10,7 +10,7 @@ from helpers.cases import cases
 from helpers.compiled import DTYPES
 from helpers.compiled_products import PRODUCTS, STEP, Product
 
-from maskpro_kernels.ops.triton.tiles import TILES, tiles_of
+from maskpro_kernels.ops.triton.tiles import tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -21,7 +21,7 @@ LINEAR, INPUT, WEIGHT, SLOPE = PRODUCTS
 
 def rows_of(kernel, target, dtype, which):
     """Numbers of rows of the tile table: "all", or those of the narrowest and the widest tile."""
-    count = len(TILES[kernel, target, dtype.itemsize])
+    count = len(tiles_of(kernel, target, dtype.itemsize))
     return range(count) if which == "all" else sorted({0, count - 1})
 
 
@@ -47,14 +47,14 @@ every_row = pytest.mark.parametrize(
 
 
 def tile_of(kernel, target, row, dtype):
-    return TILES[kernel, target, dtype.itemsize][row]
+    return tiles_of(kernel, target, dtype.itemsize)[row]
 
 
 @every_row
 def test_products_of_one_hot_operands_are_exact(target, kernel, row, pattern, dtype, compiled_for, launched):
     compiled_for(target)
     tile = tile_of(kernel, target, row, dtype)
-    Product(kernel, tile, 8, 16, dtype, one_hot=True, update=True).assert_right()
+    Product(kernel, tile, *pattern, dtype, one_hot=True, update=True).assert_right()
     assert launched[kernel] == 1
 
 
@@ -64,7 +64,7 @@ def test_products_of_one_hot_operands_are_exact(target, kernel, row, pattern, dt
 def test_products_are_within_the_error_budget(target, kernel, row, pattern, dtype, aligned, compiled_for):
     compiled_for(target)
     tile = tile_of(kernel, target, row, dtype)
-    Product(kernel, tile, 8, 16, dtype, aligned=aligned, log_prob=pattern[0] <= 4).assert_right()
+    Product(kernel, tile, *pattern, dtype, aligned=aligned, log_prob=pattern[0] <= 4).assert_right()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -82,14 +82,13 @@ def test_a_log_probability_counts_every_group_once_beside_several_blocks_of_toke
     product.assert_right()
 
 
-@pytest.mark.parametrize("kind", ["top_n", "codes"])
 @pytest.mark.parametrize(
     ("target", "kernel"),
     cases(itertools.product(TARGETS, PRODUCTS), slow=lambda target, kernel: (target, kernel) != ("sm_80", LINEAR)),
 )
-def test_products_under_given_masks(target, kernel, kind, compiled_for):
+def test_products_under_given_masks(target, kernel, compiled_for):
     compiled_for(target)
-    Product(kernel, tile_of(kernel, target, 0, torch.bfloat16), kind=kind, one_hot=True).assert_right()
+    Product(kernel, tile_of(kernel, target, 0, torch.bfloat16), kind="codes", one_hot=True).assert_right()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_products_under_given_masks(target, kernel, kind, compiled_for):
 def test_products_of_groups_of_16(kind, dtype, kernel, target, compiled_for, launched):
     """On the narrowest and the widest of the tiles that they take."""
     compiled_for(target)
-    tiles = tiles_of(kernel, target, dtype.itemsize, 16)
+    tiles = tiles_of(kernel, target, dtype.itemsize)
     ends = dict.fromkeys((tiles[0], tiles[-1]))
     for tile in ends:
         Product(kernel, tile, 8, 16, dtype, kind=kind, one_hot=True).assert_right()
@@ -142,7 +141,7 @@ def test_slopes_and_the_gradient_of_the_weight(target, logits, compiled_for):
 )
 def test_what_follows_torchs_product(target, kind, update, compiled_for, launched):
     compiled_for(target)
-    Product(STEP, TILES[STEP, target, 2][0], kind=kind, one_hot=True, update=update).assert_right()
+    Product(STEP, tiles_of(STEP, target, 2)[0], kind=kind, one_hot=True, update=update).assert_right()
     assert launched[STEP] == 1 and not launched[SLOPE]
 
 

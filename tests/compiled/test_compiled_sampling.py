@@ -57,16 +57,6 @@ def test_bits_are_those_of_the_reference(target, kernel, pattern, dtype, shard, 
     assert launched[kernel] == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["top_n_mask", "sample_mask", "score_update", "score_updates"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_bits_of_1_of_32(target, kernel, compiled_for, launched):
-    compiled_for(target)
-    of = Matrix(1, 32, dtype=torch.bfloat16)
-    assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
-    assert launched[kernel] == 1
-
-
 @pytest.mark.parametrize("kernel", ["score_update", slow("score_updates")])
 @pytest.mark.parametrize("target", [TARGETS[0], *map(slow, TARGETS[1:])])
 def test_zeros_keep_their_signs(target, kernel, compiled_for):
@@ -80,8 +70,8 @@ def test_zeros_keep_their_signs(target, kernel, compiled_for):
 
 
 @pytest.mark.parametrize("target", [TARGETS[0], *map(slow, TARGETS[1:])])
-@pytest.mark.parametrize(("pattern", "draws"), [((2, 4), 2), slow((1, 32), 2)], ids=str)
-def test_sums_of_negative_zeros_are_negative(target, pattern, draws, compiled_for):
+@pytest.mark.parametrize("pattern", [(2, 4), slow((1, 16))], ids=str)
+def test_sums_of_negative_zeros_are_negative(target, pattern, compiled_for):
     """Where masks are certain each term is -0.0. A logit of -0.0 less their sum is 0.0; less 0.0 it would stay -0.0."""
     compiled_for(target)
     of = Matrix(*pattern)
@@ -90,7 +80,7 @@ def test_sums_of_negative_zeros_are_negative(target, pattern, draws, compiled_fo
 
     def update():
         logits = of.logits.clone()
-        ops.score_update_(logits, torch.full((draws,), -0.5), of.n, of.m, INVERSE, of.draws(draws))
+        ops.score_update_(logits, torch.full((2,), -0.5), of.n, of.m, INVERSE, of.draws(2))
         return [logits]
 
     assert_bits_of_reference(update)
@@ -107,7 +97,6 @@ def test_bits_of_a_hundred_thousand_groups(target, kernel, compiled_for):
     assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
 
 
-@pytest.mark.parametrize("kind", ["top_n", "codes"])
 @pytest.mark.parametrize(
     ("target", "pattern", "dtype"),
     cases(
@@ -116,10 +105,10 @@ def test_bits_of_a_hundred_thousand_groups(target, kernel, compiled_for):
     ),
     ids=str,
 )
-def test_weights_under_given_masks(target, pattern, dtype, kind, compiled_for):
+def test_weights_under_given_masks(target, pattern, dtype, compiled_for):
     compiled_for(target)
     of = Matrix(*pattern, dtype=dtype)
-    assert_bits_of_reference(lambda: masked_weight(of, kind=kind))
+    assert_bits_of_reference(lambda: masked_weight(of, kind="codes"))
 
 
 @pytest.mark.parametrize("spread", ["certain", "open"])
@@ -135,7 +124,7 @@ def test_blocks_with_and_without_noise(target, kernel, spread, compiled_for, mac
     compiled_for(target)
     monkeypatch.setattr(tiles, "PROGRAMS_A_PROCESSOR", 0)
     of = Matrix(2, 4, rows=18, groups=67, spread=spread)
-    config = tiles.CONFIGURATIONS[kernel, target, of.m]
+    config = tiles.configuration(kernel, of.m, 0, target)
     assert of.rows * of.groups > 2 * config.block * config.steps
     assert_bits_of_reference(lambda: OVER_GROUPS[kernel](of))
 
@@ -159,7 +148,7 @@ def of_layers_in_the_ordinary_suite(target, kernel, pattern, dtype, shard):
     ("target", "kernel", "pattern", "dtype", "shard"),
     cases(
         itertools.product(
-            TARGETS, OVER_LAYERS, [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (4, 32)], DTYPES, (False, True)
+            TARGETS, OVER_LAYERS, [(1, 2), (1, 4), (2, 4), (4, 8), (8, 16), (4, 16)], DTYPES, (False, True)
         ),
         slow=lambda *case: not of_layers_in_the_ordinary_suite(*case),
     ),
@@ -175,7 +164,7 @@ def test_layers_of_one_launch(target, kernel, pattern, dtype, shard, compiled_fo
 
 @pytest.mark.parametrize(
     ("spread", "pattern"),
-    cases(itertools.product(("certain", "open"), ((2, 4), (4, 32))), slow=lambda *case: case != ("certain", (2, 4))),
+    cases(itertools.product(("certain", "open"), ((2, 4), (4, 16))), slow=lambda *case: case != ("certain", (2, 4))),
     ids=str,
 )
 def test_flips_of_layers_of_one_launch(spread, pattern, compiled_for):

@@ -14,8 +14,8 @@ from helpers.long_divisions import divides_in_64_bits, only_behind_long_division
 from helpers.loops_without_a_step import only_goes_to, replaces_a_loop
 
 from maskpro_kernels import ops
-from maskpro_kernels.ops.triton import grouped, sampling, semi_structured, straight_through
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES, architecture, scores_in_short
+from maskpro_kernels.ops.triton import grouped, packed, sampling, straight_through
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, architecture, scores_in_short, tiles_of
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
 
@@ -81,8 +81,7 @@ def run_over_groups():
         for kernel in OVER_GROUPS:
             if dtype == torch.float32 or kernel in BY_DTYPE:
                 OVER_GROUPS[kernel](of)
-        for kind in ("top_n", "codes"):
-            masked_weight(of, kind=kind)
+        masked_weight(of, kind="codes")
         update_by_no_draw(of)
         if m == 4:
             shard = Matrix(n, m, dtype, rows=3, groups=171, spread=spread, shard=True)
@@ -103,17 +102,17 @@ def run_over_layers():
 
 def run_products(target, patched):
     for kernel, (n, m), dtype in itertools.product(PRODUCTS, ((2, 4), (4, 8)), DTYPES[:2]):
-        tiles = TILES[kernel, target, dtype.itemsize]
+        tiles = tiles_of(kernel, target, dtype.itemsize)
         for tile, aligned, spread in itertools.product({tiles[0], tiles[-1]}, (True, False), ("certain", "open")):
             options = {"aligned": aligned, "spread": spread, "log_prob": n <= 4, "update": True}
             Product(kernel, tile, n, m, dtype, **options).assert_right()
-    for kernel, kind in itertools.product(PRODUCTS, ("top_n", "codes")):
-        Product(kernel, TILES[kernel, target, 2][0], kind=kind).assert_right()
+    for kernel in PRODUCTS:
+        Product(kernel, tiles_of(kernel, target, 2)[0], kind="codes").assert_right()
     for kernel in PRODUCTS[:2]:
         # of few steps the last part has none
-        Product(kernel, TILES[kernel, target, 2][0], log_prob=True, parts=4).assert_right()
-    for kind, spread in (("drawn", "certain"), ("drawn", "open"), ("top_n", "open"), ("codes", "open")):
-        Product(STEP, TILES[STEP, target, 2][0], kind=kind, spread=spread, update=kind == "drawn").assert_right()
+        Product(kernel, tiles_of(kernel, target, 2)[0], log_prob=True, parts=4).assert_right()
+    for kind, spread in (("drawn", "certain"), ("drawn", "open"), ("codes", "open")):
+        Product(STEP, tiles_of(STEP, target, 2)[0], kind=kind, spread=spread, update=kind == "drawn").assert_right()
     # of no tokens and of some, by one kernel and by torch's product ahead of another
     of = Matrix(2, 4, rows=37, groups=16)
     for dtype, tokens, at_once in itertools.product(DTYPES[:2], (0, 140), (True, False)):
@@ -125,13 +124,13 @@ def run_products(target, patched):
 
 
 def run_packed(target):
-    configs = (*ROWS["packed_vector", target], *PACKED_TILES["packed_linear", target, 2])
+    configs = (*PACKED_ROWS, *tiles_of("packed_linear", target, 2))
     for config, (n, m), values in itertools.product(configs, ((2, 4), (4, 8)), ("keep", "int8")):
         for aligned in (True, False):
             PackedProduct(config, n, m, values=values, aligned=aligned).assert_right()
     for parts in (2, 4):
         PackedProduct(configs[-1], parts=parts).assert_right()
-    semi_structured.metadata(torch.full((64, 24), 0b0101_1010, dtype=torch.uint8))
+    packed.metadata(torch.full((64, 24), 0b0101_1010, dtype=torch.uint8))
 
 
 def not_executed(machine, reason) -> tuple[int, int, list]:

@@ -11,7 +11,7 @@ from helpers.compiled_products import PackedProduct, Product
 from helpers.planted import contracted, mutant_of, replaced, what_is_found
 
 from maskpro_kernels.ops.triton import masked_gemm, packed
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, TILES
+from maskpro_kernels.ops.triton.tiles import tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -43,7 +43,7 @@ def without_a_mask(text: str) -> str:
 
 
 def product(target: str, row: int = 0, **options):
-    tile = TILES[LINEAR, target, 2][row]
+    tile = tiles_of(LINEAR, target, 2)[row]
     return Product(LINEAR, tile, aligned=True, one_hot=True, **options).assert_right
 
 
@@ -195,12 +195,12 @@ def test_a_mutant_is_found(mutation, compiled_for, machine, monkeypatch, tmp_pat
     mutant = mutant_of(module, before, after, tmp_path)
     mutant.torch = machine.torch
     if module is packed:
-        config = PACKED_TILES["packed_linear", "sm_80", 2][0]
+        config = tiles_of("packed_linear", "sm_80", 2)[0]
         mutant.tiles_for = lambda *_: config
         monkeypatch.setattr(packed, "nm_linear", mutant.nm_linear)
         call = PackedProduct(config).assert_right
     else:
-        tile = TILES[LINEAR, "sm_80", 2][0]
+        tile = tiles_of(LINEAR, "sm_80", 2)[0]
         mutant.tiles_for = lambda *_: tile
         monkeypatch.setattr(masked_gemm, LINEAR, mutant.masked_linear)
         call = Product(LINEAR, tile, log_prob=True).assert_right

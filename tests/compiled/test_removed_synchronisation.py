@@ -13,7 +13,7 @@ from helpers.compiled_products import PRODUCTS, STEP, PackedProduct, Product
 from helpers.layers import OVER_LAYERS, ManyLayers
 from helpers.planted import synchronisations, what_is_found, without
 
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TILES
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, tiles_of
 
 pytestmark = pytest.mark.compiled
 
@@ -116,12 +116,12 @@ def call_of(kernel, target):
     row = -1 if kernel.endswith(WIDE) else 0
     kernel = kernel.removesuffix(WIDE)
     if kernel in (*PRODUCTS, STEP):
-        tile = TILES[kernel, target, 2][row]
+        tile = tiles_of(kernel, target, 2)[row]
         return Product(kernel, tile, log_prob=kernel == "masked_linear", update=True, aligned=True).assert_right
     if kernel == "packed_vector":
-        return PackedProduct(ROWS[kernel, target][-1], aligned=True).assert_right
+        return PackedProduct(PACKED_ROWS[-1], aligned=True).assert_right
     if kernel == "packed_linear":
-        return PackedProduct(PACKED_TILES[kernel, target, 2][row], aligned=True).assert_right
+        return PackedProduct(tiles_of(kernel, target, 2)[row], aligned=True).assert_right
     if kernel in OF_LAYERS:
         layers = ManyLayers(2, 4, torch.bfloat16)
         return lambda: assert_bits_of_reference(lambda: layers.call(kernel))

@@ -13,8 +13,8 @@ from helpers.compiled import INVERSE, Matrix, as_it_is, by_both
 from helpers.products import normal, within_budget
 from maskpro_kernels import ops
 from maskpro_kernels.ops import reference
-from maskpro_kernels.ops.triton import masked_gemm, packed, split_k, straight_through, tiles
-from maskpro_kernels.ops.triton.tiles import Rows, Tiles, of_groups
+from maskpro_kernels.ops.triton import masked_gemm, packed, straight_through
+from maskpro_kernels.ops.triton.tiles import ONE_PASS_TOKENS, Rows, Tiles
 from maskpro_kernels.packed import quantized
 from maskpro_kernels.pattern import bitmask_of
 
@@ -56,13 +56,9 @@ class Product:
     parts: int = 1
 
     @property
-    def own_tile(self) -> Tiles:
-        return of_groups(self.tile, self.m, tiles.ON_CPU)
-
-    @property
     def sizes(self) -> tuple[int, int, int]:
         """(tokens, rows, groups): more than one tile of each, and four of what the kernel loops over."""
-        tile = self.own_tile
+        tile = self.tile
         across, tokens, rows = tile.k // self.m, tile.tokens, tile.out
         if self.kernel == "masked_linear":
             sizes = 2 * tokens - 3, rows + 5, 4 * across + 3
@@ -93,11 +89,11 @@ class Product:
     def assert_right(self, moved=as_it_is) -> None:
         with pytest.MonkeyPatch.context() as patched:
             for module in (masked_gemm, straight_through):
-                patched.setattr(module, "tiles_for", lambda *_: self.own_tile)
-            patched.setattr(split_k, "parts_for", lambda *_: self.parts)
+                patched.setattr(module, "tiles_for", lambda *_: self.tile)
+            patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
             patched.setattr(straight_through, "fused", lambda *_: self.kernel != STEP)
             # on a B200 tiles of many tokens take given masks alone, and draw where a test is about them
-            patched.setattr(masked_gemm, "DRAWN_TOKENS", masked_gemm.ONE_PASS_TOKENS)
+            patched.setattr(masked_gemm, "one_pass_tokens", lambda *_: ONE_PASS_TOKENS)
             CHECKS[self.kernel](self, moved)
 
 
@@ -222,7 +218,7 @@ class PackedProduct:
         with pytest.MonkeyPatch.context() as patched:
             for name in ("tiles_for", "rows_for"):
                 patched.setattr(packed, name, lambda *_: self.config)
-            patched.setattr(split_k, "parts_for", lambda *_: self.parts)
+            patched.setattr(masked_gemm, "parts_for", lambda *_: self.parts)
             operands = moved(x), values, bitmask, scales, None if bias is None else moved(bias), self.n, self.m
             (found,), (by_torch,) = by_both(lambda: [ops.nm_linear(*operands)])
         dense = reference.unpack_nm(

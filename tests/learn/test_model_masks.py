@@ -16,7 +16,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.learn import model_masks
 from maskpro_kernels.learn.model_masks import ModelMasks, ReplayedLayer
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ops.mask_costs import COSTS, Uses, draws_once
+from maskpro_kernels.ops.layer_groups import COSTS, Uses, draws_once
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -359,8 +359,8 @@ def test_codes_pay_where_a_mask_is_used_again():
 
 
 def test_each_row_of_the_tiles_has_costs():
-    from maskpro_kernels.ops.triton.tiles import PROCESSORS
+    from maskpro_kernels.ops.triton.tiles import TARGETS
 
-    assert COSTS.keys() == {*PROCESSORS, "cpu"}
+    assert COSTS.keys() == {*TARGETS, "cpu"}
     for costs in COSTS.values():
         assert all(drawn > by_codes for drawn, by_codes in (costs.one_pass, costs.weight, costs.slope))

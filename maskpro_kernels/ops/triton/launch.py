@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .tiles import INTERPRETED, PROCESSORS, Configuration, Rows, Tiles, architecture, configuration, elements
+from .tiles import INTERPRETED, TARGETS, Configuration, Rows, Tiles, architecture, configuration
 
 # How often each kernel has been launched in this process
 launches: Counter[str] = Counter()
@@ -20,48 +20,44 @@ def launch(kernel, name: str, m: int, groups: int, device: torch.device, *args, 
         return
     target = architecture(device)
     config = configuration(name, m, groups, target)
-    grid = (config.programs(groups, PROCESSORS[target]),)
-    _launch(kernel, name, grid, device, args, config.options(target), M=m, BLOCK=config.block, **constants)
+    grid = (config.programs(groups, TARGETS[target].processors),)
+    _launch(kernel, name, grid, device, args, config.options, M=m, BLOCK=config.block, **constants)
 
 
 def launch_layers(kernel, name: str, m: int, grid: int, largest: int, device: torch.device, *args, **constants) -> None:
     """Launch so many programs of ``kernel`` on layers, the largest of so many groups."""
     if grid == 0:
         return
-    target = architecture(device)
-    config = configuration(name, m, largest, target)
-    _launch(kernel, name, (grid,), device, args, config.options(target), M=m, BLOCK=config.block, **constants)
+    config = configuration(name, m, largest, architecture(device))
+    _launch(kernel, name, (grid,), device, args, config.options, M=m, BLOCK=config.block, **constants)
 
 
 def programs_of_layers(config: Configuration, counts: Sequence[int], device: torch.device) -> list[int]:
     """How many programs share out each layer of so many groups, where one launch takes all."""
     # of many layers none is alone on the device
-    processors = -(-PROCESSORS[architecture(device)] // len(counts))
+    processors = -(-TARGETS[architecture(device)].processors // len(counts))
     return [config.programs(groups, processors) for groups in counts]
 
 
 def launch_rows(kernel, name: str, m: int, rows: int, config: Rows, device: torch.device, *args, **constants) -> None:
     """Launch a kernel whose programs own some rows each."""
     grid = ((rows + config.rows - 1) // config.rows,)
-    options = config.options(architecture(device))
-    _launch(kernel, name, grid, device, args, options, M=m, ROWS=config.rows, BLOCK=config.block, **constants)
+    _launch(kernel, name, grid, device, args, config.options, M=m, ROWS=config.rows, BLOCK=config.block, **constants)
 
 
 def launch_elements(kernel, name: str, count: int, device: torch.device, *args, **constants) -> None:
     """Launch ``kernel`` on ``count`` single elements; nothing happens where there are none."""
     if count == 0:
         return
-    target = architecture(device)
-    config = elements(name, count, target)
+    config = configuration(name, 1, count, architecture(device))
     grid = ((count + config.block - 1) // config.block,)
-    _launch(kernel, name, grid, device, args, config.options(target), BLOCK=config.block, **constants)
+    _launch(kernel, name, grid, device, args, config.options, BLOCK=config.block, **constants)
 
 
 def launch_tiles(kernel, name: str, m: int, grid: tuple[int, ...], tile: Tiles, device, *args, **constants) -> None:
-    """Launch a kernel of masked products on a grid of tiles."""
-    options = tile.options(architecture(device))
+    """Launch a kernel of products on a grid of tiles."""
     blocks = {"BLOCK_OUT": tile.out, "BLOCK_T": tile.tokens, "BLOCK_K": tile.k}
-    _launch(kernel, name, grid, device, args, options, M=m, **blocks, **constants)
+    _launch(kernel, name, grid, device, args, tile.options, M=m, **blocks, **constants)
 
 
 def _launch(kernel, name, grid, device, args, options, **constants):

@@ -3,11 +3,14 @@
 Tensors are contiguous: the weight is [rows, K], x [tokens, K], y and its gradient [tokens, rows], the bias [rows].
 Weight and bias may be of another dtype than x, in which the product runs. Neither mask nor masked weight
 reaches memory. The weight is the row operand of every product, so that few tokens still fill the matrix
-units. A tile's groups are held as [groups, M], row by row. Of y and the gradient of x, programs along the grid's last
-axis share the sum; see ``split_k``.
+units. A tile's groups are held as [groups, M], row by row.
+
+Where y or the gradient of x has few rows of tiles, the inner dimension is shared out, so that every processor has work.
+Each part of it has programs of its own, along the last axis of the grid, which write their sums in float32. A second
+kernel adds the parts in their order: the bits of a result repeat.
 
 Constants of the kernels: N and M of the pattern; KIND of the mask, as of a ``MaskSource``, by which ``source`` holds
-logits, scores or codes; OPERAND and PRECISION, in what the matrix units multiply; BLOCK_OUT, BLOCK_T and BLOCK_K, the
+logits or codes; OPERAND and PRECISION, in what the matrix units multiply; BLOCK_OUT, BLOCK_T and BLOCK_K, the
 weight rows, tokens and columns of a tile.
 """
 
@@ -19,19 +22,48 @@ from ...counter import NO_COUNTER, MaskSource
 from ..reference.plackett_luce import EXACT_SCORE_MAX_N
 from . import device as d
 from . import sampling
-from .launch import launch_tiles
-from .split_k import SplitResult, own_part, own_sums, result_dtype
+from .launch import launch_elements, launch_tiles
 from .tiles import (
+    ACROSS_COLUMNS,
     ALIGNED,
-    DRAWN_TOKENS,
     INTERPRETED,
     ONE_PASS_TOKENS,
+    Tiles,
     architecture,
+    one_pass_tokens,
+    parts_for,
     tiles_for,
 )
 
 # Sizes and places of layers, for which nothing is compiled anew
 UNSPECIALIZED_OF_TILES = ["offset", "row_stride", "tokens"]
+
+
+@triton.jit
+def own_part(size, STEP: tl.constexpr):
+    """(first, end) of the program's part of an inner dimension: whole steps, but where that ends."""
+    steps = tl.cdiv(tl.cdiv(size, STEP), tl.num_programs(2))
+    first = tl.program_id(2) * steps * STEP
+    return first, tl.minimum(first + steps * STEP, size)
+
+
+@triton.jit
+def own_sums(out, tokens, columns):
+    """Where the program's part of the inner dimension has its result [tokens, columns]."""
+    return out + tl.program_id(2).to(tl.int64) * tokens * columns
+
+
+@triton.jit(do_not_specialize=["total"])
+def split_sum_kernel(partial, bias, out, columns, total: tl.int64, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [tokens, columns] is the sum of PARTS of them, in order, and the bias."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    y = tl.load(partial + index, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        y += tl.load(partial + part * total + index, mask=inside, other=0.0)
+    if bias is not None:
+        y += tl.load(bias + index % columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + index, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -69,13 +101,11 @@ def tile_code(
     N: tl.constexpr,
     M: tl.constexpr,
 ):
-    """int32 group codes of a tile; x are columns of logits or scores, unused where codes are given."""
+    """int32 group codes of a tile; x are columns of logits, unused where codes are given."""
     if KIND == "drawn":
         index = (offset + row * row_stride + group).to(tl.uint32)
         key = d.load_key(seed, step, layer, draw)
         code = d.drawn_code(x, index, inv_temperature, N, M, key)
-    elif KIND == "top_n":
-        code = d.encode(d.top_n(x, N, M), M)
     else:
         code = tl.load(source + row.to(tl.int64) * groups + group, mask=inside, other=0).to(tl.int32)
     return code
@@ -83,7 +113,7 @@ def tile_code(
 
 @triton.jit
 def tile_logits(source, row, group, inside, groups, KIND: tl.constexpr, M: tl.constexpr):
-    """Columns of logits or scores, float32; nothing where codes are given."""
+    """Columns of logits, float32; nothing where codes are given."""
     if KIND == "codes":
         columns = ()
     else:
@@ -289,6 +319,45 @@ def masked_linear_weight_grad_kernel(
     tl.store(pointers, masked.to(out.dtype.element_ty), mask=inside[:, None])
 
 
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what a kernel writes a result of ``dtype``."""
+    # the interpreter truncates where hardware rounds
+    return torch.float32 if INTERPRETED else dtype
+
+
+class SplitResult:
+    """The result [tokens, columns] of a product, in the dtype and on the device of its operand x.
+
+    Attributes:
+        grid: of the product's kernel: blocks of columns, blocks of tokens, parts of the inner dimension.
+        out: what that kernel writes: the result, or [parts, tokens, columns] in float32.
+        bias: what it adds: with several parts None.
+    """
+
+    def __init__(
+        self, product: str, tile: Tiles, shape: tuple[int, int], inner: int, x: torch.Tensor, bias: torch.Tensor | None
+    ):
+        tokens, columns = shape
+        across, step = (tile.k, tile.out) if product in ACROSS_COLUMNS else (tile.out, tile.k)
+        blocks = triton.cdiv(columns, across), triton.cdiv(tokens, tile.tokens)
+        self.parts = parts_for(tile, blocks[0] * blocks[1], triton.cdiv(inner, step), architecture(x.device))
+        self.grid = (*blocks, self.parts)
+        self.whole = torch.empty(shape, dtype=result_dtype(x.dtype), device=x.device)
+        self.out, self.bias, self.added = self.whole, bias, None
+        if self.parts > 1:
+            self.out = torch.empty(self.parts, *shape, dtype=torch.float32, device=x.device)
+            self.bias, self.added = None, bias
+        self.dtype = x.dtype
+
+    def sum(self) -> torch.Tensor:
+        """The result, once the product's kernel has written all parts."""
+        if self.parts > 1:
+            count = self.whole.numel()
+            launch_elements(split_sum_kernel, "split_sum", count, self.whole.device,
+                            self.out, self.added, self.whole, self.whole.shape[1], count, PARTS=self.parts)  # fmt: skip
+        return self.whole.to(self.dtype)
+
+
 def operand_constants(dtype: torch.dtype) -> dict:
     """Constants of a kernel that multiplies tiles of ``dtype``."""
     # the interpreter multiplies the bits of 16-bit floats as integers
@@ -306,8 +375,7 @@ def mask_arguments(mask, tokens, matrix):
 
 def one_pass(tensor: torch.Tensor, mask: MaskSource) -> bool:
     """Whether a mask is applied inside its product with ``tensor`` [tokens, ...], not to a transient masked weight."""
-    most = (DRAWN_TOKENS if mask.kind == "drawn" else ONE_PASS_TOKENS)[architecture(tensor.device)]
-    return 0 < tensor.shape[0] <= most
+    return 0 < tensor.shape[0] <= one_pass_tokens(mask.kind, architecture(tensor.device))
 
 
 def masked_linear(x, weight, bias, mask, log_prob):
@@ -360,7 +428,7 @@ def masked_linear_input_grad(grad, weight, mask):
 def masked_linear_weight_grad(grad, x, mask):
     """(grad.T @ x) * mask: [rows, K] for grad [tokens, rows] and x [tokens, K]."""
     tokens, rows, k = grad.shape[0], grad.shape[1], x.shape[1]
-    if rows == 0 or not 0 < tokens <= ONE_PASS_TOKENS[architecture(grad.device)]:
+    if rows == 0 or not 0 < tokens <= ONE_PASS_TOKENS:
         return sampling.masked_weight(grad.t() @ x, mask)
     out = torch.empty(rows, k, dtype=result_dtype(grad.dtype), device=grad.device)
     tile = tiles_for("masked_linear_weight_grad", mask.m, grad.dtype, tokens, rows, k, architecture(grad.device))

@@ -2,10 +2,12 @@
 
 Values [rows, K N / M] and bitmask uint8 [rows, ceil(K / 8)] are contiguous. Where a kernel of this file multiplies, a
 thread takes a chunk of the weight at a time whose values fill 16 bytes, one load: four words of two 16-bit values each,
-and beside them one word of the bitmask. Values of int8 fill 8 bytes, and become such words.
+and beside them one word of the bitmask. Values of int8 fill 8 bytes, and become such words. Products of many tokens
+with 2:4 weights are torch's, on the sparse tensor cores of compute capability 8.x.
 """
 
 import math
+import sys
 
 import torch
 import triton
@@ -13,10 +15,9 @@ import triton.language as tl
 
 from .. import reference
 from . import device as d
-from . import semi_structured, tiles
-from .launch import launch, launch_rows, launch_tiles
-from .masked_gemm import operand_constants
-from .split_k import SplitResult, own_part, own_sums, result_dtype
+from . import tiles
+from .launch import launch, launch_elements, launch_rows, launch_tiles
+from .masked_gemm import SplitResult, operand_constants, own_part, own_sums, result_dtype
 from .tiles import ALIGNED, PACKED_TOKENS, architecture, rows_for, tiles_for
 
 VALUES = tl.constexpr(8)
@@ -24,6 +25,12 @@ SCALED = tl.constexpr(reference.SCALED)
 WORDS = tl.constexpr(4)
 # Patterns of which a chunk's 16 bytes hold whole groups, and whose kernels the tests compile ahead of time
 MULTIPLIED = frozenset({(2, 4), (1, 4), (4, 8), (8, 16)})
+# Of weights and of tokens what torch's kernel takes multiples of, see SparseSemiStructuredTensorCUTLASS
+ROWS, COLUMNS, TOKENS = 32, 64, 8
+# Rows of a block that is put in order as a whole, and columns of it: words that a sector of memory holds
+BLOCK_ROWS, BLOCK_COLUMNS = tl.constexpr(32), tl.constexpr(16)
+# The lowest bit of each of four groups
+LOWEST = tl.constexpr(0x1111)
 
 
 def chunk_length(n: int, m: int) -> int:
@@ -270,7 +277,7 @@ def packed_linear_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Several tokens. Programs along the grid's last axis share K, each writes its part's sum; see ``split_k``."""
+    """Several tokens. Programs along the grid's last axis share K, each writes its part's sum; see ``masked_gemm``."""
     CHUNK: tl.constexpr = VALUES * M // N
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
     chunks = units * UNIT
@@ -337,6 +344,41 @@ def unpack_kernel(
     tl.store(out + index[:, None] * M + tl.arange(0, M)[None, :], tile, mask=inside[:, None])
 
 
+@triton.jit
+def indices_of_codes(codes):
+    """Four codes of 2:4 as four pairs of places, two bits each, the lower place in the lower bits: words of int32.
+
+    The lower place is 1 where weight 1 is kept without weight 0, and 2 where neither is. The upper one is 1 where both
+    are, 3 where weight 3 is kept, and else 2: its lower bit is set for 1 and 3, its upper bit for all but 1.
+    """
+    kept = ()
+    for i in tl.static_range(4):
+        kept = kept + ((codes >> i) & LOWEST,)
+    both, neither = kept[0] & kept[1], (kept[0] | kept[1]) ^ LOWEST
+    return (kept[1] & ~kept[0]) | neither << 1 | (both | neither | kept[3]) << 2 | (both ^ LOWEST) << 3
+
+
+@triton.jit
+def metadata_kernel(bitmask, out, rows, columns, count, BLOCK: tl.constexpr):
+    """Words [rows, columns] of four codes each become words of four pairs of places, in the order of CUTLASS.
+
+    In a block of 32 rows, row 8 a + b goes to row 4 b + a. Then blocks of 2 x 2 are transposed, and pairs of columns
+    lie one after the other.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # by where a word goes to: its block, there the pair of columns, the row, and which of the pair
+    block, at = index // (BLOCK_ROWS * BLOCK_COLUMNS), index % (BLOCK_ROWS * BLOCK_COLUMNS)
+    row_blocks = rows // BLOCK_ROWS
+    pair = block // row_blocks * (BLOCK_COLUMNS // 2) + at // (2 * BLOCK_ROWS)
+    first_row, place = block % row_blocks * BLOCK_ROWS, at % (2 * BLOCK_ROWS)
+    row = first_row + (place // 4 % 2) * 16 + (place % 2) * 8 + place // 8
+    column = 2 * pair + place // 2 % 2
+    inside = (index < count) & (column < columns)
+    codes = tl.load(bitmask + row.to(tl.int64) * columns + column, mask=inside, other=0).to(tl.int32)
+    where = pair.to(tl.int64) * (2 * rows) + 2 * first_row + place
+    tl.store(out + where, indices_of_codes(codes).to(tl.int16), mask=inside)
+
+
 def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, m: int) -> str:
     """How the product of x [tokens, K] with a packed weight is computed.
 
@@ -349,8 +391,8 @@ def route(x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, n: int, 
     aligned = values.data_ptr() % 16 == 0 and bitmask.data_ptr() % 16 == 0
     if not (x.is_cuda or tiles.ON_CPU) or not tokens or not len(values) or x.itemsize != 2 or not aligned:
         return "unpack"
-    if tokens > PACKED_TOKENS[architecture(x.device)]:
-        sparse = semi_structured.available(x.device) and semi_structured.fits(x, values, n, m)
+    if tokens > PACKED_TOKENS:
+        sparse = sparse_available(x.device) and sparse_fits(x, values, n, m)
         return "sparse" if sparse else "unpack"
     if (n, m) not in MULTIPLIED or k % chunk_length(n, m):
         return "unpack"
@@ -370,7 +412,7 @@ def nm_linear(x, values, bitmask, scales, bias, n, m):
     if scales is not None:
         values = reference.dequantized(values, scales, x.dtype)
     if how == "sparse":
-        return semi_structured.linear(x, values, bitmask, bias)
+        return sparse_linear(x, values, bitmask, bias)
     return torch.nn.functional.linear(x, unpack_nm(values, bitmask, n, m), bias)
 
 
@@ -395,7 +437,7 @@ def _vector(x, values, bitmask, scales, bias, n, m):
     if x.data_ptr() % 4 or x.storage_offset() % 2:
         x = x.flatten().clone()
     out = torch.empty(1, rows, dtype=result_dtype(x.dtype), device=x.device)
-    config = rows_for("packed_vector", rows, k // chunk_length(n, m), target)
+    config = rows_for(rows, k // chunk_length(n, m), target)
     launch_rows(packed_vector_kernel, "packed_vector", m, rows, config, x.device,
                 x.flatten().view(torch.int32), *words, scales, bias, out, rows, units, **constants)  # fmt: skip
     return out.to(x.dtype)
@@ -410,6 +452,51 @@ def _tiles(x, values, bitmask, scales, bias, n, m):
                  x, *words, scales, split.bias, split.out, tokens, rows, units,
                  **constants, **operand_constants(x.dtype))  # fmt: skip
     return split.sum()
+
+
+def metadata(bitmask: torch.Tensor) -> torch.Tensor:
+    """int16 [rows, K / 16] of a bitmask uint8 [rows, K / 8] of 2:4, rows a multiple of 32 and K of 32."""
+    words = bitmask.view(torch.int16)
+    rows, columns = words.shape
+    out = torch.empty_like(words)
+    count = rows * triton.cdiv(columns, BLOCK_COLUMNS.value) * BLOCK_COLUMNS.value
+    launch_elements(metadata_kernel, "metadata", count, words.device, words, out, rows, columns, count)
+    return out
+
+
+def sparse_available(device: torch.device) -> bool:
+    """Whether torch multiplies with semi-structured weights there: by CUTLASS, which it has for 8.x and Linux alone.
+
+    On 9.x and later torch has cuSPARSELt alone, whose format comes from the dense weight.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or sys.platform != "linux":
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 8
+
+
+def sparse_fits(x: torch.Tensor, values: torch.Tensor, n: int, m: int) -> bool:
+    """Whether x [tokens, K] of 16 bits and the values of a weight [rows, K] are such as torch's kernel takes."""
+    sizes = len(values) % ROWS == 0 and x.shape[1] % COLUMNS == 0
+    return (n, m) == (2, 4) and x.itemsize == 2 and sizes and values.data_ptr() % 16 == 0
+
+
+def sparse_linear(
+    x: torch.Tensor, values: torch.Tensor, bitmask: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [tokens, K] @ unpacked [rows, K].T + bias [rows], all of one dtype of 16 bits; see ``sparse_fits``.
+
+    torch's kernel, CUTLASS's, takes the kept values as they are packed, and in place of the bitmask the metadata of
+    ``torch.sparse.SparseSemiStructuredTensorCUTLASS``: two bits for each value, in an order of its own.
+    """
+    tokens = len(x)
+    if tokens % TOKENS or x.data_ptr() % 16:
+        x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % TOKENS))
+    operands = values, metadata(bitmask), x.t()
+    if bias is None:
+        y = torch._sparse_semi_structured_mm(*operands)
+    else:
+        y = torch._sparse_semi_structured_addmm(bias, *operands)
+    return y[:, :tokens].t().contiguous()
 
 
 def unpack_nm(values, bitmask, n, m):

@@ -17,7 +17,7 @@ from ...counter import NO_COUNTER
 from ...pattern import code_dtype
 from ..reference.quadrature import quadrature_grid
 from . import device as d
-from .device.constants import EXACT_SCORE_MAX_N
+from .device.arithmetic import EXACT_SCORE_MAX_N
 from .launch import launch
 from .tiles import INTERPRETED, architecture, scores_in_short
 
@@ -157,7 +157,7 @@ def masked_weight_kernel(
 ):
     """out [rows, K] is the weight where the mask of ``source`` keeps it, exact zeros elsewhere.
 
-    ``source`` holds logits or scores [rows, K], or codes [rows, K / M], by KIND.
+    ``source`` holds logits [rows, K], or codes [rows, K / M], by KIND.
     """
     if KIND == "drawn":
         key = d.load_key(seed, step, layer, draw)
@@ -165,8 +165,6 @@ def masked_weight_kernel(
         if KIND == "drawn":
             code = codes_of_run(source, inv_temperature, key, offset, row_stride, columns, total, first,
                                 N, M, BLOCK, WHOLE)  # fmt: skip
-        elif KIND == "top_n":
-            code = d.encode(d.top_n(load_columns(source, first, total, M, BLOCK), N, M), M)
         else:
             code = load_codes(source, first, total, N, BLOCK)
         store_masked(out, weight, code, first, total, M, BLOCK)

@@ -96,21 +96,19 @@ def test_each_unknown_architecture_has_a_warning_of_its_own(device):
 
 
 def test_every_target_that_an_architecture_takes_is_in_every_table():
-    targets = {*tiles.TARGET_OF.values(), tiles.NVIDIA_TARGET, tiles.AMD_TARGET}
-    for table in (
-        tiles.PROCESSORS,
-        tiles.ONE_PASS_TOKENS,
-        tiles.DRAWN_TOKENS,
-        tiles.FUSED_TOKENS,
-        tiles.FUSED_DRAWN_TOKENS,
-        tiles.PACKED_TOKENS,
-    ):
-        assert table.keys() == targets
-    assert {target for _, target, _ in tiles.TILES} == {target for _, target, _ in tiles.PACKED_TILES} == targets
+    assert tiles.TARGETS.keys() == {*tiles.TARGET_OF.values(), tiles.NVIDIA_TARGET, tiles.AMD_TARGET}
 
 
-def test_a_target_has_entries_of_its_own_where_those_of_all_do_not_fit():
+def test_each_lane_has_a_group_to_draw(monkeypatch):
     """A wave of AMD's has 64 lanes, a warp 32."""
-    of_each = {target: tiles.CONFIGURATIONS["sample_mask", target, 8] for target in tiles.PROCESSORS}
-    assert {target: config.block for target, config in of_each.items()} == dict.fromkeys(of_each, 32) | {"gfx942": 64}
-    assert len({replace(config, block=0) for config in of_each.values()}) == 1
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    blocks = {target: tiles.configuration("sample_mask", 8, 0, target).block for target in tiles.TARGETS}
+    assert blocks == dict.fromkeys(blocks, 32) | {"gfx942": 64}
+
+
+def test_a_target_takes_tiles_of_its_own_in_place_of_those_of_all(monkeypatch):
+    own = (tiles.Tiles(out=128, tokens=16, k=64),)
+    row = replace(tiles.TARGETS["sm_90"], tiles={("masked_linear", 2): own})
+    monkeypatch.setitem(tiles.TARGETS, "sm_90", row)
+    assert tiles.tiles_of("masked_linear", "sm_90", 2) == own
+    assert tiles.tiles_of("masked_linear", "sm_90", 4) == tiles.TILES["masked_linear", 4]

@@ -19,7 +19,7 @@ CHILD = """
 import json, sys
 import aot
 from triton.backends.compiler import GPUTarget
-from maskpro_kernels.ops.triton.tiles import PACKED_TILES, ROWS, TARGET_OF, TILES
+from maskpro_kernels.ops.triton.tiles import PACKED_ROWS, TARGET_OF, TILES, tiles_of
 name, = json.load(sys.stdin)
 target = TARGET_OF[name]
 aot.TARGETS[target] = GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
@@ -30,15 +30,16 @@ def tell(what, built):
 
 for kernel in ("sample_mask", "masked_weight", "score_update", "descend", "adamw", "best_swaps"):
     tell(kernel, aot.build(kernel, target, 2, 4))
-for (product, of, size), tiles in TILES.items():
-    if of == target and size == 2:
+for product, size in TILES:
+    if size == 2 and product != "packed_linear":
+        tiles = tiles_of(product, target, size)
         for tile in dict.fromkeys((tiles[0], tiles[-1])):
             tell(f"{product} {tile.out}", aot.build_product(product, target, 2, 4, tile))
 # operands in 16 bits and the weight in 32, as under autocast, take the most shared memory
-tile = TILES["masked_linear", target, 2][-1]
+tile = tiles_of("masked_linear", target, 2)[-1]
 tell(f"masked_linear {tile.out}", aot.build_product("masked_linear", target, 2, 4, tile, weight="fp32"))
-tell("packed_vector", aot.build_packed("packed_vector", target, 2, 4, ROWS["packed_vector", target][-1]))
-tile = PACKED_TILES["packed_linear", target, 2][-1]
+tell("packed_vector", aot.build_packed("packed_vector", target, 2, 4, PACKED_ROWS[-1]))
+tile = tiles_of("packed_linear", target, 2)[-1]
 tell(f"packed_linear {tile.out}", aot.build_packed("packed_linear", target, 2, 4, tile))
 """
 
@@ -62,7 +63,7 @@ def test_kernels_compile_and_tiles_fit(name):
     assert len(rows) >= 6 + 6 + 3
     for what, registers, spills, stack, shared, units in rows:
         case = (what, registers, spills, stack, shared, units)
-        assert registers <= 255 and spills == stack == 0 and shared <= SHARED_LIMITS[name] << 10, case
+        assert registers <= 255 and spills == 0 and stack <= 32 and shared <= SHARED_LIMITS[name] << 10, case
         # what the entries were chosen for: wide tiles reach tcgen05, which consumer cards do not have
         if what in ("masked_linear 64", "packed_linear 64"):
             assert units == (["tcgen05.mma"] if TARGET_OF[name] == "sm_100" else ["mma.sync"]), case

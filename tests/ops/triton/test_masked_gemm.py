@@ -95,8 +95,8 @@ def test_many_products_are_within_the_error_budget(problem, parts):
 @pytest.fixture(params=["one pass", "transient weight"])
 def route(request, monkeypatch):
     most = 0 if request.param == "transient weight" else 1 << 20
-    for table in ("ONE_PASS_TOKENS", "DRAWN_TOKENS"):
-        monkeypatch.setattr(masked_gemm, table, dict.fromkeys(tiles.PROCESSORS, most))
+    monkeypatch.setattr(masked_gemm, "ONE_PASS_TOKENS", most)
+    monkeypatch.setattr(masked_gemm, "one_pass_tokens", lambda *_: most)
     return request.param
 
 
@@ -110,7 +110,7 @@ def route(request, monkeypatch):
 )
 def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched):
     monkeypatch.setattr(masked_gemm, "tiles_for", lambda *_: tiles.Tiles(out=16, tokens=64, k=64))
-    monkeypatch.setattr(masked_gemm, "DRAWN_TOKENS", tiles.ONE_PASS_TOKENS)
+    monkeypatch.setattr(masked_gemm, "one_pass_tokens", lambda *_: tiles.ONE_PASS_TOKENS)
     k = 48 if pattern.m == 16 else 40
     logits, weight = 3 * normal(19, k), torch.ones(19, k, device=KERNEL_DEVICE)
     codes, mask = mask_of(kind, logits, pattern)
@@ -120,24 +120,20 @@ def test_the_mask_is_that_of_the_reference(kind, pattern, monkeypatch, launched)
     assert launched["masked_linear"] == 1
 
 
-@pytest.mark.parametrize(
-    ("pattern", "dtype", "one_pass"),
-    [("8:16", torch.bfloat16, 128), ("8:16", torch.float32, 128)],
-    ids=str,
-)
-def test_one_pass_takes_one_block_of_tokens(pattern, dtype, one_pass, launched):
-    n, m = NMPattern(pattern).n, NMPattern(pattern).m
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_pass_takes_one_block_of_tokens(dtype, launched):
+    pattern, one_pass = "8:16", tiles.ONE_PASS_TOKENS
     for tokens in (one_pass, one_pass + 1):
         launched.clear()
         x, weight, scores = normal(tokens, 64, dtype=dtype), normal(16, 64, dtype=dtype), normal(16, 64)
-        mask = MaskSource(mk.top_n_mask(scores, pattern), "codes", n, m)
+        mask = MaskSource(mk.top_n_mask(scores, pattern), "codes", 8, 16)
         y, _ = masked_gemm.masked_linear(x, weight, None, mask, False)
         masked_gemm.masked_linear_input_grad(y, weight, mask)
         inside = tokens <= one_pass
         assert launched["masked_linear"] == launched["masked_linear_input_grad"] == inside
         assert launched["masked_weight"] == 2 * (not inside)
-    for product, target in itertools.product(("masked_linear", "masked_linear_input_grad"), tiles.PROCESSORS):
-        of_product = tiles.tiles_of(product, target, dtype.itemsize, m)
+    for product, target in itertools.product(("masked_linear", "masked_linear_input_grad"), tiles.TARGETS):
+        of_product = tiles.tiles_of(product, target, dtype.itemsize)
         assert max(tile.tokens for tile in of_product) == one_pass
 
 
@@ -446,27 +442,3 @@ def test_tiles_hold_the_tokens_and_leave_no_processor_idle(monkeypatch):
     assert tile(64, 32 * 133, dtype=torch.float32) == (32, 64, 16)
     assert tile(16, 8, product="masked_linear_input_grad") == (32, 16, 32)
     assert tile(16, 8, product="straight_through_step", m=16) == (16, 1, 64)
-    # a group is wider than the tile of the table
-    assert tiles.of_groups(tiles.Tiles(out=64, tokens=16, k=16), 32, "sm_90").k == 32
-
-
-@pytest.mark.parametrize(
-    ("m", "own"),
-    [
-        (16, {("masked_linear_input_grad", 2), ("masked_linear_input_grad", 4),
-              ("straight_through_step", 2), ("straight_through_step", 4)}),
-        (32, {("masked_linear", 4), ("masked_linear_input_grad", 4)}),
-    ],
-)  # fmt: skip
-def test_some_products_of_large_groups_have_tiles_of_their_own(m, own):
-    """Those that they would share leave some pattern's threads too few registers."""
-    sizes = {(product, size) for product, _, size in tiles.TILES}
-    for (product, size), target in itertools.product(sizes, tiles.PROCESSORS):
-        shared = tuple(tiles.of_groups(tile, m, target) for tile in tiles.TILES[product, target, size])
-        assert (tiles.tiles_of(product, target, size, m) != shared) == ((product, size) in own)
-
-
-def test_groups_of_32_take_all_registers_and_on_gfx942_few_warps():
-    for product, target, size in tiles.TILES:
-        taken = tiles.tiles_of(product, target, size, 32)
-        assert all(tile.num_warps <= 4 if target.startswith("gfx") else tile.registers == 255 for tile in taken)

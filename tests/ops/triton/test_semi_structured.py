@@ -15,7 +15,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse import _semi_structured_conversions as conversions
 
 import maskpro_kernels as mk
-from maskpro_kernels.ops.triton import packed, semi_structured
+from maskpro_kernels.ops.triton import packed
 
 
 def sparse(rows, k, dtype=torch.bfloat16):
@@ -29,7 +29,7 @@ def test_metadata_is_that_of_torchs_own_conversion(rows, k, launched):
     weight = sparse(rows, k)
     stored = mk.pack_24(weight)
     values, expected = conversions.sparse_semi_structured_from_dense_cutlass(weight)
-    found = semi_structured.metadata(stored.bitmask)
+    found = packed.metadata(stored.bitmask)
     assert_same_bits([stored.values, found], [values, expected])
     assert launched["metadata"] == 1
 
@@ -39,7 +39,7 @@ def test_every_code_becomes_the_places_that_it_keeps():
     groups = every_code().repeat(6, 4)[:32].contiguous()
     weight = mk.expand_mask(groups, "2:4").bfloat16()
     _, expected = conversions.sparse_semi_structured_from_dense_cutlass(weight)
-    assert_same_bits(semi_structured.metadata(mk.pack_24(weight).bitmask), expected)
+    assert_same_bits(packed.metadata(mk.pack_24(weight).bitmask), expected)
 
 
 def asserted_product(values, metadata, x, bias=None):
@@ -59,10 +59,10 @@ def asserted_product(values, metadata, x, bias=None):
 @pytest.fixture
 def on_8(monkeypatch):
     """Capability 8.x, whose product the CPU computes."""
-    monkeypatch.setattr(semi_structured, "available", lambda device: True)
-    monkeypatch.setattr(semi_structured.torch, "_sparse_semi_structured_mm", asserted_product)
+    monkeypatch.setattr(packed, "sparse_available", lambda device: True)
+    monkeypatch.setattr(packed.torch, "_sparse_semi_structured_mm", asserted_product)
     monkeypatch.setattr(
-        semi_structured.torch,
+        packed.torch,
         "_sparse_semi_structured_addmm",
         lambda bias, *operands: asserted_product(*operands, bias),
     )
@@ -107,4 +107,4 @@ def test_what_torch_multiplies(shape, dtype, pattern, tokens, expected, on_8):
 
 
 def test_other_devices_have_no_such_product():
-    assert not semi_structured.available(torch.device("cpu"))
+    assert not packed.sparse_available(torch.device("cpu"))

@@ -10,25 +10,25 @@ from helpers.products import COUNTER, normal, operands, small_tiles, within_budg
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.ops.triton import masked_gemm, packed, split_k, tiles
+from maskpro_kernels.ops.triton import masked_gemm, packed, tiles
 
 
 def in_parts(monkeypatch, parts):
     """Tiles of 32 columns or 16 rows at a time, and the inner dimension in so many parts."""
     for module in (masked_gemm, packed):
         monkeypatch.setattr(module, "tiles_for", small_tiles)
-    monkeypatch.setattr(split_k, "parts_for", lambda *_: parts)
+    monkeypatch.setattr(masked_gemm, "parts_for", lambda *_: parts)
 
 
 @pytest.mark.parametrize("rows", [1024, 4096, 11008])
 @pytest.mark.parametrize("num_warps", [4, 8])
 def test_products_are_split_until_every_processor_has_twelve_warps(rows, num_warps):
     tile = tiles.Tiles(out=16, tokens=16, k=64, num_warps=num_warps)
-    for target, processors in tiles.PROCESSORS.items():
+    for target, row in tiles.TARGETS.items():
         warps = -(-rows // tile.out) * num_warps
         parts = tiles.parts_for(tile, warps // num_warps, 64, target)
-        assert warps * parts >= 12 * processors
-        assert parts == 1 or warps * parts // 2 < 12 * processors
+        assert warps * parts >= 12 * row.processors
+        assert parts == 1 or warps * parts // 2 < 12 * row.processors
 
 
 def test_a_part_has_at_least_two_steps():
@@ -40,8 +40,8 @@ def test_sums_are_added_in_the_order_of_the_parts(launched):
     """1e8 + 1 - 1e8 is 0 in float32, and 1 in any other order that ends elsewhere."""
     tile, x = tiles.Tiles(out=16, tokens=16, k=16), torch.zeros(3, 64, device=KERNEL_DEVICE)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(split_k, "parts_for", lambda *_: 4)
-        split = split_k.SplitResult("masked_linear", tile, (3, 5), 64, x, normal(5))
+        patched.setattr(masked_gemm, "parts_for", lambda *_: 4)
+        split = masked_gemm.SplitResult("masked_linear", tile, (3, 5), 64, x, normal(5))
     assert split.bias is None and split.grid == (1, 1, 4) and split.out.shape == (4, 3, 5)
     for part, value in enumerate((1e8, 1.0, -1e8, 0.25)):
         split.out[part] = value
@@ -59,7 +59,7 @@ def test_masked_products_in_parts(parts, dtype, launched, monkeypatch):
     upstream = normal(*y.shape, seed=4, dtype=dtype)
     x_grad = torch.autograd.grad(y, x, upstream)[0]
     assert launched["split_sum"] == 2
-    monkeypatch.setattr(split_k, "parts_for", lambda *_: 1)
+    monkeypatch.setattr(masked_gemm, "parts_for", lambda *_: 1)
     _, whole = mk.masked_linear(x, weight, logits, bias, pattern="2:4", **COUNTER)
     torch.testing.assert_close(log_prob, whole, rtol=1e-6, atol=0)
     kept = mk.sample_masked_weight(weight.detach(), logits.detach(), pattern="2:4", **COUNTER)

@@ -1,15 +1,69 @@
-"""Gumbel-top-k draws."""
+"""Tiles as columns, group codes, and Gumbel-top-k draws."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .arithmetic import ln
-from .constants import MINUS_LOG_AT_ZERO, NATS_PER_BIT_PATTERN, STREAM_DRAW, TANGENT, TWO_POW_MINUS_32
-from .groups import decode, encode
+from .arithmetic import MINUS_LOG_AT_ZERO, NATS_PER_BIT_PATTERN, STREAM_DRAW, TANGENT, TWO_POW_MINUS_32, ln
 from .philox import group_words
-from .plackett_luce import exact_score, score_of_largest_2_of_4
+
+
+@triton.jit
+def split_columns(x, M: tl.constexpr):
+    """The M columns, blocks [G], of a tile [G, M]."""
+    if M == 2:
+        even, odd = tl.split(x)
+        columns = (even, odd)
+    else:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], M // 2, 2)))
+        evens = split_columns(even, M // 2)
+        odds = split_columns(odd, M // 2)
+        columns = ()
+        for i in tl.static_range(M // 2):
+            columns = columns + (evens[i], odds[i])
+    return columns
+
+
+@triton.jit
+def join_columns(columns, M: tl.constexpr):
+    """A tile [G, M] from its M columns, blocks [G]."""
+    if M == 2:
+        tile = tl.join(columns[0], columns[1])
+    else:
+        evens = ()
+        odds = ()
+        for i in tl.static_range(M // 2):
+            evens = evens + (columns[2 * i],)
+            odds = odds + (columns[2 * i + 1],)
+        even = join_columns(evens, M // 2)
+        odd = join_columns(odds, M // 2)
+        tile = tl.reshape(tl.join(even, odd), (even.shape[0], M))
+    return tile
+
+
+@triton.jit
+def encode(kept, M: tl.constexpr):
+    """int32 group codes from int1 columns."""
+    code = kept[0].to(tl.int32)
+    for i in tl.static_range(1, M):
+        code |= kept[i].to(tl.int32) << i
+    return code
+
+
+@triton.jit
+def decode(code, M: tl.constexpr):
+    """int1 columns from int32 group codes."""
+    kept = ()
+    for i in tl.static_range(M):
+        kept = kept + (((code >> i) & 1) != 0,)
+    return kept
+
+
+@triton.jit
+def decode_tile(code, M: tl.constexpr):
+    """int1 [G, M] from int32 group codes."""
+    return ((code[:, None] >> tl.arange(0, M)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -225,17 +279,3 @@ def drawn_code_and_flips(x, group, inv_temperature, N: tl.constexpr, M: tl.const
         code = noisy_code(x, words, inv_temperature, N, M)
         flips = flipped(x, decode(code, M), M)
     return code, flips
-
-
-@triton.jit
-def drawn_score_2_of_4(x, group, inv_temperature, key):
-    """``exact_score`` of a draw of 2:4, columns; a block whose draws are all determined takes the shorter way to it."""
-    words = group_words(group, 4, STREAM_DRAW, key)
-    ordered = descending(x, 4)
-    kept, determined = expected(x, ordered, inv_temperature, words, 2, 4)
-    if tl.min(determined.to(tl.int32), 0) == 0:
-        code = noisy_code(x, words, inv_temperature, 2, 4)
-        scores = exact_score(scaled(x, inv_temperature, 4), decode(code, 4), 2, 4)
-    else:
-        scores = score_of_largest_2_of_4(x, ordered, inv_temperature)
-    return scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import KEY_STEPS, MULTIPLIERS, ROUNDS
+from .arithmetic import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import INTERPRETED
-from .constants import BFLOAT16_MAX, FLOAT16_MAX, FLOAT16_SMALLEST_NORMAL, FLOAT16_SUBNORMAL_STEP, STREAM_ROUNDING
+from .arithmetic import BFLOAT16_MAX, FLOAT16_MAX, FLOAT16_SMALLEST_NORMAL, FLOAT16_SUBNORMAL_STEP, STREAM_ROUNDING
 from .philox import group_words
 
 CUTS_OFF = tl.constexpr(INTERPRETED)
