@@ -28,7 +28,7 @@ INSTALLED36 := $(VENV36)/.installed
 INSTALLED_OLDEST := $(OLDEST)/.installed
 
 .PHONY: demo test test-slow test-compiled test-ecosystem test-triton36 test-oldest test-slow-triton36 lint aot-report \
-	aot-table hub bench gpu-check tune clean
+	hub bench gpu-check clean
 
 # Few steps of each way to learn, on the same split of the same text; then how fast what was learned is, dense as the
 # run has written it, packed, and packed in int8
@@ -76,11 +76,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 
 aot-report: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/aot_report.py
-
-aot-table: $(INSTALLED) $(INSTALLED36)
-	$(VENV)/bin/python benchmarks/aot_report.py --write
-	$(VENV36)/bin/python benchmarks/aot_report.py --write
+	$(VENV)/bin/python benchmarks/modelled_costs.py
 
 # A folder that the library kernels loads, as its hub holds it
 hub: $(INSTALLED)
@@ -103,11 +99,6 @@ gpu-check:
 	$(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" -k "not error_budget" || failed=1; \
 	$(PYTHON) -m pytest $(GPU_BENCHMARKS) --rows $(ROWS) --within 270 -rs || failed=1; \
 	exit $$failed
-
-# Entries of the launch tables for this GPU, into a file of the package. WITHIN=540 ends it after so many seconds, and the
-# next call goes on there.
-tune:
-	PYTHONPATH=. $(PYTHON) benchmarks/tune.py $(if $(WITHIN),--within $(WITHIN))
 
 clean:
 	rm -rf $(VENV) $(VENV36) $(OLDEST) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

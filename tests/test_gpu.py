@@ -89,7 +89,7 @@ def test_a_hundred_million_groups_have_the_bits_of_the_cpu():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS[:4])
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("tokens", [1, 16, 32, 33, 128, 129])
 def test_products_and_gradients_are_those_of_the_masked_weight(tokens, pattern, dtype):
     """On the CPU, in float64, under the mask that the CPU draws; the last tiles of rows and of K are not full."""
@@ -179,7 +179,7 @@ def test_packed_weights_unpack_and_multiply_as_on_the_cpu(values, tokens, patter
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS[:4])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_refits_lower_the_error_as_on_the_cpu(pattern, dtype):
     """Alone and with the swaps that count on them; sums of products have another order."""
     m = NMPattern(pattern).m

@@ -19,7 +19,7 @@ TARGETS = ["sm_80", "sm_90", "sm_100"]
 PATTERNS = [(2, 4), (1, 4), (4, 8), (8, 16)]
 DTYPES = [torch.bfloat16, torch.float16]
 # of one token, as many on each target
-VECTORS = len(PACKED_ROWS])
+VECTORS = len(PACKED_ROWS)
 
 
 def configs_of(target):

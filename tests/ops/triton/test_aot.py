@@ -1,7 +1,7 @@
 """Every kernel compiles ahead of time for every target, without spills, and holds what bit-exactness asks of it.
 
-A stack of up to 32 bytes is let pass. Compilation needs a process in which triton does not interpret, so the cases go to
-a child: one for all tests, as the import of torch takes longer than most of the compilations.
+A stack of up to 32 bytes passes. Compilation needs a process in which triton does not interpret, so the cases go to a
+child: one for all tests, as the import of torch takes longer than most of the compilations.
 """
 
 from __future__ import annotations
