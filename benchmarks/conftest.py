@@ -23,9 +23,6 @@ def pytest_addoption(parser):
     parser.addoption("--rows", metavar="FILE", help="append one JSON row for each provider timed to FILE")
     parser.addoption("--compare", metavar="FILE", help="print how much faster than the rows of FILE each row is")
     parser.addoption(
-        "--fail-below", metavar="R", type=float, help="with --compare: fail where a row is less than R times as fast"
-    )
-    parser.addoption(
         "--within",
         metavar="SECONDS",
         type=float,
@@ -43,8 +40,6 @@ def pytest_configure(config):
     if INTERPRETED:
         raise pytest.UsageError("TRITON_INTERPRET: expected to be unset, for the interpreter's time tells nothing")
     earlier = config.getoption("compare")
-    if earlier is None and config.getoption("fail_below") is not None:
-        raise pytest.UsageError("--fail-below: expected --compare FILE beside it, got none")
     try:
         config.stash[EARLIER] = [] if earlier is None else harness.read(earlier)
     except (OSError, ValueError) as error:
@@ -110,30 +105,14 @@ def pytest_terminal_summary(terminalreporter, config):
             f"times as fast as in {config.getoption('compare')}, change of the ratio to the first provider"
         )
         ratios = harness.ratios(rows, config.stash[EARLIER])
-        least = config.getoption("fail_below") or 0.0
         for row, ratio, change in ratios:
             shape = "x".join(map(str, row["shape"]))
-            verdict = f"  below {least:g}" if ratio < least else ""
             terminalreporter.write_line(
                 f"{row['op']:<24} {row['pattern']:>5} {shape:>14} {row['provider']:<{width}} {ratio:7.2f} "
-                f"{change - 1:+8.1%}{verdict}"
-            )
-        most = harness.most_changed(ratios)
-        if most is not None:
-            row, change = most
-            terminalreporter.write_line(
-                f"of the ratios to the first provider that of {row['op']}, {row['provider']}, changed most: by "
-                f"{change:.1%}, where a call takes {harness.LONG_SECONDS * 1e3:g} ms or more"
+                f"{change - 1:+8.1%}"
             )
         terminalreporter.write_line(f"{len(rows) - len(ratios)} rows have none like them there")
 
 
-def pytest_sessionfinish(session, exitstatus):
-    timings = session.config.stash[TIMINGS]
-    timings.write_unfinished()
-    least = session.config.getoption("fail_below")
-    if least is None or exitstatus != pytest.ExitCode.OK:
-        return
-    ratios = harness.ratios(timings.rows(), session.config.stash[EARLIER])
-    if not ratios or min(ratio for _, ratio, _ in ratios) < least:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+def pytest_sessionfinish(session):
+    session.config.stash[TIMINGS].write_unfinished()

@@ -31,8 +31,6 @@ MOST_CALLS = {"cuda": 20, "cpu": 1 << 20}
 # More than any cache of a GPU holds, several times over: 0.3 ms on an H100, while the call behind it is being queued
 FLUSHED_BYTES = 256 << 20
 FLUSHES = 4
-# Shorter calls are at the mercy of the clock
-LONG_SECONDS = 0.01
 # Less may stay in a CPU's caches from call to call
 UNCACHED_BYTES = {"cuda": 0, "cpu": 64 << 20}
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
@@ -250,12 +248,6 @@ def ratios(rows: Iterable[Mapping], earlier: Iterable[Mapping]) -> list[tuple[Ma
     known = {key(row): row for row in earlier}
     found = [(row, known[key(row)]) for row in rows if key(row) in known]
     return [(row, other["median"] / row["median"], row["ratio"] / other["ratio"]) for row, other in found]
-
-
-def most_changed(ratios: Iterable[tuple[Mapping, float, float]]) -> tuple[Mapping, float] | None:
-    """Of ``ratios``, (the row of long calls whose ratio to the first provider changed most, by what part); or None."""
-    changes = [(row, abs(change - 1)) for row, _, change in ratios if row["median"] >= LONG_SECONDS]
-    return max(changes, key=lambda found: found[1], default=None)
 
 
 def commit() -> str | None:

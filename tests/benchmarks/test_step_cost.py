@@ -28,16 +28,8 @@ LARGEST_SHARE = 0.3
 LARGEST_STRAIGHT_THROUGH_COST = 1.6
 STRAIGHT_THROUGH_ROUNDS = 3
 
-# A step by the divergence from the dense model, of one by the cross-entropy, with a Fisher pass in each 16
-LARGEST_KL_COST = 1.45
-KL_STEPS, KL_ROUNDS = 16, 7
-
 # Seconds from the loaded model to a first step, where a process before has compiled
 LONGEST_START = 5.0
-
-# Of the time that a run by REINFORCE took for its steps, the whole process that replays it included
-REPLAYED_STEPS = 40
-LARGEST_REPLAY = 1 / 3
 
 LAYERS, WIDTH, BATCH = 8, 1024, 32
 MEMORY_SLACK = 0.05
@@ -87,39 +79,11 @@ def test_no_tensor_of_a_step_is_wider_than_float32(estimator):
 
 
 @pytest.mark.slow
-def test_a_step_of_a_language_model_holds_one_masked_weight():
-    bytes_ = in_child("model")
-    parts = bytes_["weights"] + bytes_["logits"] + bytes_["activations"] + bytes_["masked_weight"]
-    peak = bytes_["weights"] + bytes_["logits"] + bytes_["step"]
-    assert bytes_["step"] >= bytes_["activations"], "the measurement missed the activations"
-    assert peak <= (1 + MEMORY_SLACK) * parts, f"{peak} bytes, {parts} in parts: {bytes_}"
-
-
-@pytest.mark.slow
 def test_a_straight_through_step_costs_little_more_than_training_the_weights():
     seconds = in_child("straight_through_cost")
     ratio = statistics.median(ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
     print(f"straight-through step: {ratio:.2f} times a step that trains the weights")
     assert ratio <= LARGEST_STRAIGHT_THROUGH_COST, f"{ratio:.2f} times: {seconds}"
-
-
-@pytest.mark.slow
-def test_a_step_by_the_dense_model_costs_little_more_than_one_by_the_text():
-    seconds = in_child("kl_cost")
-    ratios = [kl / ce for kl, ce in zip(seconds["kl"], seconds["ce"], strict=True)]
-    # the first has the Fisher pass; step by step, for the machine may slow down in between
-    ratio = (ratios[0] + (KL_STEPS - 1) * statistics.median(ratios[1:])) / KL_STEPS
-    told = f"{ratio:.2f} times, with a Fisher pass {ratios[0]:.2f}, without {statistics.median(ratios[1:]):.2f}"
-    print(f"a step by the dense model: {told}")
-    assert ratio <= LARGEST_KL_COST, f"{told}: {seconds}"
-
-
-@pytest.mark.slow
-def test_a_dense_forward_holds_what_a_plain_one_does():
-    peaks = in_child("dense_memory")
-    assert peaks["plain"] >= 2 * BATCH * WIDTH, "the measurement missed the activations"
-    assert peaks["dense"] == peaks["plain"], peaks
-    assert peaks["masked"] >= peaks["plain"] + WIDTH * WIDTH, "the measurement missed the masked weight"
 
 
 @pytest.mark.slow
@@ -141,14 +105,6 @@ def test_a_second_start_compiles_nothing():
     before = start["convert"] + max(0.0, start["first_step"] - start["second_step"])
     print(f"a second start: {before:.1f} s from the loaded model to a first step at full speed")
     assert before <= LONGEST_START, start
-
-
-@pytest.mark.slow
-def test_a_replay_takes_a_third_of_the_run():
-    seconds = in_child("replay")
-    share = seconds["replay"] / (REPLAYED_STEPS * statistics.median(seconds["steps"]))
-    print(f"a replay of {REPLAYED_STEPS} steps: {seconds['replay']:.1f} s, {share:.0%} of the run")
-    assert share <= LARGEST_REPLAY, seconds
 
 
 def seconds_of(function) -> float:
@@ -284,32 +240,6 @@ def measure_largest(estimator: str) -> dict:
     }
 
 
-def measure_model() -> dict:
-    """Peak bytes of a forward of SmolLM2-135M, and of a training step of its converted self, beyond what both hold."""
-    import maskpro_kernels as mk
-    from maskpro_kernels.hf import load_model
-    from maskpro_kernels.text.perplexity import causal_lm_loss
-
-    model, _ = load_model("smollm2-135m", torch.bfloat16)
-    model = model.to(DEVICE).eval()
-    batch = torch.randint(0, 49152, (8, 128), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    with torch.inference_mode():
-        causal_lm_loss(model, batch)
-        activations = peak_bytes(lambda: causal_lm_loss(model, batch))
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    mk.convert(model, "2:4", gap=GAP)
-    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
-    # compilation and the caches it fills are not the step's
-    trainer.step()
-    return {
-        "weights": weights,
-        "logits": sum(layer.logits.nbytes for layer in trainer.layers.values()),
-        "activations": activations,
-        "masked_weight": max(layer.weight.nbytes for layer in trainer.layers.values()),
-        "step": peak_bytes(trainer.step),
-    }
-
-
 def language_model() -> tuple[nn.Module, torch.Tensor]:
     """(SmolLM2-135M with frozen weights, a batch of 1,024 tokens)."""
     from maskpro_kernels.hf import load_model
@@ -344,54 +274,6 @@ def measure_straight_through_cost() -> dict:
         seconds["ours"].append(seconds_of(trainer.step))
         seconds["plain"].append(seconds_of(plain_step))
     return seconds
-
-
-def measure_kl_cost() -> dict:
-    """Seconds of steps by the divergence from the dense model, and by the cross-entropy, taken in turn."""
-    import maskpro_kernels as mk
-    from maskpro_kernels.text.losses import distillation_loss
-
-    trainers = {}
-    for kind in ("kl", "ce"):
-        model, batch = language_model()
-        mk.convert(model, "2:4", gap=15.0)
-        trainers[kind] = mk.MaskTrainer(
-            model, distillation_loss(kind), [batch], mk.StraightThrough(fisher_every=KL_STEPS), seed=0
-        )
-        # compilation, and what a first step allocates, belong to no step; the next Fisher pass is due after 16
-        for _ in range(2):
-            trainers[kind].step()
-        trainers[kind].steps_done = 0
-    seconds = {kind: [] for kind in trainers}
-    for _ in range(KL_ROUNDS):
-        for kind, trainer in trainers.items():
-            seconds[kind].append(seconds_of(trainer.step))
-    return seconds
-
-
-def measure_dense_memory() -> dict:
-    """Peak bytes of a forward: of a plain model, of its converted self under ``dense``, and under its masks."""
-    import maskpro_kernels as mk
-
-    batch = torch.randn(BATCH, WIDTH, device=DEVICE, dtype=torch.bfloat16)
-    model = plain_model(torch.bfloat16)
-
-    def forward():
-        return model(batch)
-
-    def within_dense():
-        with mk.dense(model):
-            model(batch)
-
-    with torch.inference_mode():
-        forward()
-        plain = peak_bytes(forward)
-    mk.convert(model, "2:4", gap=GAP)
-    with torch.inference_mode():
-        # compilation and the caches it fills are no forward's
-        for once in (forward, within_dense):
-            once()
-        return {"plain": plain, "dense": peak_bytes(within_dense), "masked": peak_bytes(forward)}
 
 
 def measure_straight_through_memory() -> dict:
@@ -444,31 +326,11 @@ def measure_start() -> dict:
     return {**seconds, "built": len(built)}
 
 
-def measure_replay() -> dict:
-    """Seconds of each step of a run on SmolLM2-135M, 1,024 tokens a step, and of the process that replays them."""
-    from maskpro_kernels.cli import main
-
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        options = f"--estimator reinforce --init magnitude --steps {REPLAYED_STEPS} --batch-size 8 --eval-windows 1"
-        sources = f"--model smollm2-135m --data pydoc --output {run}"
-        assert main.main(["learn", *sources.split(), *options.split()]) == 0
-        report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-        command, printed = [sys.executable, "-m", "maskpro_kernels", "replay", str(run)], []
-        replay = seconds_of(lambda: printed.append(subprocess.check_output(command, text=True)))
-    assert report["logits"] in printed[0], printed
-    return {"steps": [record["seconds"] for record in report["steps"]], "replay": replay}
-
-
 MEASUREMENTS = {
     "start": measure_start,
     "cost": measure_cost,
     "memory": measure_memory,
-    "kl_cost": measure_kl_cost,
-    "dense_memory": measure_dense_memory,
     "largest": measure_largest,
-    "model": measure_model,
-    "replay": measure_replay,
     "straight_through_cost": measure_straight_through_cost,
     "straight_through_memory": measure_straight_through_memory,
 }
