@@ -19,17 +19,9 @@ USABLE, REMAINING, RATE, CORRECTION = (tl.constexpr(i) for i in range(4))
 
 @triton.jit(do_not_specialize=["total"])
 def adamw_kernel(
-    weight,
-    master,
-    first,
-    second,
-    gradient,
-    codes,
-    scalars,
-    total: tl.int64,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weight, master, first, second, gradient, codes, scalars, total: tl.int64,
+    M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A step of ``master`` and moments, all float32 [rows, K], by the gradient; the weight is rounded from ``master``.
 
     ``scalars`` are those of ``reference.adamw_scalars``, ``total`` the number of weights, BLOCK those of a program.
@@ -73,18 +65,9 @@ def weight_and_cost(weight, product, blocks, code, i, columns, inside, M: tl.con
 
 @triton.jit(do_not_specialize=["columns", "total"])
 def best_swaps_kernel(
-    weight,
-    product,
-    codes,
-    blocks,
-    change,
-    swap,
-    columns: tl.int64,
-    total: tl.int64,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    weight, product, codes, blocks, change, swap, columns: tl.int64, total: tl.int64,
+    N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """``reference.best_swaps``: weight and product [rows, M, columns], blocks [M, M, columns], columns = K / M.
 
     ``change`` and ``swap`` [rows, columns], ``total`` elements each, of which a program computes BLOCK.

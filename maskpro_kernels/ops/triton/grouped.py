@@ -76,21 +76,10 @@ def score_of_code(x, code, inv_temperature, SHORT: tl.constexpr, N: tl.constexpr
 
 @triton.jit
 def sample_masks_kernel(
-    table,
-    owners,
-    flips,
-    inv_temperature,
-    seed,
-    step,
-    draw,
-    ELEMENT: tl.constexpr,
-    CODE: tl.constexpr,
-    BYTES: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    table, owners, flips, inv_temperature, seed, step, draw,
+    ELEMENT: tl.constexpr, CODE: tl.constexpr, BYTES: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Codes of a draw of each layer; ``flips`` gets how many of each program's groups left their N largest logits."""
     row, start, apart = layer_of(table, owners, BLOCK)
     logits, codes = pointer(row, 0, ELEMENT, BYTES), pointer(row, 1, CODE, BYTES)
@@ -109,25 +98,10 @@ def sample_masks_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def score_update_of_layers_kernel(
-    table,
-    owners,
-    coef,
-    inv_temperature,
-    seed,
-    step,
-    draws,
-    count: tl.int64,
-    ELEMENT: tl.constexpr,
-    CODE: tl.constexpr,
-    BYTES: tl.constexpr,
-    KIND: tl.constexpr,
-    SEVERAL: tl.constexpr,
-    SHORT: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    table, owners, coef, inv_temperature, seed, step, draws, count: tl.int64,
+    ELEMENT: tl.constexpr, CODE: tl.constexpr, BYTES: tl.constexpr, KIND: tl.constexpr, SEVERAL: tl.constexpr,
+    SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """``score_update_kernel`` of each layer; by codes of a single draw."""
     row, start, apart = layer_of(table, owners, BLOCK)
     logits = pointer(row, 0, ELEMENT, BYTES)

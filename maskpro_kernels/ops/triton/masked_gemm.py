@@ -84,23 +84,9 @@ def load_groups(pointer, row, group, inside, groups, M: tl.constexpr):
 
 @triton.jit
 def tile_code(
-    source,
-    x,
-    inv_temperature,
-    row,
-    group,
-    inside,
-    groups,
-    seed,
-    step,
-    layer,
-    draw,
-    offset,
-    row_stride,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-):
+    source, x, inv_temperature, row, group, inside, groups, seed, step, layer, draw, offset, row_stride,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     """int32 group codes of a tile; x are columns of logits, unused where codes are given."""
     if KIND == "drawn":
         index = (offset + row * row_stride + group).to(tl.uint32)
@@ -134,32 +120,11 @@ def masked_groups(tile, code, M: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def masked_linear_kernel(
-    x,
-    weight,
-    source,
-    bias,
-    out,
-    partial,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    tokens: tl.int64,
-    rows,
-    groups,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    LOG_PROB: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x, weight, source, bias, out, partial, inv_temperature, seed, step, layer, draw, offset: tl.int64,
+    row_stride: tl.int64, tokens: tl.int64, rows, groups,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, LOG_PROB: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """y, or its parts, and with LOG_PROB ``partial``, each program's sum of the log-probabilities of its groups."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_row = tl.program_id(0) * BLOCK_OUT
@@ -197,29 +162,11 @@ def masked_linear_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def masked_linear_input_grad_kernel(
-    grad,
-    weight,
-    source,
-    out,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    tokens: tl.int64,
-    rows,
-    groups,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad, weight, source, out, inv_temperature, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64,
+    tokens: tl.int64, rows, groups,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The gradient of x, or its parts."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_group = tl.program_id(0) * GROUPS
@@ -247,20 +194,10 @@ def masked_linear_input_grad_kernel(
 
 @triton.jit
 def weight_grad_tile(
-    grad,
-    x,
-    tokens,
-    rows,
-    groups,
-    first_row,
-    first_group,
-    M: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    grad, x, tokens, rows, groups, first_row, first_group,
+    M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """float32 [BLOCK_OUT, BLOCK_K] of grad.T @ x, zeros outside the weight; all tokens in order."""
     o = first_row + tl.arange(0, BLOCK_OUT)
     k = first_group * M + tl.arange(0, BLOCK_K)
@@ -280,29 +217,11 @@ def weight_grad_tile(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def masked_linear_weight_grad_kernel(
-    grad,
-    x,
-    source,
-    out,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    tokens: tl.int64,
-    rows,
-    groups,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad, x, source, out, inv_temperature, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64,
+    tokens: tl.int64, rows, groups,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The gradient of the weight, zeros where the mask drops."""
     GROUPS: tl.constexpr = BLOCK_K // M
     first_row = tl.program_id(0) * BLOCK_OUT

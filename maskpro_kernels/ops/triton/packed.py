@@ -198,22 +198,10 @@ def unpacked_columns(words, COUNT: tl.constexpr, ELEMENT: tl.constexpr):
 
 @triton.jit
 def packed_vector_kernel(
-    x,
-    values,
-    bitmask,
-    scales,
-    bias,
-    out,
-    rows,
-    units,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    UNIT: tl.constexpr,
-    BY_BYTES: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, values, bitmask, scales, bias, out, rows, units,
+    N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, BY_BYTES: tl.constexpr, ELEMENT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One token. A program owns ROWS rows, each of its threads chunks of all of them; no part of K is elsewhere.
 
     With ``BY_BYTES`` values stay where they are, and each takes the activation that belongs to it.
@@ -257,26 +245,11 @@ def packed_vector_kernel(
 # units: where one is all, LLVM knows of a single step, and moves the zeros of its sum behind the fence of wgmma
 @triton.jit(do_not_specialize=["tokens", "units"])
 def packed_linear_kernel(
-    x,
-    values,
-    bitmask,
-    scales,
-    bias,
-    out,
-    tokens: tl.int64,
-    rows,
-    units,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    UNIT: tl.constexpr,
-    BY_BYTES: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    x, values, bitmask, scales, bias, out, tokens: tl.int64, rows, units,
+    N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, BY_BYTES: tl.constexpr, ELEMENT: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """Several tokens. Programs along the grid's last axis share K, each writes its part's sum; see ``masked_gemm``."""
     CHUNK: tl.constexpr = VALUES * M // N
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
@@ -320,16 +293,9 @@ def load_code(bitmask, row, group, inside, row_bytes, M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["groups", "row_bytes", "total"])
 def unpack_kernel(
-    values,
-    bitmask,
-    out,
-    groups: tl.int64,
-    row_bytes: tl.int64,
-    total: tl.int64,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    values, bitmask, out, groups: tl.int64, row_bytes: tl.int64, total: tl.int64,
+    N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Any pattern, values of any integer type; ``groups`` in a row, ``total`` in all."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total

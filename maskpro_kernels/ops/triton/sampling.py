@@ -83,19 +83,9 @@ def store_masked(out, weight, code, first, total, M: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def codes_of_run(
-    logits,
-    inv_temperature,
-    key,
-    offset,
-    row_stride,
-    columns,
-    total,
-    first,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    logits, inv_temperature, key, offset, row_stride, columns, total, first,
+    N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """int32 group codes of a draw of a run of groups."""
     x = load_columns(logits, first, total, M, BLOCK)
     group = group_index(offset, row_stride, columns, first, BLOCK, WHOLE)
@@ -104,22 +94,10 @@ def codes_of_run(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def sample_mask_kernel(
-    logits,
-    codes,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    columns: tl.int64,
+    logits, codes, inv_temperature, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64, columns: tl.int64,
     total: tl.int64,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Group codes [rows, K / M] of a draw from logits [rows, K]."""
     key = d.load_key(seed, step, layer, draw)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):
@@ -137,24 +115,10 @@ def top_n_mask_kernel(scores, codes, total: tl.int64, N: tl.constexpr, M: tl.con
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def masked_weight_kernel(
-    source,
-    weight,
-    out,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    columns: tl.int64,
-    total: tl.int64,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    source, weight, out, inv_temperature, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64,
+    columns: tl.int64, total: tl.int64,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """out [rows, K] is the weight where the mask of ``source`` keeps it, exact zeros elsewhere.
 
     ``source`` holds logits [rows, K], or codes [rows, K / M], by KIND.
@@ -172,17 +136,9 @@ def masked_weight_kernel(
 
 @triton.jit(do_not_specialize=["total"])
 def mask_log_prob_kernel(
-    logits,
-    codes,
-    out,
-    inv_temperature,
-    total: tl.int64,
-    NODES: tl.constexpr,
-    STEP: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, codes, out, inv_temperature, total: tl.int64,
+    NODES: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Log-probability of each group's code, float32 [rows, K / M]: exact, or above some N by a quadrature."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
@@ -196,18 +152,9 @@ def mask_log_prob_kernel(
 
 @triton.jit(do_not_specialize=["total"])
 def mask_score_kernel(
-    logits,
-    codes,
-    grad,
-    out,
-    inv_temperature,
-    total: tl.int64,
-    NODES: tl.constexpr,
-    STEP: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, codes, grad, out, inv_temperature, total: tl.int64,
+    NODES: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gradient of ``mask_log_prob`` in the logits, float32 [rows, K], times that in each group's log-probability."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     z = d.scaled(load_columns(logits, first, total, M, BLOCK), inv_temperature, M)
@@ -251,22 +198,9 @@ def first_draw(coef, inv_temperature, seed, step, layer, draws):
 
 @triton.jit
 def summed_terms(
-    x,
-    group,
-    inv_temperature,
-    key,
-    factor,
-    coef,
-    count,
-    seed,
-    step,
-    layer,
-    draws,
-    SEVERAL: tl.constexpr,
-    SHORT: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-):
+    x, group, inv_temperature, key, factor, coef, count, seed, step, layer, draws,
+    SEVERAL: tl.constexpr, SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     """``update_terms`` of the first draw, whose key and factor are given, or where there are several the sum of all."""
     if SEVERAL:
         delta = ()
@@ -300,25 +234,11 @@ def store_less(logits, x, delta, group, key, first, total, M: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "count"])
 def score_update_kernel(
-    logits,
-    coef,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draws,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    columns: tl.int64,
-    total: tl.int64,
-    count: tl.int64,
-    SEVERAL: tl.constexpr,
-    SHORT: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, coef, inv_temperature, seed, step, layer, draws, offset: tl.int64, row_stride: tl.int64, columns: tl.int64,
+    total: tl.int64, count: tl.int64,
+    SEVERAL: tl.constexpr, SHORT: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
-):
+):  # fmt: skip
     """Logits [rows, K] less the sum of coef * score over the masks of ``count`` draws, whose ids are ``draws``."""
     key, factor = first_draw(coef, inv_temperature, seed, step, layer, draws)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0).to(tl.int64) * BLOCK):

@@ -97,36 +97,11 @@ def descended(x, gradient, rate, max_update, group, key, M: tl.constexpr, dtype:
 
 @triton.jit
 def finish_tile(
-    gradient,
-    weight,
-    grad_squares,
-    x_squares,
-    source,
-    codes,
-    out,
-    weight_grad,
-    partial,
-    rate,
-    max_update,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset,
-    row_stride,
-    rows,
-    groups,
-    row_tile,
-    group_tile,
-    group_tiles,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    UPDATE: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    gradient, weight, grad_squares, x_squares, source, codes, out, weight_grad, partial, rate, max_update,
+    inv_temperature, seed, step, layer, draw, offset, row_stride, rows, groups, row_tile, group_tile, group_tiles,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     GROUPS: tl.constexpr,
-):
+):  # fmt: skip
     """Of G's tile, float32 [groups of the tile, M], the slope to ``out``, or the step of its logits."""
     row, group, inside = tile_groups(row_tile * BLOCK_OUT, group_tile * GROUPS, rows, groups, BLOCK_OUT, GROUPS)
     logits = tile_logits(source, row, group, inside, groups, KIND, M)
@@ -157,38 +132,11 @@ def finish_tile(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_kernel(
-    grad,
-    x,
-    weight,
-    grad_squares,
-    x_squares,
-    source,
-    codes,
-    out,
-    weight_grad,
-    partial,
-    rate,
-    max_update,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    tokens: tl.int64,
-    rows,
-    groups,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    UPDATE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    grad, x, weight, grad_squares, x_squares, source, codes, out, weight_grad, partial, rate, max_update,
+    inv_temperature, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64, tokens: tl.int64, rows, groups,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The product and what follows it."""
     GROUPS: tl.constexpr = BLOCK_K // M
     row_tiles, group_tiles = tl.num_programs(0), tl.num_programs(1)
@@ -203,34 +151,11 @@ def straight_through_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_OF_TILES)
 def straight_through_step_kernel(
-    gradient,
-    weight,
-    grad_squares,
-    x_squares,
-    source,
-    codes,
-    out,
-    partial,
-    rate,
-    max_update,
-    inv_temperature,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    tokens: tl.int64,
-    rows,
-    groups,
-    KIND: tl.constexpr,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    UPDATE: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    gradient, weight, grad_squares, x_squares, source, codes, out, partial, rate, max_update, inv_temperature, seed,
+    step, layer, draw, offset: tl.int64, row_stride: tl.int64, tokens: tl.int64, rows, groups,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """What follows a product that is in memory, G.
 
     It is launched with what the other kernel takes too: ``tokens`` and BLOCK_T count for nothing here.
@@ -246,23 +171,10 @@ def straight_through_step_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def descend_kernel(
-    logits,
-    gradient,
-    partial,
-    rate,
-    max_update,
-    seed,
-    step,
-    layer,
-    draw,
-    offset: tl.int64,
-    row_stride: tl.int64,
-    columns: tl.int64,
-    total: tl.int64,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    logits, gradient, partial, rate, max_update, seed, step, layer, draw, offset: tl.int64, row_stride: tl.int64,
+    columns: tl.int64, total: tl.int64,
+    M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Logits [rows, K] step against a gradient float32 [rows, K]; ``partial`` as of the others, of the gradient."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     x = load_columns(logits, first, total, M, BLOCK)
