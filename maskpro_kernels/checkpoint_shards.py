@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .fsdp import is_distributed, resharded
 from .safetensors_files import named_files, weight_files
 from .sharded_files import kinds_of_parts, read_parts
-from .shards import is_distributed, resharded
 
 # Names that one message tells
 NAMED = 3

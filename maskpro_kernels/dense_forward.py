@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .fsdp import check_not_sharded
 from .modules import masked_layers
-from .shards import RowShard, check_not_sharded
 
 
 @contextmanager
@@ -26,8 +26,7 @@ def dense(model: nn.Module) -> Iterator[None]:
             was converted from is no longer there.
     """
     layers = masked_layers(model)
-    gathered = {name: layer for name, layer in layers.items() if isinstance(layer.shard, RowShard)}
-    check_not_sharded(gathered, "ranks are sent kept values alone; take a dense model of its own")
+    check_not_sharded(layers, "ranks are sent kept values alone; take a dense model of its own")
     changed = [name for name, layer in layers.items() if layer.weight_changed]
     if changed:
         raise ValueError(

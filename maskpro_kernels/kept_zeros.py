@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapter_modules
+from .fsdp import check_in_memory
 from .functional.masks import expand_mask, top_n_mask
 from .pattern import NMPattern
-from .shards import check_in_memory
 from .unfuse import Matrix, matrices
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .counter import Counter, CounterState, MaskSource
 from .extras import watch_saving
+from .fsdp import Place, RowShard, attach, check_in_memory
 from .functional.checks import (
     LOGIT_DTYPES,
     check_codes,
@@ -33,7 +34,6 @@ from .held_draw import HeldDraw
 from .ops.onnx_graph import in_onnx_export, top_n_weight
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
-from .shards import LayerShard, Place, attach, check_in_memory
 
 Result = TypeVar("Result")
 
@@ -78,9 +78,8 @@ class MaskedLinear(nn.Module):
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense_forward``.
-        shard: what this rank holds where the layer is cut over ranks: ``RowShard`` by fully_shard of torch,
-            ``TensorShard`` by a tensor-parallel plan; else None. ``weight`` and ``logits`` are then DTensors, and codes
-            those of this part.
+        shard: what this rank holds where fully_shard of torch has cut the layer over ranks, a ``RowShard``; else None.
+            ``weight`` and ``logits`` are then DTensors, and codes those of these rows.
 
     Raises:
         TypeError, ValueError: shapes or dtypes are not as above.
@@ -128,7 +127,7 @@ class MaskedLinear(nn.Module):
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
         self.held: HeldDraw | None = None
-        self.shard: LayerShard | None = None
+        self.shard: RowShard | None = None
         self.weight_changed = self.is_dense = False
 
     @classmethod

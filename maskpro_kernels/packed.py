@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .extras import watch_saving
+from .fsdp import is_distributed
 from .functional.checks import (
     LOGIT_DTYPES,
     check_exactly_n,
@@ -25,7 +26,6 @@ from .modules import MaskedLinear
 from .ops.onnx_graph import in_onnx_export, unpacked_weight
 from .ops.reference import INTEGERS, SCALED, dequantized
 from .pattern import NMPattern, bitmask_of, codes_of
-from .shards import is_distributed
 
 # How values are stored: as they are, or as int8 with scales
 KEEP, INT8 = VALUE_KINDS = ("keep", "int8")

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .parallel_plan import hand_on
-
 # Attribute of a layer that stands for a module of another kind: the class to build again
 BUILT_AS = "built_as"
 
@@ -20,16 +18,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put a replacement wherever a module with that id stands, under every name it has, with what others put around it.
-
-    That are accelerate's hook, and what a tensor-parallel plan has put there.
-    """
+    """Put a replacement wherever a module with that id stands, under every name it has, with accelerate's hook."""
     for module in list(model.modules()):
         if id(module) in replacements:
             replacement = replacements[id(module)]
             if hasattr(module, "_hf_hook"):
                 _hook(replacement, module._hf_hook)
-            hand_on(module, replacement)
             kind = getattr(module, BUILT_AS, None)
             if kind is not None and not isinstance(replacement, kind):
                 setattr(replacement, BUILT_AS, kind)

@@ -68,12 +68,11 @@ def test_library_is_imported_in_one_place(library, place):
 def test_collectives_are_called_in_one_place():
     users = {module: names_in(path) for module, path in MODULES.items() if "torch.distributed" in names_in(path)}
     of_ranks = users.pop(f"{NAME}.ranks")
-    assert of_ranks and {module.removesuffix(f".{module.split('.')[-1]}") for module in users} == {f"{NAME}.shards"}
+    assert of_ranks and users.keys() == {f"{NAME}.fsdp"}
     # what ranks share of a tensor is torch's own, and calls them itself
-    used = {name for names in users.values() for name in names if name.startswith("torch.distributed.")}
+    used = {name for name in users[f"{NAME}.fsdp"] if name.startswith("torch.distributed.")}
     others = {name for name in used if not name.startswith("torch.distributed.tensor")}
-    mesh = "torch.distributed.device_mesh"
-    assert others == {"torch.distributed.get_world_size", mesh, f"{mesh}.DeviceMesh"}
+    assert others == {"torch.distributed.get_world_size"}
 
 
 def test_files_of_ranks_are_written_in_one_place_without_collectives():

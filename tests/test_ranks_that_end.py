@@ -62,15 +62,11 @@ def learn_until_killed(rank: int, how: str, victim: int, folder, wait: float = 0
 
 
 @pytest.mark.parametrize(
-    ("how", "parallel", "victim", "resumed"),
-    [
-        pytest.param("reinforce", "data", 2, 2, marks=pytest.mark.slow),
-        ("reinforce", "data", 0, 1),
-        pytest.param("four draws", "draws", 3, 4, marks=pytest.mark.slow),
-    ],
+    ("how", "victim", "resumed"),
+    [pytest.param("reinforce", 2, 2, marks=pytest.mark.slow), ("reinforce", 0, 1)],
 )
-def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, parallel, victim, resumed, tmp_path, eager_reference):
-    steps = {"parallel": parallel, "accumulate": 4 if parallel == "data" else 1}
+def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, victim, resumed, tmp_path, eager_reference):
+    steps = {"accumulate": 4}
     logits, _ = learn_on_rank(0, how, 4, **steps)
     results = in_ranks(4, learn_until_killed, how=how, victim=victim, folder=tmp_path, **steps)
     assert isinstance(results.pop(victim), Ended)

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..digests import digest_of_named
 from ..files import write_tensors
+from ..fsdp import check_not_sharded
 from ..modules import MaskedLinear, masked_layers
-from ..shards import check_not_sharded
 from ..stored_digests import digests_are_checked
 
 # What a run calls it

@@ -129,8 +129,6 @@ def _check_resume(args: argparse.Namespace) -> None:
 
 
 def _check_torchrun(args: argparse.Namespace, argv: list[str]) -> None:
-    """Several processes can share one command, and one process has nothing to share."""
-    if not of_torchrun():
-        return
-    if os.environ["WORLD_SIZE"] != "1" and args.run is not learn:
+    """Raise ValueError for a command that several processes cannot share."""
+    if of_torchrun() and os.environ["WORLD_SIZE"] != "1" and args.run is not learn:
         raise ValueError(f"torchrun: expected `learn`, the one command for several ranks, got {argv[0]!r}")

@@ -11,10 +11,10 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import fit_adapters, refuse_merging
+from ..fsdp import check_in_memory
 from ..modules import MaskedLinear
 from ..packed import SPARSE, dense_layer
 from ..replacement import replace_modules
-from ..shards import check_in_memory
 from ..stored_digests import DIGESTS, check_checkpoint, digests_are_checked
 from ..unfuse import as_built
 

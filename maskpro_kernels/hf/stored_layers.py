@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import adapter_modules
+from ..fsdp import is_distributed
 from ..modules import MaskedLinear, masked_layers
 from ..packed import SPARSE, NMLinear
 from ..ranks import Ranks
 from ..safetensors_files import named_files
-from ..shards import is_distributed
 from ..stored_digests import add_digests
 from ..unfuse import taken_apart
 from .masked import MaskedConfig

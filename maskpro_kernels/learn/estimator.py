@@ -26,7 +26,7 @@ from .step import Step
 RUN_OPTIONS = frozenset(
     "accumulate bars batch_size calibration_batches config data device device_map device_memory dtype estimator "
     "eval_every eval_length eval_windows flip_rate gap given gpu gradient_checkpointing help init init_batches "
-    "logits_device logits_dtype loss loss_temperature mesh model other_data output parallel pattern quiet refit "
+    "logits_device logits_dtype loss loss_temperature mesh model other_data output pattern quiet refit "
     "report_to resume run samples seed seq_len steps stream text_column trust_remote_code".split()
 )
 

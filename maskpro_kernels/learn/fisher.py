@@ -58,15 +58,8 @@ class FisherSquares:
         for _, place in step.sharing.own:
             weight = float(step.weights[place])
             for name, square in self._squares_of(step, place).items():
-                shard = self.layers[name].shard
-                if shard is None or shard.part is None:
-                    found[name] += weight * square
-                    reached[name] += weight
-                    continue
-                # of columns all ranks that share the layer find the same
-                if shard.part.is_first or not shard.part.cuts_columns:
-                    shard.part.outputs_of(found[name]).add_(square, alpha=weight)
-                reached[name] += weight / shard.part.mesh.size()
+                found[name] += weight * square
+                reached[name] += weight
         # one transfer, and one collective on several ranks
         device = next(iter(found.values())).device
         shares = torch.tensor(list(reached.values()), dtype=torch.float32, device=device)

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from tqdm import tqdm
 
+from ..ranks import Ranks
 from .batches import content
-from .sharing import Shares
 
 
 class InitialLosses:
@@ -17,7 +17,7 @@ class InitialLosses:
 
     Args:
         batches: those of the run; later they may stand in another order. None: they are not known beforehand.
-        shares: of the forwards, over the ranks of the run.
+        ranks: of the run, which share the forwards.
         in_step: whether a forward takes all ranks at once, as in a model whose rows they share.
 
     Attributes:
@@ -25,10 +25,10 @@ class InitialLosses:
             has become another.
     """
 
-    def __init__(self, batches: Sequence | None, shares: Shares, in_step: bool = False):
+    def __init__(self, batches: Sequence | None, ranks: Ranks, in_step: bool = False):
         self.losses: list[float] | None = None
         self._batches = batches
-        self._ranks, self._shares = shares.ranks, shares
+        self._ranks = ranks
         self._in_step = in_step
 
     @cached_property
@@ -64,15 +64,15 @@ class InitialLosses:
         gone = [index for index, name in enumerate(self._contents) if name not in index_of]
         if gone:
             raise ValueError(f"batches: expected those of the first step, got others in place of {gone}")
-        names, shares, found = list(index_of), self._shares, {}
+        names, world, found = list(index_of), self._ranks.world, {}
         hidden = not progress or self._ranks.rank > 0
-        for first in tqdm(range(0, len(names), shares.count), desc="initial losses", unit="batch", disable=hidden):
-            by_share = names[first : first + shares.count]
-            own = by_share[shares.own : shares.own + 1]
-            taken = own or (by_share[:1] if self._in_step else [])
+        for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
+            by_rank = names[first : first + world]
+            own = by_rank[self._ranks.rank : self._ranks.rank + 1]
+            taken = own or (by_rank[:1] if self._in_step else [])
             # a rank without a batch has a part in it, too
             rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan])
-            found |= {name: loss for name, (loss,) in zip(by_share, shares.by_share(rows), strict=False)}
+            found |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
         losses = [found[name] for name in self._contents]
         bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:

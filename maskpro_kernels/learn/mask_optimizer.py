@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..counter import MaskSource
+from ..fsdp import check_in_memory, is_distributed
 from ..functional.linear import straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
-from ..shards import check_in_memory, is_distributed
 from .normalized_steps import check_slope_settings, descend_by_rms, folded
 from .number_checks import check_float
 from .offloaded_logits import OffloadedLogits

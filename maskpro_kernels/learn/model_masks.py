@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import Place
 from ..functional.checks import Scalar, check_scalar, coefs_and_draws, describe, known_value, on_device, stacked
 from ..functional.masks import score_update_, top_n_mask
 from ..held_draw import HeldDraw, version_of
@@ -17,7 +18,6 @@ from ..ops import sample_mask
 from ..ops.layer_groups import GroupedLayer, LayerGroup, Uses, draw_layers_, draws_once, kind_of, update_layers_
 from ..ops.philox import MAX_DRAWS, MAX_STEPS
 from ..pattern import NMPattern
-from ..shards import Place, RowShard
 from .offloaded_logits import OffloadedLogits, offloaded
 
 PLAIN = (Tensor, nn.Parameter)
@@ -148,7 +148,7 @@ class ModelMasks:
             counter = self.layers[names[0]].counter()
             counters.append(counter)
             # ranks send what a draw keeps, and nobody draws again
-            gathered = isinstance(self.layers[names[0]].shard, RowShard)
+            gathered = self.layers[names[0]].shard is not None
             if uses is not None and not gathered and not draws_once(group.device, group.n, uses):
                 continue
             draw_layers_(group, 1.0, counter.seed, counter.step, counter.draw)

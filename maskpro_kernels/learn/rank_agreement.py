@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..digests import digest
+from ..fsdp import is_distributed
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from ..shards import is_distributed
 from .step import LossFn
 
 

@@ -1,8 +1,8 @@
-"""Straight-through learning of layers that ranks share: each has the slopes of its own part of a layer.
+"""Straight-through learning of layers that fully_shard has cut: each rank has the slopes of its own rows.
 
-Where a tensor-parallel plan has cut a layer, its backward gives these. Where fully_shard has, no rank has the dense
-weight, and its slope takes that. So what ranks sum up is the loss's derivative in the masked weight, of which each gets
-its own rows. The second derivative is an outer product of two vectors, and ranks tell each other these.
+A slope takes the dense weight, and no rank has that of a whole layer. So ranks sum up the loss's derivative in the
+masked weight, of which each gets its own rows. The second derivative is an outer product of two vectors, which ranks
+exchange.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..counter import MaskSource
 from ..functional.checks import FLOAT32_MAX
-from ..shards import DeviceMesh
 from .backward_pass import BackwardPass, LayerUpdater
 
 
@@ -62,8 +60,7 @@ class ShardUpdater(LayerUpdater):
         self.own_slopes: Tensor | None = None
 
     def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: None) -> None:
-        fisher = None if self.fisher is None else self.layer.shard.outputs_of(self.fisher)
-        squares = ops.column_squares(grad) if fisher is None else fisher / max(len(x), 1)
+        squares = ops.column_squares(grad) if self.fisher is None else self.fisher / max(len(x), 1)
         self.slopes = self._added(self.slopes, ops.weight_gradient(grad, x))
         self.factors.append((self.weight * self.how.curvature * squares, ops.column_squares(x)))
         self.backward_pass.take_turns()
@@ -73,21 +70,20 @@ class ShardUpdater(LayerUpdater):
         shard, ranks = self.layer.shard, self.backward_pass.ranks
         device = shard.weight.device
         if self.slopes is None:
-            self.slopes = torch.zeros(shard.gathered_shape, dtype=torch.float32, device=device)
-        first = ranks.sum_of_rows(self.slopes, shard.rows_mesh, shard.mesh_dim, len(shard.weight))
+            self.slopes = torch.zeros(shard.shape, dtype=torch.float32, device=device)
+        first = ranks.sum_of_rows(self.slopes, shard.mesh, shard.mesh_dim, len(shard.weight))
         # freed before the next layer comes
         self.slopes, factors, self.factors = None, self.factors, []
         second = torch.zeros_like(first)
         in_turn = self.backward_pass.in_turn
         uses = 1 if in_turn else max(count for (count,) in ranks.gather([len(factors)]))
         for use in range(int(uses)):
-            # as long on all ranks, whichever part of the layer each has
             own = torch.zeros(sum(shard.shape), dtype=torch.float32, device=device)
             if use < len(factors):
-                own[: sum(shard.gathered_shape)] = torch.cat(factors[use])
-            told = ranks.gather_vectors(own)[shard.rows_mesh.mesh.flatten().to(device)]
-            outputs, inputs, _ = told.split([*shard.gathered_shape, own.numel() - sum(shard.gathered_shape)], 1)
-            second.addmm_(shard.rows_of(outputs.t()), inputs)
+                own.copy_(torch.cat(factors[use]))
+            told = ranks.gather_vectors(own)[shard.mesh.mesh.flatten().to(device)]
+            outputs, inputs = told.split([*shard.shape], 1)
+            second.addmm_(shard.part_of(outputs.t()), inputs)
         slope = ops.mask_slope(shard.weight, first, second, self.layer.drawn_codes(), self.layer.pattern.m)
         self.own_slopes = slope if self.own_slopes is None else self.own_slopes.add_(slope)
 
@@ -116,46 +112,3 @@ class ShardUpdater(LayerUpdater):
     def end(self) -> None:
         super().end()
         self.own_slopes, self.factors = None, []
-
-
-class TensorPass(ShardedPass):
-    """``BackwardPass`` of layers that a tensor-parallel plan has cut, which move behind the last one.
-
-    Args:
-        copies: mesh of all ranks, over whose first dimension the parts of layers are copied; None: they are not.
-    """
-
-    def __init__(self, *of, copies: DeviceMesh | None):
-        super().__init__(*of)
-        self.copies = copies
-
-    def takes_turns(self) -> bool:
-        return False
-
-    def alike(self, loss: Tensor) -> bool:
-        return True
-
-    def _end_pass(self) -> None:
-        if not self.left:
-            super()._end_pass()
-
-
-class TensorUpdater(ShardUpdater):
-    """``LayerUpdater`` of a layer that a tensor-parallel plan has cut: its logits move behind the last backward.
-
-    Attributes:
-        own_slopes: float32 [rows, columns], of the part of this rank, summed up over passes and copies.
-    """
-
-    def __call__(self, grad: Tensor, x: Tensor, weight: Tensor, mask: MaskSource) -> None:
-        fisher = None if self.fisher is None else self.layer.shard.outputs_of(self.fisher) / max(len(x), 1)
-        slope = ops.straight_through_grad(grad, x, weight, self.how.curvature, mask, None, fisher)
-        self.slopes = self._added(self.slopes, slope)
-
-    def finish(self) -> None:
-        """Take the slopes of all passes, summed up over copies."""
-        if self.slopes is None:
-            self.slopes = torch.zeros_like(self.layer.own_weight, dtype=torch.float32)
-        self.own_slopes, self.slopes = self.slopes, None
-        if (copies := self.backward_pass.copies) is not None:
-            self.backward_pass.ranks.sum_of_copies(self.own_slopes, copies, 1)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..fsdp import resetting
 from ..modules import MaskedLinear
-from ..ranks import FailedRank, MissingRanks, Ranks
-from ..shards import reset_iteration
+from ..ranks import Ranks
 from .estimator import Estimator
 from .model_masks import ModelMasks
 from .run_folder import SavedRun
@@ -28,13 +28,12 @@ def check_sharding(layers: Mapping[str, MaskedLinear]) -> None:
     if not is_sharded(layers):
         return
     first = next(iter(layers))
-    cuts = {name: None if layer.shard is None else layer.shard.cut_by for name, layer in layers.items()}
-    cut = next(name for name in layers if cuts[name] is not None)
+    cut = next(name for name, layer in layers.items() if layer.shard is not None)
     for name, layer in layers.items():
-        if cuts[name] != cuts[cut]:
+        if layer.shard is None:
             raise ValueError(
-                f"model: expected {cuts[cut]} to cut all masked layers or none, got {cut}, which it has cut, and "
-                f"{name}, which {cuts[name] or 'nothing'} has"
+                f"model: expected fully_shard to cut all masked layers or none, got {cut}, which it has cut, and "
+                f"{name}, which it has not"
             )
         if layer.shard.mesh != layers[first].shard.mesh:
             raise ValueError(
@@ -72,15 +71,8 @@ def forwards_of(model: nn.Module, ranks: Ranks) -> Iterator[None]:
     Raises:
         MissingRanks: if ranks are lost, see ``Ranks.naming_lost``. None may follow then.
     """
-    try:
-        with ranks.naming_lost():
-            yield
-    except (MissingRanks, FailedRank):
-        # what is under way with a rank that is lost never ends
-        raise
-    except BaseException:
-        reset_iteration(model)
-        raise
+    with ranks.naming_lost(), resetting(model):
+        yield
 
 
 def check_seen(path: Path) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..digests import SIZE, digest_of_bytes
 from ..files import discard, sync, write_whole
+from ..fsdp import is_distributed
 from ..sharded_files import kinds_of_parts, read_parts
-from ..shards import is_distributed
 
 # Besides the first: where the newest is damaged, the one before counts
 KEPT = 2

@@ -13,10 +13,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import without_gradients
 from ..functional.checks import describe
 from ..modules import MaskedLinear, evaluating
 from ..ops.layer_groups import Uses
-from ..shards import without_gradients
 from .batches import count_tokens, weights_of
 from .journal import Entry
 from .model_masks import ModelMasks

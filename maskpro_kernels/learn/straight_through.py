@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from ..fsdp import check_not_sharded
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from ..shards import DeviceMesh, TensorShard, check_not_sharded
 from .backward_pass import BackwardPass, LayerUpdater
 from .estimator import Estimator, Option, StepResult
 from .fisher import FisherSquares
 from .normalized_steps import check_slope_settings
 from .number_checks import check_float, check_whole
-from .sharded_passes import ShardedPass, ShardUpdater, TensorPass, TensorUpdater
+from .sharded_passes import ShardedPass, ShardUpdater
 from .step import Step
 from .weight_learning import WeightLearner, check_weights
 
@@ -109,9 +109,8 @@ class StraightThrough(Estimator):
             check_weights(layers)
             self._learners = {name: WeightLearner(layer, self.weight_decay) for name, layer in layers.items()}
         shard = next(iter(layers.values())).shard
-        kind = LayerUpdater if shard is None else TensorUpdater if isinstance(shard, TensorShard) else ShardUpdater
+        kind = LayerUpdater if shard is None else ShardUpdater
         self._updaters = {name: kind(layer, self, self._learners.get(name)) for name, layer in layers.items()}
-        self._copies: DeviceMesh | None = None
         self._fisher = FisherSquares(layers, self.decay)
 
     @property
@@ -212,10 +211,4 @@ class StraightThrough(Estimator):
 
     def _pass(self, ranks: Ranks, batches: int) -> BackwardPass:
         shard = next(iter(self._updaters.values())).layer.shard
-        of = self._updaters, ranks, batches
-        if not isinstance(shard, TensorShard):
-            return (BackwardPass if shard is None else ShardedPass)(*of)
-        if self._copies is None and ranks.world > shard.mesh.size():
-            # late: not before all ranks have told that they have the same layers
-            self._copies = ranks.mesh(shard.mesh_with_copies)
-        return TensorPass(*of, copies=self._copies)
+        return (BackwardPass if shard is None else ShardedPass)(self._updaters, ranks, batches)

@@ -16,10 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..digests import digest
+from ..fsdp import check_no_flat_parameters, without_gradients
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
-from ..shards import check_no_flat_parameters, without_gradients
 from .batches import weighted_mean
 from .estimator import Estimator, StepResult
 from .initial_losses import InitialLosses
@@ -32,7 +32,7 @@ from .resume import put_back, read_run
 from .run_folder import RunFolder, settings_of
 from .run_snapshots import RunSnapshots
 from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards_of, is_sharded, spread_run
-from .sharing import Shares, Sharing
+from .sharing import Sharing
 from .step import LossFn, Step, StepRecord, loss_under_top_n_masks
 from .step_batches import batches_of_steps, check_batches
 
@@ -117,7 +117,7 @@ class MaskTrainer:
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
         check_sharding(self.layers)
-        self._sharing = Sharing(Shares(self.ranks, self.layers), accumulate, estimator.draws)
+        self._sharing = Sharing(self.ranks, accumulate, estimator.draws)
         _check_layers(self.layers, estimator)
         if not is_sharded(self.layers) or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
@@ -131,7 +131,7 @@ class MaskTrainer:
         self.accumulate = accumulate
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        self._initial_losses = InitialLosses(self._batches.sequence, self._sharing.shares, is_sharded(self.layers))
+        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, is_sharded(self.layers))
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..shards import gathers_within, is_distributed, local, resetting
+from ..fsdp import gathers_within, resetting
 from ..unfuse import expert_groups
 from .calibration import Call, StopForward, check_all_reached, run_call, watching_inputs
 
@@ -160,19 +160,6 @@ def layers_in_order(module: nn.Module, calls: list[Call], layers: Mapping[str, n
     ]
 
 
-def _is_one(x: Tensor | None, y: Tensor) -> bool:
-    """Whether two inputs are the same; a tensor-parallel plan makes a DTensor of its own for each layer."""
-    if x is None or not (is_distributed(x) and is_distributed(y)):
-        return x is y
-    own, other = local(x), local(y)
-    # not where a collective is still under way
-    return type(own) is type(other) is Tensor and x.placements == y.placements and _place_of(own) == _place_of(other)
-
-
-def _place_of(x: Tensor) -> tuple:
-    return x.data_ptr(), x.shape, x.stride(), x.dtype
-
-
 class _Order:
     """Stages as layers are seen for the first time.
 
@@ -187,7 +174,7 @@ class _Order:
         self._group: list[str] = []
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        if _is_one(self._input, x):
+        if self._input is x:
             self._group.append(name)
             return
         self._input, self._group = x, [name]

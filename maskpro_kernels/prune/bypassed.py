@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..fsdp import resetting
 from ..modules import evaluating
-from ..shards import resetting
 from .calibration import Call, as_call, check_calibration, run_call
 
 READ_ELSEWHERE = "other code reads its weight past the module"

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import resetting
 from ..modules import evaluating
-from ..shards import resetting, whole_input
 from ..unfuse import expert_groups
 
 # The arguments and keywords by which a module is called
@@ -82,7 +82,6 @@ def input_squares(model: nn.Module, layers: Mapping[str, nn.Module], calibration
 
     def hook(name: str) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
-            x = whole_input(x, layers[name])
             x = x.reshape(-1, x.shape[-1])
             squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
             sums[name] = sums[name] + squares if name in sums else squares
@@ -126,7 +125,6 @@ def gram_matrices(
 
     def hook(index: int) -> Callable[[Tensor], None]:
         def add(x: Tensor) -> None:
-            x = whole_input(x, layers[index])
             x = x.reshape(-1, x.shape[-1]).float()
             if grams[index] is None:
                 grams[index] = x.new_zeros(x.shape[1], x.shape[1])

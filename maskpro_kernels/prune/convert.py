@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import check_no_flat_parameters, is_distributed
 from ..functional.checks import check_gap, check_int, describe
 from ..functional.logits_device import device_of_logits
 from ..modules import CounterState, MaskedLinear
 from ..pattern import NMPattern
-from ..shards import check_no_flat_parameters, is_distributed
 from ..unfuse import in_linear_form
 from .bypassed import first_call
 from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
@@ -77,8 +77,7 @@ def convert(
             those whose weight other code reads past the module, see ``read_elsewhere``.
         init: "magnitude", "random", or of those that need ``calibration`` "wanda", "reconstruction" or "sparsegpt"; the
             path of a mask file, a run or a sparse checkpoint, see ``stored_mask``; or {name: group codes}. Where
-            ``fully_shard`` or a tensor-parallel plan has cut the model all ranks give the same; neither "sparsegpt"
-            nor a path.
+            ``fully_shard`` has cut the model all ranks give the same; neither "sparsegpt" nor a path.
         gap: logits are ``gap`` where the initial mask keeps and 0 where it drops.
         flip_rate: in place of ``gap``: the share of groups that leave the initial mask in a draw.
         calibration: batches, each a tensor, a tuple or a mapping given to the model; the same ones on all ranks.

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..fsdp import check_in_memory, check_not_sharded, check_not_wrapped
 from ..modules import masked_layers
 from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
-from ..shards import check_in_memory, check_not_sharded, check_not_wrapped
-from ..unfuse import in_linear_form
+from ..unfuse import in_linear_form, taken_apart
 from .convert import Conversion
 from .coverage import coverage, reasons_by_name
 from .replacement import check_replaceable, replace_layers
@@ -50,6 +50,10 @@ def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Modu
     replacements, layers = {}, masked_layers(model)
     if to == "packed":
         check_not_sharded(layers, "pack the whole model that a checkpoint of the dense one gives")
+    for apart in taken_apart(model):
+        cut = {name: layer for name, layer in layers.items() if name == apart or name.startswith(f"{apart}.")}
+        reason = f"{apart}, which convert took apart, is put together of whole ones; finalize it in one process"
+        check_not_sharded(cut, reason)
     check_not_wrapped(layers)
     for name, layer in layers.items():
         check_in_memory("model", layer, name, sharded=True)

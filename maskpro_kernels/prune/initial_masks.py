@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import local, part_of, resharded
 from ..functional.checks import check_codes, check_exactly_n, check_int
 from ..functional.masks import sample_mask, top_n_mask
 from ..ops.philox import MAX_STEPS
 from ..pattern import NMPattern
-from ..shards import local, part_of, resharded
 from .calibration import check_calibration, input_squares
 from .reconstruction import Reconstruction, check_refit, reconstruct
 from .refit import refit_layers

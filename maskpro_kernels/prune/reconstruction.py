@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import is_distributed
 from ..modules import evaluating
 from ..pattern import NMPattern
-from ..shards import is_distributed
 from .blocks import calls_by_block, layers_in_order
 from .calibration import Call, calls_of, gram_matrices
 from .layer_masks import LayerMasks

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import check_in_memory, is_distributed, local
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear, evaluating, masked_layers
 from ..pattern import NMPattern
-from ..shards import check_in_memory, is_distributed, local
 from .calibration import calls_of
 from .least_squares import FITS, check_damping, refit_rows
 from .reconstruction import DAMPING, Told, layer_by_layer, masks_of, tell_unvisited, without_cache

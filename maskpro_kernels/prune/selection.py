@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..adapters import ADAPTER, adapter_modules
+from ..fsdp import check_cut_by_fsdp, check_in_memory, check_row_shard, is_finite, resharded
 from ..functional.checks import LOGIT_DTYPES
 from ..modules import MaskedLinear
 from ..packed import NMLinear
 from ..pattern import NMPattern
-from ..shards import check_in_memory, check_shard, is_finite, resharded
 from ..unfuse import lost_with
 from .bypassed import READ_ELSEWHERE, read_elsewhere
 from .calibration import Call
@@ -40,10 +40,11 @@ def layers_to_convert(
             is left to convert.
     """
     params = resharded(model)
+    check_cut_by_fsdp(model, params)
     layers, skipped = select_layers(model, NMPattern(pattern), targets)
     for name, layer in layers.items():
         check_in_memory("model", layer, name, sharded=True)
-        check_shard("model", name, layer, NMPattern(pattern), params)
+        check_row_shard(name, layer.weight, params)
         if layer.weight.dtype not in LOGIT_DTYPES:
             raise TypeError(f"model: expected weights in {LOGIT_DTYPES}, got {layer.weight.dtype} in {name}")
         if not is_finite(layer.weight):

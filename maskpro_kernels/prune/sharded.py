@@ -1,4 +1,4 @@
-"""Masked layers in the place of nn.Linear layers that fully_shard, or a tensor-parallel plan, has cut over ranks."""
+"""Masked layers in the place of nn.Linear layers that fully_shard has cut over ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..digests import digest_of_named
+from ..fsdp import is_distributed, like_shards, part_of, resharded
 from ..learn.batches import content
 from ..modules import CounterState, MaskedLinear, initial_logits
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..shards import check_meshes, is_distributed, like_shards, part_of, resharded
 from .calibration import check_calibration
 from .initial_masks import Init, Progress, check_given, given, initial_codes, refitted_masks
 from .reconstruction import Reconstruction
@@ -46,7 +46,6 @@ def agreed_calibration(model: nn.Module, calibration: Iterable | None) -> Iterab
     """
     if not is_cut(model):
         return calibration
-    check_meshes(model)
 
     def batches() -> list | None:
         if calibration is None:

@@ -1,4 +1,4 @@
-"""Masks that ranks find together, of layers that fully_shard or a tensor-parallel plan has cut over them.
+"""Masks that ranks find together, of layers that fully_shard has cut over them.
 
 All ranks run the same batches. Of one layer at a time they gather the dense weight, and each works on a share of its
 rows. A cut model runs with the weights that it holds: while a block is worked on, its weights are overwritten by masked
@@ -13,10 +13,10 @@ from contextlib import closing, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..fsdp import like_shards, local, part_of, resetting, resharded, whole
 from ..functional.masks import expand_mask
 from ..pattern import NMPattern
 from ..ranks import Ranks
-from ..shards import like_shards, local, part_of, reset_iteration, resharded, whole
 from .layer_masks import LayerMasks
 
 
@@ -58,11 +58,8 @@ class ShardedMasks(LayerMasks):
         with closing(self._ranks):
             self._ranks.connect()
             try:
-                with self._ranks.naming_lost():
+                with self._ranks.naming_lost(), resetting(self._model):
                     yield
-            except BaseException:
-                reset_iteration(self._model)
-                raise
             finally:
                 self._leave_block()
 

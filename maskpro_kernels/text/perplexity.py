@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..fsdp import without_gradients
 from ..modules import evaluating
-from ..shards import without_gradients
 from .batches import check_vocabulary
 
 # Windows in a forward pass of an evaluation

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..fsdp import without_gradients
 from ..modules import evaluating
-from ..shards import without_gradients
 from .batches import generator_of
 
 # Windows that are drawn together by default

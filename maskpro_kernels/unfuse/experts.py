@@ -3,33 +3,20 @@
 Their eager forward multiplies with one expert's matrix after the other, ``linear(x, self.gate_up_proj[expert])`` or, of
 parameters [experts, K, out], ``x @ self.gate_up_proj[expert]``. The parameter's place is taken by ``ExpertWeights``,
 and the product is then that of the expert's layers: one, or where gate's rows stand ahead of up's a layer of each.
-Tensor-parallel plans cut these two apart, so what a rank has of either is a run of its rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..parallel_plan import mark_as_taking_parts, takes_parts
-from ..shards import (
-    Fusion,
-    Params,
-    fused_of,
-    is_distributed,
-    layers_of_shards,
-    local,
-    matrix_of,
-    parameter_of_shards,
-    plan_of,
-    reason_against_fused,
-)
 from .form import Form, Joins, Views, linear
 
 # What transformers' decorator of experts gives them
@@ -83,21 +70,38 @@ class ExpertWeight:
             x, weight, *bias = args
             # of a linear product [out, K], of another one [K, out]; a layer is one of the two
             if func is nn.functional.linear or (func in PRODUCTS and not bias):
-                parts = [_output(layer, x) for layer in weight.layers]
+                parts = [layer(x) for layer in weight.layers]
                 y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
                 return y + bias[0] if bias and bias[0] is not None else y
         raise TypeError(f"experts: expected a product with the matrix of one, got {getattr(func, '__name__', func)}")
 
 
-def _output(layer: nn.Module, x: Tensor) -> Tensor:
-    if type(layer) is not nn.Linear or not takes_parts(layer):
-        return layer(x)
-    # what a plan has put around the experts gives plain tensors; hooks see them as well
-    layer.forward = lambda x: nn.functional.linear(x, local(layer.weight))
-    try:
-        return layer(x)
-    finally:
-        del layer.forward
+class Fusion(NamedTuple):
+    """How a parameter holds the matrices of experts.
+
+    Attributes:
+        parts: of how many matrices an expert's rows are made, one behind the other.
+        transposed: true where it is [experts, K, out]; else it is [experts, out, K].
+    """
+
+    parts: int
+    transposed: bool
+
+    def apart(self, fused: Tensor) -> Tensor:
+        """A view [parts, experts, out / parts, K]."""
+        rows = 2 if self.transposed else 1
+        single = fused.unflatten(rows, (self.parts, -1)).movedim(rows, 0)
+        return single.mT if self.transposed else single
+
+    def together(self, single: Sequence[Tensor]) -> Tensor:
+        """A new tensor of matrices: those of the first part of all experts, then those of the next one."""
+        experts, (rows, k), first = len(single) // self.parts, single[0].shape, single[0]
+        shape = (experts, k, self.parts * rows) if self.transposed else (experts, self.parts * rows, k)
+        fused = torch.empty(shape, dtype=first.dtype, device=first.device)
+        views = self.apart(fused)
+        for place, matrix in enumerate(single):
+            views[divmod(place, experts)].copy_(matrix)
+        return fused
 
 
 def _fusion(module: nn.Module, name: str) -> Fusion:
@@ -116,23 +120,10 @@ def _gate_stands_ahead(module: nn.Module) -> bool:
     return bool(one[0] == other[0])
 
 
-@contextmanager
-def _local_parameters(module: nn.Module) -> Iterator[None]:
-    """What this rank has of the parameters, as plain tensors."""
-    before = dict(module._parameters)
-    for name, x in before.items():
-        if x is not None and is_distributed(x):
-            module._parameters[name] = nn.Parameter(local(x.detach()), requires_grad=False)
-    try:
-        yield
-    finally:
-        module._parameters.update(before)
-
-
 class ExpertsForm(Form):
     """The experts stay in their place. Their child ``linears`` holds the layers, and they run eagerly."""
 
-    in_place = takes_shards = True
+    in_place = True
 
     def is_built(self, module: nn.Module) -> bool:
         return all(hasattr(module, mark) for mark in MARKS) and bool(self._fused(module))
@@ -143,29 +134,23 @@ class ExpertsForm(Form):
         spread = getattr(module, "_is_expert_parallel", False)
         return {name: x for name, x in own if x.dim() == 3 and (spread or len(x) == module.num_experts)}
 
-    def reason_against(self, module: nn.Module, params: Params) -> str | None:
+    def reason_against(self, module: nn.Module) -> str | None:
         if getattr(module, "_is_expert_parallel", False):
             return "its experts are spread over devices"
-        for name, parameter in self._fused(module).items():
-            reason = reason_against_fused(parameter, _fusion(module, name), params)
-            if reason is not None:
-                return reason
         return None if self._multiplies_alone(module) else "its forward does more with the matrices than multiply"
 
     def _multiplies_alone(self, module: nn.Module) -> bool:
         """Whether one token through one expert comes out the same by ``ExpertWeights``."""
         fused = self._fused(module)
         name, parameter = next(iter(fused.items()))
-        # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has; and
-        # of more ranks than experts some have none
-        if parameter.is_meta or not local(parameter).numel():
+        # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has
+        if parameter.is_meta:
             return True
-        with torch.no_grad(), suppress(Exception), _local_parameters(module):
-            own = {name: getattr(module, name) for name in fused}
-            token = own[name].new_ones(1, parameter.shape[_fusion(module, name).columns])
+        with torch.no_grad(), suppress(Exception):
+            token = parameter.new_ones(1, parameter.shape[1 if module.is_transposed else 2])
             call = token, torch.zeros(1, 1, dtype=torch.int64, device=token.device), token[:, :1]
             expected = type(module).forward.__wrapped__(module, *call)
-            undo = self._take_apart(module, own, Views({}))
+            undo = self._take_apart(module, fused, Views())
             try:
                 return torch.allclose(type(module).forward(module, *call), expected, rtol=1e-2, atol=1e-2)
             finally:
@@ -183,24 +168,12 @@ class ExpertsForm(Form):
 
     def _take_apart(self, module: nn.Module, fused: dict[str, nn.Parameter], views: Views) -> Callable[[], None]:
         config, training, before = module.config, module.training, dict(module._parameters)
-        lists, sources, undo_shards = {}, {}, []
-        try:
-            for name, parameter in fused.items():
-                how = _fusion(module, name)
-                if id(parameter) in views.params:
-                    parts, undo_one = layers_of_shards(module, name, how, views.params)
-                    undo_shards.append(undo_one)
-                else:
-                    parts = _layers_of(parameter, how, views, training)
-                if plan_of(parameter, views.params) is not None:
-                    for layer in chain(*parts):
-                        mark_as_taking_parts(layer)
-                sources[name] = (name,) if how.parts == 1 else HALVES[name]
-                lists |= dict(zip(sources[name], map(nn.ModuleList, parts), strict=True))
-        except BaseException:
-            for undo_one in undo_shards:
-                undo_one()
-            raise
+        lists, sources = {}, {}
+        for name, parameter in fused.items():
+            how = _fusion(module, name)
+            parts = _layers_of(parameter, how, views, training)
+            sources[name] = (name,) if how.parts == 1 else HALVES[name]
+            lists |= dict(zip(sources[name], map(nn.ModuleList, parts), strict=True))
         linears = ExpertLinears(lists, sources, config).train(training)
         for name in fused:
             del module._parameters[name]
@@ -213,8 +186,6 @@ class ExpertsForm(Form):
         def undo() -> None:
             self._remove_layers(module)
             module._parameters = before
-            for undo_one in undo_shards:
-                undo_one()
 
         return undo
 
@@ -232,21 +203,18 @@ class ExpertsForm(Form):
     def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
         linears = self._remove_layers(module)
         for name in linears.sources:
-            how, layers = _fusion(module, name), [*chain(*linears.of(name))]
-            weights = [layer.weight for layer in layers]
-            if id(weights[0]) in joins.params:
-                parameter_of_shards(layers, how, joins.params)(module, name)
-            else:
-                module.register_parameter(name, joins.of(weights, partial(fused_of, how=how)))
+            weights = [layer.weight for layer in chain(*linears.of(name))]
+            module.register_parameter(name, joins.of(weights, _fusion(module, name).together))
         return module
 
 
 def _layers_of(parameter: nn.Parameter, how: Fusion, views: Views, training: bool) -> list[list[nn.Linear]]:
-    """Layers [parts][experts] that share the memory of a parameter, but where it is transposed and cut."""
+    """Layers [parts][experts] that share the memory of a parameter."""
 
     def layer(part: int, expert: int) -> nn.Linear:
-        view = partial(matrix_of, how=how, part=part, expert=expert)
-        return linear(views.of(parameter, (how, part, expert), view), None, training)
+        return linear(
+            views.of(parameter, (how, part, expert), lambda fused: how.apart(fused)[part, expert]), None, training
+        )
 
     return [[layer(part, expert) for expert in range(len(parameter))] for part in range(how.parts)]
 

@@ -10,18 +10,11 @@ from collections.abc import Callable, Hashable
 
 from torch import Tensor, nn
 
-from ..shards import Params
-
 
 class Views:
-    """Parameters that are views of others, one for each part: what was shared stays shared.
+    """Parameters that are views of others, one for each part: what was shared stays shared."""
 
-    Args:
-        params: of ``resharded``: what FSDP2 has cut.
-    """
-
-    def __init__(self, params: Params):
-        self.params = params
+    def __init__(self):
         self._made: dict[tuple[int, Hashable], tuple[nn.Parameter, nn.Parameter]] = {}
 
     def of(self, parameter: nn.Parameter, part: Hashable, view: Callable[[Tensor], Tensor]) -> nn.Parameter:
@@ -35,14 +28,9 @@ class Views:
 
 
 class Joins:
-    """Parameters that are made of several: what was shared stays shared.
+    """Parameters that are made of several: what was shared stays shared."""
 
-    Args:
-        params: of ``resharded``: what FSDP2 has cut.
-    """
-
-    def __init__(self, params: Params):
-        self.params = params
+    def __init__(self):
         self._made: dict[tuple[int, ...], nn.Parameter] = {}
 
     def of(self, parameters: list[nn.Parameter], join: Callable[[list[Tensor]], Tensor]) -> nn.Parameter:
@@ -60,21 +48,16 @@ class Form(ABC):
     Attributes:
         in_place: whether the module itself changes, so that its hooks stay; else another takes its place.
         by_forward: whether an adapter of peft beside it needs no more of it than its forward.
-        takes_shards: whether its parameters may be DTensors.
     """
 
-    in_place = by_forward = takes_shards = False
+    in_place = by_forward = False
 
     @abstractmethod
     def is_built(self, module: nn.Module) -> bool:
         """Whether this is a module of that kind, built."""
 
-    def reason_against(self, module: nn.Module, params: Params) -> str | None:
-        """Why a module of that kind is not taken apart; None where it can be.
-
-        Args:
-            params: of ``resharded``.
-        """
+    def reason_against(self, module: nn.Module) -> str | None:
+        """Why a module of that kind is not taken apart; None where it can be."""
         return None
 
     @abstractmethod

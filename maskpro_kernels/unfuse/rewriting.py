@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..adapters import base_layers
-from ..parallel_plan import has_forward_of_plan, is_hook_of_plan
-from ..ranks import Ranks
+from ..fsdp import is_distributed, resharded
 from ..replacement import replace_modules
-from ..shards import Params, is_distributed, resharded
 from .conv1d import Conv1DForm
 from .experts import ExpertsForm
 from .form import Form, Joins, Views
@@ -51,10 +49,9 @@ Done = tuple[Form, nn.Module, nn.Module, Callable[[], None]]
 def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[str, str], list[Done]]:
     found = {name: (form, module) for name, module in model.named_modules() if name for form in _built(module)}
     beside = set(base_layers(model))
-    params = resharded(model)
-    reasons = {name: _reason_against(form, module, beside, params) for name, (form, module) in found.items()}
-    if any(map(is_distributed, model.parameters())):
-        reasons = _agreed(reasons)
+    # of what FSDP2 has cut, the parameters are DTensors then
+    resharded(model)
+    reasons = {name: _reason_against(form, module, beside) for name, (form, module) in found.items()}
     against = {name: reason for name, reason in reasons.items() if reason}
     for name in names or ():
         if name not in found or name in against:
@@ -62,7 +59,7 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
                 f"names: expected modules that can be taken apart, got {name!r}: {against.get(name, 'it is none')}"
             )
     done: list[Done] = []
-    views = Views(params)
+    views = Views()
     try:
         for name, (form, module) in found.items():
             if name not in against and (names is None or name in names):
@@ -73,14 +70,6 @@ def _take_apart(model: nn.Module, names: Collection[str] | None) -> tuple[dict[s
         _undo(model, done)
         raise
     return against, done
-
-
-def _agreed(reasons: dict[str, str | None]) -> dict[str, str | None]:
-    """Those of any rank: each has looked at an expert of its own, and all have to come to what follows."""
-    with closing(Ranks()) as ranks:
-        ranks.connect()
-        of_ranks = ranks.gather_objects(reasons)
-    return {name: next((own[name] for own in of_ranks if own[name]), None) for name in reasons}
 
 
 def _undo(model: nn.Module, done: list[Done]) -> None:
@@ -110,7 +99,8 @@ def in_linear_form(model: nn.Module) -> Iterator[dict[str, str]]:
 
 def as_built(model: nn.Module) -> None:
     """Build again what was taken apart, in place, where all of its layers are nn.Linear; parameters are new ones."""
-    back, joins = {}, Joins(resharded(model))
+    back, joins = {}, Joins()
+    resharded(model)
     for _, form, module in list(_taken_apart(model)):
         if _is_dense(form.parts(module)):
             built = form.put_together(module, joins)
@@ -159,29 +149,21 @@ def _built(module: nn.Module) -> Iterator[Form]:
     return (form for form in FORMS if form.is_built(module))
 
 
-def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module], params: Params) -> str | None:
+def _reason_against(form: Form, module: nn.Module, beside: set[nn.Module]) -> str | None:
     if module in beside and not form.by_forward:
         return "an adapter of peft beside it reads its parameters"
-    if not form.takes_shards and any(map(is_distributed, module.parameters(recurse=False))):
-        return "its parameter is a DTensor"
+    if any(map(is_distributed, module.parameters(recurse=False))):
+        return "its parameter is cut over ranks: convert it ahead of fully_shard"
     lost = lost_with(module)
-    stays = form.in_place and (lost == HOOKS or has_forward_of_plan(module))
-    return form.reason_against(module, params) or (None if stays else lost)
+    return form.reason_against(module) or (None if form.in_place and lost == HOOKS else lost)
 
 
 def lost_with(module: nn.Module) -> str | None:
-    """What others have put on a module, and another one in its place would not have.
-
-    Accelerate's hook is handed on, and so is what a tensor-parallel plan has put around a layer whose weight it has
-    cut.
-    """
-    planned = hasattr(getattr(module, "weight", None), "placements")
-    known = hasattr(module, "_hf_hook") or (planned and has_forward_of_plan(module))
-    if "forward" in module.__dict__ and not known:
+    """Hooks or a forward of its own that a module has, and another one in its place would not; accelerate's stay."""
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return OWN_FORWARD
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in names for hook in getattr(module, name).values()]
-    return HOOKS if any(not (planned and is_hook_of_plan(hook)) for hook in hooks) else None
+    return HOOKS if any(getattr(module, name) for name in names) else None
 
 
 def _is_dense(parts: list[nn.Module]) -> bool:

@@ -18,7 +18,6 @@ from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.losses import fill_teacher, loss_of
 from maskpro_kernels.learn.initial_losses import InitialLosses
-from maskpro_kernels.learn.sharing import Shares
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.text import losses as text_losses
@@ -154,7 +153,7 @@ def filled_on_rank(rank: int, output) -> tuple[list[float], str]:
     fill_teacher(args, inputs, alone, ranks)
     for layer in masked_layers(model).values():
         layer.weight_changed = True
-    initial = InitialLosses(inputs.calibration, Shares(ranks, masked_layers(model)))
+    initial = InitialLosses(inputs.calibration, ranks)
     losses = initial.computed(lambda x: float(loss_fn(model, x).detach()), 0, False)
     with pytest.raises(ValueError) as error:
         # of the other rank's batches this one's folder has none

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 
 import maskpro_kernels as mk
 from helpers.rank_jobs import rank_trainer, records_of_run
+from maskpro_kernels.fsdp import whole
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.shards import whole
 
 NAMES = {1: ("fsdp",), 2: ("replicate", "fsdp")}
 

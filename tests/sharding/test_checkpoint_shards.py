@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
-from maskpro_kernels.shards import whole
+from maskpro_kernels.fsdp import whole
 
 WIDTH = 128
 

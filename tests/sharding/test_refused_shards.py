@@ -6,18 +6,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.in_ranks import all_in_ranks
+from helpers.moe_jobs import a_mixture
 from helpers.rank_jobs import rank_trainer
 from helpers.refusals import assert_lines, lines_of
 from helpers.sharded_jobs import Blocks, a_mesh, a_sharded_model, shard
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 
-PLAN = "model: expected a weight that a tensor-parallel plan has cut into rows or columns"
+OTHERS = (
+    "model: tensor parallel and other DTensors than those of fully_shard are not supported; use FSDP2 (fully_shard)"
+)
 ROWS = "model: expected a weight that fully_shard has cut into rows"
 NAN = "model: expected finite logits, got NaN or infinity in out"
 CUT = "got blocks.0.1, which fully_shard has cut"
@@ -48,10 +52,37 @@ def placed_by_hand(weight, logits=None) -> mk.MaskTrainer:
     return trained(model)
 
 
-def with_partial_weights() -> None:
+def cut_by_a_plan() -> None:
     model = Blocks()
-    model.out.weight = nn.Parameter(DTensor.from_local(model.out.weight.detach(), a_mesh([2]), [Partial()]))
-    mk.convert(model, "2:4", targets=["*"])
+    parallelize_module(model, a_mesh([2]), {"blocks.*.1": ColwiseParallel(), "blocks.*.3": RowwiseParallel()})
+    before = dict(model.named_modules())
+    try:
+        mk.convert(model, "2:4", targets=["*"])
+    finally:
+        assert dict(model.named_modules()) == before
+
+
+def cut_by_a_plan_and_fully_shard() -> None:
+    model, mesh = Blocks(), init_device_mesh("cpu", (2, 1), mesh_dim_names=("fsdp", "tp"))
+    parallelize_module(model, mesh["tp"], {"blocks.*.1": ColwiseParallel(), "blocks.*.3": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["fsdp"])
+    mk.convert(model, "2:4", targets=["blocks.0.1"])
+
+
+def cut(model: nn.Module) -> nn.Module:
+    for block in model.model.layers:
+        fully_shard(block, mesh=a_mesh([2]))
+    return model
+
+
+def converted_experts_behind() -> None:
+    mk.convert(cut(a_mixture()), "2:4", targets=["*.experts.*"])
+
+
+def finished_experts() -> None:
+    model = a_mixture()
+    mk.convert(model, "2:4", gap=2.0)
+    mk.finalize(cut(model))
 
 
 def sharded_in_part() -> mk.MaskTrainer:
@@ -117,19 +148,19 @@ REFUSED = {
         in_flat_parameters,
         "model: expected parameters as they are or sharded by fully_shard, got the",
     ),
-    "other placements": (
-        lambda: placed_by_hand(Shard(0), Replicate()),
-        "model: expected logits with the mesh and placements of their weight, (DeviceMesh(",
+    "placed by hand": (lambda: placed_by_hand(Shard(0), Shard(0)), f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
+    "a plan": (cut_by_a_plan, f"{OTHERS}; got (Shard(dim=0),) in blocks.0.1"),
+    "a plan and fully_shard": (
+        cut_by_a_plan_and_fully_shard,
+        f"{OTHERS}; got (Shard(dim=0), Shard(dim=0)) in ",
     ),
-    "plain logits": (
-        lambda: placed_by_hand(Shard(0)),
-        "model: expected logits sharded as their weight is, got a sharded weight and plain logits in blocks.0.1",
+    "experts that are cut": (converted_experts_behind, "targets: expected each to match an nn.Linear, '*.experts.*'"),
+    "finished experts": (
+        finished_experts,
+        "model: expected whole layers, got model.layers.0.mlp.experts.linears.gate_proj.0, which fully_shard has cut: "
+        "model.layers.0.mlp.experts, which convert took apart, is put together of whole ones",
     ),
-    "columns that cut groups": (
-        lambda: sharded_by("8:16", ("blocks.*.1", "out"), shard_placement_fn=columns),
-        f"{ROWS}, got columns in blocks.0.1: 16 over 2 ranks are 8 each, which cuts groups of 16",
-    ),
-    "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS} once, got (Shard(dim=1),) in blocks.0.1; "),
+    "columns": (lambda: sharded_by(shard_placement_fn=columns), f"{ROWS} once, got (Shard(dim=1),) in blocks.0.1"),
     "fewer ranks": (
         lambda: sharded_by(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("apart", "fsdp"))["fsdp"]),
         f"{ROWS}, over all ranks, got a mesh of 1 of 2 in blocks.0.1",
@@ -143,11 +174,10 @@ REFUSED = {
         "ranks: expected what rank 0 has on all of them, got other out on rank 1",
     ),
     "logits of one rank": (with_nan_on_rank_1, NAN),
-    "parts of a sum": (with_partial_weights, f"{PLAN}, got (Partial(sum),) in out: parts of a sum have no mask"),
     "a part of the model": (
         sharded_in_part,
         "model: expected fully_shard to cut all masked layers or none, got blocks.0.1, which it has cut, and "
-        "blocks.1.1, which nothing has",
+        "blocks.1.1, which it has not",
     ),
     "meta": (on_the_meta_device, "model: expected weights and logits in memory, got some on meta in blocks.0.1"),
     "offloaded": (
@@ -156,7 +186,7 @@ REFUSED = {
     ),
     "an initial mask": (
         lambda: converted_behind(init="sparsegpt", calibration=[torch.randn(4, 16)]),
-        "init: expected one of magnitude, random, wanda, reconstruction, a mask file or group codes in a model that is "
+        "init: expected one of magnitude, random, wanda, reconstruction, or group codes in a model that is "
         "cut over ranks, got 'sparsegpt'; convert it ahead of fully_shard",
     ),
     "calibration": (
@@ -181,7 +211,7 @@ REFUSED = {
     ),
     "a layer itself": (
         finished_around_a_layer_itself,
-        "model: expected fully_shard around what holds masked layers, got one around out itself",
+        "model: expected fully_shard around a module that holds masked layers, got one around out itself",
     ),
     "packing": (
         lambda: mk.finalize(a_sharded_model([2]), to="packed"),

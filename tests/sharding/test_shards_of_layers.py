@@ -13,10 +13,10 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 import maskpro_kernels as mk
+from maskpro_kernels.fsdp import whole
 from maskpro_kernels.learn.model_masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.bypassed import READ_ELSEWHERE
-from maskpro_kernels.shards import whole
 
 WIDTH = 256
 
