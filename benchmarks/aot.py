@@ -58,7 +58,7 @@ FLOATS = ("grad", "coef", "product", "gradient", "master", "first", "second", "s
 
 @dataclass(frozen=True)
 class Built:
-    """What a compiled kernel costs: registers a thread, spilled registers, bytes of stack and of shared memory."""
+    """Cost of a compiled kernel: registers a thread, spilled registers, bytes of stack and of shared memory."""
 
     asm: dict
     registers: int
@@ -103,7 +103,7 @@ def build(
         }
     )
     config = configuration(kernel, m, 0, target)
-    known = {
+    values = {
         "N": n,
         "M": m,
         "BLOCK": config.block,
@@ -117,7 +117,7 @@ def build(
         "CODE": tl.uint8 if m <= 8 else tl.int32,
         "BYTES": grouped.VECTOR_BYTES,
     } | constants
-    constants = {name: known[name] for name in function.arg_names if name in known}
+    constants = {name: values[name] for name in function.arg_names if name in values}
     return _compile(function, target, types, constants, config.options)
 
 
@@ -140,7 +140,7 @@ def build_product(
     ``WEIGHT_GRAD=True`` the first also writes the gradient of the weight.
     """
     weight_grad, stepping = constants.pop("WEIGHT_GRAD", False), product.startswith("straight_through")
-    known = {
+    values = {
         "N": n,
         "M": m,
         "KIND": "drawn",
@@ -159,18 +159,18 @@ def build_product(
         | {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
         | dict.fromkeys(("x", "grad", "out"), f"*{operand}")
         | dict.fromkeys(("weight", "bias"), f"*{weight or operand}")
-        | {"source": code if known["KIND"] == "codes" and not known["UPDATE"] else f"*{logits}", "codes": code}
+        | {"source": code if values["KIND"] == "codes" and not values["UPDATE"] else f"*{logits}", "codes": code}
         | dict.fromkeys(("grad_squares", "x_squares", "weight_grad", "gradient"), "*fp32")
         | ({"out": "*fp32"} if stepping else {})
         | {"rows": "i32", "groups": "i32"}
     )
     if stepping:
-        known |= {"out": None} if known["UPDATE"] else {"partial": None, "rate": None}
-        known |= {} if weight_grad else {"weight_grad": None}
-        known |= {} if known["KIND"] == "codes" else {"codes": None}
-    elif not known["LOG_PROB"]:
-        known["partial"] = None
-    constants = {name: known[name] for name in function.arg_names if name in known}
+        values |= {"out": None} if values["UPDATE"] else {"partial": None, "rate": None}
+        values |= {} if weight_grad else {"weight_grad": None}
+        values |= {} if values["KIND"] == "codes" else {"codes": None}
+    elif not values["LOG_PROB"]:
+        values["partial"] = None
+    constants = {name: values[name] for name in function.arg_names if name in values}
     return _compile(function, target, types, constants, tile.options, multiples)
 
 
@@ -198,21 +198,21 @@ def build_packed(
         | {"values": "*i32", "bitmask": {8: "*u8", 16: "*i16", 32: "*i32"}[chunk], "rows": "i32", "units": "i32"}
         | ({"x": "*i32"} if kernel == "packed_vector" else {})
     )
-    known = {"N": n, "M": m}
+    values = {"N": n, "M": m}
     if kernel != "unpack":
-        known |= packed.kernel_constants(n, m, DTYPES[element], target) | {"UNIT": unit}
+        values |= packed.kernel_constants(n, m, DTYPES[element], target) | {"UNIT": unit}
     if kernel != "unpack" and not quantized:
-        known["scales"] = None
+        values["scales"] = None
     if kernel == "unpack":
         config = configuration("unpack", m, 0, target)
         types |= dict.fromkeys(("values", "out"), {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32"}[element])
-        known |= {"BLOCK": config.block}
+        values |= {"BLOCK": config.block}
     elif isinstance(config, Rows):
-        known |= {"ROWS": config.rows, "BLOCK": config.block}
+        values |= {"ROWS": config.rows, "BLOCK": config.block}
     else:
-        known |= {"OPERAND": ELEMENTS[element], "PRECISION": "ieee"}
-        known |= {"BLOCK_OUT": config.out, "BLOCK_T": config.tokens, "BLOCK_K": config.k}
-    return _compile(function, target, types, known, config.options, multiples)
+        values |= {"OPERAND": ELEMENTS[element], "PRECISION": "ieee"}
+        values |= {"BLOCK_OUT": config.out, "BLOCK_T": config.tokens, "BLOCK_K": config.k}
+    return _compile(function, target, types, values, config.options, multiples)
 
 
 def build_elements(kernel: str, target: str, element: str = "bf16", **constants) -> Built:
@@ -224,8 +224,8 @@ def build_elements(kernel: str, target: str, element: str = "bf16", **constants)
         | ({"bitmask": "*i16", "out": "*i16", "rows": "i32", "count": "i32"} if kernel == "metadata" else {})
     )
     config = configuration(kernel, 1, 0, target)
-    known = {"BLOCK": config.block} | constants
-    return _compile(function, target, types, known, config.options, ("columns", "rows"))
+    values = {"BLOCK": config.block} | constants
+    return _compile(function, target, types, values, config.options, ("columns", "rows"))
 
 
 def _compile(function, target, types, constants, options, multiples=()) -> Built:

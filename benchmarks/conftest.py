@@ -38,7 +38,7 @@ def pytest_configure(config):
     config.stash[TIMINGS] = harness.Timings(None if path is None else Path(path))
     config.stash[STARTED] = time.monotonic()
     if INTERPRETED:
-        raise pytest.UsageError("TRITON_INTERPRET: expected to be unset, for the interpreter's time tells nothing")
+        raise pytest.UsageError("TRITON_INTERPRET: expected to be unset, for the interpreter's time says nothing")
     earlier = config.getoption("compare")
     try:
         config.stash[EARLIER] = [] if earlier is None else harness.read(earlier)

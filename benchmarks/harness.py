@@ -85,7 +85,7 @@ def paired(providers: Mapping[str, Provider]) -> dict[str, list[float]]:
     """Seconds of every provider by round, of one visit.
 
     Of a provider in parts each part is timed beside the same one of the others, all having as many, and they count
-    together: work of seconds meets the same moments of a busy machine. The first round tells how often to repeat short
+    together: work of seconds meets the same moments of a busy machine. The first round says how often to repeat short
     calls, and counts where all take long.
     """
     parts = {name: [provider] if callable(provider) else provider for name, provider in providers.items()}
@@ -167,11 +167,11 @@ def rows_of(seconds: Mapping[str, list[float]], work: Work | None, case: Mapping
 
 
 class Timings:
-    """What a run has timed, by case: the seconds of all its visits, and the rows of these.
+    """Timings of a run, by case: the seconds of all its visits, and the rows of these.
 
     Attributes:
         path: file that gets the rows, or None.
-        refused: cases of which a check, or a provider, failed: they have no speed, whatever other visits found.
+        refused: cases of which a check, or a provider, failed: they have no speed, whatever other visits gave.
     """
 
     def __init__(self, path: Path | None):
@@ -233,7 +233,7 @@ def read(path: Path) -> list[dict]:
 
 
 def case_of(row: Mapping) -> tuple:
-    """What is timed, whoever does it."""
+    """Key of the work that is timed, whoever does it."""
     return row["op"], row["pattern"], tuple(row["shape"]), row["dtype"]
 
 
@@ -245,9 +245,9 @@ def ratios(rows: Iterable[Mapping], earlier: Iterable[Mapping]) -> list[tuple[Ma
     def key(row):
         return case_of(row), row["provider"], row["device"], row["threads"]
 
-    known = {key(row): row for row in earlier}
-    found = [(row, known[key(row)]) for row in rows if key(row) in known]
-    return [(row, other["median"] / row["median"], row["ratio"] / other["ratio"]) for row, other in found]
+    before = {key(row): row for row in earlier}
+    pairs = [(row, before[key(row)]) for row in rows if key(row) in before]
+    return [(row, other["median"] / row["median"], row["ratio"] / other["ratio"]) for row, other in pairs]
 
 
 def commit() -> str | None:
@@ -271,7 +271,7 @@ def device_name() -> str:
 
 @functools.cache
 def environment() -> dict:
-    """What a timing depends on besides its case."""
+    """Device, threads, commit and versions, on which a timing depends besides its case."""
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),

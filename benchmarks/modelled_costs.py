@@ -1,4 +1,4 @@
-"""What compiled kernels cost on NVIDIA's GPUs, by a model: nothing is measured, and no GPU is needed.
+"""Costs of compiled kernels on NVIDIA's GPUs, by a model: nothing is measured, and no GPU is needed.
 
     python benchmarks/modelled_costs.py --targets sm_90 --patterns 2:4 4:8
 
@@ -66,7 +66,7 @@ class Chip:
         bytes_per_second: of its memory, by the data sheet.
         lanes: by pipe, threads whose instruction a processor starts in a clock. "fp32" takes integer multiplications as
             well. CUDA C++ Programming Guide, throughput of arithmetic instructions. Which instructions share a pipe is
-            told by engineers of NVIDIA's in its forum for developers, threads 108729 and 302018.
+            said by engineers of NVIDIA's in its forum for developers, threads 108729 and 302018.
     """
 
     clock: float

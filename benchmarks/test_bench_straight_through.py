@@ -44,7 +44,7 @@ class Layer:
         return ops.straight_through_update_(self.grad, self.x, self.weight, CURVATURE, self.rate, LARGEST, mask)
 
     def eager(self):
-        """The same, one torch operation after another; returns the mean square of the slope."""
+        """Step by one torch operation after another; returns the mean square of the slope."""
         kept = mk.expand_mask(ops.sample_mask(self.logits, N, M, 1.0, self.counter), PATTERN)
         w = self.weight.float()
         first = (self.grad.T @ self.x).float()

@@ -42,7 +42,7 @@ HIGHEST_PATTERN = (127 + 30) * 8
 LOWEST_LEVEL = HIGHEST_PATTERN + HIGHEST_PATTERN // 2 - 255
 SPREAD_AT_ZERO = 1.5 * QUARTER_AT_ZERO - TANGENT - LOWEST_LEVEL * NATS_PER_LEVEL
 # A spread bounds how far two keys come closer, and each is rounded by up to 2^-24 of itself. A dropped one more than 64
-# beyond twice the kept one is out of reach of any noise. Otherwise both roundings together are less than 2^-20 of the
+# beyond twice the kept one is beyond any noise. Otherwise both roundings together are less than 2^-20 of the
 # kept one and the slack.
 ROUNDING = 1 + 2.0**-20
 
@@ -103,7 +103,7 @@ def descending(xs):
 
 
 class Expected:
-    """What a draw of groups keeps whatever the noise, columns of float32 logits, and where that is determined.
+    """The mask that a draw of groups keeps whatever the noise, columns of float32 logits, and where that is determined.
 
     Attributes:
         determined: where no weight that is not among the N largest can be drawn. What is said of other groups is void.

@@ -1,7 +1,7 @@
 """Layers that are drawn and updated together: by one launch, or one call of machine code, instead of one a layer.
 
 Bits are those of ``sample_mask`` and ``score_update_`` of each layer by itself. Numbers that change from step to step
-are read from tensors on the device, so that a captured CUDA graph goes on with those that it finds there.
+are read from tensors on the device, so that a captured CUDA graph goes on with those that are there.
 
 ``draws_once`` is the rule by which a step draws its masks once, into codes, or at each use.
 """
@@ -42,7 +42,7 @@ class GroupedLayer(NamedTuple):
 
 
 def kind_of(layer: GroupedLayer, n: int, m: int) -> tuple:
-    """What a kernel is compiled for: layers of one kind make a ``LayerGroup``."""
+    """Key by which a kernel is compiled: layers of one kind make a ``LayerGroup``."""
     logits = layer.logits
     whole = layer.group_row_stride == logits.shape[1] // m
     return logits.device, logits.dtype, n, m, whole, logits.data_ptr() % ALIGNED == 0
@@ -147,7 +147,7 @@ def update_layers_(
         by_codes: whether the codes of the group are those of this draw, a single one: it is then not made again, where
             N is at most 4. Above, the score takes the noise of the draw.
     """
-    by_codes = by_codes and knows_score(group.n, len(coef))
+    by_codes = by_codes and scores_by_codes(group.n, len(coef))
     if uses_kernels(seed):
         kernels("grouped").update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes)
     elif not (uses_machine_code(seed) and _update_compiled_(group, coef, inv_temperature, seed, step, draws, by_codes)):
@@ -158,8 +158,8 @@ def update_layers_(
             torch.autograd.graph.increment_version(layer.logits)
 
 
-def knows_score(n: int, draws: int) -> bool:
-    """Whether codes tell the score of so many draws: of one, and where the score needs no noise."""
+def scores_by_codes(n: int, draws: int) -> bool:
+    """Say whether codes give the score of so many draws: of one, and where the score needs no noise."""
     return draws == 1 and n <= reference.EXACT_SCORE_MAX_N
 
 
@@ -227,7 +227,7 @@ COSTS["gfx942"] = COSTS["sm_90"]
 
 
 def draws_once(device: torch.device, n: int, uses: Uses) -> bool:
-    """Whether a step with these uses of each mask costs less if it draws the masks into codes, N of a group kept."""
+    """Say whether a step with these uses of each mask costs less if it draws the masks into codes; N of a group."""
     row = tiles.architecture(device) if uses_kernels(torch.empty(0, device=device)) else "cpu"
     costs = COSTS[row]
     of_product = costs.weight

@@ -1,8 +1,8 @@
-"""Draw and score update of many layers by one launch: their tensors are found in a table on the device.
+"""Draw and score update of many layers by one launch: a table on the device holds their addresses.
 
 A row of the table, int64, is a layer: addresses of logits and codes, groups, groups in a row, offset and row stride of
-their index in the whole layer, and the layer's id. A layer has programs by its size. A list beside the table tells for
-each few programs in turn whose they are.
+their index in the whole layer, and the layer's id. A layer has programs by its size. A list beside the table names
+the layer of each few programs in turn.
 
 Constants of the kernels, beside those in ``sampling``: ELEMENT and CODE, the dtypes of logits and codes; BYTES, of
 which all addresses are multiples. KIND "codes": the mask that ``sample_masks`` has left; "drawn": it is drawn again.
@@ -30,7 +30,7 @@ from .tiles import INTERPRETED, architecture, configuration, scores_in_short
 
 FIELDS = tl.constexpr(7)
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Vectors of so many bytes are loaded where all addresses are multiples of it, as Triton finds by itself for an argument
+# Vectors of so many bytes are loaded where all addresses are multiples of it, as Triton derives for an argument
 VECTOR_BYTES = 16
 # Programs that an entry of the list stands for, of one layer; the last ones of a layer may find no group. In the
 # interpreter each program takes time
@@ -181,7 +181,7 @@ def update_layers_(group, coef, inv_temperature, seed, step, draws, by_codes):
 
 
 def launch_on_group(kernel, name, group, *args, **how):
-    """Launch a kernel over all layers of a ``LayerGroup``, which it finds in the group's table."""
+    """Launch a kernel over all layers of a ``LayerGroup``, by the group's table."""
     constants = {
         "ELEMENT": ELEMENTS[group.dtype],
         "CODE": tl.uint8 if group.m <= 8 else tl.int32,

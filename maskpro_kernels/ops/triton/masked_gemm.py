@@ -287,13 +287,13 @@ def operand_constants(dtype: torch.dtype) -> dict:
 
 
 def mask_arguments(mask, tokens, matrix):
-    """What a kernel of products takes of a mask and of the sizes of x [tokens, K] and the matrix [rows, K]."""
+    """Arguments of a kernel of products: of a mask, and of the sizes of x [tokens, K] and the matrix [rows, K]."""
     counter = mask.counter or NO_COUNTER
     return mask.inv_temperature, *counter, tokens, matrix.shape[0], matrix.shape[1] // mask.m
 
 
 def one_pass(tensor: torch.Tensor, mask: MaskSource) -> bool:
-    """Whether a mask is applied inside its product with ``tensor`` [tokens, ...], not to a transient masked weight."""
+    """Say whether a mask is applied inside its product with ``tensor`` [tokens, ...], not to a transient weight."""
     return 0 < tensor.shape[0] <= one_pass_tokens(mask.kind, architecture(tensor.device))
 
 

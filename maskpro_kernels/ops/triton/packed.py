@@ -242,7 +242,7 @@ def packed_vector_kernel(
         tl.store(out + row, y.to(out.dtype.element_ty))
 
 
-# units: where one is all, LLVM knows of a single step, and moves the zeros of its sum behind the fence of wgmma
+# units: where one is all, LLVM sees a single step, and moves the zeros of its sum behind the fence of wgmma
 @triton.jit(do_not_specialize=["tokens", "units"])
 def packed_linear_kernel(
     x, values, bitmask, scales, bias, out, tokens: tl.int64, rows, units,
@@ -391,7 +391,7 @@ def kernel_arguments(values, bitmask, k, n, m, dtype, target):
 
 
 def kernel_constants(n: int, m: int, dtype: torch.dtype, target: str) -> dict:
-    """What kernels for activations of ``dtype`` are compiled for on an architecture."""
+    """Constants of kernels for activations of ``dtype`` on an architecture."""
     element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     return {"N": n, "ELEMENT": element, "BY_BYTES": (n, m) == (2, 4) and target.startswith("sm_")}
 
@@ -431,7 +431,7 @@ def metadata(bitmask: torch.Tensor) -> torch.Tensor:
 
 
 def sparse_available(device: torch.device) -> bool:
-    """Whether torch multiplies with semi-structured weights there: by CUTLASS, which it has for 8.x and Linux alone.
+    """Say whether torch multiplies with semi-structured weights there: by CUTLASS, for 8.x and Linux alone.
 
     On 9.x and later torch has cuSPARSELt alone, whose format comes from the dense weight.
     """
@@ -441,7 +441,7 @@ def sparse_available(device: torch.device) -> bool:
 
 
 def sparse_fits(x: torch.Tensor, values: torch.Tensor, n: int, m: int) -> bool:
-    """Whether x [tokens, K] of 16 bits and the values of a weight [rows, K] are such as torch's kernel takes."""
+    """Say whether torch's kernel takes x [tokens, K] of 16 bits and the values of a weight [rows, K]."""
     sizes = len(values) % ROWS == 0 and x.shape[1] % COLUMNS == 0
     return (n, m) == (2, 4) and x.itemsize == 2 and sizes and values.data_ptr() % 16 == 0
 

@@ -156,7 +156,7 @@ def straight_through_step_kernel(
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, UPDATE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What follows a product that is in memory, G.
+    """Slope, or step of the logits, by a product that is in memory, G.
 
     It is launched with what the other kernel takes too: ``tokens`` and BLOCK_T count for nothing here.
     """
@@ -211,7 +211,7 @@ def descend_(logits, gradient, rate, max_update, m, counter):
 
 
 def fused(tokens: int, kind: str, device: torch.device) -> bool:
-    """Whether one kernel multiplies and steps under a mask of that kind, rather than that torch multiplies."""
+    """Say whether one kernel multiplies and steps under a mask of that kind; else torch multiplies."""
     return tokens <= fused_tokens(kind, architecture(device))
 
 

@@ -68,7 +68,7 @@ class Tiles(_CompileOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is chosen for one GPU architecture.
+    """The choices for one GPU architecture.
 
     Attributes:
         processors: streaming multiprocessors or compute units: as many programs leave none idle. They are the target's
@@ -76,7 +76,7 @@ class Target:
             is split, and who adds it up, and with these its bits: cards of one target agree.
         drawn_tokens: most tokens for which a mask is drawn inside a product.
         fused_tokens: most tokens for which one kernel computes the gradient of a masked weight and steps the logits,
-            under a mask that is known, as in a step that draws its masks once. Beyond, torch's product is faster by
+            under a mask that is given, as in a step that draws its masks once. Beyond, torch's product is faster by
             more than it takes to write and read its result.
         fused_drawn_tokens: the same under a mask that the kernel draws.
         tiles: tuples of tiles, by the keys of ``TILES``, that take the place of those there.
@@ -249,14 +249,14 @@ def _target_of(name: str, otherwise: str) -> str:
     if name not in TARGET_OF:
         warnings.warn(
             f"GPU architecture {name}: expected one of {', '.join(TARGET_OF)}; its kernels are launched with the tiles "
-            f"of {otherwise}, which may be slow or not fit; CONTRIBUTING.md tells how to add it",
+            f"of {otherwise}, which may be slow or not fit; CONTRIBUTING.md says how to add it",
             stacklevel=2,
         )
     return TARGET_OF.get(name, otherwise)
 
 
 def scores_in_short(target: str) -> bool:
-    """Whether the update of 2:4 takes ``device.score_of_largest_2_of_4``.
+    """Say whether the update of 2:4 takes ``device.score_of_largest_2_of_4``.
 
     On gfx942 LLVM then multiplies two scaled logits at a time by 1 (``v_pk_mul_f32`` with the constant 1.0), and no
     document defines that constant's upper half.
@@ -331,5 +331,5 @@ def _from_table(product: str, target: str, itemsize: int, tokens: int, rows: int
 
 
 def tiles_of(product: str, target: str, itemsize: int) -> tuple[Tiles, ...]:
-    """What a product of operands of ``itemsize`` bytes has to choose from."""
+    """The entry of a product of operands of ``itemsize`` bytes."""
     return TARGETS[target].tiles.get((product, itemsize), TILES[product, itemsize])

@@ -80,7 +80,7 @@ def scaled_reciprocal(x, SCALE: tl.constexpr):
 
 @triton.jit
 def ln(x, near_one):
-    """Natural logarithm of positive float32; near_one is x - 1 as the caller knows it best."""
+    """Natural logarithm of positive float32; near_one is x - 1 as exactly as the caller has it."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     t = tl.where(exponent == 0, near_one, (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0)

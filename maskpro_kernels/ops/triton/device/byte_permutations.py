@@ -1,7 +1,7 @@
 """Pairs of 2:4 at their places, by permutations of bytes.
 
 A group's code becomes selectors by tables: what a table holds of all six codes is eight bytes, two registers, and one
-permutation reads it for the four groups of a word of codes at once. A code is known by its low three bits.
+permutation reads it for the four groups of a word of codes at once. The low three bits of a code are enough for it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def _table(byte_of: Callable[[tuple[int, ...]], int]) -> tuple[int, int]:
 
 
 def _placed(column: int) -> tuple[int, int]:
-    """What stands in a column."""
+    """Table of the bytes that stand in a column."""
     return _table(lambda kept: (_FIRST, _SECOND)[kept.index(column)] if column in kept else _ZERO)
 
 
 def _chosen(value: int) -> tuple[int, int]:
-    """Which of four values a value kept belongs to."""
+    """Table of the columns that a kept value belongs to."""
     return _table(lambda kept: _FIRST + (_SECOND - _FIRST) * kept[value])
 
 

@@ -24,7 +24,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def load_key(seed, step, layer, draw):
-    """What all groups of a draw have in common, of the pointers of a counter: int64 scalars, but for the step."""
+    """Key that all groups of a draw share, from the pointers of a counter: int64 scalars, but for the step."""
     return tl.load(seed), nearest_word(tl.load(step)), tl.load(layer), tl.load(draw)
 
 

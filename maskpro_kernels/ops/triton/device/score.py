@@ -223,8 +223,8 @@ def score_of_largest_2_of_4(x, ordered, inv_temperature):
     share = tl.div_rn(score_first + score_second, tl.maximum(dropped_sum, SMALLEST_NORMAL))
     score_third, score_fourth = 0.0 - third * share, 0.0 - fourth * share
     # Always so. But ptxas would compare ahead of the divisions, and hold more outcomes than it has registers for such
-    known = share >= 0.0
-    largest, dropped = tl.where(known, ordered[0], 0.0), tl.where(known, ordered[2], 0.0)
+    true = share >= 0.0
+    largest, dropped = tl.where(true, ordered[0], 0.0), tl.where(true, ordered[2], 0.0)
     scores = ()
     for i in tl.static_range(4):
         of_kept = tl.where(x[i] == largest, score_first, score_second)
