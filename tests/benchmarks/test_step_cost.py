@@ -28,9 +28,6 @@ LARGEST_SHARE = 0.3
 LARGEST_STRAIGHT_THROUGH_COST = 1.6
 STRAIGHT_THROUGH_ROUNDS = 3
 
-# Seconds from the loaded model to a first step, where a process before has compiled
-LONGEST_START = 5.0
-
 LAYERS, WIDTH, BATCH = 8, 1024, 32
 MEMORY_SLACK = 0.05
 
@@ -69,16 +66,6 @@ def test_a_step_holds_the_logits_and_one_masked_weight(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda", reason="the allocator of a GPU keeps no record of single tensors")
-@pytest.mark.parametrize("estimator", ["Reinforce", "StraightThrough"])
-def test_no_tensor_of_a_step_is_wider_than_float32(estimator):
-    """Integers and floats of 64 bits live in pieces of a layer alone."""
-    bytes_ = in_child("largest", estimator)
-    # what matrix products copy is aligned
-    assert bytes_["masked_weight"] <= bytes_["largest"] <= 2 * bytes_["masked_weight"] + 1024, bytes_
-
-
-@pytest.mark.slow
 def test_a_straight_through_step_costs_little_more_than_training_the_weights():
     seconds = in_child("straight_through_cost")
     ratio = statistics.median(ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True))
@@ -94,17 +81,6 @@ def test_a_straight_through_step_holds_one_layers_gradient():
     assert bytes_["step"] >= bytes_["activations"], "the measurement missed the activations"
     assert peak <= allowed, f"{peak} bytes, {allowed:.0f} allowed: {bytes_}"
     assert bytes_["step"] - bytes_["activations"] < bytes_["gradients"] / 4, bytes_
-
-
-@pytest.mark.slow
-def test_a_second_start_compiles_nothing():
-    """Until the first step runs as fast as the second, converting and loading what was compiled before."""
-    in_child("start")
-    start = in_child("start")
-    assert start["built"] == 0
-    before = start["convert"] + max(0.0, start["first_step"] - start["second_step"])
-    print(f"a second start: {before:.1f} s from the loaded model to a first step at full speed")
-    assert before <= LONGEST_START, start
 
 
 def seconds_of(function) -> float:
@@ -224,22 +200,6 @@ def measure_memory(dtype_name: str) -> dict:
     }
 
 
-def measure_largest(estimator: str) -> dict:
-    """Bytes of the largest tensor that a step allocates, and of the masked weight of a layer."""
-    import maskpro_kernels as mk
-
-    model = plain_model(torch.bfloat16)
-    mk.convert(model, "2:4", gap=GAP)
-    batch = torch.randn(BATCH, WIDTH, dtype=torch.bfloat16)
-    trainer = mk.MaskTrainer(model, loss_fn, [batch], getattr(mk, estimator)(lr=1.0), seed=0)
-    trainer.step()
-    changes, start, end = memory_changes(trainer.step)
-    return {
-        "largest": max(bytes_ for ts, bytes_ in changes if start <= ts <= end),
-        "masked_weight": 2 * WIDTH * WIDTH,
-    }
-
-
 def language_model() -> tuple[nn.Module, torch.Tensor]:
     """(SmolLM2-135M with frozen weights, a batch of 1,024 tokens)."""
     from maskpro_kernels.hf import load_model
@@ -307,30 +267,9 @@ def measure_straight_through_memory() -> dict:
     }
 
 
-def measure_start() -> dict:
-    """Seconds of converting SmolLM2-135M and of its first two REINFORCE steps, and how many loops were compiled."""
-    import maskpro_kernels as mk
-    from maskpro_kernels.ops.cpu import compiled_loop
-    from maskpro_kernels.text.perplexity import causal_lm_loss
-
-    built = []
-    build = compiled_loop.CompiledLoop._build
-    compiled_loop.CompiledLoop._build = lambda loop: (built.append(loop), build(loop))[1]
-    model, batch = language_model()
-    seconds = {"convert": seconds_of(lambda: mk.convert(model, "2:4", gap=GAP))}
-    trainer = mk.MaskTrainer(model, causal_lm_loss, [batch], mk.Reinforce(lr=1.0), seed=0)
-    # the initial loss belongs to no step
-    trainer.begin()
-    for name in ("first_step", "second_step"):
-        seconds[name] = seconds_of(trainer.step)
-    return {**seconds, "built": len(built)}
-
-
 MEASUREMENTS = {
-    "start": measure_start,
     "cost": measure_cost,
     "memory": measure_memory,
-    "largest": measure_largest,
     "straight_through_cost": measure_straight_through_cost,
     "straight_through_memory": measure_straight_through_memory,
 }

@@ -1,14 +1,11 @@
-"""What torch's semi-structured matmul is given: metadata as torch's own conversion has it, and operands that it takes.
-
-The matmul itself runs on GPUs of compute capability 8.x alone.
-"""
+"""Packed values at their places, and operands of torch's semi-structured matmul, which runs on 8.x alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.packed_codes import every_code
+from helpers.packed_codes import assert_every_code_is_placed, every_code
 from helpers.products import normal
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
@@ -16,6 +13,13 @@ from torch.sparse import _semi_structured_conversions as conversions
 
 import maskpro_kernels as mk
 from maskpro_kernels.ops.triton import packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "kernel"), [(1, "packed_vector"), (4, "packed_linear")])
+def test_values_of_every_code_stand_at_their_places(tokens, kernel, dtype, launched):
+    assert_every_code_is_placed(tokens, dtype)
+    assert launched[kernel] == 4 // tokens
 
 
 def sparse(rows, k, dtype=torch.bfloat16):
