@@ -18,8 +18,8 @@ from .functional.masks import (
     shard_counter,
     top_n_mask,
 )
-from .learn.mask_optimizer import MaskOptimizer
-from .learn.model_masks import ModelMasks
+from .learn.masks import ModelMasks
+from .learn.optimizer import MaskOptimizer
 from .learn.reinforce import Reinforce
 from .learn.step import StepRecord
 from .learn.straight_through import StraightThrough

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import backward_pass as backward_pass_file
+from maskpro_kernels.learn import backward as backward_file
 
 
 class TwoWays(nn.Module):
@@ -73,7 +73,7 @@ def straight_through(rank: int, accumulate: int, steps: int, kind: type[nn.Modul
     if kind is not None:
         mk.convert(model, "2:4", gap=2.0)
     if taken_for is not None:
-        backward_pass_file._reached = lambda loss, descents: list(taken_for)
+        backward_file._reached = lambda loss, descents: list(taken_for)
     trainer = rank_trainer("straight-through", model=model, accumulate=accumulate)
     held, real = [], trainer.ranks.sum_
 

@@ -25,7 +25,7 @@ from helpers.rank_jobs import learn_on_rank, rank_trainer
 import maskpro_kernels as mk
 from maskpro_kernels import ranks
 from maskpro_kernels.digests import digest
-from maskpro_kernels.learn import journal
+from maskpro_kernels.learn import run
 
 
 def killed_in(step: int, victim: int, rank: int, trainer_of: list):
@@ -74,7 +74,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(how, victim, resumed
         assert error is ranks.MissingRanks and issubclass(error, RuntimeError)
         assert missing == [victim] and f"rank {victim} of 4 ended" in message
         assert seconds < LONGEST / 4
-    assert len(journal.read(tmp_path / "journal")[1]) == 2
+    assert len(run.read_journal(tmp_path / "journal")[1]) == 2
     results = all_in_ranks(resumed, learn_on_rank, how=how, steps=4, folder=tmp_path, resume=True, **steps)
     assert len(results) == resumed
     for theirs, records in results:
@@ -105,7 +105,7 @@ def test_a_run_whose_ranks_are_killed_again_and_again_has_the_bits_of_a_whole_on
         results = in_ranks(world, learn_until_some_moment, folder=tmp_path, **moment)
         assert isinstance(results.pop(victim), Ended)
         assert all(result.missing == [victim] for result in results), results
-    steps = len(journal.read(tmp_path / "journal")[1]) + 5
+    steps = len(run.read_journal(tmp_path / "journal")[1]) + 5
     results = all_in_ranks(2, learn_on_rank, how="reinforce", steps=steps, folder=tmp_path, resume=True, accumulate=4)
     whole, _ = learn_on_rank(0, "reinforce", steps, accumulate=4)
     for logits, _ in results:

@@ -13,11 +13,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import maskpro_kernels as mk
 from maskpro_kernels.cli.run_files import PROGRESS
-from maskpro_kernels.learn import journal
-from maskpro_kernels.learn.journal import Draw, Entry
-from maskpro_kernels.learn.model_masks import ModelMasks
-from maskpro_kernels.learn.run_folder import JOURNAL, settings_of
-from maskpro_kernels.learn.score_updates import replay
+from maskpro_kernels.learn import run
+from maskpro_kernels.learn.masks import ModelMasks
+from maskpro_kernels.learn.run import JOURNAL, settings_of
+from maskpro_kernels.learn.step import Draw, Entry, replay
 from maskpro_kernels.modules import CounterState
 from maskpro_kernels.ranks import Ranks
 
@@ -202,7 +201,7 @@ def test_a_run_on_a_shard_is_resumed_and_replayed(tmp_path):
     first = a_trainer(shard, folder)
     first.run(4, progress=False)
     first.close()
-    header, entries, *_ = journal.read(folder / JOURNAL)
+    header, entries, *_ = run.read_journal(folder / JOURNAL)
     for entry in entries:
         replay(ModelMasks({"0": whole}), 9, entry)
     assert_is_part(shard, whole, place)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -60,19 +60,14 @@ class Comparison:
     Args:
         args: of the command.
         learners: by name.
-        split: of the texts that rows are scored on.
-        chosen_by: the figure by which settings take more steps, see ``best``.
     """
 
     def __init__(
         self,
         args: argparse.Namespace,
         learners: Mapping[str, Learner] = LEARNERS,
-        split: str = "test",
-        chosen_by: str = "validation",
     ):
         self.args, self.learners, self.pattern = args, learners, NMPattern(args.pattern)
-        self.chosen_by = chosen_by
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
         self.model = model.to(device_of(args.device))
         # other work on the machine lengthens a run, and not its processor time
@@ -82,7 +77,7 @@ class Comparison:
         learned = [name for name, _ in texts_of(args.data)]
         texts = {name: load_text(name) for name in dict.fromkeys((*learned, *args.test))}
         # ahead of the samples: those of other rows are not to be drawn over
-        self.rows = Rows(args.output, self._shared(texts, split), chosen_by)
+        self.rows = Rows(args.output, self._shared(texts))
 
         def cut(names: Sequence[str], split: str, length: int) -> dict[str, Tensor]:
             return {name: windows(texts[name][split], tokenizer, length) for name in names}
@@ -96,17 +91,17 @@ class Comparison:
         self.batches = MixedBatches(learning, sources, args.batch_size, count, args.seed)
         share = -(-args.eval_windows // len(learned))
         self.validation = torch.cat([own[:share] for own in cut(learned, "validation", args.eval_length).values()])
-        tests = cut(args.test, split, args.eval_length)
+        tests = cut(args.test, "test", args.eval_length)
         self.tests = {Path(name).name: own[: args.eval_windows] for name, own in tests.items()}
 
-    def _shared(self, texts: Mapping[str, Mapping[str, str]], split: str) -> dict:
+    def _shared(self, texts: Mapping[str, Mapping[str, str]]) -> dict:
         """What all rows have in common: the options, and what stands behind the names of model and texts."""
         options = {name: value for name, value in vars(self.args).items() if name not in ("output", "steps", "methods")}
         content = json.dumps(texts, sort_keys=True).encode()
         return options | {
             "weights": digest(parameter for _, parameter in sorted(self.model.named_parameters())),
             "texts": hashlib.blake2b(content, digest_size=16).hexdigest(),
-            "split": split,
+            "split": "test",
         }
 
     def _samples(self, start: int | None) -> Tensor:
@@ -207,7 +202,7 @@ class Comparison:
             for settings in candidates:
                 self.learn(name, settings, steps)
             found = [self.rows.found(name, settings, steps) for settings in candidates]
-            chosen = best(found, name, steps, self.chosen_by)["settings"]
+            chosen = best(found, name, steps)["settings"]
             default = candidates[0]
             candidates = [default, chosen] if place == 0 and chosen != default else [chosen]
 
@@ -305,10 +300,10 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parsed(argv: Sequence[str] | None, description: str, methods: Sequence[str]) -> argparse.Namespace:
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of a comparison that may leave methods out."""
-    parser = options(description)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), metavar="METHOD")
+    parser = options("compare methods that find N:M masks")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     return checked(parser, argv)
 
 
@@ -325,13 +320,10 @@ def checked(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run(Comparison, parsed(argv, "compare methods that find N:M masks", METHODS))
-
-
-def run(kind: Callable[[argparse.Namespace], Comparison], args: argparse.Namespace) -> None:
     """Fill in the rows of the methods that the command asks for, and print the table."""
+    args = parsed(argv)
     try:
-        comparison = kind(args)
+        comparison = Comparison(args)
         # ahead of any conversion
         comparison.dense  # noqa: B018
         for name in (*ONE_SHOT, *comparison.learners):
@@ -339,7 +331,7 @@ def run(kind: Callable[[argparse.Namespace], Comparison], args: argparse.Namespa
                 (comparison.one_shot if name in ONE_SHOT else comparison.learner)(name)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(table(comparison.rows.rows, comparison.chosen_by), end="")
+    print(table(comparison.rows.rows), end="")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from relaxed import RelaxedMask, generator, gumbel
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, pack_mask, top_n_mask
-from maskpro_kernels.learn.estimator import Option
-from maskpro_kernels.learn.number_checks import check_float
+from maskpro_kernels.learn.estimator import Option, check_float
 from maskpro_kernels.modules import MaskedLinear
 from maskpro_kernels.pattern import NMPattern
 

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from maskpro_kernels.learn.estimator import Estimator, StepResult
-from maskpro_kernels.learn.number_checks import check_float, check_whole
-from maskpro_kernels.learn.step import Step
+from maskpro_kernels.learn.estimator import Estimator, check_float, check_whole
+from maskpro_kernels.learn.step import Step, StepResult
 from maskpro_kernels.modules import MaskedLinear, initial_logits
 
 # Of a kept logit over a dropped one, where the mask is written down: no draw crosses it
@@ -106,7 +105,7 @@ class RelaxedMask(Estimator):
         """
         try:
             with step.drawing(), self._relaxed(step) as penalties:
-                for _, place in step.sharing.own:
+                for _, place in step.own:
                     penalties.clear()
                     loss = step.forward(place)
                     total = torch.stack(
@@ -121,7 +120,7 @@ class RelaxedMask(Estimator):
             for learned in self.learned.values():
                 # a layer that no loss has reached has none
                 learned.grad = torch.zeros_like(learned) if learned.grad is None else learned.grad
-                step.sharing.ranks.sum_(learned.grad)
+                step.ranks.sum_(learned.grad)
             norms = torch.stack([learned.grad.norm().cpu() for learned in self.learned.values()]).tolist()
             step.begin_update()
             return StepResult(value, bad_layers=self._update(step, dict(zip(self.learned, norms, strict=True))))

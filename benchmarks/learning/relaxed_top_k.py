@@ -12,8 +12,7 @@ from relaxed import RelaxedMask, gumbel
 from torch import Tensor
 
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
-from maskpro_kernels.learn.estimator import Option
-from maskpro_kernels.learn.number_checks import check_float
+from maskpro_kernels.learn.estimator import Option, check_float
 from maskpro_kernels.modules import MaskedLinear
 
 

@@ -22,14 +22,13 @@ class Rows:
     Args:
         folder: made if missing.
         shared: what the rows share.
-        chosen_by: the figure by which settings are chosen, see ``best``.
 
     Raises:
         ValueError: if the folder holds rows of a comparison that shares something else, or a line is damaged.
     """
 
-    def __init__(self, folder: Path, shared: Mapping, chosen_by: str = "validation"):
-        self.path, self.chosen_by = folder / ROWS, chosen_by
+    def __init__(self, folder: Path, shared: Mapping):
+        self.path = folder / ROWS
         # as it comes back from the file
         self.shared = shared = json.loads(json.dumps(shared))
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +63,7 @@ class Rows:
         """
         self._append(rows)
         self.rows = _newest([*self.rows, *map(dict, rows)])
-        write_whole(self.path.parent / TABLE, table(self.rows, self.chosen_by).encode())
+        write_whole(self.path.parent / TABLE, table(self.rows).encode())
 
     def _append(self, rows: Sequence[Mapping]) -> None:
         with open(self.path, "ab") as file:
@@ -104,13 +103,10 @@ def score(perplexities: Mapping[str, float], dense: Mapping[str, float]) -> floa
     return math.exp(math.fsum(logs) / len(logs))
 
 
-def best(rows: Sequence[Mapping], method: str, steps: int, chosen_by: str = "validation") -> Mapping | None:
-    """The row of a method with as many steps whose figure is lowest: "validation", a perplexity, or "score".
-
-    None where there is none.
-    """
+def best(rows: Sequence[Mapping], method: str, steps: int) -> Mapping | None:
+    """The row of a method with as many steps whose perplexity of validation text is lowest; None if there is none."""
     own = (row for row in rows if (row["method"], row["steps"]) == (method, steps))
-    return min(own, key=lambda row: finite(row[chosen_by]), default=None)
+    return min(own, key=lambda row: finite(row["validation"]), default=None)
 
 
 def finite(value: float) -> float:
@@ -131,7 +127,7 @@ def spread(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(rows: Sequence[Mapping], chosen_by: str = "validation") -> str:
+def table(rows: Sequence[Mapping]) -> str:
     """Markdown, by steps and then by score; of each method and number of steps the settings that are best are bold."""
     texts = list(rows[0]["perplexity"])
     costs = ["score", "groups off the initial mask", "state, bytes a weight", "seconds"]
@@ -140,7 +136,7 @@ def table(rows: Sequence[Mapping], chosen_by: str = "validation") -> str:
     for row in sorted(rows, key=lambda row: (row["steps"], row["score"])):
         settings = settings_text(row["settings"])
         # with its own weights a method is judged by its mask
-        chosen = best(rows, row["method"].removesuffix(WITH_WEIGHTS), row["steps"], chosen_by)
+        chosen = best(rows, row["method"].removesuffix(WITH_WEIGHTS), row["steps"])
         if settings and chosen is not None and row["settings"] == chosen["settings"]:
             settings = f"**{settings}**"
         figures = [row["validation"], *(row["perplexity"][text] for text in texts)]

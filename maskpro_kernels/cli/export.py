@@ -14,7 +14,7 @@ from ..checkpoints.logits import Learned, load_learned
 from ..digests import digest
 from ..files import check_output
 from ..functional.masks import top_n_mask
-from ..learn.run_folder import JOURNAL
+from ..learn.run import JOURNAL
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..prune.convert import convert

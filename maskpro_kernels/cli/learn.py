@@ -75,13 +75,13 @@ def _tell_ahead(args: argparse.Namespace, estimator: Estimator) -> None:
     """Tell, before anything takes long, what the options leave out."""
     # as the logits hold it
     gap = float(torch.tensor(args.gap, dtype=DTYPES[args.logits_dtype]))
-    if gap > estimator.reach:
+    if gap > estimator.max_logit_travel:
         names = {option.name for option in estimator.options}
         other = " or a greater --max-update" if "max_update" in names else ""
         tell_as(
             "warning",
             f"no mask will change: kept and dropped logits begin {gap:g} apart, and all steps together bring them "
-            f"at most {estimator.reach:g} nearer; give more --steps, a smaller --gap{other}",
+            f"at most {estimator.max_logit_travel:g} nearer; give more --steps, a smaller --gap{other}",
         )
     if not hasattr(args, "other_data"):
         tell("no text of another kind will be looked at: name one by --other-data")

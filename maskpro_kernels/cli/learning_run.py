@@ -16,7 +16,7 @@ import torch
 from ..checked_json import sealed
 from ..files import discard, write_whole
 from ..learn.estimator import Estimator
-from ..learn.snapshots import snapshots_in
+from ..learn.run import snapshots_in
 from ..learn.step import LossFn, StepRecord
 from ..learn.trainer import MaskTrainer
 from ..ranks import MissingRanks, Ranks

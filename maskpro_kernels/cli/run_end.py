@@ -14,8 +14,8 @@ from ..checkpoints.logits import save_logits
 from ..digests import digest
 from ..files import sync, write_whole
 from ..functional.masks import top_n_mask
-from ..learn.reach import nearest_margin
-from ..learn.snapshots import newest_snapshot
+from ..learn.masks import least_margin
+from ..learn.run import newest_snapshot
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..prune.finalize import finalize
@@ -144,7 +144,7 @@ def _warn_of_no_move(args: argparse.Namespace, model: torch.nn.Module, groups: M
     """Tell of a run that has changed no mask, and has taken all of its steps, how near it came."""
     if not ended or groups["flipped_groups"] or not groups["flipped_groups_by_layer"]:
         return
-    nearest = nearest_margin(masked_layers(model))
+    nearest = least_margin(masked_layers(model))
     faster = "a higher --lr or " if any(option.name == "lr" for option in class_of(args).options) else ""
     tell_as(
         "warning",

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..checked_json import read_sealed
 from ..checkpoints.logits import LOGITS_FILE
 from ..digests import digest
-from ..learn.run_folder import LOCK
+from ..learn.run import LOCK
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..ranks import MissingRanks

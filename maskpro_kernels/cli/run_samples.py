@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..digests import digest
 from ..files import clear_unfinished, make_folder, write_tensors
-from ..learn.run_folder import LOCK
+from ..learn.run import LOCK
 from ..text.samples import TOGETHER, sample_windows, start_token
 from .progress import Progress, tell
 from .run_files import PROGRESS

@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from ..adapters import adapter_modules
 from ..kept_zeros import KeptZeros
-from ..learn.mask_optimizer import MaskOptimizer
-from ..learn.normalized_steps import check_slope_settings
-from ..learn.reach import margins
+from ..learn.backward import check_slope_settings
+from ..learn.masks import margins
+from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..pattern import NMPattern
 

@@ -1,16 +1,19 @@
-"""What a batch contains: its identity, its tokens, and the weight of its loss within a step."""
+"""The batches of a run: their content, which of them a step takes, and their losses under the initial masks."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from ..digests import SIZE, digest
+from ..ranks import Ranks
 
 # A label without a loss, as torch has it
 IGNORED = -100
@@ -29,7 +32,7 @@ def tensors_of(batch) -> Iterator[Tensor]:
 
 
 def content(batch, index: int) -> str:
-    """What tells a batch from others: what is in it, or its index where that is more than can be compared.
+    """A digest of what is in a batch; of what cannot be compared its index.
 
     Compared are tensors, arrays of numpy, None, strings, bytes and numbers, in mappings with strings or ints as keys,
     in tuples and in lists.
@@ -95,3 +98,152 @@ def count_tokens(batch) -> int:
     elif isinstance(batch, (tuple, list)):
         batch = batch[0] if batch else None
     return batch.numel() if isinstance(batch, Tensor) else 0
+
+
+class BatchCycle:
+    """The batches of a sequence in their order, round and round, ``accumulate`` a step."""
+
+    def __init__(self, sequence: Sequence, accumulate: int):
+        self.sequence, self._accumulate = sequence, accumulate
+
+    def of_step(self, step: int) -> list:
+        first = step * self._accumulate
+        return [self.sequence[(first + place) % len(self.sequence)] for place in range(self._accumulate)]
+
+    def digest_before(self, step: int) -> None:
+        """None: the settings of a run hold digests of all batches of a sequence."""
+
+    def skip(self, steps: int, digest: None, progress: bool) -> None:
+        """Do nothing: each step finds its batches by its index."""
+
+
+class BatchStream:
+    """The batches of an iterable, ``accumulate`` a step, and a digest of those that were taken; the same on all ranks.
+
+    What can be gone through again, as a DataLoader, begins anew where it ends.
+    """
+
+    sequence = None
+
+    def __init__(self, batches: Iterable, accumulate: int, ranks: Ranks):
+        self._batches, self._accumulate, self._ranks = batches, accumulate, ranks
+        self._iterator: Iterator | None = None
+        self._step, self._taken = -1, []
+        self._count = 0
+        self._before = self._after = ""
+
+    def of_step(self, step: int) -> list:
+        """The batches of a step, which is the next one, or the last one again; ValueError if there are no more."""
+        batches = self._ranks.all_of(lambda: self._of_step(step))
+        self._ranks.agree({"batches": self._after})
+        return batches
+
+    def _of_step(self, step: int) -> list:
+        if step != self._step:
+            taken = [self._next() for _ in range(self._accumulate)]
+            self._before, self._step, self._taken = self._after, step, taken
+            for place, batch in enumerate(taken):
+                name = f"{self._after} {content(batch, step * self._accumulate + place)}"
+                self._after = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        return self._taken
+
+    def digest_before(self, step: int) -> str:
+        """Of all batches in front of those of a step, which is the next one, or the last one."""
+        return self._before if step == self._step else self._after
+
+    def skip(self, steps: int, digest: str, progress: bool) -> None:
+        """Take the batches of the first so many steps, and let them go; ValueError if they have another digest."""
+        for step in tqdm(range(steps), desc="batches of the steps before", unit="step", disable=not progress):
+            self._of_step(step)
+        if self.digest_before(steps) != digest:
+            raise ValueError(
+                f"batches: expected those that the run has taken in its {steps} steps, in their order, got others; "
+                "give what begins where the run began, such as a DataLoader whose generator has the same seed"
+            )
+
+    def _next(self) -> object:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self._batches)
+            for batch in self._iterator:
+                self._count += 1
+                return batch
+            if self._iterator is self._batches:
+                raise ValueError(
+                    f"batches: expected one for each step to come, got an iterator that is used up behind "
+                    f"{self._count}; give what can be gone through again, such as a DataLoader"
+                )
+            self._iterator = None
+        raise ValueError("batches: expected at least one batch, got none")
+
+
+class InitialLosses:
+    """The loss of every batch under the initial masks m_0, the same on all ranks. Batches are compared by ``content``.
+
+    Args:
+        batches: those of the run; later they may stand in another order. None: they come one by one.
+        ranks: of the run, which share the forwards.
+        together: whether a forward takes all ranks at once, as in a model whose rows they hold.
+
+    Attributes:
+        losses: by the index of the batch at the first step; None before they are computed, and where m_0 has become
+            another.
+    """
+
+    def __init__(self, batches: Sequence | None, ranks: Ranks, together: bool = False):
+        self.losses: list[float] | None = None
+        self._batches, self._ranks, self._together = batches, ranks, together
+
+    @cached_property
+    def _contents(self) -> list[str]:
+        """Of each batch by its index at the first step."""
+        return self._contents_now()
+
+    def _contents_now(self) -> list[str]:
+        return [content(batch, index) for index, batch in enumerate(self._batches)]
+
+    def compute(self, loss_of: Callable[[object], float], steps_done: int, progress: bool) -> list[float]:
+        """New ``losses``, by a forward for each batch that is not the same as another.
+
+        Args:
+            loss_of: gives the loss of a batch under the present m_0.
+            steps_done: how many steps have been taken.
+            progress: whether to show a bar.
+        """
+        if self._batches is None:
+            raise ValueError(
+                "estimator: expected needs_initial_losses to be true of one that asks for the loss under the initial "
+                "masks of batches that are no sequence, got False"
+            )
+        index_of = {}
+        for index, name in enumerate(self._contents_now() if steps_done else self._contents):
+            index_of.setdefault(name, index)
+        gone = [index for index, name in enumerate(self._contents) if name not in index_of]
+        if gone:
+            raise ValueError(f"batches: expected those of the first step, got others in place of {gone}")
+        names, world, found = list(index_of), self._ranks.world, {}
+        hidden = not progress or self._ranks.rank > 0
+        for first in tqdm(range(0, len(names), world), desc="initial losses", unit="batch", disable=hidden):
+            by_rank = names[first : first + world]
+            own = by_rank[self._ranks.rank : self._ranks.rank + 1]
+            # a rank without a batch has a part in the forwards of the others, too
+            taken = own or (by_rank[:1] if self._together else [])
+            rows = self._ranks.gather([loss_of(self._batches[index_of[name]]) for name in taken] or [math.nan])
+            found |= {name: loss for name, (loss,) in zip(by_rank, rows, strict=False)}
+        losses = [found[name] for name in self._contents]
+        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            raise FloatingPointError(f"loss under the initial masks: expected finite numbers, batches {bad} give none")
+        return losses
+
+    def of(self, batches: Sequence, first: int) -> list[float]:
+        """Losses of the batches of a step, which stand from index ``first`` on, and round again."""
+        by_content = dict(zip(self._contents, self.losses, strict=True))
+        found = []
+        for place, batch in enumerate(batches):
+            index = (first + place) % len(self._batches)
+            loss = by_content.get(content(batch, index))
+            if loss is None:
+                raise ValueError(f"batches: expected those of the first step, got another one at index {index}")
+            found.append(loss)
+        return found

@@ -11,16 +11,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..functional.checks import LARGEST_GAP
+from ..functional.checks import FLOAT32_MAX, LARGEST_GAP
 from ..modules import MaskedLinear
-from .journal import Entry
-from .step import Step
+from .step import Entry, Step, StepResult
 
 # What `maskpro learn` holds of every run beside the options of its estimator
 RUN_OPTIONS = frozenset(
@@ -64,25 +62,6 @@ class RunDefaults(NamedTuple):
     gap: float = 15.0
     calibration_batches: int | None = None
     steps: int = 200
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step found, see ``StepRecord``.
-
-    Attributes:
-        loss: under the drawn masks. Where it is not finite, the step has moved nothing.
-        residual, advantage, tracker: None where the estimator has none.
-        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or in part.
-        refreshes: whether the initial masks become those of the logits that the step has left.
-    """
-
-    loss: float
-    residual: float | None = None
-    advantage: float | None = None
-    tracker: float | None = None
-    bad_layers: tuple[str, ...] = ()
-    refreshes: bool = False
 
 
 class Estimator(ABC):
@@ -172,7 +151,7 @@ class Estimator(ABC):
         """
 
     @property
-    def reach(self) -> float:
+    def max_logit_travel(self) -> float:
         """The widest gap between a kept and a dropped logit across which its steps, all together, change a mask."""
         return LARGEST_GAP if self.needs_flips else math.inf
 
@@ -221,3 +200,31 @@ def _check_options(cls: type[Estimator]) -> None:
 def estimators() -> Mapping[str, type[Estimator]]:
     """The classes of estimators by their names, in the order in which they were defined."""
     return MappingProxyType(_registered)
+
+
+def check_float(name: str, value: float, low: float, high: float = FLOAT32_MAX, strict: bool = False) -> None:
+    """Raise unless ``value`` lies in [low, high], or with ``strict`` above ``low``.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it lies elsewhere.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__} {value!r}")
+    if not low <= value <= high or strict and value == low:
+        least, most = "above" if strict else "of at least", f" and at most {high:g}" if high < FLOAT32_MAX else ""
+        raise ValueError(f"{name}: expected a float {least} {low:g}{most}, got {value}")
+
+
+def check_whole(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Raise unless ``value`` is an int of at least ``low``, and at most ``high`` where one is given.
+
+    Raises:
+        TypeError: if it is no int.
+        ValueError: if it lies elsewhere.
+    """
+    expected = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int {expected}, got {type(value).__name__} {value!r}")
+    if value < low or high is not None and value > high:
+        raise ValueError(f"{name}: expected an int {expected}, got {value}")

@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from ..functional.checks import FLOAT32_MAX
 from ..ops.philox import MAX_DRAWS
-from .estimator import Estimator, Option, RunDefaults, StepResult
-from .journal import Draw, Entry
-from .number_checks import check_float, check_whole
-from .score_updates import replay
-from .step import Step
+from .estimator import Estimator, Option, RunDefaults, check_float, check_whole
+from .step import Draw, Entry, Step, StepResult, replay
 
 # A normalized advantage beyond it is an outlier
 LARGEST_ADVANTAGE = 3.0

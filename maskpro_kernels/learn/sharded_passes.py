@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..functional.checks import FLOAT32_MAX
-from .backward_pass import BackwardPass, LayerUpdater
+from .backward import BackwardPass, LayerUpdater
 
 
 class ShardedPass(BackwardPass):

@@ -12,10 +12,6 @@ from torch import nn
 from ..fsdp import resetting
 from ..modules import MaskedLinear
 from ..ranks import Ranks
-from .estimator import Estimator
-from .model_masks import ModelMasks
-from .run_folder import SavedRun
-from .score_updates import replay
 
 
 def is_sharded(layers: Mapping[str, MaskedLinear]) -> bool:
@@ -82,28 +78,3 @@ def check_seen(path: Path) -> None:
             f"output_dir: expected a folder on a disk that all ranks share, got {str(path.parent)!r}, in which this "
             f"rank misses {path.name}"
         )
-
-
-@torch.no_grad()
-def spread_run(
-    ranks: Ranks, layers: Mapping[str, MaskedLinear], estimator: Estimator, seed: int, saved: SavedRun | None = None
-) -> None:
-    """Give all ranks the logits and the tensors of an estimator that rank 0 has read.
-
-    Args:
-        saved: what rank 0 has read and, where ranks share layers, not put into the logits: each then reads its own part
-            of the snapshot, and takes the journal's steps behind it. None on other ranks.
-    """
-    if is_sharded(layers):
-        found = None if saved is None else (saved.tensors, saved.entries[saved.snapshot_step :])
-        tensors, entries = ranks.gather_objects(found)[0]
-        ranks.all_of(lambda: check_seen(tensors.path))
-        ranks.all_of(lambda: tensors.read_into({name: layer.logits for name, layer in layers.items()}))
-        masks = ModelMasks(layers)
-        for entry in entries:
-            replay(masks, seed, entry)
-    else:
-        for layer in layers.values():
-            ranks.spread_(layer.logits.detach())
-    for tensor in estimator.tensors().values():
-        ranks.spread_(tensor)

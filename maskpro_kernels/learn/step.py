@@ -1,4 +1,4 @@
-"""A step of a run: what an estimator is given for it, and what is recorded of it."""
+"""A step of a run: what an estimator is given for it, what it gives back, and what is recorded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import groupby
 from numbers import Real
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,16 @@ from ..fsdp import without_gradients
 from ..functional.checks import describe
 from ..modules import MaskedLinear, evaluating
 from ..ops.layer_groups import Uses
-from .batches import count_tokens, weights_of
-from .journal import Entry
-from .model_masks import ModelMasks
-from .sharing import Sharing
+from ..ranks import Ranks
+from .batches import count_tokens, weighted_mean, weights_of
+from .masks import ModelMasks
 
 LossFn = Callable[[nn.Module, object], Tensor]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step saw.
+    """The numbers of one step.
 
     Attributes:
         step: index of the step, from 0.
@@ -51,13 +51,73 @@ class StepRecord:
     seconds: float
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """The result of an estimator's step.
+
+    Attributes:
+        loss: under the drawn masks. Where it is not finite, the step has moved nothing.
+        residual, advantage, tracker: as in ``StepRecord``.
+        bad_layers: names of layers whose gradient was not finite; their logits have not moved, or in part.
+        refreshes: true where the initial masks become those of the logits that the step has left.
+    """
+
+    loss: float
+    residual: float | None = None
+    advantage: float | None = None
+    tracker: float | None = None
+    bad_layers: tuple[str, ...] = ()
+    refreshes: bool = False
+
+    def record(self, step: int, tokens: int, flip_rate: float, seconds: float) -> StepRecord:
+        numbers = self.loss, self.residual, self.advantage, self.tracker
+        return StepRecord(step, *numbers, flip_rate, tokens, seconds)
+
+
+class Draw(NamedTuple):
+    """One draw of a step: its id, the loss under it, and the factor of its score in the update."""
+
+    id: int
+    loss: float
+    coef: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The entry of a step in the journal, from which its update follows.
+
+    Attributes:
+        step: index of the step, from 0.
+        tokens: of its batches.
+        initial_loss: loss of its batches under the initial masks, weighted as those of the draws.
+        draws: the draws of the step.
+        skipped: true where no logits moved, since a loss was not finite.
+    """
+
+    step: int
+    tokens: int
+    initial_loss: float
+    draws: tuple[Draw, ...]
+    skipped: bool = False
+
+
+@torch.inference_mode()
+def replay(masks: ModelMasks, seed: int, entry: Entry) -> None:
+    """Move the logits by the update of a step, in the step itself or again; they are as they were then."""
+    if entry.skipped:
+        return
+    # together: all scores are those of the logits before the step, and they are rounded once
+    ids, _, coefs = zip(*entry.draws, strict=True)
+    masks.score_update_(coefs, draw=ids, seed=seed, step=entry.step)
+
+
 class Step:
     """A step that an estimator takes: forwards under drawn masks, then one update of the logits.
 
-    An estimator that needs no gradients calls ``losses``. Another one makes the forwards of ``sharing.own`` itself, by
-    ``forward`` within ``drawing``, and ``exchange`` then gives the losses of all ranks. The backward of a loss has to
-    come within the ``drawing`` of its forward: that sets the draw of all layers in place, and once it is another one,
-    torch refuses the backward ("modified by an inplace operation").
+    Each rank makes all draws, for its share of the batches. An estimator that needs no gradients calls ``losses``.
+    Another one makes the forwards of ``own`` itself, by ``forward`` within ``drawing``, and ``exchange`` then gives the
+    losses of all ranks. The backward of a loss has to come within the ``drawing`` of its forward: that sets the draw of
+    all layers in place, and once it is another one, torch refuses the backward ("modified by an inplace operation").
 
     Attributes:
         index: of the step, from 0.
@@ -68,7 +128,8 @@ class Step:
         model, loss_fn: those of the trainer.
         masks: of all layers, see ``ModelMasks``.
         layers: the masked layers by name.
-        sharing: which forwards this rank makes.
+        ranks: that take the step together.
+        own: the forwards that this rank makes, as (draw, which of the step's batches).
     """
 
     def __init__(
@@ -80,18 +141,25 @@ class Step:
         loss_fn: LossFn,
         *,
         seed: int,
-        sharing: Sharing,
+        ranks: Ranks,
+        draws: int,
         journaled: bool,
         initial_loss: Callable[[Sequence, Sequence[Fraction]], float],
         begin_update: Callable[[Entry | None], None],
     ):
-        self.index, self.seed, self.batches, self.sharing = index, seed, batches, sharing
+        self.index, self.seed, self.batches, self.ranks = index, seed, batches, ranks
         self.masks, self.layers = masks, masks.layers
         self.weights = weights_of(batches)
         self.tokens = sum(map(count_tokens, batches))
         self.model, self.loss_fn = model, loss_fn
+        self._draws = draws
+        self._by_rank = [
+            [(draw, place) for draw in range(draws) for place in range(rank, len(batches), ranks.world)]
+            for rank in range(ranks.world)
+        ]
+        self.own = self._by_rank[ranks.rank]
         self._initial_loss, self._begin_update = initial_loss, begin_update
-        self._own: list[float] = []
+        self._losses: list[float] = []
         self._flip_rate: float | None = None
         self._journaled, self._entries = journaled, 0
 
@@ -109,7 +177,7 @@ class Step:
     def losses(self) -> list[float]:
         """The loss of each draw, by forward passes alone; not finite where that of a batch is not."""
         with without_gradients(self.model):
-            for draw, pairs in groupby(self.sharing.own, key=itemgetter(0)):
+            for draw, pairs in groupby(self.own, key=itemgetter(0)):
                 with self.drawing(draw):
                     for _, place in pairs:
                         self.forward(place)
@@ -134,38 +202,42 @@ class Step:
 
     def _uses(self, draw: int) -> Uses:
         """What takes the masks of a draw on this rank."""
-        tokens = [count_tokens(self.batches[place]) for own, place in self.sharing.own if own == draw]
+        tokens = [count_tokens(self.batches[place]) for own, place in self.own if own == draw]
         gradients = torch.is_grad_enabled()
         return Uses(
             tokens=max(tokens, default=0),
             products=len(tokens) * (2 if gradients else 1),
             slopes=len(tokens) if gradients else 0,
-            updates=int(not gradients and self.sharing.draws == 1),
+            updates=int(not gradients and self._draws == 1),
         )
 
     def forward(self, place: int) -> Tensor | float:
-        """The loss of the batch at that place in the step, whose value is noted for ``exchange``.
-
-        Raises:
-            ValueError: if the loss is no number, or has no gradient where one is asked for.
-        """
+        """The loss of the batch at that place in the step, whose value is noted for ``exchange``."""
         loss = self.loss_fn(self.model, self.batches[place])
         if torch.is_grad_enabled() and not (isinstance(loss, Tensor) and loss.requires_grad):
             raise ValueError(f"loss_fn: expected a loss with a gradient, got {describe(loss)}")
-        self._own.append(value_of(loss))
+        self._losses.append(value_of(loss))
         return loss
 
     def exchange(self, order: float = 0.0) -> tuple[list[float], bool]:
-        """(loss of every draw, whether ``order`` is the same on all ranks), once this rank has made its forwards.
-
-        Raises:
-            RuntimeError: if the ranks are not at the same step, or have not drawn the same.
-        """
-        own, self._own = self._own, []
-        return self.sharing.exchange(self.index, own, self.weights, self.flip_rate, order)
+        """(loss of every draw, true where ``order`` is the same on all ranks), once this rank has made its forwards."""
+        own, self._losses = self._losses, []
+        rows = self.ranks.gather([self.index, self.flip_rate, order, *own])
+        for name, at in (("step", 0), ("flip rate", 1)):
+            others = {rank: row[at] for rank, row in enumerate(rows) if row[at] != rows[0][at]}
+            if others:
+                raise RuntimeError(
+                    f"ranks: expected the {name} of rank 0 on all of them, {rows[0][at]:g}, got by rank {others}"
+                )
+        losses = {}
+        for pairs, (_, _, _, *row) in zip(self._by_rank, rows, strict=True):
+            losses |= zip(pairs, row, strict=True)
+        places = range(len(self.batches))
+        by_draw = [weighted_mean([losses[draw, at] for at in places], self.weights) for draw in range(self._draws)]
+        return by_draw, all(row[2] == order for row in rows)
 
     def begin_update(self, entry: Entry | None = None) -> None:
-        """What comes right before the first logit moves.
+        """Prepare for the update, right before the first logit moves.
 
         Args:
             entry: of an estimator with a journal, what the update follows from. It is on disk before a logit moves: a
@@ -173,7 +245,7 @@ class Step:
 
         Raises:
             ValueError: if the estimator has a journal and gives no entry.
-            OSError: if the entry cannot be written; it is not in the journal then.
+            OSError: if the entry cannot be written.
         """
         # while the logits are those of the draw
         _ = self.flip_rate
@@ -203,9 +275,8 @@ def modes_of_step(
 ) -> Iterator[None]:
     """Masked layers draw or take their top-N masks, everything else is in eval mode; restored afterwards.
 
-    Args:
-        checkpointing: whether modules whose ``gradient_checkpointing`` is true are in training mode themselves, since
-            only then they compute their activations anew in backward.
+    With ``checkpointing`` modules whose ``gradient_checkpointing`` is true are in training mode themselves: only then
+    they compute their activations anew in backward.
     """
     with evaluating(model):
         for layer in layers.values():

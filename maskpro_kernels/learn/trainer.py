@@ -6,13 +6,15 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..digests import digest
@@ -20,21 +22,13 @@ from ..fsdp import check_no_flat_parameters, without_gradients
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
-from .batches import weighted_mean
-from .estimator import Estimator, StepResult
-from .initial_losses import InitialLosses
-from .journal import Entry
-from .model_masks import ModelMasks
-from .number_checks import check_float, check_whole
+from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
+from .estimator import Estimator, check_float, check_whole
+from .masks import ModelMasks, least_margin
 from .rank_agreement import check_alike
-from .reach import agree_on_reach, check_reach, nearest_margin
-from .resume import put_back, read_run
-from .run_folder import RunFolder, settings_of
-from .run_snapshots import RunSnapshots
-from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards_of, is_sharded, spread_run
-from .sharing import Sharing
-from .step import LossFn, Step, StepRecord, loss_under_top_n_masks
-from .step_batches import batches_of_steps, check_batches
+from .run import RunFolder, SavedRun, restore, settings_of, snapshot_of, write_parts
+from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards_of, is_sharded
+from .step import Entry, LossFn, Step, StepRecord, StepResult, loss_under_top_n_masks
 
 
 class MaskTrainer:
@@ -109,7 +103,13 @@ class MaskTrainer:
     ):
         check_no_flat_parameters("model", model)
         self.layers = masked_layers(model)
-        _check_objects(loss_fn, batches, estimator)
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn: expected a callable, got {type(loss_fn).__name__}")
+        _check_batches(batches)
+        if not isinstance(estimator, Estimator):
+            raise TypeError(f"estimator: expected an Estimator, such as Reinforce(), got {type(estimator).__name__}")
+        if estimator.taken:
+            raise ValueError("estimator: expected a new one, got one that another trainer has taken")
         check_whole("seed", seed, -(1 << 63), (1 << 63) - 1)
         check_float("snapshot_minutes", snapshot_minutes, 0.0, math.inf)
         check_whole("max_skipped", max_skipped, 0)
@@ -117,13 +117,15 @@ class MaskTrainer:
         check_float("timeout", timeout, 0.0, strict=True)
         self.ranks = Ranks(timeout)
         check_sharding(self.layers)
-        self._sharing = Sharing(self.ranks, accumulate, estimator.draws)
+        self._sharded = is_sharded(self.layers)
+        if accumulate % self.ranks.world:
+            raise ValueError(f"accumulate: expected a multiple of the {self.ranks.world} ranks, got {accumulate}")
         _check_layers(self.layers, estimator)
-        if not is_sharded(self.layers) or self.ranks.world == 1:
+        if not self._sharded or self.ranks.world == 1:
             # else a rank would wait for another one that has raised of its own rows
             check_finite(self.layers)
-            check_reach(estimator, nearest_margin(self.layers, estimator.reach), self.ranks.rank == 0)
-        self._batches = batches_of_steps(batches, estimator, accumulate, self.ranks)
+            _check_reach(estimator, least_margin(self.layers, estimator.max_logit_travel), self.ranks.rank == 0)
+        self._batches = _batches_of_steps(batches, estimator, accumulate, self.ranks)
         self.model, self.loss_fn, self.batches = model, loss_fn, batches
         self.estimator, self.seed = estimator, seed
         self.output_dir = None if output_dir is None else Path(output_dir)
@@ -131,13 +133,12 @@ class MaskTrainer:
         self.accumulate = accumulate
         self._masks = ModelMasks(self.layers)
         self.steps_done = 0
-        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, is_sharded(self.layers))
+        self._initial_losses = InitialLosses(self._batches.sequence, self.ranks, self._sharded)
         # Of rank 0 alone
         self._folder: RunFolder | None = None
         if self.output_dir is not None and self.ranks.rank == 0:
-            self._folder = RunFolder(self.output_dir, estimator.journaled)
-        held = self.layers, estimator, self._batches, self._initial_losses
-        self._snapshots = RunSnapshots(self._folder, self.snapshot_minutes, self.ranks, *held)
+            self._folder = RunFolder(self.output_dir, estimator)
+        self._snapshot_time = time.monotonic()
         self._begun = self._broken = False
         self._skipped = 0
         estimator.taken = True
@@ -147,11 +148,11 @@ class MaskTrainer:
 
     @property
     def broken(self) -> bool:
-        """Whether the last step was broken off from its update on, or the trainer is closed.
+        """True where the last step was broken off from its update on, or the trainer is closed.
 
-        The logits may then be of no step, or of another one than ``steps_done`` tells.
+        The logits may then be of no step, or of another one than ``steps_done``.
         """
-        return self._broken or (self._folder is not None and self._folder.lost)
+        return self._broken
 
     @property
     def metrics(self) -> list[dict]:
@@ -160,13 +161,13 @@ class MaskTrainer:
 
     @property
     def run_id(self) -> str | None:
-        """What tells the run in ``output_dir`` from all others; of rank 0 alone."""
+        """The id of the run in ``output_dir``, which no other one has; of rank 0 alone."""
         return None if self._folder is None else self._folder.run_id
 
     def begin(self, progress: bool = False) -> None:
-        """What stands before the first step, which does it where it has not been done.
+        """Prepare for the first step, which does it where it has not been done.
 
-        With ``Reinforce`` the losses of the initial masks; and in ``output_dir`` the first snapshot and the journal.
+        With ``Reinforce`` by the losses of the initial masks; and in ``output_dir`` the first snapshot and the journal.
 
         Args:
             progress: whether to show a bar.
@@ -180,10 +181,14 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         if self.output_dir is not None or self.ranks.world > 1:
-            run = self._agreed_settings(with_logits=True)
-        agree_on_reach(self.ranks, self.layers, self.estimator)
+            settings = self._agreed_settings(with_logits=True)
+        if self._sharded and self.ranks.world > 1:
+            travel = self.estimator.max_logit_travel
+            least = min(of_rank for (of_rank,) in self.ranks.gather([least_margin(self.layers, travel)]))
+            _check_reach(self.estimator, least, warn=self.ranks.rank == 0)
         if self.output_dir is not None:
-            self._snapshots.start(run)
+            self.ranks.first(lambda: self._folder.start(settings))
+            self._save_snapshot()
         with forwards_of(self.model, self.ranks):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
@@ -206,7 +211,7 @@ class MaskTrainer:
             FloatingPointError: see ``step``.
         """
         check_whole("steps", steps, 1)
-        _check_steps(self.estimator, self.steps_done, steps)
+        self._check_steps(steps)
         self.begin(progress)
         records = []
         try:
@@ -219,15 +224,19 @@ class MaskTrainer:
                     if self.ranks.on_any(None if after_step is None else partial(after_step, record)):
                         break
         except BaseException:
-            if not self.broken:
-                self._snapshots.keep(self.steps_done, self._skipped)
+            # ``resume`` could not have the last steps otherwise. Of layers whose rows ranks hold there is none: the
+            # others may not come to it
+            if not (self.broken or self.estimator.journaled or self._sharded) and self._folder is not None:
+                # the error that came first is the one to raise
+                with suppress(OSError, RuntimeError):
+                    self._save_snapshot()
             raise
         if self.output_dir is not None:
-            self._snapshots.add(self.steps_done, self._skipped)
+            self._save_snapshot()
         return records
 
     def step(self) -> StepRecord:
-        """A forward for each draw and batch under newly drawn masks, one update of all logits.
+        """Take a step: a forward for each draw and batch under newly drawn masks, one update of all logits.
 
         Raises:
             ValueError: if a loss has no gradient, all steps are taken, or an iterator of batches is used up.
@@ -242,13 +251,25 @@ class MaskTrainer:
                 "step: expected a trainer whose last step has ended and that is not closed; make another one, and call "
                 "resume if there is an output_dir"
             )
-        _check_steps(self.estimator, self.steps_done, 1)
+        self._check_steps(1)
         self.begin()
         for counter_state in counter_states(self.model):
             counter_state.step.fill_(self.steps_done)
         start = time.perf_counter()
         with torch.enable_grad() if self.estimator.needs_gradients else without_gradients(self.model):
-            step = self._next_step()
+            step = Step(
+                self.steps_done,
+                self._batches.of_step(self.steps_done),
+                self.model,
+                self._masks,
+                self.loss_fn,
+                seed=self.seed,
+                ranks=self.ranks,
+                draws=self.estimator.draws,
+                journaled=self.estimator.journaled,
+                initial_loss=self._initial_loss,
+                begin_update=self._begin_update,
+            )
             with forwards_of(self.model, self.ranks):
                 result = self.estimator.step(step)
         step.check_entries()
@@ -256,23 +277,24 @@ class MaskTrainer:
             # ahead of the next step: from a run that is killed in between it is the same one
             self._initial_losses.losses = None
         advance(self.model)
-        record = _record_of(step, result, time.perf_counter() - start)
+        record = result.record(step.index, step.tokens, step.flip_rate, time.perf_counter() - start)
         self._skipped = self._skipped + 1 if result.bad_layers or not math.isfinite(result.loss) else 0
         self.steps_done += 1
         self._broken = False
         if self._folder is not None:
-            self._folder.metrics.add(asdict(record))
-        if self.output_dir is not None and self._snapshots.is_due():
-            self._snapshots.add(self.steps_done, self._skipped)
+            self._folder.add_row(asdict(record))
+        if self._is_snapshot_due():
+            self._save_snapshot()
         if self._skipped:
-            _check_skipped(record, result, self._skipped, self.max_skipped, told=self.ranks.rank == 0)
+            self._check_skipped(record, result)
         return record
 
     def resume(self, progress: bool = False, check: Callable[[str], object] | None = None) -> int:
         """Continue the run in ``output_dir``, which another process may have left at any moment; returns its steps.
 
         The newest sound snapshot is loaded. With ``Reinforce`` the journal's steps behind it are taken again by their
-        updates alone: the logits get the bits of a run that was never interrupted. Without a journal, as with
+        updates alone: the logits get the bits of a run that was never interrupted. Where initial masks were refreshed
+        behind the snapshot, their losses are computed again. Without a journal, as with
         ``StraightThrough``, the steps behind the snapshot are lost.
 
         Of batches that are no sequence those of the steps before are taken again, under a bar with ``progress``, and
@@ -287,10 +309,10 @@ class MaskTrainer:
             check: called with the id of the run before anything changes, on rank 0; what it raises is raised.
 
         Raises:
-            ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of other
-                weights, settings, batches or layers; if the journal, all snapshots or the losses of refreshed initial
-                masks are damaged; or if another trainer holds the folder. Nothing has changed then, but that an
-                iterator of batches may have been used.
+            ValueError: if the trainer has taken a step or has no ``output_dir``; if there is no run, or one of another
+                version, other weights, settings, batches or layers; if the journal, all snapshots or the losses of
+                refreshed initial masks are damaged; or if another trainer holds the folder. Nothing has changed then,
+                but that an iterator of batches may have been used.
         """
         if self._begun:
             raise ValueError("resume: expected a trainer that has taken no step, got one that has")
@@ -299,17 +321,33 @@ class MaskTrainer:
         self.ranks.connect()
         self.estimator.begin(self.layers)
         settings = self._agreed_settings()
-        saved = []
-        run, told = self.ranks.first(lambda: self._restore(settings, progress, check, saved))
-        self.ranks.all_of(lambda: self.ranks.rank == 0 or self._batches.skip(run.steps, run.batches, progress=False))
+
+        def read() -> SavedRun:
+            saved = self._folder.resume(settings, partial(self._batches.skip, progress=progress), check)
+            # nothing that a disk can refuse from here on
+            self._begun = self._broken = True
+            return saved
+
+        saved = self.ranks.first(read)
+        self.ranks.all_of(
+            lambda: self.ranks.rank == 0 or self._batches.skip(saved.steps, saved.batches, progress=False)
+        )
         self._begun = self._broken = True
-        spread_run(self.ranks, self.layers, self.estimator, self.seed, *saved)
-        self.estimator.load_state(run.state)
-        self._initial_losses.losses, self.steps_done, self._skipped = run.initial_losses, run.steps, run.skipped
+        self._initial_losses.losses = saved.initial_losses
+
+        def refresh() -> None:
+            self.steps_done = saved.refreshed
+            self._losses_of_initial_masks(progress)
+
+        with forwards_of(self.model, self.ranks):
+            restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
+        self.estimator.load_state(saved.state)
+        self.steps_done, self._skipped = saved.steps, saved.skipped
+        self._snapshot_time = time.monotonic()
         self._broken = False
-        for line in told if self.ranks.rank == 0 else ():
+        for line in saved.warnings if self.ranks.rank == 0 else ():
             warnings.warn(line, stacklevel=2)
-        return run.steps
+        return saved.steps
 
     def close(self) -> None:
         """Let another trainer have ``output_dir``, and part from the other ranks; this one takes no further step."""
@@ -317,20 +355,6 @@ class MaskTrainer:
             self._folder.close()
             self._broken = self._begun
         self.ranks.close()
-
-    def _next_step(self) -> Step:
-        return Step(
-            self.steps_done,
-            self._batches.of_step(self.steps_done),
-            self.model,
-            self._masks,
-            self.loss_fn,
-            seed=self.seed,
-            sharing=self._sharing,
-            journaled=self.estimator.journaled,
-            initial_loss=self._initial_loss,
-            begin_update=self._begin_update,
-        )
 
     def _begin_update(self, entry: Entry | None) -> None:
         if self._folder is not None:
@@ -340,7 +364,7 @@ class MaskTrainer:
         self._broken = True
 
     def _agreed_settings(self, with_logits: bool = False) -> dict:
-        """The settings that identify the run, once all ranks agree on them."""
+        """The settings that a run goes on with, once all ranks agree on them."""
         agree_on_shards(self.ranks, self.layers)
         how = self.seed, self.accumulate, self.loss_fn
         with self.ranks.naming_lost():
@@ -350,30 +374,32 @@ class MaskTrainer:
             check_alike(self.ranks, settings, self.model, self.layers, self.loss_fn)
         return settings
 
-    def _restore(self, settings: Mapping, progress: bool, check: Callable | None, into: list) -> tuple:
-        """Set the logits to those of the run in ``output_dir``; gives where it stands, and what of it is damaged.
+    def _is_snapshot_due(self) -> bool:
+        if self.output_dir is None:
+            return False
 
-        What the folder holds is added to ``into``.
-        """
-        skip = partial(self._batches.skip, progress=progress)
-        saved, run = read_run(self._folder, settings, self.estimator, skip, check)
-        # nothing that a disk can refuse from here on
-        self._begun = self._broken = True
-        put_back(saved, self.layers, self.estimator, self.seed)
-        into.append(saved)
-        self._snapshots.time = time.monotonic()
-        return run, saved.warnings
+        def is_due() -> bool:
+            return time.monotonic() - self._snapshot_time >= 60 * self.snapshot_minutes
+
+        # by the clock of rank 0, which writes alone unless ranks hold the rows of layers
+        return self.ranks.first(is_due) if self._sharded else self._folder is not None and is_due()
+
+    def _save_snapshot(self) -> None:
+        step = self.steps_done
+        losses, batches = self._initial_losses.losses, self._batches.digest_before(step)
+        tensors, state = snapshot_of(self.layers, self.estimator, losses, self._skipped, batches)
+        if self._sharded:
+            write_parts(self._folder, self.ranks, step, tensors, state)
+        elif self._folder is not None:
+            self._folder.add_snapshot(step, tensors, state)
+        self._snapshot_time = time.monotonic()
 
     def _losses_of_initial_masks(self, progress: bool) -> list[float]:
         """Loss of every batch under m_0, computed once for each m_0, in the composition the steps will use."""
         initial = self._initial_losses
         if initial.losses is None:
             of = partial(loss_under_top_n_masks, self.model, self.layers, self.loss_fn)
-            losses = initial.computed(of, self.steps_done, progress)
-            if self.output_dir is not None and self.estimator.journaled and self.steps_done:
-                # ahead of the steps that are compared with them; those of the first stand in the journal's header
-                self.ranks.first(lambda: self._folder.add_initial_losses(self.steps_done, losses))
-            initial.losses = losses
+            initial.losses = initial.compute(of, self.steps_done, progress)
         return initial.losses
 
     def _initial_loss(self, batches: Sequence, weights: Sequence[Fraction]) -> float:
@@ -381,39 +407,33 @@ class MaskTrainer:
         self._losses_of_initial_masks(progress=False)
         return weighted_mean(self._initial_losses.of(batches, self.steps_done * self.accumulate), weights)
 
+    def _check_steps(self, steps: int) -> None:
+        """Raise ValueError if the estimator, or the counter of draws, has not that many steps left."""
+        done, most = self.steps_done, self.estimator.steps
+        if done + steps >= MAX_STEPS:
+            raise ValueError(
+                f"steps: expected at most {MAX_STEPS - 1 - done} more, the draws that are left, got {steps}"
+            )
+        if most is not None and done + steps > most:
+            kind = type(self.estimator).__name__
+            raise ValueError(f"steps: expected at most {most - done} more of {kind}'s {most}, got {steps}")
 
-def _record_of(step: Step, result: StepResult, seconds: float) -> StepRecord:
-    return StepRecord(
-        step=step.index,
-        loss=result.loss,
-        residual=result.residual,
-        advantage=result.advantage,
-        tracker=result.tracker,
-        flip_rate=step.flip_rate,
-        tokens=step.tokens,
-        seconds=seconds,
-    )
-
-
-def _check_skipped(record: StepRecord, result: StepResult, skipped: int, most: int, told: bool) -> None:
-    """Raise FloatingPointError where more steps in a row have been skipped than may be.
-
-    Args:
-        told: whether this rank warns of gradients.
-    """
-    found = f"loss of step {record.step}: expected a finite number, got {record.loss}"
-    if result.bad_layers:
-        found = f"gradients of step {record.step}: expected finite numbers, got others in {list(result.bad_layers)}"
-    if skipped > most:
-        others = f", after {skipped - 1} others in a row" if skipped > 1 else ""
-        raise FloatingPointError(found + others)
-    if result.bad_layers and told:
-        # the record does not show it, as it does a loss
-        warnings.warn(f"{found}; the logits of their weights are as before", stacklevel=3)
+    def _check_skipped(self, record: StepRecord, result: StepResult) -> None:
+        """Raise FloatingPointError where more steps in a row have been skipped than may be."""
+        message = f"loss of step {record.step}: expected a finite number, got {record.loss}"
+        if result.bad_layers:
+            layers = list(result.bad_layers)
+            message = f"gradients of step {record.step}: expected finite numbers, got others in {layers}"
+        if self._skipped > self.max_skipped:
+            others = f", after {self._skipped - 1} others in a row" if self._skipped > 1 else ""
+            raise FloatingPointError(message + others)
+        if result.bad_layers and self.ranks.rank == 0:
+            # the record does not show it, as it does a loss
+            warnings.warn(f"{message}; the logits of their weights are as before", stacklevel=3)
 
 
 def _shown(record: StepRecord) -> dict[str, str]:
-    """What the bar shows of a step."""
+    """The entries of the bar for a step."""
     shown = {"loss": f"{record.loss:.4f}"}
     if record.residual is not None:
         shown["residual"] = f"{record.residual:+.2e}"
@@ -423,25 +443,31 @@ def _shown(record: StepRecord) -> dict[str, str]:
     return shown | {"flips": f"{record.flip_rate:.1e}", "tokens_per_s": f"{rate:.0f}"}
 
 
-def _check_objects(loss_fn: LossFn, batches: Iterable, estimator: Estimator) -> None:
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected a callable, got {type(loss_fn).__name__}")
-    check_batches(batches)
-    if not isinstance(estimator, Estimator):
-        raise TypeError(f"estimator: expected an Estimator, such as Reinforce(), got {type(estimator).__name__}")
-    if estimator.taken:
-        raise ValueError("estimator: expected a new one, got one that another trainer has taken")
-
-
-def _check_steps(estimator: Estimator, done: int, steps: int) -> None:
-    """Raise ValueError if an estimator that has taken so many steps, or any, cannot take that many more."""
-    if done + steps >= MAX_STEPS:
-        raise ValueError(f"steps: expected at most {MAX_STEPS - 1 - done} more, as draws have steps for, got {steps}")
-    if estimator.steps is not None and done + steps > estimator.steps:
-        raise ValueError(
-            f"steps: expected at most {estimator.steps - done} more of {type(estimator).__name__}'s {estimator.steps}, "
-            f"got {steps}"
+def _check_batches(batches: object) -> None:
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping, Tensor)):
+        raise TypeError(
+            f"batches: expected an iterable of batches, such as a list or a DataLoader, got {type(batches).__name__}"
         )
+    if isinstance(batches, Sequence) and not len(batches):
+        raise ValueError("batches: expected at least one batch, got none")
+
+
+def _batches_of_steps(
+    batches: Iterable, estimator: Estimator, accumulate: int, ranks: Ranks
+) -> BatchCycle | BatchStream:
+    """Those of a sequence in turn; of another iterable one by one, or in a list where all are needed beforehand."""
+    if isinstance(batches, Sequence):
+        return BatchCycle(batches, accumulate)
+    if not (estimator.needs_initial_losses or estimator.journaled):
+        return BatchStream(batches, accumulate, ranks)
+    if estimator.steps is None:
+        raise ValueError(
+            f"estimator: expected one with a number of steps, as {type(estimator).__name__}(steps=1000): the batches "
+            "of all steps are taken before the first one, and these are no sequence, got steps=None"
+        )
+    taken = list(islice(batches, estimator.steps * accumulate))
+    _check_batches(taken)
+    return BatchCycle(taken, accumulate)
 
 
 def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> None:
@@ -465,3 +491,22 @@ def _check_layers(layers: Mapping[str, MaskedLinear], estimator: Estimator) -> N
                 raise ValueError(f"model: expected logits that require a gradient, got frozen ones in {name}")
             if not layer.own_logits.is_contiguous():
                 raise ValueError(f"model: expected contiguous logits, got {layer.own_logits.stride()} in {name}")
+
+
+def _check_reach(estimator: Estimator, least: float, warn: bool = True) -> None:
+    """Warn if no mask can change, where the logits come as near as ``least``; of draws alone ValueError."""
+    travel = estimator.max_logit_travel
+    if least <= travel:
+        return
+    if estimator.needs_flips:
+        raise ValueError(
+            f"model: expected a kept and a dropped logit at most {travel:g} apart, got none nearer than {least:.4g}: "
+            f"noise reaches no further, and {type(estimator).__name__} learns from draws that change a mask alone; "
+            "give convert a smaller gap"
+        )
+    if warn:
+        warnings.warn(
+            f"no mask will change: all steps together can cross a gap of {travel:g}, and the nearest two logits are "
+            f"{least:.4g} apart; give more steps, a greater max_update or a smaller gap",
+            stacklevel=3,
+        )

@@ -7,18 +7,14 @@ import math
 from pathlib import Path
 
 import compare
-import movement
 import pytest
 import rows
 import torch
-import variants
 from helpers.bits import assert_same_bits
 from methods import LEARNERS, METHODS, ONE_SHOT
 from torch import nn
 
-from maskpro_kernels.learn.straight_through import StraightThrough
 from maskpro_kernels.learn.trainer import MaskTrainer
-from maskpro_kernels.prune.convert import convert
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -148,7 +144,7 @@ def test_a_call_that_ended_before_it_had_a_row_binds_nothing(tmp_path):
 def test_samples_of_a_call_that_ended_before_it_had_a_row_are_of_its_seed_alone(arguments, tmp_path):
     def samples(seed: int) -> bytes:
         given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1", "--seed", str(seed)]
-        compare.Comparison(compare.parsed(given, "", METHODS))
+        compare.Comparison(compare.parsed(given))
         return (tmp_path / "output" / "samples.safetensors").read_bytes()
 
     first = samples(0)
@@ -176,16 +172,9 @@ def test_settings_are_chosen_among_rows_of_as_many_steps():
     assert all("**lr 2**" in line for line in lines if "| 60 |" in line and "**" in line)
 
 
-def test_rows_of_another_split_of_the_texts_are_others(arguments, tmp_path):
-    given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1"]
-    compare.main([*given, "--methods", "wanda"])
-    with pytest.raises(ValueError, match="^output: expected the rows of a comparison with the same split, got others"):
-        movement.Movement(movement.parsed(given, "", list(movement.LEARNERS)))
-
-
 def test_rows_of_another_initial_mask_are_others(arguments, tmp_path):
     given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1"]
-    comparison = compare.Comparison(compare.parsed(given, "", METHODS))
+    comparison = compare.Comparison(compare.parsed(given))
     comparison.rows.add([comparison.row("dense", {}, 0, 0.0, initial_mask="of another machine")])
     (default, *_) = comparison.learners["straight-through"].candidates()
     with pytest.raises(
@@ -217,19 +206,12 @@ def test_a_table_is_made_where_a_process_was_killed_between_two_rows(arguments, 
     assert "| m, its weights | lr 1 | 1 |" in capsys.readouterr().out
 
 
-def test_late_batches_refuse_a_batch_that_has_no_half(arguments, tmp_path):
-    given = [*arguments, "--output", str(tmp_path), "--batch-size", "3"]
-    study = movement.Movement(movement.parsed(given, "", list(movement.LEARNERS)))
-    with pytest.raises(ValueError, match="^batch_size: expected an even number, which can be halved, got 3$"):
-        study.batches_of("late-batches", 4)
-
-
 def test_an_initial_mask_of_something_else_is_found_anew(arguments, tmp_path, monkeypatch):
     found, of = [], compare.initial_codes
     monkeypatch.setattr(compare, "initial_codes", lambda *args: found.append(args[2]) or of(*args))
     for seed, count in ((0, 1), (0, 1), (1, 2)):
         given = [*arguments, "--output", str(tmp_path / "output"), "--steps", "1", "--seed", str(seed)]
-        compare.Comparison(compare.parsed(given, "", METHODS)).initial("magnitude")
+        compare.Comparison(compare.parsed(given)).initial("magnitude")
         assert len(found) == count
 
 
@@ -264,90 +246,6 @@ def test_weights_are_put_back():
 def test_options_are_checked(options, told, tmp_path, capsys):
     pytest.raises(SystemExit, compare.main, ["--output", str(tmp_path), *options.split()])
     assert told in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_ways_to_move_logits_have_their_rows(arguments, tmp_path):
-    output = tmp_path / "output"
-    arguments += ["--output", str(output), "--steps", "2"]
-    movement.main([*arguments, "--methods", "scheduled", "late-batches"])
-    _, dense, *found = lines(output)
-    assert {(row["method"], row["settings"].get("schedule")) for row in found} == {
-        ("late-batches", None),
-        *(("scheduled", schedule) for schedule in ("cosine", "constant", "warm-up", "square root")),
-    }
-    assert all(math.isfinite(row["score"]) and row["tokens"] == 128 for row in found)
-    assert "schedule warm-up" in (output / rows.TABLE).read_text(encoding="utf-8")
-
-
-def test_late_batches_hold_the_same_windows(arguments, tmp_path):
-    study = movement.Movement(movement.parsed([*arguments, "--output", str(tmp_path)], "", list(movement.LEARNERS)))
-    own, late = list(study.batches_of("spread", 4)), study.batches_of("late-batches", 4)
-    assert [len(batch) for batch in own] == [4] * 4 and [len(batch) for batch in late] == [2, 2, 2, 2, 8]
-    assert torch.equal(torch.cat(own), torch.cat(late))
-
-
-def moved(estimator, steps=1, loss_fn=None) -> torch.Tensor:
-    """How far the logits of a layer have gone."""
-    torch.manual_seed(0)
-    model, x, y = nn.Sequential(nn.Linear(16, 8)), torch.randn(8, 16), torch.randn(8, 8)
-    convert(model, "2:4", gap=15.0)
-    before = model[0].logits.detach().clone()
-    loss_fn = loss_fn or (lambda model, x: nn.functional.mse_loss(model(x), y))
-    MaskTrainer(model, loss_fn, [x] * steps, estimator, seed=0).run(steps)
-    return model[0].logits.detach() - before
-
-
-def rates(estimator: StraightThrough) -> list[float]:
-    return [estimator.lr_at(step) for step in range(estimator.steps)]
-
-
-def test_schedules_differ_in_their_shape_alone():
-    whole = sum(rates(StraightThrough(steps=60)))
-    for name in variants.SCHEDULES:
-        found = rates(variants.Scheduled(steps=60, schedule=name))
-        assert sum(found) == pytest.approx(whole, rel=0.02) and min(found) > 0
-        assert found[-1] == (0.15 if name == "constant" else pytest.approx(0.0, abs=0.03))
-
-
-def test_late_batches_move_logits_as_far_as_equal_ones_in_sum():
-    found = rates(variants.LateBatches(steps=75))
-    assert sum(found) == pytest.approx(sum(rates(StraightThrough(steps=60))), rel=0.02)
-    # the batch four times as large goes with four times the rate
-    assert found[60] == pytest.approx(4 * found[59], rel=0.02) and found[0] == 0.15
-
-
-def test_draws_that_cool_down_end_at_their_own_temperature():
-    # steps too short to be seen
-    assert moved(variants.Annealed(lr=1e-9, steps=5, heat=4.0), 5).abs().max() < 1e-5
-    # at heat 4 a logit is a quarter of its own, and a step at most a quarter of 2
-    found = moved(variants.Annealed(lr=1e3, steps=1, heat=4.0))
-    assert torch.minimum(found.abs(), (found + 0.75 * 15.0).abs()).max() == pytest.approx(0.5, rel=1e-5)
-    hot = variants.Annealed(lr=1e-9, steps=5, heat=4.0)
-    model = nn.Sequential(nn.Linear(16, 8))
-    convert(model, "2:4", gap=16.0)
-    hot.begin({"0": model[0]})
-    assert float(model[0].logits.detach().max() - model[0].logits.detach().min()) == pytest.approx(4.0)
-
-
-def test_slopes_of_one_sign_count_alike_whatever_their_size():
-    def largest(estimator):
-        moves = moved(estimator).abs()
-        return float(moves.max() / moves.median())
-
-    assert largest(variants.Consistent(steps=3)) < 0.5 * largest(StraightThrough(steps=3))
-
-
-@pytest.mark.parametrize(("growth", "radius"), [(0.5, 1.1), (100.0, 1 / 1.1), (1.0, 1.0)])
-def test_steps_grow_while_they_lower_the_loss(growth, radius):
-    region, calls = variants.TrustRegion(steps=3), []
-
-    def loss_fn(model, x):
-        calls.append(model(x).square().mean())
-        return calls[-1] * growth ** len(calls)
-
-    moved(region, loss_fn=loss_fn)
-    assert region.radius == pytest.approx(radius) and len(calls) == 2
 
 
 def test_methods_that_are_there():

@@ -17,7 +17,7 @@ from helpers.straight_through import batches_of_tokens, masked_llama
 from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.losses import fill_teacher, loss_of
-from maskpro_kernels.learn.initial_losses import InitialLosses
+from maskpro_kernels.learn.batches import InitialLosses
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import Ranks
 from maskpro_kernels.text import losses as text_losses
@@ -81,8 +81,8 @@ def test_a_run_reports_its_loss_and_goes_on_to_the_same_bits(ended, inputs, tmp_
 
 
 def test_a_run_that_takes_few_of_the_batches_asks_for_no_other(inputs, tmp_path, monkeypatch):
-    losses, computed = [], InitialLosses.computed
-    monkeypatch.setattr(InitialLosses, "computed", lambda *args: (losses.append(computed(*args)), losses[0])[1])
+    losses, computed = [], InitialLosses.compute
+    monkeypatch.setattr(InitialLosses, "compute", lambda *args: (losses.append(computed(*args)), losses[0])[1])
     options = [*WAYS["reinforce"], "--steps", "1", "--calibration-batches", "3"]
     assert main.main(learn(inputs, tmp_path / "run", *options)) == 0
     ((loss,),) = losses
@@ -154,7 +154,7 @@ def filled_on_rank(rank: int, output) -> tuple[list[float], str]:
     for layer in masked_layers(model).values():
         layer.weight_changed = True
     initial = InitialLosses(inputs.calibration, ranks)
-    losses = initial.computed(lambda x: float(loss_fn(model, x).detach()), 0, False)
+    losses = initial.compute(lambda x: float(loss_fn(model, x).detach()), 0, False)
     with pytest.raises(ValueError) as error:
         # of the other rank's batches this one's folder has none
         for batch in inputs.calibration:

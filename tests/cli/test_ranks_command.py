@@ -22,7 +22,7 @@ from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
 from maskpro_kernels.checkpoints.logits import load_learned
 from maskpro_kernels.cli import main, parser, run_settings
-from maskpro_kernels.learn.run_folder import RunFolder
+from maskpro_kernels.learn.run import RunFolder
 from maskpro_kernels.ranks import FailedRank, MissingRanks
 
 pytestmark = pytest.mark.usefixtures("eager_reference")

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from maskpro_kernels.cli import learn as learn_command
 from maskpro_kernels.cli import main, run_end
-from maskpro_kernels.learn import model_masks
-from maskpro_kernels.learn.offloaded_logits import OffloadedLogits
+from maskpro_kernels.learn import masks
+from maskpro_kernels.learn.offload import OffloadedLogits
 from maskpro_kernels.learn.trainer import MaskTrainer
 from maskpro_kernels.ops.layer_groups import LayerGroup
 from maskpro_kernels.text.perplexity import causal_lm_loss
@@ -114,7 +114,7 @@ def test_the_command_runs_in_a_thread_whose_process_is_interrupted(inputs, run, 
 
 def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run, tmp_path, capsys, monkeypatch):
     """Logits of a part of the layers have moved: those of the step are rebuilt from the journal."""
-    update, updates = model_masks.update_layers_, []
+    update, updates = masks.update_layers_, []
 
     def interrupted(group, *args):
         updates.append(group)
@@ -125,7 +125,7 @@ def test_a_run_that_is_interrupted_in_an_update_saves_no_half_of_it(inputs, run,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(model_masks, "update_layers_", interrupted)
+        patched.setattr(masks, "update_layers_", interrupted)
         assert main.main(learn(inputs, tmp_path / "run")) == 130
     told = "stopped after 2 steps; the next one was broken off in its update, and the logits are rebuilt where the run"
     assert told in capsys.readouterr().err

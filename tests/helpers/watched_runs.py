@@ -13,8 +13,7 @@ from helpers.disk_model import put
 from helpers.power_cuts import NOTHING, State, Watched
 from helpers.small_trainer import a_trainer_in, logits_of
 from maskpro_kernels.digests import digest
-from maskpro_kernels.learn.journal import Journal
-from maskpro_kernels.learn.run_folder import METRICS, RunFolder
+from maskpro_kernels.learn.run import METRICS, Journal, RunFolder
 from maskpro_kernels.learn.trainer import MaskTrainer
 
 STEPS, BETWEEN_SNAPSHOTS = 40, 5
@@ -104,7 +103,7 @@ def told(watched: Watched, monkeypatch, of: type = MaskTrainer) -> Iterator[None
 
     def added(folder, step, *given) -> None:
         add(folder, step, *given)
-        if step and not folder.journaled:
+        if step and not folder.estimator.journaled:
             watched.acknowledge(step)
 
     with monkeypatch.context() as patched:

@@ -16,7 +16,7 @@ from helpers.straight_through import Twice, assert_detached, batches_of_tokens, 
 
 import maskpro_kernels as mk
 from maskpro_kernels import ops
-from maskpro_kernels.learn.fisher import _seed_of
+from maskpro_kernels.learn.straight_through import _seed_of
 from maskpro_kernels.text.losses import distillation_loss
 from maskpro_kernels.text.perplexity import causal_lm_loss
 
@@ -238,25 +238,6 @@ def test_a_fisher_loss_without_a_gradient_is_refused_and_nothing_has_moved():
     assert_detached(model)
 
 
-def test_a_step_that_breaks_off_before_its_update_leaves_the_squares():
-    class Breaks(BadFisher):
-        def __call__(self, model, batch):
-            raise RuntimeError("out of memory")
-
-    estimator = mk.StraightThrough(lr=1.0)
-    trainer = mk.MaskTrainer(softmax_model(), Breaks(1.0), softmax_batches(), estimator, seed=3)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        trainer.step()
-    assert not trainer.broken
-    assert not squares_of(trainer)["fisher/head"].any() and estimator.state()["fisher_passes"] == {"head": 0}
-
-
-@pytest.mark.parametrize("every", [0, True, 2.0])
-def test_a_bad_distance_of_passes_is_refused(every):
-    with pytest.raises((TypeError, ValueError), match="^fisher_every: expected"):
-        mk.StraightThrough(fisher_every=every)
-
-
 def learn_on_rank(rank: int) -> tuple[dict, dict]:
     batches = softmax_batches()
     trainer, _ = learn(softmax_model(), [*batches[:3], batches[3][:1]], 5, fisher_every=2, accumulate=2)
@@ -278,15 +259,6 @@ def sum_of(loss, model, batches) -> float:
 
 
 PATTERNS = ["2:4", "4:8", slow("1:4"), slow("8:16")]
-
-
-@pytest.mark.parametrize("pattern", ["2:4", slow("1:4"), slow("4:8"), slow("8:16")])
-def test_reinforce_learns_by_the_divergence(pattern):
-    model, batches = softmax_model(pattern, 1.0, "smallest"), softmax_batches()
-    loss = distillation_loss("kl", 2.0)
-    before = sum_of(loss, model, batches)
-    mk.MaskTrainer(model, loss, batches, mk.Reinforce(lr=1.0, alpha=0.9), seed=0).run(100, progress=False)
-    assert sum_of(loss, model, batches) < 0.8 * before
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -13,8 +13,8 @@ from helpers.small_trainer import a_trainer, logits_of
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import model_masks, offloaded_logits
-from maskpro_kernels.learn.offloaded_logits import Fetched, OffloadedLogits, Transfers
+from maskpro_kernels.learn import masks, offload
+from maskpro_kernels.learn.offload import Fetched, OffloadedLogits, Transfers
 from maskpro_kernels.modules import masked_layers
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -69,8 +69,8 @@ class LateTransfers(Transfers):
 def late(monkeypatch):
     """All logits are taken for those of another device."""
     transfers = LateTransfers()
-    monkeypatch.setattr(offloaded_logits, "transfers_of", lambda device: transfers)
-    for module in (offloaded_logits, model_masks):
+    monkeypatch.setattr(offload, "transfers_of", lambda device: transfers)
+    for module in (offload, masks):
         monkeypatch.setattr(module, "offloaded", lambda layer: isinstance(layer, mk.MaskedLinear))
     yield transfers
     assert not transfers.outgoing
@@ -224,8 +224,8 @@ class HeldTransfers(Transfers):
 def test_at_most_three_copies_are_there_at_once(monkeypatch, eager_reference, estimator, logits_dtype):
     """Three layers that follow each other, of widths that tell which."""
     transfers = HeldTransfers()
-    monkeypatch.setattr(offloaded_logits, "transfers_of", lambda device: transfers)
-    for module in (offloaded_logits, model_masks):
+    monkeypatch.setattr(offload, "transfers_of", lambda device: transfers)
+    for module in (offload, masks):
         monkeypatch.setattr(module, "offloaded", lambda layer: isinstance(layer, mk.MaskedLinear))
     widths = [8, 16, 64, 32, 48, 8, 24]
     torch.manual_seed(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from helpers.small_trainer import a_model, a_trainer, a_trainer_in, logits_of, l
 from torch.utils.data import DataLoader, Dataset
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import journal
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -68,18 +66,6 @@ def test_a_forked_process_takes_no_step_of_its_parents_run(how, tmp_path):
     assert_same_bits(logits_of(resumed.model), whole_run(how, 5))
 
 
-def test_a_journal_is_of_the_process_that_has_opened_it(tmp_path):
-    made = journal.Journal.create(tmp_path / "journal", {"id": "0" * 32})
-    first, second = (journal.Entry(step, 1, 0.0, (journal.Draw(0, 1.0, 0.5),)) for step in range(2))
-    made.append(first)
-    before = (tmp_path / "journal").read_bytes()
-    told = in_a_fork(lambda: made.append(second))
-    assert told.startswith(f"RuntimeError: journal: expected process {os.getpid()}, which has opened it, got ")
-    assert (tmp_path / "journal").read_bytes() == before
-    made.append(second)
-    assert made.steps == 2
-
-
 def test_a_journal_that_something_else_writes_to_is_not_written_on(tmp_path):
     trainer = a_trainer_in(tmp_path)
     trainer.run(2, progress=False)
@@ -116,19 +102,6 @@ def loaded(**how) -> DataLoader:
     return DataLoader(Batches(), batch_size=None, **how)
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_that_load_batches_change_nothing(context, tmp_path):
-    loader = loaded(num_workers=2, multiprocessing_context=context, persistent_workers=True)
-    trainer = a_trainer_in(tmp_path, "straight-through", batches=loader)
-    trainer.run(7, progress=False)
-    trainer.close()
-    alone = a_trainer(how="straight-through", batches=loaded())
-    alone.run(7, progress=False)
-    assert_same_bits(logits_of(trainer.model), logits_of(alone.model))
-    resumed = a_trainer_in(tmp_path, "straight-through", batches=loaded())
-    assert resumed.resume() == 7
-
-
 def learn_with_workers_until_killed(folder: Path) -> None:
     """The process is killed while a worker that it has forked lives on for some seconds."""
 
@@ -158,54 +131,3 @@ def test_workers_of_a_process_that_was_killed_do_not_hold_its_folder(tmp_path):
     assert resumed.resume() == 3
     assert time.monotonic() - began < LONGEST / 4
     resumed.close()
-
-
-def test_an_interrupt_of_the_main_thread_breaks_no_run_in_another(tmp_path):
-    """Python raises it in the main thread, wherever the signal came."""
-
-    def interrupting(model, batch):
-        if trainer.steps_done == 2 and not interrupted:
-            interrupted.append(trainer.steps_done)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        return loss_fn(model, batch)
-
-    interrupted, caught = [], []
-    trainer = a_trainer_in(tmp_path, loss_fn=interrupting)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    ended = threading.Event()
-
-    def run() -> None:
-        try:
-            trainer.run(6, progress=False)
-        finally:
-            ended.set()
-
-    try:
-        threading.Thread(target=run).start()
-        while not ended.is_set():
-            try:
-                ended.wait()
-            except KeyboardInterrupt as error:
-                caught.append(error)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert len(caught) == 1 and trainer.steps_done == 6
-    trainer.close()
-    resumed = a_trainer_in(tmp_path)
-    assert resumed.resume() == 6
-    assert_same_bits(logits_of(resumed.model), whole_run("reinforce", 6))
-
-
-@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
-def test_a_clock_that_goes_back_leads_to_no_older_snapshot(how, tmp_path, monkeypatch):
-    clock = iter(range(10**9, 0, -86_400))
-    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    trainer = a_trainer_in(tmp_path, how, snapshot_minutes=0.0)
-    for _ in range(4):
-        trainer.step()
-        for path in tmp_path.glob("*.safetensors"):
-            os.utime(path, (then := time.time(), then))
-    trainer.close()
-    resumed = a_trainer_in(tmp_path, how)
-    assert resumed.resume() == 4
-    assert_same_bits(logits_of(resumed.model), whole_run(how, 4))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +12,8 @@ from helpers.bits import assert_same_bits
 from helpers.small_trainer import a_model, a_trainer_in, logits_of, some_batches
 
 import maskpro_kernels as mk
-from maskpro_kernels.learn import run_folder, snapshots
-from maskpro_kernels.learn.journal import Entry
-from maskpro_kernels.learn.snapshots import save_snapshot
+from maskpro_kernels.learn import run
+from maskpro_kernels.learn.run import save_snapshot
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -55,25 +51,6 @@ def test_the_run_of_another_is_refused(tmp_path, name):
         other.resume()
     assert_same_bits(logits_of(other.model), before)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ({"estimator": mk.Reinforce(lr=3.0, alpha=0.75)}, "settings lr 3.0, got 2.0 in "),
-        ({"batches": some_batches(2)}, "batches of this trainer, got others in "),
-        (
-            {"model": a_model().append(mk.MaskedLinear.from_linear(torch.nn.Linear(4, 4), "2:4", layer=7))},
-            "layers 3 [7, '2:4', [4, 4], 'torch.float32'], got None in ",
-        ),
-    ],
-)
-def test_what_differs_is_told_with_both_values(tmp_path, arguments, told):
-    trainer = a_trainer_in(tmp_path)
-    trainer.step()
-    trainer.close()
-    with pytest.raises(ValueError, match=re.escape(f"output_dir: expected a run with {told}")):
-        a_trainer_in(tmp_path, **arguments).resume()
 
 
 # Batches without a tensor, and others that differ in one thing
@@ -133,7 +110,7 @@ def test_what_a_start_left_that_was_broken_off_is_removed(tmp_path):
     half.touch()
     trainer = a_trainer_in(tmp_path)
     trainer.step()
-    assert len(snapshots.snapshots_in(tmp_path)) == 1 and not half.exists()
+    assert len(run.snapshots_in(tmp_path)) == 1 and not half.exists()
     trainer.close()
     save_snapshot(tmp_path, 1, dict(zip("02", logits_of(a_model(9.0)), strict=True)), {"run": {"seed": 11}})
     again = a_trainer_in(tmp_path)
@@ -160,27 +137,12 @@ def test_what_was_learned_is_not_what_a_start_left(tmp_path, how):
         assert_same_bits(logits_of(again.model), logits_of(trainer.model))
 
 
-def test_a_run_that_another_trainer_has_had_meanwhile_is_not_removed(tmp_path, monkeypatch):
-    lock, folder = run_folder.RunFolder._acquire, tmp_path / "run"
-    a_trainer_in(tmp_path / "other", "straight-through").run(2, progress=False)
-
-    def late(own):
-        shutil.copytree(tmp_path / "other", folder, dirs_exist_ok=True)
-        lock(own)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run_folder.RunFolder, "_acquire", late)
-        with pytest.raises(ValueError, match="^output_dir: expected a folder without a run, got .*resume"):
-            a_trainer_in(folder, "straight-through").begin()
-    assert a_trainer_in(folder, "straight-through").resume() == 2
-
-
 def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     trainer = a_trainer_in(tmp_path, "refreshed")
     trainer.run(10, progress=False)
     trainer.close()
     snapshot, part = name_of_snapshot(11), f".{1:016x}.tmp"
-    left = [tmp_path / f"{name}{part}" for name in (snapshot, "journal", "metrics.jsonl", f"initial-losses/{snapshot}")]
+    left = [tmp_path / f"{name}{part}" for name in (snapshot, "journal", "metrics.jsonl")]
     for path in left:
         path.write_bytes(b"half")
     with pytest.raises(ValueError, match="^output_dir: expected a run with seed 12"):
@@ -188,15 +150,6 @@ def test_what_a_killed_process_had_half_written_is_removed(tmp_path):
     assert all(path.exists() for path in left)
     assert a_trainer_in(tmp_path, "refreshed").resume() == 10
     assert not any(path.exists() for path in left)
-
-
-def test_a_resume_reads_each_record_once(tmp_path, monkeypatch):
-    trainer = a_trainer_in(tmp_path)
-    trainer.run(5, progress=False)
-    trainer.close()
-    read, unpacked = [], Entry.unpacked
-    monkeypatch.setattr(Entry, "unpacked", lambda *record: read.append(record) or unpacked(*record))
-    assert a_trainer_in(tmp_path).resume() == len(read) == 5
 
 
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
@@ -211,38 +164,15 @@ def test_files_of_a_user_stay(tmp_path, how):
     assert all(path.read_text() == "mine" for path in own)
 
 
-def test_the_names_of_new_folders_are_on_disk(tmp_path, monkeypatch):
-    sync, done = os.fsync, []
-
-    def synced(descriptor):
-        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    a_trainer_in(tmp_path / "deep" / "run").begin()
-    # that of the folder which is there already may not be: whoever made it may have been killed
-    assert done[:3] == [tmp_path.parent, tmp_path, tmp_path / "deep"]
-
-
-def test_what_a_start_left_of_refreshed_masks_is_removed(tmp_path):
-    trainer = a_trainer_in(tmp_path, "refreshed")
-    trainer.run(10, progress=False)
-    trainer.close()
-    for left in (*snapshots.snapshots_in(tmp_path)[1:], tmp_path / "journal", tmp_path / "metrics.jsonl"):
-        left.unlink()
-    a_trainer_in(tmp_path, "refreshed").step()
-    assert not snapshots.snapshots_in(tmp_path / "initial-losses")
-
-
 def test_a_run_like_another_is_another(tmp_path):
     """Each has an id of its own: neither snapshots nor records of one are taken for those of the other."""
     for name in ("one", "two"):
         trainer = a_trainer_in(tmp_path / name)
         trainer.run(4, progress=False)
         trainer.close()
-    for path in snapshots.snapshots_in(tmp_path / "one")[1:]:
+    for path in run.snapshots_in(tmp_path / "one")[1:]:
         path.unlink()
-    (foreign,) = snapshots.snapshots_in(tmp_path / "two")[1:]
+    (foreign,) = run.snapshots_in(tmp_path / "two")[1:]
     shutil.copy(foreign, tmp_path / "one")
     again = a_trainer_in(tmp_path / "one")
     with pytest.warns(UserWarning, match=f"{foreign.name} is damaged or of steps .*: it is set aside"):
@@ -251,22 +181,6 @@ def test_a_run_like_another_is_another(tmp_path):
     shutil.copy(tmp_path / "two" / "journal", tmp_path / "one")
     with pytest.raises(ValueError, match="^snapshot: expected a sound one in .*, 1 are damaged or of another run"):
         a_trainer_in(tmp_path / "one").resume()
-
-
-def test_snapshots_of_two_runs_without_a_journal_are_refused(tmp_path):
-    for name in ("one", "two"):
-        trainer = a_trainer_in(tmp_path / name, "straight-through")
-        trainer.run(2 if name == "one" else 3, progress=False)
-        trainer.close()
-    (foreign,) = snapshots.snapshots_in(tmp_path / "two")[1:]
-    shutil.copy(foreign, tmp_path / "one")
-    with pytest.raises(ValueError, match="^output_dir: expected snapshots of one run, got .* of another; move"):
-        a_trainer_in(tmp_path / "one", "straight-through").resume()
-    (tmp_path / "one" / foreign.name).unlink()
-    # a damaged one says nothing, whatever it says
-    damaged = snapshots.snapshots_in(tmp_path / "one")[0]
-    damaged.write_bytes(damaged.read_bytes().replace(b'\\"id\\": \\"', b'\\"id\\": \\"x'))
-    assert a_trainer_in(tmp_path / "one", "straight-through").resume() == 2
 
 
 def test_a_snapshot_beside_other_records_is_refused(tmp_path):
@@ -287,7 +201,22 @@ def test_a_snapshot_beside_other_records_is_refused(tmp_path):
         a_trainer_in(tmp_path / "one").resume()
     assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == files
     # the way out that the message names
-    snapshots.snapshots_in(tmp_path / "one")[-1].unlink()
+    run.snapshots_in(tmp_path / "one")[-1].unlink()
     again, other = a_trainer_in(tmp_path / "one"), a_trainer_in(tmp_path / "two")
     assert again.resume() == other.resume() == 4
     assert_same_bits(logits_of(again.model), logits_of(other.model))
+
+
+@pytest.mark.parametrize("how", ["reinforce", "straight-through"])
+def test_a_folder_of_another_format_is_refused_in_a_line(tmp_path, how, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "FORMAT", 2)
+        trainer = a_trainer_in(tmp_path, how)
+        trainer.run(2, progress=False)
+        trainer.close()
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match="^(journal: expected format 3|output_dir: expected a run with format 3), got 2"
+    ):
+        a_trainer_in(tmp_path, how).resume()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files

@@ -7,9 +7,8 @@ import os
 import pytest
 import torch
 from helpers.bits import assert_same_bits
-from helpers.children import Child
 
-from maskpro_kernels.learn.snapshots import HELD, newest_snapshot, save_snapshot
+from maskpro_kernels.learn.run import newest_snapshot, save_snapshot
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -43,32 +42,3 @@ def test_every_byte_of_a_snapshot_flipped_is_found(tmp_path):
         ValueError, match="snapshot: expected a sound one in .*, got none, 2 are damaged or of another run"
     ):
         newest_snapshot(tmp_path)
-
-
-MOST_RESIDENT = """
-from pathlib import Path
-
-import torch
-
-from maskpro_kernels.learn.snapshots import save_snapshot
-
-
-def most():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-
-
-folder = Path(arguments[0])
-save_snapshot(folder, 0, {"small": torch.zeros(8)}, {})
-tensors = {str(i): torch.randn(4_000_000) for i in range(8)}
-before = most()
-save_snapshot(folder, 1, tensors, {})
-tell(most() - before)
-"""
-
-
-@pytest.mark.slow
-def test_what_writing_a_snapshot_holds(tmp_path):
-    with Child() as child:
-        (rise,) = child(MOST_RESIDENT, str(tmp_path))
-    assert rise == pytest.approx(HELD * 8 * 16_000_000, rel=0.1)

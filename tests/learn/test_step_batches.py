@@ -141,14 +141,6 @@ def test_a_resumed_run_sees_the_batches_of_a_whole_one(tmp_path, estimator, accu
         assert_same_bits(seen, all_seen)
 
 
-def test_resume_tells_that_it_takes_batches_again(tmp_path, capfd):
-    first = a_trainer_in(tmp_path, STRAIGHT, batches=endless())
-    first.run(4, progress=False)
-    first.close()
-    a_trainer_in(tmp_path, STRAIGHT, batches=endless()).resume(progress=True)
-    assert "batches of the steps before: 100%" in capfd.readouterr().err
-
-
 def test_a_snapshot_behind_a_failed_step_has_the_batches_of_the_steps_that_are_done(tmp_path):
     failing = []
 
@@ -194,11 +186,3 @@ def test_other_batches_are_refused_and_nothing_changes(tmp_path, name):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     # whoever gives those of the run goes on
     assert a_trainer_in(tmp_path, STRAIGHT, batches=endless()).resume() == 3
-
-
-def test_reinforce_refuses_other_batches_too(tmp_path):
-    first = a_trainer_in(tmp_path, batches=endless(), estimator=mk.Reinforce(steps=3))
-    first.run(2, progress=False)
-    first.close()
-    with pytest.raises(ValueError, match="expected a run with batches of this trainer"):
-        a_trainer_in(tmp_path, batches=endless(6), estimator=mk.Reinforce(steps=3)).resume()

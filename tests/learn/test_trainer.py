@@ -163,7 +163,7 @@ def test_weights_and_biases_never_move():
         ({"model": nn.Sequential(nn.Linear(4, 4))}, ValueError, "^model: expected a model with MaskedLinear"),
         ({"loss_fn": None}, TypeError, "^loss_fn: "),
         ({"batches": []}, ValueError, "^batches: expected at least one batch"),
-        ({"batches": iter(some_batches())}, ValueError, r"^estimator: .* as Reinforce\(steps=1000\), .* steps=None"),
+        ({"batches": iter(some_batches())}, ValueError, r"^estimator: .* as Reinforce\(steps=1000\): .* steps=None"),
         ({"batches": iter([]), "estimator": mk.Reinforce(steps=2)}, ValueError, "^batches: expected at least one"),
         ({"batches": None}, TypeError, "^batches: expected an iterable of batches"),
         ({"batches": "text"}, TypeError, "^batches: expected an iterable of batches"),
@@ -172,14 +172,11 @@ def test_weights_and_biases_never_move():
         ({"estimator": object()}, TypeError, "^estimator: "),
         ({"estimator": mk.Reinforce}, TypeError, "^estimator: "),
         ({"seed": 1 << 63}, ValueError, "^seed: "),
-        ({"seed": -(1 << 63) - 1}, ValueError, "^seed: "),
-        ({"seed": 1.0}, TypeError, "^seed: "),
-        ({"seed": True}, TypeError, "^seed: "),
         ({"seed": None}, TypeError, "^seed: "),
         ({"timeout": "1"}, TypeError, "^timeout: expected a float"),
-        ({"timeout": True}, TypeError, "^timeout: expected a float"),
         ({"timeout": 0}, ValueError, "^timeout: expected a float above 0"),
-        ({"timeout": math.inf}, ValueError, "^timeout: expected a float above 0"),
+        ({"accumulate": 0}, ValueError, "^accumulate: expected an int of at least 1"),
+        ({"accumulate": 1.0}, TypeError, "^accumulate: expected an int of at least 1"),
     ],
 )
 def test_trainer_refuses(arguments, error, message, tmp_path):
@@ -274,25 +271,3 @@ def test_progress_shows_what_the_step_saw(capsys):
     shown = capsys.readouterr().err
     for word in ("initial losses", "learning", "loss=", "residual=", "advantage=", "flips=", "tokens_per_s="):
         assert word in shown
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens"),
-    [
-        (torch.zeros(2, 3), 6),
-        ((torch.zeros(2, 3), torch.zeros(9)), 6),
-        ({"labels": torch.zeros(9), "input_ids": torch.zeros(2, 3)}, 6),
-        ({"x": torch.zeros(2, 3), "y": torch.zeros(9)}, 6),
-        ("text", 0),
-    ],
-    ids=["tensor", "tuple", "input_ids", "first_value", "no_tensor"],
-)
-def test_tokens_of_a_batch(batch, tokens):
-    trainer = a_trainer(a_model(), batches=[batch], loss_fn=lambda model, _: model(torch.ones(16)).sum())
-    assert trainer.step().tokens == tokens
-
-
-@pytest.mark.parametrize("batch", [(), [], {}], ids=["tuple", "list", "mapping"])
-def test_an_empty_batch_has_no_tokens(batch):
-    trainer = a_trainer(a_model(), batches=[batch], loss_fn=lambda model, _: model(torch.ones(16)).sum())
-    assert trainer.step().tokens == 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.digests import SIZE
-from maskpro_kernels.learn import journal
+from maskpro_kernels.learn.run import pack_entry, read_journal
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens.json").read_text())
 ROWS, SEED = 33, 12345678901234
@@ -109,7 +109,7 @@ def run(folder: Path, estimator: dict, pattern: str = "2:4", logits_dtype=torch.
     trainer.run(20, progress=False)
     trainer.close()
     # each with a checksum of its own, as they were when the goldens were taken
-    bodies = [entry.packed(b"")[:-SIZE] for entry in journal.read(folder / "journal").entries]
+    bodies = [pack_entry(entry, b"")[:-SIZE] for entry in read_journal(folder / "journal").entries]
     content = b"".join(body + zlib.crc32(body).to_bytes(4, "little") for body in bodies)
     return [digest(model.up.logits, model.down.logits), hashlib.sha256(content).hexdigest()[:16]]
 

@@ -19,7 +19,7 @@ from helpers.rank_jobs import rank_trainer
 from helpers.sharded_jobs import a_sharded_model, whole_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskpro_kernels.learn.snapshots import snapshots_in, step_of
+from maskpro_kernels.learn.run import snapshots_in, step_of
 from maskpro_kernels.ranks import MissingRanks
 
 WORLD, STEPS, KILLS = 3, 24, 10

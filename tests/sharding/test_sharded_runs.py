@@ -16,7 +16,7 @@ from helpers.sharded_jobs import a_sharded_model, learn_sharded
 
 import maskpro_kernels as mk
 from maskpro_kernels.fsdp import local
-from maskpro_kernels.learn import journal
+from maskpro_kernels.learn import run
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.ranks import MissingRanks
 
@@ -54,7 +54,7 @@ def test_runs_go_on_sharded_and_as_one_process(tmp_path, eager_reference):
             else:
                 for one, other in zip(theirs, logits, strict=True):
                     assert (one - other).abs().max() < 1e-5
-    told = [journal.read(Path(folders["reinforce"]) / "journal")[1] for folders in (first, second)]
+    told = [run.read_journal(Path(folders["reinforce"]) / "journal")[1] for folders in (first, second)]
     assert told[0] == told[1] and len(told[0]) == STEPS
 
 

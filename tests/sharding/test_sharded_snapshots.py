@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from maskpro_kernels.cli import main
 from maskpro_kernels.digests import digest
-from maskpro_kernels.learn.snapshots import (
+from maskpro_kernels.learn.run import (
     MANIFEST,
     digest_of_file,
     folder_aside,

@@ -6,7 +6,7 @@ import collections
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ Wait = Callable[[], object]
 
 
 def offloaded(layer: MaskedLinear) -> bool:
-    """Whether the logits live on another device than the weight."""
+    """True where the logits live on another device than the weight."""
     # a layer that is only replayed has no weight
     return isinstance(layer, MaskedLinear) and layer.logits.device != layer.weight.device
 
@@ -42,7 +42,7 @@ class OffloadedLogits:
 
     def __init__(self, order: Sequence[MaskedLinear]):
         self._order = [layer for layer in order if offloaded(layer)]
-        # Where the next one stands in it
+        # Index in it of the next one to fetch
         self._next = 0
         self._coming: tuple[MaskedLinear, Fetched] | None = None
         self._ends: collections.deque[Wait] = collections.deque()
@@ -59,25 +59,22 @@ class OffloadedLogits:
         self._wait(0)
 
     @contextmanager
-    def reading(self, layer: MaskedLinear) -> Iterator[Tensor]:
+    def reading(self, layer: MaskedLinear, written: bool = False) -> Iterator[Tensor]:
         """The logits [out, K] on the weight's device, not to be changed."""
-        with self._copy(layer, written=False) as logits:
-            yield logits
-
-    @contextmanager
-    def moving(self, layer: MaskedLinear) -> Iterator[Tensor]:
-        """The logits [out, K] on the weight's device, to be changed in place."""
-        with self._copy(layer, written=True) as logits:
-            yield logits
-
-    @contextmanager
-    def _copy(self, layer: MaskedLinear, written: bool) -> Iterator[Tensor]:
         if not offloaded(layer):
             yield layer.logits.detach()
             return
         transfers = transfers_of(layer.weight.device)
         with self._lock:
-            logits = self._taken(layer)
+            awaited, coming = self._coming or (None, None)
+            if awaited is not layer:
+                # what was awaited may never come, as an expert that no token takes
+                coming = self._fetched(layer)
+                if layer in self._order:
+                    self._next = self._order.index(layer) + 1
+            self._coming = None
+            coming.ready()
+            logits = coming.logits
             self._fetch_next()
         yield logits
         with self._lock:
@@ -87,16 +84,9 @@ class OffloadedLogits:
             else:
                 self._ends.append(transfers.used(logits))
 
-    def _taken(self, layer: MaskedLinear) -> Tensor:
-        awaited, coming = self._coming or (None, None)
-        if awaited is not layer:
-            # what was awaited may never come, as an expert that no token takes
-            coming = self._fetched(layer)
-            if layer in self._order:
-                self._next = self._order.index(layer) + 1
-        self._coming = None
-        coming.ready()
-        return coming.logits
+    def moving(self, layer: MaskedLinear) -> AbstractContextManager[Tensor]:
+        """The logits [out, K] on the weight's device, to be changed in place."""
+        return self.reading(layer, written=True)
 
     def _fetch_next(self) -> None:
         if self._next < len(self._order):
@@ -116,7 +106,7 @@ class OffloadedLogits:
 
 
 class Fetched(NamedTuple):
-    """A copy, and what makes its device wait for it."""
+    """A copy, and a function that makes its device wait for it."""
 
     logits: Tensor
     ready: Wait

@@ -1,4 +1,4 @@
-"""The backward passes of a straight-through step, and what moves the logits of each layer by them."""
+"""The backward passes of a straight-through step: how they move the logits of each layer, and weights that learn."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..counter import MaskSource
+from ..functional.checks import FLOAT32_MAX
 from ..modules import MaskedLinear
+from ..ops.reference import adamw_scalars
 from ..ranks import Ranks
-from .normalized_steps import descend_by_rms, folded
-from .offloaded_logits import OffloadedLogits
-from .weight_learning import WeightLearner
-
-
-class SlopeSettings(Protocol):
-    """Those of ``StraightThrough`` that slopes and steps take."""
-
-    curvature: float
-    max_update: float
-    decay: float
+from .estimator import Estimator, check_float
+from .offload import OffloadedLogits
 
 
 class BackwardPass:
@@ -177,7 +169,7 @@ def _folded(updaters: Mapping[str, LayerUpdater]) -> list[str]:
 
 
 class LayerUpdater:
-    """Moves the logits of one layer, inside backward or after it: see ``BackwardPass``.
+    """Moves the logits of one layer, inside backward or after it, as a ``StraightThrough`` says: see ``BackwardPass``.
 
     Attributes:
         moves_logits: see ``MaskedLinear``.
@@ -193,7 +185,7 @@ class LayerUpdater:
 
     moves_logits = True
 
-    def __init__(self, layer: MaskedLinear, how: SlopeSettings, learner: WeightLearner | None):
+    def __init__(self, layer: MaskedLinear, how: Estimator, learner: WeightLearner | None):
         self.layer, self.how, self.learner = layer, how, learner
         self.mean_square: float | None = None
 
@@ -274,4 +266,108 @@ class LayerUpdater:
 
     def fold(self, square: float) -> None:
         self.finite = math.isfinite(square)
-        self.mean_square = folded(self.mean_square, square, self.how.decay)
+        self.mean_square = running_mean_square(self.mean_square, square, self.how.decay)
+
+
+def check_slope_settings(curvature: float, max_update: float, decay: float) -> None:
+    """Raise TypeError or ValueError unless these are as for ``StraightThrough``."""
+    check_float("curvature", curvature, 0.0)
+    check_float("max_update", max_update, 0.0, strict=True)
+    check_float("decay", decay, 0.0, math.nextafter(1.0, 0.0))
+
+
+def descend_by_rms(
+    descend: Callable[[Tensor], Tensor], lr: float, mean_square: float | None, device: torch.device
+) -> Tensor:
+    """Move the logits of a layer by -lr * slope / rms, where rms is the root of ``mean_square``.
+
+    Args:
+        descend: moves them by -rate * slope and gives the mean square of the slopes, see ``ops.descend_``.
+        lr: at least 0.
+        mean_square: running one of the slopes; None: that of these.
+        device: of the layer's weight.
+
+    Returns:
+        The mean square of these slopes, 0-dim float32. Where the one divided by is 0 or not finite, nothing has moved.
+    """
+
+    def at_rate(rate: float) -> Tensor:
+        return descend(torch.full((), rate, dtype=torch.float32, device=device))
+
+    if mean_square is None:
+        # at a rate of 0 nothing moves
+        mean_square = float(at_rate(0.0))
+    usable = math.isfinite(mean_square) and mean_square > 0.0
+    return at_rate(min(lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0)
+
+
+def running_mean_square(mean_square: float | None, latest: float, decay: float) -> float | None:
+    """The running mean square behind a step; as it was where that of the step is 0 or not finite."""
+    if not math.isfinite(latest) or latest == 0.0:
+        return mean_square
+    return decay * (latest if mean_square is None else mean_square) + (1.0 - decay) * latest
+
+
+class WeightLearner:
+    """AdamW on the weights of one layer that a step's mask keeps, see ``ops/reference/adamw.py``.
+
+    A weight that the mask drops does not move, since the loss does not depend on it, and its moments stay as they are.
+    It goes on from there once it is kept again. Bias correction counts the steps of the layer.
+
+    Attributes:
+        master: float32 [out, K]: the weight, itself where it is float32, else what its 16 bits are rounded from.
+        first, second: the moments, float32 [out, K].
+        count: how many steps have moved the layer, 0-dim float32.
+    """
+
+    def __init__(self, layer: MaskedLinear, decay: float):
+        self.layer, self.decay = layer, decay
+        # a tensor of its own: an embedding, or the layer that this one was made from, may share the one there is
+        layer.weight.data = layer.weight.detach().clone()
+        self.master = layer.weight.detach().to(torch.float32)
+        self.first, self.second = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.count = torch.zeros((), device=self.master.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What steps change, 12 bytes a weight; 4 of them are the weight itself where it is float32."""
+        return {"weight": self.master, "first": self.first, "second": self.second, "count": self.count}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the weight to what ``tensors`` hold."""
+        self.layer.weight.copy_(self.master)
+        if self.count > 0:
+            self.layer.weight_changed = True
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, codes: Tensor, rate: float, slope_square: Tensor) -> None:
+        """Move what is kept, without a transfer from the device.
+
+        Args:
+            gradient: float32 [out, K], derivative of the loss in the masked weight.
+            codes: of the mask of the step [out, K / M].
+            rate: learning rate.
+            slope_square: mean square of the slope of the step. Where it or the norm of the gradient is not finite, the
+                layer stays as it is.
+        """
+        usable = torch.isfinite(slope_square + torch.linalg.vector_norm(gradient))
+        scalars = adamw_scalars(usable, self.count + 1, rate, self.decay)
+        held = self.layer.weight, self.master, self.first, self.second
+        ops.adamw_(*held, gradient, codes, scalars, self.layer.pattern.m)
+        self.count += usable
+        self.layer.weight_changed = True
+
+
+def check_weights(layers: Mapping[str, MaskedLinear]) -> None:
+    """Raise ValueError unless each layer has a contiguous weight of its own."""
+    by_address: dict[int, str] = {}
+    for name, layer in layers.items():
+        if not layer.weight.is_contiguous():
+            raise ValueError(
+                f"train_weights: expected layers with contiguous weights, got {layer.weight.stride()} in {name}"
+            )
+        other = by_address.setdefault(layer.weight.data_ptr(), name)
+        if other != name and layer.weight.numel():
+            raise ValueError(
+                f"train_weights: expected a weight of its own in each layer, got one in {other} and {name}"
+            )

@@ -15,9 +15,9 @@ from ..fsdp import check_in_memory, is_distributed
 from ..functional.linear import straight_through_gradient
 from ..functional.masks import top_n_mask
 from ..modules import MaskedLinear, advance, masked_layers
-from .normalized_steps import check_slope_settings, descend_by_rms, folded
-from .number_checks import check_float
-from .offloaded_logits import OffloadedLogits
+from .backward import check_slope_settings, descend_by_rms, running_mean_square
+from .estimator import check_float
+from .offload import OffloadedLogits
 
 # Where the state of all layers stands, by their ids
 STATE = "masks"
@@ -31,7 +31,7 @@ class MaskOptimizer(torch.optim.Optimizer):
     they are summed over several backward passes, averaged by DistributedDataParallel, unscaled by a gradient scaler.
     They take as much memory as the logits.
 
-    What is needed to go on is in ``state_dict``: of each layer the running mean square of the slopes, and the mask of
+    ``state_dict`` holds what is needed to go on: of each layer the running mean square of the slopes, and the mask of
     the first step.
 
     Args:
@@ -117,7 +117,7 @@ class MaskOptimizer(torch.optim.Optimizer):
             squares = torch.stack([latest[name] for name in names]).tolist()
             for name, square in zip(names, squares, strict=True):
                 state = self._state_of(self.layers[name])
-                state["mean_square"] = folded(state["mean_square"], square, group["decay"])
+                state["mean_square"] = running_mean_square(state["mean_square"], square, group["decay"])
                 latest[name] = square
         advance(self._model)
         bad = [name for name, square in latest.items() if not math.isfinite(square)]

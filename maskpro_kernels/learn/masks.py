@@ -1,7 +1,8 @@
-"""The masks of all layers of a model, drawn together and updated together."""
+"""The masks of all layers of a model: drawn together, updated together."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from ..ops import sample_mask
 from ..ops.layer_groups import GroupedLayer, LayerGroup, Uses, draw_layers_, draws_once, kind_of, update_layers_
 from ..ops.philox import MAX_DRAWS, MAX_STEPS
 from ..pattern import NMPattern
-from .offloaded_logits import OffloadedLogits, offloaded
+from .offload import OffloadedLogits, offloaded
 
 PLAIN = (Tensor, nn.Parameter)
+# Rows of logits that ``least_margin`` takes together: most runs need the first ones alone
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class _Draw:
     """A draw whose codes groups of layers hold.
 
     Attributes:
-        known: which groups hold codes.
+        groups: indices of those that hold codes.
         keys: (seed, step, draw) of each group; of numbers that a device alone knows None.
         versions: of the logits of each group.
     """
 
-    known: set[int]
+    groups: set[int]
     keys: list[tuple[int | None, ...]]
     versions: list[list[int | None]]
 
@@ -143,7 +146,7 @@ class ModelMasks:
     @torch.no_grad()
     def _draw(self, uses: Uses | None) -> None:
         self._last = None
-        known, counters = set(), []
+        drawn, counters = set(), []
         for i, (names, group) in enumerate(self._grouped()):
             counter = self.layers[names[0]].counter()
             counters.append(counter)
@@ -152,7 +155,7 @@ class ModelMasks:
             if uses is not None and not gathered and not draws_once(group.device, group.n, uses):
                 continue
             draw_layers_(group, 1.0, counter.seed, counter.step, counter.draw)
-            known.add(i)
+            drawn.add(i)
             for name, codes in zip(names, group.codes, strict=True):
                 self._hold(name, codes)
         # each use would copy the logits, or make them contiguous
@@ -162,8 +165,8 @@ class ModelMasks:
                 with copies.reading(layer) as logits:
                     n, m = layer.pattern.n, layer.pattern.m
                     self._hold(name, sample_mask(logits.contiguous(), n, m, 1.0, layer.counter()))
-        keys = [_known_key(counter.seed, counter.step, counter.draw) for counter in counters]
-        self._last = _Draw(known, keys, [_versions_of(group) for _, group in self._groups])
+        keys = [_key_of(counter.seed, counter.step, counter.draw) for counter in counters]
+        self._last = _Draw(drawn, keys, [_versions_of(group) for _, group in self._groups])
 
     def _hold(self, name: str, codes: Tensor) -> None:
         layer = self.layers[name]
@@ -193,7 +196,7 @@ class ModelMasks:
             if name not in names:
                 continue
             at = names.index(name)
-            if self._inside and layer.held is not None and i in self._last.known:
+            if self._inside and layer.held is not None and i in self._last.groups:
                 return group.flips_of(at)
             # the kernel that draws counts them
             alone, counter = LayerGroup([group.layers[at]], group.n, group.m), layer.counter()
@@ -271,10 +274,10 @@ class ModelMasks:
     def _holds(self, i: int, seed: Scalar, step: Scalar, ids: list) -> bool:
         """Whether a group has the codes of this draw, of its logits as they are."""
         last = self._last
-        if last is None or i not in last.known or len(ids) != 1:
+        if last is None or i not in last.groups or len(ids) != 1:
             return False
-        known = [*_known_key(seed, step, ids[0]), *_versions_of(self._groups[i][1])]
-        return None not in known and known == [*last.keys[i], *last.versions[i]]
+        now = [*_key_of(seed, step, ids[0]), *_versions_of(self._groups[i][1])]
+        return None not in now and now == [*last.keys[i], *last.versions[i]]
 
     def _update_alone(self, name: str, copies: OffloadedLogits, coef, seed: Scalar, step: Scalar, draw) -> None:
         layer = self.layers[name]
@@ -322,7 +325,7 @@ def _can_be_grouped(layer: MaskedLinear | ReplayedLayer) -> bool:
     return type(logits) in PLAIN and not logits.is_meta and logits.is_contiguous() and not offloaded(layer)
 
 
-def _known_key(*key: Scalar) -> tuple[int | None, ...]:
+def _key_of(*key: Scalar) -> tuple[int | None, ...]:
     return tuple(known_value(value) if isinstance(value, Tensor) else value for value in key)
 
 
@@ -343,3 +346,25 @@ def _checked(layers: Mapping[str, MaskedLinear | ReplayedLayer]) -> dict[str, Ma
         if first != name:
             raise ValueError(f"layers: expected logits under one name each, got the same for {first!r} and {name!r}")
     return dict(layers)
+
+
+def margins(logits: Tensor, pattern: NMPattern) -> Tensor:
+    """By how much the lowest kept logit of each group lies above its highest dropped one, float32 [groups].
+
+    Args:
+        logits: [rows, columns], finite.
+        pattern: of their groups.
+    """
+    ordered = logits.detach().float().reshape(-1, pattern.m).topk(pattern.n + 1, dim=1).values
+    return ordered[:, pattern.n - 1] - ordered[:, pattern.n]
+
+
+def least_margin(layers: Mapping[str, MaskedLinear], enough: float = -math.inf) -> float:
+    """The least of ``margins`` of the logits that this rank has; the first one that is ``enough`` or less."""
+    least = math.inf
+    for layer in layers.values():
+        for logits in layer.own_logits.detach().split(ROWS):
+            least = min(least, float(margins(logits, layer.pattern).min()) if len(logits) else math.inf)
+            if least <= enough:
+                return least
+    return least

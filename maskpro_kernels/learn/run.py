@@ -1,0 +1,816 @@
+"""A run on disk: its folder, the journal, the snapshots, and how it is resumed or replayed.
+
+The folder holds
+
+- ``journal``, of an estimator that keeps one: what it takes to rebuild the logits, a record a step, see ``Journal``;
+- ``snapshot-STEP-DIGEST.safetensors``: tensors and state of a step; the first one and the two newest are kept. Where
+  ranks hold the rows of layers it is a folder with a file of each rank and a manifest of their digests;
+- ``metrics.jsonl``: the fields of ``StepRecord``, a line a step;
+- ``.lock``, which keeps other trainers out.
+
+What is written is there as a whole or not at all, and on disk before the run goes on. So a run that is killed at any
+moment, or whose disk is full, goes on from what it has left. Files of another ``FORMAT`` are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..digests import SIZE, digest, digest_of_bytes
+from ..files import append_whole, discard, make_folder, sync, unfinished, write_whole
+from ..fsdp import is_distributed
+from ..modules import MaskedLinear
+from ..pattern import NMPattern
+from ..ranks import Ranks
+from ..sharded_files import kinds_of_parts, planned_parts, read_parts
+from .batches import content, tensors_of
+from .estimator import Estimator
+from .masks import ModelMasks, ReplayedLayer
+from .sharded_run import check_seen, is_sharded
+from .step import Draw, Entry, LossFn, replay
+
+# Of the folder and all that is in it; another number wherever one of these changes
+FORMAT = 3
+JOURNAL, METRICS, LOCK = "journal", "metrics.jsonl", ".lock"
+SNAPSHOT = re.compile(r"snapshot-(\d{10})-([0-9a-f]{32})(\.safetensors)?")
+MANIFEST = "snapshot.json"
+# Names of files that are first written under others; what else is in the folder is the user's
+WRITTEN = rf"{re.escape(METRICS)}|{JOURNAL}|{SNAPSHOT.pattern}|{re.escape(MANIFEST)}"
+# Snapshots that are kept besides the first: where the newest is damaged, the one before counts
+KEPT = 2
+# Tensors of an estimator stand under it in a snapshot, beside the logits under the names of their layers
+PREFIX = "estimator/"
+
+MAGIC = b"maskpro\n"
+# magic, format, bytes of the JSON; then the digest of these and of the JSON; then the JSON
+HEAD = struct.Struct("<8sII")
+# step, tokens, true where the update was skipped, loss under the initial masks; then the draws; then the digest
+STEP = struct.Struct("<QQ?d")
+# id, loss, factor of its score
+DRAW = struct.Struct("<Hdd")
+
+
+def pack_entry(entry: Entry, chain: bytes) -> bytes:
+    """The record of a step behind one with the digest ``chain``; it ends in its own."""
+    body = STEP.pack(entry.step, entry.tokens, entry.skipped, entry.initial_loss)
+    body += b"".join(DRAW.pack(*draw) for draw in entry.draws)
+    return body + digest_of_bytes(chain, body)
+
+
+def unpack_entry(record: bytes, chain: bytes) -> Entry | None:
+    """The entry of a record; None where its digest does not continue the chain."""
+    body = record[:-SIZE]
+    if record[-SIZE:] != digest_of_bytes(chain, body):
+        return None
+    step, tokens, skipped, initial_loss = STEP.unpack(body[: STEP.size])
+    draws = tuple(Draw(*draw) for draw in DRAW.iter_unpack(body[STEP.size :]))
+    return Entry(step, tokens, initial_loss, draws, skipped)
+
+
+class Records(NamedTuple):
+    """The content of a journal.
+
+    Attributes:
+        header: as given to ``Journal.create``.
+        entries: of the steps.
+        torn: bytes of a last record that was cut short.
+        draws: draws a step.
+        chain: digests at which the journal stood before the first step and after each one.
+        end: where the entries end, in bytes.
+    """
+
+    header: dict
+    entries: list[Entry]
+    torn: int
+    draws: int
+    chain: list[bytes]
+    end: int
+
+
+class Journal:
+    """A journal that is open for appending; ``create`` or ``resume`` gives one.
+
+    A file begins with a header, JSON with its digest; records of equal size follow, appended and synced one by one. The
+    digests are a chain: that of a record covers the digest before it, and the first one that of the header, which holds
+    the id of the run. So a record counts in its own run and at its own place alone. A record that a crash has cut short
+    is the last one, and is cut off; one that is damaged anywhere else is refused.
+
+    Attributes:
+        draws: draws a step.
+        steps: how many records there are.
+        chain: the digest of the last record; before the first one that of the header.
+    """
+
+    def __init__(self, path: Path, draws: int, steps: int, chain: bytes):
+        self.path, self.draws, self.steps, self.chain = path, draws, steps, chain
+        self._file = open(path, "a+b", buffering=0)
+        self._failed, self._end = False, os.fstat(self._file.fileno()).st_size
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping, draws: int = 1) -> Journal:
+        """Start a journal, whose header identifies the run by an id of its own; JSON can hold it."""
+        text = json.dumps({"draws": draws, "run": header}, sort_keys=True).encode()
+        head = HEAD.pack(MAGIC, FORMAT, len(text))
+        chain = digest_of_bytes(head, text)
+        write_whole(path, head + chain + text)
+        return cls(path, draws, 0, chain)
+
+    @classmethod
+    def resume(cls, path: Path, records: Records) -> Journal:
+        """Open the journal that gave these records; of a last one that was cut short the bytes are gone now."""
+        # anew: records of a process that was killed may be in memory alone, and after a sync that has failed another
+        # one does not write again what the system takes for written
+        write_whole(path, path.read_bytes()[: records.end])
+        return cls(path, records.draws, len(records.entries), records.chain[-1])
+
+    def append(self, entry: Entry) -> None:
+        """Write a record and wait until it is on disk.
+
+        Raises:
+            ValueError: if it is not the next step, or has another number of draws, or the file does not end where the
+                last record did.
+            OSError: if it cannot be written. The part that was written is taken back. Where it was the sync that
+                failed, or nothing can be taken back, no further record is taken: ``resume`` goes on.
+        """
+        if self._failed:
+            raise OSError(f"{self.path}: the disk has failed before, and its content is not known: resume the run")
+        if entry.step != self.steps or len(entry.draws) != self.draws:
+            raise ValueError(
+                f"entry: expected step {self.steps} with {self.draws} draws, got step {entry.step} with "
+                f"{len(entry.draws)}"
+            )
+        end = os.fstat(self._file.fileno()).st_size
+        if end != self._end:
+            raise ValueError(
+                f"journal: expected {str(self.path)!r} to end at byte {self._end}, as this process has left it, got "
+                f"{end}: something else writes to it; resume the run"
+            )
+        record = pack_entry(entry, self.chain)
+        try:
+            if self._file.write(record) != len(record):
+                raise OSError(f"{self.path}: the disk took a part of a record only")
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                # the system takes for written what it could not write: another sync would succeed, and write nothing
+                self._failed = True
+                raise
+        except BaseException:
+            # an interrupt too: a record counts once it is known to be on disk
+            try:
+                os.ftruncate(self._file.fileno(), self._end)
+            except OSError:
+                self._failed = True
+            raise
+        self.steps += 1
+        self._end += len(record)
+        self.chain = record[-SIZE:]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: str | Path) -> Records:
+    """Read a journal, which stays as it is; ValueError if it is none, of another format, or damaged."""
+    content = Path(path).read_bytes()
+    if len(content) < HEAD.size or content[: len(MAGIC)] != MAGIC:
+        raise ValueError(f"journal: expected a journal of maskpro_kernels, got {str(path)!r}")
+    _, number, size = HEAD.unpack(content[: HEAD.size])
+    if number != FORMAT:
+        raise ValueError(f"journal: expected format {FORMAT}, got {number}, of another version, in {str(path)!r}")
+    chain, text = content[HEAD.size : HEAD.size + SIZE], content[HEAD.size + SIZE :][:size]
+    if len(text) < size or digest_of_bytes(content[: HEAD.size], text) != chain:
+        raise ValueError(f"journal: expected a whole header, got a damaged one in {str(path)!r}")
+    head = json.loads(text)
+    length, entries, chains = STEP.size + head["draws"] * DRAW.size + SIZE, [], [chain]
+    start = HEAD.size + SIZE + size
+    for at in range(start, len(content), length):
+        record = content[at : at + length]
+        entry = unpack_entry(record, chains[-1]) if len(record) == length else None
+        if entry is None:
+            if at + length < len(content):
+                raise ValueError(
+                    f"journal: expected the record of step {len(entries)} of this run at byte {at}, got a damaged one "
+                    f"or another's in {str(path)!r}"
+                )
+            return Records(head["run"], entries, len(record), head["draws"], chains, at)
+        entries.append(entry)
+        chains.append(record[-SIZE:])
+    return Records(head["run"], entries, 0, head["draws"], chains, len(content))
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a snapshot by name. Each is read, as a whole and onto the CPU, when it is asked for.
+
+    Attributes:
+        path: of the snapshot.
+        kinds: (shape, dtype) by name.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.is_dir():
+            self.kinds = kinds_of_parts(tensor_files(path))
+        else:
+            with safe_open(path, framework="pt") as file:
+                # one after the other: all of them are as much as the model's logits
+                tensors = ((name, file.get_tensor(name)) for name in file.keys())
+                self.kinds = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self.kinds[name]
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        self.read_into({name: tensor})
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kinds)
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @torch.no_grad()
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors by their names; of a DTensor only the part of this rank is read."""
+        if self.path.is_dir() or any(map(is_distributed, tensors.values())):
+            read_parts(tensor_files(self.path), tensors)
+            return
+        with safe_open(self.path, framework="pt") as file:
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+
+
+def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> Path:
+    """Write the snapshot behind a step; of those up to that step all but the first and the two newest are removed.
+
+    Args:
+        state: JSON can hold it.
+
+    Raises:
+        OSError: if it cannot be written; the others are then as they were.
+    """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(on_cpu, metadata={"step": str(step), "state": json.dumps(state)})
+    path = folder / f"snapshot-{step:010}-{digest_of_bytes(content).hex()}.safetensors"
+    write_whole(path, content)
+    _remove_old_snapshots(folder, step)
+    return path
+
+
+def publish_snapshot(aside: Path, step: int, digests: Mapping[str, str], state: Mapping) -> Path:
+    """Make a snapshot of a folder that ranks have written their files into; arguments as for ``save_snapshot``.
+
+    Args:
+        aside: the folder, which gets the snapshot's name.
+        digests: those of the files by their names.
+    """
+    manifest = json.dumps({"step": step, "state": state, "files": digests}).encode()
+    path = aside.with_name(f"snapshot-{step:010}-{digest_of_bytes(manifest).hex()}")
+    write_whole(aside / MANIFEST, manifest)
+    if _is_sound(path):
+        # bit for bit the same, as at the end of a run whose last step has left one
+        discard(aside)
+    else:
+        if path.exists():
+            discard(path)
+        os.rename(aside, path)
+    sync(path.parent)
+    for other in snapshots_in(path.parent):
+        # the order of entries in a file is left to chance, and so is its digest
+        if step_of(other) == step and other != path:
+            discard(other)
+    _remove_old_snapshots(path.parent, step)
+    return path
+
+
+def _remove_old_snapshots(folder: Path, step: int) -> None:
+    for old in [other for other in snapshots_in(folder) if step_of(other) <= step][1:-KEPT]:
+        discard(old)
+
+
+def newest_snapshot(
+    folder: Path, at_most: int | None = None, run: Mapping | None = None
+) -> tuple[int, StoredTensors, dict, list[Path]]:
+    """(step, tensors, state, snapshots that were passed over) of the newest sound snapshot.
+
+    Args:
+        at_most: of at most that many steps.
+        run: of a state whose "run" is this.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    passed = []
+    for path in reversed(snapshots_in(folder)):
+        if at_most is not None and step_of(path) > at_most:
+            continue
+        if _is_sound(path):
+            # the digest vouches for these too
+            if path.is_dir():
+                manifest = json.loads((path / MANIFEST).read_bytes())
+                step, state = manifest["step"], manifest["state"]
+            else:
+                with safe_open(path, framework="pt") as file:
+                    metadata = file.metadata()
+                step, state = int(metadata["step"]), json.loads(metadata["state"])
+            if step == step_of(path) and (run is None or state.get("run") == run):
+                return step, StoredTensors(path), state, passed
+        passed.append(path)
+    others = f", {len(passed)} are damaged or of another run" if passed else ""
+    raise ValueError(f"snapshot: expected a sound one in {str(folder)!r}, got none{others}")
+
+
+def _is_sound(path: Path) -> bool:
+    """True where the bytes of a snapshot are those that were written."""
+    named = SNAPSHOT.fullmatch(path.name)[2]
+    try:
+        if not path.is_dir():
+            return digest_of_file(path) == named
+        manifest = (path / MANIFEST).read_bytes()
+        if digest_of_bytes(manifest).hex() != named:
+            return False
+        digests = json.loads(manifest)["files"]
+        if {file.name for file in tensor_files(path)} != digests.keys():
+            return False
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(digest_of_file, (path / name for name in digests))) == list(digests.values())
+    except OSError:
+        return False
+
+
+def tensor_files(snapshot: Path) -> list[Path]:
+    return sorted(snapshot.glob("*.safetensors")) if snapshot.is_dir() else [snapshot]
+
+
+def digest_of_file(path: Path) -> str:
+    """``digest_of_bytes`` of a file, of which no more than a piece is in memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=SIZE)).hexdigest()
+
+
+def step_of(snapshot: Path) -> int:
+    return int(SNAPSHOT.fullmatch(snapshot.name)[1])
+
+
+def snapshots_in(folder: Path) -> list[Path]:
+    """The files and folders of snapshots, by step."""
+    return sorted(path for path in folder.glob("snapshot-*") if SNAPSHOT.fullmatch(path.name))
+
+
+def settings_of(
+    layers: Mapping[str, MaskedLinear],
+    estimator: Estimator,
+    batches: Sequence | None,
+    seed: int,
+    accumulate: int,
+    loss_fn: LossFn,
+) -> dict:
+    """The settings that a run goes on with, as JSON.
+
+    Of a batch with objects that ``content`` cannot compare, the tensors alone; of batches that are no sequence, None,
+    nothing: snapshots hold a digest of those that were taken. Of a loss its ``settings()`` where it has them.
+    """
+    of_batches = None
+    if batches is not None:
+        # one after the other: a sequence may read them from disk
+        of_batches = [(digest(tensors_of(batch)), content(batch, index)) for index, batch in enumerate(batches)]
+    of_layers = {}
+    for name, layer in layers.items():
+        of_layers[name] = [layer.layer, str(layer.pattern), list(layer.logits.shape), str(layer.logits.dtype)]
+        if layer.is_shard:
+            of_layers[name] += [layer.group_offset, layer.group_row_stride]
+    return {
+        "format": FORMAT,
+        "seed": seed,
+        "estimator": estimator.name,
+        "settings": estimator.settings(),
+        "layers": of_layers,
+        "device": sorted({layer.weight.device.type for layer in layers.values()}),
+        "weights": digest(layer.weight for layer in layers.values()),
+        "batches": of_batches and [tensors for tensors, _ in of_batches],
+        "batch_contents": of_batches and [contents for _, contents in of_batches],
+        "accumulate": accumulate,
+        "loss": loss_fn.settings() if hasattr(loss_fn, "settings") else None,
+    }
+
+
+class SavedRun(NamedTuple):
+    """Where a run stands that is resumed.
+
+    Attributes:
+        steps: how many are done.
+        tensors: of the newest sound snapshot: the logits, and under ``PREFIX`` those of the estimator.
+        entries: of the journal behind that snapshot; none where there is no journal.
+        state: of the estimator.
+        initial_losses: loss of each batch under the initial masks; None where they are to be computed.
+        refreshed: the step from which on the initial masks are others than at the first; None where they are not.
+        skipped: how many of the last steps in a row had a loss or gradients that were not finite.
+        batches: digest of the batches of these steps, where they were no sequence.
+        warnings: what of the folder is damaged.
+    """
+
+    steps: int
+    tensors: StoredTensors
+    entries: list[Entry]
+    state: Mapping
+    initial_losses: list[float] | None
+    refreshed: int | None
+    skipped: int
+    batches: str | None
+    warnings: list[str]
+
+
+class RunFolder:
+    """The folder of a run, for one trainer at a time.
+
+    A new run begins by ``start``, and ``start_journal`` where it has a journal; one that was broken off goes on by
+    ``resume``. Errors name the trainer's argument ``output_dir``.
+
+    Args:
+        path: of the folder; ``start`` makes it.
+        estimator: of the run.
+
+    Attributes:
+        rows: the fields of ``StepRecord`` of each step that was taken.
+    """
+
+    def __init__(self, path: Path, estimator: Estimator):
+        self.path, self.estimator = path, estimator
+        self.rows: list[dict] = []
+        self._journal: Journal | None = None
+        self._lock: FileLock | None = None
+        self._run: Mapping | None = None
+        self._written = 0
+        self._process: int | None = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The id of the run, which no other one has; None before it has begun or goes on."""
+        return None if self._run is None else self._run["id"]
+
+    def start(self, settings: Mapping) -> None:
+        """Make the folder for a run with these ``settings_of`` and keep other trainers out of it.
+
+        Raises:
+            ValueError: if the folder holds a run, or another trainer has it.
+        """
+        self._check_new()
+        make_folder(self.path)
+        self._acquire()
+        try:
+            # again: another trainer may have had the folder since
+            self._check_new()
+            # of a run that was ended before its first step
+            for path in (*snapshots_in(self.path), *unfinished(self.path, WRITTEN)):
+                discard(path)
+        except BaseException:
+            self.close()
+            raise
+        # with an id of its own: files of another run are none of this one, however alike the two are
+        self._run = {**settings, "id": secrets.token_hex(16)}
+
+    def _check_new(self) -> None:
+        learned = any(step_of(path) > 0 for path in snapshots_in(self.path))
+        if learned or (self.path / METRICS).exists() or (self.path / JOURNAL).exists():
+            raise ValueError(
+                f"output_dir: expected a folder without a run, got {str(self.path)!r}; trainer.resume() goes on with "
+                "its run, and another folder begins a new one"
+            )
+
+    def start_journal(self, initial_losses: Sequence[float], draws: int) -> None:
+        """Start the journal of a run with that many draws a step; from here on the folder holds a run."""
+        header = {"run": self._run, "initial_losses": initial_losses}
+        self._journal = Journal.create(self.path / JOURNAL, header, draws)
+
+    def resume(
+        self,
+        settings: Mapping,
+        check_batches: Callable[[int, str | None], object],
+        check_run: Callable[[str], object] | None = None,
+    ) -> SavedRun:
+        """Take the folder of a run that was broken off, and leave it as the last step would have.
+
+        The estimator goes through the journal by its ``recall``: its state is that of the last step then.
+
+        Args:
+            settings: that the run has to have, see ``settings_of``.
+            check_batches: called with the steps that were taken and the digest of their batches; raises ValueError if
+                the run cannot go on with those there are.
+            check_run: likewise called with the id of the run.
+
+        Raises:
+            ValueError: if there is no run, another trainer has the folder, the run has other settings or tensors, its
+                journal or all its snapshots are damaged, or they contradict each other.
+            OSError: if the folder cannot be read or written. Nothing has changed then but what was damaged.
+        """
+        if self.estimator.journaled and not (self.path / JOURNAL).exists():
+            raise ValueError(f"output_dir: expected a folder with a {JOURNAL}, got {str(self.path)!r}")
+        if not snapshots_in(self.path):
+            raise ValueError(f"output_dir: expected a folder with snapshots, got {str(self.path)!r}")
+        before = self.estimator.state()
+        self._acquire()
+        try:
+            return self._resume(settings, check_batches, check_run)
+        except BaseException:
+            self.estimator.load_state(before)
+            self.close()
+            raise
+
+    def _resume(self, settings: Mapping, check_batches: Callable, check_run: Callable | None) -> SavedRun:
+        estimator, records, refreshed = self.estimator, None, None
+        if estimator.journaled:
+            records = read_journal(self.path / JOURNAL)
+            self._check_settings(settings, records.header["run"])
+        run, entries = (None, []) if records is None else (records.header["run"], records.entries)
+        snapshot_step, tensors, state, damaged = newest_snapshot(
+            self.path, None if records is None else len(entries), run
+        )
+        self._check_settings(settings, state["run"])
+        run = state["run"]
+        if not _continues(records, snapshot_step, state):
+            raise ValueError(
+                f"output_dir: expected snapshots and a {JOURNAL} of one run in {str(self.path)!r}, got a snapshot of "
+                f"step {snapshot_step} that was taken beside other records; restore the folder from a copy, or move "
+                "that snapshot away"
+            )
+        if check_run is not None:
+            check_run(run["id"])
+        self._check_tensors(tensors)
+        steps = snapshot_step if records is None else len(entries)
+        results = list(map(estimator.recall, entries))
+        rows = self._read_rows(steps)
+        if records is None:
+            kept, losses, skipped = state["estimator"], state["initial_losses"], state["skipped"]
+        else:
+            kept, losses = estimator.state(), records.header["initial_losses"]
+            for entry, result in zip(entries, results, strict=True):
+                refreshed = entry.step + 1 if result.refreshes else refreshed
+            if refreshed is not None:
+                losses = state["initial_losses"] if refreshed <= snapshot_step else None
+            skipped = len(list(takewhile(lambda entry: entry.skipped, reversed(entries))))
+            for entry, result in zip(entries, results, strict=True):
+                # a power cut may lose lines of steps that the journal holds, though not their flip rates and seconds
+                rows.setdefault(entry.step, asdict(result.record(entry.step, entry.tokens, math.nan, 0.0)))
+        batches = state["batches"]
+        check_batches(steps, batches)
+
+        for path in unfinished(self.path, WRITTEN):
+            discard(path)
+        if records is not None:
+            self._journal = Journal.resume(self.path / JOURNAL, records)
+        unusable = {*damaged, *(path for path in snapshots_in(self.path) if step_of(path) > steps)}
+        for path in unusable:
+            path.rename(path.with_suffix(".aside"))
+        self._run, self.rows = run, [rows[step] for step in sorted(rows)]
+        write_whole(self.path / METRICS, _lines(self.rows))
+        self._written = len(self.rows)
+        warnings = [f"{path} is damaged or of steps that are taken again: it is set aside" for path in unusable]
+        if records is not None and records.torn:
+            warnings.append(f"the last record of {self.path / JOURNAL} was cut short: its step is taken again")
+        return SavedRun(steps, tensors, entries[snapshot_step:], kept, losses, refreshed, skipped, batches, warnings)
+
+    def _check_settings(self, settings: Mapping, run: Mapping) -> None:
+        """Raise ValueError unless a run has these settings."""
+        for name, own in settings.items():
+            other = run.get(name)
+            if own == other:
+                continue
+            if isinstance(own, dict) and isinstance(other, dict):
+                # the first entry that differs
+                key = next(key for key in {**own, **other} if own.get(key) != other.get(key))
+                name, own, other = f"{name} {key}", own.get(key), other.get(key)
+            # the digests of batches say nothing
+            values = "of this trainer, got others" if name.startswith("batch") else f"{own!r}, got {other!r}"
+            raise ValueError(f"output_dir: expected a run with {name} {values} in {str(self.path)!r}")
+
+    def _check_tensors(self, stored: StoredTensors) -> None:
+        """Raise ValueError unless a snapshot holds the tensors of the estimator, by names, shapes and dtypes."""
+        tensors = self.estimator.tensors().items()
+        own = {PREFIX + name: f"{list(tensor.shape)} of {tensor.dtype}" for name, tensor in tensors}
+        kinds = stored.kinds.items()
+        held = {name: f"{shape} of {dtype}" for name, (shape, dtype) in kinds if name.startswith(PREFIX)}
+        if own != held:
+            raise ValueError(
+                f"output_dir: expected a snapshot with the tensors of {self.estimator.name}, "
+                f"{sorted(own.items() - held.items())}, got {sorted(held.items() - own.items())}"
+            )
+
+    def _read_rows(self, steps: int) -> dict[int, dict]:
+        """The metrics of the steps before that one, without lines that were cut short."""
+        rows = {}
+        path = self.path / METRICS
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if row["step"] < steps:
+                    rows[row["step"]] = row
+        return rows
+
+    def add_entry(self, entry: Entry | None) -> None:
+        """Add the record of a step to the journal, where the run has one, ahead of its update.
+
+        Raises:
+            RuntimeError: in a process that was forked while the trainer had the folder.
+            OSError: if it cannot be written.
+        """
+        self._check_process()
+        if self._journal is not None and entry is not None:
+            self._journal.append(entry)
+
+    def add_row(self, row: Mapping) -> None:
+        """Add the metrics of a step; where that fails, its line comes with that of the next step."""
+        self.rows.append(dict(row))
+        append_whole(self.path / METRICS, _lines(self.rows[self._written :]))
+        self._written = len(self.rows)
+
+    def add_snapshot(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> None:
+        self._before_snapshot()
+        save_snapshot(self.path, step, tensors, {**self._place(), **state})
+
+    def folder_aside(self) -> Path:
+        """Make the folder of a snapshot that ranks write their files into before ``publish_snapshot``."""
+        self._check_process()
+        # by its name a run that is resumed sees that it is unfinished
+        path = self.path / f"{MANIFEST}.{secrets.token_hex(8)}.tmp"
+        path.mkdir()
+        return path
+
+    def publish_snapshot(self, aside: Path, step: int, digests: Mapping[str, str], state: Mapping) -> None:
+        self._before_snapshot()
+        publish_snapshot(aside, step, digests, {**self._place(), **state})
+
+    def _before_snapshot(self) -> None:
+        self._check_process()
+        if not self.estimator.journaled and (self.path / METRICS).exists():
+            # the steps before are not taken again, and their losses are nowhere else
+            sync(self.path / METRICS)
+            sync(self.path)
+
+    def _place(self) -> dict:
+        """The place of a snapshot: the run, and the record of the journal that it stands at."""
+        return {"run": self._run, "chain": None if self._journal is None else self._journal.chain.hex()}
+
+    def _acquire(self) -> None:
+        """Keep other trainers out, in this process and in others."""
+        self._lock = FileLock(self.path / LOCK, blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            self._lock = None
+            raise ValueError(
+                f"output_dir: expected a folder that no other trainer holds, or one that is closed, got "
+                f"{str(self.path)!r}"
+            ) from None
+        self._process = os.getpid()
+
+    def _check_process(self) -> None:
+        if self._process not in (None, os.getpid()):
+            raise RuntimeError(
+                f"output_dir: expected process {self._process}, whose run is in {str(self.path)!r}, got {os.getpid()}, "
+                "which was forked from it: two may not write to one run; make a trainer with another output_dir here"
+            )
+
+    def close(self) -> None:
+        """Let another trainer have the folder; a forked process lets go of nothing that its parent holds."""
+        if self._process not in (None, os.getpid()):
+            return
+        try:
+            if self._journal is not None:
+                self._journal.close()
+        finally:
+            # also where the disk refuses to close the file
+            if self._lock is not None:
+                self._lock.release()
+            self._journal = self._lock = None
+
+
+def _lines(rows: Sequence[Mapping]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _continues(records: Records | None, step: int, state: Mapping) -> bool:
+    """True where a snapshot was taken behind the record of the journal that has its step."""
+    # the first one was taken before the journal was there: that it is of the run, the run's id says
+    return records is None or step == 0 or state.get("chain") == records.chain[step].hex()
+
+
+def snapshot_of(
+    layers: Mapping[str, MaskedLinear],
+    estimator: Estimator,
+    initial_losses: list[float] | None,
+    skipped: int,
+    batches: str | None,
+) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, state) of a snapshot; the others as in ``SavedRun``."""
+    tensors = {name: layer.logits.detach() for name, layer in layers.items()}
+    tensors |= {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
+    state = {"estimator": estimator.state(), "initial_losses": initial_losses, "skipped": skipped, "batches": batches}
+    return tensors, state
+
+
+def write_parts(
+    folder: RunFolder | None, ranks: Ranks, step: int, tensors: Mapping[str, Tensor], state: Mapping
+) -> None:
+    """Add a snapshot of tensors whose rows ranks hold: each writes its own, and rank 0 publishes them once on disk."""
+    aside = ranks.first(lambda: folder.folder_aside())
+    try:
+        ranks.all_of(lambda: check_seen(aside))
+        write = planned_parts(ranks, aside, tensors)
+
+        def written() -> tuple[str, str] | None:
+            path = write()
+            return path and (path.name, digest_of_file(path))
+
+        digests = dict(filter(None, ranks.gather_objects(ranks.all_of(written))))
+        ranks.first(lambda: folder.publish_snapshot(aside, step, digests, state))
+    finally:
+        if ranks.rank == 0 and aside.exists():
+            # the rest is cleared away when the run is resumed; the error that came first is the one to raise
+            with suppress(OSError):
+                discard(aside)
+
+
+@torch.no_grad()
+def restore(
+    saved: SavedRun,
+    ranks: Ranks,
+    layers: Mapping[str, MaskedLinear],
+    estimator: Estimator,
+    seed: int,
+    refresh: Callable[[], object],
+) -> None:
+    """Set logits and the estimator's tensors to those of a snapshot, and take the journal's steps behind it again.
+
+    Steps are taken by their updates alone, without a forward pass: the bits are those of a run that was never
+    interrupted. Rank 0 reads for all ranks; of layers whose rows they hold each reads its own.
+
+    Args:
+        refresh: called where the logits are those of the step ``refreshed`` and there are no ``initial_losses``.
+    """
+    logits = {name: layer.logits.detach() for name, layer in layers.items()}
+    of_estimator = {PREFIX + name: tensor for name, tensor in estimator.tensors().items()}
+    if is_sharded(layers):
+        ranks.all_of(lambda: check_seen(saved.tensors.path))
+        ranks.all_of(lambda: saved.tensors.read_into(logits))
+        spread = of_estimator
+    else:
+        spread = logits | of_estimator
+    ranks.first(lambda: saved.tensors.read_into(spread))
+    for tensor in spread.values():
+        ranks.spread_(tensor)
+    masks = ModelMasks(layers)
+    for entry in saved.entries:
+        if entry.step == saved.refreshed and saved.initial_losses is None:
+            refresh()
+        replay(masks, seed, entry)
+
+
+def replay_run(folder: str | Path, steps: int | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Rebuild the logits of a run from its journal and its first snapshot, without model and batches.
+
+    Args:
+        folder: ``output_dir`` of the trainer; of `maskpro learn` the folder "progress" in that of the run.
+        steps: of the first so many; None: of all.
+        device: where the updates are computed; the bits are the same on all.
+
+    Returns:
+        The logits [out, K] by the names of their layers, on the CPU.
+
+    Raises:
+        ValueError: if there is no journal, it or the first snapshot is damaged, or ``steps`` are more than it has.
+    """
+    folder = Path(folder)
+    if not (folder / JOURNAL).exists():
+        raise ValueError(f"folder: expected the folder of a run with a {JOURNAL}, got {str(folder)!r}")
+    records = read_journal(folder / JOURNAL)
+    run, entries = records.header["run"], records.entries
+    if steps is not None and not 0 <= steps <= len(entries):
+        raise ValueError(f"steps: expected 0 to {len(entries)}, those of the journal, got {steps}")
+    _, tensors, _, _ = newest_snapshot(folder, at_most=0, run=run)
+    layers = {
+        name: ReplayedLayer(tensors[name].to(device), NMPattern(pattern), layer, *place)
+        for name, (layer, pattern, _, _, *place) in run["layers"].items()
+    }
+    masks = ModelMasks(layers)
+    for entry in entries[:steps]:
+        replay(masks, run["seed"], entry)
+    return {name: layer.logits.cpu() for name, layer in layers.items()}
