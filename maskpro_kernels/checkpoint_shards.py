@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .files import named_files, weight_files
 from .fsdp import is_distributed, resharded
-from .safetensors_files import named_files, weight_files
 from .sharded_files import kinds_of_parts, read_parts
 
 # Names that one message tells

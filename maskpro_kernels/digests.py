@@ -9,31 +9,25 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 SIZE = 16
+LINE = re.compile(rb'(\{.+), "digest": "([0-9a-f]{32})"\}')
 
 
 def digest_of_bytes(*parts: bytes) -> bytes:
-    """Of bytes, one part behind the other."""
+    """The digest of bytes, one part behind the other."""
     whole = hashlib.blake2b(digest_size=SIZE)
     for part in parts:
         whole.update(part)
     return whole.digest()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU where they lie, as long as the tensor lives.
-
-    Not by ``numpy``: FSDP2 could free no memory that has been given to it.
-    """
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
-
-
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Of the shapes, dtypes and bytes of tensors, in their order.
+    """The digest of the shapes, dtypes and bytes of tensors, in their order.
 
     To DTensors all ranks of their mesh have to come. One after the other is gathered; the digest is that of whole
     tensors, whatever the mesh.
@@ -43,14 +37,14 @@ def digest(tensors: Iterable[Tensor]) -> str:
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.detach().full_tensor()
         whole.update(f"{list(tensor.shape)} {tensor.dtype}".encode())
-        # one pass over the bytes where they lie
         plain = tensor.detach().cpu().contiguous()
-        whole.update(_bytes_of(plain))
+        # the bytes where they lie; not by ``numpy``: FSDP2 could free no memory that has been given to it
+        whole.update(memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())))
     return whole.hexdigest()
 
 
 def digest_of_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Of tensors by name, with the strings beside them: names, shapes, dtypes, bytes and metadata, in sorted order.
+    """The digest of tensors with the strings beside them: names, shapes, dtypes, bytes and metadata, in sorted order.
 
     Args:
         tensors: by name. Two of one shape that change places give another digest.
@@ -59,3 +53,29 @@ def digest_of_named(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] |
     parts = [[name, digest([tensors[name]])] for name in sorted(tensors)]
     # JSON marks where a name ends
     return digest_of_bytes(json.dumps([parts, sorted((metadata or {}).items())]).encode()).hex()
+
+
+def sealed_line(row: Mapping, run: str) -> bytes:
+    """A line of JSON that ends in its digest.
+
+    Args:
+        row: at least one entry; JSON can hold it.
+        run: the id of the run. In another run the line does not count.
+    """
+    body = json.dumps(row)[:-1].encode()
+    return body + f', "digest": "{_seal(body, run)}"}}\n'.encode()
+
+
+def rows_of(content: bytes, run: str) -> tuple[list[dict], int]:
+    """(what the sound lines of a run hold, how many lines are damaged, cut short, or of another run)."""
+    lines = content.split(b"\n")
+    # behind the end of the last line
+    if not lines[-1]:
+        lines.pop()
+    found = map(LINE.fullmatch, lines)
+    bodies = [line[1] for line in found if line is not None and line[2].decode() == _seal(line[1], run)]
+    return [json.loads(body + b"}") for body in bodies], len(lines) - len(bodies)
+
+
+def _seal(body: bytes, run: str) -> str:
+    return digest_of_bytes(run.encode(), b"\n", body).hex()

@@ -1,11 +1,8 @@
-"""Optional packages: which extra of this one installs them, and what to say where one is missing."""
+"""Optional packages: which extra of this one installs them, and the message where one is missing."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
-from contextlib import suppress
 
 # The optional packages of each extra in pyproject.toml, small extras first
 EXTRAS = {
@@ -20,7 +17,7 @@ EXTRAS = {
 
 
 def missing(*packages: str) -> str | None:
-    """What to install of these packages, as the end of a sentence; None if nothing.
+    """The packages of these that are not installed, and how to install them, as the end of a sentence; None if none.
 
     Args:
         packages: all of one extra.
@@ -37,19 +34,7 @@ def missing(*packages: str) -> str | None:
 
 
 def require(what: str, *packages: str) -> None:
-    """Raise ModuleNotFoundError, which names ``what`` needs the packages and their extra, unless they are installed."""
+    """Raise ModuleNotFoundError, which names the extra that ``what`` needs, unless the packages are installed."""
     lacking = missing(*packages)
     if lacking:
         raise ModuleNotFoundError(f"{what} needs {lacking}")
-
-
-def watch_saving() -> None:
-    """Import ``hf`` where models of transformers are in memory: a model may be given layers, and saved, without it.
-
-    Its ``save_pretrained`` then writes what loads them again.
-    """
-    own = f"{__package__}.hf"
-    if "transformers.modeling_utils" in sys.modules and own not in sys.modules:
-        # an older transformers knows no quantizers of others; what needs them says so
-        with suppress(ImportError):
-            importlib.import_module(own)

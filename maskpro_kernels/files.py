@@ -1,49 +1,64 @@
-"""Files that are seen as a whole or not at all, also after a crash, and folders that may be written to."""
+"""Files that are seen as a whole or not at all, also after a crash; folders to write to; the files of a checkpoint."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# What a folder answers to a sync that is not ours to read or write, or whose file system, as autofs, has none
+# Errors of a sync of a folder that is not ours to read or write, or whose file system, as autofs, has no sync
 UNSYNCED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EROFS}
-
-
-def can_only_be_a_path(name: str) -> bool:
-    """Whether a name is none of the hub, whose ids are "name" and "owner/name"."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+# Of a checkpoint
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is seen as a whole or not at all, also after a crash; of several writers the last one's."""
-    with writing_whole(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def writing_whole(path: Path) -> Iterator[BinaryIO]:
-    """The same, of what is written within; where that fails, nothing has been written."""
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
-            yield file
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file; one of that name is replaced only once the new one is safe on disk.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            # such as of a full disk
+            raise OSError(f"{path}: {error}") from error
+        # safetensors lets its owner alone read a file; others get what other new files have
+        umask = os.umask(0o077)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # the new name is itself lost in a crash unless the folder reaches the disk too
     sync(path.parent)
 
 
@@ -85,22 +100,8 @@ def unfinished(folder: Path, name: str = ".+") -> list[Path]:
     Args:
         name: a regular expression for the name that the whole file would have got.
     """
-    return _named(rf"({name})(\.[0-9a-f]{{16}}\.tmp)+", folder)
-
-
-def unfinished_tensors(folder: Path) -> list[Path]:
-    """The same of ``write_tensors``, by the names that safetensors gives such parts."""
-    return _named(r"\.tmp[A-Za-z0-9]{6}", folder)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove all such parts in a folder, which need not be there."""
-    for half in (*unfinished(folder), *unfinished_tensors(folder)):
-        discard(half)
-
-
-def _named(name: str, folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if re.fullmatch(name, path.name)]
+    part = re.compile(rf"({name})(\.[0-9a-f]{{16}}\.tmp)+")
+    return [path for path in folder.glob("*") if part.fullmatch(path.name)]
 
 
 def make_folder(path: Path) -> None:
@@ -115,7 +116,6 @@ def make_folder(path: Path) -> None:
             raise
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        # its name is itself lost in a crash unless the folder above reaches the disk too
         sync(folder.parent)
     path.mkdir(exist_ok=True)
 
@@ -126,7 +126,7 @@ def _missing(path: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on disk."""
+    """Wait until a file, or the list of a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,13 +136,13 @@ def sync(path: Path) -> None:
 
 def check_takes_files(folder: Path) -> None:
     """Raise OSError unless a file can be made in a folder; leaves nothing behind."""
-    # Permission bits alone do not tell: root, read-only and virtual file systems pass them. A file without a name is
-    # gone whenever the process is killed.
+    # permission bits alone do not tell: root, read-only and virtual file systems pass them; a file without a name is
+    # gone whenever the process is killed
     tempfile.TemporaryFile(dir=folder).close()
 
 
 def check_output(folder: str | Path) -> None:
-    """Refuses an output folder that cannot be written or would mix with what is already there; leaves nothing behind.
+    """Refuse an output folder that cannot be written or would mix with what is already there; leaves nothing behind.
 
     Raises:
         ValueError: if ``folder`` exists and is not empty, or it or a folder above it is a file or not writable.
@@ -150,7 +150,6 @@ def check_output(folder: str | Path) -> None:
     folder = Path(folder)
     missing = _missing(folder.absolute())
     there = missing[-1].parent if missing else folder.absolute()
-    # Told now: after hours of learning it would be too late.
     if not there.is_dir():
         raise ValueError(f"output: expected a folder, got {str(folder)!r}: {str(there)!r} is a file; give another name")
     try:
@@ -167,37 +166,59 @@ def check_output(folder: str | Path) -> None:
         )
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file; one of that name is replaced only once the new one is safe on disk.
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each one whole.
 
     Raises:
-        OSError: if the file cannot be written.
+        ValueError: if there are none, or one of them is damaged.
     """
-    path = Path(path)
-    temporary = _temporary(path)
+    folder = Path(folder)
+    files = [folder] if folder.suffix == ".safetensors" else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"checkpoint: expected a folder with safetensors files, got {str(folder)!r}")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"checkpoint: expected a whole safetensors file, got {str(file)!r}: {error}; copy or download it again"
+            ) from error
+    return files
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files that ``from_pretrained`` loads from a folder: the single one, else those that its index names.
+
+    Raises:
+        ValueError: if the index is damaged, or names files that are not there.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
     try:
-        with disk_errors(path):
-            save_file(tensors, temporary, metadata=metadata)
-        open_to_others(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The new name is itself lost in a crash unless the folder reaches the disk too.
-    sync(path.parent)
+        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"it names {missing[0]}, which is not there")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoint: expected a sound {INDEX} in {str(folder)!r}, got {error!r}; copy or download it again"
+        ) from error
+    return [folder / name for name in names]
 
 
-def open_to_others(path: str | Path) -> None:
-    """Give a file of safetensors, which its owner alone may read, the mode that other new files have."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
+    """The file of each tensor, by its name."""
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    return where
 
 
-@contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """What safetensors cannot write, such as to a full disk, is told as an OSError, which its own error is not."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import ops
 from .counter import Counter, CounterState, MaskSource
-from .extras import watch_saving
 from .fsdp import Place, RowShard, attach, check_in_memory
 from .functional.checks import (
     LOGIT_DTYPES,
@@ -98,7 +97,6 @@ class MaskedLinear(nn.Module):
         group_row_stride: int | None = None,
     ):
         super().__init__()
-        watch_saving()
         self.pattern = NMPattern(pattern)
         m = self.pattern.m
         for name, tensor in (("weight", weight), ("logits", logits)):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .extras import watch_saving
 from .fsdp import is_distributed
 from .functional.checks import (
     LOGIT_DTYPES,
@@ -331,7 +330,6 @@ class NMLinear(nn.Module):
         super().__init__()
         if not isinstance(packed, PackedNM):
             raise TypeError(f"packed: expected a PackedNM, got {describe(packed)}")
-        watch_saving()
         self.pattern = packed.pattern
         self.out_features, self.in_features = packed.shape
         if packed.kind == INT8:

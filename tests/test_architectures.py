@@ -12,7 +12,7 @@ from helpers.cases import cases
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.hf.packed import StoredAs, replace_by_packed
+from maskpro_kernels.hf.quantizer import put_empty_layers
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.coverage import coverage
 from maskpro_kernels.prune.selection import select_layers
@@ -102,7 +102,8 @@ def test_shares_of_default_configurations(name, kind):
     pattern = mk.NMPattern("2:4")
     as_linears(model)
     layers, skipped = select_layers(model, pattern)
-    replace_by_packed(model, {name: StoredAs(pattern) for name in layers if not name.endswith(".dt_proj")})
+    packed = {name: {"pattern": "2:4", "values": "keep"} for name in layers if not name.endswith(".dt_proj")}
+    put_empty_layers(model, packed, torch.float32)
     assert round(100 * coverage(model, skipped).share, 1) == DEFAULTS[name, kind]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskpro_kernels.files import make_folder, write_tensors, write_whole
+from maskpro_kernels.files import check_output, make_folder, write_tensors, write_whole
 
 
 def write_bytes(path, number: int) -> None:
@@ -72,3 +73,28 @@ def test_a_folder_is_made_below_one_that_cannot_be_synced(code, tmp_path, monkey
     else:
         make_folder(mounted / "deep" / "run")
         assert (mounted / "deep" / "run").is_dir() and asked == [tmp_path, mounted, mounted / "deep"]
+
+
+def test_check_output(tmp_path):
+    check_output(tmp_path)
+    check_output(tmp_path / "new" / "deep")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output: expected a new or empty folder, got .*not empty"):
+        check_output(tmp_path)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="output: expected a folder, got .*file' is a file"):
+            check_output(folder)
+
+
+@pytest.mark.parametrize(("module", "name"), [(tempfile, "TemporaryFile"), (os, "mkdir")])
+def test_check_output_refuses_a_folder_it_cannot_write(tmp_path, monkeypatch, module, name):
+    """Also one that takes files but no folders, such as by a quota."""
+
+    def refuse(*args, **others):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(module, name, refuse)
+    with pytest.raises(ValueError, match="output: expected a writable folder, got .*deep.*Permission denied"):
+        check_output(tmp_path / "new" / "deep")
+    assert os.listdir(tmp_path) == []

@@ -1,5 +1,8 @@
+"""Models loaded and saved, with their cards, here and on the hub."""
+
 from __future__ import annotations
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -8,10 +11,10 @@ import torch
 from helpers.bits import assert_same_bits
 from helpers.full_disk import files_of_at_most
 from helpers.tiny_llama import tiny_model, tiny_text, tiny_tokenizer
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM
 
+import maskpro_kernels as mk
 from maskpro_kernels import hf
 from maskpro_kernels.text.batches import windows
 from maskpro_kernels.text.perplexity import perplexity
@@ -60,34 +63,15 @@ def test_folder_without_a_model(tmp_path):
 
 def test_folder_without_a_tokenizer(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises((OSError, ValueError), match="the folder has no tokenizer; write that of the model into it, by"):
+    with pytest.raises((OSError, ValueError), match="model: expected a causal language model and its tokenizer, got"):
         hf.load_model(str(tmp_path), torch.float32)
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises((OSError, ValueError), match="copy or download it again"):
+    with pytest.raises((OSError, ValueError), match="model: expected a causal language model and its tokenizer, got"):
         hf.load_model(str(tmp_path), torch.float32)
 
 
-def test_a_name_that_only_the_hub_may_have(monkeypatch):
-    response = SimpleNamespace(headers={}, request=None)
-    answers = {"owner/there": None, "owner/busy": HfHubHTTPError("502", response=response)}
-    answers["owner/none"] = RepositoryNotFoundError("404", response=response)
-
-    def answer(_, repo_id, timeout):
-        if answers[repo_id] is not None:
-            raise answers[repo_id]
-
-    monkeypatch.setattr(HfApi, "model_info", answer)
-    hf.check_model("owner/there")
-    hf.check_model("owner/busy")
-    told = "got 'owner/none': there is no folder of that name, and the hub has none that your login may read"
-    with pytest.raises(FileNotFoundError, match=told):
-        hf.check_model("owner/none")
-    with pytest.raises(FileNotFoundError, match="got '-x': there is no folder of that name, and the hub has none"):
-        hf.check_model("-x")
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", None])
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16"])
 def test_bad_dtype(dtype):
     with pytest.raises(TypeError, match="dtype: expected a floating-point torch.dtype, got"):
         hf.load_model(hf.SMOLLM2, dtype)
@@ -109,11 +93,65 @@ def test_smollm2_tells_what_to_install(monkeypatch, tmp_path, missing, cure):
         hf.load_model(hf.SMOLLM2, torch.float32)
 
 
-def test_smollm2_package_without_its_file(monkeypatch, tmp_path):
-    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr("maskpro_kernels.hf.loading.find_spec", lambda package: spec)
-    with pytest.raises(ValueError, match="expected a .gguf file in .*got none"):
-        hf.load_model(hf.SMOLLM2, torch.float32)
+def sparse(to: str | None):
+    model = tiny_model()
+    mk.convert(model, "2:4")
+    if to is not None:
+        mk.finalize(model, to="dense" if to == "dense" else "packed", values="int8" if to == "int8" else "keep")
+    return model
+
+
+@pytest.mark.parametrize("to", [None, "dense", "packed", "int8"])
+def test_the_model_card(to, tmp_path):
+    table = [{"mask": "dense", "perplexity": 15.25}, {"mask": "reinforce", "perplexity": 20.0}]
+    hf.save_model(sparse(to), tiny_tokenizer(), tmp_path / "m", base_model="owner/base", pattern="2:4", table=table)
+    text = (tmp_path / "m" / "README.md").read_text()
+    data = ModelCard.load(tmp_path / "m" / "README.md").data
+    assert data.base_model == "owner/base" and data.library_name == "transformers" and "2:4" in data.tags
+    assert data.pipeline_tag == "text-generation"
+    assert "# m\n\nThis is [owner/base](https://huggingface.co/owner/base) with 2:4 sparsity" in text
+    assert "| mask | perplexity |\n|---|---:|\n| dense | 15.25 |\n| reinforce | 20.00 |\n" in text
+    assert ("import maskpro_kernels.hf" in text) == (to != "dense") and ("rounded to int8" in text) == (to == "int8")
+    assert ("These linear layers are dense: `lm_head`." in text) == (to != "dense")
+    assert "2506.12876" in text and "\n\n\n" not in text
+    # somebody's own is kept
+    (tmp_path / "m" / "README.md").write_text("mine")
+    hf.save_model(sparse(to), tiny_tokenizer(), tmp_path / "m")
+    assert (tmp_path / "m" / "README.md").read_text() == "mine"
+
+
+def test_a_card_without_what_is_not_known(tmp_path):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path, base_model="local")
+    text = (tmp_path / "README.md").read_text()
+    assert "This is local with dense weights." in text and "| mask |" not in text and "base_model" not in text
+
+
+def test_a_saved_model_is_pushed_as_one_folder(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **how: calls.append((repo_id, how)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **how: calls.append(how))
+    hf.save_model(sparse("packed"), tiny_tokenizer(), tmp_path / "m", push_to_hub="owner/m", private=True)
+    assert calls[0] == ("owner/m", {"private": True, "exist_ok": True})
+    assert calls[1]["repo_id"] == "owner/m" and calls[1]["folder_path"] == tmp_path / "m"
+    assert 'from_pretrained("owner/m")' in (tmp_path / "m" / "README.md").read_text()
+
+    def refused(_, **how):
+        raise RuntimeError("403 Forbidden\nmore")
+
+    monkeypatch.setattr(HfApi, "upload_folder", refused)
+    with pytest.raises(OSError, match="push_to_hub: the model is in .*403 Forbidden; push it by `hf upload owner/m"):
+        hf.save_model(sparse("packed"), tiny_tokenizer(), tmp_path / "m", push_to_hub="owner/m")
+
+
+def test_a_model_that_brings_code_is_refused(tmp_path):
+    hf.save_model(tiny_model(), tiny_tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="^model: expected a causal language model and its tokenizer, got .*code"):
+        hf.load_model(str(tmp_path), torch.float32)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow

@@ -16,8 +16,7 @@ from torch import nn
 
 import maskpro_kernels
 from maskpro_kernels import hf
-from maskpro_kernels.checkpoints.importers.learned_masks import read_masks
-from maskpro_kernels.hf import known_origin
+from maskpro_kernels.checkpoints.importers import read_masks
 
 PACKAGE = Path(maskpro_kernels.__file__).parent
 # Each makes objects of what it reads
@@ -122,12 +121,4 @@ def test_planted_weights_run_no_code(tmp_path):
     shutil.copy(folder / "pytorch_model.bin", folder / "model.safetensors")
     with pytest.raises((ValueError, OSError), match="^model: expected a causal language model"):
         hf.load_model(str(folder), torch.float32)
-    assert not mark.exists()
-
-
-def test_a_planted_card_runs_no_code(tmp_path):
-    mark = tmp_path / "mark"
-    planted = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{mark}']]"
-    (tmp_path / "README.md").write_text(f"---\nbase_model: {planted}\n---\n")
-    assert known_origin(tmp_path) is None
     assert not mark.exists()

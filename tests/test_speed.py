@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.architectures import tiny
-from helpers.tiny_llama import WORDS, tiny_model, tiny_tokenizer
+from helpers.tiny_llama import WORDS, tiny_model
 from torch import nn
 from transformers import BertConfig, BertModel, GenerationConfig
 
 from maskpro_kernels import NMLinear, convert, finalize
-from maskpro_kernels.hf import measure_speed, process_memory, save_model, speed
-from maskpro_kernels.hf.agreement import first_difference, greedy, plain_generation, rounding_of
-from maskpro_kernels.hf.process_memory import PeakMemory, peak_memory, resident
-from maskpro_kernels.hf.speed import WARM_UP, Spread, stored_as
+from maskpro_kernels.hf import measure_speed, speed
+from maskpro_kernels.hf.speed import (
+    WARM_UP,
+    Spread,
+    first_difference,
+    greedy,
+    plain_generation,
+    rounding_of,
+    stored_as,
+)
 from maskpro_kernels.replacement import replace_modules
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -59,7 +63,7 @@ def test_models_are_compared_with_the_first_one_of_their_weights(models):
     assert {name: found[name].other for name in found} == {
         "packed": "sparse", "masked": "sparse", "int8": "sparse", "base": "sparse", "base again": "base",
     }  # fmt: skip
-    assert [name for name in found if found[name].same_weights] == ["packed", "masked", "base again"]
+    assert [name for name in found if found[name].differs_in is None] == ["packed", "masked", "base again"]
     assert report.agree and all(found[name].holds for name in found)
     assert str(found["packed"]) == "packed: same weights as sparse; same 4 tokens"
     assert str(found["base"]).startswith("base: other weights than sparse, first in model.layers.0.self_attn.q_proj.")
@@ -114,14 +118,14 @@ def parted(distance: float):
 def test_a_near_tie_is_told_and_no_difference():
     report = measure_speed(parted(1e-6), PROMPT, new_tokens=4, rounds=1)
     (found,) = report.agreements
-    assert found.same_weights and found.same_tokens == 0 and 0 < found.gap <= found.rounding < 1e-4
+    assert found.differs_in is None and found.same_tokens == 0 and 0 < found.gap <= found.rounding < 1e-4
     assert report.agree and "same tokens up to 0 of 4; there two candidates lie within rounding" in str(found)
 
 
 def test_tokens_that_rounding_does_not_explain_are_a_difference():
     report = measure_speed(parted(1e-2), PROMPT, new_tokens=4, rounds=1)
     (found,) = report.agreements
-    assert found.same_weights and found.gap > found.rounding and not report.agree
+    assert found.differs_in is None and found.gap > found.rounding and not report.agree
     assert "THE MODELS DIFFER" in str(found)
 
 
@@ -155,7 +159,8 @@ def test_models_take_turns(models, monkeypatch):
     three = {name: models[name] for name in ("sparse", "packed", "masked")}
     report = measure_speed(three, PROMPT, new_tokens=2, rounds=2)
     a, b, c = three
-    assert WARM_UP == 1 and order == [a, b, c, b, c, a, c, a, b]
+    # behind what each writes to be compared
+    assert WARM_UP == 1 and order[3:] == [a, b, c, b, c, a, c, a, b]
     assert all(len(model.prefill_seconds) == len(model.step_seconds) == 2 for model in report.models)
 
 
@@ -202,7 +207,6 @@ def test_it_refuses_what_it_cannot_measure(models):
     bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     for given, told in [
         (({}, PROMPT), "models: expected at least one"),
-        (({"a": nn.Linear(2, 2)}, PROMPT), "models: expected models of transformers, got Linear"),
         (({"a": bert}, PROMPT), "models: expected models that generate, got BertModel as 'a'"),
         (
             ({"a": base, "b": tiny_model(vocab_size=40)}, PROMPT),
@@ -212,53 +216,11 @@ def test_it_refuses_what_it_cannot_measure(models):
             ({"a": base, "b": tiny_model().to("meta")}, PROMPT),
             "models: expected all on the prompt's cpu, got 'b' on meta",
         ),
-        (({"a": base}, PROMPT.float()), "prompt: expected an int64 tensor"),
-        (({"a": base}, PROMPT[0]), r"prompt: expected \[rows, tokens\]"),
+        (({"a": base}, PROMPT.float()), "prompt: expected int64 .rows, tokens., got torch.float32"),
+        (({"a": base}, PROMPT[0]), r"prompt: expected int64 \[rows, tokens\]"),
         (({"a": base}, PROMPT + 100), "prompt: expected tokens below 32, the vocabulary, got 100 to 111"),
         (({"a": base}, PROMPT, 1), "new_tokens: expected at least 2, got 1"),
         (({"a": base}, PROMPT, 2, 0), "rounds: expected at least 1, got 0"),
     ]:
-        with pytest.raises((ValueError, TypeError), match=f"^{told}"):
+        with pytest.raises(ValueError, match=f"^{told}"):
             measure_speed(*given)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packed")
-    save_model(finalize(converted(), to="packed"), tiny_tokenizer(), folder)
-    return folder
-
-
-def test_what_is_resident_is_found(folder):
-    found = resident(str(folder), torch.bfloat16, PROMPT, 3)
-    # a process of torch and transformers
-    assert 50e6 < found.before and 50e6 < found.peak < 50e9
-
-
-def test_a_system_that_cannot_forget_includes_loading(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(process_memory, "CLEAR", tmp_path / "none" / "clear_refs")
-    assert resident(str(folder), torch.float32, PROMPT, 2).loading_included
-    monkeypatch.setattr(process_memory, "STATUS", tmp_path / "status")
-    assert peak_memory(str(folder), torch.float32, PROMPT, 2) is None
-
-
-def test_the_fresh_process_is_asked_and_answers(folder, monkeypatch, capsys):
-    echo = (
-        "import json, sys; print('noise'); print(json.dumps({'before': 1, 'peak': ASKED, 'loading_included': False}))"
-    )
-    monkeypatch.setattr(process_memory, "RUN", echo.replace("ASKED", "json.load(sys.stdin)"))
-    asked = peak_memory(str(folder), torch.bfloat16, PROMPT, 3, threads=1).peak
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
-    process_memory.main()
-    assert PeakMemory(**json.loads(capsys.readouterr().out)).peak > 50e6
-    monkeypatch.setattr(process_memory, "RUN", "raise SystemExit('it is too large')")
-    with pytest.raises(ValueError, match="measures the memory of 'none' failed: it is too large"):
-        peak_memory("none", torch.bfloat16, PROMPT, 3)
-
-
-@pytest.mark.slow
-def test_a_fresh_process_holds_one_model_alone(folder):
-    ballast = torch.ones(500_000_000, dtype=torch.uint8)
-    found = peak_memory(str(folder), torch.bfloat16, PROMPT, 3)
-    # above what this process holds it would have been inherited
-    assert found.before <= found.peak < found.before + ballast.nbytes / 2

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from ..checkpoints.logits import changed_weights, load_weights, save_weights
+from ..checkpoints.logits import changed_weights
+from ..files import write_tensors
 from ..modules import MaskedLinear, masked_layers
 from ..prune.refit import put_weights
 from ..ranks import Ranks
@@ -49,7 +51,9 @@ def save_start_weights(model: torch.nn.Module, progress: Path) -> None:
     """Keep the weights that a run begins with, where they are not those of the dense model."""
     changed = changed_weights(masked_layers(model))
     if changed:
-        save_weights(changed, progress / START_WEIGHTS)
+        write_tensors(
+            {name: weight.cpu().contiguous() for name, weight in changed.items()}, progress / START_WEIGHTS, {}
+        )
 
 
 def put_back_start_weights(model: torch.nn.Module, progress: Path, start: Mapping, ranks: Ranks) -> None:
@@ -65,8 +69,12 @@ def put_back_start_weights(model: torch.nn.Module, progress: Path, start: Mappin
     def put_back() -> None:
         if digest_of_weights(model) != start["dense_weights"]:
             raise ValueError("resume: expected the model whose weights were refitted, got other weights; put it back")
-        weights = load_weights(progress / START_WEIGHTS)
-        put_weights(masked_layers(model), weights)
+        path = progress / START_WEIGHTS
+        if not path.is_file():
+            raise ValueError(f"resume: expected the weights that the run began with in {str(path)!r}, got no file")
+        put_weights(masked_layers(model), load_file(path))
+        if digest_of_weights(model) != start["start_weights"]:
+            raise ValueError(f"resume: expected the weights that the run began with in {str(path)!r}, got others")
 
     ranks.first(put_back)
     spread_weights(masked_layers(model), ranks)

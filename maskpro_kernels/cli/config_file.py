@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..checked_json import each_once, load_json
 from ..learn.estimator import RunDefaults, estimators
 from .arguments import number, whole
 from .progress import tell
@@ -56,7 +55,7 @@ def eval_every_of(steps: int) -> int:
 def _read(path: Path, parser: argparse.ArgumentParser) -> dict[str, object]:
     """Options by name; ValueError unless each is one of the parser's, with a value of its kind."""
     try:
-        found = load_json(path.read_text(encoding="utf-8"), each_once)
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected a JSON file, got {str(path)!r}: {error}") from error
     if not isinstance(found, dict):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..checkpoints.logits import Learned, load_learned
+from ..checkpoints.logits import Logits, load_logits
 from ..digests import digest
 from ..files import check_output
 from ..functional.masks import top_n_mask
@@ -23,10 +21,8 @@ from ..prune.refit import put_weights
 from ..report import FROZEN
 from .arguments import DTYPES, new_file, telling, values_kind
 from .mask_files import check_mask_options, write_mask
-from .models import check_saving, hub_id, load, save, told_size
-from .origins import origin_of_export
-from .progress import tell
-from .run_files import LOGITS, PROGRESS, REPORT, SETTINGS, check_ended, digest_of_weights, read_own, read_settings
+from .models import base_name, check_saving, load, save, told_size
+from .run_files import LOGITS, PROGRESS, REPORT, check_ended, digest_of_weights, read_own
 
 
 def export(args: argparse.Namespace) -> None:
@@ -69,13 +65,11 @@ def export(args: argparse.Namespace) -> None:
         del model
         model, tokenizer = _with_masks(name, dtype, args, codes, pattern)
         put_weights(masked_layers(model), learned.weights)
-    told = metadata | {"model": metadata["model"] if hub_id(metadata["model"]) else name}
-    origin = origin_of_export(source.parent, told, dtype)
     if args.to == "mask":
-        provenance = {"origin": asdict(origin), "run": told.get("run")}
-        write_mask(output, model, codes, pattern, origin.base_model, provenance)
+        write_mask(output, model, codes, pattern, base_name(metadata["model"]), {"run": metadata.get("run")})
         return
-    save(finalize(model, to=args.to, values=values), tokenizer, args, origin)
+    table = read_own(source.parent / REPORT)["table"] if (source.parent / REPORT).is_file() else []
+    save(finalize(model, to=args.to, values=values), tokenizer, args, metadata["model"], str(pattern), table)
     of = name + ("" if metadata["weights_are"] == FROZEN else f", {metadata['weights_are']},")
     print(f"{args.to} {pattern} checkpoint of {of} written to {output}")
     if args.to == "packed":
@@ -105,9 +99,9 @@ def _cure(logits: Path) -> str:
     return f"restore {LOGITS} from a copy{replay}"
 
 
-def _learned(path: Path) -> tuple[Learned, NMPattern]:
+def _learned(path: Path) -> tuple[Logits, NMPattern]:
     """What a run has learned, and its pattern; ValueError unless it is of one."""
-    learned = load_learned(path)
+    learned = load_logits(path)
     logits, metadata = learned.logits, learned.metadata
     missing = {"model", "pattern", "dtype", "weights", "dense_weights", "weights_are"} - metadata.keys()
     if missing or not logits:
@@ -120,28 +114,9 @@ def _learned(path: Path) -> tuple[Learned, NMPattern]:
     return learned, NMPattern(metadata["pattern"])
 
 
-def _check_own(run: Path, learned: Learned) -> None:
-    """Raise ValueError where the logits in the folder of a run are those of another; what is not known is told."""
-    try:
-        if (run / REPORT).is_file():
-            report = read_own(run / REPORT)
-            told, expected, found = REPORT, report["logits_file"], learned.digest
-            if found != expected and _replayed(run, learned, report):
-                return
-        elif (run / SETTINGS).is_file():
-            told, expected, found = SETTINGS, read_settings(run)["run"], learned.metadata.get("run")
-        else:
-            return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        tell(f"whether {run / LOGITS} is of this run is not known: {error!r}")
-        return
-    if found != expected:
-        raise ValueError(f"expected the logits that {told} tells of, got others in {str(run / LOGITS)!r}")
-
-
-def _replayed(run: Path, learned: Learned, report: Mapping) -> bool:
-    """Whether these are the logits of the run in another file: a replay names where the base model is meanwhile."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+def _check_own(run: Path, learned: Logits) -> None:
+    """Raise ValueError where the logits in the folder of a run are not those that its report names."""
+    if (run / REPORT).is_file():
         logits = digest(learned.logits[name] for name in sorted(learned.logits))
-        return learned.metadata["run"] == read_settings(run)["run"] and logits == report["logits"]
-    return False
+        if logits != read_own(run / REPORT)["logits"]:
+            raise ValueError(f"expected the logits that {REPORT} names, got others in {str(run / LOGITS)!r}")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.importers.compressed_tensors import write_plain
-from ..checkpoints.importers.learned_masks import read_masks
+from ..checkpoints.importers import read_masks, write_plain
 from ..checkpoints.mask_file import is_mask_file
 from ..files import check_output
 from ..functional.masks import top_n_mask
@@ -18,10 +17,9 @@ from ..pattern import NMPattern
 from ..prune.convert import convert
 from ..prune.finalize import finalize, pack, repack, unpack
 from ..unfuse import in_linear_form
-from .arguments import DTYPE, DTYPES, telling, values_kind
+from .arguments import telling, values_kind
 from .mask_files import apply
-from .models import check_saving, hub_id, load, save, told_size
-from .origins import origin_of_checkpoint, origin_of_masks
+from .models import check_saving, load, save, told_size
 from .progress import tell
 
 
@@ -43,25 +41,16 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def _source(args: argparse.Namespace) -> Path:
-    """What is read: a path, or what the hub has of an id."""
-    source = Path(args.source)
-    if source.exists():
-        return source
-    if hub_id(args.source) is None or args.source.count("/") != 1:
-        raise ValueError(
-            f"source: expected a file, a folder or an id owner/name on the hub, got {args.source!r}: there is none of "
-            "that name"
-        )
-    from ..hf import fetch_checkpoint, fetch_masks, show_bars
+    """The path of what is read, or of what the hub has of an id."""
+    from ..hf import fetch, show_bars
 
     show_bars(args.bars)
-    with telling("source", "there is no file or folder of that name; of an id on the hub check the name and the login"):
-        return fetch_masks(args.source) if hasattr(args, "model") else fetch_checkpoint(args.source)
+    return fetch(args.source, ("*.npz", "*.pt")) if hasattr(args, "model") else fetch(args.source)
 
 
 def _import_masks(args: argparse.Namespace, source: Path, pattern: NMPattern) -> None:
     """Write a model under masks that another program has learned."""
-    model, tokenizer = _load(args, args.model, args.model)
+    model, tokenizer = load(args.model, getattr(args, "dtype", None), torch.device("cpu"), args)
     with in_linear_form(model):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         masks = read_masks(source, layers, pattern)
@@ -71,7 +60,7 @@ def _import_masks(args: argparse.Namespace, source: Path, pattern: NMPattern) ->
         codes = {name: top_n_mask(mask.float(), pattern) for name, mask in masks.items()}
         convert(model, pattern, targets=list(codes), init=codes)
     finalize(model, to=args.to, values=values_kind(args))
-    save(model, tokenizer, args, origin_of_masks(args.model, str(pattern), args.source))
+    save(model, tokenizer, args, args.model, str(pattern))
     print(f"{args.to} {pattern} checkpoint of {args.model} with {len(codes)} masks written to {args.output}")
     _tell_size(args, model)
 
@@ -83,7 +72,7 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
     above = Path(args.output).absolute().parent
     with tempfile.TemporaryDirectory(dir=above if above.is_dir() else None) as tmp:
         plain = Path(tmp) if write_plain(source, tmp) else source
-        model, tokenizer = _load(args, str(plain), str(source))
+        model, tokenizer = load(str(plain), getattr(args, "dtype", None), torch.device("cpu"), args)
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     _check_pattern(args, pattern, layers)
     patterns = " and ".join(sorted({str(layer.pattern) for layer in layers})) or str(pattern)
@@ -99,8 +88,7 @@ def _import_checkpoint(args: argparse.Namespace, source: Path, pattern: NMPatter
             tell(f"left dense: {name} ({reason})")
     if args.to == "dense":
         unpack(model)
-    is_int8 = args.to == "packed" and values_kind(args) == INT8
-    save(model, tokenizer, args, origin_of_checkpoint(args.source, source, patterns, INT8 in kinds, is_int8))
+    save(model, tokenizer, args, args.source, patterns)
     print(f"{args.to} {patterns} checkpoint with {sparse} sparse layers written to {args.output}")
     _tell_size(args, model)
 
@@ -128,22 +116,3 @@ def _repack(model: torch.nn.Module, args: argparse.Namespace, kinds: set[str]) -
 def _tell_size(args: argparse.Namespace, model: torch.nn.Module) -> None:
     if args.to == "packed":
         print(told_size(model))
-
-
-def _load(args: argparse.Namespace, name: str, source: str):
-    """(model, tokenizer) in the dtype that is given, else in that of its source; where nothing tells that, in DTYPE.
-
-    Args:
-        name: of the model.
-        source: folder or id whose files tell the dtype.
-    """
-    from ..hf import SMOLLM2, stored_dtype
-
-    known = getattr(args, "dtype", None) or stored_dtype(source)
-    found = load(name, known or DTYPE, torch.device("cpu"), args)
-    if known is None and source != SMOLLM2:
-        tell(
-            f"neither a config nor safetensors files tell that weights of {source!r} are in one of "
-            f"{', '.join(DTYPES)}: they are taken in {DTYPE}; --dtype names another"
-        )
-    return found

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from ..checked_json import sealed
 from ..files import discard, write_whole
 from ..learn.estimator import Estimator
 from ..learn.run import snapshots_in
@@ -101,7 +100,7 @@ class LearningRun:
             self.trainer.ranks.first(lambda: save_start_weights(self.inputs.model, self.progress))
             self.trainer.ranks.first(self._evaluate)
             # After the first snapshot: from here on the run can be resumed.
-            settings = json.dumps(sealed({"settings": stored_settings(self.args), **self.start}), indent=1).encode()
+            settings = json.dumps({"settings": stored_settings(self.args), **self.start}, indent=1).encode()
             self.ranks.first(lambda: write_whole(self.output / SETTINGS, settings))
         except BaseException:
             self.trainer.close()

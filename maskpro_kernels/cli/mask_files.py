@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.mask_file import MaskFile, MaskHeader, base_layers, check_fingerprint, save_masks
-from ..digests import digest_of_named
+from ..checkpoints.mask_file import load_masks, save_masks
 from ..functional.masks import top_n_mask
 from ..modules import masked_layers
 from ..pattern import NMPattern
 from ..prune.convert import convert
 from ..prune.finalize import finalize
-from ..unfuse import in_linear_form
 from .arguments import telling, values_kind
 from .changed_weights import changes_weights
-from .models import load, save
-from .origins import base_name, origin_of_mask_file
+from .models import base_name, load, save
 from .progress import tell
 from .run_files import BEST_MASK, INITIAL_MASK
 from .start_mask import told_init
@@ -63,15 +59,14 @@ def save_mask_of_step(
     told = _told_of_step(args, step, perplexity, run)
     with telling("output"):
         path = progress / _file_of_step(step)
-        save_masks(path, triples, args.pattern, model=base_name(args.model), provenance=told).close()
+        save_masks(path, triples, args.pattern, model=base_name(args.model), provenance=told)
 
 
 def mask_of_step(args: argparse.Namespace, progress: Path, step: int, perplexity: float, run: str) -> Path | None:
     """The file that ``save_mask_of_step`` has left; None where it did not, or where it is damaged."""
     path = progress / _file_of_step(step)
     try:
-        with closing(MaskFile(path)) as mask:
-            return path if mask.provenance == _told_of_step(args, step, perplexity, run) else None
+        return path if load_masks(path).provenance == _told_of_step(args, step, perplexity, run) else None
     except (ValueError, OSError):
         return None
 
@@ -107,43 +102,16 @@ def write_mask(
         mask = save_masks(output, layers, pattern, model=name, provenance=provenance)
     except OSError as error:
         raise OSError(f"output: {error}") from error
-    size = output.stat().st_size
-    print(f"{pattern} mask of {name} written to {output}: {told_mask_size(size, mask)}; base {mask.base}, "
-          f"masks {digest_of_named(codes)}, file digest {mask.digest}")  # fmt: skip
-
-
-def told_mask_size(size: int, mask: MaskHeader) -> str:
-    """What a mask file of that many bytes takes, and the masks in it: most of a small file tells what they are."""
-    bits = 8 * mask.mask_bytes / mask.groups
-    return f"{size / 1e6:.2f} MB, of which {mask.mask_bytes:,} bytes are masks, {bits:.3f} bits a group"
+    size = output.stat().st_size / 1e6
+    print(f"{pattern} mask of {name} written to {output}: {size:.2f} MB; base {mask.base}, checksum {mask.checksum}")
 
 
 def apply(args: argparse.Namespace, source: Path) -> None:
     """Write the checkpoint that a mask file makes of its base model."""
-    output, mask = Path(args.output), MaskFile(source)
+    output, mask = Path(args.output), load_masks(source)
     dtype = str(mask.dtype).removeprefix("torch.")
-    origin = origin_of_mask_file(mask.provenance, args.model, str(mask.pattern))
     model, tokenizer = load(args.model, dtype, torch.device("cpu"), args)
-    put_masks(mask, model)
+    convert(model, mask.pattern, targets=list(mask.layers), init=source)
     finalize(model, to=args.to, values=values_kind(args))
-    save(model, tokenizer, args, origin)
-    print(
-        f"{args.to} {mask.pattern} checkpoint of {args.model} under the masks of the file of digest {mask.digest} "
-        f"written to {output}"
-    )
-
-
-def put_masks(mask: MaskFile, model: nn.Module) -> None:
-    """Convert the base model of a mask file, in place.
-
-    Raises:
-        ValueError: if the model has other weights than the masks were learned on. It is then as it was.
-    """
-    with in_linear_form(model):
-        weights = {
-            name: module.weight.detach() for name, module in model.named_modules() if isinstance(module, nn.Linear)
-        }
-        found = ((name, weights[name]) for name in mask.layers if name in weights)
-        check_fingerprint(mask, base_layers(found, mask.dtype))
-        codes = {name: mask.codes(name, weights[name]) for name in mask.layers}
-    convert(model, mask.pattern, targets=list(codes), init=codes)
+    save(model, tokenizer, args, args.model, str(mask.pattern))
+    print(f"{args.to} {mask.pattern} checkpoint of {args.model} under the masks of {source} written to {output}")

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..checkpoints.mask_file import is_mask_file
-from ..files import can_only_be_a_path
 from ..packed import INT8, NMLinear, bits_a_weight
 from ..text.batches import check_vocabulary, windows
 from .arguments import DTYPES, telling
 from .progress import tell_as
 
-if TYPE_CHECKING:
-    from ..hf import Origin
 
-
-def load(name: str, dtype: str, device: torch.device, args: argparse.Namespace):
+def load(name: str, dtype: str | None, device: torch.device, args: argparse.Namespace):
     """(model, tokenizer) on a device, see ``hf.load_model``.
 
     Args:
@@ -31,7 +26,7 @@ def load(name: str, dtype: str, device: torch.device, args: argparse.Namespace):
     return model.to(device), tokenizer
 
 
-def load_spread(name: str, dtype: str, device_map: str | Mapping | None, args: argparse.Namespace):
+def load_spread(name: str, dtype: str | None, device_map: str | Mapping | None, args: argparse.Namespace):
     """The same, spread over devices by the ``device_map`` of ``hf.load_model``."""
     from ..hf import load_model, show_bars
 
@@ -41,7 +36,7 @@ def load_spread(name: str, dtype: str, device_map: str | Mapping | None, args: a
             f"{shlex.quote(name)} --model MODEL --output OUTPUT`, and give OUTPUT"
         )
     show_bars(args.bars)
-    return load_model(name, DTYPES[dtype], device_map)
+    return load_model(name, None if dtype is None else DTYPES[dtype], device_map=device_map)
 
 
 def device_of_inputs(model: torch.nn.Module) -> torch.device:
@@ -69,32 +64,48 @@ def hub_id(name: str) -> str | None:
 
     if name == SMOLLM2:
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return None if is_path_of_model(name) or can_only_be_a_path(name) else name
+    only_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return None if is_path_of_model(name) or only_path else name
+
+
+def base_name(model: str) -> str:
+    """The name of a base model, without the folders of this machine."""
+    return hub_id(model) or Path(model).name
 
 
 def check_saving(args: argparse.Namespace) -> None:
-    """Raise ValueError unless a checkpoint can be saved, and pushed to the hub, as options of ``add_saving`` say."""
-    from ..hf import check_login, check_repo_id, check_shard_size
-
-    if hasattr(args, "max_shard_size"):
-        check_shard_size(args.max_shard_size)
+    """Raise unless a checkpoint can be pushed to the hub, as options of ``add_saving`` say."""
     if hasattr(args, "push_to_hub"):
-        with telling("push_to_hub"):
-            check_repo_id(args.push_to_hub)
-            check_login()
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().whoami()
+        except Exception as error:
+            raise ValueError(f"push_to_hub: expected a login that the hub takes, got none: {error}") from error
     elif hasattr(args, "private"):
         raise ValueError("private: expected none without --push-to-hub, got it; leave it out")
 
 
-def save(model: torch.nn.Module, tokenizer, args: argparse.Namespace, origin: Origin) -> None:
-    """Into ``args.output``, as options of ``add_saving`` say, see ``hf.save_model``."""
+def save(
+    model: torch.nn.Module,
+    tokenizer,
+    args: argparse.Namespace,
+    base: str,
+    pattern: str,
+    table: Sequence[Mapping] = (),
+) -> None:
+    """Write a checkpoint into ``args.output``, as options of ``add_saving`` say, see ``hf.save_model``."""
     from ..hf import save_model
 
-    options = {"max_shard_size": args.max_shard_size} if hasattr(args, "max_shard_size") else {}
-    if hasattr(args, "push_to_hub"):
-        options |= {"push_to_hub": True, "repo_id": args.push_to_hub, "private": getattr(args, "private", None)}
+    options = {
+        name: getattr(args, name) for name in ("max_shard_size", "push_to_hub", "private") if hasattr(args, name)
+    }
+    rows = [
+        {"mask": row["method"]} | {name: row[name] for name in ("perplexity", "other_perplexity") if name in row}
+        for row in table
+    ]
     with telling("output"):
-        save_model(model, tokenizer, Path(args.output), origin=origin, **options)
+        save_model(model, tokenizer, args.output, base_model=base_name(base), pattern=pattern, table=rows, **options)
 
 
 def told_size(model: torch.nn.Module) -> str:

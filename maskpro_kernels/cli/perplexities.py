@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checked_json import rows_of, sealed_line
+from ..digests import rows_of, sealed_line
 from ..files import write_whole
 from ..text.perplexity import perplexity
 from .arguments import Told

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ..checked_json import sealed
 from ..checkpoints.logits import save_logits
 from ..digests import digest
 from ..files import sync, write_whole
@@ -26,7 +25,6 @@ from .changed_weights import name_over, told_weights, told_weights_of
 from .estimator_options import class_of
 from .inputs import Inputs
 from .models import save
-from .origins import origin_of_run
 from .perplexities import table_row
 from .progress import tell, tell_as
 from .run_files import (
@@ -70,10 +68,10 @@ def write_results(
     weights = told_weights_of(model, args.refit, start)
     learned = name_over(args.estimator, weights)
     table = [*start["table"], table_row(learned, model, inputs.tests, seconds, args.bars)]
-    logits_file = save_run_logits(args, model, start)
+    save_run_logits(args, model, start)
     groups = _groups_of(model, output / PROGRESS, pattern)
     _warn_of_no_move(args, model, groups, ended=len(records) == args.steps)
-    save(finalize(model), inputs.tokenizer, args, origin_of_run(reported_settings(args), weights, table, versions()))
+    save(finalize(model), inputs.tokenizer, args, args.model, str(pattern), table)
     draw_perplexity({learned: validation}, output / PERPLEXITY_PICTURE)
     if any(record["residual"] is not None for record in records):
         draw_residual(records, output / RESIDUAL_PICTURE)
@@ -91,7 +89,6 @@ def write_results(
         "validation": validation,
         "better_mask": better,
         **groups,
-        "logits_file": logits_file,
         "converted": start["converted"],
         "skipped": start["skipped"],
         "steps": records,
@@ -99,7 +96,7 @@ def write_results(
     # Last, and behind all else on the disk too: a folder with a report is a run that ended.
     for written in (*filter(Path.is_file, output.iterdir()), output):
         sync(written)
-    write_whole(output / REPORT, (json.dumps(sealed(report), indent=1) + "\n").encode())
+    write_whole(output / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 
@@ -114,12 +111,12 @@ def _settings_of(args: argparse.Namespace) -> dict:
     }
 
 
-def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Mapping) -> str:
-    """Write the logits of a run into its folder, with the weights where these have changed; gives the file's digest."""
+def save_run_logits(args: argparse.Namespace, model: torch.nn.Module, start: Mapping) -> None:
+    """Write the logits of a run into its folder, with the weights where these have changed."""
     weights_are = told_weights_of(model, args.refit, start)
     of = digest_of_weights(model), start["dense_weights"], weights_are, start["run"]
     metadata = logits_metadata(stored_settings(args), *of)
-    return save_logits(model, Path(args.output) / LOGITS, metadata)
+    save_logits(model, Path(args.output) / LOGITS, metadata)
 
 
 def _groups_of(model: torch.nn.Module, progress: Path, pattern: NMPattern) -> dict:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
-from ..checked_json import read_sealed
 from ..checkpoints.logits import LOGITS_FILE
 from ..digests import digest
 from ..learn.run import LOCK
@@ -44,8 +43,6 @@ RESUMED_SETTINGS = ("model", "data", "init", "refit", "dtype", "logits_dtype", "
                     "steps", "gap", "seed")  # fmt: skip
 RESUMED = ("settings", "table", "seconds", "converted", "skipped", "dense_weights", "start_weights",
            "run")  # fmt: skip
-# Where things are: whoever moves them changes these. The weights and the batches tell whether they are the same
-PLACES = ("settings.model", "settings.data", "settings.other_data")
 
 
 def goes_on(output: Path) -> bool:
@@ -185,19 +182,15 @@ def read_start(output: Path) -> dict:
 
 
 def read_own(path: Path) -> dict:
-    """What a run wrote into a file of JSON.
+    """The content of a file of JSON that a run wrote.
 
     Raises:
-        ValueError: if it is not that, but for what is in PLACES, of which a warning tells.
+        ValueError: if it is no JSON object.
         OSError: if it cannot be read.
     """
-    found, changed = read_sealed(path.read_bytes())
-    others = [name for name in changed if name not in PLACES]
-    if others:
-        raise ValueError(f"{', '.join(others)} changed since the run wrote it, by an edit or by damage")
-    if changed:
-        told = f"{', '.join(changed)} in {path} changed since the run wrote it: what is there now counts"
-        warnings.warn(told, stacklevel=2)
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object in {str(path)!r}, got {type(found).__name__}")
     return found
 
 

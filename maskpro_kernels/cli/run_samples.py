@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..digests import digest
-from ..files import clear_unfinished, make_folder, write_tensors
+from ..files import discard, make_folder, unfinished, write_tensors
 from ..learn.run import LOCK
 from ..text.samples import TOGETHER, sample_windows, start_token
 from .progress import Progress, tell
@@ -49,7 +49,8 @@ def run_samples(args: argparse.Namespace, model: torch.nn.Module, tokenizer, win
 
 def _kept(args: argparse.Namespace, model: torch.nn.Module, path: Path, of: dict) -> torch.Tensor:
     """The samples of these settings: those in the file, or else drawn and written to it."""
-    clear_unfinished(path.parent)
+    for half in unfinished(path.parent):
+        discard(half)
     if path.exists():
         return _read(path, of)
     tell(f"drawing {of['windows']} windows of {of['length']} tokens from the dense model; they are kept in {path}")

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import convert_file_size_to_int
 
-from ..files import disk_errors, open_to_others
-from .model_card import CARD, Origin, is_own, write_card
-from .stored_layers import prepare_for_saving
+from ..adapters import adapter_modules
+from ..fsdp import is_distributed
+from ..modules import MaskedLinear
+from ..packed import INT8, SPARSE, NMLinear, bits_a_weight
+from .quantizer import describe
 
-# What ``push_to_hub=True`` of ``save_pretrained`` takes beside it
-PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "create_pr", "commit_message", "commit_description")
-SAVE_OPTIONS = {
-    name
-    for name, parameter in inspect.signature(PreTrainedModel.save_pretrained).parameters.items()
-    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in ("self", "save_directory", "push_to_hub")
-}
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+This is {{ base }} with {{ patterns or "dense weights" }}{% if patterns %} sparsity: of every M consecutive weights \
+along a layer's input, N are kept, and the others are zero{% endif %}. {{ stored }}
+{% if left_dense %}
+These linear layers are dense: {{ left_dense }}.
+{% endif %}
+{%- if rows %}
+| {{ columns | join(" | ") }} |
+|---|{{ "---:|" * (columns | length - 1) }}
+{% for row in rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+Perplexities of held-out text; lower is better.
+{% endif %}
+```python
+from transformers import {{ kind }}, AutoTokenizer
+{%- if needs_import %}
+
+import maskpro_kernels.hf  # pip install 'maskpro-kernels[hf]'; transformers loads no sparse layers without it
+{%- endif %}
+
+model = {{ kind }}.from_pretrained("{{ name }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
+```
+
+Masks are learned by MaskPro, [arXiv 2506.12876](https://arxiv.org/abs/2506.12876), with the kernels of \
+`maskpro_kernels`.
+"""
 
 
 def save_model(
@@ -30,139 +55,114 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     *,
-    origin: Origin | None = None,
-    push_to_hub: bool = False,
-    **options,
+    base_model: str | None = None,
+    pattern: str | None = None,
+    table: Sequence[Mapping[str, object]] = (),
+    max_shard_size: int | str = "50GB",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
 ) -> None:
-    """Writes a checkpoint (config, safetensors weights, tokenizer, model card) that ``from_pretrained(folder)`` loads.
+    """Write a checkpoint (config, safetensors weights, tokenizer, model card) that ``from_pretrained(folder)`` loads.
 
     Packed weights and logits are written as such, with the ``quantization_config`` by which they are loaded. A
-    README.md that is there and that this function has not written is kept, here and on the hub, and a warning tells so.
+    README.md that is there is kept in the place of the model card.
 
     Args:
         model, tokenizer: to save.
         folder: made if missing.
-        origin: what the model card tells beside what it finds in the model.
-        push_to_hub: whether to upload what was written, in one commit.
-        options: as ``save_pretrained`` of the model takes them, such as ``max_shard_size="5GB"``; with ``push_to_hub``
-            also ``repo_id`` (default: the folder's name), ``private``, ``token``, ``revision``, ``create_pr``,
-            ``commit_message`` and ``commit_description``.
+        base_model: for the card, the id on the hub, or another name, of the dense model.
+        pattern: for the card, "N:M" of the zeros in a dense checkpoint; other layers have their own.
+        table: for the card, rows of a table of perplexities, such as {"mask": "dense", "perplexity": 15.2}, with the
+            same columns each.
+        max_shard_size: of a file of weights, in bytes or such as "5GB".
+        push_to_hub: id of the repository to which the folder is uploaded, which is made if missing; None: to none.
+        private: whether a repository that is made is private.
 
     Raises:
-        TypeError: if an option is none of these.
-        ValueError: if the model has both masked and packed layers, or shards of layers, or adapters of peft beside
-            them, or an option is out of its range.
+        ValueError: if the model has shards of layers, or adapters of peft beside sparse layers, or an option is out of
+            its range.
         OSError: if a file cannot be written, or the hub does not take it. What was written then stays.
     """
-    folder, origin = Path(folder), Origin() if origin is None else origin
-    push = _push_options(folder, push_to_hub, options)
-    prepare_for_saving(model)
-    before = _written(folder)
-    with disk_errors(folder):
-        model.save_pretrained(folder, **options)
-    if not options.get("is_main_process", True):
-        return
-    for path in folder.glob("*.safetensors"):
-        open_to_others(path)
+    folder = Path(folder)
+    cut = next((name for name, parameter in model.named_parameters() if is_distributed(parameter)), None)
+    if cut is not None:
+        raise ValueError(f"model: expected whole tensors, got a DTensor in {cut}")
+    sparse = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
+    adapters = adapter_modules(model)
+    if sparse and adapters:
+        raise ValueError(
+            "model: expected one without adapters of peft beside its masked or packed layers, got one with "
+            f"{min(adapters)}; save the adapter by save_pretrained of the PeftModel, and the model that its unload() "
+            "gives"
+        )
+    for name, layer in sparse.items():
+        if isinstance(layer, MaskedLinear) and layer.is_shard:
+            raise ValueError(f"model: expected whole layers, got a shard in {name}")
+    describe(model)
     try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+        if not (folder / "README.md").exists():
+            name = push_to_hub or folder.resolve().name
+            model_card(model, name, base_model=base_model, pattern=pattern, table=table).save(folder / "README.md")
+    except SafetensorError as error:
+        # such as of a full disk
+        raise OSError(f"{folder}: {error}") from error
     except Exception as error:
         # tokenizers raises no other for a full disk
         if type(error) is Exception:
             raise OSError(f"{folder}: {error}") from error
         raise
-    write_card(model, folder, push["repo_id"] if push else folder.resolve().name, origin)
-    if push:
-        files = {name for name, time in _written(folder).items() if before.get(name) != time}
-        _push(folder, files, **push)
-
-
-def _push_options(folder: Path, push_to_hub: bool, options: dict) -> dict:
-    """Those of the hub, taken out of the options, all of which are checked; none where nothing is pushed."""
-    if not isinstance(push_to_hub, bool):
-        raise TypeError(f"push_to_hub: expected a bool, got {push_to_hub!r}; name the repository by repo_id")
-    known = SAVE_OPTIONS | set(PUSH_OPTIONS)
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise TypeError(f"options: expected those of save_pretrained, {', '.join(sorted(known))}, got {unknown}")
-    if "max_shard_size" in options:
-        check_shard_size(options["max_shard_size"])
-    # what save_pretrained would take for its own upload
-    push = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
-    if not push_to_hub:
-        if push:
-            raise ValueError(f"push_to_hub: expected True beside {', '.join(push)}, got False")
-        return {}
-    push.setdefault("repo_id", folder.resolve().name)
-    check_repo_id(push["repo_id"])
-    return push
-
-
-def check_shard_size(size: int | str) -> None:
-    """Raise ValueError unless it is a number of bytes, or one with a unit such as "5GB"."""
+    if push_to_hub is None:
+        return
     try:
-        sound = not isinstance(size, bool) and convert_file_size_to_int(size) > 0
-    except (ValueError, AttributeError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            f'max_shard_size: expected bytes, or a whole number with its unit, such as "5GB", got {size!r}'
-        )
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless a repository on the hub may have that name."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id: expected a name such as owner/name, got {repo_id!r}: {error}") from error
-
-
-def check_login(token: str | bool | None = None) -> None:
-    """Raise ValueError unless the hub knows who is pushing, OSError if it cannot be reached."""
-    try:
-        HfApi().whoami(token)
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        told = f"token: expected one that the hub takes, got none: {_first(error)}; run `hf auth login`"
-        raise ValueError(told) from error
+        HfApi().create_repo(push_to_hub, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message="Upload model")
     except Exception as error:
-        raise OSError(f"the hub cannot be reached: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _written(folder: Path) -> dict[str, int]:
-    """When each file was written, by its path in the folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
-
-
-def _has_card_of_its_own(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> bool:
-    """Whether a repository has a card that someone else has written or changed, which is told by a warning."""
-    if not api.file_exists(repo_id, CARD, revision=revision):
-        return False
-    there = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8", errors="replace")
-    if is_own(there) or there == (folder / CARD).read_text(encoding="utf-8", errors="replace"):
-        return False
-    warnings.warn(f"{CARD} of {repo_id} is kept, since someone else has written or changed it", stacklevel=4)
-    return True
-
-
-def _push(folder: Path, files: set[str], repo_id: str, private: bool | None = None, token=None, **commit) -> None:
-    """Upload files of a folder in one commit, but for a README.md where the repository has one of its own."""
-    api = HfApi(token=token)
-    try:
-        repo_id, revision = api.create_repo(repo_id, private=private, exist_ok=True).repo_id, commit.get("revision")
-        if revision is not None and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # a card that was kept here goes along
-        files = files - {CARD} if _has_card_of_its_own(api, repo_id, revision, folder) else files | {CARD}
-        commit.setdefault("commit_message", "Upload model")
-        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=sorted(files), **commit)
-    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise OSError(
-            f"the model is in {str(folder)!r}, but could not be pushed to {repo_id}: {_first(error)}; push it by "
-            f"`hf upload {repo_id} {folder}`"
+            f"push_to_hub: the model is in {str(folder)!r}, but could not be pushed to {push_to_hub}: {reason}; "
+            f"push it by `hf upload {push_to_hub} {folder}`"
         ) from error
+
+
+def model_card(
+    model: PreTrainedModel,
+    name: str,
+    *,
+    base_model: str | None = None,
+    pattern: str | None = None,
+    table: Sequence[Mapping[str, object]] = (),
+) -> ModelCard:
+    """The card of a model that will be loaded by a name; the other arguments are those of ``save_model``."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SPARSE)}
+    patterns = sorted({str(layer.pattern) for layer in layers.values()}) or ([pattern] if pattern else [])
+    packed = [layer for layer in layers.values() if isinstance(layer, NMLinear)]
+    stored = "The checkpoint is dense: zeros are stored as any other value."
+    if packed:
+        int8 = " rounded to int8" if any(layer.kind == INT8 for layer in packed) else ""
+        stored = f"{len(packed)} layers are packed: kept values{int8} and a bitmask, "
+        stored += f"{bits_a_weight(packed):.2f} bits a weight."
+    elif layers:
+        stored = f"The checkpoint holds whole weights, and the logits of the masks of {len(layers)} layers."
+    # of a dense checkpoint the layers do not tell which of them have a mask
+    left_dense = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear"] if layers else []
+    on_hub = base_model is not None and base_model.count("/") == 1
+    return ModelCard.from_template(
+        ModelCardData(
+            base_model=base_model if on_hub else None,
+            library_name="transformers",
+            pipeline_tag="text-generation" if model.can_generate() else None,
+            tags=["maskpro", "sparse", "semi-structured-sparsity", *patterns],
+        ),
+        template_str=TEMPLATE,
+        name=name,
+        base=f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else base_model or "a dense model",
+        patterns=" and ".join(patterns),
+        stored=stored,
+        left_dense=", ".join(f"`{name}`" for name in left_dense),
+        columns=list(table[0]) if table else [],
+        rows=[[f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in table],
+        kind="AutoModelForCausalLM" if model.can_generate() else type(model).__name__,
+        needs_import=bool(layers),
+    )

@@ -24,9 +24,9 @@ def check_replaceable(model: nn.Module) -> None:
     """
     check_not_merged(model)
     if _of_transformers(model):
-        from ..hf import check_no_other_quantization
+        from ..hf import check_not_quantized
 
-        check_no_other_quantization(model)
+        check_not_quantized(model)
 
 
 def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
@@ -44,9 +44,9 @@ def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> N
     fit_adapters(model)
     refuse_merging(model, SPARSE)
     if _of_transformers(model):
-        from ..hf import tell_config
+        from ..hf import describe
 
-        tell_config(model)
+        describe(model)
 
 
 def _of_transformers(model: nn.Module) -> bool:

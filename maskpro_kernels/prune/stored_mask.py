@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.logits import LOGITS_FILE, load_learned
-from ..checkpoints.mask_file import DTYPES, MAGNITUDE, MaskFile, base_layers, check_fingerprint
+from ..checkpoints.logits import LOGITS_FILE, load_logits
+from ..checkpoints.mask_file import DTYPES, load_masks
 from ..digests import digest, digest_of_named
 from ..functional.masks import expand_mask, top_n_mask
 from ..modules import MaskedLinear
@@ -28,7 +28,7 @@ class StoredMask(NamedTuple):
     Attributes:
         codes: group codes [out, K / M] by name of the layer, on the CPU.
         kind: "mask file", "run" or "checkpoint".
-        digest: of the mask file, or of the logits of the run; of a checkpoint that of its masks.
+        digest: of the codes; of a mask file its checksum.
     """
 
     codes: dict[str, Tensor]
@@ -76,18 +76,15 @@ def stored_mask(path: str | Path, layers: Mapping[str, nn.Module], pattern: str 
 
 def _of_mask_file(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
     with _naming_init():
-        mask = MaskFile(path)
-    with closing(mask):
-        _check_pattern(mask.pattern, pattern, path)
-        weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        check_fingerprint(mask, base_layers(weights.items(), mask.dtype))
-        codes = {name: mask.codes(name, of if mask.needs == MAGNITUDE else None) for name, of in weights.items()}
-        return StoredMask(codes, "mask file", mask.digest)
+        masks = load_masks(path)
+    _check_pattern(masks.pattern, pattern, path)
+    masks.check_base({name: layer.weight.detach() for name, layer in layers.items()})
+    return StoredMask({name: masks.codes(name) for name in layers}, "mask file", masks.checksum)
 
 
 def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:
     with _naming_init():
-        learned = load_learned(path / LOGITS_FILE)
+        learned = load_logits(path / LOGITS_FILE)
     metadata = learned.metadata
     if not {"pattern", "dtype", "dense_weights"} <= metadata.keys() or metadata["dtype"] not in DTYPES:
         raise ValueError(f"init: expected the logits of a run in {str(path / LOGITS_FILE)!r}, got others")
@@ -103,7 +100,8 @@ def _of_run(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> 
         _warn(path, "the mask of this run was learned over changed weights, and is taken alone")
     for name, logits in learned.logits.items():
         _check_finite("logits", logits, name, path)
-    return StoredMask({name: top_n_mask(learned.logits[name], pattern) for name in layers}, "run", learned.digest)
+    codes = {name: top_n_mask(learned.logits[name], pattern) for name in layers}
+    return StoredMask(codes, "run", digest_of_named(codes))
 
 
 def _of_checkpoint(path: Path, layers: Mapping[str, nn.Module], pattern: NMPattern) -> StoredMask:

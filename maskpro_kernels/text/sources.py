@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 from ..extras import missing
-from ..files import can_only_be_a_path
 
 SPLITS = ("calibration", "validation", "test")
 # Sources that every Python has, of different kinds
@@ -222,7 +221,7 @@ def _splits(source: str, stream: bool = False) -> dict[str, Iterable[Mapping]]:
     path = Path(source) if is_path(source) else None
     expected = f'source: expected "pydoc", "stdlib", a text file or a dataset, got {source!r}'
     file_like = Path(source).suffix in (*READERS, *COMPRESSED, ".txt")
-    if path is None and (can_only_be_a_path(source) or file_like):
+    if path is None and (source.startswith((".", "/", "~")) or source.count("/") > 1 or file_like):
         raise ValueError(f"{expected}: there is no such file or folder; check its name")
     lacking = missing("datasets")
     if lacking:

@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
+import math
 import os
-import zlib
+from itertools import combinations
 
 import pytest
 import torch
-from safetensors import safe_open
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from maskpro_kernels import NMPattern, top_n_mask
-from maskpro_kernels.checkpoints.mask_file import MAGNITUDE, MaskFile, save_masks
-from maskpro_kernels.digests import digest_of_named
-from maskpro_kernels.stored_digests import without_digests
+from maskpro_kernels.checkpoints.mask_file import (
+    _tables,
+    is_mask_file,
+    load_masks,
+    pack_ranks,
+    save_masks,
+    unpack_ranks,
+    word_size,
+)
+from maskpro_kernels.pattern import GROUP_SIZES
+
+PATTERNS = [NMPattern(f"{n}:{m}") for m in GROUP_SIZES for n in range(1, m)]
 
 
-def some_layers(pattern: str, change: float = 0.0, dtype: torch.dtype = torch.bfloat16):
-    """(name, codes, weight) of layers; the codes leave the mask by magnitude where noise of that size changes it."""
+def some_layers(pattern: str, dtype: torch.dtype = torch.bfloat16):
+    """(name, codes, weight) of layers."""
     generator = torch.Generator().manual_seed(0)
     layers = []
     for name, shape in {"up": (24, 64), "down.0": (16, 32)}.items():
-        weight = torch.randn(shape, generator=generator).to(dtype)
-        scores = weight.float().abs() + change * torch.rand(shape, generator=generator)
-        layers.append((name, top_n_mask(scores, pattern), weight))
+        weight, scores = (torch.randn(shape, generator=generator) for _ in range(2))
+        layers.append((name, top_n_mask(scores, pattern), weight.to(dtype)))
     return layers
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "8:16"])
-@pytest.mark.parametrize("against", [None, MAGNITUDE, "another file"])
-def test_codes_come_back(tmp_path, pattern, against):
-    other = against
-    if against == "another file":
-        other = save_masks(tmp_path / "other", some_layers(pattern, 0.02), pattern, model="tiny")
-    layers = some_layers(pattern, 0.05)
-    saved = save_masks(tmp_path / "mask", layers, pattern, model="tiny", against=other, provenance={"seed": 3})
-    mask = MaskFile(tmp_path / "mask", other if isinstance(other, MaskFile) else None)
-    assert mask.digest == saved.digest and mask.model == "tiny" and mask.provenance == {"seed": 3}
+def test_codes_come_back(tmp_path, pattern):
+    layers = some_layers(pattern)
+    saved = save_masks(tmp_path / "mask", layers, pattern, model="tiny", provenance={"seed": 3})
+    mask = load_masks(tmp_path / "mask")
+    assert mask.checksum == saved.checksum and mask.model == "tiny" and mask.provenance == {"seed": 3}
     assert mask.pattern == NMPattern(pattern) and mask.dtype == torch.bfloat16
-    assert mask.needs == (other.digest if isinstance(other, MaskFile) else against)
-    for name, codes, weight in layers:
-        assert mask.layers[name].shape == tuple(weight.shape)
-        assert torch.equal(mask.codes(name, weight), codes)
+    assert mask.layers == saved.layers == {name: tuple(weight.shape) for name, _, weight in layers}
+    for name, codes, _ in layers:
+        assert torch.equal(mask.codes(name), codes) and torch.equal(saved.codes(name), codes)
+    mask.check_base({name: weight for name, _, weight in layers})
 
 
-def test_an_initial_mask_that_makes_no_smaller_file_is_left_out(tmp_path):
-    """Group by group another one: the changes are no shorter than the mask itself."""
-    layers = some_layers("2:4", 100.0)
-    assert save_masks(tmp_path / "mask", layers, "2:4", model="tiny", against=MAGNITUDE).needs is None
-    size = os.path.getsize(tmp_path / "mask")
-    assert save_masks(tmp_path / "same", some_layers("2:4"), "2:4", model="tiny", against=MAGNITUDE).needs == MAGNITUDE
-    assert os.path.getsize(tmp_path / "same") < size - 100
+def test_masks_on_another_base_are_refused(tmp_path):
+    mask = save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny")
+    weights = {name: weight for name, _, weight in some_layers("2:4")}
+    # of more digits the same in the dtype of the masks
+    mask.check_base({name: weight.float() for name, weight in weights.items()})
+    changed = weights["up"].clone()
+    changed.view(torch.int16)[3, 5] ^= 1
+    other = save_masks(tmp_path / "other", [("up", *some_layers("2:4")[0][1:])], "2:4", model="tiny")
+    assert other.base != mask.base
+    for base, message in (
+        (weights | {"up": changed}, f"model: expected the base .*tiny, of fingerprint {mask.base}, got weights of"),
+        ({"up": weights["up"]}, "got down.0 of shape none where the masks have .16, 32."),
+        (weights | {"x": changed}, "got x of shape .24, 64. where the masks have none"),
+        (weights | {"up": changed[:-1]}, "got up of shape .23, 64. where the masks have .24, 64."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mask.check_base(base)
 
 
 def test_layers_may_be_made_one_at_a_time(tmp_path):
@@ -64,47 +80,25 @@ def test_layers_may_be_made_one_at_a_time(tmp_path):
     assert list(save_masks(tmp_path / "mask", layers(), "2:4", model="tiny").layers) == made == ["up", "down.0"]
 
 
+def test_a_file_takes_few_bits_a_group(tmp_path):
+    layers = [("a", torch.full((256, 1024), 0b0101, dtype=torch.uint8), torch.zeros(256, 4096))]
+    save_masks(tmp_path / "mask", layers, "2:4", model="tiny")
+    assert 8 * os.path.getsize(tmp_path / "mask") / (256 * 1024) == pytest.approx(8 / 3, abs=0.03)
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     path = tmp_path / "mask"
-    save_masks(path, some_layers("2:4"), "2:4", model="tiny").close()
+    save_masks(path, some_layers("2:4"), "2:4", model="tiny")
     content = path.read_bytes()
     for bit in range(8 * len(content)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         with pytest.raises(ValueError, match="^mask: expected"):
-            MaskFile(path)
+            load_masks(path)
     path.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="^mask: expected"):
-        MaskFile(path)
-
-
-def test_where_digests_are_not_checked_the_mask_is(tmp_path):
-    path = tmp_path / "mask"
-    save_masks(path, some_layers("2:4"), "2:4", model="tiny").close()
-    content = bytearray(path.read_bytes())
-    content[-1] = 255
-    path.write_bytes(content)
-    with without_digests(), pytest.raises(ValueError, match="^packed: expected words of 3 ranks, got larger ones"):
-        mask = MaskFile(path)
-        [mask.codes(name) for name in mask.layers]
-
-
-def test_the_initial_mask_has_to_be_the_right_one(tmp_path):
-    other = save_masks(tmp_path / "other", some_layers("2:4", 0.02), "2:4", model="tiny")
-    third = save_masks(tmp_path / "third", some_layers("2:4", 0.03), "2:4", model="tiny")
-    save_masks(tmp_path / "mask", some_layers("2:4", 0.05), "2:4", model="tiny", against=other)
-    with pytest.raises(ValueError, match=f"^against: expected the initial mask .* {other.digest}, got no file"):
-        MaskFile(tmp_path / "mask")
-    with pytest.raises(ValueError, match=f"^against: expected .* {other.digest}, got .* of digest {third.digest}"):
-        MaskFile(tmp_path / "mask", third)
-    cast = save_masks(tmp_path / "cast", some_layers("2:4", 0.02, torch.float16), "2:4", model="tiny")
-    with pytest.raises(ValueError, match="^against: expected a mask of the same base, got one of another up"):
-        save_masks(tmp_path / "x", some_layers("2:4"), "2:4", model="tiny", against=cast)
-    wider = save_masks(tmp_path / "wider", some_layers("4:8"), "4:8", model="tiny")
-    with pytest.raises(ValueError, match="^against: expected a mask of 2:4, got one of 4:8"):
-        save_masks(tmp_path / "x", some_layers("2:4"), "2:4", model="tiny", against=wider)
-    assert not (tmp_path / "x").exists()
+        load_masks(path)
 
 
 def test_what_is_no_mask_is_refused(tmp_path):
@@ -117,57 +111,54 @@ def test_what_is_no_mask_is_refused(tmp_path):
         ([(name, codes, weight.double())], "layers"),
         ([(name, codes, weight), (others[0][0], others[0][1], others[0][2].float())], "layers"),
         ([], "layers"),
+        ([(name, codes, weight), (name, codes, weight)], "layers: expected another name for each"),
+        ([(name, codes, weight[:, :62])], "layers: expected another name for each"),
     ):
         with pytest.raises((ValueError, TypeError), match=f"^{error}"):
             save_masks(tmp_path / "mask", layers, "2:4", model="tiny")
-    for layers, error in (
-        ([(name, codes, weight), (name, codes, weight)], "layers"),
-        ([(name, codes[0], weight[0])], "layers"),
-        ([(name, codes, weight[:, :62])], "layers"),
-    ):
-        with pytest.raises(ValueError, match=f"^{error}: expected another name for each"):
-            save_masks(tmp_path / "mask", layers, "2:4", model="tiny")
-    with pytest.raises(TypeError, match="^model: expected the name"):
-        save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model=3)
-    with pytest.raises(TypeError, match="^provenance: expected what JSON can hold"):
-        save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny", provenance={"a": object()})
-    with pytest.raises(ValueError, match="^against: expected a MaskFile"):
-        save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny", against="wanda")
     assert not (tmp_path / "mask").exists()
     (tmp_path / "text").write_text("nothing")
-    with pytest.raises(ValueError, match="^mask: expected a mask file"):
-        MaskFile(tmp_path / "text")
-    with pytest.raises(ValueError, match="^mask: expected a mask file, got .* a folder"):
-        MaskFile(tmp_path)
-    with pytest.raises(FileNotFoundError, match="^mask: expected a mask file, got .* there is none"):
-        MaskFile(tmp_path / "none")
-    with pytest.raises(ValueError, match="^mask: expected a file that save_masks wrote"):
-        save_file({"a": torch.zeros(1)}, tmp_path / "other")
-        MaskFile(tmp_path / "other")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    for path in ("text", "other", "none", "."):
+        with pytest.raises((ValueError, OSError), match="^mask: expected a mask file"):
+            load_masks(tmp_path / path)
+        assert not is_mask_file(tmp_path / path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "old", {"format": "maskpro-mask 1"})
+    with pytest.raises(ValueError, match="^mask: expected maskpro-mask 2, got 'maskpro-mask 1'"):
+        load_masks(tmp_path / "old")
+    assert is_mask_file(tmp_path / "old")
 
 
-def test_the_file_of_the_initial_mask_is_kept(tmp_path):
-    other = save_masks(tmp_path / "mask", some_layers("2:4", 0.02), "2:4", model="tiny")
-    content = (tmp_path / "mask").read_bytes()
-    with pytest.raises(ValueError, match="^path: expected another file than that of the initial mask"):
-        save_masks(tmp_path / "mask", some_layers("2:4", 0.05), "2:4", model="tiny", against=other)
-    assert (tmp_path / "mask").read_bytes() == content
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.m <= 8], ids=str)
+def test_every_code_has_a_rank_of_its_own(pattern):
+    # in colexicographic order, as combinations are numbered
+    codes = [sum(1 << i for i in kept) for kept in combinations(range(pattern.m), pattern.n)]
+    by_rank, ranks = _tables(pattern)
+    assert by_rank.tolist() == sorted(codes) and by_rank.dtype == pattern.code_dtype
+    assert ranks[by_rank.to(torch.int64)].tolist() == list(range(math.comb(pattern.m, pattern.n)))
 
 
-def test_a_closed_file_gives_no_codes(tmp_path):
-    mask = save_masks(tmp_path / "mask", some_layers("2:4"), "2:4", model="tiny")
-    mask.close()
-    with pytest.raises(ValueError, match="^mask: expected an open file"):
-        mask.codes("up")
+@given(st.sampled_from(PATTERNS), st.integers(1, 50), st.integers(0, 2**31))
+def test_ranks_come_back_from_words(pattern, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.randint(0, math.comb(pattern.m, pattern.n), (groups,), generator=generator)
+    packed = pack_ranks(ranks, pattern)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack_ranks(packed, groups, pattern), ranks)
 
 
-def test_changes_that_unfold_to_more_are_refused(tmp_path):
-    path = tmp_path / "mask"
-    save_masks(path, some_layers("2:4"), "2:4", model="tiny", against=MAGNITUDE).close()
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}
-    tensors["up"] = torch.frombuffer(bytearray(zlib.compress(bytes(10_000_000))), dtype=torch.uint8)
-    del metadata["digest"]
-    save_file(tensors, path, {**metadata, "digest": digest_of_named(tensors, metadata)})
-    with pytest.raises(ValueError, match="^mask: expected changes of 384 groups, got others"):
-        MaskFile(path).codes("up", dict((name, weight) for name, _, weight in some_layers("2:4"))["up"])
+def test_words_take_little_more_than_the_entropy():
+    for pattern in PATTERNS:
+        (digits, size), count = word_size(pattern), math.comb(pattern.m, pattern.n)
+        assert count**digits <= 1 << 8 * size
+        assert math.log2(count) <= 8 * size / digits < math.log2(count) + 8 / digits
+    bits = [8 * size / digits for digits, size in map(word_size, map(NMPattern, ("1:4", "2:4", "4:8", "8:16")))]
+    assert bits == pytest.approx([2.0, 8 / 3, 56 / 9, 14.0])
+
+
+def test_bytes_of_no_ranks_are_refused():
+    pattern = NMPattern("2:4")
+    with pytest.raises(ValueError, match=r"^packed: expected uint8 \[2\], got torch.uint8 \[3\]"):
+        unpack_ranks(torch.zeros(3, dtype=torch.uint8), 4, pattern)
+    with pytest.raises(ValueError, match="^packed: expected words of 3 ranks, got larger ones"):
+        unpack_ranks(torch.tensor([216], dtype=torch.uint8), 3, pattern)

@@ -186,7 +186,7 @@ def test_what_was_found_is_printed_where_it_cannot_be_written(run, tmp_path, cap
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(evaluate, "write_whole", full)
-    monkeypatch.setattr(replay, "write_learned", full)
+    monkeypatch.setattr(replay, "write_logits", full)
     assert main.main([command, str(run), "--device", "cpu", "--output", str(tmp_path / "new")]) == 2
     found = {"eval": f"{report(run)['table'][-1]['perplexity']:.2f} over", "replay": report(run)["logits"]}
     captured = capsys.readouterr()

@@ -12,7 +12,7 @@ from helpers.command import learn, report
 from helpers.tiny_llama import WORDS, tiny_tokenizer, write_inputs
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from maskpro_kernels.checkpoints.logits import load_learned
+from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main
 from maskpro_kernels.functional.masks import expand_mask, top_n_mask
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_is_what_its_run_has_learned(by_architecture, tmp_path, way
     assert main.main(learn(inputs, run, *options)) == 0
     told = report(run)
     assert all(math.isfinite(row["perplexity"]) for row in told["table"])
-    learned, dense = load_learned(run / "logits.safetensors"), AutoModelForCausalLM.from_pretrained(inputs / "model")
+    learned, dense = load_logits(run / "logits.safetensors"), AutoModelForCausalLM.from_pretrained(inputs / "model")
     changes = "--refit" in options or "--train-weights" in options
     assert set(learned.weights) == (set(told["converted"]) if changes else set()) and len(told["converted"]) >= 8
     sparse = AutoModelForCausalLM.from_pretrained(run, dtype="auto")

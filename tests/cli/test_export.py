@@ -11,7 +11,7 @@ from helpers.bits import assert_same_bits
 from helpers.command import refuses, report, reseal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskpro_kernels.checkpoints.logits import Learned, load_learned, load_logits, write_learned
+from maskpro_kernels.checkpoints.logits import Logits, load_logits, write_logits
 from maskpro_kernels.cli import main
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -43,7 +43,7 @@ def test_export_refuses_other_base_weights(inputs, run, tmp_path, capsys):
     AutoTokenizer.from_pretrained(inputs / "model").save_pretrained(tmp_path / "model")
     (tmp_path / "run").mkdir()
     metadata["model"] = str(tmp_path / "model")
-    write_learned(Learned(logits, {}, metadata), tmp_path / "run" / "logits.safetensors")
+    write_logits(Logits(logits, {}, metadata), tmp_path / "run" / "logits.safetensors")
     export = ["export", str(tmp_path / "run"), str(tmp_path / "out")]
     told = "that its masks were learned on, got others; put back the base model as it was"
     for more in ([], ["--dtype", "bfloat16"]):
@@ -56,9 +56,9 @@ def moved(inputs, run, tmp_path):
     gone, now, copy = tmp_path / "gone", tmp_path / "now", tmp_path / "run"
     shutil.copytree(inputs / "model", now)
     shutil.copytree(run, copy)
-    learned = load_learned(run / "logits.safetensors")
+    learned = load_logits(run / "logits.safetensors")
     learned.metadata["model"] = str(gone)
-    logits_file = write_learned(learned, copy / "logits.safetensors")
+    logits_file = write_logits(learned, copy / "logits.safetensors")
     reseal(copy / "report.json", lambda told: told.update(logits_file=logits_file))
     return copy, now
 
@@ -101,9 +101,9 @@ def test_replayed_logits_are_taken_where_the_model_has_moved(run, moved, tmp_pat
     other = [*export[:2], str(tmp_path / "other")]
     refuses(capsys, tmp_path, other, "the logits that report.json tells of")
     (tmp_path / "settings.json").rename(folder / "settings.json")
-    learned = load_learned(logits)
+    learned = load_logits(logits)
     next(iter(learned.logits.values()))[0, 0] += 1
-    write_learned(learned, logits)
+    write_logits(learned, logits)
     assert main.main(other) == 2
     assert "the logits that report.json tells of, got others" in capsys.readouterr().err.splitlines()[-1]
 
@@ -127,5 +127,5 @@ def test_export_refuses_what_is_no_run(inputs, run, tmp_path, capsys):
     broken.mkdir()
     (broken / "logits.safetensors").write_text("nothing")
     refuses(capsys, tmp_path, ["export", str(broken), output], "path: expected a safetensors file")
-    write_learned(Learned({"linear": torch.zeros(2, 4)}, {}, {"model": "x"}), broken / "logits.safetensors")
+    write_logits(Logits({"linear": torch.zeros(2, 4)}, {}, {"model": "x"}), broken / "logits.safetensors")
     refuses(capsys, tmp_path, ["export", str(broken), output], "run: expected logits of `maskpro learn`")

@@ -14,7 +14,7 @@ from helpers.in_ranks import all_in_ranks
 from helpers.routes import route_to_the_eager_reference
 from helpers.straight_through import batches_of_tokens, masked_llama
 
-from maskpro_kernels.checkpoints.logits import load_learned
+from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main
 from maskpro_kernels.cli.losses import fill_teacher, loss_of
 from maskpro_kernels.learn.batches import InitialLosses
@@ -69,7 +69,7 @@ def test_a_run_reports_its_loss_and_goes_on_to_the_same_bits(ended, inputs, tmp_
         # the dense model is gone: it is asked no more
         monkeypatch.setattr(text_losses, "teacher_logits", None)
     assert main.main(["learn", "--resume", str(run)]) == 0
-    found, expected = (load_learned(folder / "logits.safetensors") for folder in (run, whole))
+    found, expected = (load_logits(folder / "logits.safetensors") for folder in (run, whole))
     assert_same_bits(found.logits, expected.logits)
     losses = [
         [json.loads(line)["loss"] for line in (folder / "progress" / "metrics.jsonl").read_text().splitlines()]

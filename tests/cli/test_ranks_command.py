@@ -20,7 +20,7 @@ from helpers.command import contents, refuses, report
 from helpers.in_ranks import LONGEST, all_in_ranks
 from helpers.tiny_llama import tiny_model, tiny_tokenizer
 
-from maskpro_kernels.checkpoints.logits import load_learned
+from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main, parser, run_settings
 from maskpro_kernels.learn.run import RunFolder
 from maskpro_kernels.ranks import FailedRank, MissingRanks
@@ -107,7 +107,7 @@ def test_two_ranks_do_what_one_process_does(inputs, tmp_path, capsys):
     assert without_seconds(two.out[0]) == without_seconds(table) and len(table.splitlines()) == 9
     expected, found = report(tmp_path / "one"), report(tmp_path / "two")
     assert found["logits"] == expected["logits"] and found["weights"] == expected["weights"] == "weights refitted"
-    learned = [load_learned(tmp_path / name / "logits.safetensors") for name in ("one", "two")]
+    learned = [load_logits(tmp_path / name / "logits.safetensors") for name in ("one", "two")]
     assert_same_bits(learned[1].weights, learned[0].weights)
     assert found["settings"] | {"output": ""} == expected["settings"] | {"output": ""}
     assert found["settings"]["accumulate"] == 2

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
-from maskpro_kernels.checkpoints.logits import load_learned, load_logits, write_learned
+from maskpro_kernels.checkpoints.logits import load_logits, write_logits
 from maskpro_kernels.cli import main
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.prune.refit import put_weights
@@ -72,7 +72,7 @@ def test_table_and_report_tell_it(refitted, inputs, capsys):
 
 def test_the_checkpoint_holds_the_refitted_weights_under_the_learned_masks(refitted, inputs):
     _, run = refitted
-    learned, checkpoint, dense = load_learned(run / "logits.safetensors"), tiny_model(), tiny_model()
+    learned, checkpoint, dense = load_logits(run / "logits.safetensors"), tiny_model(), tiny_model()
     checkpoint.load_state_dict(AutoModelForCausalLM.from_pretrained(run).state_dict())
     assert learned.weights.keys() == learned.logits.keys() == set(report(run)["converted"])
     for name, weight in learned.weights.items():
@@ -91,7 +91,7 @@ def test_the_checkpoint_holds_the_refitted_weights_under_the_learned_masks(refit
 def test_masks_alone_are_refused(refitted, tmp_path, capsys):
     """Whatever happens to the weights with them."""
     _, run = refitted
-    with pytest.raises(ValueError, match=r"path: expected logits over the weights of the dense model, .*load_learned"):
+    with pytest.raises(ValueError, match=r"path: expected logits over the weights of the dense model, .*load_logits"):
         load_logits(run / "logits.safetensors")
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / "logits.safetensors"
@@ -137,9 +137,9 @@ def test_export_refuses_another_base_model(refitted, inputs, tmp_path, capsys):
     shutil.copytree(inputs / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     shutil.copytree(run, tmp_path / "run")
-    learned = load_learned(run / "logits.safetensors")
+    learned = load_logits(run / "logits.safetensors")
     moved = learned._replace(metadata=learned.metadata | {"model": str(tmp_path / "model")})
-    edit(tmp_path / "run" / "report.json", logits_file=write_learned(moved, tmp_path / "run" / "logits.safetensors"))
+    edit(tmp_path / "run" / "report.json", logits_file=write_logits(moved, tmp_path / "run" / "logits.safetensors"))
     told = "that its masks were learned on, got others; put back the base model"
     refuses(capsys, tmp_path, ["export", str(tmp_path / "run"), str(tmp_path / "out")], told)
 
@@ -154,7 +154,7 @@ def test_replay_writes_the_weights_too(refitted, tmp_path, capsys):
     file = tmp_path / "again" / "logits.safetensors"
     assert main.main(["replay", str(run), "--output", str(file), "--device", "cpu"]) == 0
     assert "its masks are nothing without the refitted weights" in capsys.readouterr().out
-    replayed, learned = (load_learned(folder / "logits.safetensors") for folder in (tmp_path / "again", run))
+    replayed, learned = (load_logits(folder / "logits.safetensors") for folder in (tmp_path / "again", run))
     assert replayed.metadata == learned.metadata
     assert_same_bits(replayed.logits, learned.logits)
     assert_same_bits(replayed.weights, learned.weights)
@@ -197,7 +197,7 @@ def test_a_run_that_was_killed_goes_on(refitted, inputs, tmp_path, monkeypatch):
         broken_off(inputs, run, monkeypatch, step, options, kill)
     assert (run / "progress" / "start-weights.safetensors").exists()
     assert main.main(["learn", "--resume", str(run)]) == 0
-    expected, found = (load_learned(folder / "logits.safetensors") for folder in (whole, run))
+    expected, found = (load_logits(folder / "logits.safetensors") for folder in (whole, run))
     assert_same_bits(found.logits, expected.logits)
     assert_same_bits(found.weights, expected.weights)
     assert found.metadata == expected.metadata | {"run": found.metadata["run"]}

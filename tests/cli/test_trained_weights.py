@@ -12,7 +12,7 @@ from helpers.tiny_llama import tiny_model
 from transformers import AutoModelForCausalLM
 
 import maskpro_kernels as mk
-from maskpro_kernels.checkpoints.logits import load_learned
+from maskpro_kernels.checkpoints.logits import load_logits
 from maskpro_kernels.cli import main
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -57,7 +57,7 @@ def test_table_report_and_evaluation_tell_it(trained, inputs, capsys):
 
 def test_the_checkpoint_and_its_export_hold_the_trained_weights(trained, tmp_path):
     _, _, run = trained
-    learned, dense = load_learned(run / "logits.safetensors"), tiny_model()
+    learned, dense = load_logits(run / "logits.safetensors"), tiny_model()
     assert main.main(["export", str(run), str(tmp_path / "again")]) == 0
     checkpoint, again = map(AutoModelForCausalLM.from_pretrained, (run, tmp_path / "again"))
     assert_same_bits(dict(again.state_dict()), dict(checkpoint.state_dict()))
@@ -75,7 +75,7 @@ def test_a_run_that_was_killed_goes_on(trained, inputs, tmp_path, monkeypatch, s
     with pytest.raises(Killed):
         broken_off(inputs, run, monkeypatch, step, options, kill)
     assert main.main(["learn", "--resume", str(run)]) == 0
-    expected, found = (load_learned(folder / "logits.safetensors") for folder in (whole, run))
+    expected, found = (load_logits(folder / "logits.safetensors") for folder in (whole, run))
     assert_same_bits(found.logits, expected.logits)
     assert_same_bits(found.weights, expected.weights)
     assert found.metadata == expected.metadata | {"run": found.metadata["run"]}

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import maskpro_kernels as mk
 import maskpro_kernels.hf  # transformers loads packed weights after it
-from maskpro_kernels.checkpoints.logits import load_learned
-from maskpro_kernels.checkpoints.mask_file import MaskFile
+from maskpro_kernels.checkpoints.logits import load_logits
+from maskpro_kernels.checkpoints.mask_file import load_masks
 from maskpro_kernels.cli import main
 from maskpro_kernels.packed import NMLinear
 
@@ -118,7 +118,7 @@ def greedy(folder: Path) -> list[int]:
 
 def sums(folder: Path) -> list[float]:
     """Of the logits of a run: their sum, that of their magnitudes and of their squares."""
-    logits = load_learned(folder / "logits.safetensors").logits
+    logits = load_logits(folder / "logits.safetensors").logits
     whole = torch.cat([logits[name].double().flatten() for name in sorted(logits)])
     return [float(whole.sum()), float(whole.abs().sum()), float(whole.square().sum())]
 
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(way, sources, runs, tmp_path):
     arguments = [sys.executable, "-c", KILLED_BEFORE_STEP_2, *command(sources, way, tmp_path / "run")]
     assert subprocess.run(arguments, env=environment(), capture_output=True).returncode == 9
     assert main.main(["learn", "--resume", str(tmp_path / "run")]) == 0
-    logits = [digest(load_learned(folder / "logits.safetensors").logits) for folder in (tmp_path / "run", runs / way)]
+    logits = [digest(load_logits(folder / "logits.safetensors").logits) for folder in (tmp_path / "run", runs / way)]
     assert logits[0] == logits[1]
     assert masks(tmp_path / "run") == EXPECTED[f"{way}: masks"]
 
@@ -157,6 +157,6 @@ def test_packed_export(values, runs, tmp_path):
 
 def test_mask_file(runs, tmp_path):
     assert main.main(["export", str(runs / "straight-through"), str(tmp_path / "mask"), "--to", "mask"]) == 0
-    mask = MaskFile(tmp_path / "mask")
+    mask = load_masks(tmp_path / "mask")
     codes = {name: mask.codes(name) for name in mask.layers}
     assert digest(codes) == EXPECTED["straight-through: masks"]

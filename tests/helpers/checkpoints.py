@@ -13,7 +13,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from helpers.tiny_llama import tiny_tokenizer
-from maskpro_kernels import safetensors_files
+from maskpro_kernels import files
 
 # Written by Sparse24BitMaskTensor of compressed-tensors 0.14.0.1: two weights, with -0.0 and with groups of fewer than
 # two values; the same weights as they were before under names that begin with "dense."
@@ -72,7 +72,7 @@ def compressed_folder(folder, model):
     for i, part in enumerate(tensors):
         save_file(part, folder / f"model-{i}.safetensors", {"format": "pt"})
     where = {name: f"model-{i}.safetensors" for i, part in enumerate(tensors) for name in part}
-    (folder / safetensors_files.INDEX).write_text(json.dumps({"weight_map": where}))
+    (folder / files.INDEX).write_text(json.dumps({"weight_map": where}))
     return folder
 
 

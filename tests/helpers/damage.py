@@ -13,9 +13,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny_llama import tiny_tokenizer
-from maskpro_kernels.checked_json import SEALS, sealed, sealed_line
-from maskpro_kernels.checkpoints.logits import Learned, write_learned
+from maskpro_kernels.checkpoints.logits import Logits, write_logits
 from maskpro_kernels.cli import main
+from maskpro_kernels.digests import digest, sealed_line
 
 SIZES = "--batch-size 4 --seq-len 16 --calibration-batches 2 --eval-windows 2 --eval-length 24 --steps 4 --eval-every 2"
 SOURCES = "--data text.txt --device cpu"
@@ -45,10 +45,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 def edit(path, **changes):
     """Change values of a JSON file, of a dict in it those that are given, as if it had been written so."""
     content = json.loads(path.read_text())
-    is_sealed = content.pop(SEALS, None) is not None
     for name, value in changes.items():
         content[name] = content.get(name, {}) | value if isinstance(value, dict) else value
-    path.write_text(json.dumps(sealed(content) if is_sealed else content))
+    path.write_text(json.dumps(content))
 
 
 def write(path, content):
@@ -143,8 +142,9 @@ def relearned(change=None, **metadata):
 
     def write(place):
         logits = load_file(place / LOGITS)
-        learned = Learned(logits if change is None else change(logits), {}, metadata)
-        edit(place / "reinforce/report.json", logits_file=write_learned(learned, place / LOGITS))
+        logits = logits if change is None else change(logits)
+        write_logits(Logits(logits, {}, metadata), place / LOGITS)
+        edit(place / "reinforce/report.json", logits=digest(logits[name] for name in sorted(logits)))
 
     return write
 

@@ -1,0 +1,210 @@
+"""What other programs store: checkpoints of compressed-tensors, and masks of MaskLLM and MaskPro.
+
+A new format of masks is a function that gives names and masks, and an entry in ``MASK_FORMATS``. The command `maskpro
+import` calls ``write_plain`` and ``read_masks``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..files import INDEX, SINGLE, read_tensor, tensor_files, weight_files, write_tensors
+from ..packed import PackedNM
+from ..pattern import NMPattern
+
+# Of compressed-tensors: the parts that a weight is stored in
+COMPRESSED = ("compressed", "bitmask", "shape")
+FORMATS = ("sparse-24-bitmask", "dense")
+# Settings that would make a loader look for tensors that are no longer there
+COMPRESSION_SETTINGS = ("quantization_config", "compression_config", "sparsity_config")
+
+
+def read_masks(source: str | Path, layers: Mapping[str, nn.Module], pattern: str | NMPattern) -> dict[str, Tensor]:
+    """Read masks that another program has learned: bool [out, K] by name of the layer.
+
+    Args:
+        source: an .npz file of MaskLLM, a .pt file with a dict of masks, of bools or of 0 and 1 in any other dtype, or
+            a folder with such an .npz file, or with a file ``<name>.pt`` for each mask. Names may end in ".mask" or
+            ".weight.mask".
+        layers: modules with a ``weight`` [out, K], by name; those without a mask are left out.
+        pattern: "N:M" or NMPattern: at most N of every M are kept.
+
+    Raises:
+        ValueError: if ``source`` holds no such masks, one does not fit its layer, or keeps more than N of M.
+    """
+    pattern, source = NMPattern(pattern), Path(source)
+    arrays = sorted(source.glob("*.npz")) if source.is_dir() else []
+    if len(arrays) > 1:
+        raise ValueError(f"masks: expected one .npz file in {str(source)!r}, got {len(arrays)}; give the path of one")
+    source = arrays[0] if arrays else source
+    masks = {}
+    for stored, mask in MASK_FORMATS.get(source.suffix, _masks_of_torch)(source):
+        name = stored.removesuffix(".mask").removesuffix(".weight")
+        if name not in layers:
+            raise ValueError(f"masks: expected masks of the model's linear layers, got one of {stored!r}")
+        shape = layers[name].weight.shape
+        if mask.dtype == torch.uint8:
+            bits = torch.from_numpy(np.unpackbits(mask.numpy()))
+            if not shape.numel() <= len(bits) < shape.numel() + 8:
+                raise ValueError(f"masks: expected {shape.numel()} bits for {name}, got {len(bits)}")
+            mask = bits[: shape.numel()].bool().view(shape)
+        if mask.shape != shape:
+            raise ValueError(f"masks: expected {list(shape)} for {name}, got {list(mask.shape)}")
+        if shape[1] % pattern.m:
+            raise ValueError(f"masks: expected rows of whole groups of {pattern.m}, got {shape[1]} columns in {name}")
+        most = int(mask.view(shape[0], -1, pattern.m).sum(-1).max())
+        if most > pattern.n:
+            raise ValueError(f"masks: expected at most {pattern.n} of every {pattern.m} kept, got {most} in {name}")
+        masks[name] = mask
+    if not masks:
+        raise ValueError(f"masks: expected at least one, got none in {str(source)!r}")
+    return masks
+
+
+def _masks_of_maskllm(source: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, uint8 [bytes]) of each mask in an .npz file: its first element stands in the highest bit of a byte."""
+    expected = f"masks: expected an .npz file of MaskLLM, got {str(source)!r}"
+    if not zipfile.is_zipfile(source):
+        # numpy would take it for a pickle, and advise to load it as one
+        raise ValueError(f"{expected}, which is damaged or of another kind")
+    try:
+        with open(source, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                array = arrays[name]
+                if array.dtype != np.uint8 or array.ndim != 1:
+                    raise ValueError(f"flat uint8 arrays expected, {name} is {array.dtype}")
+                yield name, torch.from_numpy(array)
+    except Exception as error:
+        # zipfile, zlib and numpy each have errors of their own for damage
+        raise ValueError(f"{expected}: {error}") from error
+
+
+def _masks_of_torch(source: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, mask as bool) from a file that holds a dict of masks, or from a folder with a file for each.
+
+    MaskPro's program writes bool tensors, a file for each mask or one for all; MaskLLM's ``tool_compute_mask_hf.py``
+    one of float32 masks, named after their weights (https://github.com/NVlabs/MaskLLM).
+    """
+    for file in sorted(source.glob("*.pt")) if source.is_dir() else [source]:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # which of a dozen errors it is depends on the place of the damage; torch's message is left out: it advises
+            # to load the file as a pickle, which runs whatever it holds
+            raise ValueError(
+                f"masks: expected a file of masks, got {str(file)!r}, which is damaged or holds more than tensors"
+            ) from error
+        for name, mask in (loaded if isinstance(loaded, Mapping) else {file.stem: loaded}).items():
+            if (
+                not isinstance(mask, Tensor)
+                or not isinstance(name, str)
+                or mask.layout != torch.strided
+                or mask.is_meta
+            ):
+                raise ValueError(f"masks: expected plain tensors by name, got {name!r} in {str(file)!r}")
+            # of bool too: sums and products would take another byte for what it is
+            values = (
+                mask.view(torch.uint8) if mask.dtype == torch.bool else mask.float() if mask.itemsize == 1 else mask
+            )
+            if not ((values == 0) | (values == 1)).all():
+                raise ValueError(f"masks: expected 0 and 1, or false and true, got others in {name} of {str(file)!r}")
+            yield name, mask.bool()
+
+
+# What reads a file, by its suffix; folders and all other files are such as torch saves
+MASK_FORMATS = {".npz": _masks_of_maskllm}
+
+
+def write_plain(source: str | Path, output: str | Path) -> bool:
+    """Write a checkpoint of compressed-tensors as a plain one with exact zeros, if it is one; give whether it is.
+
+    Files in the format sparse-24-bitmask are decompressed one at a time, those in the format dense are linked to. The
+    config loses its settings of compression; what else the folder holds is copied.
+
+    Raises:
+        ValueError: if the checkpoint is in another format, such as a quantized one, a file is damaged, or parts of a
+            weight are missing or do not agree.
+        OSError: if a file cannot be written.
+    """
+    source, output = Path(source), Path(output)
+    files = weight_files(source)
+    where = tensor_files(files)
+    names = {name.removesuffix(".compressed") for name in where if name.endswith(".compressed")}
+    config = source / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    parts = [settings.get(name) for name in COMPRESSION_SETTINGS]
+    # of compressed-tensors, and of no other quantizer
+    parts = [part for part in parts if isinstance(part, dict)]
+    parts = [part for part in parts if part.get("quant_method", "compressed-tensors") == "compressed-tensors"]
+    if not names and not parts:
+        return False
+    for part in parts:
+        sparsity = part.get("sparsity_config")
+        formats = {part.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else None} - {None}
+        others = sorted(map(str, formats - set(FORMATS)))
+        if others or part.get("config_groups"):
+            raise ValueError(
+                f"checkpoint: expected weights in the format {' or '.join(FORMATS)} of compressed-tensors, got "
+                f"{f'the format {others[0]}' if others else 'quantized weights'}; decompress it first, with "
+                "compressed-tensors"
+            )
+    for name in names:
+        missing = [part for part in COMPRESSED if f"{name}.{part}" not in where]
+        if missing:
+            raise ValueError(f"checkpoint: expected {name}.{', .'.join(COMPRESSED)}, got none of {missing}")
+    output.mkdir(parents=True, exist_ok=True)
+    if names:
+        written = {}
+        for file in files:
+            tensors = {}
+            with safe_open(file, framework="pt") as opened:
+                for stored in opened.keys():
+                    name, _, part = stored.rpartition(".")
+                    if name not in names or part not in COMPRESSED:
+                        tensors[stored] = opened.get_tensor(stored)
+                    elif part == "compressed":
+                        own = [read_tensor(where[f"{name}.{part}"], f"{name}.{part}") for part in COMPRESSED]
+                        tensors[f"{name}.weight"] = decompressed_weight(name, *own)
+            write_tensors(tensors, output / file.name, {"format": "pt"})
+            written |= dict.fromkeys(tensors, file.name)
+        if [file.name for file in files] != [SINGLE]:
+            index = json.dumps({"metadata": {}, "weight_map": written}, indent=2)
+            (output / INDEX).write_text(index, encoding="utf-8")
+    for other in source.iterdir():
+        if other.is_file() and not (names and (other.suffix == ".safetensors" or other.name == INDEX)):
+            # plain weights are read, and not written
+            link_or_copy = os.symlink if other.suffix == ".safetensors" else shutil.copy
+            link_or_copy(other.resolve(), output / other.name)
+    if settings:
+        kept = {name: value for name, value in settings.items() if name not in COMPRESSION_SETTINGS}
+        (output / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def decompressed_weight(name: str, values: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
+    """The weight [out, K] whose parts these are, with exact zeros; ValueError if the parts do not agree."""
+    sizes = shape.flatten().tolist()
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes) or sizes[1] % 4:
+        raise ValueError(f"checkpoint: expected rows of whole groups of 4 in {name}.shape, got {sizes}")
+    rows, k = sizes
+    if values.numel() != rows * k // 2 or values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"checkpoint: expected {rows * k // 2} values of float32, bfloat16 or float16 in {name}.compressed, "
+            f"got {values.numel()} of {values.dtype}"
+        )
+    try:
+        return PackedNM(values.reshape(rows, k // 2).contiguous(), bitmask, "2:4").check().unpack()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: {name}.{error}") from error
