@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapter_modules
 from .fsdp import check_in_memory
 from .functional.masks import expand_mask, top_n_mask
 from .pattern import NMPattern
+from .replacement import adapter_modules
 from .unfuse import Matrix, matrices
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapters import refuse_merging
 from .extras import require
 from .modules import MaskedLinear
 from .packed import SPARSE, NMLinear
+from .replacement import refuse_merging
 
 try:
     from peft import LoraConfig

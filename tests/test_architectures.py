@@ -14,8 +14,7 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.hf.quantizer import put_empty_layers
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.prune.coverage import coverage
-from maskpro_kernels.prune.selection import select_layers
+from maskpro_kernels.prune.selection import coverage, select_layers
 from maskpro_kernels.unfuse import as_linears
 
 pytestmark = [

@@ -32,9 +32,8 @@ from maskpro_kernels import (
     top_n_mask,
 )
 from maskpro_kernels.modules import initial_logits, masked_layers
-from maskpro_kernels.prune.least_squares import FITS, refit_rows
-from maskpro_kernels.prune.refitted_swaps import conditional_blocks, swap_and_refit
-from maskpro_kernels.prune.swap_descent import by_place
+from maskpro_kernels.prune.reconstruction import by_place, conditional_blocks, swap_and_refit
+from maskpro_kernels.prune.refit import FITS, refit_rows
 from maskpro_kernels.text.losses import TeacherCache, distillation_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("eager_reference")]

@@ -24,7 +24,7 @@ from rows import best, settings_text, spread
 from maskpro_kernels.learn.estimator import Estimator, Option
 from maskpro_kernels.learn.reinforce import Reinforce
 from maskpro_kernels.learn.straight_through import StraightThrough
-from maskpro_kernels.prune.gap import gap_for_flip_rate
+from maskpro_kernels.prune.convert import gap_for_flip_rate
 
 
 class FlipRate(Reinforce):

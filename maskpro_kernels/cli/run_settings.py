@@ -11,7 +11,7 @@ import torch
 from ..functional.checks import LARGEST_GAP, check_gap
 from ..learn.estimator import Estimator
 from ..pattern import NMPattern
-from ..prune.gap import gap_for_flip_rate
+from ..prune.convert import gap_for_flip_rate
 from ..ranks import Ranks
 from ..text.batches import in_a_batch, other_kind, parse_sources, resolved, shared_out, texts_of
 from ..text.sources import SELF, is_path

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..adapters import adapter_modules
 from ..kept_zeros import KeptZeros
 from ..learn.backward import check_slope_settings
 from ..learn.masks import margins
 from ..learn.optimizer import MaskOptimizer
 from ..modules import MaskedLinear, counter_states, masked_layers
 from ..pattern import NMPattern
+from ..replacement import adapter_modules
 
 # Slopes of so many root mean squares are rare
 LARGE_SLOPE = 30

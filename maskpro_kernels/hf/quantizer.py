@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..adapters import fit_adapters, refuse_merging
 from ..fsdp import check_in_memory
 from ..modules import CounterState, MaskedLinear
 from ..ops.reference import SCALED
@@ -28,7 +27,7 @@ from ..packed import (
     packed_class,
 )
 from ..pattern import NMPattern
-from ..replacement import replace_modules
+from ..replacement import fit_adapters, refuse_merging, replace_modules
 from ..unfuse import as_built, as_linears, taken_apart
 
 METHOD, VERSION = "maskpro", 1

@@ -9,10 +9,10 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import adapter_modules
 from ..fsdp import is_distributed
 from ..modules import MaskedLinear
 from ..packed import INT8, SPARSE, NMLinear, bits_a_weight
+from ..replacement import adapter_modules
 from .quantizer import describe
 
 TEMPLATE = """---

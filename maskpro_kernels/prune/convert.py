@@ -1,29 +1,38 @@
-"""Masked layers into a model."""
+"""Masked layers in the place of the nn.Linear layers of a model."""
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import check_no_flat_parameters, is_distributed
-from ..functional.checks import check_gap, check_int, describe
+from ..digests import digest_of_named
+from ..fsdp import check_no_flat_parameters, is_distributed, like_shards, resharded
+from ..functional.checks import LARGEST_GAP, check_gap, check_int, describe
 from ..functional.logits_device import device_of_logits
-from ..modules import CounterState, MaskedLinear
+from ..learn.batches import content
+from ..modules import CounterState, MaskedLinear, initial_logits, masked_layers
+from ..packed import SPARSE
 from ..pattern import NMPattern
-from ..unfuse import in_linear_form
-from .bypassed import first_call
-from .coverage import MOST_OF_A_MODEL, coverage, reasons_by_name
-from .gap import gap_for_flip_rate
-from .initial_masks import Init, Progress, check_initial_mask, refitted_masks
-from .reconstruction import Reconstruction, check_refit
-from .refit import put_weights
-from .replacement import check_replaceable, replace_layers
-from .selection import layers_to_convert
-from .sharded import agreed_calibration, has_shards, is_cut, masked_linear_of_shards, masks_of_shards
+from ..ranks import Ranks
+from ..replacement import check_not_merged, fit_adapters, refuse_merging, replace_modules
+from ..unfuse import as_built, in_linear_form
+from .calibration import check_calibration
+from .initial_masks import Init, Progress, check_initial_mask, given, refitted_masks
+from .reconstruction import Reconstruction
+from .refit import check_refit, put_weights
+from .selection import MOST_OF_A_MODEL, coverage, first_call, layers_to_convert, reasons_by_name
+
+# Of what is refused
+CUT = "in a model that is cut over ranks"
+# Initial masks that ranks find together, each with its part of the layers
+OF_SHARDS = ("magnitude", "random", "wanda", "reconstruction")
 
 DEFAULT_GAP = 10.0
 
@@ -100,77 +109,46 @@ def convert(
             to convert; the model is then as it was.
     """
     pattern = NMPattern(pattern)
-    _check(model, init, refit, seed, progress)
-    how = _logits(gap, flip_rate, pattern, logits_dtype, logits_device)
-    call, calibration = first_call(agreed_calibration(model, calibration))
-    with in_linear_form(model) as left_out:
-        layers, skipped = layers_to_convert(model, pattern, targets, call)
-        codes, weights = _masks(layers, pattern, init, refit, model, calibration, logits_device, seed, progress)
-        replace_layers(model, _masked_linears(model, layers, codes, weights, pattern, **how))
-    return _conversion(model, list(layers), skipped | left_out, how["gap"], warn=targets is None)
-
-
-def _masks(
-    layers: Mapping[str, nn.Linear],
-    pattern: NMPattern,
-    init: Init,
-    refit: str,
-    model: nn.Module,
-    calibration: Iterable | None,
-    logits_device: torch.device | str | None,
-    seed: int,
-    progress: Progress | None,
-) -> Reconstruction:
-    """Group codes, and weights that were refitted, by name: of whole layers, or of the part of this rank."""
-    if is_cut(model) and has_shards(layers):
-        return masks_of_shards(layers, pattern, init, refit, model, calibration, logits_device, seed, progress)
-    return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
-
-
-def _check(model: nn.Module, init: Init, refit: str, seed: int, progress: Progress | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    if not is_cut(model):
-        # else all ranks check it together, for one may not see a file
+    # FSDP2 may have kept gathered what ran last
+    resharded(model)
+    cut = any(map(is_distributed, model.parameters()))
+    if not cut:
+        # else all ranks check it together
         check_initial_mask(init)
     check_refit(refit)
     check_int("seed", seed, 1 << 63)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: expected a function of two counts, got {describe(progress)}")
-    check_no_flat_parameters("model", model)
-    check_replaceable(model)
-
-
-def _conversion(
-    model: nn.Module, converted: list[str], skipped: Mapping[str, str], gap: float, warn: bool
-) -> Conversion:
-    skipped = reasons_by_name(model, skipped)
-    found = coverage(model, skipped)
-    if warn and found.share < MOST_OF_A_MODEL:
-        largest, reason = next(iter(found.unmasked.items()))
-        warnings.warn(
-            f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
-            f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
-            stacklevel=3,
-        )
-    return Conversion(converted, skipped, gap, found.share, found.unmasked)
-
-
-def _logits(
-    gap: float,
-    flip_rate: float | None,
-    pattern: NMPattern,
-    logits_dtype: torch.dtype,
-    logits_device: torch.device | str | None,
-) -> dict:
-    """How logits are made, checked: with the gap that was given, or the one of the flip rate."""
     check_gap(gap, logits_dtype)
     if flip_rate is not None:
         if gap != DEFAULT_GAP:
             raise ValueError(f"flip_rate: expected gap or flip_rate, not both, got gap={gap}, flip_rate={flip_rate}")
         gap = gap_for_flip_rate(flip_rate, pattern)
     device = None if logits_device is None else device_of_logits(logits_device)
-    return {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
+    check_no_flat_parameters("model", model)
+    check_replaceable(model)
+    call, calibration = first_call(_agreed_calibration(calibration) if cut else calibration)
+    with in_linear_form(model) as left_out:
+        layers, skipped = layers_to_convert(model, pattern, targets, call)
+        shards = any(is_distributed(layer.weight) for layer in layers.values())
+        if shards and device is not None:
+            raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it ahead of fully_shard")
+        find = _masks_of_shards if shards else refitted_masks
+        masks = find(layers, pattern, init, refit, model, calibration, progress, seed)
+        how = {"gap": gap, "logits_dtype": logits_dtype, "logits_device": device}
+        replace_layers(model, _masked_linears(model, layers, masks.codes, masks.weights, pattern, **how))
+    skipped = reasons_by_name(model, skipped | left_out)
+    found = coverage(model, skipped)
+    if targets is None and found.share < MOST_OF_A_MODEL:
+        largest, reason = next(iter(found.unmasked.items()))
+        warnings.warn(
+            f"model: {found.share:.1%} of its matrix weights have a mask, embeddings and the output head apart; "
+            f"{len(found.unmasked)} matrices have none, such as {largest} ({reason}); Conversion.unmasked holds all",
+            stacklevel=2,
+        )
+    return Conversion(list(layers), skipped, gap, found.share, found.unmasked)
 
 
 def _masked_linears(
@@ -199,9 +177,168 @@ def _masked_linears(
         of_layer = {"layer": layer_id, "counter_state": states[device], "gap": how["gap"]}
         if is_distributed(layer.weight):
             dtype = how["logits_dtype"]
-            masked = masked_linear_of_shards(layer, pattern, codes.pop(name), logits_dtype=dtype, **of_layer)
+            masked = _masked_linear_of_shards(layer, pattern, codes.pop(name), logits_dtype=dtype, **of_layer)
         else:
             masked = MaskedLinear.from_linear(layer, pattern, codes.pop(name), **of_layer | how)
         replacements[id(layer)] = masked
     put_weights({name: replacements[id(layers[name])] for name in weights}, weights)
     return replacements
+
+
+def _masked_linear_of_shards(
+    linear: nn.Linear,
+    pattern: NMPattern,
+    codes: Tensor,
+    *,
+    gap: float,
+    logits_dtype: torch.dtype,
+    layer: int,
+    counter_state: CounterState,
+) -> MaskedLinear:
+    """A MaskedLinear with the shards of a layer's weight and bias, frozen, and logits on the same mesh.
+
+    FSDP2 knows nothing of the logits. ``masked_layers`` leads what it gathers to the new layer.
+
+    Args:
+        codes: group codes [rows, columns / M] of this rank.
+        The others: as for ``MaskedLinear.from_linear``.
+    """
+    weight, bias, device = linear.weight, linear.bias, linear.weight.device
+    empty = (torch.empty(x.shape, dtype=x.dtype, device="meta") if x is not None else None for x in (weight, bias))
+    logits = torch.empty(weight.shape, dtype=logits_dtype, device="meta")
+    masked = MaskedLinear(*empty, logits, pattern, layer=layer, counter_state=counter_state)
+    # the very parameters: FSDP2 knows them by these objects
+    masked.weight, masked.bias = weight.requires_grad_(False), None if bias is None else bias.requires_grad_(False)
+    masked.logits = nn.Parameter(like_shards(initial_logits(codes, pattern, gap, logits_dtype), weight))
+    masked.layer_id = torch.empty((), dtype=torch.int64, device=device)
+    masked.layer = layer
+    return masked.train(linear.training)
+
+
+def _agreed_calibration(calibration: Iterable | None) -> list | None:
+    """The batches; TypeError or ValueError unless all ranks have them alike, ahead of any forward."""
+
+    def batches() -> list | None:
+        if calibration is None:
+            return None
+        check_calibration(calibration)
+        return list(calibration)
+
+    with closing(Ranks()) as ranks:
+        ranks.connect()
+        found = ranks.all_of(batches)
+        ranks.agree({"calibration": found and [content(batch, index) for index, batch in enumerate(found)]})
+    return found
+
+
+def _masks_of_shards(
+    layers: Mapping[str, nn.Linear],
+    pattern: NMPattern,
+    init: Init,
+    refit: str,
+    model: nn.Module,
+    calibration: Iterable | None,
+    progress: Progress | None,
+    seed: int,
+) -> Reconstruction:
+    """``refitted_masks`` of what this rank has, once all ranks were given the same."""
+
+    def described() -> str:
+        if isinstance(init, Mapping):
+            return digest_of_named(given(layers, pattern, init))
+        if init in OF_SHARDS:
+            return init
+        raise ValueError(
+            f"init: expected one of {', '.join(OF_SHARDS)}, or group codes {CUT}, got {init!r}; convert it ahead of "
+            "fully_shard"
+        )
+
+    with closing(Ranks()) as ranks:
+        ranks.connect()
+        ranks.agree({"init": ranks.all_of(described), "refit": refit, "seed": seed})
+        with ranks.naming_lost():
+            if refit != "none" or init in ("wanda", "reconstruction"):
+                _check_all_cut(layers)
+            return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
+
+
+def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
+    """Raise ValueError if a layer is whole beside others that are cut, or two share a weight."""
+    cut = next(name for name, layer in layers.items() if is_distributed(layer.weight))
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if not is_distributed(layer.weight):
+            raise ValueError(
+                f"targets: expected layers that are all cut over ranks, or none, got {cut}, which is cut, and {name}, "
+                "which is not"
+            )
+        if owners.setdefault(id(layer.weight), name) != name:
+            raise ValueError(
+                f"targets: expected layers with a weight of their own {CUT}, got one weight in "
+                f"{owners[id(layer.weight)]} and {name}"
+            )
+
+
+def check_replaceable(model: nn.Module) -> None:
+    """Raise unless what is put into a model can be told of in its config.
+
+    Raises:
+        ValueError: if an adapter of peft is merged, or the config of a transformers model describes it as quantized by
+            another library.
+        ImportError: if the transformers that is installed cannot load checkpoints with masks.
+    """
+    check_not_merged(model)
+    if _of_transformers(model):
+        from ..hf import check_not_quantized
+
+        check_not_quantized(model)
+
+
+def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """``replace_modules``, told to what depends on it.
+
+    Adapters refuse to merge into what is sparse, and the config of a transformers model names it. Once nothing of a
+    module that was taken apart is sparse, it is put together.
+    """
+    replace_modules(model, replacements)
+    if any(isinstance(layer, MaskedLinear) for layer in replacements.values()):
+        # what FSDP2 gathers comes to the new layers from here on
+        masked_layers(model)
+    if not any(isinstance(layer, SPARSE) for layer in replacements.values()):
+        as_built(model)
+    fit_adapters(model)
+    refuse_merging(model, SPARSE)
+    if _of_transformers(model):
+        from ..hf import describe
+
+        describe(model)
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    return "transformers" in sys.modules and any(hasattr(module, "save_pretrained") for module in model.modules())
+
+
+def flip_rate(gap: float, pattern: str | NMPattern) -> float:
+    """Probability that a draw leaves the initial mask of its group: N logits at ``gap``, M - N at 0.
+
+    p(stay) = prod over k < N of (N - k) e^gap / ((N - k) e^gap + M - N).
+    """
+    pattern = NMPattern(pattern)
+    dropped = (pattern.m - pattern.n) * math.exp(-gap)
+    return -math.expm1(-sum(math.log1p(dropped / k) for k in range(1, pattern.n + 1)))
+
+
+def gap_for_flip_rate(rate: float, pattern: str | NMPattern) -> float:
+    """The gap at which a share ``rate`` of the groups leaves the initial mask in a draw.
+
+    Raises:
+        ValueError: if ``rate`` lies outside what gaps from 0 to 26 give.
+    """
+    low, high = 0.0, LARGEST_GAP
+    rarest, commonest = flip_rate(high, pattern), flip_rate(low, pattern)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rarest <= rate <= commonest:
+        raise ValueError(f"flip_rate: expected a float in [{rarest:.2g}, {commonest:.4g}] for {pattern}, got {rate!r}")
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if flip_rate(middle, pattern) > rate else (low, middle)
+    return (low + high) / 2

@@ -13,10 +13,8 @@ from ..modules import masked_layers
 from ..packed import KEEP, NMLinear, check_values_kind, dense_layer, hold_in_huge_pages, packed_class
 from ..pattern import NMPattern
 from ..unfuse import in_linear_form, taken_apart
-from .convert import Conversion
-from .coverage import coverage, reasons_by_name
-from .replacement import check_replaceable, replace_layers
-from .selection import select_layers
+from .convert import Conversion, check_replaceable, replace_layers
+from .selection import coverage, reasons_by_name, select_layers
 
 
 def finalize(model: nn.Module, to: str = "dense", values: str = KEEP) -> nn.Module:

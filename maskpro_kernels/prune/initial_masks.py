@@ -18,8 +18,8 @@ from ..functional.masks import sample_mask, top_n_mask
 from ..ops.philox import MAX_STEPS
 from ..pattern import NMPattern
 from .calibration import check_calibration, input_squares
-from .reconstruction import Reconstruction, check_refit, reconstruct
-from .refit import refit_layers
+from .reconstruction import Reconstruction, reconstruct
+from .refit import check_refit, refit_layers
 from .sparsegpt import sparsegpt as prune_by_sparsegpt
 from .stored_mask import is_there, stored_mask
 
@@ -60,7 +60,8 @@ def initial_codes(
     check_initial_mask(init)
     check_int("seed", seed, 1 << 63)
     if isinstance(init, Mapping):
-        return given(layers, pattern, init)
+        codes = given(layers, pattern, init)
+        return {name: part_of(codes[name], layer.weight, pattern.m) for name, layer in layers.items()}
     if init not in INITIAL_MASKS:
         return given(layers, pattern, stored_mask(init, layers, pattern).codes)
     return INITIAL_MASKS[init](layers, pattern, model, calibration, progress, seed)

@@ -1,46 +1,48 @@
-"""Masks that reconstruct the outputs of every layer, by swap descent on the Gram matrices of the layers' inputs.
+"""Masks that reconstruct the outputs of every layer, by swaps of kept with dropped weights.
 
-With a refit also weights: kept values make up for what a layer has dropped, before the next layer's inputs are taken.
+For inputs X of a layer, H = X^T X, and a row w of its weight under a mask m, the squared error of the outputs is
+E(m) = d H d^T with d = w * m - w. The swap of a group that lowers E most is found in closed form, for all groups at
+once, and many are taken together as long as E falls (``swap_descent``). SparseSwaps (arXiv 2512.10922) descends on the
+same error.
+
+With a refit the error is the one that is left once the kept values are refitted (``swap_and_refit``). With the dropped
+set D and A = H^-1 it is E(S) = w_D A_DD^-1 w_D^T. To drop i raises it by v_i^2 / (H_SS^-1)_ii, to keep j lowers it by
+g_j^2 / (H_jj - H_jS H_SS^-1 H_Sj), v being the refitted row and g = (w - v) H. docs/mathematics.md derives both, and
+what a swap of one group costs.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..fsdp import is_distributed
-from ..modules import evaluating
+from .. import ops
+from ..functional.checks import check_codes
 from ..pattern import NMPattern
-from .blocks import calls_by_block, layers_in_order
-from .calibration import Call, calls_of, gram_matrices
-from .layer_masks import LayerMasks
-from .least_squares import FITS, check_damping, refit_rows
-from .refitted_swaps import conditional_blocks, swap_and_refit
-from .sharded_masks import ShardedMasks
-from .swap_descent import SWEEPS, by_place, descend_rows, from_places, kept_of, to_places
+from .calibration import calls_of, layer_by_layer
+from .refit import DAMPING, FITS, PIECE, check_damping, check_refit, conjugate_gradients, refit_rows, row_errors
+from .sharded import masks_of
 
-# In how many parts the online schedule takes the batches, and what a Gram matrix keeps of those before
-ROUNDS = 8
-DECAY = 0.5
-
-# How much memory the Gram matrices of a mixture's experts may take together: each further part is a forward pass more
-GRAM_BYTES = 1 << 30
-
-# What is added to the diagonal of a Gram matrix, as a share of its mean
-DAMPING = 0.01
-
-# Improves layers with the same input on its Gram matrix
-Visit = Callable[[Sequence[str], Tensor], None]
+# One in so many of a row's groups may swap together at first
+FIRST_SHARE = 16
+# E has to fall by this part of itself, or rounding could pass for progress
+LEAST_FALL = 1e-6
+# By then the error of a language model's layers has done 80 to 90% of the fall that 50 sweeps bring
+SWEEPS = 16
+# With a refit by then 90% of the fall that twice as many bring
+REFITTED_SWEEPS = 8
+# Of the refit behind the swaps of a sweep. Fewer take the error that is left of it for that of the swaps
+ITERATIONS = 10
+# Rows whose masks give the conditional blocks. More do not lower the error of a language model's layers
+SAMPLED_ROWS = 8
 
 
 class Reconstruction(NamedTuple):
-    """What ``reconstruct`` has found.
+    """Initial masks, and weights that were refitted with them.
 
     Attributes:
         codes: group codes [out, K / M] by name.
@@ -49,27 +51,6 @@ class Reconstruction(NamedTuple):
 
     codes: dict[str, Tensor]
     weights: dict[str, Tensor]
-
-
-class Told:
-    """A progress function, if there is one, told of how many layers are done: of none at first."""
-
-    def __init__(self, progress: Callable[[int, int], None] | None, total: int):
-        self._progress, self._total = progress, total
-        self._tell(0)
-
-    def _tell(self, done: int) -> None:
-        self._done = done
-        if self._progress is not None:
-            self._progress(done, self._total)
-
-    def one_more(self) -> None:
-        self._tell(self._done + 1)
-
-    def all_done(self) -> None:
-        """Where experts were left out, of the rest."""
-        if self._done < self._total:
-            self._tell(self._total)
 
 
 @torch.no_grad()
@@ -81,14 +62,13 @@ def reconstruct(
     calibration: Iterable,
     *,
     refit: str = "none",
-    schedule: str = "sequential",
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
     """Masks under which the layers' outputs come near to those of the whole weights, on the inputs that they see.
 
-    Layers that are given the same tensor share its Gram matrix.
+    Layer by layer in the order in which they run. Layers that are given the same tensor share its Gram matrix.
 
     Args:
         model: holds ``layers``; its weights stay as they are.
@@ -97,10 +77,9 @@ def reconstruct(
         pattern: "N:M" or NMPattern.
         calibration: batches for the model, each a tensor, a tuple or a mapping.
         refit: "scales" or "weights" refit each layer behind its swaps; the layers behind see inputs of the refitted
-            ones. With "weights" more swaps follow, which count on the refit (``prune/refitted_swaps.py``).
-        schedule: "sequential", see ``layer_by_layer``, or "online", see ``all_together``, without a refit.
+            ones. With "weights" more swaps follow, which count on the refit, see ``swap_and_refit``.
         damping: what is added to the diagonal of a Gram matrix, as a share of its mean.
-        sweeps: most sweeps of a row each time, see ``swap_descent``.
+        sweeps: most sweeps of a row, see ``swap_descent``.
         progress: called with how many layers are done, and of how many, before the first and after each.
 
     Warns:
@@ -110,168 +89,265 @@ def reconstruct(
         TypeError, ValueError: an argument is not as above, there is no batch, or another layer sees none of them.
     """
     pattern = NMPattern(pattern)
-    _check_options(refit, schedule, damping)
+    check_refit(refit)
+    if refit != "none":
+        check_damping(damping)
     calls = calls_of(calibration)
-    visits = min(ROUNDS, len(calls)) if schedule == "online" else 1
-    told = Told(progress, len(layers) * visits)
     masks = masks_of(model, layers, codes, dict.fromkeys(layers, pattern))
 
-    def descend(names: Sequence[str], gram: Tensor) -> None:
-        ordered, own = by_place(gram.to(layers[names[0]].weight.device), pattern.m, damping)
+    def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
+        ordered, own = by_place(gram, pattern.m, damping)
         swapped = partial(descend_rows, gram=ordered, blocks=own, pattern=pattern, sweeps=sweeps)
+
+        def fitted(weight: Tensor, codes: Tensor) -> list[Tensor]:
+            kept = kept_of(codes, pattern.m).view(weight.shape) > 0
+            return [from_places(refit_rows(to_places(weight, pattern.m), kept, ordered, FITS[refit])[0], pattern.m)]
+
         for name in names:
             weight, refitted = masks.dense(name), None
             found, _ = masks.by_rows(swapped, weight, masks.whole_codes(name))
-            if refit != "none":
-                found, refitted = _refitted(weight, found, ordered, pattern, refit, masks)
+            if refit == "weights":
+                blocks = conditional_blocks(found, ordered, pattern)
+                both = partial(swap_and_refit, gram=ordered, blocks=blocks, pattern=pattern)
+                found, refitted, _ = masks.by_rows(both, weight, found)
+            elif refit != "none":
+                (refitted,) = masks.by_rows(fitted, weight, found)
             masks.put(name, found, refitted)
-            told.one_more()
+            yield
 
-    with evaluating(model), without_cache(model), masks.running():
-        unvisited = SCHEDULES[schedule](model, layers, calls, descend, masks)
-    tell_unvisited(unvisited, "keep their masks and weights")
-    told.all_done()
+    layer_by_layer(model, layers, calls, masks, visit, "keep their masks and weights", progress)
     return Reconstruction(masks.codes, masks.weights)
 
 
-def masks_of(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    codes: Mapping[str, Tensor],
-    patterns: Mapping[str, NMPattern],
-) -> LayerMasks:
-    """Those of layers that one process has, or of layers that ranks share, whose codes are those of this rank."""
-    if any(is_distributed(layer.weight) for layer in layers.values()):
-        return ShardedMasks(model, layers, codes, patterns)
-    return LayerMasks(layers, codes, patterns)
-
-
-def _refitted(
-    weight: Tensor, codes: Tensor, gram: Tensor, pattern: NMPattern, refit: str, masks: LayerMasks
+def swap_descent(
+    weight: Tensor, codes: Tensor, gram: Tensor, pattern: str | NMPattern, sweeps: int = SWEEPS
 ) -> tuple[Tensor, Tensor]:
-    """(group codes, weight) of a layer after its swaps; the Gram matrix is one of ``by_place``."""
-    if refit == "weights":
-        blocks = conditional_blocks(codes, gram, pattern)
-        codes, refitted, _ = masks.by_rows(
-            lambda weight, codes: swap_and_refit(weight, codes, gram, blocks, pattern), weight, codes
-        )
-        return codes, refitted
+    """Descend on the reconstruction error of every row by swaps within groups; the error of no row rises.
 
-    def fitted(weight: Tensor, codes: Tensor) -> list[Tensor]:
-        kept = kept_of(codes, pattern.m).view(weight.shape) > 0
-        return [from_places(refit_rows(to_places(weight, pattern.m), kept, gram, FITS[refit])[0], pattern.m)]
-
-    return codes, *masks.by_rows(fitted, weight, codes)
-
-
-def check_refit(refit: str) -> None:
-    """Raise ValueError unless ``refit`` is "none" or names a refit."""
-    if refit != "none" and (not isinstance(refit, str) or refit not in FITS):
-        raise ValueError(f"refit: expected one of {('none', *FITS)}, got {refit!r}")
-
-
-def _check_options(refit: str, schedule: str, damping: float) -> None:
-    check_refit(refit)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {tuple(SCHEDULES)}, got {schedule!r}")
-    if refit != "none":
-        check_damping(damping)
-        if schedule != "sequential":
-            raise ValueError(f'schedule: expected "sequential" with a refit, got {schedule!r}')
-
-
-def layer_by_layer(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    calls: list[Call],
-    visit: Visit,
-    masks: LayerMasks,
-) -> list[str]:
-    """Visit the layers in the order in which they run, on all batches; those before have been visited.
-
-    In a chain of blocks only the inputs of one block and one Gram matrix are held; of the experts of a mixture as many
-    as fit into GRAM_BYTES. Else the whole model runs for every layer.
+    In a sweep every row takes its best swaps together, at first one in 16 of its groups. If the error does not fall by
+    them, the row takes none of them, and half as many the next time. A row whose single best swap does not help is
+    done.
 
     Args:
-        masks: under which the model runs, told which block is entered.
+        weight: [out, K], K divisible by M.
+        codes: group codes [out, K / M] to start from.
+        gram: symmetric positive semidefinite float32 [K, K].
+        pattern: "N:M" or NMPattern.
+        sweeps: most sweeps of a row.
 
     Returns:
-        names of the experts that no token has reached.
+        (group codes [out, K / M]; by how much the error of each row fell, float32 [out]).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
     """
-    visited: set[str] = set()
-    for module, block_calls in calls_by_block(model, layers, calls):
-        masks.enter_block(module)
-        for stage in layers_in_order(module, block_calls, layers):
-            for groups in _held_together(stage.groups, layers):
-                # a layer that runs once needs nothing of the forward pass behind its input
-                stop, first = stage.once and masks.may_stop, [layers[names[0]] for names in groups]
-                grams = gram_matrices(module, block_calls, first, stop)
-                for names, gram in zip(groups, grams, strict=True):
-                    # masks before may have routed an expert's last token away from it
-                    if gram is not None:
-                        visit(names, gram)
-                        visited.update(names)
-    return [name for name in layers if name not in visited]
-
-
-def tell_unvisited(names: Sequence[str], what: str) -> None:
-    """Warn of experts that no token has reached, and tell what becomes of them."""
-    if names:
-        warnings.warn(
-            f"calibration: {len(names)} matrices of experts saw no token, such as {names[0]}, and {what}; more batches "
-            "reach more experts",
-            stacklevel=4,
+    pattern = NMPattern(pattern)
+    check_codes("codes", codes, pattern, weight)
+    k = weight.shape[1]
+    if gram.shape != (k, k) or gram.dtype != torch.float32 or gram.device != weight.device:
+        raise ValueError(
+            f"gram: expected a float32 tensor [{k}, {k}] on {weight.device}, "
+            f"got {list(gram.shape)} of {gram.dtype} on {gram.device}"
         )
+    return descend_rows(weight, codes, *by_place(gram, pattern.m), pattern, sweeps)
 
 
-def _held_together(groups: list[list[str]], layers: Mapping[str, nn.Module]) -> Iterator[list[list[str]]]:
-    """Groups of a stage in parts whose Gram matrices take at most GRAM_BYTES, and at least one."""
-    part, held = [], 0
-    for names in groups:
-        own = 4 * layers[names[0]].weight.shape[1] ** 2
-        if part and held + own > GRAM_BYTES:
-            yield part
-            part, held = [], 0
-        part.append(names)
-        held += own
-    yield part
+def by_place(gram: Tensor, m: int, damping: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(the matrix [K, K] with columns and rows in the order of [M, K / M], its diagonal blocks [M, M, K / M]).
 
-
-def all_together(
-    model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], visit: Visit, masks: LayerMasks
-) -> list[str]:
-    """Visit all layers together, after every eighth of the batches, on Gram matrices that decay by half each time.
-
-    A batch takes one forward pass. The Gram matrices of all layers are held. Returns the names of the experts that no
-    token has reached.
+    ``damping`` is added to the diagonal of that copy, as a share of its mean.
     """
-    masks.enter_block(model)
-    stages = [names for groups, _ in layers_in_order(model, calls, layers) for names in groups]
-    grams: list[Tensor | None] = [None] * len(stages)
-    for first in range(min(ROUNDS, len(calls))):
-        found = gram_matrices(model, calls[first::ROUNDS], [layers[names[0]] for names in stages])
-        for index, gram in enumerate(found):
-            if gram is not None:
-                grams[index] = gram if grams[index] is None else DECAY * grams[index] + gram
-        for names, gram in zip(stages, grams, strict=True):
-            if gram is not None:
-                visit(names, gram)
-    visited = {name for names in stages for name in names}
-    return [name for name in layers if name not in visited]
+    groups = len(gram) // m
+    ordered = gram.view(groups, m, groups, m).permute(1, 0, 3, 2).clone(memory_format=torch.contiguous_format)
+    ordered = ordered.view(gram.shape)
+    if damping:
+        ordered.diagonal().add_(damping * gram.diagonal().mean())
+    return ordered, ordered.view(m, groups, m, groups).diagonal(dim1=1, dim2=3).contiguous()
 
 
-SCHEDULES = {"sequential": layer_by_layer, "online": all_together}
+def to_places(weight: Tensor, m: int) -> Tensor:
+    """A weight [out, K] with columns in the order of ``by_place``."""
+    return weight.view(len(weight), -1, m).transpose(1, 2).reshape(weight.shape)
 
 
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """With a language model that keeps no keys and values: a block that runs again would append to them."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = True
+def from_places(weight: Tensor, m: int) -> Tensor:
+    """The inverse of ``to_places``."""
+    return weight.view(len(weight), m, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def descend_rows(
+    weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """``swap_descent`` with a Gram matrix as ``by_place`` gives it."""
+    rows = max(PIECE // weight.shape[1], 1)
+    pieces = [
+        _descend(w, code, gram, blocks, pattern, sweeps)
+        for w, code in zip(weight.detach().split(rows), codes.split(rows), strict=True)
+    ]
+    return torch.cat([code for code, _ in pieces]), torch.cat([fall for _, fall in pieces])
+
+
+def kept_of(codes: Tensor, m: int) -> Tensor:
+    """1.0 where kept and 0.0 where dropped, [rows, M, K / M]."""
+    bits = torch.arange(m, device=codes.device, dtype=codes.dtype)
+    return (codes[:, None] >> bits[:, None] & 1).float()
+
+
+def _descend(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
+    rows, groups = codes.shape
+    # Weights that stand at the same place of their groups lie together: nothing below strides
+    w = weight.float().view(rows, groups, pattern.m).transpose(1, 2).contiguous()
+
+    def times_gram(x):
+        return (x.view(rows, -1) @ gram).view(w.shape)
+
+    kept = kept_of(codes, pattern.m)
+    difference = (kept - 1.0) * w
+    product = times_gram(difference)
+    error = (difference * product).sum((1, 2))
+    fallen = torch.zeros_like(error)
+    count = torch.full((rows,), max(1, groups // FIRST_SHARE), device=w.device)
+    for _ in range(sweeps):
+        change, swap = ops.best_swaps(w, product, codes, blocks, pattern.n, pattern.m)
+        swap = torch.where(lowest(change, count), swap, 0)
+        if not swap.any():
+            break
+        swapped = kept_of(codes ^ swap, pattern.m)
+        step = (swapped - kept) * w
+        step_product = times_gram(step)
+        fall = -(step * torch.add(step_product, product, alpha=2.0)).sum((1, 2))
+        accepted = fall > LEAST_FALL * (error - fallen)
+        count = torch.where(accepted, count, count // 2)
+        product.addcmul_(step_product, accepted[:, None, None].float())
+        kept = torch.where(accepted[:, None, None], swapped, kept)
+        codes = torch.where(accepted[:, None], codes ^ swap, codes)
+        fallen += torch.where(accepted, fall, 0.0)
+    return codes, fallen
+
+
+def lowest(change: Tensor, count: Tensor) -> Tensor:
+    """Which groups hold the ``count`` lowest changes of their row, of those below zero."""
+    most = int(count.max())
+    if most == 0:
+        return torch.zeros_like(change, dtype=torch.bool)
+    value, where = change.topk(most, dim=1, largest=False)
+    wanted = (torch.arange(most, device=change.device) < count[:, None]) & (value < 0)
+    return torch.zeros_like(change, dtype=torch.bool).scatter_(1, where, wanted)
+
+
+def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tensor:
+    """What is left of each group's block of H once the kept values of all other groups follow: its Schur complement.
+
+    T_g = H_gg - H_gS H_SS^-1 H_Sg, where S is kept outside of group g. It depends on the row, but little: this is the
+    mean over a few rows at equal distances.
+
+    Args:
+        codes: group codes [out, K / M].
+        gram: symmetric positive definite float32 [K, K], in the order of ``by_place``.
+        pattern: of the codes.
+
+    Returns:
+        float32 [M, M, K / M]; as in ``gram`` where a number is not finite.
+    """
+    rows, groups = codes.shape
+    n, m = pattern.n, pattern.m
+    own = gram.view(m, groups, m, groups).diagonal(dim1=1, dim2=3)
+    by_group, each = own.permute(2, 0, 1).double(), torch.arange(groups, device=gram.device)
+    total = torch.zeros_like(by_group)
+    count = min(SAMPLED_ROWS, rows)
+    for index in range(count):
+        kept = kept_of(codes[index * rows // count][None], m)[0].T > 0
+        order = torch.cat([kept.nonzero()[:, 1].view(groups, n), (~kept).nonzero()[:, 1].view(groups, m - n)], 1)
+        s, d = ((order[:, part] * groups + each[:, None]).flatten() for part in (slice(n), slice(n, m)))
+        of_kept = gram[s].double()
+        # not by Cholesky: of a layer that saw zeros alone the matrix is zero
+        inverse, across = torch.linalg.inv_ex(of_kept[:, s])[0], of_kept[:, d]
+        follows = (inverse @ across).view(-1, groups, m - n)
+        left = by_group[each[:, None, None], order[:, n:, None], order[:, None, n:]]
+        left = left - across.T.view(groups, m - n, -1) @ follows.transpose(0, 1)
+        follows = follows.view(groups, n, groups, m - n)[each, :, each]
+        # by the inverse of a matrix in blocks, from those of H_SS^-1 and of H_DD - H_DS H_SS^-1 H_SD
+        alone = torch.linalg.inv_ex(inverse.view(groups, n, groups, n)[each, :, each])[0]
+        mixed = alone @ follows
+        block = torch.cat([torch.cat([alone, mixed], 2), torch.cat([mixed.mT, left + follows.mT @ mixed], 2)], 1)
+        total[each[:, None, None], order[:, :, None], order[:, None, :]] += block
+    blocks = (total / count).permute(1, 2, 0).float()
+    return torch.where(torch.isfinite(blocks), blocks, own).contiguous()
+
+
+def swap_and_refit(
+    weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int = REFITTED_SWEEPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Descend on the error after a refit by swaps within groups, then refit; the error of no row rises.
+
+    Args:
+        weight: dense, float32, bfloat16 or float16 [out, K].
+        codes: group codes [out, K / M] to start from.
+        gram: symmetric positive definite float32 [K, K], in the order of ``by_place``.
+        blocks: of ``conditional_blocks``, of these or more rows.
+        pattern: of the codes.
+        sweeps: at most.
+
+    Returns:
+        (group codes [out, K / M]; weight [out, K] in its dtype with refitted kept values, dense where dropped; float32
+        [out, 2], the error of each row before and after).
+    """
+    rows = max(PIECE // weight.shape[1], 1)
+    pieces = [
+        _swap_and_refit(w, code, gram, blocks, pattern, sweeps)
+        for w, code in zip(weight.split(rows), codes.split(rows), strict=True)
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+def _swap_and_refit(weight: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
+    rows = len(codes)
+    ordered = to_places(weight, pattern.m)
+    dense = ordered.float()
+    found, fitted = _descend_refitted(dense, codes, gram, blocks, pattern, sweeps)
+    kept = kept_of(found, pattern.m).view(rows, -1)
+    fitted, _ = conjugate_gradients(dense, fitted, kept, gram)
+    fitted = fitted.to(weight.dtype)
+    before = row_errors(dense - dense * kept_of(codes, pattern.m).view(rows, -1), gram)
+    after = row_errors(dense - fitted.float() * kept, gram)
+    # false for what is not finite, too
+    better = (after < before)[:, None]
+    refitted = torch.where(better & (kept > 0), fitted, ordered)
+    errors = torch.stack([before, torch.where(better[:, 0], after, before)], 1)
+    return torch.where(better, found, codes), from_places(refitted, pattern.m), errors
+
+
+def _descend_refitted(dense: Tensor, codes: Tensor, gram: Tensor, blocks: Tensor, pattern: NMPattern, sweeps: int):
+    """(group codes, refitted kept values, zero where dropped), on rows in the order of ``by_place``."""
+    rows, groups = codes.shape
+    n, m = pattern.n, pattern.m
+
+    def refitted(start: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fitted, product = conjugate_gradients(dense, start, kept, gram, ITERATIONS)
+        return fitted, product, ((dense - fitted) * product).sum(1)
+
+    kept = kept_of(codes, m).view(rows, -1)
+    fitted, product, error = refitted(dense * kept, kept)
+    curvature = blocks.diagonal(dim1=0, dim2=1).T.reshape(-1)
+    count = torch.full((rows,), max(1, groups // FIRST_SHARE), device=dense.device)
+    for _ in range(sweeps):
+        dropped_product = product * (1 - kept)
+        # what each dropped value would be, were it kept and nothing else of its group changed
+        values = torch.addcdiv(fitted, dropped_product, curvature)
+        change, swap = ops.best_swaps(
+            values.view(rows, m, groups), -dropped_product.view(rows, m, groups), codes, blocks, n, m
+        )
+        swap = torch.where(lowest(change, count), swap, 0)
+        if not swap.any():
+            break
+        swapped = kept_of(codes ^ swap, m).view(rows, -1)
+        *found, fallen = refitted(values * swapped, swapped)
+        accepted = fallen < (1 - LEAST_FALL) * error
+        count = torch.where(accepted, count, count // 2)
+        error = torch.where(accepted, fallen, error)
+        accepted = accepted[:, None]
+        codes = torch.where(accepted, codes ^ swap, codes)
+        kept, fitted, product = (
+            torch.where(accepted, new, old) for new, old in zip((swapped, *found), (kept, fitted, product), strict=True)
+        )
+    return codes, fitted

@@ -1,26 +1,34 @@
-"""Which layers of a model get a mask, and why the others do not."""
+"""Which layers of a model get a mask, why the others do not, and how much of the model that is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain, islice
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ..adapters import ADAPTER, adapter_modules
-from ..fsdp import check_cut_by_fsdp, check_in_memory, check_row_shard, is_finite, resharded
+from ..fsdp import check_cut_by_fsdp, check_in_memory, check_row_shard, is_finite, resetting, resharded
 from ..functional.checks import LOGIT_DTYPES
-from ..modules import MaskedLinear
+from ..modules import MaskedLinear, evaluating
 from ..packed import NMLinear
 from ..pattern import NMPattern
+from ..replacement import ADAPTER, adapter_modules
 from ..unfuse import lost_with
-from .bypassed import READ_ELSEWHERE, read_elsewhere
-from .calibration import Call
-from .coverage import HEAD, coverage, output_heads
+from .calibration import Call, as_call, check_calibration, run_call
 
+HEAD = "output head"
+EMBEDDING = "embedding"
+READ_ELSEWHERE = "other code reads its weight past the module"
 ITSELF_SHARDED = "fully_shard is around this layer itself: put it around a module that holds the layer"
 BYPASSED = "the fast path of nn.TransformerEncoderLayer reads the weight past the mask"
 ATTENTION = "nn.MultiheadAttention multiplies with it past its module"
+# Below that share of its matrix weights, a warning tells that a model is masked in part alone
+MOST_OF_A_MODEL = 0.9
 
 # (layers by name, the reason by name of the layers left out)
 Selection = tuple[dict[str, nn.Linear], dict[str, str]]
@@ -67,9 +75,7 @@ def select_layers(model: nn.Module, pattern: NMPattern, targets: Sequence[str] |
     """
     everything = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     adapters = dict.fromkeys(adapter_modules(model) & everything.keys(), ADAPTER)
-    linears = {
-        name: module for name, module in everything.items() if type(module) is nn.Linear and name not in adapters
-    }
+    linears = {n: module for n, module in everything.items() if type(module) is nn.Linear and n not in adapters}
     if not linears:
         raise ValueError(f"model: expected a module that contains nn.Linear layers, got none{_why_none(model)}")
     # they compute something else than x @ w.T + b, or rely on their type
@@ -188,3 +194,192 @@ def _reason_against(linear: nn.Linear, pattern: NMPattern, owners: Mapping[int, 
     if linear.in_features % pattern.m:
         return f"in_features {linear.in_features} not divisible by {pattern.m}"
     return lost_with(linear)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of the matrices of a model, its parameters of two or more dimensions, follows an N:M pattern.
+
+    Attributes:
+        share: of their weights, those of embeddings and of the output head apart; 1 where there are no others.
+        unmasked: the others by parameter name, each with the reason; the largest first, embeddings and the output head
+            last.
+    """
+
+    share: float
+    unmasked: dict[str, str]
+
+
+def coverage(model: nn.Module, skipped: Mapping[str, str]) -> Coverage:
+    """Count the matrices of a model whose layers have been replaced.
+
+    Args:
+        model: with MaskedLinear or NMLinear modules.
+        skipped: the reasons of the nn.Linear layers that were left out, by name.
+    """
+    masked, total, unmasked, sizes, seen = 0, 0, {}, {}, set()
+    heads = output_heads(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (MaskedLinear, NMLinear)):
+            masked += module.in_features * module.out_features
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or not parameter.is_floating_point() or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full = f"{name}.{own}" if name else own
+            apart = EMBEDDING if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+            apart = HEAD if module in heads else apart
+            unmasked[full] = apart or skipped.get(name) or f"of {type(module).__name__}, which is no nn.Linear"
+            if not apart:
+                sizes[full] = parameter.numel()
+    total = masked + sum(sizes.values())
+    largest_first = sorted(unmasked, key=lambda name: -sizes.get(name, 0))
+    return Coverage(masked / total if total else 1.0, {name: unmasked[name] for name in largest_first})
+
+
+def reasons_by_name(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
+    """Reasons by the names that modules have: of a layer that there is no more, of the module that holds its matrix."""
+    modules, named = dict(model.named_modules()), {}
+    for name, reason in skipped.items():
+        while name not in modules:
+            name = name.rpartition(".")[0]
+        named.setdefault(name, reason)
+    return named
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """What transformers calls the output embeddings of a model, or of those within it, and the modules in them."""
+    heads = (module.get_output_embeddings() for module in model.modules() if hasattr(module, "get_output_embeddings"))
+    return {part for head in heads if head is not None for part in head.modules()}
+
+
+def read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call | None) -> set[str]:
+    """Names of the layers whose weight a forward pass takes into an operation outside of the layer's own forward.
+
+    An embedding that shares the weight takes it in a forward of its own. What asks for a weight's dtype, shape or
+    device does not read it.
+
+    The model runs in eval mode and in training mode, since some take another way there. Random numbers, buffers and
+    modes are then as before. What is compiled runs eagerly.
+
+    Args:
+        model: runs without gradients.
+        layers: of the model, by name.
+        call: how it is called. None: with transformers' dummy inputs; a model that has none, or fails on them, is not
+            looked at.
+    """
+    if call is not None:
+        return _read_elsewhere(model, layers, call)
+    # errors of whatever kind: the inputs are transformers', not the user's
+    with suppress(Exception):
+        call = _dummy_call(model)
+        if call is not None:
+            return _read_elsewhere(model, layers, call)
+    return set()
+
+
+def first_call(calibration: Iterable | None) -> tuple[Call | None, Iterable | None]:
+    """(how a model is called with the first batch, an iterable of all batches), also of batches that come only once.
+
+    Raises:
+        TypeError: if ``calibration`` is neither None nor an iterable of batches.
+    """
+    if calibration is None:
+        return None, None
+    check_calibration(calibration)
+    batches = iter(calibration)
+    first = list(islice(batches, 1))
+    return (as_call(first[0]) if first else None), chain(first, batches)
+
+
+def _read_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> set[str]:
+    reads = _Reads({id(layer.weight): name for name, layer in layers.items()}, layers)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(list(devices)):
+        try:
+            with torch.compiler.set_stance("force_eager"), reads.watching(model), reads:
+                with resetting(model):
+                    run_call(model, call)
+                model.train()
+                # as a norm over a batch of one may, or a detector that asks for labels
+                with suppress(Exception), resetting(model):
+                    run_call(model, call)
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return reads.elsewhere
+
+
+def _dummy_call(model: nn.Module) -> Call | None:
+    inputs = getattr(model, "dummy_inputs", None)
+    if not isinstance(inputs, Mapping) or not all(isinstance(value, Tensor) for value in inputs.values()):
+        return None
+    tokens, embeddings = inputs.get("input_ids"), model.get_input_embeddings()
+    # on a GPU an index beyond the embedding would leave no usable device behind
+    if tokens is not None and not (
+        isinstance(embeddings, nn.Embedding) and int(tokens.max()) < embeddings.num_embeddings
+    ):
+        return None
+    return (), {name: value.to(model.device) for name, value in inputs.items()}
+
+
+class _Reads(TorchFunctionMode):
+    """Which weights go into operations while no layer that owns them runs.
+
+    Args:
+        weights: the name of the layer by the id of its weight.
+        layers: by name.
+    """
+
+    def __init__(self, weights: dict[int, str], layers: Mapping[str, nn.Module]):
+        super().__init__()
+        self.weights, self.elsewhere, self.layers = weights, set(), layers
+        self._running: list[set[str]] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, the owners of the weights tell when their forward begins and ends."""
+        handles = []
+        for module in model.modules():
+            own = {self.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in self.weights}
+            if own:
+                handles.append(module.register_forward_pre_hook(lambda *_, own=own: self._running.append(own)))
+                handles.append(module.register_forward_hook(lambda *_: self._end()))
+            if hasattr(module, "reshard"):
+                # FSDP2 has put gathered weights in the place of the shards by then
+                handles.append(module.register_forward_pre_hook(lambda *_: self._look()))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self) -> None:
+        self.weights |= {id(layer.weight): name for name, layer in self.layers.items()}
+
+    def _end(self) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if any(True for _ in _tensors(result)) and not name.endswith("_like") and not name.startswith("new_"):
+            # of these, only the first gives its values
+            given = args[:1] if name == "to" or name.endswith("_as") else (args, kwargs or {})
+            for tensor in _tensors(given):
+                name = self.weights.get(id(tensor))
+                if name is not None and not any(name in own for own in self._running):
+                    self.elsewhere.add(name)
+        return result
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))

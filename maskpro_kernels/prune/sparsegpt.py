@@ -9,25 +9,16 @@ together, at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..functional.masks import expand_mask, top_n_mask
-from ..modules import evaluating
 from ..pattern import NMPattern
-from .calibration import calls_of
-from .layer_masks import LayerMasks
-from .least_squares import check_damping
-from .reconstruction import (
-    DAMPING,
-    Reconstruction,
-    Told,
-    layer_by_layer,
-    tell_unvisited,
-    without_cache,
-)
+from .calibration import LayerMasks, calls_of, layer_by_layer
+from .reconstruction import Reconstruction
+from .refit import DAMPING, check_damping
 
 BLOCK = 128
 
@@ -124,12 +115,11 @@ def sparsegpt(
     """
     pattern = NMPattern(pattern)
     check_damping(damping)
-    calls, told = calls_of(calibration), Told(progress, len(layers))
+    calls = calls_of(calibration)
     codes: dict[str, Tensor] = {}
     masks = (LayerMasks if keep_weights else WeightsOfBlock)(layers, {}, {})
 
-    def visit(names: Sequence[str], gram: Tensor) -> None:
-        gram = gram.to(layers[names[0]].weight.device)
+    def visit(names: Sequence[str], gram: Tensor) -> Iterator[None]:
         try:
             upper = inverse_factor(gram, damping)
         except ValueError as error:
@@ -138,15 +128,11 @@ def sparsegpt(
             weight = layers[name].weight.detach()
             codes[name], pruned = prune_layer(weight, gram.diagonal() == 0, upper, pattern)
             masks.weights[name] = pruned.to(weight.dtype)
-            told.one_more()
+            yield
 
-    with evaluating(model), without_cache(model), masks.running():
-        unvisited = layer_by_layer(model, layers, calls, visit, masks)
-    tell_unvisited(unvisited, "get masks by magnitude")
-    for name in unvisited:
+    for name in layer_by_layer(model, layers, calls, masks, visit, "get masks by magnitude", progress):
         weight = layers[name].weight.detach()
         codes[name] = top_n_mask(weight.abs(), pattern)
         if keep_weights:
             masks.weights[name] = torch.where(expand_mask(codes[name], pattern), weight, 0.0)
-    told.all_done()
     return Reconstruction({name: codes[name] for name in layers}, masks.weights if keep_weights else {})

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..adapters import base_layers
 from ..fsdp import is_distributed, resharded
-from ..replacement import replace_modules
+from ..replacement import base_layers, replace_modules
 from .conv1d import Conv1DForm
 from .experts import ExpertsForm
 from .form import Form, Joins, Views

@@ -11,7 +11,7 @@ from compare import Comparison
 from methods import ONE_SHOT
 
 from maskpro_kernels.learn.trainer import MaskTrainer
-from maskpro_kernels.prune.gap import gap_for_flip_rate
+from maskpro_kernels.prune.convert import gap_for_flip_rate
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

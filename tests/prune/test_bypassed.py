@@ -13,7 +13,7 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.prune import selection
-from maskpro_kernels.prune.bypassed import READ_ELSEWHERE, first_call, read_elsewhere
+from maskpro_kernels.prune.selection import READ_ELSEWHERE, first_call, read_elsewhere
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

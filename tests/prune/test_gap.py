@@ -11,7 +11,7 @@ from helpers.nets import codes_of
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.prune.gap import flip_rate, gap_for_flip_rate
+from maskpro_kernels.prune.convert import flip_rate, gap_for_flip_rate
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 

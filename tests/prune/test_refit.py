@@ -15,8 +15,8 @@ from torch import nn
 
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.prune import least_squares
-from maskpro_kernels.prune.least_squares import FITS, conjugate_gradients, refit_rows, row_errors
+from maskpro_kernels.prune import refit as refits
+from maskpro_kernels.prune.refit import FITS, conjugate_gradients, refit_rows, row_errors
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -100,7 +100,7 @@ def test_what_float16_cannot_hold_leaves_the_row():
 def test_rows_do_not_depend_on_each_other(monkeypatch):
     weight, kept, gram = problem("2:4", rows=9)
     whole, _ = refit_rows(weight, kept, gram, FITS["weights"])
-    monkeypatch.setattr(least_squares, "PIECE", 2 * 48)
+    monkeypatch.setattr(refits, "PIECE", 2 * 48)
     pieces, _ = refit_rows(weight, kept, gram, FITS["weights"])
     torch.testing.assert_close(whole, pieces, rtol=1e-5, atol=1e-6)
 
@@ -109,7 +109,7 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
 def test_each_layer_sees_the_inputs_of_the_model_refitted_so_far(to, monkeypatch):
     """By hand: the whole model runs for every layer, whose weight is then replaced."""
     # to the end: the order of sums differs, and a row might end an iteration sooner
-    monkeypatch.setattr(least_squares, "conjugate_gradients", partial(conjugate_gradients, iterations=99, least_fall=0))
+    monkeypatch.setattr(refits, "conjugate_gradients", partial(conjugate_gradients, iterations=99, least_fall=0))
     model, batches = Blocks().to(KERNEL_DEVICE), inputs()
     mk.convert(model, "2:4")
     by_hand = Blocks().to(KERNEL_DEVICE)

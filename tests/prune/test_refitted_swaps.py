@@ -17,11 +17,9 @@ from torch import nn
 import maskpro_kernels as mk
 from maskpro_kernels.modules import masked_layers
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.prune import refitted_swaps
-from maskpro_kernels.prune.least_squares import FITS, conjugate_gradients, refit_rows, row_errors
-from maskpro_kernels.prune.reconstruction import reconstruct
-from maskpro_kernels.prune.refitted_swaps import conditional_blocks, swap_and_refit
-from maskpro_kernels.prune.swap_descent import by_place, swap_descent
+from maskpro_kernels.prune import reconstruction
+from maskpro_kernels.prune.reconstruction import by_place, conditional_blocks, reconstruct, swap_and_refit, swap_descent
+from maskpro_kernels.prune.refit import FITS, conjugate_gradients, refit_rows, row_errors
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -69,15 +67,15 @@ def test_the_blocks_tell_what_a_swap_costs_after_the_refit(monkeypatch):
     gram.diagonal().mul_(3)
     codes, pattern = mk.pack_mask(kept, "1:4"), NMPattern("1:4")
     asked = []
-    best_swaps = refitted_swaps.ops.best_swaps
+    best_swaps = reconstruction.ops.best_swaps
 
     def spy(*operands):
         asked.append(best_swaps(*operands))
         return asked[-1]
 
-    monkeypatch.setattr(refitted_swaps.ops, "best_swaps", spy)
-    monkeypatch.setattr(refitted_swaps, "ITERATIONS", 100)
-    monkeypatch.setattr(refitted_swaps, "conjugate_gradients", partial(conjugate_gradients, least_fall=0.0))
+    monkeypatch.setattr(reconstruction.ops, "best_swaps", spy)
+    monkeypatch.setattr(reconstruction, "ITERATIONS", 100)
+    monkeypatch.setattr(reconstruction, "conjugate_gradients", partial(conjugate_gradients, least_fall=0.0))
     swap_and_refit_rows(weight, codes, by_place(gram, 4)[0], pattern, sweeps=1)
     change, swap = asked[0]
     before = refitted_error(weight[0], kept[0], gram)
@@ -131,7 +129,7 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
     weight, kept, gram = problem("2:4", rows=9)
     operands = weight, mk.pack_mask(kept, "2:4"), by_place(gram, 4)[0], NMPattern("2:4")
     whole, _, errors = swap_and_refit_rows(*operands)
-    monkeypatch.setattr(refitted_swaps, "PIECE", 2 * 48)
+    monkeypatch.setattr(reconstruction, "PIECE", 2 * 48)
     pieces, _, in_pieces = swap_and_refit_rows(*operands)
     assert_same_bits(whole, pieces)
     # a row may end an iteration sooner
@@ -189,7 +187,6 @@ def test_bad_arguments_change_nothing():
     codes = {"0": mk.top_n_mask(before.abs(), "2:4")}
     for message, given in {
         r"refit: expected one of \('none', 'scales', 'weights'\), got 'bias'": {"refit": "bias"},
-        'schedule: expected "sequential" with a refit, got': {"refit": "scales", "schedule": "online"},
         "damping: expected a finite float above 0, got 0": {"refit": "weights", "damping": 0},
     }.items():
         with pytest.raises(ValueError, match=message):

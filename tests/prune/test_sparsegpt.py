@@ -13,7 +13,7 @@ from helpers.tiny_llama import tiny_model
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.prune import layer_masks
+from maskpro_kernels.prune.calibration import LayerMasks
 from maskpro_kernels.prune.initial_masks import initial_codes
 from maskpro_kernels.prune.sparsegpt import BLOCK, DAMPING, inverse_factor, prune_layer, sparsegpt
 
@@ -105,8 +105,8 @@ def test_a_language_model_is_pruned_layer_by_layer_and_left_as_it_was(monkeypatc
     for name, weight in weights.items():
         assert torch.equal(weight != 0, mk.expand_mask(codes[name], "2:4"))
     # without them only those of one block are held, and the masks are the same
-    held, counts, forwards = [], [], layer_masks.masked_forwards
-    monkeypatch.setattr(layer_masks, "masked_forwards", lambda *of: held.append(of[2]) or forwards(*of))
+    held, counts, running = [], [], LayerMasks.running
+    monkeypatch.setattr(LayerMasks, "running", lambda masks: held.append(masks.weights) or running(masks))
     alone = sparsegpt(model, layers, "2:4", batches, progress=lambda *_: counts.append(len(held[0]) if held else 0))
     assert_same_bits(alone.codes, codes)
     assert alone.weights == {} and counts == [0, *range(1, 8), *range(1, 8)]

@@ -16,7 +16,7 @@ import maskpro_kernels as mk
 from maskpro_kernels.fsdp import whole
 from maskpro_kernels.learn.masks import ModelMasks
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.prune.bypassed import READ_ELSEWHERE
+from maskpro_kernels.prune.selection import READ_ELSEWHERE
 
 WIDTH = 256
 
