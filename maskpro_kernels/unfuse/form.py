@@ -1,4 +1,4 @@
-"""What a form is: how a kind of module is written as nn.Linear layers, and how they become that module again.
+"""Forms: how a kind of module is written as nn.Linear layers, and how they become that module again.
 
 A module is *built* as its authors wrote it, or *taken apart*.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor, nn
+
+from ..replacement import BUILT_AS, is_conv1d
 
 
 class Views:
@@ -46,15 +49,15 @@ class Form(ABC):
     """One kind of module, built and taken apart.
 
     Attributes:
-        in_place: whether the module itself changes, so that its hooks stay; else another takes its place.
-        by_forward: whether an adapter of peft beside it needs no more of it than its forward.
+        in_place: the module itself changes, so that its hooks stay; else another takes its place.
+        by_forward: an adapter of peft beside it needs no more of it than its forward.
     """
 
     in_place = by_forward = False
 
     @abstractmethod
     def is_built(self, module: nn.Module) -> bool:
-        """Whether this is a module of that kind, built."""
+        """Tell a module of that kind, built."""
 
     def reason_against(self, module: nn.Module) -> str | None:
         """Why a module of that kind is not taken apart; None where it can be."""
@@ -62,15 +65,15 @@ class Form(ABC):
 
     @abstractmethod
     def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
-        """What gives the matrices of a module that is built as views [..., K], by the names of its parameters."""
+        """Functions that give the matrices of a built module as views [..., K], by the names of its parameters."""
 
     @abstractmethod
     def take_apart(self, module: nn.Module, views: Views) -> tuple[nn.Module, Callable[[], None]]:
-        """(what to put in the place of the module, or the module itself; what undoes a change of the module itself)."""
+        """(the module's replacement, or the module itself; what undoes a change of the module itself)."""
 
     @abstractmethod
     def parts(self, module: nn.Module) -> list[nn.Module] | None:
-        """The nn.Linear layers, or what stands in their place, of a module that was taken apart; None of another."""
+        """The nn.Linear layers, or their replacements, of a module that was taken apart; None of another."""
 
     @abstractmethod
     def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
@@ -85,5 +88,33 @@ def linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> n
     return layer.train(training)
 
 
-def nothing_to_undo() -> None:
-    pass
+class Conv1DForm(Form):
+    """transformers' Conv1D, of GPT-2 and its kin: an nn.Linear whose weight is stored transposed, [K, out].
+
+    The layer that stands for it has its name, and shares its memory by a transposed view. ``replace_modules`` hands on
+    the class to build again, which is an attribute of the layer.
+    """
+
+    by_forward = True
+
+    def is_built(self, module: nn.Module) -> bool:
+        return is_conv1d(module)
+
+    def matrices(self, module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        return {"weight": lambda: module.weight.T}
+
+    def take_apart(self, module: nn.Module, views: Views):
+        layer = linear(views.of(module.weight, "transposed", lambda weight: weight.T), module.bias, module.training)
+        setattr(layer, BUILT_AS, type(module))
+        return layer, lambda: None
+
+    def parts(self, module: nn.Module) -> list[nn.Module] | None:
+        return [module] if hasattr(module, BUILT_AS) else None
+
+    def put_together(self, module: nn.Module, joins: Joins) -> nn.Module:
+        rows, k = module.weight.shape
+        with torch.device("meta"):
+            built = getattr(module, BUILT_AS)(rows, k)
+        built.weight = joins.of([module.weight], lambda weights: weights[0].T.contiguous())
+        built.bias = module.bias
+        return built.train(module.training)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..fsdp import is_distributed, resharded
 from ..replacement import base_layers, replace_modules
-from .conv1d import Conv1DForm
 from .experts import ExpertsForm
-from .form import Form, Joins, Views
+from .form import Conv1DForm, Form, Joins, Views
 
 HOOKS = "has hooks, which its replacement would lose"
 OWN_FORWARD = "has a forward of its own, which its replacement would lose"

@@ -28,9 +28,9 @@ def layers_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def smallest(layers, pattern, model, calibration, progress, seed):
+def smallest(dense):
     """An initial mask of no use."""
-    return {name: mk.top_n_mask(-layer.weight.detach().abs(), pattern) for name, layer in layers.items()}
+    return {name: mk.top_n_mask(-layer.weight.detach().abs(), dense.pattern) for name, layer in dense.layers.items()}
 
 
 def test_a_new_initial_mask_is_one_function_and_one_entry(monkeypatch):
