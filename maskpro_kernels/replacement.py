@@ -17,8 +17,7 @@ ADAPTER = "adapter of peft"
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, which stores its weight transposed."""
-    # told apart without an import of transformers
+    """True of transformers' Conv1D, which stores its weight transposed; without an import of transformers."""
     kind = type(module)
     return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 

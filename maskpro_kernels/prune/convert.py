@@ -39,7 +39,7 @@ DEFAULT_GAP = 10.0
 
 @dataclass
 class Conversion:
-    """What ``convert`` did.
+    """Names of the layers with a mask and of those without, and the gap.
 
     Attributes:
         converted: names of the layers that are MaskedLinear now, in the order of their layer ids.
@@ -111,7 +111,6 @@ def convert(
     pattern = NMPattern(pattern)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected nn.Module, got {type(model).__name__}")
-    # FSDP2 may have kept gathered what ran last
     resharded(model)
     cut = any(map(is_distributed, model.parameters()))
     if not cut:
@@ -132,6 +131,8 @@ def convert(
     call, calibration = first_call(_agreed_calibration(calibration) if cut else calibration)
     with in_linear_form(model) as left_out:
         layers, skipped = layers_to_convert(model, pattern, targets, call)
+        # FSDP2 may have kept gathered what ran last
+        resharded(model)
         shards = any(is_distributed(layer.weight) for layer in layers.values())
         if shards and device is not None:
             raise ValueError(f"logits_device: expected None {CUT}, got {device}; convert it ahead of fully_shard")
@@ -280,7 +281,7 @@ def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:
 
 
 def check_replaceable(model: nn.Module) -> None:
-    """Raise unless what is put into a model can be told of in its config.
+    """Raise unless the config of a model can name what is put into it.
 
     Raises:
         ValueError: if an adapter of peft is merged, or the config of a transformers model describes it as quantized by
@@ -295,7 +296,7 @@ def check_replaceable(model: nn.Module) -> None:
 
 
 def replace_layers(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """``replace_modules``, told to what depends on it.
+    """Put layers in the place of others, see ``replace_modules``; adapters and the config of the model follow.
 
     Adapters refuse to merge into what is sparse, and the config of a transformers model names it. Once nothing of a
     module that was taken apart is sparse, it is put together.

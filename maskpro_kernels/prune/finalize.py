@@ -134,7 +134,7 @@ def unpack(model: nn.Module) -> None:
 
 @contextmanager
 def _naming(layer: str) -> Iterator[None]:
-    """Errors of a layer's weight tell which layer it is."""
+    """Let errors of a layer's weight name the layer."""
     try:
         yield
     except ValueError as error:

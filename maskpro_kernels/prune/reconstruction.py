@@ -236,7 +236,7 @@ def lowest(change: Tensor, count: Tensor) -> Tensor:
 
 
 def conditional_blocks(codes: Tensor, gram: Tensor, pattern: NMPattern) -> Tensor:
-    """What is left of each group's block of H once the kept values of all other groups follow: its Schur complement.
+    """Each group's block of H once the kept values of all other groups follow: its Schur complement.
 
     T_g = H_gg - H_gS H_SS^-1 H_Sg, where S is kept outside of group g. It depends on the row, but little: this is the
     mean over a few rows at equal distances.

@@ -211,7 +211,7 @@ def conjugate_gradients(
     """Descend on E over the kept values of every row, by conjugate gradients with the diagonal of H as preconditioner.
 
     Hestenes and Stiefel 1952, with steps of each row's own, all rows in one product with H an iteration. An iteration
-    with step a, preconditioned residual z and residual r lowers E by a (r z): so much is known without another product.
+    with step a, preconditioned residual z and residual r lowers E by a (r z), without another product.
 
     Args:
         dense: w, float32 [out, K].

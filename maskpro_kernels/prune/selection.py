@@ -117,9 +117,8 @@ def _by_default(model: nn.Module, linears: Mapping[str, nn.Linear], pattern: NMP
 
 
 def _none_fits(model: nn.Module, pattern: NMPattern, skipped: Mapping[str, str]) -> ValueError:
-    reasons = {**coverage(model, skipped).unmasked, **skipped}.values()
-    told = ", ".join(sorted(set(reasons))) + _why_none(model)
-    return ValueError(f"model: expected an nn.Linear that {pattern} fits, all matrices were left out: {told}")
+    reasons = ", ".join(sorted({*coverage(model, skipped).unmasked.values(), *skipped.values()})) + _why_none(model)
+    return ValueError(f"model: expected an nn.Linear that {pattern} fits, all matrices were left out: {reasons}")
 
 
 def _by_targets(
@@ -154,13 +153,11 @@ def _by_targets(
 
 def _check_targets(targets: Sequence[str]) -> None:
     expected = "targets: expected a sequence of fnmatch patterns"
-    if isinstance(targets, str):
-        raise TypeError(f"{expected}, got the str {targets!r}")
-    if not isinstance(targets, Sequence):
-        raise TypeError(f"{expected}, got {type(targets).__name__} {targets!r}")
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        raise TypeError(f"{expected}, got the {type(targets).__name__} {targets!r}")
     for target in targets:
         if not isinstance(target, str):
-            raise TypeError(f"targets: expected a sequence of str, got {type(target).__name__} {target!r} in it")
+            raise TypeError(f"{expected}, got {type(target).__name__} {target!r} in it")
 
 
 def _bypassed(model: nn.Module) -> dict[str, str]:
@@ -198,7 +195,7 @@ def _reason_against(linear: nn.Linear, pattern: NMPattern, owners: Mapping[int, 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What of the matrices of a model, its parameters of two or more dimensions, follows an N:M pattern.
+    """Share of the matrices of a model, its parameters of two or more dimensions, that follows an N:M pattern.
 
     Attributes:
         share: of their weights, those of embeddings and of the output head apart; 1 where there are no others.
@@ -249,7 +246,7 @@ def reasons_by_name(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, s
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
-    """What transformers calls the output embeddings of a model, or of those within it, and the modules in them."""
+    """The output embeddings, as transformers calls them, of a model or of those within it, and the modules in them."""
     heads = (module.get_output_embeddings() for module in model.modules() if hasattr(module, "get_output_embeddings"))
     return {part for head in heads if head is not None for part in head.modules()}
 
@@ -340,7 +337,7 @@ class _Reads(TorchFunctionMode):
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, the owners of the weights tell when their forward begins and ends."""
+        """While it lasts, note when the forwards of the modules that own weights begin and end."""
         handles = []
         for module in model.modules():
             own = {self.weights[id(x)] for x in module.parameters(recurse=False) if id(x) in self.weights}

@@ -37,7 +37,7 @@ class StoredMask(NamedTuple):
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether there is a file or a folder of that name."""
+    """True if there is a file or a folder of that name."""
     try:
         # "" is no folder that anyone means
         return path != "" and Path(path).exists()
@@ -153,7 +153,7 @@ def _of_checkpoint(path: Path, layers: Mapping[str, nn.Module], pattern: NMPatte
             "taken alone: they were changed, or are of another model, or of this one in another dtype",
         )
     if rounded:
-        _warn(path, f"values of {rounded} layers are rounded to int8: whether they are of this model is not known")
+        _warn(path, f"values of {rounded} layers are rounded to int8: they cannot be compared with those of the model")
     if filled:
         _warn(path, f"{filled} groups keep fewer weights than {pattern}, and were filled up with the largest ones")
     return StoredMask(codes, "checkpoint", digest_of_named(codes))

@@ -112,9 +112,9 @@ def _fusion(module: nn.Module, name: str) -> Fusion:
 
 @torch.no_grad()
 def _gate_stands_ahead(module: nn.Module) -> bool:
-    """Whether all outputs of the gate stand ahead of those of up; else they take turns.
+    """True if all outputs of the gate stand ahead of those of up; else they take turns.
 
-    Not every transformers tells it. Of four outputs the second one belongs to the first result where they take turns.
+    Not every transformers has a flag for it. Of four outputs the second one belongs to the first result where they take turns.
     """
     one, other = module._apply_gate(torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0]], device="cpu"))
     return bool(one[0] == other[0])
@@ -140,7 +140,7 @@ class ExpertsForm(Form):
         return None if self._multiplies_alone(module) else "its forward does more with the matrices than multiply"
 
     def _multiplies_alone(self, module: nn.Module) -> bool:
-        """Whether one token through one expert comes out the same by ``ExpertWeights``."""
+        """True if one token through one expert comes out the same by ``ExpertWeights``."""
         fused = self._fused(module)
         name, parameter = next(iter(fused.items()))
         # one on meta has no values to choose an expert by, and a checkpoint that names it was made of one that has

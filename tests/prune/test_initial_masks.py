@@ -1,4 +1,4 @@
-"""Initial masks by name, and the calibration batches that they take."""
+"""Initial masks by name: by the weights alone, and by their inputs; and the calibration batches that they take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.bits import assert_same_bits
 from helpers.command import learn, report
+from helpers.nets import Net, refused, token_batches
 from helpers.tiny_llama import write_inputs
 from torch import nn
 
@@ -14,7 +15,6 @@ from maskpro_kernels.cli import main
 from maskpro_kernels.prune import initial_masks
 from maskpro_kernels.prune.calibration import calls_of, gram_matrices, input_squares
 from maskpro_kernels.prune.initial_masks import initial_codes
-from maskpro_kernels.prune.reconstruction import reconstruct
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
 
@@ -56,14 +56,6 @@ def test_masks_of_what_layers_see_need_batches(init, calibration):
         initial_codes(layers_of(model), "2:4", init, model, calibration)
 
 
-@pytest.mark.parametrize("batches", [torch.ones(3, 8), {"input": torch.ones(3, 8)}], ids=["tensor", "mapping"])
-def test_reconstruction_takes_one_batch_for_no_list_of_batches(batches):
-    model = two_layers()
-    codes = initial_codes(layers_of(model), "2:4", "magnitude")
-    with pytest.raises(TypeError, match="calibration: expected an iterable of batches, got"):
-        reconstruct(model, layers_of(model), codes, "2:4", batches)
-
-
 def test_a_model_takes_tensors_tuples_and_mappings():
     x, y = torch.ones(1), torch.zeros(1)
     assert calls_of([x, (x, y), [x], {"input": x}]) == [((x,), {}), ((x, y), {}), ((x,), {}), ((), {"input": x})]
@@ -102,3 +94,62 @@ def test_the_command_starts_from_a_new_initial_mask(tmp_path, monkeypatch):
     assert main.main(arguments) == 0
     table = report(tmp_path / "run")["table"]
     assert [row["method"] for row in table] == ["dense", "magnitude", "wanda", "smallest", "straight-through"]
+
+
+def test_wanda_sees_inputs_given_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    x = torch.randn(5, 8) * torch.arange(8)
+    model = ByKeyword()
+    scores = model.linear.weight.detach().abs() * x.norm(dim=0)
+    mk.convert(model, "2:4", init="wanda", calibration=[x])
+    assert_same_bits(mk.top_n_mask(model.linear.logits.detach(), "2:4"), mk.top_n_mask(scores, "2:4"))
+
+
+def test_magnitude_keeps_the_largest_weights():
+    model = Net()
+    weight = model.first.weight.detach().clone()
+    mk.convert(model, "2:4", init="magnitude", gap=6.0)
+    groups = weight.abs().view(16, 2, 4)
+    kept = (groups >= groups.topk(2).values[..., 1:]).view(16, 8)
+    assert_same_bits(model.first.logits, torch.where(kept, 6.0, 0.0))
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping", "generator"])
+def test_wanda_weighs_by_the_norm_of_the_inputs(form):
+    model, batches = Net(), token_batches()
+    inputs = model.embedding(torch.cat(batches)).detach().reshape(-1, 8).double()
+    scores = model.first.weight.detach().abs().double() * inputs.square().sum(0).sqrt()
+    groups = scores.view(16, 2, 4)
+    kept = (groups >= groups.topk(2).values[..., 1:]).view(16, 8)
+    assert not torch.equal(kept, mk.expand_mask(mk.top_n_mask(model.first.weight.detach().abs(), "2:4"), "2:4"))
+    calibration = {
+        "tensor": batches,
+        "tuple": [(batch,) for batch in batches],
+        "mapping": [{"x": batch} for batch in batches],
+        "generator": (batch for batch in batches),
+    }[form]
+    mk.convert(model, "2:4", init="wanda", calibration=calibration)
+    assert_same_bits(model.first.logits, torch.where(kept, 10.0, 0.0))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_wanda_restores_the_mode_of_every_module():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
+    model.train()
+    model[1].eval()
+    mk.convert(model, "2:4", init="wanda", calibration=[torch.randn(3, 8)])
+    assert [module.training for module in model] == [True, False, True]
+
+
+def test_wanda_names_the_layer_that_sees_no_input():
+    model = Net()
+    model.unused = nn.Linear(8, 8)
+    refused(model, ValueError, r"^calibration: .*\['unused'\] saw no input", init="wanda", calibration=token_batches())

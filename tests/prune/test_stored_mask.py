@@ -45,10 +45,10 @@ def save(model, folder):
     return folder
 
 
-def mask_file(folder, pattern="2:4", model=None, dtype=torch.float32, against=None):
+def mask_file(folder, pattern="2:4"):
     codes, path = random_codes(pattern), folder / "mine.mask"
-    triples = [(name, codes[name], layer.weight.detach().to(dtype)) for name, layer in dense_layers(model).items()]
-    save_masks(path, triples, pattern, model="tiny", against=against).close()
+    triples = [(name, codes[name], layer.weight.detach()) for name, layer in dense_layers().items()]
+    save_masks(path, triples, pattern, model="tiny").close()
     return path
 
 
@@ -168,31 +168,6 @@ def test_zeros_of_the_model_count_as_kept_and_what_is_filled_up_is_told(tmp_path
     with pytest.warns(UserWarning, match="1 groups keep fewer weights than 2:4, and were filled up") as told:
         codes = stored_mask(path, dense_layers(model), "2:4").codes[FIRST]
     assert [one.filename for one in told] == [__file__] and codes[0, :2].tolist() == [0b0011, 0b1010]
-
-
-def test_in_the_dtype_of_the_masks_alone(tmp_path):
-    """A mask file of bfloat16 fits a model in float32 that was made of it, and not the other way round."""
-    rounded = tiny_model().bfloat16()
-    path = mask_file(tmp_path, model=rounded, dtype=torch.bfloat16)
-    assert_same_bits(stored_mask(path, dense_layers(rounded.float()), "2:4").codes, random_codes())
-    told = "^model: expected the base "
-    for path in (mask_file(tmp_path), run(tmp_path / "run")):
-        with pytest.raises(ValueError, match=told):
-            stored_mask(path, dense_layers(tiny_model().bfloat16()), "2:4")
-
-
-def test_a_mask_file_against_another(tmp_path):
-    """Against the mask by magnitude it is complete with the model; against another file it is refused."""
-    own = dense_layers()
-    magnitude = {name: mk.top_n_mask(layer.weight.detach().abs(), "2:4") for name, layer in own.items()}
-    triples = [(name, magnitude[name], layer.weight.detach()) for name, layer in own.items()]
-    save_masks(tmp_path / "magnitude", triples, "2:4", model="tiny", against="magnitude").close()
-    assert_same_bits(stored_mask(tmp_path / "magnitude", own, "2:4").codes, magnitude)
-    whole = save_masks(tmp_path / "whole", triples, "2:4", model="tiny")
-    save_masks(tmp_path / "changes", triples, "2:4", model="tiny", against=whole).close()
-    told = "^init: against: expected the initial mask that .* was written against"
-    with pytest.raises(ValueError, match=told):
-        stored_mask(tmp_path / "changes", own, "2:4")
 
 
 @pytest.mark.parametrize("architecture", ["GPT-2", "Mixtral"])

@@ -1,18 +1,18 @@
-"""Layers whose weight other code reads past the module get no mask, which would do nothing there."""
+"""What gets no mask is named with the reason: such as layers whose weight other code reads past the module."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
-from helpers.architectures import loss_of, tiny
+from helpers.architectures import tiny
 from helpers.bits import assert_same_bits
 from helpers.nets import refused
 from torch import nn
 
 import maskpro_kernels as mk
-from maskpro_kernels.prune import selection
 from maskpro_kernels.prune.selection import READ_ELSEWHERE, first_call, read_elsewhere
 
 pytestmark = pytest.mark.usefixtures("eager_reference")
@@ -94,18 +94,6 @@ def test_without_batches_the_dummy_inputs_of_transformers_serve():
     assert all(conversion.unmasked[f"{name}.weight"] == READ_ELSEWHERE for name in names)
 
 
-def test_without_the_look_a_mask_would_do_nothing(monkeypatch):
-    """The fault that it is there for: any mask of such a layer gives the same loss."""
-    monkeypatch.setattr(selection, "read_elsewhere", lambda *_: set())
-    made = tiny("Mamba")
-    mk.convert(made.model, "2:4", targets=["*.dt_proj"])
-    with torch.no_grad():
-        before = loss_of(made.model, made.batch)
-        for layer in mk.modules.masked_layers(made.model).values():
-            layer.logits.neg_()
-        assert torch.equal(before, loss_of(made.model, made.batch))
-
-
 @pytest.mark.parametrize("inputs", [None, {"input_ids": torch.tensor([[9999]])}, {"input_ids": "no tensor"}])
 def test_a_model_that_cannot_be_called_is_not_looked_at(inputs):
     class Model(nn.Module):
@@ -123,12 +111,6 @@ def test_a_model_that_cannot_be_called_is_not_looked_at(inputs):
 
     model = Model()
     assert read_elsewhere(model, {"one": model.one}, None) == set()
-
-
-def test_a_model_without_what_the_dummy_inputs_need_is_not_looked_at():
-    model = nn.Sequential(nn.Linear(8, 8))
-    model.dummy_inputs = {"input_ids": torch.tensor([[1]])}
-    assert mk.convert(model, "2:4").converted == ["0"]
 
 
 def test_what_is_read_in_training_alone_is_found_and_nothing_else_changes():
@@ -205,3 +187,69 @@ def test_a_model_that_fails_on_the_dummy_inputs_is_not_looked_at():
     assert read_elsewhere(made.model, {}, None) == set()
     with pytest.raises(TypeError):
         read_elsewhere(made.model, {}, ((), made.batch))
+
+
+def test_a_language_model_is_masked_but_for_embedding_and_head():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conversion = mk.convert(tiny("LLaMA").model, "2:4")
+    assert conversion.masked_share == 1.0
+    assert conversion.unmasked == {"model.embed_tokens.weight": "embedding", "lm_head.weight": "output head"}
+
+
+def test_experts_are_counted_and_what_is_not_masked_of_a_mixture_is_named():
+    model = tiny("Mixtral").model
+    conversion = mk.convert(model, "2:4")
+    routers = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert routers | {"model.embed_tokens.weight", "lm_head.weight"} == set(conversion.unmasked)
+    # attention of 2 layers: 32 x 32 twice and 16 x 32 twice; 4 experts of 96 x 32 and 32 x 48; a router of 4 x 32
+    attention, experts = 2 * 3072, 2 * 4 * (96 * 32 + 32 * 48)
+    assert conversion.masked_share == (attention + experts) / (attention + experts + 2 * 4 * 32)
+
+
+def test_what_was_put_together_again_is_named_as_it_was_built():
+    model = tiny("Mixtral").model
+    conversion = mk.convert(model, "2:4", targets=["*_proj"])
+    experts = "model.layers.0.mlp.experts"
+    assert conversion.skipped[experts] == conversion.unmasked[f"{experts}.down_proj"] == "matches no target"
+
+
+def test_a_little_masked_model_is_told_of():
+    model = tiny("convolutions").model
+    with pytest.warns(UserWarning) as caught:
+        mk.convert(model, "2:4")
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "model: 2.5% of its matrix weights have a mask, embeddings and the output head apart; 2 matrices have none, "
+        "such as blocks.0.weight (of Conv2d, which is no nn.Linear)"
+    )
+    assert warning.filename == __file__
+
+
+def test_the_largest_matrix_is_named_first_and_targets_need_no_word():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv1d(8, 64, 4), nn.Conv1d(8, 8, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conversion = mk.convert(model, "2:4", targets=["0"])
+    assert list(conversion.unmasked) == ["1.weight", "2.weight"]
+    assert conversion.masked_share == 64 / (64 + 2048 + 256)
+
+
+def test_the_head_of_a_model_within_another_stays_dense():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny("LLaMA").model
+
+    conversion = mk.convert(Wrapper(), "2:4")
+    assert conversion.skipped == {"inner.lm_head": "output head"} and conversion.masked_share == 1.0
+
+
+def test_layers_masked_earlier_and_packed_ones_count():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    assert mk.convert(model, "2:4", targets=["0"]).masked_share == 1 / 3
+    assert mk.convert(model, "2:4", targets=["1"]).masked_share == 2 / 3
+    mk.finalize(model)
+    packed = mk.prune.finalize.pack(model, "2:4")
+    assert packed.converted == ["0", "1"] and packed.masked_share == 2 / 3
+    assert packed.unmasked == {"2.weight": packed.skipped["2"]}
