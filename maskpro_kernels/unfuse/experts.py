@@ -114,7 +114,8 @@ def _fusion(module: nn.Module, name: str) -> Fusion:
 def _gate_stands_ahead(module: nn.Module) -> bool:
     """True if all outputs of the gate stand ahead of those of up; else they take turns.
 
-    Not every transformers has a flag for it. Of four outputs the second one belongs to the first result where they take turns.
+    Not every transformers has a flag for it. Of four outputs the second one belongs to the first result where they take
+    turns.
     """
     one, other = module._apply_gate(torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0]], device="cpu"))
     return bool(one[0] == other[0])
