@@ -20,7 +20,7 @@ PACKAGE = ROOT / "maskpro_kernels"
 # Functions, operations, layers, and what these import
 PARTS = (
     *("functional", "ops", "shards"),
-    *("counter.py", "dense_forward.py", "extras.py", "graph_break.py", "held_draw.py", "huge_pages.py", "modules.py"),
+    *("counter.py", "dense_forward.py", "extras.py", "graph_break.py", "huge_pages.py", "modules.py"),
     *("packed.py", "parallel_plan.py", "pattern.py"),
 )
 BACKENDS = ("cpu", "cuda", "rocm")

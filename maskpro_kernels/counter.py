@@ -1,4 +1,4 @@
-"""Where a mask comes from: the counter of its draw, the state in which layers share one, and the source of a mask."""
+"""Where a mask comes from: the counter of its draw, the state in which layers share one, a mask that is cached."""
 
 from __future__ import annotations
 
@@ -90,3 +90,49 @@ class MaskSource(NamedTuple):
     def known(self) -> MaskSource:
         """The same mask, by its codes where these are there."""
         return self if self.codes is None else MaskSource(self.codes, "codes", self.n, self.m)
+
+
+class CachedMask:
+    """Group codes of a layer's draw that is made once and used several times, as long as it is the current one.
+
+    A copy of a layer has none: a deep copy or a pickle of this is None.
+
+    Args:
+        codes: group codes [out, K / M].
+        logits, state: of the layer, as they are at the draw.
+    """
+
+    def __init__(self, codes: Tensor, logits: Tensor, state: CounterState):
+        self.codes = codes
+        self._of = versions(logits, state)
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    def is_of(self, logits: Tensor, state: CounterState) -> bool:
+        """True where a draw would give the same: the same tensors, of which none has been changed since."""
+        return self._of == versions(logits, state)
+
+    def codes_of(self, logits: Tensor, state: CounterState) -> Tensor:
+        """The codes.
+
+        Raises:
+            RuntimeError: if logits, seed, step or draw have changed since the draw.
+        """
+        # a compiled graph holds no such numbers
+        if not torch.compiler.is_compiling() and not self.is_of(logits, state):
+            raise RuntimeError(
+                "masks: expected logits, seed, step and draw to stay as they are inside of `drawn`, got some that have "
+                "changed; leave it first, and draw again"
+            )
+        return self.codes
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place; of those of inference mode nobody counts it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def versions(logits: Tensor, state: CounterState) -> list[int | None]:
+    """Identities and versions of the tensors of a draw: others where another one would follow."""
+    return [value for x in (logits, state.seed, state.step, state.draw) for value in (id(x), version_of(x))]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .held_draw import version_of, versions
+from .counter import version_of, versions
 from .pattern import bitmask_of
 
 # FSDP2's (parameter, group) by the id of a sharded parameter

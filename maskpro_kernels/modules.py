@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .counter import Counter, CounterState, MaskSource
+from .counter import CachedMask, Counter, CounterState, MaskSource
 from .fsdp import Place, RowShard, attach, check_in_memory
 from .functional.checks import (
     LOGIT_DTYPES,
@@ -29,7 +29,6 @@ from .functional.gathered_linear import GatheredMask, gathered_linear
 from .functional.linear import LogitsBackward, linear_under, straight_through_under, telling_of_lost_slopes
 from .functional.logits_device import device_of_logits, page_locked
 from .functional.masks import expand_mask, mask_log_prob, top_n_mask
-from .held_draw import HeldDraw
 from .ops.onnx_graph import in_onnx_export, top_n_weight
 from .ops.philox import MAX_LAYERS, MAX_STEPS
 from .pattern import NMPattern
@@ -72,8 +71,8 @@ class MaskedLinear(nn.Module):
             ``straight_through_linear``; with ``straight_through_gradient`` it arrives in ``logits.grad``. None, as
             at first: a gradient reaches them by ``log_prob`` alone. One that moves the logits itself has an attribute
             ``moves_logits`` that is true: ``torch.compile`` leaves it out of its graphs.
-        held: the current draw, where all layers have made it together, see ``ModelMasks``; None where each use draws by
-            itself.
+        cached_mask: the current draw, where all layers have made it together, see ``ModelMasks``; None where each use
+            draws by itself.
         weight_changed: whether kept weights were refitted or trained since the layer was made, so that the dense weight
             is gone. Who changes them sets it; a state_dict holds it.
         is_dense: whether ``forward`` multiplies with the whole weight, see ``dense_forward``.
@@ -124,7 +123,7 @@ class MaskedLinear(nn.Module):
         self.group_offset, self.group_row_stride = group_offset, group_row_stride
         self.counter_state = CounterState(device=weight.device) if counter_state is None else counter_state
         self.logits_backward: LogitsBackward | None = None
-        self.held: HeldDraw | None = None
+        self.cached_mask: CachedMask | None = None
         self.shard: RowShard | None = None
         self.weight_changed = self.is_dense = False
 
@@ -232,17 +231,17 @@ class MaskedLinear(nn.Module):
     def _mask(self, logits: Tensor, drawn: bool) -> MaskSource:
         """The source of the mask that is drawn at the current step, or else of the N largest logits."""
         check_weight(self.own_weight, self.pattern)
-        held = self.held_codes if drawn else None
-        if held is None:
+        cached = self.cached_codes if drawn else None
+        if cached is None:
             check_like("logits", logits, "weight", self.own_weight)
         matrix, n, m = matrix_of("logits", logits, self.pattern), self.pattern.n, self.pattern.m
         if not drawn:
             return MaskSource(ops.top_n_mask(matrix.detach(), n, m), "codes", n, m)
-        return MaskSource(matrix, "drawn", n, m, counter=self.counter(), codes=held)
+        return MaskSource(matrix, "drawn", n, m, counter=self.counter(), codes=cached)
 
     def _with_logits(self, function: Callable[[Tensor], Result], drawn: bool) -> Result:
-        """``function(logits)``, differentiable, with logits on the weight's device, unless a draw of them is held."""
-        if self.logits.device == self.weight.device or (drawn and self.held is not None):
+        """``function(logits)``, differentiable, with logits on the weight's device, unless a draw of them is cached."""
+        if self.logits.device == self.weight.device or (drawn and self.cached_mask is not None):
             return function(self.logits if self.shard is None else self.logits.to_local())
         logits = self.logits_on_device()
         if not torch.is_grad_enabled():
@@ -303,19 +302,19 @@ class MaskedLinear(nn.Module):
         return self._weight_under(drawn=False)
 
     def _weight_under(self, drawn: bool) -> Tensor:
-        logits = self.own_logits if drawn and self.held is not None else self.logits_on_device()
+        logits = self.own_logits if drawn and self.cached_mask is not None else self.logits_on_device()
         weight = ops.masked_weight(self.own_weight.contiguous(), self._mask(logits.detach(), drawn))
         return weight if self.shard is None else self.shard.distributed(weight)
 
     @property
-    def held_codes(self) -> Tensor | None:
-        """Group codes [out, K / M] of the draw that is held; RuntimeError where it is no longer the current one."""
-        return None if self.held is None else self.held.codes_of(self.own_logits, self.counter_state)
+    def cached_codes(self) -> Tensor | None:
+        """Group codes [out, K / M] of the cached draw; RuntimeError where it is no longer the current one."""
+        return None if self.cached_mask is None else self.cached_mask.codes_of(self.own_logits, self.counter_state)
 
     def drawn_codes(self) -> Tensor:
         """Group codes [out, K / M] of the draw at the current step."""
-        if (held := self.held_codes) is not None:
-            return held
+        if (cached := self.cached_codes) is not None:
+            return cached
         mask = self._mask(self.logits_on_device().detach(), drawn=True)
         return ops.sample_mask(mask.tensor, mask.n, mask.m, mask.inv_temperature, mask.counter)
 

@@ -288,7 +288,7 @@ def test_layers_of_one_launch_have_the_bits_of_the_cpu(pattern, dtype, sizes):
             layer.counter_state = model[0].counter_state
         models[device], masks = model, ModelMasks(model)
         with torch.no_grad(), masks.drawn():
-            codes = [layer.held_codes.cpu() for layer in model]
+            codes = [layer.cached_codes.cpu() for layer in model]
             rates = [masks.flip_rate(str(i)) for i in range(len(sizes))]
             masks.score_update_(0.37)
         found = codes, rates, [layer.logits.detach().cpu() for layer in model]

@@ -243,8 +243,8 @@ class LayerUpdater:
                 self.backward_pass.ranks.sum_(total)
         m, max_update, counter = self.layer.pattern.m, self.how.max_update, self.layer.counter()
         with self.backward_pass.offloaded.moving(self.layer) as logits:
-            held = self.layer.held_codes
-            self._descend(logits, held, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
+            cached = self.layer.cached_codes
+            self._descend(logits, cached, lambda rate: ops.descend_(logits, self.slopes, rate, max_update, m, counter))
         self.slopes = None
 
     def end(self) -> None:
@@ -258,7 +258,7 @@ class LayerUpdater:
             codes = ops.sample_mask(logits, *of)
         self.latest = descend_by_rms(descend, self.lr, self.mean_square, self.layer.weight.device)
         # a draw of the logits as they were
-        self.layer.held = None
+        self.layer.cached_mask = None
         if self.learner is not None:
             # behind the slope, which is taken at the weights of the forward
             self.learner.step(self.weight_grad, codes, self.weight_lr, self.latest)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..counter import CachedMask, version_of
 from ..fsdp import Place
 from ..functional.checks import Scalar, check_scalar, coefs_and_draws, describe, known_value, on_device, stacked
 from ..functional.masks import score_update_, top_n_mask
-from ..held_draw import HeldDraw, version_of
 from ..modules import MaskedLinear, masked_layers
 from ..ops import sample_mask
 from ..ops.layer_groups import GroupedLayer, LayerGroup, Uses, draw_layers_, draws_once, kind_of, update_layers_
@@ -113,7 +113,7 @@ class ModelMasks:
         layers = self._masked_layers()
         if draw is not None:
             check_scalar("draw", draw, 0, MAX_DRAWS)
-        if self._inside or any(layer.held is not None for layer in layers):
+        if self._inside or any(layer.cached_mask is not None for layer in layers):
             raise RuntimeError("masks: expected layers that are in no `drawn` yet, got some that are")
         states = {id(layer.counter_state): layer.counter_state for layer in layers}.values()
         before = [state.draw.clone() for state in states] if draw is not None else []
@@ -141,7 +141,7 @@ class ModelMasks:
     def _release_codes(self) -> None:
         for layer in self.layers.values():
             if isinstance(layer, MaskedLinear):
-                layer.held = None
+                layer.cached_mask = None
 
     @torch.no_grad()
     def _draw(self, uses: Uses | None) -> None:
@@ -157,20 +157,20 @@ class ModelMasks:
             draw_layers_(group, 1.0, counter.seed, counter.step, counter.draw)
             drawn.add(i)
             for name, codes in zip(names, group.codes, strict=True):
-                self._hold(name, codes)
+                self._cache(name, codes)
         # each use would copy the logits, or make them contiguous
         alone = [self.layers[name] for name in self._alone]
         with OffloadedLogits(alone) as copies:
             for name, layer in zip(self._alone, alone, strict=True):
                 with copies.reading(layer) as logits:
                     n, m = layer.pattern.n, layer.pattern.m
-                    self._hold(name, sample_mask(logits.contiguous(), n, m, 1.0, layer.counter()))
+                    self._cache(name, sample_mask(logits.contiguous(), n, m, 1.0, layer.counter()))
         keys = [_key_of(counter.seed, counter.step, counter.draw) for counter in counters]
         self._last = _Draw(drawn, keys, [_versions_of(group) for _, group in self._groups])
 
-    def _hold(self, name: str, codes: Tensor) -> None:
+    def _cache(self, name: str, codes: Tensor) -> None:
         layer = self.layers[name]
-        layer.held = HeldDraw(codes, layer.own_logits, layer.counter_state)
+        layer.cached_mask = CachedMask(codes, layer.own_logits, layer.counter_state)
 
     @torch.no_grad()
     def flip_rate(self, name: str) -> float:
@@ -196,7 +196,7 @@ class ModelMasks:
             if name not in names:
                 continue
             at = names.index(name)
-            if self._inside and layer.held is not None and i in self._last.groups:
+            if self._inside and layer.cached_mask is not None and i in self._last.groups:
                 return group.flips_of(at)
             # the kernel that draws counts them
             alone, counter = LayerGroup([group.layers[at]], group.n, group.m), layer.counter()
@@ -255,7 +255,7 @@ class ModelMasks:
         ids = [key[2]] if draws is None else draws
         if self._inside and seed is step is draws is None:
             # refuses codes that are not of this draw
-            by_codes = all(self.layers[name].held_codes is not None for name in names)
+            by_codes = all(self.layers[name].cached_codes is not None for name in names)
         else:
             by_codes = self._holds(i, *key[:2], ids)
         scalars = [on_device(x, torch.int64, group.device) for x in key[:2]]

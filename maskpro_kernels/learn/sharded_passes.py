@@ -107,7 +107,7 @@ class ShardUpdater(LayerUpdater):
         usable = math.isfinite(mean_square) and mean_square > 0.0
         self._descend_own(min(self.lr / math.sqrt(mean_square), FLOAT32_MAX) if usable else 0.0)
         self.latest = torch.tensor(square, dtype=torch.float32)
-        self.layer.held = None
+        self.layer.cached_mask = None
 
     def end(self) -> None:
         super().end()

@@ -54,7 +54,7 @@ def test_layers_of_all_kinds_are_drawn_and_released():
     masks, x = ModelMasks(model), torch.randn(5, 16)
     expected, y = codes_of(model), model(x)
     with masks.drawn():
-        assert_same_bits([layer.held_codes for layer in masks.layers.values()], expected)
+        assert_same_bits([layer.cached_codes for layer in masks.layers.values()], expected)
         assert_same_bits([layer.drawn_codes() for layer in masks.layers.values()], expected)
         assert_same_bits(model(x), y)
         assert_same_bits(
@@ -64,7 +64,7 @@ def test_layers_of_all_kinds_are_drawn_and_released():
                 for layer, codes in zip(masks.layers.values(), expected, strict=True)
             ],
         )
-    assert all(layer.held_codes is None for layer in masks.layers.values())
+    assert all(layer.cached_codes is None for layer in masks.layers.values())
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -92,7 +92,7 @@ def test_an_update_of_the_draw_that_is_held_takes_its_codes(by_codes):
     with masks.drawn():
         masks.score_update_(coef)
         # the logits are others: from here on each layer draws by itself
-        assert all(layer.held is None for layer in masks.layers.values())
+        assert all(layer.cached_mask is None for layer in masks.layers.values())
     ModelMasks(other).score_update_(coef)
     assert by_codes == [True] * 4 + [False] * 4
     assert_same_bits(logits_of(model), logits_of(other))
@@ -142,7 +142,7 @@ def test_layers_make_the_draw_that_is_named():
     masks, state = ModelMasks(model), model[0].counter_state
     state.draw.fill_(1)
     with masks.drawn(5):
-        found, codes = model(x), [layer.held_codes for layer in masks.layers.values()]
+        found, codes = model(x), [layer.cached_codes for layer in masks.layers.values()]
         codes = [each.clone() for each in codes]
     assert int(state.draw) == 1
     state.draw.fill_(5)
@@ -168,7 +168,7 @@ def test_a_mask_that_is_no_longer_the_one_that_was_drawn_is_refused(change):
         CHANGES[change](model, masks)
         if change == "another ModelMasks":
             # its layer has let go of them
-            assert model[0].held is None
+            assert model[0].cached_mask is None
             return
         before = logits_of(model)
         for use in (lambda: model(torch.randn(2, 16)), model[0].drawn_codes, model[0].masked_weight):
@@ -192,14 +192,14 @@ def test_contexts_do_not_nest(other):
         model(torch.randn(2, 16))
     with masks.drawn_for(NONE), pytest.raises(RuntimeError, match="^masks: expected"), masks.drawn_for(NONE):
         pass
-    assert all(layer.held is None for layer in model)
+    assert all(layer.cached_mask is None for layer in model)
 
 
 def test_a_copy_of_a_layer_holds_no_draw():
     model = mixed_model()
     with ModelMasks(model).drawn():
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert all(layer.held is None for layer in copied)
+            assert all(layer.cached_mask is None for layer in copied)
             mk.advance(copied)
             assert_same_bits([layer.drawn_codes() for layer in copied], codes_of(copied))
 
@@ -218,7 +218,7 @@ def test_an_update_that_breaks_off_leaves_no_codes(monkeypatch):
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
             patched.setattr(masks_file, "update_layers_", failing)
             masks.score_update_(0.5)
-        assert all(layer.held is None for layer in model)
+        assert all(layer.cached_mask is None for layer in model)
     monkeypatch.setattr(masks_file, "update_layers_", lambda *args: calls.append(args))
     masks.score_update_(0.5)
     assert not any(by_codes for *_, by_codes in calls[2:])
@@ -237,7 +237,7 @@ def test_the_kernels_draw_and_update_so_too(pattern, monkeypatch):
         for mode in (torch.inference_mode, torch.no_grad):
             with mode():
                 with masks.drawn(1):
-                    codes += [layer.held_codes.clone() for layer in model]
+                    codes += [layer.cached_codes.clone() for layer in model]
                 masks.score_update_(0.5, draw=1)
         found.append([*codes, *logits_of(model)])
     assert_same_bits(*found)
@@ -253,7 +253,7 @@ def test_tensors_that_have_come_to_lie_elsewhere_are_found():
     model[3].layer = 11
     expected = codes_of(model)
     with masks.drawn():
-        assert_same_bits([layer.held_codes for layer in masks.layers.values()], expected)
+        assert_same_bits([layer.cached_codes for layer in masks.layers.values()], expected)
 
 
 def test_a_step_with_few_uses_draws_where_it_multiplies():
@@ -261,9 +261,9 @@ def test_a_step_with_few_uses_draws_where_it_multiplies():
     masks = ModelMasks(model)
     with masks.drawn_for(NONE):
         # those of logits that no group takes are drawn by themselves
-        assert [name for name, layer in masks.layers.items() if layer.held_codes is not None] == ["3"]
+        assert [name for name, layer in masks.layers.items() if layer.cached_codes is not None] == ["3"]
     with masks.drawn_for(NONE._replace(products=2)):
-        assert all(layer.held_codes is not None for layer in masks.layers.values())
+        assert all(layer.cached_codes is not None for layer in masks.layers.values())
 
 
 @pytest.mark.parametrize(
