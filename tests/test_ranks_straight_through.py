@@ -173,15 +173,6 @@ def streamed(rank: int, folder=None, other: int | None = None, resume: bool = Fa
         trainer.close()
 
 
-@pytest.mark.slow
-def test_ranks_take_their_shares_of_batches_that_are_no_sequence(tmp_path):
-    alone = streamed(0)
-    all_in_ranks(2, streamed, folder=tmp_path)
-    for theirs in (*all_in_ranks(2, streamed), *all_in_ranks(2, streamed, folder=tmp_path, resume=True)):
-        for one, other in zip(theirs, alone, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
 def test_ranks_with_other_batches_that_are_no_sequence_are_told(tmp_path):
     for error in in_ranks(2, streamed, other=1):
         assert isinstance(error, ValueError) and "got other batches on rank 1" in str(error)

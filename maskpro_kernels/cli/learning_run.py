@@ -7,8 +7,8 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..learn.estimator import Estimator
 from ..learn.run import snapshots_in
 from ..learn.step import LossFn, StepRecord
 from ..learn.trainer import MaskTrainer
-from ..ranks import MissingRanks, Ranks
+from ..ranks import Ranks
 from ..report.better_mask import better_mask, lowest
 from ..report.better_mask import told as told_of_better
 from ..report.parting import told
@@ -38,7 +38,6 @@ from .run_files import (
     TEACHER,
     VALIDATION,
     how_to_go_on,
-    tell_missing,
 )
 from .run_settings import stored_settings
 from .signals import Signals
@@ -131,7 +130,7 @@ class LearningRun:
         """Take the steps that are left, until the run ends or is told to stop; gives whether ``end`` is to come."""
         more = self.ranks.first(self._has_more)
         began, evaluating = time.perf_counter(), self.validation.seconds
-        with self._signals() as signals:
+        with Signals() as signals:
             if self.ranks.rank > 0:
                 if more:
                     self._run(progress=False, after_step=lambda _: signals.came)
@@ -265,16 +264,6 @@ class LearningRun:
                 done, where = self.trainer.steps_done, self._keep_logits()
                 tell(f"stopped after {done} steps; {where}; {how_to_go_on(self.output)}")
                 raise
-
-    @contextmanager
-    def _signals(self) -> Iterator[Signals]:
-        """Signals are noted; and of ranks that end it is told before the signal that torchrun then sends."""
-        with Signals() as signals:
-            try:
-                yield signals
-            except MissingRanks as error:
-                tell_missing(error, self.output)
-                raise SystemExit(2) from error
 
     def _keep_logits(self) -> str:
         """Save what was learned before an error, which stays the one that is told; gives where it is."""

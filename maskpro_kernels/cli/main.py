@@ -9,12 +9,11 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
 from ..extras import missing
-from ..ranks import FailedRank, MissingRanks, of_torchrun, rank_of_torchrun, under_torchrun
+from ..ranks import FailedRank, of_torchrun, rank_of_torchrun, under_torchrun
 from .config_file import BESIDE_RESUME, options_given, take_config
 from .estimator_options import load_estimators
 from .evaluate import evaluate
@@ -23,7 +22,6 @@ from .import_checkpoint import import_
 from .learn import learn
 from .parser import build_parser
 from .progress import log_told, tell, tell_as, wants_bars
-from .run_files import tell_missing
 from .speed import speed
 
 # The optional packages that a command needs
@@ -72,9 +70,6 @@ def main(argv: list[str] | None = None) -> int:
             with suppress(OSError):
                 tell("maskpro: interrupted")
             return 128 + signal.SIGINT
-        except MissingRanks as error:
-            tell_missing(error, Path(args.resume if hasattr(args, "resume") else args.output))
-            return 2
         except (ValueError, TypeError, OSError, FloatingPointError, FailedRank) as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 return 128 + signal.SIGPIPE

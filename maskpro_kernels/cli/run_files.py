@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,9 @@ from ..digests import digest
 from ..learn.run import LOCK
 from ..modules import masked_layers
 from ..pattern import NMPattern
-from ..ranks import MissingRanks
 from ..text.batches import texts_of
 from ..text.sources import is_dataset
 from .arguments import DTYPES
-from .progress import tell_as
 
 # What a run leaves at its end
 LOGITS, REPORT = LOGITS_FILE, "report.json"
@@ -77,13 +74,6 @@ def check_not_going_on(model: str) -> None:
 
 def how_to_go_on(output: Path) -> str:
     return f"continue with: maskpro learn --resume {shlex.quote(str(output))}"
-
-
-def tell_missing(error: MissingRanks, output: Path) -> None:
-    """Tell in one line which ranks have ended and how to go on; the first that is left does."""
-    cure = how_to_go_on(output) if goes_on(output) else "nothing was learned yet; run it again"
-    first = next(rank for rank in itertools.count() if rank not in error.missing)
-    tell_as("error", f"{error}; {cure}", by=first)
 
 
 def check_ended(output: Path, lacking: str) -> None:

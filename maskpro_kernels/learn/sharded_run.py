@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from ..fsdp import resetting
 from ..modules import MaskedLinear
 from ..ranks import Ranks
 
@@ -57,18 +54,6 @@ def agree_on_shards(ranks: Ranks, layers: Mapping[str, MaskedLinear]) -> None:
     ranks.all_of(lambda: check_finite(layers))
     for shard in shards.values():
         shard.reshard()
-        ranks.limit(shard.mesh)
-
-
-@contextmanager
-def forwards_of(model: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Forwards and backwards of a model whose rows ranks may share; behind an error inside others may follow.
-
-    Raises:
-        MissingRanks: if ranks are lost, see ``Ranks.naming_lost``. None may follow then.
-    """
-    with ranks.naming_lost(), resetting(model):
-        yield
 
 
 def check_seen(path: Path) -> None:

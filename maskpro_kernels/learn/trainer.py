@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..digests import digest
-from ..fsdp import check_no_flat_parameters, without_gradients
+from ..fsdp import check_no_flat_parameters, resetting, without_gradients
 from ..modules import MaskedLinear, advance, counter_states, masked_layers
 from ..ops.philox import MAX_STEPS
 from ..ranks import Ranks
 from .batches import BatchCycle, BatchStream, InitialLosses, weighted_mean
 from .estimator import Estimator, check_float, check_whole
 from .masks import ModelMasks, least_margin
-from .rank_agreement import check_alike
 from .run import RunFolder, SavedRun, restore, settings_of, snapshot_of, write_parts
-from .sharded_run import agree_on_shards, check_finite, check_sharding, forwards_of, is_sharded
+from .sharded_run import agree_on_shards, check_finite, check_sharding, is_sharded
 from .step import Entry, LossFn, Step, StepRecord, StepResult, loss_under_top_n_masks
 
 
@@ -83,8 +82,8 @@ class MaskTrainer:
     Warns:
         UserWarning: if all ``steps`` of ``StraightThrough`` together cannot change a mask.
 
-    ``begin``, ``step``, ``run`` and ``resume`` raise ``ranks.MissingRanks``, a RuntimeError, which names the ranks that
-    have ended or did not come in time, and ValueError on all ranks where one has another model, batches or settings.
+    ``begin``, ``step``, ``run`` and ``resume`` raise torch's RuntimeError where another rank has ended or does not come
+    in time, and ValueError on all ranks where one has another model, batches or settings.
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class MaskTrainer:
         if self.output_dir is not None:
             self.ranks.first(lambda: self._folder.start(settings))
             self._save_snapshot()
-        with forwards_of(self.model, self.ranks):
+        with resetting(self.model):
             losses = self._losses_of_initial_masks(progress) if self.estimator.needs_initial_losses else []
         if self.output_dir is not None and self.estimator.journaled:
             self.ranks.first(lambda: self._folder.start_journal(losses, self.estimator.draws))
@@ -270,7 +269,7 @@ class MaskTrainer:
                 initial_loss=self._initial_loss,
                 begin_update=self._begin_update,
             )
-            with forwards_of(self.model, self.ranks):
+            with resetting(self.model):
                 result = self.estimator.step(step)
         step.check_entries()
         if result.refreshes:
@@ -339,7 +338,7 @@ class MaskTrainer:
             self.steps_done = saved.refreshed
             self._losses_of_initial_masks(progress)
 
-        with forwards_of(self.model, self.ranks):
+        with resetting(self.model):
             restore(saved, self.ranks, self.layers, self.estimator, self.seed, refresh)
         self.estimator.load_state(saved.state)
         self.steps_done, self._skipped = saved.steps, saved.skipped
@@ -367,11 +366,15 @@ class MaskTrainer:
         """The settings that a run goes on with, once all ranks agree on them."""
         agree_on_shards(self.ranks, self.layers)
         how = self.seed, self.accumulate, self.loss_fn
-        with self.ranks.naming_lost():
-            settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how)
-            if with_logits:
-                settings["logits"] = digest(layer.logits for layer in self.layers.values())
-            check_alike(self.ranks, settings, self.model, self.layers, self.loss_fn)
+        settings = settings_of(self.layers, self.estimator, self._batches.sequence, *how)
+        if with_logits:
+            settings["logits"] = digest(layer.logits for layer in self.layers.values())
+        if self.ranks.world > 1:
+            own = [tensor for x in self.layers.values() for tensor in (x.weight, x.logits, *x.counter_state.buffers())]
+            known = set(map(id, own))
+            rest = [x for x in (*self.model.parameters(), *self.model.buffers()) if id(x) not in known]
+            rest = digest(x for x in rest if x.layout == torch.strided and not x.is_meta)
+            self.ranks.agree(settings | {"other tensors of the model": rest})
         return settings
 
     def _is_snapshot_due(self) -> bool:

@@ -257,10 +257,9 @@ def _masks_of_shards(
     with closing(Ranks()) as ranks:
         ranks.connect()
         ranks.agree({"init": ranks.all_of(described), "refit": refit, "seed": seed})
-        with ranks.naming_lost():
-            if refit != "none" or init in ("wanda", "reconstruction"):
-                _check_all_cut(layers)
-            return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
+        if refit != "none" or init in ("wanda", "reconstruction"):
+            _check_all_cut(layers)
+        return refitted_masks(layers, pattern, init, refit, model, calibration, progress, seed)
 
 
 def _check_all_cut(layers: Mapping[str, nn.Linear]) -> None:

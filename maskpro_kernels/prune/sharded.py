@@ -53,12 +53,12 @@ class ShardedMasks(LayerMasks):
         """With weights of which those of one block are masked; they are dense again behind it.
 
         Raises:
-            MissingRanks, FailedRank, ValueError: ranks are lost, or one of them has failed.
+            FailedRank, ValueError: another rank has failed.
         """
         with closing(self._ranks):
             self._ranks.connect()
             try:
-                with self._ranks.naming_lost(), resetting(self._model):
+                with resetting(self._model):
                     yield
             finally:
                 self._leave_block()

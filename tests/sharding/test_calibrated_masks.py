@@ -148,7 +148,7 @@ def fail(rank: int) -> None:
 def refuse(rank: int) -> None:
     """What ranks do not have alike, and layers that have no code."""
     model, batches = a_model("chain", 2)
-    told = "^ranks: expected what rank 0 has on all of them, got other calibration on rank 1"
+    told = "^ranks: expected the settings of rank 0 on all of them, got other calibration on rank 1"
     for theirs in (batches[rank:], None if rank else batches, [torch.zeros(2 + rank, 16)]):
         with pytest.raises(ValueError, match=told):
             mk.convert(model, "2:4", init="wanda", calibration=theirs)

@@ -321,4 +321,4 @@ def take_other_masks(rank: int) -> str:
 
 def test_ranks_have_one_mask():
     told = all_in_ranks(2, take_other_masks)
-    assert told == ["ranks: expected what rank 0 has on all of them, got other init on rank 1"] * 2
+    assert told == ["ranks: expected the settings of rank 0 on all of them, got other init on rank 1"] * 2

@@ -171,7 +171,7 @@ REFUSED = {
     ),
     "ranks that are not alike": (
         with_other_layers_on_rank_1,
-        "ranks: expected what rank 0 has on all of them, got other out on rank 1",
+        "ranks: expected the settings of rank 0 on all of them, got other out on rank 1",
     ),
     "logits of one rank": (with_nan_on_rank_1, NAN),
     "a part of the model": (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from pathlib import Path
 
@@ -18,11 +17,8 @@ import maskpro_kernels as mk
 from maskpro_kernels.fsdp import local
 from maskpro_kernels.learn import run
 from maskpro_kernels.modules import masked_layers
-from maskpro_kernels.ranks import MissingRanks
 
 STEPS = 4
-# Seconds: longer than the others wait
-HANGS = 20
 HOW = {
     "reinforce": {"how": "reinforce", "accumulate": 2},
     "straight-through": {"how": "straight-through", "accumulate": 2},
@@ -62,29 +58,24 @@ def newest_of(folder: str) -> Path:
     return max(Path(folder).glob("snapshot-*"))
 
 
-def lose_a_rank(rank: int, folder: Path, how: str, ends: bool) -> None:
-    """A run in which rank 1 ends in its third step, or hangs there."""
+def lose_a_rank(rank: int, folder: Path, how: str) -> None:
+    """A run in which rank 1 ends in its third step."""
 
     def loss_fn(model, batch):
         if rank == 1 and trainer.steps_done == 2:
-            if ends:
-                os._exit(1)
-            time.sleep(HANGS)
+            os._exit(1)
         return model(batch).square().mean()
 
-    model, timeout = a_sharded_model([2]), 60.0 if ends else 2.0
-    trainer = rank_trainer(
-        how, model=model, loss_fn=loss_fn, accumulate=2, output_dir=folder, snapshot_minutes=0.0, timeout=timeout
-    )
+    model = a_sharded_model([2])
+    trainer = rank_trainer(how, model=model, loss_fn=loss_fn, accumulate=2, output_dir=folder, snapshot_minutes=0.0)
     trainer.run(3, progress=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ends", [True, False], ids=["dead", "hung"])
 @pytest.mark.parametrize("how", ["reinforce", "straight-through"])
-def test_a_lost_rank_is_named_and_the_run_goes_on(how, ends, tmp_path, eager_reference):
-    error, *_ = in_ranks(2, lose_a_rank, folder=tmp_path, how=how, ends=ends)
-    assert isinstance(error, MissingRanks) and error.missing == [1], error
+def test_a_run_goes_on_behind_a_lost_rank(how, tmp_path, eager_reference):
+    error, *_ = in_ranks(2, lose_a_rank, folder=tmp_path, how=how)
+    assert isinstance(error, RuntimeError), error
     resumed, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2, output_dir=tmp_path)
     logits, _ = learn_sharded(0, None, how=how, steps=STEPS, accumulate=2)
     assert (resumed[0] - logits[0]).abs().max() < 1e-5
